@@ -1,0 +1,44 @@
+"""Handwritten digits on any laptop: the embedded default that `make demo` trains.
+
+python -m mixer_jax.main --config=configs/digits.py         # 0-9
+python -m mixer_jax.main --config=configs/digits.py:low     # 0-4, for transfer to 5-9
+python -m mixer_jax.main --config=configs/digits.py:high    # 5-9
+"""
+
+from ml_collections import ConfigDict
+
+from mixer_jax import config as config_lib
+
+
+def get_config(classes: str = "all") -> ConfigDict:
+    """Returns the config; `classes` is "all", "low" (0-4) or "high" (5-9)."""
+    config = config_lib.get_default()
+    config.num_steps = 1_000
+    config.batch_size = 128
+    config.eval_batch_size = 360
+    config.image_size = 32
+    config.log_every_steps = 50
+
+    config.model.variant = "custom"
+    config.model.num_blocks = 4
+    config.model.patch_size = 4
+    config.model.hidden_dim = 64
+    config.model.tokens_mlp_dim = 32
+    config.model.channels_mlp_dim = 128
+
+    config.dataset.name = f"digits/{classes}"
+    config.preprocess.train_crop = "shift"
+    config.preprocess.max_shift = 4
+    config.preprocess.flip = False
+    config.preprocess.eval_crop = "whole"
+
+    config.recipe.loss = "softmax"
+    config.recipe.mixup = 0.2
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay = "cosine"
+    config.optimizer.weight_decay = 0.1
+
+    config.checkpoint.every_steps = 250
+    config.evals = config_lib.evals(test={"split": "test", "every_steps": 250})
+    return config

@@ -1,0 +1,146 @@
+"""What the doors share: reading a config from the command line, and how a program ends."""
+
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from mixer_jax.config import KIND_NAMES, check_known, did_you_mean, flatten
+from mixer_jax.errors import RunFailedError, UserError
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a door and exits with what it returns: 0 if all went well, 130 after Ctrl-C.
+
+    A user's mistake exits with 2, a run that failed with 1, both after one line on standard error.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def set_up_libraries(compilation_cache: str) -> None:
+    """Makes the libraries quiet and lets JAX keep what it compiles.
+
+    Args:
+        compilation_cache: folder or URL of compiled programs; empty: none is kept.
+    """
+    # Read when TensorFlow is imported, which TFDS and clu do by themselves and late.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.set_verbosity(logging.ERROR)
+    if compilation_cache:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def read_config(file_and_argument: str, overrides: Sequence[str]) -> ConfigDict:
+    """Returns the config of a file with the overrides of the command line applied.
+
+    Args:
+        file_and_argument: as `load_config` takes it.
+        overrides: arguments that the door itself did not know; each `--config.KEY=VALUE`, or
+            `--config.KEY` followed by `VALUE`.
+
+    Raises:
+        UserError: an argument is not of this form, or names no key, or gives no value of its type.
+    """
+    config = load_config(file_and_argument)
+    rest = list(overrides)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--config."):
+            raise UserError(f"argument {argument!r} is unknown; see --help")
+        path, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"argument {argument!r} has no value; write {argument}=VALUE")
+            text = rest.pop(0)
+        override(config, path, text)
+    return config
+
+
+def load_config(file_and_argument: str) -> ConfigDict:
+    """Returns what `get_config` of a config file gives.
+
+    Args:
+        file_and_argument: `PATH.py`, or `PATH.py:ARGUMENT` to call `get_config(ARGUMENT)`.
+
+    Raises:
+        UserError: no such file, no `get_config` in it, or it does not take this argument.
+    """
+    path, argument = _split_argument(file_and_argument)
+    if not path.is_file():
+        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
+        hint = did_you_mean(str(path), siblings)
+        raise UserError(f"config file {str(path)!r} does not exist{hint}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {str(path)!r} is no Python file; name one ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError as error:
+        raise UserError(f"config file {file_and_argument!r}: {error}") from error
+    except Exception as error:
+        # A config is the user's code: whatever it raises is theirs to read, in one line.
+        reason = str(error).partition("\n")[0] or "no reason given"
+        kind = type(error).__name__
+        raise UserError(f"config file {file_and_argument!r} fails: {kind}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {file_and_argument!r}: get_config() must return a ConfigDict")
+    return config
+
+
+def experiment_name(file_and_argument: str) -> str:
+    """Returns the name of a config: `configs/digits.py:low` is "digits_low"."""
+    path, argument = _split_argument(file_and_argument)
+    return f"{path.stem}_{argument}" if argument else path.stem
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets the key `path`, e.g. "optimizer.learning_rate", to the value that `text` spells.
+
+    Raises:
+        UserError: the key does not exist, or the text is not of the key's type.
+    """
+    check_known(path, list(flatten(config)))
+    *sections, name = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[name] = _parse(path, text, type(node[name]))
+
+
+def _parse(path: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"config.{path}={text!r} is not {KIND_NAMES[kind]}; pass one") from None
+
+
+def _split_argument(file_and_argument: str) -> tuple[Path, str]:
+    path, _, argument = file_and_argument.partition(":")
+    return Path(path), argument

@@ -1,0 +1,1 @@
+"""The model, and its sizes as plain numbers."""

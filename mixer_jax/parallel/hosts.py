@@ -1,0 +1,76 @@
+"""Hosts of one run: joining them, and agreeing to stop."""
+
+import glob
+import importlib.util
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# Set by what starts one of several processes: a JAX coordinator, TPU multislice.
+_CLUSTER_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+_CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def join(mode: str) -> None:
+    """Joins the other hosts of a run, before any device is used.
+
+    Args:
+        mode: "yes"; "no"; or "auto", which joins where a TPU VM, SLURM, Open MPI or a JAX
+            coordinator address says that there may be others. JAX finds their addresses itself.
+    """
+    if mode == "yes" or (mode == "auto" and _in_cluster()):
+        jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+    if any(os.environ.get(name) for name in _CLUSTER_ADDRESSES):
+        return True
+    if any(int(os.environ.get(name, "1")) > 1 for name in _CLUSTER_SIZES):
+        return True
+    # A TPU VM says of itself that it is one, not how many it works with; joining alone is harmless.
+    on_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
+    return on_tpu and importlib.util.find_spec("libtpu") is not None
+
+
+def any_host(flag: bool) -> bool:
+    """Returns whether the flag is set on any host; every host must ask at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+class StopSignals:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
+
+    The second Ctrl-C interrupts at once. A context manager; signals get their old meaning back on
+    leaving. Outside the main thread, which alone can handle signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,1 @@
+"""The recipe, the step and the loop."""

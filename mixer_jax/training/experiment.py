@@ -1,0 +1,266 @@
+"""From a configuration to the parts of a run: data, mesh, model, optimizer, compiled functions."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import mixer_jax
+from mixer_jax.config import check_warmup, resolve_num_steps, width_overrides
+from mixer_jax.data.pipeline import Batch, train_batches
+from mixer_jax.data.sources import Source, open_source
+from mixer_jax.errors import UserError
+from mixer_jax.evaluation.classification import Scores, compile_judge, evaluate
+from mixer_jax.model.mixer import MlpMixer, build_model
+from mixer_jax.model.variants import forward_flops, resolve_widths
+from mixer_jax.parallel.chips import peak_flops
+from mixer_jax.parallel.sharding import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
+from mixer_jax.training.optimizer import make_optimizer, make_schedule
+from mixer_jax.training.step import Metrics, TrainState, create_state, train_step
+from mixer_jax.weights.checkpoint import abstract
+from mixer_jax.weights.load import load_checkpoint
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Sources(NamedTuple):
+    """The data of a run: what it trains on and, by name, what it is scored on."""
+
+    train: Source
+    evals: dict[str, Source]
+
+
+class Experiment(NamedTuple):
+    """The parts of a run.
+
+    Attributes:
+        config: it was made from.
+        sources: of examples.
+        num_steps: of the whole run.
+        mesh: over all devices of all hosts.
+        model: from images to logits.
+        state_shape: shapes, types and shardings of the state.
+        create_state: makes the state before the first step.
+        train_step: one step; the state given to it is used up.
+        metadata: what its checkpoints say of themselves.
+    """
+
+    config: ConfigDict
+    sources: Sources
+    num_steps: int
+    mesh: Mesh
+    model: MlpMixer
+    state_shape: TrainState
+    create_state: Callable[[], TrainState]
+    train_step: TrainStep
+    metadata: dict[str, Any]
+
+
+def open_sources(config: ConfigDict) -> Sources:
+    """Opens the training and evaluation data; uses no device.
+
+    Raises:
+        UserError: a data set or split is missing, or evaluation has other classes than training.
+    """
+    nominal = {"num_classes": config.dataset.num_classes}
+    name, data_dir = config.dataset.name, config.dataset.data_dir
+    train = open_source(
+        name,
+        config.dataset.train_split,
+        data_dir,
+        num_examples=config.dataset.num_examples,
+        **nominal,
+    )
+    evals = {
+        key: open_source(entry.dataset or name, entry.split, data_dir, **nominal)
+        for key, entry in config.evals.items()
+    }
+    for key, source in evals.items():
+        if source.class_names != train.class_names:
+            raise UserError(
+                f"config.evals.{key} has other classes ({source.name}: {source.num_classes}) than "
+                f"the training data ({train.name}: {train.num_classes}); score on the same classes"
+            )
+    return Sources(train, evals)
+
+
+def build(
+    config: ConfigDict, sources: Sources, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
+    """Makes the parts of a run; compiles nothing and allocates nothing yet.
+
+    Args:
+        config: valid by `config.validate`.
+        sources: from `open_sources`.
+        devices: to run on; None: all of all hosts.
+
+    Raises:
+        UserError: the batch does not divide over the devices, or warmup outlasts the run.
+    """
+    num_steps = resolve_num_steps(config, len(sources.train))
+    check_warmup(config, num_steps)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    pieces = config.recipe.accumulation_steps
+    check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
+    num_classes = sources.train.num_classes
+    model = build_model(config.model.to_dict(), num_classes)
+    schedule, tx = build_optimizer(config.optimizer, num_steps)
+
+    rng = jax.random.key(config.seed)
+    make_state = functools.partial(
+        create_state, rng, model, tx, config.image_size, ema=config.recipe.ema_decay > 0
+    )
+    shape = jax.eval_shape(make_state)
+    sharding = state_sharding(shape, mesh)
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        num_classes=num_classes,
+        seed=config.seed,
+        **config.recipe,
+    )
+    return Experiment(
+        config,
+        sources,
+        num_steps,
+        mesh,
+        model,
+        state_shape=abstract(shape, sharding),
+        create_state=jax.jit(make_state, out_shardings=sharding),
+        train_step=jax.jit(
+            step,
+            in_shardings=(sharding, batch_sharding(mesh)),
+            out_shardings=(sharding, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        metadata=_metadata(config, sources, num_steps),
+    )
+
+
+def build_optimizer(
+    section: ConfigDict, num_steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Returns the schedule and the optax chain of a config's optimizer section."""
+    settings = section.to_dict()
+    names = ("learning_rate", "warmup_steps", "decay", "end_learning_rate")
+    schedule = make_schedule(num_steps, **{name: settings.pop(name) for name in names})
+    return schedule, make_optimizer(schedule, **settings)
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """Returns the state before the first step, with the weights of `config.init_from` if given.
+
+    Of a checkpoint everything but the head is taken.
+
+    Raises:
+        UserError: no such checkpoint, or its weights have other shapes than the model.
+    """
+    state = experiment.create_state()
+    path = experiment.config.init_from
+    if not path:
+        return state
+    params = load_checkpoint(path, experiment.mesh).params
+    params = {**params, "head": state.params["head"]}
+    ours, theirs = (
+        {jax.tree_util.keystr(key): array.shape for key, array in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (state.params, params))
+    )
+    for key in ours.keys() | theirs.keys():
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"config.init_from={path!r} has other shapes than the model: {key} is "
+                f"{theirs.get(key)}, not {ours.get(key)}; use its variant, widths and image_size"
+            )
+    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
+    return state._replace(params=params, ema_params=ema_params)
+
+
+def training_batches(experiment: Experiment, first_step: int) -> Iterator[Batch]:
+    """Yields the training batches from `first_step` to the end of the run."""
+    config = experiment.config
+    preprocess = config.preprocess.to_dict()
+    preprocess.pop("eval_crop")
+    return train_batches(
+        experiment.sources.train,
+        seed=config.seed,
+        first_step=first_step,
+        num_steps=experiment.num_steps,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        preprocess=preprocess,
+        sharding=batch_sharding(experiment.mesh),
+        **config.loader,
+    )
+
+
+def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:
+    """Returns, by name, functions from parameters to the scores of `config.evals`."""
+    config = experiment.config
+    judge_batch = compile_judge(experiment.model, experiment.mesh)
+
+    def score(source: Source, params: Any) -> Scores:
+        return evaluate(
+            judge_batch,
+            params,
+            source,
+            experiment.mesh,
+            batch_size=config.eval_batch_size,
+            image_size=config.image_size,
+            eval_crop=config.preprocess.eval_crop,
+            **config.loader,
+        )
+
+    return {
+        name: functools.partial(score, source) for name, source in experiment.sources.evals.items()
+    }
+
+
+def flops_per_image(experiment: Experiment) -> int:
+    """Returns the model FLOPs of training on one image: three forwards."""
+    config = experiment.config
+    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
+    return 3 * forward_flops(widths, config.image_size, experiment.model.num_classes)
+
+
+def throughput(experiment: Experiment, images_per_second: float) -> dict[str, float]:
+    """Returns the rate, the rate a device, and the share of the devices' peak where it is known."""
+    rates = {
+        "images_per_second": images_per_second,
+        "images_per_second_per_device": images_per_second / experiment.mesh.size,
+    }
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        used = flops_per_image(experiment) * rates["images_per_second_per_device"]
+        rates["model_flops_utilization"] = used / peak
+    return rates
+
+
+def _metadata(config: ConfigDict, sources: Sources, num_steps: int) -> dict[str, Any]:
+    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
+    return {
+        "variant": config.model.variant,
+        "widths": vars(widths),
+        "gelu": config.model.gelu,
+        "image_size": config.image_size,
+        "class_names": list(sources.train.class_names),
+        "preprocess": {"eval_crop": config.preprocess.eval_crop, "pixels": [-1, 1]},
+        "loss": config.recipe.loss,
+        "ema": config.recipe.ema_decay > 0,
+        "num_steps": num_steps,
+        "num_train_examples": len(sources.train),
+        "config": config.to_dict(),
+        "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
+    }

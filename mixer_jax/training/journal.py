@@ -1,0 +1,89 @@
+"""Reads a run's metrics one step late, checks them, writes them and shows them."""
+
+import math
+
+import jax
+
+from mixer_jax.errors import RunFailedError
+from mixer_jax.evaluation.classification import Scores
+from mixer_jax.training.experiment import Experiment, throughput
+from mixer_jax.training.metrics import MetricsWriter
+from mixer_jax.training.progress import Progress
+from mixer_jax.training.step import Metrics
+
+
+class Journal:
+    """Keeps the book of a run.
+
+    A step's metrics are read when the next step is already under way, so the device never waits
+    for the host, and the host never runs further ahead than one step.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        experiment: Experiment,
+        first_step: int,
+        active: bool,
+    ):
+        """Opens the book.
+
+        Args:
+            workdir: absolute path or URL of the run.
+            experiment: that is run.
+            first_step: steps done when the run begins or is resumed.
+            active: whether this host is the one that writes and prints.
+        """
+        self.progress = Progress(first_step, experiment.num_steps, active)
+        self._writer = MetricsWriter(workdir, first_step, active)
+        self._experiment = experiment
+        self._pending: tuple[int, Metrics] | None = None
+        self._timed = False
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that has just been started; settles those of the last."""
+        self.settle()
+        self._pending = (step, metrics)
+
+    def settle(self) -> None:
+        """Waits for the recorded step and writes it down if it is due.
+
+        Raises:
+            RunFailedError: one of its metrics is not a finite number.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunFailedError(f"{name} is {value} at step {step}")
+        self.progress.advance()
+        config = self._experiment.config
+        due = step % config.log_every_steps == 0
+        if not self._timed:
+            # The first step compiles: the clock starts after it.
+            self.progress.restart(step)
+            self._timed = True
+        elif due:
+            steps_per_second = self.progress.lap(step)
+            rates = throughput(self._experiment, steps_per_second * config.batch_size)
+            self.progress.report(step, values["loss"], steps_per_second, rates["images_per_second"])
+            values |= rates
+        if due:
+            self._writer.write(step, values)
+
+    def write_scores(self, step: int, name: str, scores: Scores) -> None:
+        """Writes down and shows the scores of one evaluation."""
+        values = {f"{name}/{key}": float(value) for key, value in scores._asdict().items()}
+        self._writer.write(step, values)
+        self.progress.say(
+            f"step {step:,}: {name} top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, "
+            f"log-likelihood {scores.log_likelihood:.4f} on {scores.num_examples:,} images"
+        )
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self.progress.close()
+        self._writer.close()

@@ -1,0 +1,163 @@
+"""The map of a whole run: `train_and_evaluate`."""
+
+import contextlib
+import signal
+import time
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from mixer_jax.errors import RunFailedError
+from mixer_jax.evaluation.classification import Scores
+from mixer_jax.parallel import hosts
+from mixer_jax.training.curves import draw_curves
+from mixer_jax.training.experiment import (
+    Experiment,
+    build,
+    evaluators,
+    initial_state,
+    open_sources,
+    training_batches,
+)
+from mixer_jax.training.journal import Journal
+from mixer_jax.training.step import TrainState
+from mixer_jax.training.workdir import save_config
+from mixer_jax.weights.checkpoint import Checkpoints
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        num_steps: steps the run has in all.
+        scores: at the last step, by evaluation name; empty if the run was stopped before it.
+        stopped_by: the signal that stopped it, or None.
+    """
+
+    step: int
+    num_steps: int
+    scores: dict[str, Scores]
+    stopped_by: signal.Signals | None
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
+    """Trains a Mixer from the start, or from the newest checkpoint in `workdir`, to the end.
+
+    Args:
+        config: valid by `config.validate`.
+        workdir: absolute path or URL of the run, checked by `workdir.check`.
+
+    Raises:
+        UserError: data are missing, or the batch does not divide over the devices.
+        RunFailedError: loss, gradients or parameters are no longer finite numbers.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(hosts.StopSignals())
+        sources = open_sources(config)
+        hosts.join(config.distributed)
+        leader = jax.process_index() == 0
+        experiment = build(config, sources)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        first_step = checkpoints.latest_step() or 0
+        state = restore(experiment, checkpoints, first_step)
+        if leader:
+            save_config(workdir, config)
+        journal = Journal(workdir, experiment, first_step, leader)
+        stack.callback(journal.close)
+        journal.progress.say(_describe(experiment, first_step))
+
+        evals = evaluators(experiment)
+        step = saved_step = first_step
+        saved_at = time.monotonic()
+        scores: dict[str, Scores] = {}
+        if first_step == experiment.num_steps:
+            scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
+        for step, batch in enumerate(training_batches(experiment, first_step), first_step + 1):
+            state, metrics = experiment.train_step(state, batch)
+            last = step == experiment.num_steps
+            try:
+                journal.record(step, metrics)
+                due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
+                stopping = _ask_hosts(step, experiment, stop.received is not None)
+                late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
+                late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, experiment, late)
+                saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
+                if due or saving:
+                    # What is scored and saved is known to be finite.
+                    journal.settle()
+            except RunFailedError as error:
+                raise _with_last_checkpoint(error, workdir, saved_step) from error
+            with journal.progress.pause():
+                for name in due:
+                    scores[name] = evals[name](state.eval_params)
+                    journal.write_scores(step, name, scores[name])
+                if saving:
+                    save(experiment, checkpoints, state, step)
+                    saved_step, saved_at = step, time.monotonic()
+            if stopping:
+                break
+    if leader:
+        draw_curves(workdir)
+    finished = step == experiment.num_steps
+    return Result(step, experiment.num_steps, scores if finished else {}, stop.received)
+
+
+def save(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, step: int) -> None:
+    """Begins to save a state in the background."""
+    items = {"params": state.params, "optimizer": state.opt_state}
+    if state.ema_params is not None:
+        items["ema_params"] = state.ema_params
+    checkpoints.save(step, items, experiment.metadata)
+
+
+def restore(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
+    """Returns the state saved at `step`, or for step 0 the initial one."""
+    if step == 0:
+        return initial_state(experiment)
+    shape = experiment.state_shape
+    targets = {"params": shape.params, "optimizer": shape.opt_state}
+    if shape.ema_params is not None:
+        targets["ema_params"] = shape.ema_params
+    items = checkpoints.restore(step, targets)
+    steps_done = jax.device_put(jax.numpy.int32(step), shape.step.sharding)
+    return TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
+
+
+def _due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _ask_hosts(step: int, experiment: Experiment, flag: bool) -> bool:
+    """Returns whether any host's flag is set; several hosts ask each other only now and then."""
+    if jax.process_count() > 1 and step % experiment.config.log_every_steps:
+        return False
+    return hosts.any_host(flag)
+
+
+def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> RunFailedError:
+    kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
+    return RunFailedError(f"{error}; {kept}; try a lower learning rate or a longer warmup")
+
+
+def _describe(experiment: Experiment, first_step: int) -> str:
+    config, mesh, train = experiment.config, experiment.mesh, experiment.sources.train
+    count = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
+    device = jax.devices()[0]
+    if first_step == experiment.num_steps:
+        status = "training is finished: scoring the last checkpoint"
+    else:
+        begins = f"goes on after step {first_step:,}" if first_step else "begins"
+        status = (
+            f"training {begins}: {experiment.num_steps:,} steps of {config.batch_size:,} images; "
+            "the first compiles the program"
+        )
+    return (
+        f"Mixer {config.model.variant}, {count:,} parameters, {config.image_size} px\n"
+        f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
+        f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
+        f"fsdp={mesh.shape['fsdp']}, {experiment.model.dtype}\n"
+        f"{status}"
+    )

@@ -1,0 +1,82 @@
+"""Where a run's numbers go: `metrics.jsonl` at once, and TensorBoard events behind it."""
+
+import json
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "events"
+# Measured by the clock, so different each time a run is repeated; all else repeats to the bit.
+TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """Returns the lines of a run's `metrics.jsonl`; one cut off by a crash is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
+    lines = path.read_text().split("\n") if path.exists() else []
+    # A whole line ends in a newline, so what follows the last one is empty or cut off.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricsWriter:
+    """Writes the metrics of a run. One host of several writes; the others' writers do nothing."""
+
+    def __init__(self, workdir: str, first_step: int, active: bool):
+        """Opens a run's metrics; a resumed run forgets what it wrote after its checkpoint.
+
+        Args:
+            workdir: absolute path or URL of the run.
+            first_step: steps done when the run begins or is resumed.
+            active: whether this host is the one that writes.
+        """
+        self._active = active
+        if not active:
+            return
+        self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
+        self._path = epath.Path(workdir) / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
+        self._path.write_text(self._text)
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._writes: list[Future[None]] = []
+        self._events: Any = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of one step."""
+        if not self._active:
+            return
+        line = json.dumps({"step": step, **values}) + "\n"
+        if "://" in str(self._path):
+            # Object stores cannot append; a run's metrics are small enough to be written anew.
+            self._text += line
+            self._path.write_text(self._text)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
+        self._writes.append(self._background.submit(self._write_events, step, values))
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        if not self._active:
+            return
+        self._background.shutdown(wait=True)
+        for write in self._writes:
+            write.result()
+        if self._events:
+            self._events.close()
+
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
+        if self._events is None:
+            # clu brings TensorFlow, which takes seconds: in this thread, while the device works.
+            try:
+                from clu import metric_writers
+            except ImportError as error:
+                print(f"no TensorBoard events are written: {error}", file=sys.stderr)
+                self._events = False
+            else:
+                self._events = metric_writers.SummaryWriter(self._events_folder)
+        if self._events:
+            self._events.write_scalars(step, values)

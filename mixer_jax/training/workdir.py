@@ -1,0 +1,68 @@
+"""The folder of a run: which config it belongs to, and whether that may go on in it."""
+
+import json
+import os
+import uuid
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mixer_jax.config import differences, to_json
+from mixer_jax.errors import UserError
+from mixer_jax.weights.steps import list_steps
+
+CONFIG_FILE = "config.json"
+
+
+def absolute(workdir: str) -> str:
+    """Returns the folder as an absolute path, or as the URL it is."""
+    return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+
+
+def check(workdir: str, config: ConfigDict) -> list[str]:
+    """Makes the folder and checks that a run of `config` may begin or go on in it.
+
+    Args:
+        workdir: absolute path or URL.
+        config: of the run.
+
+    Returns:
+        What is set differently from before but does no harm, one line a key.
+
+    Raises:
+        UserError: the folder cannot be written, or holds checkpoints of another experiment.
+    """
+    _check_writable(workdir)
+    saved = epath.Path(workdir) / CONFIG_FILE
+    if not saved.exists():
+        if list_steps(workdir):
+            raise UserError(
+                f"workdir {workdir!r} holds checkpoints but no {CONFIG_FILE}; "
+                "choose another --workdir"
+            )
+        return []
+    harmless, harmful = differences(json.loads(saved.read_text()), config)
+    if harmful and list_steps(workdir):
+        raise UserError(
+            f"workdir {workdir!r} belongs to another experiment ({'; '.join(harmful)}); "
+            "choose another --workdir, or take the change back to resume"
+        )
+    return harmless + harmful
+
+
+def save_config(workdir: str, config: ConfigDict) -> None:
+    """Writes the config as `workdir`/config.json."""
+    (epath.Path(workdir) / CONFIG_FILE).write_text(to_json(config))
+
+
+def _check_writable(workdir: str) -> None:
+    probe = epath.Path(workdir) / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"workdir {workdir!r} cannot be written ({reason}); choose another --workdir"
+        ) from error
