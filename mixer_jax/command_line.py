@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from absl import logging
 from ml_collections import ConfigDict
 
-from mixer_jax.config import KIND_NAMES, check_known, did_you_mean, flatten
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.config import KEYS, KIND_NAMES, check_known, flatten
+from mixer_jax.errors import RunFailedError, UserError, did_you_mean
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -124,7 +124,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
         UserError: the key does not exist, or the text is not of the key's type.
     """
-    check_known(path, list(flatten(config)))
+    check_known(path, [*KEYS, *(key for key in flatten(config) if key.startswith("evals."))])
     *sections, name = path.split(".")
     node = config
     for section in sections:

@@ -6,7 +6,6 @@ device is touched.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, did_you_mean
 from mixer_jax.model.variants import check_image_size, resolve_widths
 
 
@@ -275,21 +274,6 @@ def check_known(path: str, known: list[str]) -> None:
     """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
     if path not in known:
         raise UserError(f"config.{path} is no configuration key{did_you_mean(path, known)}")
-
-
-def did_you_mean(value: str, known: list[str]) -> str:
-    """Returns the end of an error message that names what of `known` is nearest to `value`."""
-    section, _, name = value.rpartition(".")
-    # A forgotten section is as common as a typing error, so a key of that very name comes first.
-    nearest = [path for path in known if path.split(".")[-1] == name]
-    siblings = [path for path in known if path.rpartition(".")[0] == section]
-    nearest = nearest or difflib.get_close_matches(value, siblings, n=1, cutoff=0.8)
-    nearest = nearest or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
-    if section and siblings:
-        return f"; {section} has {', '.join(path.rpartition('.')[2] for path in siblings)}"
-    return "; --help lists them all"
 
 
 def _check_value(path: str, value: Any) -> None:

@@ -1,5 +1,7 @@
 """Exceptions that the doors turn into one line and an exit code."""
 
+import difflib
+
 
 class UserError(ValueError):
     """A user's mistake, told in one line: the value, the rule it breaks, and the fix.
@@ -10,3 +12,20 @@ class UserError(ValueError):
 
 class RunFailedError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
+
+
+def did_you_mean(value: str, known: list[str]) -> str:
+    """Returns the end of an error message that names what of `known` is nearest to `value`."""
+    section, _, name = value.rpartition(".")
+    # A forgotten section is as common as a typing error, so a key of that very name comes first.
+    nearest = [path for path in known if path.split(".")[-1] == name]
+    siblings = [path for path in known if path.rpartition(".")[0] == section]
+    if not nearest and section and siblings:
+        names = [path.rpartition(".")[2] for path in siblings]
+        nearest = [f"{section}.{match}" for match in difflib.get_close_matches(name, names, n=1)]
+        if not nearest:
+            return f"; {section} has {', '.join(names)}"
+    nearest = nearest or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
+    if nearest:
+        return f"; did you mean {nearest[0]}?"
+    return "; --help lists them all"

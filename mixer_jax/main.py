@@ -3,10 +3,16 @@
 import argparse
 import signal
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mixer_jax import command_line
 from mixer_jax.config import describe, validate
 from mixer_jax.training import workdir as workdirs
+from mixer_jax.training.curves import CURVES_FILE
+from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
+
+if TYPE_CHECKING:
+    from mixer_jax.training.loop import Result
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,23 +44,41 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(config.compilation_cache)
-    from mixer_jax.training.loop import Result, train_and_evaluate
-
-    def summarize(result: Result) -> None:
-        shown = known.workdir or default
-        if result.stopped_by:
-            print(f"stopped at step {result.step:,} of {result.num_steps:,} and saved")
-            print("the same command goes on from there")
-            return
-        for name, scores in result.scores.items():
-            print(
-                f"{name}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, calibration error "
-                f"{scores.calibration_error:.2%}, {scores.num_examples:,} images"
-            )
+    from mixer_jax.training.loop import train_and_evaluate
 
     result = train_and_evaluate(config, workdir)
-    summarize(result)
+    print(_farewell(result, known.workdir or default, config.dataset.name), flush=True)
     return command_line.INTERRUPTED if result.stopped_by == signal.SIGINT else 0
+
+
+def _farewell(result: "Result", workdir: str, dataset: str) -> str:
+    """Returns what a run ends with: its scores, where things lie, and what to do next."""
+    place = f"{workdir}/checkpoints/{result.step}"
+    score = f"python -m mixer_jax.evaluate --checkpoint={workdir} --dataset={dataset} --split=test"
+    if result.step < result.num_steps:
+        return (
+            f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {place}; "
+            "the same command goes on from there"
+        )
+    lines = [
+        f"{name}: {scores.top1:.2%} top-1, {scores.top5:.2%} top-5, calibration error "
+        f"{scores.calibration_error:.2%}, on {scores.num_examples:,} images"
+        for name, scores in result.scores.items()
+    ]
+    return "\n".join(
+        [
+            "",
+            *lines,
+            f"checkpoint  {place}",
+            f"curves      {workdir}/{CURVES_FILE}",
+            f"metrics     {workdir}/{METRICS_FILE}",
+            f"events      {workdir}/{EVENTS_FOLDER}",
+            "",
+            "next:",
+            f"  {score}",
+            f"  tensorboard --logdir={workdir}/{EVENTS_FOLDER}",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Which checkpoints a run has; reads names only, so it costs no orbax."""
 
-import re
-
 from etils import epath
 
 from mixer_jax.errors import UserError
 
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"
 
 
 def list_steps(workdir: str) -> list[int]:
@@ -14,8 +13,13 @@ def list_steps(workdir: str) -> list[int]:
     folder = epath.Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
-    names = [entry.name for entry in folder.iterdir()]
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+    complete = (
+        int(entry.name)
+        for entry in folder.iterdir()
+        # A disk renames a finished save; an object store cannot, and gets this file as its mark.
+        if entry.name.isdecimal() and ("://" not in workdir or (entry / COMMITTED).exists())
+    )
+    return sorted(complete)
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:

@@ -1,0 +1,43 @@
+"""Settings of the whole test run: eight simulated devices, shapes checked, no silent broadcasts."""
+
+import os
+from pathlib import Path
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled programs are kept between runs, so that only the first run of the tests is slow.
+CACHE = os.path.expanduser("~/.cache/mixer_jax/tests")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+# Every annotation of the package is checked at every call; an int will do for a float.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("mixer_jax", CHECKER)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data_dir with digits prepared in it."""
+    from mixer_jax.data.sources import open_source
+
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    for classes in ("all", "low", "high"):
+        open_source(f"digits/{classes}", "train", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every test in the checkout, as a user would."""
+    monkeypatch.chdir(ROOT)

@@ -1,0 +1,116 @@
+"""Tests of the digits data set: scikit-learn's scans, each once, the same wherever prepared."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
+
+from mixer_jax.data.preprocess import decode
+from mixer_jax.data.sources import Example, open_source
+
+SIZES = {"train": 1437, "test": 360}
+
+
+def read(name: str, split: str, data_dir: str) -> list[Example]:
+    source = open_source(name, split, data_dir)
+    return [source.examples[index] for index in range(len(source))]
+
+
+def count(name: str, split: str, data_dir: str) -> Counter[tuple[bytes, str]]:
+    names = open_source(name, split, data_dir).class_names
+    return Counter((e["image"], names[e["label"]]) for e in read(name, split, data_dir))
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_low_and_high_partition_all(split: str, digits_dir: str) -> None:
+    everything = count("digits", split, digits_dir)
+    low, high = (count(f"digits/{classes}", split, digits_dir) for classes in ("low", "high"))
+    assert everything.total() == SIZES[split]
+    assert everything == low + high
+    assert {name for _, name in low} == set("01234")
+    assert {name for _, name in high} == set("56789")
+
+
+def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
+    scans = load_digits()
+    expected = Counter(
+        (scan.astype(np.uint8).tobytes(), int(digit))
+        for scan, digit in zip(scans.images, scans.target, strict=True)
+    )
+    found: Counter[tuple[bytes, int]] = Counter()
+    for example in read("digits", "train+test", digits_dir):
+        image = decode(example["image"])
+        levels = np.rint(image[..., 0] / 255 * 16)
+        # 17 grey levels span the whole range of a byte, and rounding is all that is lost.
+        assert (image == np.rint(levels * 255 / 16)[..., None]).all()
+        found[levels.astype(np.uint8).tobytes(), example["label"]] += 1
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "class_names"),
+    [("digits", "0123456789"), ("digits/low", "01234"), ("digits/high", "56789")],
+)
+def test_class_names(name: str, class_names: str, digits_dir: str) -> None:
+    assert open_source(name, "test", digits_dir).class_names == tuple(class_names)
+
+
+def test_it_is_prepared_as_array_record(digits_dir: str) -> None:
+    builder = tfds.builder_from_directory(f"{digits_dir}/digits/all/1.0.0")
+    assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+
+PREPARE = """
+import sys
+import sklearn.datasets
+import mixer_jax.data.builders.digits
+from mixer_jax.data.sources import open_source
+print("ready", flush=True)
+input()
+print(len(open_source("digits", "train", sys.argv[1])), "tensorflow" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data_dir of one process; two others share the one beside it."""
+    return str(tmp_path_factory.mktemp("prepared") / "alone")
+
+
+@pytest.fixture(scope="module")
+def outputs(folder: str, root: Path) -> list[str]:
+    """What processes print that prepare digits at the same moment, the last two in one folder."""
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, data_dir], stdin=pipe, stdout=pipe, text=True, cwd=root
+        )
+        for data_dir in (folder, folder + "_shared", folder + "_shared")
+    ]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0] for process in processes]
+
+
+def test_preparing_does_not_import_tensorflow(outputs: list[str]) -> None:
+    assert outputs[0] == "1437 False\n"
+
+
+def test_two_hosts_may_prepare_in_one_folder_at_once(outputs: list[str]) -> None:
+    assert outputs[1:] == ["1437 False\n"] * 2
+
+
+@pytest.mark.usefixtures("outputs")
+@pytest.mark.parametrize("split", SIZES)
+def test_two_preparations_are_identical(split: str, folder: str, digits_dir: str) -> None:
+    assert read("digits", split, folder) == read("digits", split, digits_dir)

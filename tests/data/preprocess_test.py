@@ -1,0 +1,305 @@
+"""Tests of preprocessing: what is decoded, which part of it is kept, and how it is resized."""
+
+import io
+import struct
+import zlib
+from collections import Counter
+from typing import Any
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixer_jax.data import preprocess
+from mixer_jax.data.preprocess import decode, eval_image, train_image
+from mixer_jax.data.randaugment import rand_augment
+
+PLAIN: dict[str, Any] = {
+    "train_crop": "resize",
+    "min_area": 0.05,
+    "max_shift": 2,
+    "flip": False,
+    "randaugment_layers": 0,
+    "randaugment_magnitude": 10.0,
+}
+CROPS = ["inception", "shift", "resize"]
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 256, (height, width, 3), np.uint8)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    return cv2.resize(noise(5, 6), (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def encode(image: np.ndarray, file_format: str, mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(file, file_format, **options)
+    return file.getvalue()
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """Returns an image that is 0 to 255 from top to bottom in red, left to right in green."""
+    image = np.full((height, width, 3), 128)
+    image[..., 0] = np.rint(np.linspace(0, 255, height))[:, None]
+    image[..., 1] = np.rint(np.linspace(0, 255, width))
+    return image.astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_png_decodes_as_pillow_does(mode: str) -> None:
+    encoded = encode(noise(7, 9), "PNG", mode)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    np.testing.assert_array_equal(decode(encoded), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_decodes_as_pillow_does(mode: str) -> None:
+    encoded = encode(smooth(48, 64), "JPEG", mode, quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    decoded = decode(encoded)
+    assert decoded.shape == (48, 64, 3)
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_grey_images_become_rgb(file_format: str) -> None:
+    decoded = decode(encode(smooth(16, 16), file_format, "L"))
+    assert (decoded == decoded[..., :1]).all()
+    assert decoded.std() > 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = smooth(16, 32)
+    turned = decode(encode(image, "JPEG", exif=exif))
+    np.testing.assert_array_equal(turned, decode(encode(image, "JPEG")))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_that_claims(side: int) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"\0" * 100,
+        b"not an image",
+        encode(noise(40, 50), "PNG")[:600],
+        encode(noise(40, 50), "JPEG")[:200],
+        # More pixels than OpenCV agrees to hold.
+        png_that_claims(60_000),
+    ],
+    ids=["empty", "zeros", "text", "half a PNG", "half a JPEG", "too large"],
+)
+def test_bytes_that_are_no_image_are_refused(encoded: bytes) -> None:
+    with pytest.raises(ValueError, match=f"{len(encoded)} bytes that are no readable image"):
+        decode(encoded)
+
+
+def inception_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [preprocess.inception_crop(image, rng, min_area) for _ in range(draws)]
+
+
+@pytest.mark.parametrize("min_area", [0.05, 0.5])
+@pytest.mark.parametrize("shape", [(200, 200), (160, 250), (250, 160)])
+def test_inception_crops_are_parts_in_range(shape: tuple[int, int], min_area: float) -> None:
+    image = coordinates(*shape)
+    for crop in inception_crops(image, min_area, 500):
+        height, width = crop.shape[:2]
+        top = int(np.flatnonzero(image[:, 0, 0] == crop[0, 0, 0])[0])
+        left = int(np.flatnonzero(image[0, :, 1] == crop[0, 0, 1])[0])
+        np.testing.assert_array_equal(crop, image[top : top + height, left : left + width])
+        if crop.shape == image.shape:
+            continue  # Ten draws did not fit.
+        # Sides are rounded to whole pixels.
+        assert (height + 0.5) * (width + 0.5) >= min_area * shape[0] * shape[1]
+        assert (width + 0.5) / (height - 0.5) >= 3 / 4
+        assert (width - 0.5) / (height + 0.5) <= 4 / 3
+
+
+def test_inception_crops_fill_their_range() -> None:
+    crops = inception_crops(coordinates(200, 200), 0.05, 2000)
+    areas = np.array([crop.shape[0] * crop.shape[1] for crop in crops]) / 200**2
+    aspects = np.array([crop.shape[1] / crop.shape[0] for crop in crops])
+    assert areas.min() < 0.06
+    assert areas.max() > 0.95
+    assert aspects.min() < 0.76
+    assert aspects.max() > 1.32
+    # Wide and tall are equally likely, and areas uniform where every aspect fits.
+    assert abs(np.log(aspects).mean()) < 0.01
+    uniform = areas[areas < 0.7]
+    assert abs(uniform.mean() - (0.05 + 0.7) / 2) < 0.02
+    corners = np.array([(crop[0, 0, :2], crop[-1, -1, :2]) for crop in crops])
+    assert (corners[:, 0].min(0) == 0).all()
+    assert (corners[:, 1].max(0) == 255).all()
+    np.testing.assert_allclose(corners.mean((0, 1)), 127.5, atol=4)
+
+
+@pytest.mark.parametrize("shape", [(10, 1000), (1000, 10)])
+def test_inception_crop_of_an_elongated_image_is_all_of_it(shape: tuple[int, int]) -> None:
+    # With sides of at most 4:3 no part of these covers 5 % of them.
+    for crop in inception_crops(noise(*shape), 0.05, 20):
+        np.testing.assert_array_equal(crop, noise(*shape))
+
+
+def moved(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """Returns the image moved down and right, black where nothing came from."""
+    result = np.zeros_like(image)
+    height, width = image.shape[:2]
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - dy < height and 0 <= x - dx < width:
+                result[y, x] = image[y - dy, x - dx]
+    return result
+
+
+@pytest.mark.parametrize("max_shift", [0, 1, 2])
+def test_every_shift_is_equally_likely(max_shift: int) -> None:
+    image, rng = noise(6, 7), np.random.default_rng(0)
+    reach = range(-max_shift, max_shift + 1)
+    expected = {moved(image, dy, dx).tobytes() for dy in reach for dx in reach}
+    draws = 60 * len(expected)
+    drawn = Counter(preprocess.shift(image, rng, max_shift).tobytes() for _ in range(draws))
+    assert drawn.keys() == expected
+    assert len(expected) == len(reach) ** 2
+    # 60 of each are expected, with a standard deviation of 8.
+    assert min(drawn.values()) > 30
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_half_of_the_images_are_flipped(crop: str) -> None:
+    # Left is dark and right is bright, in whatever part of it.
+    encoded, rng = encode(coordinates(32, 32), "PNG"), np.random.default_rng(0)
+    settings = PLAIN | {"train_crop": crop, "flip": True, "max_shift": 0}
+    images = [train_image(encoded, rng, image_size=16, **settings) for _ in range(400)]
+    flipped = sum(bool(image[0, 0, 1] > image[0, -1, 1]) for image in images)
+    # 200 are expected, with a standard deviation of 10.
+    assert 160 < flipped < 240
+
+
+def test_flipping_mirrors_left_to_right() -> None:
+    image, rng = noise(9, 9), np.random.default_rng(0)
+    settings = PLAIN | {"flip": True}
+    results = [train_image(encode(image, "PNG"), rng, image_size=9, **settings) for _ in range(20)]
+    assert {r.tobytes() for r in results} == {image.tobytes(), image[:, ::-1].tobytes()}
+
+
+@pytest.mark.parametrize("augment", [PLAIN, PLAIN | {"flip": True, "randaugment_layers": 2}])
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("shape", [(40, 60), (16, 16), (500, 9)])
+def test_training_images(shape: tuple[int, int], crop: str, augment: dict[str, Any]) -> None:
+    encoded = encode(noise(*shape), "PNG")
+
+    def draw(seed: int) -> np.ndarray:
+        rng, settings = np.random.default_rng(seed), augment | {"train_crop": crop}
+        return train_image(encoded, rng, image_size=16, **settings)
+
+    image = draw(0)
+    assert image.shape == (16, 16, 3)
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    np.testing.assert_array_equal(image, draw(0))
+    whole = crop == "resize" or (crop == "inception" and shape == (500, 9))
+    always_alike = whole and not augment["flip"]
+    assert (len({draw(seed).tobytes() for seed in range(20)}) == 1) == always_alike
+
+
+def test_augmentation_follows_flip_and_crop() -> None:
+    encoded = encode(smooth(32, 32), "PNG")
+    settings = PLAIN | {"randaugment_layers": 2}
+    plain = train_image(encoded, np.random.default_rng(0), image_size=32, **PLAIN)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        expected = rand_augment(plain, np.random.default_rng(seed), num_layers=2, magnitude=10.0)
+        result = train_image(encoded, rng, image_size=32, **settings)
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_training_resizes_without_antialiasing() -> None:
+    image = noise(32, 32)
+    resized = train_image(
+        encode(image, "PNG"), np.random.default_rng(0), image_size=8, **PLAIN
+    ).astype(float)
+    # Bilinear at a quarter: the middle four of every sixteen pixels, and no other.
+    blocks = image.reshape(8, 4, 8, 4, 3)[:, 1:3, :, 1:3]
+    np.testing.assert_allclose(resized, blocks.mean((1, 3)), atol=0.75)
+
+
+def evaluate(image: np.ndarray, image_size: int, eval_crop: str) -> np.ndarray:
+    return eval_image(encode(image, "PNG"), image_size=image_size, eval_crop=eval_crop)
+
+
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "whole"])
+@pytest.mark.parametrize("image_size", [224, 448, 32])
+@pytest.mark.parametrize(
+    "shape", [(256, 256), (375, 500), (500, 333), (40, 30), (30, 900), (900, 30)]
+)
+def test_evaluation_crops_the_centre(
+    shape: tuple[int, int], image_size: int, eval_crop: str
+) -> None:
+    shown = evaluate(coordinates(*shape), image_size, eval_crop)
+    assert shown.shape == (image_size, image_size, 3)
+    assert shown.dtype == np.uint8
+    assert shown.flags.c_contiguous
+    # Pixels of the image per pixel shown: the paper keeps 224 of 256.
+    per_pixel = {
+        "shorter_side": [min(shape) / image_size * 224 / 256] * 2,
+        "square": [side / image_size * 224 / 256 for side in shape],
+        "whole": [side / image_size for side in shape],
+    }[eval_crop]
+    from_centre = np.arange(image_size) - (image_size - 1) / 2
+    for channel, side in enumerate(shape):
+        position = np.clip((side - 1) / 2 + from_centre * per_pixel[channel], 0, side - 1)
+        level = 255 / (side - 1)
+        found = shown[..., channel] if channel else shown[..., channel].T
+        # Within a pixel, of the image or of what is shown, and the rounding of its level.
+        tolerance = max(per_pixel[channel], 1) * level + 1
+        np.testing.assert_allclose(
+            found, np.tile(position * level, (image_size, 1)), atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
+@pytest.mark.parametrize(("image_size", "side"), [(224, 256), (448, 512), (7, 8)])
+def test_evaluation_of_the_right_size_only_crops(
+    image_size: int, side: int, eval_crop: str
+) -> None:
+    image, edge = noise(side, side), (side - image_size) // 2
+    expected = image[edge : edge + image_size, edge : edge + image_size]
+    np.testing.assert_array_equal(evaluate(image, image_size, eval_crop), expected)
+
+
+def test_whole_image_of_the_right_size_is_unchanged() -> None:
+    np.testing.assert_array_equal(evaluate(noise(48, 48), 48, "whole"), noise(48, 48))
+
+
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
+def test_evaluation_averages_over_areas(eval_crop: str) -> None:
+    image = noise(512, 512)
+    expected = image.reshape(256, 2, 256, 2, 3).mean((1, 3))[16:240, 16:240]
+    shown = evaluate(image, 224, eval_crop).astype(float)
+    np.testing.assert_allclose(shown, expected, atol=0.5)
+
+
+def test_model_range_is_symmetric_and_exact_at_its_ends() -> None:
+    levels = jnp.arange(256, dtype=jnp.uint8)
+    values = np.asarray(preprocess.to_model_range(levels))
+    assert values.dtype == np.float32
+    assert values[0] == -1.0
+    assert values[255] == 1.0
+    np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-7)

@@ -1,0 +1,235 @@
+"""Tests of the sources: what they hold, and what a user is told who asks for what is not there."""
+
+import importlib
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import pytest
+import simple_parsing
+import tensorflow_datasets as tfds
+from tensorflow_datasets.scripts.cli import build
+
+from mixer_jax.data.preprocess import decode
+from mixer_jax.data.sources import Example, Source, open_source, synthetic_source
+from mixer_jax.errors import UserError
+
+PNG = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
+IMAGE = tfds.features.Image(encoding_format="png")
+LABEL = tfds.features.ClassLabel(names=["a", "b", "c"])
+TOY_FEATURES = {
+    "good": {"image": IMAGE, "label": LABEL},
+    "without_label": {"image": IMAGE},
+    "label_without_classes": {"image": IMAGE, "label": tfds.features.Scalar(np.int64)},
+    "hidden_labels": {"image": IMAGE, "label": LABEL},
+}
+
+
+class MixerToy(tfds.core.GeneratorBasedBuilder):
+    """Three black images; defining the class is what makes TFDS know `mixer_toy`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in TOY_FEATURES]
+
+    def _info(self) -> Any:
+        features = tfds.features.FeaturesDict(TOY_FEATURES[self.builder_config.name])
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(3):
+            label = -1 if self.builder_config.name == "hidden_labels" else index
+            example = {"image": PNG, "label": label}
+            yield index, {key: example[key] for key in self.info.features}
+
+
+def prepare(name: str, data_dir: Path, file_format: str) -> None:
+    tfds.builder(name, data_dir=data_dir, file_format=file_format).download_and_prepare()
+
+
+def read(source: Source) -> list[Example]:
+    return [source.examples[index] for index in range(len(source))]
+
+
+def error_of(name: str, split: str, data_dir: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        open_source(name, split, str(data_dir))
+    return str(caught.value)
+
+
+def test_synthetic_examples_are_decided_by_the_split() -> None:
+    train, again, test = (
+        read(synthetic_source(split, num_classes=10, num_examples=100, image_size=32))
+        for split in ("train", "train", "test")
+    )
+    assert train == again
+    assert [e["label"] for e in train] != [e["label"] for e in test]
+    assert {e["image"] for e in train}.isdisjoint(e["image"] for e in test)
+
+
+def test_synthetic_labels_cover_all_classes() -> None:
+    source = synthetic_source("train", num_classes=10, num_examples=1000, image_size=8)
+    counts = np.bincount([example["label"] for example in read(source)])
+    # 100 of each are expected, with a standard deviation of 9.5.
+    assert len(counts) == source.num_classes == 10
+    assert counts.min() > 60
+
+
+@pytest.mark.parametrize("image_size", [32, 224])
+def test_synthetic_images_decode(image_size: int) -> None:
+    source = synthetic_source("train", 10, 20, image_size)
+    images = [decode(example["image"]) for example in read(source)]
+    assert {image.shape for image in images} == {(image_size, image_size, 3)}
+    assert len({image.tobytes() for image in images}) > 10
+    assert min(image.std() for image in images) > 30
+
+
+def test_synthetic_sizes() -> None:
+    given = open_source("synthetic", "any", num_classes=7, num_examples=5)
+    default = open_source("synthetic", "any")
+    assert (len(given), given.num_classes) == (5, 7)
+    assert (len(default), default.num_classes) == (1024, 1000)
+
+
+def test_iteration_comes_to_an_end(digits_dir: str) -> None:
+    for source in (synthetic_source("train", 2, 5, 8), open_source("digits", "test", digits_dir)):
+        several_times = itertools.islice(source.examples, 3 * len(source))
+        assert list(several_times) == read(source)
+
+
+def test_slices_of_splits(digits_dir: str) -> None:
+    train, test, first, rest, both = (
+        read(open_source("digits", split, digits_dir))
+        for split in ("train", "test", "train[:50%]", "train[50%:]", "train+test")
+    )
+    assert len(first) == 718
+    assert first + rest == train
+    assert both == train + test
+
+
+def test_examples_are_encoded_bytes_and_plain_labels(digits_dir: str) -> None:
+    source = open_source("digits", "test", digits_dir)
+    example = source.examples[7]
+    assert decode(example["image"]).shape == (8, 8, 3)
+    assert type(example["label"]) is int
+    assert source.num_classes == 10
+
+
+def test_data_sets_of_others_open(tmp_path: Path) -> None:
+    prepare("mixer_toy/good", tmp_path, "array_record")
+    source = open_source("mixer_toy/good", "train", str(tmp_path))
+    assert sorted(example["label"] for example in read(source)) == [0, 1, 2]
+    assert {example["image"] for example in read(source)} == {PNG}
+    assert source.class_names == ("a", "b", "c")
+
+
+def test_a_version_may_be_named(tmp_path: Path) -> None:
+    assert len(open_source("digits:1.0.0", "test", str(tmp_path))) == 360
+
+
+@pytest.mark.parametrize(
+    "split", ["validation", "", "train[", "train[:200%]", "train[::2]", "validation[:10%]"]
+)
+def test_unknown_split(split: str, digits_dir: str) -> None:
+    message = error_of("digits", split, digits_dir)
+    assert f"split {split!r} of data set 'digits'" in message
+    assert "train, test" in message
+
+
+def test_a_slice_of_nothing_is_called_empty(digits_dir: str) -> None:
+    assert "empty" in error_of("digits", "train[:0%]", digits_dir)
+
+
+def test_unknown_data_set(tmp_path: Path) -> None:
+    message = error_of("imagenet_of_mine", "train", tmp_path)
+    assert "'imagenet_of_mine'" in message
+    assert f"{tmp_path}/imagenet_of_mine" in message
+    assert "--config.dataset.data_dir" in message
+    assert "--config.dataset.name=synthetic" in message
+    assert str(tfds.core.constants.DATA_DIR) in error_of("imagenet_of_mine", "train", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("imagenet-2012", "imagenet-2012"),
+        ("", "''"),
+        ("digits/lo", "low"),
+        ("digits:9.9.9", "1.0.0"),
+        ("mnist:0.0.1", "3.0.1"),
+    ],
+)
+def test_names_that_cannot_be(name: str, reason: str, tmp_path: Path) -> None:
+    assert reason in error_of(name, "train", tmp_path)
+
+
+def test_a_file_is_no_data_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file" in error_of("digits", "train", tmp_path / "file")
+
+
+def advice(message: str) -> build.Args:
+    """Parses the command in an error message as TFDS does."""
+    command = re.search(r"prepare it with: (.*?) \(", message)
+    assert command
+    program, subcommand, *words = shlex.split(command[1])
+    assert (program, subcommand) == ("tfds", "build")
+    parser = simple_parsing.ArgumentParser()
+    parser.add_arguments(build.Args, dest="build")
+    return parser.parse_args(words).build
+
+
+@pytest.mark.parametrize("folder", ["data", "my data"])
+def test_a_data_set_not_prepared(folder: str, tmp_path: Path) -> None:
+    message = error_of("mnist", "train", tmp_path / folder)
+    assert f"'mnist' is not prepared in {tmp_path / folder}" in message
+    assert "--config.dataset.name=synthetic" in message
+    command = advice(message)
+    assert command.positional_datasets == ["mnist"]
+    assert command.generation.file_format == "array_record"
+    assert str(command.paths.data_dir) == str(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [("mixer_toy/good", "parquet"), ("mixer_toy/good", "tfrecord"), ("digits", "parquet")],
+)
+def test_a_data_set_without_random_access(name: str, file_format: str, tmp_path: Path) -> None:
+    prepare(name, tmp_path, file_format)
+    message = error_of(name, "train", tmp_path)
+    assert f"{name!r} is prepared as {file_format} in {tmp_path}/{name}" in message
+    assert "no random access" in message
+
+
+@pytest.mark.parametrize("prepared_as", [None, "parquet"])
+def test_following_the_advice_helps(prepared_as: str | None, tmp_path: Path) -> None:
+    if prepared_as:
+        prepare("mixer_toy/good", tmp_path, prepared_as)
+    command = advice(error_of("mixer_toy/good", "train", tmp_path))
+    command.execute()
+    assert len(open_source("mixer_toy/good", "train", str(command.paths.data_dir))) == 3
+
+
+def test_the_advised_program_starts() -> None:
+    # What the console script `tfds` imports first; a process of its own would take seconds more.
+    assert importlib.import_module("tensorflow_datasets.scripts.cli.main").launch_cli
+
+
+@pytest.mark.parametrize("config", ["without_label", "label_without_classes"])
+def test_a_data_set_without_classes(config: str, tmp_path: Path) -> None:
+    prepare(f"mixer_toy/{config}", tmp_path, "array_record")
+    message = error_of(f"mixer_toy/{config}", "train", tmp_path)
+    assert f"has features {', '.join(TOY_FEATURES[config])}" in message
+
+
+def test_labels_that_are_hidden_are_refused(tmp_path: Path) -> None:
+    prepare("mixer_toy/hidden_labels", tmp_path, "array_record")
+    with pytest.raises(UserError, match="label"):
+        read(open_source("mixer_toy/hidden_labels", "train", str(tmp_path)))

@@ -1,0 +1,285 @@
+"""Tests of the scores: by hand, in float64, and for any batch size and number of devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer_jax.data.preprocess import eval_image, to_model_range
+from mixer_jax.data.sources import Source, open_source
+from mixer_jax.evaluation.classification import (
+    JudgeBatch,
+    Judgements,
+    Scores,
+    calibration_error,
+    compile_judge,
+    evaluate,
+    judge,
+    summarize,
+)
+from mixer_jax.model.mixer import MlpMixer, create_model
+from mixer_jax.parallel.sharding import make_mesh
+
+IMAGE_SIZE = 16
+INFINITY = float("inf")
+NAN = float("nan")
+
+
+def on_host(*columns: Any) -> Judgements:
+    return Judgements(*(np.asarray(column) for column in columns))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The definition, in float64."""
+    return logits.astype(float) - np.log(np.exp(logits.astype(float)).sum(1, keepdims=True))
+
+
+def judge_all(logits: np.ndarray, labels: list[int]) -> Judgements:
+    mask = jnp.ones(len(labels), bool)
+    return on_host(*judge(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), mask))
+
+
+@pytest.mark.parametrize(
+    ("logits", "ranks"),
+    [
+        ([3.0, 1.0, 2.0], [0, 2, 1]),
+        ([-7.0, -5.0, -9.0], [1, 0, 2]),
+        ([2.0, 2.0, 1.0], [1, 1, 2]),
+        ([1.0, 2.0, 2.0], [2, 1, 1]),
+        ([4.0, 4.0, 4.0], [2, 2, 2]),
+        ([0.0, -INFINITY, -INFINITY], [0, 2, 2]),
+        ([NAN, 1.0, 2.0], [2, 2, 2]),
+        ([NAN, NAN, NAN], [2, 2, 2]),
+        ([INFINITY, 1.0, 2.0], [2, 2, 2]),
+    ],
+)
+def test_rank_of_every_label(logits: list[float], ranks: list[int]) -> None:
+    judged = judge_all(np.tile(logits, (3, 1)), [0, 1, 2])
+    assert judged.rank.tolist() == ranks
+
+
+@pytest.mark.parametrize("value", [0.0, -6.9, NAN])
+def test_logits_all_alike_are_wrong_for_every_label(value: float) -> None:
+    judged = judge_all(np.full((10, 10), value), list(range(10)))
+    assert (judged.rank == 9).all()
+
+
+def test_log_likelihood_and_confidence() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=5, size=(100, 7)).astype(np.float32)
+    labels = rng.integers(7, size=100)
+    judged = judge_all(logits, labels.tolist())
+    expected = log_softmax(logits)
+    np.testing.assert_allclose(judged.log_likelihood, expected[range(100), labels], atol=5e-6)
+    np.testing.assert_allclose(judged.confidence, np.exp(expected.max(1)), atol=1e-6)
+    assert (judged.rank == (expected > expected[range(100), labels][:, None]).sum(1)).all()
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    judged = judge_all(np.array([[1e30, 0.0, -1e30]]), [0])
+    assert judged.log_likelihood.tolist() == [0]
+    assert judged.confidence.tolist() == [1]
+
+
+def summary(rank: list[int], mask: list[bool] | None = None, **columns: list[float]) -> Scores:
+    values = {"log_likelihood": [-1.0] * len(rank), "confidence": [0.5] * len(rank)} | columns
+    return summarize(
+        on_host(
+            np.array(rank),
+            np.array(values["log_likelihood"], np.float32),
+            np.array(values["confidence"], np.float32),
+            np.array([True] * len(rank) if mask is None else mask, bool),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "top1", "top5"),
+    [([0], 1, 1), ([1], 0, 1), ([4], 0, 1), ([5], 0, 0), ([0, 1, 4, 5, 9, 0, 0, 3], 3 / 8, 6 / 8)],
+)
+def test_top1_and_top5(rank: list[int], top1: float, top5: float) -> None:
+    scores = summary(rank)
+    assert (scores.top1, scores.top5, scores.num_examples) == (top1, top5, len(rank))
+
+
+def test_padding_does_not_count() -> None:
+    padding = [NAN, 1.0]
+    padded = summary(
+        [0, 0, 7, 0],
+        [True, False, True, False],
+        log_likelihood=[-1.0, padding[0], -2.0, padding[1]],
+        confidence=[0.75, padding[0], 0.5, padding[1]],
+    )
+    assert padded == Scores(0.5, 0.5, -1.5, (0.25 + 0.5) / 2, 2)
+
+
+def test_sums_are_exact() -> None:
+    # In float32 a sum of ten million such numbers would be off by a tenth.
+    value = float(np.float32(-0.1))
+    scores = summary([0] * 10**6, log_likelihood=[value] * 10**6)
+    assert scores.log_likelihood == pytest.approx(value, rel=1e-15)
+
+
+@pytest.mark.parametrize("rank", [[], [0, 3]])
+def test_nothing_to_count(rank: list[int]) -> None:
+    with pytest.raises(ValueError, match="no example"):
+        summary(rank, [False] * len(rank))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "right", "expected"),
+    [
+        ([0.9], [True], 0.1),
+        ([0.9], [False], 0.9),
+        # Fifteen bins: the first two pairs fall into bins 7 and 13, each judged by its mean.
+        ([0.5, 0.5, 0.9, 0.9], [True, False, True, True], (0 + 0.2) / 4),
+        # One bin, from 3/15 to 4/15: the gaps of its members make up for one another ...
+        ([0.21, 0.25], [False, True], (1 - 0.46) / 2),
+        # ... and those on two sides of the edge at 3/15 do not.
+        ([0.19, 0.21], [True, False], (0.81 + 0.21) / 2),
+        # Certainty belongs to the last bin.
+        ([1.0, 0.99], [True, False], (1.99 - 1) / 2),
+        ([1.0] * 4, [False] * 4, 1),
+        ([1.0] * 4, [True] * 4, 0),
+        ([0.25] * 4 + [0.5] * 4 + [0.75] * 4, [i % 4 < n for n in (1, 2, 3) for i in range(4)], 0),
+    ],
+)
+def test_calibration_error(confidence: list[float], right: list[bool], expected: float) -> None:
+    found = calibration_error(np.array(confidence), np.array(right))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def reference_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """The definition: over bins, share of examples times |accuracy − mean confidence|."""
+    bins = np.digitize(confidence, np.linspace(0, 1, 16)[1:-1])
+    return sum(
+        (bins == b).mean() * abs(right[bins == b].mean() - confidence[bins == b].mean())
+        for b in np.unique(bins)
+    )
+
+
+def test_calibration_error_of_many() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=1000)
+    right = rng.uniform(size=1000) < confidence**2
+    found = calibration_error(confidence, right)
+    assert found == pytest.approx(reference_calibration_error(confidence, right), abs=1e-12)
+    assert 0.1 < found < 0.25
+
+
+def test_scores_of_a_model_that_diverged() -> None:
+    scores = summarize(judge_all(np.full((4, 10), NAN), [0, 1, 2, 3]))
+    assert (scores.top1, scores.top5, scores.num_examples) == (0, 0, 4)
+    # Not a perfect score for a model that says nothing.
+    assert np.isnan(scores.log_likelihood)
+    assert np.isnan(scores.calibration_error)
+
+
+@pytest.fixture(scope="module")
+def model() -> MlpMixer:
+    return create_model(
+        "custom",
+        num_classes=10,
+        num_blocks=1,
+        patch_size=4,
+        hidden_dim=16,
+        tokens_mlp_dim=8,
+        channels_mlp_dim=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(model: MlpMixer) -> Any:
+    """Random parameters, the head's too: at zero all logits would be alike."""
+    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def source(digits_dir: str) -> Source:
+    return open_source("digits", "test", digits_dir)
+
+
+@pytest.fixture(scope="module")
+def expected(model: MlpMixer, params: Any, source: Source) -> Scores:
+    """The scores from the definitions, in float64, without batches."""
+    examples = [source.examples[index] for index in range(len(source))]
+    labels = np.array([example["label"] for example in examples])
+    images = np.stack(
+        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
+    )
+    logits = jax.jit(model.apply)({"params": params}, to_model_range(jnp.asarray(images)))
+    log_probs = log_softmax(np.asarray(logits))
+    ranking = np.argsort(-log_probs, axis=1)
+    right = ranking[:, 0] == labels
+    return Scores(
+        top1=right.mean(),
+        top5=(ranking[:, :5] == labels[:, None]).any(1).mean(),
+        log_likelihood=log_probs[range(360), labels].mean(),
+        calibration_error=reference_calibration_error(np.exp(log_probs.max(1)), right),
+        num_examples=360,
+    )
+
+
+@pytest.fixture(scope="module", params=[1, 8])
+def run_evaluation(
+    request: pytest.FixtureRequest, model: MlpMixer, params: Any
+) -> Callable[[Source, int], Scores]:
+    mesh = make_mesh(0, 1, jax.devices()[: request.param])
+    judge_batch: JudgeBatch = compile_judge(model, mesh)
+
+    def run(source: Source, batch_size: int) -> Scores:
+        return evaluate(
+            judge_batch,
+            params,
+            source,
+            mesh,
+            batch_size=batch_size,
+            image_size=IMAGE_SIZE,
+            eval_crop="whole",
+            threads=2,
+            prefetch_batches=2,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 360, 1000])
+def test_batch_size_and_devices_do_not_matter(
+    batch_size: int,
+    run_evaluation: Callable[[Source, int], Scores],
+    source: Source,
+    expected: Scores,
+) -> None:
+    scores = run_evaluation(source, batch_size)
+    assert scores[:2] == expected[:2]
+    assert scores.num_examples == 360
+    assert scores.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-6)
+    assert scores.calibration_error == pytest.approx(expected.calibration_error, abs=1e-6)
+
+
+def test_the_scores_compared_are_not_trivial(expected: Scores) -> None:
+    assert 0.02 < expected.top1 < 0.5 < expected.top5 + 0.2 < 1
+    assert 0.05 < expected.calibration_error < 0.95
+
+
+def test_nothing_to_evaluate(run_evaluation: Callable[[Source, int], Scores]) -> None:
+    with pytest.raises(ValueError, match="no example"):
+        run_evaluation(Source("nothing", [], tuple("0123456789")), 8)
+
+
+def test_every_host_can_read_all_judgements(model: MlpMixer, params: Any) -> None:
+    mesh = make_mesh(8, 1)
+    batch = {
+        "image": jnp.zeros((16, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8),
+        "label": jnp.zeros(16, jnp.int32),
+        "mask": jnp.ones(16, bool),
+    }
+    for column in compile_judge(model, mesh)(params, batch):
+        assert column.sharding.is_fully_replicated
+        assert len(column.sharding.device_set) == 8

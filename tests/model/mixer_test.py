@@ -1,0 +1,305 @@
+"""Tests of the model: sizes, mathematics, and what each setting changes."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mixer_jax
+from mixer_jax.config import get_default
+from mixer_jax.errors import UserError
+from mixer_jax.model.mixer import MixerBlock, MlpBlock, MlpMixer, build_model, map_mlp
+from mixer_jax.model.variants import VARIANTS, forward_flops, num_parameters
+
+# PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).
+COUNTS = {
+    "S/32": (18_591_624, 19_104_624, 29_797_083),
+    "S/16": (18_015_264, 18_528_264, 29_220_723),
+    "B/32": (59_524_428, 60_293_428, 76_321_695),
+    "B/16": (59_111_472, 59_880_472, 75_908_739),
+    "L/32": (205_914_264, 206_939_264, 228_303_339),
+    "L/16": (207_171_168, 208_196_168, 229_560_243),
+    "H/14": (431_069_952, 432_350_952, 459_050_835),
+}
+TINY: dict[str, Any] = {
+    "num_blocks": 3,
+    "patch_size": 4,
+    "hidden_dim": 8,
+    "tokens_mlp_dim": 6,
+    "channels_mlp_dim": 10,
+}
+
+
+def tiny(num_classes: int = 5, **overrides: Any) -> MlpMixer:
+    return mixer_jax.create_model("custom", num_classes, **TINY, **overrides)
+
+
+def random_params(model: MlpMixer, size: int = 16) -> Any:
+    """Parameters with nothing at zero, so that every one of them matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), param_shapes(model, size)
+    )
+
+
+def param_shapes(model: MlpMixer, size: int) -> Any:
+    images = jnp.zeros((1, size, size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
+
+
+def init(model: MlpMixer) -> Any:
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+
+
+def apply(model: MlpMixer, params: Any, images: jax.Array) -> jax.Array:
+    return jax.jit(model.apply)({"params": params}, images)
+
+
+@pytest.fixture
+def images() -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1, maxval=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("column", "num_classes"), [(0, 0), (1, 1000), (2, 21843)])
+def test_parameter_counts(variant: str, column: int, num_classes: int) -> None:
+    model = mixer_jax.create_model(variant, num_classes)
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model, 224)))
+    assert count == COUNTS[variant][column]
+    assert num_parameters(VARIANTS[variant], 224, num_classes) == count
+
+
+@pytest.mark.parametrize(
+    ("variant", "gflop"),
+    [("S/32", 2.0), ("S/16", 7.6), ("B/32", 6.5), ("B/16", 25.2), ("L/16", 89.1), ("H/14", 242.0)],
+)
+def test_forward_flops(variant: str, gflop: float) -> None:
+    assert round(forward_flops(VARIANTS[variant], 224, 1000) / 1e9, 1) == gflop
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def layer_norm(x: np.ndarray, p: Any) -> np.ndarray:
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
+
+
+def mlp(x: np.ndarray, p: Any) -> np.ndarray:
+    hidden = gelu(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"])
+    return hidden @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
+
+
+def numpy_forward(params: Any, image: np.ndarray, patch: int) -> np.ndarray:
+    """The paper's Section 2 for one image, written out in float64."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    size, kernel = image.shape[0], p["stem"]["kernel"]
+    rows = [
+        np.tensordot(image[y : y + patch, x : x + patch], kernel, axes=3) + p["stem"]["bias"]
+        for y in range(0, size, patch)
+        for x in range(0, size, patch)
+    ]
+    table = np.stack(rows)
+    num_blocks = p["blocks"]["LayerNorm_0"]["scale"].shape[0]
+    for block in [jax.tree.map(operator.itemgetter(i), p["blocks"]) for i in range(num_blocks)]:
+        table = table + mlp(layer_norm(table, block["LayerNorm_0"]).T, block["token_mixing"]).T
+        table = table + mlp(layer_norm(table, block["LayerNorm_1"]), block["channel_mixing"])
+    features = layer_norm(table, p["pre_head_layer_norm"]).mean(0)
+    return features @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def test_forward_equals_the_formulas_of_the_paper(images: jax.Array) -> None:
+    model = tiny()
+    params = random_params(model)
+    logits = apply(model, params, images)
+    expected = [numpy_forward(params, np.asarray(image, np.float64), 4) for image in images]
+    np.testing.assert_allclose(logits, np.stack(expected), rtol=2e-5, atol=2e-5)
+
+
+def test_initial_values_are_the_authors() -> None:
+    model = tiny(num_classes=5, head_bias=-6.9)
+    params = init(model)
+    assert np.all(params["head"]["kernel"] == 0)
+    assert np.all(params["head"]["bias"] == np.float32(-6.9))
+    wide = mixer_jax.create_model("custom", 0, **{**TINY, "channels_mlp_dim": 4096})
+    blocks = init(wide)["blocks"]
+    kernel, bias = (blocks["channel_mixing"]["Dense_0"][name] for name in ("kernel", "bias"))
+    assert np.all(bias == 0)
+    # LeCun normal: variance 1 / fan-in, in every block, and no two blocks alike.
+    for one in kernel:
+        assert np.std(one) == pytest.approx(8**-0.5, rel=0.03)
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_no_classes_gives_the_features_under_the_head(images: jax.Array) -> None:
+    model = tiny()
+    params = random_params(model)
+    headless = {name: value for name, value in params.items() if name != "head"}
+    features = apply(tiny(num_classes=0), headless, images)
+    assert features.shape == (2, 8)
+    logits = features @ params["head"]["kernel"] + params["head"]["bias"][None]
+    np.testing.assert_allclose(apply(model, params, images), logits, atol=1e-5)
+
+
+def test_mlp_is_shared_over_the_axis_it_is_mapped_over() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7))
+    mapped, plain = map_mlp(axis=2)(4), MlpBlock(4)
+    variables = mapped.init(jax.random.key(1), x, False)
+    assert variables["params"]["Dense_0"]["kernel"].shape == (5, 4)
+    columns = [plain.apply(variables, x[:, :, c], False) for c in range(7)]
+    np.testing.assert_allclose(
+        mapped.apply(variables, x, False), np.stack(columns, axis=2), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("unroll", "remat"), [(1, "none"), (2, "none"), (1, "dots"), (3, "dots"), (3, "full")]
+)
+def test_unroll_and_remat_change_no_value(unroll: int, remat: str, images: jax.Array) -> None:
+    def value_and_grad(model: MlpMixer) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(model.apply({"params": params}, images)))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    params = random_params(tiny())
+    expected, actual = value_and_grad(tiny()), value_and_grad(tiny(unroll=unroll, remat=remat))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_bfloat16_keeps_parameters_and_logits_float32(images: jax.Array) -> None:
+    model = tiny(dtype=jnp.bfloat16)
+    params = init(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    params = random_params(model)
+    logits, exact = (apply(m, params, images) for m in (model, tiny()))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, atol=0.1)
+    assert not np.array_equal(logits, exact)
+
+
+def test_layer_norm_statistics_are_float32_in_bfloat16() -> None:
+    # All that reaches the last LayerNorm is the stem's bias. Its values are exact in bfloat16, but
+    # their sum of squares is not: statistics in bfloat16 would lose the signal.
+    model = tiny(num_classes=0, dtype=jnp.bfloat16)
+    bias = np.tile([201.0, 199.0, 202.0, 198.0], 2)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), param_shapes(model, 16))
+    params["stem"]["bias"] = jnp.asarray(bias, jnp.float32)
+    params["pre_head_layer_norm"]["scale"] = jnp.ones(8)
+    features = apply(model, params, jnp.zeros((1, 16, 16, 3)))
+    np.testing.assert_allclose(features[0], (bias - 200) / np.sqrt(2.5), rtol=1e-2)
+
+
+def test_gelu_kinds_differ_by_no_more_than_the_approximation(images: jax.Array) -> None:
+    params = random_params(tiny())
+    tanh, exact = (apply(tiny(gelu=kind), params, images) for kind in ("tanh", "exact"))
+    difference = np.abs(np.asarray(tanh - exact)).max()
+    assert 0 < difference < 1e-2
+
+
+def outputs(model: MlpMixer, images: jax.Array, seed: int, train: bool = True) -> np.ndarray:
+    rngs = {"dropout": jax.random.key(seed), "stochastic_depth": jax.random.key(seed)}
+    params = random_params(tiny())
+    compiled = jax.jit(model.apply, static_argnames="train")
+    return np.asarray(compiled({"params": params}, images, train=train, rngs=rngs))
+
+
+@pytest.mark.parametrize("setting", ["dropout", "stochastic_depth"])
+def test_regularizers_act_in_training_only(setting: str, images: jax.Array) -> None:
+    model = tiny(**{setting: 0.5})
+    plain = outputs(tiny(), images, seed=0)
+    np.testing.assert_array_equal(outputs(model, images, seed=0, train=False), plain)
+    first, again, other = (outputs(model, images, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first, plain)
+
+
+def test_stochastic_depth_needs_its_random_stream(images: jax.Array) -> None:
+    model = tiny(stochastic_depth=0.5)
+    with pytest.raises(Exception, match="stochastic_depth"):
+        model.apply({"params": random_params(model)}, images, train=True)
+
+
+def one_block(drop_rate: float, num_images: int) -> tuple[np.ndarray, ...]:
+    """Returns a block's tokens with each branch off and on, and with random branches."""
+    block = MixerBlock(6, 10, stochastic_depth=True)
+    compiled = jax.jit(block.apply, static_argnums=3)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.tile(rng.normal(size=(1, 4, 8)), (num_images, 1, 1)), jnp.float32)
+    rate = jnp.float32(drop_rate)
+    shape = jax.eval_shape(lambda: block.init(jax.random.key(0), x, rate, False))
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, s.shape), s.dtype), shape)
+
+    def without(name: str) -> Any:
+        """The same parameters with one branch's output at zero."""
+        silent = jax.tree.map(jnp.zeros_like, params["params"][name]["Dense_1"])
+        branch = {**params["params"][name], "Dense_1": silent}
+        return {"params": {**params["params"], name: branch}}
+
+    both, only_channels, only_tokens = (
+        np.asarray(compiled(p, x, rate, False)[0][0])
+        for p in (params, without("token_mixing"), without("channel_mixing"))
+    )
+    rngs = {"stochastic_depth": jax.random.key(3)}
+    drawn, _ = compiled(params, x, rate, True, rngs=rngs)
+    return np.asarray(x[0]), only_tokens, only_channels, both, np.asarray(drawn)
+
+
+def test_stochastic_depth_drops_branches_per_image_without_rescaling() -> None:
+    neither, only_tokens, only_channels, both, drawn = one_block(0.3, num_images=4000)
+    outcomes = [neither, only_tokens, only_channels, both]
+    kind = [[np.allclose(image, o, atol=1e-5) for o in outcomes].index(True) for image in drawn]
+    shares = np.bincount(kind, minlength=4) / len(kind)
+    # Two independent masks of keep probability 0.7; 4,000 draws have a deviation of under 0.008.
+    np.testing.assert_allclose(shares, [0.09, 0.21, 0.21, 0.49], atol=0.03)
+
+
+def test_drop_rates_rise_linearly_to_the_last_block() -> None:
+    model = mixer_jax.create_model("B/16", stochastic_depth=0.1)
+    rates = np.asarray(model.drop_rates())
+    np.testing.assert_allclose(rates, [0.1 * i / 11 for i in range(12)], atol=1e-7)
+
+
+def test_first_block_is_never_dropped() -> None:
+    neither, _, _, both, drawn = one_block(0.0, num_images=50)
+    np.testing.assert_allclose(drawn, np.broadcast_to(both, drawn.shape), atol=1e-6)
+    assert not np.allclose(neither, both)
+
+
+def test_dropout_keeps_expectations() -> None:
+    x = jnp.ones((20_000, 3))
+    block = MlpBlock(4, dropout=0.25)
+    variables = block.init(jax.random.key(0), x, False)
+    drawn = block.apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
+    expected = block.apply(variables, x, False)[0]
+    np.testing.assert_allclose(np.mean(drawn, axis=0), expected, atol=0.02)
+    assert np.mean(drawn == 0) == pytest.approx(0.25, abs=0.01)
+
+
+def test_image_sizes_that_do_not_fit_name_the_nearest(images: jax.Array) -> None:
+    model = mixer_jax.create_model("B/16")
+    with pytest.raises(UserError, match=r"230 is not divisible by patch_size 16.* 224 and 240"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 230, 230, 3))))
+    with pytest.raises(UserError, match=r"10 is not divisible by patch_size 16.* 16 and 32"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 10, 3))))
+
+
+def test_unknown_variants_and_open_widths_are_errors() -> None:
+    with pytest.raises(UserError, match=r"'B/17' is unknown; choose one of S/32, .*custom"):
+        mixer_jax.create_model("B/17")
+    with pytest.raises(UserError, match="set hidden_dim, tokens_mlp_dim, channels_mlp_dim"):
+        mixer_jax.create_model("custom", num_blocks=2, patch_size=4)
+
+
+def test_build_model_reads_a_config_section() -> None:
+    section = get_default().model.to_dict()
+    model = build_model({**section, "patch_size": 8, "gelu": "exact"}, 7)
+    assert (model.patch_size, model.hidden_dim, model.gelu) == (8, 768, "exact")
+    assert model.dtype == jnp.float32
+    assert build_model({**section, "dtype": "bfloat16"}, 7).dtype == jnp.bfloat16

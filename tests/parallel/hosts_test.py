@@ -1,0 +1,47 @@
+"""Tests of joining and leaving a run. Several real processes are the subject of later tests."""
+
+import jax
+import pytest
+
+from mixer_jax.parallel import hosts
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Records whether JAX was asked to join a cluster, in an environment without signs of one."""
+    calls: list[bool] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(True))
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [])
+    for name in (*hosts._CLUSTER_ADDRESSES, *hosts._CLUSTER_SIZES):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("no", {"SLURM_NTASKS": "4"}, []),
+        ("yes", {}, [True]),
+        ("auto", {}, []),
+        ("auto", {"SLURM_NTASKS": "1"}, []),
+        ("auto", {"SLURM_NTASKS": "4"}, [True]),
+        ("auto", {"OMPI_COMM_WORLD_SIZE": "2"}, [True]),
+        ("auto", {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, [True]),
+    ],
+)
+def test_a_cluster_is_joined_where_there_is_one(
+    joined: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    environment: dict[str, str],
+    expected: list[bool],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    hosts.join(mode)
+    assert joined == expected
+
+
+def test_one_host_asks_nobody() -> None:
+    assert hosts.any_host(True) is True
+    assert hosts.any_host(False) is False

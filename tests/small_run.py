@@ -1,0 +1,39 @@
+"""A real run of the real config, small enough for tests."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mixer_jax.command_line import read_config
+from mixer_jax.config import validate
+
+OVERRIDES: dict[str, Any] = {
+    "num_steps": 20,
+    "batch_size": 16,
+    "eval_batch_size": 128,
+    "image_size": 16,
+    "model.num_blocks": 2,
+    "model.hidden_dim": 16,
+    "model.tokens_mlp_dim": 8,
+    "model.channels_mlp_dim": 16,
+    "model.patch_size": 4,
+    "model.stochastic_depth": 0.1,
+    "optimizer.warmup_steps": 2,
+    "log_every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "evals.test.every_steps": 10,
+}
+
+
+def as_arguments(data_dir: str, **changes: Any) -> list[str]:
+    """Returns the command-line overrides; a key's dot is written as two underscores."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    values = {**OVERRIDES, "dataset.data_dir": data_dir, **changes}
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def small_config(data_dir: str, file: str = "configs/digits.py", **changes: Any) -> ConfigDict:
+    """Returns configs/digits.py made small."""
+    config = read_config(file, as_arguments(data_dir, **changes))
+    validate(config)
+    return config

@@ -1,0 +1,272 @@
+"""Tests of a whole run inside one process; those that kill processes are in end_to_end_test.py."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.parallel.hosts import StopSignals
+from mixer_jax.parallel.sharding import make_mesh
+from mixer_jax.training import loop as loop_module
+from mixer_jax.training.experiment import (
+    Experiment,
+    build,
+    initial_state,
+    open_sources,
+    throughput,
+    training_batches,
+)
+from mixer_jax.training.loop import train_and_evaluate
+from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.weights.load import load_checkpoint
+from mixer_jax.weights.steps import list_steps
+from tests.small_run import small_config
+
+
+def losses(experiment: Experiment, count: int) -> list[float]:
+    state, history = experiment.create_state(), []
+    batches = training_batches(experiment, 0)
+    for _ in range(count):
+        state, metrics = experiment.train_step(state, next(batches))
+        history.append(float(metrics["loss"]))
+    return history
+
+
+def test_one_device_and_eight_give_the_same_losses(digits_dir: str) -> None:
+    runs = {}
+    for devices, fsdp in [(1, 1), (8, 1), (8, 8), (8, 2)]:
+        config = small_config(
+            digits_dir, batch_size=64, optimizer__learning_rate=0.02, mesh__fsdp=fsdp
+        )
+        experiment = build(config, open_sources(config), jax.devices()[:devices])
+        runs[devices, fsdp] = losses(experiment, 20)
+    assert runs[1, 1][-1] < 0.98 * runs[1, 1][0]
+    for history in runs.values():
+        np.testing.assert_allclose(history, runs[1, 1], rtol=1e-5)
+
+
+def bytes_on_one_device(tree: Any) -> int:
+    shards = (leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree))
+    return sum(shard.nbytes for shard in shards)
+
+
+def test_fsdp_splits_parameters_and_moments(digits_dir: str) -> None:
+    config = small_config(digits_dir, mesh__fsdp=8, recipe__ema_decay=0.9)
+    experiment = build(config, open_sources(config))
+    state = experiment.create_state()
+    state, _ = experiment.train_step(state, next(training_batches(experiment, 0)))
+    for tree in (state.params, state.opt_state, state.ema_params):
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        assert bytes_on_one_device(tree) < 1.05 * total / 8
+
+
+@pytest.fixture(scope="module")
+def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end, for tests that only look at it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = small_config(digits_dir, recipe__ema_decay=0.9)
+    result = train_and_evaluate(config, str(workdir))
+    assert (result.step, result.stopped_by) == (20, None)
+    assert result.scores["test"].num_examples == 360
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    assert list_steps(str(finished)) == [15, 20]
+    assert json.loads((finished / "config.json").read_text())["num_steps"] == 20
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    events = list((finished / "events").iterdir())
+    assert len(events) == 1
+    assert events[0].stat().st_size > 1000
+    lines = read_metrics(str(finished))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "test/top1" in line] == [10, 20]
+    steady = lines[2]
+    assert steady.keys() >= {"loss", "learning_rate", "gradient_norm", "images_per_second"}
+
+
+def test_a_finished_run_scores_its_checkpoint_again(
+    finished: Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    config = small_config(digits_dir, recipe__ema_decay=0.9)
+    result = train_and_evaluate(config, str(finished))
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before
+    last = read_metrics(str(finished))[-1]
+    assert result.scores["test"].top1 == last["test/top1"]
+    assert result.scores["test"].log_likelihood == last["test/log_likelihood"]
+
+
+def test_metadata_says_all_that_use_needs(finished: Path) -> None:
+    loaded = load_checkpoint(str(finished), make_mesh(0, 1))
+    assert loaded.step == 20
+    assert loaded.metadata["class_names"] == [str(digit) for digit in range(10)]
+    assert loaded.metadata["image_size"] == 16
+    assert loaded.metadata["gelu"] == "tanh"
+    assert loaded.metadata["preprocess"]["eval_crop"] == "whole"
+    assert loaded.metadata["widths"]["hidden_dim"] == 16
+    # The averaged parameters are the ones to use.
+    raw = Checkpoints(str(finished)).restore(20, {"ema_params": loaded.params})["ema_params"]
+    for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(loaded.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def without_timings(workdir: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(str(workdir))
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def test_one_seed_repeats_to_the_bit_and_another_does_not(
+    finished: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        config = small_config(digits_dir, recipe__ema_decay=0.9, seed=seed)
+        train_and_evaluate(config, str(tmp_path / str(seed)))
+    assert without_timings(tmp_path / "0") == without_timings(finished)
+    assert without_timings(tmp_path / "1") != without_timings(finished)
+
+
+def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir)
+    whole = build(config, open_sources(config), jax.devices()[:1])
+    expected = losses(whole, 8)
+    state, batches = whole.create_state(), training_batches(whole, 0)
+    for _ in range(4):
+        state, _ = whole.train_step(state, next(batches))
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    loop_module.save(whole, checkpoints, state, 4)
+    checkpoints.close()
+
+    config = small_config(digits_dir, mesh__fsdp=4)
+    split = build(config, open_sources(config))
+    state = loop_module.restore(split, Checkpoints(str(tmp_path)), 4)
+    assert int(state.step) == 4
+    actual = []
+    for batch in list(training_batches(split, 4))[:4]:
+        state, metrics = split.train_step(state, batch)
+        actual.append(float(metrics["loss"]))
+    np.testing.assert_allclose(actual, expected[4:], rtol=1e-5)
+
+
+def test_init_from_takes_all_but_the_head(finished: Path, digits_dir: str) -> None:
+    config = small_config(
+        digits_dir, "configs/digits.py:low", init_from=str(finished), model__head_bias=-1.0
+    )
+    experiment = build(config, open_sources(config))
+    state = initial_state(experiment)
+    source = load_checkpoint(str(finished), experiment.mesh).params
+    for name in ("stem", "blocks", "pre_head_layer_norm"):
+        pairs = zip(jax.tree.leaves(state.params[name]), jax.tree.leaves(source[name]), strict=True)
+        for ours, theirs in pairs:
+            np.testing.assert_array_equal(ours, theirs)
+    assert state.params["head"]["kernel"].shape == (16, 5)
+    assert not state.params["head"]["kernel"].any()
+    state, metrics = experiment.train_step(state, next(training_batches(experiment, 0)))
+    assert np.isfinite(metrics["loss"])
+
+
+def test_init_from_another_shape_says_which(finished: Path, digits_dir: str) -> None:
+    config = small_config(digits_dir, init_from=str(finished), image_size=32)
+    experiment = build(config, open_sources(config))
+    with pytest.raises(UserError, match=r"other shapes .*token_mixing.*image_size"):
+        initial_state(experiment)
+
+
+def test_divergence_stops_and_names_the_last_good_checkpoint(
+    digits_dir: str, tmp_path: Path
+) -> None:
+    config = small_config(
+        digits_dir,
+        optimizer__name="momentum",
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+        optimizer__warmup_steps=10,
+        checkpoint__every_steps=1,
+    )
+    with pytest.raises(RunFailedError, match=r"(loss|norm) is (nan|inf) at step (\d+); .*learning"):
+        train_and_evaluate(config, str(tmp_path))
+    kept = list_steps(str(tmp_path))
+    assert kept
+    loaded = load_checkpoint(str(tmp_path), make_mesh(0, 1))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loaded.params))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_path: Path) -> None:
+    class Impatient(StopSignals):
+        """Sends itself the signal as soon as it listens."""
+
+        def __enter__(self) -> StopSignals:
+            entered = super().__enter__()
+            signal.raise_signal(number)
+            return entered
+
+    config = small_config(digits_dir, checkpoint__every_steps=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.hosts, "StopSignals", Impatient)
+        result = train_and_evaluate(config, str(tmp_path))
+    assert (result.step, result.stopped_by, result.scores) == (1, number, {})
+    assert list_steps(str(tmp_path)) == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_is_immediate() -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(
+        digits_dir,
+        num_steps=4,
+        checkpoint__every_steps=0,
+        checkpoint__every_minutes=1e-9,
+        checkpoint__keep=10,
+    )
+    train_and_evaluate(config, str(tmp_path))
+    assert list_steps(str(tmp_path)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices.* 8 and 16"),
+        ({"recipe__accumulation_steps": 4}, "not divisible by 8 devices × 4 accumulation"),
+        ({"mesh__fsdp": 3}, "mesh.fsdp=3 do not make up the 8 devices"),
+        ({"mesh__data": 2, "mesh__fsdp": 2}, "mesh.data=2 and mesh.fsdp=2 do not make up"),
+        ({"dataset__train_split": "trian"}, "split 'trian' of data set .* it has train, test"),
+        ({"evals__test__dataset": "digits/low"}, "config.evals.test has other classes"),
+        ({"num_steps": 0, "num_epochs": 0.01}, "warmup_steps=2 is more than the run's 1 steps"),
+    ],
+)
+def test_what_only_data_and_devices_can_tell(
+    digits_dir: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = small_config(digits_dir, **changes)
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_utilization_is_told_where_the_peak_is_known(
+    digits_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits_dir)
+    experiment = build(config, open_sources(config))
+    assert "model_flops_utilization" not in throughput(experiment, 1000.0)
+    monkeypatch.setattr("mixer_jax.training.experiment.peak_flops", lambda kind: 1e9)
+    rates = throughput(experiment, 1000.0)
+    assert rates["images_per_second_per_device"] == 125.0
+    # By hand: 16 tokens of 16 channels, two blocks of (8, 16) hidden units, ten classes.
+    products = 16 * 48 * 16 + 2 * (2 * 16 * 8 * 16 + 2 * 16 * 16 * 16) + 16 * 10
+    assert rates["model_flops_utilization"] == pytest.approx(3 * 2 * products * 125 / 1e9)

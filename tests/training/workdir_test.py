@@ -1,0 +1,88 @@
+"""Tests of what may happen in a run's folder."""
+
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from mixer_jax import config as config_lib
+from mixer_jax.errors import UserError
+from mixer_jax.training.metrics import MetricsWriter, read_metrics
+from mixer_jax.training.workdir import absolute, check, save_config
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    config = config_lib.get_default()
+    config.num_steps = 20_000
+    return config
+
+
+def add_checkpoint(workdir: Path) -> None:
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
+
+
+def test_a_new_folder_is_made(tmp_path: Path, config: ConfigDict) -> None:
+    workdir = tmp_path / "a" / "b"
+    assert check(str(workdir), config) == []
+    assert workdir.is_dir()
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_harmless_change_is_told(tmp_path: Path, config: ConfigDict) -> None:
+    save_config(str(tmp_path), config)
+    add_checkpoint(tmp_path)
+    config.log_every_steps = 7
+    assert check(str(tmp_path), config) == ["log_every_steps: 50 -> 7"]
+
+
+def test_another_experiment_is_refused(tmp_path: Path, config: ConfigDict) -> None:
+    save_config(str(tmp_path), config)
+    add_checkpoint(tmp_path)
+    config.batch_size = 512
+    with pytest.raises(UserError, match=r"another experiment \(batch_size: 4096 -> 512\)"):
+        check(str(tmp_path), config)
+
+
+def test_before_the_first_checkpoint_anything_may_change(
+    tmp_path: Path, config: ConfigDict
+) -> None:
+    save_config(str(tmp_path), config)
+    config.batch_size = 512
+    assert check(str(tmp_path), config) == ["batch_size: 4096 -> 512"]
+
+
+def test_checkpoints_without_a_config_are_somebody_elses(
+    tmp_path: Path, config: ConfigDict
+) -> None:
+    add_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        check(str(tmp_path), config)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, config: ConfigDict) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*choose another --workdir"):
+        check(str(tmp_path / "file" / "run"), config)
+
+
+def test_urls_stay_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("gs://bucket/run") == "gs://bucket/run"
+    assert absolute("runs/x") == f"{tmp_path}/runs/x"
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    text = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"ste'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [1, 2, 3]
+    writer = MetricsWriter(str(tmp_path), first_step=2, active=True)
+    writer.close()
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [1, 2]
+
+
+def test_a_passive_writer_writes_nothing(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), first_step=0, active=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
