@@ -8,10 +8,15 @@ python -m mixer_jax.main --config=configs/digits.py:high    # 5-9
 from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
+from mixer_jax.errors import UserError
+
+CLASSES = ("all", "low", "high")
 
 
 def get_config(classes: str = "all") -> ConfigDict:
     """Returns the config; `classes` is "all", "low" (0-4) or "high" (5-9)."""
+    if classes not in CLASSES:
+        raise UserError(f"classes {classes!r} is unknown; choose {' or '.join(CLASSES)}")
     config = config_lib.get_default()
     config.num_steps = 1_000
     config.batch_size = 128

@@ -252,7 +252,8 @@ def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[s
         make it another experiment.
     """
     before, after = flatten(ConfigDict(old)), flatten(new)
-    harmless, harmful = [], []
+    harmless: list[str] = []
+    harmful: list[str] = []
     for path in sorted({*before, *after}):
         was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
         if was != now:
@@ -273,7 +274,8 @@ def describe() -> str:
 def check_known(path: str, known: list[str]) -> None:
     """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
     if path not in known:
-        raise UserError(f"config.{path} is no configuration key{did_you_mean(path, known)}")
+        hint = did_you_mean(path, known, otherwise="; --help lists them all")
+        raise UserError(f"config.{path} is no configuration key{hint}")
 
 
 def _check_value(path: str, value: Any) -> None:

@@ -14,8 +14,8 @@ class RunFailedError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
 
 
-def did_you_mean(value: str, known: list[str]) -> str:
-    """Returns the end of an error message that names what of `known` is nearest to `value`."""
+def did_you_mean(value: str, known: list[str], otherwise: str = "") -> str:
+    """Returns the end of a message: what of `known` is nearest to `value`, or `otherwise`."""
     section, _, name = value.rpartition(".")
     # A forgotten section is as common as a typing error, so a key of that very name comes first.
     nearest = [path for path in known if path.split(".")[-1] == name]
@@ -28,4 +28,4 @@ def did_you_mean(value: str, known: list[str]) -> str:
     nearest = nearest or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
     if nearest:
         return f"; did you mean {nearest[0]}?"
-    return "; --help lists them all"
+    return otherwise

@@ -128,8 +128,7 @@ def evaluate(
             finished.append(jax.device_get(running))
         running = started
     finished.append(jax.device_get(running))
-    columns = zip(*finished, strict=True)
-    return summarize(Judgements(*(np.concatenate(column) for column in columns)))
+    return summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
 
 
 def summarize(judgements: Judgements) -> Scores:

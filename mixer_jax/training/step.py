@@ -92,10 +92,9 @@ def train_step(
 
     def loss_fn(params: Params, piece: Any, rng: Key[Array, ""]) -> Float[Array, ""]:
         if pairs is None:
-            images, targets = piece
-            images = to_model_range(images)
+            images, targets = to_model_range(piece[0]), piece[1]
         else:
-            images, targets = mix(*piece, pairs.weight)
+            images, targets = mix(piece, pairs.weight)
         logits = model.apply(
             {"params": params},
             images,
@@ -162,10 +161,19 @@ def smooth_labels(
     return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
 
 
+# Images and their partners' images, labels and their partners' labels.
+PairArrays = tuple[
+    UInt8[Array, "n h w 3"],
+    UInt8[Array, "n h w 3"],
+    Float[Array, "n classes"],
+    Float[Array, "n classes"],
+]
+
+
 class MixupPairs(NamedTuple):
     """A batch beside its mixup partners, not mixed yet, and the weight of the batch."""
 
-    arrays: tuple[Array, Array, Array, Array]
+    arrays: PairArrays
     weight: Float[Array, ""]
 
 
@@ -186,13 +194,10 @@ def mixup_pairs(
 
 
 def mix(
-    images: UInt8[Array, "n h w 3"],
-    partner_images: UInt8[Array, "n h w 3"],
-    labels: Float[Array, "n classes"],
-    partner_labels: Float[Array, "n classes"],
-    weight: Float[Array, ""],
+    arrays: PairArrays, weight: Float[Array, ""]
 ) -> tuple[Float[Array, "n h w 3"], Float[Array, "n classes"]]:
     """Returns images in [-1, 1] and labels, `weight` parts own and 1 − `weight` the partner's."""
+    images, partner_images, labels, partner_labels = arrays
     mixed = weight * to_model_range(images) + (1.0 - weight) * to_model_range(partner_images)
     return mixed, weight * labels + (1.0 - weight) * partner_labels
 

@@ -157,8 +157,8 @@ def test_far_steps_begin_at_once() -> None:
 
 
 def test_another_seed_gives_another_order() -> None:
-    orders = {labels(train(0, 5, seed=seed)).tobytes() for seed in range(5)}
-    assert len(orders) == 5
+    orders = {labels(train(0, 5, seed=seed)).tobytes() for seed in range(3)}
+    assert len(orders) == 3
 
 
 def versions(batches: Iterator[Batch], label: int) -> list[bytes]:

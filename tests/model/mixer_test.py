@@ -211,7 +211,8 @@ def outputs(model: MlpMixer, images: jax.Array, seed: int, train: bool = True) -
 
 @pytest.mark.parametrize("setting", ["dropout", "stochastic_depth"])
 def test_regularizers_act_in_training_only(setting: str, images: jax.Array) -> None:
-    model = tiny(**{setting: 0.5})
+    rates: dict[str, Any] = {setting: 0.5}
+    model = tiny(**rates)
     plain = outputs(tiny(), images, seed=0)
     np.testing.assert_array_equal(outputs(model, images, seed=0, train=False), plain)
     first, again, other = (outputs(model, images, seed) for seed in (1, 1, 2))

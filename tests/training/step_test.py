@@ -60,10 +60,10 @@ def take_steps(
         seed=seed,
         **{**RECIPE, **recipe},
     )
-    step = jax.jit(step)
+    compiled = jax.jit(step)
     history = []
     for _ in range(count):
-        state, metrics = step(state, make_batch())
+        state, metrics = compiled(state, make_batch())
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -106,7 +106,7 @@ def test_mixup_partner_is_the_batch_rolled_by_one() -> None:
     batch = make_batch(4)
     labels = jnp.eye(4)
     pairs = mixup_pairs(jax.random.key(0), batch["image"], labels, 0.5)
-    images, mixed = mix(*pairs.arrays, jnp.float32(0.75))
+    images, mixed = mix(pairs.arrays, jnp.float32(0.75))
     pixels = np.asarray(batch["image"], np.float64) / 127.5 - 1
     expected = 0.75 * pixels + 0.25 * pixels[[3, 0, 1, 2]]
     np.testing.assert_allclose(images, expected, atol=1e-6)

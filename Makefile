@@ -1,0 +1,28 @@
+# make demo: train a Mixer on digits, from nothing but Python. make test: all that CI checks.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+$(INSTALLED): requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python {v.major}.{v.minor} is not supported; pass PYTHON=python3.11, 3.12 or 3.13")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing the packages of requirements.txt into $(VENV): a few minutes"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+demo: $(INSTALLED)
+	$(RUN) -m mixer_jax.main --config=configs/digits.py
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(RUN) -m pytest --numprocesses=2 --dist=worksteal
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

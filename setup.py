@@ -1,0 +1,61 @@
+"""How mixer_jax is installed. Tested versions are in requirements.txt, tools in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.1",
+    "clu>=0.0.12",
+    "etils[epath,epy]>=1.10",
+    "flax>=0.12",
+    "grain>=0.2.12",
+    "jax>=0.7",
+    "jaxtyping>=0.3",
+    "matplotlib>=3.8",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "opencv-python-headless>=4.10",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.25",
+    "scikit-learn>=1.5",
+    "tensorflow-datasets>=4.9.9",
+    "tqdm>=4.66",
+    # What the packages above use and do not declare: TFDS reads its package data with the first,
+    # clu writes TensorBoard events with the other two.
+    "importlib-resources>=6",
+    'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
+    'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
+    "tensorboard>=2.20",
+]
+
+setup(
+    name="mixer-jax",
+    version="0.1.0",
+    description="MLP-Mixer in JAX and Flax: pre-training, transfer and inference",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["mixer_jax", "mixer_jax.*"]),
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.7"],
+        "cuda": ["jax[cuda12]>=0.7"],
+        "test": [
+            "beartype>=0.19",
+            "mypy>=1.15",
+            "pillow>=11",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+        ],
+        "peers": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

@@ -1,0 +1,249 @@
+"""Tests of the program as a user starts it: real processes, killed, interrupted and resumed."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.weights.steps import list_steps
+from tests.small_run import as_arguments
+
+# Large enough that saving it takes a moment in which to be killed.
+RUN = {
+    "num_steps": 60,
+    "model__channels_mlp_dim": 256,
+    "model__dropout": 0.1,
+    "recipe__ema_decay": 0.9,
+    "checkpoint__every_steps": 10,
+    "evals__test__every_steps": 30,
+}
+
+
+def start(data_dir: str, workdir: Path, **changes: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
+    arguments = as_arguments(data_dir, **{**RUN, **changes})
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == code, f"{out}\n{err}"
+    return out
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.0005)
+
+
+def last_step(workdir: Path) -> int:
+    return max((line["step"] for line in read_metrics(str(workdir))), default=0)
+
+
+def unfinished_saves(workdir: Path) -> list[Path]:
+    return list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def is_saving(workdir: Path, done: int) -> bool:
+    return last_step(workdir) > done and unfinished_saves(workdir) != []
+
+
+def final_arrays(workdir: Path) -> dict[str, list[np.ndarray]]:
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        assert manager.latest_step() == RUN["num_steps"]
+        items = ("params", "ema_params", "optimizer")
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore() for item in items})
+        restored = manager.restore(int(RUN["num_steps"]), args=args)
+    return {item: [np.asarray(x) for x in jax.tree.leaves(restored[item])] for item in items}
+
+
+def untimed_metrics(workdir: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(str(workdir))
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(digits_dir, workdir))
+    return workdir
+
+
+def test_killed_and_resumed_equals_never_interrupted(
+    uninterrupted: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    # At a random step, between two checkpoints or on one.
+    step = random.SystemRandom().randint(11, 25)
+    process = start(digits_dir, tmp_path)
+    wait_until(lambda: last_step(tmp_path) >= step, process)
+    process.kill()
+    process.communicate()
+    # Saving is asynchronous: the newest save may not have been finished.
+    assert set(list_steps(str(tmp_path))) <= {10, 20}, step
+
+    # While a checkpoint is being written: a save may end just before the kill, so try again then.
+    for done in (20, 25, 30):
+        process = start(digits_dir, tmp_path)
+        wait_until(functools.partial(is_saving, tmp_path, done), process)
+        process.kill()
+        process.communicate()
+        if unfinished_saves(tmp_path):
+            break
+    assert unfinished_saves(tmp_path)
+    assert list_steps(str(tmp_path))[-1] < 60
+
+    # By a scheduler, which is polite.
+    process = start(digits_dir, tmp_path)
+    wait_until(lambda: last_step(tmp_path) >= 45, process)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, code=0)
+    saved = list_steps(str(tmp_path))[-1]
+    assert 45 <= saved < 60
+    assert f"stopped at step {saved} of 60" in out
+
+    # And to the end.
+    out = finish(start(digits_dir, tmp_path))
+    assert f"goes on after step {saved}" in out
+    assert unfinished_saves(tmp_path) == []
+    assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
+    expected, actual = final_arrays(uninterrupted), final_arrays(tmp_path)
+    for item, arrays in expected.items():
+        for a, b in zip(arrays, actual[item], strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{item} (killed at step {step})")
+
+
+def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> None:
+    process = start(digits_dir, tmp_path, checkpoint__every_steps=0)
+    wait_until(lambda: last_step(tmp_path) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    out = finish(process, code=130)
+    (saved,) = list_steps(str(tmp_path))
+    assert f"stopped at step {saved} of 60" in out
+    assert "the same command goes on from there" in out
+
+
+def run_door(door: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", f"mixer_jax.{door}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_finished_run_says_so_and_is_scored(uninterrupted: Path, digits_dir: str) -> None:
+    out = finish(start(digits_dir, uninterrupted))
+    assert "training is finished: scoring the last checkpoint" in out
+    assert "on 360 images" in out
+
+
+def test_evaluate_prints_a_table_or_json(uninterrupted: Path, digits_dir: str) -> None:
+    arguments = [f"--checkpoint={uninterrupted}", "--dataset=digits", f"--data_dir={digits_dir}"]
+    table = run_door("evaluate", *arguments, "--split=test")
+    assert (table.returncode, table.stderr) == (0, "")
+    done = run_door("evaluate", *arguments, "--split=test", "--json", "--batch_size=50")
+    scores = json.loads(done.stdout)
+    assert scores["num_examples"] == 360
+    assert f"top-1              {scores['top1']:.2%}" in table.stdout
+    # The run's own last evaluation, with other batches, says the same.
+    last = read_metrics(str(uninterrupted))[-1]
+    assert scores["top1"] == last["test/top1"]
+    assert scores["log_likelihood"] == pytest.approx(last["test/log_likelihood"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --checkpoint"),
+        (["--checkpoint=/nowhere"], "error: checkpoint '/nowhere' holds no checkpoint"),
+        (["--checkpoint=RUN", "--step=7"], "has no step 7; it has 50, 60"),
+        (["--checkpoint=RUN", "--split=tset"], "split 'tset' of data set"),
+        (["--checkpoint=RUN", "--dataset=digits/low"], "has other classes (5: 0, 1, 2, 3, 4)"),
+        (["--checkpoint=RUN", "--batch_size=0"], "--batch_size=0 is out of range"),
+    ],
+)
+def test_evaluate_refuses(
+    uninterrupted: Path, digits_dir: str, arguments: list[str], message: str
+) -> None:
+    arguments = [argument.replace("RUN", str(uninterrupted)) for argument in arguments]
+    done = run_door("evaluate", *arguments, f"--data_dir={digits_dir}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --config"),
+        (["--config=configs/digit.py"], "does not exist; did you mean configs/digits.py?"),
+        (["--config=README.md"], "is no Python file"),
+        (["--config=configs/digits.py:medium"], "classes 'medium' is unknown"),
+        (["--config=configs/digits.py", "--confg.seed=1"], "argument '--confg.seed=1' is unknown"),
+        (["--config=configs/digits.py", "--config.seed"], "write --config.seed=VALUE"),
+        (["--config=configs/digits.py", "--config.sed=1"], "did you mean seed?"),
+        (["--config=configs/digits.py", "--config.seed=x"], "config.seed='x' is not a whole"),
+        (["--config=configs/digits.py", "--config.model.variant=Z/9"], "'Z/9' is unknown; choose"),
+        (["--config=configs/digits.py", "--config.num_steps=50"], "warmup_steps=100 is more"),
+        (["--config=configs/digits.py", "--workdir=/proc/x"], "'/proc/x' cannot be written"),
+        (["--config=configs/digits.py", "--config.batch_size=100", "--config.mesh.fsdp=3"], "mesh"),
+    ],
+)
+def test_main_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
+    if not any(argument.startswith("--workdir") for argument in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path}/run"]
+    done = run_door("main", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 or "usage:" in done.stderr
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_another_experiments_workdir_is_refused(uninterrupted: Path, digits_dir: str) -> None:
+    before = (uninterrupted / "config.json").read_text()
+    process = start(digits_dir, uninterrupted, optimizer__learning_rate=0.5)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "another experiment (optimizer.learning_rate: 0.003 -> 0.5)" in err
+    assert (uninterrupted / "config.json").read_text() == before
+
+
+def test_missing_data_names_the_way_to_get_them(tmp_path: Path) -> None:
+    data_dir, workdir = tmp_path / "data", tmp_path / "run"
+    done = run_door(
+        "main",
+        "--config=configs/mixer_l16_i21k.py",
+        f"--workdir={workdir}",
+        f"--config.dataset.data_dir={data_dir}",
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert f"data set 'imagenet21k' is not prepared in {data_dir}" in line
+    assert "array_record" in line
+    assert "--config.dataset.name=synthetic" in line
+    assert list(workdir.iterdir()) == []
+
+
+def test_help_lists_every_key() -> None:
+    done = run_door("main", "--help")
+    assert done.returncode == 0
+    for key in ("optimizer.learning_rate=0.001", "mesh.fsdp=1", "evals.NAME.split='test'"):
+        assert key in done.stdout
