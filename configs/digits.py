@@ -18,7 +18,7 @@ def get_config(classes: str = "all") -> ConfigDict:
     if classes not in CLASSES:
         raise UserError(f"classes {classes!r} is unknown; choose {' or '.join(CLASSES)}")
     config = config_lib.get_default()
-    config.num_steps = 1_000
+    config.num_steps = 1_200
     config.batch_size = 128
     config.eval_batch_size = 360
     config.image_size = 32
@@ -26,10 +26,10 @@ def get_config(classes: str = "all") -> ConfigDict:
 
     config.model.variant = "custom"
     config.model.num_blocks = 4
-    config.model.patch_size = 4
+    config.model.patch_size = 8
     config.model.hidden_dim = 64
     config.model.tokens_mlp_dim = 32
-    config.model.channels_mlp_dim = 128
+    config.model.channels_mlp_dim = 256
 
     config.dataset.name = f"digits/{classes}"
     config.preprocess.train_crop = "shift"
@@ -44,6 +44,6 @@ def get_config(classes: str = "all") -> ConfigDict:
     config.optimizer.decay = "cosine"
     config.optimizer.weight_decay = 0.1
 
-    config.checkpoint.every_steps = 250
-    config.evals = config_lib.evals(test={"split": "test", "every_steps": 250})
+    config.checkpoint.every_steps = 300
+    config.evals = config_lib.evals(test={"split": "test", "every_steps": 300})
     return config

@@ -144,10 +144,22 @@ def test_inception_crops_fill_their_range() -> None:
     assert abs(np.log(aspects).mean()) < 0.01
     uniform = areas[areas < 0.7]
     assert abs(uniform.mean() - (0.05 + 0.7) / 2) < 0.02
-    corners = np.array([(crop[0, 0, :2], crop[-1, -1, :2]) for crop in crops])
-    assert (corners[:, 0].min(0) == 0).all()
-    assert (corners[:, 1].max(0) == 255).all()
-    np.testing.assert_allclose(corners.mean((0, 1)), 127.5, atol=4)
+    # Ten tries find one that fits, almost always.
+    assert (areas == 1).mean() < 0.01
+
+
+def test_inception_crops_lie_anywhere() -> None:
+    image = coordinates(200, 200)
+    small = [crop for crop in inception_crops(image, 0.05, 2000) if max(crop.shape) < 120]
+    assert len(small) > 400
+    for axis, levels in enumerate([image[:, 0, 0], image[0, :, 1]]):
+        # Rows above, or columns left, as a share of all those outside of the crop.
+        before = np.searchsorted(levels, [crop[0, 0, axis] for crop in small])
+        share = before / [200 - crop.shape[axis] for crop in small]
+        assert share.min() == 0
+        assert share.max() == 1
+        assert abs(share.mean() - 1 / 2) < 0.05
+        assert abs(share.std() - 12**-0.5) < 0.03
 
 
 @pytest.mark.parametrize("shape", [(10, 1000), (1000, 10)])
@@ -290,8 +302,8 @@ def test_whole_image_of_the_right_size_is_unchanged() -> None:
 
 @pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
 def test_evaluation_averages_over_areas(eval_crop: str) -> None:
-    image = noise(512, 512)
-    expected = image.reshape(256, 2, 256, 2, 3).mean((1, 3))[16:240, 16:240]
+    image = noise(1024, 1024)
+    expected = image.reshape(256, 4, 256, 4, 3).mean((1, 3))[16:240, 16:240]
     shown = evaluate(image, 224, eval_crop).astype(float)
     np.testing.assert_allclose(shown, expected, atol=0.5)
 
