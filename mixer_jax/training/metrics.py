@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+from mixer_jax.training.workdir import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
 # Measured by the clock, so different each time a run is repeated; all else repeats to the bit.
@@ -39,7 +41,7 @@ class MetricsWriter:
         self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
-        self._path.write_text(self._text)
+        write_whole(self._path, self._text)
         self._background = ThreadPoolExecutor(max_workers=1)
         self._writes: list[Future[None]] = []
         self._events: Any = None
@@ -52,7 +54,7 @@ class MetricsWriter:
         if "://" in str(self._path):
             # Object stores cannot append; a run's metrics are small enough to be written anew.
             self._text += line
-            self._path.write_text(self._text)
+            write_whole(self._path, self._text)
         else:
             with self._path.open("a") as file:
                 file.write(line)

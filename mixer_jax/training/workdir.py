@@ -52,7 +52,14 @@ def check(workdir: str, config: ConfigDict) -> list[str]:
 
 def save_config(workdir: str, config: ConfigDict) -> None:
     """Writes the config as `workdir`/config.json."""
-    (epath.Path(workdir) / CONFIG_FILE).write_text(to_json(config))
+    write_whole(epath.Path(workdir) / CONFIG_FILE, to_json(config))
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file so that whoever reads it, even after a crash, finds all of it or the old one."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _check_writable(workdir: str) -> None:

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.data.preprocess import eval_image, to_model_range
+from mixer_jax.data.preprocess import eval_image
 from mixer_jax.data.sources import Source, open_source
 from mixer_jax.evaluation.classification import (
     JudgeBatch,
@@ -39,8 +38,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def judge_all(logits: np.ndarray, labels: list[int]) -> Judgements:
-    mask = jnp.ones(len(labels), bool)
-    return on_host(*judge(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), mask))
+    mask = np.ones(len(labels), bool)
+    return on_host(*jax.jit(judge)(logits.astype(np.float32), np.array(labels), mask))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def model() -> MlpMixer:
 @pytest.fixture(scope="module")
 def params(model: MlpMixer) -> Any:
     """Random parameters, the head's too: at zero all logits would be alike."""
-    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    images = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype), shapes)
@@ -214,7 +213,7 @@ def expected(model: MlpMixer, params: Any, source: Source) -> Scores:
     images = np.stack(
         [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
     )
-    logits = jax.jit(model.apply)({"params": params}, to_model_range(jnp.asarray(images)))
+    logits = jax.jit(model.apply)({"params": params}, images.astype(np.float32) / 127.5 - 1)
     log_probs = log_softmax(np.asarray(logits))
     ranking = np.argsort(-log_probs, axis=1)
     right = ranking[:, 0] == labels
@@ -276,10 +275,10 @@ def test_nothing_to_evaluate(run_evaluation: Callable[[Source, int], Scores]) ->
 
 def test_every_host_can_read_all_judgements(model: MlpMixer, params: Any) -> None:
     mesh = make_mesh(8, 1)
-    batch = {
-        "image": jnp.zeros((16, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8),
-        "label": jnp.zeros(16, jnp.int32),
-        "mask": jnp.ones(16, bool),
+    batch: dict[str, Any] = {
+        "image": np.zeros((16, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "mask": np.ones(16, bool),
     }
     for column in compile_judge(model, mesh)(params, batch):
         assert column.sharding.is_fully_replicated
