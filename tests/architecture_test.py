@@ -20,7 +20,7 @@ FLOORS = [
     {"evaluation"},
     {"training"},
 ]
-DOORS = {"main", "evaluate"}
+DOORS = {"main", "evaluate", "benchmark"}
 
 # Where each heavy library may be imported at all, by path in the package.
 HEAVY = {
@@ -103,6 +103,7 @@ def test_no_file_outgrows_its_idea(path: Path) -> None:
     [
         ("mixer_jax", {"jax", "flax", "numpy"}),
         ("mixer_jax.main", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
         ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.training.loop", {"tensorflow", "clu", "matplotlib", "sklearn"}),
     ],

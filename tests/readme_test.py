@@ -32,7 +32,7 @@ def small(command: list[str], place: Path, data_dir: str) -> list[str]:
     if "mixer_jax.evaluate" in command:
         return [*command, f"--data_dir={data_dir}"]
     if "mixer_jax.benchmark" in command:
-        return [*command, "--variant=S/32", "--batch_size=1", "--unroll=1,8", "--rounds=1"]
+        return [*command, "--variant=S/32", "--image_size=64", "--unroll=1", "--rounds=1"]
     sizes = as_arguments(data_dir, num_steps=4, optimizer__warmup_steps=1)
     if any("digits" in part for part in command):
         small_sizes = sizes

@@ -18,6 +18,7 @@ OVERRIDES: dict[str, Any] = {
     "model.channels_mlp_dim": 16,
     "model.patch_size": 4,
     "model.stochastic_depth": 0.1,
+    "preprocess.max_shift": 1,
     "optimizer.warmup_steps": 2,
     "log_every_steps": 1,
     "checkpoint.every_steps": 5,

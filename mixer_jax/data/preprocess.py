@@ -27,7 +27,10 @@ def decode(encoded: bytes) -> np.ndarray:
         ValueError: the bytes are no image that OpenCV can read.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:  # No bytes at all, or more pixels than it agrees to hold.
+        image = None
     if image is None:
         raise ValueError(f"{len(encoded)} bytes that are no readable image")
     return image

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,10 @@ def open_source(
         return synthetic_source(split, num_classes or 1000, num_examples or 1024)
     builder = _tfds_builder(name, data_dir)
     if not _is_readable(builder):
-        if name.split("/")[0] not in _OWN_BUILDERS:
+        if builder.info.splits or not _own_module(name):
             raise UserError(_how_to_prepare(name, builder))
-        _prepare(builder)
+        _prepare(name, builder)
+        builder = _tfds_builder(name, data_dir)
     return _tfds_source(builder, name, split)
 
 
@@ -91,6 +93,7 @@ class _SyntheticExamples(Sequence[Example]):
         return self._num_examples
 
     def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]  # Raises the IndexError that ends an iteration.
         label = np.random.default_rng([*self._seed, index]).integers(self._num_classes)
         return Example(image=self._encoded[index % len(self._encoded)], label=int(label))
 
@@ -120,24 +123,30 @@ class _TfdsExamples(Sequence[Example]):
         return len(self._data)
 
     def __getitem__(self, index: Any) -> Any:
-        example = self._data[index]
+        example = self._data[range(len(self))[index]]
         return Example(image=example["image"], label=int(example["label"]))
+
+
+def _own_module(name: str) -> str | None:
+    """Returns the module of our own builder, if the data set has one."""
+    return _OWN_BUILDERS.get(re.split("[/:]", name)[0])
 
 
 def _tfds_builder(name: str, data_dir: str) -> Any:
     """Returns the TFDS builder `name`, from code or from prepared files."""
     import tensorflow_datasets as tfds
 
-    module = _OWN_BUILDERS.get(name.split("/")[0])
-    if module:
+    if module := _own_module(name):
         importlib.import_module(module)
     where = str(Path(data_dir).expanduser()) if data_dir and "://" not in data_dir else data_dir
-    # Our own builders must be told to write the format that can be read by index; of prepared data
-    # TFDS reads the format from the files.
-    options = {"file_format": "array_record"} if module else {}
     searched = where or tfds.core.constants.DATA_DIR
     try:
-        return tfds.builder(name, data_dir=where or None, **options)
+        builder = tfds.builder(name, data_dir=where or None)
+        if module and not builder.info.splits:
+            # Ours must be told to write the format that can be read by index; of prepared data
+            # TFDS reads the format from the files.
+            builder = tfds.builder(name, data_dir=where or None, file_format="array_record")
+        return builder
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(
             f"data set {name!r} is not prepared in {searched}, and TFDS has no recipe for it; put "
@@ -145,8 +154,10 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             f"--config.dataset.data_dir to where it lies, or run without data by "
             f"--config.dataset.name={SYNTHETIC}"
         ) from error
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
+    except (ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split()).partition(" Here are ")[0]
+        if "BuilderConfig" in reason:
+            reason += f" It has {', '.join(tfds.builder_cls(name.split('/')[0]).builder_configs)}."
         raise UserError(f"data set {name!r} cannot be opened from {searched}: {reason}") from error
 
 
@@ -159,28 +170,45 @@ def _is_readable(builder: Any) -> bool:
     return builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
 
-def _prepare(builder: Any) -> None:
+def _prepare(name: str, builder: Any) -> None:
     """Writes one of our own small data sets, in seconds and without TFDS's progress bars."""
     import tensorflow_datasets as tfds
 
     print(f"writing data set {builder.info.full_name} to {builder.data_path}", file=sys.stderr)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except FileExistsError:
+        pass  # Another process, on this host or another, wrote the same and was done first.
+    except OSError as error:
+        raise UserError(
+            f"data set {name!r} cannot be written to {builder.data_path}: {error}; set "
+            "--config.dataset.data_dir to a folder that can be written"
+        ) from error
 
 
 def _how_to_prepare(name: str, builder: Any) -> str:
-    found = (
-        f"is prepared as {builder.info.file_format.value} in {builder.data_path}, which has no "
-        "random access"
-        if builder.info.splits
-        else f"is not prepared in {builder.data_path.parent}"
-    )
     root = builder.data_dir.removesuffix(str(builder.info.full_name)).rstrip("/")
+    found = f"is not prepared in {builder.data_path.parent}"
+    if builder.info.splits:
+        found = (
+            f"is prepared as {builder.info.file_format.value} in {builder.data_path}, which has no "
+            "random access"
+        )
+        # TFDS refuses to write a second format beside the first.
+        root = f"{root}/array_record"
+    # Not `tfds build`: it does not start without Apache Beam, which asks for older libraries.
+    code = (
+        "import tensorflow_datasets as tfds; "
+        f"tfds.builder({name!r}, file_format='array_record', data_dir={root!r})"
+        ".download_and_prepare()"
+    )
+    command = f'python -c "{code}"'
     return (
-        f"data set {name!r} {found}; prepare it with: tfds build {name} "
-        f"--file_format=array_record --data_dir={root} (manual downloads go to "
-        f"{root}/downloads/manual), or run without data by --config.dataset.name={SYNTHETIC}"
+        f"data set {name!r} {found}; prepare it with: {command} (manual downloads go to "
+        f"{root}/downloads/manual) and set --config.dataset.data_dir={root}, or run without data "
+        f"by --config.dataset.name={SYNTHETIC}"
     )
 
 
@@ -197,13 +225,12 @@ def _tfds_source(builder: Any, name: str, split: str) -> Source:
         skip = {"image": tfds.decode.SkipDecoding()}
         data = builder.as_data_source(split=split, decoders=skip)
         examples = _TfdsExamples(data)
-        empty = not len(examples)
     except ValueError as error:
         known = ", ".join(builder.info.splits)
         raise UserError(
-            f"split {split!r} of data set {name!r} does not exist; it has {known} "
+            f"split {split!r} of data set {name!r} does not exist or is empty; it has {known} "
             '(and slices such as "train[:99%]")'
         ) from error
-    if empty:
-        raise UserError(f"split {split!r} of data set {name!r} is empty; name a larger one")
+    if examples[0]["label"] < 0:
+        raise UserError(f"split {split!r} of data set {name!r} hides its labels; name another")
     return Source(f"{name} {split}", examples, tuple(features["label"].names))

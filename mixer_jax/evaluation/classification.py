@@ -42,7 +42,8 @@ class Judgements(NamedTuple):
     """What is known of each example of a batch.
 
     Attributes:
-        rank: classes at least as probable as the right one, itself not counted; 0 is best.
+        rank: classes at least as probable as the right one, itself not counted; 0 is best. All
+            classes, where the logits are not numbers.
         log_likelihood: log-probability of the right class.
         confidence: probability of the likeliest class.
         mask: false for padding, which does not count.
@@ -66,7 +67,8 @@ def judge(
     log_probs = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_probs, labels[:, None], axis=1)
     # Not "count the strictly better": logits that are all alike, or not numbers, would be right.
-    rank = logits.shape[1] - 1 - jnp.sum(log_probs < right, axis=1)
+    better = logits.shape[1] - 1 - jnp.sum(log_probs < right, axis=1)
+    rank = jnp.where(jnp.isnan(right[:, 0]), logits.shape[1], better)
     return Judgements(rank, right[:, 0], jnp.exp(jnp.max(log_probs, axis=1)), mask)
 
 
@@ -127,6 +129,8 @@ def evaluate(
         if running is not None:
             finished.append(jax.device_get(running))
         running = started
+    if running is None:
+        raise ValueError(f"{source.name}: there is no example to score")
     finished.append(jax.device_get(running))
     return summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
 
@@ -158,6 +162,8 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
         confidence: (n,) probability of the likeliest class.
         right: (n,) whether that class is the right one.
     """
+    if np.isnan(confidence).any():
+        return math.nan
     bins = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
     gaps = [
         abs(math.fsum(confidence[bins == b].tolist()) - int(right[bins == b].sum()))

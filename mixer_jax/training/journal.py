@@ -25,6 +25,7 @@ class Journal:
         experiment: Experiment,
         first_step: int,
         active: bool,
+        window: list[float],
     ):
         """Opens the book.
 
@@ -33,10 +34,14 @@ class Journal:
             experiment: that is run.
             first_step: steps done when the run begins or is resumed.
             active: whether this host is the one that writes and prints.
+            window: what `self.window` was when the run was last saved; empty for a new run.
         """
         self.progress = Progress(first_step, experiment.num_steps, active)
         self._writer = MetricsWriter(workdir, first_step, active)
         self._experiment = experiment
+        # Losses since the last line written, whose mean is written next. Saved with every
+        # checkpoint, so that a resumed run writes the same means.
+        self.window = list(window)
         self._pending: tuple[int, Metrics] | None = None
         self._timed = False
 
@@ -60,8 +65,12 @@ class Journal:
             if not math.isfinite(value):
                 raise RunFailedError(f"{name} is {value} at step {step}")
         self.progress.advance()
+        self.window.append(values["loss"])
         config = self._experiment.config
         due = step % config.log_every_steps == 0
+        if due:
+            values["loss"] = math.fsum(self.window) / len(self.window)
+            self.window.clear()
         if not self._timed:
             # The first step compiles: the clock starts after it.
             self.progress.restart(step)

@@ -62,10 +62,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         first_step = checkpoints.latest_step() or 0
-        state = restore(experiment, checkpoints, first_step)
+        state, window = restore(experiment, checkpoints, first_step)
         if leader:
             save_config(workdir, config)
-        journal = Journal(workdir, experiment, first_step, leader)
+        journal = Journal(workdir, experiment, first_step, leader, window)
         stack.callback(journal.close)
         journal.progress.say(_describe(experiment, first_step))
 
@@ -95,7 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
                     scores[name] = evals[name](state.eval_params)
                     journal.write_scores(step, name, scores[name])
                 if saving:
-                    save(experiment, checkpoints, state, step)
+                    save(experiment, checkpoints, state, step, journal.window)
                     saved_step, saved_at = step, time.monotonic()
             if stopping:
                 break
@@ -105,25 +105,34 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
     return Result(step, experiment.num_steps, scores if finished else {}, stop.received)
 
 
-def save(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, step: int) -> None:
-    """Begins to save a state in the background."""
+def save(
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    step: int,
+    window: list[float],
+) -> None:
+    """Begins to save a state, and the journal's open window, in the background."""
     items = {"params": state.params, "optimizer": state.opt_state}
     if state.ema_params is not None:
         items["ema_params"] = state.ema_params
-    checkpoints.save(step, items, experiment.metadata)
+    checkpoints.save(step, items, experiment.metadata | {"loss_window": list(window)})
 
 
-def restore(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
-    """Returns the state saved at `step`, or for step 0 the initial one."""
+def restore(
+    experiment: Experiment, checkpoints: Checkpoints, step: int
+) -> tuple[TrainState, list[float]]:
+    """Returns what was saved at `step`; for step 0 the initial state and an empty window."""
     if step == 0:
-        return initial_state(experiment)
+        return initial_state(experiment), []
     shape = experiment.state_shape
     targets = {"params": shape.params, "optimizer": shape.opt_state}
     if shape.ema_params is not None:
         targets["ema_params"] = shape.ema_params
     items = checkpoints.restore(step, targets)
     steps_done = jax.device_put(jax.numpy.int32(step), shape.step.sharding)
-    return TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
+    state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
+    return state, checkpoints.metadata(step)["loss_window"]
 
 
 def _due(step: int, every_steps: int) -> bool:

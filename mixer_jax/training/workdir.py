@@ -56,7 +56,7 @@ def save_config(workdir: str, config: ConfigDict) -> None:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that whoever reads it, even after a crash, finds all of it or the old one."""
+    """Writes a file so that a reader, even after a crash, finds all of it or the old one."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(text)
     draft.replace(path)
