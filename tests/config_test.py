@@ -231,6 +231,7 @@ def shrink(config: ConfigDict) -> None:
     config.model.num_blocks, config.model.patch_size, config.model.hidden_dim = 2, 8, 16
     config.model.tokens_mlp_dim, config.model.channels_mlp_dim = 8, 32
     config.image_size = 16
+    config.model.unroll = 1
 
 
 @pytest.mark.parametrize("name", CONFIGS)

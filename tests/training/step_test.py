@@ -32,9 +32,10 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_model(**overrides: Any) -> nn.Module:
+def make_model(num_blocks: int = 1, **overrides: Any) -> nn.Module:
     widths = dict.fromkeys(("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"), 8)
-    return create_model("custom", NUM_CLASSES, num_blocks=2, patch_size=4, **widths, **overrides)
+    widths |= {"num_blocks": num_blocks, "patch_size": 4}
+    return create_model("custom", NUM_CLASSES, **widths, **overrides)
 
 
 def make_batch(n: int = 8) -> dict[str, jax.Array]:
@@ -160,13 +161,13 @@ def test_pieces_partition_the_batch_and_have_their_own_keys() -> None:
 
 
 def test_randomness_follows_from_seed_and_step() -> None:
-    model = make_model(dropout=0.5, stochastic_depth=0.5)
+    model = make_model(num_blocks=2, dropout=0.5, stochastic_depth=0.5)
     first, again, other = (take_steps(2, model, seed, mixup=0.5)[0] for seed in (1, 1, 2))
     assert_trees_equal(first.params, again.params)
     with pytest.raises(AssertionError):
         assert_trees_equal(first.params, other.params)
     # Another step of the same run draws other masks: from equal states, only the step differs.
-    _, history = take_steps(2, make_model(dropout=0.5, head_bias=1.0), seed=1, mixup=0.5)
+    _, history = take_steps(2, make_model(dropout=0.5, head_bias=1.0), seed=1)
     assert history[0]["loss"] != history[1]["loss"]
 
 
