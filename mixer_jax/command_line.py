@@ -102,7 +102,7 @@ def load_config(file_and_argument: str) -> ConfigDict:
         config = module.get_config(argument) if argument else module.get_config()
     except UserError as error:
         raise UserError(f"config file {file_and_argument!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A config is the user's code: whatever it raises is theirs to read, in one line.
         reason = str(error).partition("\n")[0] or "no reason given"
         kind = type(error).__name__
@@ -124,7 +124,10 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
         UserError: the key does not exist, or the text is not of the key's type.
     """
-    check_known(path, [*KEYS, *(key for key in flatten(config) if key.startswith("evals."))])
+    present = flatten(config)
+    check_known(path, [*KEYS, *(key for key in present if key.startswith("evals."))])
+    if path not in present:
+        raise UserError(f"config.{path} is missing; start from config.get_default()")
     *sections, name = path.split(".")
     node = config
     for section in sections:

@@ -6,7 +6,6 @@ device is touched.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +73,9 @@ KEYS: dict[str, Key] = {
     "dataset.data_dir": Key("", "where TFDS keeps data; empty: TFDS's default", resumable=True),
     "dataset.train_split": Key("train", "split to train on, in TFDS syntax"),
     "dataset.num_classes": Key(0, "nominal; used by synthetic data, 0: 1000", low=0),
-    "dataset.num_examples": Key(0, "nominal; used by synthetic data, 0: 1024", low=0),
+    "dataset.num_examples": Key(
+        0, "nominal; used by synthetic data, 0: 1024", low=0, resumable=True
+    ),
     "preprocess.train_crop": Key(
         "inception",
         "inception (random area and aspect), shift (resize, then shift), resize",
@@ -103,7 +104,7 @@ KEYS: dict[str, Key] = {
     ),
     "recipe.mixup": Key(0.0, "parameter of Beta(p, p); 0: off", low=0),
     "recipe.accumulation_steps": Key(
-        1, "pieces a batch is computed in, one after the other", low=1
+        1, "pieces a batch is computed in, one after the other", low=1, resumable=True
     ),
     "recipe.ema_decay": Key(
         0.0, "of averaged parameters, used in evaluation; 0: off", low=0, high=0.999999
@@ -179,11 +180,16 @@ def validate(config: ConfigDict) -> None:
         UserError: the first rule broken, naming key, value and fix.
     """
     values = flatten(config)
+    if "evals" not in config:
+        raise UserError("config.evals is missing; start from config.get_default()")
     for path, value in values.items():
         _check_value(path, value)
-    for path in KEYS:
+    declared = [*KEYS, *(f"evals.{name}.{key}" for name in config.evals for key in EVAL_KEYS)]
+    for path in declared:
         if path not in values:
-            raise UserError(f"config.{path} is missing; start from config.get_default()")
+            raise UserError(
+                f"config.{path} is missing; start from config.get_default() and config.evals()"
+            )
     widths = resolve_widths(config.model.variant, **width_overrides(config.model))
     check_image_size(config.image_size, config.image_size, widths.patch_size)
     if config.model.unroll > widths.num_blocks:
@@ -198,6 +204,11 @@ def validate(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} is not divisible by "
             f"config.recipe.accumulation_steps={config.recipe.accumulation_steps}; "
             "choose a divisor of the batch"
+        )
+    if config.preprocess.max_shift >= config.image_size:
+        raise UserError(
+            f"config.preprocess.max_shift={config.preprocess.max_shift} moves the whole image out "
+            f"of sight; pass less than config.image_size={config.image_size}"
         )
     if config.recipe.mixup and config.batch_size < 2:
         raise UserError("config.recipe.mixup needs a partner; set config.batch_size to 2 or more")
@@ -239,29 +250,6 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return dict(leaves(config, ""))
 
 
-def to_json(config: ConfigDict) -> str:
-    """Returns the config as JSON for people and for `differences`."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
-
-
-def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[str]]:
-    """Compares a config saved as JSON with one about to be used.
-
-    Returns:
-        Two lists of lines "key: old -> new": those harmless to a resumed run, and those that would
-        make it another experiment.
-    """
-    before, after = flatten(ConfigDict(old)), flatten(new)
-    harmless: list[str] = []
-    harmful: list[str] = []
-    for path in sorted({*before, *after}):
-        was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
-        if was != now:
-            resumable = path.startswith("evals.") or (path in KEYS and KEYS[path].resumable)
-            (harmless if resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
-    return harmless, harmful
-
-
 def describe() -> str:
     """Returns every key with default and meaning, for `--help`."""
     lines = [f"  {path}={key.default!r:<22} {key.meaning}" for path, key in KEYS.items()]
@@ -275,6 +263,8 @@ def check_known(path: str, known: list[str]) -> None:
     """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
     if path not in known:
         hint = did_you_mean(path, known, otherwise="; --help lists them all")
+        if path.startswith("evals.") and not any(key.startswith("evals.") for key in known):
+            hint = "; a config file declares its evaluations, and this one has none"
         raise UserError(f"config.{path} is no configuration key{hint}")
 
 
@@ -291,6 +281,8 @@ def _check_value(path: str, value: Any) -> None:
         raise UserError(f"config.{path}={value!r} is not {KIND_NAMES[kind]}; change it to one")
     if key.choices and value not in key.choices:
         raise UserError(f"config.{path}={value!r} is unknown; choose {' or '.join(key.choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{path}={value} is not finite; pass a finite number")
     if isinstance(value, int | float) and not key.low <= value <= key.high:
         raise UserError(
             f"config.{path}={value!r} is out of range; pass {key.low:g} to {key.high:g}"

@@ -44,8 +44,13 @@ def main(arguments: Sequence[str]) -> int:
     loaded = load_checkpoint(run, mesh, step)
     trained_on = loaded.metadata["config"]
     dataset = known.dataset or trained_on["dataset"]["name"]
-    source = open_source(dataset, known.split, known.data_dir or trained_on["dataset"]["data_dir"])
     class_names = tuple(loaded.metadata["class_names"])
+    source = open_source(
+        dataset,
+        known.split,
+        known.data_dir or trained_on["dataset"]["data_dir"],
+        num_classes=len(class_names),
+    )
     if source.class_names != class_names:
         raise UserError(
             f"--dataset={dataset} has other classes ({source.num_classes}: "

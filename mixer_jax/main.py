@@ -1,15 +1,19 @@
 """Train or fine-tune a Mixer from a config file: `python -m mixer_jax.main --config=FILE`."""
 
 import argparse
+import shlex
 import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
 
 from mixer_jax import command_line
 from mixer_jax.config import describe, validate
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.curves import CURVES_FILE
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
+from mixer_jax.weights.steps import find_checkpoint
 
 if TYPE_CHECKING:
     from mixer_jax.training.loop import Result
@@ -38,23 +42,30 @@ def main(arguments: Sequence[str]) -> int:
     config = command_line.read_config(known.config, overrides)
     validate(config)
     default = f"runs/{command_line.experiment_name(known.config)}"
+    if config.init_from:
+        find_checkpoint(config.init_from)
     workdir = workdirs.absolute(known.workdir or default)
     for change in workdirs.check(workdir, config):
         print(f"changed since this run was last started: {change}")
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(config.compilation_cache)
+    from mixer_jax.parallel.hosts import is_leader
     from mixer_jax.training.loop import train_and_evaluate
 
     result = train_and_evaluate(config, workdir)
-    print(_farewell(result, known.workdir or default, config.dataset.name), flush=True)
+    if is_leader():
+        print(_farewell(result, known.workdir or default, config), flush=True)
     return command_line.INTERRUPTED if result.stopped_by == signal.SIGINT else 0
 
 
-def _farewell(result: "Result", workdir: str, dataset: str) -> str:
+def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
-    score = f"python -m mixer_jax.evaluate --checkpoint={workdir} --dataset={dataset} --split=test"
+    score = ["python", "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
+    for entry in list(config.evals.values())[:1]:
+        score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
+        score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []
     if result.step < result.num_steps:
         return (
             f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {place}; "
@@ -75,7 +86,7 @@ def _farewell(result: "Result", workdir: str, dataset: str) -> str:
             f"events      {workdir}/{EVENTS_FOLDER}",
             "",
             "next:",
-            f"  {score}",
+            *([f"  {shlex.join(score)}"] if config.evals else []),
             f"  tensorboard --logdir={workdir}/{EVENTS_FOLDER}",
         ]
     )

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,9 @@ RUN = {
 }
 
 
-def start(data_dir: str, workdir: Path, **changes: Any) -> subprocess.Popen[str]:
+def start(
+    data_dir: str, workdir: Path, env: dict[str, str] | None = None, **changes: Any
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
     arguments = as_arguments(data_dir, **{**RUN, **changes})
     return subprocess.Popen(
@@ -42,7 +45,7 @@ def start(data_dir: str, workdir: Path, **changes: Any) -> subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
     )
 
 
@@ -144,6 +147,47 @@ def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> Non
     (saved,) = list_steps(str(tmp_path))
     assert f"stopped at step {saved} of 60" in out
     assert "the same command goes on from there" in out
+
+
+def start_two_hosts(
+    data_dir: str, workdir: Path, **changes: Any
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Starts one run on two hosts: processes of two devices each, which meet at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    meeting = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    first, second = (
+        start(data_dir, workdir, {**meeting, "JAX_PROCESS_ID": str(i)}, **changes) for i in range(2)
+    )
+    return first, second
+
+
+def test_two_hosts_stop_together_and_one_goes_on(
+    uninterrupted: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    first, second = start_two_hosts(digits_dir, tmp_path, mesh__fsdp=2)
+    wait_until(lambda: last_step(tmp_path) >= 12, first)
+    second.send_signal(signal.SIGTERM)
+    outs = [finish(process) for process in (first, second)]
+    saved = list_steps(str(tmp_path))[-1]
+    assert f"stopped at step {saved} of 60" in outs[0]
+    # What all share, one host says and writes.
+    assert "stopped" not in outs[1]
+
+    out = finish(start(digits_dir, tmp_path))
+    assert f"goes on after step {saved}" in out
+    expected, actual = untimed_metrics(uninterrupted), untimed_metrics(tmp_path)
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for a, b in zip(actual, expected, strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        else:
+            assert a["test/num_examples"] == b["test/num_examples"] == 360
 
 
 def run_door(door: str, *arguments: str) -> subprocess.CompletedProcess[str]:

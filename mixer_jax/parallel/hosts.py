@@ -11,8 +11,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mixer_jax.errors import UserError
+
 # Set by what starts one of several processes: a JAX coordinator, TPU multislice.
 _CLUSTER_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -20,21 +23,49 @@ def join(mode: str) -> None:
     """Joins the other hosts of a run, before any device is used.
 
     Args:
-        mode: "yes"; "no"; or "auto", which joins where a TPU VM, SLURM, Open MPI or a JAX
-            coordinator address says that there may be others. JAX finds their addresses itself.
+        mode: "yes"; "no"; or "auto", which joins where a TPU VM, SLURM, Open MPI or
+            JAX_COORDINATOR_ADDRESS says that there may be others. JAX finds them by itself, or by
+            that address with JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+        UserError: the other hosts cannot be found.
     """
-    if mode == "yes" or (mode == "auto" and _in_cluster()):
-        jax.distributed.initialize()
+    if mode == "no" or (mode == "auto" and not _in_cluster()):
+        return
+    try:
+        # Without an address JAX asks the cluster: TPU VMs, SLURM, Open MPI, Kubernetes.
+        jax.distributed.initialize(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            _whole_number("JAX_NUM_PROCESSES"),
+            _whole_number("JAX_PROCESS_ID"),
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"config.distributed={mode!r} cannot join a run of several hosts: {reason} Set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host, or "
+            "--config.distributed=no to run alone"
+        ) from error
 
 
 def _in_cluster() -> bool:
     if any(os.environ.get(name) for name in _CLUSTER_ADDRESSES):
         return True
-    if any(int(os.environ.get(name, "1")) > 1 for name in _CLUSTER_SIZES):
+    if any((_whole_number(name) or 1) > 1 for name in _CLUSTER_SIZES):
         return True
     # A TPU VM says of itself that it is one, not how many it works with; joining alone is harmless.
     on_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
     return on_tpu and importlib.util.find_spec("libtpu") is not None
+
+
+def _whole_number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
+
+
+def is_leader() -> bool:
+    """Returns whether this is the host that writes and prints what all hosts share."""
+    return jax.process_index() == 0
 
 
 def any_host(flag: bool) -> bool:
@@ -55,11 +86,15 @@ class StopSignals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._receive)
+        self._old = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Takes the signals; again after `join`, where JAX takes SIGTERM for itself."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP_SIGNALS:
+                signal.signal(number, self._receive)
 
     def __exit__(
         self,
@@ -67,8 +102,9 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:

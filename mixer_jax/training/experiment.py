@@ -172,7 +172,13 @@ def initial_state(experiment: Experiment) -> TrainState:
     path = experiment.config.init_from
     if not path:
         return state
-    params = load_checkpoint(path, experiment.mesh).params
+    source = load_checkpoint(path, experiment.mesh)
+    if source.model.gelu != experiment.model.gelu:
+        raise UserError(
+            f"config.init_from={path!r} was trained with gelu={source.model.gelu}; "
+            f"set --config.model.gelu={source.model.gelu}"
+        )
+    params = source.params
     params = {**params, "head": state.params["head"]}
     ours, theirs = (
         {jax.tree_util.keystr(key): array.shape for key, array in leaves}

@@ -67,7 +67,7 @@ class Journal:
         self.progress.advance()
         self.window.append(values["loss"])
         config = self._experiment.config
-        due = step % config.log_every_steps == 0
+        due = step % config.log_every_steps == 0 or step == self._experiment.num_steps
         if due:
             values["loss"] = math.fsum(self.window) / len(self.window)
             self.window.clear()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from mixer_jax.errors import RunFailedError
+from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.evaluation.classification import Scores
 from mixer_jax.parallel import hosts
 from mixer_jax.training.curves import draw_curves
@@ -24,6 +24,9 @@ from mixer_jax.training.journal import Journal
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import save_config
 from mixer_jax.weights.checkpoint import Checkpoints
+
+# Asking costs a message to every host; waiting longer costs time that a preemption may not leave.
+_HOSTS_AGREE_EVERY_STEPS = 10
 
 
 class Result(NamedTuple):
@@ -57,7 +60,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         stop = stack.enter_context(hosts.StopSignals())
         sources = open_sources(config)
         hosts.join(config.distributed)
-        leader = jax.process_index() == 0
+        stop.listen()
+        leader = hosts.is_leader()
         experiment = build(config, sources)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
@@ -81,9 +85,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
             try:
                 journal.record(step, metrics)
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _ask_hosts(step, experiment, stop.received is not None)
+                stopping = _ask_hosts(step, stop.received is not None)
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
-                late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, experiment, late)
+                late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, late)
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
                 if due or saving:
                     # What is scored and saved is known to be finite.
@@ -122,9 +126,22 @@ def save(
 def restore(
     experiment: Experiment, checkpoints: Checkpoints, step: int
 ) -> tuple[TrainState, list[float]]:
-    """Returns what was saved at `step`; for step 0 the initial state and an empty window."""
+    """Returns what was saved at `step`; for step 0 the initial state and an empty window.
+
+    Raises:
+        UserError: the checkpoint was trained on other data, or for another number of steps.
+    """
     if step == 0:
         return initial_state(experiment), []
+    metadata = checkpoints.metadata(step)
+    for key in ("num_train_examples", "num_steps", "class_names"):
+        was, now = metadata[key], experiment.metadata[key]
+        if was != now:
+            raise UserError(
+                f"the checkpoint of step {step} was made with {key}={was}, not {now}: the data are "
+                "others than the run began with; point --config.dataset.data_dir at those, or "
+                "choose another --workdir"
+            )
     shape = experiment.state_shape
     targets = {"params": shape.params, "optimizer": shape.opt_state}
     if shape.ema_params is not None:
@@ -132,16 +149,16 @@ def restore(
     items = checkpoints.restore(step, targets)
     steps_done = jax.device_put(jax.numpy.int32(step), shape.step.sharding)
     state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
-    return state, checkpoints.metadata(step)["loss_window"]
+    return state, metadata["loss_window"]
 
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _ask_hosts(step: int, experiment: Experiment, flag: bool) -> bool:
+def _ask_hosts(step: int, flag: bool) -> bool:
     """Returns whether any host's flag is set; several hosts ask each other only now and then."""
-    if jax.process_count() > 1 and step % experiment.config.log_every_steps:
+    if jax.process_count() > 1 and step % _HOSTS_AGREE_EVERY_STEPS:
         return False
     return hosts.any_host(flag)
 

@@ -2,11 +2,12 @@
 
 import json
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
+from mixer_jax.errors import UserError
 from mixer_jax.training.workdir import write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -20,7 +21,10 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     path = epath.Path(workdir) / METRICS_FILE
     lines = path.read_text().split("\n") if path.exists() else []
     # A whole line ends in a newline, so what follows the last one is empty or cut off.
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} has lines that are no JSON; move it away") from error
 
 
 class MetricsWriter:
@@ -43,7 +47,6 @@ class MetricsWriter:
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
         self._background = ThreadPoolExecutor(max_workers=1)
-        self._writes: list[Future[None]] = []
         self._events: Any = None
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -58,27 +61,27 @@ class MetricsWriter:
         else:
             with self._path.open("a") as file:
                 file.write(line)
-        self._writes.append(self._background.submit(self._write_events, step, values))
+        self._background.submit(self._write_events, step, values)
 
     def close(self) -> None:
         """Waits until everything is written."""
         if not self._active:
             return
         self._background.shutdown(wait=True)
-        for write in self._writes:
-            write.result()
         if self._events:
             self._events.close()
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
-        if self._events is None:
-            # clu brings TensorFlow, which takes seconds: in this thread, while the device works.
-            try:
+        if self._events is False:
+            return
+        # clu brings TensorFlow, which takes seconds: in this thread, while the device works.
+        try:
+            if self._events is None:
                 from clu import metric_writers
-            except ImportError as error:
-                print(f"no TensorBoard events are written: {error}", file=sys.stderr)
-                self._events = False
-            else:
+
                 self._events = metric_writers.SummaryWriter(self._events_folder)
-        if self._events:
             self._events.write_scalars(step, values)
+        except Exception as error:
+            # A picture less is no reason to lose a run: metrics.jsonl has the same numbers.
+            self._events = False
+            print(f"no TensorBoard events from here on: {error}", file=sys.stderr)

@@ -3,13 +3,14 @@
 import json
 import os
 import uuid
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.config import differences, to_json
+from mixer_jax.config import KEYS, flatten
 from mixer_jax.errors import UserError
-from mixer_jax.weights.steps import list_steps
+from mixer_jax.weights.steps import FOLDER, list_steps
 
 CONFIG_FILE = "config.json"
 
@@ -41,7 +42,13 @@ def check(workdir: str, config: ConfigDict) -> list[str]:
                 "choose another --workdir"
             )
         return []
-    harmless, harmful = differences(json.loads(saved.read_text()), config)
+    try:
+        old = json.loads(saved.read_text())
+        harmless, harmful = differences(old, config)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read; choose another --workdir"
+        ) from error
     if harmful and list_steps(workdir):
         raise UserError(
             f"workdir {workdir!r} belongs to another experiment ({'; '.join(harmful)}); "
@@ -62,14 +69,41 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON for people and for `differences`."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[str]]:
+    """Compares a config saved as JSON with one about to be used.
+
+    Returns:
+        Two lists of lines "key: old -> new": those harmless to a resumed run, and those that would
+        make it another experiment.
+    """
+    before, after = flatten(ConfigDict(old)), flatten(new)
+    harmless: list[str] = []
+    harmful: list[str] = []
+    for path in sorted({*before, *after}):
+        was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
+        if was != now:
+            resumable = path.startswith("evals.") or (path in KEYS and KEYS[path].resumable)
+            (harmless if resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
+    return harmless, harmful
+
+
 def _check_writable(workdir: str) -> None:
-    probe = epath.Path(workdir) / f".probe-{uuid.uuid4().hex}"
     try:
+        probe = epath.Path(workdir) / f".probe-{uuid.uuid4().hex}"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+    except Exception as error:
+        # Each kind of file system raises its own.
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
             f"workdir {workdir!r} cannot be written ({reason}); choose another --workdir"
         ) from error
+    folder = epath.Path(workdir) / FOLDER
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is no folder; choose another --workdir")

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mixer_jax.errors import UserError
 from mixer_jax.weights.steps import FOLDER
 
 Tree = Any
@@ -54,7 +55,13 @@ class Checkpoints:
     def restore(self, step: int, targets: dict[str, Tree]) -> dict[str, Tree]:
         """Returns the items that `targets` names, with its shapes, types and shardings."""
         args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} lacks {' or '.join(targets)}: it is incomplete; "
+                "move its folder away to use an older one"
+            ) from error
         return {name: restored[name] for name in targets}
 
     def metadata(self, step: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from mixer_jax.errors import UserError
 
 FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"
+INDEX = "_CHECKPOINT_METADATA"
 
 
 def list_steps(workdir: str) -> list[int]:
@@ -16,8 +17,9 @@ def list_steps(workdir: str) -> list[int]:
     complete = (
         int(entry.name)
         for entry in folder.iterdir()
-        # A disk renames a finished save; an object store cannot, and gets this file as its mark.
-        if entry.name.isdecimal() and ("://" not in workdir or (entry / COMMITTED).exists())
+        # A disk renames a finished save, and what was copied half lacks orbax's index; an object
+        # store cannot rename, and gets a mark.
+        if entry.name.isdecimal() and (entry / (COMMITTED if "://" in workdir else INDEX)).exists()
     )
     return sorted(complete)
 

@@ -1,8 +1,9 @@
-"""Tests of joining and leaving a run. Several real processes are the subject of later tests."""
+"""Tests of joining and leaving a run; two real hosts are in end_to_end_test.py."""
 
 import jax
 import pytest
 
+from mixer_jax.errors import UserError
 from mixer_jax.parallel import hosts
 
 
@@ -10,7 +11,7 @@ from mixer_jax.parallel import hosts
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Records whether JAX was asked to join a cluster, in an environment without signs of one."""
     calls: list[bool] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(True))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: calls.append(True))
     monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [])
     for name in (*hosts._CLUSTER_ADDRESSES, *hosts._CLUSTER_SIZES):
         monkeypatch.delenv(name, raising=False)
@@ -25,6 +26,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         ("auto", {}, []),
         ("auto", {"SLURM_NTASKS": "1"}, []),
         ("auto", {"SLURM_NTASKS": "4"}, [True]),
+        ("auto", {"SLURM_NTASKS": "many"}, []),
         ("auto", {"OMPI_COMM_WORLD_SIZE": "2"}, [True]),
         ("auto", {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, [True]),
     ],
@@ -45,3 +47,10 @@ def test_a_cluster_is_joined_where_there_is_one(
 def test_one_host_asks_nobody() -> None:
     assert hosts.any_host(True) is True
     assert hosts.any_host(False) is False
+
+
+def test_hosts_that_cannot_be_found_are_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(UserError, match="cannot join a run of several hosts"):
+        hosts.join("yes")

@@ -156,6 +156,29 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: 
     np.testing.assert_allclose(actual, expected[4:], rtol=1e-5)
 
 
+def test_a_run_refuses_to_go_on_with_other_data(finished: Path, digits_dir: str) -> None:
+    config = small_config(digits_dir, recipe__ema_decay=0.9)
+    experiment = build(config, open_sources(config))
+    for key, value in [("num_train_examples", 1436), ("num_steps", 21), ("class_names", ["a"])]:
+        other = experiment._replace(metadata=experiment.metadata | {key: value})
+        with pytest.raises(UserError, match=f"step 20 was made with {key}="):
+            loop_module.restore(other, Checkpoints(str(finished)), 20)
+
+
+def test_the_last_step_is_written_whatever_the_interval(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir, num_steps=5, log_every_steps=3)
+    train_and_evaluate(config, str(tmp_path))
+    lines = read_metrics(str(tmp_path))
+    assert [line["step"] for line in lines if "loss" in line] == [3, 5]
+
+
+def test_init_from_another_gelu_is_refused(finished: Path, digits_dir: str) -> None:
+    config = small_config(digits_dir, init_from=str(finished), model__gelu="exact")
+    experiment = build(config, open_sources(config))
+    with pytest.raises(UserError, match=r"set --config\.model\.gelu=tanh"):
+        initial_state(experiment)
+
+
 def test_init_from_takes_all_but_the_head(finished: Path, digits_dir: str) -> None:
     config = small_config(
         digits_dir, "configs/digits.py:low", init_from=str(finished), model__head_bias=-1.0

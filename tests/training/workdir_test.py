@@ -1,5 +1,6 @@
 """Tests of what may happen in a run's folder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from ml_collections import ConfigDict
 from mixer_jax import config as config_lib
 from mixer_jax.errors import UserError
 from mixer_jax.training.metrics import MetricsWriter, read_metrics
-from mixer_jax.training.workdir import absolute, check, save_config
+from mixer_jax.training.workdir import absolute, check, differences, save_config, to_json
+from mixer_jax.weights.steps import INDEX
 
 
 @pytest.fixture
@@ -20,6 +22,20 @@ def config() -> ConfigDict:
 
 def add_checkpoint(workdir: Path) -> None:
     (workdir / "checkpoints" / "5").mkdir(parents=True)
+    (workdir / "checkpoints" / "5" / INDEX).write_text("{}")
+
+
+def test_differences_tell_harm_from_convenience(config: ConfigDict) -> None:
+    saved = json.loads(to_json(config))
+    assert differences(saved, config) == ([], [])
+    config.checkpoint.every_steps = 5
+    config.mesh.fsdp = 8
+    config.optimizer.learning_rate = 0.5
+    harmless, harmful = differences(saved, config)
+    assert harmless == ["checkpoint.every_steps: 1000 -> 5", "mesh.fsdp: 1 -> 8"]
+    assert harmful == ["optimizer.learning_rate: 0.001 -> 0.5"]
+    del saved["seed"]
+    assert "seed: '(absent)' -> 0" in differences(saved, config)[1]
 
 
 def test_a_new_folder_is_made(tmp_path: Path, config: ConfigDict) -> None:
@@ -86,3 +102,30 @@ def test_a_passive_writer_writes_nothing(tmp_path: Path) -> None:
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"model": 1, "a": {}}'])
+def test_a_config_that_cannot_be_read_is_refused(
+    tmp_path: Path, config: ConfigDict, text: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    add_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be read|another experiment"):
+        check(str(tmp_path), config)
+
+
+def test_checkpoints_must_be_a_folder(tmp_path: Path, config: ConfigDict) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        check(str(tmp_path), config)
+
+
+def test_file_systems_that_nobody_knows(config: ConfigDict) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        check("foo://bucket/run", config)
+
+
+def test_metrics_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("hello\n")
+    with pytest.raises(UserError, match="no JSON; move it away"):
+        read_metrics(str(tmp_path))

@@ -1,5 +1,6 @@
 """Tests of saving and finding checkpoints, with real orbax on disk."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,11 @@ def test_missing_checkpoints_are_errors(run: str, tmp_path: Path) -> None:
         find_checkpoint(run, step=11)
     with pytest.raises(UserError, match="nowhere' holds no checkpoint"):
         find_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_folders_that_only_look_like_checkpoints(run: str) -> None:
+    (Path(run) / "checkpoints" / "300").mkdir()
+    assert list_steps(run) == [10, 100]
+    shutil.rmtree(Path(run) / "checkpoints" / "100" / "params")
+    with pytest.raises(UserError, match="step 100 lacks params: it is incomplete"):
+        Checkpoints(run).restore(100, {"params": make_tree(0)})
