@@ -1,9 +1,12 @@
 """Train or fine-tune a Mixer from a config file: `python -m mixer_jax.main --config=FILE`."""
 
 import argparse
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
-    score = ["python", "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
+    score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
     for entry in list(config.evals.values())[:1]:
         score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
         score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []
@@ -87,9 +90,17 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             "",
             "next:",
             *([f"  {shlex.join(score)}"] if config.evals else []),
-            f"  tensorboard --logdir={workdir}/{EVENTS_FOLDER}",
+            f"  {_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}",
         ]
     )
+
+
+def _program(name: str) -> str:
+    """Returns how the user would call a program of this Python: from a .venv here, by its path."""
+    folder = Path(sys.executable).parent
+    if "VIRTUAL_ENV" in os.environ or not folder.is_relative_to(Path.cwd()):
+        return name
+    return str(folder.relative_to(Path.cwd()) / name)
 
 
 if __name__ == "__main__":
