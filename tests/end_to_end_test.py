@@ -23,15 +23,16 @@ from mixer_jax.weights.steps import list_steps
 from tests.small_run import as_arguments
 
 # Large enough that saving it takes a moment in which to be killed.
+STEPS = 150
 RUN = {
-    "num_steps": 60,
+    "num_steps": STEPS,
     "model__channels_mlp_dim": 256,
     "model__dropout": 0.1,
     "recipe__ema_decay": 0.9,
     # Not a divisor of the checkpoints' interval: a mean over steps outlives a kill.
     "log_every_steps": 4,
     "checkpoint__every_steps": 10,
-    "evals__test__every_steps": 30,
+    "evals__test__every_steps": 50,
 }
 
 
@@ -77,10 +78,10 @@ def is_saving(workdir: Path, done: int) -> bool:
 
 def final_arrays(workdir: Path) -> dict[str, list[np.ndarray]]:
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        assert manager.latest_step() == RUN["num_steps"]
+        assert manager.latest_step() == STEPS
         items = ("params", "ema_params", "optimizer")
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore() for item in items})
-        restored = manager.restore(int(RUN["num_steps"]), args=args)
+        restored = manager.restore(STEPS, args=args)
     return {item: [np.asarray(x) for x in jax.tree.leaves(restored[item])] for item in items}
 
 
@@ -117,7 +118,7 @@ def test_killed_and_resumed_equals_never_interrupted(
         if unfinished_saves(tmp_path):
             break
     assert unfinished_saves(tmp_path)
-    assert list_steps(str(tmp_path))[-1] < 60
+    assert list_steps(str(tmp_path))[-1] < STEPS
 
     # By a scheduler, which is polite.
     process = start(digits_dir, tmp_path)
@@ -125,8 +126,8 @@ def test_killed_and_resumed_equals_never_interrupted(
     process.send_signal(signal.SIGTERM)
     out = finish(process, code=0)
     saved = list_steps(str(tmp_path))[-1]
-    assert 45 <= saved < 60
-    assert f"stopped at step {saved} of 60" in out
+    assert 45 <= saved < STEPS
+    assert f"stopped at step {saved} of {STEPS}" in out
 
     # And to the end.
     out = finish(start(digits_dir, tmp_path))
@@ -145,7 +146,7 @@ def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
     (saved,) = list_steps(str(tmp_path))
-    assert f"stopped at step {saved} of 60" in out
+    assert f"stopped at step {saved} of {STEPS}" in out
     assert "the same command goes on from there" in out
 
 
@@ -175,7 +176,7 @@ def test_two_hosts_stop_together_and_one_goes_on(
     second.send_signal(signal.SIGTERM)
     outs = [finish(process) for process in (first, second)]
     saved = list_steps(str(tmp_path))[-1]
-    assert f"stopped at step {saved} of 60" in outs[0]
+    assert f"stopped at step {saved} of {STEPS}" in outs[0]
     # What all share, one host says and writes.
     assert "stopped" not in outs[1]
 
@@ -183,10 +184,12 @@ def test_two_hosts_stop_together_and_one_goes_on(
     assert f"goes on after step {saved}" in out
     expected, actual = untimed_metrics(uninterrupted), untimed_metrics(tmp_path)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    assert saved < 60
     for a, b in zip(actual, expected, strict=True):
-        if "loss" in a:
+        # Rounding differs with the number of devices, and grows as training goes on.
+        if "loss" in a and a["step"] <= 60:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        else:
+        elif "loss" not in a:
             assert a["test/num_examples"] == b["test/num_examples"] == 360
 
 
@@ -220,7 +223,7 @@ def test_evaluate_prints_a_table_or_json(uninterrupted: Path, digits_dir: str) -
     [
         ([], "the following arguments are required: --checkpoint"),
         (["--checkpoint=/nowhere"], "error: checkpoint '/nowhere' holds no checkpoint"),
-        (["--checkpoint=RUN", "--step=7"], "has no step 7; it has 50, 60"),
+        (["--checkpoint=RUN", "--step=7"], "has no step 7; it has 140, 150"),
         (["--checkpoint=RUN", "--split=tset"], "split 'tset' of data set"),
         (["--checkpoint=RUN", "--dataset=digits/low"], "has other classes (5: 0, 1, 2, 3, 4)"),
         (["--checkpoint=RUN", "--batch_size=0"], "--batch_size=0 is out of range"),
