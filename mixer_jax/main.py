@@ -16,7 +16,7 @@ from mixer_jax.config import describe, validate
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.curves import CURVES_FILE
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
-from mixer_jax.weights.steps import find_checkpoint
+from mixer_jax.weights.steps import find_checkpoint, list_steps
 
 if TYPE_CHECKING:
     from mixer_jax.training.loop import Result
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     config = command_line.read_config(known.config, overrides)
     validate(config)
     default = f"runs/{command_line.experiment_name(known.config)}"
-    if config.init_from:
-        find_checkpoint(config.init_from)
     workdir = workdirs.absolute(known.workdir or default)
     for change in workdirs.check(workdir, config):
         print(f"changed since this run was last started: {change}")
+    if config.init_from and not list_steps(workdir):
+        find_checkpoint(config.init_from)
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(config.compilation_cache)
