@@ -4,36 +4,24 @@ Pixels leave here as uint8, a quarter of the bytes of float32 on the way to the 
 step maps them to [-1, 1].
 """
 
+import functools
 import math
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
+from mixer_jax.data.decoding import Box, decode
 from mixer_jax.data.randaugment import rand_augment
 
 # The evaluation crop: resize to 256 for a crop of 224, and in proportion for other sizes.
-RESIZE_RATIO = 256 / 224
-# Inception crop: aspect ratios, and how often to draw before falling back to the whole image.
+_RESIZE, _CROP = 256, 224
+# Inception crop: aspect ratios, and how often to draw before falling back to the centre.
 _ASPECTS = (3 / 4, 4 / 3)
+_LOG_ASPECTS = (math.log(_ASPECTS[0]), math.log(_ASPECTS[1]))
 _TRIES = 10
-
-
-def decode(encoded: bytes) -> np.ndarray:
-    """Returns the image of a file's bytes as uint8 RGB (h, w, 3); EXIF orientation is ignored.
-
-    Raises:
-        ValueError: the bytes are no image that OpenCV can read.
-    """
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error:  # No bytes at all, or more pixels than it agrees to hold.
-        image = None
-    if image is None:
-        raise ValueError(f"{len(encoded)} bytes that are no readable image")
-    return image
 
 
 def train_image(
@@ -47,6 +35,7 @@ def train_image(
     flip: bool,
     randaugment_layers: int,
     randaugment_magnitude: float,
+    exif_orientation: bool = False,
 ) -> np.ndarray:
     """Decodes, crops at random, flips and augments one training image.
 
@@ -60,19 +49,23 @@ def train_image(
         flip: whether half of the images are mirrored left to right.
         randaugment_layers: RandAugment operations an image; 0 is none.
         randaugment_magnitude: on the scale 0-10.
+        exif_orientation: as `decode` takes it.
 
     Returns:
         uint8 RGB (image_size, image_size, 3).
+
+    Raises:
+        BadImageError: as `decode`.
     """
-    image = decode(encoded)
-    if train_crop == "inception":
-        image = resize(inception_crop(image, rng, min_area), image_size, image_size)
-    else:
-        image = resize(image, image_size, image_size)
-        if train_crop == "shift":
-            image = shift(image, rng, max_shift)
+    box = functools.partial(inception_box, rng=rng, min_area=min_area)
+    image = decode(
+        encoded, box if train_crop == "inception" else None, exif_orientation=exif_orientation
+    )
+    image = resize(image, image_size, image_size)
+    if train_crop == "shift":
+        image = shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
+        image = cv2.flip(image, 1)
     if randaugment_layers:
         image = rand_augment(
             image, rng, num_layers=randaugment_layers, magnitude=randaugment_magnitude
@@ -80,58 +73,97 @@ def train_image(
     return np.ascontiguousarray(image)
 
 
-def eval_image(encoded: bytes, *, image_size: int, eval_crop: str) -> np.ndarray:
-    """Decodes one image and takes the paper's evaluation crop.
+def eval_image(
+    encoded: bytes, *, image_size: int, eval_crop: str, exif_orientation: bool = False
+) -> np.ndarray:
+    """Decodes one image and takes the paper's evaluation crop, or timm's.
 
     Args:
         encoded: the bytes of an image file.
         image_size: side of the result, pixels.
-        eval_crop: "shorter_side" resizes that side to 8/7 of the result and crops the centre
-            (Table 3); "square" resizes both sides to it (Table 2); "whole" crops nothing.
+        eval_crop: "shorter_side" resizes that side to 8/7 of the result by area and crops the
+            centre (Table 3); "square" resizes both sides to it (Table 2); "bicubic" is as
+            "shorter_side" with Pillow's decoder and bicubic filter, as timm evaluates the weights
+            it publishes (crop 0.875); "whole" crops nothing.
+        exif_orientation: as `decode` takes it.
 
     Returns:
         uint8 RGB (image_size, image_size, 3).
+
+    Raises:
+        BadImageError: as `decode`.
     """
-    image = decode(encoded)
+    as_pillow = eval_crop == "bicubic"
+    image = decode(encoded, exif_orientation=exif_orientation, accurate=as_pillow)
     if eval_crop == "whole":
-        return resize(image, image_size, image_size)
+        return np.ascontiguousarray(resize(image, image_size, image_size))
     height, width = image.shape[:2]
-    side = round(image_size * RESIZE_RATIO)
+    side = round(image_size * _RESIZE / _CROP)
+    shorter = min(height, width)
     if eval_crop == "square":
-        image = resize(image, side, side, cv2.INTER_AREA)
+        image = resize_by_area(image, side, side)
+    elif eval_crop == "shorter_side":
+        sides = (max(side, round(length * side / shorter)) for length in (height, width))
+        image = resize_by_area(image, *sides)
     else:
-        scale = side / min(height, width)
-        image = resize(
-            image, max(side, round(height * scale)), max(side, round(width * scale)), cv2.INTER_AREA
-        )
-    top, left = (image.shape[0] - image_size) // 2, (image.shape[1] - image_size) // 2
+        # OpenCV's bicubic filter would not average over the pixels it leaves out.
+        side = image_size * _RESIZE // _CROP
+        size = (side * width // shorter, side * height // shorter)
+        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        image = np.asarray(resized)
+    margins = (image.shape[0] - image_size, image.shape[1] - image_size)
+    # timm rounds half a pixel to even where the authors' code rounds down.
+    top, left = (round(m / 2) if as_pillow else m // 2 for m in margins)
     return np.ascontiguousarray(image[top : top + image_size, left : left + image_size])
 
 
-def resize(
-    image: np.ndarray, height: int, width: int, interpolation: int = cv2.INTER_LINEAR
-) -> np.ndarray:
-    """Resizes without antialiasing unless `interpolation` is by area, which averages."""
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes by linear interpolation, without antialiasing."""
     if image.shape[:2] == (height, width):
         return image
-    return cv2.resize(image, (width, height), interpolation=interpolation)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def inception_crop(image: np.ndarray, rng: np.random.Generator, min_area: float) -> np.ndarray:
-    """Returns a random part with area in [min_area, 1] of the image's and aspect in [3/4, 4/3].
-
-    Ten draws that do not fit the image are followed by the whole image.
-    """
-    height, width = image.shape[:2]
-    for _ in range(_TRIES):
-        aspect = math.exp(rng.uniform(*np.log(_ASPECTS)))
-        area = rng.uniform(min_area, 1.0) * height * width
-        crop_height, crop_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < crop_height <= height and 0 < crop_width <= width:
-            top = rng.integers(height - crop_height + 1)
-            left = rng.integers(width - crop_width + 1)
-            return image[top : top + crop_height, left : left + crop_width]
+def resize_by_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes so that every pixel is the mean of the area it covers."""
+    rows, columns = image.shape[:2]
+    # OpenCV averages over areas only where no side grows, so that those that shrink go first.
+    if height < rows or width < columns:
+        smaller = (min(width, columns), min(height, rows))
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+    if height > rows or width > columns:
+        # A hair less than the ratio: where edges of pixels coincide, rounding could otherwise take
+        # the neighbour.
+        ratios = (height / rows, width / columns)
+        fy, fx = (ratio * (1 - 1e-9) if ratio > 1 else 1.0 for ratio in ratios)
+        image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=cv2.INTER_AREA)
     return image
+
+
+def inception_box(height: int, width: int, rng: np.random.Generator, min_area: float) -> Box:
+    """Draws a part with area in [min_area, 1] of the image's and aspect in [3/4, 4/3].
+
+    Ten draws that do not fit the image are followed by its centre: the largest part of it whose
+    aspect is in that range.
+
+    Args:
+        height: of the image, pixels.
+        width: likewise.
+        rng: the only source of randomness.
+        min_area: share of the image's area.
+    """
+    for _ in range(_TRIES):
+        aspect = math.exp(rng.uniform(*_LOG_ASPECTS))
+        area = rng.uniform(min_area, 1.0) * height * width
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    narrowest, widest = _ASPECTS
+    box_height = min(height, max(1, round(width / narrowest)))
+    box_width = min(width, max(1, round(height * widest)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) -> np.ndarray:

@@ -1,20 +1,17 @@
 """Tests of preprocessing: what is decoded, which part of it is kept, and how it is resized."""
 
-import io
-import struct
-import zlib
 from collections import Counter
 from typing import Any
 
-import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from mixer_jax.data import preprocess
-from mixer_jax.data.preprocess import decode, eval_image, train_image
+from mixer_jax.data.preprocess import eval_image, inception_box, train_image
 from mixer_jax.data.randaugment import rand_augment
+from tests.images import encode, noise, photograph, smooth, turned
 
 PLAIN: dict[str, Any] = {
     "train_crop": "resize",
@@ -27,20 +24,6 @@ PLAIN: dict[str, Any] = {
 CROPS = ["inception", "shift", "resize"]
 
 
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(1, 256, (height, width, 3), np.uint8)
-
-
-def smooth(height: int, width: int) -> np.ndarray:
-    return cv2.resize(noise(5, 6), (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def encode(image: np.ndarray, file_format: str, mode: str = "RGB", **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(file, file_format, **options)
-    return file.getvalue()
-
-
 def coordinates(height: int, width: int) -> np.ndarray:
     """Returns an image that is 0 to 255 from top to bottom in red, left to right in green."""
     image = np.full((height, width, 3), 128)
@@ -49,70 +32,10 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
-def test_png_decodes_as_pillow_does(mode: str) -> None:
-    encoded = encode(noise(7, 9), "PNG", mode)
-    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    np.testing.assert_array_equal(decode(encoded), expected)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_decodes_as_pillow_does(mode: str) -> None:
-    encoded = encode(smooth(48, 64), "JPEG", mode, quality=95)
-    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    decoded = decode(encoded)
-    assert decoded.shape == (48, 64, 3)
-    assert decoded.dtype == np.uint8
-    assert np.abs(decoded.astype(int) - expected).mean() < 2
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
-def test_grey_images_become_rgb(file_format: str) -> None:
-    decoded = decode(encode(smooth(16, 16), file_format, "L"))
-    assert (decoded == decoded[..., :1]).all()
-    assert decoded.std() > 10
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_ignored(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = smooth(16, 32)
-    turned = decode(encode(image, "JPEG", exif=exif))
-    np.testing.assert_array_equal(turned, decode(encode(image, "JPEG")))
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_that_claims(side: int) -> bytes:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    data = png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    return b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        b"",
-        b"\0" * 100,
-        b"not an image",
-        encode(noise(40, 50), "PNG")[:600],
-        encode(noise(40, 50), "JPEG")[:200],
-        # More pixels than OpenCV agrees to hold.
-        png_that_claims(60_000),
-    ],
-    ids=["empty", "zeros", "text", "half a PNG", "half a JPEG", "too large"],
-)
-def test_bytes_that_are_no_image_are_refused(encoded: bytes) -> None:
-    with pytest.raises(ValueError, match=f"{len(encoded)} bytes that are no readable image"):
-        decode(encoded)
-
-
 def inception_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [preprocess.inception_crop(image, rng, min_area) for _ in range(draws)]
+    boxes = [inception_box(*image.shape[:2], rng, min_area) for _ in range(draws)]
+    return [image[top : top + height, left : left + width] for top, left, height, width in boxes]
 
 
 @pytest.mark.parametrize("min_area", [0.05, 0.5])
@@ -162,11 +85,21 @@ def test_inception_crops_lie_anywhere() -> None:
         assert abs(share.std() - 12**-0.5) < 0.03
 
 
-@pytest.mark.parametrize("shape", [(10, 1000), (1000, 10)])
-def test_inception_crop_of_an_elongated_image_is_all_of_it(shape: tuple[int, int]) -> None:
-    # With sides of at most 4:3 no part of these covers 5 % of them.
-    for crop in inception_crops(noise(*shape), 0.05, 20):
-        np.testing.assert_array_equal(crop, noise(*shape))
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        # With sides of at most 4:3 no part of these covers 5 % of them: what is left is the centre.
+        ((30, 1000), (0, 480, 30, 40)),
+        ((1000, 30), (480, 0, 40, 30)),
+        ((1, 1), (0, 0, 1, 1)),
+        ((1, 500), (0, 249, 1, 1)),
+    ],
+)
+def test_inception_falls_back_to_the_centre(
+    shape: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    rng = np.random.default_rng(0)
+    assert {inception_box(*shape, rng, 0.05) for _ in range(20)} == {box}
 
 
 def moved(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -294,6 +227,31 @@ def test_evaluation_of_the_right_size_only_crops(
     image, edge = noise(side, side), (side - image_size) // 2
     expected = image[edge : edge + image_size, edge : edge + image_size]
     np.testing.assert_array_equal(evaluate(image, image_size, eval_crop), expected)
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (256, 256), (40, 31), (301, 300)])
+@pytest.mark.parametrize("image_size", [224, 384])
+def test_bicubic_is_what_timm_does(shape: tuple[int, int], image_size: int) -> None:
+    image = photograph()[: shape[0], : shape[1]]
+    # As its documentation tells it: shorter side to size / 0.875 rounded down, by Pillow's bicubic,
+    # the longer one in proportion and rounded down, then the centre, rounded to even.
+    side = int(image_size / 0.875)
+    height, width = (int(side * length / min(image.shape[:2])) for length in image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    expected = np.asarray(resized)[top : top + image_size, left : left + image_size]
+    np.testing.assert_array_equal(evaluate(image, image_size, "bicubic"), expected)
+
+
+def test_orientation_reaches_both_kinds_of_images() -> None:
+    upright, encoded = turned(smooth(16, 32), 1), turned(smooth(16, 32), 3)
+    rng = np.random.default_rng
+    settings: dict[str, Any] = {"image_size": 8, "exif_orientation": True}
+    for shown, expected in [
+        (train_image(e, rng(0), **settings, **PLAIN) for e in (encoded, upright)),
+        (eval_image(e, eval_crop="whole", **settings) for e in (encoded, upright)),
+    ]:
+        np.testing.assert_array_equal(shown, expected[::-1, ::-1])
 
 
 def test_whole_image_of_the_right_size_is_unchanged() -> None:

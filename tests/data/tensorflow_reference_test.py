@@ -1,0 +1,173 @@
+"""Tests of preprocessing against TensorFlow, which the paper's authors prepared their images with.
+
+Bound to it are the pixels of a decoded file exactly, and of a resized image to one grey level, half
+of one on average: OpenCV computes in fixed point, TensorFlow in floating point.
+"""
+
+import io
+import itertools
+import os
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from mixer_jax.data.decoding import decode
+from mixer_jax.data.preprocess import eval_image, inception_box, train_image
+
+# Photographs of 500 × 375 pixels, as most of ImageNet has, and upright.
+SHAPES = [(375, 500), (500, 375)]
+# Enlarged along one side or both for a crop of 224 or 448.
+SMALL_SHAPES = [(200, 250), (100, 130), (20, 30), (200, 427), (400, 200), (255, 400)]
+# Where edges between pixels before and after enlarging to 256 or 512 coincide, which a rounding
+# error can turn into a pixel's neighbour.
+EDGY_SHAPES = [(210, 246), (372, 486), (420, 396)]
+ENCODINGS = ["JPEG 4:2:0", "JPEG 4:4:4", "PNG"]
+
+
+@pytest.fixture(scope="module")
+def tf() -> ModuleType:
+    """TensorFlow without accelerators, which others may be using."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow
+
+    tensorflow.config.set_visible_devices([], "GPU")
+    return tensorflow
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[np.ndarray]:
+    """A temple against a bright sky, and a dark flower; 427 × 640 pixels."""
+    return list(load_sample_images().images)
+
+
+def encode(image: np.ndarray, encoding: str) -> bytes:
+    file = io.BytesIO()
+    if encoding == "PNG":
+        Image.fromarray(image).save(file, "PNG")
+    else:
+        subsampling = encoding.removeprefix("JPEG ")
+        Image.fromarray(image).save(file, "JPEG", quality=90, subsampling=subsampling)
+    return file.getvalue()
+
+
+def encoded_parts(
+    photographs: list[np.ndarray], shape: tuple[int, int], encoding: str
+) -> list[bytes]:
+    """Returns a file of the middle of each photograph, turned where that is upright."""
+    files = []
+    for image in photographs:
+        if shape[0] > image.shape[0]:
+            image = image.swapaxes(0, 1)
+        top, left = ((whole - part) // 2 for whole, part in zip(image.shape, shape, strict=False))
+        part = image[top : top + shape[0], left : left + shape[1]]
+        assert part.shape[:2] == shape
+        files.append(encode(np.ascontiguousarray(part), encoding))
+    return files
+
+
+def reference_decode(tf: ModuleType, encoded: bytes) -> np.ndarray:
+    if encoded.startswith(b"\x89PNG"):
+        return tf.io.decode_png(encoded, channels=3).numpy()
+    return tf.io.decode_jpeg(encoded, channels=3).numpy()
+
+
+def reference_resize(
+    tf: ModuleType, image: np.ndarray, height: int, width: int, method: str
+) -> np.ndarray:
+    return tf.image.resize(image, (height, width), method=method, antialias=False).numpy()
+
+
+def assert_within_a_level(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Checks uint8 against the floating-point levels of the reference."""
+    assert actual.shape == expected.shape
+    difference = np.abs(actual.astype(np.float64) - np.rint(expected))
+    assert difference.max() <= 1
+    assert difference.mean() <= 0.5
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("shape", [*SHAPES, (101, 67)])
+def test_decoding(
+    tf: ModuleType, photographs: list[np.ndarray], shape: tuple[int, int], encoding: str
+) -> None:
+    for encoded in encoded_parts(photographs, shape, encoding):
+        np.testing.assert_array_equal(decode(encoded), reference_decode(tf, encoded))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_decoding_a_part(tf: ModuleType, photographs: list[np.ndarray], encoding: str) -> None:
+    rng = np.random.default_rng(0)
+    for encoded in encoded_parts(photographs, (375, 500), encoding):
+        whole = reference_decode(tf, encoded)
+        for _ in range(20):
+            box = inception_box(375, 500, rng, 0.05)
+            top, left, height, width = box
+            part = decode(encoded, lambda *_, box=box: box)
+            expected = whole[top : top + height, left : left + width]
+            np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("image_size", [32, 224, 448])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_training_images(
+    tf: ModuleType, photographs: list[np.ndarray], encoding: str, image_size: int
+) -> None:
+    for seed, shape in enumerate([*SHAPES, (100, 130)] * 2):
+        for encoded in encoded_parts(photographs, shape, encoding):
+            image = train_image(
+                encoded,
+                np.random.default_rng(seed),
+                image_size=image_size,
+                train_crop="inception",
+                min_area=0.05,
+                max_shift=0,
+                flip=False,
+                randaugment_layers=0,
+                randaugment_magnitude=0.0,
+            )
+            top, left, height, width = inception_box(*shape, np.random.default_rng(seed), 0.05)
+            crop = reference_decode(tf, encoded)[top : top + height, left : left + width]
+            expected = reference_resize(tf, crop, image_size, image_size, "bilinear")
+            assert_within_a_level(image, expected)
+
+
+def reference_eval_image(
+    tf: ModuleType, encoded: bytes, image_size: int, eval_crop: str
+) -> np.ndarray:
+    """As the authors' code: resize_small(256) or resize(256), then central_crop(224)."""
+    image = reference_decode(tf, encoded)
+    side = image_size * 256 // 224
+    height = width = side
+    if eval_crop == "shorter_side":
+        # In float32, as there.
+        ratio = np.float32(side) / np.float32(min(image.shape[:2]))
+        height, width = (int(np.rint(np.float32(length) * ratio)) for length in image.shape[:2])
+    resized = reference_resize(tf, image, height, width, "area")
+    top, left = (height - image_size) // 2, (width - image_size) // 2
+    return resized[top : top + image_size, left : left + image_size]
+
+
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
+@pytest.mark.parametrize("image_size", [224, 448])
+@pytest.mark.parametrize(
+    ("shape", "encoding"),
+    [
+        *itertools.product(SHAPES, ENCODINGS),
+        *itertools.product([*SMALL_SHAPES, *EDGY_SHAPES], ["PNG"]),
+    ],
+)
+def test_evaluation_images(
+    tf: ModuleType,
+    photographs: list[np.ndarray],
+    shape: tuple[int, int],
+    encoding: str,
+    image_size: int,
+    eval_crop: str,
+) -> None:
+    for encoded in encoded_parts(photographs, shape, encoding):
+        image = eval_image(encoded, image_size=image_size, eval_crop=eval_crop)
+        expected = reference_eval_image(tf, encoded, image_size, eval_crop)
+        assert_within_a_level(image, expected)
