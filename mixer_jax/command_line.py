@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 from absl import logging
 from ml_collections import ConfigDict
 
-from mixer_jax.config import KEYS, KIND_NAMES, check_known, flatten
+from mixer_jax.config import KIND_NAMES, check_known, flatten
 from mixer_jax.errors import RunFailedError, UserError, did_you_mean
+from mixer_jax.keys import ENTRY_KEYS, KEYS
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -45,6 +46,8 @@ def set_up_libraries(compilation_cache: str) -> None:
     # Read when TensorFlow is imported, which TFDS and clu do by themselves and late.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    # OpenCV's complaints of a damaged image do not name it; ours do.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     logging.set_verbosity(logging.ERROR)
     if compilation_cache:
         import jax
@@ -125,7 +128,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         UserError: the key does not exist, or the text is not of the key's type.
     """
     present = flatten(config)
-    check_known(path, [*KEYS, *(key for key in present if key.startswith("evals."))])
+    entries = [key for key in present if key.partition(".")[0] in ENTRY_KEYS]
+    check_known(path, [*KEYS, *entries])
     if path not in present:
         raise UserError(f"config.{path} is missing; start from config.get_default()")
     *sections, name = path.split(".")

@@ -3,11 +3,15 @@
 import argparse
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mixer_jax import command_line
-from mixer_jax.config import KEYS
 from mixer_jax.errors import UserError
+from mixer_jax.keys import KEYS
 from mixer_jax.weights.steps import find_checkpoint
+
+if TYPE_CHECKING:
+    from mixer_jax.evaluation.classification import Scores
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,6 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--batch_size", type=int, default=256, help="images at a time; default: 256"
     )
+    parser.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="leave out images that cannot be used, and count them, rather than stop",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     known = parser.parse_args(arguments)
     if known.batch_size < 1:
@@ -35,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(KEYS["compilation_cache"].default)
+    from mixer_jax.data.mixture import relabel
     from mixer_jax.data.sources import open_source
     from mixer_jax.evaluation.classification import compile_judge, evaluate
     from mixer_jax.parallel.sharding import make_mesh
@@ -51,12 +61,12 @@ def main(arguments: Sequence[str]) -> int:
         known.data_dir or trained_on["dataset"]["data_dir"],
         num_classes=len(class_names),
     )
-    if source.class_names != class_names:
+    try:
+        source = relabel(source, class_names)
+    except UserError as error:
         raise UserError(
-            f"--dataset={dataset} has other classes ({source.num_classes}: "
-            f"{_some(source.class_names)}) than the checkpoint ({len(class_names)}: "
-            f"{_some(class_names)}); score it on a data set with the same classes"
-        )
+            f"--dataset={dataset}: {error}; score the checkpoint on classes that it knows"
+        ) from error
     scores = evaluate(
         compile_judge(loaded.model, mesh),
         loaded.params,
@@ -64,8 +74,11 @@ def main(arguments: Sequence[str]) -> int:
         mesh,
         batch_size=known.batch_size,
         image_size=loaded.metadata["image_size"],
-        eval_crop=loaded.metadata["preprocess"]["eval_crop"],
-        **trained_on["loader"],
+        eval_crop=trained_on["preprocess"]["eval_crop"],
+        exif_orientation=trained_on["preprocess"]["exif_orientation"],
+        skip_bad=known.skip_bad_images,
+        threads=trained_on["loader"]["threads"],
+        prefetch_batches=trained_on["loader"]["prefetch_batches"],
     )
     if known.json:
         where = {"checkpoint": known.checkpoint, "step": step}
@@ -74,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(f"checkpoint         {known.checkpoint}, step {step:,}")
         print(f"data               {source.name}")
-        print(f"images             {scores.num_examples:,}")
+        print(f"images             {scores.num_examples:,}{_left_out(scores)}")
         print(f"top-1              {scores.top1:.2%}")
         print(f"top-5              {scores.top5:.2%}")
         print(f"log-likelihood     {scores.log_likelihood:.4f} nats an image")
@@ -82,8 +95,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+def _left_out(scores: "Scores") -> str:
+    parts = []
+    if scores.num_bad:
+        parts.append(f"{scores.num_bad:,} left out that cannot be used")
+    if scores.num_unlabelled:
+        parts.append(f"{scores.num_unlabelled:,} left out without a right answer")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 if __name__ == "__main__":

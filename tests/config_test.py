@@ -15,9 +15,11 @@ from mixer_jax import config as config_lib
 from mixer_jax.command_line import load_config, override
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.errors import UserError
+from mixer_jax.keys import KEYS
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import num_parameters, resolve_widths
-from mixer_jax.training.experiment import build, open_sources, training_batches
+from mixer_jax.training.experiment import build, training_batches
+from mixer_jax.training.run_sources import open_sources
 
 FILES = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
 ARGUMENTS = {"digits": ["low", "high"]}
@@ -37,7 +39,7 @@ def config() -> ConfigDict:
 
 def test_every_key_has_a_meaning_and_a_default_that_is_valid(config: ConfigDict) -> None:
     config_lib.validate(config)
-    assert all(key.meaning for key in config_lib.KEYS.values())
+    assert all(key.meaning for key in KEYS.values())
     help_text = config_lib.describe()
     for path in config_lib.flatten(config_lib.get_default()):
         assert f"  {path}=" in help_text
@@ -58,7 +60,7 @@ def read_names() -> set[str]:
 
 def test_every_key_is_read_somewhere() -> None:
     used = read_names()
-    unread = [path for path in config_lib.KEYS if path.split(".")[-1] not in used]
+    unread = [path for path in KEYS if path.split(".")[-1] not in used]
     assert unread == []
 
 
@@ -233,7 +235,7 @@ def test_every_config_runs_two_steps_on_eight_devices(name: str) -> None:
     experiment = build(config, open_sources(config))
     assert experiment.mesh.size == 8
     state, losses = experiment.create_state(), []
-    batches = training_batches(experiment, 0)
+    batches = training_batches(experiment, 0, print)
     for _ in range(2):
         state, metrics = experiment.train_step(state, next(batches))
         losses.append(float(metrics["loss"]))
@@ -247,10 +249,10 @@ def test_every_config_runs_two_steps_on_eight_devices(name: str) -> None:
 
 def test_choices_are_what_the_code_knows() -> None:
     accepted = train_image.__annotations__
-    assert {key.split(".")[1] for key in config_lib.KEYS if key.startswith("preprocess.")} == (
+    assert {key.split(".")[1] for key in KEYS if key.startswith("preprocess.")} == (
         accepted.keys() - {"encoded", "rng", "image_size", "return"}
     ) | {"eval_crop"}
-    model_keys = {key.split(".")[1] for key in config_lib.KEYS if key.startswith("model.")}
+    model_keys = {key.split(".")[1] for key in KEYS if key.startswith("model.")}
     assert model_keys - {"variant"} <= set(MlpMixer.__dataclass_fields__)
 
 

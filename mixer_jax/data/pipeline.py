@@ -1,7 +1,6 @@
 """From a source to global arrays on the devices, batch by batch.
 
-The data position is the step: which examples make batch n, and how each is augmented, depends only
-on (seed, n). A run that is resumed, on as many hosts or on others, sees what it would have seen.
+Images are prepared by `reading`, in pieces of a batch, side by side in threads or in processes.
 """
 
 import collections
@@ -14,11 +13,20 @@ import cv2
 import grain
 import jax
 import numpy as np
+from absl import flags
 
-from mixer_jax.data.preprocess import eval_image, train_image
-from mixer_jax.data.sources import Source
+from mixer_jax.data.examples import Source
+from mixer_jax.data.reading import BadImage, EvalReader, Prepared, TrainReader
 
 Batch = dict[str, jax.Array]
+# Called with the number of a step, beginning with 1, and what it met that could not be used.
+Report = Callable[[int, list[BadImage]], None]
+
+# Images that one thread prepares at a time: enough that handing them over costs next to nothing.
+_PIECE = 16
+# Threads of one process get in each other's way when they are more: about a tenth of the work
+# needs the interpreter, which serves one of them at a time.
+_CORES_A_PROCESS = 8
 
 
 def train_batches(
@@ -31,12 +39,15 @@ def train_batches(
     image_size: int,
     preprocess: dict[str, Any],
     threads: int,
+    processes: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
+    report: Report,
 ) -> Iterator[Batch]:
     """Yields the training batches of steps `first_step` to `num_steps` − 1.
 
-    Every epoch is a new permutation of the whole source; batches run on across epochs.
+    Every epoch is a new permutation of the whole source; batches run on across epochs. In place of
+    an image that cannot be used comes another one, the same whenever and wherever it is read.
 
     Args:
         source: what to train on.
@@ -46,25 +57,25 @@ def train_batches(
         batch_size: images a step, over all hosts.
         image_size: side of the images, pixels.
         preprocess: keyword arguments of `train_image`.
-        threads: that prepare images; 0 is one a core, and never more than 64.
+        threads: that prepare images, in each process; 0: as many as the machine has cores.
+        processes: 1: this one alone; more: so many others, and `threads` in each of them; 0: by
+            the machine, one for every 8 cores.
         prefetch_batches: batches kept ready on this host.
         sharding: of the batch axis; each host prepares only the rows its devices hold.
+        report: is told of every image that could not be used, when its batch is handed out.
 
     Yields:
         `image` uint8 (batch_size, image_size, image_size, 3) and `label` int32 (batch_size,).
+
+    Raises:
+        RunFailedError: nearly no image can be used.
     """
-
-    def prepare(example: Any, rng: np.random.Generator) -> dict[str, Any]:
-        image = train_image(example["image"], rng, image_size=image_size, **preprocess)
-        return {"image": image, "label": np.int32(example["label"])}
-
-    stream = grain.MapDataset.source(source.examples).seed(seed).shuffle().repeat()
-    stream = stream.random_map(prepare)
-    rows = _local_rows(sharding, batch_size)
+    reader = TrainReader(source, seed, image_size, preprocess)
     steps = range(first_step, num_steps)
-    positions = _Positions(steps, rows, batch_size)
-    batches = _read(lambda p: stream[p], positions, len(rows), threads, prefetch_batches)
-    return _to_devices(batches, sharding, batch_size)
+    pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
+    processes, threads = _workers(processes, threads)
+    prepared = _prepare(reader, pieces, threads, processes, prefetch_batches)
+    return _to_devices(prepared, pieces, sharding, report)
 
 
 def eval_batches(
@@ -73,9 +84,12 @@ def eval_batches(
     batch_size: int,
     image_size: int,
     eval_crop: str,
+    exif_orientation: bool,
+    skip_bad: bool,
     threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
+    report: Report,
 ) -> Iterator[Batch]:
     """Yields every example of the source once, in order; the last batch is padded.
 
@@ -84,45 +98,41 @@ def eval_batches(
         batch_size: images a step over all hosts; must divide by the devices of `sharding`.
         image_size: side of the images, pixels.
         eval_crop: as `eval_image` takes it.
-        threads: as for `train_batches`.
+        exif_orientation: likewise.
+        skip_bad: whether images that cannot be used are left out, or an error.
+        threads: as for `train_batches`; one process is enough for an evaluation.
         prefetch_batches: as for `train_batches`.
         sharding: as for `train_batches`.
+        report: as for `train_batches`, of the rows that this host prepares.
 
     Yields:
-        `image`, `label` as `train_batches`, and `mask` bool (batch_size,), false for padding.
+        `image`, `label` and `mask` as `EvalReader` makes them, of batch_size rows.
+
+    Raises:
+        BadImageError: names the image that cannot be used.
     """
-    blank = {
-        "image": np.zeros((image_size, image_size, 3), np.uint8),
-        "label": np.int32(0),
-        "mask": np.bool_(False),
-    }
-
-    def prepare(position: int) -> dict[str, Any]:
-        if position >= len(source):
-            return blank
-        example = source.examples[position]
-        image = eval_image(example["image"], image_size=image_size, eval_crop=eval_crop)
-        return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
-
-    rows = _local_rows(sharding, batch_size)
+    reader = EvalReader(source, image_size, eval_crop, exif_orientation, skip_bad)
     steps = range(math.ceil(len(source) / batch_size))
-    positions = _Positions(steps, rows, batch_size)
-    batches = _read(prepare, positions, len(rows), threads, prefetch_batches)
-    return _to_devices(batches, sharding, batch_size)
+    pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
+    _, threads = _workers(1, threads)
+    prepared = _prepare(reader, pieces, threads, 1, prefetch_batches)
+    return _to_devices(prepared, pieces, sharding, report)
 
 
-class _Positions(Sequence[int]):
-    """Positions in the endless stream of examples that this host reads, in order."""
+class _Pieces(Sequence[np.ndarray]):
+    """Positions in the stream of examples that this host prepares, in order, a piece at a time."""
 
     def __init__(self, steps: range, rows: np.ndarray, batch_size: int):
-        self._steps, self._rows, self._batch_size = steps, rows, batch_size
+        self.steps, self.batch_size = steps, batch_size
+        self._rows = np.array_split(rows, math.ceil(len(rows) / _PIECE))
+        self.per_step = len(self._rows)
 
     def __len__(self) -> int:
-        return len(self._steps) * len(self._rows)
+        return len(self.steps) * self.per_step
 
     def __getitem__(self, index: Any) -> Any:
-        step, row = divmod(index, len(self._rows))
-        return self._steps[step] * self._batch_size + int(self._rows[row])
+        step, piece = divmod(index, self.per_step)
+        return self.steps[step] * self.batch_size + self._rows[piece].astype(np.int64)
 
 
 def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -132,37 +142,60 @@ def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
-def _read(
-    prepare: Callable[[int], dict[str, Any]],
-    positions: Sequence[int],
-    batch_size: int,
+def _workers(processes: int, threads: int) -> tuple[int, int]:
+    """Returns how many processes prepare images, and how many threads in each of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    processes = processes or math.ceil(cores / _CORES_A_PROCESS)
+    return processes, threads or math.ceil(cores / processes)
+
+
+def _prepare(
+    reader: Callable[[np.ndarray], Prepared],
+    pieces: _Pieces,
     threads: int,
+    processes: int,
     prefetch_batches: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Prepares the examples at `positions` in threads and stacks them, in order."""
-    # Parallelism comes from preparing images side by side: OpenCV's own threads would only add to
-    # them, and it lets go of the interpreter's lock, so that processes are not needed.
+) -> Iterator[Prepared]:
+    """Prepares the pieces in threads or processes, and yields them in order."""
+    # Parallelism comes from preparing images side by side; OpenCV's own threads would only add to
+    # them. It and the JPEG decoder let go of the interpreter's lock.
     cv2.setNumThreads(0)
-    options = grain.ReadOptions(
-        num_threads=threads or min(os.cpu_count() or 1, 64),
-        prefetch_buffer_size=prefetch_batches * batch_size,
-    )
-    examples = grain.MapDataset.source(positions).map(prepare).to_iter_dataset(options)
-    return iter(examples.batch(batch_size, drop_remainder=True))
+    ahead = math.ceil(max(prefetch_batches * pieces.per_step / processes, threads))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    prepared = grain.MapDataset.source(pieces).map(reader).to_iter_dataset(options)
+    if processes > 1:
+        # Grain hands its settings on to its workers by absl's flags, which nobody else here uses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
+        prepared = prepared.mp_prefetch(workers)
+    return iter(prepared)
 
 
 def _to_devices(
-    batches: Iterator[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, batch_size: int
+    prepared: Iterator[Prepared], pieces: _Pieces, sharding: jax.sharding.Sharding, report: Report
 ) -> Iterator[Batch]:
-    """Turns host batches into global arrays, one batch ahead of the consumer."""
+    """Puts pieces together to global arrays, one batch ahead of the consumer."""
 
-    def put(array: np.ndarray) -> jax.Array:
-        global_shape = (batch_size, *array.shape[1:])
+    def put(rows: Sequence[np.ndarray]) -> jax.Array:
+        array = np.concatenate(rows)
+        global_shape = (pieces.batch_size, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, global_shape)
 
-    ahead: collections.deque[Batch] = collections.deque()
-    for batch in batches:
-        ahead.append({name: put(array) for name, array in batch.items()})
+    def hand_out() -> Batch:
+        step, bad, batch = ahead.popleft()
+        if bad:
+            report(step + 1, bad)
+        return batch
+
+    ahead: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
+    for step in pieces.steps:
+        parts = [next(prepared) for _ in range(pieces.per_step)]
+        names = parts[0].arrays
+        batch = {name: put([part.arrays[name] for part in parts]) for name in names}
+        ahead.append((step, [bad for part in parts for bad in part.bad], batch))
         if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
+            yield hand_out()
+    while ahead:
+        yield hand_out()

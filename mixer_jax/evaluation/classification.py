@@ -11,10 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from mixer_jax.data.decoding import BadImageError
+from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch, eval_batches
 from mixer_jax.data.preprocess import to_model_range
-from mixer_jax.data.sources import Source
+from mixer_jax.data.reading import BadImage
+from mixer_jax.errors import UserError
 from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.parallel import hosts
 from mixer_jax.parallel.sharding import batch_sharding, replicated
 
 NUM_CALIBRATION_BINS = 15
@@ -29,6 +33,8 @@ class Scores(NamedTuple):
         log_likelihood: mean log-probability of the right class, nats.
         calibration_error: expected calibration error, over 15 equal bins of confidence.
         num_examples: how many were counted.
+        num_bad: how many were left out because their images cannot be used.
+        num_unlabelled: how many were left out because no answer is right.
     """
 
     top1: float
@@ -36,17 +42,19 @@ class Scores(NamedTuple):
     log_likelihood: float
     calibration_error: float
     num_examples: int
+    num_bad: int = 0
+    num_unlabelled: int = 0
 
 
 class Judgements(NamedTuple):
     """What is known of each example of a batch.
 
     Attributes:
-        rank: classes at least as probable as the right one, itself not counted; 0 is best. All
+        rank: wrong classes at least as probable as the most probable right one; 0 is best. All
             classes, where the logits are not numbers.
-        log_likelihood: log-probability of the right class.
+        log_likelihood: log-probability that a right class holds.
         confidence: probability of the likeliest class.
-        mask: false for padding, which does not count.
+        mask: false for what does not count.
     """
 
     rank: Int[Array, " n"]
@@ -59,17 +67,24 @@ JudgeBatch = Callable[[Any, Batch], Judgements]
 
 
 def judge(
-    logits: Float[Array, "n classes"], labels: Int[Array, " n"], mask: Bool[Array, " n"]
+    logits: Float[Array, "n classes"], right: Bool[Array, "n classes"], mask: Bool[Array, " n"]
 ) -> Judgements:
-    """Judges every example of a batch on its own; a tie counts against the model."""
+    """Judges every example of a batch on its own; a tie counts against the model.
+
+    Args:
+        logits: of the model.
+        right: which classes are right: one, or for ReaL labels (arXiv 2006.07159) one or several.
+        mask: which examples count.
+    """
     # Softmax is right for sigmoid-trained heads as well: given that exactly one of several
     # independent classes holds, their probabilities are proportional to their odds, exp(logit).
     log_probs = jax.nn.log_softmax(logits)
-    right = jnp.take_along_axis(log_probs, labels[:, None], axis=1)
+    best = jnp.max(log_probs, axis=1, initial=-jnp.inf, where=right)
     # Not "count the strictly better": logits that are all alike, or not numbers, would be right.
-    better = logits.shape[1] - 1 - jnp.sum(log_probs < right, axis=1)
-    rank = jnp.where(jnp.isnan(right[:, 0]), logits.shape[1], better)
-    return Judgements(rank, right[:, 0], jnp.exp(jnp.max(log_probs, axis=1)), mask)
+    rank = jnp.sum(~right & ~(log_probs < best[:, None]), axis=1)
+    rank = jnp.where(jnp.isnan(log_probs[:, 0]), logits.shape[1], rank)
+    log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=right)
+    return Judgements(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
 
 
 def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
@@ -82,7 +97,10 @@ def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def judge_batch(params: Any, batch: Batch) -> Judgements:
         logits = model.apply({"params": params}, to_model_range(batch["image"]))
-        return judge(logits, batch["label"], batch["mask"])
+        right = batch["label"]
+        if right.ndim == 1:
+            right = jax.nn.one_hot(right, logits.shape[1], dtype=jnp.bool_)
+        return judge(logits, right, batch["mask"])
 
     return judge_batch
 
@@ -96,6 +114,8 @@ def evaluate(
     batch_size: int,
     image_size: int,
     eval_crop: str,
+    exif_orientation: bool,
+    skip_bad: bool,
     threads: int,
     prefetch_batches: int,
 ) -> Scores:
@@ -107,32 +127,50 @@ def evaluate(
         source: what to score on.
         mesh: of devices.
         batch_size: images at a time over all devices; rounded up to a multiple of their number.
-        image_size: as `eval_batches` takes it, like the three below.
+        image_size: as `eval_batches` takes it, like the five below.
         eval_crop: likewise.
+        exif_orientation: likewise.
+        skip_bad: likewise.
         threads: likewise.
         prefetch_batches: likewise.
+
+    Raises:
+        UserError: an image cannot be used, and `skip_bad` is false; or no example counts.
     """
+    bad: list[BadImage] = []
     batches = eval_batches(
         source,
         batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
         image_size=image_size,
         eval_crop=eval_crop,
+        exif_orientation=exif_orientation,
+        skip_bad=skip_bad,
         threads=threads,
         prefetch_batches=prefetch_batches,
         sharding=batch_sharding(mesh),
+        report=lambda step, met: bad.extend(met),
     )
     finished: list[Judgements] = []
     running: Judgements | None = None
-    for batch in batches:
-        # Sent off before the last one is read, so that the device need not wait for the host.
-        started = judge_batch(params, batch)
-        if running is not None:
-            finished.append(jax.device_get(running))
-        running = started
-    if running is None:
-        raise ValueError(f"{source.name}: there is no example to score")
-    finished.append(jax.device_get(running))
-    return summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
+    try:
+        for batch in batches:
+            # Sent off before the last one is read, so that the device need not wait for the host.
+            started = judge_batch(params, batch)
+            if running is not None:
+                finished.append(jax.device_get(running))
+            running = started
+    except BadImageError as error:
+        raise UserError(
+            f"{source.name}: {error}; mend or remove it, or leave such images out: "
+            "--config.bad_images.skip_in_evaluation=true, and of evaluate --skip_bad_images"
+        ) from error
+    finished += [] if running is None else [jax.device_get(running)]
+    if not any(judgements.mask.any() for judgements in finished):
+        raise UserError(f"{source.name}: there is no example to score")
+    scores = summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
+    num_bad = hosts.total(len(bad))
+    num_unlabelled = len(source) - scores.num_examples - num_bad
+    return scores._replace(num_bad=num_bad, num_unlabelled=num_unlabelled)
 
 
 def summarize(judgements: Judgements) -> Scores:

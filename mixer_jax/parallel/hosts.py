@@ -75,6 +75,13 @@ def any_host(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def total(count: int) -> int:
+    """Returns the sum of a count over all hosts; every host must ask at the same time."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.array(count)).sum())
+
+
 class StopSignals:
     """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
 

@@ -37,7 +37,8 @@ def draw_curves(workdir: str) -> None:
                 markersize=3,
                 label=key.removesuffix("/top1"),
             )
-        if title == "loss":
+        # With a single class the loss is zero.
+        if title == "loss" and any(line.get("loss", 0) > 0 for line in lines):
             axes.set_yscale("log")
         if len(keys) > 1:
             axes.legend()

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 import mixer_jax
 from mixer_jax.config import check_warmup, resolve_num_steps, width_overrides
-from mixer_jax.data.pipeline import Batch, train_batches
-from mixer_jax.data.sources import Source, open_source
+from mixer_jax.data.examples import Source
+from mixer_jax.data.pipeline import Batch, Report, train_batches
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import Scores, compile_judge, evaluate
 from mixer_jax.model.mixer import MlpMixer, build_model
@@ -27,18 +27,12 @@ from mixer_jax.parallel.sharding import (
     state_sharding,
 )
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
+from mixer_jax.training.run_sources import Sources
 from mixer_jax.training.step import Metrics, TrainState, create_state, train_step
 from mixer_jax.weights.checkpoint import abstract
 from mixer_jax.weights.load import load_checkpoint
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-class Sources(NamedTuple):
-    """The data of a run: what it trains on and, by name, what it is scored on."""
-
-    train: Source
-    evals: dict[str, Source]
 
 
 class Experiment(NamedTuple):
@@ -65,34 +59,6 @@ class Experiment(NamedTuple):
     create_state: Callable[[], TrainState]
     train_step: TrainStep
     metadata: dict[str, Any]
-
-
-def open_sources(config: ConfigDict) -> Sources:
-    """Opens the training and evaluation data; uses no device.
-
-    Raises:
-        UserError: a data set or split is missing, or evaluation has other classes than training.
-    """
-    nominal = {"num_classes": config.dataset.num_classes}
-    name, data_dir = config.dataset.name, config.dataset.data_dir
-    train = open_source(
-        name,
-        config.dataset.train_split,
-        data_dir,
-        num_examples=config.dataset.num_examples,
-        **nominal,
-    )
-    evals = {
-        key: open_source(entry.dataset or name, entry.split, data_dir, **nominal)
-        for key, entry in config.evals.items()
-    }
-    for key, source in evals.items():
-        if source.class_names != train.class_names:
-            raise UserError(
-                f"config.evals.{key} has other classes ({source.name}: {source.num_classes}) than "
-                f"the training data ({train.name}: {train.num_classes}); score on the same classes"
-            )
-    return Sources(train, evals)
 
 
 def build(
@@ -194,8 +160,14 @@ def initial_state(experiment: Experiment) -> TrainState:
     return state._replace(params=params, ema_params=ema_params)
 
 
-def training_batches(experiment: Experiment, first_step: int) -> Iterator[Batch]:
-    """Yields the training batches from `first_step` to the end of the run."""
+def training_batches(experiment: Experiment, first_step: int, report: Report) -> Iterator[Batch]:
+    """Yields the training batches from `first_step` to the end of the run.
+
+    Args:
+        experiment: that is run.
+        first_step: steps done already.
+        report: as `train_batches` takes it.
+    """
     config = experiment.config
     preprocess = config.preprocess.to_dict()
     preprocess.pop("eval_crop")
@@ -208,6 +180,7 @@ def training_batches(experiment: Experiment, first_step: int) -> Iterator[Batch]
         image_size=config.image_size,
         preprocess=preprocess,
         sharding=batch_sharding(experiment.mesh),
+        report=report,
         **config.loader,
     )
 
@@ -226,7 +199,10 @@ def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:
             batch_size=config.eval_batch_size,
             image_size=config.image_size,
             eval_crop=config.preprocess.eval_crop,
-            **config.loader,
+            exif_orientation=config.preprocess.exif_orientation,
+            skip_bad=config.bad_images.skip_in_evaluation,
+            threads=config.loader.threads,
+            prefetch_batches=config.loader.prefetch_batches,
         )
 
     return {

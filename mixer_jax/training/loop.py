@@ -11,16 +11,17 @@ from ml_collections import ConfigDict
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.evaluation.classification import Scores
 from mixer_jax.parallel import hosts
+from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.curves import draw_curves
 from mixer_jax.training.experiment import (
     Experiment,
     build,
     evaluators,
     initial_state,
-    open_sources,
     training_batches,
 )
 from mixer_jax.training.journal import Journal
+from mixer_jax.training.run_sources import open_sources
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import save_config
 from mixer_jax.weights.checkpoint import Checkpoints
@@ -54,7 +55,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
 
     Raises:
         UserError: data are missing, or the batch does not divide over the devices.
-        RunFailedError: loss, gradients or parameters are no longer finite numbers.
+        RunFailedError: loss, gradients or parameters are no longer finite numbers, or too many
+            images cannot be used.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.StopSignals())
@@ -72,6 +74,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         journal = Journal(workdir, experiment, first_step, leader, window)
         stack.callback(journal.close)
         journal.progress.say(_describe(experiment, first_step))
+        bad_images = BadImageLog(
+            workdir,
+            first_step,
+            num_examples=len(sources.train),
+            max_share=config.bad_images.max_share,
+            say=journal.progress.say,
+        )
 
         evals = evaluators(experiment)
         step = saved_step = first_step
@@ -79,13 +88,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         scores: dict[str, Scores] = {}
         if first_step == experiment.num_steps:
             scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
-        for step, batch in enumerate(training_batches(experiment, first_step), first_step + 1):
+        batches = training_batches(experiment, first_step, bad_images.record)
+        for step, batch in enumerate(batches, first_step + 1):
             state, metrics = experiment.train_step(state, batch)
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _ask_hosts(step, stop.received is not None)
+                stopping = _ask_hosts(step, stop.received is not None or bad_images.too_many)
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
                 late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, late)
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
@@ -103,8 +113,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
                     saved_step, saved_at = step, time.monotonic()
             if stopping:
                 break
+        bad_images.close()
     if leader:
         draw_curves(workdir)
+    if bad_images.too_many and step < experiment.num_steps:
+        raise RunFailedError(bad_images.verdict(saved_step))
     finished = step == experiment.num_steps
     return Result(step, experiment.num_steps, scores if finished else {}, stop.received)
 

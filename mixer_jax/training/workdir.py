@@ -8,8 +8,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.config import KEYS, flatten
+from mixer_jax.config import flatten
 from mixer_jax.errors import UserError
+from mixer_jax.keys import KEYS, find_key
 from mixer_jax.weights.steps import FOLDER, list_steps
 
 CONFIG_FILE = "config.json"
@@ -85,10 +86,13 @@ def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[s
     harmless: list[str] = []
     harmful: list[str] = []
     for path in sorted({*before, *after}):
-        was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
+        # Before a key existed, runs did what is its default now.
+        default = KEYS[path].default if path in KEYS else "(absent)"
+        was, now = before.get(path, default), after.get(path, "(absent)")
         if was != now:
-            resumable = path.startswith("evals.") or (path in KEYS and KEYS[path].resumable)
-            (harmless if resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
+            key = find_key(path)
+            # An entry of evals that was added or taken out has all its keys changed.
+            (harmless if key and key.resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
     return harmless, harmful
 
 

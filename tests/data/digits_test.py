@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 from mixer_jax.data.preprocess import decode
-from mixer_jax.data.sources import Example, open_source
+from mixer_jax.data.examples import Example
+from mixer_jax.data.sources import open_source
 
 SIZES = {"train": 1437, "test": 360}
 
@@ -23,7 +24,7 @@ def read(name: str, split: str, data_dir: str) -> list[Example]:
 
 def count(name: str, split: str, data_dir: str) -> Counter[tuple[bytes, str]]:
     names = open_source(name, split, data_dir).class_names
-    return Counter((e["image"], names[e["label"]]) for e in read(name, split, data_dir))
+    return Counter((e["image"], names[e["labels"][0]]) for e in read(name, split, data_dir))
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -48,7 +49,7 @@ def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
         levels = np.rint(image[..., 0] / 255 * 16)
         # 17 grey levels span the whole range of a byte, and rounding is all that is lost.
         assert (image == np.rint(levels * 255 / 16)[..., None]).all()
-        found[levels.astype(np.uint8).tobytes(), example["label"]] += 1
+        found[levels.astype(np.uint8).tobytes(), example["labels"][0]] += 1
     assert found == expected
 
 

@@ -1,5 +1,6 @@
 """Tests of the pipeline: batch n depends on (seed, n) alone, and no example is lost or doubled."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.pipeline import Batch, eval_batches, train_batches
-from mixer_jax.data.sources import Example, Source
+from mixer_jax.data.decoding import BadImageError
+from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.pipeline import (
+    Batch,
+    Report,
+    _Pieces,
+    _workers,
+    eval_batches,
+    train_batches,
+)
+from mixer_jax.data.reading import BadImage, EvalReader, TrainReader
+from mixer_jax.errors import RunFailedError
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh
 
 SIZE = 8
@@ -39,7 +50,7 @@ class Reads(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         self.indices.append(index)
         encoded = cv2.imencode(".png", IMAGES[index][..., ::-1])[1].tobytes()
-        return Example(image=encoded, label=index)
+        return Example(image=encoded, labels=(index,), name=f"image {index}")
 
 
 def source(examples: Sequence[Example] | None = None) -> Source:
@@ -58,6 +69,8 @@ def train(
     batch_size: int = 4,
     preprocess: dict[str, Any] = UNCHANGED,
     threads: int = 2,
+    processes: int = 1,
+    report: Report = print,
     mesh: Mesh | None = None,
     examples: Sequence[Example] | None = None,
 ) -> Iterator[Batch]:
@@ -70,8 +83,10 @@ def train(
         image_size=SIZE,
         preprocess=preprocess,
         threads=threads,
+        processes=processes,
         prefetch_batches=2,
         sharding=batch_sharding(mesh or mesh_of(1, 1)),
+        report=report,
     )
 
 
@@ -173,9 +188,9 @@ def test_augmentation_differs_between_epochs_examples_and_seeds() -> None:
     crops = UNCHANGED | {"train_crop": "inception"}
     seen = [versions(train(0, 25, preprocess=crops, seed=seed), 3) for seed in (0, 1)]
     assert len(seen[0]) == len(seen[1]) == 10
-    assert len({*seen[0], *seen[1]}) > 18
+    assert len({*seen[0], *seen[1]}) > 15
     # One image under ten labels: if all of an epoch were cropped alike, few would differ.
-    same = [Example(image=Reads()[0]["image"], label=label) for label in range(10)]
+    same = [Example(image=Reads()[0]["image"], labels=(label,), name="") for label in range(10)]
     (batch,) = on_host(train(0, 1, batch_size=10, preprocess=crops, examples=same))
     assert len({image.tobytes() for image in batch["image"]}) > 8
 
@@ -187,32 +202,73 @@ def test_reading_ahead_is_bounded(threads: int) -> None:
     for _ in range(3):
         next(batches)
     time.sleep(0.1)
-    # Three taken, one on its way to the device, two ready on the host, one being put together.
-    assert 3 * 4 <= len(examples.indices) <= 7 * 4
+    # Three taken, one on its way to the device, two ready on the host or one for every thread, and
+    # one being put together.
+    assert 3 * 4 <= len(examples.indices) <= (5 + max(2, threads)) * 4
 
 
-def broken() -> list[Example]:
+BAD = (3, 6)
+
+
+def with_bad() -> list[Example]:
+    """Ten examples, of which those in `BAD` are no images."""
     examples = [Reads()[index] for index in range(10)]
-    examples[6]["image"] = b"broken"
+    for index in BAD:
+        examples[index]["image"] = b"broken"
     return examples
 
 
-def test_an_unreadable_image_stops_training() -> None:
-    with pytest.raises(ValueError, match="6 bytes that are no readable image"):
-        on_host(train(0, 3, examples=broken()))
+def test_bad_images_are_replaced_and_reported_with_their_step() -> None:
+    reports: dict[int, list[BadImage]] = {}
+    batches = train(0, 15, examples=with_bad(), report=reports.__setitem__)
+    plain = labels(train(0, 15))
+    seen = labels(batches)
+    bad_places = np.isin(plain, BAD)
+    # All other places hold what they would hold; at the bad ones stand good examples.
+    assert (seen[~bad_places] == plain[~bad_places]).all()
+    assert bad_places.sum() == 12
+    assert not np.isin(seen, BAD).any()
+    assert len(set(seen[bad_places])) > 3
+    for step, bad in reports.items():
+        expected = {f"image {label}" for label in plain.reshape(15, 4)[step - 1] if label in BAD}
+        # A substitute may be bad as well, and is then replaced in its turn.
+        assert expected <= {name for name, _ in bad} <= {"image 3", "image 6"}
+        assert {reason for _, reason in bad} == {"no image, or its header is damaged"}
+    assert reports.keys() == {step + 1 for step in np.flatnonzero(bad_places.reshape(15, 4).any(1))}
+
+
+def test_substitutes_are_the_same_from_anywhere() -> None:
+    far = train(5, 8, examples=with_bad(), preprocess=AUGMENTED)
+    near = train(0, 8, examples=with_bad(), preprocess=AUGMENTED, threads=1, batch_size=4)
+    for _ in range(5):
+        next(near)
+    assert_identical(far, near)
+
+
+def test_nothing_but_bad_images_is_an_error_and_no_hang() -> None:
+    examples = [Example(image=b"broken", labels=(0,), name=f"image {i}") for i in range(10)]
+    with pytest.raises(RunFailedError, match="100 images in a row cannot be used, the last is ima"):
+        next(train(0, 3, examples=examples))
 
 
 def evaluation(
-    batch_size: int, mesh: Mesh, examples: Sequence[Example] | None = None
+    batch_size: int,
+    mesh: Mesh,
+    examples: Sequence[Example] | None = None,
+    skip_bad: bool = False,
+    report: Report = print,
 ) -> Iterator[Batch]:
     return eval_batches(
         source(examples),
         batch_size=batch_size,
         image_size=SIZE,
         eval_crop="whole",
+        exif_orientation=False,
+        skip_bad=skip_bad,
         threads=2,
         prefetch_batches=2,
         sharding=batch_sharding(mesh),
+        report=report,
     )
 
 
@@ -238,6 +294,93 @@ def test_evaluation_sees_every_example_once_in_order(batch_size: int, devices: i
     assert [columns[name].dtype for name in columns] == [np.uint8, np.int32, np.bool_]
 
 
-def test_an_unreadable_image_stops_evaluation() -> None:
-    with pytest.raises(ValueError, match="6 bytes that are no readable image"):
-        on_host(evaluation(4, mesh_of(1, 1), broken()))
+def test_a_bad_image_stops_evaluation_by_name() -> None:
+    with pytest.raises(BadImageError, match=r"^image 3: no image"):
+        on_host(evaluation(4, mesh_of(1, 1), with_bad()))
+
+
+def test_bad_images_may_be_left_out_of_evaluation() -> None:
+    met: list[BadImage] = []
+    batches = evaluation(
+        4, mesh_of(1, 1), with_bad(), skip_bad=True, report=lambda step, bad: met.extend(bad)
+    )
+    masks = np.concatenate([batch["mask"] for batch in on_host(batches)])
+    assert [name for name, _ in met] == ["image 3", "image 6"]
+    assert masks.tolist() == [index not in BAD for index in range(10)] + [False, False]
+
+
+def test_several_right_answers_or_none() -> None:
+    answers = [(2, 7), (), (9,)]
+    examples = [Example(image=Reads()[0]["image"], labels=a, name="") for a in answers]
+    real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
+    reader = EvalReader(real, SIZE, "whole", exif_orientation=False, skip_bad=False)
+    arrays = reader(np.arange(4)).arrays
+    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
+    assert arrays["mask"].tolist() == [True, False, True, False]
+
+
+def test_hosts_have_disjoint_shards_that_make_the_whole_batch() -> None:
+    """What 1, 2 or 4 hosts prepare, each for the rows that its devices hold."""
+    reader = TrainReader(source(), 0, SIZE, AUGMENTED)
+    steps = range(2, 5)
+    whole = _Pieces(steps, np.arange(20), 20)
+    for hosts in (2, 4):
+        shards = [_Pieces(steps, rows, 20) for rows in np.split(np.arange(20), hosts)]
+        places = [np.concatenate([shard[k] for k in range(len(shard))]) for shard in shards]
+        assert sorted(np.concatenate(places)) == list(range(40, 100))
+        together = np.concatenate([reader(p).arrays["image"] for p in places])
+        alone = np.concatenate([reader(whole[k]).arrays["image"] for k in range(len(whole))])
+        order = np.argsort(np.concatenate(places))
+        np.testing.assert_array_equal(together[order], alone)
+
+
+class Files(Sequence[Example]):
+    """A hundred examples, some of them bad, small enough to be sent to another process."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: Any) -> Any:
+        example = Example(image=Reads()[index % 10]["image"], labels=(index,), name=f"{index}")
+        return example | {"image": b"broken"} if index % 10 == 7 else example
+
+
+def test_processes_do_not_matter() -> None:
+    # 20 images are two pieces; 7 steps are 14 pieces, which three processes share unevenly.
+    batches, reports = {}, {}
+    for processes in (1, 3):
+        reports[processes] = met = dict[int, list[BadImage]]()
+        batches[processes] = train(
+            3,
+            10,
+            batch_size=20,
+            preprocess=AUGMENTED,
+            examples=Files(),
+            processes=processes,
+            report=met.__setitem__,
+        )
+    assert_identical(batches[1], batches[3])
+    assert reports[1] == reports[3]
+    assert len(reports[1]) > 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "expected"),
+    [
+        (2, 0, 0, (1, 2)),
+        (8, 0, 0, (1, 8)),
+        (96, 0, 0, (12, 8)),
+        (96, 1, 0, (1, 96)),
+        (96, 4, 3, (4, 3)),
+        (2, 4, 0, (4, 1)),
+    ],
+)
+def test_workers_follow_the_machine(
+    cores: int,
+    processes: int,
+    threads: int,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert _workers(processes, threads) == expected

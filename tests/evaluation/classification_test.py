@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from mixer_jax.data.examples import Source
 from mixer_jax.data.preprocess import eval_image
-from mixer_jax.data.sources import Source, open_source
+from mixer_jax.data.sources import open_source
+from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import (
     JudgeBatch,
     Judgements,
@@ -39,7 +41,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def judge_all(logits: np.ndarray, labels: list[int]) -> Judgements:
     mask = np.ones(len(labels), bool)
-    return on_host(*jax.jit(judge)(logits.astype(np.float32), np.array(labels), mask))
+    right = np.arange(logits.shape[1]) == np.array(labels)[:, None]
+    return on_host(*jax.jit(judge)(logits.astype(np.float32), right, mask))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,29 @@ def test_huge_logits_do_not_overflow() -> None:
     judged = judge_all(np.tile([1e30, 0.0, -1e30], (3, 1)), [0, 0, 1])
     assert judged.log_likelihood.tolist() == [0, 0, float(np.float32(-1e30))]
     assert judged.confidence.tolist() == [1, 1, 1]
+
+
+REAL_LOGITS = np.array([[3.0, 1.0, 2.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("right", "rank"),
+    [([0], 0), ([1, 2], 1), ([1, 0], 0), ([3], 3), ([3, 1], 2), ([0, 1, 2, 3], 0), ([2, 3, 0], 0)],
+)
+def test_any_of_several_right_answers_will_do(right: list[int], rank: int) -> None:
+    mask = np.isin(range(4), right)[None]
+    judged = on_host(*jax.jit(judge)(REAL_LOGITS.astype(np.float32), mask, np.array([True])))
+    assert judged.rank.tolist() == [rank]
+    expected = np.log(np.exp(log_softmax(REAL_LOGITS))[0, right].sum())
+    np.testing.assert_allclose(judged.log_likelihood, [expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("right", [[0, 1], [0], [1, 2]])
+def test_a_tie_with_a_wrong_answer_counts_against_the_model(right: list[int]) -> None:
+    logits = np.array([[2.0, 2.0, 2.0, 1.0]], np.float32)
+    judged = jax.jit(judge)(logits, np.isin(range(4), right)[None], np.array([True]))
+    # Ties among right answers do no harm.
+    assert judged.rank.tolist() == [3 - len(right)]
 
 
 def summary(rank: list[int], mask: list[bool] | None = None, **columns: list[float]) -> Scores:
@@ -209,7 +235,7 @@ def source(digits_dir: str) -> Source:
 def expected(model: MlpMixer, params: Any, source: Source) -> Scores:
     """The scores from the definitions, in float64, without batches."""
     examples = [source.examples[index] for index in range(len(source))]
-    labels = np.array([example["label"] for example in examples])
+    labels = np.array([example["labels"][0] for example in examples])
     images = np.stack(
         [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
     )
@@ -233,7 +259,7 @@ def run_evaluation(
     mesh = make_mesh(0, 1, jax.devices()[: request.param])
     judge_batch: JudgeBatch = compile_judge(model, mesh)
 
-    def run(source: Source, batch_size: int) -> Scores:
+    def run(source: Source, batch_size: int, skip_bad: bool = False) -> Scores:
         return evaluate(
             judge_batch,
             params,
@@ -242,6 +268,8 @@ def run_evaluation(
             batch_size=batch_size,
             image_size=IMAGE_SIZE,
             eval_crop="whole",
+            exif_orientation=False,
+            skip_bad=skip_bad,
             threads=2,
             prefetch_batches=2,
         )
@@ -269,8 +297,48 @@ def test_the_scores_compared_are_not_trivial(expected: Scores) -> None:
 
 
 def test_nothing_to_evaluate(run_evaluation: Callable[[Source, int], Scores]) -> None:
-    with pytest.raises(ValueError, match="no example"):
+    with pytest.raises(UserError, match="no example"):
         run_evaluation(Source("nothing", [], tuple("0123456789")), 8)
+
+
+@pytest.fixture(scope="module")
+def real(source: Source) -> Source:
+    """The test digits with several right answers each, or none for every ninth of them."""
+    examples = [dict(source.examples[index]) for index in range(100)]
+    for index, example in enumerate(examples):
+        (label,) = example["labels"]
+        example["labels"] = () if index % 9 == 0 else (label, (label + index) % 10)
+        example["image"] = b"broken" if index in (10, 18) else example["image"]
+    return Source("real", examples, source.class_names, multi_label=True)
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_real_labels(
+    batch_size: int,
+    model: MlpMixer,
+    params: Any,
+    real: Source,
+    run_evaluation: Callable[..., Scores],
+) -> None:
+    scores = run_evaluation(real, batch_size, skip_bad=True)
+    counted = [e for e in real.examples if e["labels"] and e["image"] != b"broken"]
+    images = np.stack(
+        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in counted]
+    )
+    logits = jax.jit(model.apply)({"params": params}, images.astype(np.float32) / 127.5 - 1)
+    best = np.asarray(logits).argmax(1)
+    right = [top in example["labels"] for top, example in zip(best, counted, strict=True)]
+    assert scores.top1 == np.mean(right)
+    assert 0 < scores.top1 < 1
+    # Of the two bad ones, the second has no right answer besides.
+    assert (scores.num_examples, scores.num_bad, scores.num_unlabelled) == (87, 2, 11)
+
+
+def test_a_bad_image_is_named_with_the_way_out(
+    real: Source, run_evaluation: Callable[..., Scores]
+) -> None:
+    with pytest.raises(UserError, match=r"real: digits test, example 10: .*--skip_bad_images"):
+        run_evaluation(real, 8)
 
 
 def test_every_host_can_read_all_judgements(model: MlpMixer, params: Any) -> None:

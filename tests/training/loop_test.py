@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from mixer_jax.config import evals, mixture, validate
+from mixer_jax.data.sources import open_source
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.parallel.hosts import StopSignals
 from mixer_jax.parallel.sharding import make_mesh
@@ -17,12 +19,12 @@ from mixer_jax.training.experiment import (
     Experiment,
     build,
     initial_state,
-    open_sources,
     throughput,
     training_batches,
 )
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.training.run_sources import open_sources
 from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import load_checkpoint
 from mixer_jax.weights.steps import list_steps
@@ -31,7 +33,7 @@ from tests.small_run import small_config
 
 def losses(experiment: Experiment, count: int) -> list[float]:
     state, history = experiment.create_state(), []
-    batches = training_batches(experiment, 0)
+    batches = training_batches(experiment, 0, print)
     for _ in range(count):
         state, metrics = experiment.train_step(state, next(batches))
         history.append(float(metrics["loss"]))
@@ -60,7 +62,7 @@ def test_fsdp_splits_parameters_and_moments(digits_dir: str) -> None:
     config = small_config(digits_dir, mesh__fsdp=8, recipe__ema_decay=0.9)
     experiment = build(config, open_sources(config))
     state = experiment.create_state()
-    state, _ = experiment.train_step(state, next(training_batches(experiment, 0)))
+    state, _ = experiment.train_step(state, next(training_batches(experiment, 0, print)))
     for tree in (state.params, state.opt_state, state.ema_params):
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         assert bytes_on_one_device(tree) < 1.05 * total / 8
@@ -137,7 +139,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: 
     config = small_config(digits_dir)
     whole = build(config, open_sources(config), jax.devices()[:1])
     expected = losses(whole, 8)
-    state, batches = whole.create_state(), training_batches(whole, 0)
+    state, batches = whole.create_state(), training_batches(whole, 0, print)
     for _ in range(4):
         state, _ = whole.train_step(state, next(batches))
     checkpoints = Checkpoints(str(tmp_path), keep=1)
@@ -150,7 +152,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: 
     assert window == [0.1, 0.2]
     assert int(state.step) == 4
     actual = []
-    for batch in list(training_batches(split, 4))[:4]:
+    for batch in list(training_batches(split, 4, print))[:4]:
         state, metrics = split.train_step(state, batch)
         actual.append(float(metrics["loss"]))
     np.testing.assert_allclose(actual, expected[4:], rtol=1e-5)
@@ -192,7 +194,7 @@ def test_init_from_takes_all_but_the_head(finished: Path, digits_dir: str) -> No
             np.testing.assert_array_equal(ours, theirs)
     assert state.params["head"]["kernel"].shape == (16, 5)
     assert not state.params["head"]["kernel"].any()
-    state, metrics = experiment.train_step(state, next(training_batches(experiment, 0)))
+    state, metrics = experiment.train_step(state, next(training_batches(experiment, 0, print)))
     assert np.isfinite(metrics["loss"])
 
 
@@ -269,7 +271,10 @@ def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
         ({"mesh__fsdp": 3}, "mesh.fsdp=3 do not make up the 8 devices"),
         ({"mesh__data": 2, "mesh__fsdp": 2}, "mesh.data=2 and mesh.fsdp=2 do not make up"),
         ({"dataset__train_split": "trian"}, "split 'trian' of data set .* it has train, test"),
-        ({"evals__test__dataset": "digits/low"}, "config.evals.test has other classes"),
+        (
+            {"dataset__name": "digits/low", "evals__test__dataset": "digits/high"},
+            r"config.evals.test: digits/high test has other classes \(5: 5, 6, 7, 8, 9\) than",
+        ),
         ({"num_steps": 0, "num_epochs": 0.01}, "warmup_steps=2 is more than the run's 1 steps"),
     ],
 )
@@ -294,3 +299,81 @@ def test_utilization_is_told_where_the_peak_is_known(
     # By hand: 16 tokens of 16 channels, two blocks of (8, 16) hidden units, ten classes.
     products = 16 * 48 * 16 + 2 * (2 * 16 * 8 * 16 + 2 * 16 * 16 * 16) + 16 * 10
     assert rates["model_flops_utilization"] == pytest.approx(3 * 2 * products * 125 / 1e9)
+
+
+def test_a_mixture_is_trained_on_and_scored_on_its_parts(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir)
+    config.mixture = mixture(
+        low={"dataset": "digits/low", "weight": 3.0}, high={"dataset": "digits/high"}
+    )
+    config.evals = evals(all={}, low={"dataset": "digits/low"})
+    validate(config)
+    sources = open_sources(config)
+    # Entries stand in the order of their names.
+    assert sources.train.class_names == tuple("5678901234")
+    assert len(sources.train) == 1437
+    labels = next(training_batches(build(config, sources), 0, print))["label"]
+    assert np.mean(np.asarray(labels) < 5) == 4 / 16
+    scores = train_and_evaluate(config, str(tmp_path)).scores
+    assert (scores["all"].num_examples, scores["low"].num_examples) == (360, 193)
+
+
+@pytest.fixture
+def some_broken(digits_dir: str, tmp_path: Path) -> str:
+    """A folder of 200 digits, of which three are broken, and 20 whole ones held out."""
+    source = open_source("digits", "train", digits_dir)
+    for index in range(220):
+        example = source.examples[index]
+        split = "train" if index < 200 else "test"
+        path = tmp_path / "images" / split / str(example["labels"][0]) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(example["image"] if index not in (17, 60, 150) else b"broken")
+    return f"folder:{tmp_path}/images"
+
+
+def names_of_bad(workdir: Path) -> list[str]:
+    lines = (workdir / "bad_images_0.jsonl").read_text().splitlines()
+    return sorted(Path(json.loads(line)["name"]).name for line in lines)
+
+
+def test_training_goes_on_past_bad_images_and_names_them(
+    some_broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 320 images are more than an epoch, so that all have been met.
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.02)
+    result = train_and_evaluate(config, str(tmp_path / "run"))
+    assert (result.step, result.scores["test"].num_examples) == (20, 20)
+    assert names_of_bad(tmp_path / "run") == ["150.png", "17.png", "60.png"]
+    told = capsys.readouterr().out
+    assert "3 training images could not be used (3 no image, or its header is damaged)" in told
+    assert " cannot be used (no image, or its header is damaged); another image takes" in told
+
+
+def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_path: Path) -> None:
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.01)
+    with pytest.raises(RunFailedError) as stop:
+        train_and_evaluate(config, str(tmp_path / "run"))
+    assert "3 training images could not be used" in str(stop.value)
+    assert "of 200, more than config.bad_images.max_share=0.01 allows" in str(stop.value)
+    (step,) = list_steps(str(tmp_path / "run"))[-1:]
+    assert f"go on from step {step:,}" in str(stop.value)
+    assert step < 20
+    config.bad_images.max_share = 0.02
+    assert train_and_evaluate(config, str(tmp_path / "run")).step == 20
+    whole = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
+    train_and_evaluate(whole, str(tmp_path / "whole"))
+    books = [(tmp_path / name / "bad_images_0.jsonl").read_text() for name in ("run", "whole")]
+    assert books[0] == books[1]
+    last = [read_metrics(str(tmp_path / name))[-1] for name in ("run", "whole")]
+    assert last[0]["test/log_likelihood"] == last[1]["test/log_likelihood"]
+
+
+def test_a_bad_image_in_evaluation_is_named_or_counted(some_broken: str, tmp_path: Path) -> None:
+    (broken,) = Path(some_broken.removeprefix("folder:")).glob("test/*/207.png")
+    broken.write_bytes(b"")
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
+    with pytest.raises(UserError, match=r"207\.png: empty file.*skip_in_evaluation=true"):
+        train_and_evaluate(config, str(tmp_path / "run"))
+    config.bad_images.skip_in_evaluation = True
+    scores = train_and_evaluate(config, str(tmp_path / "run")).scores["test"]
+    assert (scores.num_examples, scores.num_bad) == (19, 1)

@@ -1,0 +1,171 @@
+"""Every configuration key, once: its default, its meaning, its range."""
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One configuration key.
+
+    Attributes:
+        default: its value where a config says nothing; its type is the key's type.
+        meaning: one line for people, with the unit.
+        choices: the values allowed, if they can be listed.
+        low: smallest value allowed.
+        high: largest value allowed.
+        resumable: whether a run may be resumed with another value without harm to its result.
+    """
+
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    resumable: bool = False
+
+
+KEYS: dict[str, Key] = {
+    "seed": Key(0, "the one source of randomness: weights, order, augmentation, masks", low=0),
+    "num_steps": Key(0, "training steps; 0: as many as num_epochs makes", low=0),
+    "num_epochs": Key(0.0, "passes over the training split, where num_steps is 0", low=0),
+    "batch_size": Key(4096, "training images a step, over all devices and hosts", low=1),
+    "eval_batch_size": Key(1024, "evaluation images a step, likewise", low=1, resumable=True),
+    "image_size": Key(224, "side of the square image the model sees, pixels", low=1),
+    "init_from": Key("", "run or checkpoint to take weights from; the head starts afresh"),
+    # Model (Section 2, Table 1).
+    "model.variant": Key("B/16", 'S/32 S/16 B/32 B/16 L/32 L/16 H/14, or "custom"'),
+    "model.num_blocks": Key(0, "0: the variant's own, as for the four keys below", low=0),
+    "model.patch_size": Key(0, "side of a patch, pixels", low=0),
+    "model.hidden_dim": Key(0, "channels of a token", low=0),
+    "model.tokens_mlp_dim": Key(0, "hidden units of the token-mixing MLPs", low=0),
+    "model.channels_mlp_dim": Key(0, "hidden units of the channel-mixing MLPs", low=0),
+    "model.gelu": Key("tanh", "tanh as the authors, exact as timm", ("tanh", "exact")),
+    "model.stochastic_depth": Key(0.0, "drop probability of the last block", low=0, high=0.999),
+    "model.dropout": Key(0.0, "probability, in both MLPs", low=0, high=0.999),
+    "model.head_bias": Key(0.0, "initial bias of the head"),
+    "model.dtype": Key(
+        "auto",
+        "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
+        ("auto", "float32", "bfloat16"),
+    ),
+    "model.unroll": Key(0, "blocks per iteration of the scan; 0: all", low=0, resumable=True),
+    "model.remat": Key(
+        "none",
+        "what the backward pass recomputes: none, dots (all but products), full",
+        ("none", "dots", "full"),
+        resumable=True,
+    ),
+    # Data.
+    "dataset.name": Key("imagenet2012", 'TFDS name, folder:PATH, "digits", or "synthetic"'),
+    "dataset.data_dir": Key("", "where TFDS keeps data; empty: TFDS's default", resumable=True),
+    "dataset.train_split": Key("train", "split to train on, in TFDS syntax"),
+    "dataset.num_classes": Key(0, "nominal; used by synthetic data, 0: 1000", low=0),
+    "dataset.num_examples": Key(
+        0, "nominal; used by synthetic data, 0: 1024", low=0, resumable=True
+    ),
+    "preprocess.train_crop": Key(
+        "inception",
+        "inception (random area and aspect), shift (resize, then shift), resize",
+        ("inception", "shift", "resize"),
+    ),
+    "preprocess.min_area": Key(
+        0.05, "smallest inception crop, share of the image", low=0.0001, high=1
+    ),
+    "preprocess.max_shift": Key(4, "largest shift of train_crop=shift, pixels", low=0),
+    "preprocess.flip": Key(True, "flip half of the training images left to right"),
+    "preprocess.randaugment_layers": Key(0, "operations an image; 0: off", low=0),
+    "preprocess.randaugment_magnitude": Key(10.0, "on the scale 0-10; more extrapolates", low=0),
+    "preprocess.eval_crop": Key(
+        "shorter_side",
+        "shorter_side, square or, as timm, bicubic (resize to 8/7, central crop); whole: only resize",
+        ("shorter_side", "square", "bicubic", "whole"),
+    ),
+    "preprocess.exif_orientation": Key(
+        False, "turn images as their camera says, which TFDS and TensorFlow never do"
+    ),
+    "loader.threads": Key(
+        0, "that prepare images, in each process; 0: by the machine", low=0, resumable=True
+    ),
+    "loader.processes": Key(
+        0,
+        "that prepare training images; 1: the main one; 0: one for every 8 cores",
+        low=0,
+        resumable=True,
+    ),
+    "loader.prefetch_batches": Key(2, "batches kept ready on the host", low=1, resumable=True),
+    "bad_images.max_share": Key(
+        0.001,
+        "of the training images that may be unusable before the run stops",
+        low=0,
+        high=1,
+        resumable=True,
+    ),
+    "bad_images.skip_in_evaluation": Key(
+        False, "leave them out of evaluations and count them, rather than stop", resumable=True
+    ),
+    # Recipe (Section 3, Appendix B).
+    "recipe.loss": Key("sigmoid", "cross-entropy", ("sigmoid", "softmax")),
+    "recipe.label_smoothing": Key(
+        0.0, "share of a label spread over all classes", low=0, high=0.999
+    ),
+    "recipe.mixup": Key(0.0, "parameter of Beta(p, p); 0: off", low=0),
+    "recipe.accumulation_steps": Key(
+        1, "pieces a batch is computed in, one after the other", low=1, resumable=True
+    ),
+    "recipe.ema_decay": Key(
+        0.0, "of averaged parameters, used in evaluation; 0: off", low=0, high=0.999999
+    ),
+    "optimizer.name": Key("adam", "adam or momentum (SGD)", ("adam", "momentum")),
+    "optimizer.learning_rate": Key(1e-3, "at the end of warmup", low=0),
+    "optimizer.warmup_steps": Key(10_000, "linear from zero", low=0),
+    "optimizer.decay": Key("linear", "after warmup", ("linear", "cosine", "none")),
+    "optimizer.end_learning_rate": Key(0.0, "at the last step", low=0),
+    "optimizer.weight_decay": Key(0.0, "decoupled, times the learning rate, kernels only", low=0),
+    "optimizer.b1": Key(0.9, "Adam's first moment", low=0, high=0.999999),
+    "optimizer.b2": Key(0.999, "Adam's second moment", low=0, high=0.999999),
+    "optimizer.eps": Key(1e-8, "Adam's epsilon", low=0),
+    "optimizer.momentum": Key(0.9, "of momentum SGD", low=0, high=0.999999),
+    "optimizer.clip_norm": Key(1.0, "largest global gradient norm; 0: no clipping", low=0),
+    # Run.
+    "mesh.data": Key(
+        0, "devices along the data axis; 0: all that fsdp leaves", low=0, resumable=True
+    ),
+    "mesh.fsdp": Key(1, "devices each parameter is split over", low=1, resumable=True),
+    "distributed": Key(
+        "auto", "join a multi-host run: auto detects one", ("auto", "yes", "no"), resumable=True
+    ),
+    "checkpoint.every_steps": Key(1000, "0: only by time and at the end", low=0, resumable=True),
+    "checkpoint.every_minutes": Key(0.0, "0: only by steps and at the end", low=0, resumable=True),
+    "checkpoint.keep": Key(2, "checkpoints kept, the newest", low=1, resumable=True),
+    "log_every_steps": Key(50, "metrics are written this often", low=1, resumable=True),
+    "compilation_cache": Key(
+        "~/.cache/mixer_jax", "folder of compiled programs; empty: off", resumable=True
+    ),
+}
+
+# Every entry of `config.evals`, a named split scored exactly, has these keys.
+EVAL_KEYS: dict[str, Key] = {
+    "dataset": Key("", "data set; empty: the one trained on", resumable=True),
+    "split": Key("test", "in TFDS syntax", resumable=True),
+    "every_steps": Key(0, "0: only at the end", low=0, resumable=True),
+}
+
+# Likewise of `config.mixture`, data sets to train on together in place of one.
+MIXTURE_KEYS: dict[str, Key] = {
+    "dataset": Key("", "data set; empty: config.dataset.name"),
+    "split": Key("train", "in TFDS syntax"),
+    "weight": Key(1.0, "share of the images, in proportion to the other weights", low=1e-6),
+}
+
+# The sections that a config fills with entries of its own names.
+ENTRY_KEYS = {"evals": EVAL_KEYS, "mixture": MIXTURE_KEYS}
+
+
+def find_key(path: str) -> Key | None:
+    """Returns the declaration of a key such as "optimizer.b1" or "evals.test.split", if any."""
+    section, _, rest = path.partition(".")
+    if section in ENTRY_KEYS:
+        return ENTRY_KEYS[section].get(rest.rpartition(".")[2])
+    return KEYS.get(path)

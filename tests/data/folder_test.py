@@ -1,0 +1,182 @@
+"""Tests of a user's own folder of images: any layout people have, any mistake they make."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mixer_jax.data.decoding import BadImageError, decode
+from mixer_jax.data.examples import Source
+from mixer_jax.data.sources import open_source
+from mixer_jax.errors import UserError
+from tests.images import encode, noise
+
+PNG = encode(noise(4, 5), "PNG")
+
+
+def write(root: Path, *paths: str) -> None:
+    """Writes images that differ in their last byte, which no decoder reads."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(PNG + bytes([number % 256]))
+
+
+def many(*folders: str, count: int = 20) -> list[str]:
+    return [f"{folder}/{number}.png" for folder in folders for number in range(count)]
+
+
+def open_folder(root: Path, split: str = "train") -> Source:
+    return open_source(f"folder:{root}", split)
+
+
+def names(root: Path, split: str = "train") -> list[str]:
+    source = open_folder(root, split)
+    found = []
+    for index in range(len(source)):
+        try:
+            found.append(source.examples[index]["name"])
+        except BadImageError as error:
+            found.append(error.name)
+    return [Path(name).relative_to(root).as_posix() for name in found]
+
+
+def error_of(path: Path | str, split: str = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        open_source(f"folder:{path}", split)
+    return str(caught.value)
+
+
+def test_examples_are_the_files_with_the_class_of_their_directory(tmp_path: Path) -> None:
+    write(tmp_path, "train/dog/b.png", "train/cat/a.png", "train/dog/c.JPG", "test/dog/d.png")
+    source = open_folder(tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert not source.multi_label
+    examples = {source.examples[k]["name"]: source.examples[k] for k in range(len(source))}
+    assert {name: example["labels"] for name, example in examples.items()} == {
+        f"{tmp_path}/train/cat/a.png": (0,),
+        f"{tmp_path}/train/dog/b.png": (1,),
+        f"{tmp_path}/train/dog/c.JPG": (1,),
+    }
+    assert examples[f"{tmp_path}/train/dog/b.png"]["image"] == PNG + b"\0"
+    assert decode(PNG + b"\0").shape == (4, 5, 3)
+    assert names(tmp_path, "test") == ["test/dog/d.png"]
+    assert open_folder(tmp_path, "test").class_names == ("cat", "dog")
+    with pytest.raises(IndexError):
+        source.examples[3]
+
+
+@pytest.mark.parametrize("held_out", ["validation", "val", "test"])
+def test_one_held_out_split_answers_to_every_name(held_out: str, tmp_path: Path) -> None:
+    write(tmp_path, *many("train/a"), f"{held_out}/a/x.png")
+    for split in ("validation", "val", "test"):
+        assert names(tmp_path, split) == [f"{held_out}/a/x.png"]
+
+
+def test_two_held_out_splits_are_two(tmp_path: Path) -> None:
+    write(tmp_path, *many("train/a"), "val/a/x.png", "test/a/y.png")
+    assert names(tmp_path, "val") == ["val/a/x.png"]
+    assert names(tmp_path, "test") == ["test/a/y.png"]
+    assert "it has train, val, test" in error_of(tmp_path, "validation")
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_without_a_split_a_tenth_of_every_class_is_held_out(inside: str, tmp_path: Path) -> None:
+    sizes = {"a": 100, "b": 34, "c": 5, "d": 2, "e": 1}
+    paths = [path for name, size in sizes.items() for path in many(inside + name, count=size)]
+    write(tmp_path, *paths)
+    train, validation = names(tmp_path), names(tmp_path, "validation")
+    assert sorted(train + validation) == sorted(paths)
+    counts = Counter(Path(path).parent.name for path in validation)
+    assert counts == {"a": 10, "b": 3, "c": 1, "d": 1}
+    assert names(tmp_path, "train+validation") == train + validation
+
+
+def test_the_automatic_split_depends_on_the_paths_alone(tmp_path: Path) -> None:
+    for root, order in ((tmp_path / "one", 1), (tmp_path / "two", -1)):
+        write(root, *many("a", "b")[::order])
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    assert names(tmp_path / "one", "test") == names(tmp_path / "two", "test")
+    # Not simply the first ones.
+    assert names(tmp_path / "one", "test") != ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
+
+
+def test_slices_mix_the_classes(tmp_path: Path) -> None:
+    write(tmp_path, *many("train/a", "train/b", count=50), "val/a/x.png")
+    first, rest = names(tmp_path, "train[:20%]"), names(tmp_path, "train[20%:]")
+    assert first + rest == names(tmp_path)
+    assert len(first) == 20
+    assert 4 < sum("/a/" in name for name in first) < 16
+
+
+def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "a/x.png", "b/y.png", "b/z.png")
+    for path in ("a/notes.txt", "a/.hidden.png", "a/Thumbs.db", ".git/x.png", "README.md"):
+        write(tmp_path, path)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert sorted(names(tmp_path, "train+val")) == ["a/x.png", "b/y.png", "b/z.png"]
+    assert open_folder(tmp_path).class_names == ("a", "b")
+
+
+def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "one.png", "deep/two.png")
+    write(tmp_path / "root", "train/a/deep/er/x.png", "val/a/y.png")
+    (tmp_path / "root/train/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/train/a/deep/circle").symlink_to(tmp_path / "root/train/a")
+    (tmp_path / "root/train/a/self.png").symlink_to(tmp_path / "root/train/a/self.png")
+    found = names(tmp_path / "root")
+    assert sorted(found) == [
+        "train/a/deep/er/x.png",
+        "train/a/self.png",
+        "train/b/deep/two.png",
+        "train/b/one.png",
+    ]
+    # What cannot be read is listed, so that it is counted and named when it is met.
+    source = open_folder(tmp_path / "root")
+    with pytest.raises(BadImageError, match=r"a/self\.png: cannot be read") as caught:
+        source.examples[found.index("train/a/self.png")]
+    assert caught.value.name == f"{tmp_path}/root/train/a/self.png"
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    write(tmp_path, *many("a", count=3))
+    source = open_folder(tmp_path)
+    for path in tmp_path.glob("a/*"):
+        path.unlink()
+    with pytest.raises(BadImageError, match=r"\.png: cannot be read \(No such file or directory\)"):
+        source.examples[0]
+
+
+def test_a_file_too_large_to_be_an_image_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, *many("a", count=2))
+    monkeypatch.setattr("mixer_jax.data.folder._MAX_BYTES", len(PNG))
+    with pytest.raises(BadImageError, match="too large a file"):
+        open_folder(tmp_path).examples[0]
+
+
+def test_names_of_any_script(tmp_path: Path) -> None:
+    write(tmp_path, *many("Hündin", "犬"))
+    assert open_folder(tmp_path).class_names == ("Hündin", "犬")
+    assert {Path(name).parent.name for name in names(tmp_path)} == {"Hündin", "犬"}
+
+
+def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "typo", "train/cat/x.png", "val/cta/y.png")
+    write(tmp_path / "no_images", "train/cat/x.txt", "val/cat/y.png")
+    write(tmp_path / "good", *many("a"))
+    for path in ("", tmp_path / "absent", tmp_path / "file", "gs://bucket/images"):
+        assert "is no folder of this machine; write folder:PATH" in error_of(path)
+    assert "has no directories; it needs one with images for every class" in error_of(
+        tmp_path / "empty"
+    )
+    assert "has a directory 'cta', which is no class" in error_of(tmp_path / "typo")
+    assert "split 'train' of folder" in error_of(tmp_path / "no_images")
+    for split in ("valid", "", "train[", "train[:200%]", "train[:99]"):
+        message = error_of(tmp_path / "good", split)
+        assert f"split {split!r}" in message
+        assert "it has train, validation, val, test" in message
+    assert "has no images" in error_of(tmp_path / "good", "train[:0]")

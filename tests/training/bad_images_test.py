@@ -1,0 +1,95 @@
+"""Tests of the book of bad images: each once, forgotten on resume, and when they are too many."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixer_jax.data.reading import BadImage
+from mixer_jax.errors import UserError
+from mixer_jax.training.bad_images import BadImageLog
+
+FILE = "bad_images_0.jsonl"
+
+
+def open_log(workdir: Path, first_step: int = 0, **changes: Any) -> tuple[BadImageLog, list[str]]:
+    said: list[str] = []
+    settings = {"num_examples": 1000, "max_share": 0.002, "say": said.append} | changes
+    return BadImageLog(str(workdir), first_step, **settings), said
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / FILE).read_text().splitlines()]
+
+
+def bad(*names: str, reason: str = "incomplete") -> list[BadImage]:
+    return [BadImage(name, reason) for name in names]
+
+
+def test_every_image_is_written_once_with_its_first_step(tmp_path: Path) -> None:
+    log, said = open_log(tmp_path)
+    log.record(3, bad("a", "b", "a"))
+    log.record(4, bad("b"))
+    log.record(9, bad("c", reason="empty file"))
+    assert lines(tmp_path) == [
+        {"step": 3, "name": "a", "reason": "incomplete"},
+        {"step": 3, "name": "b", "reason": "incomplete"},
+        {"step": 9, "name": "c", "reason": "empty file"},
+    ]
+    log.close()
+    assert said == [
+        "step 3: a cannot be used (incomplete); another image takes its place; all such images are "
+        f"named in {tmp_path}/{FILE}",
+        "3 training images could not be used (2 incomplete, 1 empty file); named in "
+        f"{tmp_path}/{FILE}",
+    ]
+
+
+def test_nothing_bad_is_nothing_said_and_no_file(tmp_path: Path) -> None:
+    log, said = open_log(tmp_path, max_share=0.0)
+    log.close()
+    assert (said, list(tmp_path.iterdir()), log.too_many) == ([], [], False)
+
+
+@pytest.mark.parametrize(
+    ("max_share", "allowed"), [(0.002, 2), (0.0029, 2), (0.003, 3), (0.0, 0), (1.0, 1000)]
+)
+def test_too_many_is_more_than_the_share(max_share: float, allowed: int, tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path, max_share=max_share)
+    log.record(1, bad(*map(str, range(allowed))))
+    assert not log.too_many
+    log.record(2, bad("0"))
+    assert log.too_many == (allowed == 0)
+    log.record(3, bad("one more"))
+    assert log.too_many
+
+
+def test_the_verdict_says_how_to_go_on(tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path)
+    log.record(1, bad("a", "b", "c"))
+    assert log.verdict(1200) == (
+        "3 training images could not be used (3 incomplete) of 1,000, more than "
+        f"config.bad_images.max_share=0.002 allows; they are named in {tmp_path}/{FILE}: mend or "
+        "remove them, or allow more, and start the same command to go on from step 1,200"
+    )
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path)
+    for step, name in ((5, "a"), (10, "b"), (11, "c")):
+        log.record(step, bad(name))
+    assert log.too_many
+    resumed, _ = open_log(tmp_path, first_step=10)
+    assert not resumed.too_many
+    assert [line["name"] for line in lines(tmp_path)] == ["a", "b"]
+    resumed.record(11, bad("c", "a"))
+    assert [line["name"] for line in lines(tmp_path)] == ["a", "b", "c"]
+    assert resumed.too_many
+
+
+def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("my notes\n")
+    with pytest.raises(UserError, match="no JSON; move it away"):
+        open_log(tmp_path)
+    assert (tmp_path / FILE).read_text() == "my notes\n"
