@@ -85,8 +85,7 @@ def train_step(
         The state after the step, and scalars: loss, learning_rate, and the norms of gradient
         (before clipping), update and parameters (after the update).
     """
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    mixup_rng, model_rng = jax.random.split(rng)
+    mixup_rng, model_rng = step_keys(seed, state.step)
     labels = smooth_labels(batch["label"], num_classes, label_smoothing)
     pairs = mixup_pairs(mixup_rng, batch["image"], labels, mixup) if mixup else None
 
@@ -120,6 +119,17 @@ def train_step(
         "parameter_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def step_keys(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """Returns the random keys of a step: of its mixup, and of what the model drops.
+
+    Args:
+        seed: of the run.
+        step: steps done before it.
+    """
+    mixup_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return mixup_rng, model_rng
 
 
 def accumulate_gradients(

@@ -1,0 +1,112 @@
+"""Look at what a run sees: `python -m mixer_jax.visualize data --config=FILE --out=batch.png`."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mixer_jax import command_line
+from mixer_jax.config import resolve_num_steps, validate
+from mixer_jax.errors import RunFailedError, UserError
+
+_FORMATS = (".png", ".pdf", ".jpg")
+# Beyond this many, a picture no longer fits a screen, nor perhaps the memory.
+_MOST_IMAGES = 512
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as everything behind it does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draws as the command line says; returns the exit code."""
+    parser = _Parser(
+        prog="python -m mixer_jax.visualize",
+        description="Draw what a run sees.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data = commands.add_parser(
+        "data",
+        help="the images and labels of a training step",
+        description="Draw the first images of a training step's batch, cropped, augmented, mixed "
+        "and labelled as the model will see them. Needs no accelerator, and prepares no others.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as for training")
+    data.add_argument("--out", required=True, type=Path, help=f"a file: {' '.join(_FORMATS)}")
+    data.add_argument("--step", type=int, default=0, help="steps done before; default: 0")
+    data.add_argument("--num_images", type=int, default=32, help="of the batch; default: 32")
+    data.add_argument(
+        "--config.KEY", metavar="VALUE", dest="unused", help="change a key, as for training"
+    )
+    known, overrides = parser.parse_known_args(arguments)
+    _check_out(known.out)
+    config = command_line.read_config(known.config, overrides)
+    validate(config)
+    most = min(config.batch_size, _MOST_IMAGES)
+    if not 1 <= known.num_images <= most:
+        raise UserError(
+            f"--num_images={known.num_images} is out of range; pass 1 to {most}, of the batch of "
+            f"{config.batch_size}"
+        )
+
+    # From here on the heavy libraries are needed.
+    command_line.set_up_libraries(config.compilation_cache)
+    import jax
+
+    # A few images are no work for an accelerator, which may be busy with a run.
+    jax.config.update("jax_platforms", "cpu")
+    from mixer_jax.training.pictures import describe, draw_training_images, training_images
+    from mixer_jax.training.run_sources import open_sources
+
+    source = open_sources(config).train
+    num_steps = resolve_num_steps(config, len(source))
+    if not 0 <= known.step < num_steps:
+        raise UserError(
+            f"--step={known.step} is out of range; the run has {num_steps} steps, pass 0 to "
+            f"{num_steps - 1}"
+        )
+    shown = training_images(config, source, known.step, known.num_images)
+    title = describe(known.config, config, source, known.step, shown)
+    file_format = known.out.suffix.lower().removeprefix(".")
+    picture = draw_training_images(shown, source.class_names, title, file_format)
+    _write_whole(known.out, picture)
+    print(f"{known.out}: {title[0]}")
+    return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError if no picture can be written there; asked before the work is done."""
+    if out.suffix.lower() not in _FORMATS:
+        raise UserError(f"--out={out} is no kind of picture known here; use {' '.join(_FORMATS)}")
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name a file in it")
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no folder {out.parent}; make it first")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--out={out}: folder {out.parent} cannot be written ({error.strerror}); name another"
+        ) from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment there is all of it, or what was there before."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        raise RunFailedError(f"--out={path} cannot be written ({error.strerror})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

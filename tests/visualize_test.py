@@ -1,0 +1,149 @@
+"""Tests of the door that draws: what it writes, where, and how it tells mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixer_jax import command_line, visualize
+from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.training import pictures
+from mixer_jax.training.pictures import describe, draw_training_images, training_images
+from mixer_jax.training.run_sources import open_sources
+from tests.small_run import as_arguments, small_config
+
+
+def arguments(data_dir: str, out: Path, **changes: Any) -> list[str]:
+    options = ["--config=configs/digits.py", f"--out={out}", "--num_images=4"]
+    return ["data", *options, *as_arguments(data_dir, **changes)]
+
+
+def test_the_door_as_a_process(digits_dir: str, tmp_path: Path) -> None:
+    out = tmp_path / "batch.png"
+    command = [sys.executable, "-W", "error", "-m", "mixer_jax.visualize"]
+    done = subprocess.run(
+        [*command, *arguments(digits_dir, out), "--step=3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: configs/digits.py, step 3: 4 of 16 images\n"
+    config = small_config(digits_dir)
+    source = open_sources(config).train
+    shown = training_images(config, source, 3, 4)
+    title = describe("configs/digits.py", config, source, 3, shown)
+    expected = draw_training_images(shown, source.class_names, title, "png")
+    assert out.read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".jpg", b"\xff\xd8\xff")]
+)
+def test_the_suffix_chooses_the_format(
+    digits_dir: str, tmp_path: Path, suffix: str, magic: bytes
+) -> None:
+    out = tmp_path / f"batch{suffix}"
+    out.write_bytes(b"an older picture")
+    assert visualize.main(arguments(digits_dir, out)) == 0
+    assert out.read_bytes().startswith(magic)
+
+
+def end(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> Any:
+    """Runs the door as from the command line; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["visualize", *given])
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(visualize.main)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--out=batch.gif"], "--out=batch.gif is no kind of picture known here; use .png .pdf"),
+        (["--out=batch"], "--out=batch is no kind of picture known here"),
+        (["--out=missing/a.png"], "--out=missing/a.png: there is no folder missing; make it first"),
+        (["--out=tests.png/a.png"], "there is no folder tests.png"),
+        (["--step=20"], "--step=20 is out of range; the run has 20 steps, pass 0 to 19"),
+        (["--step=-1"], "--step=-1 is out of range"),
+        (["--step=one"], "argument --step: invalid int value: 'one'; see --help"),
+        (["--num_images=0"], "--num_images=0 is out of range; pass 1 to 16, of the batch of 16"),
+        (["--num_images=17"], "--num_images=17 is out of range; pass 1 to 16, of the batch of 16"),
+        (["--num_images=513", "--config.batch_size=4096"], "pass 1 to 512, of the batch of 4096"),
+        (["--config=configs/digit.py"], "did you mean configs/digits.py?"),
+        (["--config.recipe.mixup=-1.0"], "config.recipe.mixup=-1.0 is out of range"),
+        (["--steps=1"], "argument '--steps=1' is unknown; see --help"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "batch.png"
+    assert end(monkeypatch, [*arguments(digits_dir, out), *given]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see --help"),
+        (["date"], "invalid choice: 'date'"),
+        (["data"], "the following arguments are required: --config, --out; see --help"),
+    ],
+)
+def test_commands_that_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
+) -> None:
+    assert end(monkeypatch, given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_folder_is_no_picture(digits_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "batch.png").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
+
+
+def test_whether_it_can_be_written_is_asked_first(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(pictures, "training_images", None)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "batch.png"
+    out.write_bytes(b"an older picture")
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(RunFailedError, match=r"\(No space left on device\)"):
+        visualize.main(arguments(digits_dir, out))
+    assert out.read_bytes() == b"an older picture"
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
