@@ -187,20 +187,16 @@ def _read_frame(encoded: bytes, at: int) -> _Frame | None:
     )
 
 
-def _decode_jpeg(
-    encoded: bytes, frame: _Frame, bottom: int, accurate: bool
-) -> np.ndarray | None:
+def _decode_jpeg(encoded: bytes, frame: _Frame, bottom: int, accurate: bool) -> np.ndarray | None:
     """Decodes the rows of a JPEG above `bottom`, and perhaps more; None if it cannot."""
     # A picture that claims to end with the part wanted is decoded no further. Interpolated colour
     # looks one row of colour ahead, so the rows wanted are followed by two of the image at least.
     height = -(-(bottom + 2) // frame.rows) * frame.rows
     if frame.sequential and height < frame.height:
-        shorter: bytes | bytearray = bytearray(encoded)
-        shorter[frame.height_at : frame.height_at + 2] = height.to_bytes(2)
-    else:
-        shorter = encoded
+        at = frame.height_at
+        encoded = b"".join([encoded[:at], height.to_bytes(2), encoded[at + 2 :]])
     try:
         # Strict would refuse what every other decoder lets pass, such as stray bytes.
-        return simplejpeg.decode_jpeg(shorter, fastdct=not accurate, strict=False)
+        return simplejpeg.decode_jpeg(encoded, fastdct=not accurate, strict=False)
     except ValueError:
         return None

@@ -23,7 +23,7 @@ Batch = dict[str, jax.Array]
 Report = Callable[[int, list[BadImage]], None]
 
 # Images that one thread prepares at a time: enough that handing them over costs next to nothing.
-_PIECE = 16
+PIECE = 16
 # Threads of one process get in each other's way when they are more: about a tenth of the work
 # needs the interpreter, which serves one of them at a time.
 _CORES_A_PROCESS = 8
@@ -124,7 +124,7 @@ class _Pieces(Sequence[np.ndarray]):
 
     def __init__(self, steps: range, rows: np.ndarray, batch_size: int):
         self.steps, self.batch_size = steps, batch_size
-        self._rows = np.array_split(rows, math.ceil(len(rows) / _PIECE))
+        self._rows = np.array_split(rows, math.ceil(len(rows) / PIECE))
         self.per_step = len(self._rows)
 
     def __len__(self) -> int:
@@ -142,10 +142,16 @@ def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
+def count_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _workers(processes: int, threads: int) -> tuple[int, int]:
     """Returns how many processes prepare images, and how many threads in each of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    cores = count_cores()
     processes = processes or math.ceil(cores / _CORES_A_PROCESS)
     return processes, threads or math.ceil(cores / processes)
 

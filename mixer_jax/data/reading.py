@@ -134,7 +134,10 @@ class EvalReader:
             skip_bad: whether images that cannot be used are left out.
         """
         self._source, self._image_size, self._skip_bad = source, image_size, skip_bad
-        self._settings = {"eval_crop": eval_crop, "exif_orientation": exif_orientation}
+        self._settings: dict[str, Any] = {
+            "eval_crop": eval_crop,
+            "exif_orientation": exif_orientation,
+        }
 
     def __call__(self, positions: np.ndarray) -> Prepared:
         """Prepares the examples at `positions` of the source, (n,); those beyond it are padding.

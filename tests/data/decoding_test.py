@@ -113,7 +113,7 @@ def test_the_box_is_chosen_from_the_size() -> None:
 
 @pytest.mark.parametrize("file_format", ["GIF", "BMP", "WEBP", "TIFF", "PPM", "ICO", "PCX"])
 def test_other_formats(file_format: str) -> None:
-    options = {"lossless": True} if file_format == "WEBP" else {}
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
     encoded = encode(noise(16, 16), file_format, **options)
     np.testing.assert_array_equal(decode(encoded), by_pillow(encoded))
 

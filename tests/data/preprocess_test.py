@@ -34,7 +34,8 @@ def coordinates(height: int, width: int) -> np.ndarray:
 
 def inception_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    boxes = [inception_box(*image.shape[:2], rng, min_area) for _ in range(draws)]
+    height, width, _ = image.shape
+    boxes = [inception_box(height, width, rng, min_area) for _ in range(draws)]
     return [image[top : top + height, left : left + width] for top, left, height, width in boxes]
 
 

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mixer_jax.data.examples import Example, Source
 from mixer_jax.data.preprocess import decode
-from mixer_jax.data.sources import Example, Source, open_source, synthetic_source
+from mixer_jax.data.sources import open_source
+from mixer_jax.data.synthetic import synthetic_source
+from mixer_jax.data.tfds_sets import prepare_tfds
 from mixer_jax.errors import UserError
 
 PNG = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
@@ -26,6 +29,13 @@ TOY_FEATURES = {
     "without_label": {"image": IMAGE},
     "label_without_classes": {"image": IMAGE, "label": tfds.features.Scalar(np.int64)},
     "hidden_labels": {"image": IMAGE, "label": LABEL},
+    # As imagenet2012_real.
+    "real": {
+        "image": IMAGE,
+        "original_label": LABEL,
+        "real_label": tfds.features.Sequence(LABEL),
+        "file_name": tfds.features.Text(),
+    },
 }
 
 
@@ -45,7 +55,13 @@ class MixerToy(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(3):
             label = -1 if self.builder_config.name == "hidden_labels" else index
-            example = {"image": PNG, "label": label}
+            example = {
+                "image": PNG,
+                "label": label,
+                "original_label": label,
+                "real_label": list(range(index)),
+                "file_name": f"ILSVRC2012_val_{index}.JPEG",
+            }
             yield index, {key: example[key] for key in self.info.features}
 
 
@@ -69,13 +85,13 @@ def test_synthetic_examples_are_decided_by_the_split() -> None:
         for split in ("train", "train", "test")
     )
     assert train == again
-    assert [e["label"] for e in train] != [e["label"] for e in test]
+    assert [e["labels"] for e in train] != [e["labels"] for e in test]
     assert {e["image"] for e in train}.isdisjoint(e["image"] for e in test)
 
 
 def test_synthetic_labels_cover_all_classes() -> None:
     source = synthetic_source("train", num_classes=10, num_examples=1000, image_size=8)
-    counts = np.bincount([example["label"] for example in read(source)])
+    counts = np.bincount([example["labels"][0] for example in read(source)])
     # 100 of each are expected, with a standard deviation of 9.5.
     assert len(counts) == source.num_classes == 10
     assert counts.min() > 60
@@ -103,30 +119,57 @@ def test_iteration_comes_to_an_end(digits_dir: str) -> None:
         assert list(several_times) == read(source)
 
 
+def bare(examples: list[Example]) -> list[tuple[bytes, tuple[int, ...]]]:
+    """Returns the examples without their names, which tell the split they were asked for."""
+    return [(example["image"], example["labels"]) for example in examples]
+
+
 def test_slices_of_splits(digits_dir: str) -> None:
     train, test, first, rest, both = (
         read(open_source("digits", split, digits_dir))
         for split in ("train", "test", "train[:50%]", "train[50%:]", "train+test")
     )
     assert len(first) == 718
-    assert first + rest == train
-    assert both == train + test
+    assert bare(first) + bare(rest) == bare(train)
+    assert bare(both) == bare(train) + bare(test)
 
 
 def test_examples_are_encoded_bytes_and_plain_labels(digits_dir: str) -> None:
     source = open_source("digits", "test", digits_dir)
     example = source.examples[7]
     assert decode(example["image"]).shape == (8, 8, 3)
-    assert type(example["label"]) is int
+    assert [type(label) for label in example["labels"]] == [int]
     assert source.num_classes == 10
 
 
 def test_data_sets_of_others_open(tmp_path: Path) -> None:
     prepare("mixer_toy/good", tmp_path, "array_record")
     source = open_source("mixer_toy/good", "train", str(tmp_path))
-    assert sorted(example["label"] for example in read(source)) == [0, 1, 2]
+    assert sorted(example["labels"] for example in read(source)) == [(0,), (1,), (2,)]
     assert {example["image"] for example in read(source)} == {PNG}
     assert source.class_names == ("a", "b", "c")
+
+
+def test_real_labels_are_several_or_none_and_files_have_names(tmp_path: Path) -> None:
+    prepare("mixer_toy/real", tmp_path, "array_record")
+    source = open_source("mixer_toy/real", "train", str(tmp_path))
+    assert source.multi_label
+    assert source.class_names == ("a", "b", "c")
+    found = {example["name"]: example["labels"] for example in read(source)}
+    place = "mixer_toy/real train: ILSVRC2012_val_"
+    assert found == {f"{place}{count}.JPEG": tuple(range(count)) for count in range(3)}
+
+
+def test_the_real_data_set_of_tfds_has_the_features_read_here(tmp_path: Path) -> None:
+    features = tfds.builder("imagenet2012_real", data_dir=tmp_path).info.features
+    kinds = {name: type(features[name]).__name__ for name in TOY_FEATURES["real"]}
+    assert kinds == {
+        "image": "Image",
+        "original_label": "ClassLabel",
+        "real_label": "Sequence",
+        "file_name": "Text",
+    }
+    assert len(features["real_label"].feature.names) == 1000
 
 
 def test_a_version_may_be_named(tmp_path: Path) -> None:
@@ -195,7 +238,7 @@ def test_a_data_set_not_prepared(folder: str, tmp_path: Path) -> None:
     assert f"'mnist' is not prepared in {tmp_path / folder}" in message
     assert "--config.dataset.name=synthetic" in message
     assert "mnist" in advice(message)
-    assert "array_record" in advice(message)
+    assert "mixer_jax.prepare" in advice(message)
     assert advised_folder(message) == str(tmp_path / folder)
 
 
@@ -213,14 +256,15 @@ def test_following_the_advice_helps(prepared_as: str | None, tmp_path: Path) -> 
     if prepared_as:
         prepare("mixer_toy/good", tmp_path, prepared_as)
     folder = advised_folder(error_of("mixer_toy/good", "train", tmp_path))
-    prepare("mixer_toy/good", Path(folder), "array_record")
+    prepare_tfds("mixer_toy/good", folder)
     assert len(open_source("mixer_toy/good", "train", folder)) == 3
 
 
 def test_the_advised_program_starts(tmp_path: Path) -> None:
-    program = shlex.split(advice(error_of("mnist", "train", tmp_path)))[0]
+    program, *arguments = shlex.split(advice(error_of("mnist", "train", tmp_path)))
     path = Path(sys.executable).with_name(program)
-    started = subprocess.run([path, "--help"], capture_output=True, text=True, check=False)
+    command: list[str | Path] = [path, *arguments, "--help"]
+    started = subprocess.run(command, capture_output=True, text=True, check=False)
     assert started.returncode == 0, started.stderr
 
 

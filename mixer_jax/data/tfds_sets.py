@@ -1,0 +1,236 @@
+"""Data sets of TFDS, and our own builders for it."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.folder import FOLDER
+from mixer_jax.data.preparation import (
+    check_manual_download,
+    choose_format,
+    convert,
+    generate,
+    is_prepared,
+    is_readable,
+    locked,
+)
+from mixer_jax.data.synthetic import SYNTHETIC
+from mixer_jax.errors import UserError, did_you_mean
+
+# Builders of our own; importing one registers it with TFDS.
+_OWN_BUILDERS = {
+    "digits": "mixer_jax.data.builders.digits",
+    "imagenet21k": "mixer_jax.data.builders.imagenet21k",
+}
+# So small that opening one writes it.
+_WRITTEN_WHEN_OPENED = {"digits"}
+
+# Names of the feature that holds the labels, the first found is taken: several right answers
+# (ReaL, arXiv 2006.07159) before one.
+_LABELS = ("real_label", "label")
+_FILE_NAME = "file_name"
+
+
+class _TfdsExamples(Sequence[Example]):
+    """Examples of a TFDS data source, in our form."""
+
+    def __init__(self, data: Sequence[dict[str, Any]], labels: str, place: str):
+        self._data, self._labels, self._place = data, labels, place
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        example = self._data[index]
+        labels = np.atleast_1d(example[self._labels]).tolist()
+        file = example.get(_FILE_NAME, b"")
+        name = f"{self._place}: {file.decode()}" if file else f"{self._place}, example {index}"
+        return Example(image=example["image"], labels=tuple(labels), name=name)
+
+
+def open_tfds(name: str, split: str, data_dir: str = "") -> Source:
+    """Opens one split of a data set of TFDS; writes our own small ones if they are missing.
+
+    Args:
+        name: in TFDS syntax, e.g. "cifar10", "digits/low", "imagenet2012:5.1.0".
+        split: in TFDS syntax, e.g. "train[:99%]".
+        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
+
+    Raises:
+        UserError: the data set or split does not exist, or is not prepared; says how to do it.
+    """
+    builder = find_builder(name, data_dir)
+    if not is_readable(builder):
+        if is_prepared(builder) or _base_name(name) not in _WRITTEN_WHEN_OPENED:
+            raise UserError(_how_to_prepare(name, builder))
+        _write_quickly(name, builder)
+        builder = find_builder(name, data_dir)
+    return _tfds_source(builder, name, split)
+
+
+def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[Any, bool]:
+    """Prepares a data set in the format with random access, or converts it, unless it is there.
+
+    Args:
+        name: in TFDS syntax, or of one of our own.
+        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
+        manual_dir: where the user's downloads lie; empty: downloads/manual in `data_dir`.
+
+    Returns:
+        The TFDS builder of the data set, ready to be read, and whether it has been all along.
+
+    Raises:
+        UserError: there is no such data set, or it needs no preparation, or it cannot be prepared
+            for a reason that the user can remove.
+        RunFailedError: the data set's own code fails.
+    """
+    if name == SYNTHETIC or name.startswith(FOLDER):
+        raise UserError(f"data set {name!r} needs no preparation; train on it as it is")
+    if "://" in data_dir:
+        raise UserError(
+            f"--data_dir={data_dir} is no local folder; prepare in one and copy it there"
+        )
+    data_dir = data_dir and os.path.abspath(os.path.expanduser(data_dir))
+    builder = find_builder(name, data_dir)
+    if is_readable(builder):
+        return builder, True
+    if not is_prepared(builder):
+        # Before anything is written.
+        check_manual_download(builder, manual_dir)
+    try:
+        with locked(builder):
+            # Looked up anew, since another program may just have prepared it.
+            builder = find_builder(name, data_dir)
+            if not is_prepared(builder):
+                generate(builder, check_manual_download(builder, manual_dir))
+            elif not is_readable(builder):
+                convert(builder)
+    except OSError as error:
+        raise UserError(f"data set {name!r} cannot be written: {error}") from error
+    return find_builder(name, data_dir), False
+
+
+def root_of(builder: Any) -> str:
+    """Returns the data_dir in which the data set lies."""
+    return str(builder.data_dir).removesuffix(str(builder.info.full_name)).rstrip("/")
+
+
+def _base_name(name: str) -> str:
+    return re.split("[/:]", name)[0]
+
+
+def find_builder(name: str, data_dir: str) -> Any:
+    """Returns the TFDS builder `name`, from code or from prepared files.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    import tensorflow_datasets as tfds
+
+    if module := _OWN_BUILDERS.get(_base_name(name)):
+        importlib.import_module(module)
+    where = str(Path(data_dir).expanduser()) if data_dir and "://" not in data_dir else data_dir
+    searched = where or tfds.core.constants.DATA_DIR
+    try:
+        builder = tfds.builder(name, data_dir=where or None)
+        choose_format(builder)
+        return builder
+    except tfds.core.registered.DatasetNotFoundError as error:
+        hint = did_you_mean(_base_name(name), _known_names(), otherwise=";")
+        raise UserError(
+            f"data set {name!r} is not prepared in {searched}, and TFDS has no recipe for it{hint} "
+            f"put it at {searched}/{name} in TFDS's array_record format, or set "
+            f"--config.dataset.data_dir to where it lies, or run without data by "
+            f"--config.dataset.name={SYNTHETIC}"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        reason = re.split(" Here are | The builder name string ", " ".join(str(error).split()))[0]
+        if "BuilderConfig" in reason:
+            reason += f" It has {', '.join(tfds.builder_cls(name.split('/')[0]).builder_configs)}."
+        base = _base_name(name)
+        hint = "" if base in _known_names() else did_you_mean(base, _known_names())
+        raise UserError(
+            f"data set {name!r} cannot be opened from {searched}: {reason}{hint}"
+        ) from error
+
+
+def _known_names() -> list[str]:
+    import tensorflow_datasets as tfds
+
+    return [*_OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)]
+
+
+def _write_quickly(name: str, builder: Any) -> None:
+    """Writes one of our own small data sets, in seconds and without TFDS's progress bars."""
+    import tensorflow_datasets as tfds
+
+    print(f"writing data set {builder.info.full_name} to {builder.data_path}", file=sys.stderr)
+    tfds.disable_progress_bar()
+    try:
+        # Where locks work, other processes that open it wait, and then find it written.
+        with locked(builder, wait=True), contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except FileExistsError:
+        pass  # Another process, on this host or another, wrote the same and was done first.
+    except OSError as error:
+        raise UserError(
+            f"data set {name!r} cannot be written to {builder.data_path}: {error}; set "
+            "--config.dataset.data_dir to a folder that can be written"
+        ) from error
+
+
+def _how_to_prepare(name: str, builder: Any) -> str:
+    root = root_of(builder)
+    found = f"is not prepared in {builder.data_path.parent}"
+    if is_prepared(builder):
+        found = (
+            f"is prepared as {builder.info.file_format.value} in {builder.data_path}, which has no "
+            "random access"
+        )
+    command = shlex.join(["python", "-m", "mixer_jax.prepare", name, f"--data_dir={root}"])
+    return (
+        f"data set {name!r} {found}; prepare it with: {command} (manual downloads go to "
+        f"{root}/downloads/manual) and set --config.dataset.data_dir={shlex.quote(root)}, or run "
+        f"without data by --config.dataset.name={SYNTHETIC}"
+    )
+
+
+def _tfds_source(builder: Any, name: str, split: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    labels = next((feature for feature in _LABELS if feature in features), None)
+    if labels is None or "image" not in features:
+        raise UserError(
+            f"data set {name!r} has features {', '.join(features)}; needed are an image and a label"
+        )
+    kind = getattr(features[labels], "feature", features[labels])
+    if not isinstance(kind, tfds.features.ClassLabel):
+        raise UserError(
+            f"data set {name!r} has features {', '.join(features)}; {labels} is no class label"
+        )
+    try:
+        skip = {"image": tfds.decode.SkipDecoding()}
+        data = builder.as_data_source(split=split, decoders=skip)
+        examples = _TfdsExamples(data, labels, f"{name} {split}")
+    except ValueError as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(
+            f"split {split!r} of data set {name!r} does not exist or is empty; it has {known} "
+            '(and slices such as "train[:99%]")'
+        ) from error
+    if min(examples[0]["labels"], default=0) < 0:
+        raise UserError(f"split {split!r} of data set {name!r} hides its labels; name another")
+    multi_label = kind is not features[labels]
+    return Source(f"{name} {split}", examples, tuple(kind.names), multi_label)

@@ -1,0 +1,180 @@
+"""Tests of the door `prepare`, as real processes."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import mixer_jax.data.builders.digits  # noqa: F401  Importing it makes TFDS know digits.
+from mixer_jax.data.sources import open_source
+from mixer_jax.errors import UserError
+
+
+def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mixer_jax.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    done = prepare("digits/low", f"--data_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    again = prepare("digits/low", f"--data_dir={folder}")
+    # Nothing but the table on standard output, and the same one for what is there already.
+    assert again.stdout == "digits/low/1.0.0 is already prepared\n" + done.stdout
+    assert done.stdout.startswith("split ")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    options = dict(word.split("=") for word in words if word.startswith("--"))
+    assert options.keys() == {"--config.dataset.name", "--config.dataset.data_dir"}
+    assert len(open_source(*("digits/low", "train"), options["--config.dataset.data_dir"])) > 600
+
+
+def test_relative_folders_are_told_as_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    done = prepare("digits/low", "--data_dir=data")
+    assert f"--config.dataset.data_dir={tmp_path}/data\n" in done.stdout
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    done = prepare("imagenet2012", f"--data_dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert f"{tmp_path}/downloads/manual" in line
+    assert "ILSVRC2012_img_train.tar" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_following_the_advice_helps(tmp_path: Path, digits_dir: str) -> None:
+    folder = tmp_path / "my data"
+    # Unlike tfrecord it is written without TensorFlow; TFDS 4.9.10 loses examples of shards with
+    # more than a hundred.
+    builder = tfds.builder("digits/low", data_dir=folder, file_format="parquet")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=10))
+    with pytest.raises(UserError) as caught:
+        open_source("digits/low", "train", str(folder))
+    advice = re.search(r"prepare it with: (.*?) \(manual", str(caught.value))
+    assert advice
+    python, *arguments = shlex.split(advice[1])
+    assert python == "python"
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"converting" in done.stderr
+    train, same = (open_source("digits/low", "train", str(path)) for path in (folder, digits_dir))
+    assert len(train) == len(same)
+    assert all(train.examples[i] == same.examples[i] for i in range(len(train)))
+
+
+SHOW_LIMIT = """
+import resource
+from mixer_jax import errors, prepare
+try:
+    prepare.main(["synthetic"])
+except errors.UserError:
+    pass
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(8000, "4096 8000"), (2000, "2000 2000")])
+def test_many_files_may_be_open(hard: int, expected: str) -> None:
+    command = shlex.join([sys.executable, "-c", SHOW_LIMIT])
+    limited = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {command}"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+
+
+def stuck(data_dir: Path, members: dict[str, bytes]) -> Path:
+    """Lays out ImageNet-21k so that preparing it waits, half-way, for bytes that never come.
+
+    Returns:
+        What it waits for, and waits to be opened for writing: the second of three classes.
+    """
+    manual = data_dir / "downloads" / "manual"
+    for synset in ("n00000003", "n00000001"):
+        (manual / synset).mkdir(parents=True)
+        for name, content in members.items():
+            (manual / synset / name).write_bytes(content)
+    os.mkfifo(manual / "n00000002.tar")
+    return manual / "n00000002.tar"
+
+
+@contextlib.contextmanager
+def reached(pipe: Path, process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Waits until the process reads the pipe, and keeps it waiting."""
+    while True:
+        assert process.poll() is None
+        # There is nothing to open before there is a reader.
+        with contextlib.suppress(OSError):
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        time.sleep(0.01)
+    yield
+    os.close(writer)
+
+
+def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    images = {
+        f"{i}.JPEG": cv2.imencode(".jpg", image)[1].tobytes() for i, image in enumerate(noise)
+    }
+    pipe = stuck(tmp_path, images | {"bad.JPEG": b"no image"})
+    command = [sys.executable, "-m", "mixer_jax.prepare", "imagenet21k", f"--data_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with reached(pipe, process):
+        (unfinished,) = tmp_path.glob("imagenet21k/all/incomplete.*")
+        second = prepare("imagenet21k", f"--data_dir={tmp_path}")
+        assert second.returncode == 2
+        assert "another program is preparing data set imagenet21k" in second.stderr
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert unfinished.exists()
+    with pytest.raises(UserError, match="is not prepared"):
+        open_source("imagenet21k", "train", str(tmp_path))
+    pipe.unlink()
+    with tarfile.open(pipe, "w") as whole:
+        for path in sorted((pipe.parent / "n00000001").iterdir()):
+            whole.add(path, path.name)
+
+    again = prepare("imagenet21k", f"--data_dir={tmp_path}")
+    assert again.returncode == 0, again.stderr
+    assert f"removing {unfinished}" in again.stderr
+    assert "left out     3 undecodable files" in again.stdout
+    assert [path.name for path in unfinished.parent.iterdir()] == ["1.0.0"]
+    source = open_source("imagenet21k", "train", str(tmp_path))
+    assert source.class_names == ("n00000001", "n00000002", "n00000003")
+    examples = [source.examples[index] for index in range(len(source))]
+    expected = [((label,), image) for label in range(3) for image in images.values()]
+    assert sorted((e["labels"], e["image"]) for e in examples) == sorted(expected)
+
+
+def test_ctrl_c_cleans_up(tmp_path: Path) -> None:
+    pipe = stuck(tmp_path, {})
+    command = [sys.executable, "-m", "mixer_jax.prepare", "imagenet21k", f"--data_dir={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with reached(pipe, process):
+        assert list(tmp_path.rglob("incomplete.*"))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob("incomplete.*"))
+    assert not list(tmp_path.rglob("*.lock"))
