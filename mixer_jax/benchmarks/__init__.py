@@ -1,0 +1,1 @@
+"""What this machine can do: a training step, and the input pipeline beside its peers."""

@@ -1,0 +1,45 @@
+"""Tests of `--mode=step`: real processes, as a user starts them."""
+
+import json
+
+import pytest
+
+from tests.benchmarks.door import run_door
+
+SMALL = ["--variant=S/32", "--image_size=64", "--batch_size=2", "--unroll=1", "--rounds=2"]
+
+
+def test_table() -> None:
+    title, heads, *rows = run_door(*SMALL).stdout.splitlines()
+    assert title.startswith("training step of Mixer-S/32, 64 px, 2 images, auto, cpu, jax ")
+    assert heads.split()[:2] == ["unroll", "remat"]
+    (row,) = rows
+    assert row.split()[:2] == ["1", "none"]
+    assert row.split()[-1] == "1.00"
+
+
+def test_json_has_a_measurement_for_every_setting() -> None:
+    result = json.loads(run_door(*SMALL, "--mode=step", "--remat=none,full", "--json").stdout)
+    rows = result["measurements"]
+    assert [(row["unroll"], row["remat"]) for row in rows] == [(1, "none"), (1, "full")]
+    assert rows[0]["ratio"] == 1
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
+        assert row["compile_seconds"] > 0
+        assert row["temporary_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--batch_size=0", "error: --batch_size=0 is out of range; pass 1 or more"),
+        ("--unroll=99", "error: --unroll=99 is no list of whole numbers from 0 to 12"),
+        ("--image_size=50", "error: image_size 50"),
+        ("--mode=sideways", "argument --mode: invalid choice: 'sideways'"),
+        ("--threads=2", "unrecognized arguments: --threads=2"),
+    ],
+)
+def test_bad_values(argument: str, message: str) -> None:
+    done = run_door(argument, code=2)
+    assert message in done.stderr.splitlines()[-1]
+    assert not done.stdout

@@ -1,0 +1,140 @@
+"""Tests of the tf.data peer: it must do what ours does, or comparing them says nothing."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_sample_images
+
+from mixer_jax.benchmarks import tf_data, tf_randaugment
+from mixer_jax.benchmarks.photographs import sample_photographs
+from mixer_jax.data import randaugment
+from mixer_jax.data.decoding import decode
+from mixer_jax.data.preprocess import resize
+
+# The wrong choice would be seen on photographs; a range that is not full shows AutoContrast.
+CHINA, FLOWER = (
+    (20 + 0.8 * cv2.resize(photograph, (224, 224), interpolation=cv2.INTER_AREA)).astype(np.uint8)
+    for photograph in load_sample_images().images
+)
+IMAGES = {"china": CHINA, "flower": FLOWER, "constant": np.full_like(CHINA, (17, 128, 250))}
+FACTORS: list[tuple[float, ...]] = [(0.1,), (0.55,), (1.0,), (2.8,)]
+ARGUMENTS: dict[str, list[tuple[float, ...]]] = {
+    "auto_contrast": [()],
+    "equalize": [()],
+    "invert": [()],
+    "posterize": [(1,), (3,), (6,), (8,)],
+    "solarize": [(0,), (76,), (128,), (384,)],
+    "solarize_add": [(33,), (165,), (300,)],
+    "color": FACTORS,
+    "contrast": FACTORS,
+    "brightness": FACTORS,
+    "sharpness": FACTORS,
+}
+AFFINE_ARGUMENTS: dict[str, list[tuple[float, ...]]] = {
+    "rotate": [(17.3,), (45.0,), (-45.0,)],
+    "shear_x": [(0.45,), (-0.3,)],
+    "shear_y": [(0.45,), (-0.3,)],
+    "translate_x": [(30.3,), (-150.0,)],
+    "translate_y": [(30.3,), (-150.0,)],
+}
+
+
+@pytest.fixture(params=IMAGES)
+def image(request: pytest.FixtureRequest) -> np.ndarray:
+    return IMAGES[request.param]
+
+
+def both(name: str, image: np.ndarray, arguments: tuple[float, ...]) -> np.ndarray:
+    """Returns the difference of theirs from ours, after checking that they are images alike."""
+    theirs = getattr(tf_randaugment, name)(tf.constant(image), *arguments).numpy()
+    ours = getattr(randaugment, name)(image, *arguments)
+    assert theirs.dtype == ours.dtype == np.uint8
+    assert theirs.shape == ours.shape
+    return np.abs(theirs.astype(int) - ours)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_operation(image: np.ndarray, name: str) -> None:
+    for arguments in ARGUMENTS[name]:
+        difference = both(name, image, arguments)
+        assert difference.max() <= 1, arguments
+        assert difference.mean() < 0.5, arguments
+
+
+@pytest.mark.parametrize("name", AFFINE_ARGUMENTS)
+def test_affine_operation(image: np.ndarray, name: str) -> None:
+    # Where the nearest of two pixels is a matter of the last bit, either may be taken.
+    for arguments in AFFINE_ARGUMENTS[name]:
+        assert both(name, image, arguments).any(axis=-1).mean() < 0.005, arguments
+
+
+@pytest.mark.parametrize(("row", "column"), [(112, 100), (5, 200), (223, 0)])
+def test_cutout(row: int, column: int) -> None:
+    theirs = tf_randaugment.cutout(tf.constant(CHINA), tf.constant(row), tf.constant(column), 60)
+    np.testing.assert_array_equal(theirs, randaugment.cutout(CHINA, np.array([row, column]), 60))
+
+
+def test_same_operations_at_the_same_strength() -> None:
+    assert list(tf_randaugment.OPERATIONS) == list(randaugment.OPERATIONS)
+    for name, operation in tf_randaugment.OPERATIONS.items():
+        theirs = operation(tf.constant(CHINA), 1.5).numpy().astype(int)
+        # Ours with every place or sign that may be drawn; cutout is compared by its size.
+        ours = [
+            randaugment.OPERATIONS[name](CHINA, 1.5, np.random.default_rng(seed)).astype(int)
+            for seed in range(6)
+        ]
+        if name == "Cutout":
+            assert 60 * 60 <= (theirs != CHINA).any(axis=-1).sum() <= 120 * 120
+        else:
+            assert min(np.abs(theirs - image).mean() for image in ours) < 0.5, name
+
+
+def test_every_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adder(number: int) -> Callable[[tf.Tensor, float], tf.Tensor]:
+        return lambda image, strength: image + np.uint8(number * strength)
+
+    added = {name: adder(number) for number, name in enumerate(randaugment.OPERATIONS)}
+    monkeypatch.setattr(tf_randaugment, "OPERATIONS", added)
+    draw = tf.function(lambda image: tf_randaugment.rand_augment(image, 2, 10.0))
+    sums = [int(draw(tf.zeros((1, 1, 3), tf.uint8))[0, 0, 0]) for _ in range(300)]
+    # Sums of two numbers from 0 to 15: 15 on average, with a standard deviation of 6.5 / sqrt(300).
+    assert 13 < np.mean(sums) < 17
+    assert min(sums) < 5
+    assert max(sums) > 25
+
+
+@pytest.mark.parametrize("box", [(0, 0, 375, 500), (31, 57, 100, 133), (200, 300, 175, 131)])
+def test_crop_and_resize(box: tuple[int, int, int, int]) -> None:
+    file = sample_photographs(1)[0]
+    ours = decode(file, lambda height, width: box)
+    whole = tf_data.crop(tf.constant(file), tf.constant(box), decode_whole=True)
+    part = tf_data.crop(tf.constant(file), tf.constant(box), decode_whole=False)
+    np.testing.assert_array_equal(whole, ours)
+    # Decoding the crop only leaves out what colour at its edges is interpolated from.
+    np.testing.assert_array_equal(part[2:-2, 2:-2], ours[2:-2, 2:-2])
+    theirs = tf.cast(tf_data.resize(whole, 224), tf.uint8).numpy().astype(int)
+    assert np.abs(theirs - resize(ours, 224, 224)).max() <= 1
+
+
+@pytest.mark.parametrize("decode_whole", [True, False])
+def test_training_batches(decode_whole: bool) -> None:
+    batches = tf_data.training_batches(
+        sample_photographs(2),
+        num_batches=2,
+        batch_size=3,
+        image_size=32,
+        min_area=0.05,
+        decode_whole=decode_whole,
+        randaugment_layers=0,
+        randaugment_magnitude=0.0,
+        threads=1,
+    )
+    images = np.concatenate([batch.numpy() for batch in batches])
+    assert images.shape == (6, 32, 32, 3)
+    assert images.dtype == np.uint8
+    # Two files, three times each, and no two crops alike.
+    assert len({image.tobytes() for image in images}) == 6
+    assert images.std(axis=(1, 2, 3)).min() > 1
