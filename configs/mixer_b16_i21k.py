@@ -6,8 +6,9 @@ Not measured here.
     python -m mixer_jax.main --config=configs/mixer_b16_i21k.py --workdir=gs://BUCKET/mixer_b16_i21k
 
 Hardware: 0.15k TPU v3 core-days (paper, extrapolated).
-TFDS has no imagenet21k: it is read from DATA_DIR/imagenet21k, prepared as array_record. Without the
-data, to try or to time it: --config.dataset.name=synthetic
+Data: put the download of ImageNet-21k into DATA_DIR/downloads/manual, then once
+python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
+Without the data, to try or to time it: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict

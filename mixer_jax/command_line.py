@@ -1,5 +1,6 @@
 """What the doors share: reading a config from the command line, and how a program ends."""
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -16,6 +17,17 @@ from mixer_jax.errors import RunFailedError, UserError, did_you_mean
 from mixer_jax.keys import ENTRY_KEYS, KEYS
 
 INTERRUPTED = 128 + signal.SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as everything behind it does; takes no abbreviations."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see --help")
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:

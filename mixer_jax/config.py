@@ -15,7 +15,6 @@ from mixer_jax.errors import UserError, did_you_mean
 from mixer_jax.keys import ENTRY_KEYS, KEYS
 from mixer_jax.model.variants import check_image_size, resolve_widths
 
-
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

@@ -1,6 +1,5 @@
 """Score a checkpoint on a data set: `python -m mixer_jax.evaluate --checkpoint=RUN --dataset=…`."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,10 +15,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Scores as the command line says; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="python -m mixer_jax.evaluate",
         description="Score a checkpoint on every example of a split, each counted once.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, help="a run's folder, or RUN/checkpoints/STEP"

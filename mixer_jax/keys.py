@@ -79,7 +79,7 @@ KEYS: dict[str, Key] = {
     "preprocess.randaugment_magnitude": Key(10.0, "on the scale 0-10; more extrapolates", low=0),
     "preprocess.eval_crop": Key(
         "shorter_side",
-        "shorter_side, square or, as timm, bicubic (resize to 8/7, central crop); whole: only resize",
+        "shorter_side, square, bicubic as timm (resize to 8/7, central crop); whole: only resize",
         ("shorter_side", "square", "bicubic", "whole"),
     ),
     "preprocess.exif_orientation": Key(

@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the command line says; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="python -m mixer_jax.main",
         description="Train a Mixer, or resume the training in WORKDIR.",
         epilog=f"configuration keys, with their defaults:\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/digits.py"

@@ -1,10 +1,8 @@
 """Look at what a run sees: `python -m mixer_jax.visualize data --config=FILE --out=batch.png`."""
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from mixer_jax import command_line
 from mixer_jax.config import resolve_num_steps, validate
@@ -15,19 +13,11 @@ _FORMATS = (".png", ".pdf", ".jpg")
 _MOST_IMAGES = 512
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as everything behind it does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Draws as the command line says; returns the exit code."""
-    parser = _Parser(
+    parser = command_line.Parser(
         prog="python -m mixer_jax.visualize",
         description="Draw what a run sees.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data = commands.add_parser(
@@ -35,7 +25,6 @@ def main(arguments: Sequence[str]) -> int:
         help="the images and labels of a training step",
         description="Draw the first images of a training step's batch, cropped, augmented, mixed "
         "and labelled as the model will see them. Needs no accelerator, and prepares no others.",
-        allow_abbrev=False,
     )
     data.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as for training")
     data.add_argument("--out", required=True, type=Path, help=f"a file: {' '.join(_FORMATS)}")

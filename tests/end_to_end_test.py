@@ -290,8 +290,12 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     reasons = write_hostile_images(tmp_path / "images" / "train", whole)
     write_hostile_images(tmp_path / "images" / "test", whole)
     # Several epochs, so that every file has been met.
-    changes = {"dataset__name": f"folder:{tmp_path}/images", "bad_images__max_share": 0.5}
-    changes |= {"num_steps": 12, "bad_images__skip_in_evaluation": True}
+    changes: dict[str, Any] = {"bad_images__max_share": 0.5}
+    changes |= {
+        "dataset__name": f"folder:{tmp_path}/images",
+        "num_steps": 12,
+        "bad_images__skip_in_evaluation": True,
+    }
     out = finish(start("", tmp_path / "run", **changes))
     assert f"{len(reasons)} training images could not be used (9 incomplete" in out
     lines = (tmp_path / "run" / "bad_images_0.jsonl").read_text().splitlines()
@@ -331,7 +335,7 @@ def test_main_refuses(arguments: list[str], message: str, tmp_path: Path) -> Non
     done = run_door("main", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 or "usage:" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("run/*"))
 
 

@@ -17,7 +17,7 @@ DOORS = [line for line in LINES if line.startswith("python -m mixer_jax.")]
 
 
 def test_the_readme_has_commands() -> None:
-    assert len(DOORS) >= 7
+    assert len(DOORS) >= 10
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,14 @@ def small(command: list[str], place: Path, data_dir: str) -> list[str]:
     command = [re.sub(r"=(runs|gs://BUCKET)/", f"={place}/", part) for part in command]
     if "mixer_jax.evaluate" in command:
         return [*command, f"--data_dir={data_dir}"]
+    if "mixer_jax.prepare" in command:
+        return [*command, f"--data_dir={place}/data"]
+    if "mixer_jax.visualize" in command:
+        command = [part.replace("--out=", f"--out={place}/") for part in command]
+        return [*command, f"--config.dataset.data_dir={data_dir}"]
+    if "--mode=input" in command:
+        sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_peers"]
+        return [*command, *sizes]
     if "mixer_jax.benchmark" in command:
         return [*command, "--variant=S/32", "--image_size=64", "--unroll=1", "--rounds=1"]
     # The recipe's parts are tested elsewhere; here the commands are.

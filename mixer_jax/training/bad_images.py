@@ -61,8 +61,8 @@ class BadImageLog:
             return
         if not self._reasons:
             self._say(
-                f"step {step:,}: {met[0].name} cannot be used ({met[0].reason}); another image takes "
-                f"its place; all such images are named in {self._path}"
+                f"step {step:,}: {met[0].name} cannot be used ({met[0].reason}); another image "
+                f"takes its place; all such images are named in {self._path}"
             )
         self._reasons |= new
         self._lines += [

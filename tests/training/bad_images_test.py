@@ -15,7 +15,11 @@ FILE = "bad_images_0.jsonl"
 
 def open_log(workdir: Path, first_step: int = 0, **changes: Any) -> tuple[BadImageLog, list[str]]:
     said: list[str] = []
-    settings = {"num_examples": 1000, "max_share": 0.002, "say": said.append} | changes
+    settings: dict[str, Any] = {
+        "num_examples": 1000,
+        "max_share": 0.002,
+        "say": said.append,
+    } | changes
     return BadImageLog(str(workdir), first_step, **settings), said
 
 
