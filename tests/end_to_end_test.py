@@ -359,7 +359,7 @@ def test_missing_data_names_the_way_to_get_them(tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert f"data set 'imagenet21k' is not prepared in {data_dir}" in line
-    assert "array_record" in line
+    assert "prepare it with: python -m mixer_jax.prepare imagenet21k" in line
     assert "--config.dataset.name=synthetic" in line
     assert list(workdir.iterdir()) == []
 

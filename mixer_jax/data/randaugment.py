@@ -8,6 +8,8 @@ References:
   MLP-Mixer, Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601, Appendix B
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import cv2
@@ -30,23 +32,12 @@ _LUMA = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
 
 def auto_contrast(image: RGBImage) -> RGBImage:
     """Stretches each channel linearly to the full range; a constant channel stays."""
-    tables = []
-    for histogram in _histograms(image):
-        low, high = np.flatnonzero(histogram)[[0, -1]]
-        scale = 255 / max(high - low, 1)
-        tables.append(_LEVELS * scale - low * scale if high > low else _LEVELS)
-    return _look_up(image, *tables)
+    return cv2.merge([_stretch(plane) for plane in cv2.split(image)])
 
 
 def equalize(image: RGBImage) -> RGBImage:
     """Flattens each channel's histogram; a channel of too few pixels to do so stays."""
-    tables = []
-    for histogram in _histograms(image):
-        # Pillow leaves the brightest level out of the step, so that it maps to 255.
-        step = (histogram.sum() - histogram[np.flatnonzero(histogram)[-1]]) // 255
-        darker = np.cumsum(histogram) - histogram
-        tables.append((step // 2 + darker) // step if step else _LEVELS)
-    return _look_up(image, *tables)
+    return cv2.merge([_flatten(plane) for plane in cv2.split(image)])
 
 
 def invert(image: RGBImage) -> RGBImage:
@@ -57,26 +48,47 @@ def invert(image: RGBImage) -> RGBImage:
 def rotate(image: RGBImage, degrees: float) -> RGBImage:
     """Rotates about the centre of the image, anticlockwise for positive degrees."""
     height, width = image.shape[:2]
-    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    centre = np.array([width / 2, height / 2])
-    turn = np.array([[cosine, -sine], [sine, cosine]])
-    return _affine(image, np.column_stack([turn, centre - turn @ centre]))
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # From the centre of a pixel of the result to its source, both from the centre of the image.
+    x, y = (1 - width) / 2, (1 - height) / 2
+    start_x, start_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2
+    # 32 bits are faster, but hold no coordinates above 2**15; sources may be outside the image.
+    integer = "int32" if height + width < 2**14 else "int64"
+    columns, rows = np.arange(width, dtype=integer), np.arange(height, dtype=integer)[:, None]
+
+    def sources(across: float, down: float, start: float) -> np.ndarray:
+        places = _fixed(across) * columns + (_fixed(down) * rows + _fixed(start))
+        places >>= 16
+        return places.astype(np.float32)  # cv2.remap takes twice as long with integers.
+
+    # Not cv2.warpAffine: its 10 bits, for Pillow's 16, move some of the pixels by one.
+    return cv2.remap(
+        image,
+        sources(cosine, -sine, start_x),
+        sources(sine, cosine, start_y),
+        cv2.INTER_NEAREST,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(FILL, FILL, FILL),
+    )
 
 
 def posterize(image: RGBImage, bits: int) -> RGBImage:
     """Keeps the highest bits of every value, at least 1 and at most 8 as in TensorFlow."""
     dropped = 8 - min(max(bits, 1), 8)
-    return _look_up(image, _LEVELS >> dropped << dropped)
+    return image & np.uint8(256 - (1 << dropped))
 
 
 def solarize(image: RGBImage, threshold: int) -> RGBImage:
     """Inverts the values at or above the threshold; 256 and more changes nothing."""
-    return _look_up(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+    # An exclusive or with 255, which is -1, inverts; one with 0 keeps. NumPy is slow to compare
+    # bytes with more than 255.
+    inverted = image > min(threshold - 1, 255)
+    return image ^ -inverted.view(np.uint8)
 
 
 def solarize_add(image: RGBImage, addition: int) -> RGBImage:
-    """Adds to the values below 128, up to 255."""
-    return _look_up(image, np.where(_LEVELS < 128, _LEVELS + addition, _LEVELS))
+    """Adds to the values below 128, up to 255; the addition is not negative."""
+    return cv2.add(image, (image < 128) * np.uint8(min(addition, 255)))
 
 
 def color(image: RGBImage, factor: float) -> RGBImage:
@@ -90,13 +102,14 @@ def contrast(image: RGBImage, factor: float) -> RGBImage:
     The grey is Pillow's, the rounded mean of the greyscale image. The authors' TensorFlow code
     divides the sum of the histogram by 256 instead, which is 196 for every image of 224 px.
     """
-    mean = int(_greyscale(image).mean() + 0.5)
-    return _look_up(image, _blend(np.array(mean), _LEVELS, factor))
+    grey = _greyscale(image)
+    mean = int(cv2.sumElems(grey)[0] / grey.size + 0.5)
+    return cv2.LUT(image, _blends(factor)[mean])
 
 
 def brightness(image: RGBImage, factor: float) -> RGBImage:
     """Blends with black: factor 0 is black, 1 is the image, more is bright."""
-    return _look_up(image, _blend(np.array(0), _LEVELS, factor))
+    return cv2.LUT(image, _blends(factor)[0])
 
 
 def sharpness(image: RGBImage, factor: float) -> RGBImage:
@@ -108,28 +121,44 @@ def sharpness(image: RGBImage, factor: float) -> RGBImage:
     kernel = np.ones((3, 3), np.float32)
     kernel[1, 1] = 5
     smooth = image.copy()
-    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel / kernel.sum())[1:-1, 1:-1]
+    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel / 13)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
 
 
 def shear_x(image: RGBImage, slope: float) -> RGBImage:
     """Shears along x: row y of the result starts `slope * y` pixels into row y of the image."""
-    return _affine(image, np.array([[1, slope, 0], [0, 1, 0]]))
+    height, width = image.shape[:2]
+    rows = np.arange(height)
+    shifts = (_fixed(slope) * rows + _fixed(slope / 2 + 0.5)) >> 16
+    # Every row of the result is a window, `width` pixels wide, on a row with FILL on either side.
+    padded = cv2.copyMakeBorder(
+        image, 0, 0, width, width, cv2.BORDER_CONSTANT, value=(FILL, FILL, FILL)
+    )
+    windows = np.lib.stride_tricks.as_strided(
+        padded, (height, 2 * width + 1, 3 * width), (9 * width, 3, 1), writeable=False
+    )
+    return windows[rows, (shifts + width).clip(0, 2 * width)].reshape(image.shape)
 
 
 def shear_y(image: RGBImage, slope: float) -> RGBImage:
     """Shears along y: column x of the result starts `slope * x` pixels down column x."""
-    return _affine(image, np.array([[1, 0, 0], [slope, 1, 0]]))
+    return cv2.transpose(shear_x(cv2.transpose(image), slope))
 
 
 def translate_x(image: RGBImage, pixels: float) -> RGBImage:
     """Moves the image to the left by a number of pixels."""
-    return _affine(image, np.array([[1, 0, pixels], [0, 1, 0]]))
+    result = np.full(image.shape, FILL, np.uint8)
+    kept, source = _overlap(image.shape[1], pixels)
+    result[:, kept] = image[:, source]
+    return result
 
 
 def translate_y(image: RGBImage, pixels: float) -> RGBImage:
     """Moves the image up by a number of pixels."""
-    return _affine(image, np.array([[1, 0, 0], [0, 1, pixels]]))
+    result = np.full(image.shape, FILL, np.uint8)
+    kept, source = _overlap(image.shape[0], pixels)
+    result[kept] = image[source]
+    return result
 
 
 def cutout(image: RGBImage, centre: np.ndarray, half_size: int) -> RGBImage:
@@ -141,18 +170,26 @@ def cutout(image: RGBImage, centre: np.ndarray, half_size: int) -> RGBImage:
     return image
 
 
-def _histograms(image: RGBImage) -> np.ndarray:
-    """Counts the values of each channel, int64 (3, 256)."""
-    histograms = np.empty((3, 256), np.int64)
-    for channel, histogram in enumerate(histograms):
-        histogram[:] = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel()
-    return histograms
+def _stretch(plane: np.ndarray) -> np.ndarray:
+    """Stretches one channel to the full range, uint8 (height, width)."""
+    low, high, _, _ = cv2.minMaxLoc(plane)
+    if high - low in (0, 255):
+        return plane
+    scale = 255 / (high - low)
+    return cv2.LUT(plane, (_LEVELS * scale - low * scale).clip(0, 255).astype(np.uint8))
 
 
-def _look_up(image: RGBImage, *tables: np.ndarray) -> RGBImage:
-    """Replaces every value by its entry, clipped to 0-255, in one table or in its channel's."""
-    table = np.clip(np.stack(tables, axis=-1), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table[None])
+def _flatten(plane: np.ndarray) -> np.ndarray:
+    """Flattens the histogram of one channel, uint8 (height, width)."""
+    histogram = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+    up_to = histogram.cumsum()
+    # Pillow leaves the brightest level out of the step, so that it maps to 255.
+    brightest = up_to.searchsorted(up_to[-1])
+    step = (up_to[-1] - histogram[brightest]) // 255
+    if step == 0:
+        return plane
+    table = (step // 2 + up_to - histogram) // step
+    return cv2.LUT(plane, np.minimum(table, 255).astype(np.uint8))
 
 
 def _greyscale(image: RGBImage) -> np.ndarray:
@@ -160,41 +197,34 @@ def _greyscale(image: RGBImage) -> np.ndarray:
     return cv2.transform(image.astype(np.float32), _LUMA).astype(np.uint8)
 
 
-def _blend(degenerate: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
-    """Moves from the degenerate image towards the image and beyond, uint8."""
+@functools.lru_cache(maxsize=8, typed=True)
+def _blends(factor: float) -> np.ndarray:
+    """Tabulates moves from a degenerate value to a value and beyond, uint8 [degenerate, value]."""
     # float32, then truncation, as in Pillow's C code.
-    blended = np.subtract(image, degenerate, dtype=np.float32)
+    degenerate, value = _LEVELS.astype(np.float32)[:, None], _LEVELS.astype(np.float32)
+    blended = value - degenerate
     blended *= factor
     blended += degenerate
     return blended.clip(0, 255).astype(np.uint8)
 
 
-def _affine(image: RGBImage, matrix: np.ndarray) -> RGBImage:
-    """Warps by the nearest pixel, with FILL where there is none.
+def _blend(degenerate: RGBImage, image: RGBImage, factor: float) -> RGBImage:
+    """Moves from the degenerate image towards the image and beyond."""
+    # Two bytes, the lower one first, are one 16-bit index into the flattened table.
+    pairs = cv2.merge([each.reshape(len(image), -1) for each in (image, degenerate)])
+    return cv2.LUT(pairs.view(np.uint16), _blends(factor).ravel()).reshape(image.shape)
 
-    Args:
-      image: the image.
-      matrix: (2, 3), from a place (x, y, 1) in the result to its source (x, y), both in pixels
-        from the corner of the image.
 
-    Returns:
-      The warped image.
-    """
-    # Pillow's 16.16 fixed point from pixel centres. cv2.warpAffine has 10 bits, which moves up to
-    # 5 % of the pixels of a sheared image by one.
-    height, width = image.shape[:2]
-    start = matrix @ (0.5, 0.5, 1)
-    fixed = np.floor(np.column_stack([matrix[:, :2], start]) * 65536 + 0.5).astype(np.int64)
-    columns, rows = np.arange(width), np.arange(height)[:, None]
-    source_x, source_y = ((a * columns + b * rows + c) >> 16 for a, b, c in fixed)
-    return cv2.remap(
-        image,
-        source_x.astype(np.float32),
-        source_y.astype(np.float32),
-        cv2.INTER_NEAREST,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=(FILL, FILL, FILL),
-    )
+def _fixed(number: float) -> int:
+    """Rounds to the 16.16 fixed point in which Pillow computes where a pixel comes from."""
+    return math.floor(number * 65536 + 0.5)
+
+
+def _overlap(length: int, pixels: float) -> tuple[slice, slice]:
+    """Returns what a move keeps of an axis: where it is in the result, and in the image."""
+    shift = min(max(_fixed(pixels + 0.5) >> 16, -length), length)
+    left, right = max(shift, 0), max(-shift, 0)
+    return slice(right, length - left), slice(left, length - right)
 
 
 def _random_sign(rng: np.random.Generator) -> int:

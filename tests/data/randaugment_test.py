@@ -118,6 +118,14 @@ def test_rotate(image: np.ndarray, degrees: float) -> None:
     np.testing.assert_array_equal(randaugment.rotate(image, degrees), expected)
 
 
+def test_rotate_a_large_image() -> None:
+    # Large enough to be rotated in the arithmetic of 64 bits.
+    image = np.random.default_rng(0).integers(256, size=(3, 32000, 3), dtype=np.uint8)
+    for degrees in (-60, 0.01, 180):
+        expected = pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+        np.testing.assert_array_equal(randaugment.rotate(image, degrees), expected)
+
+
 def pillow_affine(image: np.ndarray, coefficients: tuple[float, ...]) -> Image.Image:
     picture = pillow(image)
     return picture.transform(
@@ -129,7 +137,7 @@ def pillow_affine(image: np.ndarray, coefficients: tuple[float, ...]) -> Image.I
     )
 
 
-@pytest.mark.parametrize("slope", [0, 0.03, 0.1234, -0.3, 0.3, -0.45, 0.6])
+@pytest.mark.parametrize("slope", [0, 0.03, 0.1234, -0.3, 0.3, -0.45, 0.6, 2, -3])
 def test_shear(image: np.ndarray, slope: float) -> None:
     expected = pillow_affine(image, (1, slope, 0, 0, 1, 0))
     np.testing.assert_array_equal(randaugment.shear_x(image, slope), expected)
