@@ -2,15 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mixer_jax import command_line
 from mixer_jax.errors import UserError
 from mixer_jax.keys import KEYS
 from mixer_jax.weights.steps import find_checkpoint
-
-if TYPE_CHECKING:
-    from mixer_jax.evaluation.classification import Scores
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,21 +81,12 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(f"checkpoint         {known.checkpoint}, step {step:,}")
         print(f"data               {source.name}")
-        print(f"images             {scores.num_examples:,}{_left_out(scores)}")
+        print(f"counted            {scores.counted()}")
         print(f"top-1              {scores.top1:.2%}")
         print(f"top-5              {scores.top5:.2%}")
         print(f"log-likelihood     {scores.log_likelihood:.4f} nats an image")
         print(f"calibration error  {scores.calibration_error:.2%}")
     return 0
-
-
-def _left_out(scores: "Scores") -> str:
-    parts = []
-    if scores.num_bad:
-        parts.append(f"{scores.num_bad:,} left out that cannot be used")
-    if scores.num_unlabelled:
-        parts.append(f"{scores.num_unlabelled:,} left out without a right answer")
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ class Key:
 
 
 KEYS: dict[str, Key] = {
-    "seed": Key(0, "the one source of randomness: weights, order, augmentation, masks", low=0),
+    "seed": Key(
+        0,
+        "the one source of randomness: weights, order, augmentation, masks",
+        low=0,
+        high=2**32 - 1,
+    ),
     "num_steps": Key(0, "training steps; 0: as many as num_epochs makes", low=0),
     "num_epochs": Key(0.0, "passes over the training split, where num_steps is 0", low=0),
     "batch_size": Key(4096, "training images a step, over all devices and hosts", low=1),
@@ -156,7 +161,7 @@ EVAL_KEYS: dict[str, Key] = {
 MIXTURE_KEYS: dict[str, Key] = {
     "dataset": Key("", "data set; empty: config.dataset.name"),
     "split": Key("train", "in TFDS syntax"),
-    "weight": Key(1.0, "share of the images, in proportion to the other weights", low=1e-6),
+    "weight": Key(1.0, "share of the images, to 1 % of the smallest weight", low=1e-6),
 }
 
 # The sections that a config fills with entries of its own names.

@@ -75,7 +75,7 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
         )
     lines = [
         f"{name}: {scores.top1:.2%} top-1, {scores.top5:.2%} top-5, calibration error "
-        f"{scores.calibration_error:.2%}, on {scores.num_examples:,} images"
+        f"{scores.calibration_error:.2%}, on {scores.counted()}"
         for name, scores in result.scores.items()
     ]
     return "\n".join(

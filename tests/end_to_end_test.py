@@ -1,5 +1,6 @@
 """Tests of the program as a user starts it: real processes, killed, interrupted and resumed."""
 
+import contextlib
 import functools
 import json
 import os
@@ -39,7 +40,11 @@ RUN = {
 
 
 def start(
-    data_dir: str, workdir: Path, env: dict[str, str] | None = None, **changes: Any
+    data_dir: str,
+    workdir: Path,
+    env: dict[str, str] | None = None,
+    new_group: bool = False,
+    **changes: Any,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
     arguments = as_arguments(data_dir, **{**RUN, **changes})
@@ -49,6 +54,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+        start_new_session=new_group,
     )
 
 
@@ -202,6 +208,70 @@ def test_two_hosts_stop_and_go_on_together_and_then_one_alone(
             assert a["test/num_examples"] == b["test/num_examples"] == 360
 
 
+def test_two_hosts_agree_on_bad_images(tmp_path: Path) -> None:
+    """One bad image of 40, which one host or the other meets, is too many for both."""
+    for split in ("train", "test"):
+        for index in range(40):
+            path = tmp_path / "images" / split / f"{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"" if index == 7 else encode(noise(8, 8), "PNG"))
+    settings: dict[str, Any] = {"dataset__name": f"folder:{tmp_path}/images", "num_steps": 30}
+    both = start_two_hosts("", tmp_path / "run", **settings)
+    errors = [process.communicate(timeout=180)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], errors
+    for error in errors:
+        assert "1 of 40 training images cannot be used" in error
+    assert list_steps(str(tmp_path / "run")) == [10]
+    # The run can go on, to its evaluation, of which the same is true.
+    both = start_two_hosts("", tmp_path / "run", bad_images__max_share=0.1, **settings)
+    errors = [process.communicate(timeout=180)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert sum("test/1/7.png (empty file)" in error for error in errors) == 1
+    assert sum("another host names them" in error for error in errors) == 1
+
+
+def processes_of_group(group: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> None:
+    """Signals to the whole group, as of a terminal; to a run that waits for its images."""
+    large = cv2.resize(photograph(), (1600, 1200))
+    for index in range(20):
+        path = tmp_path / "images" / f"{index % 2}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(large, "JPEG"))
+    settings: dict[str, Any] = {
+        "dataset__name": f"folder:{tmp_path}/images",
+        "loader__processes": 2,
+        "num_steps": 1000,
+    }
+    steps = 0
+    for stop, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = start("", tmp_path / "run", new_group=True, **settings)
+        wait_until(functools.partial(has_reached, tmp_path / "run", steps + 2), process)
+        if stop == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, stop)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert err == ""
+        if code >= 0:
+            (*_, steps) = list_steps(str(tmp_path / "run"))
+            assert f"stopped at step {steps} of 1,000" in out
+        deadline = time.monotonic() + 20
+        while processes_of_group(process.pid):
+            assert time.monotonic() < deadline, "workers are left"
+            time.sleep(0.1)
+
+
 def run_door(door: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", f"mixer_jax.{door}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -307,7 +377,8 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     named = run_door("evaluate", *data)
     assert (named.returncode, named.stdout) == (2, "")
     (line,) = named.stderr.strip().splitlines()
-    assert any(f"images/test/a/{name}: {reason}" in line for name, reason in reasons.items())
+    assert f"{len(reasons)} images cannot be used: " in line
+    assert sum(f"images/test/a/{name} ({reason})" in line for name, reason in reasons.items()) == 5
     assert "--skip_bad_images" in line
 
 

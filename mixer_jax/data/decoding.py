@@ -64,7 +64,7 @@ def decode(
         BadImageError: no image, an incomplete one, or one of more than `MAX_PIXELS`.
     """
     frame = _jpeg_frame(encoded)
-    _check_pixels(*((frame.height, frame.width) if frame else _size(encoded)))
+    check_pixels(*((frame.height, frame.width) if frame else _size(encoded)))
     if frame and frame.channels != 4 and not exif_orientation:
         top, left, height, width = _box(choose_box, frame.height, frame.width)
         image = _decode_jpeg(encoded, frame, top + height, accurate)
@@ -79,7 +79,8 @@ def _box(choose_box: Callable[[int, int], Box] | None, height: int, width: int) 
     return choose_box(height, width) if choose_box else (0, 0, height, width)
 
 
-def _check_pixels(height: int, width: int) -> None:
+def check_pixels(height: int, width: int) -> None:
+    """Raises BadImageError for an image of more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
         raise BadImageError("too many pixels", f"{width} × {height}")
 

@@ -19,10 +19,13 @@ FOLDER = "folder:"
 
 _TRAIN = "train"
 _HELD_OUT = ("validation", "val", "test")
+# What people also call them.
+_LIKE_SPLITS = {_TRAIN, *_HELD_OUT, "training", "valid", "testing"}
 # Of a folder without a split of its own, held out of every class.
 _HELD_OUT_SHARE = 0.1
 _SUFFIXES = re.compile(
-    r"\.(avif|bmp|dib|gif|ico|j2k|jfif|jp2|jpe|jpe?g|p[bgnp]m|pcx|png|tga|tiff?|webp)",
+    r"\.(apng|avif|bmp|dib|exr|gif|hdr|ico|j2[ck]|jfif|jp[2ex]|jpe?g|p[bgnp]m|pcx|png|ras|tga"
+    r"|tiff?|webp)",
     re.IGNORECASE,
 )
 # No image that may be decoded needs more: 16 bits of red, green, blue and transparency.
@@ -37,6 +40,7 @@ def open_folder(path: str, split: str) -> Source:
     directories of the classes itself, a tenth of every class is held out as "validation": the same
     images each time, chosen by a hash of their paths. Where only one split is held out, all of its
     three names mean it. Examples are in an order that mixes the classes, so that slices do, too.
+    Files whose names do not end like an image's are passed over.
 
     Args:
         path: of the folder, on this host.
@@ -53,14 +57,12 @@ def open_folder(path: str, split: str) -> Source:
         )
     root = root.absolute()
     directories = _subdirectories(root)
-    classes_at = root / _TRAIN if _TRAIN in directories else root
+    # A class may be called "train", too; then it holds images and no directories.
+    is_split = _TRAIN in directories and bool(_subdirectories(root / _TRAIN))
+    classes_at = root / _TRAIN if is_split else root
     class_names = _subdirectories(classes_at)
-    if not class_names:
-        raise UserError(
-            f"folder {str(classes_at)!r} has no directories; it needs one with images for every "
-            "class"
-        )
-    held_out = [name for name in _HELD_OUT if classes_at != root and name in directories]
+    _check_classes(classes_at, class_names)
+    held_out = [name for name in _HELD_OUT if is_split and name in directories]
     if held_out:
         splits = {name: _list_images(root, name, class_names) for name in (_TRAIN, *held_out)}
     else:
@@ -68,11 +70,12 @@ def open_folder(path: str, split: str) -> Source:
         splits = _hold_out(_list_images(root, inside, class_names))
         held_out = [_HELD_OUT[0]]
     if len(held_out) == 1:
-        splits |= dict.fromkeys(_HELD_OUT, splits[held_out[0]])
+        split = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
     files = [file for part in _slices(split, splits, root) for file in part]
     if not files:
         raise UserError(f"split {split!r} of folder {str(root)!r} has no images")
-    return Source(f"folder:{path} {split}", _FolderExamples(root, files), tuple(class_names))
+    names = tuple(map(_printable, class_names))
+    return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
 
 
 # The path of an image below the root, and the index of its class.
@@ -96,15 +99,34 @@ class _FolderExamples(Sequence[Example]):
         index = range(len(self))[index]
         start = self._ends[index - 1] if index else 0
         path = self._root / os.fsdecode(self._paths[start : self._ends[index]])
+        name = _printable(str(path))
         try:
             with path.open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > _MAX_BYTES:
-                    raise BadImageError("too large a file", f"{size:,} bytes", str(path))
+                    raise BadImageError("too large a file", f"{size:,} bytes", name)
                 encoded = file.readall()
         except OSError as error:
-            raise BadImageError("cannot be read", error.strerror or "", str(path)) from None
-        return Example(image=encoded, labels=(int(self._labels[index]),), name=str(path))
+            raise BadImageError("cannot be read", error.strerror or "", name) from None
+        return Example(image=encoded, labels=(int(self._labels[index]),), name=name)
+
+
+def _check_classes(folder: Path, class_names: list[str]) -> None:
+    if not class_names:
+        raise UserError(
+            f"folder {str(folder)!r} has no directories; it needs one with images for every class"
+        )
+    if {name.casefold() for name in class_names} <= _LIKE_SPLITS:
+        raise UserError(
+            f"folder {str(folder)!r} has {', '.join(class_names)} and no {_TRAIN} with a directory "
+            f"for every class in it; rename the one to train on {_TRAIN}, the others of "
+            f"{', '.join(_HELD_OUT)}"
+        )
+
+
+def _printable(path: str) -> str:
+    """Returns a path that can be shown and saved whatever its bytes are."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _subdirectories(folder: Path) -> list[str]:
@@ -174,7 +196,10 @@ def _slices(split: str, splits: dict[str, list[_File]], root: Path) -> Iterator[
     """Yields the parts of splits that TFDS's syntax names."""
     from tensorflow_datasets.core.splits import AbstractSplit
 
-    sizes = {name: SimpleNamespace(num_examples=len(files)) for name, files in splits.items()}
+    sizes = {
+        name: SimpleNamespace(num_examples=len(files), shard_lengths=[len(files)])
+        for name, files in splits.items()
+    }
     try:
         for part in AbstractSplit.from_spec(split).to_absolute(sizes):
             yield splits[part.splitname][part.from_ : part.to]

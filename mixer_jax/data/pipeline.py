@@ -6,7 +6,12 @@ Images are prepared by `reading`, in pieces of a batch, side by side in threads 
 import collections
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -27,6 +32,9 @@ PIECE = 16
 # Threads of one process get in each other's way when they are more: about a tenth of the work
 # needs the interpreter, which serves one of them at a time.
 _CORES_A_PROCESS = 8
+# Processes hand their pieces over in shared memory; of each there are so many at most.
+_PIECES_IN_TRANSIT = 4
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 def train_batches(
@@ -43,7 +51,7 @@ def train_batches(
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
     report: Report,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields the training batches of steps `first_step` to `num_steps` − 1.
 
     Every epoch is a new permutation of the whole source; batches run on across epochs. In place of
@@ -59,7 +67,7 @@ def train_batches(
         preprocess: keyword arguments of `train_image`.
         threads: that prepare images, in each process; 0: as many as the machine has cores.
         processes: 1: this one alone; more: so many others, and `threads` in each of them; 0: by
-            the machine, one for every 8 cores.
+            the machine, one for every 8 cores, if its shared memory has room for what they make.
         prefetch_batches: batches kept ready on this host.
         sharding: of the batch axis; each host prepares only the rows its devices hold.
         report: is told of every image that could not be used, when its batch is handed out.
@@ -73,7 +81,7 @@ def train_batches(
     reader = TrainReader(source, seed, image_size, preprocess)
     steps = range(first_step, num_steps)
     pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
-    processes, threads = _workers(processes, threads)
+    processes, threads = _workers(processes, threads, PIECE * image_size**2 * 3)
     prepared = _prepare(reader, pieces, threads, processes, prefetch_batches)
     return _to_devices(prepared, pieces, sharding, report)
 
@@ -85,13 +93,14 @@ def eval_batches(
     image_size: int,
     eval_crop: str,
     exif_orientation: bool,
-    skip_bad: bool,
     threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
     report: Report,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields every example of the source once, in order; the last batch is padded.
+
+    Images that cannot be used are masked like padding and reported.
 
     Args:
         source: what to evaluate on.
@@ -99,22 +108,18 @@ def eval_batches(
         image_size: side of the images, pixels.
         eval_crop: as `eval_image` takes it.
         exif_orientation: likewise.
-        skip_bad: whether images that cannot be used are left out, or an error.
         threads: as for `train_batches`; one process is enough for an evaluation.
         prefetch_batches: as for `train_batches`.
         sharding: as for `train_batches`.
-        report: as for `train_batches`, of the rows that this host prepares.
+        report: as for `train_batches`; of the rows that this host prepares.
 
     Yields:
         `image`, `label` and `mask` as `EvalReader` makes them, of batch_size rows.
-
-    Raises:
-        BadImageError: names the image that cannot be used.
     """
-    reader = EvalReader(source, image_size, eval_crop, exif_orientation, skip_bad)
+    reader = EvalReader(source, image_size, eval_crop, exif_orientation)
     steps = range(math.ceil(len(source) / batch_size))
     pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
-    _, threads = _workers(1, threads)
+    threads = threads or count_cores()
     prepared = _prepare(reader, pieces, threads, 1, prefetch_batches)
     return _to_devices(prepared, pieces, sharding, report)
 
@@ -149,11 +154,32 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _workers(processes: int, threads: int) -> tuple[int, int]:
+def _workers(processes: int, threads: int, piece_bytes: int) -> tuple[int, int]:
     """Returns how many processes prepare images, and how many threads in each of them."""
     cores = count_cores()
-    processes = processes or math.ceil(cores / _CORES_A_PROCESS)
+    if not processes:
+        processes = math.ceil(cores / _CORES_A_PROCESS)
+        # Containers often have 64 MB of shared memory; who exceeds it is killed without a word.
+        needed = processes * _PIECES_IN_TRANSIT * piece_bytes
+        if _SHARED_MEMORY.exists() and shutil.disk_usage(_SHARED_MEMORY).free < 2 * needed:
+            processes = 1
     return processes, threads or math.ceil(cores / processes)
+
+
+def _start_worker(number: int, count: int) -> None:
+    """Sets up a process that prepares images, and ends with the one that started it."""
+    del number, count
+    cv2.setNumThreads(0)
+    # Signals for all of a run's processes are answered by the main one, which ends the others.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _prepare(
@@ -162,7 +188,7 @@ def _prepare(
     threads: int,
     processes: int,
     prefetch_batches: int,
-) -> Iterator[Prepared]:
+) -> grain.DatasetIterator:
     """Prepares the pieces in threads or processes, and yields them in order."""
     # Parallelism comes from preparing images side by side; OpenCV's own threads would only add to
     # them. It and the JPEG decoder let go of the interpreter's lock.
@@ -175,13 +201,16 @@ def _prepare(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
-        prepared = prepared.mp_prefetch(workers)
+        prepared = prepared.mp_prefetch(workers, worker_init_fn=_start_worker)
     return iter(prepared)
 
 
 def _to_devices(
-    prepared: Iterator[Prepared], pieces: _Pieces, sharding: jax.sharding.Sharding, report: Report
-) -> Iterator[Batch]:
+    prepared: grain.DatasetIterator,
+    pieces: _Pieces,
+    sharding: jax.sharding.Sharding,
+    report: Report,
+) -> Generator[Batch, None, None]:
     """Puts pieces together to global arrays, one batch ahead of the consumer."""
 
     def put(rows: Sequence[np.ndarray]) -> jax.Array:
@@ -196,12 +225,15 @@ def _to_devices(
         return batch
 
     ahead: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
-    for step in pieces.steps:
-        parts = [next(prepared) for _ in range(pieces.per_step)]
-        names = parts[0].arrays
-        batch = {name: put([part.arrays[name] for part in parts]) for name in names}
-        ahead.append((step, [bad for part in parts for bad in part.bad], batch))
-        if len(ahead) > 1:
+    try:
+        for step in pieces.steps:
+            parts = [next(prepared) for _ in range(pieces.per_step)]
+            names = parts[0].arrays
+            batch = {name: put([part.arrays[name] for part in parts]) for name in names}
+            ahead.append((step, [bad for part in parts for bad in part.bad], batch))
+            if len(ahead) > 1:
+                yield hand_out()
+        while ahead:
             yield hand_out()
-    while ahead:
-        yield hand_out()
+    finally:
+        prepared.close()

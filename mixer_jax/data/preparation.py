@@ -5,6 +5,7 @@ that is taken for finished; what it leaves is removed by the next, which holds t
 """
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -259,7 +260,8 @@ def describe(builder: Any) -> str:
     lines += ["", f"classes      {classes[0]:,}" if classes else "classes      none"]
     undecodable = Path(builder.data_path, UNDECODABLE)
     if undecodable.exists():
-        count = len(undecodable.read_text().splitlines())
+        with undecodable.open(newline="", encoding="utf-8") as listed:
+            count = sum(1 for _ in csv.reader(listed, delimiter="\t"))
         lines.append(f"left out     {count:,} undecodable files, listed in {undecodable}")
     lines.append(f"folder       {builder.data_path}")
     return "\n".join(lines)

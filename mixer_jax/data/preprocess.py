@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from mixer_jax.data.decoding import Box, decode
+from mixer_jax.data.decoding import Box, check_pixels, decode
 from mixer_jax.data.randaugment import rand_augment
 
 # The evaluation crop: resize to 256 for a crop of 224, and in proportion for other sizes.
@@ -91,7 +91,8 @@ def eval_image(
         uint8 RGB (image_size, image_size, 3).
 
     Raises:
-        BadImageError: as `decode`.
+        BadImageError: as `decode`; or the image is so long that it would have too many pixels when
+            its shorter side is resized.
     """
     as_pillow = eval_crop == "bicubic"
     image = decode(encoded, exif_orientation=exif_orientation, accurate=as_pillow)
@@ -103,12 +104,14 @@ def eval_image(
     if eval_crop == "square":
         image = resize_by_area(image, side, side)
     elif eval_crop == "shorter_side":
-        sides = (max(side, round(length * side / shorter)) for length in (height, width))
+        sides = [max(side, round(length * side / shorter)) for length in (height, width)]
+        check_pixels(*sides)
         image = resize_by_area(image, *sides)
     else:
         # OpenCV's bicubic filter would not average over the pixels it leaves out.
         side = image_size * _RESIZE // _CROP
         size = (side * width // shorter, side * height // shorter)
+        check_pixels(*size)
         resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
         image = np.asarray(resized)
     margins = (image.shape[0] - image_size, image.shape[1] - image_size)

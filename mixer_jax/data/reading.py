@@ -116,14 +116,7 @@ class TrainReader:
 class EvalReader:
     """Prepares evaluation images in the order of the source."""
 
-    def __init__(
-        self,
-        source: Source,
-        image_size: int,
-        eval_crop: str,
-        exif_orientation: bool,
-        skip_bad: bool,
-    ):
+    def __init__(self, source: Source, image_size: int, eval_crop: str, exif_orientation: bool):
         """Takes what the images depend on.
 
         Args:
@@ -131,9 +124,8 @@ class EvalReader:
             image_size: side of the images, pixels.
             eval_crop: as `eval_image` takes it.
             exif_orientation: likewise.
-            skip_bad: whether images that cannot be used are left out.
         """
-        self._source, self._image_size, self._skip_bad = source, image_size, skip_bad
+        self._source, self._image_size = source, image_size
         self._settings: dict[str, Any] = {
             "eval_crop": eval_crop,
             "exif_orientation": exif_orientation,
@@ -146,9 +138,6 @@ class EvalReader:
             `image` uint8 (n, image_size, image_size, 3); `label` int32 (n,), or where an example
             may have several labels bool (n, num_classes), true for each of them; `mask` bool (n,),
             false for what does not count: padding, images that cannot be used or have no label.
-
-        Raises:
-            BadImageError: an image cannot be used, and `skip_bad` is false.
         """
         count, size = len(positions), self._image_size
         images = np.zeros((count, size, size, 3), np.uint8)
@@ -167,8 +156,6 @@ class EvalReader:
                 images[row] = eval_image(example["image"], image_size=size, **self._settings)
             except BadImageError as error:
                 bad.append(BadImage(error.name or name, error.reason))
-                if not self._skip_bad:
-                    raise BadImageError(error.reason, name=error.name or name) from None
                 continue
             right = list(example["labels"])
             if self._source.multi_label:

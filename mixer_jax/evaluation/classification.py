@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch, eval_batches
 from mixer_jax.data.preprocess import to_model_range
@@ -22,6 +21,8 @@ from mixer_jax.parallel import hosts
 from mixer_jax.parallel.sharding import batch_sharding, replicated
 
 NUM_CALIBRATION_BINS = 15
+# Images that an error names.
+_MOST_NAMED = 5
 
 
 class Scores(NamedTuple):
@@ -44,6 +45,15 @@ class Scores(NamedTuple):
     num_examples: int
     num_bad: int = 0
     num_unlabelled: int = 0
+
+    def counted(self) -> str:
+        """Returns how many were counted and left out, for people."""
+        parts = [f"{self.num_examples:,} images"]
+        if self.num_bad:
+            parts.append(f"{self.num_bad:,} left out that cannot be used")
+        if self.num_unlabelled:
+            parts.append(f"{self.num_unlabelled:,} left out without a right answer")
+        return ", ".join(parts)
 
 
 class Judgements(NamedTuple):
@@ -127,15 +137,15 @@ def evaluate(
         source: what to score on.
         mesh: of devices.
         batch_size: images at a time over all devices; rounded up to a multiple of their number.
-        image_size: as `eval_batches` takes it, like the five below.
+        image_size: as `eval_batches` takes it, like those below.
         eval_crop: likewise.
         exif_orientation: likewise.
-        skip_bad: likewise.
+        skip_bad: whether images that cannot be used are left out, or an error.
         threads: likewise.
         prefetch_batches: likewise.
 
     Raises:
-        UserError: an image cannot be used, and `skip_bad` is false; or no example counts.
+        UserError: images cannot be used, and `skip_bad` is false; or no example counts.
     """
     bad: list[BadImage] = []
     batches = eval_batches(
@@ -144,7 +154,6 @@ def evaluate(
         image_size=image_size,
         eval_crop=eval_crop,
         exif_orientation=exif_orientation,
-        skip_bad=skip_bad,
         threads=threads,
         prefetch_batches=prefetch_batches,
         sharding=batch_sharding(mesh),
@@ -152,25 +161,33 @@ def evaluate(
     )
     finished: list[Judgements] = []
     running: Judgements | None = None
-    try:
-        for batch in batches:
-            # Sent off before the last one is read, so that the device need not wait for the host.
-            started = judge_batch(params, batch)
-            if running is not None:
-                finished.append(jax.device_get(running))
-            running = started
-    except BadImageError as error:
-        raise UserError(
-            f"{source.name}: {error}; mend or remove it, or leave such images out: "
-            "--config.bad_images.skip_in_evaluation=true, and of evaluate --skip_bad_images"
-        ) from error
+    for batch in batches:
+        # Sent off before the last one is read, so that the device need not wait for the host.
+        started = judge_batch(params, batch)
+        if running is not None:
+            finished.append(jax.device_get(running))
+        running = started
     finished += [] if running is None else [jax.device_get(running)]
+    # Not at once, when an image is met: the other hosts would wait for this one.
+    num_bad = hosts.total(len(bad))
+    if num_bad and not skip_bad:
+        raise UserError(
+            f"{source.name}: {num_bad:,} images cannot be used: {_name_some(bad)}; mend or remove "
+            "them, or leave such images out: --config.bad_images.skip_in_evaluation=true, and of "
+            "evaluate --skip_bad_images"
+        )
     if not any(judgements.mask.any() for judgements in finished):
         raise UserError(f"{source.name}: there is no example to score")
     scores = summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
-    num_bad = hosts.total(len(bad))
     num_unlabelled = len(source) - scores.num_examples - num_bad
     return scores._replace(num_bad=num_bad, num_unlabelled=num_unlabelled)
+
+
+def _name_some(bad: list[BadImage]) -> str:
+    if not bad:
+        return "another host names them"
+    some = [f"{name} ({reason})" for name, reason in bad[:_MOST_NAMED]]
+    return ", ".join(some) + (", …" if len(bad) > _MOST_NAMED else "")
 
 
 def summarize(judgements: Judgements) -> Scores:

@@ -82,6 +82,17 @@ def total(count: int) -> int:
     return int(multihost_utils.process_allgather(np.array(count)).sum())
 
 
+def gather(numbers: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all hosts, (hosts, ...); every host must ask at the same time.
+
+    Args:
+        numbers: uint32, of the same shape on every host.
+    """
+    if jax.process_count() == 1:
+        return numbers[None]
+    return np.asarray(multihost_utils.process_allgather(numbers))
+
+
 class StopSignals:
     """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
 

@@ -1,21 +1,30 @@
 """The book of training images that could not be used; `bad_images_HOST.jsonl` in the workdir."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from mixer_jax.data.reading import BadImage
 from mixer_jax.errors import UserError
+from mixer_jax.parallel import hosts
 from mixer_jax.training.workdir import write_whole
+
+# New images that a host tells the others of each time they ask each other.
+_TOLD_AT_ONCE = 64
+_FIELDS = {"step", "name", "reason"}
 
 
 class BadImageLog:
     """Names every image once, at the step that met it first, and says when they are too many.
 
-    Each host writes what it met itself. A resumed run forgets what came after its checkpoint.
+    Each host writes what it met itself. A resumed run forgets what came after its checkpoint, and
+    counts anew: what was mended in between no longer counts.
     """
 
     def __init__(
@@ -36,40 +45,60 @@ class BadImageLog:
             max_share: of these that may be bad.
             say: prints a line for people.
         """
-        self._path = epath.Path(workdir) / f"bad_images_{jax.process_index()}.jsonl"
-        self._num_examples, self._max_share = num_examples, max_share
-        self._say = say
+        self._num_examples, self._max_share, self._say = num_examples, max_share, say
+        self._path = _book(workdir, jax.process_index())
+        # Host 0 keeps the books of hosts that are no longer there.
+        gone = [
+            path
+            for path in epath.Path(workdir).glob("bad_images_*.jsonl")
+            if not any(path == _book(workdir, host) for host in range(jax.process_count()))
+        ]
+        for path in [self._path, *(gone if hosts.is_leader() else [])]:
+            _forget(path, first_step)
+        self._lines = _read(self._path)
+        self._written = {line["name"] for line in self._lines}
+        # Met since the run began or was resumed: here, with the reasons, and on all hosts, by a
+        # number for each name.
         self._reasons: dict[str, str] = {}
-        self._lines: list[str] = []
-        for line in self._read_lines():
-            entry = json.loads(line)
-            if entry["step"] <= first_step:
-                self._reasons[entry["name"]] = entry["reason"]
-                self._lines.append(line)
-        if self._path.exists():
-            self._write()
+        self._untold: list[tuple[int, int]] = []
+        self._met: set[tuple[int, int]] = set()
 
     @property
     def too_many(self) -> bool:
-        """Whether more than the allowed share of the examples is bad."""
-        return len(self._reasons) > self._max_share * self._num_examples
+        """Whether more than the allowed share of the examples is bad; the same on every host."""
+        return len(self._met) > self._max_share * self._num_examples
 
     def record(self, step: int, met: list[BadImage]) -> None:
         """Writes down the images that a step met and that are not in the book."""
         new = {bad.name: bad.reason for bad in met if bad.name not in self._reasons}
-        if not new:
-            return
-        if not self._reasons:
+        if new and not self._reasons:
             self._say(
                 f"step {step:,}: {met[0].name} cannot be used ({met[0].reason}); another image "
                 f"takes its place; all such images are named in {self._path}"
             )
         self._reasons |= new
-        self._lines += [
-            json.dumps({"step": step, "name": name, "reason": reason})
-            for name, reason in new.items()
-        ]
-        self._write()
+        self._untold += map(_number, new)
+        unwritten = [name for name in new if name not in self._written]
+        self._lines += [{"step": step, "name": n, "reason": new[n]} for n in unwritten]
+        self._written.update(unwritten)
+        if unwritten:
+            _write(self._path, self._lines)
+        if jax.process_count() == 1:
+            self.share()
+
+    def share(self) -> None:
+        """Tells the other hosts what is new here; all of them must call it at the same step."""
+        if jax.process_count() == 1:
+            self._met.update(self._untold)
+            self._untold.clear()
+            return
+        told, self._untold = self._untold[:_TOLD_AT_ONCE], self._untold[_TOLD_AT_ONCE:]
+        # No name has the number (0, 0).
+        table = np.zeros((_TOLD_AT_ONCE, 2), np.uint32)
+        for row, number in enumerate(told):
+            table[row] = number
+        rows = hosts.gather(table).reshape(-1, 2)
+        self._met.update((int(high), int(low)) for high, low in rows if high or low)
 
     def close(self) -> None:
         """Says how many there were, by reason, and where they are named."""
@@ -83,10 +112,10 @@ class BadImageLog:
             saved_step: of the newest checkpoint.
         """
         return (
-            f"{self._counts()} of {self._num_examples:,}, more than "
-            f"config.bad_images.max_share={self._max_share:g} allows; they are named in "
-            f"{self._path}: mend or remove them, or allow more, and start the same command to go "
-            f"on from step {saved_step:,}"
+            f"{len(self._met):,} of {self._num_examples:,} training images cannot be used, more "
+            f"than config.bad_images.max_share={self._max_share:g} allows; they are named in "
+            f"{self._path.parent}/bad_images_*.jsonl: mend them or allow more, and start the same "
+            f"command to go on from step {saved_step:,}"
         )
 
     def _counts(self) -> str:
@@ -94,18 +123,35 @@ class BadImageLog:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         return f"{len(self._reasons):,} training images could not be used ({reasons})"
 
-    def _read_lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text().split("\n")[:-1]
-        try:
-            for line in lines:
-                json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{str(self._path)!r} has lines that are no JSON; move it away"
-            ) from error
-        return lines
 
-    def _write(self) -> None:
-        write_whole(self._path, "".join(line + "\n" for line in self._lines))
+def _book(workdir: str, host: int) -> epath.Path:
+    return epath.Path(workdir) / f"bad_images_{host}.jsonl"
+
+
+def _number(name: str) -> tuple[int, int]:
+    """Returns 64 bits that stand for a name, as two numbers that any device holds."""
+    digest = hashlib.blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest()
+    return int.from_bytes(digest[:4]) or 1, int.from_bytes(digest[4:])
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except ValueError:
+        lines = [None]
+    if not all(isinstance(line, dict) and line.keys() == _FIELDS for line in lines):
+        raise UserError(f"{str(path)!r} is no book of bad images; move it away")
+    return lines
+
+
+def _forget(path: epath.Path, first_step: int) -> None:
+    lines = _read(path)
+    kept = [line for line in lines if line["step"] <= first_step]
+    if len(kept) < len(lines):
+        _write(path, kept)
+
+
+def _write(path: epath.Path, lines: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run: data, mesh, model, optimizer, compiled functions."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -160,7 +160,9 @@ def initial_state(experiment: Experiment) -> TrainState:
     return state._replace(params=params, ema_params=ema_params)
 
 
-def training_batches(experiment: Experiment, first_step: int, report: Report) -> Iterator[Batch]:
+def training_batches(
+    experiment: Experiment, first_step: int, report: Report
+) -> Generator[Batch, None, None]:
     """Yields the training batches from `first_step` to the end of the run.
 
     Args:
@@ -169,8 +171,6 @@ def training_batches(experiment: Experiment, first_step: int, report: Report) ->
         report: as `train_batches` takes it.
     """
     config = experiment.config
-    preprocess = config.preprocess.to_dict()
-    preprocess.pop("eval_crop")
     return train_batches(
         experiment.sources.train,
         seed=config.seed,
@@ -178,11 +178,16 @@ def training_batches(experiment: Experiment, first_step: int, report: Report) ->
         num_steps=experiment.num_steps,
         batch_size=config.batch_size,
         image_size=config.image_size,
-        preprocess=preprocess,
+        preprocess=train_preprocess(config),
         sharding=batch_sharding(experiment.mesh),
         report=report,
         **config.loader,
     )
+
+
+def train_preprocess(config: ConfigDict) -> dict[str, Any]:
+    """Returns what of the preprocess section is for training, as `train_image` takes it."""
+    return {name: value for name, value in config.preprocess.items() if name != "eval_crop"}
 
 
 def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:

@@ -89,7 +89,7 @@ class Journal:
         self._writer.write(step, values)
         self.progress.say(
             f"step {step:,}: {name} top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, "
-            f"log-likelihood {scores.log_likelihood:.4f} on {scores.num_examples:,} images"
+            f"log-likelihood {scores.log_likelihood:.4f} on {scores.counted()}"
         )
 
     def close(self) -> None:

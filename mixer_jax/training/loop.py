@@ -89,13 +89,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         if first_step == experiment.num_steps:
             scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
         batches = training_batches(experiment, first_step, bad_images.record)
+        stack.callback(batches.close)
         for step, batch in enumerate(batches, first_step + 1):
             state, metrics = experiment.train_step(state, batch)
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)
+                if _is_time_to_ask(step):
+                    bad_images.share()
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _ask_hosts(step, stop.received is not None or bad_images.too_many)
+                stopping = _ask_hosts(step, stop.received is not None) or bad_images.too_many
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
                 late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, late)
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
@@ -152,8 +155,8 @@ def restore(
         if was != now:
             raise UserError(
                 f"the checkpoint of step {step} was made with {key}={was}, not {now}: the data are "
-                "others than the run began with; point --config.dataset.data_dir at those, or "
-                "choose another --workdir"
+                "others than the run began with; point --config.dataset.data_dir at those, or put "
+                "the folder's images back, or choose another --workdir"
             )
     shape = experiment.state_shape
     targets = {"params": shape.params, "optimizer": shape.opt_state}
@@ -169,11 +172,14 @@ def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
+def _is_time_to_ask(step: int) -> bool:
+    """Says whether hosts ask each other at this step; several do so only now and then."""
+    return jax.process_count() == 1 or step % _HOSTS_AGREE_EVERY_STEPS == 0
+
+
 def _ask_hosts(step: int, flag: bool) -> bool:
-    """Returns whether any host's flag is set; several hosts ask each other only now and then."""
-    if jax.process_count() > 1 and step % _HOSTS_AGREE_EVERY_STEPS:
-        return False
-    return hosts.any_host(flag)
+    """Returns whether any host's flag is set, if this is the time to ask."""
+    return _is_time_to_ask(step) and hosts.any_host(flag)
 
 
 def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> RunFailedError:

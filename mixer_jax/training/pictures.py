@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mixer_jax.data.examples import Source
 from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.data.reading import BadImage, TrainReader
+from mixer_jax.training.experiment import train_preprocess
 from mixer_jax.training.step import mix, mixup_pairs, smooth_labels, step_keys
 
 # Lengths in the drawing, in pixels; an image smaller than a cell is enlarged by a whole number.
@@ -63,8 +64,7 @@ def training_images(
     # An image's partner is the one before it, and the first one's is the last of the batch: with
     # that in front, rolling these few by one pairs them as rolling the whole batch would.
     rows = np.arange(-1 if mixup else 0, num_images) % config.batch_size
-    settings = {name: value for name, value in config.preprocess.items() if name != "eval_crop"}
-    reader = TrainReader(source, config.seed, config.image_size, settings)
+    reader = TrainReader(source, config.seed, config.image_size, train_preprocess(config))
     arrays, bad = reader(step * config.batch_size + rows)
 
     def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -162,6 +162,44 @@ def test_names_of_any_script(tmp_path: Path) -> None:
     assert {Path(name).parent.name for name in names(tmp_path)} == {"Hündin", "犬"}
 
 
+def test_names_that_are_no_text_can_be_shown(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/H\xfcndin"
+    os.mkdir(folder)
+    for number in range(2):
+        Path(os.fsdecode(folder + b"/%d.png" % number)).write_bytes(PNG)
+    source = open_folder(tmp_path)
+    assert source.class_names == ("H\\xfcndin",)
+    assert source.examples[0]["image"] == PNG
+    assert source.examples[0]["name"].startswith(f"{tmp_path}/H\\xfcndin/")
+
+
+def test_no_image_counts_twice_under_several_names(tmp_path: Path) -> None:
+    write(tmp_path, *many("train/a", count=10), *many("test/a", count=5))
+    assert len(open_folder(tmp_path, "all")) == 15
+    assert len(open_folder(tmp_path, "train+val")) == 15
+    assert len(open_folder(tmp_path, "validation[:3]")) == 3
+    assert len(open_folder(tmp_path, "train[:1shard]")) == 10
+
+
+@pytest.mark.parametrize(
+    "directories",
+    [("training", "validation"), ("Train", "Val"), ("val", "test"), ("testing",)],
+)
+def test_splits_under_other_names_are_not_taken_for_classes(
+    directories: tuple[str, ...], tmp_path: Path
+) -> None:
+    write(tmp_path, *many(*(f"{name}/cat" for name in directories)))
+    message = error_of(tmp_path)
+    assert f"has {', '.join(sorted(directories))} and no train" in message
+    assert "rename" in message
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    write(tmp_path, *many("train", "car", "bus"))
+    assert open_folder(tmp_path).class_names == ("bus", "car", "train")
+    assert len(open_folder(tmp_path, "train+validation")) == 60
+
+
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
@@ -178,5 +216,5 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     for split in ("valid", "", "train[", "train[:200%]", "train[:99]"):
         message = error_of(tmp_path / "good", split)
         assert f"split {split!r}" in message
-        assert "it has train, validation, val, test" in message
+        assert "it has train, validation (and" in message
     assert "has no images" in error_of(tmp_path / "good", "train[:0]")

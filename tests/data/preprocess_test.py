@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mixer_jax.data import preprocess
+from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.preprocess import eval_image, inception_box, train_image
 from mixer_jax.data.randaugment import rand_augment
 from tests.images import encode, noise, photograph, smooth, turned
@@ -242,6 +243,16 @@ def test_bicubic_is_what_timm_does(shape: tuple[int, int], image_size: int) -> N
     top, left = round((height - image_size) / 2), round((width - image_size) / 2)
     expected = np.asarray(resized)[top : top + image_size, left : left + image_size]
     np.testing.assert_array_equal(evaluate(image, image_size, "bicubic"), expected)
+
+
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "bicubic"])
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
+def test_an_image_too_long_to_be_resized_is_refused(eval_crop: str, shape: tuple[int, int]) -> None:
+    # Its shorter side made 256 pixels, it would have 300 million.
+    image = noise(*shape)
+    with pytest.raises(BadImageError, match="too many pixels"):
+        evaluate(image, 224, eval_crop)
+    assert evaluate(image, 224, "square").shape == (224, 224, 3)
 
 
 def test_orientation_reaches_both_kinds_of_images() -> None:

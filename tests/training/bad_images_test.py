@@ -73,9 +73,9 @@ def test_the_verdict_says_how_to_go_on(tmp_path: Path) -> None:
     log, _ = open_log(tmp_path)
     log.record(1, bad("a", "b", "c"))
     assert log.verdict(1200) == (
-        "3 training images could not be used (3 incomplete) of 1,000, more than "
-        f"config.bad_images.max_share=0.002 allows; they are named in {tmp_path}/{FILE}: mend or "
-        "remove them, or allow more, and start the same command to go on from step 1,200"
+        "3 of 1,000 training images cannot be used, more than config.bad_images.max_share=0.002 "
+        f"allows; they are named in {tmp_path}/bad_images_*.jsonl: mend them or allow more, and "
+        "start the same command to go on from step 1,200"
     )
 
 
@@ -89,11 +89,24 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
     assert [line["name"] for line in lines(tmp_path)] == ["a", "b"]
     resumed.record(11, bad("c", "a"))
     assert [line["name"] for line in lines(tmp_path)] == ["a", "b", "c"]
+    # Two that are met again count; the third may have been mended, and is met again if not.
+    assert not resumed.too_many
+    resumed.record(12, bad("b"))
     assert resumed.too_many
+    assert [line["name"] for line in lines(tmp_path)] == ["a", "b", "c"]
 
 
-def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("my notes\n")
-    with pytest.raises(UserError, match="no JSON; move it away"):
+def test_the_books_of_hosts_that_are_gone_forget_as_well(tmp_path: Path) -> None:
+    entries = [{"step": step, "name": f"{step}", "reason": "incomplete"} for step in (5, 10, 11)]
+    (tmp_path / "bad_images_3.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in entries))
+    open_log(tmp_path, first_step=10)
+    kept = (tmp_path / "bad_images_3.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [5, 10]
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "5\n", '{"step": 1}\n'])
+def test_a_file_that_is_no_book_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(UserError, match="is no book of bad images; move it away"):
         open_log(tmp_path)
-    assert (tmp_path / FILE).read_text() == "my notes\n"
+    assert (tmp_path / FILE).read_text() == text

@@ -239,7 +239,8 @@ def _distinct(synset: str, files: Iterator[tuple[str, bytes]]) -> Iterator[_File
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
             if not path.is_file():  # Reading a pipe would never end.
