@@ -178,7 +178,7 @@ def _check_value(path: str, value: Any) -> None:
         raise UserError(f"config.{path}={value} is not finite; pass a finite number")
     if isinstance(value, int | float) and not key.low <= value <= key.high:
         raise UserError(
-            f"config.{path}={value!r} is out of range; pass {key.low:g} to {key.high:g}"
+            f"config.{path}={value!r} is out of range; pass {key.low:g} to {key.high:.10g}"
             if key.high < math.inf
             else f"config.{path}={value!r} is out of range; pass {key.low:g} or more"
         )

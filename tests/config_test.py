@@ -67,7 +67,7 @@ def test_every_key_is_read_somewhere() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("seed", -1, "config.seed=-1 is out of range; pass 0 or more"),
+        ("seed", -1, "config.seed=-1 is out of range; pass 0 to 4294967295"),
         ("seed", 1.5, "config.seed=1.5 is not a whole number"),
         ("batch_size", True, "config.batch_size=True is not a whole number"),
         ("model.variant", "B/17", "model.variant='B/17' is unknown; choose one of S/32"),

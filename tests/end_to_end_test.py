@@ -400,7 +400,9 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
         (["--config=configs/digits.py", "--config.batch_size=100", "--config.mesh.fsdp=3"], "mesh"),
     ],
 )
-def test_main_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_main_refuses(arguments: list[str], message: str, digits_dir: str, tmp_path: Path) -> None:
+    if arguments[:1] == ["--config=configs/digits.py"]:
+        arguments = [arguments[0], f"--config.dataset.data_dir={digits_dir}", *arguments[1:]]
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path}/run"]
     done = run_door("main", *arguments)

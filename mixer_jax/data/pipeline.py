@@ -218,6 +218,13 @@ def _to_devices(
         global_shape = (pieces.batch_size, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, global_shape)
 
+    def read() -> tuple[list[BadImage], Batch]:
+        # Pieces of other processes lie in shared memory, which is given back when this returns.
+        parts: list[Prepared] = [next(prepared) for _ in range(pieces.per_step)]
+        names = parts[0].arrays
+        batch = {name: put([part.arrays[name] for part in parts]) for name in names}
+        return [bad for part in parts for bad in part.bad], batch
+
     def hand_out() -> Batch:
         step, bad, batch = ahead.popleft()
         if bad:
@@ -227,10 +234,7 @@ def _to_devices(
     ahead: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
     try:
         for step in pieces.steps:
-            parts = [next(prepared) for _ in range(pieces.per_step)]
-            names = parts[0].arrays
-            batch = {name: put([part.arrays[name] for part in parts]) for name in names}
-            ahead.append((step, [bad for part in parts for bad in part.bad], batch))
+            ahead.append((step, *read()))
             if len(ahead) > 1:
                 yield hand_out()
         while ahead:

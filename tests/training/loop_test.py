@@ -353,8 +353,8 @@ def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_
     config = small_config("", dataset__name=some_broken, bad_images__max_share=0.01)
     with pytest.raises(RunFailedError) as stop:
         train_and_evaluate(config, str(tmp_path / "run"))
-    assert "3 training images could not be used" in str(stop.value)
-    assert "of 200, more than config.bad_images.max_share=0.01 allows" in str(stop.value)
+    assert "3 of 200 training images cannot be used, more than " in str(stop.value)
+    assert "config.bad_images.max_share=0.01 allows" in str(stop.value)
     (step,) = list_steps(str(tmp_path / "run"))[-1:]
     assert f"go on from step {step:,}" in str(stop.value)
     assert step < 20
@@ -372,7 +372,7 @@ def test_a_bad_image_in_evaluation_is_named_or_counted(some_broken: str, tmp_pat
     (broken,) = Path(some_broken.removeprefix("folder:")).glob("test/*/207.png")
     broken.write_bytes(b"")
     config = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
-    with pytest.raises(UserError, match=r"207\.png: empty file.*skip_in_evaluation=true"):
+    with pytest.raises(UserError, match=r"207\.png \(empty file\).*skip_in_evaluation=true"):
         train_and_evaluate(config, str(tmp_path / "run"))
     config.bad_images.skip_in_evaluation = True
     scores = train_and_evaluate(config, str(tmp_path / "run")).scores["test"]
