@@ -120,11 +120,11 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
 
 def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "one.png", "deep/two.png")
-    write(tmp_path / "root", "train/a/deep/er/x.png", "val/a/y.png")
-    (tmp_path / "root/train/b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root/train/a/deep/circle").symlink_to(tmp_path / "root/train/a")
-    (tmp_path / "root/train/a/self.png").symlink_to(tmp_path / "root/train/a/self.png")
-    found = names(tmp_path / "root")
+    write(tmp_path / "place", "train/a/deep/er/x.png", "val/a/y.png")
+    (tmp_path / "place/train/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "place/train/a/deep/circle").symlink_to(tmp_path / "place/train/a")
+    (tmp_path / "place/train/a/self.png").symlink_to(tmp_path / "place/train/a/self.png")
+    found = names(tmp_path / "place")
     assert sorted(found) == [
         "train/a/deep/er/x.png",
         "train/a/self.png",
@@ -132,10 +132,10 @@ def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> No
         "train/b/one.png",
     ]
     # What cannot be read is listed, so that it is counted and named when it is met.
-    source = open_folder(tmp_path / "root")
+    source = open_folder(tmp_path / "place")
     with pytest.raises(BadImageError, match=r"a/self\.png: cannot be read") as caught:
         source.examples[found.index("train/a/self.png")]
-    assert caught.value.name == f"{tmp_path}/root/train/a/self.png"
+    assert caught.value.name == f"{tmp_path}/place/train/a/self.png"
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
