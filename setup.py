@@ -48,7 +48,7 @@ setup(
             "beartype>=0.19",
             "mypy>=1.15",
             "pytest>=8.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.12",
         ],
         "peers": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],

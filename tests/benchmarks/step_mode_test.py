@@ -9,15 +9,6 @@ from tests.benchmarks.door import run_door
 SMALL = ["--variant=S/32", "--image_size=64", "--batch_size=2", "--unroll=1", "--rounds=2"]
 
 
-def test_table() -> None:
-    title, heads, *rows = run_door(*SMALL).stdout.splitlines()
-    assert title.startswith("training step of Mixer-S/32, 64 px, 2 images, auto, cpu, jax ")
-    assert heads.split()[:2] == ["unroll", "remat"]
-    (row,) = rows
-    assert row.split()[:2] == ["1", "none"]
-    assert row.split()[-1] == "1.00"
-
-
 def test_json_has_a_measurement_for_every_setting() -> None:
     result = json.loads(run_door(*SMALL, "--mode=step", "--remat=none,full", "--json").stdout)
     rows = result["measurements"]
