@@ -108,9 +108,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
             except RunFailedError as error:
                 raise _with_last_checkpoint(error, workdir, saved_step) from error
             with journal.progress.pause():
-                for name in due:
-                    scores[name] = evals[name](state.eval_params)
-                    journal.write_scores(step, name, scores[name])
+                try:
+                    for name in due:
+                        scores[name] = evals[name](state.eval_params)
+                        journal.write_scores(step, name, scores[name])
+                except UserError:
+                    # What has been trained is not lost over an image that cannot be scored.
+                    save(experiment, checkpoints, state, step, journal.window)
+                    raise
                 if saving:
                     save(experiment, checkpoints, state, step, journal.window)
                     saved_step, saved_at = step, time.monotonic()

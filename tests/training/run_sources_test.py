@@ -90,6 +90,8 @@ def test_a_bad_image_in_evaluation_is_named_or_counted(some_broken: str, tmp_pat
     config = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
     with pytest.raises(UserError, match=r"207\.png \(empty file\).*skip_in_evaluation=true"):
         train_and_evaluate(config, str(tmp_path / "run"))
+    # The evaluation of step 10 failed; of what was trained up to there, nothing is lost.
+    assert list_steps(str(tmp_path / "run"))[-1] == 10
     config.bad_images.skip_in_evaluation = True
     scores = train_and_evaluate(config, str(tmp_path / "run")).scores["test"]
     assert (scores.num_examples, scores.num_bad) == (19, 1)
