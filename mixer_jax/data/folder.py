@@ -69,9 +69,10 @@ def open_folder(path: str, split: str) -> Source:
         inside = classes_at.relative_to(root).as_posix()
         splits = _hold_out(_list_images(root, inside, class_names))
         held_out = [_HELD_OUT[0]]
+    meant = split
     if len(held_out) == 1:
-        split = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
-    files = [file for part in _slices(split, splits, root) for file in part]
+        meant = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
+    files = [file for part in _slices(meant, splits, root) for file in part]
     if not files:
         raise UserError(f"split {split!r} of folder {str(root)!r} has no images")
     names = tuple(map(_printable, class_names))

@@ -218,3 +218,5 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         assert f"split {split!r}" in message
         assert "it has train, validation (and" in message
     assert "has no images" in error_of(tmp_path / "good", "train[:0]")
+    # By the name that was asked for, though it is held out as "validation".
+    assert "split 'test[:0]' of folder" in error_of(tmp_path / "good", "test[:0]")
