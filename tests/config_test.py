@@ -250,7 +250,7 @@ def test_every_config_runs_two_steps_on_eight_devices(name: str) -> None:
 def test_choices_are_what_the_code_knows() -> None:
     accepted = train_image.__annotations__
     assert {key.split(".")[1] for key in KEYS if key.startswith("preprocess.")} == (
-        accepted.keys() - {"encoded", "rng", "image_size", "return"}
+        accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
     ) | {"eval_crop"}
     model_keys = {key.split(".")[1] for key in KEYS if key.startswith("model.")}
     assert model_keys - {"variant"} <= set(MlpMixer.__dataclass_fields__)

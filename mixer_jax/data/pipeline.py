@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import grain
@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from mixer_jax.data.examples import Source
-from mixer_jax.data.reading import BadImage, EvalReader, Prepared, TrainReader
+from mixer_jax.data.reading import BadImage, EvalReader, Prepared, Reader, TrainReader
 
 Batch = dict[str, jax.Array]
 # Called with the number of a step, beginning with 1, and what it met that could not be used.
@@ -124,20 +124,35 @@ def eval_batches(
     return _to_devices(prepared, pieces, sharding, report)
 
 
-class _Pieces(Sequence[np.ndarray]):
-    """Positions in the stream of examples that this host prepares, in order, a piece at a time."""
+class _Piece(NamedTuple):
+    """Part of a batch that one thread prepares.
+
+    Attributes:
+        step: of the batch.
+        rows: of this host's part of the batch.
+        positions: in the stream of examples, (n,).
+    """
+
+    step: int
+    rows: slice
+    positions: np.ndarray
+
+
+class _Pieces(Sequence[_Piece]):
+    """What this host prepares, in order, a piece at a time."""
 
     def __init__(self, steps: range, rows: np.ndarray, batch_size: int):
-        self.steps, self.batch_size = steps, batch_size
-        self._rows = np.array_split(rows, math.ceil(len(rows) / PIECE))
-        self.per_step = len(self._rows)
+        self.steps, self.batch_size, self.num_rows = steps, batch_size, len(rows)
+        self._rows = rows.astype(np.int64)
+        self.per_step = math.ceil(len(rows) / PIECE)
 
     def __len__(self) -> int:
         return len(self.steps) * self.per_step
 
     def __getitem__(self, index: Any) -> Any:
-        step, piece = divmod(index, self.per_step)
-        return self.steps[step] * self.batch_size + self._rows[piece].astype(np.int64)
+        number, piece = divmod(index, self.per_step)
+        step, rows = self.steps[number], slice(PIECE * piece, PIECE * (piece + 1))
+        return _Piece(step, rows, step * self.batch_size + self._rows[rows])
 
 
 def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -182,48 +197,85 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+class _SharedBatches:
+    """Batches that the threads of this process prepare together, each where its images belong."""
+
+    def __init__(self, reader: Reader, num_rows: int):
+        self._reader, self._num_rows = reader, num_rows
+        self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, piece: _Piece) -> list[BadImage]:
+        """Prepares a piece, and returns what could not be used."""
+        with self._lock:
+            if piece.step not in self._open:
+                self._open[piece.step] = self._reader.allocate(self._num_rows)
+            batch = self._open[piece.step]
+        rows = {name: array[piece.rows] for name, array in batch.items()}
+        return self._reader.fill(piece.positions, rows)
+
+    def collect(self, step: int, parts: Sequence[list[BadImage]]) -> Prepared:
+        """Hands out a batch of which all pieces are prepared."""
+        return Prepared(self._open.pop(step), [bad for part in parts for bad in part])
+
+
+class _SeparatePieces:
+    """Pieces of batches that are prepared in other processes."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+
+    def prepare(self, piece: _Piece) -> Prepared:
+        """Prepares a piece."""
+        return self._reader(piece.positions)
+
+    def collect(self, step: int, parts: Sequence[Prepared]) -> Prepared:
+        """Puts the pieces of a batch together."""
+        del step
+        # They lie in shared memory, which is given back with them.
+        names = parts[0].arrays
+        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in names}
+        return Prepared(arrays, [bad for part in parts for bad in part.bad])
+
+
 def _prepare(
-    reader: Callable[[np.ndarray], Prepared],
-    pieces: _Pieces,
-    threads: int,
-    processes: int,
-    prefetch_batches: int,
-) -> grain.DatasetIterator:
-    """Prepares the pieces in threads or processes, and yields them in order."""
+    reader: Reader, pieces: _Pieces, threads: int, processes: int, prefetch_batches: int
+) -> Generator[Prepared, None, None]:
+    """Prepares the pieces in threads or processes; yields this host's part of every batch."""
     # Parallelism comes from preparing images side by side; OpenCV's own threads would only add to
     # them. It and the JPEG decoder let go of the interpreter's lock.
     cv2.setNumThreads(0)
     ahead = math.ceil(max(prefetch_batches * pieces.per_step / processes, threads))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    prepared = grain.MapDataset.source(pieces).map(reader).to_iter_dataset(options)
+    work: Any = _SeparatePieces(reader)
+    if processes == 1:
+        work = _SharedBatches(reader, pieces.num_rows)
+    prepared = grain.MapDataset.source(pieces).map(work.prepare).to_iter_dataset(options)
     if processes > 1:
         # Grain hands its settings on to its workers by absl's flags, which nobody else here uses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
         prepared = prepared.mp_prefetch(workers, worker_init_fn=_start_worker)
-    return iter(prepared)
+    iterator = iter(prepared)
+    try:
+        for step in pieces.steps:
+            yield work.collect(step, [next(iterator) for _ in range(pieces.per_step)])
+    finally:
+        iterator.close()
 
 
 def _to_devices(
-    prepared: grain.DatasetIterator,
+    prepared: Generator[Prepared, None, None],
     pieces: _Pieces,
     sharding: jax.sharding.Sharding,
     report: Report,
 ) -> Generator[Batch, None, None]:
-    """Puts pieces together to global arrays, one batch ahead of the consumer."""
+    """Makes global arrays of the hosts' parts, one batch ahead of the consumer."""
 
-    def put(rows: Sequence[np.ndarray]) -> jax.Array:
-        array = np.concatenate(rows)
-        global_shape = (pieces.batch_size, *array.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, array, global_shape)
-
-    def read() -> tuple[list[BadImage], Batch]:
-        # Pieces of other processes lie in shared memory, which is given back when this returns.
-        parts: list[Prepared] = [next(prepared) for _ in range(pieces.per_step)]
-        names = parts[0].arrays
-        batch = {name: put([part.arrays[name] for part in parts]) for name in names}
-        return [bad for part in parts for bad in part.bad], batch
+    def put(rows: np.ndarray) -> jax.Array:
+        global_shape = (pieces.batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, global_shape)
 
     def hand_out() -> Batch:
         step, bad, batch = ahead.popleft()
@@ -233,8 +285,8 @@ def _to_devices(
 
     ahead: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
     try:
-        for step in pieces.steps:
-            ahead.append((step, *read()))
+        for step, (arrays, bad) in zip(pieces.steps, prepared, strict=True):
+            ahead.append((step, bad, {name: put(rows) for name, rows in arrays.items()}))
             if len(ahead) > 1:
                 yield hand_out()
         while ahead:

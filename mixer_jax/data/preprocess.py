@@ -36,6 +36,7 @@ def train_image(
     randaugment_layers: int,
     randaugment_magnitude: float,
     exif_orientation: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes, crops at random, flips and augments one training image.
 
@@ -50,18 +51,21 @@ def train_image(
         randaugment_layers: RandAugment operations an image; 0 is none.
         randaugment_magnitude: on the scale 0-10.
         exif_orientation: as `decode` takes it.
+        out: where to put the result; None: in an array of its own.
 
     Returns:
-        uint8 RGB (image_size, image_size, 3).
+        uint8 RGB (image_size, image_size, 3), `out` if it is given.
 
     Raises:
-        BadImageError: as `decode`.
+        BadImageError: as `decode`; `out` is then unspecified.
     """
+    if out is None:
+        out = np.empty((image_size, image_size, 3), np.uint8)
     box = functools.partial(inception_box, rng=rng, min_area=min_area)
     image = decode(
         encoded, box if train_crop == "inception" else None, exif_orientation=exif_orientation
     )
-    image = resize(image, image_size, image_size)
+    image = resize(image, image_size, image_size, out)
     if train_crop == "shift":
         image = shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
@@ -70,7 +74,9 @@ def train_image(
         image = rand_augment(
             image, rng, num_layers=randaugment_layers, magnitude=randaugment_magnitude
         )
-    return np.ascontiguousarray(image)
+    if image is not out:
+        out[...] = image
+    return out
 
 
 def eval_image(
@@ -120,11 +126,11 @@ def eval_image(
     return np.ascontiguousarray(image[top : top + image_size, left : left + image_size])
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes by linear interpolation, without antialiasing."""
+def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Resizes by linear interpolation, without antialiasing; into `out` if any pixel moves."""
     if image.shape[:2] == (height, width):
         return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def resize_by_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -155,9 +161,11 @@ def inception_box(height: int, width: int, rng: np.random.Generator, min_area: f
         rng: the only source of randomness.
         min_area: share of the image's area.
     """
+    narrowest, widest = _LOG_ASPECTS
     for _ in range(_TRIES):
-        aspect = math.exp(rng.uniform(*_LOG_ASPECTS))
-        area = rng.uniform(min_area, 1.0) * height * width
+        # What rng.uniform does, in a third of the time.
+        aspect = math.exp(narrowest + (widest - narrowest) * rng.random())
+        area = (min_area + (1.0 - min_area) * rng.random()) * height * width
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(rng.integers(height - box_height + 1))

@@ -9,11 +9,12 @@ References:
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import cv2
 import numpy as np
+
+from mixer_jax.data.affine import fixed_point, rotated, sheared, take
 
 RGBImage = np.ndarray  # uint8, (height, width, 3)
 
@@ -24,6 +25,7 @@ CUTOUT_PIXELS = 40
 TRANSLATE_PIXELS = 100
 
 _LEVELS = np.arange(256)
+_SAME = _LEVELS.astype(np.uint8)
 
 # ITU-R 601 luma in Pillow's 16-bit fixed point; the last column makes truncation round. All sums
 # of these fit in float32's 24 bits, so they are exact.
@@ -32,12 +34,12 @@ _LUMA = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
 
 def auto_contrast(image: RGBImage) -> RGBImage:
     """Stretches each channel linearly to the full range; a constant channel stays."""
-    return cv2.merge([_stretch(plane) for plane in cv2.split(image)])
+    return _map_channels(image, _stretching)
 
 
 def equalize(image: RGBImage) -> RGBImage:
     """Flattens each channel's histogram; a channel of too few pixels to do so stays."""
-    return cv2.merge([_flatten(plane) for plane in cv2.split(image)])
+    return _map_channels(image, _flattening)
 
 
 def invert(image: RGBImage) -> RGBImage:
@@ -47,29 +49,7 @@ def invert(image: RGBImage) -> RGBImage:
 
 def rotate(image: RGBImage, degrees: float) -> RGBImage:
     """Rotates about the centre of the image, anticlockwise for positive degrees."""
-    height, width = image.shape[:2]
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # From the centre of a pixel of the result to its source, both from the centre of the image.
-    x, y = (1 - width) / 2, (1 - height) / 2
-    start_x, start_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2
-    # 32 bits are faster, but hold no coordinates above 2**15; sources may be outside the image.
-    integer = "int32" if height + width < 2**14 else "int64"
-    columns, rows = np.arange(width, dtype=integer), np.arange(height, dtype=integer)[:, None]
-
-    def sources(across: float, down: float, start: float) -> np.ndarray:
-        places = _fixed(across) * columns + (_fixed(down) * rows + _fixed(start))
-        places >>= 16
-        return places.astype(np.float32)  # cv2.remap takes twice as long with integers.
-
-    # Not cv2.warpAffine: its 10 bits, for Pillow's 16, move some of the pixels by one.
-    return cv2.remap(
-        image,
-        sources(cosine, -sine, start_x),
-        sources(sine, cosine, start_y),
-        cv2.INTER_NEAREST,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=(FILL, FILL, FILL),
-    )
+    return take(image, rotated(*image.shape[:2], degrees), FILL)
 
 
 def posterize(image: RGBImage, bits: int) -> RGBImage:
@@ -127,22 +107,12 @@ def sharpness(image: RGBImage, factor: float) -> RGBImage:
 
 def shear_x(image: RGBImage, slope: float) -> RGBImage:
     """Shears along x: row y of the result starts `slope * y` pixels into row y of the image."""
-    height, width = image.shape[:2]
-    rows = np.arange(height)
-    shifts = (_fixed(slope) * rows + _fixed(slope / 2 + 0.5)) >> 16
-    # Every row of the result is a window, `width` pixels wide, on a row with FILL on either side.
-    padded = cv2.copyMakeBorder(
-        image, 0, 0, width, width, cv2.BORDER_CONSTANT, value=(FILL, FILL, FILL)
-    )
-    windows = np.lib.stride_tricks.as_strided(
-        padded, (height, 2 * width + 1, 3 * width), (9 * width, 3, 1), writeable=False
-    )
-    return windows[rows, (shifts + width).clip(0, 2 * width)].reshape(image.shape)
+    return take(image, sheared(*image.shape[:2], slope, 0.0), FILL)
 
 
 def shear_y(image: RGBImage, slope: float) -> RGBImage:
     """Shears along y: column x of the result starts `slope * x` pixels down column x."""
-    return cv2.transpose(shear_x(cv2.transpose(image), slope))
+    return take(image, sheared(*image.shape[:2], 0.0, slope), FILL)
 
 
 def translate_x(image: RGBImage, pixels: float) -> RGBImage:
@@ -170,26 +140,33 @@ def cutout(image: RGBImage, centre: np.ndarray, half_size: int) -> RGBImage:
     return image
 
 
-def _stretch(plane: np.ndarray) -> np.ndarray:
-    """Stretches one channel to the full range, uint8 (height, width)."""
+def _stretching(plane: np.ndarray) -> np.ndarray:
+    """Tabulates what stretches one channel, uint8 (height, width), to the full range."""
     low, high, _, _ = cv2.minMaxLoc(plane)
     if high - low in (0, 255):
-        return plane
+        return _SAME
     scale = 255 / (high - low)
-    return cv2.LUT(plane, (_LEVELS * scale - low * scale).clip(0, 255).astype(np.uint8))
+    return (_LEVELS * scale - low * scale).clip(0, 255).astype(np.uint8)
 
 
-def _flatten(plane: np.ndarray) -> np.ndarray:
-    """Flattens the histogram of one channel, uint8 (height, width)."""
+def _flattening(plane: np.ndarray) -> np.ndarray:
+    """Tabulates what flattens the histogram of one channel, uint8 (height, width)."""
     histogram = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     up_to = histogram.cumsum()
     # Pillow leaves the brightest level out of the step, so that it maps to 255.
-    brightest = up_to.searchsorted(up_to[-1])
-    step = (up_to[-1] - histogram[brightest]) // 255
+    brightest = up_to.searchsorted(plane.size)
+    step = (plane.size - int(histogram[brightest])) // 255
     if step == 0:
-        return plane
-    table = (step // 2 + up_to - histogram) // step
-    return cv2.LUT(plane, np.minimum(table, 255).astype(np.uint8))
+        return _SAME
+    up_to -= histogram
+    up_to += step // 2
+    up_to //= step
+    return np.minimum(up_to, 255).astype(np.uint8)
+
+
+def _map_channels(image: RGBImage, tabulate: Callable[[np.ndarray], np.ndarray]) -> RGBImage:
+    """Replaces the values of each channel by the table made of that channel."""
+    return cv2.merge([cv2.LUT(plane, tabulate(plane)) for plane in cv2.split(image)])
 
 
 def _greyscale(image: RGBImage) -> np.ndarray:
@@ -215,14 +192,9 @@ def _blend(degenerate: RGBImage, image: RGBImage, factor: float) -> RGBImage:
     return cv2.LUT(pairs.view(np.uint16), _blends(factor).ravel()).reshape(image.shape)
 
 
-def _fixed(number: float) -> int:
-    """Rounds to the 16.16 fixed point in which Pillow computes where a pixel comes from."""
-    return math.floor(number * 65536 + 0.5)
-
-
 def _overlap(length: int, pixels: float) -> tuple[slice, slice]:
     """Returns what a move keeps of an axis: where it is in the result, and in the image."""
-    shift = min(max(_fixed(pixels + 0.5) >> 16, -length), length)
+    shift = min(max(fixed_point(pixels + 0.5) >> 16, -length), length)
     left, right = max(shift, 0), max(-shift, 0)
     return slice(right, length - left), slice(left, length - right)
 
@@ -291,6 +263,6 @@ def rand_augment(
             "the paper's ImageNet-1k recipe has 2 and 15"
         )
     operations = list(OPERATIONS.values())
-    for index in rng.integers(len(operations), size=num_layers):
+    for index in rng.integers(len(operations), size=num_layers).tolist():
         image = operations[index](image, magnitude / FULL_MAGNITUDE, rng)
     return image

@@ -4,6 +4,8 @@ The data position is the step: which examples make batch n, and how each is augm
 on (seed, n). A run that is resumed, on as many hosts or on others, sees what it would have seen.
 """
 
+import abc
+import math
 from typing import Any, NamedTuple
 
 import grain
@@ -16,6 +18,8 @@ from mixer_jax.errors import RunFailedError
 
 # Substitutes for an image that cannot be used are drawn from this far into the stream.
 _FAR = 2**40
+# Bytes; XLA copies an array that lies elsewhere.
+_ALIGNMENT = 64
 # So many in a row that cannot be used are no accident.
 _SUBSTITUTES = 100
 
@@ -59,8 +63,32 @@ def example_order(source: Source, seed: int) -> grain.MapDataset:
     return grain.MapDataset.mix(parts, weights=[part.weight for part in source.parts])
 
 
-class TrainReader:
-    """Prepares training images at given places of the stream; may be sent to other processes."""
+class Reader(abc.ABC):
+    """Prepares images at given positions; may be sent to other processes."""
+
+    @abc.abstractmethod
+    def allocate(self, count: int) -> dict[str, np.ndarray]:
+        """Returns arrays for so many images, by name, each with one row an image."""
+
+    @abc.abstractmethod
+    def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
+        """Prepares the images at `positions`, (n,), in arrays of n rows as `allocate` gives them.
+
+        Returns:
+            Those met on the way that could not be used.
+        """
+
+    def __call__(self, positions: np.ndarray) -> Prepared:
+        """Returns the images at `positions`, (n,), in arrays of their own."""
+        arrays = self.allocate(len(positions))
+        return Prepared(arrays, self.fill(positions, arrays))
+
+
+class TrainReader(Reader):
+    """Prepares training images at given places of the stream.
+
+    Its arrays are `image` uint8 (n, image_size, image_size, 3) and `label` int32 (n,).
+    """
 
     def __init__(self, source: Source, seed: int, image_size: int, preprocess: dict[str, Any]):
         """Takes what the images depend on.
@@ -75,35 +103,43 @@ class TrainReader:
         self._image_size, self._preprocess = image_size, preprocess
         self._order = example_order(source, seed)
 
-    def __call__(self, positions: np.ndarray) -> Prepared:
-        """Prepares the examples at `positions` of the stream, (n,).
+    def allocate(self, count: int) -> dict[str, np.ndarray]:
+        """As `Reader`."""
+        size = self._image_size
+        images = _zeros((count, size, size, 3), np.uint8)
+        return {"image": images, "label": _zeros((count,), np.int32)}
 
-        Returns:
-            `image` uint8 (n, image_size, image_size, 3) and `label` int32 (n,).
+    def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
+        """As `Reader`.
 
         Raises:
             RunFailedError: a hundred images in a row cannot be used.
         """
-        images = np.empty((len(positions), self._image_size, self._image_size, 3), np.uint8)
-        labels = np.empty(len(positions), np.int32)
+        images, labels = arrays["image"], arrays["label"]
+        randomness = _Randomness(self._seed)
         bad: list[BadImage] = []
         for row, position in enumerate(positions.tolist()):
-            images[row], labels[row] = self._read(position, bad)
-        return Prepared({"image": images, "label": labels}, bad)
+            labels[row] = self._read(position, randomness.at(position), images[row], bad)
+        return bad
 
-    def _read(self, position: int, bad: list[BadImage]) -> tuple[np.ndarray, int]:
-        # Nothing of one place depends on another, so that any host can begin anywhere.
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
+    def _read(
+        self, position: int, rng: np.random.Generator, out: np.ndarray, bad: list[BadImage]
+    ) -> int:
+        """Prepares one image and returns its label."""
         index = self._order[position]
         for _ in range(_SUBSTITUTES):
             name = ""
             try:
                 example = self._source.examples[index]
                 name = example["name"]
-                image = train_image(
-                    example["image"], rng, image_size=self._image_size, **self._preprocess
+                train_image(
+                    example["image"],
+                    rng,
+                    image_size=self._image_size,
+                    **self._preprocess,
+                    out=out,
                 )
-                return image, example["labels"][0]
+                return example["labels"][0]
             except BadImageError as error:
                 bad.append(BadImage(error.name or name, error.reason))
             index = self._order[position + 1 + int(rng.integers(_FAR))]
@@ -113,8 +149,40 @@ class TrainReader:
         )
 
 
-class EvalReader:
-    """Prepares evaluation images in the order of the source."""
+def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """As `np.zeros`, but placed where JAX can use an array on the CPU without copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Randomness:
+    """Random numbers at every place of the stream.
+
+    Nothing of one place depends on another, so that any host can begin anywhere.
+    """
+
+    def __init__(self, seed: int):
+        self._bits = np.random.Philox(key=[seed, 0])
+        self._fresh = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def at(self, position: int) -> np.random.Generator:
+        """Returns `Generator(Philox(key=[seed, position]))`, to be used until the next call."""
+        # To set a state takes a tenth of the time that a new generator does.
+        self._fresh["state"]["key"][1] = position
+        self._bits.state = self._fresh
+        return self._generator
+
+
+class EvalReader(Reader):
+    """Prepares evaluation images in the order of the source; positions beyond it are padding.
+
+    Its arrays are `image` uint8 (n, image_size, image_size, 3); `label` int32 (n,), or where an
+    example may have several labels bool (n, num_classes), true for each of them; `mask` bool (n,),
+    false for what does not count: padding, images that cannot be used or have no label.
+    """
 
     def __init__(self, source: Source, image_size: int, eval_crop: str, exif_orientation: bool):
         """Takes what the images depend on.
@@ -131,20 +199,18 @@ class EvalReader:
             "exif_orientation": exif_orientation,
         }
 
-    def __call__(self, positions: np.ndarray) -> Prepared:
-        """Prepares the examples at `positions` of the source, (n,); those beyond it are padding.
-
-        Returns:
-            `image` uint8 (n, image_size, image_size, 3); `label` int32 (n,), or where an example
-            may have several labels bool (n, num_classes), true for each of them; `mask` bool (n,),
-            false for what does not count: padding, images that cannot be used or have no label.
-        """
-        count, size = len(positions), self._image_size
-        images = np.zeros((count, size, size, 3), np.uint8)
-        labels = np.zeros(count, np.int32)
+    def allocate(self, count: int) -> dict[str, np.ndarray]:
+        """As `Reader`."""
+        size = self._image_size
+        labels = _zeros((count,), np.int32)
         if self._source.multi_label:
-            labels = np.zeros((count, self._source.num_classes), np.bool_)
-        mask = np.zeros(count, np.bool_)
+            labels = _zeros((count, self._source.num_classes), np.bool_)
+        images = _zeros((count, size, size, 3), np.uint8)
+        return {"image": images, "label": labels, "mask": _zeros((count,), np.bool_)}
+
+    def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
+        """As `Reader`."""
+        images, labels, mask = arrays["image"], arrays["label"], arrays["mask"]
         bad: list[BadImage] = []
         for row, position in enumerate(positions.tolist()):
             if position >= len(self._source):
@@ -153,7 +219,9 @@ class EvalReader:
             try:
                 example = self._source.examples[position]
                 name = example["name"]
-                images[row] = eval_image(example["image"], image_size=size, **self._settings)
+                images[row] = eval_image(
+                    example["image"], image_size=self._image_size, **self._settings
+                )
             except BadImageError as error:
                 bad.append(BadImage(error.name or name, error.reason))
                 continue
@@ -163,4 +231,4 @@ class EvalReader:
             else:
                 labels[row] = right[0]
             mask[row] = bool(right)
-        return Prepared({"image": images, "label": labels, "mask": mask}, bad)
+        return bad

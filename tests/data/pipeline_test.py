@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mixer_jax.data.examples import Example, Source
 from mixer_jax.data.pipeline import (
+    PIECE,
     Batch,
     Report,
     _Pieces,
@@ -22,7 +23,7 @@ from mixer_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from mixer_jax.data.reading import BadImage, EvalReader, TrainReader
+from mixer_jax.data.reading import BadImage, TrainReader
 from mixer_jax.errors import RunFailedError
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh
 
@@ -301,29 +302,33 @@ def test_bad_images_are_left_out_of_evaluation_and_reported() -> None:
     assert masks.tolist() == [index not in BAD for index in range(10)] + [False, False]
 
 
-def test_several_right_answers_or_none() -> None:
-    answers = [(2, 7), (), (9,)]
-    examples = [Example(image=Reads()[0]["image"], labels=a, name="") for a in answers]
-    real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    reader = EvalReader(real, SIZE, "whole", exif_orientation=False)
-    arrays = reader(np.arange(4)).arrays
-    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
-    assert arrays["mask"].tolist() == [True, False, True, False]
-
-
 def test_hosts_have_disjoint_shards_that_make_the_whole_batch() -> None:
     """What 1, 2 or 4 hosts prepare, each for the rows that its devices hold."""
     reader = TrainReader(source(), 0, SIZE, AUGMENTED)
     steps = range(2, 5)
-    whole = _Pieces(steps, np.arange(20), 20)
+
+    def prepared(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places = np.concatenate([piece.positions for piece in _Pieces(steps, rows, 20)])
+        return places, reader(places).arrays["image"]
+
+    _, alone = prepared(np.arange(20))
     for hosts in (2, 4):
-        shards = [_Pieces(steps, rows, 20) for rows in np.split(np.arange(20), hosts)]
-        places = [np.concatenate([shard[k] for k in range(len(shard))]) for shard in shards]
-        assert sorted(np.concatenate(places)) == list(range(40, 100))
-        together = np.concatenate([reader(p).arrays["image"] for p in places])
-        alone = np.concatenate([reader(whole[k]).arrays["image"] for k in range(len(whole))])
-        order = np.argsort(np.concatenate(places))
-        np.testing.assert_array_equal(together[order], alone)
+        shards = [prepared(rows) for rows in np.split(np.arange(20), hosts)]
+        places, together = (np.concatenate(column) for column in zip(*shards, strict=True))
+        assert sorted(places) == list(range(40, 100))
+        np.testing.assert_array_equal(together[np.argsort(places)], alone)
+
+
+def test_pieces_fill_the_rows_of_their_batch() -> None:
+    pieces = _Pieces(range(3, 5), np.arange(5, 42), 100)
+    assert pieces.per_step == 3
+    for number, step in enumerate((3, 4)):
+        batch = np.full(pieces.num_rows, -1)
+        for piece in (pieces[3 * number + k] for k in range(3)):
+            assert piece.step == step
+            assert len(piece.positions) <= PIECE
+            batch[piece.rows] = piece.positions
+        assert batch.tolist() == list(range(100 * step + 5, 100 * step + 42))
 
 
 class Files(Sequence[Example]):

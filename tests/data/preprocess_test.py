@@ -161,6 +161,10 @@ def test_training_images(shape: tuple[int, int], crop: str, augment: dict[str, A
     assert image.dtype == np.uint8
     assert image.flags.c_contiguous
     np.testing.assert_array_equal(image, draw(0))
+    out = np.zeros((16, 16, 3), np.uint8)
+    rng, settings = np.random.default_rng(0), augment | {"train_crop": crop}
+    assert train_image(encoded, rng, image_size=16, **settings, out=out) is out
+    np.testing.assert_array_equal(out, image)
     whole = crop == "resize" or (crop == "inception" and shape == (500, 9))
     always_alike = whole and not augment["flip"]
     assert (len({draw(seed).tobytes() for seed in range(20)}) == 1) == always_alike

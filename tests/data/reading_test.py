@@ -1,0 +1,84 @@
+"""Tests of the readers: what they put where, and out of what randomness."""
+
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+
+from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.preprocess import train_image
+from mixer_jax.data.reading import BadImage, EvalReader, TrainReader, example_order
+
+SIZE = 8
+PLACES = np.array([40, 3, 10**12])
+SETTINGS: dict[str, Any] = {
+    "train_crop": "inception",
+    "min_area": 0.05,
+    "max_shift": 0,
+    "flip": True,
+    "randaugment_layers": 2,
+    "randaugment_magnitude": 10.0,
+}
+
+
+def encoded(seed: int) -> bytes:
+    image = np.random.default_rng(seed).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+EXAMPLES = [Example(image=encoded(k), labels=(k,), name=f"image {k}") for k in range(10)]
+SOURCE = Source("toy", EXAMPLES, tuple("abcdefghij"))
+
+
+def test_every_place_has_random_numbers_of_its_own() -> None:
+    """Whatever was prepared before it, as documented: Philox with seed and place for its key."""
+    order = example_order(SOURCE, 5)
+    arrays = TrainReader(SOURCE, 5, SIZE, SETTINGS)(PLACES).arrays
+    for row, place in enumerate(PLACES.tolist()):
+        rng = np.random.Generator(np.random.Philox(key=[5, place]))
+        index = order[place]
+        image = train_image(EXAMPLES[index]["image"], rng, image_size=SIZE, **SETTINGS)
+        np.testing.assert_array_equal(arrays["image"][row], image)
+        assert arrays["label"][row] == index
+
+
+def test_arrays_are_filled_where_they_are() -> None:
+    reader = TrainReader(SOURCE, 0, SIZE, SETTINGS)
+    whole = reader.allocate(7)
+    rows = {name: array[2:5] for name, array in whole.items()}
+    assert reader.fill(PLACES, rows) == []
+    alone = reader(PLACES).arrays
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array[2:5], alone[name])
+        assert not array[:2].any()
+        assert not array[5:].any()
+
+
+def test_jax_uses_the_arrays_on_the_cpu_without_copying_them() -> None:
+    device = jax.devices("cpu")[0]
+    for count in (1, 3, 128):
+        for array in TrainReader(SOURCE, 0, SIZE, SETTINGS).allocate(count).values():
+            on_device = jax.device_put(array, device)
+            assert on_device.unsafe_buffer_pointer() == array.ctypes.data
+
+
+def test_several_right_answers_or_none() -> None:
+    answers = [(2, 7), (), (9,)]
+    examples = [Example(image=encoded(0), labels=a, name="") for a in answers]
+    real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
+    arrays = EvalReader(real, SIZE, "whole", exif_orientation=False)(np.arange(4)).arrays
+    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
+    assert arrays["mask"].tolist() == [True, False, True, False]
+
+
+def test_what_cannot_be_evaluated_stays_empty() -> None:
+    examples = [EXAMPLES[0], Example(image=b"broken", labels=(1,), name="image 1"), EXAMPLES[2]]
+    reader = EvalReader(
+        Source("toy", examples, SOURCE.class_names), SIZE, "whole", exif_orientation=False
+    )
+    arrays, bad = reader(np.arange(4))
+    assert bad == [BadImage("image 1", "no image, or its header is damaged")]
+    assert arrays["mask"].tolist() == [True, False, True, False]
+    assert arrays["label"].tolist() == [0, 0, 2, 0]
+    assert [image.any() for image in arrays["image"]] == [True, False, True, False]
