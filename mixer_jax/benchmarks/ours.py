@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.pipeline import PIECE, Batch, train_batches
+from mixer_jax.data.pieces import PIECE
+from mixer_jax.data.pipeline import Batch, train_batches
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh
 
 # RandAugment of the paper's ImageNet-1k recipe.

@@ -25,7 +25,8 @@ from mixer_jax.benchmarks.ours import (
     our_batches,
     preprocess,
 )
-from mixer_jax.data.pipeline import PIECE, count_cores
+from mixer_jax.data.pieces import PIECE
+from mixer_jax.data.pipeline import count_cores
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 

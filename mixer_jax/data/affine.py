@@ -12,7 +12,7 @@ def take(image: np.ndarray, sources: np.ndarray, fill: int) -> np.ndarray:
 
     Args:
         image: uint8 RGB (height, width, 3).
-        sources: where each pixel comes from, as `rotated` and `sheared` give it.
+        sources: where each pixel comes from, as the functions below tell.
         fill: value of the pixels that come from outside of the image.
     """
     height, width = image.shape[:2]
@@ -20,14 +20,14 @@ def take(image: np.ndarray, sources: np.ndarray, fill: int) -> np.ndarray:
     pixels = np.empty((height * width + 1, 4), np.uint8)
     cv2.cvtColor(image, cv2.COLOR_RGB2RGBA, dst=pixels[:-1].reshape(height, width, 4))
     pixels[-1] = fill
-    # None lies beyond; to have none checked is faster.
+    # All sources are in range, and "wrap" is faster than the default, which checks them.
     taken = pixels.view(np.int32)[:, 0].take(sources, mode="wrap")
     return cv2.cvtColor(taken.view(np.uint8).reshape(height, width, 4), cv2.COLOR_RGBA2RGB)
 
 
-# Images of one size moved at one magnitude need few: only the sign of a move is drawn at random.
+# Of one size of images and one magnitude there are two rotations, by sign, and four shears.
 @functools.lru_cache(maxsize=4)
-def rotated(height: int, width: int, degrees: float) -> np.ndarray:
+def rotation_sources(height: int, width: int, degrees: float) -> np.ndarray:
     """Returns where pixels come from when an image is rotated about its centre.
 
     Args:
@@ -37,7 +37,7 @@ def rotated(height: int, width: int, degrees: float) -> np.ndarray:
 
     Returns:
         int64 (height, width): the number of the source when pixels are counted row by row, and
-        height * width where it lies outside of the image.
+        height * width where it lies outside of the image. Read-only, as all callers share it.
     """
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     # From the centre of a pixel of the result to its source, both from the centre of the image.
@@ -46,8 +46,8 @@ def rotated(height: int, width: int, degrees: float) -> np.ndarray:
     return _sources(height, width, (cosine, -sine, start_x), (sine, cosine, start_y))
 
 
-@functools.lru_cache(maxsize=4)
-def sheared(height: int, width: int, slope_x: float, slope_y: float) -> np.ndarray:
+@functools.lru_cache(maxsize=8)
+def shear_sources(height: int, width: int, slope_x: float, slope_y: float) -> np.ndarray:
     """Returns where pixels come from when an image is sheared, with its upper left corner fixed.
 
     Args:
@@ -57,7 +57,7 @@ def sheared(height: int, width: int, slope_x: float, slope_y: float) -> np.ndarr
         slope_y: pixels down that a source lies further in every next column.
 
     Returns:
-        As `rotated`.
+        As `rotation_sources`.
     """
     across = (1.0, slope_x, (1 + slope_x) / 2)
     return _sources(height, width, across, (slope_y, 1.0, (1 + slope_y) / 2))
@@ -86,5 +86,5 @@ def _sources(
     )
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     sources = np.where(inside, rows * width + columns, height * width)
-    sources.setflags(write=False)  # It is shared.
+    sources.setflags(write=False)
     return sources

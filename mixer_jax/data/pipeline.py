@@ -10,9 +10,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import grain
@@ -21,14 +21,13 @@ import numpy as np
 from absl import flags
 
 from mixer_jax.data.examples import Source
+from mixer_jax.data.pieces import PIECE, CopiedBatches, Pieces, SharedBatches
 from mixer_jax.data.reading import BadImage, EvalReader, Prepared, Reader, TrainReader
 
 Batch = dict[str, jax.Array]
 # Called with the number of a step, beginning with 1, and what it met that could not be used.
 Report = Callable[[int, list[BadImage]], None]
 
-# Images that one thread prepares at a time: enough that handing them over costs next to nothing.
-PIECE = 16
 # Threads of one process get in each other's way when they are more: about a tenth of the work
 # needs the interpreter, which serves one of them at a time.
 _CORES_A_PROCESS = 8
@@ -80,7 +79,7 @@ def train_batches(
     """
     reader = TrainReader(source, seed, image_size, preprocess)
     steps = range(first_step, num_steps)
-    pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
+    pieces = Pieces(steps, _local_rows(sharding, batch_size), batch_size)
     processes, threads = _workers(processes, threads, PIECE * image_size**2 * 3)
     prepared = _prepare(reader, pieces, threads, processes, prefetch_batches)
     return _to_devices(prepared, pieces, sharding, report)
@@ -118,41 +117,10 @@ def eval_batches(
     """
     reader = EvalReader(source, image_size, eval_crop, exif_orientation)
     steps = range(math.ceil(len(source) / batch_size))
-    pieces = _Pieces(steps, _local_rows(sharding, batch_size), batch_size)
+    pieces = Pieces(steps, _local_rows(sharding, batch_size), batch_size)
     threads = threads or count_cores()
     prepared = _prepare(reader, pieces, threads, 1, prefetch_batches)
     return _to_devices(prepared, pieces, sharding, report)
-
-
-class _Piece(NamedTuple):
-    """Part of a batch that one thread prepares.
-
-    Attributes:
-        step: of the batch.
-        rows: of this host's part of the batch.
-        positions: in the stream of examples, (n,).
-    """
-
-    step: int
-    rows: slice
-    positions: np.ndarray
-
-
-class _Pieces(Sequence[_Piece]):
-    """What this host prepares, in order, a piece at a time."""
-
-    def __init__(self, steps: range, rows: np.ndarray, batch_size: int):
-        self.steps, self.batch_size, self.num_rows = steps, batch_size, len(rows)
-        self._rows = rows.astype(np.int64)
-        self.per_step = math.ceil(len(rows) / PIECE)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.per_step
-
-    def __getitem__(self, index: Any) -> Any:
-        number, piece = divmod(index, self.per_step)
-        step, rows = self.steps[number], slice(PIECE * piece, PIECE * (piece + 1))
-        return _Piece(step, rows, step * self.batch_size + self._rows[rows])
 
 
 def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -197,49 +165,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-class _SharedBatches:
-    """Batches that the threads of this process prepare together, each where its images belong."""
-
-    def __init__(self, reader: Reader, num_rows: int):
-        self._reader, self._num_rows = reader, num_rows
-        self._open: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def prepare(self, piece: _Piece) -> list[BadImage]:
-        """Prepares a piece, and returns what could not be used."""
-        with self._lock:
-            if piece.step not in self._open:
-                self._open[piece.step] = self._reader.allocate(self._num_rows)
-            batch = self._open[piece.step]
-        rows = {name: array[piece.rows] for name, array in batch.items()}
-        return self._reader.fill(piece.positions, rows)
-
-    def collect(self, step: int, parts: Sequence[list[BadImage]]) -> Prepared:
-        """Hands out a batch of which all pieces are prepared."""
-        return Prepared(self._open.pop(step), [bad for part in parts for bad in part])
-
-
-class _SeparatePieces:
-    """Pieces of batches that are prepared in other processes."""
-
-    def __init__(self, reader: Reader):
-        self._reader = reader
-
-    def prepare(self, piece: _Piece) -> Prepared:
-        """Prepares a piece."""
-        return self._reader(piece.positions)
-
-    def collect(self, step: int, parts: Sequence[Prepared]) -> Prepared:
-        """Puts the pieces of a batch together."""
-        del step
-        # They lie in shared memory, which is given back with them.
-        names = parts[0].arrays
-        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in names}
-        return Prepared(arrays, [bad for part in parts for bad in part.bad])
-
-
 def _prepare(
-    reader: Reader, pieces: _Pieces, threads: int, processes: int, prefetch_batches: int
+    reader: Reader, pieces: Pieces, threads: int, processes: int, prefetch_batches: int
 ) -> Generator[Prepared, None, None]:
     """Prepares the pieces in threads or processes; yields this host's part of every batch."""
     # Parallelism comes from preparing images side by side; OpenCV's own threads would only add to
@@ -247,10 +174,9 @@ def _prepare(
     cv2.setNumThreads(0)
     ahead = math.ceil(max(prefetch_batches * pieces.per_step / processes, threads))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    work: Any = _SeparatePieces(reader)
-    if processes == 1:
-        work = _SharedBatches(reader, pieces.num_rows)
-    prepared = grain.MapDataset.source(pieces).map(work.prepare).to_iter_dataset(options)
+    kind = SharedBatches if processes == 1 else CopiedBatches
+    batches = kind(reader, pieces.num_rows)
+    prepared = grain.MapDataset.source(pieces).map(batches.prepare).to_iter_dataset(options)
     if processes > 1:
         # Grain hands its settings on to its workers by absl's flags, which nobody else here uses.
         if not flags.FLAGS.is_parsed():
@@ -260,14 +186,14 @@ def _prepare(
     iterator = iter(prepared)
     try:
         for step in pieces.steps:
-            yield work.collect(step, [next(iterator) for _ in range(pieces.per_step)])
+            yield batches.collect(step, [next(iterator) for _ in range(pieces.per_step)])
     finally:
         iterator.close()
 
 
 def _to_devices(
     prepared: Generator[Prepared, None, None],
-    pieces: _Pieces,
+    pieces: Pieces,
     sharding: jax.sharding.Sharding,
     report: Report,
 ) -> Generator[Batch, None, None]:

@@ -51,13 +51,13 @@ def train_image(
         randaugment_layers: RandAugment operations an image; 0 is none.
         randaugment_magnitude: on the scale 0-10.
         exif_orientation: as `decode` takes it.
-        out: where to put the result; None: in an array of its own.
+        out: uint8 (image_size, image_size, 3) to put the result into; None: a new array.
 
     Returns:
         uint8 RGB (image_size, image_size, 3), `out` if it is given.
 
     Raises:
-        BadImageError: as `decode`; `out` is then unspecified.
+        BadImageError: as `decode`; the contents of `out` are then unspecified.
     """
     if out is None:
         out = np.empty((image_size, image_size, 3), np.uint8)
@@ -127,7 +127,10 @@ def eval_image(
 
 
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Resizes by linear interpolation, without antialiasing; into `out` if any pixel moves."""
+    """Resizes by linear interpolation, without antialiasing; into `out`, if it is given.
+
+    An image that has this size already is returned as it is.
+    """
     if image.shape[:2] == (height, width):
         return image
     return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
@@ -161,10 +164,10 @@ def inception_box(height: int, width: int, rng: np.random.Generator, min_area: f
         rng: the only source of randomness.
         min_area: share of the image's area.
     """
-    narrowest, widest = _LOG_ASPECTS
+    low, high = _LOG_ASPECTS
     for _ in range(_TRIES):
         # What rng.uniform does, in a third of the time.
-        aspect = math.exp(narrowest + (widest - narrowest) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         area = (min_area + (1.0 - min_area) * rng.random()) * height * width
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:

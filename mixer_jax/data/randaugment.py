@@ -14,7 +14,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from mixer_jax.data.affine import fixed_point, rotated, sheared, take
+from mixer_jax.data.affine import fixed_point, rotation_sources, shear_sources, take
 
 RGBImage = np.ndarray  # uint8, (height, width, 3)
 
@@ -25,7 +25,7 @@ CUTOUT_PIXELS = 40
 TRANSLATE_PIXELS = 100
 
 _LEVELS = np.arange(256)
-_SAME = _LEVELS.astype(np.uint8)
+_IDENTITY = _LEVELS.astype(np.uint8)
 
 # ITU-R 601 luma in Pillow's 16-bit fixed point; the last column makes truncation round. All sums
 # of these fit in float32's 24 bits, so they are exact.
@@ -34,12 +34,12 @@ _LUMA = np.array([[19595, 38470, 7471, 32768]], np.float32) / 65536
 
 def auto_contrast(image: RGBImage) -> RGBImage:
     """Stretches each channel linearly to the full range; a constant channel stays."""
-    return _map_channels(image, _stretching)
+    return _map_channels(image, _stretching_table)
 
 
 def equalize(image: RGBImage) -> RGBImage:
     """Flattens each channel's histogram; a channel of too few pixels to do so stays."""
-    return _map_channels(image, _flattening)
+    return _map_channels(image, _flattening_table)
 
 
 def invert(image: RGBImage) -> RGBImage:
@@ -49,7 +49,7 @@ def invert(image: RGBImage) -> RGBImage:
 
 def rotate(image: RGBImage, degrees: float) -> RGBImage:
     """Rotates about the centre of the image, anticlockwise for positive degrees."""
-    return take(image, rotated(*image.shape[:2], degrees), FILL)
+    return take(image, rotation_sources(*image.shape[:2], degrees), FILL)
 
 
 def posterize(image: RGBImage, bits: int) -> RGBImage:
@@ -107,12 +107,12 @@ def sharpness(image: RGBImage, factor: float) -> RGBImage:
 
 def shear_x(image: RGBImage, slope: float) -> RGBImage:
     """Shears along x: row y of the result starts `slope * y` pixels into row y of the image."""
-    return take(image, sheared(*image.shape[:2], slope, 0.0), FILL)
+    return take(image, shear_sources(*image.shape[:2], slope, 0.0), FILL)
 
 
 def shear_y(image: RGBImage, slope: float) -> RGBImage:
     """Shears along y: column x of the result starts `slope * x` pixels down column x."""
-    return take(image, sheared(*image.shape[:2], 0.0, slope), FILL)
+    return take(image, shear_sources(*image.shape[:2], 0.0, slope), FILL)
 
 
 def translate_x(image: RGBImage, pixels: float) -> RGBImage:
@@ -140,24 +140,25 @@ def cutout(image: RGBImage, centre: np.ndarray, half_size: int) -> RGBImage:
     return image
 
 
-def _stretching(plane: np.ndarray) -> np.ndarray:
+def _stretching_table(plane: np.ndarray) -> np.ndarray:
     """Tabulates what stretches one channel, uint8 (height, width), to the full range."""
     low, high, _, _ = cv2.minMaxLoc(plane)
     if high - low in (0, 255):
-        return _SAME
+        return _IDENTITY
     scale = 255 / (high - low)
     return (_LEVELS * scale - low * scale).clip(0, 255).astype(np.uint8)
 
 
-def _flattening(plane: np.ndarray) -> np.ndarray:
+def _flattening_table(plane: np.ndarray) -> np.ndarray:
     """Tabulates what flattens the histogram of one channel, uint8 (height, width)."""
     histogram = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     up_to = histogram.cumsum()
+    total = int(up_to[-1])
     # Pillow leaves the brightest level out of the step, so that it maps to 255.
-    brightest = up_to.searchsorted(plane.size)
-    step = (plane.size - int(histogram[brightest])) // 255
+    brightest = up_to.searchsorted(total)
+    step = (total - int(histogram[brightest])) // 255
     if step == 0:
-        return _SAME
+        return _IDENTITY
     up_to -= histogram
     up_to += step // 2
     up_to //= step

@@ -18,7 +18,7 @@ from mixer_jax.errors import RunFailedError
 
 # Substitutes for an image that cannot be used are drawn from this far into the stream.
 _FAR = 2**40
-# Bytes; XLA copies an array that lies elsewhere.
+# Bytes; XLA on the CPU copies an array whose address is no multiple of this.
 _ALIGNMENT = 64
 # So many in a row that cannot be used are no accident.
 _SUBSTITUTES = 100
@@ -68,11 +68,11 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """Returns arrays for so many images, by name, each with one row an image."""
+        """Returns arrays of zeros for so many images, by name, each with one row an image."""
 
     @abc.abstractmethod
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
-        """Prepares the images at `positions`, (n,), in arrays of n rows as `allocate` gives them.
+        """Prepares the images at `positions`, (n,), in n rows of arrays fresh from `allocate`.
 
         Returns:
             Those met on the way that could not be used.

@@ -14,11 +14,10 @@ import pytest
 from jax.sharding import Mesh
 
 from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.pieces import PIECE, Pieces
 from mixer_jax.data.pipeline import (
-    PIECE,
     Batch,
     Report,
-    _Pieces,
     _workers,
     eval_batches,
     train_batches,
@@ -308,7 +307,7 @@ def test_hosts_have_disjoint_shards_that_make_the_whole_batch() -> None:
     steps = range(2, 5)
 
     def prepared(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.concatenate([piece.positions for piece in _Pieces(steps, rows, 20)])
+        places = np.concatenate([piece.positions for piece in Pieces(steps, rows, 20)])
         return places, reader(places).arrays["image"]
 
     _, alone = prepared(np.arange(20))
@@ -320,7 +319,7 @@ def test_hosts_have_disjoint_shards_that_make_the_whole_batch() -> None:
 
 
 def test_pieces_fill_the_rows_of_their_batch() -> None:
-    pieces = _Pieces(range(3, 5), np.arange(5, 42), 100)
+    pieces = Pieces(range(3, 5), np.arange(5, 42), 100)
     assert pieces.per_step == 3
     for number, step in enumerate((3, 4)):
         batch = np.full(pieces.num_rows, -1)
@@ -329,6 +328,29 @@ def test_pieces_fill_the_rows_of_their_batch() -> None:
             assert len(piece.positions) <= PIECE
             batch[piece.rows] = piece.positions
         assert batch.tolist() == list(range(100 * step + 5, 100 * step + 42))
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (8, 1), (1, 2)])
+def test_jax_uses_the_batches_on_the_cpu_without_copying_them(
+    devices: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[np.ndarray] = []
+
+    def allocate(reader: TrainReader, count: int) -> dict[str, np.ndarray]:
+        arrays = original(reader, count)
+        allocated.append(arrays["image"])
+        return arrays
+
+    original = TrainReader.allocate
+    monkeypatch.setattr(TrainReader, "allocate", allocate)
+    batches = train(
+        0, 2, batch_size=64, mesh=mesh_of(devices, 1), processes=processes, examples=Files()
+    )
+    for batch in batches:
+        for shard in batch["image"].addressable_shards:
+            address = shard.data.unsafe_buffer_pointer()
+            starts = [array.ctypes.data for array in allocated]
+            assert any(start <= address < start + 64 * SIZE * SIZE * 3 for start in starts)
 
 
 class Files(Sequence[Example]):

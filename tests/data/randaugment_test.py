@@ -119,7 +119,7 @@ def test_rotate(image: np.ndarray, degrees: float) -> None:
 
 
 def test_rotate_a_large_image() -> None:
-    # Large enough to be rotated in the arithmetic of 64 bits.
+    # So wide that 32 bits would not hold its fixed-point coordinates.
     image = np.random.default_rng(0).integers(256, size=(3, 32000, 3), dtype=np.uint8)
     for degrees in (-60, 0.01, 180):
         expected = pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
