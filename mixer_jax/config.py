@@ -5,6 +5,7 @@ command line (see command_line.py) changes it once more; `validate()` then check
 device is touched.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,14 +21,22 @@ KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 def get_default() -> ConfigDict:
     """Returns a locked config with every key at its default, no evaluations and no mixture."""
-    tree: dict[str, Any] = {}
+    return ConfigDict(with_defaults({}) | {section: {} for section in ENTRY_KEYS}).lock()
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a saved config with every key of `KEYS` that it lacks at its default.
+
+    Before a key existed, runs did what is its default now. Evals and mixture stay as they are.
+    """
+    tree = copy.deepcopy(saved)
     for path, key in KEYS.items():
         *sections, name = path.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[name] = key.default
-    return ConfigDict(tree | {section: {} for section in ENTRY_KEYS}).lock()
+        node.setdefault(name, key.default)
+    return tree
 
 
 def evals(**splits: dict[str, Any]) -> ConfigDict:

@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.config import flatten
+from mixer_jax.config import flatten, with_defaults
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS, find_key
+from mixer_jax.keys import find_key
 from mixer_jax.weights.steps import FOLDER, list_steps
 
 CONFIG_FILE = "config.json"
@@ -82,13 +82,11 @@ def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[s
         Two lists of lines "key: old -> new": those harmless to a resumed run, and those that would
         make it another experiment.
     """
-    before, after = flatten(ConfigDict(old)), flatten(new)
+    before, after = flatten(ConfigDict(with_defaults(old))), flatten(new)
     harmless: list[str] = []
     harmful: list[str] = []
     for path in sorted({*before, *after}):
-        # Before a key existed, runs did what is its default now.
-        default = KEYS[path].default if path in KEYS else "(absent)"
-        was, now = before.get(path, default), after.get(path, "(absent)")
+        was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
         if was != now:
             key = find_key(path)
             # An entry of evals that was added or taken out has all its keys changed.

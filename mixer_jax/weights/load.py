@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mixer_jax.config import with_defaults
 from mixer_jax.model.mixer import MlpMixer, build_model
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.weights.checkpoint import Checkpoints, abstract
@@ -18,7 +19,7 @@ class Loaded(NamedTuple):
     Attributes:
         model: from images to logits.
         params: its parameters, the averaged ones where the run averaged.
-        metadata: what the checkpoint says of itself.
+        metadata: what the checkpoint says of itself, its config with the keys added since then.
         step: it was saved at.
     """
 
@@ -43,6 +44,7 @@ def load_checkpoint(path: str, mesh: Mesh, step: int | None = None) -> Loaded:
     checkpoints = Checkpoints(run)
     try:
         metadata = checkpoints.metadata(step)
+        metadata["config"] = with_defaults(metadata["config"])
         model = build_model(metadata["config"]["model"], len(metadata["class_names"]))
         images = jnp.zeros((1, metadata["image_size"], metadata["image_size"], 3))
         shape = jax.eval_shape(lambda: model.init(jax.random.key(0), images)["params"])

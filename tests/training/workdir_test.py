@@ -43,6 +43,31 @@ def test_differences_tell_harm_from_convenience(config: ConfigDict) -> None:
     assert "forgotten: 1 -> '(absent)'" in differences(saved, config)[1]
 
 
+def test_an_entry_of_the_mixture_makes_another_experiment_and_one_of_evals_does_not(
+    config: ConfigDict,
+) -> None:
+    without = json.loads(to_json(config))
+    config.evals = config_lib.evals(val={"split": "validation"})
+    added = ["dataset: '(absent)' -> ''", "every_steps: '(absent)' -> 0"]
+    added += ["split: '(absent)' -> 'validation'"]
+    assert differences(without, config) == ([f"evals.val.{line}" for line in added], [])
+    with_evals = json.loads(to_json(config))
+    config.mixture = config_lib.mixture(more={"dataset": "digits"})
+    added = ["dataset: '(absent)' -> 'digits'", "split: '(absent)' -> 'train'"]
+    added += ["weight: '(absent)' -> 1.0"]
+    assert differences(with_evals, config) == ([], [f"mixture.more.{line}" for line in added])
+    # Taken out again, likewise.
+    with_both = json.loads(to_json(config))
+    config.evals, config.mixture = config_lib.evals(), config_lib.mixture()
+    harmless, harmful = differences(with_both, config)
+    assert [line.split(":")[0] for line in harmless] == [
+        f"evals.val.{key}" for key in ("dataset", "every_steps", "split")
+    ]
+    assert [line.split(":")[0] for line in harmful] == [
+        f"mixture.more.{key}" for key in ("dataset", "split", "weight")
+    ]
+
+
 def test_a_new_folder_is_made(tmp_path: Path, config: ConfigDict) -> None:
     workdir = tmp_path / "a" / "b"
     assert check(str(workdir), config) == []
