@@ -1,4 +1,4 @@
-"""Hosts of one run: joining them, and agreeing to stop."""
+"""Hosts of one run: joining them, what they tell each other, and the signals that stop one."""
 
 import glob
 import importlib.util
@@ -70,23 +70,19 @@ def is_leader() -> bool:
 
 def any_host(flag: bool) -> bool:
     """Returns whether the flag is set on any host; every host must ask at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return bool(gather(np.array(flag)).any())
 
 
 def total(count: int) -> int:
     """Returns the sum of a count over all hosts; every host must ask at the same time."""
-    if jax.process_count() == 1:
-        return count
-    return int(multihost_utils.process_allgather(np.array(count)).sum())
+    return int(gather(np.array(count)).sum())
 
 
 def gather(numbers: np.ndarray) -> np.ndarray:
     """Returns the arrays of all hosts, (hosts, ...); every host must ask at the same time.
 
     Args:
-        numbers: uint32, of the same shape on every host.
+        numbers: that fit into 32 bits, of the same shape on every host.
     """
     if jax.process_count() == 1:
         return numbers[None]

@@ -1,6 +1,7 @@
 """Tests of joining and leaving a run; two real hosts are in end_to_end_test.py."""
 
 import jax
+import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
@@ -44,9 +45,25 @@ def test_a_cluster_is_joined_where_there_is_one(
     assert joined == expected
 
 
-def test_one_host_asks_nobody() -> None:
+def test_one_host_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hosts.multihost_utils, "process_allgather")
     assert hosts.any_host(True) is True
     assert hosts.any_host(False) is False
+    assert hosts.total(7) == 7
+    np.testing.assert_array_equal(hosts.gather(np.arange(3)), [[0, 1, 2]])
+
+
+def test_hosts_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = iter([np.array(False), np.array(True), np.array(False), np.array(5), np.arange(2, 4)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        hosts.multihost_utils, "process_allgather", lambda own: np.stack([own, next(others)])
+    )
+    assert hosts.any_host(True) is True
+    assert hosts.any_host(False) is True
+    assert hosts.any_host(False) is False
+    assert hosts.total(7) == 12
+    np.testing.assert_array_equal(hosts.gather(np.arange(2)), [[0, 1], [2, 3]])
 
 
 def test_hosts_that_cannot_be_found_are_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
