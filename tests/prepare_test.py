@@ -21,18 +21,13 @@ import tensorflow_datasets as tfds
 import mixer_jax.data.builders.digits  # noqa: F401  Importing it makes TFDS know digits.
 from mixer_jax.data.sources import open_source
 from mixer_jax.errors import UserError
-
-
-def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mixer_jax.prepare", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+from tests.door import run_door
 
 
 def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
     folder = tmp_path / "my data"
-    done = prepare("digits/low", f"--data_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    again = prepare("digits/low", f"--data_dir={folder}")
+    done = run_door("prepare", "digits/low", f"--data_dir={folder}")
+    again = run_door("prepare", "digits/low", f"--data_dir={folder}")
     # Nothing but the table on standard output, and the same one for what is there already.
     assert again.stdout == "digits/low/1.0.0 is already prepared\n" + done.stdout
     assert done.stdout.startswith("split ")
@@ -47,13 +42,12 @@ def test_relative_folders_are_told_as_absolute(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(root))
-    done = prepare("digits/low", "--data_dir=data")
+    done = run_door("prepare", "digits/low", "--data_dir=data")
     assert f"--config.dataset.data_dir={tmp_path}/data\n" in done.stdout
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    done = prepare("imagenet2012", f"--data_dir={tmp_path}")
-    assert done.returncode == 2
+    done = run_door("prepare", "imagenet2012", f"--data_dir={tmp_path}", code=2)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -140,8 +134,7 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with reached(pipe, process):
         (unfinished,) = tmp_path.glob("imagenet21k/all/incomplete.*")
-        second = prepare("imagenet21k", f"--data_dir={tmp_path}")
-        assert second.returncode == 2
+        second = run_door("prepare", "imagenet21k", f"--data_dir={tmp_path}", code=2)
         assert "another program is preparing data set imagenet21k" in second.stderr
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -153,8 +146,7 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
         for path in sorted((pipe.parent / "n00000001").iterdir()):
             whole.add(path, path.name)
 
-    again = prepare("imagenet21k", f"--data_dir={tmp_path}")
-    assert again.returncode == 0, again.stderr
+    again = run_door("prepare", "imagenet21k", f"--data_dir={tmp_path}")
     assert f"removing {unfinished}" in again.stderr
     assert "left out     3 undecodable files" in again.stdout
     assert [path.name for path in unfinished.parent.iterdir()] == ["1.0.0"]

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--image_size", default=224, help="pixels; default: 224")
     number("--batch_size", default=128, help="images a batch; default: 128")
     number("--threads", default=0, help="of each competitor; default: one a core")
-    number("--processes", default=0, help="that our threads are shared among; default: as trained")
+    number("--processes", default=0, help="of ours; default: as trained, or 1 with --threads")
     number("--rounds", default=7, help="timed rounds; default: 7")
     number("--images_per_round", default=0, help="timed in each; default: about 512 a thread")
     number("--memory_images", default=0, help="to watch the memory for; default: 0, not at all")
@@ -114,6 +114,11 @@ def _check(known: argparse.Namespace) -> None:
         raise UserError(
             f"--images_per_round={known.images_per_round} is no multiple of "
             f"--batch_size={known.batch_size}; pass one"
+        )
+    if known.processes and known.threads % known.processes:
+        raise UserError(
+            f"--threads={known.threads} cannot be shared among --processes={known.processes}; "
+            "pass a multiple of it"
         )
     if known.images and not Path(known.images).is_dir():
         raise UserError(f"--images={known.images} is no folder; name one with JPEG files")

@@ -77,7 +77,7 @@ def our_batches(setting: Setting, num_batches: int, *, randaugment: bool) -> Ite
     threads, processes = setting.our_threads, setting.our_processes
     if threads:
         processes = processes or 1
-        threads = math.ceil(threads / processes)
+        threads //= processes
     return train_batches(
         Source("benchmark", _Repeated(setting.files), ("",)),
         seed=0,

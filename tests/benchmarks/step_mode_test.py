@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from tests.benchmarks.door import run_door
+from tests.door import run_door
 
 SMALL = ["--variant=S/32", "--image_size=64", "--batch_size=2", "--unroll=1", "--rounds=2"]
 
 
 def test_json_has_a_measurement_for_every_setting() -> None:
-    result = json.loads(run_door(*SMALL, "--mode=step", "--remat=none,full", "--json").stdout)
+    done = run_door("benchmark", *SMALL, "--mode=step", "--remat=none,full", "--json")
+    result = json.loads(done.stdout)
     rows = result["measurements"]
     assert [(row["unroll"], row["remat"]) for row in rows] == [(1, "none"), (1, "full")]
     assert rows[0]["ratio"] == 1
@@ -31,6 +32,6 @@ def test_json_has_a_measurement_for_every_setting() -> None:
     ],
 )
 def test_bad_values(argument: str, message: str) -> None:
-    done = run_door(argument, code=2)
+    done = run_door("benchmark", argument, code=2)
     assert message in done.stderr.splitlines()[-1]
     assert not done.stdout
