@@ -51,9 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     # A few images are no work for an accelerator, which may be busy with a run.
     jax.config.update("jax_platforms", "cpu")
     from mixer_jax.training.pictures import describe, draw_training_images, training_images
-    from mixer_jax.training.run_sources import open_sources
+    from mixer_jax.training.run_sources import open_training
 
-    source = open_sources(config).train
+    source = open_training(config)
     num_steps = resolve_num_steps(config, len(source))
     if not 0 <= known.step < num_steps:
         raise UserError(

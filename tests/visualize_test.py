@@ -1,6 +1,5 @@
 """Tests of the door that draws: what it writes, where, and how it tells mistakes."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.training import pictures
 from mixer_jax.training.pictures import describe, draw_training_images, training_images
 from mixer_jax.training.run_sources import open_sources
+from tests.door import run_door
 from tests.small_run import as_arguments, small_config
 
 
@@ -22,14 +22,7 @@ def arguments(data_dir: str, out: Path, **changes: Any) -> list[str]:
 
 def test_the_door_as_a_process(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
-    command = [sys.executable, "-W", "error", "-m", "mixer_jax.visualize"]
-    done = subprocess.run(
-        [*command, *arguments(digits_dir, out), "--step=3"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_door("visualize", *arguments(digits_dir, out), "--step=3")
     assert done.stdout == f"{out}: configs/digits.py, step 3: 4 of 16 images\n"
     config = small_config(digits_dir)
     source = open_sources(config).train
@@ -112,6 +105,13 @@ def test_commands_that_are_none(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_what_is_scored_need_not_be_there(digits_dir: str, tmp_path: Path) -> None:
+    out = tmp_path / "batch.png"
+    missing = "--config.evals.test.dataset=folder:/nowhere"
+    assert visualize.main([*arguments(digits_dir, out), missing]) == 0
+    assert out.exists()
 
 
 def test_a_folder_is_no_picture(digits_dir: str, tmp_path: Path) -> None:

@@ -21,14 +21,10 @@ def open_sources(config: ConfigDict) -> Sources:
     """Opens the training and evaluation data; uses no device.
 
     Raises:
-        UserError: a data set or split is missing, or evaluation has other classes than training.
+        UserError: as `open_training`; or an evaluation's data set or split is missing, or it has a
+            class that training lacks.
     """
-    train = _training_source(config)
-    if train.multi_label:
-        raise UserError(
-            f"{train.name} has several labels an image and is for evaluation; name another in "
-            "config.dataset.name"
-        )
+    train = open_training(config)
     evals = {}
     for key, entry in config.evals.items():
         source = open_source(
@@ -44,7 +40,22 @@ def open_sources(config: ConfigDict) -> Sources:
     return Sources(train, evals)
 
 
-def _training_source(config: ConfigDict) -> Source:
+def open_training(config: ConfigDict) -> Source:
+    """Opens the training data alone; uses no device.
+
+    Raises:
+        UserError: a data set or split is missing, or has several labels an image.
+    """
+    train = _one_or_mixed(config)
+    if train.multi_label:
+        raise UserError(
+            f"{train.name} has several labels an image and is for evaluation; name another in "
+            "config.dataset.name"
+        )
+    return train
+
+
+def _one_or_mixed(config: ConfigDict) -> Source:
     nominal = {
         "num_classes": config.dataset.num_classes,
         "num_examples": config.dataset.num_examples,
