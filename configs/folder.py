@@ -12,7 +12,8 @@ laptop. Expected, on the digits of configs/digits.py written out as PNG files: 9
 
 The second is for photographs: 224 px, Mixer-S/16, an accelerator; its recipe is the paper's for
 ImageNet-1k, and it is not measured here. With fewer than 100,000 photographs, start from trained
-weights by --config.init_from.
+weights by --config.init_from; below 1,700 or so, its 300 epochs are fewer steps than its warmup,
+and --config.optimizer.warmup_steps must be lowered too.
 """
 
 from ml_collections import ConfigDict

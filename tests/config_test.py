@@ -22,7 +22,7 @@ from mixer_jax.training.experiment import build, training_batches
 from mixer_jax.training.run_sources import open_sources
 
 FILES = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
-ARGUMENTS = {"digits": ["low", "high"]}
+ARGUMENTS = {"digits": ["low", "high"], "folder": ["photos"]}
 CONFIGS = [str(path) for path in FILES] + [
     f"{path}:{argument}" for path in FILES for argument in ARGUMENTS.get(path.stem, [])
 ]
@@ -205,6 +205,7 @@ def test_every_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     config = load_config(name)
     config_lib.validate(config)
     config.dataset.name = "synthetic"
+    config.dataset.num_examples = max(config.dataset.num_examples, 10_000)
     experiment = build(config, open_sources(config))
     widths = resolve_widths(config.model.variant, **config_lib.width_overrides(config.model))
     expected = num_parameters(widths, config.image_size, experiment.model.num_classes)
