@@ -178,7 +178,8 @@ def _prepare(
     batches = kind(reader, pieces.num_rows)
     prepared = grain.MapDataset.source(pieces).map(batches.prepare).to_iter_dataset(options)
     if processes > 1:
-        # Grain hands its settings on to its workers by absl's flags, which nobody else here uses.
+        # Grain reads absl's flags, which only absl's own command line would have parsed. It is done
+        # here and not in the doors, so that notebooks can use processes too.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)

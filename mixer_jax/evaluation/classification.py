@@ -171,10 +171,11 @@ def evaluate(
     # Not at once, when an image is met: the other hosts would wait for this one.
     num_bad = hosts.total(len(bad))
     if num_bad and not skip_bad:
+        images = "image" if num_bad == 1 else "images"
         raise UserError(
-            f"{source.name}: {num_bad:,} images cannot be used: {_name_some(bad)}; mend or remove "
-            "them, or leave such images out: --config.bad_images.skip_in_evaluation=true, and of "
-            "evaluate --skip_bad_images"
+            f"{source.name}: {num_bad:,} {images} cannot be used: {_name_some(bad)}; mend or "
+            "remove them, or leave such images out: --config.bad_images.skip_in_evaluation=true, "
+            "and of evaluate --skip_bad_images"
         )
     if not any(judgements.mask.any() for judgements in finished):
         raise UserError(f"{source.name}: there is no example to score")

@@ -121,7 +121,8 @@ class BadImageLog:
     def _counts(self) -> str:
         counts = collections.Counter(self._reasons.values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        return f"{len(self._reasons):,} training images could not be used ({reasons})"
+        images = "image" if len(self._reasons) == 1 else "images"
+        return f"{len(self._reasons):,} training {images} could not be used ({reasons})"
 
 
 def _book(workdir: str, host: int) -> epath.Path:

@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
+from mixer_jax.data.decoding import decode
 from mixer_jax.data.examples import Example
-from mixer_jax.data.preprocess import decode
 from mixer_jax.data.sources import open_source
 
 SIZES = {"train": 1437, "test": 360}

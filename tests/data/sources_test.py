@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mixer_jax.data.decoding import decode
 from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.preprocess import decode
 from mixer_jax.data.sources import open_source
 from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.data.tfds_sets import prepare_tfds

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from mixer_jax.data.decoding import decode
+from mixer_jax.data.decoding import BadImageError, decode
 from mixer_jax.data.preparation import UNDECODABLE
 from mixer_jax.errors import UserError
 
@@ -138,8 +138,8 @@ def _checked(files: Iterator[_File]) -> Iterator[tuple[_File, str]]:
 def _fault(content: bytes) -> str:
     try:
         decode(content)
-    except ValueError as error:
-        return " ".join(str(error).split()) or "undecodable"
+    except BadImageError as error:
+        return " ".join(str(error).split())
     return ""
 
 
