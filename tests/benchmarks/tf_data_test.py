@@ -119,8 +119,23 @@ def test_crop_and_resize(box: tuple[int, int, int, int]) -> None:
     assert np.abs(theirs - resize(ours, 224, 224)).max() <= 1
 
 
-@pytest.mark.parametrize("decode_whole", [True, False])
-def test_training_batches(decode_whole: bool) -> None:
+def test_random_sign_takes_both_values() -> None:
+    draw = tf.function(tf_randaugment._random_sign)
+    assert {float(draw()) for _ in range(100)} == {-1.0, 1.0}
+
+
+@pytest.fixture
+def adding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces every operation by one that adds four times its strength."""
+    added = {
+        name: lambda image, strength: image + np.uint8(4 * strength)
+        for name in randaugment.OPERATIONS
+    }
+    monkeypatch.setattr(tf_randaugment, "OPERATIONS", added)
+
+
+@pytest.mark.parametrize(("decode_whole", "threads"), [(True, 1), (False, 3)])
+def test_training_batches(decode_whole: bool, threads: int) -> None:
     batches = tf_data.training_batches(
         sample_photographs(2),
         num_batches=2,
@@ -130,11 +145,51 @@ def test_training_batches(decode_whole: bool) -> None:
         decode_whole=decode_whole,
         randaugment_layers=0,
         randaugment_magnitude=0.0,
-        threads=1,
+        threads=threads,
     )
+    assert batches.options().threading.private_threadpool_size == threads
     images = np.concatenate([batch.numpy() for batch in batches])
     assert images.shape == (6, 32, 32, 3)
     assert images.dtype == np.uint8
     # Two files, three times each, and no two crops alike.
     assert len({image.tobytes() for image in images}) == 6
     assert images.std(axis=(1, 2, 3)).min() > 1
+
+
+@pytest.mark.usefixtures("adding")
+@pytest.mark.parametrize("decode_whole", [True, False])
+@pytest.mark.parametrize(("layers", "total"), [(0, 0), (1, 6), (2, 12)])
+def test_training_batches_are_augmented(decode_whole: bool, layers: int, total: int) -> None:
+    black = cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
+    batches = tf_data.training_batches(
+        [black],
+        num_batches=1,
+        batch_size=2,
+        image_size=8,
+        min_area=0.05,
+        decode_whole=decode_whole,
+        randaugment_layers=layers,
+        randaugment_magnitude=15.0,
+        threads=1,
+    )
+    (images,) = batches.as_numpy_iterator()
+    np.testing.assert_array_equal(images, np.full((2, 8, 8, 3), total, np.uint8), strict=True)
+
+
+@pytest.mark.usefixtures("adding")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_augmented_batches(threads: int) -> None:
+    batches = tf_data.augmented_batches(
+        np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 100)]),
+        num_batches=2,
+        batch_size=3,
+        randaugment_layers=2,
+        randaugment_magnitude=15.0,
+        threads=threads,
+    )
+    assert batches.options().threading.private_threadpool_size == threads
+    images = np.concatenate(list(batches.as_numpy_iterator()))
+    # Two layers add six each; the two images follow each other three times.
+    values = np.array([12, 112, 12, 112, 12, 112], np.uint8)
+    expected = np.broadcast_to(values[:, None, None, None], (6, 8, 8, 3))
+    np.testing.assert_array_equal(images, expected, strict=True)
