@@ -89,7 +89,7 @@ def eval_batches(
     source: Source,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: tuple[int, int],
     eval_crop: str,
     exif_orientation: bool,
     threads: int,
@@ -104,7 +104,7 @@ def eval_batches(
     Args:
         source: what to evaluate on.
         batch_size: images a step over all hosts; must divide by the devices of `sharding`.
-        image_size: side of the images, pixels.
+        image_size: height and width of the images, pixels.
         eval_crop: as `eval_image` takes it.
         exif_orientation: likewise.
         threads: as for `train_batches`; one process is enough for an evaluation.

@@ -6,6 +6,7 @@ step maps them to [-1, 1].
 
 import functools
 import math
+from collections.abc import Callable
 
 import cv2
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from mixer_jax.data.randaugment import rand_augment
 
 # The evaluation crop: resize to 256 for a crop of 224, and in proportion for other sizes.
 _RESIZE, _CROP = 256, 224
+# Evaluation crops with Pillow's filters, which timm's transforms call by these names.
+_TIMM_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Inception crop: aspect ratios, and how often to draw before falling back to the centre.
 _ASPECTS = (3 / 4, 4 / 3)
 _LOG_ASPECTS = (math.log(_ASPECTS[0]), math.log(_ASPECTS[1]))
@@ -44,7 +47,7 @@ def train_image(
         encoded: the bytes of an image file.
         rng: the only source of randomness.
         image_size: side of the result, pixels.
-        train_crop: "inception", "shift" or "resize".
+        train_crop: "inception", "random_crop", "shift" or "resize".
         min_area: of the inception crop, share of the image's area.
         max_shift: of the shift crop, pixels of the result.
         flip: whether half of the images are mirrored left to right.
@@ -65,7 +68,10 @@ def train_image(
     image = decode(
         encoded, box if train_crop == "inception" else None, exif_orientation=exif_orientation
     )
-    image = resize(image, image_size, image_size, out)
+    if train_crop == "random_crop":
+        image = random_crop(image, rng, image_size)
+    else:
+        image = resize(image, image_size, image_size, out)
     if train_crop == "shift":
         image = shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
@@ -80,50 +86,72 @@ def train_image(
 
 
 def eval_image(
-    encoded: bytes, *, image_size: int, eval_crop: str, exif_orientation: bool = False
+    encoded: bytes,
+    *,
+    image_size: tuple[int, int],
+    eval_crop: str,
+    exif_orientation: bool = False,
 ) -> np.ndarray:
     """Decodes one image and takes the paper's evaluation crop, or timm's.
 
     Args:
         encoded: the bytes of an image file.
-        image_size: side of the result, pixels.
-        eval_crop: "shorter_side" resizes that side to 8/7 of the result by area and crops the
-            centre (Table 3); "square" resizes both sides to it (Table 2); "bicubic" is as
-            "shorter_side" with Pillow's decoder and bicubic filter, as timm evaluates the weights
-            it publishes (crop 0.875); "whole" crops nothing.
+        image_size: height and width of the result, pixels.
+        eval_crop: "shorter_side" resizes the image by area, keeping its aspect, until it just
+            covers 8/7 of the result's height and width, and crops the centre (Table 3: its shorter
+            side to 256 for 224); "square" resizes each side to 8/7 of the result's (Table 2);
+            "bicubic" and "bilinear" are as "shorter_side" with Pillow's decoder and filters, as
+            timm evaluates the weights it publishes (crop 0.875); "whole" crops nothing.
         exif_orientation: as `decode` takes it.
 
     Returns:
-        uint8 RGB (image_size, image_size, 3).
+        uint8 RGB (height, width, 3).
 
     Raises:
         BadImageError: as `decode`; or the image is so long that it would have too many pixels when
-            its shorter side is resized.
+            it is resized.
     """
-    as_pillow = eval_crop == "bicubic"
-    image = decode(encoded, exif_orientation=exif_orientation, accurate=as_pillow)
+    as_timm = eval_crop in _TIMM_FILTERS
+    image = decode(encoded, exif_orientation=exif_orientation, accurate=as_timm)
     if eval_crop == "whole":
-        return np.ascontiguousarray(resize(image, image_size, image_size))
-    height, width = image.shape[:2]
-    side = round(image_size * _RESIZE / _CROP)
-    shorter = min(height, width)
-    if eval_crop == "square":
-        image = resize_by_area(image, side, side)
-    elif eval_crop == "shorter_side":
-        sides = [max(side, round(length * side / shorter)) for length in (height, width)]
-        check_pixels(*sides)
-        image = resize_by_area(image, *sides)
-    else:
-        # OpenCV's bicubic filter would not average over the pixels it leaves out.
-        side = image_size * _RESIZE // _CROP
-        size = (side * width // shorter, side * height // shorter)
-        check_pixels(*size)
-        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(resize(image, *image_size))
+    if as_timm:
+        height, width = _cover(image, [side * _RESIZE // _CROP for side in image_size], math.floor)
+        # OpenCV's filters would not average over the pixels they leave out.
+        resized = Image.fromarray(image).resize((width, height), _TIMM_FILTERS[eval_crop])
         image = np.asarray(resized)
-    margins = (image.shape[0] - image_size, image.shape[1] - image_size)
+    else:
+        sides = [_before_crop(side) for side in image_size]
+        if eval_crop == "shorter_side":
+            sides = _cover(image, sides, round)
+        image = resize_by_area(image, *sides)
+    margins = (side - kept for side, kept in zip(image.shape, image_size, strict=False))
     # timm rounds half a pixel to even where the authors' code rounds down.
-    top, left = (round(m / 2) if as_pillow else m // 2 for m in margins)
-    return np.ascontiguousarray(image[top : top + image_size, left : left + image_size])
+    top, left = (round(m / 2) if as_timm else m // 2 for m in margins)
+    height, width = image_size
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+
+def _before_crop(side: int) -> int:
+    return round(side * _RESIZE / _CROP)
+
+
+def _cover(image: np.ndarray, wanted: list[int], whole: Callable[[float], int]) -> list[int]:
+    """Returns height and width of an image just large enough to cover those wanted.
+
+    Args:
+        image: whose aspect is kept.
+        wanted: height and width, pixels; one of them is met exactly.
+        whole: how the other one becomes a whole number.
+
+    Raises:
+        BadImageError: too many pixels.
+    """
+    sides = image.shape[:2]
+    grown, side = max(zip(wanted, sides, strict=True), key=lambda pair: pair[0] / pair[1])
+    height, width = (whole(length * grown / side) for length in sides)
+    check_pixels(height, width)
+    return [height, width]
 
 
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -178,6 +206,18 @@ def inception_box(height: int, width: int, rng: np.random.Generator, min_area: f
     box_height = min(height, max(1, round(width / narrowest)))
     box_width = min(width, max(1, round(height * widest)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_crop(image: np.ndarray, rng: np.random.Generator, image_size: int) -> np.ndarray:
+    """Resizes both sides to 8/7 of `image_size` by area and takes a part of that size anywhere.
+
+    The training crop of fine-tuning, which knows no Inception crop (Section 3; arXiv 2010.11929,
+    B.1.1).
+    """
+    side = _before_crop(image_size)
+    top, left = rng.integers(side - image_size + 1, size=2)
+    image = resize_by_area(image, side, side)
+    return image[top : top + image_size, left : left + image_size]
 
 
 def shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) -> np.ndarray:

@@ -179,17 +179,23 @@ class _Randomness:
 class EvalReader(Reader):
     """Prepares evaluation images in the order of the source; positions beyond it are padding.
 
-    Its arrays are `image` uint8 (n, image_size, image_size, 3); `label` int32 (n,), or where an
+    Its arrays are `image` uint8 (n, height, width, 3); `label` int32 (n,), or where an
     example may have several labels bool (n, num_classes), true for each of them; `mask` bool (n,),
     false for what does not count: padding, images that cannot be used or have no label.
     """
 
-    def __init__(self, source: Source, image_size: int, eval_crop: str, exif_orientation: bool):
+    def __init__(
+        self,
+        source: Source,
+        image_size: tuple[int, int],
+        eval_crop: str,
+        exif_orientation: bool,
+    ):
         """Takes what the images depend on.
 
         Args:
             source: to read from.
-            image_size: side of the images, pixels.
+            image_size: height and width of the images, pixels.
             eval_crop: as `eval_image` takes it.
             exif_orientation: likewise.
         """
@@ -201,11 +207,10 @@ class EvalReader(Reader):
 
     def allocate(self, count: int) -> dict[str, np.ndarray]:
         """As `Reader`."""
-        size = self._image_size
         labels = _zeros((count,), np.int32)
         if self._source.multi_label:
             labels = _zeros((count, self._source.num_classes), np.bool_)
-        images = _zeros((count, size, size, 3), np.uint8)
+        images = _zeros((count, *self._image_size, 3), np.uint8)
         return {"image": images, "label": labels, "mask": _zeros((count,), np.bool_)}
 
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:

@@ -122,7 +122,7 @@ def evaluate(
     mesh: Mesh,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: tuple[int, int],
     eval_crop: str,
     exif_orientation: bool,
     skip_bad: bool,

@@ -163,6 +163,7 @@ def describe(
     preprocess, recipe = config.preprocess, config.recipe
     crop = {
         "inception": f"inception crop of {preprocess.min_area:.0%} or more of the image",
+        "random_crop": "random crop of 7/8 of each side",
         "shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
         "resize": "the whole image",
     }[preprocess.train_crop]

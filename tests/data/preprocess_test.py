@@ -6,13 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from mixer_jax.data import preprocess
-from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.preprocess import eval_image, inception_box, train_image
 from mixer_jax.data.randaugment import rand_augment
-from tests.images import encode, noise, photograph, smooth, turned
+from tests.images import encode, noise, smooth, turned
 
 PLAIN: dict[str, Any] = {
     "train_crop": "resize",
@@ -22,7 +20,7 @@ PLAIN: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-CROPS = ["inception", "shift", "resize"]
+CROPS = ["inception", "random_crop", "shift", "resize"]
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -128,6 +126,37 @@ def test_every_shift_is_equally_likely(max_shift: int) -> None:
     assert min(drawn.values()) > 30
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (16, 16), (7, 9), (24, 12)])
+def test_every_random_crop_is_equally_likely(shape: tuple[int, int]) -> None:
+    image, rng = noise(*shape), np.random.default_rng(0)
+    # Resized to 16 for 14: 3 × 3 places.
+    resized = preprocess.resize_by_area(image, 16, 16)
+    expected = [resized[y : y + 14, x : x + 14].tobytes() for y in range(3) for x in range(3)]
+    settings = PLAIN | {"train_crop": "random_crop"}
+    drawn = Counter(
+        train_image(encode(image, "PNG"), rng, image_size=14, **settings).tobytes()
+        for _ in range(60 * 9)
+    )
+    assert drawn.keys() == set(expected)
+    assert len(drawn) == 9
+    # 60 of each are expected, with a standard deviation of 7.
+    assert min(drawn.values()) > 30
+
+
+@pytest.mark.parametrize(("image_size", "margin"), [(224, 32), (448, 64), (384, 55), (32, 5)])
+def test_random_crops_keep_seven_eighths(image_size: int, margin: int) -> None:
+    image, rng = noise(50, 70), np.random.default_rng(0)
+    side = image_size + margin
+    resized = preprocess.resize_by_area(image, side, side)
+    for _ in range(10):
+        crop = preprocess.random_crop(image, rng, image_size)
+        assert crop.shape == (image_size, image_size, 3)
+        parts = np.lib.stride_tricks.sliding_window_view(resized, crop.shape)[:, :, 0]
+        assert parts.shape[:2] == (margin + 1, margin + 1)
+        corners = (parts[:, :, 0, 0] == crop[0, 0]).all(-1)
+        assert any((parts[y, x] == crop).all() for y, x in np.argwhere(corners))
+
+
 @pytest.mark.parametrize("crop", CROPS)
 def test_half_of_the_images_are_flipped(crop: str) -> None:
     # Left is dark and right is bright, in whatever part of it.
@@ -192,7 +221,8 @@ def test_training_resizes_without_antialiasing() -> None:
 
 
 def evaluate(image: np.ndarray, image_size: int, eval_crop: str) -> np.ndarray:
-    return eval_image(encode(image, "PNG"), image_size=image_size, eval_crop=eval_crop)
+    size = (image_size, image_size)
+    return eval_image(encode(image, "PNG"), image_size=size, eval_crop=eval_crop)
 
 
 @pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "whole"])
@@ -235,51 +265,16 @@ def test_evaluation_of_the_right_size_only_crops(
     np.testing.assert_array_equal(evaluate(image, image_size, eval_crop), expected)
 
 
-@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (256, 256), (40, 31), (301, 300)])
-@pytest.mark.parametrize("image_size", [224, 384])
-def test_bicubic_is_what_timm_does(shape: tuple[int, int], image_size: int) -> None:
-    image = photograph()[: shape[0], : shape[1]]
-    # As its documentation tells it: shorter side to size / 0.875 rounded down, by Pillow's bicubic,
-    # the longer one in proportion and rounded down, then the centre, rounded to even.
-    side = int(image_size / 0.875)
-    height, width = (int(side * length / min(image.shape[:2])) for length in image.shape[:2])
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
-    expected = np.asarray(resized)[top : top + image_size, left : left + image_size]
-    np.testing.assert_array_equal(evaluate(image, image_size, "bicubic"), expected)
-
-
-@pytest.mark.parametrize("eval_crop", ["shorter_side", "bicubic"])
-@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
-def test_an_image_too_long_to_be_resized_is_refused(eval_crop: str, shape: tuple[int, int]) -> None:
-    # Its shorter side made 256 pixels, it would have 300 million.
-    image = noise(*shape)
-    with pytest.raises(BadImageError, match="too many pixels"):
-        evaluate(image, 224, eval_crop)
-    assert evaluate(image, 224, "square").shape == (224, 224, 3)
-
-
 def test_orientation_reaches_both_kinds_of_images() -> None:
     upright, encoded = turned(smooth(16, 32), 1), turned(smooth(16, 32), 3)
     rng = np.random.default_rng
-    settings: dict[str, Any] = {"image_size": 8, "exif_orientation": True}
+    train: dict[str, Any] = PLAIN | {"image_size": 8, "exif_orientation": True}
+    whole: dict[str, Any] = {"image_size": (8, 8), "eval_crop": "whole", "exif_orientation": True}
     for shown, expected in [
-        (train_image(e, rng(0), **settings, **PLAIN) for e in (encoded, upright)),
-        (eval_image(e, eval_crop="whole", **settings) for e in (encoded, upright)),
+        (train_image(e, rng(0), **train) for e in (encoded, upright)),
+        (eval_image(e, **whole) for e in (encoded, upright)),
     ]:
         np.testing.assert_array_equal(shown, expected[::-1, ::-1])
-
-
-def test_whole_image_of_the_right_size_is_unchanged() -> None:
-    np.testing.assert_array_equal(evaluate(noise(48, 48), 48, "whole"), noise(48, 48))
-
-
-@pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
-def test_evaluation_averages_over_areas(eval_crop: str) -> None:
-    image = noise(1024, 1024)
-    expected = image.reshape(256, 4, 256, 4, 3).mean((1, 3))[16:240, 16:240]
-    shown = evaluate(image, 224, eval_crop).astype(float)
-    np.testing.assert_allclose(shown, expected, atol=0.5)
 
 
 def test_model_range_is_symmetric_and_exact_at_its_ends() -> None:

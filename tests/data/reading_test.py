@@ -4,9 +4,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.preprocess import train_image
+from mixer_jax.data.preprocess import eval_image, train_image
 from mixer_jax.data.reading import (
     BadImage,
     EvalReader,
@@ -72,18 +73,28 @@ def test_several_right_answers_or_none() -> None:
     answers = [(2, 7), (), (9,)]
     examples = [Example(image=encoded(0), labels=a, name="") for a in answers]
     real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    arrays = EvalReader(real, SIZE, "whole", exif_orientation=False)(np.arange(4)).arrays
+    arrays = EvalReader(real, (SIZE, SIZE), "whole", exif_orientation=False)(np.arange(4)).arrays
     assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
     assert arrays["mask"].tolist() == [True, False, True, False]
 
 
 def test_what_cannot_be_evaluated_stays_empty() -> None:
     examples = [EXAMPLES[0], Example(image=b"broken", labels=(1,), name="image 1"), EXAMPLES[2]]
-    reader = EvalReader(
-        Source("toy", examples, SOURCE.class_names), SIZE, "whole", exif_orientation=False
-    )
+    source = Source("toy", examples, SOURCE.class_names)
+    reader = EvalReader(source, (SIZE, SIZE), "whole", exif_orientation=False)
     arrays, bad = reader(np.arange(4))
     assert bad == [BadImage("image 1", "no image, or its header is damaged")]
     assert arrays["mask"].tolist() == [True, False, True, False]
     assert arrays["label"].tolist() == [0, 0, 2, 0]
     assert [image.any() for image in arrays["image"]] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [(12, 8), (8, 12)])
+def test_images_need_not_be_square(size: tuple[int, int]) -> None:
+    reader = EvalReader(SOURCE, size, "shorter_side", exif_orientation=False)
+    images = reader(np.arange(11)).arrays["image"]
+    assert images.shape == (11, *size, 3)
+    for row, example in enumerate(EXAMPLES):
+        shown = eval_image(example["image"], image_size=size, eval_crop="shorter_side")
+        np.testing.assert_array_equal(images[row], shown)
+    assert not images[10].any()

@@ -135,23 +135,22 @@ def test_training_images(
 
 
 def reference_eval_image(
-    tf: ModuleType, encoded: bytes, image_size: int, eval_crop: str
+    tf: ModuleType, encoded: bytes, image_size: tuple[int, int], eval_crop: str
 ) -> np.ndarray:
     """As the authors' code: resize_small(256) or resize(256), then central_crop(224)."""
     image = reference_decode(tf, encoded)
-    side = image_size * 256 // 224
-    height = width = side
+    height, width = sides = [side * 256 // 224 for side in image_size]
     if eval_crop == "shorter_side":
-        # In float32, as there.
-        ratio = np.float32(side) / np.float32(min(image.shape[:2]))
+        # In float32, as there; which knows square images only.
+        ratio = max(np.float32(w) / np.float32(s) for w, s in zip(sides, image.shape, strict=False))
         height, width = (int(np.rint(np.float32(length) * ratio)) for length in image.shape[:2])
     resized = reference_resize(tf, image, height, width, "area")
-    top, left = (height - image_size) // 2, (width - image_size) // 2
-    return resized[top : top + image_size, left : left + image_size]
+    top, left = (height - image_size[0]) // 2, (width - image_size[1]) // 2
+    return resized[top : top + image_size[0], left : left + image_size[1]]
 
 
 @pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])
-@pytest.mark.parametrize("image_size", [224, 448])
+@pytest.mark.parametrize("image_size", [(224, 224), (448, 448), (224, 448)])
 @pytest.mark.parametrize(
     ("shape", "encoding"),
     [
@@ -164,7 +163,7 @@ def test_evaluation_images(
     photographs: list[np.ndarray],
     shape: tuple[int, int],
     encoding: str,
-    image_size: int,
+    image_size: tuple[int, int],
     eval_crop: str,
 ) -> None:
     for encoded in encoded_parts(photographs, shape, encoding):
