@@ -15,8 +15,13 @@ from ml_collections import ConfigDict
 from mixer_jax.config import KIND_NAMES, check_known, flatten
 from mixer_jax.errors import RunFailedError, UserError, did_you_mean
 from mixer_jax.keys import ENTRY_KEYS, KEYS
+from mixer_jax.weights.about import About
 
 INTERRUPTED = 128 + signal.SIGINT
+WEIGHTS_HELP = (
+    "a run's folder or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
+    "hf:OWNER/NAME"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +52,86 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def add_weights_arguments(parser: Parser) -> None:
+    """Adds what the doors that use weights have in common: which, and how they are used."""
+    parser.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help=WEIGHTS_HELP)
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: Parser) -> None:
+    """Adds how weights are loaded, wherever their name stands on the command line."""
+    parser.add_argument("--step", type=int, help="which checkpoint of a run; default: the newest")
+    parser.add_argument(
+        "--image_size",
+        type=parse_image_size,
+        metavar="SIDE or HEIGHTxWIDTH",
+        help="pixels; default: what the weights are for",
+    )
+    parser.add_argument(
+        "--gelu", choices=KEYS["model.gelu"].choices, default="", help="default: as they tell"
+    )
+    parser.add_argument(
+        "--eval_crop",
+        choices=KEYS["preprocess.eval_crop"].choices,
+        default="",
+        help="how images are cropped; default: as the weights tell",
+    )
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Returns height and width of "448" or "384x512".
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; pass a side or HEIGHTxWIDTH, pixels"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def tell_resolution(about: About) -> None:
+    """Says on standard error if weights were changed to fit an image size."""
+    if about.resolution:
+        print(f"{about.name}: weights {about.resolution}", file=sys.stderr)
+
+
+def read_labels(path: str | None) -> list[str]:
+    """Returns the names of classes that --labels names a file of; none without it.
+
+    Raises:
+        UserError: the file cannot be read, or has an empty line.
+    """
+    if not path:
+        return []
+    labels = read_lines(path, "--labels")
+    if not labels or not all(labels):
+        raise UserError(f"--labels={path} has an empty line, or none; give one name a line")
+    return labels
+
+
+def read_lines(path: str, flag: str) -> list[str]:
+    """Returns the lines of a text file, or of standard input, without space around them."""
+    try:
+        if path == "-":
+            text = os.fsdecode(sys.stdin.buffer.read())
+        else:
+            text = os.fsdecode(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}={path} cannot be read: {error.strerror}") from error
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def check_at_least_one(known: argparse.Namespace, *names: str) -> None:
+    """Raises UserError if one of these arguments is under 1."""
+    for name in names:
+        value = getattr(known, name)
+        if value < 1:
+            raise UserError(f"--{name}={value} is out of range; pass 1 or more")
 
 
 def set_up_libraries(compilation_cache: str) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.errors import UserError, did_you_mean
 from mixer_jax.keys import ENTRY_KEYS, KEYS
-from mixer_jax.model.variants import check_image_size, resolve_widths
+from mixer_jax.model.variants import INIT_FROM, Widths, check_image_size, resolve_widths
 
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -91,13 +91,7 @@ def validate(config: ConfigDict) -> None:
                 f"config.{path} is missing; start from config.get_default(), config.evals() and "
                 "config.mixture()"
             )
-    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
-    check_image_size(config.image_size, config.image_size, widths.patch_size)
-    if config.model.unroll > widths.num_blocks:
-        raise UserError(
-            f"config.model.unroll={config.model.unroll} is more than the model's "
-            f"{widths.num_blocks} blocks; pass 1 to {widths.num_blocks}, or 0 for all"
-        )
+    _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps=0 and config.num_epochs=0; set one of them")
     if config.batch_size % config.recipe.accumulation_steps:
@@ -170,6 +164,35 @@ def check_known(path: str, known: list[str]) -> None:
         if section in ENTRY_KEYS and not any(key.startswith(f"{section}.") for key in known):
             hint = f"; a config file declares its {section}, and this one has none"
         raise UserError(f"config.{path} is no configuration key{hint}")
+
+
+def _check_model(config: ConfigDict) -> None:
+    overrides = width_overrides(config.model)
+    if config.model.variant == INIT_FROM:
+        if not config.init_from:
+            raise UserError(
+                f"config.model.variant={INIT_FROM!r} takes the model from config.init_from, which "
+                "is empty; name weights, e.g. --config.init_from=Mixer-B_16.npz"
+            )
+        for name, value in overrides.items():
+            if value:
+                raise UserError(
+                    f"config.model.{name}={value} has no say with config.model.variant="
+                    f"{INIT_FROM!r}; leave it 0"
+                )
+        return
+    widths = resolve_widths(config.model.variant, **overrides)
+    check_image_size(config.image_size, config.image_size, widths.patch_size)
+    check_unroll(config, widths)
+
+
+def check_unroll(config: ConfigDict, widths: Widths) -> None:
+    """Raises UserError if the model has fewer blocks than are to be laid out."""
+    if config.model.unroll > widths.num_blocks:
+        raise UserError(
+            f"config.model.unroll={config.model.unroll} is more than the model's "
+            f"{widths.num_blocks} blocks; pass 1 to {widths.num_blocks}, or 0 for all"
+        )
 
 
 def _check_value(path: str, value: Any) -> None:

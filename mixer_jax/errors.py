@@ -2,6 +2,8 @@
 
 import difflib
 
+_MAX_REASON = 200
+
 
 class UserError(ValueError):
     """A user's mistake, told in one line: the value, the rule it breaks, and the fix.
@@ -12,6 +14,11 @@ class UserError(ValueError):
 
 class RunFailedError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns what another library says went wrong, on one line of moderate length."""
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
 def did_you_mean(value: str, known: list[str], otherwise: str = "") -> str:

@@ -1,27 +1,39 @@
-"""Score a checkpoint on a data set: `python -m mixer_jax.evaluate --checkpoint=RUN --dataset=…`."""
+"""Score weights on a data set: `python -m mixer_jax.evaluate --checkpoint=WEIGHTS --dataset=…`."""
 
+import argparse
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from mixer_jax import command_line
 from mixer_jax.errors import UserError
 from mixer_jax.keys import KEYS
-from mixer_jax.weights.steps import find_checkpoint
+from mixer_jax.weights.places import find_weights
+
+if TYPE_CHECKING:
+    from mixer_jax.data.examples import Source
+    from mixer_jax.evaluation.classification import Scores
+    from mixer_jax.weights.load import Weights
+
+# The same images under the labels of arXiv 2006.07159.
+_REAL = "_real"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Scores as the command line says; returns the exit code."""
     parser = command_line.Parser(
         prog="python -m mixer_jax.evaluate",
-        description="Score a checkpoint on every example of a split, each counted once.",
+        description="Score weights on every example of a split, each counted once.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run's folder, or RUN/checkpoints/STEP"
-    )
-    parser.add_argument("--dataset", help="TFDS name; default: the one trained on")
+    command_line.add_weights_arguments(parser)
+    parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the one trained on")
     parser.add_argument("--split", default="test", help="in TFDS syntax; default: test")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
-    parser.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="score by ReaL's labels too (arXiv 2006.07159), of the data set DATASET_real",
+    )
     parser.add_argument(
         "--batch_size", type=int, default=256, help="images at a time; default: 256"
     )
@@ -32,61 +44,114 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     known = parser.parse_args(arguments)
-    if known.batch_size < 1:
-        raise UserError(f"--batch_size={known.batch_size} is out of range; pass 1 or more")
-    run, step = find_checkpoint(known.checkpoint, known.step)
+    command_line.check_at_least_one(known, "batch_size")
+    find_weights(known.checkpoint, known.step)
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(KEYS["compilation_cache"].default)
+    from mixer_jax.weights.load import load_weights
+
+    weights = load_weights(
+        known.checkpoint,
+        step=known.step,
+        image_size=known.image_size,
+        gelu=known.gelu,
+        eval_crop=known.eval_crop,
+    )
+    if not weights.about.num_classes:
+        raise UserError(f"--checkpoint={known.checkpoint} has no head, so there are no classes")
+    dataset = known.dataset or (weights.config or {}).get("dataset", {}).get("name")
+    if not dataset:
+        raise UserError(f"--checkpoint={known.checkpoint} does not tell a data set; pass --dataset")
+    names = [dataset, dataset + _REAL] if known.real else [dataset]
+    sources = [_open(name, weights, known) for name in names]
+    command_line.tell_resolution(weights.about)
+    scores = _score(weights, sources, known)
+    _tell(known, weights, dataset, sources[0].name, scores)
+    return 0
+
+
+def _open(name: str, weights: "Weights", known: argparse.Namespace) -> "Source":
+    """Opens a data set, with labels that are the numbers of the weights' classes."""
     from mixer_jax.data.mixture import relabel
     from mixer_jax.data.sources import open_source
-    from mixer_jax.evaluation.classification import compile_judge, evaluate
-    from mixer_jax.parallel.sharding import make_mesh
-    from mixer_jax.weights.load import load_checkpoint
 
-    mesh = make_mesh(data=0, fsdp=1)
-    loaded = load_checkpoint(run, mesh, step)
-    trained_on = loaded.metadata["config"]
-    dataset = known.dataset or trained_on["dataset"]["name"]
-    class_names = tuple(loaded.metadata["class_names"])
-    source = open_source(
-        dataset,
-        known.split,
-        known.data_dir or trained_on["dataset"]["data_dir"],
-        num_classes=len(class_names),
-    )
+    about, trained_on = weights.about, (weights.config or {}).get("dataset", {})
+    data_dir = known.data_dir or trained_on.get("data_dir", "")
+    source = open_source(name, known.split, data_dir, num_classes=about.num_classes)
+    if not about.class_names:
+        if source.num_classes != about.num_classes:
+            raise UserError(
+                f"--dataset={name} has {source.num_classes:,} classes, and --checkpoint="
+                f"{known.checkpoint} has {about.num_classes:,} whose names are not known; score it "
+                "on the data that it was trained on"
+            )
+        return source
     try:
-        source = relabel(source, class_names)
+        return relabel(source, about.class_names)
     except UserError as error:
         raise UserError(
-            f"--dataset={dataset}: {error}; score the checkpoint on classes that it knows"
+            f"--dataset={name}: {error}; score the checkpoint on classes that it knows"
         ) from error
-    scores = evaluate(
-        compile_judge(loaded.model, mesh),
-        loaded.params,
-        source,
-        mesh,
-        batch_size=known.batch_size,
-        image_size=loaded.metadata["image_size"],
-        eval_crop=trained_on["preprocess"]["eval_crop"],
-        exif_orientation=trained_on["preprocess"]["exif_orientation"],
-        skip_bad=known.skip_bad_images,
-        threads=trained_on["loader"]["threads"],
-        prefetch_batches=trained_on["loader"]["prefetch_batches"],
-    )
+
+
+def _score(
+    weights: "Weights", sources: list["Source"], known: argparse.Namespace
+) -> list["Scores"]:
+    from mixer_jax.evaluation.classification import compile_judge, evaluate
+    from mixer_jax.parallel.sharding import make_mesh
+    from mixer_jax.weights.ready import make_model, place
+
+    about, mesh = weights.about, make_mesh(data=0, fsdp=1)
+    loader = (weights.config or {}).get("loader", {})
+    judge_batch, params = compile_judge(make_model(about), mesh), place(weights.params, mesh)
+    return [
+        evaluate(
+            judge_batch,
+            params,
+            source,
+            mesh,
+            batch_size=known.batch_size,
+            image_size=about.image_size,
+            eval_crop=about.eval_crop,
+            exif_orientation=about.exif_orientation,
+            skip_bad=known.skip_bad_images,
+            threads=loader.get("threads", KEYS["loader.threads"].default),
+            prefetch_batches=loader.get(
+                "prefetch_batches", KEYS["loader.prefetch_batches"].default
+            ),
+        )
+        for source in sources
+    ]
+
+
+def _tell(
+    known: argparse.Namespace,
+    weights: "Weights",
+    dataset: str,
+    data: str,
+    scores: list["Scores"],
+) -> None:
+    first, *real = scores
     if known.json:
-        where = {"checkpoint": known.checkpoint, "step": step}
-        data = {"dataset": dataset, "split": known.split}
-        print(json.dumps(where | data | scores._asdict()))
-    else:
-        print(f"checkpoint         {known.checkpoint}, step {step:,}")
-        print(f"data               {source.name}")
-        print(f"counted            {scores.counted()}")
-        print(f"top-1              {scores.top1:.2%}")
-        print(f"top-5              {scores.top5:.2%}")
-        print(f"log-likelihood     {scores.log_likelihood:.4f} nats an image")
-        print(f"calibration error  {scores.calibration_error:.2%}")
-    return 0
+        told: dict[str, Any] = {"checkpoint": known.checkpoint, "step": weights.step}
+        told |= {"image_size": list(weights.about.image_size), "dataset": dataset}
+        told |= {"split": known.split, **first._asdict()}
+        told |= {"real": real[0]._asdict()} if real else {}
+        print(json.dumps(told))
+        return
+    step = "" if weights.step is None else f", step {weights.step:,}"
+    print(f"checkpoint         {known.checkpoint}{step}")
+    print(f"model              {weights.about.name}")
+    print(f"data               {data}")
+    print(f"counted            {first.counted()}")
+    print(f"top-1              {first.top1:.2%}")
+    print(f"top-5              {first.top5:.2%}")
+    print(f"log-likelihood     {first.log_likelihood:.4f} nats an image")
+    print(f"calibration error  {first.calibration_error:.2%}")
+    for one in real:
+        print(f"ReaL               {one.top1:.2%}")
+        print(f"counted            {one.counted()}")
 
 
 if __name__ == "__main__":

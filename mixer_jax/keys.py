@@ -38,9 +38,16 @@ KEYS: dict[str, Key] = {
     "batch_size": Key(4096, "training images a step, over all devices and hosts", low=1),
     "eval_batch_size": Key(1024, "evaluation images a step, likewise", low=1, resumable=True),
     "image_size": Key(224, "side of the square image the model sees, pixels", low=1),
-    "init_from": Key("", "run or checkpoint to take weights from; the head starts afresh"),
+    "init_from": Key("", "weights to begin with: a run, a file, or hf:NAME, as --checkpoint"),
+    "init_head": Key(
+        "auto",
+        "of these: keep, new (zeros); auto: keep if their class names are the data's",
+        ("auto", "keep", "new"),
+    ),
     # Model (Section 2, Table 1).
-    "model.variant": Key("B/16", 'S/32 S/16 B/32 B/16 L/32 L/16 H/14, or "custom"'),
+    "model.variant": Key(
+        "B/16", 'S/32 S/16 B/32 B/16 L/32 L/16 H/14, "custom", or "init_from": that of the weights'
+    ),
     "model.num_blocks": Key(0, "0: the variant's own, as for the four keys below", low=0),
     "model.patch_size": Key(0, "side of a patch, pixels", low=0),
     "model.hidden_dim": Key(0, "channels of a token", low=0),
@@ -72,8 +79,8 @@ KEYS: dict[str, Key] = {
     ),
     "preprocess.train_crop": Key(
         "inception",
-        "inception (random area and aspect), shift (resize, then shift), resize",
-        ("inception", "shift", "resize"),
+        "inception (random area, aspect), random_crop (resize to 8/7), shift (of resize), resize",
+        ("inception", "random_crop", "shift", "resize"),
     ),
     "preprocess.min_area": Key(
         0.05, "smallest inception crop, share of the image", low=0.0001, high=1
@@ -84,8 +91,8 @@ KEYS: dict[str, Key] = {
     "preprocess.randaugment_magnitude": Key(10.0, "on the scale 0-10; more extrapolates", low=0),
     "preprocess.eval_crop": Key(
         "shorter_side",
-        "shorter_side, square, bicubic as timm (resize to 8/7, central crop); whole: only resize",
-        ("shorter_side", "square", "bicubic", "whole"),
+        "shorter_side, square, timm's bicubic, bilinear: resize to 8/7, crop; whole: only resize",
+        ("shorter_side", "square", "bicubic", "bilinear", "whole"),
     ),
     "preprocess.exif_orientation": Key(
         False, "turn images as their camera says, which TFDS and TensorFlow never do"
@@ -145,6 +152,9 @@ KEYS: dict[str, Key] = {
     "checkpoint.every_minutes": Key(0.0, "0: only by steps and at the end", low=0, resumable=True),
     "checkpoint.keep": Key(2, "checkpoints kept, the newest", low=1, resumable=True),
     "log_every_steps": Key(50, "metrics are written this often", low=1, resumable=True),
+    "tensorboard": Key(
+        True, "write TensorBoard events too, which takes TensorFlow", resumable=True
+    ),
     "compilation_cache": Key(
         "~/.cache/mixer_jax", "folder of compiled programs; empty: off", resumable=True
     ),

@@ -16,7 +16,8 @@ from mixer_jax.config import describe, validate
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.curves import CURVES_FILE
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
-from mixer_jax.weights.steps import find_checkpoint, list_steps
+from mixer_jax.weights.places import find_weights
+from mixer_jax.weights.steps import list_steps
 
 if TYPE_CHECKING:
     from mixer_jax.training.loop import Result
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     for change in workdirs.check(workdir, config):
         print(f"changed since this run was last started: {change}")
     if config.init_from and not list_steps(workdir):
-        find_checkpoint(config.init_from)
+        find_weights(config.init_from)
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(config.compilation_cache)
@@ -73,6 +74,7 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {place}; "
             "the same command goes on from there"
         )
+    board = f"{_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}"
     lines = [
         f"{name}: {scores.top1:.2%} top-1, {scores.top5:.2%} top-5, calibration error "
         f"{scores.calibration_error:.2%}, on {scores.counted()}"
@@ -85,11 +87,11 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             f"checkpoint  {place}",
             f"curves      {workdir}/{CURVES_FILE}",
             f"metrics     {workdir}/{METRICS_FILE}",
-            f"events      {workdir}/{EVENTS_FOLDER}",
+            *([f"events      {workdir}/{EVENTS_FOLDER}"] if config.tensorboard else []),
             "",
             "next:",
             *([f"  {shlex.join(score)}"] if config.evals else []),
-            f"  {_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}",
+            *([f"  {board}"] if config.tensorboard else []),
         ]
     )
 

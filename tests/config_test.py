@@ -21,7 +21,12 @@ from mixer_jax.model.variants import num_parameters, resolve_widths
 from mixer_jax.training.experiment import build, training_batches
 from mixer_jax.training.run_sources import open_sources
 
-FILES = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
+# Those that begin with weights are in finetune_configs_test.py.
+FILES = [
+    path
+    for path in sorted(Path(__file__).parent.parent.glob("configs/*.py"))
+    if not path.stem.startswith("finetune_")
+]
 ARGUMENTS = {"digits": ["low", "high"], "folder": ["photos"]}
 CONFIGS = [str(path) for path in FILES] + [
     f"{path}:{argument}" for path in FILES for argument in ARGUMENTS.get(path.stem, [])

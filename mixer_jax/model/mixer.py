@@ -203,11 +203,16 @@ def build_model(section: dict[str, Any], num_classes: int) -> MlpMixer:
     """Returns the model of a configuration's model section.
 
     Args:
-        section: the keys under `model` in config.py.
+        section: the keys under `model` in keys.py.
         num_classes: outputs of the head.
     """
     settings = dict(section)
-    dtype = settings.pop("dtype")
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return create_model(settings.pop("variant"), num_classes, dtype=jnp.dtype(dtype), **settings)
+    dtype = resolve_dtype(settings.pop("dtype"))
+    return create_model(settings.pop("variant"), num_classes, dtype=dtype, **settings)
+
+
+def resolve_dtype(name: str) -> Any:
+    """Returns the type of that name; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

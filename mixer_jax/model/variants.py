@@ -35,6 +35,8 @@ VARIANTS: dict[str, Widths] = {
     "H/14": Widths(32, 14, 1280, 640, 5120),
 }
 CUSTOM = "custom"
+# Widths and GELU are those of the weights in config.init_from.
+INIT_FROM = "init_from"
 
 
 def resolve_widths(variant: str, **overrides: int) -> Widths:
@@ -87,6 +89,43 @@ def num_parameters(widths: Widths, image_size: int, num_classes: int) -> int:
     channel_mixing = (2 * channels + 1) * widths.channels_mlp_dim + channels
     blocks = widths.num_blocks * (4 * channels + token_mixing + channel_mixing)
     return stem + blocks + 2 * channels + (channels + 1) * num_classes
+
+
+def parameter_shapes(
+    widths: Widths, num_tokens: int, num_classes: int
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a model's parameters, by its path in their tree.
+
+    Args:
+        widths: of the model.
+        num_tokens: of an image.
+        num_classes: outputs of the head; 0: there is none.
+    """
+    blocks, patch, channels = widths.num_blocks, widths.patch_size, widths.hidden_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "stem/kernel": (patch, patch, 3, channels),
+        "stem/bias": (channels,),
+    }
+    mlps = {
+        "token_mixing": (num_tokens, widths.tokens_mlp_dim),
+        "channel_mixing": (channels, widths.channels_mlp_dim),
+    }
+    for number, (name, (outer, inner)) in enumerate(mlps.items()):
+        shapes |= {
+            f"blocks/LayerNorm_{number}/scale": (blocks, channels),
+            f"blocks/LayerNorm_{number}/bias": (blocks, channels),
+            f"blocks/{name}/Dense_0/kernel": (blocks, outer, inner),
+            f"blocks/{name}/Dense_0/bias": (blocks, inner),
+            f"blocks/{name}/Dense_1/kernel": (blocks, inner, outer),
+            f"blocks/{name}/Dense_1/bias": (blocks, outer),
+        }
+    shapes |= {
+        "pre_head_layer_norm/scale": (channels,),
+        "pre_head_layer_norm/bias": (channels,),
+    }
+    if num_classes:
+        shapes |= {"head/kernel": (channels, num_classes), "head/bias": (num_classes,)}
+    return shapes
 
 
 def forward_flops(widths: Widths, image_size: int, num_classes: int) -> int:

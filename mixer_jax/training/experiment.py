@@ -5,16 +5,14 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mixer_jax
-from mixer_jax.config import check_warmup, resolve_num_steps, width_overrides
+from mixer_jax.config import check_unroll, check_warmup, resolve_num_steps, width_overrides
 from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch, Report, train_batches
-from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import Scores, compile_judge, evaluate
 from mixer_jax.model.mixer import MlpMixer, build_model
 from mixer_jax.model.variants import forward_flops, resolve_widths
@@ -29,8 +27,8 @@ from mixer_jax.parallel.sharding import (
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.run_sources import Sources
 from mixer_jax.training.step import Metrics, TrainState, create_state, train_step
+from mixer_jax.weights.about import About
 from mixer_jax.weights.checkpoint import abstract
-from mixer_jax.weights.load import load_checkpoint
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -44,6 +42,7 @@ class Experiment(NamedTuple):
         num_steps: of the whole run.
         mesh: over all devices of all hosts.
         model: from images to logits.
+        about: what its weights say of themselves.
         state_shape: shapes, types and shardings of the state.
         create_state: makes the state before the first step.
         train_step: one step; the state given to it is used up.
@@ -55,6 +54,7 @@ class Experiment(NamedTuple):
     num_steps: int
     mesh: Mesh
     model: MlpMixer
+    about: About
     state_shape: TrainState
     create_state: Callable[[], TrainState]
     train_step: TrainStep
@@ -62,7 +62,10 @@ class Experiment(NamedTuple):
 
 
 def build(
-    config: ConfigDict, sources: Sources, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict,
+    sources: Sources,
+    devices: Sequence[jax.Device] | None = None,
+    begins_with: About | None = None,
 ) -> Experiment:
     """Makes the parts of a run; compiles nothing and allocates nothing yet.
 
@@ -70,6 +73,8 @@ def build(
         config: valid by `config.validate`.
         sources: from `open_sources`.
         devices: to run on; None: all of all hosts.
+        begins_with: of the weights that the run begins with or goes on from, which then say widths
+            and GELU; None: the config says them.
 
     Raises:
         UserError: the batch does not divide over the devices, or warmup outlasts the run.
@@ -79,8 +84,10 @@ def build(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     pieces = config.recipe.accumulation_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
-    num_classes = sources.train.num_classes
-    model = build_model(config.model.to_dict(), num_classes)
+    about = _describe(config, sources, begins_with)
+    check_unroll(config, about.widths)
+    section = {"variant": about.variant, "gelu": about.gelu, **vars(about.widths)}
+    model = build_model(config.model.to_dict() | section, about.num_classes)
     schedule, tx = build_optimizer(config.optimizer, num_steps)
 
     rng = jax.random.key(config.seed)
@@ -94,7 +101,7 @@ def build(
         model=model,
         tx=tx,
         schedule=schedule,
-        num_classes=num_classes,
+        num_classes=about.num_classes,
         seed=config.seed,
         **config.recipe,
     )
@@ -104,6 +111,7 @@ def build(
         num_steps,
         mesh,
         model,
+        about,
         state_shape=abstract(shape, sharding),
         create_state=jax.jit(make_state, out_shardings=sharding),
         train_step=jax.jit(
@@ -112,7 +120,14 @@ def build(
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
         ),
-        metadata=_metadata(config, sources, num_steps),
+        metadata={
+            "about": about.to_json(),
+            "ema": config.recipe.ema_decay > 0,
+            "num_steps": num_steps,
+            "num_train_examples": len(sources.train),
+            "config": config.to_dict(),
+            "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
+        },
     )
 
 
@@ -124,40 +139,6 @@ def build_optimizer(
     names = ("learning_rate", "warmup_steps", "decay", "end_learning_rate")
     schedule = make_schedule(num_steps, **{name: settings.pop(name) for name in names})
     return schedule, make_optimizer(schedule, **settings)
-
-
-def initial_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, with the weights of `config.init_from` if given.
-
-    Of a checkpoint everything but the head is taken.
-
-    Raises:
-        UserError: no such checkpoint, or its weights have other shapes than the model.
-    """
-    state = experiment.create_state()
-    path = experiment.config.init_from
-    if not path:
-        return state
-    source = load_checkpoint(path, experiment.mesh)
-    if source.model.gelu != experiment.model.gelu:
-        raise UserError(
-            f"config.init_from={path!r} was trained with gelu={source.model.gelu}; "
-            f"set --config.model.gelu={source.model.gelu}"
-        )
-    params = source.params
-    params = {**params, "head": state.params["head"]}
-    ours, theirs = (
-        {jax.tree_util.keystr(key): array.shape for key, array in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (state.params, params))
-    )
-    for key in ours.keys() | theirs.keys():
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"config.init_from={path!r} has other shapes than the model: {key} is "
-                f"{theirs.get(key)}, not {ours.get(key)}; use its variant, widths and image_size"
-            )
-    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
-    return state._replace(params=params, ema_params=ema_params)
 
 
 def training_batches(
@@ -202,7 +183,7 @@ def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:
             source,
             experiment.mesh,
             batch_size=config.eval_batch_size,
-            image_size=config.image_size,
+            image_size=(config.image_size, config.image_size),
             eval_crop=config.preprocess.eval_crop,
             exif_orientation=config.preprocess.exif_orientation,
             skip_bad=config.bad_images.skip_in_evaluation,
@@ -217,9 +198,8 @@ def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:
 
 def flops_per_image(experiment: Experiment) -> int:
     """Returns the model FLOPs of training on one image: three forwards."""
-    config = experiment.config
-    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
-    return 3 * forward_flops(widths, config.image_size, experiment.model.num_classes)
+    about = experiment.about
+    return 3 * forward_flops(about.widths, about.image_size[0], about.num_classes)
 
 
 def throughput(experiment: Experiment, images_per_second: float) -> dict[str, float]:
@@ -235,19 +215,21 @@ def throughput(experiment: Experiment, images_per_second: float) -> dict[str, fl
     return rates
 
 
-def _metadata(config: ConfigDict, sources: Sources, num_steps: int) -> dict[str, Any]:
-    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
-    return {
-        "variant": config.model.variant,
-        "widths": vars(widths),
-        "gelu": config.model.gelu,
-        "image_size": config.image_size,
-        "class_names": list(sources.train.class_names),
-        "preprocess": {"eval_crop": config.preprocess.eval_crop, "pixels": [-1, 1]},
-        "loss": config.recipe.loss,
-        "ema": config.recipe.ema_decay > 0,
-        "num_steps": num_steps,
-        "num_train_examples": len(sources.train),
-        "config": config.to_dict(),
-        "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
-    }
+def _describe(config: ConfigDict, sources: Sources, begins_with: About | None) -> About:
+    if begins_with is None:
+        variant, gelu = config.model.variant, config.model.gelu
+        widths = resolve_widths(variant, **width_overrides(config.model))
+    else:
+        variant, gelu, widths = begins_with.variant, begins_with.gelu, begins_with.widths
+    return About(
+        variant,
+        widths,
+        image_size=(config.image_size, config.image_size),
+        num_classes=sources.train.num_classes,
+        class_names=tuple(sources.train.class_names),
+        gelu=gelu,
+        eval_crop=config.preprocess.eval_crop,
+        exif_orientation=config.preprocess.exif_orientation,
+        loss=config.recipe.loss,
+        dtype=config.model.dtype,
+    )

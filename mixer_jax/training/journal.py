@@ -37,7 +37,8 @@ class Journal:
             window: what `self.window` was when the run was last saved; empty for a new run.
         """
         self.progress = Progress(first_step, experiment.num_steps, active)
-        self._writer = MetricsWriter(workdir, first_step, active)
+        tensorboard = experiment.config.tensorboard
+        self._writer = MetricsWriter(workdir, first_step, active, tensorboard)
         self._experiment = experiment
         # Losses since the last line written, whose mean is written next. Saved with every
         # checkpoint, so that a resumed run writes the same means.

@@ -12,14 +12,9 @@ from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.evaluation.classification import Scores
 from mixer_jax.parallel import hosts
 from mixer_jax.training.bad_images import BadImageLog
+from mixer_jax.training.beginning import Beginning, begin, describe_beginning, find_beginning
 from mixer_jax.training.curves import draw_curves
-from mixer_jax.training.experiment import (
-    Experiment,
-    build,
-    evaluators,
-    initial_state,
-    training_batches,
-)
+from mixer_jax.training.experiment import Experiment, build, evaluators, training_batches
 from mixer_jax.training.journal import Journal
 from mixer_jax.training.run_sources import open_sources
 from mixer_jax.training.step import TrainState
@@ -64,16 +59,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         hosts.join(config.distributed)
         stop.listen()
         leader = hosts.is_leader()
-        experiment = build(config, sources)
+        beginning = find_beginning(config, workdir)
+        experiment = build(config, sources, begins_with=beginning and beginning.about)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         first_step = checkpoints.latest_step() or 0
-        state, window = restore(experiment, checkpoints, first_step)
+        state, window = begin(experiment, checkpoints, first_step, beginning)
         if leader:
             save_config(workdir, config)
         journal = Journal(workdir, experiment, first_step, leader, window)
         stack.callback(journal.close)
-        journal.progress.say(_describe(experiment, first_step))
+        journal.progress.say(_describe(experiment, first_step, beginning))
         bad_images = BadImageLog(
             workdir,
             first_step,
@@ -144,35 +140,6 @@ def save(
     checkpoints.save(step, items, experiment.metadata | {"loss_window": list(window)})
 
 
-def restore(
-    experiment: Experiment, checkpoints: Checkpoints, step: int
-) -> tuple[TrainState, list[float]]:
-    """Returns what was saved at `step`; for step 0 the initial state and an empty window.
-
-    Raises:
-        UserError: the checkpoint was trained on other data, or for another number of steps.
-    """
-    if step == 0:
-        return initial_state(experiment), []
-    metadata = checkpoints.metadata(step)
-    for key in ("num_train_examples", "num_steps", "class_names"):
-        was, now = metadata[key], experiment.metadata[key]
-        if was != now:
-            raise UserError(
-                f"the checkpoint of step {step} was made with {key}={was}, not {now}: the data are "
-                "others than the run began with; point --config.dataset.data_dir at those, or put "
-                "the folder's images back, or choose another --workdir"
-            )
-    shape = experiment.state_shape
-    targets = {"params": shape.params, "optimizer": shape.opt_state}
-    if shape.ema_params is not None:
-        targets["ema_params"] = shape.ema_params
-    items = checkpoints.restore(step, targets)
-    steps_done = jax.device_put(jax.numpy.int32(step), shape.step.sharding)
-    state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
-    return state, metadata["loss_window"]
-
-
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
@@ -192,7 +159,7 @@ def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> Run
     return RunFailedError(f"{error}; {kept}; try a lower learning rate or a longer warmup")
 
 
-def _describe(experiment: Experiment, first_step: int) -> str:
+def _describe(experiment: Experiment, first_step: int, beginning: Beginning | None) -> str:
     config, mesh, train = experiment.config, experiment.mesh, experiment.sources.train
     count = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
     device = jax.devices()[0]
@@ -205,7 +172,8 @@ def _describe(experiment: Experiment, first_step: int) -> str:
             "the first compiles the program"
         )
     return (
-        f"Mixer {config.model.variant}, {count:,} parameters, {config.image_size} px\n"
+        f"Mixer {experiment.about.variant}, {count:,} parameters, {config.image_size} px\n"
+        f"{describe_beginning(experiment, beginning)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.dtype}\n"

@@ -30,13 +30,14 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Writes the metrics of a run. One host of several writes; the others' writers do nothing."""
 
-    def __init__(self, workdir: str, first_step: int, active: bool):
+    def __init__(self, workdir: str, first_step: int, active: bool, tensorboard: bool = True):
         """Opens a run's metrics; a resumed run forgets what it wrote after its checkpoint.
 
         Args:
             workdir: absolute path or URL of the run.
             first_step: steps done when the run begins or is resumed.
             active: whether this host is the one that writes.
+            tensorboard: whether it writes events too.
         """
         self._active = active
         if not active:
@@ -47,7 +48,8 @@ class MetricsWriter:
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._path, self._text)
         self._background = ThreadPoolExecutor(max_workers=1)
-        self._events: Any = None
+        # Opened with the first values; False: there are none, or no more.
+        self._events: Any = None if tensorboard else False
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of one step."""

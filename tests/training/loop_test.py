@@ -1,5 +1,6 @@
-"""Tests of a whole run inside one process; those that kill processes are in end_to_end_test.py."""
+"""Tests of a whole run inside one process; those that kill processes are in end_to_end/."""
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -11,21 +12,16 @@ import pytest
 
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.parallel.hosts import StopSignals
-from mixer_jax.parallel.sharding import make_mesh
 from mixer_jax.training import loop as loop_module
-from mixer_jax.training.experiment import (
-    Experiment,
-    build,
-    initial_state,
-    throughput,
-    training_batches,
-)
+from mixer_jax.training.beginning import begin
+from mixer_jax.training.experiment import Experiment, build, throughput, training_batches
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import TIMINGS, read_metrics
 from mixer_jax.training.run_sources import open_sources
 from mixer_jax.weights.checkpoint import Checkpoints
-from mixer_jax.weights.load import load_checkpoint
+from mixer_jax.weights.load import load_weights
 from mixer_jax.weights.steps import list_steps
+from tests.random_weights import same
 from tests.small_run import small_config
 
 
@@ -104,18 +100,17 @@ def test_a_finished_run_scores_its_checkpoint_again(
     assert result.scores["test"].log_likelihood == last["test/log_likelihood"]
 
 
-def test_metadata_says_all_that_use_needs(finished: Path) -> None:
-    loaded = load_checkpoint(str(finished), make_mesh(0, 1))
-    assert loaded.step == 20
-    assert loaded.metadata["class_names"] == [str(digit) for digit in range(10)]
-    assert loaded.metadata["image_size"] == 16
-    assert loaded.metadata["gelu"] == "tanh"
-    assert loaded.metadata["preprocess"]["eval_crop"] == "whole"
-    assert loaded.metadata["widths"]["hidden_dim"] == 16
+def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
+    weights = load_weights(str(finished))
+    about = weights.about
+    assert weights.step == 20
+    assert about.class_names == tuple(str(digit) for digit in range(10))
+    assert about.image_size == (16, 16)
+    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
+    assert about.widths.hidden_dim == 16
     # The averaged parameters are the ones to use.
-    raw = Checkpoints(str(finished)).restore(20, {"ema_params": loaded.params})["ema_params"]
-    for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(loaded.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    raw = Checkpoints(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
+    same(raw, weights.params)
 
 
 def without_timings(workdir: Path) -> list[dict[str, Any]]:
@@ -146,7 +141,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: 
 
     config = small_config(digits_dir, mesh__fsdp=4)
     split = build(config, open_sources(config))
-    state, window = loop_module.restore(split, Checkpoints(str(tmp_path)), 4)
+    state, window = begin(split, Checkpoints(str(tmp_path)), 4, None)
     assert window == [0.1, 0.2]
     assert int(state.step) == 4
     actual = []
@@ -159,10 +154,13 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: 
 def test_a_run_refuses_to_go_on_with_other_data(finished: Path, digits_dir: str) -> None:
     config = small_config(digits_dir, recipe__ema_decay=0.9)
     experiment = build(config, open_sources(config))
-    for key, value in [("num_train_examples", 1436), ("num_steps", 21), ("class_names", ["a"])]:
+    for key, value in [("num_train_examples", 1436), ("num_steps", 21)]:
         other = experiment._replace(metadata=experiment.metadata | {key: value})
         with pytest.raises(UserError, match=f"step 20 was made with {key}="):
-            loop_module.restore(other, Checkpoints(str(finished)), 20)
+            begin(other, Checkpoints(str(finished)), 20, None)
+    named = dataclasses.replace(experiment.about, class_names=("a",) * 10)
+    with pytest.raises(UserError, match="step 20 was made with class_names="):
+        begin(experiment._replace(about=named), Checkpoints(str(finished)), 20, None)
 
 
 def test_the_last_step_is_written_whatever_the_interval(digits_dir: str, tmp_path: Path) -> None:
@@ -170,37 +168,6 @@ def test_the_last_step_is_written_whatever_the_interval(digits_dir: str, tmp_pat
     train_and_evaluate(config, str(tmp_path))
     lines = read_metrics(str(tmp_path))
     assert [line["step"] for line in lines if "loss" in line] == [3, 5]
-
-
-def test_init_from_another_gelu_is_refused(finished: Path, digits_dir: str) -> None:
-    config = small_config(digits_dir, init_from=str(finished), model__gelu="exact")
-    experiment = build(config, open_sources(config))
-    with pytest.raises(UserError, match=r"set --config\.model\.gelu=tanh"):
-        initial_state(experiment)
-
-
-def test_init_from_takes_all_but_the_head(finished: Path, digits_dir: str) -> None:
-    config = small_config(
-        digits_dir, "configs/digits.py:low", init_from=str(finished), model__head_bias=-1.0
-    )
-    experiment = build(config, open_sources(config))
-    state = initial_state(experiment)
-    source = load_checkpoint(str(finished), experiment.mesh).params
-    for name in ("stem", "blocks", "pre_head_layer_norm"):
-        pairs = zip(jax.tree.leaves(state.params[name]), jax.tree.leaves(source[name]), strict=True)
-        for ours, theirs in pairs:
-            np.testing.assert_array_equal(ours, theirs)
-    assert state.params["head"]["kernel"].shape == (16, 5)
-    assert not state.params["head"]["kernel"].any()
-    state, metrics = experiment.train_step(state, next(training_batches(experiment, 0, print)))
-    assert np.isfinite(metrics["loss"])
-
-
-def test_init_from_another_shape_says_which(finished: Path, digits_dir: str) -> None:
-    config = small_config(digits_dir, init_from=str(finished), image_size=32)
-    experiment = build(config, open_sources(config))
-    with pytest.raises(UserError, match=r"other shapes .*token_mixing.*image_size"):
-        initial_state(experiment)
 
 
 def test_divergence_stops_and_names_the_last_good_checkpoint(
@@ -218,7 +185,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(
         train_and_evaluate(config, str(tmp_path))
     kept = list_steps(str(tmp_path))
     assert kept
-    loaded = load_checkpoint(str(tmp_path), make_mesh(0, 1))
+    loaded = load_weights(str(tmp_path))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loaded.params))
 
 

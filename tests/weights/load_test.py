@@ -1,66 +1,63 @@
-"""Tests of loading a checkpoint that was saved before some configuration keys existed."""
+"""Tests of loading a run's checkpoint: what it lacks, what it says, and at another image size."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from mixer_jax import command_line, config, evaluate
-from mixer_jax.model.mixer import build_model
-from mixer_jax.parallel.sharding import make_mesh
-from mixer_jax.weights.checkpoint import Checkpoints
-from mixer_jax.weights.load import load_checkpoint
+from mixer_jax.errors import UserError
+from mixer_jax.weights.load import Weights, load_weights, resize, with_class_names, with_new_head
+from tests.random_weights import DIGITS, random_weights, same, save_run
 
 NEW, OLD = 1, 2
-CLASS_NAMES = [str(digit) for digit in range(10)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run with the same parameters twice: saved with all keys, and when there were fewer."""
+def weights() -> Weights:
+    return random_weights()
+
+
+@pytest.fixture(scope="module")
+def runs(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """The same weights twice: saved with all keys, and when there were fewer."""
     made = config.get_default()
-    widths = {"num_blocks": 1, "patch_size": 4, "hidden_dim": 8}
-    made.model.update(widths | {"tokens_mlp_dim": 4, "channels_mlp_dim": 8, "variant": "custom"})
     made.preprocess.eval_crop = "whole"
     new, old = made.to_dict(), made.to_dict()
     for section, key in (("preprocess", "exif_orientation"), ("model", "dtype")):
         del old[section][key]
     del old["loader"]
-    images = np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(build_model(new["model"], 10).init, jax.random.key(0), images)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes["params"])
-    workdir = str(tmp_path_factory.mktemp("run"))
-    checkpoints = Checkpoints(workdir, keep=2)
-    for step, saved in ((NEW, new), (OLD, old)):
-        about = {"image_size": 16, "class_names": CLASS_NAMES, "ema": False, "config": saved}
-        checkpoints.save(step, {"params": params}, about)
-    checkpoints.close()
-    return workdir
+    return {
+        kind: save_run(weights, tmp_path_factory.mktemp("run"), config=saved)
+        for kind, saved in ((NEW, new), (OLD, old))
+    }
 
 
-def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(run: str) -> None:
-    new, old = (load_checkpoint(run, make_mesh(0, 1), step) for step in (NEW, OLD))
-    assert old.model == new.model
-    assert old.metadata == new.metadata
+def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(runs: dict[int, str]) -> None:
+    new, old = (load_weights(runs[kind]) for kind in (NEW, OLD))
+    assert old.config == new.config
+    assert old.config is not None
     # What it does say stands.
-    assert old.metadata["config"]["preprocess"]["eval_crop"] == "whole"
+    assert old.config["preprocess"]["eval_crop"] == "whole"
 
 
 def test_a_checkpoint_of_before_a_key_existed_is_scored(
-    run: str, digits_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: dict[int, str],
+    digits_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(command_line, "set_up_libraries", lambda compilation_cache: None)
 
-    def scores(step: int) -> dict[str, Any]:
+    def scores(run: str) -> dict[str, Any]:
         data = ["--dataset=digits", f"--data_dir={digits_dir}"]
-        assert evaluate.main([f"--checkpoint={run}", f"--step={step}", "--json", *data]) == 0
+        assert evaluate.main([f"--checkpoint={run}", "--json", *data]) == 0
         return json.loads(capsys.readouterr().out)
 
-    assert scores(OLD) == scores(NEW) | {"step": OLD}
-    assert scores(OLD)["num_examples"] == 360
+    assert scores(runs[OLD]) == scores(runs[NEW]) | {"checkpoint": runs[OLD]}
+    assert scores(runs[OLD])["num_examples"] == 360
 
 
 def test_the_saved_config_itself_is_not_changed() -> None:
@@ -71,3 +68,66 @@ def test_the_saved_config_itself_is_not_changed() -> None:
     assert filled["model"]["gelu"] == "tanh"
     assert filled["mixture"] == saved["mixture"]
     assert "evals" not in filled
+
+
+def test_what_a_run_says_comes_back(tmp_path: Path) -> None:
+    weights = random_weights(
+        image_size=(8, 20), gelu="exact", loss="sigmoid", exif_orientation=True, dtype="bfloat16"
+    )
+    loaded = load_weights(save_run(weights, tmp_path, step=7))
+    assert loaded.about == weights.about
+    assert loaded.step == 7
+    assert loaded.config is None
+    same(loaded.params, weights.params)
+
+
+def test_the_caller_has_the_last_word(runs: dict[int, str]) -> None:
+    about = load_weights(runs[NEW], gelu="exact", eval_crop="square").about
+    assert (about.gelu, about.eval_crop) == ("exact", "square")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({}, "does not say what its weights are"),
+        ({"gelu": "relu"}, "says gelu='relu'; it can be tanh or exact"),
+        ({"image_size": [16]}, r"says image_size=\[16\]; it is two whole numbers"),
+        ({"class_names": "abc"}, "says class_names that are no list"),
+        ({"resolution": 3}, "says resolution=3; it is a text"),
+    ],
+)
+def test_a_run_that_says_nonsense_is_refused(
+    weights: Weights, tmp_path: Path, about: dict[str, Any], message: str
+) -> None:
+    told = weights.about.to_json() | about if about else {}
+    run = save_run(weights, tmp_path / "other", about=told)
+    with pytest.raises(UserError, match=message):
+        load_weights(run)
+
+
+def test_an_image_size_resizes_and_says_so(runs: dict[int, str], weights: Weights) -> None:
+    grown = load_weights(runs[NEW], image_size=32)
+    assert grown.about.image_size == (32, 32)
+    assert grown.about.resolution == "grown from 16 px (the paper's Appendix C)"
+    other = load_weights(runs[NEW], image_size=(20, 16))
+    assert other.about.resolution == "interpolated from 16 px, which the paper does not do"
+    assert other.about.name == "Mixer-custom at 20 × 16 px"
+    again = resize(other, (32, 16)).about.resolution
+    assert again.count("interpolated from") == 2
+    assert load_weights(runs[NEW], image_size=16).about == weights.about
+    with pytest.raises(UserError, match="image_size 18 is not divisible by patch_size 4"):
+        load_weights(runs[NEW], image_size=18)
+
+
+def test_heads_and_names(weights: Weights) -> None:
+    new = with_new_head(weights, 3, bias=-2.0, loss="sigmoid")
+    assert new.about.num_classes == 3
+    assert (new.about.class_names, new.about.loss) == ((), "sigmoid")
+    assert not new.params["head"]["kernel"].any()
+    np.testing.assert_array_equal(new.params["head"]["bias"], np.full(3, -2.0, np.float32))
+    assert "head" not in with_new_head(weights, 0).params
+    assert weights.about.class_names == DIGITS
+    named = with_class_names(new, ["a", "b", "c"], "x")
+    assert named.about.class_names == ("a", "b", "c")
+    with pytest.raises(UserError, match="x has 3 classes, and 2 names are given"):
+        with_class_names(new, ["a", "b"], "x")

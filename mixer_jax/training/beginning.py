@@ -1,0 +1,166 @@
+"""What a run begins with: fresh weights, those of `config.init_from`, or its own checkpoint."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mixer_jax.config import width_overrides
+from mixer_jax.errors import UserError
+from mixer_jax.model.resolution import resized_tokens_mlp_dim
+from mixer_jax.model.variants import CUSTOM, INIT_FROM, resolve_widths
+from mixer_jax.training.experiment import Experiment
+from mixer_jax.training.step import TrainState
+from mixer_jax.weights.about import About, from_json
+from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.weights.load import Weights, load_weights, resize
+from mixer_jax.weights.ready import place
+from mixer_jax.weights.steps import FOLDER, list_steps
+
+
+class Beginning(NamedTuple):
+    """What a run begins with, if it does not begin afresh.
+
+    Attributes:
+        about: the weights, at the run's image size.
+        weights: those of `config.init_from`; None: the run goes on from its own checkpoint.
+    """
+
+    about: About
+    weights: Weights | None
+
+
+def find_beginning(config: ConfigDict, workdir: str) -> Beginning | None:
+    """Returns what a run begins with; None: weights drawn at random.
+
+    Args:
+        config: of the run.
+        workdir: absolute path or URL of the run; nothing is changed in it.
+
+    Raises:
+        UserError: the weights of `config.init_from` cannot be had, or are of another model.
+    """
+    steps = list_steps(workdir)
+    if steps:
+        checkpoints = Checkpoints(workdir)
+        metadata = checkpoints.metadata(steps[-1])
+        checkpoints.close()
+        where = f"checkpoint {workdir}/{FOLDER}/{steps[-1]}"
+        return Beginning(from_json(metadata.get("about", {}), where), None)
+    if not config.init_from:
+        return None
+    weights = load_weights(config.init_from)
+    if config.model.variant != INIT_FROM:
+        _check_model(config, weights.about)
+    weights = resize(weights, (config.image_size, config.image_size))
+    return Beginning(weights.about, weights)
+
+
+def begin(
+    experiment: Experiment, checkpoints: Checkpoints, step: int, beginning: Beginning | None
+) -> tuple[TrainState, list[float]]:
+    """Returns what was saved at `step`; for step 0 the initial state and an empty window.
+
+    Args:
+        experiment: that is run.
+        checkpoints: of the run.
+        step: it goes on from; 0: none.
+        beginning: from `find_beginning`.
+
+    Raises:
+        UserError: the checkpoint was trained on other data, or for another number of steps; or
+            the head that is to be kept is of other classes.
+    """
+    if step == 0:
+        return initial_state(experiment, beginning and beginning.weights), []
+    metadata = checkpoints.metadata(step)
+    metadata["class_names"] = metadata["about"]["class_names"]
+    ours = experiment.metadata | {"class_names": list(experiment.about.class_names)}
+    for key in ("num_train_examples", "num_steps", "class_names"):
+        was, now = metadata[key], ours[key]
+        if was != now:
+            raise UserError(
+                f"the checkpoint of step {step} was made with {key}={was}, not {now}: the data are "
+                "others than the run began with; point --config.dataset.data_dir at those, or put "
+                "the folder's images back, or choose another --workdir"
+            )
+    shape = experiment.state_shape
+    targets = {"params": shape.params, "optimizer": shape.opt_state}
+    if shape.ema_params is not None:
+        targets["ema_params"] = shape.ema_params
+    items = checkpoints.restore(step, targets)
+    steps_done = jax.device_put(jnp.int32(step), shape.step.sharding)
+    state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
+    return state, metadata["loss_window"]
+
+
+def initial_state(experiment: Experiment, weights: Weights | None) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        experiment: that is run.
+        weights: for the run's image size, of which all but the head is taken, and the head too if
+            `keeps_head`; None: weights drawn at random.
+
+    Raises:
+        UserError: as `keeps_head`.
+    """
+    state = experiment.create_state()
+    if weights is None:
+        return state
+    params = place(weights.params, experiment.mesh)
+    if not keeps_head(experiment, weights.about):
+        params = {**params, "head": state.params["head"]}
+    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
+    return state._replace(params=params, ema_params=ema_params)
+
+
+def keeps_head(experiment: Experiment, about: About) -> bool:
+    """Says whether a run begins with the head of the weights it begins with.
+
+    Raises:
+        UserError: it is told to, and they are of other classes.
+    """
+    wish, ours = experiment.config.init_head, experiment.about.class_names
+    same = about.class_names == ours
+    if wish == "keep" and not (same or (not about.class_names and about.num_classes == len(ours))):
+        raise UserError(
+            f"config.init_head='keep', but config.init_from={experiment.config.init_from!r} has "
+            f"{about.num_classes} classes that are not the {len(ours)} of the data; set it to new"
+        )
+    return wish == "keep" or (wish == "auto" and same)
+
+
+def describe_beginning(experiment: Experiment, beginning: Beginning | None) -> str:
+    """Returns a line for people on the weights a run begins with; empty where there is no news."""
+    if beginning is None or beginning.weights is None:
+        return ""
+    about = beginning.about
+    how = f", {about.resolution}" if about.resolution else ""
+    head = "with their head" if keeps_head(experiment, about) else "with a new head"
+    return f"weights of {experiment.config.init_from}{how}, {head}\n"
+
+
+def _check_model(config: ConfigDict, trained: About) -> None:
+    """Raises UserError if weights are not of the model that the config declares."""
+    widths = resolve_widths(config.model.variant, **width_overrides(config.model))
+    side = config.image_size // trained.widths.patch_size
+    mlp_dim = trained.widths.tokens_mlp_dim
+    if side:
+        mlp_dim = resized_tokens_mlp_dim(mlp_dim, trained.grid, (side, side))
+    # A config may name the widths before growing, as the paper does, or after it.
+    if widths not in (trained.widths, dataclasses.replace(trained.widths, tokens_mlp_dim=mlp_dim)):
+        found = trained.variant
+        if found in (CUSTOM, config.model.variant):
+            found = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(trained.widths).items())
+        raise UserError(
+            f"config.init_from={config.init_from!r} is of another model, {found}; set "
+            f"--config.model.variant={INIT_FROM} to take its"
+        )
+    if config.model.gelu != trained.gelu:
+        raise UserError(
+            f"config.init_from={config.init_from!r} was trained with gelu={trained.gelu}; set "
+            f"--config.model.gelu={trained.gelu}, or --config.model.variant={INIT_FROM}"
+        )

@@ -1,0 +1,124 @@
+"""Where weights lie: what the name of a checkpoint means; reads names only, so it costs nothing."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+
+from mixer_jax.errors import UserError, one_line
+from mixer_jax.weights.steps import find_checkpoint
+
+HUB = "hf:"
+RUN = "run"
+# Kinds of files, by the end of their names.
+KINDS = {
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+    ".pth": "torch",
+    ".pt": "torch",
+    ".bin": "torch",
+}
+# What the Hugging Face Hub, and folders saved from it, call the file of weights.
+HUB_FILE = "model.safetensors"
+
+
+class Place(NamedTuple):
+    """Where weights lie.
+
+    Attributes:
+        kind: "run", "hub", or one of the kinds of files.
+        path: of the run or the file; of the Hub, the repository's name.
+        step: of a run.
+    """
+
+    kind: str
+    path: str
+    step: int | None = None
+
+
+def find_weights(source: str, step: int | None = None) -> Place:
+    """Returns where weights lie.
+
+    Args:
+        source: a run's folder or one of its checkpoints; a file of published weights; a folder that
+            holds model.safetensors; or "hf:OWNER/NAME" of the Hugging Face Hub. Folders and files
+            may lie at a URL such as gs://BUCKET/PATH.
+        step: which checkpoint of a run; None: the newest.
+
+    Raises:
+        UserError: there is nothing, or nothing that is known.
+    """
+    with _reaching(source):
+        return _find(source, step)
+
+
+def _find(source: str, step: int | None) -> Place:
+    if source.startswith(HUB):
+        name = source.removeprefix(HUB)
+        # The revision, if any, may have more of them: refs/pr/1.
+        parts = name.partition("@")[0].split("/")
+        if len(parts) != 2 or not all(parts):
+            raise UserError(f"checkpoint {source!r} is no name on the Hub; write hf:OWNER/NAME")
+        place = Place("hub", name)
+    elif (kind := KINDS.get(epath.Path(source).suffix)) and not _path(source).is_dir():
+        if not _path(source).exists():
+            raise UserError(f"checkpoint {source!r} does not exist; name a file or a run's folder")
+        place = Place(kind, str(_path(source)))
+    elif _path(source).is_file():
+        known = ", ".join(KINDS)
+        raise UserError(f"checkpoint {source!r} is of no known kind; files end in {known}")
+    elif (_path(source) / HUB_FILE).exists():
+        place = Place(KINDS[Path(HUB_FILE).suffix], str(_path(source) / HUB_FILE))
+    else:
+        return Place(RUN, *find_checkpoint(source, step))
+    if step is not None:
+        raise UserError(f"checkpoint {source!r} has no steps, for it is no run; leave out the step")
+    return place
+
+
+@contextlib.contextmanager
+def _reaching(source: str) -> Iterator[None]:
+    """Tells what goes wrong on the way to a file or a URL as a user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Behind a URL is a library of its own, with errors of its own.
+        if not isinstance(error, OSError) and "://" not in source:
+            raise
+        raise UserError(f"checkpoint {source!r} cannot be reached: {one_line(error)}") from error
+
+
+def _path(source: str) -> epath.Path:
+    return epath.Path(source).expanduser()
+
+
+@contextlib.contextmanager
+def local_copy(path: str, companions: tuple[str, ...]) -> Iterator[str]:
+    """Gives the path itself, or where it is a URL that of a copy, for as long as it is used.
+
+    Args:
+        path: of a file.
+        companions: names of files beside it, copied too where they exist.
+    """
+    if "://" not in path:
+        yield path
+        return
+    remote = epath.Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        with _reaching(path):
+            for name in (remote.name, *companions):
+                source = remote.parent / name
+                if name == remote.name or source.exists():
+                    with source.open("rb") as from_, open(f"{folder}/{name}", "wb") as to:
+                        shutil.copyfileobj(from_, to, 2**22)
+        try:
+            yield f"{folder}/{remote.name}"
+        except UserError as error:
+            # The copy is gone when this is read.
+            raise UserError(str(error).replace(folder, str(remote.parent))) from error

@@ -1,0 +1,58 @@
+"""Weights drawn at random, biases and norms too, for tests of what is done with weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixer_jax.model.variants import Widths, parameter_shapes
+from mixer_jax.weights import tree
+from mixer_jax.weights.about import About, name_variant
+from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.weights.load import Weights
+
+TINY = Widths(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def random_weights(
+    widths: Widths = TINY,
+    image_size: tuple[int, int] = (16, 16),
+    class_names: tuple[str, ...] = DIGITS,
+    seed: int = 0,
+    **about: Any,
+) -> Weights:
+    """Weights of a small Mixer; `about` in place of fields of `About`."""
+    height, width = image_size
+    told = {"gelu": "tanh", "eval_crop": "whole", "exif_orientation": False, "loss": "softmax"}
+    made = About(
+        name_variant(widths),
+        widths,
+        image_size=image_size,
+        **{"num_classes": len(class_names), "class_names": class_names, **told, **about},
+    )
+    tokens = (height // widths.patch_size) * (width // widths.patch_size)
+    rng = np.random.default_rng(seed)
+    shapes = parameter_shapes(widths, tokens, made.num_classes)
+    flat = {
+        path: (rng.normal(0.0, 0.3, shape) + path.endswith("scale")).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+    return Weights(tree.build(flat), made)
+
+
+def save_run(weights: Weights, workdir: Path, step: int = 1, **metadata: Any) -> str:
+    """Saves weights as a run would, and returns its name."""
+    checkpoints = Checkpoints(str(workdir), keep=1)
+    about = {"about": weights.about.to_json(), "ema": False, **metadata}
+    checkpoints.save(step, {"params": weights.params}, about)
+    checkpoints.close()
+    return str(workdir)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Asserts that two trees have the same arrays, bit for bit."""
+    ours, theirs = dict(tree.leaves(ours)), dict(tree.leaves(theirs))
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[path]), err_msg=path)

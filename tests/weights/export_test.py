@@ -1,0 +1,300 @@
+"""Tests of writing weights in other formats: nothing is lost, and nothing wrong is left behind."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.weights import export, stablehlo, tree
+from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.weights.export import check_free, choose_format, export_weights, measure
+from mixer_jax.weights.load import Weights, load_weights
+from tests.random_weights import random_weights
+
+OF_TENSORS = ("google", "timm", "orbax")
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    """Of which nothing is as it would be guessed, and some numbers are special."""
+    made = random_weights(
+        image_size=(16, 24),
+        class_names=("one", "zwei", "трий"),
+        gelu="exact",
+        eval_crop="shorter_side",
+        exif_orientation=True,
+        loss="sigmoid",
+        dtype="float32",
+        resolution="grown from 8 px",
+    )
+    made.params["stem"]["bias"][:4] = (-0.0, 0.0, 1e-42, 3e38)
+    return made
+
+
+@pytest.fixture(scope="module")
+def targets(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("targets")
+    made = {to: f"{folder}/w{export.ENDINGS[to]}" for to in OF_TENSORS}
+    for to, target in made.items():
+        export_weights(weights, to, target)
+    return made
+
+
+def bits(weights: Weights) -> dict[str, bytes]:
+    return {name: np.asarray(array).tobytes() for name, array in tree.leaves(weights.params)}
+
+
+def target_of(to: str, folder: Path) -> str:
+    return f"{folder}/t{export.ENDINGS[to]}"
+
+
+@pytest.mark.parametrize(("source", "to"), [*itertools.product(OF_TENSORS, repeat=2)])
+def test_nothing_is_lost_between_any_two_formats(
+    source: str, to: str, weights: Weights, targets: dict[str, str], tmp_path: Path
+) -> None:
+    target = target_of(to, tmp_path)
+    checked = export_weights(load_weights(targets[source]), to, target)
+    assert "bit for bit" in checked
+    found = load_weights(target)
+    assert bits(found) == bits(weights)
+    assert found.about == weights.about
+    beside = [f"t{export.ENDINGS[to]}.json"] if to == "google" else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(target).name, *beside]
+    size = sum(len(array) for array in bits(weights).values())
+    assert measure(to, target) > (size / 2 if to == "orbax" else size)
+
+
+def test_a_model_without_a_head(tmp_path: Path) -> None:
+    weights = random_weights(class_names=())
+    for to in OF_TENSORS:
+        export_weights(weights, to, target_of(to, tmp_path))
+        found = load_weights(target_of(to, tmp_path))
+        assert (bits(found), found.about) == (bits(weights), weights.about)
+
+
+def flip(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Changes the lowest bit of one number."""
+    for number, (name, tensor) in enumerate(tensors):
+        if number == 5:
+            tensor = tensor.copy()
+            tensor.view(np.uint32).flat[0] ^= 1
+        yield name, tensor
+
+
+def lose(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    return itertools.islice(tensors, 1, None)
+
+
+@pytest.mark.parametrize("to", ["google", "timm"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors, said: (flip(tensors), said), "has other numbers"),
+        (lambda tensors, said: (lose(tensors), said), "other tensors"),
+        (lambda tensors, said: (tensors, said | {"gelu": "tanh"}), "other things"),
+        (lambda tensors, said: (tensors, said | {"image_size": [24, 16]}), "other things"),
+        (lambda tensors, said: (tensors, {}), "does not say"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_that_is_not_what_was_written_is_removed(
+    to: str,
+    change: Callable[..., Any],
+    reason: str,
+    exists: bool,
+    weights: Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = export._FILES[to]
+
+    def write(path: str, tensors: Any, said: Any) -> None:
+        right.write(path, *change(tensors, said))
+
+    monkeypatch.setitem(export._FILES, to, right._replace(write=write))
+    target = Path(target_of(to, tmp_path))
+    if exists:
+        target.write_text("older")
+    with pytest.raises(RunFailedError, match=f"{target.name} is not what was written.*{reason}"):
+        export_weights(weights, to, str(target))
+    # What was there before still is.
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"] * exists
+
+
+@pytest.mark.parametrize("to", ["google", "timm"])
+def test_a_file_that_is_cut_off_is_removed(
+    to: str, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export._FILES[to]
+
+    def write(path: str, tensors: Any, said: Any) -> None:
+        right.write(path, tensors, said)
+        Path(path).write_bytes(Path(path).read_bytes()[:-100])
+
+    monkeypatch.setitem(export._FILES, to, right._replace(write=write))
+    # Told is the file that was asked for, not the draft.
+    message = re.escape(f"is not what was written: {target_of(to, tmp_path)} is no ")
+    with pytest.raises(RunFailedError, match=message):
+        export_weights(weights, to, target_of(to, tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_is_not_what_was_written_is_removed(
+    weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints.save
+
+    def wrong(self: Checkpoints, step: int, items: Any, metadata: Any) -> None:
+        flat = dict(flip(tree.leaves(items["params"])))
+        save(self, step, {"params": tree.build(flat)}, metadata)
+
+    monkeypatch.setattr(Checkpoints, "save", wrong)
+    with pytest.raises(RunFailedError, match="has other numbers"):
+        export_weights(weights, "orbax", target_of("orbax", tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def change_a_bias(path: str, weights: Weights, write: Callable[..., None]) -> None:
+    params = {**weights.params, "head": dict(weights.params["head"])}
+    params["head"]["bias"] = params["head"]["bias"] + np.array([0.0, 0.01, 0.0], np.float32)
+    write(path, weights._replace(params=params))
+
+
+def cut_off(path: str, weights: Weights, write: Callable[..., None]) -> None:
+    write(path, weights)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [(change_a_bias, "logits that differ"), (cut_off, "cannot be")]
+)
+def test_a_program_that_is_not_the_model_is_removed(
+    wrong: Callable[..., None],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = random_weights(class_names=("one", "two", "three"))
+    write = stablehlo.write_stablehlo
+    monkeypatch.setattr(
+        stablehlo, "write_stablehlo", lambda path, weights: wrong(path, weights, write)
+    )
+    with pytest.raises(RunFailedError, match=reason):
+        export_weights(weights, "stablehlo", target_of("stablehlo", tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_nothing_is_left_of_what_was_not_written_whole(
+    error: BaseException, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: str, tensors: Any, said: Any) -> None:
+        Path(path).write_text("half")
+        raise error
+
+    right = export._FILES["google"]
+    monkeypatch.setitem(export._FILES, "google", right._replace(write=write))
+    told = (UserError, "cannot be written: No space left")
+    kind, message = told if isinstance(error, OSError) else (KeyboardInterrupt, None)
+    with pytest.raises(kind, match=message):
+        export_weights(weights, "google", target_of("google", tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_damaged_weights_are_not_written(number: float, tmp_path: Path) -> None:
+    weights = random_weights()
+    weights.params["blocks"]["LayerNorm_1"]["bias"][1, 3] = number
+    with pytest.raises(UserError, match="blocks/LayerNorm_1/bias has numbers that are not finite"):
+        export_weights(weights, "timm", target_of("timm", tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_folder_becomes_a_run(weights: Weights, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_free("orbax", f"{tmp_path}/run", force=False)
+    export_weights(weights, "orbax", f"{tmp_path}/run")
+    assert load_weights(f"{tmp_path}/run").step == 0
+
+
+@pytest.mark.parametrize(
+    ("to", "target", "wanted"),
+    [
+        ("", "w.npz", "google"),
+        ("", "w.safetensors", "timm"),
+        ("", "w.stablehlo", "stablehlo"),
+        ("", "folder/w", "orbax"),
+        ("timm", "a.b.safetensors", "timm"),
+        ("orbax", "run.v2", "orbax"),
+    ],
+)
+def test_a_format_is_told_by_the_ending(to: str, target: str, wanted: str) -> None:
+    assert choose_format(to, target) == wanted
+
+
+@pytest.mark.parametrize(
+    ("to", "target", "reason"),
+    [
+        ("", "w.pth", "'w.pth' ends in .pth, which tells no format"),
+        ("google", "w.safetensors", "contradicts the name.*ending in .npz"),
+        ("google", "w", "ending in .npz"),
+        ("stablehlo", "w.bin", "ending in .stablehlo"),
+        ("orbax", "w.npz", "a folder's name"),
+        ("", "gs://bucket/w.npz", "is a URL"),
+    ],
+)
+def test_endings_that_contradict(to: str, target: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        choose_format(to, target)
+
+
+@pytest.mark.parametrize("to", list(export.ENDINGS))
+def test_what_is_in_the_way_is_told(to: str, tmp_path: Path) -> None:
+    target = Path(target_of(to, tmp_path))
+    check_free(to, str(target), force=False)
+    with pytest.raises(UserError, match="is no folder"):
+        check_free(to, str(tmp_path / "lacks" / target.name), force=True)
+    target.write_text("older")
+    with pytest.raises(UserError, match="exists"):
+        check_free(to, str(target), force=False)
+    if to == "orbax":
+        with pytest.raises(UserError, match="--force does not replace"):
+            check_free(to, str(target), force=True)
+    else:
+        check_free(to, str(target), force=True)
+        target.unlink()
+        target.mkdir()
+        with pytest.raises(UserError, match="is a folder"):
+            check_free(to, str(target), force=True)
+
+
+def test_a_folder_with_something_in_it_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--force does not replace"):
+        check_free("orbax", f"{tmp_path}/run", force=True)
+    with pytest.raises(UserError, match="cannot be called so"):
+        check_free("orbax", f"{tmp_path}/checkpoints", force=False)
+
+
+@pytest.mark.parametrize("to", ["google", "stablehlo"])
+def test_a_file_of_that_name_and_json_is_in_the_way_too(to: str, tmp_path: Path) -> None:
+    target = target_of(to, tmp_path)
+    Path(f"{target}.json").write_text("{}")
+    with pytest.raises(UserError, match=r"\.json' exists"):
+        check_free(to, target, force=False)
+
+
+def test_about_may_be_of_any_size(tmp_path: Path) -> None:
+    # Names that JSON escapes, and more of them than a header's first guess.
+    names = tuple(f'"{number}" \\ 日本\n' for number in range(21_843))
+    weights = random_weights(class_names=names)
+    for to in ("google", "timm"):
+        export_weights(weights, to, target_of(to, tmp_path))
+        assert load_weights(target_of(to, tmp_path)).about == weights.about
