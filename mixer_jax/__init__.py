@@ -1,28 +1,33 @@
-"""MLP-Mixer in JAX and Flax: pre-train, restore and evaluate (arXiv 2105.01601).
+"""MLP-Mixer in JAX and Flax: pre-train, fine-tune, evaluate and use (arXiv 2105.01601).
 
 The public face. Names are imported when first used, so that `import mixer_jax` costs nothing:
 
 - `create_model(variant, num_classes, **overrides)`: a Flax module, ready to `init` and `apply`.
+- `load_pretrained(source, …)`: weights of a run, of Google, of timm or of the Hugging Face Hub, at
+  any image size, as a `Classifier`: from images to logits, from files to named classes.
 - `VARIANTS`: the widths of the paper's seven models (Table 1).
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["VARIANTS", "__version__", "create_model"]
+__all__ = ["VARIANTS", "Classifier", "__version__", "create_model", "load_pretrained"]
 
 if TYPE_CHECKING:
+    from mixer_jax.classifier import Classifier, load_pretrained
     from mixer_jax.model.mixer import create_model
     from mixer_jax.model.variants import VARIANTS
 
+_HOMES = {
+    "VARIANTS": "mixer_jax.model.variants",
+    "create_model": "mixer_jax.model.mixer",
+    "Classifier": "mixer_jax.classifier",
+    "load_pretrained": "mixer_jax.classifier",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "create_model":
-        from mixer_jax.model.mixer import create_model
-
-        return create_model
-    if name == "VARIANTS":
-        from mixer_jax.model.variants import VARIANTS
-
-        return VARIANTS
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.data.decoding import MAX_PIXELS, BadImageError
 from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.image_files import is_image_name, printable, read_image
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
@@ -23,13 +23,6 @@ _HELD_OUT = ("validation", "val", "test")
 _LIKE_SPLITS = {_TRAIN, *_HELD_OUT, "training", "valid", "testing"}
 # Of a folder without a split of its own, held out of every class.
 _HELD_OUT_SHARE = 0.1
-_SUFFIXES = re.compile(
-    r"\.(apng|avif|bmp|dib|exr|gif|hdr|ico|j2[ck]|jfif|jp[2ex]|jpe?g|p[bgnp]m|pcx|png|ras|tga"
-    r"|tiff?|webp)",
-    re.IGNORECASE,
-)
-# No image that may be decoded needs more: 16 bits of red, green, blue and transparency.
-_MAX_BYTES = 8 * MAX_PIXELS
 
 
 def open_folder(path: str, split: str) -> Source:
@@ -75,7 +68,7 @@ def open_folder(path: str, split: str) -> Source:
     files = [file for part in _slices(meant, splits, root) for file in part]
     if not files:
         raise UserError(f"split {split!r} of folder {str(root)!r} has no images")
-    names = tuple(map(_printable, class_names))
+    names = tuple(map(printable, class_names))
     return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
 
 
@@ -100,16 +93,8 @@ class _FolderExamples(Sequence[Example]):
         index = range(len(self))[index]
         start = self._ends[index - 1] if index else 0
         path = self._root / os.fsdecode(self._paths[start : self._ends[index]])
-        name = _printable(str(path))
-        try:
-            with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > _MAX_BYTES:
-                    raise BadImageError("too large a file", f"{size:,} bytes", name)
-                encoded = file.readall()
-        except OSError as error:
-            raise BadImageError("cannot be read", error.strerror or "", name) from None
-        return Example(image=encoded, labels=(int(self._labels[index]),), name=name)
+        labels = (int(self._labels[index]),)
+        return Example(image=read_image(path), labels=labels, name=printable(path))
 
 
 def _check_classes(folder: Path, class_names: list[str]) -> None:
@@ -123,11 +108,6 @@ def _check_classes(folder: Path, class_names: list[str]) -> None:
             f"for every class in it; rename the one to train on {_TRAIN}, the others of "
             f"{', '.join(_HELD_OUT)}"
         )
-
-
-def _printable(path: str) -> str:
-    """Returns a path that can be shown and saved whatever its bytes are."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _subdirectories(folder: Path) -> list[str]:
@@ -169,7 +149,6 @@ def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[str]
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        is_image = _SUFFIXES.fullmatch(Path(entry.name).suffix)
         try:
             mode = entry.stat().st_mode
         except OSError:
@@ -177,7 +156,7 @@ def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[str]
             mode = stat.S_IFREG
         if stat.S_ISDIR(mode):
             yield from _walk(Path(entry.path), root, seen)
-        elif stat.S_ISREG(mode) and is_image:
+        elif stat.S_ISREG(mode) and is_image_name(entry.name):
             yield Path(entry.path).relative_to(root).as_posix()
 
 

@@ -1,0 +1,238 @@
+"""A trained model ready to use: from images, or files of them, to logits and named classes."""
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from mixer_jax.data.decoding import BadImageError
+from mixer_jax.data.image_files import NamedImage, printable, read_image
+from mixer_jax.data.preprocess import eval_image, to_model_range
+from mixer_jax.errors import UserError
+from mixer_jax.model.variants import check_image_size
+from mixer_jax.parallel.sharding import batch_sharding, make_mesh
+from mixer_jax.weights.load import ImageSize, Weights, load_weights, with_class_names, with_new_head
+from mixer_jax.weights.ready import make_model, place
+
+
+class NamedProbability(NamedTuple):
+    """A class and how probable it is.
+
+    Attributes:
+        label: its number.
+        name: its name, or its number as text where names are not known.
+        probability: in [0, 1].
+    """
+
+    label: int
+    name: str
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """What an image shows.
+
+    Attributes:
+        image: what a person finds it by.
+        classes: the most probable ones, in falling order; none where the image cannot be used.
+        error: why it cannot be used; empty if it can.
+    """
+
+    image: str
+    classes: list[NamedProbability]
+    error: str = ""
+
+
+def load_pretrained(
+    source: str,
+    *,
+    step: int | None = None,
+    image_size: ImageSize | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] = (),
+    gelu: str = "",
+    eval_crop: str = "",
+    dtype: str = "",
+) -> "Classifier":
+    """Loads weights of any kind, at any image size, as a model ready to use.
+
+    Args:
+        source: a run's folder or RUN/checkpoints/STEP; Google's .npz; timm's .safetensors or .pth;
+            "hf:OWNER/NAME" of the Hugging Face Hub; or a URL such as gs://BUCKET/Mixer-B_16.npz.
+        step: which checkpoint of a run; None: the newest.
+        image_size: side, or height and width, of the images, pixels; None: what the weights are
+            for. Whole multiples are grown as in the paper's Appendix C, others interpolated.
+        num_classes: of a new head of zeros, unless the weights have just as many; 0: no head, the
+            model returns features; None: the weights' own.
+        class_names: in place of those that come with the weights; empty: those.
+        gelu: "tanh" or "exact", in place of what the weights tell.
+        eval_crop: of images that are classified, in place of what the weights tell.
+        dtype: "float32" or "bfloat16"; empty: as the weights say, or by the device.
+
+    Raises:
+        UserError: there are no such weights, they are damaged, or do not tell what is needed.
+    """
+    weights = load_weights(source, step=step, image_size=image_size, gelu=gelu, eval_crop=eval_crop)
+    if num_classes is not None and num_classes != weights.about.num_classes:
+        weights = with_new_head(weights, num_classes)
+    if class_names:
+        weights = with_class_names(weights, class_names, source)
+    return Classifier(weights, dtype)
+
+
+class Classifier:
+    """A model with its parameters on this host's devices.
+
+    Attributes:
+        about: what the weights say of themselves.
+        model: the Flax module, from images in [-1, 1] to logits.
+        params: its parameters.
+    """
+
+    def __init__(self, weights: Weights, dtype: str = ""):
+        """Puts weights on the devices; `dtype` as `load_pretrained` takes it."""
+        self.about = weights.about
+        self.model = make_model(weights.about, dtype)
+        self._mesh = make_mesh(0, 1, jax.local_devices())
+        self.params = place(weights.params, self._mesh)
+        self._logits = jax.jit(lambda params, x: self.model.apply({"params": params}, x))
+        self._top = jax.jit(self._top_classes, static_argnums=2)
+
+    def __call__(self, images: Float[Any, "n h w 3"]) -> Float[Array, "n classes"]:
+        """Returns logits, float32; features where the model has no head.
+
+        Args:
+            images: pixels in [-1, 1], of the size that `about.image_size` says.
+
+        Raises:
+            UserError: they are of another size.
+        """
+        size = tuple(images.shape[1:3])
+        if size != self.about.image_size:
+            check_image_size(size[0], size[1], self.about.widths.patch_size)
+            raise UserError(
+                f"images of {size[0]} × {size[1]} px do not fit {self.about.name}; load the "
+                f"weights with image_size={size}"
+            )
+        return self._logits(self.params, images)
+
+    def predict(
+        self, images: Sequence[str | os.PathLike | bytes], topk: int = 5, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Classifies images.
+
+        Args:
+            images: paths of files, or their bytes.
+            topk: classes returned of each.
+            batch_size: images at a time.
+
+        Raises:
+            BadImageError: an image cannot be used.
+            UserError: the model has no head.
+        """
+
+        def named(number: int, image: str | os.PathLike | bytes) -> NamedImage:
+            if isinstance(image, bytes):
+                return f"image {number}", lambda: image
+            return printable(Path(image)), lambda: read_image(Path(image))
+
+        found = [named(number, image) for number, image in enumerate(images)]
+        predictions = list(self.classify(found, topk=topk, batch_size=min(batch_size, len(found))))
+        for prediction in predictions:
+            if prediction.error:
+                raise BadImageError(prediction.error, name=prediction.image)
+        return predictions
+
+    def classify(
+        self, images: Iterable[NamedImage], *, topk: int, batch_size: int
+    ) -> Iterator[Prediction]:
+        """Yields what images show, in their order; those that cannot be used say why.
+
+        Args:
+            images: names, and how to read the bytes.
+            topk: classes yielded of each.
+            batch_size: images at a time over all devices; rounded up to a multiple of their number,
+                and to a power of two, so that few programs are compiled.
+
+        Raises:
+            UserError: the model has no head.
+        """
+        if not self.about.num_classes:
+            raise UserError("these weights have no head and give features; name some with classes")
+        topk = min(topk, self.about.num_classes)
+        rows = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
+        rows = -(-(2**rows) // self._mesh.size) * self._mesh.size
+        running: tuple[list[_Prepared], Any] | None = None
+        for batch in self._prepare(images, rows):
+            pixels = np.zeros((rows, *self.about.image_size, 3), np.uint8)
+            for row, prepared in enumerate(batch):
+                if prepared.pixels is not None:
+                    pixels[row] = prepared.pixels
+            placed = jax.device_put(pixels, batch_sharding(self._mesh))
+            # Sent off before the last one is read, so that the device need not wait for the host.
+            started = (batch, self._top(self.params, placed, topk))
+            if running is not None:
+                yield from self._name(*running)
+            running = started
+        if running is not None:
+            yield from self._name(*running)
+
+    def _prepare(self, images: Iterable[NamedImage], rows: int) -> Iterator[list["_Prepared"]]:
+        """Yields images in batches, prepared by threads one batch ahead."""
+        # Parallelism comes from preparing images side by side.
+        cv2.setNumThreads(0)
+        waiting: collections.deque[concurrent.futures.Future[_Prepared]] = collections.deque()
+        rest = iter(images)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            while True:
+                for image in itertools.islice(rest, 2 * rows - len(waiting)):
+                    waiting.append(pool.submit(self._prepare_one, *image))
+                if not waiting:
+                    return
+                yield [waiting.popleft().result() for _ in range(min(rows, len(waiting)))]
+
+    def _prepare_one(self, name: str, read: Any) -> "_Prepared":
+        about = self.about
+        try:
+            pixels = eval_image(
+                read(),
+                image_size=about.image_size,
+                eval_crop=about.eval_crop,
+                exif_orientation=about.exif_orientation,
+            )
+        except BadImageError as error:
+            return _Prepared(name, None, error.reason)
+        return _Prepared(name, pixels)
+
+    def _top_classes(
+        self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
+    ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        logits = self.model.apply({"params": params}, to_model_range(images))
+        activation = jax.nn.sigmoid if self.about.loss == "sigmoid" else jax.nn.softmax
+        probabilities, labels = jax.lax.top_k(activation(logits), topk)
+        return probabilities, labels
+
+    def _name(self, batch: list["_Prepared"], top: Any) -> Iterator[Prediction]:
+        probabilities, labels = (np.asarray(array) for array in top)
+        names = self.about.class_names
+        for row, prepared in enumerate(batch):
+            if prepared.pixels is None:
+                yield Prediction(prepared.name, [], prepared.error)
+                continue
+            pairs = zip(labels[row].tolist(), probabilities[row].tolist(), strict=True)
+            classes = [NamedProbability(k, names[k] if names else str(k), p) for k, p in pairs]
+            yield Prediction(prepared.name, classes)
+
+
+class _Prepared(NamedTuple):
+    name: str
+    pixels: np.ndarray | None
+    error: str = ""

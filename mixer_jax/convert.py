@@ -1,0 +1,192 @@
+"""Convert weights: `python -m mixer_jax.convert SOURCE TARGET --to=google|timm|orbax|stablehlo`."""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixer_jax import command_line
+from mixer_jax.errors import UserError
+from mixer_jax.model.variants import VARIANTS
+from mixer_jax.weights.about import About
+from mixer_jax.weights.export import (
+    ENDINGS,
+    check_free,
+    choose_format,
+    export_weights,
+    measure,
+)
+from mixer_jax.weights.known import KNOWN, NOTES
+from mixer_jax.weights.npz_file import SAID_SUFFIX
+from mixer_jax.weights.places import find_weights
+
+if TYPE_CHECKING:
+    from mixer_jax.weights.load import Weights
+
+# timm's models by name are for this image size, and it has none of H/14.
+_TIMM_SIDE = 224
+_TIMM_LACKS = "H/14"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Converts as the command line says; returns the exit code."""
+    parser = command_line.Parser(
+        prog="python -m mixer_jax.convert",
+        description="Write weights in another format, read them back and compare.",
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=command_line.WEIGHTS_HELP)
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="file, or folder of a run")
+    parser.add_argument("--to", choices=tuple(ENDINGS), default="", help="default: as TARGET ends")
+    command_line.add_loading_arguments(parser)
+    parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    parser.add_argument("--list", action="store_true", help="list published weights, and stop")
+    known = parser.parse_args(arguments)
+    if known.list:
+        print(list_known())
+        return 0
+    if not known.source or not known.target:
+        raise UserError("SOURCE and TARGET are not both named; name them, or see --help")
+    to = choose_format(known.to, known.target)
+    check_free(to, known.target, known.force)
+    find_weights(known.source, known.step)
+    labels = command_line.read_labels(known.labels)
+
+    # From here on the heavy libraries are needed; files of tensors do without JAX. Programs that
+    # hold their weights would fill the cache of compiled programs.
+    command_line.set_up_libraries(compilation_cache="")
+    from mixer_jax.weights.load import load_weights, with_class_names
+
+    weights = load_weights(
+        known.source,
+        step=known.step,
+        image_size=known.image_size,
+        gelu=known.gelu,
+        eval_crop=known.eval_crop,
+    )
+    if labels:
+        weights = with_class_names(weights, labels, known.source)
+    command_line.tell_resolution(weights.about)
+    checked = export_weights(weights, to, known.target)
+    _tell(weights, to, known.target, checked)
+    return 0
+
+
+def list_known() -> str:
+    """Returns a table of published weights, for people."""
+    rows: list[tuple[str, ...]] = [
+        ("pass as --checkpoint", "model", "classes", "MiB", "top-1", "top-5", "ReaL", "trained on")
+    ]
+    for one in KNOWN:
+        scores = [f"{score:.2f}" for score in one.scores or ()] or [""] * 3
+        rows.append(
+            (
+                one.source,
+                f"Mixer-{one.model}",
+                f"{one.num_classes:,}" if one.num_classes else "?",
+                f"{one.mebibytes:.2f}" if one.mebibytes else "",
+                *scores,
+                (one.trained_on or "?") + (f" [{one.note}]" if one.note else ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # Numbers stand at the right.
+    sides = "<<>>>>><"
+    lines = [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    notes = [f"[{number}] {note}" for number, note in enumerate(NOTES, 1)]
+    told = "top-1, top-5 and ReaL: percent on ImageNet, as timm measured."
+    return "\n".join([*lines, "", told, *notes])
+
+
+def timm_lines(about: About, path: str) -> list[str]:
+    """Returns the Python that loads weights in timm.
+
+    Args:
+        about: what the weights say of themselves.
+        path: of their file.
+    """
+    widths, file = about.widths, json.dumps(path, ensure_ascii=False)
+    # timm's own GELU is the exact one.
+    gelu = ["act_layer=timm.layers.GELUTanh"] if about.gelu == "tanh" else []
+    by_name = (
+        about.image_size == (_TIMM_SIDE, _TIMM_SIDE)
+        and about.variant != _TIMM_LACKS
+        and VARIANTS.get(about.variant) == widths
+    )
+    if by_name:
+        name = f"mixer_{about.variant.replace('/', '').lower()}_{_TIMM_SIDE}"
+        settings = [f'"{name}"', f"num_classes={about.num_classes}", f"checkpoint_path={file}"]
+        return ["import timm", f"model = timm.create_model({', '.join(settings + gelu)})"]
+    height, width = about.image_size
+    ratios = [
+        _ratio(n, widths.hidden_dim) for n in (widths.tokens_mlp_dim, widths.channels_mlp_dim)
+    ]
+    settings = [
+        f"num_classes={about.num_classes}",
+        f"img_size={height if height == width else (height, width)}",
+        f"patch_size={widths.patch_size}",
+        f"num_blocks={widths.num_blocks}",
+        f"embed_dim={widths.hidden_dim}",
+        f"mlp_ratio=({', '.join(ratios)})",
+    ]
+    return [
+        "import timm",
+        f"model = timm.models.mlp_mixer.MlpMixer({', '.join(settings + gelu)})",
+        f"timm.models.load_checkpoint(model, {file})",
+    ]
+
+
+def _ratio(mlp_dim: int, hidden_dim: int) -> str:
+    """Returns how timm is told an MLP's width: it multiplies again, and cuts fractions off."""
+    ratio = mlp_dim / hidden_dim
+    exact = math.floor(ratio * hidden_dim) == mlp_dim
+    return f"{mlp_dim if exact else mlp_dim + 0.5} / {hidden_dim}"
+
+
+def _usage(about: About, to: str, target: str) -> list[str]:
+    """Returns lines that use written weights."""
+    if to == "timm":
+        return timm_lines(about, target)
+    if to == "stablehlo":
+        file = json.dumps(target, ensure_ascii=False)
+        shape = ", ".join(map(str, (*about.image_size, 3)))
+        return [
+            "from pathlib import Path; from jax import export",
+            f"logits = export.deserialize(Path({file}).read_bytes()).call(images)",
+            f"# images: float32 (n, {shape}) in [-1, 1], for any n",
+        ]
+    if not about.num_classes:
+        return [f"python -m mixer_jax.main … --config.init_from={shlex.quote(target)}"]
+    return [f"python -m mixer_jax.predict --checkpoint={shlex.quote(target)} photo.jpg"]
+
+
+def _tell(weights: "Weights", to: str, target: str, checked: str) -> None:
+    from mixer_jax.weights import tree
+
+    about = weights.about
+    count = sum(array.size for _, array in tree.leaves(weights.params))
+    classes = "none, there is no head"
+    if about.num_classes:
+        named = "named" if about.class_names else "not named"
+        classes = f"{about.num_classes:,}, {named}"
+    beside = Path(target + SAID_SUFFIX)
+    with_beside = f" and {beside}" if ENDINGS[to] and to != "timm" else ""
+    print(f"model       {about.name}, GELU {about.gelu}")
+    print(f"parameters  {count:,}")
+    print(f"classes     {classes}")
+    print(f"written     {target}{with_beside}, {measure(to, target) / 1e6:,.1f} MB, for {to}")
+    print(f"checked     {checked}")
+    print("use")
+    for line in _usage(about, to, target):
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
