@@ -13,6 +13,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, so that only the first run of the tests is slow.
 CACHE = os.path.expanduser("~/.cache/mixer_jax/tests")
 jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# What is compiled here runs for moments, so XLA does not optimize it, neither here nor in the
+# processes that tests start; compiling takes half as long. With 0, tests run what users run.
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update("jax_disable_most_optimizations", QUICK == "1")
 # Every annotation of the package is checked at every call; an int will do for a float.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("mixer_jax", CHECKER)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import as_arguments
+from tests.small_run import PLAIN, as_arguments
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -42,8 +42,7 @@ def small(command: list[str], place: Path, data_dir: str) -> list[str]:
     if "mixer_jax.benchmark" in command:
         return [*command, "--variant=S/32", "--image_size=64", "--unroll=1", "--rounds=1"]
     # The recipe's parts are tested elsewhere; here the commands are.
-    plain = {"recipe__mixup": 0.0, "model__stochastic_depth": 0.0, "model__num_blocks": 1}
-    sizes = as_arguments(data_dir, num_steps=4, optimizer__warmup_steps=1, **plain)
+    sizes = as_arguments(data_dir, num_steps=4, optimizer__warmup_steps=1, **PLAIN)
     if any("digits" in part for part in command):
         small_sizes = sizes
     else:
@@ -59,6 +58,8 @@ def test_every_command_runs_after_the_one_above_it(place: Path, digits_dir: str)
     for line in DOORS:
         command = small(shlex.split(line, comments=True), place, digits_dir)
         interpreter = [sys.executable, "-W", "error"]
+        if line == DOORS[0]:
+            command.append("--config.tensorboard=true")
         done = subprocess.run(
             [*interpreter, *command[1:]], capture_output=True, text=True, check=False
         )

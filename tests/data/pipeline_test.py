@@ -1,106 +1,31 @@
 """Tests of the pipeline: batch n depends on (seed, n) alone, and no example is lost or doubled."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cv2
-import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.examples import Example
 from mixer_jax.data.pieces import PIECE, Pieces
-from mixer_jax.data.pipeline import (
-    Batch,
-    Report,
-    _workers,
-    eval_batches,
-    train_batches,
-)
+from mixer_jax.data.pipeline import Batch, Report, eval_batches
 from mixer_jax.data.reading import BadImage, TrainReader
 from mixer_jax.errors import RunFailedError
-from mixer_jax.parallel.sharding import batch_sharding, make_mesh
-
-SIZE = 8
-IMAGES = np.random.default_rng(0).integers(256, size=(10, SIZE, SIZE, 3), dtype=np.uint8)
-UNCHANGED: dict[str, Any] = {
-    "train_crop": "resize",
-    "min_area": 0.05,
-    "max_shift": 1,
-    "flip": False,
-    "randaugment_layers": 0,
-    "randaugment_magnitude": 10.0,
-}
-AUGMENTED = UNCHANGED | {"train_crop": "inception", "flip": True, "randaugment_layers": 2}
-
-
-class Reads(Sequence[Example]):
-    """Ten images, each with its own label; remembers what was read."""
-
-    def __init__(self) -> None:
-        self.indices: list[int] = []
-
-    def __len__(self) -> int:
-        return len(IMAGES)
-
-    def __getitem__(self, index: Any) -> Any:
-        self.indices.append(index)
-        encoded = cv2.imencode(".png", IMAGES[index][..., ::-1])[1].tobytes()
-        return Example(image=encoded, labels=(index,), name=f"image {index}")
-
-
-def source(examples: Sequence[Example] | None = None) -> Source:
-    return Source("toy", examples or Reads(), tuple("abcdefghij"))
-
-
-def mesh_of(data: int, fsdp: int) -> Mesh:
-    return make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-
-
-def train(
-    first_step: int,
-    num_steps: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 4,
-    preprocess: dict[str, Any] = UNCHANGED,
-    threads: int = 2,
-    processes: int = 1,
-    report: Report = print,
-    mesh: Mesh | None = None,
-    examples: Sequence[Example] | None = None,
-) -> Iterator[Batch]:
-    return train_batches(
-        source(examples),
-        seed=seed,
-        first_step=first_step,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        image_size=SIZE,
-        preprocess=preprocess,
-        threads=threads,
-        processes=processes,
-        prefetch_batches=2,
-        sharding=batch_sharding(mesh or mesh_of(1, 1)),
-        report=report,
-    )
-
-
-def on_host(batches: Iterator[Batch]) -> list[dict[str, np.ndarray]]:
-    return [jax.device_get(batch) for batch in batches]
-
-
-def assert_identical(left: Iterator[Batch], right: Iterator[Batch]) -> None:
-    for a, b in zip(on_host(left), on_host(right), strict=True):
-        assert a.keys() == b.keys() == {"image", "label"}
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
+from mixer_jax.parallel.sharding import batch_sharding
+from tests.batches import (
+    AUGMENTED,
+    IMAGES,
+    SIZE,
+    UNCHANGED,
+    Reads,
+    assert_identical,
+    mesh_of,
+    on_host,
+    source,
+    train,
+)
 
 
 @pytest.mark.parametrize("preprocess", [UNCHANGED, AUGMENTED], ids=["unchanged", "augmented"])
@@ -257,11 +182,12 @@ def evaluation(
     mesh: Mesh,
     examples: Sequence[Example] | None = None,
     report: Report = print,
+    image_size: tuple[int, int] = (SIZE, SIZE),
 ) -> Iterator[Batch]:
     return eval_batches(
         source(examples),
         batch_size=batch_size,
-        image_size=SIZE,
+        image_size=image_size,
         eval_crop="whole",
         exif_orientation=False,
         threads=2,
@@ -291,6 +217,11 @@ def test_evaluation_sees_every_example_once_in_order(batch_size: int, devices: i
     np.testing.assert_array_equal(columns["image"][:10], IMAGES)
     assert not columns["image"][10:].any()
     assert [columns[name].dtype for name in columns] == [np.uint8, np.int32, np.bool_]
+
+
+def test_evaluation_images_need_not_be_square() -> None:
+    (batch,) = evaluation(10, mesh_of(1, 1), image_size=(6, 4))
+    assert batch["image"].shape == (10, 6, 4, 3)
 
 
 def test_bad_images_are_left_out_of_evaluation_and_reported() -> None:
@@ -328,85 +259,3 @@ def test_pieces_fill_the_rows_of_their_batch() -> None:
             assert len(piece.positions) <= PIECE
             batch[piece.rows] = piece.positions
         assert batch.tolist() == list(range(100 * step + 5, 100 * step + 42))
-
-
-@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (8, 1), (1, 2)])
-def test_jax_uses_the_batches_on_the_cpu_without_copying_them(
-    devices: int, processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    allocated: list[np.ndarray] = []
-
-    def allocate(reader: TrainReader, count: int) -> dict[str, np.ndarray]:
-        arrays = original(reader, count)
-        allocated.append(arrays["image"])
-        return arrays
-
-    original = TrainReader.allocate
-    monkeypatch.setattr(TrainReader, "allocate", allocate)
-    batches = train(
-        0, 2, batch_size=64, mesh=mesh_of(devices, 1), processes=processes, examples=Files()
-    )
-    for batch in batches:
-        for shard in batch["image"].addressable_shards:
-            address = shard.data.unsafe_buffer_pointer()
-            starts = [array.ctypes.data for array in allocated]
-            assert any(start <= address < start + 64 * SIZE * SIZE * 3 for start in starts)
-
-
-class Files(Sequence[Example]):
-    """A hundred examples, some of them bad, small enough to be sent to another process."""
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, index: Any) -> Any:
-        example = Example(image=Reads()[index % 10]["image"], labels=(index,), name=f"{index}")
-        return example | {"image": b"broken"} if index % 10 == 7 else example
-
-
-def test_processes_do_not_matter() -> None:
-    # 20 images are two pieces; 7 steps are 14 pieces, which three processes share unevenly.
-    batches, reports = {}, {}
-    for processes in (1, 3):
-        reports[processes] = met = dict[int, list[BadImage]]()
-        batches[processes] = train(
-            3,
-            10,
-            batch_size=20,
-            preprocess=AUGMENTED,
-            examples=Files(),
-            processes=processes,
-            report=met.__setitem__,
-        )
-    assert_identical(batches[1], batches[3])
-    assert reports[1] == reports[3]
-    assert len(reports[1]) > 2
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "threads", "expected"),
-    [
-        (2, 0, 0, (1, 2)),
-        (8, 0, 0, (1, 8)),
-        (96, 0, 0, (12, 8)),
-        (96, 1, 0, (1, 96)),
-        (96, 4, 3, (4, 3)),
-        (2, 4, 0, (4, 1)),
-    ],
-)
-def test_workers_follow_the_machine(
-    cores: int,
-    processes: int,
-    threads: int,
-    expected: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    free = SimpleNamespace(free=10**9)
-    monkeypatch.setattr("mixer_jax.data.pipeline.shutil.disk_usage", lambda path: free)
-    assert _workers(processes, threads, 2_400_000) == expected
-    # Docker's default is no room for twelve processes, unless the user insists.
-    free.free = 64 * 2**20
-    monkeypatch.setattr("mixer_jax.data.pipeline._SHARED_MEMORY", Path("/"))
-    alone = (1, threads or cores) if processes == 0 and cores == 96 else expected
-    assert _workers(processes, threads, 2_400_000) == alone

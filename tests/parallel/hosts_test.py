@@ -1,4 +1,4 @@
-"""Tests of joining and leaving a run; two real hosts are in end_to_end_test.py."""
+"""Tests of joining and leaving a run; two real hosts are in end_to_end/."""
 
 import jax
 import numpy as np

@@ -1,0 +1,81 @@
+"""Tests of training and evaluation on all that a crawler may leave behind."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mixer_jax.training.metrics import read_metrics
+from tests.door import run_door
+from tests.images import encode, noise, photograph, png_that_claims, smooth, turned
+from tests.processes import finish, start
+from tests.small_run import PLAIN
+
+
+def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
+    """Writes all that a crawler may leave behind; returns why each bad file is bad."""
+    photo = encode(photograph(), "JPEG", quality=85)
+    good = {
+        "cmyk.jpg": encode(photograph(), "JPEG", "CMYK"),
+        "sixteen_bits.png": cv2.imencode(".png", np.full((9, 9), 40_000, np.uint16))[1].tobytes(),
+        "animation.gif": encode(smooth(20, 30), "GIF"),
+        "png_in_name_jpg.jpg": encode(smooth(20, 30), "PNG"),
+        "turned.jpg": turned(smooth(30, 20), 6),
+        "one_pixel.png": encode(noise(1, 1), "PNG"),
+        **{f"whole_{index}.png": encoded for index, encoded in enumerate(whole)},
+    }
+    bad = {
+        "empty.jpg": (b"", "empty file"),
+        "text.jpg": (b"<html>404</html>", "no image, or its header is damaged"),
+        "bomb.png": (png_that_claims(20_000, 20_000), "too many pixels"),
+        **{f"tenths_{n}.jpg": (photo[: len(photo) * n // 10], "incomplete") for n in range(1, 10)},
+    }
+    for name, encoded in [*good.items(), *((name, b) for name, (b, _) in bad.items())]:
+        (folder / "a").mkdir(parents=True, exist_ok=True)
+        (folder / "a" / name).write_bytes(encoded)
+    (folder / "b").mkdir()
+    (folder / "b" / "whole.png").write_bytes(whole[0])
+    (folder / "a" / "loop.png").symlink_to(folder / "a" / "loop.png")
+    (folder / "a" / "circle").symlink_to(folder / "a")
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    forbidden = {} if os.geteuid() == 0 else {"forbidden.png": "cannot be read"}
+    for name in forbidden:
+        (folder / "a" / name).write_bytes(b"")
+        (folder / "a" / name).chmod(0)
+    return {
+        "loop.png": "cannot be read",
+        **forbidden,
+        **{n: reason for n, (_, reason) in bad.items()},
+    }
+
+
+def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path: Path) -> None:
+    whole = [encode(noise(8, 8), "PNG")] * 30
+    reasons = write_hostile_images(tmp_path / "images" / "train", whole)
+    write_hostile_images(tmp_path / "images" / "test", whole)
+    # Several epochs, so that every file has been met.
+    changes: dict[str, Any] = PLAIN | {
+        "bad_images__max_share": 0.5,
+        "dataset__name": f"folder:{tmp_path}/images",
+        "num_steps": 12,
+        "bad_images__skip_in_evaluation": True,
+    }
+    out = finish(start("", tmp_path / "run", **changes))
+    assert f"{len(reasons)} training images could not be used (9 incomplete" in out
+    lines = (tmp_path / "run" / "bad_images_0.jsonl").read_text().splitlines()
+    met = {Path(line["name"]).name: line["reason"] for line in map(json.loads, lines)}
+    assert met == reasons
+    last = read_metrics(str(tmp_path / "run"))[-1]
+    assert (last["test/num_examples"], last["test/num_bad"]) == (37, len(reasons))
+    data = [f"--checkpoint={tmp_path}/run", "--split=test"]
+    named = run_door("evaluate", *data, code=2)
+    assert named.stdout == ""
+    (line,) = named.stderr.strip().splitlines()
+    assert f"{len(reasons)} images cannot be used: " in line
+    assert sum(f"images/test/a/{name} ({reason})" in line for name, reason in reasons.items()) == 5
+    assert "--skip_bad_images" in line
+    scores = json.loads(run_door("evaluate", *data, "--skip_bad_images", "--json").stdout)
+    assert (scores["num_examples"], scores["num_bad"]) == (37, len(reasons))

@@ -1,0 +1,102 @@
+"""Tests of docs/guide.md: its commands, one after the other, in a folder such as a reader has."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from sklearn.datasets import load_sample_images
+
+from mixer_jax.model.variants import Widths
+from mixer_jax.weights.npz_file import SAID_SUFFIX, write_npz
+from mixer_jax.weights.published import GOOGLE, published_views
+from mixer_jax.weights.tree import leaves
+from tests.random_weights import random_weights
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+# A training run that a test has time for; what the guide itself sets comes before.
+SMALL = {
+    "num_steps": 2,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "optimizer.warmup_steps": 1,
+    "checkpoint.every_steps": 0,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A folder with photographs, the configs, and a file as Google publishes them, but small."""
+    place = tmp_path_factory.mktemp("guide")
+    (place / "configs").symlink_to(root / "configs")
+    widths = Widths(1, 32, 16, 8, 16)
+    weights = random_weights(widths, (224, 224), class_names=(), num_classes=1000)
+    npz = str(place / "Mixer-B_16.npz")
+    write_npz(npz, published_views(dict(leaves(weights.params)), GOOGLE), {})
+    Path(npz + SAID_SUFFIX).unlink()
+    rng = np.random.default_rng(0)
+    for name, photograph in zip(("cat", "dog"), load_sample_images().images, strict=True):
+        folder = place / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(1, 11):
+            top, left = rng.integers(0, 200, 2)
+            part = photograph[top : top + 220, left : left + 300, ::-1]
+            assert cv2.imwrite(str(folder / f"{number}.jpg"), part)
+    return place
+
+
+def run(line: str, place: Path, root: Path) -> str:
+    command = shlex.split(line)
+    assert command[:2] == ["python", "-m"]
+    if command[2] == "mixer_jax.main":
+        command += [f"--config.{key}={value}" for key, value in SMALL.items()]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+    assert done.stdout, line
+    return done.stdout
+
+
+def test_every_command_runs_after_the_one_above_it(place: Path, root: Path) -> None:
+    assert len(COMMANDS) >= 14
+    told = {line: run(line, place, root) for line in COMMANDS}
+
+    def said(part: str) -> str:
+        return next(out for line, out in told.items() if part in line)
+
+    (large,) = [json.loads(out) for line, out in told.items() if "--format=json" in line]
+    assert len(large) == 20
+    begins = said("runs/mine_448")
+    assert "weights of Mixer-B_16.npz, grown from 224 px" in begins
+    assert "with a new head" in begins
+    assert "weights of runs/mine, grown from 224 px" in said("runs/mine_later")
+    assert "with their head" in said("runs/mine_later")
+    # What was trained and what was converted say the same, with the names of the folders.
+    mine = said("--checkpoint=runs/mine photos").splitlines()
+    assert {line.split()[-1] for line in mine if line.startswith(" ")} == {"cat", "dog"}
+    converted = said("--checkpoint=mine.npz").splitlines()
+    start = mine.index("photos/dog/1.jpg")
+    assert converted == mine[start : start + len(converted)]
+    assert "counted            2 images" in said("mixer_jax.evaluate")
+
+    code = "\n".join(block for language, block in BLOCKS if language == "python")
+    names: dict[str, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        exec(code, names)
+    assert getattr(names["logits"], "shape", None) == (3, 2)

@@ -1,0 +1,84 @@
+"""Training runs as real processes, as a user starts them, to be watched and stopped."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mixer_jax.training.metrics import TIMINGS, read_metrics
+from tests.small_run import as_arguments
+
+STEPS = 100
+RUN = {
+    "num_steps": STEPS,
+    # Large enough that saving it takes a moment in which to be killed.
+    "model__channels_mlp_dim": 256,
+    "model__dropout": 0.1,
+    "recipe__ema_decay": 0.9,
+    # Not a divisor of the checkpoints' interval: a mean over steps outlives a kill.
+    "log_every_steps": 4,
+    "checkpoint__every_steps": 10,
+    "evals__test__every_steps": 50,
+}
+
+
+def start(
+    data_dir: str,
+    workdir: Path,
+    env: dict[str, str] | None = None,
+    new_group: bool = False,
+    as_users: bool = False,
+    **changes: Any,
+) -> subprocess.Popen[str]:
+    """Starts a run of `RUN`.
+
+    Args:
+        data_dir: where digits are prepared.
+        workdir: of the run.
+        env: changes of the environment.
+        new_group: as a shell does, for signals to all of its processes.
+        as_users: with all optimizations of XLA, and with TensorBoard events.
+        **changes: of `RUN`.
+    """
+    command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
+    arguments = as_arguments(data_dir, **{"tensorboard": as_users, **RUN, **changes})
+    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if as_users else quick}
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "JAX_PLATFORMS": "cpu", **(env or {})},
+        start_new_session=new_group,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == code, f"{out}\n{err}"
+    return out
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.0005)
+
+
+def last_step(workdir: Path) -> int:
+    return max((line["step"] for line in read_metrics(str(workdir))), default=0)
+
+
+def has_reached(workdir: Path, step: int) -> bool:
+    return last_step(workdir) >= step
+
+
+def untimed_metrics(workdir: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(str(workdir))
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
