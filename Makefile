@@ -1,10 +1,12 @@
-# make demo: train a Mixer on digits, from nothing but Python. make test: all that CI checks.
+# make demo: train a Mixer on digits, from nothing but Python. make test: all that needs no PyTorch.
+# make test-peers: comparisons with PyTorch and timm. CI runs both tests.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-peers lint clean
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python {v.major}.{v.minor} is not supported; pass PYTHON=python3.11, 3.12 or 3.13")'
@@ -23,6 +25,16 @@ lint: $(INSTALLED)
 
 test: lint
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+# Where PyTorch cannot be installed, there is nothing to compare with, which is no failure of ours.
+test-peers: $(INSTALLED)
+	@if [ $(PEERS) -nt requirements-peers.txt ] || { \
+	  echo "installing the packages of requirements-peers.txt into $(VENV): a few minutes"; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-peers.txt \
+	    && touch $(PEERS); }; \
+	then $(RUN) -m pytest -m peers --numprocesses=2 --dist=worksteal; \
+	else echo "NOT TESTED against PyTorch and timm: pip could not install them (see above)"; \
+	fi
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

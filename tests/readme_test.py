@@ -1,13 +1,17 @@
 """Tests of the README: every command in it runs, every file it names exists."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
+from tests.random_weights import random_weights, save_run
 from tests.small_run import PLAIN, as_arguments
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -21,70 +25,92 @@ def test_the_readme_has_commands() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder for all the README's runs, which build on each other."""
-    return tmp_path_factory.mktemp("readme")
+def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A folder for all the README's runs, which build on each other, with two photographs."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "configs").symlink_to(root / "configs")
+    (place / "photos").mkdir()
+    for name in ("photo.jpg", "photos/digit.png"):
+        image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+        assert cv2.imwrite(str(place / name), image)
+    return place
 
 
-def small(command: list[str], place: Path, data_dir: str) -> list[str]:
-    """The same command, with its folders moved to `place` and its sizes made small."""
-    command = [re.sub(r"=(runs|gs://BUCKET)/", f"={place}/", part) for part in command]
+def small(command: list[str], data_dir: str) -> list[str]:
+    """The same command with its sizes made small."""
+    command = [part.replace("gs://BUCKET/", "bucket/") for part in command]
     if "mixer_jax.evaluate" in command:
         return [*command, f"--data_dir={data_dir}"]
     if "mixer_jax.prepare" in command:
-        return [*command, f"--data_dir={place}/data"]
+        return [*command, "--data_dir=data"]
     if "mixer_jax.visualize" in command:
-        command = [part.replace("--out=", f"--out={place}/") for part in command]
         return [*command, f"--config.dataset.data_dir={data_dir}"]
     if "--mode=input" in command:
         sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_peers"]
         return [*command, *sizes]
     if "mixer_jax.benchmark" in command:
         return [*command, "--variant=S/32", "--image_size=64", "--unroll=1", "--rounds=1"]
+    if "mixer_jax.main" not in command:
+        return command
     # The recipe's parts are tested elsewhere; here the commands are.
     sizes = as_arguments(data_dir, num_steps=4, optimizer__warmup_steps=1, **PLAIN)
-    if any("digits" in part for part in command):
-        small_sizes = sizes
-    else:
+    if not any("digits" in part for part in command):
         synthetic = ["--config.dataset.name=synthetic", "--config.model.variant=custom"]
-        small_sizes = [size for size in sizes if "evals" not in size] + synthetic
-    named = [part.partition("=")[2] for part in command if part.startswith("--config=")]
-    workdir = f"--workdir={place}/{Path(named[0]).stem}"
-    has_workdir = any(part.startswith("--workdir") for part in command)
-    return [*command, *([] if has_workdir else [workdir]), *small_sizes]
+        sizes = [size for size in sizes if "evals" not in size] + synthetic
+    # What the command itself sets stands.
+    own = {part.partition("=")[0] for part in command}
+    return command + [size for size in sizes if size.partition("=")[0] not in own]
 
 
-def test_every_command_runs_after_the_one_above_it(place: Path, digits_dir: str) -> None:
+def test_every_command_runs_after_the_one_above_it(
+    place: Path, digits_dir: str, root: Path
+) -> None:
+    told = {}
     for line in DOORS:
-        command = small(shlex.split(line, comments=True), place, digits_dir)
+        command = small(shlex.split(line, comments=True), digits_dir)
         interpreter = [sys.executable, "-W", "error"]
         if line == DOORS[0]:
             command.append("--config.tensorboard=true")
         done = subprocess.run(
-            [*interpreter, *command[1:]], capture_output=True, text=True, check=False
+            [*interpreter, *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(root)},
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert done.stdout, line
+        told[line] = done.stdout
         if "mixer_jax.benchmark" in command and "--mode=input" not in command:
             title, heads, row = done.stdout.splitlines()
             assert title.startswith("training step of Mixer-S/32, 64 px")
             assert heads.split()[:2] == ["unroll", "remat"]
             assert (row.split()[:2], row.split()[-1]) == (["1", "none"], "1.00")
+    (grown,) = [out for line, out in told.items() if "runs/large" in line]
+    assert "weights of runs/digits, grown from 16 px (the paper's Appendix C), with" in grown
+    (answer,) = [out for line, out in told.items() if "--topk=3" in line]
+    assert answer.splitlines()[::4] == ["photo.jpg", "photos/digit.png"]
 
 
 def test_make_targets_exist() -> None:
     targets = [line.split()[1] for line in LINES if re.match(r"make [a-z]", line)]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "test-peers"]
     for target in targets:
         subprocess.run(["make", "--dry-run", target], capture_output=True, check=True)
 
 
-def test_the_python_example_runs() -> None:
-    (code,) = [block for language, block in BLOCKS if language == "python"]
-    code = code.replace('"B/16"', '"S/32"').replace("images)[", "images)[")
+def test_the_python_examples_run(place: Path, tmp_path: Path) -> None:
+    code = "\n".join(block for language, block in BLOCKS if language == "python")
+    code = code.replace('"B/16"', '"S/32"')
+    save_run(random_weights(image_size=(32, 32)), tmp_path / "runs" / "digits")
+    (tmp_path / "photo.jpg").symlink_to(place / "photo.jpg")
     names: dict[str, object] = {}
-    exec(code, names)
-    assert getattr(names["logits"], "shape", None) == (2, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(code, names)
+    assert getattr(names["params"], "keys", dict)() >= {"stem", "blocks", "head"}
+    assert getattr(names["logits"], "shape", None) == (3, 10)
 
 
 def test_files_and_links_exist(root: Path) -> None:
