@@ -40,6 +40,11 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
     A user's mistake exits with 2, a run that failed with 1, both after one line on standard error.
     """
+    # Read when TensorFlow is imported, which TFDS, clu and paths like gs:// do by themselves.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    # OpenCV's complaints of a damaged image do not name it; ours do.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -140,11 +145,6 @@ def set_up_libraries(compilation_cache: str) -> None:
     Args:
         compilation_cache: folder or URL of compiled programs; empty: none is kept.
     """
-    # Read when TensorFlow is imported, which TFDS and clu do by themselves and late.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # OpenCV's complaints of a damaged image do not name it; ours do.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     logging.set_verbosity(logging.ERROR)
     if compilation_cache:
         import jax

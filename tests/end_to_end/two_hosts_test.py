@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from mixer_jax.model.variants import Widths
 from mixer_jax.weights.steps import list_steps
 from tests.images import encode, noise
 from tests.processes import STEPS, finish, has_reached, start, untimed_metrics, wait_until
+from tests.random_weights import random_weights, save_run
 from tests.small_run import PLAIN
 
 
@@ -61,20 +63,24 @@ def test_two_hosts_stop_and_go_on_together_and_then_one_alone(
             assert a["test/num_examples"] == b["test/num_examples"] == 360
 
 
-def test_two_hosts_agree_on_bad_images(tmp_path: Path) -> None:
+def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
     """One bad image of 40, which one host or the other meets, is too many for both."""
     for split in ("train", "test"):
         for index in range(40):
             path = tmp_path / "images" / split / f"{index % 2}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"" if index == 7 else encode(noise(8, 8), "PNG"))
+    weights = random_weights(Widths(1, 4, 16, 8, 16), (8, 8))
     settings: dict[str, Any] = PLAIN | {
         "dataset__name": f"folder:{tmp_path}/images",
+        "init_from": save_run(weights, tmp_path / "source"),
         "num_steps": 20,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
-    errors = [process.communicate(timeout=180)[1] for process in both]
+    outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)
     assert [process.returncode for process in both] == [1, 1], errors
+    # Both hosts take the weights to begin with, and one says so.
+    assert "grown from 8 px (the paper's Appendix C), with a new head" in outs[0]
     for error in errors:
         assert "1 of 40 training images cannot be used" in error
     assert list_steps(str(tmp_path / "run")) == [10]
