@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -18,7 +19,7 @@ from mixer_jax.data.image_files import NamedImage, printable, read_image
 from mixer_jax.data.preprocess import eval_image, to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import check_image_size
-from mixer_jax.parallel.sharding import batch_sharding, make_mesh
+from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from mixer_jax.weights.load import ImageSize, Weights, load_weights, with_class_names, with_new_head
 from mixer_jax.weights.ready import make_model, place
 
@@ -106,15 +107,26 @@ class Classifier:
         self._logits = jax.jit(lambda params, x: self.model.apply({"params": params}, x))
         self._top = jax.jit(self._top_classes, static_argnums=2)
 
-    def __call__(self, images: Float[Any, "n h w 3"]) -> Float[Array, "n classes"]:
+    def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Returns logits, float32; features where the model has no head.
 
         Args:
-            images: pixels in [-1, 1], of the size that `about.image_size` says.
+            images: floating-point array (n, height, width, 3) of pixels in [-1, 1], of the size
+                that `about.image_size` says. They are divided over the devices if n allows.
 
         Raises:
-            UserError: they are of another size.
+            UserError: they are of another size or kind.
         """
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} are not (n, height, width, 3); give even a "
+                "single one an axis in front: images[None]"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are of type {images.dtype}, not floating-point numbers in [-1, 1]; pass "
+                "images / 127.5 - 1"
+            )
         size = tuple(images.shape[1:3])
         if size != self.about.image_size:
             check_image_size(size[0], size[1], self.about.widths.patch_size)
@@ -122,7 +134,9 @@ class Classifier:
                 f"images of {size[0]} × {size[1]} px do not fit {self.about.name}; load the "
                 f"weights with image_size={size}"
             )
-        return self._logits(self.params, images)
+        divides = len(images) % self._mesh.size == 0
+        sharding = batch_sharding(self._mesh) if divides else replicated(self._mesh)
+        return self._logits(self.params, jax.device_put(images, sharding))
 
     def predict(
         self, images: Sequence[str | os.PathLike | bytes], topk: int = 5, batch_size: int = 32
@@ -136,8 +150,10 @@ class Classifier:
 
         Raises:
             BadImageError: an image cannot be used.
-            UserError: the model has no head.
+            UserError: the model has no head, or `images` is one image, not several.
         """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise UserError("predict takes a list of images; pass [image] for a single one")
 
         def named(number: int, image: str | os.PathLike | bytes) -> NamedImage:
             if isinstance(image, bytes):
@@ -167,6 +183,8 @@ class Classifier:
         """
         if not self.about.num_classes:
             raise UserError("these weights have no head and give features; name some with classes")
+        if topk < 1 or batch_size < 0:
+            raise UserError(f"topk={topk} and batch_size={batch_size}; pass 1 or more of each")
         topk = min(topk, self.about.num_classes)
         rows = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
         rows = -(-(2**rows) // self._mesh.size) * self._mesh.size

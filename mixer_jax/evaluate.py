@@ -135,7 +135,9 @@ def _tell(
     first, *real = scores
     if known.json:
         told: dict[str, Any] = {"checkpoint": known.checkpoint, "step": weights.step}
-        told |= {"image_size": list(weights.about.image_size), "dataset": dataset}
+        about = weights.about
+        told |= {"image_size": list(about.image_size), "resolution": about.resolution}
+        told |= {"dataset": dataset}
         told |= {"split": known.split, **first._asdict()}
         told |= {"real": real[0]._asdict()} if real else {}
         print(json.dumps(told))

@@ -65,6 +65,28 @@ def test_logits_are_the_models(weights: Weights, classifier: Classifier) -> None
     np.testing.assert_array_equal(classifier(np.asarray(images)), logits)
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((16, 24, 3), np.float32), r"shape \(16, 24, 3\) are not .*images\[None\]"),
+        (np.zeros((1, 16, 24, 1), np.float32), "are not \\(n, height, width, 3\\)"),
+        (np.zeros((1, 16, 24, 3), np.uint8), "of type uint8, .* pass images / 127.5 - 1"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(
+    classifier: Classifier, images: np.ndarray, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        classifier(images)
+
+
+def test_one_image_is_not_a_list(classifier: Classifier, photos: list[Path]) -> None:
+    with pytest.raises(UserError, match=r"takes a list of images; pass \[image\]"):
+        classifier.predict(str(photos[0]))
+    with pytest.raises(UserError, match="topk=-1"):
+        classifier.predict(photos, topk=-1)
+
+
 def test_images_of_another_size_are_refused(classifier: Classifier) -> None:
     with pytest.raises(UserError, match=r"32 × 32 px do not fit .* 16 × 24 px; .*=\(32, 32\)"):
         classifier(jnp.zeros((1, 32, 32, 3)))
@@ -175,10 +197,21 @@ def test_dtype_is_that_of_the_weights_unless_told(weights: Weights, tmp_path: Pa
     assert mixer_jax.load_pretrained(run, dtype="bfloat16").model.dtype == jnp.bfloat16
 
 
-def test_all_devices_work(classifier: Classifier, photos: list[Path]) -> None:
+@pytest.mark.parametrize("count", [1, 8, 11, 16])
+def test_all_devices_work(weights: Weights, classifier: Classifier, count: int) -> None:
     assert jax.device_count() == 8
     leaf = jax.tree.leaves(classifier.params)[0]
     assert len(leaf.sharding.device_set) == 8
+    images = np.random.default_rng(1).uniform(-1, 1, (count, 16, 24, 3)).astype(np.float32)
+    # On one device or not, the images come to all of them.
+    logits = classifier(jax.device_put(images, jax.devices()[3]))
+    reference = classifier.model.apply({"params": weights.params}, jnp.asarray(images))
+    np.testing.assert_allclose(logits, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_many_images_keep_their_order(
+    weights: Weights, classifier: Classifier, photos: list[Path]
+) -> None:
     predictions: list[Prediction] = classifier.predict(photos * 5, batch_size=16)
-    firsts = [prediction.classes[0].label for prediction in predictions]
-    assert firsts == firsts[:5] * 5
+    expected_labels = [int(expected(weights, path).argmax()) for path in photos] * 5
+    assert [prediction.classes[0].label for prediction in predictions] == expected_labels
