@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +19,15 @@ from mixer_jax.data.preprocess import eval_image, to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import check_image_size
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated
-from mixer_jax.weights.load import ImageSize, Weights, load_weights, with_class_names, with_new_head
+from mixer_jax.weights.load import (
+    Weights,
+    load_weights,
+    said_by_caller,
+    with_class_names,
+    with_new_head,
+)
 from mixer_jax.weights.ready import make_model, place
+from mixer_jax.weights.sizes import ImageSize
 
 
 class NamedProbability(NamedTuple):
@@ -53,10 +59,11 @@ class Prediction(NamedTuple):
 
 
 def load_pretrained(
-    source: str,
+    source: str | os.PathLike,
     *,
     step: int | None = None,
     image_size: ImageSize | None = None,
+    trained_size: ImageSize | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
     gelu: str = "",
@@ -71,6 +78,8 @@ def load_pretrained(
         step: which checkpoint of a run; None: the newest.
         image_size: side, or height and width, of the images, pixels; None: what the weights are
             for. Whole multiples are grown as in the paper's Appendix C, others interpolated.
+        trained_size: likewise, of the images that the weights were trained on, where they neither
+            say it nor their tokens tell it; None: as they say.
         num_classes: of a new head of zeros, unless the weights have just as many; 0: no head, the
             model returns features; None: the weights' own.
         class_names: in place of those that come with the weights; empty: those.
@@ -79,13 +88,28 @@ def load_pretrained(
         dtype: "float32" or "bfloat16"; empty: as the weights say, or by the device.
 
     Raises:
-        UserError: there are no such weights, they are damaged, or do not tell what is needed.
+        UserError: an argument is wrong; there are no such weights, they are damaged, or do not tell
+            what is needed.
     """
-    weights = load_weights(source, step=step, image_size=image_size, gelu=gelu, eval_crop=eval_crop)
-    if num_classes is not None and num_classes != weights.about.num_classes:
-        weights = with_new_head(weights, num_classes)
-    if class_names:
-        weights = with_class_names(weights, class_names, source)
+    # All is checked before the weights are fetched, which may take long.
+    names = said_by_caller(class_names=class_names, dtype=dtype).get("class_names", ())
+    if not isinstance(num_classes, int | np.integer | None) or (num_classes or 0) < 0:
+        raise UserError(f"num_classes={num_classes!r} is no number of classes; pass 0 or more")
+    weights = load_weights(
+        source,
+        step=step,
+        image_size=image_size,
+        trained_size=trained_size,
+        # Those of a new head are given to it below.
+        class_names=names if num_classes is None else (),
+        gelu=gelu,
+        eval_crop=eval_crop,
+    )
+    if num_classes is not None:
+        if num_classes != weights.about.num_classes:
+            weights = with_new_head(weights, int(num_classes))
+        if names:
+            weights = with_class_names(weights, names, os.fspath(source))
     return Classifier(weights, dtype)
 
 
@@ -168,15 +192,22 @@ class Classifier:
         return predictions
 
     def classify(
-        self, images: Iterable[NamedImage], *, topk: int, batch_size: int
+        self,
+        images: Iterable[NamedImage],
+        *,
+        topk: int,
+        batch_size: int,
+        exif_orientation: bool | None = None,
     ) -> Iterator[Prediction]:
-        """Yields what images show, in their order; those that cannot be used say why.
+        """Returns what images show, one by one, in their order; if one cannot be used, it says why.
 
         Args:
             images: names, and how to read the bytes.
             topk: classes yielded of each.
             batch_size: images at a time over all devices; rounded up to a multiple of their number,
                 and to a power of two, so that few programs are compiled.
+            exif_orientation: whether images are turned as their cameras say; None: as the weights
+                were trained.
 
         Raises:
             UserError: the model has no head.
@@ -188,8 +219,15 @@ class Classifier:
         topk = min(topk, self.about.num_classes)
         rows = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
         rows = -(-(2**rows) // self._mesh.size) * self._mesh.size
+        if exif_orientation is None:
+            exif_orientation = self.about.exif_orientation
+        return self._classify(self._prepare(images, rows, exif_orientation), rows, topk)
+
+    def _classify(
+        self, batches: Iterable[list["_Prepared"]], rows: int, topk: int
+    ) -> Iterator[Prediction]:
         running: tuple[list[_Prepared], Any] | None = None
-        for batch in self._prepare(images, rows):
+        for batch in batches:
             pixels = np.zeros((rows, *self.about.image_size, 3), np.uint8)
             for row, prepared in enumerate(batch):
                 if prepared.pixels is not None:
@@ -203,28 +241,28 @@ class Classifier:
         if running is not None:
             yield from self._name(*running)
 
-    def _prepare(self, images: Iterable[NamedImage], rows: int) -> Iterator[list["_Prepared"]]:
+    def _prepare(
+        self, images: Iterable[NamedImage], rows: int, exif_orientation: bool
+    ) -> Iterator[list["_Prepared"]]:
         """Yields images in batches, prepared by threads one batch ahead."""
-        # Parallelism comes from preparing images side by side.
-        cv2.setNumThreads(0)
         waiting: collections.deque[concurrent.futures.Future[_Prepared]] = collections.deque()
         rest = iter(images)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             while True:
                 for image in itertools.islice(rest, 2 * rows - len(waiting)):
-                    waiting.append(pool.submit(self._prepare_one, *image))
+                    waiting.append(pool.submit(self._prepare_one, *image, exif_orientation))
                 if not waiting:
                     return
                 yield [waiting.popleft().result() for _ in range(min(rows, len(waiting)))]
 
-    def _prepare_one(self, name: str, read: Any) -> "_Prepared":
+    def _prepare_one(self, name: str, read: Any, exif_orientation: bool) -> "_Prepared":
         about = self.about
         try:
             pixels = eval_image(
                 read(),
                 image_size=about.image_size,
                 eval_crop=about.eval_crop,
-                exif_orientation=about.exif_orientation,
+                exif_orientation=exif_orientation,
             )
         except BadImageError as error:
             return _Prepared(name, None, error.reason)

@@ -1,6 +1,7 @@
 """What the doors share: reading a config from the command line, and how a program ends."""
 
 import argparse
+import codecs
 import importlib.util
 import os
 import signal
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from mixer_jax.config import KIND_NAMES, check_known, flatten
 from mixer_jax.errors import RunFailedError, UserError, did_you_mean
 from mixer_jax.keys import ENTRY_KEYS, KEYS
+from mixer_jax.streams import open_streams
 from mixer_jax.weights.about import About
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -35,18 +37,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+def run(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a door and exits with what it returns: 0 if all went well, 130 after Ctrl-C.
 
     A user's mistake exits with 2, a run that failed with 1, both after one line on standard error.
+
+    Args:
+        main: from the arguments of the command line to the exit code.
+        needs_output: whether the door's work is in vain once standard output fails: it then ends
+            with 1, or, where nobody reads it any more (`| head`), quietly with 141. Otherwise it
+            goes on without a word.
     """
+    open_streams(needs_output)
     # Read when TensorFlow is imported, which TFDS, clu and paths like gs:// do by themselves.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's complaints of a damaged image do not name it; ours do.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
-        code = main(sys.argv[1:])
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -109,26 +121,46 @@ def read_labels(path: str | None) -> list[str]:
     """Returns the names of classes that --labels names a file of; none without it.
 
     Raises:
-        UserError: the file cannot be read, or has an empty line.
+        UserError: the file cannot be read, is not UTF-8, or has an empty line.
     """
     if not path:
         return []
-    labels = read_lines(path, "--labels")
+    labels = _read_lines(path, "--labels")
     if not labels or not all(labels):
         raise UserError(f"--labels={path} has an empty line, or none; give one name a line")
     return labels
 
 
-def read_lines(path: str, flag: str) -> list[str]:
+def read_names(path: str, flag: str) -> list[str]:
+    """Returns the names of files that a text file, or standard input, holds, one a line.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    names = map(str.strip, os.fsdecode(_read_bytes(path, flag)).split("\n"))
+    return [name for name in names if name]
+
+
+def _read_lines(path: str, flag: str) -> list[str]:
     """Returns the lines of a text file, or of standard input, without space around them."""
+    encoded = _read_bytes(path, flag)
     try:
-        if path == "-":
-            text = os.fsdecode(sys.stdin.buffer.read())
-        else:
-            text = os.fsdecode(Path(path).expanduser().read_bytes())
+        text = encoded.decode()
+    except UnicodeDecodeError as error:
+        number = encoded.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{flag}={path} line {number:,} is not UTF-8; save it as such") from None
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _read_bytes(path: str, flag: str) -> bytes:
+    """Returns a text file, or standard input, without the mark that Windows begins one with."""
+    try:
+        # Unlike pathlib's, this leaves the home of an unknown user as it is.
+        file = Path(os.path.expanduser(path))
+        encoded = sys.stdin.buffer.read() if path == "-" else file.read_bytes()
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be read: {error.strerror}") from error
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    return encoded.removeprefix(codecs.BOM_UTF8)
 
 
 def check_at_least_one(known: argparse.Namespace, *names: str) -> None:

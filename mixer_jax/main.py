@@ -105,4 +105,4 @@ def _program(name: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, needs_output=False)

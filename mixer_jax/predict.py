@@ -33,13 +33,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
     parser.add_argument("--topk", type=int, default=5, help="classes told of an image; default: 5")
+    parser.add_argument(
+        "--ignore_exif",
+        action="store_true",
+        help="take images as they are stored; default: turn them as their camera says",
+    )
     parser.add_argument("--format", choices=tuple(_WRITERS), default="table", help="of the answer")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time; default: 32")
     known = parser.parse_args(arguments)
     command_line.check_at_least_one(known, "topk", "batch_size")
-    names = [*known.images, *_read_list(known.files_from)]
+    names = [*known.images]
+    if known.files_from:
+        names += command_line.read_names(known.files_from, "--files_from")
     if not names:
         raise UserError("no image is named; name files, folders, patterns, or - for standard input")
+    if [known.files_from, known.labels, *names].count("-") > 1:
+        raise UserError('"-" stands in two places; standard input can be read once, name files')
     find_weights(known.checkpoint, known.step)
     labels = command_line.read_labels(known.labels)
 
@@ -48,9 +57,12 @@ def main(arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from mixer_jax.classifier import load_pretrained
+    from mixer_jax.data.decoding import use_one_thread
     from mixer_jax.data.image_files import find_images
 
-    images = list(find_images(names))
+    # Images are prepared side by side.
+    use_one_thread()
+    images = find_images(names)
     classifier = load_pretrained(
         known.checkpoint,
         step=known.step,
@@ -61,7 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     command_line.tell_resolution(classifier.about)
     size = min(known.batch_size, len(images))
-    predictions = classifier.classify(images, topk=known.topk, batch_size=size)
+    predictions = classifier.classify(
+        images, topk=known.topk, batch_size=size, exif_orientation=not known.ignore_exif
+    )
     num_bad = 0
 
     def reported() -> Iterator["Prediction"]:
@@ -106,12 +120,14 @@ def _write_json(predictions: Iterator["Prediction"]) -> None:
 
 
 def _write_csv(predictions: Iterator["Prediction"]) -> None:
-    """Prints CSV, a line for every class of an image."""
+    """Prints CSV, a line for every class of an image, and one for an image that has none."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "name", "probability"])
+    writer.writerow(["image", "rank", "label", "name", "probability", "error"])
     for prediction in predictions:
         for rank, one in enumerate(prediction.classes, 1):
-            writer.writerow([prediction.image, rank, one.label, one.name, one.probability])
+            writer.writerow([prediction.image, rank, one.label, one.name, one.probability, ""])
+        if prediction.error:
+            writer.writerow([prediction.image, "", "", "", "", prediction.error])
 
 
 _WRITERS: dict[str, Callable[[Iterator["Prediction"]], None]] = {
@@ -119,12 +135,6 @@ _WRITERS: dict[str, Callable[[Iterator["Prediction"]], None]] = {
     "json": _write_json,
     "csv": _write_csv,
 }
-
-
-def _read_list(path: str | None) -> list[str]:
-    if not path:
-        return []
-    return [line for line in command_line.read_lines(path, "--files_from") if line]
 
 
 if __name__ == "__main__":

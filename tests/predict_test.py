@@ -1,6 +1,7 @@
 """Tests of `python -m mixer_jax.predict`: what it prints, where, and how it ends."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 
 from mixer_jax import command_line, predict
+from mixer_jax.classifier import load_pretrained
+from mixer_jax.data.decoding import decode
 from mixer_jax.errors import UserError
 from mixer_jax.weights.npz_file import write_npz
 from mixer_jax.weights.published import GOOGLE, published_views
 from mixer_jax.weights.tree import leaves
 from tests.door import run_door
+from tests.images import smooth, turned
 from tests.random_weights import DIGITS, random_weights, save_run
 
 REASON = "no image, or its header is damaged"
@@ -29,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and a folder of photographs, some of them in a folder in it."""
     place = tmp_path_factory.mktemp("predict")
     save_run(random_weights(), place / "run")
+    save_run(random_weights(class_names=(), num_classes=0), place / "features")
     rng = np.random.default_rng(0)
     (place / "photos" / "more").mkdir(parents=True)
     for name in ("b.png", "a.jpg", "more/c.png", "with, comma.png"):
@@ -107,7 +112,10 @@ def test_csv_can_be_read_back(place: Path, capsys: pytest.CaptureFixture[str]) -
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     door(place, "--format=json", *arguments)
     found = json.loads(capsys.readouterr().out)
-    assert len(rows) == 8
+    assert len(rows) == 9
+    bad = {"image": f"{place}/bad.jpg", "error": REASON}
+    assert rows.pop() == dict.fromkeys(rows[0], "") | bad
+    assert {row["error"] for row in rows} == {""}
     assert [row["rank"] for row in rows] == ["1", "2"] * 4
     assert rows[-1]["image"] == f"{place}/photos/with, comma.png"
     told = [one for entry in found[:4] for one in entry["classes"]]
@@ -161,8 +169,24 @@ def test_weights_of_a_thousand_classes_say_wordnet_ids(
     ("arguments", "message"),
     [
         ([], "no image is named"),
-        (["{place}/nothing.jpg"], "nothing.jpg' does not exist"),
-        (["{place}/run"], "has no image in it"),
+        (["{place}/nothing.jpg"], "nothing.jpg' does not exist; name images"),
+        (["{place}/run"], "has no image in it; name images"),
+        (["{place}/*.bmp"], "does not exist; name images"),
+        (["{place}/photos/more/*/**"], "does not exist; name images"),
+        (["{place}/a.jpg", "{place}/b.jpg"], "a.jpg' does not exist, nor is any of the other 1 "),
+        (["~nosuchuser/x.jpg"], "'~nosuchuser/x.jpg' does not exist"),
+        (["{place}/" + "x" * 256], "x' cannot be looked up .File name too long"),
+        (["", "{photo}"], "a name of an image is empty"),
+        (["--files_from=-", "-"], '"-" stands in two places'),
+        (["--labels=-", "-"], '"-" stands in two places'),
+        (["-", "-"], '"-" stands in two places'),
+        (["--labels=~nosuchuser/x", "{photo}"], "--labels=~nosuchuser/x cannot be read: No such"),
+        (["--files_from=~nosuchuser/x"], "--files_from=~nosuchuser/x cannot be read: No such"),
+        (["--labels={place}/latin.txt", "{photo}"], "latin.txt line 2 is not UTF-8; save it"),
+        (
+            ["--checkpoint={place}/features", "--format=csv", "{photo}"],
+            "these weights have no head",
+        ),
         (["--topk=0", "{photo}"], "--topk=0 is out of range"),
         (["--labels={place}/none.txt", "{photo}"], "--labels=.* cannot be read: No such file"),
         (["--labels={place}/empty.txt", "{photo}"], "has an empty line, or none"),
@@ -178,10 +202,16 @@ def test_weights_of_a_thousand_classes_say_wordnet_ids(
     ],
 )
 def test_mistakes_are_told_in_one_line(
-    place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (place / "two.txt").write_text("a\nb\n")
     (place / "empty.txt").write_text("")
+    (place / "latin.txt").write_bytes("Katze\nHündin\n".encode("latin-1"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     fields: dict[str, Any] = {"place": place, "photo": f"{place}/photos/a.jpg"}
     with pytest.raises(UserError, match=message) as caught:
         door(place, *(argument.format(**fields) for argument in arguments))
@@ -196,3 +226,133 @@ def test_a_name_that_is_no_text_is_shown_and_read(
     Path(os.fsdecode(odd)).write_bytes((place / "photos" / "b.png").read_bytes())
     assert door(place, "--format=json", str(tmp_path)) == 0
     assert names(capsys.readouterr().out) == [f"{tmp_path}/odd\\xff.png"]
+
+
+def test_names_that_mean_no_image_are_reported_and_the_rest_is_done(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden.png").write_bytes(b"")
+    listed = tmp_path / "list.txt"
+    long, nil = "x" * 256, "nil\0*.png"
+    listed.write_text(f"{place}/photos/b.png\n~nosuchuser/x.jpg\n{tmp_path}/{long}\n{nil}\n")
+    arguments = [f"{tmp_path}/gone.png", f"{place}/photos/a.jpg", f"{tmp_path}/empty"]
+    assert door(place, "--format=json", f"--files_from={listed}", *arguments) == 1
+    captured = capsys.readouterr()
+    told = {entry["image"]: entry.get("error") for entry in json.loads(captured.out)}
+    assert told == {
+        f"{tmp_path}/gone.png": "does not exist",
+        f"{place}/photos/a.jpg": None,
+        f"{tmp_path}/empty": "has no image in it",
+        f"{place}/photos/b.png": None,
+        "~nosuchuser/x.jpg": "does not exist",
+        f"{tmp_path}/{long}": "cannot be looked up (File name too long)",
+        nil: "cannot be looked up (embedded null byte)",
+    }
+    assert captured.err.splitlines()[-1] == "5 of 7 images cannot be used"
+
+
+def test_a_pattern_passes_over_empty_folders_and_finds_nothing_twice(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").symlink_to(place / "photos")
+    assert door(place, "--format=json", f"{tmp_path}/*") == 0
+    expected = ["a.jpg", "b.png", "more/c.png", "with, comma.png"]
+    assert names(capsys.readouterr().out) == [f"{tmp_path}/photos/{name}" for name in expected]
+    assert door(place, "--format=json", f"{tmp_path}/photos/m**") == 0
+    assert names(capsys.readouterr().out) == [f"{tmp_path}/photos/more/c.png"]
+    assert door(place, "--format=json", f"{place}/photos/more/**") == 0
+    assert names(capsys.readouterr().out) == [f"{place}/photos/more/c.png"]
+
+
+def test_folders_are_walked_as_in_training(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photo = (place / "photos" / "b.png").read_bytes()
+    for name in ("b.png", ".hidden.png", ".trash/x.png", "deep/a.png", "secret/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "deep" / "circle").symlink_to(tmp_path)
+
+    def scan(path: Path, scan: Any = os.scandir) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert door(place, "--format=json", str(tmp_path)) == 1
+    captured = capsys.readouterr()
+    expected = [f"{tmp_path}/{name}" for name in ("b.png", "deep/a.png", "secret")]
+    assert names(captured.out) == expected
+    assert captured.err.splitlines()[0] == f"{tmp_path}/secret: cannot be read"
+
+
+def test_a_file_called_like_standard_input(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "-").write_bytes((place / "photos" / "b.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert door(place, "--format=json", "?") == 0
+    assert names(capsys.readouterr().out) == ["-"]
+
+
+def test_labels_as_windows_saves_them(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "names.txt"
+    labels.write_bytes("".join(f"Hündin {label}\r\n" for label in range(10)).encode("utf-8-sig"))
+    arguments = [f"--labels={labels}", "--topk=10", f"{place}/photos/a.jpg"]
+    assert door(place, "--format=json", *arguments) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert {one["name"] for one in entry["classes"]} == {f"Hündin {n}" for n in range(10)}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_photographs_are_turned_as_their_camera_says(
+    ignored: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = turned(smooth(40, 16), 6)
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    seen = decode(photo, exif_orientation=not ignored)
+    cv2.imwrite(str(tmp_path / "seen.png"), seen[:, :, ::-1])
+    arguments = ["--ignore_exif"] if ignored else []
+    assert door(place, "--format=json", "--topk=10", *arguments, str(tmp_path)) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["classes"] == second["classes"]
+
+
+def test_only_the_door_changes_a_setting_of_the_whole_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(cv2, "setNumThreads", set_to.append)
+    load_pretrained(f"{place}/run").predict([place / "photos" / "a.jpg"])
+    assert set_to == []
+    assert door(place, f"{place}/photos/a.jpg") == 0
+    assert set_to == [0]
+
+
+@pytest.mark.parametrize("told_as", ["json", "csv"])
+def test_json_and_csv_are_utf8_whatever_the_locale(
+    told_as: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "names.txt"
+    labels.write_text("".join(f"Hündin {label}\n" for label in range(10)), encoding="utf-8")
+    arguments = [f"--checkpoint={place}/run", f"--labels={labels}", f"--format={told_as}"]
+    photo = f"{place}/photos/a.jpg"
+    done = subprocess.run(
+        [sys.executable, "-m", "mixer_jax.predict", *arguments, photo],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.stdout.decode().count("Hündin") == 5

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # (top, left, height, width), pixels.
 Box = tuple[int, int, int, int]
@@ -40,6 +40,14 @@ class BadImageError(ValueError):
         self.reason, self.name = reason, name
 
 
+def use_one_thread() -> None:
+    """Keeps OpenCV, in the whole process, from using several threads for one image.
+
+    For programs that prepare images side by side, where more threads only get in each other's way.
+    """
+    cv2.setNumThreads(0)
+
+
 def decode(
     encoded: bytes,
     choose_box: Callable[[int, int], Box] | None = None,
@@ -65,14 +73,24 @@ def decode(
     """
     frame = _jpeg_frame(encoded)
     check_pixels(*((frame.height, frame.width) if frame else _size(encoded)))
-    if frame and frame.channels != 4 and not exif_orientation:
+    turned = exif_orientation and _is_turned(encoded)
+    if frame and frame.channels != 4 and not turned:
         top, left, height, width = _box(choose_box, frame.height, frame.width)
         image = _decode_jpeg(encoded, frame, top + height, accurate)
         if image is not None:
             return image[top : top + height, left : left + width]
-    image = _decode_any(encoded, exif_orientation)
+    image = _decode_any(encoded, turned)
     top, left, height, width = _box(choose_box, *image.shape[:2])
     return image[top : top + height, left : left + width]
+
+
+def _is_turned(encoded: bytes) -> bool:
+    """Says whether the camera was held other than upright; most images get the same pixels then."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    except Exception:  # Each of Pillow's formats raises its own; a decoder tells what is wrong.
+        return True
 
 
 def _box(choose_box: Callable[[int, int], Box] | None, height: int, width: int) -> Box:

@@ -3,16 +3,15 @@
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.image_files import is_image_name, printable, read_image
+from mixer_jax.data.image_files import printable, read_image, walk_images
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
@@ -128,7 +127,8 @@ def _list_images(root: Path, split: str, class_names: list[str]) -> list[_File]:
     for label, name in enumerate(class_names):
         folder = root / split / name
         if folder.is_dir():
-            files += [(path, label) for path in _walk(folder, root, set())]
+            images = walk_images(folder, on_error=_refuse)
+            files += [(path.relative_to(root).as_posix(), label) for path in images]
     return sorted(files, key=_hash)
 
 
@@ -136,28 +136,9 @@ def _hash(file: _File) -> bytes:
     return hashlib.blake2b(os.fsencode(file[0]), digest_size=8).digest()
 
 
-def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Yields the paths of images in and below a folder; follows links, but none in a circle."""
-    try:
-        at = folder.stat()
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"folder {str(folder)!r} cannot be read: {error.strerror}") from error
-    if (at.st_dev, at.st_ino) in seen:
-        return
-    seen.add((at.st_dev, at.st_ino))
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        try:
-            mode = entry.stat().st_mode
-        except OSError:
-            # A link to nowhere: it is listed, so that reading it tells what is wrong with it.
-            mode = stat.S_IFREG
-        if stat.S_ISDIR(mode):
-            yield from _walk(Path(entry.path), root, seen)
-        elif stat.S_ISREG(mode) and is_image_name(entry.name):
-            yield Path(entry.path).relative_to(root).as_posix()
+def _refuse(error: OSError) -> NoReturn:
+    reason = error.strerror
+    raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}") from error
 
 
 def _hold_out(files: list[_File]) -> dict[str, list[_File]]:

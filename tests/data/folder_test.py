@@ -1,8 +1,10 @@
 """Tests of a user's own folder of images: any layout people have, any mistake they make."""
 
+import errno
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +140,32 @@ def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> No
     assert caught.value.name == f"{tmp_path}/place/train/a/self.png"
 
 
+def test_of_two_ways_to_a_folder_it_is_always_the_same_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "train/a/m/x.png", "val/a/y.png")
+    for name in ("b", "z"):
+        (tmp_path / "train/a" / name).symlink_to(tmp_path / "train/a/m")
+    in_order = names(tmp_path)
+    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: list(scan(path))[::-1])
+    assert names(tmp_path) == in_order
+    assert len(in_order) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, *many("a"), "a/secret/x.png")
+
+    def scan(path: Path, scan: Any = os.scandir) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert error_of(tmp_path) == f"folder '{tmp_path}/a/secret' cannot be read: Permission denied"
+
+
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     write(tmp_path, *many("a", count=3))
     source = open_folder(tmp_path)
@@ -151,7 +179,7 @@ def test_a_file_too_large_to_be_an_image_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, *many("a", count=2))
-    monkeypatch.setattr("mixer_jax.data.folder._MAX_BYTES", len(PNG))
+    monkeypatch.setattr("mixer_jax.data.image_files._MAX_BYTES", len(PNG))
     with pytest.raises(BadImageError, match="too large a file"):
         open_folder(tmp_path).examples[0]
 
