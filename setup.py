@@ -47,6 +47,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.7"],
         "cuda": ["jax[cuda12]>=0.7"],
+        # Reads gs:// where TensorFlow, which can itself, is not installed.
+        "gcs": ["etils[epath-gcs]>=1.10"],
         "test": [
             "beartype>=0.19",
             "mypy>=1.15",

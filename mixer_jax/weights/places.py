@@ -21,7 +21,13 @@ KINDS = {
     ".pth": "torch",
     ".pt": "torch",
     ".bin": "torch",
+    # timm's training checkpoints; they are no tar archives.
+    ".pth.tar": "torch",
 }
+# Of URLs that epath reads, either through TensorFlow or through a library of their own.
+_SCHEMES = ("gs", "s3", "az")
+# How the latter is installed, where it is asked for.
+_EXTRAS = {"gcsfs": 'pip install "mixer-jax[gcs]"'}
 # What the Hugging Face Hub, and folders saved from it, call the file of weights.
 HUB_FILE = "model.safetensors"
 
@@ -46,12 +52,19 @@ def find_weights(source: str, step: int | None = None) -> Place:
     Args:
         source: a run's folder or one of its checkpoints; a file of published weights; a folder that
             holds model.safetensors; or "hf:OWNER/NAME" of the Hugging Face Hub. Folders and files
-            may lie at a URL such as gs://BUCKET/PATH.
+            may lie at a URL, gs://BUCKET/PATH or s3://BUCKET/PATH.
         step: which checkpoint of a run; None: the newest.
 
     Raises:
         UserError: there is nothing, or nothing that is known.
     """
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme not in _SCHEMES and not source.startswith(HUB):
+        known = ", ".join(f"{known}://" for known in _SCHEMES)
+        raise UserError(
+            f"checkpoint {source!r} is at a URL that is not read; download the file and name it, "
+            f"or name a place at one of {known}"
+        )
     with _reaching(source):
         return _find(source, step)
 
@@ -64,7 +77,7 @@ def _find(source: str, step: int | None) -> Place:
         if len(parts) != 2 or not all(parts):
             raise UserError(f"checkpoint {source!r} is no name on the Hub; write hf:OWNER/NAME")
         place = Place("hub", name)
-    elif (kind := KINDS.get(epath.Path(source).suffix)) and not _path(source).is_dir():
+    elif (kind := _kind(source)) and not _path(source).is_dir():
         if not _path(source).exists():
             raise UserError(f"checkpoint {source!r} does not exist; name a file or a run's folder")
         place = Place(kind, str(_path(source)))
@@ -80,6 +93,11 @@ def _find(source: str, step: int | None) -> Place:
     return place
 
 
+def _kind(source: str) -> str | None:
+    name = epath.Path(source).name
+    return next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
+
+
 @contextlib.contextmanager
 def _reaching(source: str) -> Iterator[None]:
     """Tells what goes wrong on the way to a file or a URL as a user's error."""
@@ -91,7 +109,11 @@ def _reaching(source: str) -> Iterator[None]:
         # Behind a URL is a library of its own, with errors of its own.
         if not isinstance(error, OSError) and "://" not in source:
             raise
-        raise UserError(f"checkpoint {source!r} cannot be reached: {one_line(error)}") from error
+        reason = one_line(error)
+        fixes = [f"; {fix}" for library, fix in _EXTRAS.items() if library in reason]
+        raise UserError(
+            f"checkpoint {source!r} cannot be reached: {reason}{''.join(fixes)}"
+        ) from error
 
 
 def _path(source: str) -> epath.Path:

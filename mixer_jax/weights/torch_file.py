@@ -1,5 +1,6 @@
 """PyTorch's files of tensors; they are pickles, of which only tensors are ever loaded."""
 
+import argparse
 import importlib.util
 import os
 import zipfile
@@ -12,8 +13,12 @@ from mixer_jax.weights.tensor_file import TensorFile, copy
 
 # Where training programs put the weights among other things.
 _WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
-# And what they put before every name.
-_PREFIX = "module."
+# And what they put before every name, in any order: DistributedDataParallel and torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
+# What timm's training checkpoints hold beside tensors: its command line. Nothing runs when one is
+# made: PyTorch's reader of weights alone makes an empty one and sets attributes on it, and those
+# can only be what it reads anyway. timm allows it too.
+_HARMLESS = (argparse.Namespace,)
 
 
 class TorchFile(TensorFile):
@@ -36,7 +41,10 @@ class TorchFile(TensorFile):
         try:
             # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
             mapped = zipfile.is_zipfile(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # On its way out, `safe_globals` would take back what the user's program has allowed.
+            allowed = torch.serialization.get_safe_globals()
+            with torch.serialization.safe_globals([c for c in _HARMLESS if c not in allowed]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # What it stumbles over is no closed list.
             reason = one_line(error)
             raise UserError(f"{path} is no file of PyTorch tensors alone: {reason}") from error
@@ -54,7 +62,10 @@ class TorchFile(TensorFile):
                 raise self.error(str(name), f"is of type {tensor.dtype}; weights are floats")
             if tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise self.error(str(name), f"is {tensor.layout} on {tensor.device}, not plain")
-            self._tensors[str(name).removeprefix(_PREFIX)] = tensor.detach()
+            bare = _without_prefixes(str(name))
+            if bare in self._tensors:
+                raise self.error(bare, "is there twice, with other prefixes")
+            self._tensors[bare] = tensor.detach()
         # A tensor may show the same numbers over and over, and so announce what the file lacks.
         announced = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
         if announced > (size := os.path.getsize(path)):
@@ -64,3 +75,9 @@ class TorchFile(TensorFile):
     def read(self, name: str, out: np.ndarray) -> None:
         """As `TensorFile`."""
         copy(self._tensors[name].float().numpy(), out)
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name

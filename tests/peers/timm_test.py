@@ -1,5 +1,6 @@
 """Tests that our models are timm's, with its own files, its own models and its own transforms."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -121,6 +122,9 @@ WRAPPERS = {
     "model": lambda state: {"model": state},
     "ema": lambda state: {"state_dict": {}, "state_dict_ema": state},
     "module": lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}},
+    "compiled": lambda state: {f"_orig_mod.{key}": state[key] for key in state},
+    "both": lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
+    "both, turned": lambda state: {f"_orig_mod.module.{key}": state[key] for key in state},
 }
 
 
@@ -136,6 +140,37 @@ def test_a_pth_file_is_read(
     images = some_images(64)
     ours = load_pretrained(str(path), dtype="float32")
     assert_agree(ours(images), their_logits(torch, peer, images))
+
+
+def test_a_training_checkpoint_of_timm_is_read(torch: Any, timm: Any, tmp_path: Path) -> None:
+    from timm.utils import CheckpointSaver
+
+    peer = make_peer(torch, timm, SMALLEST, img_size=64, num_classes=10)
+    optimizer = torch.optim.AdamW(peer.parameters())
+    peer(torch.zeros(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    arguments = argparse.Namespace(model=SMALLEST, lr=1e-3, mean=None, nested=[{"a": (1, 2.0)}])
+    allowed = torch.serialization.get_safe_globals()
+    saver = CheckpointSaver(peer, optimizer, args=arguments, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0, metric=50.0)
+    path = tmp_path / "model_best.pth.tar"
+    with pytest.raises(Exception, match=r"argparse.Namespace"):
+        torch.load(path, weights_only=True)
+    ours = load_pretrained(str(path), dtype="float32")
+    images = some_images(64)
+    assert_agree(ours(images), their_logits(torch, peer, images))
+    # What the user's program allows is as before, whether it was this or not.
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        load_weights(str(path))
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
+def test_names_that_are_there_twice_are_refused(torch: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bad.pth"
+    torch.save({"a": torch.zeros(2), "module.a": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="tensor 'a' is there twice, with other prefixes"):
+        load_weights(str(path))
 
 
 def test_parameters_and_half_precision_are_read(torch: Any, timm: Any, tmp_path: Path) -> None:
@@ -172,6 +207,11 @@ def test_a_program_in_a_pth_file_is_refused_and_not_run(
     with pytest.raises(UserError, match=r"^[^\n]*evil.pth is no file of PyTorch tensors[^\n]*$"):
         load_weights(str(path))
     assert not trace.exists()
+    # Nor one in what is allowed beside tensors.
+    torch.save({**state, "evil": argparse.Namespace(evil=state["evil"])}, tmp_path / "args.pth")
+    with pytest.raises(UserError, match=r"^[^\n]*args.pth is no file of PyTorch tensors[^\n]*$"):
+        load_weights(str(tmp_path / "args.pth"))
+    assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()
 
@@ -199,6 +239,26 @@ def test_what_is_no_mixer_is_refused_in_one_line(torch: Any, tmp_path: Path) -> 
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"^[^\n]*bad.pth is no file of PyTorch[^\n]*$"):
             load_weights(str(path))
+
+
+@pytest.mark.parametrize("size", [(32, 128), (128, 32), 64], ids=str)
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_the_size_and_the_gelu_are_those_that_timm_saves(
+    size: Any, gelu: str, torch: Any, timm: Any, tmp_path: Path
+) -> None:
+    layer = {"tanh": timm.layers.GELUTanh, "exact": timm.layers.GELU}[gelu]
+    peer = make_peer(
+        torch, timm, SMALLEST, img_size=size, num_classes=10, act_layer=layer, pretrained=False
+    )
+    # timm wants the name of the layer where the model has the layer itself.
+    named = {"act_layer": {"tanh": "gelu_tanh", "exact": "gelu"}[gelu]}
+    timm.models.save_for_hf(peer, tmp_path, safe_serialization=True, model_args=named)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    ours = load_pretrained(str(tmp_path), image_size=(height, width), dtype="float32")
+    assert (ours.about.gelu, ours.about.image_size) == (gelu, (height, width))
+    assert not ours.about.resolution
+    images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+    assert_agree(ours(images), their_logits(torch, peer, images))
 
 
 def photographs() -> list[Path]:

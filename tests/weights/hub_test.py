@@ -95,6 +95,75 @@ def test_the_file_name_tells_the_preparation_where_no_config_does(tmp_path: Path
     np.testing.assert_allclose(miil.params["stem"]["kernel"], kernel / 2, rtol=1e-6)
 
 
+def test_the_folders_name_tells_it_where_the_files_own_names_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mixer_b16_224.miil_in21k"
+    folder.mkdir()
+    tensors = published_files.timm(random_weights().params)
+    for name in ("model.safetensors", "mixer_b16_224.goog_in21k.safetensors"):
+        save_file(tensors, folder / name)
+    (tmp_path / "link.goog").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    crops = {
+        str(folder): "bilinear",
+        str(folder / "model.safetensors"): "bilinear",
+        ".": "bilinear",
+        "model.safetensors": "bilinear",
+        # What a person calls it counts.
+        str(tmp_path / "link.goog"): "bicubic",
+        "mixer_b16_224.goog_in21k.safetensors": "bicubic",
+    }
+    assert {source: load_weights(source).about.eval_crop for source in crops} == crops
+
+
+@pytest.mark.parametrize("mode", ["squash", "border", ["center"]], ids=str)
+def test_another_way_to_crop_is_refused_unless_one_is_given(mode: Any, cache: Path) -> None:
+    config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
+    config["pretrained_cfg"]["crop_mode"] = mode
+    put(cache, random_weights().params, config)
+    with pytest.raises(UserError, match=r"asks for crop_pct=0.875, crop_mode=.* another eval_crop"):
+        load_weights(f"hf:{NAME}")
+    assert load_weights(f"hf:{NAME}", eval_crop="whole").about.eval_crop == "whole"
+
+
+@pytest.mark.parametrize(("layer", "gelu"), [("gelu_tanh", "tanh"), ("gelu", "exact")])
+def test_the_config_tells_the_gelu(layer: str, gelu: str, cache: Path) -> None:
+    put(cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": layer}})
+    assert load_weights(f"hf:{NAME}").about.gelu == gelu
+    assert load_weights(f"hf:{NAME}", gelu="tanh").about.gelu == "tanh"
+
+
+def test_another_activation_is_refused_unless_a_gelu_is_given(cache: Path) -> None:
+    put(cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": "quick_gelu"}})
+    message = "says act_layer='quick_gelu'; known are gelu and gelu_tanh: pass a gelu"
+    with pytest.raises(UserError, match=message):
+        load_weights(f"hf:{NAME}")
+    assert load_weights(f"hf:{NAME}", gelu="exact").about.gelu == "exact"
+
+
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 8, 32]}}, (8, 32)),
+        ({"input_size": [3, 8, 32]}, (8, 32)),
+        ({"model_args": {"img_size": [32, 8]}, "pretrained_cfg": {}}, (32, 8)),
+        ({"model_args": {"img_size": 16}, "input_size": [3, 8, 32]}, (16, 16)),
+        # Of other weights, or nonsense.
+        ({"pretrained_cfg": {"input_size": [3, 224, 224]}}, (16, 16)),
+        ({"model_args": {"img_size": 224}, "input_size": [3, 8, 32]}, (8, 32)),
+        ({"model_args": 3, "input_size": [3, "8", 32]}, (16, 16)),
+        ({"model_args": {"img_size": [-8, -32]}, "input_size": "large"}, (16, 16)),
+    ],
+)
+def test_the_config_tells_the_image_size(
+    told: dict[str, Any], size: tuple[int, int], cache: Path
+) -> None:
+    put(cache, random_weights().params, told)
+    about = load_weights(f"hf:{NAME}").about
+    assert (about.image_size, about.resolution) == (size, "")
+
+
 def test_class_names_come_from_the_config(cache: Path) -> None:
     names = [f"class {label}" for label in range(10)]
     put(cache, random_weights().params, GOOGLE | {"label_names": names})

@@ -159,6 +159,57 @@ def test_tokens_that_make_no_square_need_the_image_size(tmp_path: Path) -> None:
     same(loaded.params, weights.params)
 
 
+def test_a_wanted_size_that_may_be_the_weights_own_needs_the_size_they_were_trained_at(
+    tmp_path: Path,
+) -> None:
+    weights = random_weights(image_size=(8, 32))
+    path = save_npz(tmp_path / "Mixer.npz", weights)
+    message = refusal(path, image_size=(8, 32))
+    assert "Mixer.npz has 16 tokens of 4 px, which may be 16 px or 8 × 32 px alike" in message
+    assert "pass trained_size=(height, width) in Python" in message
+    assert 'write {"image_size": [height, width]} into Mixer.npz.json beside it' in message
+    timm = save_timm(tmp_path / "model.safetensors", weights)
+    message = refusal(timm, image_size=(8, 32))
+    assert 'write {"input_size": [3, height, width]} into config.json beside it' in message
+
+    own = load_weights(path, image_size=(8, 32), trained_size=(8, 32))
+    same(own.params, weights.params)
+    assert (own.about.image_size, own.about.resolution) == ((8, 32), "")
+    other = load_weights(path, image_size=(8, 32), trained_size=16).about
+    assert other.resolution.startswith("interpolated from 16 px")
+    # Other sizes tell nothing, and what stands beside the file is believed.
+    assert load_weights(path, image_size=(16, 32)).about.resolution.startswith("interpolated from")
+    write_said(path, {"image_size": [8, 32]})
+    same(load_weights(path, image_size=(8, 32)).params, weights.params)
+    # But less than the caller.
+    assert load_weights(path, trained_size=16).about.image_size == (16, 16)
+    message = refusal(path, trained_size=(16, 32))
+    assert "trained_size=(16, 32) does not fit" in message
+    assert "which has 16 tokens of 4 px" in message
+
+
+def test_tokens_that_make_no_square_may_be_told_by_the_size_trained_at(tmp_path: Path) -> None:
+    path = save_npz(tmp_path / "Mixer.npz", random_weights(image_size=(16, 32)))
+    grown = load_weights(path, trained_size=(16, 32), image_size=(32, 64)).about
+    assert grown.image_size == (32, 64)
+    assert grown.resolution.startswith("grown from 16 × 32 px")
+
+
+@pytest.mark.parametrize("said", [["one", "two"], "one", [1, 2, 3]], ids=str)
+def test_names_that_cannot_be_are_replaced_by_the_callers(said: Any, tmp_path: Path) -> None:
+    weights = random_weights(class_names=FEW)
+    path = save_npz(tmp_path / "Mixer.npz", weights)
+    write_said(path, {"class_names": said})
+    assert "Mixer.npz" in refusal(path)
+    assert load_weights(path, class_names=FEW).about.class_names == FEW
+    assert load_pretrained(path, class_names=FEW).about.class_names == FEW
+    path = save_timm(tmp_path / "model.safetensors", weights)
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": said}))
+    assert "model.safetensors" in refusal(path)
+    assert load_weights(path, class_names=FEW).about.class_names == FEW
+    assert load_pretrained(path, class_names=FEW).about.class_names == FEW
+
+
 def write_said(path: str, said: Any) -> None:
     Path(f"{path}.json").write_text(json.dumps(said))
 
@@ -191,6 +242,10 @@ def test_the_file_beside_an_archive_is_believed(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "says dtype='int8'"),
         ({"exif_orientation": "yes"}, "says exif_orientation='yes'"),
         ({"resolution": 3}, "says resolution=3; it is a text"),
+        ({"num_classes": 5}, "says num_classes=5, but its tensors are of num_classes=3"),
+        ({"variant": "B/16"}, "says variant='B/16', but its tensors are of variant='custom'"),
+        ({"widths": {"num_blocks": 2}}, "says widths={'num_blocks': 2}, but its tensors are of"),
+        ({"widths": [2]}, "says widths=[2], but its tensors are of widths={"),
     ],
 )
 def test_what_cannot_be_so_is_refused(said: Any, message: str, tmp_path: Path) -> None:
@@ -211,3 +266,12 @@ def test_class_names_are_one_for_every_class(tmp_path: Path) -> None:
     assert load_pretrained(path, class_names=list("abcdefghij")).about.class_names[9] == "j"
     with pytest.raises(UserError, match=r"Mixer.npz has 10 classes, and 3 names are given"):
         load_pretrained(path, class_names=list("abc"))
+
+
+def test_a_variant_may_have_other_widths_if_they_are_said(tmp_path: Path) -> None:
+    weights = random_weights(class_names=FEW)
+    path = save_npz(tmp_path / "Mixer.npz", weights)
+    widths = dataclasses.asdict(weights.about.widths)
+    for said in ({"variant": "B/16", "widths": widths}, {"variant": "custom"}, {"num_classes": 3}):
+        write_said(path, said)
+        assert load_weights(path).about.widths == weights.about.widths

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ BUCKET = "gs://some_bucket/"
 
 def test_a_name_tells_its_kind(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name in ("a.npz", "a.safetensors", "a.pth", "a.pt", "a.bin", "folder/model.safetensors"):
+    files = ("a.npz", "a.safetensors", "a.pth", "a.pt", "a.bin", "model_best.pth.tar")
+    for name in (*files, "folder/model.safetensors"):
         (tmp_path / name).touch()
     kinds = {
         "a.npz": "npz",
@@ -30,6 +32,7 @@ def test_a_name_tells_its_kind(tmp_path: Path) -> None:
         "a.pth": "torch",
         "a.pt": "torch",
         "a.bin": "torch",
+        "model_best.pth.tar": "torch",
     }
     for name, kind in kinds.items():
         assert find_weights(str(tmp_path / name)) == (kind, str(tmp_path / name), None)
@@ -67,6 +70,12 @@ def test_a_name_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("hf:owner/", "is no name on the Hub"),
         ("hf:a/b/c", "is no name on the Hub"),
         ("hf:@a/b", "is no name on the Hub"),
+        ("data.tar", "checkpoint 'data.tar' is of no known kind"),
+        ("https://some.where/Mixer.npz", "at a URL that is not read; download the file and name"),
+        ("https://some.where/Mixer.npz", "name a place at one of gs://, s3://, az://"),
+        ("https://some.where/run", "at a URL that is not read"),
+        ("file:///tmp/Mixer.npz", "at a URL that is not read"),
+        ("hf://timm/mixer", "write hf:OWNER/NAME"),
         ("two\nlines.npz", r"checkpoint 'two\nlines.npz' does not exist"),
     ],
 )
@@ -75,7 +84,8 @@ def test_what_is_nowhere_is_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("notes")
+    for name in ("notes.txt", "data.tar"):
+        (tmp_path / name).write_text("notes")
     with pytest.raises(UserError) as caught:
         find_weights(source)
     assert message in str(caught.value)
@@ -141,6 +151,18 @@ def test_errors_behind_a_url_name_the_url_in_one_line(tmp_path: Path) -> None:
         pytest.raises(UserError, match=message),
     ):
         load_weights(f"{BUCKET}text.npz")
+
+
+def test_a_bucket_without_a_library_to_read_it_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    # As without TensorFlow.
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"cannot be reached: .*gcsfs") as caught:
+        load_weights(f"{BUCKET}Mixer.npz")
+    assert str(caught.value).endswith('; pip install "mixer-jax[gcs]"')
+    assert '"gcs": [' in (root / "setup.py").read_text()
 
 
 def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
