@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list published weights, and stop")
     known = parser.parse_args(arguments)
     if known.list:
+        if list(arguments) != ["--list"]:
+            raise UserError("--list lists published weights and stops; pass nothing else with it")
         print(list_known())
         return 0
     if not known.source or not known.target:
@@ -57,17 +59,16 @@ def main(arguments: Sequence[str]) -> int:
     # From here on the heavy libraries are needed; files of tensors do without JAX. Programs that
     # hold their weights would fill the cache of compiled programs.
     command_line.set_up_libraries(compilation_cache="")
-    from mixer_jax.weights.load import load_weights, with_class_names
+    from mixer_jax.weights.load import load_weights
 
     weights = load_weights(
         known.source,
         step=known.step,
         image_size=known.image_size,
+        class_names=labels or (),
         gelu=known.gelu,
         eval_crop=known.eval_crop,
     )
-    if labels:
-        weights = with_class_names(weights, labels, known.source)
     command_line.tell_resolution(weights.about)
     checked = export_weights(weights, to, known.target)
     _tell(weights, to, known.target, checked)

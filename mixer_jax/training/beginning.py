@@ -13,7 +13,7 @@ from mixer_jax.model.resolution import resized_tokens_mlp_dim
 from mixer_jax.model.variants import CUSTOM, INIT_FROM, resolve_widths
 from mixer_jax.training.experiment import Experiment
 from mixer_jax.training.step import TrainState
-from mixer_jax.weights.about import About, from_json
+from mixer_jax.weights.about import About, from_metadata, metadata_entry
 from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import Weights, load_weights, resize
 from mixer_jax.weights.ready import place
@@ -45,10 +45,12 @@ def find_beginning(config: ConfigDict, workdir: str) -> Beginning | None:
     steps = list_steps(workdir)
     if steps:
         checkpoints = Checkpoints(workdir)
-        metadata = checkpoints.metadata(steps[-1])
-        checkpoints.close()
+        try:
+            metadata = checkpoints.metadata(steps[-1])
+        finally:
+            checkpoints.close()
         where = f"checkpoint {workdir}/{FOLDER}/{steps[-1]}"
-        return Beginning(from_json(metadata.get("about", {}), where), None)
+        return Beginning(from_metadata(metadata, where), None)
     if not config.init_from:
         return None
     weights = load_weights(config.init_from)
@@ -75,14 +77,14 @@ def begin(
     """
     if step == 0:
         return initial_state(experiment, beginning and beginning.weights), []
-    metadata = checkpoints.metadata(step)
-    metadata["class_names"] = metadata["about"]["class_names"]
+    metadata, where = checkpoints.metadata(step), f"the checkpoint of step {step}"
+    theirs = metadata | {"class_names": list(from_metadata(metadata, where).class_names)}
     ours = experiment.metadata | {"class_names": list(experiment.about.class_names)}
     for key in ("num_train_examples", "num_steps", "class_names"):
-        was, now = metadata[key], ours[key]
+        was, now = metadata_entry(theirs, key, where), ours[key]
         if was != now:
             raise UserError(
-                f"the checkpoint of step {step} was made with {key}={was}, not {now}: the data are "
+                f"{where} was made with {key}={was}, not {now}: the data are "
                 "others than the run began with; point --config.dataset.data_dir at those, or put "
                 "the folder's images back, or choose another --workdir"
             )
@@ -93,7 +95,7 @@ def begin(
     items = checkpoints.restore(step, targets)
     steps_done = jax.device_put(jnp.int32(step), shape.step.sharding)
     state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
-    return state, metadata["loss_window"]
+    return state, metadata_entry(metadata, "loss_window", where)
 
 
 def initial_state(experiment: Experiment, weights: Weights | None) -> TrainState:

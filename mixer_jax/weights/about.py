@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.config import with_defaults
 from mixer_jax.errors import UserError
 from mixer_jax.keys import KEYS
 from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
@@ -77,7 +80,46 @@ def format_size(image_size: tuple[int, int]) -> str:
     return f"{height} px" if height == width else f"{height} × {width} px"
 
 
-def from_json(data: dict[str, Any], where: str) -> About:
+def from_metadata(metadata: dict[str, Any], where: str) -> About:
+    """Returns what a checkpoint's metadata say of its weights.
+
+    Args:
+        metadata: all that the checkpoint says of itself.
+        where: it is, for messages.
+
+    Raises:
+        UserError: something lacks, or is impossible.
+    """
+    if "about" in metadata or "widths" not in metadata:
+        return from_json(metadata.get("about"), where)
+    # Of a run from before `About` was saved; the rest stood in its config, or was the default.
+    with _telling_what_lacks(where):
+        config = with_defaults(metadata["config"])
+        about = {
+            "num_classes": len(metadata["class_names"]),
+            "eval_crop": metadata["preprocess"]["eval_crop"],
+            "exif_orientation": config["preprocess"]["exif_orientation"],
+            "dtype": config["model"]["dtype"],
+        }
+    return from_json(metadata | about, where)
+
+
+def metadata_entry(metadata: dict[str, Any], name: str, where: str) -> Any:
+    """Returns what a checkpoint's metadata say under a name.
+
+    Args:
+        metadata: all that the checkpoint says of itself.
+        name: of what is wanted.
+        where: it is, for messages.
+
+    Raises:
+        UserError: they do not say it.
+    """
+    with _telling_what_lacks(where):
+        return metadata[name]
+
+
+def from_json(data: Any, where: str) -> About:
     """Returns what `About.to_json` gave.
 
     Args:
@@ -87,11 +129,17 @@ def from_json(data: dict[str, Any], where: str) -> About:
     Raises:
         UserError: it lacks something, or says something impossible.
     """
-    try:
+    with _telling_what_lacks(where):
         widths = Widths(**data["widths"])
         seen: dict[str, Any] = {"variant": data["variant"], "num_classes": data["num_classes"]}
         return About(widths=widths, **seen, **check_said(data, where))
-    except (KeyError, TypeError) as error:
+
+
+@contextmanager
+def _telling_what_lacks(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where} does not say what its weights are ({type(error).__name__}: {error}); it was "
             "saved by another version, or is damaged"

@@ -5,16 +5,26 @@ A checkpoint `WORKDIR/checkpoints/STEP` holds `params`, `ema_params` (where the 
 folder gets its name only when it is complete, so an interrupted save is never taken for one.
 """
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, one_line
+from mixer_jax.weights import tree as trees
 from mixer_jax.weights.steps import FOLDER
 
 Tree = Any
+
+# Bytes of the pieces that `write_frugally` cuts arrays into, and of the files they go to. Every
+# thread of the disk's holds some pieces.
+_PIECE, _FILE = 2**22, 2**25
 
 
 class Checkpoints:
@@ -34,7 +44,8 @@ class Checkpoints:
             read_only=reading,
             cleanup_tmp_directories=not reading,
         )
-        self._manager = ocp.CheckpointManager(epath.Path(workdir) / FOLDER, options=options)
+        self._folder = epath.Path(workdir) / FOLDER
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete checkpoint's step, or None."""
@@ -53,25 +64,114 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, targets: dict[str, Tree]) -> dict[str, Tree]:
-        """Returns the items that `targets` names, with its shapes, types and shardings."""
+        """Returns the items that `targets` names, with its shapes, types and shardings.
+
+        Raises:
+            UserError: the checkpoint is incomplete or damaged.
+        """
         args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        try:
+        with self._telling_damage(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"the checkpoint of step {step} lacks {' or '.join(targets)}: it is incomplete; "
-                "move its folder away to use an older one"
-            ) from error
-        return {name: restored[name] for name in targets}
+            return {name: restored[name] for name in targets}
+
+    def restore_one_by_one(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields every array of an item by its path, to have one of them in memory at a time.
+
+        Raises:
+            UserError: the checkpoint is incomplete or damaged.
+        """
+        with self._telling_damage(step):
+            saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / str(step) / item).tree
+            leaves = dict(trees.leaves(saved))
+        for path, leaf in leaves.items():
+            args = ocp.args.PyTreeRestore(
+                trees.build({path: np.empty(leaf.shape, leaf.dtype)}),
+                restore_args=trees.build({path: ocp.RestoreArgs(restore_type=np.ndarray)}),
+                partial_restore=True,
+            )
+            with self._telling_damage(step):
+                restored = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))
+            yield from trees.leaves(restored[item])
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what the checkpoint says of itself."""
+        """Returns what the checkpoint says of itself.
+
+        Raises:
+            UserError: the checkpoint is incomplete or damaged.
+        """
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["metadata"]
+        with self._telling_damage(step):
+            metadata = self._manager.restore(step, args=args)["metadata"]
+            if not isinstance(metadata, dict):
+                raise TypeError("its metadata are no JSON object")
+            return metadata
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.close()
+
+    @contextmanager
+    def _telling_damage(self, step: int) -> Iterator[None]:
+        hook = sys.unraisablehook
+        sys.unraisablehook = _without_abandoned_reads(hook)
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            # Devices that fail or are full: the checkpoint may be all right.
+            raise
+        except Exception as error:
+            # What orbax stumbles over is no closed list. The hook stays: reads may still end.
+            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            raise UserError(
+                f"checkpoint {self._folder / str(step)} is incomplete or damaged "
+                f"({one_line(error)}); name an older step, or move this one's folder away"
+            ) from error
+        sys.unraisablehook = hook
+
+
+def _without_abandoned_reads(then: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Returns a hook for errors that nobody catches, without those of orbax's abandoned reads.
+
+    After one array that cannot be read, orbax does not wait for the others, and each of them prints
+    a stack trace when it ends.
+    """
+
+    def hook(unraisable: Any) -> None:
+        said = str(unraisable.exc_value)
+        if said != "Event loop is closed" and not said.endswith("was never awaited"):
+            then(unraisable)
+
+    return hook
+
+
+def write_frugally(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:
+    """Writes a checkpoint of `params` alone, with little memory beside them.
+
+    `Checkpoints.save` copies them, to write while a run goes on, and gives the disk all at once.
+
+    Args:
+        workdir: absolute path, of a folder that holds no checkpoints.
+        step: name of the checkpoint.
+        params: tree of NumPy arrays.
+        metadata: plain data, saved beside them as JSON.
+    """
+    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+    manager = ocp.CheckpointManager(
+        epath.Path(workdir) / FOLDER,
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "metadata": ocp.JsonCheckpointHandler(),
+        },
+    )
+    in_pieces = ocp.args.PyTreeSave(
+        params,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params),
+        ocdbt_target_data_file_size=_FILE,
+    )
+    args = ocp.args.Composite(params=in_pieces, metadata=ocp.args.JsonSave(metadata))
+    manager.save(step, args=args)
+    manager.close()
 
 
 def abstract(tree: Tree, sharding: Tree) -> Tree:

@@ -11,8 +11,8 @@ import numpy as np
 
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.weights import tree
-from mixer_jax.weights.about import About, from_json
-from mixer_jax.weights.load import Weights, load_weights
+from mixer_jax.weights.about import About, from_json, from_metadata
+from mixer_jax.weights.load import Weights
 from mixer_jax.weights.npz_file import SAID_SUFFIX, NpzFile, write_npz
 from mixer_jax.weights.published import GOOGLE, TIMM, Layout, published_views
 from mixer_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
@@ -50,6 +50,8 @@ def choose_format(to: str, target: str) -> str:
     """
     if "://" in target:
         raise UserError(f"{target!r} is a URL; name a local file or folder, and copy it there")
+    if Path(target).name in ENDINGS.values():
+        raise UserError(f"{target!r} is an ending without a name; put a name before it")
     ending = Path(target).suffix
     told = {end: name for name, end in ENDINGS.items()}.get(ending)
     known = ", ".join(f"{end} for {name}" for name, end in ENDINGS.items() if end)
@@ -163,25 +165,35 @@ def _staged(target: str) -> Iterator[Path]:
 
 
 def _write_run(path: Path, weights: Weights) -> None:
-    from mixer_jax.weights.checkpoint import Checkpoints
+    from mixer_jax.weights.checkpoint import write_frugally
 
-    checkpoints = Checkpoints(str(path), keep=1)
     metadata = {"about": weights.about.to_json(), "ema": False}
-    checkpoints.save(_STEP, {"params": weights.params}, metadata)
-    checkpoints.close()
+    if weights.config is not None:
+        metadata["config"] = weights.config
+    write_frugally(str(path), _STEP, weights.params, metadata)
 
 
 def _compare_run(path: Path, weights: Weights) -> None:
+    """Compares a run with weights, array by array, for both need not be in memory whole."""
+    from mixer_jax.weights.checkpoint import Checkpoints
+
+    wanted = dict(tree.leaves(weights.params))
+    checkpoints = Checkpoints(str(path))
     try:
-        found = load_weights(str(path))
+        metadata = checkpoints.metadata(_STEP)
+        _compare_about(path.name, from_metadata(metadata, str(path)), weights.about)
+        if metadata.get("config") != weights.config:
+            raise _differ(path.name, "it says that another run trained its weights")
+        for name, array in checkpoints.restore_one_by_one(_STEP, "params"):
+            if name not in wanted:
+                raise _differ(path.name, "it has other parameters")
+            _compare_bits(path.name, name, array, wanted.pop(name))
     except UserError as error:
         raise _differ(path.name, str(error)) from error
-    _compare_about(path.name, found.about, weights.about)
-    arrays, wanted = (dict(tree.leaves(each.params)) for each in (found, weights))
-    if arrays.keys() != wanted.keys():
-        raise _differ(path.name, "it has other parameters")
-    for name, array in wanted.items():
-        _compare_bits(path.name, name, np.asarray(arrays[name]), array)
+    finally:
+        checkpoints.close()
+    if wanted:
+        raise _differ(path.name, "it lacks parameters")
 
 
 def _compare_file(

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixer_jax import config
 from mixer_jax.errors import RunFailedError, UserError
-from mixer_jax.weights import export, stablehlo, tree
-from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.model.variants import Widths
+from mixer_jax.weights import checkpoint, export, stablehlo, tree
 from mixer_jax.weights.export import check_free, choose_format, export_weights, measure
 from mixer_jax.weights.load import Weights, load_weights
 from tests.random_weights import random_weights
 
 OF_TENSORS = ("google", "timm", "orbax")
+# How many times the size of a file its conversion adds to what the process had at most.
+MEASURE = """
+import re, sys
+from pathlib import Path
+from mixer_jax.weights.export import export_weights
+from mixer_jax.weights.load import load_weights
+source, to, target = sys.argv[1:]
+# getrusage would tell the peak of the process that started this one.
+def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+export_weights(load_weights(source), to, target)
+print((peak() - before) * 1024 / Path(source).stat().st_size)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +160,43 @@ def test_a_file_that_is_cut_off_is_removed(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors, said: (flip(tensors), said), "has other numbers"),
+        (lambda tensors, said: (lose(tensors), said), "lacks parameters"),
+        (lambda tensors, said: ([*tensors, ("more", np.zeros(3))], said), "has other parameters"),
+        (lambda tensors, said: (tensors, said | {"about": {}}), "does not say"),
+        (lambda tensors, said: (tensors, said | {"config": {}}), "another run"),
+    ],
+)
 def test_a_run_that_is_not_what_was_written_is_removed(
-    weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[..., Any],
+    reason: str,
+    weights: Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save = Checkpoints.save
+    right = checkpoint.write_frugally
 
-    def wrong(self: Checkpoints, step: int, items: Any, metadata: Any) -> None:
-        flat = dict(flip(tree.leaves(items["params"])))
-        save(self, step, {"params": tree.build(flat)}, metadata)
+    def write(workdir: str, step: int, params: Any, metadata: Any) -> None:
+        tensors, metadata = change(tree.leaves(params), metadata)
+        right(workdir, step, tree.build(dict(tensors)), metadata)
 
-    monkeypatch.setattr(Checkpoints, "save", wrong)
-    with pytest.raises(RunFailedError, match="has other numbers"):
+    monkeypatch.setattr(checkpoint, "write_frugally", write)
+    with pytest.raises(RunFailedError, match=f"is not what was written: .*{reason}"):
         export_weights(weights, "orbax", target_of("orbax", tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_converted_run_knows_the_config_it_was_trained_by(
+    weights: Weights, tmp_path: Path
+) -> None:
+    trained = weights._replace(config=config.get_default().to_dict())
+    export_weights(trained, "orbax", target_of("orbax", tmp_path))
+    found = load_weights(target_of("orbax", tmp_path))
+    assert found.config == trained.config
+    assert (found.about, bits(found)) == (weights.about, bits(weights))
 
 
 def change_a_bias(path: str, weights: Weights, write: Callable[..., None]) -> None:
@@ -247,6 +287,8 @@ def test_a_format_is_told_by_the_ending(to: str, target: str, wanted: str) -> No
         ("stablehlo", "w.bin", "ending in .stablehlo"),
         ("orbax", "w.npz", "a folder's name"),
         ("", "gs://bucket/w.npz", "is a URL"),
+        ("", ".npz", "is an ending without a name"),
+        ("orbax", "folder/.stablehlo", "is an ending without a name"),
     ],
 )
 def test_endings_that_contradict(to: str, target: str, reason: str) -> None:
@@ -289,6 +331,17 @@ def test_a_file_of_that_name_and_json_is_in_the_way_too(to: str, tmp_path: Path)
     Path(f"{target}.json").write_text("{}")
     with pytest.raises(UserError, match=r"\.json' exists"):
         check_free(to, target, force=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+@pytest.mark.parametrize("to", ["google", "timm"])
+def test_memory_is_at_most_two_and_a_half_times_the_weights(to: str, tmp_path: Path) -> None:
+    large = Widths(12, 16, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048)
+    source = str(tmp_path / "large.npz")
+    export_weights(random_weights(large, image_size=(224, 224)), "google", source)
+    arguments = [sys.executable, "-c", MEASURE, source, to, target_of(to, tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert 1 < float(done.stdout) < 2.5
 
 
 def test_about_may_be_of_any_size(tmp_path: Path) -> None:

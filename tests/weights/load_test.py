@@ -1,6 +1,8 @@
 """Tests of loading a run's checkpoint: what it lacks, what it says, and at another image size."""
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixer_jax import command_line, config, evaluate
+from mixer_jax.classifier import load_pretrained
 from mixer_jax.errors import UserError
 from mixer_jax.weights.load import Weights, load_weights, resize, with_class_names, with_new_head
 from tests.random_weights import DIGITS, random_weights, same, save_run
@@ -84,6 +87,8 @@ def test_what_a_run_says_comes_back(tmp_path: Path) -> None:
 def test_the_caller_has_the_last_word(runs: dict[int, str]) -> None:
     about = load_weights(runs[NEW], gelu="exact", eval_crop="square").about
     assert (about.gelu, about.eval_crop) == ("exact", "square")
+    names = tuple("abcdefghij")
+    assert load_weights(runs[NEW], class_names=names, trained_size=16).about.class_names == names
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,91 @@ def test_an_image_size_resizes_and_says_so(runs: dict[int, str], weights: Weight
     assert load_weights(runs[NEW], image_size=16).about == weights.about
     with pytest.raises(UserError, match="image_size 18 is not divisible by patch_size 4"):
         load_weights(runs[NEW], image_size=18)
+
+
+@pytest.mark.parametrize("side", [100_000, 100_001 * 4], ids=["grown", "interpolated"])
+def test_a_size_beyond_the_machines_memory_is_refused_before_any_is_taken(
+    side: int, weights: Weights
+) -> None:
+    message = rf"at {side} px would take [\d,]+ GB .* this machine has [\d,]+ GB; pass a smaller"
+    with pytest.raises(UserError, match=message):
+        resize(weights, (side, side))
+
+
+def test_a_machine_that_does_not_tell_its_memory_is_taken_to_have_64_gib(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.sysconf")
+    with pytest.raises(UserError, match="this machine has 68 GB"):
+        resize(weights, (100_000, 100_000))
+    assert resize(weights, (32, 32)).about.image_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "size", [32, [32, 32], (np.int64(32), 32), np.int32(32)], ids=lambda size: type(size).__name__
+)
+def test_an_image_size_may_be_of_any_whole_type(size: Any, runs: dict[int, str]) -> None:
+    about = load_weights(runs[NEW], image_size=size).about
+    assert about.image_size == (32, 32)
+    assert {type(side) for side in about.image_size} == {int}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": (3, 32, 32)}, r"image_size=\(3, 32, 32\) is no size; pass a side or"),
+        ({"image_size": "224"}, "image_size='224' is no size"),
+        ({"image_size": ("a", "b")}, "is no size"),
+        ({"image_size": 22.4}, "image_size=22.4 is no size"),
+        ({"image_size": 0}, "image_size=0 is no size"),
+        ({"image_size": (16, -16)}, r"image_size=\(16, -16\) is no size"),
+        ({"trained_size": "16"}, "trained_size='16' is no size"),
+        ({"trained_size": 32}, r"was trained at 16 px; leave out trained_size=\(32, 32\)"),
+        ({"class_names": "0123456789"}, "the caller says class_names that are no list of texts"),
+        ({"class_names": [1, 2]}, "the caller says class_names that are no list of texts"),
+        ({"class_names": ["one"]}, "has 10 classes, and 1 names are given"),
+        ({"source": None}, "source=None names no weights; pass a path, a URL or hf:OWNER/NAME"),
+        ({"gelu": "fast"}, "the caller says gelu='fast'; it can be tanh or exact"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_one_line(
+    arguments: dict[str, Any], message: str, runs: dict[int, str]
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        unchecked(load_weights)(**{"source": runs[NEW], **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": -1}, "num_classes=-1 is no number of classes; pass 0 or more"),
+        ({"num_classes": 2.5}, "num_classes=2.5 is no number"),
+        ({"num_classes": "10"}, "num_classes='10' is no number"),
+        ({"dtype": "int8"}, "says dtype='int8'; it can be auto or float32 or bfloat16"),
+        ({"dtype": np.float16}, "says dtype=<class 'numpy.float16'>"),
+        ({"class_names": "ab", "num_classes": 2}, "says class_names that are no list of texts"),
+        ({"image_size": (3, 32, 32)}, "is no size"),
+    ],
+)
+def test_a_wrong_argument_of_load_pretrained_is_told_before_anything_is_read(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        unchecked(load_pretrained)(**{"source": "nothing there", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def unchecked(function: Callable) -> Callable:
+    """A function without the types that tests check at every call, as users call it."""
+    return inspect.unwrap(function)
+
+
+def test_a_source_may_be_a_path(runs: dict[int, str], weights: Weights) -> None:
+    same(load_weights(Path(runs[NEW])).params, weights.params)
+    names = list("abcdefghij")
+    classifier = load_pretrained(Path(runs[NEW]), class_names=names, num_classes=10)
+    assert classifier.about.class_names == tuple(names)
 
 
 def test_heads_and_names(weights: Weights) -> None:
