@@ -1,7 +1,8 @@
-"""Measure this machine: the training step, or the input pipeline beside its peers.
+"""Measure this machine: the training step, the input pipeline, or weights, beside their peers.
 
     python -m mixer_jax.benchmark --variant=B/16 --batch_size=8 --unroll=1,12
     python -m mixer_jax.benchmark --mode=input
+    python -m mixer_jax.benchmark --mode=weights
 
 What is compared is timed in turn, round by round, so that a machine that slows down slows all of
 it.
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from mixer_jax import command_line
 from mixer_jax.benchmarks import input as input_pipeline
 from mixer_jax.benchmarks import step as training_step
+from mixer_jax.benchmarks import weights
 
-MODES = {"step": training_step, "input": input_pipeline}
+MODES = {"step": training_step, "input": input_pipeline, "weights": weights}
 
 
 def main(arguments: Sequence[str]) -> int:
