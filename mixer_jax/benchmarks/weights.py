@@ -24,9 +24,9 @@ _IMAGE_SIZE, _NUM_CLASSES = 224, 1000
 _ENDINGS = {"google": ".npz", "timm": ".safetensors"}
 # Prints the greatest memory that a conversion had, in bytes; its parent's is not counted.
 _CONVERT = """
-import contextlib, re, sys
+import contextlib, io, re, sys
 from mixer_jax import convert
-with contextlib.redirect_stdout(sys.stderr):
+with contextlib.redirect_stdout(io.StringIO()):
     convert.main(sys.argv[1:])
 peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
 print(int(peak[1]) * 1024)
