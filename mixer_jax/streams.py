@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import sys
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from mixer_jax.errors import RunFailedError
 
@@ -31,7 +31,7 @@ def _open_nowhere(mode: Literal["r", "w"]) -> TextIO:
 class _Stream(io.TextIOWrapper):
     """What is written to such a stream after it failed is thrown away."""
 
-    def __init__(self, stream: TextIO | None, needed: bool):
+    def __init__(self, stream: Any, needed: bool):
         # Kept, as it would close the file when it goes; None: there is no such stream.
         self._replaced = stream or _open_nowhere("w")
         self._needed = needed

@@ -18,6 +18,7 @@ MAX_PIXELS = 89_478_485
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _END_OF_JPEG = b"\xff\xd9"
+_UPRIGHT = 1
 _START_OF_SCAN = 0xDA
 # Frame headers: C0 to CF but for tables and extensions (C4, C8, CC).
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -73,24 +74,48 @@ def decode(
     """
     frame = _jpeg_frame(encoded)
     check_pixels(*((frame.height, frame.width) if frame else _size(encoded)))
-    turned = exif_orientation and _is_turned(encoded)
-    if frame and frame.channels != 4 and not turned:
-        top, left, height, width = _box(choose_box, frame.height, frame.width)
-        image = _decode_jpeg(encoded, frame, top + height, accurate)
+    if frame and frame.channels != 4:
+        orientation = _orientation(encoded) if exif_orientation else _UPRIGHT
+        if orientation == _UPRIGHT:
+            top, left, height, width = _box(choose_box, frame.height, frame.width)
+            image = _decode_jpeg(encoded, frame, top + height, accurate)
+        else:
+            image = _decode_jpeg(encoded, frame, frame.height, accurate)
+            if image is not None:
+                image = _turn(image, orientation)
+                top, left, height, width = _box(choose_box, *image.shape[:2])
         if image is not None:
             return image[top : top + height, left : left + width]
-    image = _decode_any(encoded, turned)
+    image = _decode_any(encoded, exif_orientation)
     top, left, height, width = _box(choose_box, *image.shape[:2])
     return image[top : top + height, left : left + width]
 
 
-def _is_turned(encoded: bytes) -> bool:
-    """Says whether the camera was held other than upright; most images get the same pixels then."""
+def _orientation(encoded: bytes) -> int:
+    """Returns how the camera of a JPEG was held (EXIF 2.3, tag 274): 1 upright, to 8."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-    except Exception:  # Each of Pillow's formats raises its own; a decoder tells what is wrong.
-        return True
+            orientation = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+    except Exception:  # Of what Pillow cannot read; a decoder tells what is wrong with it.
+        return _UPRIGHT
+    return orientation if orientation in range(1, 9) else _UPRIGHT
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns an image upright that was stored in one of the eight orientations."""
+    if orientation > 4:
+        image = image.swapaxes(0, 1)
+    rows, columns = {
+        1: (1, 1),
+        2: (1, -1),
+        3: (-1, -1),
+        4: (-1, 1),
+        5: (1, 1),
+        6: (1, -1),
+        7: (-1, -1),
+        8: (-1, 1),
+    }[orientation]
+    return np.ascontiguousarray(image[::rows, ::columns])
 
 
 def _box(choose_box: Callable[[int, int], Box] | None, height: int, width: int) -> Box:
