@@ -27,7 +27,7 @@ DOORS = {"main", "prepare", "evaluate", "predict", "convert", "visualize", "benc
 HEAVY = {
     "flax": {"model/", "training/step.py"},
     "orbax": {"weights/checkpoint.py"},
-    "safetensors": {"weights/safetensors_file.py"},
+    "safetensors": {"weights/safetensors_file.py", "benchmarks/weights.py"},
     "huggingface_hub": {"weights/hub.py"},
     "torch": {"weights/torch_file.py"},
     "grain": {"data/"},

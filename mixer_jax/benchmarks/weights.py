@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mixer_jax.command_line import check_at_least_one
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import VARIANTS, num_tokens, parameter_shapes
@@ -84,6 +82,8 @@ def run(known: argparse.Namespace) -> None:
 
 def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     """Writes random weights in the layouts that are published."""
+    import numpy as np
+
     from mixer_jax.weights.npz_file import write_npz
     from mixer_jax.weights.published import GOOGLE, TIMM, published_views
     from mixer_jax.weights.safetensors_file import write_safetensors
@@ -99,6 +99,7 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
 
 def _load(files: dict[str, Path], rounds: int) -> list[Measurement]:
     """Times reading a file's bytes, ours, and what NumPy's or safetensors' own reader takes."""
+    import numpy as np
     import safetensors.numpy
 
     from mixer_jax.weights.load import load_weights
