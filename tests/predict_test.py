@@ -247,7 +247,7 @@ def test_names_that_mean_no_image_are_reported_and_the_rest_is_done(
         f"{place}/photos/b.png": None,
         "~nosuchuser/x.jpg": "does not exist",
         f"{tmp_path}/{long}": "cannot be looked up (File name too long)",
-        nil: "cannot be looked up (embedded null byte)",
+        nil: "cannot be looked up (null character)",
     }
     assert captured.err.splitlines()[-1] == "5 of 7 images cannot be used"
 

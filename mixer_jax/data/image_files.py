@@ -142,8 +142,8 @@ def _find(name: str) -> list[Path]:
             reason = "does not exist"
         except OSError as error:
             reason = f"cannot be looked up ({error.strerror})"
-        except ValueError as error:
-            raise BadImageError(f"cannot be looked up ({error})") from None
+        except ValueError:
+            raise BadImageError("cannot be looked up (null character)") from None
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             raise BadImageError(reason)
