@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixer_jax import command_line
@@ -12,6 +11,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.model.variants import VARIANTS
 from mixer_jax.weights.about import About
 from mixer_jax.weights.export import (
+    COMPANIONS,
     ENDINGS,
     check_free,
     choose_format,
@@ -19,7 +19,6 @@ from mixer_jax.weights.export import (
     measure,
 )
 from mixer_jax.weights.known import KNOWN, NOTES
-from mixer_jax.weights.npz_file import SAID_SUFFIX
 from mixer_jax.weights.places import find_weights
 
 if TYPE_CHECKING:
@@ -156,11 +155,15 @@ def _usage(about: About, to: str, target: str) -> list[str]:
     if to == "timm":
         return timm_lines(about, target)
     if to == "stablehlo":
-        file = json.dumps(target, ensure_ascii=False)
+        file, weights = (
+            json.dumps(name, ensure_ascii=False) for name in (target, target + COMPANIONS[to])
+        )
         shape = ", ".join(map(str, (*about.image_size, 3)))
         return [
             "from pathlib import Path; from jax import export",
-            f"logits = export.deserialize(Path({file}).read_bytes()).call(images)",
+            "from safetensors.numpy import load_file",
+            f"weights = load_file({weights})",
+            f"logits = export.deserialize(Path({file}).read_bytes()).call(weights, images)",
             f"# images: float32 (n, {shape}) in [-1, 1], for any n",
         ]
     if not about.num_classes:
@@ -177,8 +180,7 @@ def _tell(weights: "Weights", to: str, target: str, checked: str) -> None:
     if about.num_classes:
         named = "named" if about.class_names else "not named"
         classes = f"{about.num_classes:,}, {named}"
-    beside = Path(target + SAID_SUFFIX)
-    with_beside = f" and {beside}" if ENDINGS[to] and to != "timm" else ""
+    with_beside = f" and {target}{COMPANIONS[to]}" if to in COMPANIONS else ""
     print(f"model       {about.name}, GELU {about.gelu}")
     print(f"parameters  {count:,}")
     print(f"classes     {classes}")

@@ -79,7 +79,7 @@ def test_a_run_is_converted_to_a_run_at_another_size(place: Path, tmp_path: Path
 def test_a_program_is_written_and_runs_as_said(place: Path, tmp_path: Path) -> None:
     target = f"{tmp_path}/it's.stablehlo"
     done = run_door("convert", f"{place}/w.npz", target)
-    assert "checked     run beside the model" in done.stdout
+    assert "program run beside the model" in done.stdout
     lines = done.stdout.partition("use\n")[2].splitlines()
     assert "(n, 16, 16, 3) in [-1, 1]" in lines[-1]
     code = "\n".join(

@@ -21,8 +21,9 @@ from mixer_jax.weights.tensor_file import TensorFile, check_target
 
 # Formats, and how the names of their files end; a run is a folder.
 ENDINGS = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
-# What says of weights what they are lies beside the file, not in it.
-_WITH_COMPANION = ("google", "stablehlo")
+# Of a format's file, how another beside it ends: what says of weights what they are, or the weights
+# that a program takes.
+COMPANIONS = {"google": SAID_SUFFIX, "stablehlo": ".safetensors"}
 _STEP = 0
 
 
@@ -77,8 +78,8 @@ def check_free(to: str, target: str, force: bool) -> None:
     """
     if to != "orbax":
         check_target(target, force)
-        if to in _WITH_COMPANION:
-            check_target(target + SAID_SUFFIX, force)
+        if to in COMPANIONS:
+            check_target(target + COMPANIONS[to], force)
         return
     folder = Path(target).absolute()
     if folder.name == FOLDER:
@@ -120,10 +121,13 @@ def export_weights(weights: Weights, to: str, target: str) -> str:
             # Imported here: files of tensors need neither JAX nor Flax.
             from mixer_jax.weights.stablehlo import check_stablehlo, write_stablehlo
 
-            write_stablehlo(str(draft), weights)
+            beside = Path(f"{draft}{COMPANIONS[to]}")
+            write_stablehlo(str(draft), str(beside), weights)
+            _compare_file(beside, SafetensorsFile, dict(tree.leaves(weights.params)), weights)
             check_stablehlo(str(draft), weights)
             return (
-                "run beside the model on 1 and on 3 random images, the same to 1e-4 of the spread"
+                "weights read back, the same bit for bit; program run beside the model on 1 and on "
+                "3 random images, the same to 1e-4 of the spread"
             )
         if to == "orbax":
             _write_run(draft, weights)
@@ -131,15 +135,17 @@ def export_weights(weights: Weights, to: str, target: str) -> str:
         else:
             layout, write, open_file = _FILES[to]
             flat = dict(tree.leaves(weights.params))
-            write(str(draft), published_views(flat, layout), weights.about.to_json())
-            _compare_file(draft, open_file, layout, weights)
+            views = dict(published_views(flat, layout))
+            write(str(draft), views.items(), weights.about.to_json())
+            _compare_file(draft, open_file, views, weights)
         return "read back, the same bit for bit"
 
 
 def measure(to: str, target: str) -> int:
     """Returns the bytes of a written target."""
     if to != "orbax":
-        return Path(target).stat().st_size
+        beside = Path(target + COMPANIONS.get(to, ""))
+        return sum(path.stat().st_size for path in {Path(target), beside})
     return sum(path.stat().st_size for path in Path(target).rglob("*") if path.is_file())
 
 
@@ -197,10 +203,12 @@ def _compare_run(path: Path, weights: Weights) -> None:
 
 
 def _compare_file(
-    path: Path, open_file: Callable[[str], TensorFile], layout: Layout, weights: Weights
+    path: Path,
+    open_file: Callable[[str], TensorFile],
+    views: dict[str, np.ndarray],
+    weights: Weights,
 ) -> None:
     """Compares a file with weights, tensor by tensor, for both need not be in memory whole."""
-    views = dict(published_views(dict(tree.leaves(weights.params)), layout))
     try:
         with open_file(str(path)) as file:
             _compare_about(path.name, from_json(file.said, str(path)), weights.about)

@@ -1,15 +1,11 @@
-"""A model and its weights as one StableHLO program, to run without this library and Flax.
+"""A model as a StableHLO program and its weights beside it, to run without this library and Flax.
 
-The file is what `jax.export` serializes. Its program takes float32 images (n, height, width, 3) in
-[-1, 1], for any n, and returns float32 logits, or features where there is no head.
-
-This takes more memory than files of tensors do, for compilers hold copies of the parameters:
-converting L/16, 0.83 GB, peaks at 5.9 times that, when the written program is compiled to be
-checked, and a user's first call of it at 5.4 times.
+The program is what `jax.export` serializes, a few kilobytes. It takes the arrays of the file of
+weights by their names, and float32 images (n, height, width, 3) in [-1, 1], for any n; it returns
+float32 logits, or features where there is no head. Weights inside the program would be simpler to
+pass on, but compilers keep several copies of them: more than their size times 5 to convert L/16.
 """
 
-import gc
-import json
 import math
 from pathlib import Path
 
@@ -18,67 +14,55 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.errors import RunFailedError, UserError, one_line
+from mixer_jax.errors import RunFailedError, one_line
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.weights import tree
 from mixer_jax.weights.about import About
 from mixer_jax.weights.load import Weights
-from mixer_jax.weights.npz_file import SAID_SUFFIX
 from mixer_jax.weights.ready import make_model
+from mixer_jax.weights.safetensors_file import write_safetensors
 from mixer_jax.weights.tensor_file import whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The format counts its bytes in 31 bits; the program beside the parameters is far below this slack.
-_MAX_BYTES = 2**31 - 2**24
 # By which a written program's logits may differ from the model's: of their spread, and of the
 # largest, for logits that are all but equal have no spread to speak of.
 _OF_SPREAD, _OF_LARGEST = 1e-4, 1e-6
 _CHECKED_BATCHES = (1, 3)
 
 
-def write_stablehlo(path: str, weights: Weights) -> None:
-    """Writes a program, and what its weights say of themselves as JSON beside it.
+def write_stablehlo(path: str, weights_path: str, weights: Weights) -> None:
+    """Writes a program, and the weights that it takes with what they say of themselves.
 
     Args:
-        path: of the file.
-        weights: that the program contains.
+        path: of the program.
+        weights_path: of the safetensors file.
+        weights: of the model.
 
     Raises:
-        UserError: it cannot be written, or the weights are too large for one file.
+        UserError: they cannot be written.
     """
-    size = sum(array.nbytes for _, array in tree.leaves(weights.params))
-    if size > _MAX_BYTES:
-        raise UserError(
-            f"{weights.about.name} has {size / 1e6:,.0f} MB of weights, and a StableHLO file holds "
-            f"{_MAX_BYTES / 1e6:,.0f} MB at most; choose another format"
-        )
-    model, params = _make_model(weights.about), weights.params
+    model, flat = _make_model(weights.about), dict(tree.leaves(weights.params))
 
-    def logits(images: jax.Array) -> jax.Array:
+    def logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         # Said in the program, for accelerators compute float32 products from fewer bits otherwise.
         with jax.default_matmul_precision("highest"):
-            return model.apply({"params": params}, images)
+            return model.apply({"params": tree.build(params)}, images)
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *weights.about.image_size, 3), jnp.float32)
-    program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
-    _let_go()
-    content = program.serialize()
-    del program
-    with whole(path) as draft, whole(path + SAID_SUFFIX) as said_draft:
-        draft.write_bytes(content)
-        said = json.dumps(weights.about.to_json(), indent=2)
-        said_draft.write_text(said + "\n", encoding="utf-8")
-    del content
-    _let_go()
+    arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in flat.items()}
+    program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(arrays, images)
+    with whole(path) as draft:
+        write_safetensors(weights_path, flat.items(), weights.about.to_json())
+        draft.write_bytes(program.serialize())
 
 
 def check_stablehlo(path: str, weights: Weights) -> None:
-    """Runs a written program beside the model that it was made of.
+    """Runs a written program beside the model that it was made of, on the same weights.
 
     Args:
-        path: of the file.
-        weights: that were written.
+        path: of the program.
+        weights: of the model.
 
     Raises:
         RunFailedError: it cannot be run, or its logits are others.
@@ -89,48 +73,22 @@ def check_stablehlo(path: str, weights: Weights) -> None:
     images = images.astype(np.float32)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(jax.jit(model.apply)({"params": weights.params}, images))
-    _let_go()
     allowed = _OF_SPREAD * np.ptp(logits) + _OF_LARGEST * np.abs(logits).max()
+    flat = dict(tree.leaves(weights.params))
     for size in _CHECKED_BATCHES:
+        try:
+            program = jax.export.deserialize(bytearray(Path(path).read_bytes()))
+            found = np.asarray(program.call(flat, images[:size]))
+        except Exception as error:
+            # A damaged file: whatever the parser or the compiler stumbles over first.
+            raise RunFailedError(_differs(path, f"cannot be run: {one_line(error)}")) from error
         wanted = logits[:size]
-        found = _run(path, images[:size])
         difference = np.abs(found - wanted).max() if found.shape == wanted.shape else math.inf
         # Not the other way round: a difference may be no number.
         if not difference <= allowed:
             raise RunFailedError(
                 _differs(path, f"gives logits that differ by {difference:.3g}, not {allowed:.3g}")
             )
-
-
-def _run(path: str, images: np.ndarray) -> np.ndarray:
-    """Returns what a written program computes.
-
-    Raises:
-        RunFailedError: it cannot be run.
-    """
-    doing = "read back"
-    try:
-        program = jax.export.deserialize(bytearray(Path(path).read_bytes()))
-        doing = "run"
-        lowered = jax.jit(program.call).lower(images)
-        # Each holds the parameters once: what has been used goes before the next is made.
-        del program
-        _let_go()
-        compiled = lowered.compile()
-        del lowered
-        logits = np.array(compiled(images))
-        del compiled
-        _let_go()
-    except Exception as error:
-        # A damaged file: whatever the parser or the compiler stumbles over first.
-        raise RunFailedError(_differs(path, f"cannot be {doing}: {one_line(error)}")) from error
-    return logits
-
-
-def _let_go() -> None:
-    """Frees what JAX keeps of programs: their parameters, several times over."""
-    jax.clear_caches()
-    gc.collect()
 
 
 def _make_model(about: About) -> MlpMixer:

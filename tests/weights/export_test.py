@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -199,20 +200,34 @@ def test_a_converted_run_knows_the_config_it_was_trained_by(
     assert (found.about, bits(found)) == (weights.about, bits(weights))
 
 
-def change_a_bias(path: str, weights: Weights, write: Callable[..., None]) -> None:
+def change_a_bias(path: str, beside: str, weights: Weights, write: Callable[..., None]) -> None:
     params = {**weights.params, "head": dict(weights.params["head"])}
     params["head"]["bias"] = params["head"]["bias"] + np.array([0.0, 0.01, 0.0], np.float32)
-    write(path, weights._replace(params=params))
+    write(path, beside, weights._replace(params=params))
 
 
-def cut_off(path: str, weights: Weights, write: Callable[..., None]) -> None:
-    write(path, weights)
+def compute_roughly(path: str, beside: str, weights: Weights, write: Callable[..., None]) -> None:
+    right = stablehlo._make_model
+    stablehlo._make_model = lambda about: right(about).clone(dtype=jnp.bfloat16)
+    try:
+        write(path, beside, weights)
+    finally:
+        stablehlo._make_model = right
+
+
+def cut_off(path: str, beside: str, weights: Weights, write: Callable[..., None]) -> None:
+    write(path, beside, weights)
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "reason"), [(change_a_bias, "logits that differ"), (cut_off, "cannot be")]
+    ("wrong", "reason"),
+    [
+        (change_a_bias, "'head/bias' has other numbers"),
+        (compute_roughly, "logits that differ"),
+        (cut_off, "cannot be run"),
+    ],
 )
 def test_a_program_that_is_not_the_model_is_removed(
     wrong: Callable[..., None],
@@ -222,9 +237,7 @@ def test_a_program_that_is_not_the_model_is_removed(
 ) -> None:
     weights = random_weights(class_names=("one", "two", "three"))
     write = stablehlo.write_stablehlo
-    monkeypatch.setattr(
-        stablehlo, "write_stablehlo", lambda path, weights: wrong(path, weights, write)
-    )
+    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *arguments: wrong(*arguments, write))
     with pytest.raises(RunFailedError, match=reason):
         export_weights(weights, "stablehlo", target_of("stablehlo", tmp_path))
     assert not any(tmp_path.iterdir())
@@ -326,10 +339,11 @@ def test_a_folder_with_something_in_it_is_never_replaced(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("to", ["google", "stablehlo"])
-def test_a_file_of_that_name_and_json_is_in_the_way_too(to: str, tmp_path: Path) -> None:
+def test_what_would_lie_beside_a_file_is_in_the_way_too(to: str, tmp_path: Path) -> None:
     target = target_of(to, tmp_path)
-    Path(f"{target}.json").write_text("{}")
-    with pytest.raises(UserError, match=r"\.json' exists"):
+    beside = {"google": f"{target}.json", "stablehlo": f"{target}.safetensors"}[to]
+    Path(beside).write_text("{}")
+    with pytest.raises(UserError, match=f"{Path(beside).suffix}' exists"):
         check_free(to, target, force=False)
 
 

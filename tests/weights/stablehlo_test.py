@@ -1,6 +1,5 @@
 """Tests of the StableHLO program: it is the model, and runs where neither it nor Flax is there."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.errors import UserError
-from mixer_jax.weights import stablehlo
+from mixer_jax.errors import RunFailedError
+from mixer_jax.weights import stablehlo, tree
 from mixer_jax.weights.about import from_json
 from mixer_jax.weights.load import Weights
 from mixer_jax.weights.ready import make_model
+from mixer_jax.weights.safetensors_file import SafetensorsFile
 from mixer_jax.weights.stablehlo import check_stablehlo, write_stablehlo
 from tests.random_weights import random_weights
 
@@ -27,8 +27,10 @@ import numpy as np
 from pathlib import Path; from jax import export
 with np.load(sys.argv[2]) as given:
     images = dict(given)
+from safetensors.numpy import load_file
+weights = load_file(sys.argv[1] + ".safetensors")
 call = export.deserialize(Path(sys.argv[1]).read_bytes()).call
-np.savez(sys.argv[3], **{name: call(images) for name, images in images.items()})
+np.savez(sys.argv[3], **{name: call(weights, images) for name, images in images.items()})
 """
 
 
@@ -43,7 +45,7 @@ np.savez(sys.argv[3], **{name: call(images) for name, images in images.items()})
 )
 def test_it_is_the_model_in_a_process_without_flax(weights: Weights, tmp_path: Path) -> None:
     path = str(tmp_path / "w.stablehlo")
-    write_stablehlo(path, weights)
+    write_stablehlo(path, f"{path}.safetensors", weights)
     check_stablehlo(path, weights)
     rng = np.random.default_rng(1)
     size = (*weights.about.image_size, 3)
@@ -67,10 +69,11 @@ def test_it_is_the_model_in_a_process_without_flax(weights: Weights, tmp_path: P
 def test_it_says_what_it_takes_and_computes(tmp_path: Path) -> None:
     weights = random_weights(dtype="bfloat16")
     path = tmp_path / "w.stablehlo"
-    write_stablehlo(str(path), weights)
+    write_stablehlo(str(path), f"{path}.safetensors", weights)
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    (taken,), (given,) = program.in_avals, program.out_avals
+    (*arrays, taken), (given,) = program.in_avals, program.out_avals
+    assert len(arrays) == len(dict(tree.leaves(weights.params)))
     assert (str(taken.shape), taken.dtype) == ("(batch, 16, 16, 3)", np.float32)
     assert (str(given.shape), given.dtype) == ("(batch, 10)", np.float32)
     text = program.mlir_module()
@@ -79,20 +82,32 @@ def test_it_says_what_it_takes_and_computes(tmp_path: Path) -> None:
     products = [line for line in text.splitlines() if any(name in line for name in operations)]
     assert products
     assert all("HIGHEST" in line for line in products)
-    said = json.loads(Path(f"{path}.json").read_text())
-    assert from_json(said, "here") == weights.about
+    # The program is small, and the same whatever the numbers are.
+    assert path.stat().st_size < 100_000
+    with SafetensorsFile(f"{path}.safetensors") as file:
+        assert from_json(file.said, "here") == weights.about
 
 
 def test_an_untrained_head_passes_the_check(tmp_path: Path) -> None:
     weights = random_weights()
     weights.params["head"]["kernel"][...] = 0
     weights.params["head"]["bias"][...] = -7.5
-    write_stablehlo(str(tmp_path / "w.stablehlo"), weights)
-    check_stablehlo(str(tmp_path / "w.stablehlo"), weights)
+    program, file = str(tmp_path / "w.stablehlo"), str(tmp_path / "w.safetensors")
+    write_stablehlo(program, file, weights)
+    check_stablehlo(program, weights)
 
 
-def test_weights_too_large_for_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stablehlo, "_MAX_BYTES", 1_000)
-    with pytest.raises(UserError, match="holds 0 MB at most; choose another format"):
-        write_stablehlo(str(tmp_path / "w.stablehlo"), random_weights())
-    assert not any(tmp_path.iterdir())
+def test_the_program_is_for_any_weights_of_the_same_model_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, file = str(tmp_path / "w.stablehlo"), str(tmp_path / "w.safetensors")
+    weights = random_weights(seed=0)
+    write_stablehlo(program, file, weights)
+    check_stablehlo(program, random_weights(seed=1))
+    with pytest.raises(RunFailedError, match="cannot be run"):
+        check_stablehlo(program, random_weights(image_size=(8, 8)))
+    with monkeypatch.context() as patch:
+        patch.setattr(stablehlo, "_make_model", lambda about: make_model(about, "bfloat16"))
+        write_stablehlo(program, file, weights)
+    with pytest.raises(RunFailedError, match="gives logits that differ by"):
+        check_stablehlo(program, weights)
