@@ -12,8 +12,24 @@ class UserError(ValueError):
     """
 
 
+class NotPreparedError(UserError):
+    """A data set that is not there yet.
+
+    Attributes:
+        advice: what to do so that it is, in one line.
+    """
+
+    def __init__(self, message: str, advice: str):
+        super().__init__(message)
+        self.advice = advice
+
+
 class RunFailedError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
+
+
+class DivergedError(RunFailedError):
+    """A run whose numbers are no longer finite; it would be so again."""
 
 
 def one_line(error: Exception) -> str:

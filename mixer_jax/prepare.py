@@ -14,7 +14,11 @@ def main(arguments: Sequence[str]) -> int:
         "download and make it, or convert what TFDS has already made in another format.",
         epilog="A killed preparation leaves nothing that is taken for finished; start it again.",
     )
-    parser.add_argument("name", help="of TFDS or our own: cifar10, imagenet2012:5.1.0, imagenet21k")
+    parser.add_argument(
+        "name",
+        help="of TFDS or our own: cifar10, imagenet2012:5.1.0, imagenet21k; a label after an @ "
+        "is passed over",
+    )
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
     parser.add_argument(
         "--manual_dir",

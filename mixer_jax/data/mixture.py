@@ -1,4 +1,4 @@
-"""Several sources as one: examples side by side, classes joined by their names."""
+"""Sources made of sources: side by side, classes joined by their names, or some examples."""
 
 import bisect
 import itertools
@@ -56,6 +56,17 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
     return Source(source.name, examples, class_names, source.multi_label, source.mixture)
 
 
+def subset(source: Source, places: Sequence[int]) -> Source:
+    """Returns some of the examples of a source, in the order given.
+
+    Args:
+        source: to choose from.
+        places: of the examples in it.
+    """
+    examples = _Chosen(source.examples, places)
+    return Source(source.name, examples, source.class_names, source.multi_label)
+
+
 class _Chain(Sequence[Example]):
     """Sequences one after the other."""
 
@@ -84,6 +95,19 @@ class _Relabelled(Sequence[Example]):
         example = self._examples[index]
         labels = tuple(self._labels[label] for label in example["labels"])
         return Example(image=example["image"], labels=labels, name=example["name"])
+
+
+class _Chosen(Sequence[Example]):
+    """Examples at some places of a sequence."""
+
+    def __init__(self, examples: Sequence[Any], places: Sequence[int]):
+        self._examples, self._places = examples, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._examples[self._places[index]]
 
 
 def _some(names: Sequence[str]) -> str:

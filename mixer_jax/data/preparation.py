@@ -116,6 +116,15 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def needs_manual_download(builder: Any) -> str:
+    """Returns what a data set says of what has to be downloaded by hand, in one line, if anything.
+
+    Nothing of one that is prepared, in whatever format.
+    """
+    text = "" if is_prepared(builder) else builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    return _one_line(text or "")
+
+
 def check_manual_download(builder: Any, manual_dir: str) -> Path:
     """Returns the folder of the user's own downloads, by default downloads/manual in the data_dir.
 
@@ -123,7 +132,7 @@ def check_manual_download(builder: Any, manual_dir: str) -> Path:
         UserError: the data set needs them and there is nothing.
     """
     manual = Path(manual_dir or Path(builder.data_dir_root, "downloads", "manual")).expanduser()
-    instructions = _one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "")
+    instructions = needs_manual_download(builder)
     if instructions and not (manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f"data set {builder.info.full_name} has to be downloaded by hand, and {manual} is "

@@ -12,7 +12,8 @@ def open_source(
     """Opens one split of a data set.
 
     Args:
-        name: a data set of TFDS with images and labels, "folder:PATH", "digits", or "synthetic".
+        name: a data set of TFDS with images and labels, perhaps with a label after an @
+            ("clevr@count_all"); "folder:PATH"; "digits"; or "synthetic".
         split: in TFDS syntax, e.g. "train[:99%]". Synthetic data take any name.
         data_dir: where TFDS keeps its data sets; empty: TFDS's default.
         num_classes: of synthetic data, 0: 1000; real ones bring their own.

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mixer_jax.data.examples import Example, Source
 from mixer_jax.data.folder import FOLDER
+from mixer_jax.data.labelling import (
+    Label,
+    Needed,
+    base_name,
+    find_label,
+    split_name,
+    visible_image,
+)
 from mixer_jax.data.preparation import (
     check_manual_download,
     choose_format,
@@ -23,9 +29,10 @@ from mixer_jax.data.preparation import (
     is_prepared,
     is_readable,
     locked,
+    needs_manual_download,
 )
 from mixer_jax.data.synthetic import SYNTHETIC
-from mixer_jax.errors import UserError, did_you_mean
+from mixer_jax.errors import NotPreparedError, UserError, did_you_mean
 
 # Builders of our own; importing one registers it with TFDS.
 _OWN_BUILDERS = {
@@ -35,47 +42,75 @@ _OWN_BUILDERS = {
 # So small that opening one writes it.
 _WRITTEN_WHEN_OPENED = {"digits"}
 
-# Names of the feature that holds the labels, the first found is taken: several right answers
-# (ReaL, arXiv 2006.07159) before one.
-_LABELS = ("real_label", "label")
 _FILE_NAME = "file_name"
 
 
 class _TfdsExamples(Sequence[Example]):
-    """Examples of a TFDS data source, in our form."""
+    """Examples of a TFDS data source, in our form.
 
-    def __init__(self, data: Sequence[dict[str, Any]], labels: str, place: str):
-        self._data, self._labels, self._place = data, labels, place
+    Only what is needed of them is decoded: many sets have further images, masks or texts.
+    """
+
+    def __init__(self, records: Sequence[Any], features: Any, label: Label, name: str, split: str):
+        import tensorflow_datasets as tfds
+
+        self._records, self._label, self._place = records, label, f"{name} {split}"
+        file_name: Needed = {_FILE_NAME: ()} if _FILE_NAME in features else {}
+        self._features = _some_features(features, {"image": (), **file_name, **label.needed})
+        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        self._visible = visible_image(name)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._records)
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        example = self._data[index]
-        labels = np.atleast_1d(example[self._labels]).tolist()
+        example = self._features.deserialize_example_np(
+            self._records[index], decoders=self._decoders
+        )
         file = example.get(_FILE_NAME, b"")
         name = f"{self._place}: {file.decode()}" if file else f"{self._place}, example {index}"
-        return Example(image=example["image"], labels=tuple(labels), name=name)
+        image = self._visible(example["image"]) if self._visible else example["image"]
+        return Example(image=image, labels=self._label.read(example), name=name)
+
+
+def _some_features(features: Any, needed: Needed) -> Any:
+    """Returns those features of a data set, in TFDS's form.
+
+    TFDS's own `PartialDecoding` would import TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    chosen = {}
+    for name, parts in needed.items():
+        kind = features[name]
+        if parts:
+            kind = tfds.features.Sequence({part: kind.feature[part] for part in parts})
+        chosen[name] = kind
+    return tfds.features.FeaturesDict(chosen)
 
 
 def open_tfds(name: str, split: str, data_dir: str = "") -> Source:
     """Opens one split of a data set of TFDS; writes our own small ones if they are missing.
 
     Args:
-        name: in TFDS syntax, e.g. "cifar10", "digits/low", "imagenet2012:5.1.0".
+        name: in TFDS syntax, e.g. "cifar10", "digits/low", "imagenet2012:5.1.0"; the label may
+            follow after an @, e.g. "cifar100@coarse_label".
         split: in TFDS syntax, e.g. "train[:99%]".
         data_dir: where TFDS keeps its data sets; empty: TFDS's default.
 
     Raises:
         UserError: the data set or split does not exist, or is not prepared; says how to do it.
     """
-    builder = find_builder(name, data_dir)
+    dataset, _ = split_name(name)
+    builder = find_builder(dataset, data_dir)
+    # Before anyone spends hours on preparing it.
+    find_label(name, builder.info.features)
     if not is_readable(builder):
-        if is_prepared(builder) or _base_name(name) not in _WRITTEN_WHEN_OPENED:
-            raise UserError(_how_to_prepare(name, builder))
-        _write_quickly(name, builder)
-        builder = find_builder(name, data_dir)
+        if is_prepared(builder) or base_name(name) not in _WRITTEN_WHEN_OPENED:
+            raise _not_prepared(dataset, builder)
+        _write_quickly(dataset, builder)
+        builder = find_builder(dataset, data_dir)
     return _tfds_source(builder, name, split)
 
 
@@ -83,7 +118,8 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     """Prepares a data set in the format with random access, or converts it, unless it is there.
 
     Args:
-        name: in TFDS syntax, or of one of our own.
+        name: in TFDS syntax, or of one of our own; a label after an @ must exist, and changes
+            nothing.
         data_dir: where TFDS keeps its data sets; empty: TFDS's default.
         manual_dir: where the user's downloads lie; empty: downloads/manual in `data_dir`.
 
@@ -91,8 +127,8 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
         The TFDS builder of the data set, ready to be read, and whether it has been all along.
 
     Raises:
-        UserError: there is no such data set, or it needs no preparation, or it cannot be prepared
-            for a reason that the user can remove.
+        UserError: there is no such data set or label, or it needs no preparation, or it cannot be
+            prepared for a reason that the user can remove.
         RunFailedError: the data set's own code fails.
     """
     if name == SYNTHETIC or name.startswith(FOLDER):
@@ -102,7 +138,10 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             f"--data_dir={data_dir} is no local folder; prepare in one and copy it there"
         )
     data_dir = data_dir and os.path.abspath(os.path.expanduser(data_dir))
-    builder = find_builder(name, data_dir)
+    dataset, label = split_name(name)
+    builder = find_builder(dataset, data_dir)
+    if label is not None:
+        find_label(name, builder.info.features)
     if is_readable(builder):
         return builder, True
     if not is_prepared(builder):
@@ -111,23 +150,19 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     try:
         with locked(builder):
             # Looked up anew, since another program may just have prepared it.
-            builder = find_builder(name, data_dir)
+            builder = find_builder(dataset, data_dir)
             if not is_prepared(builder):
                 generate(builder, check_manual_download(builder, manual_dir))
             elif not is_readable(builder):
                 convert(builder)
     except OSError as error:
-        raise UserError(f"data set {name!r} cannot be written: {error}") from error
-    return find_builder(name, data_dir), False
+        raise UserError(f"data set {dataset!r} cannot be written: {error}") from error
+    return find_builder(dataset, data_dir), False
 
 
 def root_of(builder: Any) -> str:
     """Returns the data_dir in which the data set lies."""
     return str(builder.data_dir).removesuffix(str(builder.info.full_name)).rstrip("/")
-
-
-def _base_name(name: str) -> str:
-    return re.split("[/:]", name)[0]
 
 
 def find_builder(name: str, data_dir: str) -> Any:
@@ -138,7 +173,7 @@ def find_builder(name: str, data_dir: str) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    if module := _OWN_BUILDERS.get(_base_name(name)):
+    if module := _OWN_BUILDERS.get(base_name(name)):
         importlib.import_module(module)
     where = str(Path(data_dir).expanduser()) if data_dir and "://" not in data_dir else data_dir
     searched = where or tfds.core.constants.DATA_DIR
@@ -147,7 +182,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         choose_format(builder)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
-        hint = did_you_mean(_base_name(name), _known_names(), otherwise=";")
+        hint = did_you_mean(base_name(name), _known_names(), otherwise=";")
         raise UserError(
             f"data set {name!r} is not prepared in {searched}, and TFDS has no recipe for it{hint} "
             f"put it at {searched}/{name} in TFDS's array_record format, or set "
@@ -158,7 +193,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         reason = re.split(" Here are | The builder name string ", " ".join(str(error).split()))[0]
         if "BuilderConfig" in reason:
             reason += f" It has {', '.join(tfds.builder_cls(name.split('/')[0]).builder_configs)}."
-        base = _base_name(name)
+        base = base_name(name)
         hint = "" if base in _known_names() else did_you_mean(base, _known_names())
         raise UserError(
             f"data set {name!r} cannot be opened from {searched}: {reason}{hint}"
@@ -190,7 +225,7 @@ def _write_quickly(name: str, builder: Any) -> None:
         ) from error
 
 
-def _how_to_prepare(name: str, builder: Any) -> str:
+def _not_prepared(name: str, builder: Any) -> NotPreparedError:
     root = root_of(builder)
     found = f"is not prepared in {builder.data_path.parent}"
     if is_prepared(builder):
@@ -199,38 +234,31 @@ def _how_to_prepare(name: str, builder: Any) -> str:
             "random access"
         )
     command = shlex.join(["python", "-m", "mixer_jax.prepare", name, f"--data_dir={root}"])
-    return (
+    advice = command
+    if by_hand := needs_manual_download(builder):
+        advice = f"download by hand, into {root}/downloads/manual: {by_hand} Then: {command}"
+    return NotPreparedError(
         f"data set {name!r} {found}; prepare it with: {command} (manual downloads go to "
         f"{root}/downloads/manual) and set --config.dataset.data_dir={shlex.quote(root)}, or run "
-        f"without data by --config.dataset.name={SYNTHETIC}"
+        f"without data by --config.dataset.name={SYNTHETIC}",
+        advice,
     )
 
 
 def _tfds_source(builder: Any, name: str, split: str) -> Source:
     import tensorflow_datasets as tfds
 
-    features = builder.info.features
-    labels = next((feature for feature in _LABELS if feature in features), None)
-    if labels is None or "image" not in features:
-        raise UserError(
-            f"data set {name!r} has features {', '.join(features)}; needed are an image and a label"
-        )
-    kind = getattr(features[labels], "feature", features[labels])
-    if not isinstance(kind, tfds.features.ClassLabel):
-        raise UserError(
-            f"data set {name!r} has features {', '.join(features)}; {labels} is no class label"
-        )
+    label = find_label(name, builder.info.features)
     try:
-        skip = {"image": tfds.decode.SkipDecoding()}
-        data = builder.as_data_source(split=split, decoders=skip)
-        examples = _TfdsExamples(data, labels, f"{name} {split}")
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = builder.as_data_source(split=split, deserialize_method=raw)
     except ValueError as error:
         known = ", ".join(builder.info.splits)
         raise UserError(
             f"split {split!r} of data set {name!r} does not exist or is empty; it has {known} "
             '(and slices such as "train[:99%]")'
         ) from error
+    examples = _TfdsExamples(records, builder.info.features, label, name, split)
     if min(examples[0]["labels"], default=0) < 0:
         raise UserError(f"split {split!r} of data set {name!r} hides its labels; name another")
-    multi_label = kind is not features[labels]
-    return Source(f"{name} {split}", examples, tuple(kind.names), multi_label)
+    return Source(f"{name} {split}", examples, label.class_names, label.multi_label)
