@@ -25,9 +25,9 @@ def get_default() -> ConfigDict:
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a saved config with every key of `KEYS` that it lacks at its default.
+    """Returns a copy of a saved config with every key that it lacks at its default.
 
-    Before a key existed, runs did what is its default now. Evals and mixture stay as they are.
+    Before a key existed, runs did what is its default now. No entry is added to evals or mixture.
     """
     tree = copy.deepcopy(saved)
     for path, key in KEYS.items():
@@ -36,6 +36,10 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             node = node.setdefault(section, {})
         node.setdefault(name, key.default)
+    for section, declared in ENTRY_KEYS.items():
+        for entry in tree.get(section, {}).values():
+            for name, key in declared.items():
+                entry.setdefault(name, key.default)
     return tree
 
 
@@ -91,6 +95,8 @@ def validate(config: ConfigDict) -> None:
                 f"config.{path} is missing; start from config.get_default(), config.evals() and "
                 "config.mixture()"
             )
+    for name, entry in config.evals.items():
+        parse_shots(f"evals.{name}.shots", entry.shots)
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps=0 and config.num_epochs=0; set one of them")
@@ -109,6 +115,24 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.recipe.mixup needs a partner; set config.batch_size to 2 or more")
     if config.num_steps or config.dataset.num_examples:
         check_warmup(config, resolve_num_steps(config, config.dataset.num_examples))
+
+
+def parse_shots(path: str, text: str) -> tuple[int, ...]:
+    """Returns the numbers of images a class that a key such as "1,5,10,25" lists.
+
+    Args:
+        path: of the key, for the error.
+        text: its value.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise UserError(
+            f"config.{path}={text!r} is no list of whole numbers above zero; pass e.g. 1,5,10,25"
+        )
+    return tuple(dict.fromkeys(map(int, numbers)))
 
 
 def resolve_num_steps(config: ConfigDict, num_examples: int) -> int:

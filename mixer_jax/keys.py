@@ -70,7 +70,9 @@ KEYS: dict[str, Key] = {
         resumable=True,
     ),
     # Data.
-    "dataset.name": Key("imagenet2012", 'TFDS name, folder:PATH, "digits", or "synthetic"'),
+    "dataset.name": Key(
+        "imagenet2012", 'TFDS name, perhaps NAME@LABEL; folder:PATH; "digits"; "synthetic"'
+    ),
     "dataset.data_dir": Key("", "where TFDS keeps data; empty: TFDS's default", resumable=True),
     "dataset.train_split": Key("train", "split to train on, in TFDS syntax"),
     "dataset.num_classes": Key(0, "nominal; used by synthetic data, 0: 1000", low=0),
@@ -162,8 +164,17 @@ KEYS: dict[str, Key] = {
 
 # Every entry of `config.evals`, a named split scored exactly, has these keys.
 EVAL_KEYS: dict[str, Key] = {
+    "kind": Key(
+        "classify",
+        "classify by the head, or a probe of the features before it: few_shot, linear, knn",
+        ("classify", "few_shot", "linear", "knn"),
+        resumable=True,
+    ),
     "dataset": Key("", "data set; empty: the one trained on", resumable=True),
     "split": Key("test", "in TFDS syntax", resumable=True),
+    "train_split": Key("train", "likewise; what a probe learns from", resumable=True),
+    "shots": Key("1,5,10,25", "of few_shot: training images a class", resumable=True),
+    "probe_seeds": Key(3, "of few_shot: draws of these images", low=1, resumable=True),
     "every_steps": Key(0, "0: only at the end", low=0, resumable=True),
 }
 

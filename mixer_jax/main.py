@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax import command_line
 from mixer_jax.config import describe, validate
+from mixer_jax.config_file import experiment_name, read_config
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.curves import CURVES_FILE
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
@@ -42,9 +43,9 @@ def main(arguments: Sequence[str]) -> int:
         help="change a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     known, overrides = parser.parse_known_args(arguments)
-    config = command_line.read_config(known.config, overrides)
+    config = read_config(known.config, overrides)
     validate(config)
-    default = f"runs/{command_line.experiment_name(known.config)}"
+    default = f"runs/{experiment_name(known.config)}"
     workdir = workdirs.absolute(known.workdir or default)
     for change in workdirs.check(workdir, config):
         print(f"changed since this run was last started: {change}")
@@ -66,7 +67,8 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
     score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
-    for entry in list(config.evals.values())[:1]:
+    by_head = [entry for entry in config.evals.values() if entry.kind == "classify"]
+    for entry in by_head[:1]:
         score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
         score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []
     if result.step < result.num_steps:
@@ -75,11 +77,7 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             "the same command goes on from there"
         )
     board = f"{_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}"
-    lines = [
-        f"{name}: {scores.top1:.2%} top-1, {scores.top5:.2%} top-5, calibration error "
-        f"{scores.calibration_error:.2%}, on {scores.counted()}"
-        for name, scores in result.scores.items()
-    ]
+    lines = [f"{name}: {scores.summary()}" for name, scores in result.scores.items()]
     return "\n".join(
         [
             "",
@@ -90,7 +88,7 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             *([f"events      {workdir}/{EVENTS_FOLDER}"] if config.tensorboard else []),
             "",
             "next:",
-            *([f"  {shlex.join(score)}"] if config.evals else []),
+            *([f"  {shlex.join(score)}"] if by_head else []),
             *([f"  {board}"] if config.tensorboard else []),
         ]
     )

@@ -12,10 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
-from mixer_jax.command_line import load_config, override
+from mixer_jax.config_file import load_config, override
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
+from mixer_jax.keys import EVAL_KEYS, KEYS
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import num_parameters, resolve_widths
 from mixer_jax.training.experiment import build, training_batches
@@ -265,5 +265,7 @@ def test_choices_are_what_the_code_knows() -> None:
 def test_evaluations_are_entries_of_their_own() -> None:
     made: Callable[..., ConfigDict] = config_lib.evals
     config = made(val={"split": "validation", "every_steps": 10}, real={"dataset": "cifar10"})
-    assert config.val.to_dict() == {"dataset": "", "split": "validation", "every_steps": 10}
-    assert config.real.to_dict() == {"dataset": "cifar10", "split": "test", "every_steps": 0}
+    defaults = {name: key.default for name, key in EVAL_KEYS.items()}
+    assert config.val.to_dict() == defaults | {"split": "validation", "every_steps": 10}
+    assert config.real.to_dict() == defaults | {"dataset": "cifar10"}
+    assert (defaults["kind"], defaults["split"], defaults["every_steps"]) == ("classify", "test", 0)

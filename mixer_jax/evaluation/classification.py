@@ -12,17 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mixer_jax.data.examples import Source
-from mixer_jax.data.pipeline import Batch, eval_batches
+from mixer_jax.data.pipeline import Batch
 from mixer_jax.data.preprocess import to_model_range
-from mixer_jax.data.reading import BadImage
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.passes import Pass, Reading
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.parallel import hosts
-from mixer_jax.parallel.sharding import batch_sharding, replicated
+from mixer_jax.parallel.sharding import replicated
 
 NUM_CALIBRATION_BINS = 15
-# Images that an error names.
-_MOST_NAMED = 5
 
 
 class Scores(NamedTuple):
@@ -54,6 +51,24 @@ class Scores(NamedTuple):
         if self.num_unlabelled:
             parts.append(f"{self.num_unlabelled:,} left out without a right answer")
         return ", ".join(parts)
+
+    def values(self) -> dict[str, float]:
+        """Returns every number by its name, for files and pictures."""
+        return {name: float(value) for name, value in self._asdict().items()}
+
+    def told(self) -> str:
+        """Returns what is said of an evaluation while a run goes on."""
+        return (
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, "
+            f"log-likelihood {self.log_likelihood:.4f} on {self.counted()}"
+        )
+
+    def summary(self) -> str:
+        """Returns what is said of an evaluation when a run ends."""
+        return (
+            f"{self.top1:.2%} top-1, {self.top5:.2%} top-5, calibration error "
+            f"{self.calibration_error:.2%}, on {self.counted()}"
+        )
 
 
 class Judgements(NamedTuple):
@@ -147,48 +162,22 @@ def evaluate(
     Raises:
         UserError: images cannot be used, and `skip_bad` is false; or no example counts.
     """
-    bad: list[BadImage] = []
-    batches = eval_batches(
-        source,
-        batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
-        image_size=image_size,
-        eval_crop=eval_crop,
-        exif_orientation=exif_orientation,
-        threads=threads,
-        prefetch_batches=prefetch_batches,
-        sharding=batch_sharding(mesh),
-        report=lambda step, met: bad.extend(met),
+    reading = Reading(
+        batch_size,
+        image_size,
+        eval_crop,
+        exif_orientation,
+        skip_bad,
+        threads,
+        prefetch_batches,
     )
-    finished: list[Judgements] = []
-    running: Judgements | None = None
-    for batch in batches:
-        # Sent off before the last one is read, so that the device need not wait for the host.
-        started = judge_batch(params, batch)
-        if running is not None:
-            finished.append(jax.device_get(running))
-        running = started
-    finished += [] if running is None else [jax.device_get(running)]
-    # Not at once, when an image is met: the other hosts would wait for this one.
-    num_bad = hosts.total(len(bad))
-    if num_bad and not skip_bad:
-        images = "image" if num_bad == 1 else "images"
-        raise UserError(
-            f"{source.name}: {num_bad:,} {images} cannot be used: {_name_some(bad)}; mend or "
-            "remove them, or leave such images out: --config.bad_images.skip_in_evaluation=true, "
-            "and of evaluate --skip_bad_images"
-        )
+    judging = Pass(judge_batch, params, source, mesh, reading)
+    finished = list(judging)
     if not any(judgements.mask.any() for judgements in finished):
         raise UserError(f"{source.name}: there is no example to score")
     scores = summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
-    num_unlabelled = len(source) - scores.num_examples - num_bad
-    return scores._replace(num_bad=num_bad, num_unlabelled=num_unlabelled)
-
-
-def _name_some(bad: list[BadImage]) -> str:
-    if not bad:
-        return "another host names them"
-    some = [f"{name} ({reason})" for name, reason in bad[:_MOST_NAMED]]
-    return ", ".join(some) + (", …" if len(bad) > _MOST_NAMED else "")
+    num_unlabelled = len(source) - scores.num_examples - judging.num_bad
+    return scores._replace(num_bad=judging.num_bad, num_unlabelled=num_unlabelled)
 
 
 def summarize(judgements: Judgements) -> Scores:

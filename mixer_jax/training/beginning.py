@@ -32,12 +32,15 @@ class Beginning(NamedTuple):
     weights: Weights | None
 
 
-def find_beginning(config: ConfigDict, workdir: str) -> Beginning | None:
+def find_beginning(
+    config: ConfigDict, workdir: str, weights: Weights | None = None
+) -> Beginning | None:
     """Returns what a run begins with; None: weights drawn at random.
 
     Args:
         config: of the run.
         workdir: absolute path or URL of the run; nothing is changed in it.
+        weights: those of `config.init_from`, where they are loaded already.
 
     Raises:
         UserError: the weights of `config.init_from` cannot be had, or are of another model.
@@ -53,7 +56,7 @@ def find_beginning(config: ConfigDict, workdir: str) -> Beginning | None:
         return Beginning(from_metadata(metadata, where), None)
     if not config.init_from:
         return None
-    weights = load_weights(config.init_from)
+    weights = weights or load_weights(config.init_from)
     if config.model.variant != INIT_FROM:
         _check_model(config, weights.about)
     weights = resize(weights, (config.image_size, config.image_size))

@@ -23,12 +23,12 @@ def draw_curves(workdir: str) -> None:
     panels = {
         "loss": ["loss"],
         "learning rate": ["learning_rate"],
-        "top-1 accuracy (%)": sorted({key for line in lines for key in line if "/top1" in key}),
+        "top-1 accuracy (%)": sorted({key for line in lines for key in line if _is_accuracy(key)}),
     }
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
-            scale = 100 if key.endswith("top1") else 1
+            scale = 100 if _is_accuracy(key) else 1
             marker = "o" if len(points) < 30 else ""
             axes.plot(
                 [step for step, _ in points],
@@ -48,3 +48,9 @@ def draw_curves(workdir: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     (epath.Path(workdir) / CURVES_FILE).write_bytes(picture.getvalue())
+
+
+def _is_accuracy(key: str) -> bool:
+    """Says whether a metric is a share of right answers: of the head, or of a probe."""
+    evaluation, _, name = key.rpartition("/")
+    return bool(evaluation) and (name in ("top1", "linear", "knn") or name.endswith("_shot"))

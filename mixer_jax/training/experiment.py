@@ -10,10 +10,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import mixer_jax
-from mixer_jax.config import check_unroll, check_warmup, resolve_num_steps, width_overrides
+from mixer_jax.config import (
+    check_unroll,
+    check_warmup,
+    parse_shots,
+    resolve_num_steps,
+    width_overrides,
+)
 from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch, Report, train_batches
 from mixer_jax.evaluation.classification import Scores, compile_judge, evaluate
+from mixer_jax.evaluation.features import compile_features
+from mixer_jax.evaluation.few_shot import Labels
+from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, draw_all, run_probe
 from mixer_jax.model.mixer import MlpMixer, build_model
 from mixer_jax.model.variants import forward_flops, resolve_widths
 from mixer_jax.parallel.chips import peak_flops
@@ -30,6 +39,7 @@ from mixer_jax.training.step import Metrics, TrainState, create_state, train_ste
 from mixer_jax.weights.about import About
 from mixer_jax.weights.checkpoint import abstract
 
+AnyScores = Scores | ProbeScores
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -171,29 +181,49 @@ def train_preprocess(config: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in config.preprocess.items() if name != "eval_crop"}
 
 
-def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], Scores]]:
-    """Returns, by name, functions from parameters to the scores of `config.evals`."""
-    config = experiment.config
-    judge_batch = compile_judge(experiment.model, experiment.mesh)
+def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScores]]:
+    """Returns, by name, functions from parameters to the scores of `config.evals`.
+
+    Raises:
+        UserError: a class has too few images for a few-shot probe.
+    """
+    config, mesh, sources = experiment.config, experiment.mesh, experiment.sources
+    reading = {
+        "batch_size": config.eval_batch_size,
+        "image_size": (config.image_size, config.image_size),
+        "eval_crop": config.preprocess.eval_crop,
+        "exif_orientation": config.preprocess.exif_orientation,
+        "skip_bad": config.bad_images.skip_in_evaluation,
+        "threads": config.loader.threads,
+        "prefetch_batches": config.loader.prefetch_batches,
+    }
+    judge_batch = compile_judge(experiment.model, mesh)
+    features_of = compile_features(experiment.model, mesh)
 
     def score(source: Source, params: Any) -> Scores:
-        return evaluate(
-            judge_batch,
-            params,
-            source,
-            experiment.mesh,
-            batch_size=config.eval_batch_size,
-            image_size=(config.image_size, config.image_size),
-            eval_crop=config.preprocess.eval_crop,
-            exif_orientation=config.preprocess.exif_orientation,
-            skip_bad=config.bad_images.skip_in_evaluation,
-            threads=config.loader.threads,
-            prefetch_batches=config.loader.prefetch_batches,
-        )
+        return evaluate(judge_batch, params, source, mesh, **reading)
 
-    return {
-        name: functools.partial(score, source) for name, source in experiment.sources.evals.items()
-    }
+    def probe(name: str, settings: ProbeSettings, labels: Labels, params: Any) -> ProbeScores:
+        train, test = sources.probe_train[name], sources.evals[name]
+        return run_probe(features_of, params, settings, train, test, mesh, labels=labels, **reading)
+
+    made: dict[str, Callable[[Any], AnyScores]] = {}
+    for name, source in sources.evals.items():
+        if name not in sources.probe_train:
+            made[name] = functools.partial(score, source)
+            continue
+        settings = _probe_settings(name, config.evals[name])
+        labels = Labels(sources.probe_train[name], config.bad_images.skip_in_evaluation)
+        if settings.method == "few_shot":
+            # Not only when it is scored: too few images are better told before the training.
+            draw_all(settings, sources.probe_train[name], labels)
+        made[name] = functools.partial(probe, name, settings, labels)
+    return made
+
+
+def _probe_settings(name: str, entry: ConfigDict) -> ProbeSettings:
+    shots = parse_shots(f"evals.{name}.shots", entry.shots)
+    return ProbeSettings(entry.kind, shots, tuple(range(entry.probe_seeds)))
 
 
 def flops_per_image(experiment: Experiment) -> int:

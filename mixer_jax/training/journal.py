@@ -5,8 +5,7 @@ import math
 import jax
 
 from mixer_jax.errors import RunFailedError
-from mixer_jax.evaluation.classification import Scores
-from mixer_jax.training.experiment import Experiment, throughput
+from mixer_jax.training.experiment import AnyScores, Experiment, throughput
 from mixer_jax.training.metrics import MetricsWriter
 from mixer_jax.training.progress import Progress
 from mixer_jax.training.step import Metrics
@@ -84,14 +83,10 @@ class Journal:
         if due:
             self._writer.write(step, values)
 
-    def write_scores(self, step: int, name: str, scores: Scores) -> None:
+    def write_scores(self, step: int, name: str, scores: AnyScores) -> None:
         """Writes down and shows the scores of one evaluation."""
-        values = {f"{name}/{key}": float(value) for key, value in scores._asdict().items()}
-        self._writer.write(step, values)
-        self.progress.say(
-            f"step {step:,}: {name} top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, "
-            f"log-likelihood {scores.log_likelihood:.4f} on {scores.counted()}"
-        )
+        self._writer.write(step, {f"{name}/{key}": x for key, x in scores.values().items()})
+        self.progress.say(f"step {step:,}: {name} {scores.told()}")
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -9,17 +9,23 @@ import jax
 from ml_collections import ConfigDict
 
 from mixer_jax.errors import RunFailedError, UserError
-from mixer_jax.evaluation.classification import Scores
 from mixer_jax.parallel import hosts
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.beginning import Beginning, begin, describe_beginning, find_beginning
 from mixer_jax.training.curves import draw_curves
-from mixer_jax.training.experiment import Experiment, build, evaluators, training_batches
+from mixer_jax.training.experiment import (
+    AnyScores,
+    Experiment,
+    build,
+    evaluators,
+    training_batches,
+)
 from mixer_jax.training.journal import Journal
 from mixer_jax.training.run_sources import open_sources
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import save_config
 from mixer_jax.weights.checkpoint import Checkpoints
+from mixer_jax.weights.load import Weights
 
 # Asking costs a message to every host; waiting longer costs time that a preemption may not leave.
 _HOSTS_AGREE_EVERY_STEPS = 10
@@ -37,16 +43,17 @@ class Result(NamedTuple):
 
     step: int
     num_steps: int
-    scores: dict[str, Scores]
+    scores: dict[str, AnyScores]
     stopped_by: signal.Signals | None
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
+def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None = None) -> Result:
     """Trains a Mixer from the start, or from the newest checkpoint in `workdir`, to the end.
 
     Args:
         config: valid by `config.validate`.
         workdir: absolute path or URL of the run, checked by `workdir.check`.
+        weights: those of `config.init_from`, where they are loaded already.
 
     Raises:
         UserError: data are missing, or the batch does not divide over the devices.
@@ -59,7 +66,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         hosts.join(config.distributed)
         stop.listen()
         leader = hosts.is_leader()
-        beginning = find_beginning(config, workdir)
+        beginning = find_beginning(config, workdir, weights)
         experiment = build(config, sources, begins_with=beginning and beginning.about)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
@@ -81,7 +88,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> Result:
         evals = evaluators(experiment)
         step = saved_step = first_step
         saved_at = time.monotonic()
-        scores: dict[str, Scores] = {}
+        scores: dict[str, AnyScores] = {}
         if first_step == experiment.num_steps:
             scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
         batches = training_batches(experiment, first_step, bad_images.record)

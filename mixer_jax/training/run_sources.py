@@ -8,13 +8,21 @@ from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import mix, relabel
 from mixer_jax.data.sources import open_source
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.probes import match_classes
 
 
 class Sources(NamedTuple):
-    """The data of a run: what it trains on and, by name, what it is scored on."""
+    """The data of a run.
+
+    Attributes:
+        train: what it trains on.
+        evals: by name, what it is scored on.
+        probe_train: by name of those that are probes, what they learn from.
+    """
 
     train: Source
     evals: dict[str, Source]
+    probe_train: dict[str, Source]
 
 
 def open_sources(config: ConfigDict) -> Sources:
@@ -22,22 +30,38 @@ def open_sources(config: ConfigDict) -> Sources:
 
     Raises:
         UserError: as `open_training`; or an evaluation's data set or split is missing, or it has a
-            class that training lacks.
+            class that training lacks, or for a probe, that the split it learns from lacks.
     """
     train = open_training(config)
-    evals = {}
+    evals, probe_train = {}, {}
     for key, entry in config.evals.items():
-        source = open_source(
-            entry.dataset or config.dataset.name,
-            entry.split,
-            config.dataset.data_dir,
-            num_classes=config.dataset.num_classes,
-        )
+        source = _open_eval(config, entry, entry.split)
+        if entry.kind != "classify":
+            probe_train[key] = _open_eval(config, entry, entry.train_split)
         try:
-            evals[key] = relabel(source, train.class_names)
+            if key in probe_train:
+                evals[key] = match_classes(probe_train[key], source)
+            else:
+                evals[key] = _known_to(train, source)
         except UserError as error:
-            raise UserError(f"config.evals.{key}: {error}; score on classes trained on") from error
-    return Sources(train, evals)
+            raise UserError(f"config.evals.{key}: {error}") from error
+    return Sources(train, evals, probe_train)
+
+
+def _known_to(train: Source, source: Source) -> Source:
+    try:
+        return relabel(source, train.class_names)
+    except UserError as error:
+        raise UserError(f"{error}; score on classes trained on") from error
+
+
+def _open_eval(config: ConfigDict, entry: ConfigDict, split: str) -> Source:
+    return open_source(
+        entry.dataset or config.dataset.name,
+        split,
+        config.dataset.data_dir,
+        num_classes=config.dataset.num_classes,
+    )
 
 
 def open_training(config: ConfigDict) -> Source:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
 from mixer_jax.errors import UserError
+from mixer_jax.keys import EVAL_KEYS
 from mixer_jax.training.metrics import MetricsWriter, read_metrics
 from mixer_jax.training.workdir import absolute, check, differences, save_config, to_json
 from mixer_jax.weights.steps import INDEX
@@ -48,8 +49,8 @@ def test_an_entry_of_the_mixture_makes_another_experiment_and_one_of_evals_does_
 ) -> None:
     without = json.loads(to_json(config))
     config.evals = config_lib.evals(val={"split": "validation"})
-    added = ["dataset: '(absent)' -> ''", "every_steps: '(absent)' -> 0"]
-    added += ["split: '(absent)' -> 'validation'"]
+    values = {name: key.default for name, key in EVAL_KEYS.items()} | {"split": "validation"}
+    added = [f"{name}: '(absent)' -> {value!r}" for name, value in sorted(values.items())]
     assert differences(without, config) == ([f"evals.val.{line}" for line in added], [])
     with_evals = json.loads(to_json(config))
     config.mixture = config_lib.mixture(more={"dataset": "digits"})
@@ -61,7 +62,7 @@ def test_an_entry_of_the_mixture_makes_another_experiment_and_one_of_evals_does_
     config.evals, config.mixture = config_lib.evals(), config_lib.mixture()
     harmless, harmful = differences(with_both, config)
     assert [line.split(":")[0] for line in harmless] == [
-        f"evals.val.{key}" for key in ("dataset", "every_steps", "split")
+        f"evals.val.{key}" for key in sorted(EVAL_KEYS)
     ]
     assert [line.split(":")[0] for line in harmful] == [
         f"mixture.more.{key}" for key in ("dataset", "split", "weight")

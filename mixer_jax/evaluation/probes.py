@@ -1,0 +1,288 @@
+"""Probes: what frozen features are worth, by a classifier learnt from them without gradients.
+
+Every probe is learnt first; then the test split is passed over once, and nothing of it is kept.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mixer_jax.data.examples import Source
+from mixer_jax.data.mixture import relabel, subset
+from mixer_jax.errors import UserError
+from mixer_jax.evaluation.features import FeaturePass, FeaturesOf
+from mixer_jax.evaluation.few_shot import Labels, LinearScorer, draw_shots, fit_least_squares
+from mixer_jax.evaluation.linear_probe import PENALTIES, Moments
+from mixer_jax.evaluation.neighbours import NeighbourScorer
+from mixer_jax.evaluation.passes import Reading
+
+# Of the training split, where the linear probe's penalty is chosen: its last tenth.
+_HELD_OUT_SHARE = 0.1
+
+
+class ProbeSettings(NamedTuple):
+    """Which probe.
+
+    Attributes:
+        method: "few_shot", "linear" or "knn".
+        shots: of few_shot, training images a class.
+        seeds: of few_shot; each draws other images.
+    """
+
+    method: str
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class ProbeScores(NamedTuple):
+    """What a split says of features; shares lie in [0, 1].
+
+    Attributes:
+        method: of the probe.
+        accuracies: by name, "1_shot", "linear" or "knn"; of several seeds, their mean.
+        deviations: sample standard deviation over the seeds, by the same names; 0 for one seed.
+            Empty where there are no seeds.
+        penalty: that the linear probe chose; None for others.
+        num_train: training images learnt from, by all seeds together.
+        num_examples: test images counted.
+        num_bad: of training and test, left out because their images cannot be used.
+    """
+
+    method: str
+    accuracies: dict[str, float]
+    deviations: dict[str, float]
+    penalty: float | None
+    num_train: int
+    num_examples: int
+    num_bad: int = 0
+
+    def counted(self) -> str:
+        """Returns how many were counted and left out, for people."""
+        learnt = f"{self.num_examples:,} images, learnt from {self.num_train:,}"
+        return learnt + (f", {self.num_bad:,} left out that cannot be used" if self.num_bad else "")
+
+    def values(self) -> dict[str, float]:
+        """Returns every number by its name, for files and pictures."""
+        values = dict(self.accuracies)
+        values |= {f"{name}_std": deviation for name, deviation in self.deviations.items()}
+        values |= {} if self.penalty is None else {"penalty": self.penalty}
+        names = ("num_train", "num_examples", "num_bad")
+        return values | {name: float(getattr(self, name)) for name in names}
+
+    def told(self) -> str:
+        """Returns what is said of an evaluation, for people."""
+        parts = []
+        for name, accuracy in self.accuracies.items():
+            spread = f" ± {self.deviations[name]:.2%}" if name in self.deviations else ""
+            parts.append(f"{name.replace('_', '-')} {accuracy:.2%}{spread}")
+        parts += [] if self.penalty is None else [f"penalty {self.penalty:g}"]
+        return f"{', '.join(parts)}, on {self.counted()}"
+
+    def summary(self) -> str:
+        """Returns what is said of an evaluation when a run ends: the same."""
+        return self.told()
+
+
+_Scorer = LinearScorer | NeighbourScorer
+
+
+class _Learnt(NamedTuple):
+    """Probes that are ready to be scored: by name, one for every seed."""
+
+    scorers: dict[str, list[_Scorer]]
+    num_train: int
+    num_bad: int
+    penalty: float | None = None
+
+
+_Look = Callable[[Source], FeaturePass]
+
+
+def run_probe(
+    features_of: FeaturesOf,
+    params: Any,
+    settings: ProbeSettings,
+    train: Source,
+    test: Source,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    eval_crop: str,
+    exif_orientation: bool,
+    skip_bad: bool,
+    threads: int,
+    prefetch_batches: int,
+    labels: Labels | None = None,
+) -> ProbeScores:
+    """Learns a probe from one split's features and scores it on another's.
+
+    Args:
+        features_of: from `compile_features`.
+        params: of the model.
+        settings: which probe.
+        train: what it learns from.
+        test: what it is scored on; classes are matched by their names.
+        mesh: of devices.
+        batch_size: images at a time over all devices; rounded up to a multiple of their number.
+        image_size: as `eval_batches` takes it, like those below.
+        eval_crop: likewise.
+        exif_orientation: likewise.
+        skip_bad: whether images that cannot be used are left out, or an error.
+        threads: likewise.
+        prefetch_batches: likewise.
+        labels: of `train`, kept from an earlier probe, so that few_shot need not read them again.
+
+    Raises:
+        UserError: the sources do not suit a probe or each other, a class has too few examples,
+            images cannot be used and `skip_bad` is false, or there are none.
+    """
+    test = match_classes(train, test)
+    reading = Reading(
+        batch_size,
+        image_size,
+        eval_crop,
+        exif_orientation,
+        skip_bad,
+        threads,
+        prefetch_batches,
+    )
+    look = functools.partial(FeaturePass, features_of, params, mesh=mesh, reading=reading)
+    if settings.method == "few_shot":
+        labels = Labels(train, skip_bad) if labels is None else labels
+        learnt = _learn_few_shot(look, train, settings, labels)
+    else:
+        learnt = {"linear": _learn_linear, "knn": _learn_knn}[settings.method](look, train)
+    return _score(learnt, look(test), settings.method, test.name)
+
+
+def match_classes(train: Source, test: Source) -> Source:
+    """Returns the test split with the labels of the training split's classes.
+
+    Raises:
+        UserError: an example may have several labels, or the test split has a class of its own.
+    """
+    for source in (train, test):
+        if source.multi_label:
+            raise UserError(
+                f"{source.name} has several labels an image, and a probe learns one; name a data "
+                "set with one label an image"
+            )
+    try:
+        return relabel(test, train.class_names)
+    except UserError as error:
+        raise UserError(f"{error}; learn from a split that has all classes") from error
+
+
+def draw_all(settings: ProbeSettings, train: Source, labels: Labels) -> list[np.ndarray]:
+    """Draws the training images of each seed, (most shots, classes); the first rows for fewer.
+
+    Raises:
+        UserError: a class has too few examples.
+    """
+    return [
+        draw_shots(labels, train.class_names, shots=max(settings.shots), seed=seed, name=train.name)
+        for seed in settings.seeds
+    ]
+
+
+def _learn_few_shot(look: _Look, train: Source, settings: ProbeSettings, labels: Labels) -> _Learnt:
+    known: dict[int, np.ndarray] = {}
+    while True:
+        drawn = draw_all(settings, train, labels)
+        wanted = sorted({*np.unique(drawn).tolist()} - known.keys())
+        if not wanted:
+            break
+        for chunk in look(subset(train, wanted)):
+            for row, place in enumerate(chunk.places.tolist()):
+                known[wanted[place]] = chunk.features[row]
+        # For those that turned out unusable, others are drawn.
+        labels.bad |= {place for place in wanted if place not in known}
+    scorers: dict[str, list[_Scorer]] = {}
+    for shots in settings.shots:
+        places = [rows[:shots].ravel().tolist() for rows in drawn]
+        scorers[f"{shots}_shot"] = [
+            fit_least_squares(
+                np.stack([known[place] for place in one]),
+                np.array([labels[place] for place in one]),
+                train.num_classes,
+            )
+            for one in places
+        ]
+    return _Learnt(scorers, len(np.unique(drawn)), len(labels.bad))
+
+
+def _learn_linear(look: _Look, train: Source) -> _Learnt:
+    cut = len(train) - max(1, round(_HELD_OUT_SHARE * len(train)))
+    fit, held_out = (look(subset(train, part)) for part in _parts(cut, len(train)))
+    moments = Moments(train.num_classes)
+    for chunk in fit:
+        moments.add(chunk.features, chunk.labels)
+    num_fit = moments.count
+    if num_fit:
+        path, right = moments.solve(), np.zeros(len(PENALTIES), np.int64)
+        for chunk in held_out:
+            right += path.count_right(chunk.features, chunk.labels, PENALTIES)
+            moments.add(chunk.features, chunk.labels)
+    if not num_fit or moments.count == num_fit:
+        raise UserError(
+            f"{train.name}: {moments.count} images are too few to learn a linear probe and to "
+            "choose its penalty; name a larger split"
+        )
+    # Of equals, the strongest.
+    penalty = max(zip(right.tolist(), PENALTIES, strict=True))[1]
+    num_bad = fit.num_bad + held_out.num_bad
+    scorers: dict[str, list[_Scorer]] = {"linear": [moments.solve().at(penalty)]}
+    return _Learnt(scorers, moments.count, num_bad, penalty)
+
+
+def _parts(cut: int, end: int) -> tuple[range, range]:
+    return range(cut), range(cut, end)
+
+
+def _learn_knn(look: _Look, train: Source) -> _Learnt:
+    seen, bank, count = look(train), np.zeros((0, 0), np.float32), 0
+    labels = np.zeros(len(train), np.int64)
+    for chunk in seen:
+        if not count:
+            # Whole from the start: to join chunks at the end would take the memory twice.
+            bank = np.zeros((len(train), chunk.features.shape[1]), np.float32)
+        rows = slice(count, count + len(chunk.labels))
+        bank[rows], labels[rows] = chunk.features, chunk.labels
+        count = rows.stop
+    if not count:
+        raise UserError(f"{train.name}: there is no example to learn from; name another split")
+    scorer = NeighbourScorer(bank[:count], labels[:count], train.num_classes)
+    return _Learnt({"knn": [scorer]}, count, seen.num_bad)
+
+
+def _score(learnt: _Learnt, chunks: FeaturePass, method: str, name: str) -> ProbeScores:
+    right = {key: np.zeros(len(scorers), np.int64) for key, scorers in learnt.scorers.items()}
+    count = 0
+    for chunk in chunks:
+        count += len(chunk.labels)
+        for key, scorers in learnt.scorers.items():
+            for number, scorer in enumerate(scorers):
+                answers = scorer.scores(chunk.features).argmax(axis=1)
+                right[key][number] += int((answers == chunk.labels).sum())
+    if not count:
+        raise UserError(f"{name}: there is no example to score")
+    shares = {key: (counts / count).tolist() for key, counts in right.items()}
+    deviations = {}
+    if method == "few_shot":
+        deviations = {
+            key: statistics.stdev(found) if len(found) > 1 else 0.0 for key, found in shares.items()
+        }
+    return ProbeScores(
+        method,
+        {key: statistics.fmean(found) for key, found in shares.items()},
+        deviations,
+        learnt.penalty,
+        learnt.num_train,
+        count,
+        learnt.num_bad + chunks.num_bad,
+    )

@@ -1,0 +1,266 @@
+"""Tests of whole probes: from two sources to accuracies, judged by scikit-learn."""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from mixer_jax.data.examples import Source
+from mixer_jax.data.mixture import subset
+from mixer_jax.errors import UserError
+from mixer_jax.evaluation import probes
+from mixer_jax.evaluation.features import Chunk, FeaturePass, FeaturesOf, compile_features
+from mixer_jax.evaluation.few_shot import draw_shots
+from mixer_jax.evaluation.linear_probe import PENALTIES
+from mixer_jax.evaluation.passes import Reading
+from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, run_probe
+from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.parallel.sharding import make_mesh
+from tests.evaluation.conftest import pixels_as_features, read_by
+from tests.evaluation.few_shot_test import judge_by_ridge
+from tests.evaluation.neighbours_test import judge_by_sklearn
+
+TEN = tuple("0123456789")
+
+
+def share_right(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float((scores.argmax(1) == labels).mean())
+
+
+@pytest.fixture(scope="module")
+def features_of(small_model: MlpMixer) -> FeaturesOf:
+    return compile_features(small_model, make_mesh(0, 1))
+
+
+@pytest.mark.parametrize("batch_size", [100, 512])
+def test_few_shot_on_digits(
+    batch_size: int,
+    features_of: FeaturesOf,
+    small_params: Any,
+    digits_train: Source,
+    digits_test: Source,
+    train_features: tuple[np.ndarray, np.ndarray],
+    test_features: tuple[np.ndarray, np.ndarray],
+) -> None:
+    settings = ProbeSettings("few_shot", shots=(1, 5, 25), seeds=(0, 7))
+    reading = read_by(batch_size)._asdict()
+    found = run_probe(
+        features_of, small_params, settings, digits_train, digits_test, make_mesh(0, 1), **reading
+    )
+    features, labels = train_features
+    everything = set()
+    for shots in settings.shots:
+        expected = []
+        for seed in settings.seeds:
+            drawn = draw_shots(labels.tolist(), TEN, shots=shots, seed=seed, name="").ravel()
+            everything |= set(drawn.tolist())
+            scores = judge_by_ridge(features[drawn], labels[drawn], test_features[0], 10)
+            expected.append(share_right(scores, test_features[1]))
+        assert found.accuracies[f"{shots}_shot"] == pytest.approx(np.mean(expected), abs=1e-12)
+        spread = np.std(expected, ddof=1)
+        assert found.deviations[f"{shots}_shot"] == pytest.approx(spread, abs=1e-12)
+    assert 0.15 < found.accuracies["1_shot"] < found.accuracies["25_shot"] < 0.9
+    assert (found.num_train, found.num_examples, found.num_bad) == (len(everything), 360, 0)
+
+
+def test_linear_on_digits(
+    features_of: FeaturesOf,
+    small_params: Any,
+    digits_train: Source,
+    digits_test: Source,
+    train_features: tuple[np.ndarray, np.ndarray],
+    test_features: tuple[np.ndarray, np.ndarray],
+) -> None:
+    train, (features, labels) = subset(digits_train, range(300)), train_features
+    fit, held_out, whole = slice(270), slice(270, 300), slice(300)
+    found = run_probe(
+        features_of,
+        small_params,
+        ProbeSettings("linear"),
+        train,
+        digits_test,
+        make_mesh(0, 1),
+        **read_by(64)._asdict(),
+    )
+    chosen_on = {}
+    for penalty in PENALTIES:
+        scores = judge_by_ridge(features[fit], labels[fit], features[held_out], 10, penalty)
+        chosen_on[penalty] = share_right(scores, labels[held_out])
+    # Of equals, the strongest; neither the first nor the last of the list.
+    best = max(p for p in PENALTIES if chosen_on[p] == max(chosen_on.values()))
+    assert PENALTIES[0] < best < PENALTIES[-1]
+    scores = judge_by_ridge(features[whole], labels[whole], test_features[0], 10, best)
+    assert found.penalty == best
+    assert found.accuracies == {"linear": share_right(scores, test_features[1])}
+    assert (found.num_train, found.num_examples, found.deviations) == (300, 360, {})
+
+
+def test_neighbours_on_digits(
+    features_of: FeaturesOf,
+    small_params: Any,
+    digits_train: Source,
+    digits_test: Source,
+    train_features: tuple[np.ndarray, np.ndarray],
+    test_features: tuple[np.ndarray, np.ndarray],
+) -> None:
+    found = run_probe(
+        features_of,
+        small_params,
+        ProbeSettings("knn"),
+        digits_train,
+        digits_test,
+        make_mesh(0, 1),
+        **read_by(256)._asdict(),
+    )
+    expected = share_right(judge_by_sklearn(*train_features, test_features[0]), test_features[1])
+    assert found.accuracies == {"knn": expected}
+    assert (found.num_train, found.num_examples, found.penalty) == (1437, 360, None)
+
+
+def run_on_pixels(
+    method: str, train: Source, test: Source, skip_bad: bool = False, **settings: Any
+) -> ProbeScores:
+    return run_probe(
+        pixels_as_features,
+        None,
+        ProbeSettings(method, **settings),
+        train,
+        test,
+        make_mesh(0, 1),
+        **read_by(64, skip_bad)._asdict(),
+    )
+
+
+METHODS = ("few_shot", "linear", "knn")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_classes_are_matched_by_name(
+    method: str, digits_train: Source, digits_test: Source
+) -> None:
+    backwards = [dict(digits_test.examples[index]) for index in range(100)]
+    for example in backwards:
+        example["labels"] = (9 - example["labels"][0],)
+    test = Source("backwards", backwards, TEN[::-1])
+    found = run_on_pixels(method, digits_train, test, shots=(5,), seeds=(0,))
+    same = run_on_pixels(
+        method, digits_train, subset(digits_test, range(100)), shots=(5,), seeds=(0,)
+    )
+    assert found == same
+    assert min(found.accuracies.values()) > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_no_probe_can_learn_from(
+    method: str, digits_train: Source, digits_test: Source
+) -> None:
+    several = dataclasses.replace(digits_test, multi_label=True, name="several")
+    for pair in [(digits_train, several), (several, digits_test)]:
+        with pytest.raises(UserError, match=r"^several has several labels an image, and a probe"):
+            run_on_pixels(method, *pair)
+    letters = Source("letters", list(digits_test.examples), tuple("abcdefghij"))
+    with pytest.raises(UserError, match=r"^letters has other classes .*; learn from a split"):
+        run_on_pixels(method, digits_train, letters)
+    with pytest.raises(UserError, match=r"class '.' has|are too few to learn|no example to learn"):
+        run_on_pixels(method, Source("nothing", [], TEN), digits_test)
+    with pytest.raises(UserError, match="there is no example to score"):
+        run_on_pixels(method, digits_train, Source("nothing", [], TEN), shots=(1,))
+
+
+def test_more_shots_than_examples(digits_train: Source, digits_test: Source) -> None:
+    with pytest.raises(UserError, match=r"class '\d' has \d+ examples, fewer than 200 shots; low"):
+        run_on_pixels("few_shot", digits_train, digits_test, shots=(1, 200))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_for_images_that_cannot_be_used_others_are_taken(
+    method: str, digits_train: Source, digits_test: Source
+) -> None:
+    # Every fourth image is broken, which shows when it is decoded and not when its label is read.
+    examples = [dict(digits_train.examples[index]) for index in range(400)]
+    whole = [example for index, example in enumerate(examples) if index % 4]
+    broken = [
+        example if index % 4 else example | {"image": b"broken"}
+        for index, example in enumerate(examples)
+    ]
+    found = run_on_pixels(
+        method, Source("broken", broken, TEN), digits_test, True, shots=(5,), seeds=(0, 1)
+    )
+    if method == "knn":
+        assert found._replace(num_bad=0) == run_on_pixels(
+            method, Source("whole", whole, TEN), digits_test
+        )
+    if method == "few_shot":
+        # Each seed has its fifty in spite of them.
+        assert 50 < found.num_train <= 100
+        assert 5 < found.num_bad < 50
+    else:
+        assert (found.num_train, found.num_bad) == (300, 100)
+    with pytest.raises(UserError, match=r"^broken: .* cannot be used: digits train, example"):
+        run_on_pixels(method, Source("broken", broken, TEN), digits_test, shots=(5,))
+
+
+class Forgetful(FeaturePass):
+    """Makes chunks up, and sees that nobody keeps those of the test split."""
+
+    def __init__(
+        self, features_of: FeaturesOf, params: Any, source: Source, mesh: Mesh, reading: Reading
+    ):
+        super().__init__(features_of, params, source, mesh, reading)
+        self.source, self.may_keep = source, source.name in params
+
+    def __iter__(self) -> Iterator[Chunk]:
+        made: list[weakref.ref[np.ndarray]] = []
+        for start in range(0, len(self.source), 20):
+            places = np.arange(start, min(start + 20, len(self.source)))
+            features = np.random.default_rng(start).normal(size=(len(places), 8))
+            chunk = Chunk(features.astype(np.float32), places % 10, places)
+            made.append(weakref.ref(chunk.features))
+            yield chunk
+            del chunk
+            # The consumer still holds the last one until it is given the next.
+            assert self.may_keep or sum(one() is not None for one in made) <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_kept_of_images_that_were_looked_at(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "FeaturePass", Forgetful)
+    example = {"image": b"", "labels": (0,), "name": ""}
+    labelled = [example | {"labels": (index % 10,)} for index in range(400)]
+    train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)
+    found = run_probe(
+        pixels_as_features,
+        # Few shots are few, and neighbours copied; a linear probe does not even keep the training.
+        {"train"} if method == "few_shot" else set(),
+        ProbeSettings(method),
+        train,
+        test,
+        make_mesh(0, 1),
+        **read_by(20)._asdict(),
+    )
+    assert found.num_examples == 1000
+
+
+def test_what_is_told_and_written() -> None:
+    few = ProbeScores("few_shot", {"1_shot": 0.41, "5_shot": 0.5}, {"1_shot": 0.021}, None, 30, 360)
+    assert few.told() == ("1-shot 41.00% ± 2.10%, 5-shot 50.00%, on 360 images, learnt from 30")
+    assert few.values() == {
+        "1_shot": 0.41,
+        "5_shot": 0.5,
+        "1_shot_std": 0.021,
+        "num_train": 30.0,
+        "num_examples": 360.0,
+        "num_bad": 0.0,
+    }
+    linear = ProbeScores("linear", {"linear": 0.9}, {}, 1024.0, 1437, 360, 2)
+    assert linear.summary() == (
+        "linear 90.00%, penalty 1024, on 360 images, learnt from 1,437, 2 left out that cannot be "
+        "used"
+    )
+    assert linear.values()["penalty"] == 1024.0

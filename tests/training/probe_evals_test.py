@@ -1,0 +1,178 @@
+"""Tests of probes during a run: what it writes, also when it is resumed, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from mixer_jax import main as door
+from mixer_jax.config import evals, validate
+from mixer_jax.errors import UserError
+from mixer_jax.evaluation.probes import ProbeScores
+from mixer_jax.training import curves
+from mixer_jax.training.loop import Result, train_and_evaluate
+from mixer_jax.training.metrics import read_metrics
+from mixer_jax.training.run_sources import open_sources
+from mixer_jax.training.workdir import differences
+from tests.small_run import PLAIN, small_config
+
+PROBES = {"few": "few_shot", "line": "linear", "near": "knn"}
+
+
+def config_of_probes(digits_dir: str, num_steps: int = 8) -> ConfigDict:
+    """The run of digits/low, probed on digits/high, whose classes it does not know."""
+    config = small_config(
+        digits_dir,
+        dataset__name="digits/low",
+        num_steps=num_steps,
+        checkpoint__every_steps=4,
+        **PLAIN,
+    )
+    unknown = {"dataset": "digits/high", "train_split": "train[:200]", "split": "test[:60]"}
+    config.evals = evals(
+        test={"every_steps": 4},
+        few={"kind": "few_shot", "every_steps": 4, "shots": "1, 5", "probe_seeds": 2, **unknown},
+        line={"kind": "linear", "every_steps": 4, **unknown},
+        near={"kind": "knn", "every_steps": 3, **unknown},
+    )
+    validate(config)
+    return config
+
+
+def scores_of(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics that an evaluation wrote."""
+    return [line for line in read_metrics(str(workdir)) if "loss" not in line]
+
+
+@pytest.fixture(scope="module")
+def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    workdir = tmp_path_factory.mktemp("probed")
+    return workdir, train_and_evaluate(config_of_probes(digits_dir), str(workdir))
+
+
+def test_a_run_writes_the_scores_of_all_kinds(finished: tuple[Path, Result]) -> None:
+    lines = scores_of(finished[0])
+    for key in ("test/top1", "few/1_shot", "few/5_shot", "line/linear", "near/knn"):
+        steps = [line["step"] for line in lines if key in line]
+        assert steps == ([3, 6, 8] if key == "near/knn" else [4, 8])
+    few = [line for line in lines if "few/5_shot" in line]
+    assert all(line["few/num_examples"] == 60 for line in few)
+    assert all(25 < line["few/num_train"] <= 50 for line in few)
+    # The features change as training goes on.
+    assert len({line["few/5_shot"] for line in few}) > 1
+    assert 0.2 < few[-1]["few/5_shot"] <= 1
+    assert 0 <= few[-1]["few/5_shot_std"] < 0.3
+    last = next(line for line in reversed(lines) if "line/linear" in line)
+    assert last["line/num_train"] == 200
+    assert last["line/penalty"] > 0
+
+
+def test_the_scores_of_the_last_step_are_the_results(finished: tuple[Path, Result]) -> None:
+    workdir, result = finished
+    lines = scores_of(workdir)
+    for name in ("test", *PROBES):
+        values = {f"{name}/{key}": value for key, value in result.scores[name].values().items()}
+        assert {"step": 8, **values} in lines
+
+
+def test_a_resumed_run_writes_the_same(
+    finished: tuple[Path, Result], digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of_probes(digits_dir)
+    with monkeypatch.context() as patch:
+        # As if it were preempted at step 5.
+        patch.setattr("mixer_jax.training.loop._ask_hosts", lambda step, flag: step == 5)
+        assert train_and_evaluate(config, str(tmp_path)).step == 5
+    assert train_and_evaluate(config, str(tmp_path)).step == 8
+    assert scores_of(tmp_path) == scores_of(finished[0])
+    again = train_and_evaluate(config, str(tmp_path))
+    assert again.scores == finished[1].scores
+
+
+def test_what_is_told_at_the_end(finished: tuple[Path, Result], digits_dir: str) -> None:
+    config = config_of_probes(digits_dir)
+    told = door._farewell(finished[1], "run", config)
+    assert "\nfew: 1-shot " in told
+    assert "\ntest: " in told
+    assert "--dataset=digits/low --split=test" in told
+    probes_only = config_of_probes(digits_dir)
+    with probes_only.evals.unlocked():
+        del probes_only.evals.test
+    assert "mixer_jax.evaluate" not in door._farewell(finished[1], "run", probes_only)
+
+
+def test_accuracies_of_probes_are_drawn() -> None:
+    names = ("test/top1", "few/1_shot", "few/25_shot", "line/linear", "near/knn")
+    assert all(curves._is_accuracy(name) for name in names)
+    others = ("loss", "few/1_shot_std", "line/penalty", "test/top5", "near/num_train", "linear")
+    assert not any(curves._is_accuracy(name) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"kind": "probe"}, r"evals\.e\.kind='probe' is unknown; choose classify or few_shot or"),
+        ({"shots": ""}, r"evals\.e\.shots='' is no list of whole numbers above zero; pass e\.g\."),
+        ({"shots": "1,0"}, r"evals\.e\.shots='1,0' is no list"),
+        ({"shots": "5 10"}, r"evals\.e\.shots='5 10' is no list"),
+        ({"shots": "1,,5"}, r"evals\.e\.shots='1,,5' is no list"),
+        ({"shots": "²"}, r"evals\.e\.shots='²' is no list"),
+        ({"shots": "-1"}, r"evals\.e\.shots='-1' is no list"),
+        ({"probe_seeds": 0}, r"evals\.e\.probe_seeds=0 is out of range; pass 1 or more"),
+    ],
+)
+def test_what_the_config_refuses(entry: dict[str, Any], message: str, digits_dir: str) -> None:
+    config = small_config(digits_dir)
+    config.evals = evals(e={"kind": "few_shot"} | entry)
+    with pytest.raises(UserError, match=f"^config.{message}"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"dataset": "digits/high", "shots": "1,200"},
+            r"^digits/high train: class '\d' has \d+ examples, fewer than 200 shots; lower shots",
+        ),
+        ({"train_split": "trian"}, "^split 'trian' of data set"),
+        ({"split": "tset"}, "split 'tset' of data set"),
+    ],
+)
+def test_what_the_data_refuse_before_training_begins(
+    entry: dict[str, Any], message: str, digits_dir: str, tmp_path: Path
+) -> None:
+    config = small_config(digits_dir, **PLAIN)
+    config.evals = evals(e={"kind": "few_shot"} | entry)
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config, str(tmp_path))
+    assert read_metrics(str(tmp_path)) == []
+
+
+def test_classes_that_the_run_does_not_know(tmp_path: Path, digits_dir: str) -> None:
+    for place in ("train/cat", "test/cat", "train/dog", "test/dog"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(b"")
+    config = small_config(digits_dir, **PLAIN)
+    config.evals = evals(e={"kind": "knn", "dataset": f"folder:{tmp_path}"})
+    sources = open_sources(config)
+    assert sources.evals["e"].class_names == sources.probe_train["e"].class_names == ("cat", "dog")
+
+
+def test_runs_of_before_there_were_probes_go_on(digits_dir: str) -> None:
+    config = small_config(digits_dir)
+    saved = config.to_dict()
+    for key in ("kind", "train_split", "shots", "probe_seeds"):
+        del saved["evals"]["test"][key]
+    assert differences(saved, config) == ([], [])
+    config.evals = evals(test={"kind": "linear", "every_steps": 10})
+    assert differences(saved, config) == (["evals.test.kind: 'classify' -> 'linear'"], [])
+
+
+def test_every_kind_of_probe_was_run(finished: tuple[Path, Result]) -> None:
+    for name, method in PROBES.items():
+        scores = finished[1].scores[name]
+        assert isinstance(scores, ProbeScores)
+        assert scores.method == method
