@@ -1,8 +1,7 @@
-"""What the doors share: reading a config from the command line, and how a program ends."""
+"""What the doors share: their arguments, and how a program ends."""
 
 import argparse
 import codecs
-import importlib.util
 import os
 import signal
 import sys
@@ -11,11 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging
-from ml_collections import ConfigDict
 
-from mixer_jax.config import KIND_NAMES, check_known, flatten
-from mixer_jax.errors import RunFailedError, UserError, did_you_mean
-from mixer_jax.keys import ENTRY_KEYS, KEYS
+from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.keys import KEYS
 from mixer_jax.streams import open_streams
 from mixer_jax.weights.about import About
 
@@ -183,100 +180,3 @@ def set_up_libraries(compilation_cache: str) -> None:
 
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def read_config(file_and_argument: str, overrides: Sequence[str]) -> ConfigDict:
-    """Returns the config of a file with the overrides of the command line applied.
-
-    Args:
-        file_and_argument: as `load_config` takes it.
-        overrides: arguments that the door itself did not know; each `--config.KEY=VALUE`, or
-            `--config.KEY` followed by `VALUE`.
-
-    Raises:
-        UserError: an argument is not of this form, or names no key, or gives no value of its type.
-    """
-    config = load_config(file_and_argument)
-    rest = list(overrides)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--config."):
-            raise UserError(f"argument {argument!r} is unknown; see --help")
-        path, equals, text = argument.removeprefix("--config.").partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"argument {argument!r} has no value; write {argument}=VALUE")
-            text = rest.pop(0)
-        override(config, path, text)
-    return config
-
-
-def load_config(file_and_argument: str) -> ConfigDict:
-    """Returns what `get_config` of a config file gives.
-
-    Args:
-        file_and_argument: `PATH.py`, or `PATH.py:ARGUMENT` to call `get_config(ARGUMENT)`.
-
-    Raises:
-        UserError: no such file, no `get_config` in it, or it does not take this argument.
-    """
-    path, argument = _split_argument(file_and_argument)
-    if not path.is_file():
-        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
-        hint = did_you_mean(str(path), siblings)
-        raise UserError(f"config file {str(path)!r} does not exist{hint}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {str(path)!r} is no Python file; name one ending in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(argument) if argument else module.get_config()
-    except UserError as error:
-        raise UserError(f"config file {file_and_argument!r}: {error}") from error
-    except (Exception, SystemExit) as error:
-        # A config is the user's code: whatever it raises is theirs to read, in one line.
-        reason = str(error).partition("\n")[0] or "no reason given"
-        kind = type(error).__name__
-        raise UserError(f"config file {file_and_argument!r} fails: {kind}: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {file_and_argument!r}: get_config() must return a ConfigDict")
-    return config
-
-
-def experiment_name(file_and_argument: str) -> str:
-    """Returns the name of a config: `configs/digits.py:low` is "digits_low"."""
-    path, argument = _split_argument(file_and_argument)
-    return f"{path.stem}_{argument}" if argument else path.stem
-
-
-def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets the key `path`, e.g. "optimizer.learning_rate", to the value that `text` spells.
-
-    Raises:
-        UserError: the key does not exist, or the text is not of the key's type.
-    """
-    present = flatten(config)
-    entries = [key for key in present if key.partition(".")[0] in ENTRY_KEYS]
-    check_known(path, [*KEYS, *entries])
-    if path not in present:
-        raise UserError(f"config.{path} is missing; start from config.get_default()")
-    *sections, name = path.split(".")
-    node = config
-    for section in sections:
-        node = node[section]
-    node[name] = _parse(path, text, type(node[name]))
-
-
-def _parse(path: str, text: str, kind: type) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"config.{path}={text!r} is not {KIND_NAMES[kind]}; pass one") from None
-
-
-def _split_argument(file_and_argument: str) -> tuple[Path, str]:
-    path, _, argument = file_and_argument.partition(":")
-    return Path(path), argument

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mixer_jax import command_line
 from mixer_jax.config import resolve_num_steps, validate
+from mixer_jax.config_file import read_config
 from mixer_jax.errors import RunFailedError, UserError
 
 _FORMATS = (".png", ".pdf", ".jpg")
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     known, overrides = parser.parse_known_args(arguments)
     _check_out(known.out)
-    config = command_line.read_config(known.config, overrides)
+    config = read_config(known.config, overrides)
     validate(config)
     most = min(config.batch_size, _MOST_IMAGES)
     if not 1 <= known.num_images <= most:

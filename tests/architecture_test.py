@@ -16,12 +16,21 @@ FLOORS = [
     {"errors", "keys"},
     {"model", "data", "parallel", "streams"},
     {"config"},
-    {"weights"},
+    {"weights", "config_file"},
     {"command_line", "evaluation", "classifier"},
     {"training"},
-    {"benchmarks"},
+    {"benchmarks", "transfers"},
 ]
-DOORS = {"main", "prepare", "evaluate", "predict", "convert", "visualize", "benchmark"}
+DOORS = {
+    "main",
+    "prepare",
+    "evaluate",
+    "transfer",
+    "predict",
+    "convert",
+    "visualize",
+    "benchmark",
+}
 
 # Where each heavy library may be imported at all, by path in the package.
 HEAVY = {
@@ -36,7 +45,7 @@ HEAVY = {
     "tensorflow_datasets": {"data/"},
     "clu": {"training/metrics.py"},
     "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
-    "matplotlib": {"training/curves.py", "training/pictures.py"},
+    "matplotlib": {"training/curves.py", "training/pictures.py", "transfers/picture.py"},
     "sklearn": {"data/builders/digits.py", "benchmarks/photographs.py"},
 }
 
@@ -111,6 +120,7 @@ def test_no_file_outgrows_its_idea(path: Path) -> None:
         ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
         ("mixer_jax.prepare", {"jax", "numpy", "tensorflow_datasets", "cv2", "sklearn"}),
         ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.transfer", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.classifier", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixer_jax.command_line import load_config
 from mixer_jax.config import validate
+from mixer_jax.config_file import load_config
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import Widths, num_parameters
 from mixer_jax.training.beginning import find_beginning, initial_state

@@ -4,8 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mixer_jax.command_line import read_config
 from mixer_jax.config import validate
+from mixer_jax.config_file import read_config
 
 OVERRIDES: dict[str, Any] = {
     "num_steps": 20,

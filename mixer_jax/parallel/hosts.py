@@ -20,7 +20,7 @@ _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def join(mode: str) -> None:
-    """Joins the other hosts of a run, before any device is used.
+    """Joins the other hosts of a run, before any device is used; once is enough for a process.
 
     Args:
         mode: "yes"; "no"; or "auto", which joins where a TPU VM, SLURM, Open MPI or
@@ -30,6 +30,8 @@ def join(mode: str) -> None:
     Raises:
         UserError: the other hosts cannot be found.
     """
+    if jax.distributed.is_initialized():
+        return
     if mode == "no" or (mode == "auto" and not _in_cluster()):
         return
     try:

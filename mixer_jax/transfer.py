@@ -1,0 +1,168 @@
+"""Judge a checkpoint by a suite: `python -m mixer_jax.transfer --checkpoint=… --suite=…`."""
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixer_jax import command_line
+from mixer_jax.config_file import Overrides, read_overrides, run_file
+from mixer_jax.errors import UserError
+from mixer_jax.evaluation.paper import DATA
+from mixer_jax.evaluation.suites import SUITES, few_shot_suite
+from mixer_jax.evaluation.tasks import Suite
+from mixer_jax.keys import EVAL_KEYS, KEYS
+from mixer_jax.training import workdir as workdirs
+from mixer_jax.weights.places import RUN, Place, find_weights
+
+_FEW_SHOT = "few_shot"
+# Arguments that judging takes under their own names.
+_AS_THEY_ARE = (
+    "image_size",
+    "data_dir",
+    "tasks",
+    "shard",
+    "dry_run",
+    "keep_checkpoints",
+    "throughput",
+    "pretrained_on",
+)
+_EPILOG = f"""suites:
+{chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
+  few_shot   probes on the data set that --dataset names
+  FILE.py    your own: a file with SUITE = Suite(...), made of mixer_jax.evaluation.tasks
+
+What has ended is not done again: the same command goes on after it was stopped or killed.
+--config.KEY=VALUE changes a key of every fine-tuning run, as of mixer_jax.main, e.g.
+--config.recipe.accumulation_steps=8; the table then says so."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit code."""
+    known, overrides = _parse(arguments)
+    if known.report:
+        if not known.workdir:
+            raise UserError("--report needs --workdir, the folder of a suite")
+        command_line.set_up_libraries("")
+        from mixer_jax.transfers.report import report
+
+        report(workdirs.absolute(known.workdir))
+        return 0
+    if not known.checkpoint or not known.suite:
+        raise UserError("--checkpoint and --suite are needed, or --report with --workdir")
+    suite = _find_suite(known)
+    place = find_weights(known.checkpoint, known.step)
+
+    # From here on the heavy libraries are needed.
+    command_line.set_up_libraries(KEYS["compilation_cache"].default)
+    from mixer_jax.transfers.judging import Wish, judge
+
+    wish = Wish(
+        suite,
+        place,
+        workdirs.absolute(known.workdir or _default_workdir(place, known.suite)),
+        overrides,
+        **{name: getattr(known, name) for name in _AS_THEY_ARE},
+    )
+    ended = judge(wish)
+    if ended.stopped_by is not None:
+        return command_line.INTERRUPTED if ended.stopped_by == signal.SIGINT else 0
+    return 1 if ended.failures else 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    parser = command_line.Parser(
+        prog="python -m mixer_jax.transfer",
+        description="Fine-tune and probe a checkpoint on a suite of tasks by the paper's protocol, "
+        "and print the table.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="WEIGHTS", help=command_line.WEIGHTS_HELP)
+    add("--step", type=int, help="which checkpoint of a run; default: the newest")
+    add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
+    add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE")
+    add(
+        "--image_size",
+        default="own",
+        help="own: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
+        "larger ones; or a side, pixels; default: own",
+    )
+    add("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
+    add("--tasks", type=_names, default=(), help="only these, e.g. cifar10,pets")
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N shares")
+    add("--dry_run", action="store_true", help="say what would be done, and what is missing")
+    add("--report", action="store_true", help="only print the table of --workdir, and write it")
+    add("--keep_checkpoints", action="store_true", help="of runs that have ended")
+    add("--no_throughput", dest="throughput", action="store_false", help="do not measure images/s")
+    add("--pretrained_on", choices=[*DATA, "none"], default="", help="default: as told")
+    few = parser.add_argument_group("of --suite=few_shot")
+    few.add_argument("--dataset", help="TFDS name or folder:PATH")
+    few.add_argument("--train_split", default="train", help="default: train")
+    few.add_argument("--test_split", default="", help="default: validation of ImageNet, else test")
+    few.add_argument("--shots", type=_numbers, default=EVAL_KEYS["shots"].default)
+    few.add_argument("--probes", type=_names, default=(_FEW_SHOT,), help="few_shot,linear,knn")
+    known, rest = parser.parse_known_args(arguments)
+    return known, read_overrides(rest)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of images a class; pass e.g. 1,5,10")
+    return tuple(sorted({int(number) for number in numbers}))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; pass 1/4, 2/4, 3/4 and 4/4")
+    return int(number), int(count)
+
+
+def _find_suite(known: argparse.Namespace) -> Suite:
+    """Returns the suite that --suite names.
+
+    Raises:
+        UserError: there is none, or an argument that it needs lacks or has no say.
+    """
+    if known.suite == _FEW_SHOT:
+        methods = EVAL_KEYS["kind"].choices[1:]
+        if not known.dataset:
+            raise UserError("--suite=few_shot needs --dataset, e.g. --dataset=imagenet2012")
+        for method in known.probes:
+            if method not in methods:
+                raise UserError(f"--probes names {method!r}; choose among {', '.join(methods)}")
+        usual = "validation" if known.dataset.startswith("imagenet2012") else "test"
+        test_split = known.test_split or usual
+        return few_shot_suite(
+            known.dataset, known.train_split, test_split, known.shots, known.probes
+        )
+    if known.dataset:
+        raise UserError("--dataset is for --suite=few_shot; a suite names its own data sets")
+    if known.suite.endswith(".py"):
+        suite = run_file(Path(known.suite), lambda module: module.SUITE, "suite")
+        if not isinstance(suite, Suite):
+            raise UserError(
+                f"suite file {known.suite!r}: SUITE must be a Suite of evaluation.tasks"
+            )
+        return suite
+    if known.suite not in SUITES:
+        names = ", ".join([*SUITES, _FEW_SHOT])
+        raise UserError(f"--suite={known.suite} is unknown; choose {names}, or name a .py file")
+    return SUITES[known.suite]
+
+
+def _default_workdir(place: Place, suite: str) -> str:
+    name = Path(place.path).name
+    name = name if place.kind in (RUN, "hub") else name.partition(".")[0]
+    return f"runs/{name}_{Path(suite).stem}"
+
+
+if __name__ == "__main__":
+    command_line.run(main, needs_output=False)

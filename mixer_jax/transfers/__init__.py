@@ -1,0 +1,1 @@
+"""Suites of transfer tasks: their runs, what comes of them, and the table."""

@@ -1,0 +1,131 @@
+"""The data of a suite: what is there, what is missing, and at which size its images are seen."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mixer_jax.data.examples import Source
+from mixer_jax.data.image_sizes import typical_area
+from mixer_jax.data.sources import open_source
+from mixer_jax.errors import NotPreparedError, UserError
+from mixer_jax.evaluation.tasks import FineTune, Task
+from mixer_jax.model.variants import check_image_size
+from mixer_jax.weights.about import About
+
+OWN, AUTO = "own", "auto"
+# VTAB's rule, as arXiv 1912.11370 has it: smaller images are seen at the smaller size.
+_SMALL_AREA = 96 * 96
+
+
+class Data(NamedTuple):
+    """What is known of a suite's data.
+
+    Attributes:
+        sources: the splits of every task whose data are there, by the task's name.
+        missing: what is wrong with the others, in one line, by the task's name.
+        advice: what to do so that they are there, one line a data set.
+        notes: of data that are not what TFDS's metadata say.
+    """
+
+    sources: dict[str, list[Source]]
+    missing: dict[str, str]
+    advice: list[str]
+    notes: list[str]
+
+
+def splits_of(task: Task) -> tuple[str, ...]:
+    """Returns the splits that a task uses, in the order of its `num_examples`."""
+    if isinstance(task, FineTune):
+        return task.choose_split, task.validation_split, task.train_split, task.test_split
+    return task.train_split, task.test_split
+
+
+def look_for(tasks: Sequence[Task], data_dir: str) -> Data:
+    """Opens all data that tasks need, which costs little; uses no device.
+
+    Args:
+        tasks: of a suite.
+        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
+
+    Raises:
+        UserError: a data set has another number of classes than the task says.
+    """
+    data = Data({}, {}, [], [])
+    for task in tasks:
+        sources = []
+        also = task.also.values() if isinstance(task, FineTune) else ()
+        for dataset, split in [*((task.dataset, split) for split in splits_of(task)), *also]:
+            try:
+                sources.append(open_source(dataset, split, data_dir))
+            except UserError as error:
+                data.missing.setdefault(task.name, str(error))
+                advice = error.advice if isinstance(error, NotPreparedError) else str(error)
+                if advice not in data.advice:
+                    data.advice.append(advice)
+        if task.name not in data.missing:
+            data.sources[task.name] = sources[: len(splits_of(task))]
+            _check(task, data.sources[task.name], data)
+    return data
+
+
+def check_all_there(tasks: Sequence[Task], data: Data) -> None:
+    """Raises UserError, naming the tasks and the way out, if data of some are missing."""
+    if not data.missing:
+        return
+    names = list(data.missing)
+    if len(tasks) == 1:
+        raise UserError(data.missing[names[0]])
+    rest = [task.name for task in tasks if task.name in data.sources]
+    others = f", and --tasks={','.join(rest)} does the others" if rest else ""
+    raise UserError(
+        f"{len(names)} of {len(tasks)} tasks lack their data: {', '.join(names)}; --dry_run says "
+        f"how to get them{others}"
+    )
+
+
+def choose_image_size(task: Task, wish: str, about: About, sources: list[Source]) -> int:
+    """Returns the side at which a task's images are seen, pixels.
+
+    Args:
+        task: of the suite.
+        wish: `OWN`, the weights' own size; `AUTO`, that for images smaller than 96 × 96 px and
+            twice that for others; or a number of pixels.
+        about: what the weights say of themselves.
+        sources: of the task, looked at if it does not say how large its images are; empty: the
+            data are not there, and taken for large.
+
+    Raises:
+        UserError: the size does not suit the weights.
+    """
+    height, width = about.image_size
+    if wish.isdecimal():
+        side = int(wish)
+        check_image_size(side, side, about.widths.patch_size)
+        return side
+    if height != width:
+        raise UserError(
+            f"the weights are for images of {height} × {width} px, and suites use square ones; "
+            f"pass --image_size={min(height, width)}"
+        )
+    if wish == OWN:
+        return height
+    large = task.large
+    if large is None:
+        large = not sources or typical_area(sources[0]) >= _SMALL_AREA
+    return 2 * height if large else height
+
+
+def _check(task: Task, sources: list[Source], data: Data) -> None:
+    classes = sources[0].num_classes
+    if task.num_classes and classes != task.num_classes:
+        raise UserError(
+            f"task {task.name}: {task.dataset} has {classes:,} classes and not "
+            f"{task.num_classes:,}; it is another data set of that name"
+        )
+    for split, source, expected in zip(
+        splits_of(task), sources, task.num_examples or map(len, sources), strict=True
+    ):
+        if len(source) != expected:
+            data.notes.append(
+                f"not the protocol's data: {task.dataset} {split} has {len(source):,} images, not "
+                f"{expected:,}"
+            )

@@ -1,0 +1,152 @@
+"""The map of a whole suite: `judge`."""
+
+import os
+import signal
+from typing import NamedTuple
+
+from mixer_jax.config_file import Overrides
+from mixer_jax.evaluation.paper import tell_data
+from mixer_jax.evaluation.tasks import Suite
+from mixer_jax.keys import KEYS
+from mixer_jax.parallel import hosts
+from mixer_jax.training.metrics import read_metrics
+from mixer_jax.transfers import data_sets, outlook
+from mixer_jax.transfers.cost import device_days, measure_throughput
+from mixer_jax.transfers.data_sets import Data
+from mixer_jax.transfers.plan import Plan, check_runs, pick_tasks, save_plan
+from mixer_jax.transfers.protocol import Doing, StoppedError, do_tasks
+from mixer_jax.transfers.report import read_throughput, report, save_throughput
+from mixer_jax.transfers.runs import Setting, check_overrides
+from mixer_jax.weights.load import Weights, load_weights
+from mixer_jax.weights.places import HUB, RUN, Place
+from mixer_jax.weights.steps import FOLDER
+
+
+class Wish(NamedTuple):
+    """What is to be judged, and how.
+
+    Attributes:
+        suite: of tasks.
+        place: of the weights.
+        workdir: absolute path or URL of the suite.
+        overrides: keys that the user changes.
+        image_size: as `data_sets.choose_image_size` takes it.
+        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
+        tasks: names of those to do; empty: all.
+        shard: i and n, for the i-th of n shares of them.
+        dry_run: whether only to say what would be done.
+        keep_checkpoints: of runs that have ended.
+        throughput: whether to measure it.
+        pretrained_on: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
+    """
+
+    suite: Suite
+    place: Place
+    workdir: str
+    overrides: Overrides
+    image_size: str
+    data_dir: str
+    tasks: tuple[str, ...]
+    shard: tuple[int, int]
+    dry_run: bool
+    keep_checkpoints: bool
+    throughput: bool
+    pretrained_on: str
+
+
+class Ended(NamedTuple):
+    """How judging ended.
+
+    Attributes:
+        failures: of tasks, by name: why.
+        stopped_by: the signal that stopped it, or None.
+    """
+
+    failures: dict[str, str]
+    stopped_by: signal.Signals | None = None
+
+
+def judge(wish: Wish) -> Ended:
+    """Does a suite's tasks, or what is left of them, and prints the table.
+
+    Raises:
+        UserError: data are missing, the folder holds another suite, or an argument is wrong.
+    """
+    check_overrides(wish.overrides)
+    tasks = pick_tasks(wish.suite, wish.tasks, wish.shard)
+    data = data_sets.look_for(tasks, wish.data_dir)
+    if not wish.dry_run:
+        data_sets.check_all_there(tasks, data)
+        # Before weights are loaded, which may use devices.
+        hosts.join(KEYS["distributed"].default)
+    weights = load_weights(_name(wish.place))
+    plan = _make_plan(wish, weights, data)
+    check_runs(plan, tasks)
+    if wish.dry_run:
+        print(outlook.describe(plan, tasks, data))
+        return Ended({})
+    leader = hosts.is_leader()
+    if leader:
+        save_plan(wish.workdir, plan)
+    say = _say if leader else _say_nothing
+    for note in data.notes:
+        say(note)
+    try:
+        doing = Doing(plan, wish.workdir, weights, wish.keep_checkpoints, say)
+        failures = do_tasks(doing, tasks)
+    except StoppedError as stopped:
+        say("\nstopped; the same command goes on from there")
+        return Ended({}, stopped.received)
+    if leader:
+        if wish.throughput and read_throughput(wish.workdir) is None:
+            save_throughput(wish.workdir, measure_throughput(weights))
+        report(wish.workdir)
+    return Ended(failures)
+
+
+def _make_plan(wish: Wish, weights: Weights, data: Data) -> Plan:
+    about, config = weights.about, weights.config or {}
+    # Those of other shares must get the same sizes there and here.
+    unknown = [task for task in wish.suite.tasks if task.large is None]
+    if wish.image_size == data_sets.AUTO and unknown:
+        data = data_sets.look_for(unknown, wish.data_dir)
+    sizes = {
+        task.name: data_sets.choose_image_size(
+            task, wish.image_size, about, data.sources.get(task.name, [])
+        )
+        for task in wish.suite.tasks
+    }
+    dataset, init_from = config.get("dataset", {}).get("name", ""), config.get("init_from", "")
+    told = tell_data(dataset, init_from, about.num_classes)
+    return Plan(
+        wish.suite,
+        Setting(_name(wish.place), about, wish.data_dir, wish.overrides),
+        sizes,
+        {"": told, "none": ""}.get(wish.pretrained_on, wish.pretrained_on),
+        _pretraining(wish.place, weights),
+    )
+
+
+def _pretraining(place: Place, weights: Weights) -> float | None:
+    """Returns the device-days of the run that weights come from; None: not known."""
+    if place.kind != RUN or weights.config is None:
+        return None
+    lines = [line for line in read_metrics(place.path) if line["step"] <= (weights.step or 0)]
+    return device_days(lines, weights.config["batch_size"]) or None
+
+
+def _name(place: Place) -> str:
+    """Returns a checkpoint's name that means the same from anywhere, and later."""
+    if place.kind == RUN:
+        return f"{place.path}/{FOLDER}/{place.step}"
+    if place.kind == "hub":
+        return HUB + place.path
+    return place.path if "://" in place.path else os.path.abspath(place.path)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    del text

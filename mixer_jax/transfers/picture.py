@@ -1,0 +1,44 @@
+"""The picture of a suite: its tasks as dots, beside the paper's where it has them."""
+
+import io
+
+from etils import epath
+
+from mixer_jax.transfers.table import Table
+
+PICTURE_FILE = "results.png"
+
+
+def draw(table: Table, workdir: str) -> None:
+    """Draws a table as `results.png`.
+
+    Args:
+        table: to draw.
+        workdir: absolute path or URL of the suite.
+    """
+    # Drawn without pyplot, which would choose a window system and keep the figure.
+    from matplotlib.figure import Figure
+
+    rows = [row for row in table.rows if row.mean is not None or row.paper is not None]
+    if not rows:
+        return
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    for place, row in zip(places, rows, strict=True):
+        if row.paper is not None:
+            axes.plot(row.paper, place, "d", color="tab:orange", markersize=8, zorder=1)
+        if row.mean is not None:
+            axes.errorbar(row.mean, place, xerr=row.deviation, fmt="o", color="tab:blue", zorder=2)
+    axes.plot([], [], "o", color="tab:blue", label="measured here, mean and deviation")
+    if any(row.paper is not None for row in rows):
+        axes.plot([], [], "d", color="tab:orange", label="from the paper")
+    axes.set_yticks(list(places), [row.task for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1 accuracy (%)")
+    axes.set_title(table.title, fontsize=9, wrap=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    (epath.Path(workdir) / PICTURE_FILE).write_bytes(picture.getvalue())

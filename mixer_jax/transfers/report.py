@@ -1,0 +1,61 @@
+"""What a suite ends with: the table on the terminal, and as CSV, JSON, Markdown and a picture."""
+
+import json
+
+from etils import epath
+
+from mixer_jax.errors import UserError
+from mixer_jax.training.workdir import write_whole
+from mixer_jax.transfers import table as tables
+from mixer_jax.transfers.cost import Throughput
+from mixer_jax.transfers.picture import draw
+from mixer_jax.transfers.plan import SUITE_FILE, read_plan
+
+THROUGHPUT_FILE = "throughput.json"
+_FORMS = {
+    "results.txt": tables.as_text,
+    "results.csv": tables.as_csv,
+    "results.json": tables.as_json,
+    "results.md": tables.as_markdown,
+}
+
+
+def report(workdir: str) -> None:
+    """Prints a suite's table as it stands, and writes it in every form beside its results.
+
+    Args:
+        workdir: absolute path or URL of the suite.
+
+    Raises:
+        UserError: there is no suite in it, or a file of it is damaged.
+    """
+    plan = read_plan(workdir)
+    if plan is None:
+        raise UserError(f"--workdir={workdir} holds no suite: there is no {SUITE_FILE} in it")
+    table = tables.make_table(plan, workdir, read_throughput(workdir))
+    for name, form in _FORMS.items():
+        write_whole(epath.Path(workdir) / name, form(table))
+    draw(table, workdir)
+    print(f"\n{tables.as_text(table)}")
+    print(f"\nalso as {workdir}/results.{{csv,json,md,png}}", flush=True)
+
+
+def save_throughput(workdir: str, measured: Throughput) -> None:
+    """Writes what `cost.measure_throughput` found."""
+    text = json.dumps(measured._asdict(), indent=2) + "\n"
+    write_whole(epath.Path(workdir) / THROUGHPUT_FILE, text)
+
+
+def read_throughput(workdir: str) -> Throughput | None:
+    """Returns what `save_throughput` wrote; None: nothing yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = epath.Path(workdir) / THROUGHPUT_FILE
+    if not path.exists():
+        return None
+    try:
+        return Throughput(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged; remove it") from error
