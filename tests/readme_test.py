@@ -43,6 +43,12 @@ def small(command: list[str], data_dir: str) -> list[str]:
         return [*command, f"--data_dir={data_dir}"]
     if "mixer_jax.prepare" in command:
         return [*command, "--data_dir=data"]
+    if "mixer_jax.transfer" in command:
+        if "--report" in command:
+            return command
+        # A whole suite is tested elsewhere.
+        some = ["--tasks=few_shot_5_to_9,knn_5_to_9"] if "--suite=digits" in command else []
+        return [*command, *some, "--no_throughput", f"--data_dir={data_dir}"]
     if "mixer_jax.visualize" in command:
         return [*command, f"--config.dataset.data_dir={data_dir}"]
     if "--mode=input" in command:

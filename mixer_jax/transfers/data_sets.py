@@ -97,6 +97,10 @@ def choose_image_size(task: Task, wish: str, about: About, sources: list[Source]
         UserError: the size does not suit the weights.
     """
     height, width = about.image_size
+    if not wish.isdecimal() and wish not in (OWN, AUTO):
+        raise UserError(
+            f"--image_size={wish} is none of {OWN}, {AUTO} and a number of pixels; pass one"
+        )
     if wish.isdecimal():
         side = int(wish)
         check_image_size(side, side, about.widths.patch_size)

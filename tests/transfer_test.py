@@ -1,0 +1,162 @@
+"""Tests of the door `transfer`: its documentation, its arguments, what it says of wrong ones."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mixer_jax import command_line, transfer
+from mixer_jax.errors import UserError
+from tests.door import run_door
+from tests.random_weights import random_weights, save_run
+
+DOCS = (Path(__file__).parent.parent / "docs" / "transfer.md").read_text()
+COMMANDS = [line for line in DOCS.splitlines() if line.startswith("python -m mixer_jax.transfer")]
+
+
+@pytest.fixture(autouse=True)
+def place(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> Path:
+    """The working folder, with weights in runs/low; libraries stay as the tests set them."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "runs").mkdir()
+    (place / "runs" / "low").symlink_to(weights)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(command_line, "set_up_libraries", lambda compilation_cache: None)
+    return place
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(save_run(random_weights(), tmp_path_factory.mktemp("weights") / "low"))
+
+
+def test_the_documentations_commands_run(
+    digits_dir: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(COMMANDS) == 4
+    told = []
+    for line in COMMANDS:
+        arguments = shlex.split(line)[3:]
+        if "--report" not in arguments:
+            arguments += [f"--data_dir={digits_dir}", "--no_throughput"]
+        if "--suite=digits" in arguments:
+            arguments += ["--tasks=knn_5_to_9,linear_5_to_9"]
+        assert transfer.main(arguments) == 0, line
+        told.append(capsys.readouterr().out)
+    dry, digits, few, again = told
+    assert "19 tasks, 114 runs" in dry
+    assert re.search(r"^knn_5_to_9, random weights +16 +\d+\.\d\d +1 +167", digits, re.MULTILINE)
+    for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
+        assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
+    assert again in digits
+    rows = json.loads((place / "runs/low_few_shot/results.json").read_text())["rows"]
+    assert {row["num_examples"] for row in rows} == {167}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--checkpoint and --suite are needed, or --report with --workdir"),
+        (["--suite=digits"], "--checkpoint and --suite are needed"),
+        (["--suite=digits", "--checkpoint=runs/none"], "'runs/none' holds no checkpoint"),
+        (["--suite=digits", "--checkpoint=a.npz"], "'a.npz' does not exist"),
+        (["--suite=vtab", "--checkpoint=runs/low"], "--suite=vtab is unknown; choose avg5, imagen"),
+        (["--suite=no.py", "--checkpoint=runs/low"], "suite file 'no.py' does not exist"),
+        (["--suite=bad.py", "--checkpoint=runs/low"], "'bad.py' fails: NameError: name 'x' is no"),
+        (["--suite=empty.py", "--checkpoint=runs/low"], "'empty.py' fails: AttributeError: .*SUIT"),
+        (["--suite=other.py", "--checkpoint=runs/low"], "'other.py': SUITE must be a Suite of ev"),
+        (["--suite=few_shot", "--checkpoint=runs/low"], "--suite=few_shot needs --dataset"),
+        (["--suite=avg5", "--checkpoint=runs/low", "--dataset=x"], "--dataset is for --suite=few"),
+        (["--suite=digits", "--checkpoint=runs/low", "--shard=3/2"], "'3/2' is no share; pass 1/4"),
+        (["--suite=digits", "--checkpoint=runs/low", "--shard=9/9"], "--shard=9/9 is empty"),
+        (["--suite=digits", "--checkpoint=runs/low", "--tasks=x"], "--tasks names 'x', which suit"),
+        (["--suite=digits", "--checkpoint=runs/low", "--shots=1,0"], "'1,0' is no list of images"),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--image_size=30"],
+            "image_size 30 is not divisible by patch_size 4; the nearest are 28 and 32",
+        ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--image_size=x"],
+            "--image_size=x is none of",
+        ),
+        (["--suite=digits", "--checkpoint=runs/low", "--step=7"], "has no step 7; it has 1"),
+        (
+            ["--suite=few_shot", "--checkpoint=runs/low", "--dataset=digits/high", "--probes=svm"],
+            "--probes names 'svm'; choose among few_shot, linear, knn",
+        ),
+        (
+            ["--suite=few_shot", "--checkpoint=runs/low", "--dataset=folder:none"],
+            "none' is no folder|none' does not exist",
+        ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--config.seed=3"],
+            r"--config\.seed=3: a suite sets seed itself, for each of its runs",
+        ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--config.x=3"],
+            r"config\.x is no configurat",
+        ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--colour=3"],
+            "argument '--colour=3' is unkn",
+        ),
+        (["--report"], "--report needs --workdir, the folder of a suite"),
+        (["--report", "--workdir=runs/low"], "holds no suite: there is no suite.json in it"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, place: Path) -> None:
+    (place / "bad.py").write_text("x")
+    (place / "empty.py").write_text("")
+    (place / "other.py").write_text("SUITE = 3")
+    before = sorted(place.iterdir())
+    if "--report" not in arguments:
+        arguments = [*arguments, f"--data_dir={digits_dir}"]
+    with pytest.raises(UserError, match=message) as caught:
+        transfer.main(arguments)
+    assert "\n" not in str(caught.value)
+    assert [path for path in sorted(place.iterdir()) if path.name != "__pycache__"] == before
+    assert [path.name for path in (place / "runs").iterdir()] == ["low"]
+
+
+@pytest.mark.parametrize("file", ["suite.json", "result.json", "throughput.json"])
+def test_damaged_files_are_named(
+    file: str, digits_dir: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
+    arguments += ["--tasks=knn_5_to_9", "--workdir=here"]
+    assert transfer.main(arguments) == 0
+    (path,) = [path for path in (place / "here").rglob(file) if "fresh" not in path.parts]
+    path.write_text("{")
+    with pytest.raises(UserError, match=rf"{file} is"):
+        transfer.main(["--report", "--workdir=here"])
+    path.write_text('{"a": 1}')
+    with pytest.raises(UserError, match=rf"{file} is"):
+        transfer.main(["--report", "--workdir=here"])
+
+
+def test_missing_data_exit_with_2_and_leave_nothing(
+    place: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    arguments = ["--checkpoint=runs/low", "--suite=avg5", "--data_dir=nowhere", "--workdir=here"]
+    done = run_door("transfer", *arguments, code=2)
+    assert done.stderr.startswith("error: 5 of 5 tasks lack their data: imagenet, cifar10")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (place / "here").exists()
+
+
+def test_a_failed_task_exits_with_1(
+    digits_dir: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("mixer_jax.transfers.protocol.probe_task", fail)
+    arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
+    arguments += ["--tasks=knn_5_to_9", "--workdir=here", "--no_throughput"]
+    assert transfer.main(arguments) == 1
+    assert "knn_5_to_9 failed: RuntimeError: it broke" in (place / "here/results.txt").read_text()
