@@ -24,12 +24,16 @@ class NotPreparedError(UserError):
         self.advice = advice
 
 
+class UnwritableError(UserError):
+    """What must be kept cannot be written, so that going on would be in vain."""
+
+
 class RunFailedError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
 
 
 class DivergedError(RunFailedError):
-    """A run whose numbers are no longer finite; it would be so again."""
+    """A run whose numbers are no longer finite, on all hosts alike; it would be so again."""
 
 
 def one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Judge a checkpoint by a suite: `python -m mixer_jax.transfer --checkpoint=… --suite=…`."""
 
 import argparse
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from mixer_jax.config_file import Overrides, read_overrides, run_file
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.paper import DATA
 from mixer_jax.evaluation.suites import SUITES, few_shot_suite
-from mixer_jax.evaluation.tasks import Suite
-from mixer_jax.keys import EVAL_KEYS, KEYS
+from mixer_jax.evaluation.tasks import AUTO, METHODS, OWN, Suite, check_suite
+from mixer_jax.keys import EVAL_KEYS
 from mixer_jax.training import workdir as workdirs
-from mixer_jax.weights.places import RUN, Place, find_weights
+from mixer_jax.transfers.runs import check_changes, check_overrides, default_config
+from mixer_jax.weights.places import HUB_FILE, KINDS, RUN, Place, find_weights
+from mixer_jax.weights.steps import FOLDER
 
 _FEW_SHOT = "few_shot"
 # Arguments that judging takes under their own names.
@@ -41,8 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
     known, overrides = _parse(arguments)
     if known.report:
-        if not known.workdir:
-            raise UserError("--report needs --workdir, the folder of a suite")
+        _check_report(known, arguments)
         command_line.set_up_libraries("")
         from mixer_jax.transfers.report import report
 
@@ -51,16 +53,19 @@ def main(arguments: Sequence[str]) -> int:
     if not known.checkpoint or not known.suite:
         raise UserError("--checkpoint and --suite are needed, or --report with --workdir")
     suite = _find_suite(known)
+    check_suite(suite)
+    check_changes(suite)
+    check_overrides(overrides)
     place = find_weights(known.checkpoint, known.step)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(KEYS["compilation_cache"].default)
+    command_line.set_up_libraries(default_config(overrides).compilation_cache)
     from mixer_jax.transfers.judging import Wish, judge
 
     wish = Wish(
         suite,
         place,
-        workdirs.absolute(known.workdir or _default_workdir(place, known.suite)),
+        workdirs.absolute(known.workdir or _default_workdir(place, known)),
         overrides,
         **{name: getattr(known, name) for name in _AS_THEY_ARE},
     )
@@ -82,10 +87,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     add("--checkpoint", metavar="WEIGHTS", help=command_line.WEIGHTS_HELP)
     add("--step", type=int, help="which checkpoint of a run; default: the newest")
     add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
-    add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE")
+    add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE…")
     add(
         "--image_size",
-        default="own",
+        type=_image_size,
+        default=OWN,
         help="own: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
         "larger ones; or a side, pixels; default: own",
     )
@@ -118,11 +124,29 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(number) for number in numbers}))
 
 
+def _image_size(text: str) -> str:
+    if text not in (OWN, AUTO) and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {OWN}, {AUTO} and a number of pixels; pass one"
+        )
+    return text
+
+
 def _shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no share; pass 1/4, 2/4, 3/4 and 4/4")
     return int(number), int(count)
+
+
+def _check_report(known: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raises UserError unless --report comes with --workdir and with nothing else."""
+    if not known.workdir:
+        raise UserError("--report needs --workdir, the folder of a suite")
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    others = [flag for flag in flags if flag not in ("--report", "--workdir")]
+    if others:
+        raise UserError(f"--report takes only --workdir; leave out {', '.join(others)}")
 
 
 def _find_suite(known: argparse.Namespace) -> Suite:
@@ -132,12 +156,11 @@ def _find_suite(known: argparse.Namespace) -> Suite:
         UserError: there is none, or an argument that it needs lacks or has no say.
     """
     if known.suite == _FEW_SHOT:
-        methods = EVAL_KEYS["kind"].choices[1:]
         if not known.dataset:
             raise UserError("--suite=few_shot needs --dataset, e.g. --dataset=imagenet2012")
         for method in known.probes:
-            if method not in methods:
-                raise UserError(f"--probes names {method!r}; choose among {', '.join(methods)}")
+            if method not in METHODS:
+                raise UserError(f"--probes names {method!r}; choose among {', '.join(METHODS)}")
         usual = "validation" if known.dataset.startswith("imagenet2012") else "test"
         test_split = known.test_split or usual
         return few_shot_suite(
@@ -158,10 +181,24 @@ def _find_suite(known: argparse.Namespace) -> Suite:
     return SUITES[known.suite]
 
 
-def _default_workdir(place: Place, suite: str) -> str:
-    name = Path(place.path).name
-    name = name if place.kind in (RUN, "hub") else name.partition(".")[0]
-    return f"runs/{name}_{Path(suite).stem}"
+def _default_workdir(place: Place, known: argparse.Namespace) -> str:
+    """Returns the folder of a suite: the names of weights, step, suite and data set."""
+    path = Path(place.path)
+    if place.kind == "hub":
+        name = place.path.partition("/")[2]
+    elif path.name == HUB_FILE:
+        # All are called so; their folder has the name.
+        name = path.parent.name
+    else:
+        ends = [] if place.kind == RUN else [end for end in KINDS if path.name.endswith(end)]
+        name = path.name.removesuffix(ends[0]) if ends else path.name
+    parts = [name, Path(known.suite).stem]
+    asked = Path(known.checkpoint)
+    if known.step is not None or (asked.parent.name == FOLDER and asked.name.isdecimal()):
+        parts.insert(1, str(place.step))
+    if known.suite == _FEW_SHOT:
+        parts.append(known.dataset)
+    return "runs/" + "_".join(re.sub(r"[^\w.+-]+", "_", part).strip("_") for part in parts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from mixer_jax import command_line, transfer
 from mixer_jax.errors import UserError
+from mixer_jax.weights.places import Place
 from tests.door import run_door
 from tests.random_weights import random_weights, save_run
 
@@ -53,7 +54,7 @@ def test_the_documentations_commands_run(
     for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
         assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
     assert again in digits
-    rows = json.loads((place / "runs/low_few_shot/results.json").read_text())["rows"]
+    rows = json.loads((place / "runs/low_few_shot_digits_high/results.json").read_text())["rows"]
     assert {row["num_examples"] for row in rows} == {167}
 
 
@@ -81,7 +82,7 @@ def test_the_documentations_commands_run(
         ),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--image_size=x"],
-            "--image_size=x is none of",
+            "argument --image_size: 'x' is none of own, auto and a number",
         ),
         (["--suite=digits", "--checkpoint=runs/low", "--step=7"], "has no step 7; it has 1"),
         (
@@ -104,6 +105,22 @@ def test_the_documentations_commands_run(
             ["--suite=digits", "--checkpoint=runs/low", "--colour=3"],
             "argument '--colour=3' is unkn",
         ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--config.distributed=maybe"],
+            r"config\.distributed='maybe' is unknown; choose auto or yes or no",
+        ),
+        (
+            ["--suite=digits", "--checkpoint=runs/low", "--workdir=runs/low"],
+            r"low' belongs to a run of mixer_jax\.main; choose another --workdir",
+        ),
+        (
+            ["--suite=wrong.py", "--checkpoint=runs/low"],
+            "suite wrong: tasks is no list of FineTune and Probe",
+        ),
+        (
+            ["--report", "--workdir=x", "--suite=digits", "--dry_run", "--config.seed=3"],
+            r"--report takes only --workdir; leave out --suite, --dry_run, --config\.seed",
+        ),
         (["--report"], "--report needs --workdir, the folder of a suite"),
         (["--report", "--workdir=runs/low"], "holds no suite: there is no suite.json in it"),
     ],
@@ -112,6 +129,8 @@ def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, pl
     (place / "bad.py").write_text("x")
     (place / "empty.py").write_text("")
     (place / "other.py").write_text("SUITE = 3")
+    suite = "from mixer_jax.evaluation.tasks import Suite\nSUITE = Suite('wrong', '', ())"
+    (place / "wrong.py").write_text(suite)
     before = sorted(place.iterdir())
     if "--report" not in arguments:
         arguments = [*arguments, f"--data_dir={digits_dir}"]
@@ -122,12 +141,67 @@ def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, pl
     assert [path.name for path in (place / "runs").iterdir()] == ["low"]
 
 
+@pytest.mark.parametrize("value", ["abc", "0", "-3", ""])
+def test_sizes_are_told_before_weights_are_looked_for(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "find_weights", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match=f"{value!r} is none of own, auto and a number of pixels"):
+        transfer.main(["--suite=digits", "--checkpoint=runs/low", f"--image_size={value}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "folder"),
+    [
+        (["--suite=digits"], Place("run", "/a/low", 7), "runs/low_digits"),
+        (["--suite=digits", "--step=7"], Place("run", "/a/low", 7), "runs/low_7_digits"),
+        (["--suite=a/b.py"], Place("npz", "/a/Mixer-B_16.v2.npz"), "runs/Mixer-B_16.v2_b"),
+        (["--suite=vtab1k"], Place("torch", "a.b.pth.tar"), "runs/a.b_vtab1k"),
+        (["--suite=vtab1k"], Place("safetensors", "/m/l16/model.safetensors"), "runs/l16_vtab1k"),
+        (
+            ["--suite=avg5"],
+            Place("hub", "timm/mixer.goog@refs/pr/1"),
+            "runs/mixer.goog_refs_pr_1_av",
+        ),
+        (
+            ["--suite=few_shot", "--dataset=digits/high"],
+            Place("run", "/a/low", 7),
+            "runs/low_few_shot_digits_high",
+        ),
+        (
+            ["--suite=few_shot", "--dataset=folder:../my photos/"],
+            Place("run", "/a/low", 7),
+            "runs/low_few_shot_folder_.._my_photos",
+        ),
+    ],
+)
+def test_default_folders_differ(arguments: list[str], place: Place, folder: str) -> None:
+    known, _ = transfer._parse(["--checkpoint=low", *arguments])
+    assert transfer._default_workdir(place, known).startswith(folder)
+    named, _ = transfer._parse(["--checkpoint=low/checkpoints/7", *arguments])
+    if place.kind == "run":
+        assert transfer._default_workdir(place, named).startswith("runs/low_7_")
+
+
+def test_programs_are_kept_where_the_key_says(
+    digits_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[str] = []
+    monkeypatch.setattr(command_line, "set_up_libraries", folders.append)
+    arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
+    arguments += ["--dry_run", "--tasks=knn_5_to_9"]
+    for more in ([], ["--config.compilation_cache=/c"]):
+        assert transfer.main([*arguments, *more]) == 0
+    assert folders == ["~/.cache/mixer_jax", "/c"]
+
+
 @pytest.mark.parametrize("file", ["suite.json", "result.json", "throughput.json"])
 def test_damaged_files_are_named(
     file: str, digits_dir: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--tasks=knn_5_to_9", "--workdir=here"]
+    arguments += [] if file == "throughput.json" else ["--no_throughput"]
     assert transfer.main(arguments) == 0
     (path,) = [path for path in (place / "here").rglob(file) if "fresh" not in path.parts]
     path.write_text("{")

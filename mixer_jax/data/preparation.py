@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mixer_jax import locks
 from mixer_jax.errors import RunFailedError, UserError
 
 FORMAT = "array_record"
@@ -26,7 +27,6 @@ _INFO = "dataset_info.json"
 # Begins like TFDS's own unfinished folders, which readers pass over.
 _DRAFT = f"incomplete.{FORMAT}"
 _OPEN_FILES = 4096
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
 def is_prepared(builder: Any) -> bool:
@@ -62,37 +62,19 @@ def locked(builder: Any, *, wait: bool = False) -> Iterator[None]:
         UserError: another program prepares it, and `wait` is false.
         OSError: the folder cannot be written.
     """
-    import fcntl  # There is none on Windows.
-
     path = Path(builder.data_path.parent, f".{builder.data_path.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            if error.errno in _NO_LOCKS:
-                # Then another's work cannot be told from leftovers, which stay.
-                yield
-                return
-            if isinstance(error, BlockingIOError):
-                raise UserError(
-                    f"another program is preparing data set {builder.info.full_name} in "
-                    f"{builder.data_path.parent}; wait until it has ended"
-                ) from None
-            raise
-        # Whoever held the lock before has removed its file; then a new one is needed.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                break
-        os.close(file)
-    try:
-        _remove_leftovers(Path(builder.data_path))
+            held = stack.enter_context(locks.locked(path, wait=wait))
+        except BlockingIOError:
+            raise UserError(
+                f"another program is preparing data set {builder.info.full_name} in "
+                f"{builder.data_path.parent}; wait until it has ended"
+            ) from None
+        # Without a lock, another's work cannot be told from leftovers, which stay.
+        if held:
+            _remove_leftovers(Path(builder.data_path))
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Features before the head, of every example of a split, chunk by chunk."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -111,3 +111,20 @@ class FeaturePass:
                 )
             if len(rows):
                 yield chunk
+
+
+def together(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+    """Yields the same in larger chunks.
+
+    Args:
+        chunks: of one pass.
+        rows: that one has at least, but for the last.
+    """
+    held: list[Chunk] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(len(one.labels) for one in held) >= rows:
+            yield Chunk(*map(np.concatenate, zip(*held, strict=True)))
+            held.clear()
+    if held:
+        yield Chunk(*map(np.concatenate, zip(*held, strict=True)))

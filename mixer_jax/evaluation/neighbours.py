@@ -38,35 +38,56 @@ class NeighbourScorer:
         self._temperature, self._bank_rows = temperature, bank_rows
 
     def scores(self, features: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "n classes"]:
-        """Returns each class's share of the weights of the nearest neighbours."""
+        """Returns each class's share of the weights of the nearest neighbours.
+
+        The whole bank is gone through once a call, so that thousands are better asked together.
+        """
+        similarities, places = self._nearest(_normalise(features))
+        # Relative to the nearest one, which changes no share.
+        weights = np.exp((similarities - similarities[:, :1]) / self._temperature)
+        weights /= weights.sum(axis=1, keepdims=True)
         scores = np.zeros((len(features), self._num_classes))
-        for start in range(0, len(features), _QUERY_ROWS):
-            rows = slice(start, start + _QUERY_ROWS)
-            similarities, places = self._nearest(_normalise(features[rows]))
-            # Relative to the nearest one, which changes no share.
-            weights = np.exp((similarities - similarities[:, :1]) / self._temperature)
-            weights /= weights.sum(axis=1, keepdims=True)
-            numbers = np.arange(len(places))[:, None]
-            np.add.at(scores[rows], (numbers, self._labels[places]), weights)
+        np.add.at(scores, (np.arange(len(places))[:, None], self._labels[places]), weights)
         return scores
 
     def _nearest(
         self, queries: Float64[np.ndarray, "n d"]
     ) -> tuple[Float64[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
         """Returns similarity and place of the nearest, the nearest first."""
-        best, places = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
+        best = np.full((len(queries), self._neighbours), -np.inf)
+        places = np.zeros(best.shape, np.int64)
         for start in range(0, len(self._bank), self._bank_rows):
             block = _normalise(self._bank[start : start + self._bank_rows])
-            found = np.broadcast_to(
-                np.arange(start, start + len(block)), (len(queries), len(block))
-            )
-            best = np.concatenate([best, queries @ block.T], axis=1)
-            # Those from before stand first, as their places are lower: ties keep their order.
-            places = np.concatenate([places, found], axis=1)
-            chosen = largest(best, min(self._neighbours, best.shape[1]))
-            best = np.take_along_axis(best, chosen, axis=1)
-            places = np.take_along_axis(places, chosen, axis=1)
+            for first in range(0, len(queries), _QUERY_ROWS):
+                rows = slice(first, first + _QUERY_ROWS)
+                _keep_best(best[rows], places[rows], queries[rows] @ block.T, start)
         return best, places
+
+
+def _keep_best(
+    best: Float64[np.ndarray, "n k"],
+    places: Int[np.ndarray, "n k"],
+    found: Float64[np.ndarray, "n m"],
+    start: int,
+) -> None:
+    """Puts what was found among the best, in place; the first of equals wins.
+
+    Args:
+        best: similarities, the largest first.
+        places: theirs, all before `start`.
+        found: similarities of places from `start` on.
+        start: place of the first.
+    """
+    # After the first blocks hardly any is better than the worst kept.
+    columns = np.flatnonzero((found > best[:, -1:]).any(axis=0))
+    if not len(columns):
+        return
+    # Those from before stand first, as their places are lower: ties keep their order.
+    values = np.concatenate([best, found[:, columns]], axis=1)
+    numbers = np.broadcast_to(start + columns, (len(best), len(columns)))
+    chosen = largest(values, best.shape[1])
+    best[:] = np.take_along_axis(values, chosen, axis=1)
+    places[:] = np.take_along_axis(np.concatenate([places, numbers], axis=1), chosen, axis=1)
 
 
 def largest(values: Float64[np.ndarray, "n m"], count: int) -> Int[np.ndarray, "n count"]:

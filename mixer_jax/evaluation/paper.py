@@ -1,5 +1,6 @@
 """What the paper measured with its Mixers (Tables 2 and 3), to stand beside our own results."""
 
+import re
 from typing import NamedTuple
 
 
@@ -74,16 +75,19 @@ def find_row(data: str, variant: str, image_size: int) -> PaperRow | None:
     return next(rows, None)
 
 
-def tell_data(dataset: str, init_from: str, num_classes: int) -> str:
+def tell_data(dataset: str, init_from: str, num_classes: int, mixture: bool = False) -> str:
     """Returns what weights were pre-trained on, one of `DATA`; empty where it cannot be told.
 
     Args:
-        dataset: of the run that trained them; empty: they are no run's.
+        dataset: of the run that trained them; empty: they are no run's, and the number of classes
+            has to tell.
         init_from: of that run; weights that began with others were pre-trained on more than it.
         num_classes: of their head.
+        mixture: whether that run trained on several data sets.
     """
-    if init_from:
+    if init_from or mixture:
         return ""
     if not dataset:
         return _CLASSES.get(num_classes, "")
-    return next((data for name, data in _DATA.items() if dataset.startswith(name)), "")
+    # As in imagenet2012:5.1.0 and NAME/CONFIG@LABEL; imagenet2012_subset is another data set.
+    return _DATA.get(re.split("[/:@]", dataset)[0], "")

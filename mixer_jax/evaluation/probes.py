@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import relabel, subset
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.features import FeaturePass, FeaturesOf
+from mixer_jax.evaluation.features import FeaturePass, FeaturesOf, together
 from mixer_jax.evaluation.few_shot import Labels, LinearScorer, draw_shots, fit_least_squares
 from mixer_jax.evaluation.linear_probe import PENALTIES, Moments
 from mixer_jax.evaluation.neighbours import NeighbourScorer
@@ -22,6 +22,8 @@ from mixer_jax.evaluation.passes import Reading
 
 # Of the training split, where the linear probe's penalty is chosen: its last tenth.
 _HELD_OUT_SHARE = 0.1
+# Of the test split, rows that are scored together.
+_ROWS_TOGETHER = 4096
 
 
 class ProbeSettings(NamedTuple):
@@ -263,7 +265,8 @@ def _learn_knn(look: _Look, train: Source) -> _Learnt:
 def _score(learnt: _Learnt, chunks: FeaturePass, method: str, name: str) -> ProbeScores:
     right = {key: np.zeros(len(scorers), np.int64) for key, scorers in learnt.scorers.items()}
     count = 0
-    for chunk in chunks:
+    # A neighbour scorer goes through all that it has learnt each time.
+    for chunk in together(chunks, _ROWS_TOGETHER):
         count += len(chunk.labels)
         for key, scorers in learnt.scorers.items():
             for number, scorer in enumerate(scorers):

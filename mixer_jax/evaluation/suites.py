@@ -93,12 +93,10 @@ DIGITS: tuple[Task, ...] = (
         num_examples=(656, 73, 729, 167),
         num_steps=300,
         warmup_steps=30,
-        learning_rates=(0.01, 0.03, 0.1),
-        batch_size=128,
+        learning_rates=(0.03, 0.1, 0.3),
+        batch_size=64,
         large=False,
-        train_crop="shift",
         flip=False,
-        eval_crop="whole",
     ),
     *(
         Probe(

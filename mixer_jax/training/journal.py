@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from mixer_jax.errors import RunFailedError
+from mixer_jax.errors import DivergedError
 from mixer_jax.training.experiment import AnyScores, Experiment, throughput
 from mixer_jax.training.metrics import MetricsWriter
 from mixer_jax.training.progress import Progress
@@ -54,7 +54,7 @@ class Journal:
         """Waits for the recorded step and writes it down if it is due.
 
         Raises:
-            RunFailedError: one of its metrics is not a finite number.
+            DivergedError: one of its metrics is not a finite number.
         """
         if self._pending is None:
             return
@@ -63,7 +63,7 @@ class Journal:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise RunFailedError(f"{name} is {value} at step {step}")
+                raise DivergedError(f"{name} is {value} at step {step}")
         self.progress.advance()
         self.window.append(values["loss"])
         config = self._experiment.config

@@ -163,7 +163,7 @@ def _ask_hosts(step: int, flag: bool) -> bool:
 
 def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> RunFailedError:
     kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
-    return RunFailedError(f"{error}; {kept}; try a lower learning rate or a longer warmup")
+    return type(error)(f"{error}; {kept}; try a lower learning rate or a longer warmup")
 
 
 def _describe(experiment: Experiment, first_step: int, beginning: Beginning | None) -> str:

@@ -65,9 +65,14 @@ def save_config(workdir: str, config: ConfigDict) -> None:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader, even after a crash, finds all of it or the old one."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    # Two programs may write the same file at once, each its own draft.
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def to_json(config: ConfigDict) -> str:

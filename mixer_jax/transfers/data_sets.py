@@ -1,19 +1,25 @@
 """The data of a suite: what is there, what is missing, and at which size its images are seen."""
 
+import dataclasses
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mixer_jax.data.examples import Source
+from mixer_jax.data.folder import FOLDER
 from mixer_jax.data.image_sizes import typical_area
 from mixer_jax.data.sources import open_source
 from mixer_jax.errors import NotPreparedError, UserError
-from mixer_jax.evaluation.tasks import FineTune, Task
+from mixer_jax.evaluation.few_shot import Labels
+from mixer_jax.evaluation.probes import ProbeSettings, draw_all, match_classes
+from mixer_jax.evaluation.tasks import OWN, FineTune, Probe, Suite, Task
 from mixer_jax.model.variants import check_image_size
 from mixer_jax.weights.about import About
 
-OWN, AUTO = "own", "auto"
 # VTAB's rule, as arXiv 1912.11370 has it: smaller images are seen at the smaller size.
 _SMALL_AREA = 96 * 96
+# Of larger splits the labels are not read before their task begins.
+_MOST_LABELS = 100_000
 
 
 class Data(NamedTuple):
@@ -37,6 +43,22 @@ def splits_of(task: Task) -> tuple[str, ...]:
     if isinstance(task, FineTune):
         return task.choose_split, task.validation_split, task.train_split, task.test_split
     return task.train_split, task.test_split
+
+
+def with_absolute_folders(suite: Suite) -> Suite:
+    """Returns a suite whose folders of images are named so that they mean the same from anywhere.
+
+    Args:
+        suite: whose data sets may be "folder:PATH", relative or with a ~.
+    """
+    tasks: list[Task] = []
+    for task in suite.tasks:
+        changed: dict[str, Any] = {"dataset": _absolute(task.dataset)}
+        if isinstance(task, FineTune):
+            places = task.also.items()
+            changed["also"] = {name: (_absolute(data), split) for name, (data, split) in places}
+        tasks.append(dataclasses.replace(task, **changed))
+    return dataclasses.replace(suite, tasks=tuple(tasks))
 
 
 def look_for(tasks: Sequence[Task], data_dir: str) -> Data:
@@ -82,13 +104,40 @@ def check_all_there(tasks: Sequence[Task], data: Data) -> None:
     )
 
 
+def check_probes(tasks: Sequence[Task], data: Data, skip_bad: bool) -> None:
+    """Checks that probes can be learnt from the data that are there.
+
+    Of few-shot probes, that there are enough images of every class, unless there are so many
+    images that reading their labels takes long.
+
+    Args:
+        tasks: of a suite.
+        data: what is there of their data.
+        skip_bad: whether examples that cannot be read are left out, or an error.
+
+    Raises:
+        UserError: they cannot, naming the task and the class.
+    """
+    for task in tasks:
+        if not isinstance(task, Probe) or task.name not in data.sources:
+            continue
+        train, test = data.sources[task.name]
+        try:
+            match_classes(train, test)
+            if task.method == "few_shot" and len(train) <= _MOST_LABELS:
+                settings = ProbeSettings(task.method, tuple(task.shots), tuple(task.seeds))
+                draw_all(settings, train, Labels(train, skip_bad))
+        except UserError as error:
+            raise UserError(f"task {task.name}: {error}") from error
+
+
 def choose_image_size(task: Task, wish: str, about: About, sources: list[Source]) -> int:
     """Returns the side at which a task's images are seen, pixels.
 
     Args:
         task: of the suite.
-        wish: `OWN`, the weights' own size; `AUTO`, that for images smaller than 96 × 96 px and
-            twice that for others; or a number of pixels.
+        wish: `tasks.OWN`, the weights' own size; `tasks.AUTO`, that for images smaller than 96 × 96
+            px and twice that for others; or a number of pixels.
         about: what the weights say of themselves.
         sources: of the task, looked at if it does not say how large its images are; empty: the
             data are not there, and taken for large.
@@ -97,10 +146,6 @@ def choose_image_size(task: Task, wish: str, about: About, sources: list[Source]
         UserError: the size does not suit the weights.
     """
     height, width = about.image_size
-    if not wish.isdecimal() and wish not in (OWN, AUTO):
-        raise UserError(
-            f"--image_size={wish} is none of {OWN}, {AUTO} and a number of pixels; pass one"
-        )
     if wish.isdecimal():
         side = int(wish)
         check_image_size(side, side, about.widths.patch_size)
@@ -116,6 +161,13 @@ def choose_image_size(task: Task, wish: str, about: About, sources: list[Source]
     if large is None:
         large = not sources or typical_area(sources[0]) >= _SMALL_AREA
     return 2 * height if large else height
+
+
+def _absolute(dataset: str) -> str:
+    path = dataset.removeprefix(FOLDER)
+    if path == dataset or not path or "://" in path:
+        return dataset
+    return FOLDER + os.path.abspath(os.path.expanduser(path))
 
 
 def _check(task: Task, sources: list[Source], data: Data) -> None:

@@ -5,19 +5,27 @@ import signal
 from typing import NamedTuple
 
 from mixer_jax.config_file import Overrides
+from mixer_jax.errors import UserError
 from mixer_jax.evaluation.paper import tell_data
-from mixer_jax.evaluation.tasks import Suite
-from mixer_jax.keys import KEYS
+from mixer_jax.evaluation.tasks import AUTO, Suite
 from mixer_jax.parallel import hosts
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.transfers import data_sets, outlook
 from mixer_jax.transfers.cost import device_days, measure_throughput
 from mixer_jax.transfers.data_sets import Data
-from mixer_jax.transfers.plan import Plan, check_runs, pick_tasks, save_plan
+from mixer_jax.transfers.notes import largest_size
+from mixer_jax.transfers.plan import (
+    Plan,
+    check_runs,
+    check_workdir,
+    digest_of,
+    pick_tasks,
+    save_plan,
+)
 from mixer_jax.transfers.protocol import Doing, StoppedError, do_tasks
 from mixer_jax.transfers.report import read_throughput, report, save_throughput
-from mixer_jax.transfers.runs import Setting, check_overrides
-from mixer_jax.weights.load import Weights, load_weights
+from mixer_jax.transfers.runs import Setting, default_config
+from mixer_jax.weights.load import Weights, load_weights, resize
 from mixer_jax.weights.places import HUB, RUN, Place
 from mixer_jax.weights.steps import FOLDER
 
@@ -26,10 +34,10 @@ class Wish(NamedTuple):
     """What is to be judged, and how.
 
     Attributes:
-        suite: of tasks.
+        suite: of tasks, checked by `check_suite`.
         place: of the weights.
         workdir: absolute path or URL of the suite.
-        overrides: keys that the user changes.
+        overrides: keys that the user changes, checked by `check_overrides`.
         image_size: as `data_sets.choose_image_size` takes it.
         data_dir: where TFDS keeps its data sets; empty: TFDS's default.
         tasks: names of those to do; empty: all.
@@ -72,13 +80,17 @@ def judge(wish: Wish) -> Ended:
     Raises:
         UserError: data are missing, the folder holds another suite, or an argument is wrong.
     """
-    check_overrides(wish.overrides)
+    check_workdir(wish.workdir)
+    config = default_config(wish.overrides)
+    wish = wish._replace(suite=data_sets.with_absolute_folders(wish.suite))
     tasks = pick_tasks(wish.suite, wish.tasks, wish.shard)
     data = data_sets.look_for(tasks, wish.data_dir)
     if not wish.dry_run:
         data_sets.check_all_there(tasks, data)
+    data_sets.check_probes(tasks, data, config.bad_images.skip_in_evaluation)
+    if not wish.dry_run:
         # Before weights are loaded, which may use devices.
-        hosts.join(KEYS["distributed"].default)
+        hosts.join(config.distributed)
     weights = load_weights(_name(wish.place))
     plan = _make_plan(wish, weights, data)
     check_runs(plan, tasks)
@@ -86,9 +98,9 @@ def judge(wish: Wish) -> Ended:
         print(outlook.describe(plan, tasks, data))
         return Ended({})
     leader = hosts.is_leader()
-    if leader:
-        save_plan(wish.workdir, plan)
     say = _say if leader else _say_nothing
+    for change in _keep(plan, wish.workdir, weights):
+        say(f"changed since this suite was last started: {change}")
     for note in data.notes:
         say(note)
     try:
@@ -99,16 +111,35 @@ def judge(wish: Wish) -> Ended:
         return Ended({}, stopped.received)
     if leader:
         if wish.throughput and read_throughput(wish.workdir) is None:
-            save_throughput(wish.workdir, measure_throughput(weights))
+            side = largest_size(plan)
+            save_throughput(wish.workdir, measure_throughput(resize(weights, (side, side))))
         report(wish.workdir)
     return Ended(failures)
 
 
+def _keep(plan: Plan, workdir: str, weights: Weights) -> list[str]:
+    """Keeps the plan in its folder, on one host for all; returns what `save_plan` does.
+
+    Raises:
+        UserError: as `save_plan`, on every host, so that none waits for one that has ended.
+    """
+    changes, refused = [], None
+    if hosts.is_leader():
+        try:
+            changes = save_plan(workdir, plan._replace(digest=digest_of(weights.params)))
+        except UserError as error:
+            refused = error
+    if hosts.any_host(refused is not None):
+        raise refused or UserError("the first host refuses this suite; see what it says")
+    return changes
+
+
 def _make_plan(wish: Wish, weights: Weights, data: Data) -> Plan:
     about, config = weights.about, weights.config or {}
+    notes = tuple(data.notes)
     # Those of other shares must get the same sizes there and here.
     unknown = [task for task in wish.suite.tasks if task.large is None]
-    if wish.image_size == data_sets.AUTO and unknown:
+    if wish.image_size == AUTO and unknown:
         data = data_sets.look_for(unknown, wish.data_dir)
     sizes = {
         task.name: data_sets.choose_image_size(
@@ -117,13 +148,15 @@ def _make_plan(wish: Wish, weights: Weights, data: Data) -> Plan:
         for task in wish.suite.tasks
     }
     dataset, init_from = config.get("dataset", {}).get("name", ""), config.get("init_from", "")
-    told = tell_data(dataset, init_from, about.num_classes)
+    told = tell_data(dataset, init_from, about.num_classes, bool(config.get("mixture")))
     return Plan(
         wish.suite,
         Setting(_name(wish.place), about, wish.data_dir, wish.overrides),
         sizes,
         {"": told, "none": ""}.get(wish.pretrained_on, wish.pretrained_on),
         _pretraining(wish.place, weights),
+        data_notes=notes,
+        pretrained_on_assumed=bool(told) and not (dataset or wish.pretrained_on),
     )
 
 

@@ -2,26 +2,17 @@
 
 import io
 
-from etils import epath
-
 from mixer_jax.transfers.table import Table
 
-PICTURE_FILE = "results.png"
 
-
-def draw(table: Table, workdir: str) -> None:
-    """Draws a table as `results.png`.
-
-    Args:
-        table: to draw.
-        workdir: absolute path or URL of the suite.
-    """
+def draw(table: Table) -> bytes:
+    """Returns the picture of a table as a PNG file; nothing where it has no scores."""
     # Drawn without pyplot, which would choose a window system and keep the figure.
     from matplotlib.figure import Figure
 
     rows = [row for row in table.rows if row.mean is not None or row.paper is not None]
     if not rows:
-        return
+        return b""
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
@@ -41,4 +32,4 @@ def draw(table: Table, workdir: str) -> None:
     axes.legend(loc="best", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    (epath.Path(workdir) / PICTURE_FILE).write_bytes(picture.getvalue())
+    return picture.getvalue()

@@ -1,20 +1,35 @@
 """What a suite is going to do, kept in its folder so that a later start does the same."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import tasks as tasks_lib
 from mixer_jax.evaluation.tasks import FineTune, Suite, Task
-from mixer_jax.training.workdir import write_whole
-from mixer_jax.transfers.runs import Run, Setting, choosing_runs, final_runs
+from mixer_jax.training.workdir import CONFIG_FILE, write_whole
+from mixer_jax.transfers.runs import Run, Setting, choosing_runs, final_runs, is_harmless
+from mixer_jax.weights import steps, tree
 from mixer_jax.weights.about import About, from_json
 
 SUITE_FILE = "suite.json"
+_OVERRIDES = "overrides."
+# What says nothing of the result: where data lie, what people are told.
+_NOT_COMPARED = (
+    "data_dir",
+    "device_days",
+    "data_notes",
+    "digest",
+    "pretrained_on_assumed",
+    "suite.title",
+)
 # Differences that an error names.
 _MOST_TOLD = 5
 
@@ -28,6 +43,9 @@ class Plan(NamedTuple):
         image_sizes: of every task by its name, pixels.
         pretrained_on: one of `evaluation.paper.DATA`; empty: unknown.
         device_days: that pre-training took; None: unknown.
+        digest: of the weights, as `digest_of`.
+        data_notes: of data that are not the protocol's, one line each.
+        pretrained_on_assumed: whether that is only assumed, from the number of classes.
     """
 
     suite: Suite
@@ -35,6 +53,9 @@ class Plan(NamedTuple):
     image_sizes: dict[str, int]
     pretrained_on: str = ""
     device_days: float | None = None
+    digest: str = ""
+    data_notes: tuple[str, ...] = ()
+    pretrained_on_assumed: bool = False
 
     @property
     def about(self) -> About:
@@ -48,6 +69,24 @@ class Plan(NamedTuple):
     def final(self, task: FineTune, learning_rate: float) -> dict[int, Run]:
         """Returns a task's final runs, by their seeds."""
         return final_runs(task, self.image_sizes[task.name], self.setting, learning_rate)
+
+
+def digest_of(params: tree.Tree) -> str:
+    """Returns the SHA-256 of parameters on the host: of their paths, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, array in sorted(tree.leaves(params)):
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises UserError if a folder is that of a run and not of a suite."""
+    folder = epath.Path(workdir)
+    if (folder / CONFIG_FILE).exists() or (folder / steps.FOLDER).exists():
+        raise UserError(
+            f"workdir {workdir!r} belongs to a run of mixer_jax.main; choose another --workdir"
+        )
 
 
 def check_runs(plan: Plan, tasks: Sequence[Task]) -> None:
@@ -72,6 +111,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "image_sizes": plan.image_sizes,
         "pretrained_on": plan.pretrained_on,
         "device_days": plan.device_days,
+        "digest": plan.digest,
+        "data_notes": list(plan.data_notes),
+        "pretrained_on_assumed": plan.pretrained_on_assumed,
     }
 
 
@@ -94,6 +136,9 @@ def read_plan(workdir: str) -> Plan | None:
             data["image_sizes"],
             data["pretrained_on"],
             data["device_days"],
+            data["digest"],
+            tuple(data["data_notes"]),
+            data["pretrained_on_assumed"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -101,35 +146,87 @@ def read_plan(workdir: str) -> Plan | None:
         ) from error
 
 
-def save_plan(workdir: str, plan: Plan) -> None:
-    """Writes a plan into its folder, unless it is there.
+def save_plan(workdir: str, plan: Plan) -> list[str]:
+    """Writes a plan into its folder, or what is new in it.
+
+    Args:
+        workdir: absolute path or URL of the suite.
+        plan: to keep.
+
+    Returns:
+        Keys that are set differently from before but do no harm, one line "KEY: old -> new" each.
 
     Raises:
-        UserError: the folder holds another one, or cannot be written.
+        UserError: the folder holds another suite or other weights' results, or cannot be written.
     """
-    old = read_plan(workdir)
-    if old is not None:
-        before, now = dict(_flatten(to_json(old))), dict(_flatten(to_json(plan)))
-        # Where data lie says nothing of the result.
-        differing = [
-            f"{path}: {before.get(path, '(absent)')!r} -> {now.get(path, '(absent)')!r}"
-            for path in {**before, **now}
-            if path != "data_dir" and before.get(path) != now.get(path)
-        ]
-        if differing:
-            told = "; ".join(differing[:_MOST_TOLD]) + ("; …" if differing[_MOST_TOLD:] else "")
-            raise UserError(
-                f"workdir {workdir!r} holds another suite ({told}); choose another --workdir"
-            )
-        return
+    path = epath.Path(workdir) / SUITE_FILE
     try:
-        path = epath.Path(workdir) / SUITE_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(to_json(plan), indent=2) + "\n")
+        if read_plan(workdir) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _create(path, _text(plan))
+        # Read back, for another program may have been first.
+        old = read_plan(workdir) or plan
+        changes = _check_same(workdir, old, plan)
+        # A share of the tasks sees only its own data.
+        notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
+        days = old.device_days if plan.device_days is None else plan.device_days
+        plan = plan._replace(data_notes=notes, device_days=days)
+        if _text(plan) != _text(old):
+            write_whole(path, _text(plan))
     except OSError as error:
         raise UserError(
             f"workdir {workdir!r} cannot be written ({error.strerror}); choose another --workdir"
         ) from error
+    return changes
+
+
+def _text(plan: Plan) -> str:
+    return json.dumps(to_json(plan), indent=2) + "\n"
+
+
+def _create(path: epath.Path, text: str) -> None:
+    """Writes a file, whole, unless there is one: of several programs the first has its way."""
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
+    if "://" in str(path):
+        # An object store has no links; there the last has its way.
+        write_whole(path, text)
+        return
+    try:
+        draft.write_text(text)
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Some file systems have no links either.
+        write_whole(path, text)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _check_same(workdir: str, old: Plan, new: Plan) -> list[str]:
+    """Returns the harmless differences between two plans, and raises UserError for others."""
+    before, now = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
+    if before["checkpoint"] == now["checkpoint"] and old.digest != new.digest:
+        raise UserError(
+            f"workdir {workdir!r} holds results of other weights: the weights of "
+            f"{now['checkpoint']} have changed since; choose another --workdir"
+        )
+    harmless, harmful = [], []
+    for path in {**before, **now}:
+        was, is_now = before.get(path, "(absent)"), now.get(path, "(absent)")
+        if was == is_now or path in _NOT_COMPARED:
+            continue
+        key = path.removeprefix(_OVERRIDES)
+        if key != path and is_harmless(key):
+            harmless.append(f"{key}: {was} -> {is_now}")
+        else:
+            harmful.append(f"{path}: {was!r} -> {is_now!r}")
+    if harmful:
+        told = "; ".join(harmful[:_MOST_TOLD]) + ("; …" if harmful[_MOST_TOLD:] else "")
+        raise UserError(
+            f"workdir {workdir!r} holds another suite ({told}); choose another --workdir"
+        )
+    return harmless
 
 
 def pick_tasks(suite: Suite, names: tuple[str, ...], shard: tuple[int, int]) -> tuple[Task, ...]:

@@ -11,7 +11,6 @@ from mixer_jax.data.sources import open_source
 from mixer_jax.evaluation.features import compile_features
 from mixer_jax.evaluation.probes import ProbeSettings, run_probe
 from mixer_jax.evaluation.tasks import Probe
-from mixer_jax.keys import KEYS
 from mixer_jax.parallel.hosts import is_leader
 from mixer_jax.parallel.sharding import make_mesh
 from mixer_jax.transfers.plan import Plan
@@ -26,7 +25,6 @@ from mixer_jax.transfers.runs import TEST
 from mixer_jax.weights.load import Weights, resize
 from mixer_jax.weights.ready import make_model, place
 
-_BATCH_SIZE = 256
 _SEED_OF_FRESH = 0
 
 
@@ -52,24 +50,25 @@ def probe_task(
         open_source(task.dataset, split, plan.setting.data_dir)
         for split in (task.train_split, task.test_split)
     )
-    mesh = make_mesh(data=0, fsdp=1)
+    config = plan.setting.config()
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     features_of = compile_features(make_model(weights.about), mesh)
     for name, params in _networks(weights, todo):
         start = time.monotonic()
         scores = run_probe(
             features_of,
             place(params, mesh),
-            ProbeSettings(task.method, task.shots, task.seeds),
+            ProbeSettings(task.method, tuple(task.shots), tuple(task.seeds)),
             train,
             test,
             mesh,
-            batch_size=_BATCH_SIZE,
+            batch_size=config.eval_batch_size,
             image_size=weights.about.image_size,
             eval_crop=task.eval_crop or weights.about.eval_crop,
             exif_orientation=weights.about.exif_orientation,
-            skip_bad=False,
-            threads=KEYS["loader.threads"].default,
-            prefetch_batches=KEYS["loader.prefetch_batches"].default,
+            skip_bad=config.bad_images.skip_in_evaluation,
+            threads=config.loader.threads,
+            prefetch_batches=config.loader.prefetch_batches,
         )
         say(f"{task.name}, {name}: {scores.told()}")
         if is_leader():

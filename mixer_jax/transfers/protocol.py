@@ -4,16 +4,19 @@ What has ended lies in the suite's folder as a small file and is not done again,
 killed goes on where it was.
 """
 
+import contextlib
 import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from etils import epath
+import jax
 
-from mixer_jax.errors import DivergedError, RunFailedError, UserError, one_line
+from mixer_jax.errors import DivergedError, RunFailedError, UnwritableError, UserError, one_line
 from mixer_jax.evaluation.tasks import FineTune, Task
-from mixer_jax.parallel.hosts import is_leader
+from mixer_jax.locks import locked
+from mixer_jax.parallel.hosts import any_host, is_leader
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
@@ -23,14 +26,18 @@ from mixer_jax.transfers.probing import probe_task
 from mixer_jax.transfers.results import (
     RunResult,
     choose,
+    drop_checkpoints,
     forget_failure,
     read_result,
     save_failure,
     save_result,
+    writing,
 )
 from mixer_jax.transfers.runs import Run
 from mixer_jax.weights.load import Weights
-from mixer_jax.weights.steps import FOLDER
+
+_LOCK_FILE = ".lock"
+_OTHERS = "another program is doing it in this --workdir; give each its --shard"
 
 
 class StoppedError(Exception):
@@ -62,25 +69,56 @@ class Doing(NamedTuple):
 def do_tasks(doing: Doing, tasks: Sequence[Task]) -> dict[str, str]:
     """Does tasks, one after the other; returns why some failed, by name.
 
+    Of several hosts, one cannot tell whether the others have met an error too, and those that have
+    not would wait for it for ever. So there all errors are raised but divergence, which all see.
+
     Raises:
         StoppedError: the run under way was stopped.
+        UnwritableError: a result cannot be kept.
     """
     failures = {}
     for number, task in enumerate(tasks, start=1):
         doing.say(f"\n[{number}/{len(tasks)}] {task.name}")
         try:
-            do_task(doing, task)
-        except StoppedError:
+            with _lock(doing.workdir, task.name) as ours:
+                if ours:
+                    do_task(doing, task)
+        except (StoppedError, UnwritableError):
             raise
         except Exception as error:
             # Whatever ends one task, running out of memory too, leaves the others to be done.
-            known = isinstance(error, UserError | RunFailedError)
-            reason = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
-            failures[task.name] = reason
-            doing.say(f"{task.name} failed: {reason}")
+            if jax.process_count() > 1 and not isinstance(error, DivergedError):
+                raise
+            failures[task.name] = _reason(error)
             if is_leader():
-                save_failure(doing.workdir, task.name, reason, traceback.format_exc())
+                save_failure(doing.workdir, task.name, _reason(error), traceback.format_exc())
+        if not ours:
+            failures[task.name] = _OTHERS
+        if task.name in failures:
+            doing.say(f"{task.name} failed: {failures[task.name]}")
     return failures
+
+
+@contextlib.contextmanager
+def _lock(workdir: str, name: str) -> Iterator[bool]:
+    """Keeps other programs from doing a task; yields whether it is this program's, on all hosts.
+
+    Where there are no locks, as behind URLs, it is.
+    """
+    with contextlib.ExitStack() as stack:
+        taken = False
+        if is_leader() and "://" not in workdir:
+            with writing(f"{workdir}/{name}"):
+                try:
+                    stack.enter_context(locked(Path(workdir, name, _LOCK_FILE)))
+                except BlockingIOError:
+                    taken = True
+        yield not any_host(taken)
+
+
+def _reason(error: Exception) -> str:
+    known = isinstance(error, UserError | RunFailedError)
+    return str(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def do_task(doing: Doing, task: Task) -> None:
@@ -91,9 +129,10 @@ def do_task(doing: Doing, task: Task) -> None:
         probe_task(doing.plan, task, doing.weights, doing.workdir, doing.say)
         return
     for seed, run in doing.plan.final(task, _choose_rate(doing, task)).items():
-        result = _do_run(doing, run)
+        # Not kept if it diverges: with another number of devices it may not.
+        result = _do_run(doing, run, keep_failure=False)
         if result.failed:
-            raise RunFailedError(f"the final run with seed {seed} failed: {result.failed}")
+            raise DivergedError(f"the final run with seed {seed} failed: {result.failed}")
 
 
 def _choose_rate(doing: Doing, task: FineTune) -> float:
@@ -101,10 +140,10 @@ def _choose_rate(doing: Doing, task: FineTune) -> float:
     choosing = doing.plan.choosing(task)
     if not choosing:
         return task.learning_rates[0]
-    results = {rate: _do_run(doing, run) for rate, run in choosing.items()}
+    results = {rate: _do_run(doing, run, keep_failure=True) for rate, run in choosing.items()}
     chosen = choose(results)
     if chosen is None:
-        raise RunFailedError(
+        raise DivergedError(
             "no learning rate could be trained with: "
             + "; ".join(f"{rate:g}: {run.failed}" for rate, run in results.items())
         )
@@ -112,21 +151,21 @@ def _choose_rate(doing: Doing, task: FineTune) -> float:
     return chosen
 
 
-def _do_run(doing: Doing, run: Run) -> RunResult:
+def _do_run(doing: Doing, run: Run, keep_failure: bool) -> RunResult:
     """Runs what is left of a run; returns what came of it, now or before."""
     folder = f"{doing.workdir}/{run.folder}"
-    result, stopped_by = read_result(folder), None
-    if result is None:
+    result, stopping = read_result(folder, [*run.config.evals]), False
+    if result is None or (result.failed and not keep_failure):
         doing.say(f"\n{run.folder}")
-        result, stopped_by = _train(doing, run, folder)
-        if is_leader():
+        result, received = _train(doing, run, folder)
+        if is_leader() and (keep_failure or not result.failed):
             save_result(folder, result)
+        # The signal may have reached one host alone, after the last step at which they asked.
+        stopping = any_host(received is not None)
     if is_leader() and not doing.keep_checkpoints:
-        checkpoints = epath.Path(folder) / FOLDER
-        if checkpoints.exists():
-            checkpoints.rmtree()
-    if stopped_by is not None:
-        raise StoppedError(stopped_by)
+        drop_checkpoints(folder)
+    if stopping:
+        raise StoppedError(received)
     return result
 
 

@@ -1,10 +1,11 @@
 """What a suite ends with: the table on the terminal, and as CSV, JSON, Markdown and a picture."""
 
 import json
+import uuid
 
 from etils import epath
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, one_line
 from mixer_jax.training.workdir import write_whole
 from mixer_jax.transfers import table as tables
 from mixer_jax.transfers.cost import Throughput
@@ -12,6 +13,7 @@ from mixer_jax.transfers.picture import draw
 from mixer_jax.transfers.plan import SUITE_FILE, read_plan
 
 THROUGHPUT_FILE = "throughput.json"
+_PICTURE = "results.png"
 _FORMS = {
     "results.txt": tables.as_text,
     "results.csv": tables.as_csv,
@@ -27,17 +29,37 @@ def report(workdir: str) -> None:
         workdir: absolute path or URL of the suite.
 
     Raises:
-        UserError: there is no suite in it, or a file of it is damaged.
+        UserError: there is no suite in it, a file of it is damaged, or none can be written.
     """
     plan = read_plan(workdir)
     if plan is None:
         raise UserError(f"--workdir={workdir} holds no suite: there is no {SUITE_FILE} in it")
     table = tables.make_table(plan, workdir, read_throughput(workdir))
-    for name, form in _FORMS.items():
-        write_whole(epath.Path(workdir) / name, form(table))
-    draw(table, workdir)
-    print(f"\n{tables.as_text(table)}")
+    # First of all: it is there to be seen whatever becomes of the files.
+    print(f"\n{tables.as_text(table)}", flush=True)
+    try:
+        for name, form in _FORMS.items():
+            write_whole(epath.Path(workdir) / name, form(table))
+        _write_picture(epath.Path(workdir) / _PICTURE, draw(table))
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: the table cannot be written ({error.strerror or one_line(error)}"
+            "); mend that, and --report writes it"
+        ) from error
     print(f"\nalso as {workdir}/results.{{csv,json,md,png}}", flush=True)
+
+
+def _write_picture(path: epath.Path, picture: bytes) -> None:
+    """Writes a picture, whole or not at all; of nothing there is none."""
+    if not picture:
+        return
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
+    try:
+        draft.write_bytes(picture)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def save_throughput(workdir: str, measured: Throughput) -> None:
@@ -56,6 +78,8 @@ def read_throughput(workdir: str) -> Throughput | None:
     if not path.exists():
         return None
     try:
-        return Throughput(**json.loads(path.read_text()))
+        measured = Throughput(**json.loads(path.read_text()))
+        height, width = measured.image_size
+        return measured._replace(image_size=(height, width))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged; remove it") from error
+        raise UserError(f"{path} is damaged; remove it to measure again") from error

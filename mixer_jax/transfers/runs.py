@@ -8,13 +8,16 @@ from mixer_jax import config as config_lib
 from mixer_jax.config import validate
 from mixer_jax.config_file import Overrides, override
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.tasks import FineTune
+from mixer_jax.evaluation.tasks import FineTune, Suite
+from mixer_jax.keys import ENTRY_KEYS, find_key
 from mixer_jax.model.variants import INIT_FROM
 from mixer_jax.weights.about import About
 
 # Evaluations of choosing and of final runs.
 VALIDATION, TEST = "validation", "test"
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 1_000
+# Images a step of a probe.
+_PROBE_BATCH_SIZE = 256
 # What a suite sets for each of its runs.
 _NOT_TO_BE_CHANGED = (
     "seed",
@@ -43,6 +46,17 @@ class Setting(NamedTuple):
     about: About
     data_dir: str = ""
     overrides: Overrides = ()
+
+    @property
+    def protocol_overrides(self) -> Overrides:
+        """Those of the overrides that change what comes out, each key once."""
+        return tuple(
+            (path, text) for path, text in dict(self.overrides).items() if not is_harmless(path)
+        )
+
+    def config(self) -> ConfigDict:
+        """Returns the keys of what is no run, as `default_config`."""
+        return default_config(self.overrides)
 
 
 class Run(NamedTuple):
@@ -116,14 +130,80 @@ def eval_crop(task: FineTune, image_size: int, about: About) -> str:
     return task.eval_crop or ("shorter_side" if image_size <= about.image_size[0] else "square")
 
 
+def default_config(overrides: Overrides) -> ConfigDict:
+    """Returns the defaults with the user's keys: what probes and the program itself go by.
+
+    Args:
+        overrides: keys that the user changes.
+
+    Raises:
+        UserError: a key does not exist, or its value is not of its type.
+    """
+    config = config_lib.get_default()
+    config.eval_batch_size = _PROBE_BATCH_SIZE
+    for path, text in overrides:
+        override(config, path, text)
+    return config
+
+
+def is_harmless(path: str) -> bool:
+    """Returns whether a key may differ between starts without harm to what comes out."""
+    key = find_key(path)
+    return key is not None and key.resumable
+
+
 def check_overrides(overrides: Overrides) -> None:
-    """Raises UserError if a key is to be changed that a suite sets for each of its runs."""
+    """Checks the user's keys, as far as that can be done without weights.
+
+    Raises:
+        UserError: a key does not exist, its value cannot be, or a suite sets it for each run.
+    """
     for path, value in overrides:
-        if path in _NOT_TO_BE_CHANGED or path.partition(".")[0] in ("evals", "mixture"):
+        if _is_set_by_suites(path):
             raise UserError(
                 f"--config.{path}={value}: a suite sets {path} itself, for each of its runs; see "
                 "--help, or write a suite of your own"
             )
+    _check_values(overrides)
+
+
+def check_changes(suite: Suite) -> None:
+    """Checks the keys that tasks change, like `check_overrides`.
+
+    Raises:
+        UserError: as there, naming the task.
+    """
+    for task in suite.tasks:
+        changes = task.changes if isinstance(task, FineTune) else {}
+        for path in changes:
+            if _is_set_by_suites(path):
+                raise UserError(
+                    f"task {task.name}: changes has {path!r}, which a suite sets itself, for each "
+                    "of its runs; leave it out"
+                )
+        try:
+            _check_values(tuple((path, str(value)) for path, value in changes.items()))
+        except UserError as error:
+            raise UserError(f"task {task.name}: {error}") from error
+
+
+def _is_set_by_suites(path: str) -> bool:
+    return path in _NOT_TO_BE_CHANGED or path.partition(".")[0] in ENTRY_KEYS
+
+
+def _check_values(overrides: Overrides) -> None:
+    """Raises UserError if a key has a value that it can have in no run."""
+    config = default_config(overrides)
+    config.model.variant, config.init_from = INIT_FROM, "weights"
+    given = dict(overrides)
+    # What a task says itself is such that only the keys given can break a rule.
+    if "num_steps" not in given:
+        config.num_steps = max(1, config.optimizer.warmup_steps)
+    if "optimizer.warmup_steps" not in given:
+        config.optimizer.warmup_steps = 0
+    if "batch_size" not in given:
+        config.batch_size = 2 * max(1, config.recipe.accumulation_steps)
+    validate(config)
 
 
 def _make(

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 from mixer_jax.evaluation.paper import PaperRow, find_row
 from mixer_jax.evaluation.tasks import FineTune, Probe
 from mixer_jax.transfers.cost import Throughput
+from mixer_jax.transfers.notes import MARK, costs, differing_sizes, largest_size
 from mixer_jax.transfers.plan import Plan
 from mixer_jax.transfers.results import FRESH, Score, fine_tuned, probed
 from mixer_jax.transfers.runs import TEST
 
-# Marks what was taken from the paper.
-MARK = "*"
 _COLUMNS = (
     "task",
     "px",
@@ -38,7 +37,8 @@ class Row(NamedTuple):
         learning_rate: that was chosen, if one was.
         mean: over the runs; None: there are none yet.
         deviation: over the runs, if there are several.
-        runs: that the mean is over; of a mean, tasks.
+        runs: that the mean is over, or that are done where some are still to come; of a mean,
+            tasks.
         paper: what the paper has, if it has it.
         num_examples: that were scored.
         minutes: that training took.
@@ -94,8 +94,7 @@ def make_table(plan: Plan, workdir: str, throughput: Throughput | None) -> Table
     Raises:
         UserError: a result is damaged.
     """
-    largest = max(plan.image_sizes.values())
-    paper = find_row(plan.pretrained_on, plan.about.variant, largest)
+    paper = find_row(plan.pretrained_on, plan.about.variant, largest_size(plan))
     rows: list[Row] = []
     means: list[Row] = []
     for task in plan.suite.tasks:
@@ -132,6 +131,8 @@ def as_markdown(table: Table) -> str:
     """Returns a table in Markdown."""
     heads, *cells = _grid(table)
     lines = [heads, ["---"] * len(heads), *cells]
+    # A bar within a cell would end it.
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     notes = [f"{note}  " for note in table.notes]
     return "\n".join(
         [f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
@@ -240,24 +241,20 @@ def _facts(plan: Plan, paper: PaperRow | None, throughput: Throughput | None) ->
 
 
 def _notes(plan: Plan, rows: list[Row], paper: PaperRow | None, facts: dict[str, Any]) -> list[str]:
-    notes = []
-    if measured := facts["throughput"]:
-        there = f"; paper{MARK}: {paper.images_per_second:,} a core" if paper else ""
-        notes.append(
-            f"throughput: {measured['images_per_second']:,.0f} images/s on one "
-            f"{measured['device']} at {plan.about.image_size[0]} px, in batches of "
-            f"{measured['batch_size']}{there}"
-        )
-    if plan.device_days or paper:
-        here = f"{plan.device_days:.3g} device-days" if plan.device_days else "not known here"
-        there = f"; paper{MARK}: {paper.core_days:,} core-days" if paper else ""
-        notes.append(f"pre-training: {here}{there}")
+    notes = costs(plan, paper, facts["throughput"])
     if paper:
         notes.append(f"{MARK} from the paper: {paper.title}; cores are of a TPU v3")
-    for path, value in plan.setting.overrides:
-        notes.append(f"not the protocol's: {path}={value}")
-    unfinished = [row.task for row in rows if row.mean is None and row.image_size]
-    failed = [f"{row.task} failed: {row.failed}" for row in rows if row.failed]
-    if len(unfinished) > len(failed):
-        notes.append(f"not finished yet: {', '.join(n for n in unfinished)}")
-    return notes + failed
+        notes += differing_sizes(plan, paper)
+    if plan.pretrained_on_assumed:
+        notes.append(
+            f"pre-trained on {plan.pretrained_on}: assumed from its {plan.about.num_classes:,} "
+            "classes; --pretrained_on tells otherwise"
+        )
+    notes += [f"not the protocol's: {key}={text}" for key, text in plan.setting.protocol_overrides]
+    notes += plan.data_notes
+    unfinished = [
+        row.task for row in rows if row.mean is None and row.image_size and not row.failed
+    ]
+    if unfinished:
+        notes.append(f"not finished yet: {', '.join(unfinished)}")
+    return notes + [f"{row.task} failed: {row.failed}" for row in rows if row.failed]

@@ -10,7 +10,7 @@ import pytest
 from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import subset
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.features import Chunk, FeaturePass, compile_features
+from mixer_jax.evaluation.features import Chunk, FeaturePass, compile_features, together
 from mixer_jax.evaluation.passes import Reading
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.parallel.sharding import make_mesh
@@ -102,3 +102,12 @@ def test_features_that_are_no_numbers(
     features_of = compile_features(small_model, mesh)
     with pytest.raises(UserError, match=r"^digits.*test: some features are not finite numbers, so"):
         list(FeaturePass(features_of, params, digits_test, mesh, read_by(64)))
+
+
+def test_chunks_are_joined_and_lose_nothing(digits_test: Source) -> None:
+    small = list(look_at_pixels(digits_test, read_by(16)))
+    joined = list(together(small, 100))
+    assert [len(chunk.labels) for chunk in joined] == [112, 112, 112, 24]
+    for one, all_of_them in zip(join(small), join(joined), strict=True):
+        np.testing.assert_array_equal(one, all_of_them)
+    assert list(together([], 100)) == []

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from mixer_jax.evaluation import neighbours
 from mixer_jax.evaluation.neighbours import NeighbourScorer, largest
 
 
@@ -73,3 +74,17 @@ def test_the_largest_of_rows_with_ties() -> None:
 def test_features_of_length_zero() -> None:
     scorer = NeighbourScorer(np.zeros((2, 3)), np.array([0, 1]), 2)
     assert scorer.scores(np.zeros((1, 3))).tolist() == [[0.5, 0.5]]
+
+
+def test_the_bank_is_prepared_once_for_all_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    bank, asked = rng.normal(size=(300, 8)), rng.normal(size=(2_000, 8))
+    prepared: list[int] = []
+
+    def count(features: np.ndarray) -> np.ndarray:
+        prepared.append(len(features))
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    monkeypatch.setattr(neighbours, "_normalise", count)
+    NeighbourScorer(bank, np.arange(300) % 4, 4, bank_rows=100).scores(asked)
+    assert prepared == [2_000, 100, 100, 100]

@@ -231,6 +231,7 @@ def test_nothing_is_kept_of_images_that_were_looked_at(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "FeaturePass", Forgetful)
+    monkeypatch.setattr(probes, "_ROWS_TOGETHER", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
     labelled = [example | {"labels": (index % 10,)} for index in range(400)]
     train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)

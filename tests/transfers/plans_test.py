@@ -233,7 +233,7 @@ def test_throughput_is_measured_at_the_best_batch_size(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cost, "_time", time)
     measured = cost.measure_throughput(random_weights())
-    assert measured == cost.Throughput(32 / 1.9, 32, "cpu")
+    assert measured == cost.Throughput(32 / 1.9, 32, "cpu", (16, 16))
     assert seen == [1, 2, 4, 8, 16, 32, 64]
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from mixer_jax.errors import UserError
 from mixer_jax.evaluation.suites import SUITES
 from mixer_jax.evaluation.tasks import FineTune, Suite
 from mixer_jax.model.variants import VARIANTS
 from mixer_jax.transfers.cost import Throughput
+from mixer_jax.transfers.notes import largest_size
 from mixer_jax.transfers.plan import Plan, read_plan, save_plan
 from mixer_jax.transfers.report import report, save_throughput
 from mixer_jax.transfers.results import RunResult, choose, save_result
@@ -32,7 +34,7 @@ ABOUT = About(
     exif_orientation=False,
     loss="sigmoid",
 )
-SPEED = Throughput(1234.5, 64, "TPU v4")
+SPEED = Throughput(1234.5, 64, "TPU v4", (224, 224))
 
 
 def make_plan(suite: Suite, size: int = 448, **fields: Any) -> Plan:
@@ -87,7 +89,8 @@ def test_what_is_the_papers_is_marked(avg5: Table) -> None:
         "* from the paper: Table 2, Mixer-L/16 from i21k at 448 px; cores are of a TPU v3" in text
     )
     assert (
-        "throughput: 1,234 images/s on one TPU v4 at 224 px, in batches of 64; paper*: 105" in text
+        "throughput: 1,234 images/s on one TPU v4 at 224 px, in batches of 64; paper*: 105 a core "
+        "at 448 px\n" in text
     )
     assert "pre-training: not known here; paper*: 410 core-days" in text
     markdown = as_markdown(avg5).splitlines()
@@ -155,6 +158,9 @@ def test_a_final_run_that_is_missing_leaves_no_score(tmp_path: Path) -> None:
     table = make_table(make_plan(SUITES["imagenet"]), str(tmp_path), None)
     assert [row.mean for row in table.rows] == [None, None]
     assert [row.learning_rate for row in table.rows] == [0.06, 0.06]
+    # How far it has come is told.
+    assert [row.runs for row in table.rows] == [2, 2]
+    assert "imagenet, real" in table.notes[-1]
 
 
 def test_the_choice_is_by_score_then_likelihood_then_the_lower_rate() -> None:
@@ -191,6 +197,65 @@ def test_a_report_is_written_in_every_form(
     before = (tmp_path / "results.json").read_bytes()
     report(str(tmp_path))
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_the_table_is_told_where_it_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plan(str(tmp_path), make_plan(SUITES["avg5"]))
+    (tmp_path / "results.csv").mkdir()
+    with pytest.raises(UserError, match=r"the table cannot be written \(.*is a directory\); mend"):
+        report(str(tmp_path))
+    assert "mean of avg5" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.draft"))
+
+
+def test_minutes_are_counted_once(tmp_path: Path) -> None:
+    values = {"1_shot": 0.4, "5_shot": 0.5, "num_examples": 167.0}
+    save_result(f"{tmp_path}/probe/checkpoint", RunResult({"test": values}, 120.0))
+    suite = Suite("one", "one", (PROBE,))
+    table = make_table(make_plan(suite, 16, pretrained_on=""), str(tmp_path), None)
+    assert [row.minutes for row in table.rows] == [2.0, 0.0]
+
+
+def test_minutes_of_what_is_scored_besides(avg5: Table) -> None:
+    assert [row.minutes > 0 for row in avg5.rows[:3]] == [True, False, True]
+
+
+def test_bars_do_not_end_a_cell_of_markdown(tmp_path: Path) -> None:
+    suite = Suite("one", "one", (dataclasses.replace(PROBE, name="a|b"),))
+    table = make_table(make_plan(suite, 16, pretrained_on=""), str(tmp_path), None)
+    assert r"| a\|b, 1-shot |" in as_markdown(table)
+
+
+def test_other_sizes_than_the_papers_are_told(tmp_path: Path) -> None:
+    plan = make_plan(SUITES["avg5"])
+    plan.image_sizes["cifar10"] = plan.image_sizes["cifar100"] = 224
+    table = make_table(plan, str(tmp_path), SPEED._replace(image_size=(448, 448)))
+    note = "tasks at other sizes than the paper's row: cifar10 (224 px), cifar100 (224 px)"
+    assert note in table.notes
+    assert not any(
+        "other sizes" in n for n in make_table(make_plan(SUITES["avg5"]), "", None).notes
+    )
+    assert table.notes[0].endswith("on one TPU v4 at 448 px, in batches of 64; paper*: 105 a core")
+
+
+def test_the_size_to_compare_at_is_that_of_fine_tuning() -> None:
+    plan = make_plan(Suite("two", "two", (SUITES["avg5"].tasks[0], PROBE)), 224)
+    plan.image_sizes[PROBE.name] = 448
+    assert largest_size(plan) == 224
+    assert largest_size(make_plan(Suite("one", "one", (PROBE,)), 16)) == 16
+
+
+def test_what_is_assumed_is_told(tmp_path: Path) -> None:
+    class Assuming(Plan):
+        pretrained_on_assumed = True
+
+    notes = make_table(Assuming(*make_plan(SUITES["avg5"])), str(tmp_path), None).notes
+    assert (
+        "pre-trained on i21k: assumed from its 21,843 classes; --pretrained_on tells otherwise"
+        in notes
+    )
 
 
 def test_plans_survive_a_file(tmp_path: Path) -> None:

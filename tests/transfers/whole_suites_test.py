@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -125,18 +126,6 @@ def test_what_is_done_is_not_repeated_and_checkpoints_are_dropped(
     assert not list(copy.rglob("checkpoints"))
 
 
-def test_two_shares_make_the_table_of_one(
-    weights: str, digits_dir: str, done: Path, tmp_path: Path
-) -> None:
-    assert do(weights, tmp_path, digits_dir, shard=(2, 2)) == Ended({})
-    rows = {row["task"]: row["mean"] for row in untimed(tmp_path)}
-    assert rows["low"] is not None
-    assert rows["high"] is rows["probe, 5-shot"] is rows["mean of small"] is None
-    assert "not finished yet: high, probe" in (tmp_path / "results.txt").read_text()
-    assert do(weights, tmp_path, digits_dir, shard=(1, 2)) == Ended({})
-    assert untimed(tmp_path) == untimed(done)
-
-
 def test_the_folder_of_another_suite_is_refused(weights: str, digits_dir: str, done: Path) -> None:
     before = (done / "suite.json").read_text()
     longer = dataclasses.replace(SUITE, tasks=(dataclasses.replace(HIGH, num_steps=7), LOW, PROBE))
@@ -152,20 +141,31 @@ def test_the_folder_of_another_suite_is_refused(weights: str, digits_dir: str, d
     assert (done / "suite.json").read_text() == before
 
 
+def test_keys_that_do_no_harm_may_be_changed_later(
+    weights: str,
+    digits_dir: str,
+    done: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done, copy)
+    threads = (("loader.threads", "1"),)
+    # Nothing is left to do, so this costs nothing.
+    assert do(weights, copy, digits_dir, overrides=threads, keep_checkpoints=True) == Ended({})
+    told = "changed since this suite was last started: loader.threads: (absent) -> 1\n"
+    assert told in capsys.readouterr().out
+    assert untimed(copy) == untimed(done)
+
+
 def test_a_rate_that_diverges_is_not_chosen(
     weights: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = protocol.train_and_evaluate
-
-    def diverge(config: Any, workdir: str, weights: Any) -> Any:
-        if config.optimizer.learning_rate == 0.1:
-            raise DivergedError("loss is nan at step 3")
-        return train(config, workdir, weights)
-
-    monkeypatch.setattr(protocol, "train_and_evaluate", diverge)
-    suite = dataclasses.replace(SUITE, tasks=(dataclasses.replace(HIGH, seeds=(0,)),))
+    task = dataclasses.replace(HIGH, seeds=(0,), learning_rates=(0.01, 1e30))
+    suite = dataclasses.replace(SUITE, tasks=(task,))
     assert do(weights, tmp_path, digits_dir, suite=suite) == Ended({})
-    assert result(tmp_path, "high/choose/learning_rate=0.1")["failed"] == "loss is nan at step 3"
+    failed = result(tmp_path, "high/choose/learning_rate=1e+30")["failed"]
+    assert re.match(r"\w+ is (nan|inf) at step \d; none was saved; try a lower learning", failed)
     (row,) = read(tmp_path)["rows"]
     assert row["learning_rate"] == 0.01
     assert row["deviation"] is None
