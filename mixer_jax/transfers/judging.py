@@ -135,7 +135,7 @@ def _keep(plan: Plan, workdir: str, weights: Weights) -> list[str]:
 
 
 def _make_plan(wish: Wish, weights: Weights, data: Data) -> Plan:
-    about, config = weights.about, weights.config or {}
+    about, config = weights.about, weights.config
     notes = tuple(data.notes)
     # Those of other shares must get the same sizes there and here.
     unknown = [task for task in wish.suite.tasks if task.large is None]
@@ -147,8 +147,12 @@ def _make_plan(wish: Wish, weights: Weights, data: Data) -> Plan:
         )
         for task in wish.suite.tasks
     }
-    dataset, init_from = config.get("dataset", {}).get("name", ""), config.get("init_from", "")
-    told = tell_data(dataset, init_from, about.num_classes, bool(config.get("mixture")))
+    dataset, init_from, mixture = "", "", False
+    if config is not None:
+        dataset, init_from = config["dataset"]["name"], config["init_from"]
+        # A run from before there were mixtures has no such section.
+        mixture = bool(config.get("mixture"))
+    told = tell_data(dataset, init_from, about.num_classes, mixture)
     return Plan(
         wish.suite,
         Setting(_name(wish.place), about, wish.data_dir, wish.overrides),
