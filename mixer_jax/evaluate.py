@@ -99,30 +99,23 @@ def _score(
     weights: "Weights", sources: list["Source"], known: argparse.Namespace
 ) -> list["Scores"]:
     from mixer_jax.evaluation.classification import compile_judge, evaluate
+    from mixer_jax.evaluation.passes import Reading
     from mixer_jax.parallel.sharding import make_mesh
     from mixer_jax.weights.ready import make_model, place
 
     about, mesh = weights.about, make_mesh(data=0, fsdp=1)
     loader = (weights.config or {}).get("loader", {})
     judge_batch, params = compile_judge(make_model(about), mesh), place(weights.params, mesh)
-    return [
-        evaluate(
-            judge_batch,
-            params,
-            source,
-            mesh,
-            batch_size=known.batch_size,
-            image_size=about.image_size,
-            eval_crop=about.eval_crop,
-            exif_orientation=about.exif_orientation,
-            skip_bad=known.skip_bad_images,
-            threads=loader.get("threads", KEYS["loader.threads"].default),
-            prefetch_batches=loader.get(
-                "prefetch_batches", KEYS["loader.prefetch_batches"].default
-            ),
-        )
-        for source in sources
-    ]
+    reading = Reading(
+        batch_size=known.batch_size,
+        image_size=about.image_size,
+        eval_crop=about.eval_crop,
+        exif_orientation=about.exif_orientation,
+        skip_bad=known.skip_bad_images,
+        threads=loader.get("threads", KEYS["loader.threads"].default),
+        prefetch_batches=loader.get("prefetch_batches", KEYS["loader.prefetch_batches"].default),
+    )
+    return [evaluate(judge_batch, params, source, mesh, reading) for source in sources]
 
 
 def _tell(

@@ -135,14 +135,7 @@ def evaluate(
     params: Any,
     source: Source,
     mesh: Mesh,
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    eval_crop: str,
-    exif_orientation: bool,
-    skip_bad: bool,
-    threads: int,
-    prefetch_batches: int,
+    reading: Reading,
 ) -> Scores:
     """Scores a model on every example of a source.
 
@@ -151,26 +144,11 @@ def evaluate(
         params: of the model.
         source: what to score on.
         mesh: of devices.
-        batch_size: images at a time over all devices; rounded up to a multiple of their number.
-        image_size: as `eval_batches` takes it, like those below.
-        eval_crop: likewise.
-        exif_orientation: likewise.
-        skip_bad: whether images that cannot be used are left out, or an error.
-        threads: likewise.
-        prefetch_batches: likewise.
+        reading: how they are read and prepared.
 
     Raises:
-        UserError: images cannot be used, and `skip_bad` is false; or no example counts.
+        UserError: images cannot be used and none may be left out; or no example counts.
     """
-    reading = Reading(
-        batch_size,
-        image_size,
-        eval_crop,
-        exif_orientation,
-        skip_bad,
-        threads,
-        prefetch_batches,
-    )
     judging = Pass(judge_batch, params, source, mesh, reading)
     finished = list(judging)
     if not any(judgements.mask.any() for judgements in finished):

@@ -111,14 +111,7 @@ def run_probe(
     train: Source,
     test: Source,
     mesh: Mesh,
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    eval_crop: str,
-    exif_orientation: bool,
-    skip_bad: bool,
-    threads: int,
-    prefetch_batches: int,
+    reading: Reading,
     labels: Labels | None = None,
 ) -> ProbeScores:
     """Learns a probe from one split's features and scores it on another's.
@@ -130,32 +123,17 @@ def run_probe(
         train: what it learns from.
         test: what it is scored on; classes are matched by their names.
         mesh: of devices.
-        batch_size: images at a time over all devices; rounded up to a multiple of their number.
-        image_size: as `eval_batches` takes it, like those below.
-        eval_crop: likewise.
-        exif_orientation: likewise.
-        skip_bad: whether images that cannot be used are left out, or an error.
-        threads: likewise.
-        prefetch_batches: likewise.
+        reading: how they are read and prepared.
         labels: of `train`, kept from an earlier probe, so that few_shot need not read them again.
 
     Raises:
         UserError: the sources do not suit a probe or each other, a class has too few examples,
-            images cannot be used and `skip_bad` is false, or there are none.
+            images cannot be used and none may be left out, or there are none.
     """
     test = match_classes(train, test)
-    reading = Reading(
-        batch_size,
-        image_size,
-        eval_crop,
-        exif_orientation,
-        skip_bad,
-        threads,
-        prefetch_batches,
-    )
     look = functools.partial(FeaturePass, features_of, params, mesh=mesh, reading=reading)
     if settings.method == "few_shot":
-        labels = Labels(train, skip_bad) if labels is None else labels
+        labels = Labels(train, reading.skip_bad) if labels is None else labels
         learnt = _learn_few_shot(look, train, settings, labels)
     else:
         learnt = {"linear": _learn_linear, "knn": _learn_knn}[settings.method](look, train)

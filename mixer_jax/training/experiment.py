@@ -22,6 +22,7 @@ from mixer_jax.data.pipeline import Batch, Report, train_batches
 from mixer_jax.evaluation.classification import Scores, compile_judge, evaluate
 from mixer_jax.evaluation.features import compile_features
 from mixer_jax.evaluation.few_shot import Labels
+from mixer_jax.evaluation.passes import Reading
 from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, draw_all, run_probe
 from mixer_jax.model.mixer import MlpMixer, build_model
 from mixer_jax.model.variants import forward_flops, resolve_widths
@@ -188,24 +189,24 @@ def evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScores]]:
         UserError: a class has too few images for a few-shot probe.
     """
     config, mesh, sources = experiment.config, experiment.mesh, experiment.sources
-    reading = {
-        "batch_size": config.eval_batch_size,
-        "image_size": (config.image_size, config.image_size),
-        "eval_crop": config.preprocess.eval_crop,
-        "exif_orientation": config.preprocess.exif_orientation,
-        "skip_bad": config.bad_images.skip_in_evaluation,
-        "threads": config.loader.threads,
-        "prefetch_batches": config.loader.prefetch_batches,
-    }
+    reading = Reading(
+        batch_size=config.eval_batch_size,
+        image_size=(config.image_size, config.image_size),
+        eval_crop=config.preprocess.eval_crop,
+        exif_orientation=config.preprocess.exif_orientation,
+        skip_bad=config.bad_images.skip_in_evaluation,
+        threads=config.loader.threads,
+        prefetch_batches=config.loader.prefetch_batches,
+    )
     judge_batch = compile_judge(experiment.model, mesh)
     features_of = compile_features(experiment.model, mesh)
 
     def score(source: Source, params: Any) -> Scores:
-        return evaluate(judge_batch, params, source, mesh, **reading)
+        return evaluate(judge_batch, params, source, mesh, reading)
 
     def probe(name: str, settings: ProbeSettings, labels: Labels, params: Any) -> ProbeScores:
         train, test = sources.probe_train[name], sources.evals[name]
-        return run_probe(features_of, params, settings, train, test, mesh, labels=labels, **reading)
+        return run_probe(features_of, params, settings, train, test, mesh, reading, labels)
 
     made: dict[str, Callable[[Any], AnyScores]] = {}
     for name, source in sources.evals.items():

@@ -63,12 +63,12 @@ def save_config(workdir: str, config: ConfigDict) -> None:
     write_whole(epath.Path(workdir) / CONFIG_FILE, to_json(config))
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file so that a reader, even after a crash, finds all of it or the old one."""
     # Two programs may write the same file at once, each its own draft.
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
     try:
-        draft.write_text(text)
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)

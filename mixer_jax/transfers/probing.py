@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mixer_jax.data.sources import open_source
 from mixer_jax.evaluation.features import compile_features
+from mixer_jax.evaluation.passes import Reading
 from mixer_jax.evaluation.probes import ProbeSettings, run_probe
 from mixer_jax.evaluation.tasks import Probe
 from mixer_jax.parallel.hosts import is_leader
@@ -53,6 +54,15 @@ def probe_task(
     config = plan.setting.config()
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     features_of = compile_features(make_model(weights.about), mesh)
+    reading = Reading(
+        batch_size=config.eval_batch_size,
+        image_size=weights.about.image_size,
+        eval_crop=task.eval_crop or weights.about.eval_crop,
+        exif_orientation=weights.about.exif_orientation,
+        skip_bad=config.bad_images.skip_in_evaluation,
+        threads=config.loader.threads,
+        prefetch_batches=config.loader.prefetch_batches,
+    )
     for name, params in _networks(weights, todo):
         start = time.monotonic()
         scores = run_probe(
@@ -62,13 +72,7 @@ def probe_task(
             train,
             test,
             mesh,
-            batch_size=config.eval_batch_size,
-            image_size=weights.about.image_size,
-            eval_crop=task.eval_crop or weights.about.eval_crop,
-            exif_orientation=weights.about.exif_orientation,
-            skip_bad=config.bad_images.skip_in_evaluation,
-            threads=config.loader.threads,
-            prefetch_batches=config.loader.prefetch_batches,
+            reading,
         )
         say(f"{task.name}, {name}: {scores.told()}")
         if is_leader():

@@ -1,7 +1,6 @@
 """What a suite ends with: the table on the terminal, and as CSV, JSON, Markdown and a picture."""
 
 import json
-import uuid
 
 from etils import epath
 
@@ -40,26 +39,15 @@ def report(workdir: str) -> None:
     try:
         for name, form in _FORMS.items():
             write_whole(epath.Path(workdir) / name, form(table))
-        _write_picture(epath.Path(workdir) / _PICTURE, draw(table))
+        # Of nothing there is no picture.
+        if picture := draw(table):
+            write_whole(epath.Path(workdir) / _PICTURE, picture)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: the table cannot be written ({error.strerror or one_line(error)}"
             "); mend that, and --report writes it"
         ) from error
     print(f"\nalso as {workdir}/results.{{csv,json,md,png}}", flush=True)
-
-
-def _write_picture(path: epath.Path, picture: bytes) -> None:
-    """Writes a picture, whole or not at all; of nothing there is none."""
-    if not picture:
-        return
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
-    try:
-        draft.write_bytes(picture)
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def save_throughput(workdir: str, measured: Throughput) -> None:

@@ -17,6 +17,7 @@ from mixer_jax.evaluation.classification import (
     compile_judge,
     evaluate,
 )
+from mixer_jax.evaluation.passes import Reading
 from mixer_jax.model.mixer import MlpMixer, create_model
 from mixer_jax.parallel.sharding import make_mesh
 from tests.reference_scores import log_softmax, reference_calibration_error
@@ -85,13 +86,15 @@ def run_evaluation(
             params,
             source,
             mesh,
-            batch_size=batch_size,
-            image_size=IMAGE_SIZE,
-            eval_crop="whole",
-            exif_orientation=False,
-            skip_bad=skip_bad,
-            threads=2,
-            prefetch_batches=2,
+            Reading(
+                batch_size=batch_size,
+                image_size=IMAGE_SIZE,
+                eval_crop="whole",
+                exif_orientation=False,
+                skip_bad=skip_bad,
+                threads=2,
+                prefetch_batches=2,
+            ),
         )
 
     return run

@@ -47,9 +47,9 @@ def test_few_shot_on_digits(
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
     settings = ProbeSettings("few_shot", shots=(1, 5, 25), seeds=(0, 7))
-    reading = read_by(batch_size)._asdict()
+    reading = read_by(batch_size)
     found = run_probe(
-        features_of, small_params, settings, digits_train, digits_test, make_mesh(0, 1), **reading
+        features_of, small_params, settings, digits_train, digits_test, make_mesh(0, 1), reading
     )
     features, labels = train_features
     everything = set()
@@ -84,7 +84,7 @@ def test_linear_on_digits(
         train,
         digits_test,
         make_mesh(0, 1),
-        **read_by(64)._asdict(),
+        read_by(64),
     )
     chosen_on = {}
     for penalty in PENALTIES:
@@ -114,7 +114,7 @@ def test_neighbours_on_digits(
         digits_train,
         digits_test,
         make_mesh(0, 1),
-        **read_by(256)._asdict(),
+        read_by(256),
     )
     expected = share_right(judge_by_sklearn(*train_features, test_features[0]), test_features[1])
     assert found.accuracies == {"knn": expected}
@@ -131,7 +131,7 @@ def run_on_pixels(
         train,
         test,
         make_mesh(0, 1),
-        **read_by(64, skip_bad)._asdict(),
+        read_by(64, skip_bad),
     )
 
 
@@ -243,7 +243,7 @@ def test_nothing_is_kept_of_images_that_were_looked_at(
         train,
         test,
         make_mesh(0, 1),
-        **read_by(20)._asdict(),
+        read_by(20),
     )
     assert found.num_examples == 1000
 
