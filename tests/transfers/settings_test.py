@@ -52,8 +52,9 @@ def test_probes_obey_the_keys(
 ) -> None:
     seen: list[dict[str, Any]] = []
 
-    def run(features_of: Any, params: Any, settings: ProbeSettings, *data: Any, **how: Any) -> Any:
-        seen.append(how | {"fsdp": data[2].shape["fsdp"]})
+    def run(features_of: Any, params: Any, settings: ProbeSettings, *data: Any) -> Any:
+        _, _, mesh, reading = data
+        seen.append(reading._asdict() | {"fsdp": mesh.shape["fsdp"]})
         return SimpleNamespace(told=lambda: "", values=lambda: {"1_shot": 0.5})
 
     monkeypatch.setattr(probing, "run_probe", run)
