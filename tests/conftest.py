@@ -1,6 +1,8 @@
 """Settings of the whole test run: eight simulated devices, shapes checked, no silent broadcasts."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -18,6 +20,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # processes that tests start; compiling takes half as long. With 0, tests run what users run.
 QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", QUICK == "1")
+# Ctrl-C interrupts, also where the tests were started in the background and inherit that it does
+# not; so do the processes that they start.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every annotation of the package is checked at every call; an int will do for a float.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("mixer_jax", CHECKER)

@@ -11,7 +11,7 @@ from typing import Any
 from mixer_jax.training.metrics import TIMINGS, read_metrics
 from tests.small_run import as_arguments
 
-STEPS = 100
+STEPS = 60
 RUN = {
     "num_steps": STEPS,
     # Large enough that saving it takes a moment in which to be killed.
@@ -21,7 +21,8 @@ RUN = {
     # Not a divisor of the checkpoints' interval: a mean over steps outlives a kill.
     "log_every_steps": 4,
     "checkpoint__every_steps": 10,
-    "evals__test__every_steps": 50,
+    "evals__test__every_steps": 30,
+    "tensorboard": False,
 }
 
 
@@ -40,11 +41,11 @@ def start(
         workdir: of the run.
         env: changes of the environment.
         new_group: as a shell does, for signals to all of its processes.
-        as_users: with all optimizations of XLA, and with TensorBoard events.
+        as_users: with all optimizations of XLA.
         **changes: of `RUN`.
     """
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
-    arguments = as_arguments(data_dir, **{"tensorboard": as_users, **RUN, **changes})
+    arguments = as_arguments(data_dir, **{**RUN, **changes})
     quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if as_users else quick}
     return subprocess.Popen(

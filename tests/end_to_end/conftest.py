@@ -4,12 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from mixer_jax.locks import locked
 from tests.processes import finish, start
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run from start to end, for tests that only look at it."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(digits_dir, workdir, as_users=True))
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, digits_dir: str
+) -> Path:
+    """The folder of a run from start to end, for tests that only look at it, of all workers."""
+    place = tmp_path_factory.getbasetemp()
+    place = place if worker_id == "master" else place.parent
+    workdir, done = place / "uninterrupted", place / "uninterrupted.done"
+    with locked(place / "uninterrupted.lock", wait=True):
+        if not done.exists():
+            finish(start(digits_dir, workdir, as_users=True))
+            done.touch()
     return workdir

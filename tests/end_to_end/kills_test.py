@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -89,7 +90,8 @@ def test_killed_and_resumed_equals_never_interrupted(
 
 
 def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> None:
-    process = start(digits_dir, tmp_path, as_users=True, checkpoint__every_steps=0)
+    changes: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
+    process = start(digits_dir, tmp_path, as_users=True, **changes)
     wait_until(lambda: last_step(tmp_path) >= 3, process)
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
@@ -140,7 +142,10 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
             time.sleep(0.1)
 
 
-def test_a_finished_run_says_so_and_is_scored(uninterrupted: Path, digits_dir: str) -> None:
-    out = finish(start(digits_dir, uninterrupted, as_users=True))
+def test_a_finished_run_says_so_and_is_scored(
+    uninterrupted: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(uninterrupted, tmp_path / "copy")
+    out = finish(start(digits_dir, workdir, as_users=True))
     assert "training is finished: scoring the last checkpoint" in out
     assert "on 360 images" in out

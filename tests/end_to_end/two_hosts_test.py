@@ -57,7 +57,7 @@ def test_two_hosts_stop_and_go_on_together_and_then_one_alone(
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for a, b in zip(actual, expected, strict=True):
         # Rounding differs with the number of devices, and grows as training goes on.
-        if "loss" in a and a["step"] <= 60:
+        if "loss" in a and a["step"] <= 40:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         elif "loss" not in a:
             assert a["test/num_examples"] == b["test/num_examples"] == 360

@@ -22,7 +22,7 @@ from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import load_weights
 from mixer_jax.weights.steps import list_steps
 from tests.random_weights import same
-from tests.small_run import small_config
+from tests.small_run import PLAIN, small_config
 
 
 def losses(experiment: Experiment, count: int) -> list[float]:
@@ -164,7 +164,7 @@ def test_a_run_refuses_to_go_on_with_other_data(finished: Path, digits_dir: str)
 
 
 def test_the_last_step_is_written_whatever_the_interval(digits_dir: str, tmp_path: Path) -> None:
-    config = small_config(digits_dir, num_steps=5, log_every_steps=3)
+    config = small_config(digits_dir, num_steps=5, log_every_steps=3, **PLAIN)
     train_and_evaluate(config, str(tmp_path))
     lines = read_metrics(str(tmp_path))
     assert [line["step"] for line in lines if "loss" in line] == [3, 5]
@@ -180,6 +180,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(
         optimizer__clip_norm=0.0,
         optimizer__warmup_steps=10,
         checkpoint__every_steps=1,
+        **PLAIN,
     )
     with pytest.raises(RunFailedError, match=r"(loss|norm) is (nan|inf) at step (\d+); .*learning"):
         train_and_evaluate(config, str(tmp_path))
@@ -199,7 +200,7 @@ def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_p
             signal.raise_signal(number)
             return entered
 
-    config = small_config(digits_dir, checkpoint__every_steps=0)
+    config = small_config(digits_dir, checkpoint__every_steps=0, **PLAIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_module.hosts, "StopSignals", Impatient)
         result = train_and_evaluate(config, str(tmp_path))
@@ -223,6 +224,7 @@ def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
         checkpoint__every_steps=0,
         checkpoint__every_minutes=1e-9,
         checkpoint__keep=10,
+        **PLAIN,
     )
     train_and_evaluate(config, str(tmp_path))
     assert list_steps(str(tmp_path)) == [1, 2, 3, 4]

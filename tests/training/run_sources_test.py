@@ -14,7 +14,7 @@ from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.run_sources import open_sources
 from mixer_jax.weights.steps import list_steps
-from tests.small_run import small_config
+from tests.small_run import PLAIN, small_config
 
 
 def test_a_mixture_is_trained_on_and_scored_on_its_parts(digits_dir: str, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_training_goes_on_past_bad_images_and_names_them(
     some_broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 320 images are more than an epoch, so that all have been met.
-    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.02)
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.02, **PLAIN)
     result = train_and_evaluate(config, str(tmp_path / "run"))
     assert (result.step, result.scores["test"].num_examples) == (20, 20)
     assert names_of_bad(tmp_path / "run") == ["150.png", "17.png", "60.png"]
@@ -66,7 +66,7 @@ def test_training_goes_on_past_bad_images_and_names_them(
 
 
 def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_path: Path) -> None:
-    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.01)
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=0.01, **PLAIN)
     with pytest.raises(RunFailedError) as stop:
         train_and_evaluate(config, str(tmp_path / "run"))
     assert "3 of 200 training images cannot be used, more than " in str(stop.value)
@@ -76,7 +76,7 @@ def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_
     assert step < 20
     config.bad_images.max_share = 0.02
     assert train_and_evaluate(config, str(tmp_path / "run")).step == 20
-    whole = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
+    whole = small_config("", dataset__name=some_broken, bad_images__max_share=1.0, **PLAIN)
     train_and_evaluate(whole, str(tmp_path / "whole"))
     books = [(tmp_path / name / "bad_images_0.jsonl").read_text() for name in ("run", "whole")]
     assert books[0] == books[1]
@@ -87,7 +87,7 @@ def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_
 def test_a_bad_image_in_evaluation_is_named_or_counted(some_broken: str, tmp_path: Path) -> None:
     (broken,) = Path(some_broken.removeprefix("folder:")).glob("test/*/207.png")
     broken.write_bytes(b"")
-    config = small_config("", dataset__name=some_broken, bad_images__max_share=1.0)
+    config = small_config("", dataset__name=some_broken, bad_images__max_share=1.0, **PLAIN)
     with pytest.raises(UserError, match=r"207\.png \(empty file\).*skip_in_evaluation=true"):
         train_and_evaluate(config, str(tmp_path / "run"))
     # The evaluation of step 10 failed; of what was trained up to there, nothing is lost.
