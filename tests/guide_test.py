@@ -1,11 +1,8 @@
 """Tests of docs/guide.md: its commands, one after the other, in a folder such as a reader has."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -17,6 +14,7 @@ from mixer_jax.model.variants import Widths
 from mixer_jax.weights.npz_file import SAID_SUFFIX, write_npz
 from mixer_jax.weights.published import GOOGLE, published_views
 from mixer_jax.weights.tree import leaves
+from tests.doors_in_turn import run_in_turn
 from tests.random_weights import random_weights
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
@@ -54,27 +52,22 @@ def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     return place
 
 
-def run(line: str, place: Path, root: Path) -> str:
+def small(line: str) -> list[str]:
+    """The command with its sizes made small."""
     command = shlex.split(line)
-    assert command[:2] == ["python", "-m"]
-    if command[2] == "mixer_jax.main":
+    if "mixer_jax.main" in command:
         command += [f"--config.{key}={value}" for key, value in SMALL.items()]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command[1:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, f"{line}: {done.stderr}"
-    assert done.stdout, line
-    return done.stdout
+    return command
 
 
-def test_every_command_runs_after_the_one_above_it(place: Path, root: Path) -> None:
+def test_every_command_runs_after_the_one_above_it(place: Path) -> None:
     assert len(COMMANDS) >= 14
-    told = {line: run(line, place, root) for line in COMMANDS}
+    told = {}
+    for line, done in zip(COMMANDS, run_in_turn(list(map(small, COMMANDS)), place), strict=False):
+        assert done.code == 0, f"{line}: {done.err}"
+        assert done.out, line
+        told[line] = done.out
+    assert told.keys() == set(COMMANDS)
 
     def said(part: str) -> str:
         return next(out for line, out in told.items() if part in line)

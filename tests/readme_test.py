@@ -1,16 +1,15 @@
 """Tests of the README: every command in it runs, every file it names exists."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from tests.doors_in_turn import run_in_turn
 from tests.random_weights import random_weights, save_run
 from tests.small_run import PLAIN, as_arguments
 
@@ -70,31 +69,22 @@ def small(command: list[str], data_dir: str) -> list[str]:
     return command + [size for size in sizes if size.partition("=")[0] not in own]
 
 
-def test_every_command_runs_after_the_one_above_it(
-    place: Path, digits_dir: str, root: Path
-) -> None:
+def test_every_command_runs_after_the_one_above_it(place: Path, digits_dir: str) -> None:
+    commands = [small(shlex.split(line, comments=True), digits_dir) for line in DOORS]
+    commands[0].append("--config.tensorboard=true")
     told = {}
-    for line in DOORS:
-        command = small(shlex.split(line, comments=True), digits_dir)
-        interpreter = [sys.executable, "-W", "error"]
-        if line == DOORS[0]:
-            command.append("--config.tensorboard=true")
-        done = subprocess.run(
-            [*interpreter, *command[1:]],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )
-        assert done.returncode == 0, f"{line}: {done.stderr}"
-        assert done.stdout, line
-        told[line] = done.stdout
-        if "mixer_jax.benchmark" in command and not any("--mode" in part for part in command):
-            title, heads, row = done.stdout.splitlines()
-            assert title.startswith("training step of Mixer-S/32, 64 px")
-            assert heads.split()[:2] == ["unroll", "remat"]
-            assert (row.split()[:2], row.split()[-1]) == (["1", "none"], "1.00")
+    for line, done in zip(DOORS, run_in_turn(commands, place), strict=False):
+        assert done.code == 0, f"{line}: {done.err}"
+        assert done.out, line
+        told[line] = done.out
+    assert told.keys() == set(DOORS)
+    (step_mode,) = [
+        out for line, out in told.items() if "mixer_jax.benchmark" in line and "--mode" not in line
+    ]
+    title, heads, row = step_mode.splitlines()
+    assert title.startswith("training step of Mixer-S/32, 64 px")
+    assert heads.split()[:2] == ["unroll", "remat"]
+    assert (row.split()[:2], row.split()[-1]) == (["1", "none"], "1.00")
     (grown,) = [out for line, out in told.items() if "runs/large" in line]
     assert "weights of runs/digits, grown from 16 px (the paper's Appendix C), with" in grown
     (answer,) = [out for line, out in told.items() if "--topk=3" in line]
