@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,8 @@ def test_a_wrong_copy_is_a_failure(
 ) -> None:
     right = export._FILES["timm"]
 
-    def write(path: str, tensors: object, said: object) -> None:
-        right.write(path, ((n, t + np.float32(1e-3)) for n, t in tensors), said)  # type: ignore[attr-defined]
+    def write(path: str, tensors: Iterable[tuple[str, np.ndarray]], said: object) -> None:
+        right.write(path, ((n, t + np.float32(1e-3)) for n, t in tensors), said)
 
     monkeypatch.setitem(export._FILES, "timm", right._replace(write=write))
     with pytest.raises(RunFailedError, match="it is removed"):

@@ -1,6 +1,7 @@
 """Training runs as real processes, as a user starts them, to be watched and stopped."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,19 @@ def start(
         env={**environment, "JAX_PLATFORMS": "cpu", **(env or {})},
         start_new_session=new_group,
     )
+
+
+def meeting(devices: int) -> list[dict[str, str]]:
+    """Returns the environments of two hosts, of so many devices each, that meet at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    common = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": f"{devices}",
+    }
+    return [common | {"JAX_PROCESS_ID": f"{number}"} for number in range(2)]
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

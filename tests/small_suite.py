@@ -1,11 +1,12 @@
 """A suite that takes seconds, and weights to judge by it."""
 
 from pathlib import Path
+from typing import Any
 
 from mixer_jax.evaluation.tasks import FineTune, Probe, Suite
 from tests.random_weights import random_weights, save_run
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "num_steps": 6,
     "warmup_steps": 1,
     "learning_rates": (0.01, 0.1),
@@ -26,7 +27,7 @@ HIGH = FineTune(
     "train",
     "test",
     (656, 73, 729, 167),
-    **SETTINGS,  # type: ignore[arg-type]
+    **SETTINGS,
 )
 LOW = FineTune(
     "low",
@@ -37,7 +38,7 @@ LOW = FineTune(
     "train",
     "test",
     (),
-    **{**SETTINGS, "seeds": (0,), "learning_rates": (0.03,)},  # type: ignore[arg-type]
+    **{**SETTINGS, "seeds": (0,), "learning_rates": (0.03,)},
 )
 PROBE = Probe(
     "probe", "digits/high", "few_shot", "train", "test", shots=(1, 5), seeds=(0, 1), large=False

@@ -5,7 +5,7 @@ Every probe is learnt first; then the test split is passed over once, and nothin
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +36,8 @@ class ProbeSettings(NamedTuple):
     """
 
     method: str
-    shots: tuple[int, ...] = (1, 5, 10, 25)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    shots: Sequence[int] = (1, 5, 10, 25)
+    seeds: Sequence[int] = (0, 1, 2)
 
 
 class ProbeScores(NamedTuple):

@@ -125,7 +125,7 @@ def check_probes(tasks: Sequence[Task], data: Data, skip_bad: bool) -> None:
         try:
             match_classes(train, test)
             if task.method == "few_shot" and len(train) <= _MOST_LABELS:
-                settings = ProbeSettings(task.method, tuple(task.shots), tuple(task.seeds))
+                settings = ProbeSettings(task.method, task.shots, task.seeds)
                 draw_all(settings, train, Labels(train, skip_bad))
         except UserError as error:
             raise UserError(f"task {task.name}: {error}") from error

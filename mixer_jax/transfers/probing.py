@@ -68,7 +68,7 @@ def probe_task(
         scores = run_probe(
             features_of,
             place(params, mesh),
-            ProbeSettings(task.method, tuple(task.shots), tuple(task.seeds)),
+            ProbeSettings(task.method, task.shots, task.seeds),
             train,
             test,
             mesh,

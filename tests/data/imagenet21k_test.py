@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -59,9 +59,9 @@ def files() -> Files:
     return good | {EMPTY: {"bad.JPEG": b"no image"}}
 
 
-def archive(*members: tuple[str, bytes], mode: str = "w") -> bytes:
+def archive(*members: tuple[str, bytes], mode: Literal["w", "w:gz"] = "w") -> bytes:
     buffer = BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import finish
+from tests.processes import finish, meeting
 from tests.small_suite import save_weights
 
 SUITE = """
@@ -37,18 +36,7 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 def test_two_hosts_make_the_table_of_one(tmp_path: Path, digits_dir: str) -> None:
     save_weights(tmp_path)
     (tmp_path / "small.py").write_text(SUITE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    meeting = {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    both = [
-        begin(tmp_path, digits_dir, tmp_path / "two", **meeting, JAX_PROCESS_ID=f"{i}")
-        for i in range(2)
-    ]
+    both = [begin(tmp_path, digits_dir, tmp_path / "two", **env) for env in meeting(devices=1)]
     alone = begin(tmp_path, digits_dir, tmp_path / "one")
     first, second, _ = map(finish, [*both, alone])
     # What all share, one host says and writes.

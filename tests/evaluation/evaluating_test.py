@@ -9,7 +9,6 @@ import pytest
 
 from mixer_jax.data.examples import Source
 from mixer_jax.data.preprocess import eval_image
-from mixer_jax.data.sources import open_source
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import (
     JudgeBatch,
@@ -17,50 +16,23 @@ from mixer_jax.evaluation.classification import (
     compile_judge,
     evaluate,
 )
-from mixer_jax.evaluation.passes import Reading
-from mixer_jax.model.mixer import MlpMixer, create_model
+from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.parallel.sharding import make_mesh
+from tests.evaluation.conftest import IMAGE_SIZE, read_by
 from tests.reference_scores import log_softmax, reference_calibration_error
 
-IMAGE_SIZE = (16, 16)
-
 
 @pytest.fixture(scope="module")
-def model() -> MlpMixer:
-    return create_model(
-        "custom",
-        num_classes=10,
-        num_blocks=1,
-        patch_size=4,
-        hidden_dim=16,
-        tokens_mlp_dim=8,
-        channels_mlp_dim=32,
-    )
-
-
-@pytest.fixture(scope="module")
-def params(model: MlpMixer) -> Any:
-    """Random parameters, the head's too: at zero all logits would be alike."""
-    images = np.zeros((1, *IMAGE_SIZE, 3), np.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype), shapes)
-
-
-@pytest.fixture(scope="module")
-def source(digits_dir: str) -> Source:
-    return open_source("digits", "test", digits_dir)
-
-
-@pytest.fixture(scope="module")
-def expected(model: MlpMixer, params: Any, source: Source) -> Scores:
+def expected(small_model: MlpMixer, small_params: Any, digits_test: Source) -> Scores:
     """The scores from the definitions, in float64, without batches."""
-    examples = [source.examples[index] for index in range(len(source))]
+    examples = [digits_test.examples[index] for index in range(len(digits_test))]
     labels = np.array([example["labels"][0] for example in examples])
     images = np.stack(
         [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
     )
-    logits = jax.jit(model.apply)({"params": params}, images.astype(np.float32) / 127.5 - 1)
+    logits = jax.jit(small_model.apply)(
+        {"params": small_params}, images.astype(np.float32) / 127.5 - 1
+    )
     log_probs = log_softmax(np.asarray(logits))
     ranking = np.argsort(-log_probs, axis=1)
     right = ranking[:, 0] == labels
@@ -75,27 +47,13 @@ def expected(model: MlpMixer, params: Any, source: Source) -> Scores:
 
 @pytest.fixture(scope="module", params=[1, 8])
 def run_evaluation(
-    request: pytest.FixtureRequest, model: MlpMixer, params: Any
+    request: pytest.FixtureRequest, small_model: MlpMixer, small_params: Any
 ) -> Callable[[Source, int], Scores]:
     mesh = make_mesh(0, 1, jax.devices()[: request.param])
-    judge_batch: JudgeBatch = compile_judge(model, mesh)
+    judge_batch: JudgeBatch = compile_judge(small_model, mesh)
 
     def run(source: Source, batch_size: int, skip_bad: bool = False) -> Scores:
-        return evaluate(
-            judge_batch,
-            params,
-            source,
-            mesh,
-            Reading(
-                batch_size=batch_size,
-                image_size=IMAGE_SIZE,
-                eval_crop="whole",
-                exif_orientation=False,
-                skip_bad=skip_bad,
-                threads=2,
-                prefetch_batches=2,
-            ),
-        )
+        return evaluate(judge_batch, small_params, source, mesh, read_by(batch_size, skip_bad))
 
     return run
 
@@ -104,10 +62,10 @@ def run_evaluation(
 def test_batch_size_and_devices_do_not_matter(
     batch_size: int,
     run_evaluation: Callable[[Source, int], Scores],
-    source: Source,
+    digits_test: Source,
     expected: Scores,
 ) -> None:
-    scores = run_evaluation(source, batch_size)
+    scores = run_evaluation(digits_test, batch_size)
     assert scores[:2] == expected[:2]
     assert scores.num_examples == 360
     assert scores.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-6)
@@ -125,21 +83,21 @@ def test_nothing_to_evaluate(run_evaluation: Callable[[Source, int], Scores]) ->
 
 
 @pytest.fixture(scope="module")
-def real(source: Source) -> Source:
+def real(digits_test: Source) -> Source:
     """The test digits with several right answers each, or none for every ninth of them."""
-    examples = [dict(source.examples[index]) for index in range(100)]
+    examples = [dict(digits_test.examples[index]) for index in range(100)]
     for index, example in enumerate(examples):
         (label,) = example["labels"]
         example["labels"] = () if index % 9 == 0 else (label, (label + index) % 10)
         example["image"] = b"broken" if index in (10, 18) else example["image"]
-    return Source("real", examples, source.class_names, multi_label=True)
+    return Source("real", examples, digits_test.class_names, multi_label=True)
 
 
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_real_labels(
     batch_size: int,
-    model: MlpMixer,
-    params: Any,
+    small_model: MlpMixer,
+    small_params: Any,
     real: Source,
     run_evaluation: Callable[..., Scores],
 ) -> None:
@@ -148,7 +106,9 @@ def test_real_labels(
     images = np.stack(
         [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in counted]
     )
-    logits = jax.jit(model.apply)({"params": params}, images.astype(np.float32) / 127.5 - 1)
+    logits = jax.jit(small_model.apply)(
+        {"params": small_params}, images.astype(np.float32) / 127.5 - 1
+    )
     best = np.asarray(logits).argmax(1)
     right = [top in example["labels"] for top, example in zip(best, counted, strict=True)]
     assert scores.top1 == np.mean(right)
@@ -165,13 +125,13 @@ def test_a_bad_image_is_named_with_the_way_out(
         run_evaluation(real, 8)
 
 
-def test_every_host_can_read_all_judgements(model: MlpMixer, params: Any) -> None:
+def test_every_host_can_read_all_judgements(small_model: MlpMixer, small_params: Any) -> None:
     mesh = make_mesh(8, 1)
     batch: dict[str, Any] = {
         "image": np.zeros((16, *IMAGE_SIZE, 3), np.uint8),
         "label": np.zeros(16, np.int32),
         "mask": np.ones(16, bool),
     }
-    for column in compile_judge(model, mesh)(params, batch):
+    for column in compile_judge(small_model, mesh)(small_params, batch):
         assert column.sharding.is_fully_replicated
         assert len(column.sharding.device_set) == 8

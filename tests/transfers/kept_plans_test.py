@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.tasks import FineTune
 from mixer_jax.transfers import judging, plan
 from mixer_jax.transfers.data_sets import with_absolute_folders
 from mixer_jax.transfers.plan import (
@@ -180,5 +181,6 @@ def test_folders_of_images_mean_the_same_from_anywhere(
     )
     a, c, d = with_absolute_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
     assert (a.dataset, c.dataset) == (f"folder:{tmp_path}/a", "folder:/home/me/c")
-    assert a.also == {"b": (f"folder:{tmp_path.parent}/b", "test")}  # type: ignore[union-attr]
+    assert isinstance(a, FineTune)
+    assert a.also == {"b": (f"folder:{tmp_path.parent}/b", "test")}
     assert d.dataset == "digits/high"
