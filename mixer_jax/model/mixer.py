@@ -178,7 +178,7 @@ class MlpMixer(nn.Module):
             name="blocks",
         )
 
-    def drop_rates(self) -> Float[Array, "num_blocks"]:
+    def drop_rates(self) -> Float[Array, " num_blocks"]:
         """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
         return jnp.linspace(0.0, self.stochastic_depth, self.num_blocks, dtype=jnp.float32)
 

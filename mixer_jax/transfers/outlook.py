@@ -142,4 +142,6 @@ def _tell(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds < 3_600:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3_600:,.1f} h"
+    if seconds < 100 * 3_600:
+        return f"{seconds / 3_600:.1f} h"
+    return f"{seconds / 86_400:,.1f} days"

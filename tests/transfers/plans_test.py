@@ -204,9 +204,9 @@ def test_time_is_reckoned_by_formula(digits_dir: str, monkeypatch: pytest.Monkey
     # At 1 GFLOP/s: 20,000 steps of 512 at three forwards of 89.1 GFLOP each, and what is scored.
     plan = plan_of(SUITES["imagenet"], "own")
     head = describe(plan, AVG5[:1], look_for((), "")._replace(missing={"imagenet": ""}))
-    hours = (7 * 3 * 20_000 * 512 + 3 * 100_000 + 4 * 12_812) * 89.1 / 3_600
-    (told,) = re.findall(r"about ([\d,.]+) h;", head)
-    assert float(told.replace(",", "")) == pytest.approx(hours, rel=1e-3)
+    days = (7 * 3 * 20_000 * 512 + 3 * 100_000 + 4 * 12_812) * 89.1 / 86_400
+    (told,) = re.findall(r"about ([\d,.]+) days;", head)
+    assert float(told.replace(",", "")) == pytest.approx(days, rel=1e-3)
 
 
 def test_training_time_is_read_off_the_metrics() -> None:
