@@ -65,8 +65,8 @@ KEYS: dict[str, Key] = {
     "model.unroll": Key(0, "blocks per iteration of the scan; 0: all", low=0, resumable=True),
     "model.remat": Key(
         "none",
-        "what the backward pass recomputes: none, dots (all but products), full",
-        ("none", "dots", "full"),
+        "what the backward pass recomputes: none, dots (all but products), mlp_hidden, full",
+        ("none", "dots", "mlp_hidden", "full"),
         resumable=True,
     ),
     # Data.
@@ -149,6 +149,9 @@ KEYS: dict[str, Key] = {
     "mesh.fsdp": Key(1, "devices each parameter is split over", low=1, resumable=True),
     "distributed": Key(
         "auto", "join a multi-host run: auto detects one", ("auto", "yes", "no"), resumable=True
+    ),
+    "distributed_timeout": Key(
+        300, "seconds to wait for the other hosts to join", low=1, high=86_400, resumable=True
     ),
     "checkpoint.every_steps": Key(1000, "0: only by time and at the end", low=0, resumable=True),
     "checkpoint.every_minutes": Key(0.0, "0: only by steps and at the end", low=0, resumable=True),

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images a step; default: 8")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--unroll", default="0", help="settings to compare, e.g. 1,12; 0: all")
-    parser.add_argument("--remat", default="none", help="settings to compare, e.g. none,dots,full")
+    parser.add_argument("--remat", default="none", help="settings to compare, e.g. none,dots,mlp_hidden,full")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: 5")
 
 
@@ -103,10 +103,10 @@ def run(known: argparse.Namespace) -> None:
         f"training step of Mixer-{known.variant}, {known.image_size} px, {known.batch_size} "
         f"images, {known.dtype}, {device}, jax {jax.__version__}"
     )
-    print("unroll  remat  compile s  temporary GiB  step s  images/s  GFLOP/s  ratio to first")
+    print("unroll       remat  compile s  temporary GiB  step s  images/s  GFLOP/s  ratio to first")
     for m in measurements:
         print(
-            f"{m.unroll or 'all':>6}  {m.remat:>5}  {m.compile_seconds:9.1f}  "
+            f"{m.unroll or 'all':>6}  {m.remat:>10}  {m.compile_seconds:9.1f}  "
             f"{m.temporary_bytes / 2**30:13.2f}  {m.step_seconds:6.3f}  "
             f"{m.images_per_second:8.2f}  {flops / m.step_seconds / 1e9:7.1f}  {m.ratio:14.2f}"
         )
@@ -144,6 +144,7 @@ def _compile(case: Case, options: argparse.Namespace) -> tuple[Callable[[], None
     import jax.numpy as jnp
 
     from mixer_jax.model.mixer import build_model
+    from mixer_jax.parallel.sharding import make_mesh
     from mixer_jax.training.optimizer import make_optimizer, make_schedule
     from mixer_jax.training.step import create_state, train_step
 
@@ -167,6 +168,7 @@ def _compile(case: Case, options: argparse.Namespace) -> tuple[Callable[[], None
         model=model,
         tx=tx,
         schedule=schedule,
+        mesh=make_mesh(1, 1, jax.devices()[:1]),
         num_classes=options.num_classes,
         seed=0,
         loss="sigmoid",

@@ -17,7 +17,7 @@ from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.passes import Pass, Reading
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.parallel.sharding import replicated
+from mixer_jax.parallel.sharding import gathered, replicated
 
 NUM_CALIBRATION_BINS = 15
 
@@ -121,6 +121,7 @@ def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def judge_batch(params: Any, batch: Batch) -> Judgements:
+        params = gathered(params, mesh)
         logits = model.apply({"params": params}, to_model_range(batch["image"]))
         right = batch["label"]
         if right.ndim == 1:

@@ -16,7 +16,7 @@ from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.passes import Pass, Reading
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.parallel.sharding import replicated
+from mixer_jax.parallel.sharding import gathered, replicated
 
 
 class BatchFeatures(NamedTuple):
@@ -60,6 +60,7 @@ def compile_features(model: MlpMixer, mesh: Mesh) -> FeaturesOf:
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def features_of(params: Any, batch: Batch) -> BatchFeatures:
+        params = gathered(params, mesh)
         features = headless.apply({"params": params}, to_model_range(batch["image"]))
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 

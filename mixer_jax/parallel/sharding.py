@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.errors import UserError
@@ -12,7 +13,10 @@ DATA, FSDP = "data", "fsdp"
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh ("data", "fsdp").
+    """Returns a mesh ("data", "fsdp"), laid out so that neighbours on it are neighbours indeed.
+
+    Of several TPU slices each takes a part of the data axis, so that only gradients cross the
+    slow network between them.
 
     Args:
         data: devices along the data axis; 0 takes all that `fsdp` leaves.
@@ -20,16 +24,28 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
         devices: to use; None: all of all hosts.
 
     Raises:
-        UserError: data × fsdp is not the number of devices.
+        UserError: data × fsdp is not the number of devices, or fsdp does not divide a slice.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     if (data or 1) * fsdp > count or count % fsdp or (data and data * fsdp != count):
         raise UserError(
             f"mesh.data={data} and mesh.fsdp={fsdp} do not make up the {count} devices; "
             f"set mesh.fsdp to a divisor of {count} and mesh.data to 0"
         )
-    shape, auto = (count // fsdp, fsdp), (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(shape, (DATA, FSDP), axis_types=auto, devices=devices)
+    auto = (AxisType.Auto, AxisType.Auto)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        shape = (count // fsdp, fsdp)
+        return jax.make_mesh(shape, (DATA, FSDP), axis_types=auto, devices=devices)
+    in_slice = count // slices
+    if in_slice % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp} does not divide the {in_slice} devices of a slice; "
+            f"set it to a divisor of {in_slice}"
+        )
+    laid_out = mesh_utils.create_hybrid_device_mesh((in_slice // fsdp, fsdp), (slices, 1), devices)
+    return Mesh(laid_out, (DATA, FSDP), axis_types=auto)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -42,23 +58,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays, in a compiled function, that every device is to hold whole."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Returns a sharding for each array: split over "fsdp" along its largest divisible axis.
+    """Returns a sharding for each array: kernels lie split over "fsdp", all else on every device.
+
+    Kernels are all but a thousandth of a Mixer; splitting the rest would save nothing and send
+    many small messages.
 
     Args:
-        tree: arrays or their shapes; optimizer moments have their parameter's shape and so fall
-            where their parameter does.
+        tree: arrays or their shapes; optimizer moments have their parameter's name and shape and
+            so fall where their parameter does.
         mesh: from `make_mesh`.
     """
 
-    def shard(array: Any) -> NamedSharding:
+    def shard(path: Any, array: Any) -> NamedSharding:
         spec: list[str | None] = [None] * len(array.shape)
-        divisible = [a for a, n in enumerate(array.shape) if n and n % mesh.shape[FSDP] == 0]
-        if divisible:
-            spec[max(divisible, key=lambda axis: array.shape[axis])] = FSDP
+        axis = split_axis(array.shape, mesh)
+        if axis is not None and getattr(path[-1], "key", None) == "kernel":
+            spec[axis] = FSDP
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(shard, tree)
+    return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def split_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
+    """Returns the axis that a kernel is split along: the largest divisible one, if there is one."""
+    width = mesh.shape[FSDP]
+    divisible = [axis for axis, size in enumerate(shape) if size and size % width == 0]
+    if width == 1 or not divisible:
+        return None
+    return max(divisible, key=lambda axis: shape[axis])
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh, pieces: int = 1) -> None:

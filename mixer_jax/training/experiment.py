@@ -112,6 +112,7 @@ def build(
         model=model,
         tx=tx,
         schedule=schedule,
+        mesh=mesh,
         num_classes=about.num_classes,
         seed=config.seed,
         **config.recipe,

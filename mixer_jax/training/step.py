@@ -1,5 +1,6 @@
 """One training step as pure functions of (state, batch): loss, mixup, gradients, update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,9 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mixer_jax.data.preprocess import to_model_range
+from mixer_jax.model.mixer import cast_kernels
+from mixer_jax.parallel.gradients import mean_over_devices
 
 Params = Any
 Metrics = dict[str, Array]
@@ -57,6 +61,7 @@ def train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    mesh: Mesh,
     num_classes: int,
     seed: int,
     loss: str,
@@ -70,15 +75,16 @@ def train_step(
     Args:
         state: before the step.
         batch: `image` uint8 (n, h, w, 3) and `label` int32 (n,).
-        model: a module from images to logits.
+        model: an `MlpMixer`, from images to logits.
         tx: the optax chain.
         schedule: its learning rate, for the metrics.
+        mesh: of the devices, over which state and batch lie.
         num_classes: of the labels.
         seed: randomness of the step follows from it and from `state.step`.
         loss: "sigmoid" or "softmax".
         label_smoothing: share of each label spread over all classes.
         mixup: parameter of the Beta distribution, 0 for none.
-        accumulation_steps: pieces that the batch is computed in; must divide n.
+        accumulation_steps: pieces that the batch is computed in; times the devices, must divide n.
         ema_decay: of the averaged parameters; unused where the state has none.
 
     Returns:
@@ -89,22 +95,29 @@ def train_step(
     labels = smooth_labels(batch["label"], num_classes, label_smoothing)
     pairs = mixup_pairs(mixup_rng, batch["image"], labels, mixup) if mixup else None
 
-    def loss_fn(params: Params, piece: Any, rng: Key[Array, ""]) -> Float[Array, ""]:
-        if pairs is None:
-            images, targets = to_model_range(piece[0]), piece[1]
+    def loss_fn(params: Params, piece: Any, common: Any) -> Float[Array, ""]:
+        (arrays, places), (weight, rng) = piece, common
+        if weight is None:
+            images, targets = to_model_range(arrays[0]), arrays[1]
         else:
-            images, targets = mix(piece, pairs.weight)
+            images, targets = mix(arrays, weight)
         logits = model.apply(
             {"params": params},
             images,
             train=True,
+            places=places,
             rngs=dict(zip(("dropout", "stochastic_depth"), jax.random.split(rng), strict=True)),
         )
         return cross_entropy(logits, targets, loss)
 
     whole = (batch["image"], labels) if pairs is None else pairs.arrays
-    value, grads = accumulate_gradients(
-        jax.value_and_grad(loss_fn), state.params, whole, model_rng, accumulation_steps
+    common = (None if pairs is None else pairs.weight, model_rng)
+    on_one_device = functools.partial(
+        accumulate_gradients, jax.value_and_grad(loss_fn), num_pieces=accumulation_steps
+    )
+    cast = functools.partial(cast_kernels, dtype=model.dtype)
+    value, grads = mean_over_devices(on_one_device, mesh, cast)(
+        state.params, (whole, jnp.arange(len(labels))), common
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -133,34 +146,34 @@ def step_keys(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Ke
 
 
 def accumulate_gradients(
-    value_and_grad: Callable[[Params, Any, Key[Array, ""]], tuple[Array, Params]],
+    value_and_grad: Callable[[Params, Any, Any], tuple[Array, Params]],
     params: Params,
     batch: Any,
-    rng: Key[Array, ""],
+    common: Any,
     num_pieces: int,
 ) -> tuple[Array, Params]:
     """Returns the mean value and gradient over `num_pieces` equal pieces, one after the other.
 
     Args:
-        value_and_grad: from parameters, a piece and a random key to a mean value and its gradient.
+        value_and_grad: from parameters, a piece and what is common to all of them to a mean value
+            and its gradient.
         params: of the model.
         batch: arrays (n, ...); n is a multiple of `num_pieces`.
-        rng: split into one key a piece.
+        common: given to every piece.
         num_pieces: 1 computes the batch in one go.
     """
     if num_pieces == 1:
-        return value_and_grad(params, batch, rng)
+        return value_and_grad(params, batch, common)
 
     def split(x: Array) -> Array:
-        # Piece k takes every num_pieces-th example, so that each device keeps its own rows.
-        return jnp.swapaxes(x.reshape(-1, num_pieces, *x.shape[1:]), 0, 1)
+        return x.reshape(num_pieces, -1, *x.shape[1:])
 
-    def add(total: Any, piece_and_rng: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *piece_and_rng)), None
+    def add(total: Any, piece: Any) -> tuple[Any, None]:
+        # Gradients may be of a smaller type; their sum is not.
+        return jax.tree.map(jnp.add, total, value_and_grad(params, piece, common)), None
 
-    pieces = (jax.tree.map(split, batch), jax.random.split(rng, num_pieces))
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zeros, pieces)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), jax.tree.map(split, batch))
     return jax.tree.map(lambda x: x / num_pieces, total)
 
 

@@ -147,17 +147,19 @@ def test_no_classes_gives_the_features_under_the_head(images: jax.Array) -> None
 
 def test_mlp_is_shared_over_the_axis_it_is_mapped_over() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 5, 7))
+    places = jnp.arange(2)
     mapped, plain = map_mlp(axis=2)(4), MlpBlock(4)
-    variables = mapped.init(jax.random.key(1), x, False)
+    variables = mapped.init(jax.random.key(1), x, places, False)
     assert variables["params"]["Dense_0"]["kernel"].shape == (5, 4)
-    columns = [plain.apply(variables, x[:, :, c], False) for c in range(7)]
+    columns = [plain.apply(variables, x[:, :, c], places, False) for c in range(7)]
     np.testing.assert_allclose(
-        mapped.apply(variables, x, False), np.stack(columns, axis=2), atol=1e-6
+        mapped.apply(variables, x, places, False), np.stack(columns, axis=2), atol=1e-6
     )
 
 
 @pytest.mark.parametrize(
-    ("unroll", "remat"), [(1, "none"), (2, "none"), (1, "dots"), (3, "dots"), (3, "full")]
+    ("unroll", "remat"),
+    [(1, "none"), (2, "none"), (1, "dots"), (3, "dots"), (1, "mlp_hidden"), (3, "full")],
 )
 def test_unroll_and_remat_change_no_value(unroll: int, remat: str, images: jax.Array) -> None:
     def value_and_grad(model: MlpMixer) -> Any:
@@ -230,11 +232,12 @@ def test_stochastic_depth_needs_its_random_stream(images: jax.Array) -> None:
 def one_block(drop_rate: float, num_images: int) -> tuple[np.ndarray, ...]:
     """Returns a block's tokens with each branch off and on, and with random branches."""
     block = MixerBlock(6, 10, stochastic_depth=True)
-    compiled = jax.jit(block.apply, static_argnums=3)
+    compiled = jax.jit(block.apply, static_argnums=4)
+    places = jnp.arange(num_images)
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.tile(rng.normal(size=(1, 4, 8)), (num_images, 1, 1)), jnp.float32)
     rate = jnp.float32(drop_rate)
-    shape = jax.eval_shape(lambda: block.init(jax.random.key(0), x, rate, False))
+    shape = jax.eval_shape(lambda: block.init(jax.random.key(0), x, rate, places, False))
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, s.shape), s.dtype), shape)
 
     def without(name: str) -> Any:
@@ -244,11 +247,11 @@ def one_block(drop_rate: float, num_images: int) -> tuple[np.ndarray, ...]:
         return {"params": {**params["params"], name: branch}}
 
     both, only_channels, only_tokens = (
-        np.asarray(compiled(p, x, rate, False)[0][0])
+        np.asarray(compiled(p, x, rate, places, False)[0][0])
         for p in (params, without("token_mixing"), without("channel_mixing"))
     )
     rngs = {"stochastic_depth": jax.random.key(3)}
-    drawn, _ = compiled(params, x, rate, True, rngs=rngs)
+    drawn, _ = compiled(params, x, rate, places, True, rngs=rngs)
     return np.asarray(x[0]), only_tokens, only_channels, both, np.asarray(drawn)
 
 
@@ -276,9 +279,10 @@ def test_first_block_is_never_dropped() -> None:
 def test_dropout_keeps_expectations() -> None:
     x = jnp.ones((20_000, 3))
     block = MlpBlock(4, dropout=0.25)
-    variables = block.init(jax.random.key(0), x, False)
-    drawn = block.apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
-    expected = block.apply(variables, x, False)[0]
+    places = jnp.arange(len(x))
+    variables = block.init(jax.random.key(0), x, places, False)
+    drawn = block.apply(variables, x, places, True, rngs={"dropout": jax.random.key(1)})
+    expected = block.apply(variables, x, places, False)[0]
     np.testing.assert_allclose(np.mean(drawn, axis=0), expected, atol=0.02)
     assert np.mean(drawn == 0) == pytest.approx(0.25, abs=0.01)
 

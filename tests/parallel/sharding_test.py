@@ -43,15 +43,17 @@ def test_batches_lie_over_both_axes() -> None:
         ((12, 384, 768), PartitionSpec(None, None, "fsdp")),
         ((12, 3072, 768), PartitionSpec(None, "fsdp", None)),
         ((16, 10), PartitionSpec("fsdp", None)),
-        ((10,), PartitionSpec(None)),
-        ((), PartitionSpec()),
+        ((3, 10), PartitionSpec(None, None)),
     ],
 )
-def test_parameters_are_split_along_their_largest_divisible_axis(
+def test_kernels_are_split_along_their_largest_divisible_axis(
     shape: tuple[int, ...], spec: Any
 ) -> None:
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert state_sharding(array, make_mesh(1, 8)).spec == spec
+    assert state_sharding({"kernel": array}, make_mesh(1, 8))["kernel"].spec == spec
+    whole = PartitionSpec(*[None] * len(shape))
+    assert state_sharding({"bias": array}, make_mesh(1, 8))["bias"].spec == whole
+    assert state_sharding({"kernel": array}, make_mesh(8, 1))["kernel"].spec == whole
 
 
 def test_batch_sizes_name_the_nearest() -> None:

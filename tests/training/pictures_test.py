@@ -28,6 +28,7 @@ from mixer_jax.training.pictures import (
 )
 from mixer_jax.training.run_sources import open_sources
 from mixer_jax.training.step import TrainState, train_step
+from tests.batches import mesh_of
 from tests.small_run import small_config
 
 STEP = 7
@@ -39,9 +40,10 @@ class Spy(nn.Module):
 
     keep: Callable[[Any], None]
     num_classes: int
+    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool, places: jax.Array) -> jax.Array:
         jax.debug.callback(self.keep, images)
         logits = self.param("logits", nn.initializers.zeros, (self.num_classes,))
         return jnp.broadcast_to(logits[None], (len(images), self.num_classes))
@@ -62,6 +64,7 @@ def run_step(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
         model=model,
         tx=tx,
         schedule=optax.constant_schedule(1.0),
+        mesh=mesh_of(1, 1),
         num_classes=num_classes,
         seed=config.seed,
         **config.recipe,

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 from mixer_jax.model.mixer import create_model
+from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.training.step import (
     TrainState,
     accumulate_gradients,
@@ -21,6 +23,7 @@ from mixer_jax.training.step import (
     smooth_labels,
     train_step,
 )
+from tests.batches import mesh_of
 
 NUM_CLASSES = 3
 RECIPE: dict[str, Any] = {
@@ -45,7 +48,12 @@ def make_batch(n: int = 8) -> dict[str, jax.Array]:
 
 
 def take_steps(
-    count: int = 1, model: nn.Module | None = None, seed: int = 0, **recipe: Any
+    count: int = 1,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    batch_size: int = 8,
+    **recipe: Any,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     model = model or make_model()
     schedule = optax.constant_schedule(0.1)
@@ -57,14 +65,17 @@ def take_steps(
         model=model,
         tx=tx,
         schedule=schedule,
+        mesh=mesh or mesh_of(1, 1),
         num_classes=NUM_CLASSES,
         seed=seed,
         **{**RECIPE, **recipe},
     )
+    if mesh:
+        state = jax.device_put(state, state_sharding(state, mesh))
     compiled = jax.jit(step)
     history = []
     for _ in range(count):
-        state, metrics = compiled(state, make_batch())
+        state, metrics = compiled(state, make_batch(batch_size))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -147,17 +158,39 @@ def test_accumulation_changes_nothing_but_rounding(recipe: dict[str, Any]) -> No
             assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_pieces_partition_the_batch_and_have_their_own_keys() -> None:
-    def value_and_grad(params: Any, piece: jax.Array, rng: jax.Array) -> Any:
-        return jnp.sum(piece), {"keys": jax.random.uniform(rng, (1000,)), "w": jnp.sum(piece**2)}
+def test_pieces_partition_the_batch() -> None:
+    def value_and_grad(params: Any, piece: jax.Array, common: jax.Array) -> Any:
+        return jnp.sum(piece) * common, {"w": jnp.sum(piece**2)}
 
-    params = {"keys": jnp.zeros(1000), "w": jnp.zeros(())}
-    x = jnp.arange(12.0)
-    value, grads = accumulate_gradients(value_and_grad, params, x, jax.random.key(0), 4)
-    assert float(value) == pytest.approx(66 / 4)
+    params, x = {"w": jnp.zeros(())}, jnp.arange(12.0)
+    value, grads = accumulate_gradients(value_and_grad, params, x, jnp.float32(2), 4)
+    assert float(value) == pytest.approx(2 * 66 / 4)
     assert float(grads["w"]) == pytest.approx(506 / 4)
-    # The mean of 4 independent uniforms has a variance of 1/48; of 4 equal ones, 1/12.
-    assert float(jnp.var(grads["keys"])) == pytest.approx(1 / 48, rel=0.2)
+
+
+def test_pieces_of_small_gradients_are_summed_in_float32() -> None:
+    def value_and_grad(params: Any, piece: jax.Array, common: None) -> Any:
+        return jnp.zeros(()), jnp.where(piece[0] == 0, jnp.bfloat16(1), jnp.bfloat16(2**-9))
+
+    _, grad = accumulate_gradients(value_and_grad, jnp.bfloat16(0), jnp.arange(9.0), None, 9)
+    assert float(grad) == pytest.approx((1 + 8 * 2**-9) / 9, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [(8, 1), (1, 8), (2, 4)])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_devices_and_pieces_change_nothing_but_rounding(
+    layout: tuple[int, int], pieces: int
+) -> None:
+    """Not even what is dropped."""
+    model = make_model(num_blocks=2, dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
+    recipe = {"mixup": 0.5, "batch_size": 16}
+    whole, expected = take_steps(3, model, **recipe)
+    spread, actual = take_steps(
+        3, model, mesh=mesh_of(*layout), accumulation_steps=pieces, **recipe
+    )
+    assert_trees_equal(whole.params, spread.params, tolerance=1e-5)
+    for a, b in zip(expected, actual, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_randomness_follows_from_seed_and_step() -> None:
