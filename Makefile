@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+TPU := $(VENV)/.tpu
 PEERS := $(VENV)/.peers
 
 .PHONY: demo test test-peers lint clean
@@ -23,7 +24,13 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint
+# The TPU compiler, which needs no TPU; requirements-tpu.txt is empty where it does not exist.
+$(TPU): $(INSTALLED) requirements-tpu.txt
+	@echo "installing the packages of requirements-tpu.txt into $(VENV)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-tpu.txt
+	@touch $@
+
+test: lint $(TPU)
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Where PyTorch cannot be installed, there is nothing to compare with, which is no failure of ours.

@@ -13,6 +13,7 @@ from absl import logging
 
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.keys import KEYS
+from mixer_jax.parallel.machine import quieten_libtpu
 from mixer_jax.streams import open_streams
 from mixer_jax.weights.about import About
 
@@ -51,6 +52,7 @@ def run(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> N
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's complaints of a damaged image do not name it; ours do.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    quieten_libtpu()
     try:
         try:
             code = main(sys.argv[1:])

@@ -27,6 +27,7 @@ from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, draw_all, ru
 from mixer_jax.model.mixer import MlpMixer, build_model
 from mixer_jax.model.variants import forward_flops, resolve_widths
 from mixer_jax.parallel.chips import peak_flops
+from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import (
     batch_sharding,
     check_batch_size,
@@ -131,6 +132,7 @@ def build(
             in_shardings=(sharding, batch_sharding(mesh)),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
         ),
         metadata={
             "about": about.to_json(),

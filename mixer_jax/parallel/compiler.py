@@ -1,0 +1,38 @@
+"""What the XLA compiler is asked for, by platform: the one place of such options."""
+
+from typing import Any
+
+import jax
+
+# By `Device.platform`. Not in XLA_FLAGS, where a name that a version of XLA does not know ends the
+# process.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        # Orders a program so that it computes while collectives are under way: gradients that are
+        # ready are summed while the backward pass goes on. Recommended by JAX's "GPU performance
+        # tips"; not the default of every version. Without effect on one GPU.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
+    # The TPU compiler overlaps by default, and the CPU's has nothing to overlap.
+}
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Returns the options for the training step, as `jax.jit` takes them.
+
+    Options that this version of XLA does not know are left out.
+
+    Args:
+        platform: of the devices.
+    """
+    options = OPTIONS.get(platform, {})
+    return {name: value for name, value in options.items() if is_known(name, value)}
+
+
+def is_known(name: str, value: Any) -> bool:
+    """Returns whether this version of XLA takes an option."""
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
