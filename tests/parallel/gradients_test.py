@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from mixer_jax.model.mixer import create_model
+from mixer_jax.evaluation.classification import compile_judge
+from mixer_jax.model.mixer import MlpMixer, create_model
 from mixer_jax.model.variants import num_parameters, resolve_widths
 from mixer_jax.parallel.gradients import mean_over_devices
 from mixer_jax.parallel.sharding import batch_sharding, replicated, state_sharding
 from mixer_jax.training.step import create_state, train_step
+from mixer_jax.weights.checkpoint import abstract
 from tests.batches import mesh_of
 
 WIDTHS = {
@@ -49,13 +51,28 @@ def test_small_gradients_are_summed_in_float32() -> None:
         np.testing.assert_allclose(grads["kernel"], (1 + 7 * 2**-10) / 8, rtol=1e-6)
 
 
-@functools.cache
-def collectives(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[str, int]]]:
-    """Returns, by kind, type and number of values of each array that a compiled step sends."""
-    mesh = mesh_of(data, fsdp)
-    model = create_model(
-        "custom", NUM_CLASSES, **WIDTHS, stochastic_depth=0.1, dtype=jnp.dtype("bfloat16")
-    )
+def sent_by(compiled: Any) -> dict[str, list[tuple[str, int]]]:
+    """Returns, by kind, type and number of values of each array that a compiled program sends."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for arrays, kind in COLLECTIVE.findall(compiled.as_text()):
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", arrays):
+            size = int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
+            found.setdefault(kind, []).append((dtype, size))
+    return found
+
+
+def make_model() -> MlpMixer:
+    dtype = jnp.dtype("bfloat16")
+    return create_model("custom", NUM_CLASSES, **WIDTHS, stochastic_depth=0.1, dtype=dtype)
+
+
+def batch_shape() -> dict[str, jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.uint8)
+    return {"image": image, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
+
+
+def sent_by_step(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[str, int]]]:
+    mesh, model = mesh_of(data, fsdp), make_model()
     schedule = optax.constant_schedule(0.1)
     tx = optax.adam(schedule)
     make_state = functools.partial(create_state, jax.random.key(0), model, tx, SIZE, ema=False)
@@ -79,31 +96,21 @@ def collectives(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[s
         step,
         in_shardings=(sharding, batch_sharding(mesh)),
         out_shardings=(sharding, replicated(mesh)),
-    ).lower(
-        shape,
-        {
-            "image": jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        },
     )
-    found: dict[str, list[tuple[str, int]]] = {}
-    for arrays, kind in COLLECTIVE.findall(compiled.compile().as_text()):
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", arrays):
-            size = int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
-            found.setdefault(kind, []).append((dtype, size))
-    return found
+    return sent_by(compiled.lower(shape, batch_shape()).compile())
 
 
 def counted(pieces: list[tuple[str, int]], dtype: str) -> int:
     return sum(size for kind, size in pieces if kind == dtype and size > 1)
 
 
+def param_shapes() -> Any:
+    images = jnp.zeros((1, SIZE, SIZE, 3))
+    return jax.eval_shape(lambda: make_model().init(jax.random.key(0), images))["params"]
+
+
 def num_kernel_parameters() -> int:
-    model = create_model("custom", NUM_CLASSES, **WIDTHS)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))[
-        "params"
-    ]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes())
     return sum(x.size for path, x in leaves if path[-1].key == "kernel")
 
 
@@ -112,7 +119,7 @@ TOTAL = num_parameters(resolve_widths("custom", **WIDTHS), SIZE, NUM_CLASSES)
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_without_fsdp_gradients_are_reduced_once_and_nothing_else_is_sent(pieces: int) -> None:
-    found = collectives(8, 1, pieces)
+    found = sent_by_step(8, 1, pieces)
     assert set(found) == {"all-reduce", "collective-permute"}
     assert counted(found["all-reduce"], "f32") == TOTAL
     assert {dtype for dtype, _ in found["all-reduce"]} == {"f32"}
@@ -122,7 +129,7 @@ def test_without_fsdp_gradients_are_reduced_once_and_nothing_else_is_sent(pieces
 
 
 def test_with_fsdp_parameters_are_gathered_and_gradients_scattered() -> None:
-    found = collectives(1, 8)
+    found = sent_by_step(1, 8)
     kernels = num_kernel_parameters()
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
     assert counted(found["all-gather"], "bf16") + counted(found["all-gather"], "f32") == kernels
@@ -131,7 +138,25 @@ def test_with_fsdp_parameters_are_gathered_and_gradients_scattered() -> None:
 
 
 def test_with_both_the_parts_of_gradients_are_reduced_over_data() -> None:
-    found = collectives(2, 4)
+    found = sent_by_step(2, 4)
     kernels = num_kernel_parameters()
     assert counted(found["reduce-scatter"], "f32") == kernels // 4
     assert counted(found["all-reduce"], "f32") == kernels // 4 + TOTAL - kernels
+
+
+def test_an_evaluation_gathers_parameters_and_answers_and_nothing_else() -> None:
+    mesh = mesh_of(2, 4)
+    params = param_shapes()
+    split = abstract(params, state_sharding(params, mesh))
+    batch = batch_shape() | {"mask": jax.ShapeDtypeStruct((BATCH,), jnp.bool_)}
+    spread = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
+        for name, x in batch.items()
+    }
+    found = sent_by(compile_judge(make_model(), mesh).lower(split, spread).compile())
+    assert set(found) == {"all-gather"}
+    answers = [("f32", BATCH), ("f32", BATCH), ("pred", BATCH), ("s32", BATCH)]
+    rest = sorted(found["all-gather"])
+    for answer in answers:
+        rest.remove(answer)
+    assert sum(size for _, size in rest) == num_kernel_parameters()
