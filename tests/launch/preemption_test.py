@@ -1,0 +1,181 @@
+"""Tests of launch/tpu_vm.sh: what it does when machines come and go.
+
+The cloud is played by fake_gcloud.sh; everything on this side of it is real.
+"""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import scripts
+
+MACHINES = ("--name=mixer", "--zone=us-west4-a", "--type=v5litepod-64")
+RUN = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
+
+
+class Cloud:
+    """What fake_gcloud.sh plays, with a run that goes as it is told."""
+
+    def __init__(self, folder: Path, run: list[str]):
+        self.folder = folder
+        folder.joinpath("bin").mkdir()
+        shutil.copy(scripts.FOLDER / "fake_gcloud.sh", folder / "bin" / "gcloud")
+        (folder / "bin" / "gcloud").chmod(0o755)
+        self.write("run", "\n".join(run) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder}/bin:{scripts.environment()['PATH']}"
+        return {"PATH": path, "CLOUD": str(self.folder), "MIXER_POLL_SECONDS": "0"}
+
+    def train(self, *more: str) -> subprocess.CompletedProcess[str]:
+        result = scripts.run("tpu_vm.sh", *MACHINES, *more, *RUN, **self.environment)
+        # Every answer that was prepared was asked for.
+        assert (self.folder / "run").read_text() == "", result
+        return result
+
+    def did(self) -> list[str]:
+        """Returns what changed something, in words."""
+        words = {
+            "resources create": "create",
+            "resources delete": "delete",
+            "setup_host.sh": "setup",
+            "on_host.sh start": "start",
+            "on_host.sh follow": "follow",
+            "tail -n 20": "tails",
+        }
+        calls = (self.folder / "calls").read_text().splitlines()
+        return [short for call in calls for long, short in words.items() if long in call]
+
+    def is_there(self) -> bool:
+        return (self.folder / "request").exists()
+
+
+ONCE = ["create", "setup", "start", "follow"]
+
+
+def test_a_run_is_followed_to_its_end_and_the_machines_deleted(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "rc=0"])
+    result = cloud.train()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["step 1/2  loss 2.3"]
+    assert cloud.did() == [*ONCE, "delete"]
+    assert not cloud.is_there()
+
+
+def test_after_preemptions_it_goes_on_with_new_machines(tmp_path: Path) -> None:
+    # The first takes the host that is asked; the second another one, at whose loss the run ends
+    # with 1 before the cloud says why; the third stops the run by SIGTERM.
+    story = ["none", "preempt", "none", "later rc=1", "none", "preempt rc=143", "none", "rc=0"]
+    cloud = Cloud(tmp_path, story)
+    result = cloud.train("--spot")
+    assert result.returncode == 0, result.stderr
+    assert cloud.did() == [*ONCE, "delete"] * 4
+    assert result.stderr.count("the machines were lost") == 3
+
+
+def test_it_gives_up_after_so_many_preemptions(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "preempt"] * 2)
+    result = cloud.train("--max_restarts=1")
+    assert result.returncode == 1
+    assert "lost more than 1 times" in result.stderr
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_what_is_wrong_with_the_run_itself_is_not_tried_again(code: int, tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", f"rc={code}"])
+    result = cloud.train()
+    assert result.returncode == code
+    assert cloud.did() == [*ONCE, "tails", "delete"]
+    assert f"the run ended with code {code}" in result.stderr
+
+
+def test_a_crash_is_tried_again_on_the_same_machines_a_few_times(tmp_path: Path) -> None:
+    cloud = Cloud(
+        tmp_path, ["none", "rc=139", "rc=139", "none", "none", "rc=134", "rc=134", "rc=134"]
+    )
+    result = cloud.train()
+    assert result.returncode == 134, result.stderr
+    assert cloud.did() == ["create", *["setup", "start", "follow"] * 4, "tails", "delete"]
+
+
+def test_a_lost_connection_is_taken_up_again(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "running", "", "running", "rc=0"])
+    result = cloud.train("--keep")
+    assert result.returncode == 0
+    assert cloud.did() == [*ONCE, "follow", "follow", "follow"]
+    assert "launch/tpu_vm.sh delete --name=mixer --zone=us-west4-a" in result.stderr
+    assert cloud.is_there()
+
+
+def test_the_same_command_follows_what_is_going_on(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["running", "rc=0"])
+    cloud.write("request", "ACTIVE\n")
+    cloud.write("node", "READY\n")
+    assert cloud.train().returncode == 0
+    assert cloud.did() == ["follow", "delete"]
+
+
+def test_a_stop_by_hand_is_no_preemption_and_leaves_the_machines(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "rc=143 by hand"])
+    assert cloud.train().returncode == 143
+    assert cloud.did() == [*ONCE, "tails"]
+    assert cloud.is_there()
+
+
+def test_machines_that_never_come_are_no_preemption(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, [])
+    cloud.write("run", "")
+    cloud.write("created", "FAILED\n")
+    result = cloud.train()
+    assert result.returncode == 1
+    assert "the machines did not come: no quota" in result.stderr
+    assert cloud.did() == ["create", "delete"]
+
+
+def test_machines_that_cannot_be_asked_for_end_it_only_at_first(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, [])
+    cloud.write("run", "")
+    cloud.write("fails", "resources create")
+    result = cloud.train()
+    assert (result.returncode, cloud.did()) == (1, ["create"])
+    assert "it does not work" in result.stderr
+
+    folder = tmp_path / "again"
+    folder.mkdir()
+    cloud = Cloud(folder, ["none", "preempt", "none", "rc=0"])
+    cloud.write("fails_later", "resources create")
+    assert cloud.train().returncode == 0
+    assert cloud.did() == [*ONCE, "delete", "create", "delete", *ONCE, "delete"]
+
+
+def test_a_setup_that_fails_is_tried_again(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "none", "rc=0"])
+    cloud.write("fails", "setup_host.sh")
+    assert cloud.train().returncode == 0
+    assert cloud.did() == ["create", "setup", "setup", "start", "follow", "delete"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_says_how_to_delete(number: int, code: int, tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none"])
+    cloud.write("endless", "")
+    process = scripts.start("tpu_vm.sh", *MACHINES, *RUN, **cloud.environment)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1")
+    process.send_signal(number)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == code
+    assert "machines and run go on" in err
+    assert "To delete them: launch/tpu_vm.sh delete --name=mixer --zone=us-west4-a" in err
+    assert cloud.is_there()

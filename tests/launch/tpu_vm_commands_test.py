@@ -1,0 +1,150 @@
+"""Tests of launch/tpu_vm.sh: the commands that it gives, and what it refuses."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.launch import scripts
+
+WHERE = ("--name=mixer", "--zone=us-west4-a")
+MACHINES = (*WHERE, "--type=v5litepod-64")
+RUN = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
+
+
+def dry(*arguments: str) -> list[list[str]]:
+    """Returns the words of every command that a dry run prints."""
+    result = scripts.run("tpu_vm.sh", *arguments, "--dry_run", *RUN)
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def tpus(*words: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", *words]
+
+
+def ssh(command: str, worker: str = "all", node: str = "mixer") -> list[str]:
+    place = ("--zone=us-west4-a", "--quiet", f"--worker={worker}")
+    return tpus("tpu-vm", "ssh", node, *place, f"--command={command}")
+
+
+START = f"bash mixer_jax/launch/on_host.sh start {' '.join(RUN[1:])}"
+DELETE = tpus("queued-resources", "delete", "mixer", "--zone=us-west4-a", "--force", "--quiet")
+
+
+def test_a_dry_run_prints_every_command_in_its_order() -> None:
+    state = tpus("queued-resources", "describe", "mixer", "--zone=us-west4-a")
+    state.append("--format=value(state.state)")
+    create = tpus("queued-resources", "create", "mixer", "--zone=us-west4-a", "--quiet")
+    create += ["--node-id=mixer", "--accelerator-type=v5litepod-64"]
+    create += ["--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
+    lines = dry(*MACHINES, "--spot", "--env", "NOTE=it's here")
+    assert lines[:3] == [state, create, state]
+    result, tar, scp, setup, rm, start, follow = lines[3:10]
+    assert "--worker=0" in result
+    assert result[-1].endswith("bash mixer_jax/launch/on_host.sh result; else echo none; fi")
+    archive = tar[2]
+    assert tar[:2] == ["tar", "-czf"]
+    assert tar[-4:] == ["mixer_jax", "configs", "launch", "requirements.txt"]
+    to_all = ("--zone=us-west4-a", "--quiet", "--worker=all")
+    assert scp == tpus("tpu-vm", "scp", archive, "mixer:mixer_jax.tgz", *to_all)
+    assert "tar -xzf mixer_jax.tgz -C mixer_jax" in setup[-1]
+    assert setup[-1].endswith("bash mixer_jax/launch/setup_host.sh --accelerator=tpu")
+    assert rm == ["rm", "-f", archive]
+    # What the host's shell will read is quoted once more.
+    assert start[:-1] == ssh("")[:-1]
+    remote = shlex.split(start[-1].removeprefix("--command="))
+    assert remote == ["env", "NOTE=it's here", *START.split()]
+    assert follow == ssh("bash mixer_jax/launch/on_host.sh follow +1", worker="0")
+    assert lines[10:] == [result, DELETE]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("create", [None, "create mixer"]),
+        ("wait", ["describe mixer"]),
+        ("setup", ["tar", "scp", "setup_host.sh", "rm -f"]),
+        ("run", ["result", "start --config"]),
+        ("logs", ["follow +1"]),
+        ("status", ["queued-resources describe", "tpu-vm describe mixer", "result"]),
+        ("stop", ["on_host.sh stop"]),
+        ("delete", ["queued-resources delete mixer"]),
+    ],
+)
+def test_each_step_alone(step: str, expected: list[str | None]) -> None:
+    result = scripts.run("tpu_vm.sh", step, *MACHINES, "--dry_run", *RUN)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if re.match("gcloud|tar|rm", line)]
+    assert len(lines) == len(expected)
+    for line, word in zip(lines, expected, strict=True):
+        assert word is None or word in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v3-32", "tpu-ubuntu2204-base"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_software_fits_the_type(kind: str, version: str) -> None:
+    create = dry("create", *WHERE, f"--type={kind}")[1]
+    assert f"--accelerator-type={kind}" in create
+    assert f"--runtime-version={version}" in create
+    assert "--spot" not in create
+    other = dry("create", *WHERE, f"--type={kind}", "--version=mine", "--create_flag=--reserved")
+    assert other[1][-2:] == ["--runtime-version=mine", "--reserved"]
+
+
+def test_slices_are_nodes_of_one_request() -> None:
+    lines = dry(*MACHINES, "--slices=2", "--project=mine")
+    assert all("--project=mine" in line for line in lines if line[0] == "gcloud")
+    assert {"--node-count=2", "--node-prefix=mixer"} < set(lines[1])
+    starts = [line for line in lines if "on_host.sh start" in line[-1]]
+    assert [line[5] for line in starts] == ["mixer-0", "mixer-1"]
+    (follow,) = (line for line in lines if "follow" in line[-1])
+    assert "mixer-0" in follow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*WHERE, "--type=tpu7x-64"), ("tpu7x", "launch/gke/tpu7x.yaml")),
+        ((*WHERE, "--type=v5e-64"), ("v5litepod-64",)),
+        ((*WHERE, "--type=h100"), ("--type=h100 is unknown",)),
+        ((*WHERE, "--type=v4-"), ("no size",)),
+        (WHERE, ("--type is missing",)),
+        ((*WHERE, "--type=v3-32", "--slices=2"), ("--slices=2 needs v4",)),
+        ((*MACHINES, "--slices=0"), ("--slices=0",)),
+        (("--name=Mixer", "--zone=us-west4-a"), ("--name=Mixer",)),
+        (("--name=mixer", "--zone=us-west4"), ("--zone=us-west4 is no zone", "us-west4-a")),
+        (("--name=mixer",), ("--zone is missing",)),
+        ((*MACHINES, "--spott"), ("--spott is no option",)),
+        (("start", *MACHINES), ("'start' is no step", "create")),
+        ((*MACHINES, "--env", "1=2"), ("--env 1=2",)),
+        ((*MACHINES, "--config=configs/digits.py"), ("put it after --",)),
+        ((*MACHINES, "--max_restarts=-1"), ("--max_restarts=-1",)),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    scripts.refuses(scripts.run("tpu_vm.sh", *arguments, *RUN), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("no --config",)),
+        (RUN[1:2], ("no --workdir", "gs://")),
+        ((RUN[1], "--workdir=/tmp/run"), ("--workdir=/tmp/run", "vanish", "gs://")),
+        ((RUN[1], "--workdir", "runs/x"), ("--workdir=runs/x",)),
+    ],
+)
+def test_a_run_that_could_not_go_on_is_refused(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    scripts.refuses(scripts.run("tpu_vm.sh", *MACHINES, "--", *arguments), *words)
