@@ -19,7 +19,7 @@ FLOORS = [
     {"weights", "config_file"},
     {"command_line", "evaluation", "classifier"},
     {"training"},
-    {"benchmarks", "transfers"},
+    {"benchmarks", "planning", "transfers"},
 ]
 DOORS = {
     "main",
@@ -30,6 +30,7 @@ DOORS = {
     "convert",
     "visualize",
     "benchmark",
+    "plan",
 }
 
 # Where each heavy library may be imported at all, by path in the package.
@@ -118,6 +119,7 @@ def test_no_file_outgrows_its_idea(path: Path) -> None:
         ("mixer_jax", {"jax", "flax", "numpy"}),
         ("mixer_jax.main", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
+        ("mixer_jax.plan", {"jax", "flax", "numpy"}),
         ("mixer_jax.prepare", {"jax", "numpy", "tensorflow_datasets", "cv2", "sklearn"}),
         ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.transfer", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),

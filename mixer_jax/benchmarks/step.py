@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images a step; default: 8")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--unroll", default="0", help="settings to compare, e.g. 1,12; 0: all")
-    parser.add_argument("--remat", default="none", help="settings to compare, e.g. none,dots,mlp_hidden,full")
+    parser.add_argument(
+        "--remat", default="none", help="settings to compare, e.g. none,dots,mlp_hidden,full"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: 5")
 
 

@@ -1,4 +1,4 @@
-"""Tests of launch/README.md: what it names is there, and its commands are understood."""
+"""Tests of launch/README.md: what it names is there; its commands, and README's, are understood."""
 
 import re
 import shlex
@@ -11,9 +11,12 @@ TEXT = Path("launch/README.md").read_text()
 
 def commands(script: str) -> list[list[str]]:
     """Returns the words after `launch/SCRIPT` in every command block that calls it."""
-    blocks = re.findall(r"^```\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    return [line[1:] for line in lines if line[0] == f"launch/{script}"]
+    text = TEXT + Path("README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = [shlex.split(line) for line in lines if line.startswith(f"launch/{script} ")]
+    assert found, script
+    return [words[1:] for words in found]
 
 
 def test_every_file_that_is_named_is_there() -> None:
@@ -30,12 +33,14 @@ def test_every_file_that_is_named_is_there() -> None:
 
 
 def test_its_commands_are_understood() -> None:
-    ((*arguments,),) = commands("tpu_vm.sh")
-    position = arguments.index("--")
-    dry = [*arguments[:position], "--dry_run", *arguments[position:]]
-    result = scripts.run("tpu_vm.sh", *dry)
-    assert result.returncode == 0, result.stderr
-    assert "TFDS_DATA_DIR=gs://BUCKET/tfds" in result.stdout
+    for arguments in commands("tpu_vm.sh"):
+        position = arguments.index("--")
+        dry = [*arguments[:position], "--dry_run", *arguments[position:]]
+        result = scripts.run("tpu_vm.sh", *dry)
+        assert result.returncode == 0, result.stderr
+        given = "TFDS_DATA_DIR=gs://BUCKET/tfds"
+        assert (given in result.stdout) == (given in arguments)
+        assert "--workdir=gs://BUCKET/" in result.stdout
     for arguments in commands("setup_host.sh"):
         assert scripts.run("setup_host.sh", *arguments, "--dry_run").returncode == 0
     for arguments in commands("local_multiprocess.sh"):

@@ -1,5 +1,10 @@
 """Tests of joining and leaving a run; two real hosts are in end_to_end/."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +17,9 @@ from mixer_jax.parallel import hosts
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Records whether JAX was asked to join a cluster, in an environment without signs of one."""
     calls: list[bool] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: calls.append(True))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **times: calls.append(True))
+    # This process goes on, so it keeps its standard error.
+    monkeypatch.setattr(hosts.endings, "watch_standard_error", lambda: lambda: None)
     monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [])
     for name in (*hosts._CLUSTER_ADDRESSES, *hosts._CLUSTER_SIZES):
         monkeypatch.delenv(name, raising=False)
@@ -71,3 +78,56 @@ def test_hosts_that_cannot_be_found_are_a_users_error(monkeypatch: pytest.Monkey
     monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
     with pytest.raises(UserError, match="cannot join a run of several hosts"):
         hosts.join("yes")
+
+
+def test_a_host_that_could_not_join_is_as_before(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    before = sys.stderr
+    with pytest.raises(UserError):
+        hosts.join("yes")
+    os.write(2, b"by C++\n")
+    print("by Python", file=sys.stderr, flush=True)
+    assert capfd.readouterr().err == "by C++\nby Python\n"
+    assert sys.stderr is before
+
+
+def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code that watches standard error, for it cannot be undone when it ends a process."""
+    watch = "import ctypes, os, sys, time; from mixer_jax.parallel import endings\n"
+    command = [sys.executable, "-W", "error", "-c", watch + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_cpp_says_is_passed_on_but_for_the_loss_of_a_host() -> None:
+    done = in_a_process(
+        """
+endings.watch_standard_error()
+print("mine", file=sys.stderr)
+os.write(2, b"of another library\\n")
+time.sleep(0.5)
+os.write(2, b"E1123 07:42:43.7 9 coordination_service_agent.cc:289] Polled an error\\n")
+time.sleep(0.1)
+os.write(2, b"F1123 07:42:43.8 9 client.h:80] Terminating process because the JAX distributed "
+    b"service detected fatal errors. This\\n*** Check failure stack trace: ***\\n")
+with endings.advising(lambda: "do this"):
+    ctypes.CDLL(None).abort()
+"""
+    )
+    assert done.returncode == 1
+    lost = "error: another host is gone (this is process 0 of 1); do this"
+    assert done.stderr.splitlines() == ["mine", "of another library", lost]
+
+
+def test_another_abort_stays_one() -> None:
+    done = in_a_process(
+        """
+endings.watch_standard_error()
+os.write(2, b"E1123 07:42:43.7 9 coordination_service_agent.cc:289] harmless\\n")
+os.write(2, b"corrupted memory\\n")
+ctypes.CDLL(None).abort()
+"""
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr.endswith("harmless\ncorrupted memory\n")

@@ -8,7 +8,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from mixer_jax.errors import UserError
-from mixer_jax.parallel.chips import peak_flops
 from mixer_jax.parallel.sharding import (
     batch_sharding,
     check_batch_size,
@@ -63,8 +62,3 @@ def test_batch_sizes_name_the_nearest() -> None:
         check_batch_size("config.batch_size", 100, mesh)
     with pytest.raises(UserError, match=r"=3 is not divisible by 8 devices; the nearest are 8$"):
         check_batch_size("config.batch_size", 3, mesh)
-
-
-def test_peaks_are_known_for_accelerators_only() -> None:
-    assert peak_flops("TPU v4") == 275e12
-    assert peak_flops("cpu") is None

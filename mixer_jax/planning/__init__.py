@@ -1,0 +1,1 @@
+"""What a run would take on accelerators that are not here: memory, traffic, time, cost."""

@@ -1,0 +1,162 @@
+"""The real training and evaluation step, compiled for devices that are not here."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mixer_jax.evaluation.classification import compile_judge
+from mixer_jax.parallel.sharding import batch_sharding
+from mixer_jax.planning.nominal import nominal_sources
+from mixer_jax.planning.program import Program, read_program
+from mixer_jax.training.experiment import Experiment, build
+
+_GIB = 2**30
+_SIZE = r"(\d+(?:\.\d+)?)([KMGT])"
+_SCALES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What the compiler says of a program that does not fit: its temporaries alone, or all of it.
+_TOO_LARGE = (
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE}i?B? of {_SIZE}"),
+)
+# The least optimization: it takes most of the time.
+_QUICK = "O1"
+
+
+class Compiled(NamedTuple):
+    """A compiled step; bytes are those of one device.
+
+    Attributes:
+        seconds: that compiling took.
+        arguments: bytes of state and batch.
+        outputs: bytes of results that do not take the place of arguments.
+        temporaries: bytes of activations, gradients and the like.
+        code: bytes.
+        program: what the compiler made.
+    """
+
+    seconds: float
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    program: Program
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+class TooLarge(NamedTuple):
+    """A step that does not fit into a device's memory.
+
+    Attributes:
+        seconds: that compiling took.
+        needed: bytes that the compiler says it needs, at the least.
+        allowed: bytes that it may have.
+        only_temporaries: whether `needed` leaves out state and batch.
+    """
+
+    seconds: float
+    needed: float
+    allowed: float
+    only_temporaries: bool
+
+
+def prepare(config: ConfigDict, devices: Sequence[Any]) -> Experiment:
+    """Returns the parts of a run on these devices, with as much data as the config says.
+
+    Args:
+        config: as `plannable` returns it.
+        devices: from `tpu_devices`.
+
+    Raises:
+        UserError: as `build` and `nominal_sources`.
+    """
+    return build(config, nominal_sources(config), devices=list(devices))
+
+
+def compile_training(experiment: Experiment, quick: bool = False) -> Compiled | TooLarge:
+    """Compiles the training step.
+
+    Args:
+        experiment: from `prepare`.
+        quick: whether to compile for less long and so to a somewhat slower program.
+    """
+    step: Any = experiment.train_step
+    batch = _batch(experiment, experiment.config.batch_size)
+    return _compile(lambda: step.trace(experiment.state_shape, batch), quick)
+
+
+def compile_evaluation(experiment: Experiment, quick: bool = False) -> Compiled | TooLarge:
+    """Compiles the step that scores a batch of `config.eval_batch_size`.
+
+    Args:
+        experiment: from `prepare`.
+        quick: as for `compile_training`.
+    """
+    size = experiment.config.eval_batch_size
+    judge: Any = compile_judge(experiment.model, experiment.mesh)
+    lies = batch_sharding(experiment.mesh)
+    mask = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=lies)
+    batch = _batch(experiment, size) | {"mask": mask}
+    return _compile(lambda: judge.trace(experiment.state_shape.eval_params, batch), quick)
+
+
+def _batch(experiment: Experiment, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    side, lies = experiment.config.image_size, batch_sharding(experiment.mesh)
+    return {
+        "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8, sharding=lies),
+        "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=lies),
+    }
+
+
+def _compile(trace: Callable[[], Any], quick: bool) -> Compiled | TooLarge:
+    lowered = trace().lower(lowering_platforms=("tpu",))
+    usual: Any = jax.config.values["jax_optimization_level"]
+    start = time.perf_counter()
+    try:
+        jax.config.update("jax_optimization_level", _QUICK if quick else usual)
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return read_too_large(error, time.perf_counter() - start)
+    finally:
+        jax.config.update("jax_optimization_level", usual)
+    seconds, size = time.perf_counter() - start, compiled.memory_analysis()
+    return Compiled(
+        seconds,
+        size.argument_size_in_bytes,
+        size.output_size_in_bytes - size.alias_size_in_bytes,
+        size.temp_size_in_bytes,
+        size.generated_code_size_in_bytes,
+        read_program(compiled.as_text()),
+    )
+
+
+def read_too_large(error: Exception, seconds: float) -> TooLarge:
+    """Returns what a compiler's error says of a program that does not fit.
+
+    Args:
+        error: that was raised.
+        seconds: after which.
+
+    Raises:
+        Exception: the error itself, where it is another.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    for number, pattern in enumerate(_TOO_LARGE):
+        if found := pattern.search(str(error)):
+            needed, unit, allowed, allowed_unit = found.groups()
+            return TooLarge(
+                seconds,
+                float(needed) * _SCALES[unit],
+                float(allowed) * _SCALES[allowed_unit],
+                only_temporaries=number == 0,
+            )
+    return TooLarge(seconds, 0.0, 0.0, only_temporaries=False)

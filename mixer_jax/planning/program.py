@@ -1,0 +1,270 @@
+"""The text of a compiled XLA program, read: computations, instructions, and how often they run."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
+# What only passes a value on, for finding where it is from.
+_PASSING = {"copy", "bitcast", "convert", "copy-done", "copy-start", "reshape"}
+
+
+class ArrayType(NamedTuple):
+    """The type of one array of a program.
+
+    Attributes:
+        dtype: as XLA writes it, e.g. "bf16".
+        dims: sizes of its axes.
+        order: axes from the fastest to the slowest.
+        tile: sizes of the first tile of its layout, over its fastest axes; empty: not tiled.
+        space: memory it lies in; 0 is the main memory of the device (HBM).
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    space: int = 0
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an element."""
+        if self.dtype == "pred":
+            return 1
+        bits = re.search(r"\d+", self.dtype)
+        return int(bits.group()) / 8 if bits else 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> float:
+        """Bytes of its elements."""
+        return self.size * self.itemsize
+
+    @property
+    def padded_bytes(self) -> float:
+        """Bytes that it takes in memory, where whole tiles cover it."""
+        order = self.order or tuple(reversed(range(len(self.dims))))
+        sides = [self.dims[axis] for axis in reversed(order)]
+        for place, side in enumerate(reversed(self.tile), start=1):
+            if place <= len(sides):
+                sides[-place] = -(-sides[-place] // side) * side
+        return math.prod(sides) * self.itemsize
+
+
+class Instruction(NamedTuple):
+    """One instruction.
+
+    Attributes:
+        name: of it and of its value.
+        opcode: e.g. "fusion".
+        arrays: of its value; those of a tuple in their order.
+        operands: names of the values it takes.
+        literal: what stands in its parentheses.
+        attributes: all that stands behind them.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[ArrayType, ...]
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+
+    def computation(self, attribute: str) -> str:
+        """Returns the name of the computation in an attribute such as "calls", or ""."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found.group(1) if found else ""
+
+    def number(self, attribute: str) -> int | None:
+        """Returns a number in an attribute such as "index", or None."""
+        found = re.search(rf"\b{attribute}=(\d+)", self.attributes)
+        return int(found.group(1)) if found else None
+
+
+class Computation(NamedTuple):
+    """One computation: instructions by name, and which of them is its value."""
+
+    name: str
+    instructions: dict[str, Instruction]
+    root: str
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of its parameters, in their order."""
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return [i.name for i in sorted(found, key=lambda i: int(i.literal))]
+
+
+class Run(NamedTuple):
+    """An instruction that the device runs, and how often in one call of the program."""
+
+    computation: Computation
+    instruction: Instruction
+    times: int
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        computations: by name.
+        entry: name of the one that is the program.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def runs(self) -> Iterator[Run]:
+        """Yields what the device runs; fusions whole, loops and calls by their bodies.
+
+        The body of a loop whose length follows from data, such as a rejection sampler's, is
+        yielded once.
+        """
+        yield from self._runs(self.computations[self.entry], 1)
+
+    def _runs(self, computation: Computation, times: int) -> Iterator[Run]:
+        for instruction in computation.instructions.values():
+            bodies, inner = self._bodies(instruction), times
+            if instruction.opcode == "while":
+                inner = times * (self.trips(computation, instruction) or 1)
+            for body in bodies:
+                yield from self._runs(self.computations[body], inner)
+            if not bodies:
+                yield Run(computation, instruction, times)
+
+    def _bodies(self, instruction: Instruction) -> list[str]:
+        if instruction.opcode == "while":
+            return [instruction.computation("body")]
+        if instruction.opcode == "call":
+            return [instruction.computation("to_apply")]
+        if instruction.opcode == "async-start":
+            return [instruction.computation("calls")]
+        if instruction.opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+            if branches:
+                return _NAME.findall(branches.group(1))
+            return [instruction.computation(f"{side}_computation") for side in ("true", "false")]
+        return []
+
+    def trips(self, computation: Computation, loop: Instruction) -> int | None:
+        """Returns how often a loop runs, where the program says so: it counts up to a constant."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known.group(1))
+        condition = self.computations[loop.computation("condition")]
+        root = condition.instructions[condition.root]
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, limit = (_origin(condition, name) for name in root.operands)
+        if counter is None or counter.opcode != "get-tuple-element" or limit is None:
+            return None
+        index = counter.number("index") or 0
+        first = self._initially(computation, loop, index)
+        last = _constant(limit)
+        if last is None and limit.opcode == "get-tuple-element":
+            last = self._initially(computation, loop, limit.number("index") or 0)
+        step = self._step(self.computations[loop.computation("body")], index)
+        if first is None or last is None or not step:
+            return None
+        return max(0, -(-(last - first) // step))
+
+    def _initially(self, computation: Computation, loop: Instruction, index: int) -> int | None:
+        start = computation.instructions[loop.operands[0]]
+        if start.opcode != "tuple":
+            return None
+        return _constant(_origin(computation, start.operands[index]))
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        root = body.instructions[body.root]
+        if root.opcode != "tuple":
+            return None
+        after = _origin(body, root.operands[index])
+        inside = body
+        if after is not None and after.opcode == "fusion":
+            inside = self.computations[after.computation("calls")]
+            after = _origin(inside, inside.root)
+        if after is None or after.opcode != "add":
+            return None
+        steps = [_constant(_origin(inside, name)) for name in after.operands]
+        return next((step for step in steps if step is not None), None)
+
+
+def _origin(computation: Computation, name: str) -> Instruction | None:
+    """Returns the instruction that a value is from, through those that only pass it on."""
+    instruction = computation.instructions.get(name)
+    while instruction is not None and instruction.opcode in _PASSING:
+        instruction = computation.instructions.get(instruction.operands[0])
+    return instruction
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+
+
+def read_program(text: str) -> Program:
+    """Returns the program that a text such as `compiled.as_text()` holds."""
+    computations: dict[str, Computation] = {}
+    entry, open_name, root = "", "", ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if found := _HEADER.match(line):
+            open_name, instructions, root = found.group(2), {}, ""
+            entry = open_name if found.group(1) else entry
+        elif line.startswith("}") and open_name:
+            computations[open_name] = Computation(open_name, instructions, root)
+            open_name = ""
+        elif open_name and (found := _INSTRUCTION.match(line)):
+            instruction = _read_instruction(found.group(2), line[found.end() :])
+            instructions[instruction.name] = instruction
+            root = instruction.name if found.group(1) else root
+    return Program(computations, entry)
+
+
+def _read_instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    found = _OPCODE.match(text, end)
+    assert found is not None, text
+    closing = _closing(text, found.end() - 1)
+    literal = text[found.end() : closing]
+    operands = () if found.group(1) == "constant" else tuple(_NAME.findall(literal))
+    arrays = tuple(map(_read_array, _ARRAY.finditer(text[:end])))
+    return Instruction(name, found.group(1), arrays, operands, literal, text[closing + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if not depth:
+            return place
+    raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
+
+
+def _read_array(found: re.Match[str]) -> ArrayType:
+    dtype, dims, layout = found.groups()
+    order, _, details = (layout or "").partition(":")
+    tile = re.search(r"T\(([\d,]+)\)", details)
+    space = re.search(r"S\((\d+)\)", details)
+    return ArrayType(
+        dtype,
+        _numbers(dims.replace("<=", "")),
+        _numbers(order),
+        _numbers(tile.group(1)) if tile else (),
+        int(space.group(1)) if space else 0,
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, filter(None, text.split(","))))

@@ -1,0 +1,234 @@
+"""Many plans of one run: settings that change nothing but speed and memory, ranked."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from mixer_jax.config import resolve_num_steps
+from mixer_jax.errors import UserError
+from mixer_jax.keys import KEYS
+from mixer_jax.planning.advice import REMAT
+from mixer_jax.planning.formulas import Work, memory, work_of
+from mixer_jax.planning.nominal import nominal_sources, plannable
+from mixer_jax.planning.planner import GIB, Plan, check_divides, check_mesh, make_plan, say
+from mixer_jax.planning.report import as_json
+from mixer_jax.planning.topology import Topology, tpu_devices
+
+DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
+# Estimates are good to about this factor; what needs more is not compiled.
+_TOLERANCE = 1.5
+_LARGEST_FSDP = 8
+_MOST_PIECES = 8
+_FEWEST_ROWS = 8
+# Seconds that compiling takes on two cores: a block laid out adds to the rest.
+_SECONDS, _SECONDS_A_BLOCK = 60, 12
+_QUICKER = 5
+
+
+class Setting(NamedTuple):
+    """What a sweep changes.
+
+    Attributes:
+        pieces: recipe.accumulation_steps.
+        fsdp: mesh.fsdp.
+        remat: model.remat.
+        unroll: model.unroll.
+    """
+
+    pieces: int
+    fsdp: int
+    remat: str
+    unroll: int
+
+    def flags(self) -> str:
+        """Returns it as flags of the command line."""
+        return (
+            f"--config.recipe.accumulation_steps={self.pieces} --config.mesh.fsdp={self.fsdp} "
+            f"--config.model.remat={self.remat} --config.model.unroll={self.unroll}"
+        )
+
+
+class Result(NamedTuple):
+    """A setting, and the plan of the run with it; none where the estimate rules it out."""
+
+    setting: Setting
+    estimate: float
+    plan: Plan | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits."""
+        return self.plan is not None and self.plan.fits
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Sorts what fits first, then by the bound, then by what compiling takes."""
+        bound = self.plan.bound.seconds if self.plan and self.plan.bound else float("inf")
+        training = self.plan.training if self.plan else None
+        return (not self.fits, bound, training.seconds if training else self.estimate)
+
+
+def sweep(
+    config: ConfigDict, topology: Topology, dimensions: str, *, quick: bool = False
+) -> list[Result]:
+    """Returns plans for settings of a run, the best first; tells on standard error how it goes.
+
+    What cannot fit by estimate is not compiled, nor what computes a batch in more pieces than is
+    needed: that only adds traffic.
+
+    Args:
+        config: valid by `config.validate`.
+        topology: from `parse_topology`.
+        dimensions: "all", or some of `DIMENSIONS`, separated by commas.
+        quick: as for `make_plan`.
+
+    Raises:
+        UserError: a dimension is unknown, or the batch divides over no setting.
+    """
+    config = plannable(config)
+    chosen = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
+    for name in chosen:
+        if name not in DIMENSIONS:
+            known = ", ".join(DIMENSIONS)
+            raise UserError(f"--sweep={dimensions}: {name!r} is unknown; choose of {known}")
+    source = nominal_sources(config).train
+    num_steps = resolve_num_steps(config, len(source))
+    work = work_of(config, source.num_classes, num_steps, topology.num_devices)
+    check_mesh(config, work.devices)
+    check_divides("config.batch_size", work.batch_size, work.devices)
+    settings = list(candidates(work, chosen, topology))
+    allowed = topology.chip.memory_gib * GIB
+    estimates = {setting: memory(_with(work, setting)).total for setting in settings}
+    possible = [s for s in settings if estimates[s] <= allowed * _TOLERANCE]
+    minutes = _minutes(work, possible, quick) if topology.chip.is_tpu else ""
+    say(f"{len(possible)} of {len(settings)} settings may fit{minutes}")
+    devices = tpu_devices(topology) if topology.chip.is_tpu else None
+    results = [Result(s, estimates[s], None) for s in settings if s not in possible]
+    done: list[Result] = []
+    for number, setting in enumerate(possible, start=1):
+        if any(r.fits and r.setting == setting._replace(pieces=r.setting.pieces) for r in done):
+            continue  # With fewer pieces it fits.
+        plan = make_plan(
+            _changed(config, setting), topology, devices=devices, evaluation=False, quick=quick
+        )
+        done.append(Result(setting, estimates[setting], plan))
+        say(f"[{number}/{len(possible)}] {_line(done[-1])}")
+    return sorted(results + done, key=lambda result: result.rank)
+
+
+def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterator[Setting]:
+    """Yields settings to try, those first that compile fast.
+
+    Args:
+        work: the run as it is configured.
+        chosen: dimensions to change.
+        topology: to run on.
+    """
+    now = Setting(work.pieces, work.fsdp, work.remat, work.unroll)
+    rows = work.batch_size // work.devices
+    blocks = work.widths.num_blocks
+    pieces = [
+        n
+        for n in (2**power for power in range(_MOST_PIECES.bit_length()))
+        if n == 1 or (rows % n == 0 and rows // n >= _FEWEST_ROWS)
+    ]
+    in_slice = topology.num_devices // topology.slices
+    splits = [n for n in range(1, _LARGEST_FSDP + 1) if in_slice % n == 0 and n & (n - 1) == 0]
+    policies = [name for name in REMAT if name in KEYS["model.remat"].choices]
+    # Formulas do not tell what unrolling does.
+    groups = sorted({1, 4 if blocks % 4 == 0 else min(2, blocks)})
+    groups = groups if topology.chip.is_tpu else [work.unroll]
+    by_name: dict[str, list[Any]] = {
+        "accumulation": pieces,
+        "fsdp": sorted({1, max(splits)}),
+        "remat": policies,
+        "unroll": groups,
+    }
+    choices = [
+        by_name[name] if name in chosen else [value]
+        for name, value in zip(DIMENSIONS, now, strict=True)
+    ]
+    made = [Setting(*values) for values in itertools.product(*choices)]
+    yield from sorted(
+        made, key=lambda s: (s.unroll or blocks, s.fsdp, REMAT.index(s.remat), s.pieces)
+    )
+
+
+def ranked(results: list[Result]) -> str:
+    """Returns the results of a sweep as text, with the flags of the best."""
+    lines = [
+        f"{'pieces':>6} {'fsdp':>5} {'remat':>11} {'unroll':>7} {'GiB':>8} {'':>10} {'ms':>9} "
+        f"{'limit':>11} {'images/s':>10} {'compile s':>10}"
+    ]
+    for result in results:
+        plan, setting = result.plan, result.setting
+        size, verdict = f"~{result.estimate / GIB:.1f}", "ruled out"
+        numbers = f"{'':>9} {'':>11} {'':>10} {'':>10}"
+        if plan is not None:
+            verdict = "fits" if plan.fits else "too large"
+            step = plan.training
+            size = f"{(step.needed if step else plan.estimate.total) / GIB:.1f}"
+            seconds = f"{step.seconds:.0f}" if step else ""
+            if plan.bound and plan.cost:
+                numbers = (
+                    f"{plan.bound.seconds * 1e3:>9.1f} {plan.bound.limit:>11} "
+                    f"{plan.cost.images_per_second:>10,.0f} {seconds:>10}"
+                )
+            else:
+                numbers = f"{'':>9} {'':>11} {'':>10} {seconds:>10}"
+        lines.append(
+            f"{setting.pieces:>6} {setting.fsdp:>5} {setting.remat:>11} "
+            f"{setting.unroll or 'all':>7} {size:>8} {verdict:>10} {numbers}"
+        )
+    best = results[0]
+    lines += ["", f"best: {best.setting.flags()}" if best.fits else "none fits: take more chips"]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def sweep_json(results: list[Result]) -> dict[str, Any]:
+    """Returns the results of a sweep as what JSON can hold."""
+    rows = [
+        {
+            "settings": result.setting._asdict(),
+            "estimated_bytes": result.estimate,
+            "fits": result.fits,
+            "plan": as_json(result.plan) if result.plan else None,
+        }
+        for result in results
+    ]
+    best = results[0].setting.flags() if results and results[0].fits else None
+    return {"best": best, "results": rows}
+
+
+def _with(work: Work, setting: Setting) -> Work:
+    return work._replace(**setting._asdict())
+
+
+def _changed(config: ConfigDict, setting: Setting) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.recipe.accumulation_steps = setting.pieces
+    changed.mesh.data, changed.mesh.fsdp = 0, setting.fsdp
+    changed.model.remat, changed.model.unroll = setting.remat, setting.unroll
+    return changed
+
+
+def _minutes(work: Work, settings: list[Setting], quick: bool) -> str:
+    """Returns what compiling these settings takes, roughly."""
+    blocks = sum(setting.unroll or work.widths.num_blocks for setting in settings)
+    seconds = _SECONDS * len(settings) + _SECONDS_A_BLOCK * blocks
+    minutes = math.ceil(seconds / (_QUICKER if quick else 1) / 60)
+    return f"; compiling them takes up to {minutes} minutes on two cores"
+
+
+def _line(result: Result) -> str:
+    plan, setting = result.plan, result.setting
+    assert plan is not None
+    seconds = f", compiled in {plan.training.seconds:.0f} s" if plan.training else ""
+    verdict = f"{plan.bound.seconds * 1e3:.1f} ms" if plan.bound else "too large"
+    return (
+        f"pieces {setting.pieces}, fsdp {setting.fsdp}, remat {setting.remat}, unroll "
+        f"{setting.unroll or 'all'}: {verdict}{seconds}"
+    )

@@ -1,0 +1,174 @@
+"""Tests of what a step costs by formula, by hand and against the model itself."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.parallel.sharding import make_mesh, state_sharding
+from mixer_jax.planning.formulas import (
+    Work,
+    kept,
+    memory,
+    transfers_by_formula,
+    work_of,
+)
+from mixer_jax.planning.nominal import nominal_sources, plannable
+from mixer_jax.planning.roofline import bound, cost, network_seconds
+from mixer_jax.planning.tables import formula_places, scaling_row
+from mixer_jax.planning.topology import Topology, parse_topology, places_of
+
+S16 = 27_398_547  # Mixer-S/16 with the classes of JFT-300M.
+
+
+def make_work(**changes: Any) -> Work:
+    work = Work(
+        widths=VARIANTS["S/16"],
+        image_size=224,
+        num_classes=18_291,
+        itemsize=2,
+        batch_size=1024,
+        pieces=1,
+        fsdp=1,
+        devices=16,
+        remat="dots",
+        unroll=1,
+        moments=2,
+        mixup=False,
+        num_steps=86_400,
+    )
+    return work._replace(**changes)
+
+
+def test_memory_by_hand() -> None:
+    work = make_work()
+    assert work.num_parameters == S16
+    lies = memory(work)
+    assert lies.parameters == 4 * S16
+    assert lies.moments == 8 * S16
+    assert lies.batch == 64 * (224 * 224 * 3 + 4)
+    assert lies.gradients == 6 * S16
+    # Tokens 196 × 512 three times, hidden layers 512 × 256 and 196 × 2048.
+    assert kept(work) == 2 * (3 * 196 * 512 + 512 * 256 + 196 * 2048)
+    assert kept(make_work(remat="full")) == 2 * 196 * 512
+    assert memory(make_work(pieces=2)).activations == lies.activations / 2
+
+
+def test_policies_keep_less_and_less() -> None:
+    sizes = [
+        memory(make_work(remat=remat)).total for remat in ("none", "dots", "mlp_hidden", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_recomputed_flops() -> None:
+    flops = forward_flops(VARIANTS["S/16"], 224, 18_291)
+    assert make_work().model_flops == 3 * 1024 * flops
+    assert make_work().recomputed_flops == 0
+    blocks = 8 * 2 * 2 * 196 * 512 * (256 + 2048)
+    assert make_work(remat="full").recomputed_flops == 1024 * blocks
+    assert make_work(remat="mlp_hidden").recomputed_flops == 1024 * blocks / 2
+
+
+def test_one_all_reduce_of_all_gradients() -> None:
+    sent = [t for t in transfers_by_formula(make_work()) if t.carries == "gradients"]
+    assert [(t.kind, t.axis, t.num_bytes) for t in sent] == [("all-reduce", "data", 4 * S16)]
+    assert not transfers_by_formula(make_work(devices=1))
+
+
+def test_split_parameters_are_gathered_and_scattered() -> None:
+    sent = transfers_by_formula(make_work(fsdp=4))
+    by_kind: dict[tuple[str, str], float] = {}
+    for t in sent:
+        by_kind[t.kind, t.carries] = by_kind.get((t.kind, t.carries), 0) + t.num_bytes
+    scattered = by_kind["reduce-scatter", "gradients"]
+    # Biases and LayerNorms stay whole: of eight blocks, of stem, last LayerNorm and head.
+    whole = 4 * (8 * (4 * 512 + 256 + 196 + 2048 + 512) + 3 * 512 + 18_291)
+    assert scattered == 4 * S16 - whole
+    assert by_kind["all-reduce", "gradients"] == scattered / 4 + whole
+    # The head's kernel travels in float32, all others in bfloat16.
+    head = 4 * 512 * 18_291
+    assert by_kind["all-gather", "parameters"] == head + (scattered - head) / 2
+
+
+def test_a_ring_by_hand() -> None:
+    topology = parse_topology("v5e:4x4")
+    (gradients, _) = transfers_by_formula(make_work())
+    seconds = network_seconds(topology, formula_places(topology), gradients)
+    assert seconds == pytest.approx(2 * 15 / 16 * 4 * S16 / 200e9)
+
+
+def test_cores_of_a_chip_share_its_links() -> None:
+    topology = parse_topology("v3:2x2")
+    work = make_work(devices=8)
+    (gradients, _) = transfers_by_formula(work)
+    seconds = network_seconds(topology, formula_places(topology), gradients)
+    # Four chips, of which each has one link along each of two axes.
+    assert seconds == pytest.approx(2 * 3 / 4 * 4 * S16 / 164e9)
+
+
+def test_machines_of_gpus_share_a_network() -> None:
+    topology = parse_topology("h100:16")
+    (gradients, _) = transfers_by_formula(make_work())
+    seconds = network_seconds(topology, places_of(topology, None), gradients)
+    inside, between = 2 * 7 / 8 / 450e9, 2 * 1 / 2 / 8 / 50e9
+    assert seconds == pytest.approx(4 * S16 * max(inside, between))
+
+
+def test_bound_and_cost_by_hand() -> None:
+    topology = parse_topology("v3:2x2")
+    least = bound(topology, formula_places(topology), 61.5e12, 225e9, [])
+    assert least == (1.0, 0.5, 0.0)
+    assert (least.seconds, least.without_overlap, least.limit) == (1.0, 1.5, "arithmetic")
+    run = cost(topology, batch_size=80, num_steps=86_400, model_flops=246e12, seconds=1.0)
+    assert run == (80, 20, 1.0, 8.0, 0.5)
+
+
+def test_weak_scaling_sends_the_same_from_every_chip() -> None:
+    small, large = scaling_row("v5e:2x4", 1), scaling_row("v5e:16x16", 4)
+    assert (small["chips"], large["chips"]) == (8, 1024)
+    assert small["bytes"] == large["bytes"]
+    assert small["arithmetic"] == pytest.approx(large["arithmetic"])
+    assert large["network"] > 0
+
+
+def test_numbers_of_a_config(root: Any) -> None:
+    from mixer_jax.config_file import read_config
+
+    read = read_config(
+        f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.accumulation_steps=1"]
+    )
+    config = plannable(read)
+    assert config.model.dtype == "bfloat16"
+    source = nominal_sources(config).train
+    assert (len(source), source.num_classes) == (14_055_151, 21_843)
+    work = work_of(config, source.num_classes, 10, devices=64)
+    assert work.num_parameters == 229_560_243
+    assert work.mixup
+    assert (work.rows, work.itemsize, work.moments) == (64, 2, 2)
+
+
+def test_estimate_of_parameters_is_what_a_mesh_holds() -> None:
+    mesh = make_mesh(2, 4)
+    tree: dict[str, Any] = {}
+    for path, shape in make_work().shapes.items():
+        *sections, name = path.split("/")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = jax.ShapeDtypeStruct(shape, np.float32)
+    held = jax.tree.map(
+        lambda x, lies: 4 * math.prod(lies.shard_shape(x.shape)), tree, state_sharding(tree, mesh)
+    )
+    assert memory(make_work(fsdp=4, devices=8)).parameters == sum(jax.tree.leaves(held))
+
+
+def test_topologies() -> None:
+    slices = parse_topology("v5e:16x16", 2)
+    assert isinstance(slices, Topology)
+    assert (slices.num_chips, slices.num_devices) == (512, 512)
+    assert parse_topology("v3:4x4").num_devices == 32
+    assert parse_topology("v4:2x2x1").egress == 2 * 50e9

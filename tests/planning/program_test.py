@@ -1,0 +1,58 @@
+"""Tests of reading a compiled program: types, loops, memory traffic, by hand-written texts."""
+
+import pytest
+
+from mixer_jax.planning.program import ArrayType, read_program
+from mixer_jax.planning.traffic import traffic
+from tests.planning.programs import LOOP
+
+
+def test_arrays_know_what_they_take() -> None:
+    text = "ENTRY %main (x: bf16[3,196]) -> bf16[3,196] {\n  ROOT %x = TYPE parameter(0)\n}\n"
+    typed = text.replace("TYPE", "bf16[3,196]{1,0:T(8,128)(2,1)S(1)}")
+    program = read_program(typed)
+    (array,) = program.computations["main"].instructions["x"].arrays
+    assert array == ArrayType("bf16", (3, 196), (1, 0), (8, 128), 1)
+    assert array.num_bytes == 3 * 196 * 2
+    # Whole tiles of 8 × 128.
+    assert array.padded_bytes == 8 * 256 * 2
+    across = ArrayType("f32", (3, 196), (0, 1), (8, 128))
+    assert across.padded_bytes == 128 * 200 * 4
+    assert ArrayType("pred", (5,)).num_bytes == 5
+    assert ArrayType("token", ()).num_bytes == 0
+
+
+def test_a_loop_is_run_as_often_as_it_counts() -> None:
+    program = read_program(LOOP)
+    main = program.computations["main"]
+    assert program.trips(main, main.instructions["while.1"]) == 6
+    times = {run.instruction.name: run.times for run in program.runs()}
+    assert times["y"] == times["more"] == 6
+    assert times["on_chip"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "trips"),
+    [
+        ("constant(6)", "constant(9)", 9),
+        ("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(4)", 2),
+        ("direction=LT", "direction=LE", None),
+        ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}', 5),
+    ],
+)
+def test_trips(before: str, after: str, trips: int | None) -> None:
+    assert before in LOOP
+    program = read_program(LOOP.replace(before, after))
+    main = program.computations["main"]
+    assert program.trips(main, main.instructions["while.1"]) == trips
+
+
+def test_traffic_by_hand() -> None:
+    moved = traffic(read_program(LOOP))
+    kernel, kept = 256 * 512 * 2, 32 * 512 * 2
+    # The input of a product and its output lie on chip; six kernels are read, six outputs kept,
+    # and the counter, a number of four bytes, is read by both fusions.
+    assert moved["fusion"] == 6 * (kernel + kept + 2 * 4)
+    # Images are read, in float32; what they are turned to lies on chip.
+    assert moved["convert"] == 32 * 256 * 4
+    assert moved.total() - moved["fusion"] - moved["convert"] < 200

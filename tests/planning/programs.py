@@ -1,0 +1,14 @@
+"""Small programs as XLA writes them, by hand."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+# A loop of 6 over a stack of blocks: each round reads one block's kernel by a fusion that slices,
+# writes what it keeps into a stack in place, and keeps the rest on chip.
+LOOP = (_FOLDER / "loop.hlo").read_text()
+# What devices send, begun and awaited, in fusions, in loops. The model has one kernel
+# (4, 256, 512) of four blocks, and a head (512, 10).
+COLLECTIVES = (_FOLDER / "collectives.hlo").read_text()
+# Of two slices: a sum between them, by their hosts.
+SLICES = (_FOLDER / "slices.hlo").read_text()
