@@ -36,9 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
-    """Runs a door and exits with what it returns: 0 if all went well, 130 after Ctrl-C.
+    """Runs a door and exits with what it returns: 0 if all went well.
 
-    A user's mistake exits with 2, a run that failed with 1, both after one line on standard error.
+    130 and 143 are for work that Ctrl-C or SIGTERM stopped, and that can go on. A user's mistake
+    exits with 2, a run that failed with 1, both after one line on standard error.
 
     Args:
         main: from the arguments of the command line to the exit code.

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,17 @@ from mixer_jax.weights.steps import list_steps
 if TYPE_CHECKING:
     from mixer_jax.training.loop import Result
 
+_EXIT_CODES = """\
+exit codes: 0 finished; 143 stopped by SIGTERM and 130 by Ctrl-C, both saved, to go on by the same
+command; 1 failed, or another host is gone; 2 a mistake, told in one line"""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the command line says; returns the exit code."""
     parser = command_line.Parser(
         prog="python -m mixer_jax.main",
         description="Train a Mixer, or resume the training in WORKDIR.",
-        epilog=f"configuration keys, with their defaults:\n{describe()}",
+        epilog=f"{_EXIT_CODES}\n\nconfiguration keys, with their defaults:\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -54,13 +57,17 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(config.compilation_cache)
+    from mixer_jax.parallel.endings import failing_together
     from mixer_jax.parallel.hosts import is_leader
     from mixer_jax.training.loop import train_and_evaluate
 
-    result = train_and_evaluate(config, workdir)
-    if is_leader():
-        print(_farewell(result, known.workdir or default, config), flush=True)
-    return command_line.INTERRUPTED if result.stopped_by == signal.SIGINT else 0
+    with failing_together():
+        result = train_and_evaluate(config, workdir)
+        if is_leader():
+            print(_farewell(result, known.workdir or default, config), flush=True)
+    if result.stopped_by is not None and result.step < result.num_steps:
+        return 128 + result.stopped_by
+    return 0
 
 
 def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:

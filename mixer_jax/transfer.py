@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(default_config(overrides).compilation_cache)
+    from mixer_jax.parallel.endings import failing_together
     from mixer_jax.transfers.judging import Wish, judge
 
     wish = Wish(
@@ -69,9 +69,10 @@ def main(arguments: Sequence[str]) -> int:
         overrides,
         **{name: getattr(known, name) for name in _AS_THEY_ARE},
     )
-    ended = judge(wish)
+    with failing_together():
+        ended = judge(wish)
     if ended.stopped_by is not None:
-        return command_line.INTERRUPTED if ended.stopped_by == signal.SIGINT else 0
+        return 128 + ended.stopped_by
     return 1 if ended.failures else 0
 
 

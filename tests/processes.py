@@ -9,7 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.weights.steps import list_steps
 from tests.small_run import as_arguments
 
 STEPS = 60
@@ -72,6 +77,14 @@ def meeting(devices: int) -> list[dict[str, str]]:
     return [common | {"JAX_PROCESS_ID": f"{number}"} for number in range(2)]
 
 
+def start_two_hosts(
+    data_dir: str, workdir: Path, devices: int = 2, **changes: Any
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Starts one run on two hosts: processes of so many devices each."""
+    first, second = (start(data_dir, workdir, env, **changes) for env in meeting(devices))
+    return first, second
+
+
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, err = process.communicate(timeout=180)
     assert process.returncode == code, f"{out}\n{err}"
@@ -97,3 +110,17 @@ def has_reached(workdir: Path, step: int) -> bool:
 def untimed_metrics(workdir: Path) -> list[dict[str, Any]]:
     lines = read_metrics(str(workdir))
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def final_arrays(workdir: Path, step: int) -> dict[str, list[np.ndarray]]:
+    """Returns all that the checkpoint of the last step holds, by item, wherever it was made."""
+    assert list_steps(str(workdir))[-1] == step
+    folder = workdir / "checkpoints" / f"{step}"
+    arrays = {}
+    for item in {"params", "ema_params", "optimizer"} & {path.name for path in folder.iterdir()}:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            saved = checkpointer.metadata(folder / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+            arrays[item] = jax.tree.leaves(checkpointer.restore(folder / item, restore))
+    return arrays

@@ -1,10 +1,11 @@
 """Hosts of one run: joining them, what they tell each other, and the signals that stop one."""
 
-import glob
+import ctypes
 import importlib.util
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import jax
@@ -12,23 +13,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixer_jax.errors import UserError
+from mixer_jax.parallel import endings
+from mixer_jax.parallel.machine import has_tpu
 
 # Set by what starts one of several processes: a JAX coordinator, TPU multislice.
 _CLUSTER_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CLUSTER_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# A host from which nothing is heard for so long is gone, though its machine says nothing: within a
+# minute, and longer than a machine stands still while it is moved.
+_SILENCE_SECONDS = 40
+# JAX's own time-out aborts the process, so ours comes first.
+_JAX_IS_LATER_SECONDS = 60
+# Of this process, which joins once: what it does by C++ when SIGTERM comes.
+_jaxs_handlers: list[Callable[[int], None]] = []
 
 
-def join(mode: str) -> None:
+def join(mode: str, timeout_seconds: int = 300) -> None:
     """Joins the other hosts of a run, before any device is used; once is enough for a process.
+
+    If some of them do not come in time, or one of them is gone later, this process ends with exit
+    code 1 and a line that says so.
 
     Args:
         mode: "yes"; "no"; or "auto", which joins where a TPU VM, SLURM, Open MPI or
             JAX_COORDINATOR_ADDRESS says that there may be others. JAX finds them by itself, or by
             that address with JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        timeout_seconds: to wait for the others.
 
     Raises:
-        UserError: the other hosts cannot be found.
+        UserError: nothing says where the other hosts are.
     """
     if jax.distributed.is_initialized():
         return
@@ -36,11 +50,14 @@ def join(mode: str) -> None:
         return
     try:
         # Without an address JAX asks the cluster: TPU VMs, SLURM, Open MPI, Kubernetes.
-        jax.distributed.initialize(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            _whole_number("JAX_NUM_PROCESSES"),
-            _whole_number("JAX_PROCESS_ID"),
-        )
+        with endings.joining(timeout_seconds):
+            jax.distributed.initialize(
+                os.environ.get("JAX_COORDINATOR_ADDRESS"),
+                _whole_number("JAX_NUM_PROCESSES"),
+                _whole_number("JAX_PROCESS_ID"),
+                initialization_timeout=timeout_seconds + _JAX_IS_LATER_SECONDS,
+                heartbeat_timeout_seconds=_SILENCE_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -48,6 +65,23 @@ def join(mode: str) -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host, or "
             "--config.distributed=no to run alone"
         ) from error
+    _jaxs_handlers.extend(filter(None, [_find_jaxs_handler()]))
+
+
+def _find_jaxs_handler() -> Callable[[int], None] | None:
+    """Returns what JAX does at SIGTERM; Python cannot tell, for it is written in C++."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    handler = libc.signal(signal.SIGTERM, None)
+    libc.signal(signal.SIGTERM, handler)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(handler) if handler else None
+
+
+def ask_all_to_stop() -> None:
+    """Tells the other hosts by JAX that all should stop soon; see `Checkpoints.must_stop`."""
+    for handler in _jaxs_handlers:
+        handler(signal.SIGTERM)
 
 
 def _in_cluster() -> bool:
@@ -56,8 +90,7 @@ def _in_cluster() -> bool:
     if any((_whole_number(name) or 1) > 1 for name in _CLUSTER_SIZES):
         return True
     # A TPU VM says of itself that it is one, not how many it works with; joining alone is harmless.
-    on_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
-    return on_tpu and importlib.util.find_spec("libtpu") is not None
+    return has_tpu() and importlib.util.find_spec("libtpu") is not None
 
 
 def _whole_number(variable: str) -> int | None:

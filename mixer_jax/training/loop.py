@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mixer_jax.errors import RunFailedError, UserError
-from mixer_jax.parallel import hosts
+from mixer_jax.parallel import endings, hosts
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.beginning import Beginning, begin, describe_beginning, find_beginning
 from mixer_jax.training.curves import draw_curves
@@ -26,8 +26,9 @@ from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import save_config
 from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import Weights
+from mixer_jax.weights.steps import list_steps
 
-# Asking costs a message to every host; waiting longer costs time that a preemption may not leave.
+# What can wait is asked by all hosts together, which costs a moment in which no device works.
 _HOSTS_AGREE_EVERY_STEPS = 10
 
 
@@ -38,7 +39,7 @@ class Result(NamedTuple):
         step: steps done.
         num_steps: steps the run has in all.
         scores: at the last step, by evaluation name; empty if the run was stopped before it.
-        stopped_by: the signal that stopped it, or None.
+        stopped_by: the signal that came, or None; SIGTERM where it came to another host.
     """
 
     step: int
@@ -60,10 +61,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
         RunFailedError: loss, gradients or parameters are no longer finite numbers, or too many
             images cannot be used.
     """
-    with contextlib.ExitStack() as stack:
+    with (
+        endings.advising(lambda: _how_to_go_on(workdir)),
+        contextlib.ExitStack() as stack,
+        endings.noticing_loss(),
+    ):
         stop = stack.enter_context(hosts.StopSignals())
         sources = open_sources(config)
-        hosts.join(config.distributed)
+        hosts.join(config.distributed, config.distributed_timeout)
         stop.listen()
         leader = hosts.is_leader()
         beginning = find_beginning(config, workdir, weights)
@@ -101,7 +106,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
                 if _is_time_to_ask(step):
                     bad_images.share()
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _ask_hosts(step, stop.received is not None) or bad_images.too_many
+                stopping = _must_stop(step, stop, checkpoints) or bad_images.too_many
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
                 late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, late)
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
@@ -156,6 +161,18 @@ def _is_time_to_ask(step: int) -> bool:
     return jax.process_count() == 1 or step % _HOSTS_AGREE_EVERY_STEPS == 0
 
 
+def _must_stop(step: int, stop: hosts.StopSignals, checkpoints: Checkpoints) -> bool:
+    """Returns whether a signal came to any host; it is the same step for all of them."""
+    if jax.process_count() == 1:
+        return stop.received is not None
+    if stop.received is not None:
+        hosts.ask_all_to_stop()
+    if checkpoints.must_stop(step):
+        stop.received = stop.received or signal.SIGTERM
+        return True
+    return False
+
+
 def _ask_hosts(step: int, flag: bool) -> bool:
     """Returns whether any host's flag is set, if this is the time to ask."""
     return _is_time_to_ask(step) and hosts.any_host(flag)
@@ -164,6 +181,12 @@ def _ask_hosts(step: int, flag: bool) -> bool:
 def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> RunFailedError:
     kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
     return type(error)(f"{error}; {kept}; try a lower learning rate or a longer warmup")
+
+
+def _how_to_go_on(workdir: str) -> str:
+    steps = list_steps(workdir)
+    where = f"goes on from step {steps[-1]:,}" if steps else "begins again, for nothing was saved"
+    return f"the same command on all hosts {where}"
 
 
 def _describe(experiment: Experiment, first_step: int, beginning: Beginning | None) -> str:

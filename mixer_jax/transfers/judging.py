@@ -90,7 +90,7 @@ def judge(wish: Wish) -> Ended:
     data_sets.check_probes(tasks, data, config.bad_images.skip_in_evaluation)
     if not wish.dry_run:
         # Before weights are loaded, which may use devices.
-        hosts.join(config.distributed)
+        hosts.join(config.distributed, config.distributed_timeout)
     weights = load_weights(_name(wish.place))
     plan = _make_plan(wish, weights, data)
     check_runs(plan, tasks)

@@ -116,7 +116,7 @@ def test_sigterm_saves_the_run_under_way(place: Path, digits_dir: str, tmp_path:
     process = begin(place, tmp_path, digits_dir, "--tasks=low")
     wait_until(lambda: reaches(tmp_path, "low/final/seed=0", 3), process)
     process.send_signal(signal.SIGTERM)
-    out = finish(process, code=0)
+    out = finish(process, code=143)
     assert "stopped; the same command goes on from there" in out
     assert not (tmp_path / "low/final/seed=0/result.json").exists()
     saved = [int(path.name) for path in (tmp_path / "low/final/seed=0/checkpoints").iterdir()]

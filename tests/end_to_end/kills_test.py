@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mixer_jax.weights.steps import list_steps
 from tests.images import encode, photograph
 from tests.processes import (
     STEPS,
+    final_arrays,
     finish,
     has_reached,
     last_step,
@@ -35,15 +34,6 @@ def unfinished_saves(workdir: Path) -> list[Path]:
 
 def is_saving(workdir: Path, done: int) -> bool:
     return last_step(workdir) > done and unfinished_saves(workdir) != []
-
-
-def final_arrays(workdir: Path) -> dict[str, list[np.ndarray]]:
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        assert manager.latest_step() == STEPS
-        items = ("params", "ema_params", "optimizer")
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore() for item in items})
-        restored = manager.restore(STEPS, args=args)
-    return {item: [np.asarray(x) for x in jax.tree.leaves(restored[item])] for item in items}
 
 
 def test_killed_and_resumed_equals_never_interrupted(
@@ -73,7 +63,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     process = start(digits_dir, tmp_path, as_users=True)
     wait_until(lambda: last_step(tmp_path) >= 45, process)
     process.send_signal(signal.SIGTERM)
-    out = finish(process, code=0)
+    out = finish(process, code=143)
     saved = list_steps(str(tmp_path))[-1]
     assert 45 <= saved < STEPS
     assert f"stopped at step {saved} of {STEPS}" in out
@@ -83,7 +73,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     assert f"goes on after step {saved}" in out
     assert unfinished_saves(tmp_path) == []
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
-    expected, actual = final_arrays(uninterrupted), final_arrays(tmp_path)
+    expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
     for item, arrays in expected.items():
         for a, b in zip(arrays, actual[item], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=f"{item} (killed at step {step})")
@@ -123,7 +113,7 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
         "num_steps": 1000,
     }
     steps = 0
-    for stop, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    for stop, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = start("", tmp_path / "run", new_group=True, **settings)
         wait_until(functools.partial(has_reached, tmp_path / "run", steps + 2), process)
         if stop == signal.SIGKILL:

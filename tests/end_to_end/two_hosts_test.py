@@ -1,75 +1,192 @@
-"""Tests of runs on two hosts: two real processes that meet."""
+"""Tests of runs on two hosts: two real processes that meet, and what ends one of them or both."""
 
+import collections
 import functools
+import json
+import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixer_jax.model.variants import Widths
+from mixer_jax.training.metrics import read_metrics
 from mixer_jax.weights.steps import list_steps
 from tests.images import encode, noise
 from tests.processes import (
-    STEPS,
+    final_arrays,
     finish,
     has_reached,
     meeting,
     start,
+    start_two_hosts,
     untimed_metrics,
     wait_until,
 )
 from tests.random_weights import random_weights, save_run
 from tests.small_run import PLAIN
 
-
-def start_two_hosts(
-    data_dir: str, workdir: Path, **changes: Any
-) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """Starts one run on two hosts: processes of two devices each."""
-    first, second = (start(data_dir, workdir, env, **changes) for env in meeting(devices=2))
-    return first, second
+STEPS = 20
+Runs = dict[str, Path]
 
 
-def test_two_hosts_stop_and_go_on_together_and_then_one_alone(
-    uninterrupted: Path, digits_dir: str, tmp_path: Path
-) -> None:
-    saved = 0
-    for step in (12, 24):  # The second time, both go on together from the common checkpoint.
-        first, second = start_two_hosts(digits_dir, tmp_path, mesh__fsdp=2)
-        wait_until(functools.partial(has_reached, tmp_path, max(step, saved + 4)), first)
-        second.send_signal(signal.SIGTERM)
-        outs = [finish(process) for process in (first, second)]
-        assert saved == 0 or f"goes on after step {saved}" in outs[0]
-        assert list_steps(str(tmp_path))[-1] > saved
-        saved = list_steps(str(tmp_path))[-1]
-        assert f"stopped at step {saved} of {STEPS}" in outs[0]
+def write_images(folder: Path, train: int, bad: int) -> str:
+    """Writes images of two classes, every `bad`-th of them empty; returns the data set's name."""
+    for split, count in (("train", train), ("test", 40)):
+        for index in range(count):
+            path = folder / split / f"{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"" if index % bad == 7 % bad else encode(noise(8, 8), "PNG"))
+    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a run whose bad images tell which examples make which step: it meets each of them once."""
+    return PLAIN | {
+        "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
+        "bad_images__max_share": 1.0,
+        "bad_images__skip_in_evaluation": True,
+        "num_steps": STEPS,
+        "model__dropout": 0.1,
+        "model__stochastic_depth": 0.1,
+        "recipe__mixup": 0.2,
+        "log_every_steps": 1,
+        "checkpoint__every_steps": 6,
+        "evals__test__every_steps": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Runs:
+    """The folders of the same run on one host of four devices, and on two hosts of two."""
+    place = tmp_path_factory.mktemp("runs")
+    finish(start("", place / "one", {"JAX_NUM_CPU_DEVICES": "4"}, **settings))
+    for name, fsdp in (("two", 1), ("split", 2)):
+        both = start_two_hosts("", place / name, **settings, mesh__fsdp=fsdp)
+        outs = [finish(process) for process in both]
         # What all share, one host says and writes.
-        assert "stopped" not in outs[1]
+        assert ("checkpoint" in outs[0], "checkpoint" in outs[1]) == (True, False)
+    return {name: place / name for name in ("one", "two", "split")}
 
-    out = finish(start(digits_dir, tmp_path, as_users=True))
-    assert f"goes on after step {saved}" in out
-    expected, actual = untimed_metrics(uninterrupted), untimed_metrics(tmp_path)
-    assert [line["step"] for line in actual] == [line["step"] for line in expected]
-    for a, b in zip(actual, expected, strict=True):
-        # Rounding differs with the number of devices.
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        else:
-            assert a["test/num_examples"] == b["test/num_examples"] == 360
+
+def met(workdir: Path) -> dict[str, int]:
+    """Returns the step that met each bad image first, from the books of all hosts."""
+    books = workdir.glob("bad_images_*.jsonl")
+    lines = [json.loads(line) for book in books for line in book.read_text().splitlines()]
+    steps = collections.defaultdict[str, list[int]](list)
+    for line in lines:
+        steps[line["name"]].append(line["step"])
+    return {name: min(found) for name, found in steps.items()}
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(str(workdir)) if "loss" in line}
+
+
+@pytest.mark.parametrize("name", ["two", "split"])
+def test_two_hosts_do_as_one(runs: Runs, name: str) -> None:
+    expected, actual = losses(runs["one"]), losses(runs[name])
+    assert [*actual] == [*expected] == [*range(1, STEPS + 1)]
+    np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-6)
+    examples = met(runs["one"])
+    assert len(examples) > 80
+    assert met(runs[name]) == examples
+    # Both hosts had a part in it.
+    assert (runs[name] / "bad_images_1.jsonl").stat().st_size > 0
+    one, two = (read_metrics(str(runs[which]))[-1] for which in ("one", name))
+    for key in ("test/num_examples", "test/num_bad", "test/top1", "test/top5"):
+        assert two[key] == one[key]
+    assert (one["test/num_examples"], one["test/num_bad"]) == (27, 13)
+
+
+def the_loss_of_a_host(errors: str) -> re.Match[str]:
+    (line,) = errors.splitlines()
+    found = re.fullmatch(
+        r"error: another host is gone \(this is process (\d) of 2.*\); the same command on all "
+        r"hosts (goes on from step (\d+)|begins again, for nothing was saved)",
+        line,
+    )
+    assert found is not None, errors
+    return found
+
+
+def test_a_killed_host_ends_the_other_and_both_go_on_to_the_bit(
+    runs: Runs, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    both = start_two_hosts("", tmp_path, **settings)
+    wait_until(functools.partial(has_reached, tmp_path, 8), both[0])
+    both[0].kill()
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [-signal.SIGKILL, 1], errors
+    found = the_loss_of_a_host(errors[1])
+    assert found[1] == "1"
+    kept = list_steps(str(tmp_path))
+    assert kept in ([], [6], [6, 12], [12, 18])
+    assert int(found[3] or 0) == max(kept, default=0)
+
+    outs = [finish(process) for process in start_two_hosts("", tmp_path, **settings)]
+    assert (f"goes on after step {max(kept, default=0)}" in outs[0]) == bool(kept)
+    assert untimed_metrics(tmp_path) == untimed_metrics(runs["two"])
+    assert met(tmp_path) == met(runs["two"])
+    expected, actual = final_arrays(runs["two"], STEPS), final_arrays(tmp_path, STEPS)
+    assert expected.keys() == actual.keys() == {"params", "optimizer"}
+    for item, arrays in expected.items():
+        for a, b in zip(arrays, actual[item], strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=item)
+
+
+def test_a_host_that_fails_alone_ends_the_other(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad_images_1.jsonl").write_text("not ours\n")
+    both = start_two_hosts("", tmp_path, devices=1, **settings)
+    errors = [process.communicate(timeout=90)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 2], errors
+    assert the_loss_of_a_host(errors[0])[1] == "0"
+    (line,) = errors[1].splitlines()
+    assert "bad_images_1.jsonl' is no book of bad images" in line
+
+
+def test_a_host_that_never_comes_is_told_in_time(settings: dict[str, Any], tmp_path: Path) -> None:
+    meetings = [meeting(devices=1)[number] for number in range(2)]
+    waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in meetings]
+    for number, (env, alone) in enumerate(zip(meetings, waiting, strict=True)):
+        _, errors = alone.communicate(timeout=60)
+        assert alone.returncode == 1
+        (line,) = errors.splitlines()
+        assert "not all 2 hosts of this run met within 2 seconds" in line
+        assert f"this is process {number}" in line
+        assert env["JAX_COORDINATOR_ADDRESS"] in line
+    assert list_steps(str(tmp_path)) == []
+
+
+def test_a_signal_to_one_host_stops_both_at_one_step(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    # Too long to end before it is stopped.
+    endless = settings | {"num_steps": 100_000, "checkpoint__every_steps": 0}
+    both = start_two_hosts("", tmp_path, **endless)
+    wait_until(functools.partial(has_reached, tmp_path, 3), both[0])
+    both[1].send_signal(signal.SIGTERM)
+    outs = [finish(process, 143) for process in both]
+    (saved,) = list_steps(str(tmp_path))
+    assert f"stopped at step {saved:,} of 100,000" in outs[0]
+    assert "stopped" not in outs[1]
+    assert max(losses(tmp_path)) == saved
+    # One host of one device takes it from there.
+    alone = start("", tmp_path, **endless)
+    wait_until(functools.partial(has_reached, tmp_path, saved + 3), alone)
+    alone.send_signal(signal.SIGTERM)
+    assert f"goes on after step {saved:,}" in finish(alone, 143)
+    assert [*losses(tmp_path)] == [*range(1, max(losses(tmp_path)) + 1)]
 
 
 def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
     """One bad image of 40, which one host or the other meets, is too many for both."""
-    for split in ("train", "test"):
-        for index in range(40):
-            path = tmp_path / "images" / split / f"{index % 2}" / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"" if index == 7 else encode(noise(8, 8), "PNG"))
     weights = random_weights(Widths(1, 4, 16, 8, 16), (8, 8))
     settings: dict[str, Any] = PLAIN | {
-        "dataset__name": f"folder:{tmp_path}/images",
+        "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),
         "num_steps": 20,
     }

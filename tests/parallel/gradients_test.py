@@ -153,7 +153,8 @@ def test_an_evaluation_gathers_parameters_and_answers_and_nothing_else() -> None
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
         for name, x in batch.items()
     }
-    found = sent_by(compile_judge(make_model(), mesh).lower(split, spread).compile())
+    judge_batch: Any = compile_judge(make_model(), mesh)
+    found = sent_by(judge_batch.lower(split, spread).compile())
     assert set(found) == {"all-gather"}
     answers = [("f32", BATCH), ("f32", BATCH), ("pred", BATCH), ("s32", BATCH)]
     rest = sorted(found["all-gather"])

@@ -191,7 +191,7 @@ def test_devices_and_pieces_change_nothing_but_rounding(
 ) -> None:
     """Not even what is dropped."""
     model = make_model(num_blocks=2, dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
-    recipe = {"mixup": 0.5, "batch_size": 16}
+    recipe: dict[str, Any] = {"mixup": 0.5, "batch_size": 16}
     whole, expected = take_steps(3, model, **recipe)
     spread, actual = take_steps(
         3, model, mesh=mesh_of(*layout), accumulation_steps=pieces, **recipe
