@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "B/16"
-    # The memory this takes on the paper's slices is in docs/plan_results.md.
+    # As for the rows of docs/plan_results.md.
     config.model.unroll = 1
     config.model.remat = "dots"
     config.model.stochastic_depth = 0.1

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 7.0
     config.model.variant = "B/32"
-    # The memory this takes on the paper's slices is in docs/plan_results.md.
+    # What this takes on TPU slices is in docs/plan_results.md.
     config.model.unroll = 1
     config.model.remat = "dots"
     # Users of the authors' code report -10 for this many classes.

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "L/16"
-    # The memory this takes on the paper's slices is in docs/plan_results.md.
+    # As for the rows of docs/plan_results.md.
     config.model.unroll = 1
     config.model.remat = "dots"
     config.model.stochastic_depth = 0.1
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.preprocess.randaugment_layers = 2
     config.preprocess.randaugment_magnitude = 15.0
     config.recipe.mixup = 0.5
-    # Half of the activations at a time; nothing is recomputed and nothing sent twice.
+    # Half of the activations at a time; no product is recomputed and nothing sent twice.
     config.recipe.accumulation_steps = 2
 
     config.optimizer.learning_rate = 1e-3

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 14.0
     config.model.variant = "L/16"
-    # The memory this takes on the paper's slices is in docs/plan_results.md.
+    # As for the rows of docs/plan_results.md.
     config.model.unroll = 1
     config.model.remat = "dots"
     # Users of the authors' code report -10 for this many classes.
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.dataset.name = "jft300m"
     config.dataset.num_classes = 18_291
     config.dataset.num_examples = 300_000_000
-    # Half of the activations at a time; nothing is recomputed and nothing sent twice.
+    # Half of the activations at a time; no product is recomputed and nothing sent twice.
     config.recipe.accumulation_steps = 2
 
     config.optimizer.learning_rate = 1e-3

@@ -12,8 +12,8 @@ _TOLD_TO_LIBTPU = {
 
 
 def has_tpu() -> bool:
-    """Returns whether a TPU is attached to this machine."""
-    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
+    """Returns whether a TPU is attached to this machine, as a numbered device."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def quieten_libtpu() -> None:
