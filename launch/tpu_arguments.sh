@@ -14,7 +14,7 @@ show_help() {
 }
 
 read_arguments() {
-  step="" name="" type="" zone="" project="" version="" slices=1 spot="" keep="" dry_run=""
+  step="" name="" type="" zone="" project="" version="" slices="" spot="" keep="" dry_run=""
   max_restarts=100 environment=() arguments=() create_flags=()
   poll_seconds=${MIXER_POLL_SECONDS:-30}
   while [[ $# -gt 0 ]]; do
@@ -59,7 +59,8 @@ check_machines() {
   [[ -n "$zone" ]] || fail "--zone is missing; pass e.g. --zone=us-west4-a"
   [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] ||
     fail "--zone=$zone is no zone; pass e.g. us-west4-a, with the letter at its end"
-  [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is no number of slices; pass 1 or more"
+  [[ -z "$slices" || "$slices" =~ ^[1-9][0-9]*$ ]] ||
+    fail "--slices=$slices is no number of slices; pass 1 or more"
   [[ "$max_restarts" =~ ^[0-9]+$ ]] ||
     fail "--max_restarts=$max_restarts is no number of restarts; pass 0 or more"
   case "$step" in "" | create) check_type ;; esac
@@ -81,7 +82,7 @@ check_type() {
   esac
   [[ "${type#*-}" =~ ^[1-9][0-9]*$ ]] || fail "--type=$type has no size; pass e.g. ${type%%-*}-8"
   case "$type" in
-    v2-* | v3-*) [[ $slices == 1 ]] || fail "--slices=$slices needs v4 or newer, not $type" ;;
+    v2-* | v3-*) [[ ${slices:-1} == 1 ]] || fail "--slices=$slices needs v4 or newer, not $type" ;;
   esac
   version=${version:-$default}
 }

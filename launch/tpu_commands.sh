@@ -26,26 +26,39 @@ do_it() {
   fi
 }
 
-# Prints what a gcloud command answers: ABSENT if there is no such thing, UNKNOWN if it cannot be
-# reached. With --dry_run prints the command, and answers with the first argument.
+# Says once that WHO does not answer, and why: say_why WHO FILE, of what gcloud wrote. Questions are
+# asked in $(...), which can remember by a file alone.
+say_why() {
+  local why
+  # What comes before a line that gcloud or ssh marks is chatter.
+  why=$(sed -n -e '/^ERROR/,$p' -e '/^ssh: /,/^ERROR/p' "$2")
+  why=$(tr -s '[:space:]' ' ' <<<"${why:-$(<"$2")}")
+  why=${why:0:300} why="$1 does not answer: ${why% }"
+  grep -q -x -F -e "$why" "$notes/said" 2>/dev/null && return
+  echo "$why" >>"$notes/said"
+  say "$why"
+}
+
+# Prints what a gcloud command answers: ABSENT if there is no such thing, UNKNOWN if it does not
+# answer; then says why. With --dry_run prints the command, and answers with the first argument.
 ask() {
-  local assumed=$1 answer problems
+  local assumed=$1 answer problems=$notes/problems who=gcloud
   shift
   if [[ -n "$dry_run" ]]; then
     quoted "$@" >&3
     echo "$assumed"
     return
   fi
-  problems=$(mktemp)
   if answer=$("$@" 2>"$problems"); then
     # What a host greets with comes first.
     echo "${answer##*$'\n'}"
   elif grep -q -e NOT_FOUND -e "not found" "$problems"; then
     echo ABSENT
   else
+    [[ "$*" != *" ssh "* ]] || who="the host"
+    say_why "$who" "$problems"
     echo UNKNOWN
   fi
-  rm -f "$problems"
 }
 
 place() { echo "--zone=$zone${project:+ --project=$project}"; }
@@ -74,6 +87,24 @@ request_state() {
   # shellcheck disable=SC2046
   ask "$1" gcloud compute tpus queued-resources describe "$name" $(place) \
     "--format=value(state.state)"
+}
+
+# How many nodes the request is for, if more than one.
+request_slices() {
+  # shellcheck disable=SC2046
+  ask "" gcloud compute tpus queued-resources describe "$name" $(place) \
+    "--format=value(tpu.nodeSpec[0].multisliceParams.nodeCount)"
+}
+
+# Sets `slices` to what was asked for, where the number was not given.
+find_slices() {
+  local answer
+  answer=$(request_slices)
+  case "$answer" in
+    UNKNOWN) exit 1 ;;
+    [1-9]*) slices=$answer ;;
+    *) slices=1 ;;
+  esac
 }
 
 request_problem() {
@@ -167,6 +198,10 @@ delete_machines() {
   do_it gcloud compute tpus queued-resources delete "$name" $(place) --force --quiet
 }
 
-delete_hint() {
-  quoted launch/tpu_vm.sh delete --name="$name" --zone="$zone" ${project:+--project="$project"}
+# Prints the command of a step, for these machines.
+hint() {
+  local several=""
+  [[ ${slices:-1} == 1 ]] || several=yes
+  quoted launch/tpu_vm.sh "$1" --name="$name" --zone="$zone" ${project:+--project="$project"} \
+    ${several:+--slices="$slices"}
 }

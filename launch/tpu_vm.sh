@@ -14,7 +14,8 @@
 #   --name=NAME           of the queued resource and its machines
 #   --zone=ZONE           e.g. us-west4-a
 #   --type=TYPE           e.g. v4-32, v5litepod-64, v5p-128, v6e-64
-#   --slices=N            so many of that type joined over the network (multislice)
+#   --slices=N            so many of that type joined over the network (multislice); setup, run,
+#                         logs, status and stop ask the cloud for the number if it is not given
 #   --spot                cheaper; may be taken away at any time
 #   --version=VERSION     of the TPU software; default: the one for --type
 #   --project=PROJECT     default: gcloud's
@@ -36,7 +37,8 @@ source "$here/tpu_arguments.sh"
 # shellcheck source-path=SCRIPTDIR source=tpu_commands.sh
 source "$here/tpu_commands.sh"
 
-readonly STOPPED=143 MAX_CRASHES=3
+# A run that lasted LONG seconds was well: crashes before it do not count.
+readonly STOPPED=143 MAX_CRASHES=3 LONG=3600
 # Questions to the cloud: until machines that do not answer are given up; until healthy ones are
 # believed to be so.
 readonly PATIENCE=20 LOOKS=4
@@ -44,14 +46,25 @@ readonly PATIENCE=20 LOOKS=4
 say() { echo "tpu_vm: $*" >&2; }
 pause() { [[ -n "$dry_run" ]] || sleep "$poll_seconds"; }
 
+# Sets `state` to the request's. If the cloud does not answer it is asked again: a connection comes
+# back. What has never answered is not logged in, or not allowed.
+ask_for_state() {
+  local questions=0
+  while state=$(request_state "$1") && [[ $state == UNKNOWN ]]; do
+    questions=$((questions + 1))
+    if [[ -z "$answered" && $questions -ge $PATIENCE ]]; then
+      say "given up after $PATIENCE questions without an answer"
+      exit 1
+    fi
+    pause
+  done
+  answered=yes
+}
+
 # Asks for the machines unless they are there; what was taken away is cleared first.
 create() {
   local state
-  state=$(request_state ABSENT)
-  while [[ $state == UNKNOWN ]]; do
-    pause
-    state=$(request_state ABSENT)
-  done
+  ask_for_state ABSENT
   case "$state" in
     SUSPENDING | SUSPENDED | FAILED | DELETING) delete_machines && create_machines ;;
     ABSENT) create_machines ;;
@@ -63,7 +76,7 @@ create() {
 wait_for_machines() {
   local state="" before=""
   while :; do
-    state=$(request_state ACTIVE)
+    ask_for_state ACTIVE
     [[ $state == "$before" ]] || say "$name is $state"
     before=$state
     case "$state" in
@@ -109,7 +122,7 @@ are_lost() {
   return 0 # Neither: whatever they are, nobody can train on them.
 }
 
-# Shows worker 0 until its run has ended. Sets `outcome`: rc=CODE, "rc=143 by hand", lost, or crash.
+# Shows worker 0 until its run has ended. Sets `outcome`: rc=CODE, "rc=CODE by hand", lost, or crash.
 follow_run() {
   local from=+1 misses=0
   while :; do
@@ -134,8 +147,9 @@ follow_run() {
   done
 }
 
-# Sets `outcome` as follow_run does; goes on with a run that is there.
+# Sets `outcome` as follow_run does, and `lasted`, in seconds; goes on with a run that is there.
 run_once() {
+  local begun
   if [[ $(run_result none) != running ]]; then
     say "setting up $(nodes | wc -w | tr -d ' ') node(s) and beginning the run"
     if ! { set_up_machines && start_run; }; then
@@ -143,23 +157,27 @@ run_once() {
       return
     fi
   fi
+  begun=$(date +%s)
   follow_run
+  lasted=$(($(date +%s) - begun))
 }
 
-# What an outcome means: finish (sets `code`), lost, or crash, in `verdict`.
+# What an outcome means: finish (sets `code`), lost, again, or crash, in `verdict`.
 judge() {
   code=1 verdict=finish
+  if [[ $outcome == rc=* ]]; then code=${outcome#rc=} code=${code%% *}; fi
   case "$outcome" in
-    rc=0) code=0 ;;
-    "rc=$STOPPED by hand") code=$STOPPED keep=yes ;;
+    "rc=0" | "rc=0 "*) ;; # A run that has finished before it was stopped has finished.
+    *" by hand") keep=yes ;;
     lost) verdict=lost ;;
     # A host that was lost ends the run on the others, as an error of its own does.
     *)
-      if [[ $outcome == rc=* ]]; then code=${outcome#rc=}; fi
       # 1 and 2 are the run's own, or tell of a host that is gone or did not come. Above 128 is a
-      # signal that nobody here has sent.
+      # signal that nobody here has sent; SIGTERM, of a host in maintenance say, has saved the run.
       if are_lost; then
         verdict=lost
+      elif [[ $code == "$STOPPED" ]]; then
+        verdict=again
       elif [[ $outcome == crash || $code -gt 128 ]]; then
         verdict=crash
       fi
@@ -169,8 +187,8 @@ judge() {
 
 train_to_the_end() {
   local restarts=0 crashes=0
-  were_there=""
   while :; do
+    lasted=0
     if ! create; then
       [[ -n "$were_there" ]] || exit 1 # gcloud has said why.
       outcome=lost
@@ -184,8 +202,10 @@ train_to_the_end() {
       outcome=lost
     fi
     judge
+    [[ $lasted -lt $LONG ]] || crashes=0
     case "$verdict" in
       finish) finish "$code" ;;
+      again) say "the run was stopped by SIGTERM, and has saved; beginning it again" ;;
       crash)
         crashes=$((crashes + 1))
         [[ $crashes -le $MAX_CRASHES ]] || finish "$code"
@@ -213,9 +233,9 @@ finish() {
     show_tails || true
   fi
   if [[ -n "$keep" ]]; then
-    say "the machines are kept, and cost; to delete them: $(delete_hint)"
+    say "the machines are kept, and cost; to delete them: $(hint delete)"
   else
-    delete_machines || say "the machines could NOT be deleted; do it by: $(delete_hint)"
+    delete_machines || say "the machines could NOT be deleted; do it by: $(hint delete)"
   fi
   exit "$1"
 }
@@ -225,21 +245,23 @@ interrupted() {
   local group
   for group in $(jobs -p); do kill -TERM -- "-$group" 2>/dev/null || true; done
   say "interrupted; machines and run go on, and cost. The same command follows them again."
-  say "To delete them: $(delete_hint)"
+  say "To delete them: $(hint delete)"
   exit "$1"
 }
 
 begin_run() {
   if [[ $(run_result none) == running ]]; then
-    say "a run is going on on $name already; to end it first: launch/tpu_vm.sh stop"
+    say "a run is going on on $name already; to end it first: $(hint stop)"
     exit 1
   fi
   start_run
 }
 
 status() {
-  local node
-  echo "request  $(request_state ACTIVE)"
+  local node state
+  state=$(request_state ACTIVE)
+  echo "request  $state"
+  case "$state" in UNKNOWN) return 1 ;; ABSENT) return ;; esac
   for node in $(nodes); do echo "$node  $(node_state "$node")"; done
   echo "run      $(run_result none)"
 }
@@ -249,6 +271,15 @@ read_arguments "$@"
 exec 3>&1
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
+[[ -n "$dry_run" ]] || command -v gcloud >/dev/null ||
+  fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
+notes=$(mktemp -d)
+trap 'rm -rf "$notes"' EXIT
+were_there="" answered=""
+case "$step" in
+  setup | run | logs | status | stop) [[ -n "$slices" ]] || find_slices ;;
+  *) slices=${slices:-1} ;;
+esac
 case "$step" in
   "") train_to_the_end ;;
   create) create ;;

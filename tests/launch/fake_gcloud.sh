@@ -8,6 +8,9 @@
 #             an answer takes the machines away, and "later" does so when they are next looked at
 #   fails     what ends a command with an error that has this in it, once; fails_later: a command
 #             after the machines were taken away
+#   denied    what it says instead of answering anything
+#   slices    how many nodes the request is for; no file: one
+#   clock     the time, if it is played too; every run that is followed lasts an hour and a half
 set -euo pipefail
 cd "$CLOUD"
 printf '%s\n' "$*" >>calls
@@ -18,6 +21,10 @@ take_away() {
   if [[ -e fails_later ]]; then mv fails_later fails; fi
 }
 
+if [[ -e denied ]]; then
+  cat denied >&2
+  exit 1
+fi
 if [[ -e fails && "$*" == *"$(cat fails)"* ]]; then
   rm fails
   echo "it does not work" >&2
@@ -38,11 +45,13 @@ case "$*" in
     echo READY >node
     ;;
   *"queued-resources delete"*) rm request || { echo "NOT_FOUND: it" >&2 && exit 1; } ;;
+  *"nodeCount"*) cat slices 2>/dev/null || echo ;;
   *"error.message"*) echo "no quota" ;;
   *"queued-resources describe"*) cat request 2>/dev/null || { echo "NOT_FOUND: it" >&2 && exit 1; } ;;
   *"tpu-vm describe"*) cat node ;;
   *"on_host.sh follow"*)
     echo "step 1/2  loss 2.3"
+    if [[ -e clock ]]; then echo $(($(cat clock) + 5400)) >clock; fi
     if [[ -e endless ]]; then exec sleep 60; fi
     ;;
   *"on_host.sh result"*)

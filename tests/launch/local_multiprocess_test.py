@@ -25,7 +25,7 @@ echo "at $JAX_PROCESS_ID of $JAX_NUM_PROCESSES, $JAX_NUM_CPU_DEVICES devices, po
 # A child of its own, as processes that prepare images are.
 sleep 61 &
 echo "$$ $!" >"$PLACE/pids.$JAX_PROCESS_ID"
-trap 'echo asked; exit 0' TERM
+trap 'echo asked; exit 143' TERM
 trap 'echo interrupted; exit 130' INT
 case "$4 $JAX_PROCESS_ID" in
   "fail 1") exit 3 ;;
@@ -58,38 +58,22 @@ def wait_for_both(process: subprocess.Popen[str], place: Path) -> None:
     time.sleep(0.1)  # For the trap that follows.
 
 
-@pytest.mark.parametrize("steps", [8, 100_000])
-def test_two_processes_train_to_the_end_or_stop_together(
-    steps: int, digits_dir: str, tmp_path: Path
-) -> None:
+def test_two_processes_train_to_the_end(digits_dir: str, tmp_path: Path) -> None:
     changes = {**PLAIN, "evals__test__every_steps": 0, "checkpoint__every_steps": 0}
-    arguments = as_arguments(digits_dir, **changes, num_steps=steps)
+    arguments = as_arguments(digits_dir, **changes, num_steps=2)
     run = ("2", "--config=configs/digits.py", f"--workdir={tmp_path}/run", *arguments)
-    process = scripts.start("local_multiprocess.sh", *run, PYTHON=sys.executable)
-    assert process.stdout is not None
-    begun = line = ""
-    while steps > 8 and not line.startswith("[0] step "):
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        begun += line
-    if steps > 8:
-        process.terminate()
-    out, err = process.communicate(timeout=60)
-    (saved,) = list_steps(str(tmp_path / "run"))
-    assert "[0] 2 × cpu" in begun + out
-    if steps == 8:
-        assert (process.returncode, saved) == (0, steps), err
-    else:
-        assert (process.returncode, err) == (143, "")
-        assert f"[0] stopped at step {saved:,} of 100,000" in out
+    result = scripts.run("local_multiprocess.sh", *run, PYTHON=sys.executable)
+    assert result.returncode == 0, result
+    assert "[0] 2 × cpu" in result.stdout
+    assert list_steps(str(tmp_path / "run")) == [2]
 
 
 def test_each_process_is_told_its_place_and_its_lines_are_marked(tmp_path: Path) -> None:
     process = start(tmp_path, "2", "--devices=3", "wait")
     wait_for_both(process, tmp_path)
     process.terminate()
-    out, _ = process.communicate(timeout=20)
-    assert process.returncode == 0
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (143, "")
     lines = sorted(out.splitlines())
     ports = {line.split("port ")[1].split(",")[0] for line in lines if "port" in line}
     (port,) = ports

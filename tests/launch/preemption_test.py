@@ -13,7 +13,8 @@ import pytest
 
 from tests.launch import scripts
 
-MACHINES = ("--name=mixer", "--zone=us-west4-a", "--type=v5litepod-64")
+WHERE = ("--name=mixer", "--zone=us-west4-a")
+MACHINES = (*WHERE, "--type=v5litepod-64")
 RUN = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
 
 
@@ -49,6 +50,7 @@ class Cloud:
             "setup_host.sh": "setup",
             "on_host.sh start": "start",
             "on_host.sh follow": "follow",
+            "on_host.sh stop": "stop",
             "tail -n 20": "tails",
         }
         calls = (self.folder / "calls").read_text().splitlines()
@@ -107,6 +109,23 @@ def test_a_crash_is_tried_again_on_the_same_machines_a_few_times(tmp_path: Path)
     assert cloud.did() == ["create", *["setup", "start", "follow"] * 4, "tails", "delete"]
 
 
+def test_crashes_do_not_add_up_over_runs_that_last(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "rc=139", *["none", "rc=139"] * 3, "none", "rc=0"])
+    cloud.write("clock", "1000\n")
+    scripts.program(tmp_path / "bin" / "date", 'cat "$CLOUD/clock"')
+    result = cloud.train()
+    assert result.returncode == 0, result.stderr
+    assert cloud.did() == ["create", *["setup", "start", "follow"] * 5, "delete"]
+
+
+def test_a_run_that_was_stopped_by_its_host_goes_on_however_often(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "rc=143", *["rc=143", "rc=143"] * 3, "rc=143", "rc=0"])
+    result = cloud.train()
+    assert result.returncode == 0, result.stderr
+    assert cloud.did() == ["create", *["setup", "start", "follow"] * 5, "delete"]
+    assert result.stderr.count("stopped by SIGTERM, and has saved") == 4
+
+
 def test_a_lost_connection_is_taken_up_again(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["none", "running", "", "running", "rc=0"])
     result = cloud.train("--keep")
@@ -124,11 +143,71 @@ def test_the_same_command_follows_what_is_going_on(tmp_path: Path) -> None:
     assert cloud.did() == ["follow", "delete"]
 
 
-def test_a_stop_by_hand_is_no_preemption_and_leaves_the_machines(tmp_path: Path) -> None:
-    cloud = Cloud(tmp_path, ["none", "rc=143 by hand"])
-    assert cloud.train().returncode == 143
+@pytest.mark.parametrize("code", [143, 1])
+def test_a_stop_by_hand_is_no_preemption_and_leaves_the_machines(code: int, tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", f"rc={code} by hand"])
+    result = cloud.train()
+    assert result.returncode == code, result.stderr
     assert cloud.did() == [*ONCE, "tails"]
     assert cloud.is_there()
+
+
+def test_a_run_that_finished_before_it_was_stopped_has_finished(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["none", "rc=0 by hand"])
+    result = cloud.train()
+    assert result.returncode == 0, result.stderr
+    assert cloud.did() == [*ONCE, "delete"]
+
+
+@pytest.mark.parametrize(
+    ("step", "questions"), [((), 20), (("create",), 20), (("wait",), 20), (("status",), 1)]
+)
+def test_a_gcloud_that_never_answers_is_told_of_and_given_up(
+    step: tuple[str, ...], questions: int, tmp_path: Path
+) -> None:
+    cloud = Cloud(tmp_path, [])
+    why = "ERROR: (gcloud.compute) You do not currently have an active account selected."
+    cloud.write("denied", f"Chatter.\n{why}\nPlease run:\n\n  $ gcloud auth login\n")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    more = {**cloud.environment, "TMPDIR": str(temporary)}
+    result = scripts.run("tpu_vm.sh", *step, *MACHINES, "--slices=1", *RUN, **more)
+    assert result.returncode == 1
+    said = result.stderr.splitlines()
+    assert said[0] == f"tpu_vm: gcloud does not answer: {why} Please run: $ gcloud auth login"
+    assert said[1:] == ["tpu_vm: given up after 20 questions without an answer"][: questions // 20]
+    assert len((tmp_path / "calls").read_text().splitlines()) == questions
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_does_not_answer_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["running", "rc=0"])
+    cloud.write("request", "ACTIVE\n")
+    cloud.write("node", "READY\n")
+    cloud.write("fails", "describe")
+    result = cloud.train()
+    assert result.returncode == 0
+    assert "tpu_vm: gcloud does not answer: it does not work" in result.stderr
+
+
+def test_steps_alone_ask_for_the_number_of_slices(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["running"])
+    cloud.write("slices", "2\n")
+    result = scripts.run("tpu_vm.sh", "run", *WHERE, *RUN, **cloud.environment)
+    assert result.returncode == 1
+    command = "launch/tpu_vm.sh stop --name=mixer --zone=us-west4-a --slices=2"
+    assert result.stderr.rstrip().endswith(command)
+    stopped = scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
+    assert stopped.returncode == 0, stopped.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert {call.split()[4] for call in calls if "on_host.sh stop" in call} == {
+        "mixer-0",
+        "mixer-1",
+    }
+    # An answer that does not come is no single slice.
+    cloud.write("denied", "ERROR: PERMISSION_DENIED\n")
+    result = scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
+    assert (result.returncode, cloud.did()) == (1, ["stop", "stop"])
 
 
 def test_machines_that_never_come_are_no_preemption(tmp_path: Path) -> None:

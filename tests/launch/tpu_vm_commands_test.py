@@ -64,11 +64,11 @@ def test_a_dry_run_prints_every_command_in_its_order() -> None:
     [
         ("create", [None, "create mixer"]),
         ("wait", ["describe mixer"]),
-        ("setup", ["tar", "scp", "setup_host.sh", "rm -f"]),
-        ("run", ["result", "start --config"]),
-        ("logs", ["follow +1"]),
-        ("status", ["queued-resources describe", "tpu-vm describe mixer", "result"]),
-        ("stop", ["on_host.sh stop"]),
+        ("setup", ["nodeCount", "tar", "scp", "setup_host.sh", "rm -f"]),
+        ("run", ["nodeCount", "result", "start --config"]),
+        ("logs", ["nodeCount", "follow +1"]),
+        ("status", ["nodeCount", "(state.state)", "tpu-vm describe mixer", "result"]),
+        ("stop", ["nodeCount", "on_host.sh stop"]),
         ("delete", ["queued-resources delete mixer"]),
     ],
 )
