@@ -38,9 +38,9 @@ def main(arguments: Sequence[str]) -> int:
         "--sweep",
         nargs="?",
         const="all",
-        default="",
         metavar="WHAT",
-        help="try settings and rank them; all, or some of accumulation,fsdp,remat,unroll",
+        help="try settings and rank those whose training step fits; all, or some of "
+        "accumulation,fsdp,remat,unroll; the evaluation step is tried of the best alone",
     )
     parser.add_argument(
         "--quick",
@@ -51,11 +51,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--tables",
         metavar="FOLDER",
-        help="write the tables of docs/ there, the rows that are not there yet; takes an hour",
+        help="write the tables of docs/ there, compiling the rows that are not there yet or whose "
+        "config file says something else by now; takes an hour",
     )
     parser.add_argument("--config.KEY", metavar="VALUE", dest="unused", help="change a key")
     known, overrides = parser.parse_known_args(arguments)
     if known.tables is not None:
+        given = [
+            f"--{name}"
+            for name, value in vars(known).items()
+            if name != "tables" and value != parser.get_default(name)
+        ]
+        if given or overrides:
+            raise UserError(
+                f"--tables says all that it plans; pass it without {' '.join(given + overrides)}"
+            )
         _set_up()
         from mixer_jax.planning.tables import write_tables
 
@@ -70,12 +80,12 @@ def main(arguments: Sequence[str]) -> int:
 
     topology = parse_topology(known.topology, known.slices)
     _set_up()
-    if known.sweep:
+    if known.sweep is not None:
         from mixer_jax.planning.sweep import ranked, sweep, sweep_json
 
         results = sweep(config, topology, known.sweep, quick=known.quick)
         print(json.dumps(sweep_json(results)) if known.json else ranked(results))
-        return _FITS if results and results[0].fits else _TOO_LARGE
+        return _FITS if results[0].fits else _TOO_LARGE
     from mixer_jax.planning.planner import make_plan
     from mixer_jax.planning.report import as_json, told
 

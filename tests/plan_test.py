@@ -57,7 +57,9 @@ def test_real_steps_fit_where_they_should(compiled: Plan) -> None:
     # Whole tiles take a little more.
     assert state <= compiled.training.arguments < 1.1 * state
     assert lies.parameters <= compiled.evaluation.arguments < 1.2 * lies.parameters
-    assert 0.3 < compiled.training.needed / lies.total < 3
+    assert 0.3 < (compiled.training.needed or 0.0) / lies.total < 3
+    assert 0.3 < (compiled.evaluation.needed or 0.0) / compiled.scoring < 3
+    assert not compiled.uncounted
 
 
 def test_real_steps_send_gradients_and_nothing_large_else(compiled: Plan) -> None:
@@ -106,7 +108,10 @@ def test_what_does_not_fit_exits_with_1() -> None:
     config = "--config=configs/mixer_h14_jft.py"
     done = run_door("plan", config, "--topology=a100-40:32", *flags, code=1)
     assert "too large" in done.stdout
-    assert "--config.model.remat=" in done.stdout
+    assert "by estimate the training step does not fit: about" in done.stdout
+    head, advice = done.stdout.split("by estimate, any one of these would fit:\n")
+    assert advice.startswith("  --config.model.remat=")
+    assert "--config" not in head
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,9 @@ def test_what_does_not_fit_exits_with_1() -> None:
         ([S16, "--topology=h100:12"], "h100 come in machines of 8; pass up to 8, or a multiple"),
         ([S16, "--topology=h100:8", "--slices=2"], "--slices=2 is out of range; GPUs have none"),
         ([S16, "--topology=h100:8", "--sweep=depth"], "'depth' is unknown; choose of"),
+        ([S16, "--topology=h100:8", "--sweep="], "--sweep=: '' is unknown; choose of"),
+        (["--tables=nowhere", S16], "--tables says all that it plans; pass it without --config"),
+        (["--tables=/proc/nope"], "/proc/nope/weak_scaling.json cannot be written (No such file"),
         (
             [S16, "--topology=h100:24", "--config.recipe.accumulation_steps=1"],
             "config.batch_size=4096 is not divisible by 24 devices; the nearest are 4080 and 4104",
@@ -160,6 +168,7 @@ def test_a_step_too_large_is_a_result(compiled: Plan) -> None:
     plan = make_plan(config, parse_topology("v5e:2x2"), evaluation=False, quick=True)
     assert not plan.fits
     assert plan.training is not None
+    assert plan.training.needed is not None
     assert plan.training.needed > plan.training.allowed == 15.75 * 2**30
     text = told(plan)
     assert "the training step does not fit: about" in text

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.errors import UserError
+from mixer_jax.parallel.divisions import check_divides, check_mesh
 
 DATA, FSDP = "data", "fsdp"
 
@@ -28,23 +28,14 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
-    if (data or 1) * fsdp > count or count % fsdp or (data and data * fsdp != count):
-        raise UserError(
-            f"mesh.data={data} and mesh.fsdp={fsdp} do not make up the {count} devices; "
-            f"set mesh.fsdp to a divisor of {count} and mesh.data to 0"
-        )
-    auto = (AxisType.Auto, AxisType.Auto)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    check_mesh(data, fsdp, count, slices)
+    auto = (AxisType.Auto, AxisType.Auto)
     if slices == 1:
         shape = (count // fsdp, fsdp)
         return jax.make_mesh(shape, (DATA, FSDP), axis_types=auto, devices=devices)
-    in_slice = count // slices
-    if in_slice % fsdp:
-        raise UserError(
-            f"mesh.fsdp={fsdp} does not divide the {in_slice} devices of a slice; "
-            f"set it to a divisor of {in_slice}"
-        )
-    laid_out = mesh_utils.create_hybrid_device_mesh((in_slice // fsdp, fsdp), (slices, 1), devices)
+    shape = (count // slices // fsdp, fsdp)
+    laid_out = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices)
     return Mesh(laid_out, (DATA, FSDP), axis_types=auto)
 
 
@@ -96,9 +87,4 @@ def split_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh, pieces: int = 1) -> None:
     """Raises UserError unless each of `pieces` parts of a batch divides over the devices."""
-    unit = mesh.size * pieces
-    if batch_size % unit:
-        below = batch_size // unit * unit
-        nearest = " and ".join(str(size) for size in (below, below + unit) if size)
-        what = f"{mesh.size} devices" + (f" × {pieces} accumulation steps" if pieces > 1 else "")
-        raise UserError(f"{key}={batch_size} is not divisible by {what}; the nearest are {nearest}")
+    check_divides(key, batch_size, mesh.size, pieces)

@@ -2,40 +2,50 @@
 
 from mixer_jax.planning.formulas import Work, memory
 from mixer_jax.planning.planner import Plan
+from mixer_jax.planning.topology import GIB, larger
 
 REMAT = ("none", "dots", "mlp_hidden", "full")
-_GIB = 2**30
+_ALL_THAT_IS_LEFT = " --config.mesh.data=0"
 
 
 def advice(plan: Plan) -> list[str]:
-    """Returns settings that should make a run fit, one change each, the cheapest first.
+    """Returns flags that should make a run fit, one change each, the cheapest first.
 
     Estimates are scaled by what the compiler said of this run, where it needs more than estimated.
     """
-    work, allowed = plan.work, plan.allowed
-    needed = plan.training.needed if plan.training and not plan.training.fits else 0.0
-    scale = max(1.0, needed / plan.estimate.total)
-    tries: list[tuple[str, Work]] = []
+    work, config = plan.work, plan.config
+    needed = plan.training.needed if plan.training and not plan.training.fits else None
+    scale = max(1.0, (needed or 0.0) / plan.estimate.total)
+    # A mesh that names its data axis does not take another number of devices along the other.
+    data = _ALL_THAT_IS_LEFT if config.mesh.data else ""
+    tries: list[tuple[str, str, Work]] = []
     for remat in REMAT[REMAT.index(work.remat) + 1 :]:
-        tries.append((f"--config.model.remat={remat}", work._replace(remat=remat)))
+        flag = f"--config.model.remat={remat}"
+        tries.append(("remat", flag, work._replace(remat=remat)))
     for pieces in _doubled(work.pieces):
-        if work.batch_size % (work.devices * pieces) == 0:
-            flag = f"--config.recipe.accumulation_steps={pieces}"
-            tries.append((flag, work._replace(pieces=pieces)))
+        flag = f"--config.recipe.accumulation_steps={pieces}"
+        tries.append(("pieces", flag, work._replace(pieces=pieces)))
     for fsdp in _doubled(work.fsdp):
-        if work.devices % fsdp == 0:
-            tries.append((f"--config.mesh.fsdp={fsdp}", work._replace(fsdp=fsdp)))
-    for devices in _doubled(work.devices):
-        if work.batch_size % (devices * work.pieces) == 0:
-            chips = devices // plan.topology.chip.devices
-            tries.append((f"{chips:,} chips", work._replace(devices=devices)))
+        flag = f"--config.mesh.fsdp={fsdp}{data}"
+        tries.append(("fsdp", flag, work._replace(fsdp=fsdp)))
+    for topology in larger(plan.topology):
+        flag = f"--topology={topology.text}{data}"
+        tries.append(("chips", flag, work._replace(devices=topology.num_devices)))
     found: dict[str, str] = {}
-    for text, changed in tries:
+    for kind, flag, changed in tries:
         size = memory(changed).total * scale
-        kind = text.split("=")[0] if "=" in text else "chips"
-        if size <= allowed:
-            found.setdefault(kind, f"{text:<40} about {size / _GIB:.1f} GiB")
+        if size <= plan.allowed and _divides(changed, plan.topology.slices, config.eval_batch_size):
+            found.setdefault(kind, f"{flag:<40} about {size / GIB:.1f} GiB")
     return list(found.values())
+
+
+def _divides(work: Work, slices: int, eval_batch_size: int) -> bool:
+    """Returns whether parameters and batches divide over the devices of a run."""
+    return not (
+        (work.devices // slices) % work.fsdp
+        or work.batch_size % (work.devices * work.pieces)
+        or eval_batch_size % work.devices
+    )
 
 
 def _doubled(number: int) -> list[int]:

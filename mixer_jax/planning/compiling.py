@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mixer_jax.errors import one_line
 from mixer_jax.evaluation.classification import compile_judge
 from mixer_jax.parallel.sharding import batch_sharding
 from mixer_jax.planning.nominal import nominal_sources
 from mixer_jax.planning.program import Program, read_program
 from mixer_jax.training.experiment import Experiment, build
 
-_GIB = 2**30
 _SIZE = r"(\d+(?:\.\d+)?)([KMGT])"
 _SCALES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What the compiler says of a program that does not fit: its temporaries alone, or all of it.
+# What the compiler says of a program that does not fit: its temporaries alone, or all of it. It
+# may run out of on-chip memory (vmem), too, which says nothing of how much a run needs.
 _TOO_LARGE = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
-    re.compile(rf"Used {_SIZE}i?B? of {_SIZE}"),
+    re.compile(rf"Used {_SIZE}i?B? of {_SIZE}i?B? hbm"),
 )
 # The least optimization: it takes most of the time.
 _QUICK = "O1"
@@ -57,14 +58,16 @@ class TooLarge(NamedTuple):
 
     Attributes:
         seconds: that compiling took.
-        needed: bytes that the compiler says it needs, at the least.
-        allowed: bytes that it may have.
+        needed: bytes that the compiler says it needs, at the least; None: it does not say.
+        allowed: bytes that it may have; 0: it does not say.
+        said: by the compiler instead, in one line; empty where `needed` is known.
         only_temporaries: whether `needed` leaves out state and batch.
     """
 
     seconds: float
-    needed: float
+    needed: float | None
     allowed: float
+    said: str
     only_temporaries: bool
 
 
@@ -157,6 +160,7 @@ def read_too_large(error: Exception, seconds: float) -> TooLarge:
                 seconds,
                 float(needed) * _SCALES[unit],
                 float(allowed) * _SCALES[allowed_unit],
+                said="",
                 only_temporaries=number == 0,
             )
-    return TooLarge(seconds, 0.0, 0.0, only_temporaries=False)
+    return TooLarge(seconds, None, 0.0, one_line(error), only_temporaries=False)

@@ -81,9 +81,11 @@ class Work(NamedTuple):
         whole = forward_flops(self.widths, self.image_size, 0)
         bare = dataclasses.replace(self.widths, num_blocks=0)
         blocks = whole - forward_flops(bare, self.image_size, 0)
-        # The MLPs' first products are half of a block; their outputs are kept.
-        share = {"mlp_hidden": 0.5, "full": 1.0}.get(self.remat, 0.0)
-        return int(self.batch_size * blocks * share)
+        tokens, channels = self.widths.tokens_mlp_dim, self.widths.channels_mlp_dim
+        # An MLP has two products of the same size. The outputs of the second are kept, or all is
+        # recomputed but the last, whose output only the next block needs, which has it.
+        again = {"mlp_hidden": tokens + channels, "full": 2 * tokens + channels}
+        return self.batch_size * blocks * again.get(self.remat, 0) // (2 * (tokens + channels))
 
 
 class Memory(NamedTuple):
@@ -152,6 +154,19 @@ def memory(work: Work) -> Memory:
         work.rows * (work.widths.num_blocks * kept(work) + working(work)),
         sums + work.itemsize * whole,
     )
+
+
+def evaluation_memory(work: Work, batch_size: int) -> float:
+    """Returns an estimate of the bytes on a device where a batch is only scored.
+
+    Args:
+        work: the training run.
+        batch_size: images of all devices that are scored at once.
+    """
+    lies = memory(work)
+    rows = batch_size / work.devices
+    images = rows * (3 * work.image_size**2 + _FLOAT32)
+    return lies.parameters + work.itemsize * work.num_parameters + images + rows * working(work)
 
 
 def kept(work: Work) -> float:

@@ -14,7 +14,9 @@ _KNOWN = {
     "imagenet2012": (1_000, 1_281_167),
     "cifar10": (10, 50_000),
     "cifar100": (100, 50_000),
-    "digits": (10, 1_437),
+    "digits/all": (10, 1_437),
+    "digits/low": (5, 708),
+    "digits/high": (5, 729),
 }
 _SLICE = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from mixer_jax.config import check_warmup, resolve_num_steps
-from mixer_jax.errors import UserError
+from mixer_jax.parallel.divisions import check_divides, check_mesh
 from mixer_jax.planning.carried import carried
 from mixer_jax.planning.collectives import Transfer, transfers
 from mixer_jax.planning.formulas import (
     Memory,
     Work,
+    evaluation_memory,
     memory,
     traffic_bound,
     transfers_by_formula,
@@ -23,8 +24,6 @@ from mixer_jax.planning.roofline import Bound, Cost, bound, cost
 from mixer_jax.planning.topology import Place, Topology, places_of, tpu_devices
 from mixer_jax.planning.traffic import traffic
 
-GIB = 2**30
-
 
 class Step(NamedTuple):
     """One step on one device, as compiled.
@@ -35,8 +34,9 @@ class Step(NamedTuple):
         arguments: bytes of state and batch; 0 where it does not fit.
         temporaries: bytes of activations, gradients and the like, and of results.
         code: bytes.
-        needed: bytes in all; where it does not fit, at the least.
+        needed: bytes in all; where it does not fit, at the least; None: the compiler does not say.
         allowed: bytes.
+        said: by the compiler where it does not say what is needed.
     """
 
     fits: bool
@@ -44,8 +44,9 @@ class Step(NamedTuple):
     arguments: float
     temporaries: float
     code: float
-    needed: float
+    needed: float | None
     allowed: float
+    said: str = ""
 
 
 class Plan(NamedTuple):
@@ -55,7 +56,8 @@ class Plan(NamedTuple):
         config: as it would run there.
         topology: that.
         work: the run in numbers.
-        estimate: of memory, by formula.
+        estimate: of the training step's memory, by formula.
+        scoring: bytes of the evaluation step, likewise.
         training: the training step as compiled; None: not compiled.
         evaluation: likewise, of the step that scores.
         memory_bytes: moved by a device in a training step.
@@ -63,12 +65,15 @@ class Plan(NamedTuple):
         bound: on the time of a training step; None: there is none, it does not fit.
         cost: of the run at that bound.
         quick: whether it was compiled for less long than a run's programs are.
+        uncounted: loops of the training step with products or collectives in them that count as
+            if they ran once, because it is not known how often they run.
     """
 
     config: ConfigDict
     topology: Topology
     work: Work
     estimate: Memory
+    scoring: float
     training: Step | None
     evaluation: Step | None
     memory_bytes: float
@@ -76,17 +81,25 @@ class Plan(NamedTuple):
     bound: Bound | None
     cost: Cost | None
     quick: bool = False
+    uncounted: int = 0
 
     @property
     def allowed(self) -> float:
         """Bytes of memory that programs may use on a device."""
-        return self.training.allowed if self.training else self.topology.chip.memory_gib * GIB
+        return self.training.allowed if self.training else self.topology.allowed
 
     @property
     def fits(self) -> bool:
         """Whether all steps fit, as compiled or, where they are not, as estimated."""
         steps = [step for step in (self.training, self.evaluation) if step]
-        return all(step.fits for step in steps) if steps else self.estimate.total <= self.allowed
+        if steps:
+            return all(step.fits for step in steps)
+        return max(self.estimate.total, self.scoring) <= self.allowed
+
+    @property
+    def training_fits(self) -> bool:
+        """Whether the training step does, whatever the evaluation step."""
+        return self.training.fits if self.training else self.estimate.total <= self.allowed
 
 
 def make_plan(
@@ -116,7 +129,6 @@ def make_plan(
     # From here on the heavy libraries are needed.
     from mixer_jax.planning.compiling import (
         TooLarge,
-        compile_evaluation,
         compile_training,
         prepare,
     )
@@ -127,17 +139,38 @@ def make_plan(
     if evaluation:
         check_divides("config.eval_batch_size", config.eval_batch_size, len(devices))
     compiled = compile_training(experiment, quick)
-    training = step_of(compiled, work, topology)
-    scoring = None
+    plan = _uncompiled(config, topology, work)
+    lies = plan.estimate
+    state = lies.parameters + lies.moments + lies.batch
+    plan = plan._replace(training=step_of(compiled, topology, state), quick=quick)
     if evaluation:
-        scoring = step_of(compile_evaluation(experiment, quick), work, topology)
-    estimate = memory(work)
-    plan = Plan(config, topology, work, estimate, training, scoring, 0.0, [], None, None, quick)
+        plan = with_evaluation(plan, experiment)
     if isinstance(compiled, TooLarge):
         return plan
     sent = sent_by(compiled.program, work, topology, dict(experiment.mesh.shape))
-    plan = plan._replace(memory_bytes=traffic(compiled.program).total(), transfers=sent)
+    plan = plan._replace(
+        memory_bytes=traffic(compiled.program).total(),
+        transfers=sent,
+        uncounted=len(compiled.program.uncounted()),
+    )
     return _with_bound(plan, places_of(topology, list(experiment.mesh.devices.flat)))
+
+
+def with_evaluation(plan: Plan, experiment: Any = None) -> Plan:
+    """Returns a plan for TPUs with the evaluation step compiled, too; one for GPUs as it is.
+
+    Args:
+        plan: from `make_plan`.
+        experiment: what it is made of; None: it is made once more.
+    """
+    if not plan.topology.chip.is_tpu:
+        return plan
+    from mixer_jax.planning.compiling import compile_evaluation, prepare
+
+    experiment = experiment or prepare(plan.config, tpu_devices(plan.topology))
+    compiled = compile_evaluation(experiment, plan.quick)
+    step = step_of(compiled, plan.topology, plan.estimate.parameters)
+    return plan._replace(evaluation=step)
 
 
 def sent_by(
@@ -162,25 +195,21 @@ def _by_formula(config: ConfigDict, topology: Topology) -> Plan:
     num_steps = resolve_num_steps(config, len(source))
     check_warmup(config, num_steps)
     work = work_of(config, source.num_classes, num_steps, topology.num_devices)
-    check_mesh(config, topology.num_devices)
+    check_mesh(config.mesh.data, config.mesh.fsdp, topology.num_devices)
     check_divides(
         "config.batch_size", work.batch_size, work.devices, config.recipe.accumulation_steps
     )
     check_divides("config.eval_batch_size", config.eval_batch_size, work.devices)
-    sent = transfers_by_formula(work)
-    plan = Plan(
-        config,
-        topology,
-        work,
-        memory(work),
-        None,
-        None,
-        traffic_bound(work),
-        sent,
-        None,
-        None,
+    plan = _uncompiled(config, topology, work)._replace(
+        memory_bytes=traffic_bound(work), transfers=transfers_by_formula(work)
     )
     return _with_bound(plan, places_of(topology, None))
+
+
+def _uncompiled(config: ConfigDict, topology: Topology, work: Work) -> Plan:
+    """Returns a plan with estimates of memory alone."""
+    scoring = evaluation_memory(work, config.eval_batch_size)
+    return Plan(config, topology, work, memory(work), scoring, None, None, 0.0, [], None, None)
 
 
 def _with_bound(plan: Plan, places: list[Place]) -> Plan:
@@ -193,45 +222,29 @@ def _with_bound(plan: Plan, places: list[Place]) -> Plan:
     )
 
 
-def step_of(compiled: Any, work: Work, topology: Topology) -> Step:
-    """Returns a step from what compiling it gave."""
-    allowed = topology.chip.memory_gib * GIB
+def step_of(compiled: Any, topology: Topology, state: float) -> Step:
+    """Returns a step from what compiling it gave.
+
+    Args:
+        compiled: a `Compiled` or a `TooLarge`.
+        topology: it is for.
+        state: bytes of a device that its arguments take by formula.
+    """
     if hasattr(compiled, "program"):
-        temporaries = compiled.temporaries + compiled.outputs
         return Step(
             True,
             compiled.seconds,
             compiled.arguments,
-            temporaries,
+            compiled.temporaries + compiled.outputs,
             compiled.code,
             compiled.total,
-            allowed,
+            topology.allowed,
         )
-    lies = memory(work)
-    state = lies.parameters + lies.moments + lies.batch if compiled.only_temporaries else 0.0
-    return Step(
-        False, compiled.seconds, 0, 0, 0, compiled.needed + state, compiled.allowed or allowed
-    )
-
-
-def check_mesh(config: ConfigDict, devices: int) -> None:
-    """Raises UserError unless the mesh of a config is made up of so many devices."""
-    data, fsdp = config.mesh.data, config.mesh.fsdp
-    if devices % fsdp or (data and data * fsdp != devices):
-        raise UserError(
-            f"mesh.data={data} and mesh.fsdp={fsdp} do not make up the {devices} devices; "
-            f"set mesh.fsdp to a divisor of {devices} and mesh.data to 0"
-        )
-
-
-def check_divides(key: str, size: int, devices: int, pieces: int = 1) -> None:
-    """Raises UserError unless a batch divides over devices and pieces, naming the nearest."""
-    unit = devices * pieces
-    if size % unit:
-        below = size // unit * unit
-        nearest = " and ".join(str(near) for near in (below, below + unit) if near)
-        what = f"{devices} devices" + (f" × {pieces} accumulation steps" if pieces > 1 else "")
-        raise UserError(f"{key}={size} is not divisible by {what}; the nearest are {nearest}")
+    needed = compiled.needed
+    if needed is not None and compiled.only_temporaries:
+        needed += state
+    allowed = compiled.allowed or topology.allowed
+    return Step(False, compiled.seconds, 0, 0, 0, needed, allowed, compiled.said)
 
 
 def say(text: str) -> None:

@@ -11,6 +11,9 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
+_PRODUCTS_AND_COLLECTIVES = re.compile(
+    r"dot|convolution|(all-|reduce-scatter|collective-|ragged-all-|send).*"
+)
 # What only passes a value on, for finding where it is from.
 _PASSING = {"copy", "bitcast", "convert", "copy-done", "copy-start", "reshape"}
 
@@ -128,7 +131,7 @@ class Program(NamedTuple):
         """Yields what the device runs; fusions whole, loops and calls by their bodies.
 
         The body of a loop whose length follows from data, such as a rejection sampler's, is
-        yielded once.
+        yielded once; see `uncounted`.
         """
         yield from self._runs(self.computations[self.entry], 1)
 
@@ -136,11 +139,35 @@ class Program(NamedTuple):
         for instruction in computation.instructions.values():
             bodies, inner = self._bodies(instruction), times
             if instruction.opcode == "while":
-                inner = times * (self.trips(computation, instruction) or 1)
+                trips = self.trips(computation, instruction)
+                inner = times * (1 if trips is None else trips)
+            if not inner:
+                continue
             for body in bodies:
                 yield from self._runs(self.computations[body], inner)
             if not bodies:
                 yield Run(computation, instruction, times)
+
+    def uncounted(self) -> list[str]:
+        """Returns names of loops that run nobody knows how often, and hold what matters.
+
+        That is products or collectives: `runs` yields them once, and so too seldom.
+        """
+        return [
+            loop.name
+            for computation in self.computations.values()
+            for loop in computation.instructions.values()
+            if loop.opcode == "while"
+            and self.trips(computation, loop) is None
+            and self._matters(loop.computation("body"))
+        ]
+
+    def _matters(self, name: str) -> bool:
+        inside = self.computations[name].instructions.values()
+        called = [body for i in inside for body in [*self._bodies(i), i.computation("calls")]]
+        return any(_PRODUCTS_AND_COLLECTIVES.fullmatch(i.opcode) for i in inside) or any(
+            self._matters(body) for body in called if body
+        )
 
     def _bodies(self, instruction: Instruction) -> list[str]:
         if instruction.opcode == "while":

@@ -1,10 +1,13 @@
 """A plan for people, on one screen, and for programs, as JSON."""
 
+import textwrap
 from typing import Any
 
 from mixer_jax.planning.advice import advice
-from mixer_jax.planning.planner import GIB, Plan, Step
+from mixer_jax.planning.planner import Plan, Step
+from mixer_jax.planning.topology import GIB
 
+_WIDTH = 100
 _MB, _GB, _TERA = 1e6, 1e9, 1e12
 _ASSUMED = (
     "The bound is a floor, not a forecast: peak rates, and arithmetic, memory and network at the "
@@ -24,6 +27,8 @@ def told(plan: Plan) -> str:
     if plan.bound is None:
         return "\n\n".join([*parts, _too_large(plan)])
     parts += [_moved(plan), _collectives(plan)]
+    if plan.uncounted:
+        parts.append(_uncounted(plan.uncounted))
     if plan.fits:
         notes = [_ASSUMED, _QUICK] if plan.quick else [_ASSUMED]
         return "\n\n".join([*parts, _cost(plan), "\n".join(notes)])
@@ -53,11 +58,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "num_parameters": plan.work.num_parameters,
         "allowed_bytes": plan.allowed,
         "estimate": plan.estimate._asdict(),
+        "evaluation_estimate": plan.scoring,
         "training": plan.training._asdict() if plan.training else None,
         "evaluation": plan.evaluation._asdict() if plan.evaluation else None,
         "model_flops": plan.work.model_flops,
         "recomputed_flops": plan.work.recomputed_flops,
         "memory_bytes": plan.memory_bytes,
+        "uncounted_loops": plan.uncounted,
         "collectives": [
             {name: value for name, value in sent._asdict().items() if name != "groups"}
             for sent in plan.transfers
@@ -115,6 +122,10 @@ def _memory(plan: Plan) -> str:
     verdicts = "".join(f"{'fits' if step.fits else 'TOO LARGE':>13}" for step in columns)
     expected = "fits" if lies.total <= plan.allowed else "too large"
     lines.append(f"  {'':<44}{verdicts}{expected:>13}")
+    if not columns:
+        expected = "fits" if plan.scoring <= plan.allowed else "too large"
+        lines.append(f"  {'in all, where a batch is only scored':<44}{_gib(plan.scoring):>13}")
+        lines.append(f"  {'':<44}{expected:>13}")
     return "\n".join(lines)
 
 
@@ -178,6 +189,18 @@ def _collectives(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _uncounted(number: int) -> str:
+    what = (
+        f"{number} loops with products or collectives run"
+        if number > 1
+        else ("a loop with products or collectives runs")
+    )
+    return (
+        f"WARNING: how often {what} is not known; counted as once,\n"
+        "so the step may take longer, and send and move more, than is told here"
+    )
+
+
 def _cost(plan: Plan) -> str:
     assert plan.bound is not None
     assert plan.cost is not None
@@ -194,13 +217,39 @@ def _cost(plan: Plan) -> str:
 
 def _too_large(plan: Plan) -> str:
     lines = []
-    for name, step in (("training", plan.training), ("evaluation", plan.evaluation)):
+    steps = [("training", plan.training), ("evaluation", plan.evaluation)]
+    for name, step in steps:
         if step and not step.fits:
-            over = (step.needed - step.allowed) / GIB
-            lines.append(f"the {name} step does not fit: about {over:.1f} GiB too much a device")
-    if plan.evaluation and not plan.evaluation.fits:
+            lines.append(_refused(name, step))
+    if plan.training is None:
+        estimates = [("training", plan.estimate.total), ("evaluation", plan.scoring)]
+        lines += [
+            f"by estimate the {name} step does not fit: about "
+            f"{(size - plan.allowed) / GIB:.1f} GiB too much a device"
+            for name, size in estimates
+            if size > plan.allowed
+        ]
+    if not _evaluation_fits(plan):
         lines.append(f"  lower config.eval_batch_size={plan.config.eval_batch_size}")
-    if plan.training is None or not plan.training.fits:
-        lines += ["by estimate, any one of these would fit:"] if plan.training else []
-        lines += [f"  {line}" for line in advice(plan)] or ["  none alone; combine them: --sweep"]
+    if plan.training_fits or (plan.training and plan.training.needed is None):
+        return "\n".join(lines)
+    flags = advice(plan)
+    if flags:
+        lines += ["by estimate, any one of these would fit:", *(f"  {flag}" for flag in flags)]
+    else:
+        lines.append("none of the settings that save memory is enough alone; combine them: --sweep")
     return "\n".join(lines)
+
+
+def _refused(name: str, step: Step) -> str:
+    if step.needed is None:
+        text = f"the {name} step does not fit, and the compiler does not say by how much: "
+        return textwrap.fill(text + step.said, _WIDTH)
+    over = (step.needed - step.allowed) / GIB
+    return f"the {name} step does not fit: about {over:.1f} GiB too much a device"
+
+
+def _evaluation_fits(plan: Plan) -> bool:
+    if plan.training is None:
+        return plan.scoring <= plan.allowed
+    return plan.evaluation is None or plan.evaluation.fits

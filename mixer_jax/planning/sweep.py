@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 from mixer_jax.config import resolve_num_steps
 from mixer_jax.errors import UserError
 from mixer_jax.keys import KEYS
+from mixer_jax.parallel.divisions import check_divides, check_mesh
 from mixer_jax.planning.advice import REMAT
 from mixer_jax.planning.formulas import Work, memory, work_of
 from mixer_jax.planning.nominal import nominal_sources, plannable
-from mixer_jax.planning.planner import GIB, Plan, check_divides, check_mesh, make_plan, say
+from mixer_jax.planning.planner import Plan, make_plan, say, with_evaluation
 from mixer_jax.planning.report import as_json
-from mixer_jax.planning.topology import Topology, tpu_devices
+from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
 # Estimates are good to about this factor; what needs more is not compiled.
@@ -46,29 +47,46 @@ class Setting(NamedTuple):
     def flags(self) -> str:
         """Returns it as flags of the command line."""
         return (
-            f"--config.recipe.accumulation_steps={self.pieces} --config.mesh.fsdp={self.fsdp} "
-            f"--config.model.remat={self.remat} --config.model.unroll={self.unroll}"
+            f"--config.recipe.accumulation_steps={self.pieces} --config.mesh.data=0 "
+            f"--config.mesh.fsdp={self.fsdp} --config.model.remat={self.remat} "
+            f"--config.model.unroll={self.unroll}"
         )
 
 
 class Result(NamedTuple):
-    """A setting, and the plan of the run with it; none where the estimate rules it out."""
+    """A setting, and what a run with it would be.
+
+    Attributes:
+        setting: that.
+        estimate: bytes of the training step on a device.
+        plan: of the run; None: the estimate rules it out.
+        is_present: whether the run is configured so.
+    """
 
     setting: Setting
     estimate: float
     plan: Plan | None
+    is_present: bool = False
 
     @property
     def fits(self) -> bool:
-        """Whether it fits."""
+        """Whether it fits, as far as is known: the evaluation step may not be compiled."""
         return self.plan is not None and self.plan.fits
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Sorts what fits first, then by the bound, then by what compiling takes."""
-        bound = self.plan.bound.seconds if self.plan and self.plan.bound else float("inf")
+    def rank(self) -> tuple[bool, float, float, float]:
+        """Sorts what fits first, then by the bound, then by what is sent and moved beside it.
+
+        Where both are equal: by what compiling takes.
+        """
+        bound = self.plan.bound if self.plan else None
         training = self.plan.training if self.plan else None
-        return (not self.fits, bound, training.seconds if training else self.estimate)
+        return (
+            not (self.plan and self.plan.training_fits),
+            round(bound.seconds, 6) if bound else math.inf,
+            bound.without_overlap if bound else math.inf,
+            training.seconds if training else self.estimate,
+        )
 
 
 def sweep(
@@ -77,7 +95,7 @@ def sweep(
     """Returns plans for settings of a run, the best first; tells on standard error how it goes.
 
     What cannot fit by estimate is not compiled, nor what computes a batch in more pieces than is
-    needed: that only adds traffic.
+    needed: that only adds traffic. Of TPUs, only the best's evaluation step is compiled.
 
     Args:
         config: valid by `config.validate`.
@@ -86,7 +104,7 @@ def sweep(
         quick: as for `make_plan`.
 
     Raises:
-        UserError: a dimension is unknown, or the batch divides over no setting.
+        UserError: a dimension is unknown, or the mesh or a batch does not divide.
     """
     config = plannable(config)
     chosen = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
@@ -97,37 +115,55 @@ def sweep(
     source = nominal_sources(config).train
     num_steps = resolve_num_steps(config, len(source))
     work = work_of(config, source.num_classes, num_steps, topology.num_devices)
-    check_mesh(config, work.devices)
-    check_divides("config.batch_size", work.batch_size, work.devices)
+    check_mesh(config.mesh.data, work.fsdp, work.devices, topology.slices)
+    pieces = 1 if "accumulation" in chosen else work.pieces
+    check_divides("config.batch_size", work.batch_size, work.devices, pieces)
+    check_divides("config.eval_batch_size", config.eval_batch_size, work.devices)
+    now = present(work)
     settings = list(candidates(work, chosen, topology))
-    allowed = topology.chip.memory_gib * GIB
     estimates = {setting: memory(_with(work, setting)).total for setting in settings}
-    possible = [s for s in settings if estimates[s] <= allowed * _TOLERANCE]
+    possible = [s for s in settings if estimates[s] <= topology.allowed * _TOLERANCE]
     minutes = _minutes(work, possible, quick) if topology.chip.is_tpu else ""
     say(f"{len(possible)} of {len(settings)} settings may fit{minutes}")
     devices = tpu_devices(topology) if topology.chip.is_tpu else None
-    results = [Result(s, estimates[s], None) for s in settings if s not in possible]
+    results = [Result(s, estimates[s], None, s == now) for s in settings if s not in possible]
     done: list[Result] = []
     for number, setting in enumerate(possible, start=1):
-        if any(r.fits and r.setting == setting._replace(pieces=r.setting.pieces) for r in done):
-            continue  # With fewer pieces it fits.
+        if any(_fits_with_less(result, setting) for result in done):
+            continue
         plan = make_plan(
             _changed(config, setting), topology, devices=devices, evaluation=False, quick=quick
         )
-        done.append(Result(setting, estimates[setting], plan))
+        done.append(Result(setting, estimates[setting], plan, setting == now))
         say(f"[{number}/{len(possible)}] {_line(done[-1])}")
-    return sorted(results + done, key=lambda result: result.rank)
+    best, *others = sorted(results + done, key=lambda result: result.rank)
+    if best.fits and best.plan:
+        best = best._replace(plan=with_evaluation(best.plan))
+    return [best, *others]
+
+
+def present(work: Work) -> Setting:
+    """Returns the setting that a run has."""
+    return Setting(work.pieces, work.fsdp, work.remat, work.unroll)
+
+
+def _fits_with_less(result: Result, setting: Setting) -> bool:
+    """Returns whether a result fits that differs from a setting only by fewer pieces."""
+    fewer = result.setting.pieces < setting.pieces
+    return (
+        fewer and result.fits and result.setting == setting._replace(pieces=result.setting.pieces)
+    )
 
 
 def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterator[Setting]:
-    """Yields settings to try, those first that compile fast.
+    """Yields settings to try: the present one, then those first that compile fast.
 
     Args:
         work: the run as it is configured.
         chosen: dimensions to change.
         topology: to run on.
     """
-    now = Setting(work.pieces, work.fsdp, work.remat, work.unroll)
+    now = present(work)
     rows = work.batch_size // work.devices
     blocks = work.widths.num_blocks
     pieces = [
@@ -151,14 +187,16 @@ def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterato
         by_name[name] if name in chosen else [value]
         for name, value in zip(DIMENSIONS, now, strict=True)
     ]
-    made = [Setting(*values) for values in itertools.product(*choices)]
+    made = {Setting(*values) for values in itertools.product(*choices)} - {now}
+    if rows % now.pieces == 0:
+        yield now
     yield from sorted(
         made, key=lambda s: (s.unroll or blocks, s.fsdp, REMAT.index(s.remat), s.pieces)
     )
 
 
 def ranked(results: list[Result]) -> str:
-    """Returns the results of a sweep as text, with the flags of the best."""
+    """Returns the results of a sweep as text, with the flags of the best; * marks the present."""
     lines = [
         f"{'pieces':>6} {'fsdp':>5} {'remat':>11} {'unroll':>7} {'GiB':>8} {'':>10} {'ms':>9} "
         f"{'limit':>11} {'images/s':>10} {'compile s':>10}"
@@ -168,9 +206,10 @@ def ranked(results: list[Result]) -> str:
         size, verdict = f"~{result.estimate / GIB:.1f}", "ruled out"
         numbers = f"{'':>9} {'':>11} {'':>10} {'':>10}"
         if plan is not None:
-            verdict = "fits" if plan.fits else "too large"
+            verdict = "fits" if plan.training_fits else "too large"
             step = plan.training
-            size = f"{(step.needed if step else plan.estimate.total) / GIB:.1f}"
+            needed = step.needed if step else plan.estimate.total
+            size = "?" if needed is None else f"{needed / GIB:.1f}"
             seconds = f"{step.seconds:.0f}" if step else ""
             if plan.bound and plan.cost:
                 numbers = (
@@ -182,10 +221,22 @@ def ranked(results: list[Result]) -> str:
         lines.append(
             f"{setting.pieces:>6} {setting.fsdp:>5} {setting.remat:>11} "
             f"{setting.unroll or 'all':>7} {size:>8} {verdict:>10} {numbers}"
+            + (" *" if result.is_present else "")
         )
-    best = results[0]
-    lines += ["", f"best: {best.setting.flags()}" if best.fits else "none fits: take more chips"]
+    notes = ["", *(["* as configured"] if any(result.is_present for result in results) else [])]
+    lines += [*notes, "fits: the training step; of the best, its evaluation step is tried, too"]
+    lines += _verdict(results[0])
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _verdict(best: Result) -> list[str]:
+    if best.plan is None or not best.plan.training_fits:
+        return ["none fits: take more chips"]
+    lines = [f"best: {best.setting.flags()}"]
+    if not best.fits:
+        size = best.plan.config.eval_batch_size
+        lines.append(f"its evaluation step does not fit; lower config.eval_batch_size={size}")
+    return lines
 
 
 def sweep_json(results: list[Result]) -> dict[str, Any]:
@@ -194,12 +245,13 @@ def sweep_json(results: list[Result]) -> dict[str, Any]:
         {
             "settings": result.setting._asdict(),
             "estimated_bytes": result.estimate,
+            "present": result.is_present,
             "fits": result.fits,
             "plan": as_json(result.plan) if result.plan else None,
         }
         for result in results
     ]
-    best = results[0].setting.flags() if results and results[0].fits else None
+    best = results[0].setting.flags() if results[0].fits else None
     return {"best": best, "results": rows}
 
 

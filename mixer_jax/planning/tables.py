@@ -1,7 +1,10 @@
 """The tables of docs/ that plans make: every variant on real topologies, and weak scaling."""
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,33 +12,26 @@ from ml_collections import ConfigDict
 
 from mixer_jax.config import resolve_num_steps, validate
 from mixer_jax.config_file import read_config
+from mixer_jax.errors import UserError, one_line
 from mixer_jax.planning.carried import GRADIENTS
 from mixer_jax.planning.formulas import Work, memory, transfers_by_formula, work_of
 from mixer_jax.planning.nominal import nominal_sources, plannable
-from mixer_jax.planning.planner import GIB, make_plan, say
+from mixer_jax.planning.planner import make_plan, say
 from mixer_jax.planning.report import as_json
 from mixer_jax.planning.roofline import network_seconds
+from mixer_jax.planning.table_pages import results_page, scaling_page
 from mixer_jax.planning.topology import Place, Topology, parse_topology
 
-_COMMAND = "python -m mixer_jax.plan --tables=docs"
-_MB, _MS = 1e6, 1e3
-
-
-class Row(NamedTuple):
-    """One plan of a table: a config file on a topology."""
-
-    config: str
-    topology: str
-
-
+# Config files and topologies.
 RESULTS = [
     *(
-        Row("mixer_l16_i21k", topology)
+        ("mixer_l16_i21k", topology)
         for topology in ("v3:4x4", "v4:2x2x4", "v5e:4x8", "v5e:8x8", "v6e:4x8", "v5p:2x2x2")
     ),
-    *(Row("mixer_h14_jft", topology) for topology in ("v4:4x4x4", "v5e:8x16")),
-    *(Row(f"mixer_{name}_jft", "v3:4x4") for name in ("s32", "s16", "b32", "b16", "l32")),
+    *(("mixer_h14_jft", topology) for topology in ("v4:4x4x4", "v5e:8x16")),
+    *((f"mixer_{name}_jft", "v3:4x4") for name in ("s32", "s16", "b32", "b16", "l32")),
 ]
+RESULTS_BATCH = 4096
 # What is tried in turn where a config does not fit: first what computes least a second time.
 _REMAT = ("dots", "mlp_hidden", "full")
 _PIECES = (1, 2, 4, 8)
@@ -50,47 +46,138 @@ SCALING = [
 SCALING_CONFIG = "mixer_l16_i21k"
 SCALING_ROWS = 64
 CHECKED_CONFIG = "mixer_s16_jft"
+# Topologies, slices, and what parameters are split over.
 CHECKED = [("v5e:2x2", 1, 1), ("v5e:2x4", 1, 1), ("v5e:4x4", 1, 4), ("v5e:2x2", 2, 1)]
+
+
+class Wanted(NamedTuple):
+    """One row of a table, made already or not.
+
+    Attributes:
+        name: of it in its file.
+        configured: what its config file says by now, as numbers; a row that was made of others
+            is made again.
+        make: returns it, compiling it for minutes.
+    """
+
+    name: str
+    configured: dict[str, Any]
+    make: Callable[[], dict[str, Any]]
+
+    def is_in(self, rows: dict[str, Any]) -> bool:
+        """Returns whether rows of a file hold it as its config file is by now."""
+        return self.name in rows and rows[self.name].get("configured") == self.configured
+
+
+class Table(NamedTuple):
+    """A table of docs/.
+
+    Attributes:
+        name: of its two files, NAME.json and NAME.md.
+        wanted: its rows.
+        page: from these, in their order, to the text.
+    """
+
+    name: str
+    wanted: list[Wanted]
+    page: Callable[[Sequence[dict[str, Any]]], str]
+
+
+def tables() -> list[Table]:
+    """Returns the tables; reads the config files, compiles nothing.
+
+    Raises:
+        UserError: a config file cannot be read.
+    """
+    checks = [
+        Wanted(
+            f"{name} × {slices}, fsdp {fsdp}",
+            _configured(_check_config(name, slices, fsdp)),
+            functools.partial(_check_row, name, slices, fsdp),
+        )
+        for name, slices, fsdp in CHECKED
+    ]
+    results = [
+        Wanted(
+            f"{name} on {topology}",
+            _configured(_config(name, batch_size=RESULTS_BATCH)),
+            functools.partial(_result_row, name, topology),
+        )
+        for name, topology in RESULTS
+    ]
+    scaling = [scaling_row(name, slices) for name, slices in SCALING]
+    return [
+        Table("weak_scaling", checks, lambda rows: scaling_page(scaling, SCALING_ROWS, rows)),
+        Table("plan_results", results, lambda rows: results_page(rows, _REMAT)),
+    ]
 
 
 def write_tables(folder: Path) -> None:
     """Writes plan_results.md and weak_scaling.md, compiling what is not in the JSON beside them.
 
     Rows are written as they are finished, so that a run that was stopped goes on where it was.
-    To compile a row again, remove it, or the file.
+    A row whose config file has changed is made again; to make another again, remove it.
 
     Args:
         folder: that they are written to, e.g. docs.
 
     Raises:
-        UserError: a config file cannot be read.
+        UserError: a config file cannot be read, or a file of the folder not read or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    checks = _finished(
-        folder / "weak_scaling.json",
-        [f"{name} × {slices}, fsdp {fsdp}" for name, slices, fsdp in CHECKED],
-        lambda number: _check_row(*CHECKED[number]),
-    )
-    (folder / "weak_scaling.md").write_text(_scaling_page(checks), encoding="utf-8")
-    results = _finished(
-        folder / "plan_results.json",
-        [f"{row.config} on {row.topology}" for row in RESULTS],
-        lambda number: _result_row(RESULTS[number]),
-    )
-    (folder / "plan_results.md").write_text(_results_page(results), encoding="utf-8")
+    for table in tables():
+        path = folder / f"{table.name}.json"
+        rows = read_rows(path)
+        _write_rows(path, rows)  # A folder that cannot be written is told before compiling.
+        for wanted in table.wanted:
+            if not wanted.is_in(rows):
+                say(f"{table.name}: {wanted.name}")
+                made = {"configured": wanted.configured, "versions": _versions()}
+                rows[wanted.name] = wanted.make() | made
+                _write_rows(path, rows)
+        page = table.page([rows[wanted.name] for wanted in table.wanted])
+        _write(folder / f"{table.name}.md", page)
 
 
-def _finished(
-    path: Path, names: Sequence[str], make: Callable[[int], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Returns a row for each name: those in a file, and others made and added to it."""
-    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for number, name in enumerate(names):
-        if name not in rows:
-            say(f"{path.stem}: {name}")
-            rows[name] = make(number)
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return [rows[name] for name in names]
+def read_rows(path: Path) -> dict[str, Any]:
+    """Returns the rows of a file by name; none where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); mend or remove it") from error
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise UserError(f"{path} holds no rows of a table; remove it")
+    return rows
+
+
+def _write_rows(path: Path, rows: dict[str, Any]) -> None:
+    _write(path, json.dumps(rows, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); pass --tables another folder"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def _configured(config: ConfigDict) -> dict[str, Any]:
+    """Returns what a row follows from, as JSON holds it: the run in numbers, on any devices."""
+    numbers = _work(config, devices=1)._asdict()
+    del numbers["devices"]
+    return numbers | {"widths": dataclasses.asdict(numbers["widths"])}
 
 
 def _config(name: str, **changes: Any) -> ConfigDict:
@@ -100,23 +187,22 @@ def _config(name: str, **changes: Any) -> ConfigDict:
     return config
 
 
-def _work(config: ConfigDict, topology: Topology) -> Work:
+def _work(config: ConfigDict, devices: int) -> Work:
     config = plannable(config)
     source = nominal_sources(config).train
     steps = resolve_num_steps(config, len(source))
-    return work_of(config, source.num_classes, steps, topology.num_devices)
+    return work_of(config, source.num_classes, steps, devices)
 
 
-def _result_row(row: Row) -> dict[str, Any]:
+def _result_row(name: str, on: str) -> dict[str, Any]:
     """Returns the plan of a config as it is or, where that does not fit, of what does."""
-    topology = parse_topology(row.topology)
-    allowed = topology.chip.memory_gib * GIB
-    configs = [_config(row.config, batch_size=4096)]
+    topology = parse_topology(on)
+    configs = [_config(name, batch_size=RESULTS_BATCH)]
     for pieces in _PIECES:
         for remat in _REMAT:
             changes = {"model__remat": remat, "recipe__accumulation_steps": pieces}
-            config = _config(row.config, batch_size=4096, model__unroll=1, **changes)
-            if memory(_work(config, topology)).total <= allowed * _MARGIN:
+            config = _config(name, batch_size=RESULTS_BATCH, model__unroll=1, **changes)
+            if memory(_work(config, topology.num_devices)).total <= topology.allowed * _MARGIN:
                 configs.append(config)
     plan: dict[str, Any] = {}
     for config in configs:
@@ -124,51 +210,6 @@ def _result_row(row: Row) -> dict[str, Any]:
         if plan["fits"]:
             break
     return plan
-
-
-def _results_page(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# What pre-training would take",
-        "",
-        "The real training step of every variant, 224 px, 4,096 images a step, compiled for TPUs",
-        f"that were not there (`{_COMMAND}`). Nothing here was",
-        "measured on a TPU. The bound is a floor: the longest of arithmetic, memory traffic and",
-        "network, each at its peak rate. Core-days are devices × days; a device of v2, v3 or tpu7x",
-        "is half a chip. Settings are those of the config file or, where these do not fit, the",
-        f"first that do of remat {', '.join(_REMAT)}, then of more pieces a batch.",
-        "",
-        "| model | topology | chips | remat, pieces, unroll | fits | GiB a device (allowed) | "
-        "bound, ms | limit | images/s | MFU at bound | days | core-days | compile, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *map(_result_line, rows)]) + "\n"
-
-
-def _result_line(row: dict[str, Any]) -> str:
-    settings, step, least, run = row["settings"], row["training"], row["bound"], row["cost"]
-    fits = "yes" if row["fits"] else "no"
-    cells = [
-        row["variant"],
-        row["topology"],
-        f"{row['chips']}",
-        f"{settings['remat']}, {settings['accumulation_steps']}, {settings['unroll'] or 'all'}",
-        fits,
-        f"{step['needed'] / GIB:.1f} ({row['allowed_bytes'] / GIB:.1f})",
-        *(
-            [
-                f"{least['seconds'] * _MS:.1f}",
-                least["limit"],
-                f"{run['images_per_second']:,.0f}",
-                f"{run['model_flops_utilization']:.0%}",
-                f"{run['days']:.2f}",
-                f"{run['core_days']:,.0f}",
-            ]
-            if least
-            else ["–"] * 6
-        ),
-        f"{step['seconds']:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def formula_places(topology: Topology) -> list[Place]:
@@ -189,12 +230,13 @@ def scaling_row(name: str, slices: int) -> dict[str, float]:
     """
     topology = parse_topology(name, slices)
     batch = SCALING_ROWS * topology.num_chips
-    work = _work(_config(SCALING_CONFIG, batch_size=batch), topology)
+    work = _work(_config(SCALING_CONFIG, batch_size=batch), topology.num_devices)
     sent = transfers_by_formula(work)
     places = formula_places(topology)
     flops = work.model_flops / work.devices
     return {
         "chips": topology.num_chips,
+        "slices": slices,
         "batch": batch,
         "bytes": sum(transfer.num_bytes for transfer in sent),
         "network": sum(network_seconds(topology, places, transfer) for transfer in sent),
@@ -205,14 +247,7 @@ def scaling_row(name: str, slices: int) -> dict[str, float]:
 def _check_row(name: str, slices: int, fsdp: int) -> dict[str, Any]:
     """Returns the gradients that a compiled step sends, and those of the formula."""
     topology = parse_topology(name, slices)
-    batch = SCALING_ROWS * topology.num_chips
-    config = _config(
-        CHECKED_CONFIG,
-        batch_size=batch,
-        mesh__fsdp=fsdp,
-        model__unroll=1,
-        model__remat="dots",
-    )
+    config = _check_config(name, slices, fsdp)
     plan = make_plan(config, topology, evaluation=False, quick=True)
     found: dict[str, Any] = {"chips": topology.num_chips, "slices": slices, "fsdp": fsdp}
     for key, sent in (
@@ -225,51 +260,11 @@ def _check_row(name: str, slices: int, fsdp: int) -> dict[str, Any]:
     return found
 
 
-def _scaling_page(checks: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Weak scaling, by formula",
-        "",
-        f"Mixer-L/16 on ImageNet-21k, TPU v5e, {SCALING_ROWS} images a chip: what a step sends,",
-        "and how long that takes at the least beside its arithmetic, both at peak rates. One",
-        "float32 all-reduce of all gradients a step. Up to 256 chips are one slice; more are",
-        "several, joined by the data-centre network. Not measured on TPUs. Made by",
-        f"`{_COMMAND}`.",
-        "",
-        "| chips | slices | images a step | MB summed | network, ms | arithmetic, ms | "
-        "network's share, not overlapped |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, slices in SCALING:
-        row = scaling_row(name, slices)
-        share = row["network"] / (row["network"] + row["arithmetic"])
-        lines.append(
-            f"| {row['chips']:,.0f} | {slices} | {row['batch']:,.0f} | {row['bytes'] / _MB:,.1f} "
-            f"| {row['network'] * _MS:.2f} | {row['arithmetic'] * _MS:.2f} | {share:.1%} |"
-        )
-    lines += [
-        "",
-        "The formula beside compiled programs, Mixer-S/16 on JFT-300M, bytes a device and step.",
-        "Over slices the compiler sums in three legs: scattered within a slice, between slices,",
-        "gathered within a slice; the bytes of all three are added.",
-        "",
-        "| chips | slices | fsdp | gradients, formula | gradients, compiled | parameters, formula "
-        "| parameters, compiled | activations, compiled |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for check in checks:
-        numbers = [
-            check[key]
-            for key in (
-                "formula",
-                "compiled",
-                "formula_parameters",
-                "compiled_parameters",
-                "activations",
-            )
-        ]
-        lines.append(
-            f"| {check['chips']} | {check['slices']} | {check['fsdp']} | "
-            + " | ".join(f"{number:,.0f}" for number in numbers)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+def _check_config(name: str, slices: int, fsdp: int) -> ConfigDict:
+    return _config(
+        CHECKED_CONFIG,
+        batch_size=SCALING_ROWS * parse_topology(name, slices).num_chips,
+        mesh__fsdp=fsdp,
+        model__unroll=1,
+        model__remat="dots",
+    )

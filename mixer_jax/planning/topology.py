@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0",
 }
+GIB = 2**30
 _SIZES = {
     2: "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
     3: "1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 8x8x8",
@@ -44,6 +45,11 @@ class Topology(NamedTuple):
     def num_devices(self) -> int:
         """Number of devices, as JAX counts them."""
         return self.num_chips * self.chip.devices
+
+    @property
+    def allowed(self) -> float:
+        """Bytes of memory that programs may use on a device."""
+        return self.chip.memory_gib * GIB
 
     @property
     def egress(self) -> float:
@@ -101,6 +107,19 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
             f"{chip.neighbours}, or a multiple"
         )
     return Topology(text, chip, grid, slices)
+
+
+def larger(topology: Topology) -> list[Topology]:
+    """Returns topologies of the same chip with more of them, the smallest first."""
+    chip, slices = topology.chip, topology.slices
+    if chip.is_tpu:
+        sizes = _SIZES[chip.axes].split(", ")
+    else:
+        numbers = [topology.num_chips * 2**power for power in range(1, 8)]
+        whole = [n for n in numbers if n <= chip.neighbours or n % chip.neighbours == 0]
+        sizes = list(map(str, whole))
+    made = [parse_topology(f"{chip.name}:{size}", slices) for size in sizes]
+    return [other for other in made if other.num_chips > topology.num_chips]
 
 
 def tpu_devices(topology: Topology) -> list[Any]:

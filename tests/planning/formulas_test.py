@@ -1,16 +1,23 @@
 """Tests of what a step costs by formula, by hand and against the model itself."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.config_file import read_config
+from mixer_jax.data.sources import open_source
+from mixer_jax.model.mixer import create_model
+from mixer_jax.model.variants import VARIANTS, Widths, forward_flops
 from mixer_jax.parallel.sharding import make_mesh, state_sharding
 from mixer_jax.planning.formulas import (
     Work,
+    evaluation_memory,
     kept,
     memory,
     transfers_by_formula,
@@ -64,13 +71,66 @@ def test_policies_keep_less_and_less() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_recomputed_flops() -> None:
+def test_model_flops_are_three_forward_passes() -> None:
     flops = forward_flops(VARIANTS["S/16"], 224, 18_291)
     assert make_work().model_flops == 3 * 1024 * flops
-    assert make_work().recomputed_flops == 0
-    blocks = 8 * 2 * 2 * 196 * 512 * (256 + 2048)
-    assert make_work(remat="full").recomputed_flops == 1024 * blocks
-    assert make_work(remat="mlp_hidden").recomputed_flops == 1024 * blocks / 2
+
+
+def test_recomputed_flops_are_those_of_the_model() -> None:
+    sizes = {
+        "num_blocks": 3,
+        "patch_size": 4,
+        "hidden_dim": 8,
+        "tokens_mlp_dim": 16,
+        "channels_mlp_dim": 24,
+    }
+    images = jnp.zeros((2, 16, 16, 3))
+    executed, expected = {}, {}
+    for remat in ("none", "dots", "mlp_hidden", "full"):
+        model = create_model("custom", 5, unroll=1, remat=remat, **sizes)
+        parameters = jax.eval_shape(model.init, jax.random.key(0), images)
+        gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
+        executed[remat] = flops_of_products(jax.make_jaxpr(gradient)(parameters).jaxpr)
+        work = make_work(widths=Widths(**sizes), image_size=16, batch_size=2, remat=remat)
+        expected[remat] = work.recomputed_flops
+    assert {name: flops - executed["none"] for name, flops in executed.items()} == expected
+    assert 0 == expected["dots"] < expected["mlp_hidden"] < expected["full"]
+
+
+def flops_of_products(jaxpr: Jaxpr) -> int:
+    """Returns the FLOPs of all dot products of a function, its scans and remats among them."""
+    count = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            result: Any = equation.outvars[0].aval
+            first: Any = equation.invars[0].aval
+            count += (
+                2 * math.prod(result.shape) * math.prod(first.shape[axis] for axis in contracted)
+            )
+        times = parameters["length"] if name == "scan" else 1
+        count += times * sum(map(flops_of_products, functions_in(list(parameters.values()))))
+    return count
+
+
+def functions_in(values: list[Any]) -> Iterator[Jaxpr]:
+    """Yields the functions among an equation's parameters."""
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from functions_in(list(value))
+
+
+def test_scoring_needs_parameters_and_one_block() -> None:
+    work = make_work(devices=8, fsdp=8)
+    rows = 1024 // 8
+    least = memory(work).parameters + 2 * S16 + rows * 3 * 224 * 224
+    assert least < evaluation_memory(work, 1024) < least + rows * 8 * kept(make_work(remat="none"))
+    assert evaluation_memory(work, 2048) > evaluation_memory(work, 1024)
 
 
 def test_one_all_reduce_of_all_gradients() -> None:
@@ -136,8 +196,6 @@ def test_weak_scaling_sends_the_same_from_every_chip() -> None:
 
 
 def test_numbers_of_a_config(root: Any) -> None:
-    from mixer_jax.config_file import read_config
-
     read = read_config(
         f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.accumulation_steps=1"]
     )
@@ -149,6 +207,16 @@ def test_numbers_of_a_config(root: Any) -> None:
     assert work.num_parameters == 229_560_243
     assert work.mixup
     assert (work.rows, work.itemsize, work.moments) == (64, 2, 2)
+
+
+@pytest.mark.parametrize(("classes", "number"), [("all", 10), ("low", 5), ("high", 5)])
+def test_digits_are_as_many_as_they_are(classes: str, number: int, digits_dir: str) -> None:
+    config = plannable(read_config(f"configs/digits.py:{classes}", []))
+    source = nominal_sources(config).train
+    assert (len(source), source.num_classes) == (
+        len(open_source(f"digits/{classes}", "train", digits_dir)),
+        number,
+    )
 
 
 def test_estimate_of_parameters_is_what_a_mesh_holds() -> None:

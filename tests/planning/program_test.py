@@ -47,6 +47,31 @@ def test_trips(before: str, after: str, trips: int | None) -> None:
     assert program.trips(main, main.instructions["while.1"]) == trips
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "times", "uncounted"),
+    [
+        ("constant(6)", "constant(9)", [9], []),
+        ("constant(6)", "constant(0)", [], []),
+        # Of a product: the fusion multiplies.
+        ("direction=LT", "direction=LE", [1], ["while.1"]),
+    ],
+)
+def test_loops_that_are_not_understood_run_once_and_are_told(
+    before: str, after: str, times: list[int], uncounted: list[str]
+) -> None:
+    program = read_program(LOOP.replace(before, after))
+    assert [run.times for run in program.runs() if run.instruction.name == "y"] == times
+    assert program.uncounted() == uncounted
+
+
+def test_loops_without_products_may_run_as_often_as_they_like() -> None:
+    text = LOOP.replace("direction=LT", "direction=LE")
+    text = text.replace("convolution(%param_2, %bitcast.1)", "add(%param_2, %bitcast.1)")
+    assert not read_program(text).uncounted()
+    summed = text.replace("fusion(%kept, %y, %at)", "all-reduce(%kept)")
+    assert read_program(summed).uncounted() == ["while.1"]
+
+
 def test_traffic_by_hand() -> None:
     moved = traffic(read_program(LOOP))
     kernel, kept = 256 * 512 * 2, 32 * 512 * 2

@@ -1,5 +1,7 @@
 """Tests of what a sweep tries, of its ranking, and of advice where a run does not fit."""
 
+import dataclasses
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -7,16 +9,21 @@ from mixer_jax.config_file import read_config
 from mixer_jax.errors import UserError
 from mixer_jax.planning.advice import advice
 from mixer_jax.planning.compiling import TooLarge, read_too_large
+from mixer_jax.planning.formulas import memory
 from mixer_jax.planning.planner import make_plan, step_of
 from mixer_jax.planning.report import told
-from mixer_jax.planning.sweep import Setting, candidates, ranked, sweep
-from mixer_jax.planning.topology import parse_topology
+from mixer_jax.planning.roofline import Bound
+from mixer_jax.planning.sweep import Result, Setting, candidates, present, ranked, sweep
+from mixer_jax.planning.topology import GIB, larger, parse_topology
 
-GIB = 2**30
 OUT = "RESOURCE_EXHAUSTED: "
 TEMPORARIES = (
     "Ran out of memory on HBM, the total memory required for HLO temporaries (34.87G) exceeds "
     "available HBM (15.75G)."
+)
+ON_CHIP = (
+    "Ran out of memory in memory space vmem. Used 17.08M of 16.00M vmem. Exceeded vmem capacity "
+    "by 1.08M."
 )
 WHOLE = (
     "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.08G of "
@@ -46,6 +53,11 @@ def test_sweep_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None
     text = ranked(results)
     assert f"best: {results[0].setting.flags()}" in text
     assert max(map(len, text.splitlines()[:-1])) <= 100
+    # What is configured does not fit, and is ruled out by the estimate.
+    assert [result.setting for result in results if result.is_present] == [
+        present(results[0].plan.work)._replace(pieces=1, remat="none") if results[0].plan else None
+    ]
+    assert sum(line.endswith("*") for line in text.splitlines()) == 1
     told_on_the_way = capsys.readouterr().err.splitlines()
     assert "settings may fit" in told_on_the_way[0]
     assert told_on_the_way[1].startswith("[1/")
@@ -60,10 +72,46 @@ def test_what_compiles_fast_comes_first() -> None:
     plan = make_plan(config(), parse_topology("h100:64"))
     tpu = parse_topology("v4:4x4x4")
     found = list(candidates(plan.work, ("fsdp", "remat", "unroll"), tpu))
-    assert found[0] == Setting(1, 1, "none", 1)
-    assert [setting.unroll for setting in found] == [1] * 8 + [4] * 8
+    assert found[:2] == [present(plan.work), Setting(1, 1, "none", 1)]
+    assert [setting.unroll for setting in found] == [0] + [1] * 8 + [4] * 8
     assert {setting.fsdp for setting in found} == {1, 8}
     assert {setting.pieces for setting in found} == {1}
+
+
+def test_what_is_configured_is_tried_first_and_hinders_nothing() -> None:
+    flags = ["--config.recipe.accumulation_steps=2", "--config.model.remat=full"]
+    results = sweep(config(*flags), parse_topology("h200:64"), "accumulation,remat")
+    tried = {result.setting: result for result in results}
+    assert tried[Setting(2, 1, "full", 0)].is_present
+    assert Setting(1, 1, "full", 0) in tried
+    assert sum(result.is_present for result in results) == 1
+
+
+def test_of_equal_bounds_what_sends_less_comes_first() -> None:
+    plan = make_plan(config(), parse_topology("h200:64"))
+
+    def rank(*parts: float) -> tuple[bool, float, float, float]:
+        return Result(present(plan.work), 0.0, plan._replace(bound=Bound(*parts))).rank
+
+    assert rank(1.0, 0.5, 0.1) < rank(1.0, 0.5, 0.2) < rank(1.1, 0.1, 0.1)
+    # Less than a microsecond is no difference.
+    assert rank(1.000_000_1, 0.5, 0.1) < rank(1.0, 0.5, 0.2)
+
+
+def test_batches_that_are_scored_must_divide() -> None:
+    flag = "--config.eval_batch_size=100"
+    with pytest.raises(UserError, match=r"eval_batch_size=100 is not divisible by 64 devices"):
+        sweep(config(flag), parse_topology("v4:4x4x4"), "remat")
+
+
+def test_what_is_only_scored_must_fit_too() -> None:
+    plan = make_plan(config("--config.eval_batch_size=1048576"), parse_topology("h200:64"))
+    assert plan.training_fits
+    assert not plan.fits
+    text = told(plan)
+    assert "by estimate the evaluation step does not fit: about" in text
+    assert "lower config.eval_batch_size=1048576" in text
+    assert "any one of these" not in text
 
 
 def test_unknown_dimensions() -> None:
@@ -83,6 +131,51 @@ def test_advice_is_computed() -> None:
     assert remat in told(plan)
 
 
+@pytest.mark.parametrize("devices", [8, 32])
+def test_each_piece_of_advice_can_be_followed(devices: int) -> None:
+    topology = f"--topology=a100-40:{devices}"
+    flags = ["--config.mesh.fsdp=2", f"--config.mesh.data={devices // 2}"]
+    flags += [f"--config.batch_size={96 * devices}", "--config.eval_batch_size=192"]
+    plan = make_plan(config(*flags), parse_topology(topology[len("--topology=") :]))
+    assert not plan.fits
+    lines = advice(plan)
+    assert len(lines) == 4
+    for line in lines:
+        given = line.split(" about ")[0].split()
+        on = next((flag for flag in given if flag.startswith("--topology=")), topology)
+        changes = [flag for flag in given if flag != on]
+        again = make_plan(config(*flags, *changes), parse_topology(on[len("--topology=") :]))
+        assert again.fits, line
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "sizes"),
+    [
+        ("h100:2", 1, [4, 8, 16, 32, 64, 128, 256]),
+        ("h100:3", 1, [6, 24, 48, 96, 192, 384]),
+        ("h100:24", 1, [48, 96, 192, 384, 768, 1536, 3072]),
+        ("v5e:8x8", 2, [256, 512]),
+        ("v3:8x16", 1, [256]),
+    ],
+)
+def test_larger_topologies_are_such_as_there_are(name: str, slices: int, sizes: list[int]) -> None:
+    found = larger(parse_topology(name, slices))
+    assert [topology.num_chips for topology in found] == sizes
+    assert {topology.slices for topology in found} == {slices}
+
+
+@pytest.mark.parametrize(("gib", "fsdp"), [(28, ["2"]), (26.5, ["4"]), (25.8, [])])
+def test_advice_splits_within_a_slice(gib: float, fsdp: list[str]) -> None:
+    plan = make_plan(config(), parse_topology("h100:64"))
+    topology = parse_topology("v5e:2x2", 16)
+    chip = dataclasses.replace(topology.chip, memory_gib=gib)
+    # 8 would do, but a slice has four devices.
+    assert memory(plan.work._replace(fsdp=8)).total < 25.8 * GIB
+    plan = plan._replace(topology=topology._replace(chip=chip))
+    splits = [line.split()[0] for line in advice(plan) if "mesh.fsdp" in line]
+    assert splits == [f"--config.mesh.fsdp={number}" for number in fsdp]
+
+
 @pytest.mark.parametrize(
     ("text", "needed", "only_temporaries"), [(TEMPORARIES, 34.87, True), (WHOLE, 17.08, False)]
 )
@@ -90,13 +183,34 @@ def test_what_the_compiler_says_of_too_large_a_step(
     text: str, needed: float, only_temporaries: bool
 ) -> None:
     found = read_too_large(RuntimeError(OUT + text), 3.0)
-    assert found == TooLarge(3.0, needed * GIB, 15.75 * GIB, only_temporaries)
+    assert found == TooLarge(3.0, needed * GIB, 15.75 * GIB, "", only_temporaries)
     plan = make_plan(config(), parse_topology("h100:64"))
-    step = step_of(found, plan.work, plan.topology)
+    step = step_of(found, plan.topology, state=GIB)
     assert not step.fits
-    assert (step.needed > found.needed) == only_temporaries
+    assert step.needed == (needed + only_temporaries) * GIB
     text = told(plan._replace(training=step, bound=None, cost=None))
     assert "the training step does not fit: about" in text
+
+
+@pytest.mark.parametrize("said", [ON_CHIP, "Something that compilers of another year say."])
+def test_what_the_compiler_says_otherwise_is_passed_on(said: str) -> None:
+    found = read_too_large(RuntimeError(OUT + said), 3.0)
+    assert (found.needed, found.said) == (None, OUT + said)
+    plan = make_plan(config(), parse_topology("h100:64"))
+    step = step_of(found, plan.topology, state=GIB)
+    text = told(plan._replace(training=step, bound=None, cost=None))
+    assert said in " ".join(text.split())
+    assert "-" not in text.split("does not fit")[1]
+    assert "GiB too much" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_loops_that_are_not_understood_are_told() -> None:
+    plan = make_plan(config("--config.model.remat=full"), parse_topology("h200:64"))
+    assert "WARNING" not in told(plan)
+    text = told(plan._replace(uncounted=2))
+    assert "WARNING: how often 2 loops with products or collectives run is not known" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_other_errors_are_not_hidden() -> None:
