@@ -90,9 +90,10 @@ def test_the_evaluation_crop_is_that_of_the_papers_table(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", PROTOCOL)
-def test_two_steps_from_a_published_file(task: str, published: str, tmp_path: Path) -> None:
-    # Each size is run for half of the tasks; they differ in numbers only.
-    size = ("224", "448")[list(PROTOCOL).index(task) % 2]
+def test_runs_begin_with_a_published_file(task: str, published: str, tmp_path: Path) -> None:
+    # They differ in numbers only: each size is made for half of the tasks, and runs for one.
+    number = list(PROTOCOL).index(task)
+    size = ("224", "448")[number % 2]
     config = load(task, size)
     config.init_from = published
     config.dataset.name = "synthetic"
@@ -108,6 +109,8 @@ def test_two_steps_from_a_published_file(task: str, published: str, tmp_path: Pa
     assert count == num_parameters(grown, int(size), classes)
     state = initial_state(experiment, beginning.weights)
     assert not state.params["head"]["kernel"].any()
+    if number >= 2:
+        return
     stem = np.array(state.params["stem"]["kernel"])
     for batch in itertools.islice(training_batches(experiment, 0, print), 2):
         state, metrics = experiment.train_step(state, batch)

@@ -199,7 +199,7 @@ class MlpMixer(nn.Module):
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=self.dtype, name="stem")(images)
         x = x.reshape(x.shape[0], -1, self.hidden_dim)
-        places = jnp.arange(len(images)) if places is None else places
+        places = jnp.arange(images.shape[0]) if places is None else places
         x, _ = self.make_blocks()(x, self.drop_rates(), places, train)
         x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x)
         x = jnp.mean(x, axis=1, dtype=jnp.float32)

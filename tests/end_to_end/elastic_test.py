@@ -31,7 +31,9 @@ def run(data_dir: str, workdir: Path, parts: list[tuple[int, int, range]]) -> Hi
         experiment = build(config, open_sources(config), jax.devices()[:devices])
         checkpoints = Checkpoints(str(workdir), keep=1)
         assert (checkpoints.latest_step() or 0) == steps.start
-        state, _ = begin(experiment, checkpoints, steps.start, None)
+        state, window = begin(experiment, checkpoints, steps.start, None)
+        # What the journal has not written yet goes along.
+        assert window == ([0.1, steps.start] if steps.start else [])
         batches = training_batches(experiment, steps.start, print)
         for _ in steps:
             batch = next(batches)
@@ -39,7 +41,7 @@ def run(data_dir: str, workdir: Path, parts: list[tuple[int, int, range]]) -> Hi
             state, metrics = experiment.train_step(state, batch)
             history.append((hashlib.sha256(rows).hexdigest(), float(metrics["loss"])))
         batches.close()
-        save(experiment, checkpoints, state, steps.stop, window=[])
+        save(experiment, checkpoints, state, steps.stop, window=[0.1, steps.stop])
         checkpoints.close()
     return history
 

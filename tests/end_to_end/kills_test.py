@@ -81,7 +81,7 @@ def test_killed_and_resumed_equals_never_interrupted(
 
 def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
-    process = start(digits_dir, tmp_path, as_users=True, **changes)
+    process = start(digits_dir, tmp_path, **changes)
     wait_until(lambda: last_step(tmp_path) >= 3, process)
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
@@ -101,7 +101,7 @@ def processes_of_group(group: int) -> list[int]:
 
 
 def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> None:
-    """Signals to the whole group, as of a terminal; to a run that waits for its images."""
+    """Ctrl-C to the whole group, as of a terminal; to a run that waits for its images."""
     large = cv2.resize(photograph(), (1600, 1200))
     for index in range(20):
         path = tmp_path / "images" / f"{index % 2}" / f"{index}.jpg"
@@ -113,7 +113,7 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
         "num_steps": 1000,
     }
     steps = 0
-    for stop, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = start("", tmp_path / "run", new_group=True, **settings)
         wait_until(functools.partial(has_reached, tmp_path / "run", steps + 2), process)
         if stop == signal.SIGKILL:

@@ -130,29 +130,6 @@ def test_one_seed_repeats_to_the_bit_and_another_does_not(
     assert without_timings(tmp_path / "1") != without_timings(finished)
 
 
-def test_a_checkpoint_of_one_device_goes_on_on_eight(digits_dir: str, tmp_path: Path) -> None:
-    config = small_config(digits_dir)
-    whole = build(config, open_sources(config), jax.devices()[:1])
-    expected = losses(whole, 8)
-    state, batches = whole.create_state(), training_batches(whole, 0, print)
-    for _ in range(4):
-        state, _ = whole.train_step(state, next(batches))
-    checkpoints = Checkpoints(str(tmp_path), keep=1)
-    loop_module.save(whole, checkpoints, state, 4, window=[0.1, 0.2])
-    checkpoints.close()
-
-    config = small_config(digits_dir, mesh__fsdp=4)
-    split = build(config, open_sources(config))
-    state, window = begin(split, Checkpoints(str(tmp_path)), 4, None)
-    assert window == [0.1, 0.2]
-    assert int(state.step) == 4
-    actual = []
-    for batch in list(training_batches(split, 4, print))[:4]:
-        state, metrics = split.train_step(state, batch)
-        actual.append(float(metrics["loss"]))
-    np.testing.assert_allclose(actual, expected[4:], rtol=1e-5)
-
-
 def test_a_run_refuses_to_go_on_with_other_data(finished: Path, digits_dir: str) -> None:
     config = small_config(digits_dir, recipe__ema_decay=0.9)
     experiment = build(config, open_sources(config))

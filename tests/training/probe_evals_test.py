@@ -82,7 +82,7 @@ def test_a_resumed_run_writes_the_same(
     config = config_of_probes(digits_dir)
     with monkeypatch.context() as patch:
         # As if it were preempted at step 5.
-        patch.setattr("mixer_jax.training.loop._ask_hosts", lambda step, flag: step == 5)
+        patch.setattr("mixer_jax.training.loop._must_stop", lambda step, *others: step == 5)
         assert train_and_evaluate(config, str(tmp_path)).step == 5
     assert train_and_evaluate(config, str(tmp_path)).step == 8
     assert scores_of(tmp_path) == scores_of(finished[0])

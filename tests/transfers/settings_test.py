@@ -129,7 +129,8 @@ def test_hosts_are_joined_as_the_key_says(
 ) -> None:
     modes = []
 
-    def join(mode: str) -> None:
+    def join(mode: str, timeout_seconds: int) -> None:
+        assert timeout_seconds == 300
         modes.append(mode)
         raise EnoughError
 
