@@ -30,13 +30,15 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     count = len(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     check_mesh(data, fsdp, count, slices)
-    auto = (AxisType.Auto, AxisType.Auto)
+    # Such as 8 of 4 × 4 × 4 chips: no product of whole sides, so that a side is divided.
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
         shape = (count // fsdp, fsdp)
-        return jax.make_mesh(shape, (DATA, FSDP), axis_types=auto, devices=devices)
-    shape = (count // slices // fsdp, fsdp)
-    laid_out = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices)
-    return Mesh(laid_out, (DATA, FSDP), axis_types=auto)
+        laid_out = mesh_utils.create_device_mesh(shape, devices, **split)
+    else:
+        shape = (count // slices // fsdp, fsdp)
+        laid_out = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices, **split)
+    return Mesh(laid_out, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
