@@ -48,8 +48,11 @@ find_python() {
   command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no program; run make demo, or set it"
 }
 
+# Fails where this Python has not what a run needs, and says so once instead of once a process.
 free_port() {
-  "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  "$PYTHON" -c 'import importlib.util, socket, sys
+importlib.util.find_spec("ml_collections") or sys.exit(1)
+s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
 # Every process leads a group of what it has started; the group's number is the name of a file.
@@ -129,7 +132,7 @@ wait_for_all() {
 read_arguments "$@"
 cd "$(dirname "$0")/.."
 find_python
-port=$(free_port)
+port=$(free_port) || fail "PYTHON=$PYTHON has not the packages of requirements.txt; run make demo, or set it to a Python that has"
 folder=$(mktemp -d)
 mkdir "$folder/groups"
 mkfifo "$folder/alive"

@@ -146,7 +146,7 @@ KEYS: dict[str, Key] = {
     "mesh.data": Key(
         0, "devices along the data axis; 0: all that fsdp leaves", low=0, resumable=True
     ),
-    "mesh.fsdp": Key(1, "devices each parameter is split over", low=1, resumable=True),
+    "mesh.fsdp": Key(1, "devices the kernels are split over", low=1, resumable=True),
     "distributed": Key(
         "auto", "join a multi-host run: auto detects one", ("auto", "yes", "no"), resumable=True
     ),

@@ -8,7 +8,7 @@ def check_mesh(data: int, fsdp: int, devices: int, slices: int = 1) -> None:
 
     Args:
         data: devices along the data axis; 0: all that `fsdp` leaves.
-        fsdp: devices that each parameter is split over.
+        fsdp: devices that the kernels are split over.
         devices: in all.
         slices: of TPUs, that they lie in.
 

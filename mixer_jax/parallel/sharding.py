@@ -20,7 +20,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
 
     Args:
         data: devices along the data axis; 0 takes all that `fsdp` leaves.
-        fsdp: devices that each parameter is split over.
+        fsdp: devices that the kernels are split over.
         devices: to use; None: all of all hosts.
 
     Raises:

@@ -137,3 +137,10 @@ def test_the_code_of_a_wrong_run_is_passed_on() -> None:
 )
 def test_wrong_numbers_are_refused(arguments: tuple[str, ...], word: str) -> None:
     scripts.refuses(scripts.run("local_multiprocess.sh", *arguments), word)
+
+
+def test_a_python_without_the_packages_is_told_once(tmp_path: Path) -> None:
+    python = scripts.program(tmp_path / "python", f'exec {sys.executable} -S "$@"')
+    arguments = ("2", "--config=configs/digits.py")
+    result = scripts.run("local_multiprocess.sh", *arguments, PYTHON=python)
+    scripts.refuses(result, "has not the packages of requirements.txt; run make demo")
