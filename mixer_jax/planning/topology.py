@@ -131,7 +131,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "planning for TPUs needs their compiler, which is not installed: "
-            'pip install "mixer-jax[tpu]" (Linux on x86-64)'
+            'pip install "jax[tpu]" (Linux on x86-64)'
         )
     import jax
     from jax.experimental import topologies
