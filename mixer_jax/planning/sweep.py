@@ -95,7 +95,8 @@ def sweep(
     """Returns plans for settings of a run, the best first; tells on standard error how it goes.
 
     What cannot fit by estimate is not compiled, nor what computes a batch in more pieces than is
-    needed: that only adds traffic. Of TPUs, only the best's evaluation step is compiled.
+    needed: that only adds traffic. Of TPUs, only the best's evaluation step is compiled. Ctrl-C
+    ends it with what was tried.
 
     Args:
         config: valid by `config.validate`.
@@ -131,9 +132,15 @@ def sweep(
     for number, setting in enumerate(possible, start=1):
         if any(_fits_with_less(result, setting) for result in done):
             continue
-        plan = make_plan(
-            _changed(config, setting), topology, devices=devices, evaluation=False, quick=quick
-        )
+        try:
+            plan = make_plan(
+                _changed(config, setting), topology, devices=devices, evaluation=False, quick=quick
+            )
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            say("interrupted; what was tried is ranked, its evaluation step not tried")
+            return sorted(results + done, key=lambda result: result.rank)
         done.append(Result(setting, estimates[setting], plan, setting == now))
         say(f"[{number}/{len(possible)}] {_line(done[-1])}")
     best, *others = sorted(results + done, key=lambda result: result.rank)

@@ -1,16 +1,18 @@
 """Tests of what a sweep tries, of its ranking, and of advice where a run does not fit."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.config_file import read_config
 from mixer_jax.errors import UserError
+from mixer_jax.planning import sweep as sweep_module
 from mixer_jax.planning.advice import advice
 from mixer_jax.planning.compiling import TooLarge, read_too_large
 from mixer_jax.planning.formulas import memory
-from mixer_jax.planning.planner import make_plan, step_of
+from mixer_jax.planning.planner import Plan, make_plan, step_of
 from mixer_jax.planning.report import told
 from mixer_jax.planning.roofline import Bound
 from mixer_jax.planning.sweep import Result, Setting, candidates, present, ranked, sweep
@@ -66,6 +68,31 @@ def test_sweep_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None
 def test_more_pieces_are_not_tried_where_fewer_fit() -> None:
     results = sweep(config(), parse_topology("h200:64"), "accumulation")
     assert [result.setting.pieces for result in results] == [1]
+
+
+def test_ctrl_c_ranks_what_was_tried(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology, tried = parse_topology("h200:64"), list[Plan]()
+
+    def interrupted_at(second: int) -> None:
+        def make(*arguments: Any, **settings: Any) -> Plan:
+            if len(tried) == second:
+                raise KeyboardInterrupt
+            tried.append(make_plan(*arguments, **settings))
+            return tried[-1]
+
+        tried.clear()
+        monkeypatch.setattr(sweep_module, "make_plan", make)
+
+    interrupted_at(2)
+    results = sweep(config(), topology, "remat")
+    assert [result.plan for result in results if result.plan] != []
+    assert {id(result.plan) for result in results if result.plan} == {id(plan) for plan in tried}
+    assert "interrupted; what was tried is ranked" in capsys.readouterr().err
+    interrupted_at(0)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config(), topology, "remat")
 
 
 def test_what_compiles_fast_comes_first() -> None:
