@@ -1,6 +1,8 @@
-"""Measure this machine: the training step, the input pipeline, or weights, beside their peers.
+"""Measure this machine: training, inference, compilation, input and weights, beside their peers.
 
-    python -m mixer_jax.benchmark --variant=B/16 --batch_size=8 --unroll=1,12
+    python -m mixer_jax.benchmark --mode=train,infer --variant=B/16 --peers=timm,reference
+    python -m mixer_jax.benchmark --mode=compile --variant=L/16
+    python -m mixer_jax.benchmark --mode=tpu_traffic --variant=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
     python -m mixer_jax.benchmark --mode=weights
 
@@ -8,14 +10,21 @@ What is compared is timed in turn, round by round, so that a machine that slows 
 it.
 """
 
+import importlib
 from collections.abc import Sequence
 
 from mixer_jax import command_line
-from mixer_jax.benchmarks import input as input_pipeline
-from mixer_jax.benchmarks import step as training_step
-from mixer_jax.benchmarks import weights
+from mixer_jax.errors import UserError
 
-MODES = {"step": training_step, "input": input_pipeline, "weights": weights}
+# Imported when asked for; those of the same file can be measured in one run.
+MODES = {
+    "train": "speed",
+    "infer": "speed",
+    "compile": "compiling",
+    "tpu_traffic": "tpu_traffic",
+    "input": "input",
+    "weights": "weights",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,12 +32,13 @@ def main(arguments: Sequence[str]) -> int:
     common = command_line.Parser(add_help=False)
     common.add_argument(
         "--mode",
-        default="step",
-        choices=list(MODES),
-        help="what to measure; default: step; --mode=input --help tells what that takes",
+        default="train",
+        help=f"what to measure: {', '.join(MODES)}, or train,infer; default: train; "
+        "--mode=input --help tells what that takes",
     )
     common.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    mode = MODES[common.parse_known_args(arguments)[0].mode]
+    file = _file_of(common.parse_known_args(arguments)[0].mode)
+    mode = importlib.import_module(f"mixer_jax.benchmarks.{file}")
     parser = command_line.Parser(
         prog="python -m mixer_jax.benchmark",
         description=mode.DESCRIPTION,
@@ -37,6 +47,18 @@ def main(arguments: Sequence[str]) -> int:
     mode.add_arguments(parser)
     mode.run(parser.parse_args(arguments))
     return 0
+
+
+def _file_of(text: str) -> str:
+    """Returns the file of the modes in a list."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise UserError(f"--mode={text}: {name!r} is unknown; choose of {', '.join(MODES)}")
+    files = {MODES[name] for name in names}
+    if len(files) > 1 or len(set(names)) < len(names):
+        raise UserError(f"--mode={text} cannot be measured in one run; pass one, or train,infer")
+    return files.pop()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,12 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.image_files import NamedImage, printable, read_image
-from mixer_jax.data.preprocess import eval_image, to_model_range
+from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
+from mixer_jax.model.mixer import for_devices
+from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import check_image_size
+from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from mixer_jax.weights.load import (
     Weights,
@@ -125,11 +129,14 @@ class Classifier:
     def __init__(self, weights: Weights, dtype: str = ""):
         """Puts weights on the devices; `dtype` as `load_pretrained` takes it."""
         self.about = weights.about
-        self.model = make_model(weights.about, dtype)
         self._mesh = make_mesh(0, 1, jax.local_devices())
+        self.model = for_devices(make_model(weights.about, dtype), self._mesh.size)
         self.params = place(weights.params, self._mesh)
-        self._logits = jax.jit(lambda params, x: self.model.apply({"params": params}, x))
-        self._top = jax.jit(self._top_classes, static_argnums=2)
+        compiled = functools.partial(
+            jax.jit, compiler_options=compiler_options(self._mesh.devices.flat[0].platform)
+        )
+        self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
+        self._top = compiled(self._top_classes, static_argnums=2)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Returns logits, float32; features where the model has no head.

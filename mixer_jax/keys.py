@@ -69,6 +69,12 @@ KEYS: dict[str, Key] = {
         ("none", "dots", "mlp_hidden", "full"),
         resumable=True,
     ),
+    "model.kernels": Key(
+        "auto",
+        "xla; hand-written ones: triton on GPUs, mosaic on TPUs; auto: triton on GPUs, else xla",
+        ("auto", "xla", "triton", "mosaic"),
+        resumable=True,
+    ),
     # Data.
     "dataset.name": Key(
         "imagenet2012", 'TFDS name, perhaps NAME@LABEL; folder:PATH; "digits"; "synthetic"'

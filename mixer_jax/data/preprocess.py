@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable
 
 import cv2
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from mixer_jax.data.decoding import Box, check_pixels, decode
@@ -227,8 +225,3 @@ def shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) -> np.nda
     padded = cv2.copyMakeBorder(image, *(max_shift,) * 4, cv2.BORDER_CONSTANT)
     top, left = max_shift + dy, max_shift + dx
     return padded[top : top + height, left : left + width]
-
-
-def to_model_range(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Maps pixels 0…255 to [-1, 1], on the device."""
-    return images.astype(jnp.float32) / 127.5 - 1.0

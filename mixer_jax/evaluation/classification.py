@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch
-from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.passes import Pass, Reading
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.model.mixer import MlpMixer, for_devices
+from mixer_jax.model.pixels import to_model_range
+from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import gathered, replicated
 
 NUM_CALIBRATION_BINS = 15
@@ -118,8 +119,10 @@ def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
     The judgements lie whole on every device, so that every host can read all of them. Nothing is
     donated: parameters outlive an evaluation.
     """
+    model = for_devices(model, mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform)
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def judge_batch(params: Any, batch: Batch) -> Judgements:
         params = gathered(params, mesh)
         logits = model.apply({"params": params}, to_model_range(batch["image"]))

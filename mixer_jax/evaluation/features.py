@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch
-from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.passes import Pass, Reading
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.model.mixer import MlpMixer, for_devices
+from mixer_jax.model.pixels import to_model_range
+from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import gathered, replicated
 
 
@@ -56,9 +57,10 @@ def compile_features(model: MlpMixer, mesh: Mesh) -> FeaturesOf:
     The features lie whole on every device, so that every host can read all of them. The head's
     parameters may be there or not; nothing is donated.
     """
-    headless = model.clone(num_classes=0)
+    headless = for_devices(model.clone(num_classes=0), mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform)
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def features_of(params: Any, batch: Batch) -> BatchFeatures:
         params = gathered(params, mesh)
         features = headless.apply({"params": params}, to_model_range(batch["image"]))

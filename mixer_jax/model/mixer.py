@@ -1,18 +1,20 @@
 """MLP-Mixer: patches, then blocks that mix tokens and channels by turns (the paper's Section 2)."""
 
-import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from mixer_jax.model.variants import check_image_size, resolve_widths
+from mixer_jax.model.by_kernels import Keep, gpu_block, gpu_norm, more_tokens, pending
+from mixer_jax.model.dropping import draw_masks
+from mixer_jax.model.layers import Gelu, LayerNorm, Stem, gelu
+from mixer_jax.model.variants import check_image_size
 
-Gelu = Literal["tanh", "exact"]
 Remat = Literal["none", "dots", "mlp_hidden", "full"]
+Kernels = Literal["xla", "triton", "mosaic"]
 
 # What the backward pass keeps of a block beside the block's input.
 REMAT_POLICIES = {
@@ -46,7 +48,7 @@ class MlpBlock(nn.Module):
         """
         width = x.shape[-1]
         x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
-        x = nn.gelu(x, approximate=self.gelu == "tanh")
+        x = gelu(x, self.gelu)
         x = self.drop(x, places, train)
         x = nn.Dense(width, dtype=self.dtype)(x)
         return self.drop(x, places, train)
@@ -81,66 +83,49 @@ class MixerBlock(nn.Module):
     dropout: float = 0.0
     stochastic_depth: bool = False
     dtype: Any = jnp.float32
+    kernels: Kernels = "xla"
+    interpret: bool = False
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "n s c"],
+        x: Any,
         drop_rate: Float[Array, ""],
         places: Int[Array, " n"],
         train: bool,
-    ) -> tuple[Float[Array, "n s c"], None]:
+    ) -> tuple[Any, None]:
         """Returns the mixed tokens and, for `nn.scan`, no per-block output.
 
         Args:
-            x: tokens of a batch of images.
+            x: tokens of a batch of images, (n, s, c), or `Pending` ones for kernels that want them.
             drop_rate: probability of skipping each of the two branches for an image.
             places: of the images in their batch, as `MlpMixer` takes them.
             train: whether dropout and stochastic depth are active.
         """
+        keep = tuple(self.keep(drop_rate, places, train) for _ in range(2))
+        if self.kernels == "triton":
+            params = self.variables["params"]
+            return gpu_block(params, x, keep, self.gelu, self.interpret), None
         mlp = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype}
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        over_channels = map_mlp(axis=2)
+        over_channels, over_tokens = map_mlp(axis=2), map_mlp(axis=1)
+        y = LayerNorm()(x)
         y = over_channels(self.tokens_mlp_dim, name="token_mixing", **mlp)(y, places, train)
-        y = checkpoint_name(y, "mlp_output")
-        x = x + self.keep_mask(x, drop_rate, places, train) * y
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        over_tokens = map_mlp(axis=1)
+        x = x + kept(checkpoint_name(y, "mlp_output"), keep[0])
+        y = LayerNorm()(x)
         y = over_tokens(self.channels_mlp_dim, name="channel_mixing", **mlp)(y, places, train)
-        return x + self.keep_mask(x, drop_rate, places, train) * y, None
+        return x + kept(y, keep[1]), None
 
-    def keep_mask(
-        self,
-        x: Float[Array, "n s c"],
-        drop_rate: Float[Array, ""],
-        places: Int[Array, " n"],
-        train: bool,
-    ) -> Float[Array, "n 1 1"] | float:
-        """Draws which images keep a branch. Kept ones are not rescaled, as the authors did."""
+    def keep(self, drop_rate: Float[Array, ""], places: Int[Array, " n"], train: bool) -> Keep:
+        """Draws which images keep a branch; None: all do."""
         if not (train and self.stochastic_depth):
-            return 1.0
+            return None
         rng = self.make_rng("stochastic_depth")
-        return draw_masks(rng, places, 1.0 - drop_rate, (1, 1)).astype(x.dtype)
+        return draw_masks(rng, places, 1.0 - drop_rate, ()).astype(self.dtype)
 
 
-def draw_masks(
-    rng: Key[Array, ""], places: Int[Array, " n"], probability: Any, shape: tuple[int, ...]
-) -> Bool[Array, "n ..."]:
-    """Draws a mask for each image, from nothing but the key and the image's place in its batch.
-
-    So masks are the same on any number of devices and in any number of pieces of the batch.
-
-    Args:
-        rng: common to the batch.
-        places: of the images.
-        probability: that an element is true.
-        shape: of each image's mask.
-    """
-
-    def draw(place: Int[Array, ""]) -> Bool[Array, "..."]:
-        return jax.random.bernoulli(jax.random.fold_in(rng, place), probability, shape)
-
-    return jax.vmap(draw)(places)
+def kept(branch: Float[Array, "n s c"], keep: Keep) -> Float[Array, "n s c"]:
+    """Returns a branch, zero for images that drop it. It is not rescaled, as the authors did."""
+    return branch if keep is None else keep[:, None, None] * branch
 
 
 class MlpMixer(nn.Module):
@@ -160,6 +145,10 @@ class MlpMixer(nn.Module):
         unroll: blocks laid out one after the other per iteration of the scan; 0 means all.
         remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
             "mlp_hidden", the hidden activations of the MLPs; "full", whole blocks.
+        kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
+            kernels for GPUs; "mosaic", for TPUs. These two take the images of one device; with
+            dropout, training takes "xla" all the same.
+        interpret: whether kernels run without the device that they are for, slowly.
     """
 
     num_classes: int
@@ -175,6 +164,8 @@ class MlpMixer(nn.Module):
     dtype: Any = jnp.float32
     unroll: int = 0
     remat: Remat = "none"
+    kernels: Kernels = "xla"
+    interpret: bool = False
 
     @nn.compact
     def __call__(
@@ -196,12 +187,25 @@ class MlpMixer(nn.Module):
         """
         _, height, width, _ = images.shape
         check_image_size(height, width, self.patch_size)
-        patch = (self.patch_size, self.patch_size)
-        x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=self.dtype, name="stem")(images)
-        x = x.reshape(x.shape[0], -1, self.hidden_dim)
         places = jnp.arange(images.shape[0]) if places is None else places
-        x, _ = self.make_blocks()(x, self.drop_rates(), places, train)
-        x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x)
+        # The parameters are the same, and plain modules make them.
+        plain = self.is_initializing() or (train and self.dropout)
+        kernels = "xla" if plain else self.kernels
+        on_gpu = kernels == "triton"
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        more = more_tokens(tokens) if on_gpu else 0
+        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, more, name="stem")
+        blocks = self.make_blocks(kernels)
+        norm = LayerNorm(name="pre_head_layer_norm")
+        x = stem(images)
+        if on_gpu:
+            ones = jnp.ones(len(places), x.dtype) if train and self.stochastic_depth else None
+            x, _ = blocks(pending(x, ones), self.drop_rates(), places, train)
+            x = gpu_norm(self.variables["params"]["pre_head_layer_norm"], x, self.interpret)
+            x = jnp.swapaxes(x[:tokens], 0, 1)
+        else:
+            x, _ = blocks(x, self.drop_rates(), places, train)
+            x = norm(x)
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
         if self.num_classes == 0:
             return x
@@ -209,8 +213,12 @@ class MlpMixer(nn.Module):
         zeros = nn.initializers.zeros
         return nn.Dense(self.num_classes, kernel_init=zeros, bias_init=bias_init, name="head")(x)
 
-    def make_blocks(self) -> nn.Module:
-        """Returns the stack of blocks as one module: a scan over stacked parameters."""
+    def make_blocks(self, kernels: Kernels) -> nn.Module:
+        """Returns the stack of blocks as one module: a scan over stacked parameters.
+
+        Args:
+            kernels: that compute them.
+        """
         block = MixerBlock
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
@@ -231,40 +239,14 @@ class MlpMixer(nn.Module):
             dropout=self.dropout,
             stochastic_depth=self.stochastic_depth > 0,
             dtype=self.dtype,
+            kernels=kernels,
+            interpret=self.interpret,
             name="blocks",
         )
 
     def drop_rates(self) -> Float[Array, " num_blocks"]:
         """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
         return jnp.linspace(0.0, self.stochastic_depth, self.num_blocks, dtype=jnp.float32)
-
-
-def create_model(variant: str, num_classes: int = 1000, **overrides: Any) -> MlpMixer:
-    """Returns a Mixer by name, e.g. `create_model("B/16", num_classes=10)`.
-
-    Args:
-        variant: a name of `VARIANTS`, or "custom" with all five widths as overrides.
-        num_classes: outputs of the head; 0 gives features.
-        **overrides: any attribute of `MlpMixer`, the widths of `variants.Widths` among them.
-
-    Raises:
-        UserError: the variant is unknown or a custom width is missing.
-    """
-    names = ("num_blocks", "patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
-    widths = resolve_widths(variant, **{k: overrides.pop(k) for k in names if k in overrides})
-    return MlpMixer(num_classes=num_classes, **dataclasses.asdict(widths), **overrides)
-
-
-def build_model(section: dict[str, Any], num_classes: int) -> MlpMixer:
-    """Returns the model of a configuration's model section.
-
-    Args:
-        section: the keys under `model` in keys.py.
-        num_classes: outputs of the head.
-    """
-    settings = dict(section)
-    dtype = resolve_dtype(settings.pop("dtype"))
-    return create_model(settings.pop("variant"), num_classes, dtype=dtype, **settings)
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
@@ -284,8 +266,9 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def resolve_dtype(name: str) -> Any:
-    """Returns the type of that name; "auto" is bfloat16 on accelerators and float32 on the CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+def for_devices(model: MlpMixer, count: int) -> MlpMixer:
+    """Returns a model that can be compiled for images that lie over so many devices.
+
+    Kernels take the images of one; the compiler divides only what it computes itself.
+    """
+    return model if count == 1 else model.clone(kernels="xla")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mixer_jax.planning.program import ArrayType
+from mixer_jax.planning.instructions import ArrayType
 
 GRADIENTS = "gradients"
 PARAMETERS = "parameters"

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from mixer_jax.planning.carried import ACTIVATIONS, SUMS, Carried
 from mixer_jax.planning.groups import Groups, name_axis, read_groups, read_pairs
-from mixer_jax.planning.program import Computation, Instruction, Program
+from mixer_jax.planning.instructions import Instruction
+from mixer_jax.planning.program import Computation, Program
 
 KINDS = (
     "all-reduce",

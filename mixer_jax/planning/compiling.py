@@ -1,8 +1,8 @@
-"""The real training and evaluation step, compiled for devices that are not here."""
+"""Programs compiled for devices that are not here, the real training and evaluation step first."""
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ _QUICK = "O1"
 
 
 class Compiled(NamedTuple):
-    """A compiled step; bytes are those of one device.
+    """A compiled program; bytes are those of one device.
 
     Attributes:
         seconds: that compiling took.
@@ -37,7 +37,8 @@ class Compiled(NamedTuple):
         outputs: bytes of results that do not take the place of arguments.
         temporaries: bytes of activations, gradients and the like.
         code: bytes.
-        program: what the compiler made.
+        text: what the compiler made.
+        program: the same, read.
     """
 
     seconds: float
@@ -45,6 +46,7 @@ class Compiled(NamedTuple):
     outputs: int
     temporaries: int
     code: int
+    text: str
     program: Program
 
     @property
@@ -54,7 +56,7 @@ class Compiled(NamedTuple):
 
 
 class TooLarge(NamedTuple):
-    """A step that does not fit into a device's memory.
+    """A program that does not fit into a device's memory.
 
     Attributes:
         seconds: that compiling took.
@@ -91,9 +93,8 @@ def compile_training(experiment: Experiment, quick: bool = False) -> Compiled | 
         experiment: from `prepare`.
         quick: whether to compile for less long and so to a somewhat slower program.
     """
-    step: Any = experiment.train_step
     batch = _batch(experiment, experiment.config.batch_size)
-    return _compile(lambda: step.trace(experiment.state_shape, batch), quick)
+    return compile_function(experiment.train_step, experiment.state_shape, batch, quick=quick)
 
 
 def compile_evaluation(experiment: Experiment, quick: bool = False) -> Compiled | TooLarge:
@@ -104,11 +105,11 @@ def compile_evaluation(experiment: Experiment, quick: bool = False) -> Compiled 
         quick: as for `compile_training`.
     """
     size = experiment.config.eval_batch_size
-    judge: Any = compile_judge(experiment.model, experiment.mesh)
+    judge = compile_judge(experiment.model, experiment.mesh)
     lies = batch_sharding(experiment.mesh)
     mask = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=lies)
     batch = _batch(experiment, size) | {"mask": mask}
-    return _compile(lambda: judge.trace(experiment.state_shape.eval_params, batch), quick)
+    return compile_function(judge, experiment.state_shape.eval_params, batch, quick=quick)
 
 
 def _batch(experiment: Experiment, count: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -119,8 +120,15 @@ def _batch(experiment: Experiment, count: int) -> dict[str, jax.ShapeDtypeStruct
     }
 
 
-def _compile(trace: Callable[[], Any], quick: bool) -> Compiled | TooLarge:
-    lowered = trace().lower(lowering_platforms=("tpu",))
+def compile_function(function: Any, *shapes: Any, quick: bool = False) -> Compiled | TooLarge:
+    """Compiles a function for the TPU devices that its arguments lie on.
+
+    Args:
+        function: as `jax.jit` returns it.
+        *shapes: of its arguments, with their shardings.
+        quick: whether to compile for less long and so to a somewhat slower program.
+    """
+    lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))
     usual: Any = jax.config.values["jax_optimization_level"]
     start = time.perf_counter()
     try:
@@ -131,13 +139,15 @@ def _compile(trace: Callable[[], Any], quick: bool) -> Compiled | TooLarge:
     finally:
         jax.config.update("jax_optimization_level", usual)
     seconds, size = time.perf_counter() - start, compiled.memory_analysis()
+    text = compiled.as_text()
     return Compiled(
         seconds,
         size.argument_size_in_bytes,
         size.output_size_in_bytes - size.alias_size_in_bytes,
         size.temp_size_in_bytes,
         size.generated_code_size_in_bytes,
-        read_program(compiled.as_text()),
+        text,
+        read_program(text),
     )
 
 

@@ -1,9 +1,11 @@
 """Bytes that one call of a compiled program moves to and from the main memory of a device (HBM)."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from mixer_jax.planning.program import ArrayType, Computation, Instruction, Program, Run
+from mixer_jax.planning.instructions import ArrayType, Instruction
+from mixer_jax.planning.program import Computation, Program, Run
 
 # They name values, or wait for what was counted where it began.
 _FREE = {
@@ -20,6 +22,10 @@ _FREE = {
     "tuple",
 }
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+_ESTIMATE = re.compile(r'cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
+# A collective that goes on while fusions compute stands in each of them; the first begins it.
+_SPREAD, _BEGINS = "async_collective_fusion_config", '"flag_start":"-1"'
+_HANDED_ON = "AsyncCollective"
 _SLICES = {"dynamic-slice", "gather", "slice"}
 _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
 
@@ -27,18 +33,37 @@ _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
 def traffic(program: Program) -> Counter[str]:
     """Returns bytes read and written, padded to whole tiles as they lie, by opcode.
 
-    What lies in on-chip memory (another space than 0) is not counted; of an operand that a fusion
-    only takes slices of, or writes a slice into, the slices are.
-
     Args:
         program: from `read_program`.
     """
     counted: Counter[str] = Counter()
-    for run in program.runs():
-        counted[run.instruction.opcode.removesuffix("-start")] += int(
-            run.times * _bytes_of(program, run)
-        )
+    for run, num_bytes in moved(program):
+        counted[run.instruction.opcode.removesuffix("-start")] += num_bytes
     return +counted
+
+
+def moved(program: Program) -> Iterator[tuple[Run, int]]:
+    """Yields what the device runs and the bytes that all of its times read and write.
+
+    What lies in on-chip memory (another space than 0) is not counted; of an operand that a fusion
+    only takes slices of, or writes a slice into, the slices are. What a product reads more than
+    once, because it does not fit on the chip whole, is counted once.
+
+    A kernel written by hand, a custom call, is taken to read its operands and to write its results,
+    also where a result lies in an operand's place; and to move what its `cost_estimate` says beyond
+    that, since it may read something again.
+
+    Args:
+        program: from `read_program`.
+    """
+    for run in program.runs():
+        yield run, int(run.times * _bytes_of(program, run))
+
+
+def copy_of(instruction: Instruction) -> ArrayType:
+    """Returns the array that an instruction makes; of one that begins a copy, that copy."""
+    # The value of such a beginning is the copy, the original and a signal, in one order or another.
+    return instruction.arrays[-2 if instruction.opcode == "slice-start" else 0]
 
 
 def _bytes_of(program: Program, run: Run) -> float:
@@ -57,9 +82,7 @@ def _bytes_of(program: Program, run: Run) -> float:
         )
         return read + sum(_written(program, inside, instruction.arrays))
     if opcode in {"copy-start", "slice-start"}:
-        # Its value is the copy, the original and a signal, in the one order or the other.
-        copy = instruction.arrays[0] if opcode == "copy-start" else instruction.arrays[-2]
-        original = taken[0][0]
+        copy, original = copy_of(instruction), taken[0][0]
         return _main(copy) + (copy.padded_bytes if original.space == 0 else 0)
     if opcode in _SLICES:
         piece = instruction.arrays[0]
@@ -74,7 +97,16 @@ def _bytes_of(program: Program, run: Run) -> float:
             instruction.arrays if opcode == "all-reduce-start" else instruction.arrays[copies:]
         )
         return sum(map(_main, [*_flat(taken), *written]))
-    return sum(map(_main, [*_flat(taken), *instruction.arrays]))
+    if opcode == "send":
+        return sum(map(_main, _flat(taken)))  # Its value is what it sends.
+    all_of_it = [*_flat(taken), *instruction.arrays]
+    return sum(map(_main, all_of_it)) + _again(instruction, all_of_it)
+
+
+def _again(instruction: Instruction, arrays: list[ArrayType]) -> float:
+    """Returns the bytes that a kernel written by hand moves beyond all its arrays, once each."""
+    said = _ESTIMATE.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return max(0, int(said.group(1)) - sum(array.padded_bytes for array in arrays)) if said else 0
 
 
 def _read(program: Program, inside: Computation, name: str, arrays: tuple[ArrayType, ...]) -> float:
@@ -98,7 +130,7 @@ def _read_by(program: Program, inside: Computation, name: str, whole: ArrayType)
         elif user.opcode == "fusion":
             called = program.computations[user.computation("calls")]
             yield from _read_by(program, called, called.parameters[place], whole)
-        elif user.opcode == "tuple":
+        elif user.opcode == "tuple" or _HANDED_ON in user.attributes or _goes_on(user):
             yield 0  # It is only handed on.
         else:
             yield whole.padded_bytes
@@ -109,6 +141,10 @@ def _written(
 ) -> Iterator[float]:
     """Yields the bytes that a fusion writes of each array of its value."""
     root = inside.instructions[inside.root]
+    if _HANDED_ON in root.attributes:
+        made = [_changed(program, inside, inside.instructions[name]) for name in root.operands]
+        yield min(sum(made), sum(map(_main, arrays)))
+        return
     values = [inside.instructions[name] for name in root.operands]
     values = values if root.opcode == "tuple" else [root]
     if len(values) != len(arrays):
@@ -120,9 +156,14 @@ def _written(
 
 def _changed(program: Program, inside: Computation, value: Instruction) -> float:
     """Returns the bytes of a fusion's value that are not as they were before it."""
+    whole = sum(array.padded_bytes for array in value.arrays)
+    is_new = False
     while value.opcode in _PASSING:
+        is_new = is_new or value.opcode != "bitcast"
         value = inside.instructions[value.operands[0]]
     if value.opcode == "parameter":
+        return whole if is_new else 0
+    if _goes_on(value):
         return 0
     if value.opcode == "dynamic-update-slice":
         return inside.instructions[value.operands[1]].arrays[0].padded_bytes
@@ -132,7 +173,12 @@ def _changed(program: Program, inside: Computation, value: Instruction) -> float
             value.arrays[0].padded_bytes,
             _changed(program, called, called.instructions[called.root]),
         )
-    return sum(array.padded_bytes for array in value.arrays)
+    return whole
+
+
+def _goes_on(instruction: Instruction) -> bool:
+    """Returns whether it is a collective that another fusion began."""
+    return _SPREAD in instruction.attributes and _BEGINS not in instruction.attributes
 
 
 def _users(inside: Computation, name: str) -> list[Instruction]:

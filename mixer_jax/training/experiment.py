@@ -24,7 +24,8 @@ from mixer_jax.evaluation.features import compile_features
 from mixer_jax.evaluation.few_shot import Labels
 from mixer_jax.evaluation.passes import Reading
 from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, draw_all, run_probe
-from mixer_jax.model.mixer import MlpMixer, build_model
+from mixer_jax.model.making import build_model, check_kernels
+from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import forward_flops, resolve_widths
 from mixer_jax.parallel.chips import peak_flops
 from mixer_jax.parallel.compiler import compiler_options
@@ -89,7 +90,8 @@ def build(
             and GELU; None: the config says them.
 
     Raises:
-        UserError: the batch does not divide over the devices, or warmup outlasts the run.
+        UserError: the batch does not divide over the devices, warmup outlasts the run, or kernels
+            are for other devices.
     """
     num_steps = resolve_num_steps(config, len(sources.train))
     check_warmup(config, num_steps)
@@ -100,6 +102,7 @@ def build(
     check_unroll(config, about.widths)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.widths)}
     model = build_model(config.model.to_dict() | section, about.num_classes)
+    check_kernels(model.kernels, mesh.devices.flat[0].platform)
     schedule, tx = build_optimizer(config.optimizer, num_steps)
 
     rng = jax.random.key(config.seed)

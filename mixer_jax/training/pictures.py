@@ -13,8 +13,8 @@ from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
 from mixer_jax.data.examples import Source
-from mixer_jax.data.preprocess import to_model_range
 from mixer_jax.data.reading import BadImage, TrainReader
+from mixer_jax.model.pixels import to_model_range
 from mixer_jax.training.experiment import train_preprocess
 from mixer_jax.training.step import mix, mixup_pairs, smooth_labels, step_keys
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.data.preprocess import to_model_range
+from mixer_jax.model.pixels import to_model_range
 from mixer_jax.weights.load import Weights
 from mixer_jax.weights.ready import make_model
 

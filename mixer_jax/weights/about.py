@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixer_jax.config import with_defaults
 from mixer_jax.errors import UserError
 from mixer_jax.keys import KEYS
 from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
@@ -92,6 +91,9 @@ def from_metadata(metadata: dict[str, Any], where: str) -> About:
     """
     if "about" in metadata or "widths" not in metadata:
         return from_json(metadata.get("about"), where)
+    # Here, for the doors import this file, and not all of them need ml_collections.
+    from mixer_jax.config import with_defaults
+
     # Of a run from before `About` was saved; the rest stood in its config, or was the default.
     with _telling_what_lacks(where):
         config = with_defaults(metadata["config"])

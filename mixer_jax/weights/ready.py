@@ -6,7 +6,8 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh
 
-from mixer_jax.model.mixer import Gelu, MlpMixer, resolve_dtype
+from mixer_jax.model.making import resolve_dtype, resolve_kernels
+from mixer_jax.model.mixer import Gelu, MlpMixer
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.weights.about import About
 
@@ -23,6 +24,7 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         **dataclasses.asdict(about.widths),
         gelu=cast(Gelu, about.gelu),
         dtype=resolve_dtype(dtype or about.dtype),
+        kernels=resolve_kernels("auto"),
     )
 
 

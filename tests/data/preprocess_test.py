@@ -3,7 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -275,12 +274,3 @@ def test_orientation_reaches_both_kinds_of_images() -> None:
         (eval_image(e, **whole) for e in (encoded, upright)),
     ]:
         np.testing.assert_array_equal(shown, expected[::-1, ::-1])
-
-
-def test_model_range_is_symmetric_and_exact_at_its_ends() -> None:
-    levels = jnp.arange(256, dtype=jnp.uint8)
-    values = np.asarray(preprocess.to_model_range(levels))
-    assert values.dtype == np.float32
-    assert values[0] == -1.0
-    assert values[255] == 1.0
-    np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-7)

@@ -12,7 +12,8 @@ from mixer_jax.data.preprocess import eval_image
 from mixer_jax.data.sources import open_source
 from mixer_jax.evaluation.features import BatchFeatures
 from mixer_jax.evaluation.passes import Reading
-from mixer_jax.model.mixer import MlpMixer, create_model
+from mixer_jax.model.making import create_model
+from mixer_jax.model.mixer import MlpMixer
 
 IMAGE_SIZE = (16, 16)
 

@@ -11,7 +11,8 @@ import pytest
 import mixer_jax
 from mixer_jax.config import get_default
 from mixer_jax.errors import UserError
-from mixer_jax.model.mixer import MixerBlock, MlpBlock, MlpMixer, build_model, map_mlp
+from mixer_jax.model.making import build_model
+from mixer_jax.model.mixer import MixerBlock, MlpBlock, MlpMixer, map_mlp
 from mixer_jax.model.variants import VARIANTS, forward_flops, num_parameters
 
 # PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).

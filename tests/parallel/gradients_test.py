@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from mixer_jax.evaluation.classification import compile_judge
-from mixer_jax.model.mixer import MlpMixer, create_model
+from mixer_jax.model.making import create_model
+from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import num_parameters, resolve_widths
 from mixer_jax.parallel.gradients import mean_over_devices
 from mixer_jax.parallel.sharding import batch_sharding, replicated, state_sharding

@@ -19,17 +19,6 @@ def torch() -> Any:
 @pytest.fixture(scope="session")
 def timm(torch: Any) -> Any:
     """The library timm."""
-    try:
-        import torchvision
-    except RuntimeError:
-        # torchvision's compiled operators do not load beside another build of PyTorch than their
-        # own. On its way in, it asks for these two only, which timm never calls.
-        schemas = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-    import timm
-    import timm.data
-    import timm.models
+    from mixer_jax.benchmarks.timm_library import import_timm
 
-    return timm
+    return import_timm()

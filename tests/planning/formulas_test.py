@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mixer_jax.config_file import read_config
 from mixer_jax.data.sources import open_source
-from mixer_jax.model.mixer import create_model
+from mixer_jax.model.making import create_model
 from mixer_jax.model.variants import VARIANTS, Widths, forward_flops
 from mixer_jax.parallel.sharding import make_mesh, state_sharding
 from mixer_jax.planning.formulas import (

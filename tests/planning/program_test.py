@@ -2,9 +2,10 @@
 
 import pytest
 
-from mixer_jax.planning.program import ArrayType, read_program
+from mixer_jax.planning.instructions import ArrayType
+from mixer_jax.planning.program import read_program
 from mixer_jax.planning.traffic import traffic
-from tests.planning.programs import LOOP
+from tests.planning.programs import COLLECTIVES, LOOP, SLICES
 
 
 def test_arrays_know_what_they_take() -> None:
@@ -81,3 +82,49 @@ def test_traffic_by_hand() -> None:
     # Images are read, in float32; what they are turned to lies on chip.
     assert moved["convert"] == 32 * 256 * 4
     assert moved.total() - moved["fusion"] - moved["convert"] < 200
+
+
+@pytest.mark.parametrize(
+    ("inside", "num_bytes"),
+    [
+        # Both read 4 bytes a number; one writes 2, the other nothing: it is the same array.
+        ("bf16[8,64] convert(%given)", 8 * 64 * (4 + 2)),
+        ("f32[512] bitcast(%given)", 8 * 64 * 4),
+        # Columns of a row of eight are written where they lie.
+        ("f32[8,64] dynamic-update-slice(%given, %row, %zero, %zero)", 2 * 64 * 4),
+    ],
+)
+def test_fusions_write_what_is_new(inside: str, num_bytes: int) -> None:
+    made = inside.split(" ", 1)[0]
+    text = f"""
+%fused (given: f32[8,64], row: f32[1,64]) -> {made} {{
+  %given = f32[8,64] parameter(0)
+  %row = f32[1,64] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %made = {inside}
+}}
+
+ENTRY %main (x: f32[8,64], y: f32[1,64]) -> {made} {{
+  %x = f32[8,64] parameter(0)
+  %y = f32[1,64] parameter(1)
+  ROOT %fusion = {made} fusion(%x, %y), kind=kLoop, calls=%fused
+}}
+"""
+    assert traffic(read_program(text)).total() == num_bytes
+
+
+def test_traffic_of_collectives_by_hand() -> None:
+    moved = traffic(read_program(COLLECTIVES))
+    whole, part, tokens, head = 4 * 256 * 512, 4 * 64 * 512, 32 * 196 * 512, 512 * 10
+    # A sum of which a part is kept, in float32; and a gathering that is counted where it begins.
+    assert moved["fusion"] == (2 * whole + 4 * part) + (2 * part + 2 * whole)
+    assert moved["all-to-all"] == 2 * 2 * tokens
+    # Three times in a loop, and once more with the loss.
+    assert moved["all-reduce"] == 2 * 4 * (4 * head + 1)
+    # With its two signals.
+    assert moved["collective-permute"] == 2 * 3 * 224 * 224 + 2 * 4
+
+
+def test_what_is_sent_between_slices_is_read_once() -> None:
+    moved = traffic(read_program(SLICES))
+    assert moved["send"] == moved["recv"] - 4 == 4 * 128 * 8 * 128

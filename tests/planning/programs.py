@@ -12,3 +12,6 @@ LOOP = (_FOLDER / "loop.hlo").read_text()
 COLLECTIVES = (_FOLDER / "collectives.hlo").read_text()
 # Of two slices: a sum between them, by their hosts.
 SLICES = (_FOLDER / "slices.hlo").read_text()
+# A piece of a training step on one chip: fusions with and without a product, a kernel by hand whose
+# result lies in the place of its input, copies on and off the chip.
+PARTED = (_FOLDER / "parts.hlo").read_text()

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.model.mixer import create_model
+from mixer_jax.model.making import create_model
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.training.step import (
     TrainState,

@@ -1,0 +1,73 @@
+"""Steps compiled for a TPU that is not here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixer_jax.benchmarks.contestants import Contestant, Setting
+from mixer_jax.benchmarks.traffic_rows import Step, make_step
+from mixer_jax.benchmarks.with_jax import make_work
+from mixer_jax.parallel.sharding import make_mesh, replicated
+from mixer_jax.planning.arithmetic import executed
+from mixer_jax.planning.compiling import Compiled, TooLarge, compile_function
+from mixer_jax.planning.parts import by_part
+from mixer_jax.planning.topology import GIB, Topology
+from mixer_jax.planning.traffic import moved
+
+
+def compile_step(
+    contestant: Contestant, setting: Setting, device: Any, *, quick: bool = False
+) -> Compiled | TooLarge:
+    """Compiles a contestant's step for a device that is not here.
+
+    Args:
+        contestant: ours or the reference.
+        setting: the work.
+        device: from `tpu_devices`.
+        quick: whether to compile for less long and so to a somewhat slower program.
+    """
+    work = make_work(contestant, setting, device)
+    lies = replicated(make_mesh(1, 1, [device]))
+    count, side = setting.batch_size, setting.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+    }
+    state, batch = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=lies),
+        (jax.eval_shape(work.make_state), batch),
+    )
+    return compile_function(work.function, state, batch, quick=quick)
+
+
+def read_step(
+    name: str, compiled: Compiled | TooLarge, setting: Setting, topology: Topology
+) -> Step:
+    """Returns what a compiled step takes.
+
+    Args:
+        name: of the contestant.
+        compiled: its step.
+        setting: the work.
+        topology: that it is compiled for.
+    """
+    if isinstance(compiled, TooLarge):
+        return _too_large(name, compiled, topology)
+    program = compiled.program
+    num_bytes, flops = by_part(program, moved(program)), by_part(program, executed(program))
+    return make_step(name, num_bytes, flops, setting.batch_size, topology)._replace(
+        temporary_bytes=compiled.temporaries,
+        compile_seconds=compiled.seconds,
+        uncounted_loops=len(program.uncounted()),
+    )
+
+
+def _too_large(name: str, refused: TooLarge, topology: Topology) -> Step:
+    said = refused.said
+    if refused.needed is not None:
+        allowed = (refused.allowed or topology.allowed) / GIB
+        what = ", without state and batch" if refused.only_temporaries else ""
+        said = f"{refused.needed / GIB:.2f} GiB of {allowed:.2f}{what}"
+    failed = f"too large, {said}"
+    return Step(name, failed, {}, {}, 0.0, 0.0, compile_seconds=refused.seconds)

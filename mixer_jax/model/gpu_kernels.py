@@ -1,0 +1,190 @@
+"""What is memory-bound in a block, as GPU kernels: LayerNorm after a skip connection, and GELU.
+
+XLA runs the matrix products at their peak and what lies between them far below the memory's speed.
+So the products stay XLA's, and what lies between two of them is one kernel in each direction.
+
+Activations are token-major, (tokens, images, channels); the hidden layer of token mixing is
+(images, channels, hidden). So no product needs a transpose.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mixer_jax.model.gpu_passes import Axis, Branch, Gelu, Rows, gelu_grad, norm, norm_grad
+from mixer_jax.model.gpu_tiles import Tiling
+
+
+class Tilings(NamedTuple):
+    """How each kernel cuts its matrix; by default for GPUs of about 132 multiprocessors."""
+
+    norm: Tiling = Tiling(rows=4, columns=256, warps=4, programs=132 * 8)
+    norm_grad: Tiling = Tiling(rows=1, columns=256, warps=2, programs=132 * 16)
+    gelu_grad: Tiling = Tiling(rows=8, columns=256, warps=8, programs=132 * 2)
+
+
+TILINGS = Tilings()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def add_layer_norm(
+    x: Float[Array, "s n c"],
+    branch: Float[Array, "s n c"],
+    branch_bias: Float[Array, " _"],
+    keep: Float[Array, " n"] | None,
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    bias_axis: Axis,
+    interpret: bool = False,
+    tilings: Tilings = TILINGS,
+) -> tuple[Float[Array, "s n c"], Float[Array, "s n c"]]:
+    """Returns `x + keep * (branch + branch_bias)` and LayerNorm of that over channels.
+
+    Args:
+        x: tokens.
+        branch: output of an MLP's last product, without its bias.
+        branch_bias: that bias.
+        keep: factor of each image's branch, which gets no gradient; None stands for ones.
+        scale: of LayerNorm.
+        bias: of LayerNorm.
+        bias_axis: the axis of `branch` that `branch_bias` is for: "first" of token mixing, "last"
+            of channel mixing.
+        interpret: whether to run the kernels without a GPU.
+        tilings: how the kernels are cut.
+    """
+    args = (x, branch, branch_bias, keep, scale, bias)
+    return _add_layer_norm_forward(*args, bias_axis, interpret, tilings)[0]
+
+
+def _add_layer_norm_forward(
+    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, bias_axis: Axis,
+    interpret: bool, tilings: Tilings,
+) -> Any:  # fmt: skip
+    added = Branch(flat(branch), branch_bias, keep)
+    rows = Rows(x.shape[1], bias_axis)
+    x_new, y, mean, rstd = norm(
+        flat(x), added, scale, bias, rows, tilings.norm, interpret=interpret
+    )
+    x_new, y = x_new.reshape(x.shape), y.reshape(x.shape)
+    return (x_new, y), (x_new, mean, rstd, branch_bias, keep, scale, bias)
+
+
+def _add_layer_norm_backward(
+    bias_axis: Axis, interpret: bool, tilings: Tilings, kept: Any, given: Any
+) -> Any:
+    x, mean, rstd, branch_bias, keep, scale, bias = kept
+    dx, dy = given
+    grads = norm_grad(
+        flat(dx), flat(dy), flat(x), mean, rstd, scale, keep, Rows(x.shape[1], bias_axis),
+        tilings.norm_grad, interpret=interpret,
+    )  # fmt: skip
+    dx = grads.x.reshape(x.shape)
+    dbranch = dx if grads.output is None else grads.output.reshape(x.shape)
+    if bias_axis == "first":
+        dbranch_bias = jnp.sum(grads.row_sums.reshape(x.shape[:2]), axis=1)
+    else:
+        dbranch_bias = grads.sums[2]
+    dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
+    return dx, dbranch, dbranch_bias.astype(branch_bias.dtype), None, dscale, dbias
+
+
+add_layer_norm.defvjp(_add_layer_norm_forward, _add_layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(
+    x: Float[Array, "s n c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    interpret: bool = False,
+    tilings: Tilings = TILINGS,
+) -> Float[Array, "s n c"]:
+    """Returns LayerNorm over channels; the arguments are those of `add_layer_norm`."""
+    return _layer_norm_forward(x, scale, bias, interpret, tilings)[0]
+
+
+def _layer_norm_forward(x: Any, scale: Any, bias: Any, interpret: bool, tilings: Tilings) -> Any:
+    rows = Rows(x.shape[1])
+    _, y, mean, rstd = norm(flat(x), None, scale, bias, rows, tilings.norm, interpret=interpret)
+    return y.reshape(x.shape), (x, mean, rstd, scale, bias)
+
+
+def _layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, dy: Any) -> Any:
+    x, mean, rstd, scale, bias = kept
+    grads = norm_grad(
+        None, flat(dy), flat(x), mean, rstd, scale, None, Rows(x.shape[1]), tilings.norm_grad,
+        interpret=interpret,
+    )  # fmt: skip
+    dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
+    return grads.x.reshape(x.shape), dscale, dbias
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def dense_gelu(
+    y: Float[Array, "s n c"],
+    kernel: Float[Array, "w d"],
+    bias: Float[Array, " d"],
+    contract_axis: Axis,
+    gelu: Gelu = "tanh",
+    interpret: bool = False,
+    tilings: Tilings = TILINGS,
+) -> Float[Array, "_ _ d"]:
+    """Returns GELU of a dense layer: (s, n, d) of channels, (n, c, d) of tokens.
+
+    Args:
+        y: normalized tokens.
+        kernel: of the layer, which is computed in the type of `y`.
+        bias: of the layer.
+        contract_axis: "first" mixes tokens, "last" channels.
+        gelu: "tanh" or "exact".
+        interpret: whether to run the kernels without a GPU.
+        tilings: how the kernels are cut.
+    """
+    return _dense_gelu_forward(y, kernel, bias, contract_axis, gelu, interpret, tilings)[0]
+
+
+def _dense_gelu_forward(
+    y: Any, kernel: Any, bias: Any, contract_axis: Axis, gelu: Gelu, *_: Any
+) -> Any:
+    # XLA makes the middle lines one call of cuBLASLt, whose epilogue adds the bias and takes the
+    # GELU; all are matrices, for it does not see through reshapes.
+    first = contract_axis == "first"
+    matrix = y.reshape(y.shape[0], -1) if first else flat(y)
+    hidden = lax.dot_general(
+        matrix, kernel.astype(y.dtype), (((0 if first else 1,), (0,)), ((), ()))
+    )
+    hidden = hidden + bias.astype(y.dtype)[None, :]
+    activations = jax.nn.gelu(hidden, approximate=gelu == "tanh")
+    shape = y.shape[1:] if first else y.shape[:2]
+    return activations.reshape(*shape, -1), (y, kernel, bias, hidden)
+
+
+def _dense_gelu_backward(
+    contract_axis: Axis, gelu: Gelu, interpret: bool, tilings: Tilings, kept: Any, da: Any
+) -> Any:
+    y, kernel, bias, hidden = kept
+    dhidden, dbias = gelu_grad(flat(da), hidden, gelu, tilings.gelu_grad, interpret=interpret)
+    dhidden = dhidden.reshape(da.shape)
+    weights = kernel.astype(y.dtype)
+    if contract_axis == "first":
+        dkernel = lax.dot_general(y, dhidden, (((1, 2), (0, 1)), ((), ())))
+        dy = lax.dot_general(weights, dhidden, (((1,), (2,)), ((), ())))
+    else:
+        dkernel = lax.dot_general(y, dhidden, (((0, 1), (0, 1)), ((), ())))
+        dy = lax.dot_general(dhidden, weights, (((2,), (1,)), ((), ())))
+    return dy, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
+
+
+dense_gelu.defvjp(_dense_gelu_forward, _dense_gelu_backward)
+
+
+def flat(x: Float[Array, "a b c"]) -> Float[Array, "a*b c"]:
+    """Returns an array as a matrix, its last axis that of the columns."""
+    return x.reshape(-1, x.shape[-1])

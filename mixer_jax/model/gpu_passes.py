@@ -1,0 +1,276 @@
+"""GPU kernels that read and write every activation once: LayerNorm with what precedes it, GELU.
+
+Activations are matrices (rows, columns). Arithmetic is float32; they are stored in their own type.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from mixer_jax.model.gpu_tiles import Tiles, Tiling
+
+EPSILON = 1e-6
+
+Axis = Literal["first", "last"]
+Gelu = Literal["tanh", "exact"]
+
+
+class Branch(NamedTuple):
+    """What is added to the tokens before LayerNorm: `keep * (output + bias)`.
+
+    Attributes:
+        output: (rows, columns).
+        bias: a number for each token, or for each channel.
+        keep: a number for each image, or None for ones.
+    """
+
+    output: Any
+    bias: Any
+    keep: Any
+
+
+class Rows(NamedTuple):
+    """What a row and a branch's bias are for.
+
+    Attributes:
+        images: row r is of token r // images and image r % images.
+        bias_axis: "first" if the bias is for tokens, "last" if for channels.
+    """
+
+    images: int
+    bias_axis: Axis | None = None
+
+    def token(self, row: Any) -> Any:
+        """Returns the token of a row."""
+        return lax.div(row, jnp.full_like(row, self.images))
+
+    def image(self, row: Any) -> Any:
+        """Returns the image of a row."""
+        return lax.rem(row, jnp.full_like(row, self.images))
+
+
+def norm(
+    x: Any, branch: Branch | None, scale: Any, bias: Any, rows: Rows, tiling: Tiling, **how: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Returns x with the branch added, its LayerNorm, and the rows' means and 1 / deviations.
+
+    Args:
+        x: (rows, columns).
+        branch: added to x; without one, the first result is None.
+        scale: of LayerNorm.
+        bias: of LayerNorm.
+        rows: what they are for.
+        tiling: of the kernel.
+        **how: further arguments of `pallas_call`.
+    """
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    numbers = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    out_shape = (None if branch is None else like_x, like_x, numbers, numbers)
+    kernel = functools.partial(_norm, rows=rows, tiling=tiling)
+    grid = (tiling.num_programs(x.shape[0]),)
+    return _call(kernel, out_shape, grid, tiling, how)(x, branch, scale, bias)
+
+
+def _norm(
+    x: Any, branch: Branch | None, scale: Any, bias: Any, x_new: Any, y: Any, mean: Any, rstd: Any,
+    *, rows: Rows, tiling: Tiling,
+) -> None:  # fmt: skip
+    tiles = _whole_rows(x.shape, tiling)
+    scales, biases = tiles.load_across(scale), tiles.load_across(bias)
+    shifts = tiles.load_across(branch.bias) if branch and rows.bias_axis == "last" else None
+
+    def body(row: Any, carry: Any) -> Any:
+        tile = tiles.load(x, row)
+        if branch is not None:
+            output = tiles.load(branch.output, row)
+            here = shifts
+            if here is None:
+                here = [tiles.load_down(branch.bias, row, rows.token)] * len(tile)
+            added = [o + b for o, b in zip(output, here, strict=True)]
+            if branch.keep is not None:
+                kept = tiles.load_down(branch.keep, row, rows.image)
+                added = [a * kept for a in added]
+            # Normalized is what the backward pass will read, rounded.
+            stored = [(t + a).astype(x_new.dtype) for t, a in zip(tile, added, strict=True)]
+            tiles.store(x_new, row, stored)
+            tile = tiles.clear([t.astype(jnp.float32) for t in stored])
+        center = tiles.sum_across(tile) / tiles.num_columns
+        tile = tiles.clear([t - center for t in tile])
+        variance = tiles.sum_across([t * t for t in tile]) / tiles.num_columns
+        factor = lax.rsqrt(variance + EPSILON)
+        y_tile = [t * factor * s + b for t, s, b in zip(tile, scales, biases, strict=True)]
+        tiles.store(y, row, y_tile)
+        tiles.store_down(mean, row, center)
+        tiles.store_down(rstd, row, factor)
+        return carry
+
+    tiles.loop(body, None)
+
+
+class NormGrads(NamedTuple):
+    """Gradients of `norm`.
+
+    Attributes:
+        x: (rows, columns).
+        output: of the branch; None if it is the same as x's.
+        sums: (2 or 3, columns), of scale, bias and, if it is for channels, the branch's bias.
+        row_sums: (rows,), whose sums over images are of the branch's bias if it is for tokens.
+    """
+
+    x: Any
+    output: Any
+    sums: Any
+    row_sums: Any
+
+
+def norm_grad(
+    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, keep: Any, rows: Rows,
+    tiling: Tiling, **how: Any,
+) -> NormGrads:  # fmt: skip
+    """Returns the gradients of `norm`.
+
+    Args:
+        dx: gradient by its first result; None if it has none.
+        dy: gradient by its second result.
+        x: its first result, or its argument if there was no branch.
+        mean: its third result.
+        rstd: its fourth result.
+        scale: its argument.
+        keep: its argument.
+        rows: its argument; `bias_axis` is None if there was no branch.
+        tiling: of the kernel.
+        **how: further arguments of `pallas_call`.
+    """
+    programs = tiling.num_programs(x.shape[0])
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    num_sums = 3 if rows.bias_axis == "last" else 2
+    out_shape = NormGrads(
+        like_x,
+        None if keep is None else like_x,
+        jax.ShapeDtypeStruct((programs, num_sums * x.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32) if rows.bias_axis == "first" else None,
+    )
+    kernel = functools.partial(_norm_grad, rows=rows, tiling=tiling)
+    grads = _call(kernel, out_shape, (programs,), tiling, how)(dx, dy, x, mean, rstd, scale, keep)
+    return grads._replace(sums=jnp.sum(grads.sums, axis=0).reshape(num_sums, -1))
+
+
+def _norm_grad(
+    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, keep: Any,
+    dx_out: Any, doutput: Any, sums: Any, row_sums: Any, *, rows: Rows, tiling: Tiling,
+) -> None:  # fmt: skip
+    tiles = _whole_rows(x.shape, tiling)
+    scales = tiles.load_across(scale)
+    num_sums = sums.shape[1] // tiles.num_columns
+
+    def body(row: Any, sums: list[Any]) -> list[Any]:
+        x_tile, dy_tile = tiles.load(x, row), tiles.load(dy, row)
+        dx_tile = None if dx is None else tiles.load(dx, row)
+        center, factor = tiles.load_down(mean, row), tiles.load_down(rstd, row)
+        normalized = [(t - center) * factor for t in x_tile]
+        products = [d * n for d, n in zip(dy_tile, normalized, strict=True)]
+        scaled = [d * s for d, s in zip(dy_tile, scales, strict=True)]
+        by_norm = [p * s for p, s in zip(products, scales, strict=True)]
+        mean_scaled = tiles.sum_across(scaled) / tiles.num_columns
+        mean_by_norm = tiles.sum_across(by_norm) / tiles.num_columns
+        total = [
+            factor * (g - mean_scaled - n * mean_by_norm)
+            for g, n in zip(scaled, normalized, strict=True)
+        ]
+        if dx_tile is not None:
+            total = [t + d for t, d in zip(total, dx_tile, strict=True)]
+        tiles.store(dx_out, row, total)
+        if keep is not None:
+            kept = tiles.load_down(keep, row, rows.image)
+            total = [t * kept for t in total]
+            tiles.store(doutput, row, total)
+        if rows.bias_axis == "first":
+            tiles.store_down(row_sums, row, tiles.sum_across(tiles.clear(total)))
+        new = [products, dy_tile, total][: len(sums)]
+        return [
+            [a + b for a, b in zip(old, tile, strict=True)]
+            for old, tile in zip(sums, new, strict=True)
+        ]
+
+    totals = tiles.loop(body, [tiles.zeros() for _ in range(num_sums)])
+    for i, tile in enumerate(totals):
+        tiles.store_sums(sums, i * tiles.num_columns, tile)
+
+
+def gelu_grad(da: Any, hidden: Any, gelu: Gelu, tiling: Tiling, **how: Any) -> tuple[Any, Any]:
+    """Returns the gradient by the argument of GELU, and its float32 sums over rows.
+
+    Args:
+        da: (rows, columns), gradient by its result.
+        hidden: its argument.
+        gelu: which GELU.
+        tiling: of the kernel.
+        **how: further arguments of `pallas_call`.
+    """
+    num_rows, num_columns = hidden.shape
+    programs = tiling.num_programs(num_rows)
+    out_shape = (
+        jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
+        jax.ShapeDtypeStruct((programs, num_columns), jnp.float32),
+    )
+    kernel = functools.partial(_gelu_grad, gelu=gelu, tiling=tiling)
+    # Neighbours on the device work on neighbouring columns, which lie together in memory.
+    grid = (pl.cdiv(num_columns, tiling.width(num_columns)), programs)
+    dhidden, sums = _call(kernel, out_shape, grid, tiling, how)(da, hidden)
+    return dhidden, jnp.sum(sums, axis=0)
+
+
+def _gelu_grad(
+    da: Any, hidden: Any, dhidden: Any, sums: Any, *, gelu: Gelu, tiling: Tiling
+) -> None:
+    column = pl.program_id(0) * tiling.width(hidden.shape[1])
+    tiles = Tiles(hidden.shape, tiling, pl.program_id(1), [column])
+    slope = tanh_gelu_slope if gelu == "tanh" else exact_gelu_slope
+
+    def body(row: Any, total: list[Any]) -> list[Any]:
+        [da_tile], [hidden_tile] = tiles.load(da, row), tiles.load(hidden, row)
+        dhidden_tile = da_tile * slope(hidden_tile)
+        tiles.store(dhidden, row, [dhidden_tile])
+        return [total[0] + dhidden_tile]
+
+    tiles.store_sums(sums, 0, tiles.loop(body, tiles.zeros()))
+
+
+def tanh_gelu_slope(x: Any) -> Any:
+    """Returns the derivative of x σ(2u), u = √(2/π) (x + 0.044715 x³): GELU by tanh."""
+    a, b = 2 * math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    sigmoid = 1 / (1 + jnp.exp2(x * (-a / math.log(2) - a * b / math.log(2) * square)))
+    return sigmoid + sigmoid * (1 - sigmoid) * x * (a + 3 * a * b * square)
+
+
+def exact_gelu_slope(x: Any) -> Any:
+    """Returns the derivative of x Φ(x): Φ(x) + x φ(x).
+
+    References:
+        Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26; off by 1e-7 at most.
+    """
+    density = jnp.exp2(x * x * (-0.5 / math.log(2)))
+    t = 1 / (1 + 0.3275911 / math.sqrt(2) * jnp.abs(x))
+    series = t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
+    tail = 0.5 * density * t * (0.254829592 + t * (-0.284496736 + series))
+    return jnp.where(x < 0, tail, 1 - tail) + x * density / math.sqrt(2 * math.pi)
+
+
+def _whole_rows(shape: tuple[int, int], tiling: Tiling) -> Tiles:
+    columns = list(range(0, shape[1], tiling.width(shape[1])))
+    return Tiles(shape, tiling, pl.program_id(0), columns)
+
+
+def _call(
+    kernel: Callable[..., None], out_shape: Any, grid: tuple[int, ...], tiling: Tiling, how: Any
+) -> Any:
+    params = plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1)
+    return pl.pallas_call(kernel, out_shape, grid=grid, compiler_params=params, **how)

@@ -1,0 +1,67 @@
+"""From names and settings to a model."""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from mixer_jax.errors import UserError
+from mixer_jax.model.mixer import Kernels, MlpMixer
+from mixer_jax.model.variants import resolve_widths
+
+
+def create_model(variant: str, num_classes: int = 1000, **overrides: Any) -> MlpMixer:
+    """Returns a Mixer by name, e.g. `create_model("B/16", num_classes=10)`.
+
+    Args:
+        variant: a name of `VARIANTS`, or "custom" with all five widths as overrides.
+        num_classes: outputs of the head; 0 gives features.
+        **overrides: any attribute of `MlpMixer`, the widths of `variants.Widths` among them.
+
+    Raises:
+        UserError: the variant is unknown or a custom width is missing.
+    """
+    names = ("num_blocks", "patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+    widths = resolve_widths(variant, **{k: overrides.pop(k) for k in names if k in overrides})
+    return MlpMixer(num_classes=num_classes, **dataclasses.asdict(widths), **overrides)
+
+
+def build_model(section: dict[str, Any], num_classes: int) -> MlpMixer:
+    """Returns the model of a configuration's model section.
+
+    Args:
+        section: the keys under `model` in keys.py.
+        num_classes: outputs of the head.
+    """
+    settings = dict(section)
+    dtype = resolve_dtype(settings.pop("dtype"))
+    kernels = resolve_kernels(settings.pop("kernels"))
+    variant = settings.pop("variant")
+    return create_model(variant, num_classes, dtype=dtype, kernels=kernels, **settings)
+
+
+def resolve_dtype(name: str) -> Any:
+    """Returns the type of that name; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def resolve_kernels(name: str) -> Kernels:
+    """Returns what "auto" means here: hand-written kernels where they were measured to be faster.
+
+    That is on GPUs; of TPUs only their compiler's reckoning is known.
+    """
+    if name == "auto":
+        name = "triton" if jax.default_backend() == "gpu" else "xla"
+    return cast(Kernels, name)
+
+
+def check_kernels(kernels: Kernels, platform: str) -> None:
+    """Raises UserError unless kernels run on devices of that platform."""
+    if (needed := {"triton": "gpu", "mosaic": "tpu"}.get(kernels, platform)) != platform:
+        raise UserError(
+            f"model.kernels={kernels} is for a {needed.upper()}, and the devices are "
+            f"{platform.upper()}s; set auto or xla"
+        )

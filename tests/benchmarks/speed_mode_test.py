@@ -1,0 +1,134 @@
+"""Tests of `--mode=train,infer`: real processes, as a user starts them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixer_jax.model.variants import VARIANTS, forward_flops
+from tests.door import run_door
+
+SMALL = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--unroll=1", "--rounds=1"]
+# All that the measured programs do not need, though it is installed here.
+ABSENT = [
+    *("PIL", "clu", "cv2", "etils", "grain", "huggingface_hub", "matplotlib", "ml_collections"),
+    *("orbax", "safetensors", "simplejpeg", "sklearn", "tensorflow", "tensorflow_datasets"),
+    *("timm", "torch"),
+]
+WITHOUT_THEM = f"""
+from importlib.machinery import PathFinder
+
+usual = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {ABSENT} else usual(name, path, target)
+
+PathFinder.find_spec = find_spec
+"""
+
+
+@pytest.fixture
+def nothing_else_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python that is started has JAX, Flax and optax, and little else."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_THEM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_else_installed")
+def test_json_and_files_say_all_where_only_jax_is_installed(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    done = run_door(
+        "benchmark",
+        *SMALL,
+        "--mode=train,infer",
+        "--batch_size=2",
+        f"--out={out}",
+        f"--profile={tmp_path / 'traces'}",
+        "--json",
+    )
+    assert done.stderr == "torch is not installed: timm is left out\n"
+    report = json.loads(done.stdout)
+    assert json.loads(out.read_text()) == report
+    assert report["platform"] == "cpu"
+    flops = 2 * forward_flops(VARIANTS["S/32"], 64, 10)
+    assert [mode["mode"] for mode in report["modes"]] == ["train", "infer"]
+    for mode, passes in zip(report["modes"], (3, 1), strict=True):
+        assert (mode["batch_size"], mode["dtype"], mode["searched"]) == (2, "float32", None)
+        assert not mode["apart"]
+        assert [row["name"] for row in mode["contestants"]] == ["mixer_jax", "reference"]
+        assert mode["contestants"][0]["ratio"] == 1
+        for row in mode["contestants"]:
+            assert not row["failed"]
+            assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
+            rate = passes * flops / row["step_seconds"]
+            product = mode["product_flops_per_second"]["jax"]
+            assert row["utilisation"] == pytest.approx(rate / product)
+            assert row["first_step_seconds"] > row["compile_seconds"] > 0
+            assert row["cached_first_step_seconds"] > 0
+            assert (row["latency_seconds"] is None) == (mode["mode"] == "train")
+            # Parameters, two moments of each in training, and more.
+            arrays = 3 if mode["mode"] == "train" else 1
+            assert row["memory_bytes"] > 4 * 18_000_000 * arrays
+        assert list((tmp_path / "traces" / mode["mode"]).rglob("*.xplane.pb"))
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "speed.png"
+    done = run_door(
+        "benchmark",
+        *SMALL,
+        "--batch_size=1",
+        "--peers=none",
+        f"--picture={picture}",
+    )
+    assert not done.stderr
+    versions, empty, title, products, heads, row = done.stdout.splitlines()
+    assert versions.startswith("device cpu, jax ")
+    assert not empty
+    assert title == "train: Mixer-S/32, 64 px, 1 images a step, float32"
+    assert products.startswith("GFLOP/s of a bare matrix product: jax ")
+    assert heads.split("  ")[-1] == "ours to this"
+    assert "alone" not in heads
+    assert (row.split()[0], row.split()[-1]) == ("mixer_jax", "1.00")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--batch_size=0", "--batch_size=0 is out of range; pass 1 or more, or auto"),
+        ("--batch_size=many", "--batch_size=many is out of range; pass 1 or more, or auto"),
+        ("--rounds=0", "--rounds=0 is out of range; pass 1 or more"),
+        ("--unroll=99", "--unroll=99 is no list of whole numbers from 0 to 12"),
+        ("--unroll=0,12", "--unroll=0,12 names something twice (0 is all); name each once"),
+        ("--remat=some", "--remat=some: 'some' is unknown; choose of none, dots, mlp_hidden, full"),
+        ("--image_size=50", "image_size 50 is not divisible by patch_size 16"),
+        ("--variant=X/16", "argument --variant: invalid choice: 'X/16'"),
+        ("--peers=keras", "--peers=keras: 'keras' is unknown; choose of reference, timm"),
+        ("--mode=sideways", "--mode=sideways: 'sideways' is unknown; choose of train, infer"),
+        ("--mode=train,input", "--mode=train,input cannot be measured in one run; pass one, or"),
+        ("--threads=2", "unrecognized arguments: --threads=2"),
+        ("--out=nowhere/a.json", "--out=nowhere/a.json: there is no folder nowhere; make it first"),
+        ("--out=configs", "--out=configs is a folder; name a file in it"),
+        ("--picture=a.gif", "--picture=a.gif is no kind of picture made here; use .png"),
+        ("--profile=README.md", "--profile=README.md cannot be made"),
+    ],
+)
+def test_bad_values(argument: str, message: str) -> None:
+    done = run_door("benchmark", argument, code=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not done.stdout
+
+
+@pytest.mark.usefixtures("nothing_else_installed")
+def test_a_peer_that_is_not_installed_is_told() -> None:
+    done = run_door("benchmark", "--peers=timm", code=2)
+    assert done.stderr == (
+        "error: --peers=timm needs torch, which is not installed: pip install torch timm, or leave "
+        "it out\n"
+    )
+    done = run_door("benchmark", "--peers=none", "--picture=a.png", code=2)
+    assert done.stderr == (
+        "error: --picture needs matplotlib, which is not installed; leave it out\n"
+    )

@@ -1,0 +1,147 @@
+"""Tests of `--mode=tpu_traffic`: a tiny Mixer compiled for a TPU that is not here, and mistakes."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixer_jax import benchmark
+from mixer_jax.benchmarks.compiled_steps import read_step
+from mixer_jax.benchmarks.contestants import Setting
+from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
+from mixer_jax.errors import UserError
+from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.planning.compiling import TooLarge
+from mixer_jax.planning.parts import PARTS
+from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
+from tests.door import run_door
+from tests.planning.compiler import tpu_device
+
+MODE = "--mode=tpu_traffic"
+TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--quick"]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A variant that compiles in seconds, and the compiler."""
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    monkeypatch.setitem(VARIANTS, "tiny", Widths(2, 16, 128, 64, 256))
+    with tpu_device("v6e:2x2"):
+        yield
+
+
+@pytest.mark.usefixtures("tiny")
+def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--batch_size=8", "--unroll=1", "--remat=dots", f"--dump={tmp_path}", "--json"]
+    assert benchmark.main([*TINY, *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["topology"], report["mode"], report["batch_size"]) == ("v6e:2x2", "train", 8)
+    reference, ours, apart, fused = report["steps"]
+    assert [row["name"] for row in report["steps"]] == [
+        "reference",
+        "mixer_jax",
+        "formula: products apart",
+        "formula: MLPs fused",
+    ]
+    for row in (reference, ours):
+        assert list(row["bytes_by_part"]) == list(PARTS)
+        assert row["num_bytes"] == pytest.approx(sum(row["bytes_by_part"].values()))
+        assert row["num_bytes"] > fused["num_bytes"]
+        assert sum(row["flops_by_part"].values()) == sum(apart["flops_by_part"].values())
+        assert row["memory_seconds"] == pytest.approx(row["num_bytes"] / 1640e9)
+        assert row["bound_seconds"] == max(row["memory_seconds"], row["arithmetic_seconds"])
+        assert row["temporary_bytes"] > 0
+        assert row["compile_seconds"] > 0
+        assert row["uncounted_loops"] == 0
+    assert reference["bound_ratio"] == reference["bytes_ratio"] == 1
+    assert ours["bytes_ratio"] == ours["num_bytes"] / reference["num_bytes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixer_jax.hlo", "reference.hlo"]
+    assert (tmp_path / "reference.hlo").read_text().startswith("HloModule")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_inference_with_settings_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--what=infer", "--batch_size=4", "--model.gelu=tanh,exact", "--peers=none"]
+    assert benchmark.main([*TINY, *flags]) == 0
+    captured = capsys.readouterr()
+    assert "inference of Mixer-tiny, 64 px, 10 classes, 4 images a device, bf" in captured.out
+    for name in ("mixer_jax, gelu tanh", "mixer_jax, gelu exact"):
+        assert f"compiling {name}" in captured.err
+        assert len([line for line in captured.out.splitlines() if line.startswith(name)]) == 2
+    assert "reference" not in captured.out
+    assert max(map(len, captured.out.splitlines())) <= 100
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_does_not_fit_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--what=infer", "--batch_size=4000000", "--peers=none"]
+    assert benchmark.main([*TINY, *flags]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "too large" in line)
+    assert row.startswith("mixer_jax")
+    assert "GiB of 31.2" in row
+
+
+def test_how_much_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+    topology, setting = parse_topology("v6e:2x2"), Setting("train", "B/16", 224, 10, "bfloat16", 8)
+    refusals = {
+        "too large, 40.00 GiB of 31.25": TooLarge(3.0, 40 * GIB, 0.0, "", False),
+        "too large, 33.00 GiB of 31.00, without state and batch": TooLarge(
+            3.0, 33 * GIB, 31 * GIB, "", True
+        ),
+        "too large, no room": TooLarge(3.0, None, 0.0, "no room", False),
+    }
+    steps = [read_step("ours", refused, setting, topology) for refused in refusals.values()]
+    assert [step.failed for step in steps] == list(refusals)
+    rows = as_json([*steps, *floors(setting, topology)])
+    assert rows[0] == {
+        "name": "ours",
+        "failed": "too large, 40.00 GiB of 31.25",
+        "compile_seconds": 3.0,
+    }
+    assert rows[3]["bound_ratio"] == 1
+    print_steps(rows)
+    assert "too large, no room" in capsys.readouterr().out
+
+
+def test_floors_of_b16() -> None:
+    setting = Setting("train", "B/16", 224, 1000, "bfloat16", 128)
+    apart, fused = floors(setting, parse_topology("v6e:2x2"))
+    assert apart.num_bytes / 1e6 == pytest.approx(236, abs=0.5)
+    assert fused.num_bytes / 1e6 == pytest.approx(57, abs=0.5)
+    # On this chip the one is bound by memory, the other by arithmetic.
+    assert apart.bound_seconds == apart.memory_seconds > apart.arithmetic_seconds
+    assert fused.bound_seconds == fused.arithmetic_seconds > fused.memory_seconds
+
+
+def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs their compiler, which is not installed: pip"):
+        benchmark.main([MODE])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--topology=v9:2x2", "--topology=v9:2x2: there is no chip 'v9'; choose of v2, v3"),
+        ("--topology=v6e:2", "--topology=v6e:2: v6e takes 2 sides"),
+        ("--topology=h100:8", "--topology=h100:8: programs can be compiled here for TPUs only"),
+        ("--remat=sideways", "--remat=sideways: 'sideways' is unknown; choose of none, dots"),
+        ("--unroll=13", "--unroll=13 is no list of whole numbers from 0 to 12"),
+        ("--batch_size=0", "--batch_size=0 is out of range; pass 1 or more"),
+        ("--image_size=50", "image_size 50 is not divisible by patch_size 16"),
+        ("--model.gelu=round", "--model.gelu=round: 'round' is unknown; choose of tanh, exact"),
+        ("--model.dropout=0,2", "--model.dropout=2 is no value of this key"),
+        ("--model.depth=3", "unrecognized arguments: --model.depth=3"),
+        ("--dump=/proc/nope", "--dump=/proc/nope cannot be made (No such file"),
+    ],
+)
+def test_wrong_arguments(argument: str, message: str) -> None:
+    done = run_door("benchmark", MODE, argument, code=2)
+    assert message in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout

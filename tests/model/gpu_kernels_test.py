@@ -1,0 +1,121 @@
+"""Tests of the GPU kernels: each is the plain computation, in values and in gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer_jax.model.gpu_kernels import Tilings, add_layer_norm, dense_gelu, layer_norm
+from mixer_jax.model.gpu_tiles import Tiling
+
+# Tiles that divide neither 7 tokens of 3 images nor 150 channels, and one program of more tiles
+# than the others.
+RAGGED = Tilings(
+    norm=Tiling(rows=4, columns=128, warps=4, programs=4),
+    norm_grad=Tiling(rows=2, columns=128, warps=4, programs=3),
+    gelu_grad=Tiling(rows=4, columns=16, warps=4, programs=2),
+)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, dtype)
+
+
+def plain_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    centered = wide - wide.mean(-1, keepdims=True)
+    deviation = jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
+    return (centered / deviation * scale[None, None] + bias[None, None]).astype(x.dtype)
+
+
+def plain_add_norm(
+    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, axis: str
+) -> Any:
+    shift = branch_bias[:, None, None] if axis == "first" else branch_bias[None, None, :]
+    added = branch.astype(jnp.float32) + shift
+    added = added if keep is None else added * keep[None, :, None]
+    x = (x.astype(jnp.float32) + added).astype(x.dtype)
+    return x, plain_norm(x, scale, bias)
+
+
+def plain_dense_gelu(y: Any, kernel: Any, bias: Any, axis: str, gelu: str) -> Any:
+    spec = "snc,sd->ncd" if axis == "first" else "snc,cd->snd"
+    hidden = jnp.einsum(spec, y, kernel.astype(y.dtype)) + bias.astype(y.dtype)[None, None]
+    return jax.nn.gelu(hidden, approximate=gelu == "tanh")
+
+
+def assert_same(ours: Any, plain: Any, dtype: str) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= TOLERANCE[dtype] * np.linalg.norm(b)
+
+
+def assert_same_with_gradients(ours: Any, plain: Any, args: tuple[Any, ...], dtype: str) -> None:
+    """Compares values, and gradients by all arguments for random gradients by the values."""
+
+    @jax.jit
+    def both(*args: Any) -> Any:
+        results = []
+        for f in (ours, plain):
+            values, pull = jax.vjp(f, *args)
+            leaves, tree = jax.tree.flatten(values)
+            given = [draw(50 + i, *v.shape).astype(v.dtype) for i, v in enumerate(leaves)]
+            results.append((values, pull(jax.tree.unflatten(tree, given))))
+        return results
+
+    assert_same(*both(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("axis", ["first", "last"])
+@pytest.mark.parametrize(
+    ("shape", "tilings"), [((7, 3, 150), RAGGED), ((4, 4, 512), Tilings()), ((2, 3, 5), Tilings())]
+)
+def test_add_layer_norm(
+    shape: tuple[int, int, int], tilings: Tilings, axis: Any, dropped: bool, dtype: str
+) -> None:
+    s, n, c = shape
+    keep = jnp.arange(n, dtype=jnp.float32) % 2 if dropped else None
+
+    def ours(*args: Any) -> Any:
+        return add_layer_norm(*args[:3], keep, *args[3:], axis, True, tilings)
+
+    def plain(*args: Any) -> Any:
+        return plain_add_norm(*args[:3], keep, *args[3:], axis)
+
+    x, branch = draw(0, *shape, dtype=dtype), draw(1, *shape, dtype=dtype)
+    args = (x, branch, draw(2, s if axis == "first" else c), draw(3, c), draw(4, c))
+    assert_same_with_gradients(ours, plain, args, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("c", [150, 256])
+def test_layer_norm(c: int, dtype: str) -> None:
+    def ours(*args: Any) -> Any:
+        return layer_norm(*args, True, RAGGED)
+
+    args = (draw(0, 7, 3, c, dtype=dtype), draw(1, c), draw(2, c))
+    assert_same_with_gradients(ours, plain_norm, args, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+@pytest.mark.parametrize("axis", ["first", "last"])
+@pytest.mark.parametrize(("hidden", "tilings"), [(40, RAGGED), (384, Tilings())])
+def test_dense_gelu(hidden: int, tilings: Tilings, axis: Any, gelu: Any, dtype: str) -> None:
+    def ours(*args: Any) -> Any:
+        return dense_gelu(*args, axis, gelu, True, tilings)
+
+    def plain(*args: Any) -> Any:
+        return plain_dense_gelu(*args, axis, gelu)
+
+    y = draw(0, 7, 3, 10, dtype=dtype)
+    args = (y, draw(1, 7 if axis == "first" else 10, hidden), draw(2, hidden))
+    assert_same_with_gradients(ours, plain, args, dtype)
