@@ -62,7 +62,12 @@ KEYS: dict[str, Key] = {
         "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
         ("auto", "float32", "bfloat16"),
     ),
-    "model.unroll": Key(0, "blocks per iteration of the scan; 0: all", low=0, resumable=True),
+    "model.unroll": Key(
+        -1,
+        "blocks per iteration of the loop over them; 0: all, no loop; -1: 0 on GPUs, else 1",
+        low=-1,
+        resumable=True,
+    ),
     "model.remat": Key(
         "none",
         "what the backward pass recomputes: none, dots (all but products), mlp_hidden, full",

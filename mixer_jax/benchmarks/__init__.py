@@ -1,1 +1,1 @@
-"""What this machine can do: a training step, and the input pipeline beside its peers."""
+"""What this machine can do, beside peers that do the same work."""

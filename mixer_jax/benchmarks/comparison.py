@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mixer_jax.benchmarks import rounds
 from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
 from mixer_jax.benchmarks.field import JAX, TORCH, Field
+from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
 from mixer_jax.errors import RunFailedError
 from mixer_jax.model.variants import forward_flops, resolve_widths
@@ -149,6 +150,7 @@ def _take_turns(
     times: dict[str, list[float]] = {}
     latencies: dict[str, list[float]] = {}
     for number in range(num_rounds):
+        say(f"round {number + 1} of {num_rounds}")
         groups = [
             [
                 *field.names(name),

@@ -35,20 +35,24 @@ class Setting(NamedTuple):
     batch_size: int
 
 
+# What some values of --unroll mean.
+_UNROLLS = {0: "all", -1: "auto"}
+
+
 class Contestant(NamedTuple):
     """One that does it.
 
     Attributes:
         name: for people.
         kind: `OURS`, `REFERENCE`, `EAGER` or `COMPILED`.
-        unroll: of ours, blocks per iteration of the scan, 0: all.
+        unroll: of ours, as `model.unroll` in keys.py.
         remat: of ours, what the backward pass recomputes.
         others: of ours, names and values of other keys of the model.
     """
 
     name: str
     kind: str
-    unroll: int = 0
+    unroll: int = -1
     remat: str = "none"
     others: Sequence[tuple[str, Any]] = ()
 
@@ -60,7 +64,10 @@ class Contestant(NamedTuple):
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of ours that may be compared: lists."""
-    for name, examples in (("unroll", "1,12; 0: all"), ("remat", "none,dots,mlp_hidden,full")):
+    for name, examples in (
+        ("unroll", "1,12; 0: all; -1: as is best here"),
+        ("remat", "none,dots,mlp_hidden,full"),
+    ):
         default = KEYS[f"model.{name}"].default
         parser.add_argument(
             f"--{name}",
@@ -84,7 +91,7 @@ def ours(
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         told = [
-            f"{name} {'all' if (name, value) == ('unroll', 0) else value}"
+            f"{name} {_UNROLLS.get(value, value) if name == 'unroll' else value}"
             for name, value in chosen.items()
             if len(choices[name]) > 1
         ]
@@ -100,9 +107,12 @@ def read_unrolls(text: str, num_blocks: int) -> list[int]:
     Raises:
         UserError: one is none, or more than there are blocks, or there twice.
     """
-    numbers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
-    if not all(0 <= number <= num_blocks for number in numbers):
-        raise UserError(f"--unroll={text} is no list of whole numbers from 0 to {num_blocks}")
+    numbers = [
+        int(part) if part.removeprefix("-").isdecimal() else num_blocks + 1
+        for part in text.split(",")
+    ]
+    if not all(-1 <= number <= num_blocks for number in numbers):
+        raise UserError(f"--unroll={text} is no list of whole numbers from -1 to {num_blocks}")
     if len({number or num_blocks for number in numbers}) < len(numbers):
         raise UserError(f"--unroll={text} names something twice (0 is all); name each once")
     return numbers

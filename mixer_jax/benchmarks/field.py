@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
+from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
 
 JAX, TORCH = "jax", "torch"
@@ -84,6 +85,7 @@ class Field:
             for contestant in self.contestants:
                 if contestant.name in self.failed or (number and contestant.framework == TORCH):
                     continue
+                say(f"{self._setting.mode}: {contestant.name} is made")
                 try:
                     costs = self._prepare_first(contestant, number)
                 except FailedError as error:

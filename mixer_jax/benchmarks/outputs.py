@@ -1,13 +1,20 @@
-"""Where results go beside the screen: a JSON file, a picture."""
+"""What is told meanwhile, and where results go beside the screen: a JSON file, a picture."""
 
 import argparse
 import importlib.util
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from mixer_jax.errors import RunFailedError, UserError
+
+
+def say(text: str) -> None:
+    """Tells a person who waits how far the work is."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_outputs(parser: argparse.ArgumentParser, *, picture: bool) -> None:

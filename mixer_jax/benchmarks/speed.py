@@ -9,7 +9,7 @@ from mixer_jax.benchmarks.asked import add_work, read_ours, read_peers, read_set
 from mixer_jax.benchmarks.batch_size import Tried, search
 from mixer_jax.benchmarks.comparison import Comparison, ask_facts, compare
 from mixer_jax.benchmarks.contestants import Contestant, Setting
-from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
+from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, say, write_outputs
 from mixer_jax.benchmarks.table import print_comparisons
 from mixer_jax.benchmarks.workers import FailedError, Worker
 from mixer_jax.errors import RunFailedError
@@ -80,6 +80,7 @@ def find_batch_size(
     with Worker("jax", setting) as worker:
 
         def rate_of(batch_size: int) -> float | None:
+            say(f"{setting.mode}: {batch_size} images a step are tried")
             for _ in range(2):
                 try:
                     rate: float = worker.ask("rate", contestant=contestant, batch_size=batch_size)

@@ -27,7 +27,7 @@ from mixer_jax.benchmarks.reference import ReferenceMixer
 from mixer_jax.benchmarks.side import Costs, Program, Side
 from mixer_jax.keys import KEYS
 from mixer_jax.model.making import build_model, resolve_dtype
-from mixer_jax.model.mixer import cast_kernels
+from mixer_jax.model.parameters import cast_kernels
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import resolve_widths
 from mixer_jax.parallel.compiler import compiler_options

@@ -10,6 +10,9 @@ from mixer_jax.errors import UserError
 from mixer_jax.model.mixer import Kernels, MlpMixer
 from mixer_jax.model.variants import resolve_widths
 
+# What model.unroll says where it leaves the choice.
+AUTO_UNROLL = -1
+
 
 def create_model(variant: str, num_classes: int = 1000, **overrides: Any) -> MlpMixer:
     """Returns a Mixer by name, e.g. `create_model("B/16", num_classes=10)`.
@@ -37,6 +40,8 @@ def build_model(section: dict[str, Any], num_classes: int) -> MlpMixer:
     settings = dict(section)
     dtype = resolve_dtype(settings.pop("dtype"))
     kernels = resolve_kernels(settings.pop("kernels"))
+    if settings["unroll"] == AUTO_UNROLL:
+        settings["unroll"] = resolve_unroll()
     variant = settings.pop("variant")
     return create_model(variant, num_classes, dtype=dtype, kernels=kernels, **settings)
 
@@ -46,6 +51,15 @@ def resolve_dtype(name: str) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def resolve_unroll() -> int:
+    """Returns blocks per iteration as is best here: all (0) on GPUs, else 1.
+
+    In a loop what is kept for the backward pass is copied into stacks and out again, which costs
+    GPUs a third more time. CPUs are as fast that way, and compile in half the time.
+    """
+    return 0 if jax.default_backend() == "gpu" else 1
 
 
 def resolve_kernels(name: str) -> Kernels:

@@ -1,5 +1,6 @@
 """MLP-Mixer: patches, then blocks that mix tokens and channels by turns (the paper's Section 2)."""
 
+import operator
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from mixer_jax.model.by_kernels import Keep, gpu_block, gpu_norm, more_tokens, pending
 from mixer_jax.model.dropping import draw_masks
 from mixer_jax.model.layers import Gelu, LayerNorm, Stem, gelu
+from mixer_jax.model.parameters import unstack
 from mixer_jax.model.variants import check_image_size
 
 Remat = Literal["none", "dots", "mlp_hidden", "full"]
@@ -142,7 +144,7 @@ class MlpMixer(nn.Module):
         dropout: after each dense layer of the MLPs.
         head_bias: initial value of the head's bias.
         dtype: of the computation; LayerNorm statistics and the head are float32 throughout.
-        unroll: blocks laid out one after the other per iteration of the scan; 0 means all.
+        unroll: blocks laid out one after the other per iteration of a loop; 0: all, and no loop.
         remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
             "mlp_hidden", the hidden activations of the MLPs; "full", whole blocks.
         kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
@@ -195,16 +197,15 @@ class MlpMixer(nn.Module):
         tokens = (height // self.patch_size) * (width // self.patch_size)
         more = more_tokens(tokens) if on_gpu else 0
         stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, more, name="stem")
-        blocks = self.make_blocks(kernels)
         norm = LayerNorm(name="pre_head_layer_norm")
         x = stem(images)
         if on_gpu:
             ones = jnp.ones(len(places), x.dtype) if train and self.stochastic_depth else None
-            x, _ = blocks(pending(x, ones), self.drop_rates(), places, train)
+            x = self.mix(pending(x, ones), places, train, kernels)
             x = gpu_norm(self.variables["params"]["pre_head_layer_norm"], x, self.interpret)
             x = jnp.swapaxes(x[:tokens], 0, 1)
         else:
-            x, _ = blocks(x, self.drop_rates(), places, train)
+            x = self.mix(x, places, train, kernels)
             x = norm(x)
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
         if self.num_classes == 0:
@@ -213,57 +214,65 @@ class MlpMixer(nn.Module):
         zeros = nn.initializers.zeros
         return nn.Dense(self.num_classes, kernel_init=zeros, bias_init=bias_init, name="head")(x)
 
-    def make_blocks(self, kernels: Kernels) -> nn.Module:
-        """Returns the stack of blocks as one module: a scan over stacked parameters.
+    def mix(self, x: Any, places: Int[Array, " n"], train: bool, kernels: Kernels) -> Any:
+        """Returns the tokens after all blocks, in a loop or one block after the other.
+
+        The parameters lie stacked all the same. Keys are dealt to blocks here, so that what is
+        dropped does not depend on `unroll`.
 
         Args:
-            kernels: that compute them.
+            x: as the blocks take it.
+            places: of the images.
+            train: whether dropout and stochastic depth are active.
+            kernels: that compute the blocks.
         """
-        block = MixerBlock
+        settings = {
+            "gelu": self.gelu,
+            "dropout": self.dropout,
+            "stochastic_depth": self.stochastic_depth > 0,
+            "dtype": self.dtype,
+            "kernels": kernels,
+            "interpret": self.interpret,
+        }
+        widths = (self.tokens_mlp_dim, self.channels_mlp_dim)
+        if self.is_initializing():
+            stack = nn.scan(
+                MixerBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=self.num_blocks,
+            )
+            return stack(*widths, **settings, name="blocks")(x, self.drop_rates(), places, False)[0]
+        block = MixerBlock(*widths, **settings, parent=None)
+        streams = {"dropout": self.dropout, "stochastic_depth": self.stochastic_depth}
+        keys = {
+            name: jax.random.split(self.make_rng(name), self.num_blocks)
+            for name, rate in streams.items()
+            if train and rate
+        }
+        in_loop = 0 < self.unroll < self.num_blocks
+
+        def apply(x: Any, of_block: Any) -> tuple[Any, None]:
+            params, rate, rngs = of_block
+            return block.apply({"params": params}, x, rate, places, train, rngs=rngs)
+
         if self.remat != "none":
+            # In a loop the compiler cannot undo the recomputation, so it needs no barrier.
             policy = REMAT_POLICIES[self.remat]
-            # Inside a scan the compiler cannot undo the recomputation, so it needs no barrier.
-            block = nn.remat(block, policy=policy, prevent_cse=False, static_argnums=(4,))
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True, "stochastic_depth": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=self.num_blocks,
-            unroll=self.unroll or self.num_blocks,
-        )
-        return stack(
-            self.tokens_mlp_dim,
-            self.channels_mlp_dim,
-            gelu=self.gelu,
-            dropout=self.dropout,
-            stochastic_depth=self.stochastic_depth > 0,
-            dtype=self.dtype,
-            kernels=kernels,
-            interpret=self.interpret,
-            name="blocks",
-        )
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not in_loop)
+        stacked = self.variables["params"]["blocks"]
+        if in_loop:
+            of_blocks = (stacked, self.drop_rates(), keys)
+            return jax.lax.scan(apply, x, of_blocks, unroll=self.unroll)[0]
+        for number, params in enumerate(unstack(stacked)):
+            of_number = jax.tree.map(operator.itemgetter(number), (self.drop_rates(), keys))
+            x, _ = apply(x, (params, *of_number))
+        return x
 
     def drop_rates(self) -> Float[Array, " num_blocks"]:
         """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
         return jnp.linspace(0.0, self.stochastic_depth, self.num_blocks, dtype=jnp.float32)
-
-
-def cast_kernels(params: Any, dtype: Any) -> Any:
-    """Returns parameters with the kernels in the type that `MlpMixer` casts them to itself.
-
-    Before they are sent to other devices, that halves their bytes in bfloat16.
-
-    Args:
-        params: of an `MlpMixer`.
-        dtype: of its computation.
-    """
-
-    def cast(path: Any, x: Array) -> Array:
-        names = [key.key for key in path]
-        return x.astype(dtype) if names[-1] == "kernel" and names[0] != "head" else x
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def for_devices(model: MlpMixer, count: int) -> MlpMixer:

@@ -2,11 +2,14 @@
 from typing import NamedTuple
 
 
+class Cut(NamedTuple):
+    images: int
+    chunk: int
+
+
 class Sizes(NamedTuple):
-    forward_images: int
-    backward_images: int
-    forward_chunk: int
-    backward_chunk: int
+    forward: Cut
+    backward: Cut
     cores: int
     vmem: int
 

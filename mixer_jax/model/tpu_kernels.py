@@ -1,12 +1,16 @@
 """The two branches of a Mixer block as TPU kernels that keep hidden units on the chip.
 
-A branch is `x + keep * mlp(layer_norm(x))`. Main memory sees `x` and the result, and in the
-backward pass, which computes LayerNorm and hidden units anew, `x`, the cotangent and the
-gradients: nothing as wide as the hidden layer. Types are those of `MlpMixer`: what is kept and
-multiplied is of the type of `x`; sums, statistics and GELU are float32.
+A branch is `x + keep * mlp(layer_norm(x))`. Main memory sees `x` and the result and, in the
+backward pass, which computes LayerNorm and hidden units anew, `x`, the result's cotangent, that of
+`x` and, once, the gradients: nothing as wide as the hidden layer. Tokens and what is multiplied
+have the type of `x`; statistics, sums, GELU and gradients are float32.
+
+A program of the grid computes a few whole images. Parameters stay on the chip from the first
+program to the last, and so do the sums that become the gradients.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +22,9 @@ from jaxtyping import Array, Float
 from mixer_jax.model import tpu_kernel_bodies as bodies
 from mixer_jax.model.tpu_kernel_sizes import Sizes, padded_rows
 
-_GRADIENTS = 6
-
 
 class BranchParams(NamedTuple):
-    """Parameters of LayerNorm and MLP; `d` is the number of tokens or of channels.
+    """Parameters of a branch; d is the number of tokens or of channels.
 
     Attributes:
         scale: of LayerNorm.
@@ -42,12 +44,17 @@ class BranchParams(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """What is known of a branch when it is traced."""
+    """What is known of a branch before there are arrays."""
 
     mixes_tokens: bool
-    gelu: bodies.Gelu
     sizes: Sizes
+    gelu: bodies.Gelu
     interpret: bool
+
+    @property
+    def name(self) -> str:
+        """Of the forward kernel."""
+        return "token_mixing" if self.mixes_tokens else "channel_mixing"
 
 
 def token_mixing(
@@ -60,16 +67,19 @@ def token_mixing(
 ) -> Float[Array, "n s c"]:
     """Returns `x` with the tokens of each channel mixed, after LayerNorm over channels.
 
+    The compiler does not divide a kernel among devices: call it on a device's own images, inside
+    `jax.shard_map(..., check_vma=False)`.
+
     Args:
-        x: tokens of a batch of images; all of them are on one device.
-        keep: 1 for each image that keeps the branch, 0 for others; no gradient flows to it.
-        params: with d = s; kernels may be of another type than `x`, and their gradients are of
-            their own type.
-        sizes: from `tpu_kernel_sizes.choose_sizes`.
+        x: tokens of a batch of images, float32 or bfloat16.
+        keep: 1.0 for an image that keeps the branch, 0.0 for one that skips it; gets no gradient.
+        params: with d = s. Kernels are cast to the type of `x`; gradients have the parameters'
+            own types.
+        sizes: from `choose_sizes`, for token mixing.
         gelu: "tanh", the approximation, or "exact".
         interpret: whether to run without a TPU, slowly.
     """
-    return _apply(_Branch(True, gelu, sizes, interpret), x, keep, params)
+    return _mix(_Branch(True, sizes, gelu, interpret), x, keep, params)
 
 
 def channel_mixing(
@@ -83,123 +93,141 @@ def channel_mixing(
     """Returns `x` with the channels of each token mixed, after LayerNorm over channels.
 
     Args:
-        x: as for `token_mixing`, as are all others.
-        keep: of the images.
+        x: as for `token_mixing`, and so are the others.
+        keep: which images keep the branch.
         params: with d = c.
-        sizes: from `tpu_kernel_sizes.choose_sizes`.
+        sizes: from `choose_sizes`, for channel mixing.
         gelu: which.
         interpret: whether to run without a TPU.
     """
-    return _apply(_Branch(False, gelu, sizes, interpret), x, keep, params)
+    return _mix(_Branch(False, sizes, gelu, interpret), x, keep, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(branch: _Branch, x: Array, keep: Array, params: BranchParams) -> Array:
-    images = _divisor(x.shape[0], branch.sizes.forward_images)
-    vectors = _vectors(branch, params)
-    kernel1, kernel2 = (kernel.astype(x.dtype) for kernel in (params.kernel1, params.kernel2))
+def _mix(branch: _Branch, x: Array, keep: Array, params: BranchParams) -> Array:
+    sizes = branch.sizes
+    images = _divisor(x.shape[0], sizes.forward.images)
+    scale, bias, kernel1, bias1, kernel2, bias2 = _on_chip(branch, params, x.dtype)
     if branch.mixes_tokens:
-        body, name, scratch = bodies.token_forward, "token_mixing", []
+        body: Any = bodies.token_forward
+        scratch = []
         kernel1, kernel2 = kernel1.T, kernel2.T
     else:
-        body = functools.partial(bodies.channel_forward, chunk=branch.sizes.forward_chunk)
-        rows = images * padded_rows(x.shape[1], x.dtype.itemsize)
-        name = "channel_mixing"
-        scratch = [pltpu.VMEM((rows, x.shape[2]), kind) for kind in (x.dtype, jnp.float32)]
-    whole = [vectors.scale, vectors.bias, kernel1, vectors.bias1, kernel2, vectors.bias2]
+        body = functools.partial(bodies.channel_forward, chunk=sizes.forward.chunk)
+        shape = (images * padded_rows(x.shape[1], x.dtype.itemsize), x.shape[2])
+        scratch = [pltpu.VMEM(shape, x.dtype), pltpu.VMEM(shape, jnp.float32)]
+    whole = [scale, bias, kernel1, bias1, kernel2, bias2]
     block = pl.BlockSpec((images, *x.shape[1:]), lambda step: (step, 0, 0))
-    out_shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(
         functools.partial(body, gelu=branch.gelu),
         grid=(x.shape[0] // images,),
-        in_specs=[_numbers(), block, *map(_whole, whole)],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block, *map(_whole, whole)],
         out_specs=block,
-        out_shape=out_shape,
+        out_shape=result,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=branch.sizes.vmem
+            dimension_semantics=("parallel",), vmem_limit_bytes=sizes.vmem
         ),
-        cost_estimate=_cost(2, x, params.kernel1.shape, [keep, x, *whole, out_shape]),
+        cost_estimate=_cost(2, x, params, [keep, x, *whole, result]),
         interpret=branch.interpret,
-        name=name,
+        name=branch.name,
     )(keep.astype(jnp.float32), x, *whole)
 
 
 def _forward(branch: _Branch, x: Array, keep: Array, params: BranchParams) -> tuple[Array, Any]:
-    return _apply(branch, x, keep, params), (x, keep, params)
+    return _mix(branch, x, keep, params), (x, keep, params)
 
 
 def _backward(branch: _Branch, kept: Any, cotangent: Array) -> tuple[Array, Array, BranchParams]:
     x, keep, params = kept
-    cores = _divisor(x.shape[0], branch.sizes.cores)
-    images = _divisor(x.shape[0] // cores, branch.sizes.backward_images)
-    steps = x.shape[0] // cores // images
-    vectors = _vectors(branch, params)
-    kernel1, kernel2 = (kernel.astype(x.dtype) for kernel in (params.kernel1, params.kernel2))
+    sizes = branch.sizes
+    cores = _divisor(x.shape[0], sizes.cores)
+    images = _divisor(x.shape[0] // cores, sizes.backward.images)
+    steps = x.shape[0] // (cores * images)
+    scale, bias, kernel1, bias1, kernel2, bias2 = _on_chip(branch, params, x.dtype)
     if branch.mixes_tokens:
-        body, name, scratch = bodies.token_backward, "token_mixing_backward", []
-        whole = [vectors.scale, vectors.bias, kernel1.T, vectors.bias1, kernel1, kernel2]
+        body: Any = bodies.token_backward
+        scratch = []
+        whole = [scale, bias, kernel1.T, bias1, kernel1, kernel2]
     else:
-        body = functools.partial(bodies.channel_backward, chunk=branch.sizes.backward_chunk)
-        name, channels = "channel_mixing_backward", x.shape[2]
-        rows = images * padded_rows(x.shape[1], x.dtype.itemsize)
-        lying, across = pltpu.VMEM((rows, channels), x.dtype), pltpu.VMEM((channels, rows), x.dtype)
+        body = functools.partial(bodies.channel_backward, chunk=sizes.backward.chunk)
+        rows, channels = images * padded_rows(x.shape[1], x.dtype.itemsize), x.shape[2]
+        lying = pltpu.VMEM((rows, channels), x.dtype)
+        across = pltpu.VMEM((channels, rows), x.dtype)
         scratch = [lying, across, lying, across, pltpu.VMEM((rows, channels), jnp.float32)]
-        whole = [vectors.scale, vectors.bias, kernel1, vectors.bias1, kernel2]
+        whole = [scale, bias, kernel1, bias1, kernel2]
     block = pl.BlockSpec((images, *x.shape[1:]), lambda core, step: (core * steps + step, 0, 0))
-    summed = vectors._replace(kernel2=jax.ShapeDtypeStruct(kernel1.shape, jnp.float32), kernel1=jax.ShapeDtypeStruct(kernel1.shape, jnp.float32))
-    sums = [jax.ShapeDtypeStruct((cores, *v.shape), jnp.float32) for v in summed]
+    # The gradient of the second kernel lies across, as the first kernel does.
+    summed = [scale, bias, kernel1, bias1, kernel1, bias2]
+    sums = [jax.ShapeDtypeStruct((cores, *array.shape), jnp.float32) for array in summed]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), *sums]
     to_x, *grads = pl.pallas_call(
         functools.partial(body, gelu=branch.gelu),
         grid=(cores, steps),
-        in_specs=[_numbers(), block, block, *map(_whole, whole)],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block, block, *map(_whole, whole)],
         out_specs=[block, *map(_of_core, sums)],
         out_shape=results,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=branch.sizes.vmem
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem
         ),
-        cost_estimate=_cost(5, x, kernel1.shape, [keep, x, *whole, *results]),
+        cost_estimate=_cost(5, x, params, [keep, x, cotangent, *whole, *results]),
         interpret=branch.interpret,
-        name=name,
+        name=f"{branch.name}_backward",
     )(keep.astype(jnp.float32), x, cotangent, *whole)
     grads = [grad.sum(0) for grad in grads]
     grads[4] = grads[4].T
-    shaped = [g.reshape(p.shape).astype(p.dtype) for g, p in zip(grads, params, strict=True)]
-    return to_x, jnp.zeros_like(keep), BranchParams(*shaped)
+    typed = [
+        grad.reshape(param.shape).astype(param.dtype)
+        for grad, param in zip(grads, params, strict=True)
+    ]
+    return to_x, jnp.zeros_like(keep), BranchParams(*typed)
 
 
-_apply.defvjp(_forward, _backward)
+_mix.defvjp(_forward, _backward)
 
 
-def _vectors(branch: _Branch, params: BranchParams) -> BranchParams:
-    lying = [v.reshape(1, -1).astype(jnp.float32) for v in (params.scale, params.bias)]
-    shape = (-1, 1) if branch.mixes_tokens else (1, -1)
-    b1, b2 = (v.reshape(shape).astype(jnp.float32) for v in (params.bias1, params.bias2))
-    return BranchParams(lying[0], lying[1], params.kernel1, b1, params.kernel2, b2)
+def _on_chip(branch: _Branch, params: BranchParams, dtype: Any) -> list[Array]:
+    """Returns parameters as matrices: kernels in that type, vectors as they are added, float32."""
+    place = (-1, 1) if branch.mixes_tokens else (1, -1)
+    shapes = [(1, -1), (1, -1), None, place, None, place]
+    return [
+        array.astype(dtype) if shape is None else array.reshape(shape).astype(jnp.float32)
+        for array, shape in zip(params, shapes, strict=True)
+    ]
 
 
-def _numbers() -> pl.BlockSpec:
-    return pl.BlockSpec(memory_space=pltpu.SMEM)
+def _whole(array: Any) -> pl.BlockSpec:
+    """Returns where an array is that every program reads: on the chip, fetched once."""
+    zeros = (0,) * array.ndim
+    return pl.BlockSpec(array.shape, lambda *program: zeros, pipeline_mode=pl.Buffered(1))
 
 
-def _whole(a: Any) -> pl.BlockSpec:
-    return pl.BlockSpec(a.shape, lambda *program: (0,) * a.ndim, pipeline_mode=pl.Buffered(1))
+def _of_core(array: Any) -> pl.BlockSpec:
+    """Returns where the sums of a core are: on the chip, written out once."""
+    block = (None, *array.shape[1:])
+    return pl.BlockSpec(block, lambda core, _: (core, 0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def _of_core(a: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((None, *a.shape[1:]), lambda core, step: (core, 0, 0), pipeline_mode=pl.Buffered(1))
+def _cost(products: int, x: Array, params: BranchParams, moved: Iterable[Any]) -> pl.CostEstimate:
+    """Returns what a kernel costs.
 
-
-def _cost(products: int, x: Any, kernel: Any, moved: list[Any]) -> pl.CostEstimate:
-    hidden = x.size // kernel[0] * kernel[1]
+    Args:
+        products: with a kernel, or of its size, for each image.
+        x: tokens.
+        params: of the branch.
+        moved: arrays that are read or written, each once.
+    """
+    outer, inner = params.kernel1.shape
+    hidden = x.size // outer * inner
     return pl.CostEstimate(
-        flops=2 * products * hidden * kernel[0],
+        flops=2 * products * hidden * outer,
         transcendentals=hidden,
-        bytes_accessed=sum(a.size * a.dtype.itemsize for a in moved),
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
     )
 
 
 def _divisor(number: int, most: int) -> int:
+    """Returns the greatest divisor of a number that is at most `most`."""
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)

@@ -42,6 +42,10 @@ def mean_over_devices(
         return jax.lax.pmean(value, (DATA, FSDP)), means
 
     def on_all(params: Tree, batch: Tree, common: Tree) -> tuple[Float[Array, ""], Tree]:
+        if mesh.size == 1:
+            # Not every compiler sees that there is nobody to send anything to.
+            value, grads = value_and_grad(cast(params), batch, common)
+            return value, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(params, mesh))
         mapped = jax.shard_map(
             lambda split, rows, common: on_one_device(split, specs, rows, common),

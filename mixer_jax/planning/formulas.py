@@ -173,18 +173,14 @@ def kept(work: Work) -> float:
     """Returns the bytes that the backward pass keeps of a block, for one image."""
     x, hidden = _sizes(work)
     arrays = {
-        # x twice, after both LayerNorms, hidden layers before and after GELU.
+        # x before and after both LayerNorms, hidden layers before and after GELU.
         "none": 4 * x + 2 * hidden,
         # The block's input and the outputs of its four products.
         "dots": 3 * x + hidden,
         "mlp_hidden": 3 * x,
         "full": x,
     }[work.remat]
-    numbers = work.itemsize * arrays
-    if work.remat == "none" and work.unroll:
-        # A scan keeps every intermediate of GELU and LayerNorm that it is not told to forget.
-        numbers += work.itemsize * 3 * hidden + _FLOAT32 * 3 * x
-    return numbers
+    return work.itemsize * arrays
 
 
 def working(work: Work) -> float:

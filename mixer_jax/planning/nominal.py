@@ -57,6 +57,8 @@ def plannable(config: ConfigDict) -> ConfigDict:
     plain = config.copy_and_resolve_references()
     if plain.model.dtype == "auto":
         plain.model.dtype = "bfloat16"
+    # As accelerators whose programs can be compiled without them.
+    plain.model.unroll = 1 if plain.model.unroll < 0 else plain.model.unroll
     plain.compilation_cache = ""
     return plain
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from mixer_jax.model.mixer import cast_kernels
+from mixer_jax.model.parameters import cast_kernels
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.parallel.gradients import mean_over_devices
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh
 
-from mixer_jax.model.making import resolve_dtype, resolve_kernels
+from mixer_jax.model.making import resolve_dtype, resolve_kernels, resolve_unroll
 from mixer_jax.model.mixer import Gelu, MlpMixer
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.weights.about import About
@@ -25,6 +25,7 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         gelu=cast(Gelu, about.gelu),
         dtype=resolve_dtype(dtype or about.dtype),
         kernels=resolve_kernels("auto"),
+        unroll=resolve_unroll(),
     )
 
 

@@ -1,5 +1,6 @@
 """Tests of the GPU kernels: each is the plain computation, in values and in gradients."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from mixer_jax.model.gpu_kernels import Tilings, add_layer_norm, dense_gelu, layer_norm
 from mixer_jax.model.gpu_tiles import Tiling
+from mixer_jax.model.variants import VARIANTS
 
 # Tiles that divide neither 7 tokens of 3 images nor 150 channels, and one program of more tiles
 # than the others.
@@ -119,3 +121,45 @@ def test_dense_gelu(hidden: int, tilings: Tilings, axis: Any, gelu: Any, dtype: 
     y = draw(0, 7, 3, 10, dtype=dtype)
     args = (y, draw(1, 7 if axis == "first" else 10, hidden), draw(2, hidden))
     assert_same_with_gradients(ours, plain, args, dtype)
+
+
+# Said of all kernels of this kind from jax 0.11 on.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("variant", ["B/16", "H/14"])
+def test_lowers_for_gpus_without_one(variant: str, dtype: str) -> None:
+    widths = VARIANTS[variant]
+    s, n, c = 200, 6, widths.hidden_dim
+    x = jax.ShapeDtypeStruct((s, n, c), dtype)
+    narrow, wide = widths.tokens_mlp_dim, widths.channels_mlp_dim
+
+    def step(x: Any, keep: Any, tokens: Any, channels: Any, scale: Any, token_bias: Any) -> Any:
+        y = layer_norm(x, scale, scale)
+        hidden = dense_gelu(y, *tokens, "first", "exact")
+        branch = jnp.einsum("ncd,sd->snc", hidden, tokens[0].astype(x.dtype))
+        x, y = add_layer_norm(x, branch, token_bias, keep, scale, scale, "first")
+        hidden = dense_gelu(y, *channels, "last", "tanh")
+        branch = jnp.einsum("snd,cd->snc", hidden, channels[0].astype(x.dtype))
+        return jnp.sum(add_layer_norm(x, branch, scale, None, scale, scale, "last")[1])
+
+    def vector(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    layers = (vector(s, narrow), vector(narrow)), (vector(c, wide), vector(wide))
+    args = (x, vector(n), *layers, vector(c), vector(s))
+    with on_a_gpu():
+        traced = jax.jit(jax.grad(step, argnums=(0, 2, 3, 4, 5))).trace(*args)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Forward and backward of three norms and two GELUs, whose forward is XLA's.
+    assert lowered.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 8
+
+
+def on_a_gpu() -> Any:
+    """Where newer versions of jax look for the kind of GPU to lower for."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("data",), axes, abstract_device=device)
+    )

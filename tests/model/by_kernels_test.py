@@ -1,0 +1,84 @@
+"""Tests of whole models by hand-written kernels: the same function as by the compiler alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer_jax.errors import UserError
+from mixer_jax.model.by_kernels import more_tokens
+from mixer_jax.model.making import check_kernels, create_model, resolve_kernels
+from mixer_jax.model.mixer import MlpMixer, for_devices
+
+WIDTHS: dict[str, Any] = {
+    "num_blocks": 2,
+    "patch_size": 2,
+    "hidden_dim": 16,
+    "tokens_mlp_dim": 12,
+    "channels_mlp_dim": 20,
+}
+
+
+def model(**overrides: Any) -> MlpMixer:
+    return create_model("custom", 3, **WIDTHS, interpret=True, **overrides)
+
+
+def loss_and_grads(made: MlpMixer, size: int, train: bool) -> list[Any]:
+    """The loss on two random images, and its gradient by parameters none of which is zero."""
+    images = jax.random.uniform(jax.random.key(1), (2, size, size, 3), minval=-1, maxval=1)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), images))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+    rngs = {"stochastic_depth": jax.random.key(2), "dropout": jax.random.key(3)}
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(made.apply({"params": params}, images, train=train, rngs=rngs)))
+
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
+
+
+# 28 pixels are 196 tokens, to which four are added; 8 are 16, to which none are.
+@pytest.mark.parametrize(
+    ("kernels", "size", "settings"),
+    [
+        ("triton", 28, {"stochastic_depth": 0.5}),
+        ("triton", 8, {"unroll": 1, "remat": "mlp_hidden", "gelu": "exact"}),
+        ("mosaic", 8, {"stochastic_depth": 0.5}),
+        ("mosaic", 8, {"unroll": 1, "remat": "dots", "gelu": "exact"}),
+    ],
+)
+def test_kernels_compute_what_the_compiler_does(
+    kernels: str, size: int, settings: dict[str, Any]
+) -> None:
+    expected = loss_and_grads(model(**settings), size, train=True)
+    actual = loss_and_grads(model(kernels=kernels, **settings), size, train=True)
+    for a, b in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "mosaic"])
+def test_training_with_dropout_leaves_the_kernels_out(kernels: str) -> None:
+    expected = loss_and_grads(model(dropout=0.3), 8, train=True)
+    actual = loss_and_grads(model(dropout=0.3, kernels=kernels), 8, train=True)
+    for a, b in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_tokens_are_added_where_they_are_few() -> None:
+    assert [more_tokens(n) for n in (196, 256, 784, 49, 16)] == [4, 0, 0, 0, 0]
+
+
+def test_kernels_are_for_their_devices() -> None:
+    assert resolve_kernels("auto") == "xla"  # The tests have no GPU.
+    check_kernels("xla", "cpu")
+    check_kernels("mosaic", "tpu")
+    with pytest.raises(UserError, match="model.kernels=triton is for a GPU, and .* are CPUs; set"):
+        check_kernels("triton", "cpu")
+
+
+def test_kernels_are_for_images_that_lie_together() -> None:
+    made = model(kernels="triton")
+    assert for_devices(made, 1) is made
+    assert for_devices(made, 8).kernels == "xla"
