@@ -18,7 +18,7 @@ from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.image_files import NamedImage, printable, read_image
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
-from mixer_jax.model.mixer import for_devices
+from mixer_jax.model.making import for_devices
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import check_image_size
 from mixer_jax.parallel.compiler import compiler_options

@@ -155,7 +155,7 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
             "remat": contestant.remat,
             **dict(contestant.others),
         }
-        model: Any = build_model(section, setting.num_classes)
+        model: Any = build_model(section, setting.num_classes, device.device_kind)
     else:
         widths = dataclasses.asdict(resolve_widths(setting.variant))
         dtype = resolve_dtype(setting.dtype)

@@ -14,7 +14,8 @@ from mixer_jax.data.examples import Source
 from mixer_jax.data.pipeline import Batch
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.passes import Pass, Reading
-from mixer_jax.model.mixer import MlpMixer, for_devices
+from mixer_jax.model.making import for_devices
+from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import gathered, replicated

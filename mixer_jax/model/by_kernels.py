@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from mixer_jax.errors import UserError
 from mixer_jax.model.layers import Gelu
+from mixer_jax.model.variants import Widths
 
 # A number for each image: whether it keeps a branch. None: all do.
 Keep = Float[Array, " n"] | None
@@ -96,6 +99,63 @@ def gpu_norm(params: Mapping[str, Any], tokens: Pending, interpret: bool) -> Flo
     from mixer_jax.model.gpu_kernels import add_layer_norm
 
     return add_layer_norm(*tokens, params["scale"], params["bias"], "last", interpret)[1]
+
+
+def tpu_sizes(tokens: int, widths: Widths, device_kind: str, itemsize: int, interpret: bool) -> Any:
+    """Returns how the kernels of a TPU divide their work.
+
+    Args:
+        tokens: of an image.
+        widths: of the model.
+        device_kind: of the device, as JAX names it; empty: of this machine's.
+        itemsize: bytes of a number of the computation.
+        interpret: whether there is no TPU.
+
+    Raises:
+        UserError: the kernels do not fit on its chip.
+    """
+    from mixer_jax.model.tpu_kernel_sizes import choose_sizes
+
+    kind = "TPU v5e" if interpret else device_kind or jax.devices()[0].device_kind
+    shape = (tokens, widths.hidden_dim, widths.tokens_mlp_dim, widths.channels_mlp_dim)
+    sizes = choose_sizes(*shape, kind, itemsize)
+    if sizes is None:
+        raise UserError(
+            f"model.kernels=mosaic: MLPs of {tokens} tokens and {widths.hidden_dim} channels do "
+            f"not fit on the chip of a {kind}; set xla"
+        )
+    return sizes
+
+
+def tpu_block(
+    params: Mapping[str, Any],
+    x: Float[Array, "n s c"],
+    keep: tuple[Keep, Keep],
+    gelu: Gelu,
+    sizes: Any,
+    interpret: bool,
+) -> Float[Array, "n s c"]:
+    """Returns the tokens after a block: each branch is one kernel.
+
+    Args:
+        params: of the block.
+        x: tokens before it.
+        keep: of token mixing and of channel mixing.
+        gelu: which.
+        sizes: from `tpu_sizes`.
+        interpret: whether to run the kernels without a TPU.
+    """
+    from mixer_jax.model.tpu_kernels import BranchParams, channel_mixing, token_mixing
+
+    def branch(number: int, name: str) -> BranchParams:
+        norm = params[f"LayerNorm_{number}"]
+        (kernel, bias), (kernel_out, bias_out) = _dense_pair(params[name])
+        return BranchParams(norm["scale"], norm["bias"], kernel, bias, kernel_out, bias_out)
+
+    first, second = (jnp.ones(len(x), x.dtype) if k is None else k for k in keep)
+    by_tokens, by_channels = branch(0, "token_mixing"), branch(1, "channel_mixing")
+    x = token_mixing(x, first, by_tokens, sizes.token_mixing, gelu, interpret)
+    return channel_mixing(x, second, by_channels, sizes.channel_mixing, gelu, interpret)
 
 
 def _dense_pair(params: Mapping[str, Any]) -> list[tuple[Array, Array]]:

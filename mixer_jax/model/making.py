@@ -30,14 +30,15 @@ def create_model(variant: str, num_classes: int = 1000, **overrides: Any) -> Mlp
     return MlpMixer(num_classes=num_classes, **dataclasses.asdict(widths), **overrides)
 
 
-def build_model(section: dict[str, Any], num_classes: int) -> MlpMixer:
+def build_model(section: dict[str, Any], num_classes: int, device_kind: str = "") -> MlpMixer:
     """Returns the model of a configuration's model section.
 
     Args:
         section: the keys under `model` in keys.py.
         num_classes: outputs of the head.
+        device_kind: of the devices, as JAX names it; empty: of the first one here.
     """
-    settings = dict(section)
+    settings = dict(section) | {"device_kind": device_kind}
     dtype = resolve_dtype(settings.pop("dtype"))
     kernels = resolve_kernels(settings.pop("kernels"))
     if settings["unroll"] == AUTO_UNROLL:
@@ -79,3 +80,11 @@ def check_kernels(kernels: Kernels, platform: str) -> None:
             f"model.kernels={kernels} is for a {needed.upper()}, and the devices are "
             f"{platform.upper()}s; set auto or xla"
         )
+
+
+def for_devices(model: MlpMixer, count: int) -> MlpMixer:
+    """Returns a model that can be compiled for images that lie over so many devices.
+
+    Kernels take the images of one; the compiler divides only what it computes itself.
+    """
+    return model if count == 1 else model.clone(kernels="xla")

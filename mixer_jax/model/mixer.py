@@ -1,5 +1,6 @@
 """MLP-Mixer: patches, then blocks that mix tokens and channels by turns (the paper's Section 2)."""
 
+import dataclasses
 import operator
 from typing import Any, Literal
 
@@ -9,11 +10,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixer_jax.model.by_kernels import Keep, gpu_block, gpu_norm, more_tokens, pending
+from mixer_jax.model.by_kernels import (
+    Keep,
+    gpu_block,
+    gpu_norm,
+    more_tokens,
+    pending,
+    tpu_block,
+    tpu_sizes,
+)
 from mixer_jax.model.dropping import draw_masks
 from mixer_jax.model.layers import Gelu, LayerNorm, Stem, gelu
 from mixer_jax.model.parameters import unstack
-from mixer_jax.model.variants import check_image_size
+from mixer_jax.model.variants import Widths, check_image_size
 
 Remat = Literal["none", "dots", "mlp_hidden", "full"]
 Kernels = Literal["xla", "triton", "mosaic"]
@@ -86,6 +95,7 @@ class MixerBlock(nn.Module):
     stochastic_depth: bool = False
     dtype: Any = jnp.float32
     kernels: Kernels = "xla"
+    sizes: Any = None
     interpret: bool = False
 
     @nn.compact
@@ -108,6 +118,9 @@ class MixerBlock(nn.Module):
         if self.kernels == "triton":
             params = self.variables["params"]
             return gpu_block(params, x, keep, self.gelu, self.interpret), None
+        if self.kernels == "mosaic":
+            params = self.variables["params"]
+            return tpu_block(params, x, keep, self.gelu, self.sizes, self.interpret), None
         mlp = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype}
         over_channels, over_tokens = map_mlp(axis=2), map_mlp(axis=1)
         y = LayerNorm()(x)
@@ -150,6 +163,8 @@ class MlpMixer(nn.Module):
         kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
             kernels for GPUs; "mosaic", for TPUs. These two take the images of one device; with
             dropout, training takes "xla" all the same.
+        device_kind: of the device that "mosaic" computes on, as JAX names it; empty: of the first
+            one here.
         interpret: whether kernels run without the device that they are for, slowly.
     """
 
@@ -167,6 +182,7 @@ class MlpMixer(nn.Module):
     unroll: int = 0
     remat: Remat = "none"
     kernels: Kernels = "xla"
+    device_kind: str = ""
     interpret: bool = False
 
     @nn.compact
@@ -232,6 +248,7 @@ class MlpMixer(nn.Module):
             "stochastic_depth": self.stochastic_depth > 0,
             "dtype": self.dtype,
             "kernels": kernels,
+            "sizes": self.sizes(x.shape[1]) if kernels == "mosaic" else None,
             "interpret": self.interpret,
         }
         widths = (self.tokens_mlp_dim, self.channels_mlp_dim)
@@ -270,14 +287,12 @@ class MlpMixer(nn.Module):
             x, _ = apply(x, (params, *of_number))
         return x
 
+    def sizes(self, tokens: int) -> Any:
+        """Returns how a TPU's kernels divide their work, for images of so many tokens."""
+        widths = Widths(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Widths)})
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return tpu_sizes(tokens, widths, self.device_kind, itemsize, self.interpret)
+
     def drop_rates(self) -> Float[Array, " num_blocks"]:
         """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
         return jnp.linspace(0.0, self.stochastic_depth, self.num_blocks, dtype=jnp.float32)
-
-
-def for_devices(model: MlpMixer, count: int) -> MlpMixer:
-    """Returns a model that can be compiled for images that lie over so many devices.
-
-    Kernels take the images of one; the compiler divides only what it computes itself.
-    """
-    return model if count == 1 else model.clone(kernels="xla")

@@ -5,23 +5,22 @@ float32. Only products that the matrix unit has by itself are used, `a @ b` and 
 to lie across is put there once, and is as wide as the tokens, not as the hidden units.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-Gelu = Literal["tanh", "exact"]
-
-# Flax's; also the authors'.
-_EPSILON = 1e-6
-# Of the tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
-_TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
-# Lanes of a vector register: what slices of the last axis are multiples of.
-_LANES = 128
+from mixer_jax.model.tpu_kernel_math import (
+    Gelu,
+    dot,
+    dot_across,
+    gelu_and_slope,
+    normalize,
+    through_layer_norm,
+)
 
 
 def token_forward(
@@ -56,9 +55,9 @@ def token_forward(
     for image in range(images):
         tokens = x[image].astype(jnp.float32)
         normal = (normalize(tokens)[0] * scale[...] + bias[...]).astype(x.dtype)
-        before = _dot(kernel1_across[...], normal) + bias1[...]
+        before = dot(kernel1_across[...], normal) + bias1[...]
         hidden = gelu_and_slope(before, gelu)[0].astype(x.dtype)
-        mixed = _dot(kernel2_across[...], hidden) + bias2[...]
+        mixed = dot(kernel2_across[...], hidden) + bias2[...]
         out[image] = (tokens + keep[first + image] * mixed).astype(x.dtype)
 
 
@@ -110,18 +109,18 @@ def token_backward(
     for image in range(images):
         normalized, inverse = normalize(x[image].astype(jnp.float32))
         normal = (normalized * scale[...] + bias[...]).astype(x.dtype)
-        before = _dot(kernel1_across[...], normal) + bias1[...]
+        before = dot(kernel1_across[...], normal) + bias1[...]
         hidden, slope = gelu_and_slope(before, gelu)
         to_result = cotangent[image].astype(jnp.float32)
         to_mixed = keep[first + image] * to_result
         to_bias2[...] += to_mixed.sum(1, keepdims=True)
         to_mixed = to_mixed.astype(x.dtype)
-        to_before = _dot(kernel2[...], to_mixed) * slope
+        to_before = dot(kernel2[...], to_mixed) * slope
         to_bias1[...] += to_before.sum(1, keepdims=True)
         to_before = to_before.astype(x.dtype)
-        to_kernel2_across[...] += _dot_across(to_mixed, hidden.astype(x.dtype))
-        to_kernel1[...] += _dot_across(normal, to_before)
-        to_normal = _dot(kernel1[...], to_before)
+        to_kernel2_across[...] += dot_across(to_mixed, hidden.astype(x.dtype))
+        to_kernel1[...] += dot_across(normal, to_before)
+        to_normal = dot(kernel1[...], to_before)
         to_scale[...] += (to_normal * normalized).sum(0, keepdims=True)
         to_bias[...] += to_normal.sum(0, keepdims=True)
         to_tokens = to_result + through_layer_norm(to_normal, normalized, inverse, scale[...])
@@ -142,9 +141,9 @@ def channel_forward(
     mixed: Any,
     *,
     gelu: Gelu,
-    chunk: int,
+    units: int,
 ) -> None:
-    """Mixes the channels of each token; hidden units lie (rows, chunk), chunk after chunk.
+    """Mixes the channels of each token; hidden units lie (rows, units), some after others.
 
     Rows are the tokens of all images of the program, each image's beginning at a whole tile, so
     that products are large. What lies in the rows between them is of no consequence.
@@ -162,7 +161,7 @@ def channel_forward(
         normal: scratch for normalized rows, (rows, c).
         mixed: scratch for sums, (rows, c), float32.
         gelu: which.
-        chunk: hidden units at a time.
+        units: hidden units at a time.
     """
     images = x.shape[0]
     first = pl.program_id(0) * images
@@ -171,12 +170,12 @@ def channel_forward(
         normal[rows, :] = (tokens * scale[...] + bias[...]).astype(x.dtype)
     mixed[...] = jnp.broadcast_to(bias2[...], mixed.shape)
 
-    def add(units: Any) -> None:
-        before = _dot(normal[...], kernel1[:, units]) + bias1[:, units]
+    def add(some: Any) -> None:
+        before = dot(normal[...], kernel1[:, some]) + bias1[:, some]
         hidden = gelu_and_slope(before, gelu)[0].astype(x.dtype)
-        mixed[...] += _dot(hidden, kernel2[units, :])
+        mixed[...] += dot(hidden, kernel2[some, :])
 
-    _each_chunk(kernel1.shape[1], chunk, add)
+    _by_turns(kernel1.shape[1], units, add)
     for image, rows in enumerate(_rows(x, normal)):
         skipped = x[image].astype(jnp.float32)
         out[image] = (skipped + keep[first + image] * mixed[rows, :]).astype(x.dtype)
@@ -205,7 +204,7 @@ def channel_backward(
     to_normal: Any,
     *,
     gelu: Gelu,
-    chunk: int,
+    units: int,
 ) -> None:
     """Turns the cotangent of each image's result into that of `x`, and adds up the gradients.
 
@@ -231,7 +230,7 @@ def channel_backward(
         to_mixed_across: scratch for the same, (c, rows).
         to_normal: scratch for sums, (rows, c), float32.
         gelu: which.
-        chunk: hidden units at a time.
+        units: hidden units at a time.
     """
     sums = [to_scale, to_bias, to_kernel1, to_bias1, to_kernel2_across, to_bias2]
     # Rows between images stay zero, so that they add nothing to the gradients.
@@ -247,17 +246,17 @@ def channel_backward(
     to_mixed_across[...] = to_mixed[...].T
     _clear(to_normal)
 
-    def add(units: Any) -> None:
-        before = _dot(normal[...], kernel1[:, units]) + bias1[:, units]
+    def add(some: Any) -> None:
+        before = dot(normal[...], kernel1[:, some]) + bias1[:, some]
         hidden, slope = gelu_and_slope(before, gelu)
-        to_before = _dot_across(to_mixed[...], kernel2[units, :]) * slope
-        to_bias1[:, units] += to_before.sum(0, keepdims=True)
+        to_before = dot_across(to_mixed[...], kernel2[some, :]) * slope
+        to_bias1[:, some] += to_before.sum(0, keepdims=True)
         to_before = to_before.astype(x.dtype)
-        to_kernel2_across[:, units] += _dot(to_mixed_across[...], hidden.astype(x.dtype))
-        to_kernel1[:, units] += _dot(normal_across[...], to_before)
-        to_normal[...] += _dot_across(to_before, kernel1[:, units])
+        to_kernel2_across[:, some] += dot(to_mixed_across[...], hidden.astype(x.dtype))
+        to_kernel1[:, some] += dot(normal_across[...], to_before)
+        to_normal[...] += dot_across(to_before, kernel1[:, some])
 
-    _each_chunk(kernel1.shape[1], chunk, add)
+    _by_turns(kernel1.shape[1], units, add)
     for image, rows in enumerate(_rows(x, normal)):
         normalized, inverse = normalize(x[image].astype(jnp.float32))
         to_tokens = to_normal[rows, :]
@@ -267,72 +266,22 @@ def channel_backward(
         to_x[image] = (cotangent[image].astype(jnp.float32) + to_tokens).astype(x.dtype)
 
 
-def normalize(x: Float[Array, "n c"]) -> tuple[Float[Array, "n c"], Float[Array, "n 1"]]:
-    """Returns vectors of mean 0 and variance 1, and one over the deviation that they had."""
-    mean = x.mean(1, keepdims=True)
-    variance = (x * x).mean(1, keepdims=True) - mean * mean
-    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + _EPSILON)
-    return (x - mean) * inverse, inverse
-
-
-def through_layer_norm(
-    cotangent: Float[Array, "n c"],
-    normalized: Float[Array, "n c"],
-    inverse: Float[Array, "n 1"],
-    scale: Float[Array, "1 c"],
-) -> Float[Array, "n c"]:
-    """Returns the cotangent of LayerNorm's input.
-
-    Args:
-        cotangent: of LayerNorm's output.
-        normalized: from `normalize`.
-        inverse: from `normalize`.
-        scale: of LayerNorm.
-    """
-    scaled = cotangent * scale
-    along = (scaled * normalized).mean(1, keepdims=True)
-    return inverse * (scaled - scaled.mean(1, keepdims=True) - normalized * along)
-
-
-def gelu_and_slope(
-    x: Float[Array, "n m"], kind: Gelu
-) -> tuple[Float[Array, "n m"], Float[Array, "n m"]]:
-    """Returns GELU and its derivative."""
-    squared = x * x
-    if kind == "tanh":
-        tanh = jnp.tanh(x * (_TANH_SCALE + _TANH_SCALE * _TANH_CUBIC * squared))
-        share = 0.5 + 0.5 * tanh
-        inner = 2 * _TANH_SCALE + 6 * _TANH_SCALE * _TANH_CUBIC * squared
-        value = x * share
-        return value, share + value * (1 - share) * inner
-    share = 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
-    return x * share, share + x * jnp.exp(-0.5 * squared) * (1 / math.sqrt(2 * math.pi))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _dot_across(a: Array, b: Array) -> Array:
-    """Returns `a @ b.T`."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _rows(x: Any, rows: Any) -> list[Any]:
     """Returns where in `rows` the tokens of each image of `x` lie."""
     images, tokens, _ = x.shape
     return [pl.ds(image * (rows.shape[0] // images), tokens) for image in range(images)]
 
 
-def _each_chunk(width: int, chunk: int, body: Callable[[Any], None]) -> None:
-    if chunk == width:
+def _by_turns(width: int, some: int, body: Callable[[Any], None]) -> None:
+    """Calls `body` with a slice of `some` hidden units after the other."""
+    if some == width:
         body(pl.ds(0, width))
         return
 
-    def step(number: Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(number * chunk, chunk), chunk))
+    def turn(number: Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(number * some, some), some))
 
-    lax.fori_loop(0, width // chunk, step, None)
+    lax.fori_loop(0, width // some, turn, None)
 
 
 def _first_image(images: int) -> Array:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mixer_jax.model import tpu_kernel_bodies as bodies
+from mixer_jax.model.tpu_kernel_math import Gelu
 from mixer_jax.model.tpu_kernel_sizes import Sizes, padded_rows
 
 
@@ -48,7 +49,7 @@ class _Branch(NamedTuple):
 
     mixes_tokens: bool
     sizes: Sizes
-    gelu: bodies.Gelu
+    gelu: Gelu
     interpret: bool
 
     @property
@@ -62,7 +63,7 @@ def token_mixing(
     keep: Float[Array, " n"],
     params: BranchParams,
     sizes: Sizes,
-    gelu: bodies.Gelu = "tanh",
+    gelu: Gelu = "tanh",
     interpret: bool = False,
 ) -> Float[Array, "n s c"]:
     """Returns `x` with the tokens of each channel mixed, after LayerNorm over channels.
@@ -87,7 +88,7 @@ def channel_mixing(
     keep: Float[Array, " n"],
     params: BranchParams,
     sizes: Sizes,
-    gelu: bodies.Gelu = "tanh",
+    gelu: Gelu = "tanh",
     interpret: bool = False,
 ) -> Float[Array, "n s c"]:
     """Returns `x` with the channels of each token mixed, after LayerNorm over channels.
@@ -113,7 +114,7 @@ def _mix(branch: _Branch, x: Array, keep: Array, params: BranchParams) -> Array:
         scratch = []
         kernel1, kernel2 = kernel1.T, kernel2.T
     else:
-        body = functools.partial(bodies.channel_forward, chunk=sizes.forward.chunk)
+        body = functools.partial(bodies.channel_forward, units=sizes.forward.units)
         shape = (images * padded_rows(x.shape[1], x.dtype.itemsize), x.shape[2])
         scratch = [pltpu.VMEM(shape, x.dtype), pltpu.VMEM(shape, jnp.float32)]
     whole = [scale, bias, kernel1, bias1, kernel2, bias2]
@@ -151,7 +152,7 @@ def _backward(branch: _Branch, kept: Any, cotangent: Array) -> tuple[Array, Arra
         scratch = []
         whole = [scale, bias, kernel1.T, bias1, kernel1, kernel2]
     else:
-        body = functools.partial(bodies.channel_backward, chunk=sizes.backward.chunk)
+        body = functools.partial(bodies.channel_backward, units=sizes.backward.units)
         rows, channels = images * padded_rows(x.shape[1], x.dtype.itemsize), x.shape[2]
         lying = pltpu.VMEM((rows, channels), x.dtype)
         across = pltpu.VMEM((channels, rows), x.dtype)

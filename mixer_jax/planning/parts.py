@@ -69,10 +69,9 @@ def by_part(program: Program, counted: Iterable[tuple[Run, float]]) -> dict[str,
 
 
 class Parts:
-    """Tells the part of each instruction that a program runs."""
+    """Tells the part of each instruction that a program, from `read_program`, runs."""
 
     def __init__(self, program: Program):
-        """Args: program: from `read_program`."""
         self._program = program
         self._users: dict[str, dict[str, list[str]]] = {}
 

@@ -101,8 +101,10 @@ def build(
     about = _describe(config, sources, begins_with)
     check_unroll(config, about.widths)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.widths)}
-    model = build_model(config.model.to_dict() | section, about.num_classes)
-    check_kernels(model.kernels, mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    settings = config.model.to_dict() | section
+    model = build_model(settings, about.num_classes, device.device_kind)
+    check_kernels(model.kernels, device.platform)
     schedule, tx = build_optimizer(config.optimizer, num_steps)
 
     rng = jax.random.key(config.seed)
@@ -135,7 +137,7 @@ def build(
             in_shardings=(sharding, batch_sharding(mesh)),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(device.platform),
         ),
         metadata={
             "about": about.to_json(),

@@ -9,8 +9,8 @@ import pytest
 
 from mixer_jax.errors import UserError
 from mixer_jax.model.by_kernels import more_tokens
-from mixer_jax.model.making import check_kernels, create_model, resolve_kernels
-from mixer_jax.model.mixer import MlpMixer, for_devices
+from mixer_jax.model.making import check_kernels, create_model, for_devices, resolve_kernels
+from mixer_jax.model.mixer import MlpMixer
 
 WIDTHS: dict[str, Any] = {
     "num_blocks": 2,
@@ -74,7 +74,7 @@ def test_kernels_are_for_their_devices() -> None:
     assert resolve_kernels("auto") == "xla"  # The tests have no GPU.
     check_kernels("xla", "cpu")
     check_kernels("mosaic", "tpu")
-    with pytest.raises(UserError, match="model.kernels=triton is for a GPU, and .* are CPUs; set"):
+    with pytest.raises(UserError, match=r"model.kernels=triton is for a GPU, and .* are CPUs; set"):
         check_kernels("triton", "cpu")
 
 
