@@ -163,7 +163,7 @@ def test_sizes_that_the_compiler_does_not_know() -> None:
 
 def test_a_step_too_large_is_a_result(compiled: Plan) -> None:
     assert compiled.fits  # The compiler is there, and set up.
-    flags = [*FLAGS, "--config.batch_size=1024", "--config.model.remat=none"]
+    flags = [*FLAGS, "--config.batch_size=3072", "--config.model.remat=none"]
     config = read_config("configs/mixer_s16_jft.py", flags)
     plan = make_plan(config, parse_topology("v5e:2x2"), evaluation=False, quick=True)
     assert not plan.fits

@@ -14,7 +14,6 @@ from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
 from mixer_jax.benchmarks.table import print_compilations
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
 from mixer_jax.planning.topology import ENVIRONMENT, Topology, parse_topology, tpu_devices
 
 DESCRIPTION = (
@@ -25,9 +24,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what this mode takes to the command line."""
     add_work(parser)
-    # The default first, then one block after the other, then all.
-    unrolls = dict.fromkeys([KEYS["model.unroll"].default, 1, 0])
-    parser.set_defaults(unroll=",".join(map(str, unrolls)))
+    # A loop, and all blocks in a row: the default is one or the other.
+    parser.set_defaults(unroll="1,0")
     parser.add_argument(
         "--batch_size",
         default="auto",

@@ -215,14 +215,15 @@ def gelu_grad(da: Any, hidden: Any, gelu: Gelu, tiling: Tiling, **how: Any) -> t
         **how: further arguments of `pallas_call`.
     """
     num_rows, num_columns = hidden.shape
-    programs = tiling.num_programs(num_rows)
+    across = pl.cdiv(num_columns, tiling.width(num_columns))
+    programs = tiling.num_programs(num_rows, across)
     out_shape = (
         jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
         jax.ShapeDtypeStruct((programs, num_columns), jnp.float32),
     )
     kernel = functools.partial(_gelu_grad, gelu=gelu, tiling=tiling)
     # Neighbours on the device work on neighbouring columns, which lie together in memory.
-    grid = (pl.cdiv(num_columns, tiling.width(num_columns)), programs)
+    grid = (across, programs)
     dhidden, sums = _call(kernel, out_shape, grid, tiling, how)(da, hidden)
     return dhidden, jnp.sum(sums, axis=0)
 
@@ -231,7 +232,7 @@ def _gelu_grad(
     da: Any, hidden: Any, dhidden: Any, sums: Any, *, gelu: Gelu, tiling: Tiling
 ) -> None:
     column = pl.program_id(0) * tiling.width(hidden.shape[1])
-    tiles = Tiles(hidden.shape, tiling, pl.program_id(1), [column])
+    tiles = Tiles(hidden.shape, tiling, [column], pl.program_id(1), sums.shape[0])
     slope = tanh_gelu_slope if gelu == "tanh" else exact_gelu_slope
 
     def body(row: Any, total: list[Any]) -> list[Any]:
@@ -266,7 +267,7 @@ def exact_gelu_slope(x: Any) -> Any:
 
 def _whole_rows(shape: tuple[int, int], tiling: Tiling) -> Tiles:
     columns = list(range(0, shape[1], tiling.width(shape[1])))
-    return Tiles(shape, tiling, pl.program_id(0), columns)
+    return Tiles(shape, tiling, columns, pl.program_id(0), tiling.num_programs(shape[0]))
 
 
 def _call(

@@ -15,10 +15,11 @@ class Tiling(NamedTuple):
 
     Attributes:
         rows: of a tile; a power of two.
-        columns: of a piece of a tile, at most; a power of two. A warp that reads 256 bfloat16
-            numbers of a row, 16 bytes a thread, sums over rows without shared memory.
+        columns: of a piece of a tile, at most; a power of two. 256 bfloat16 numbers of a row are
+            16 bytes for each thread of a warp, which is what memory gives fastest.
         warps: of a program.
-        programs: along the rows, at most; each visits tiles in turn and sums over its rows.
+        programs: of the kernel, at most; each visits tiles in turn and sums over its rows. As all
+            have the same to do, their number is best a multiple of what the device runs at once.
     """
 
     rows: int
@@ -27,13 +28,15 @@ class Tiling(NamedTuple):
     programs: int
 
     def width(self, num_columns: int) -> int:
-        """Returns the columns of a piece: they divide a row, unless they were too few then."""
+        """Returns the columns of a piece: a whole row, or what divides it if that is not little."""
+        if num_columns <= self.columns:
+            return pl.next_power_of_2(num_columns)
         divisor = math.gcd(num_columns, self.columns)
-        return divisor if divisor >= 64 else min(self.columns, pl.next_power_of_2(num_columns))
+        return divisor if divisor >= 64 else self.columns
 
-    def num_programs(self, num_rows: int) -> int:
-        """Returns how many programs share the rows."""
-        return min(self.programs, pl.cdiv(num_rows, self.rows))
+    def num_programs(self, num_rows: int, across: int = 1) -> int:
+        """Returns how many programs share the rows, where `across` share the columns."""
+        return min(max(self.programs // across, 1), pl.cdiv(num_rows, self.rows))
 
 
 class Tiles:
@@ -45,21 +48,28 @@ class Tiles:
     Args:
         shape: of the matrix.
         tiling: how it is cut.
-        program: number of this program along the rows.
         columns: first column of each piece.
+        program: number of this program along the rows.
+        programs: that share the rows.
     """
 
-    def __init__(self, shape: tuple[int, int], tiling: Tiling, program: Any, columns: list[Any]):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        tiling: Tiling,
+        columns: list[Any],
+        program: Any,
+        programs: int,
+    ):
         self.num_rows, self.num_columns = shape
         self.rows, self.width = tiling.rows, tiling.width(self.num_columns)
-        self.program, self.programs = program, tiling.num_programs(self.num_rows)
+        self.program, self.programs = program, programs
         # A slice at a constant has to end within its array; one at a computed place may be masked.
         masked = self.num_columns % self.width > 0
         self.columns = [program * 0 + column for column in columns] if masked else columns
 
     def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
         """Runs `carry = body(first row of a tile, carry)` for this program's tiles."""
-        # The first and the last of these are the same for no program: their number is rounded up.
         left = pl.cdiv(self.num_rows, self.rows) - self.program + self.programs - 1
 
         def step(i: Any, carry: Any) -> Any:

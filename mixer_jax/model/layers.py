@@ -103,7 +103,7 @@ def statistics(x: Float[Array, "*n c"]) -> tuple[Float[Array, "*n 1"], Float[Arr
     return mean, lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
 
 
-def _beside(vector: Array, x: Array) -> Array:
+def _beside(vector: Any, x: Array) -> Any:
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -115,7 +115,7 @@ class LayerNorm(nn.Module):
         """Returns normalized vectors."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x, scale, bias)
+        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
 
 
 class Stem(nn.Module):

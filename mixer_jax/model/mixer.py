@@ -114,7 +114,7 @@ class MixerBlock(nn.Module):
             places: of the images in their batch, as `MlpMixer` takes them.
             train: whether dropout and stochastic depth are active.
         """
-        keep = tuple(self.keep(drop_rate, places, train) for _ in range(2))
+        keep = (self.keep(drop_rate, places, train), self.keep(drop_rate, places, train))
         if self.kernels == "triton":
             params = self.variables["params"]
             return gpu_block(params, x, keep, self.gelu, self.interpret), None

@@ -14,7 +14,8 @@ def unstack(params: Any) -> list[Any]:
     """
     leaves, tree = jax.tree.flatten(params)
     split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
-    return [tree.unflatten([part[0] for part in parts]) for parts in zip(*split, strict=True)]
+    blocks = ([part[0] for part in parts] for parts in zip(*split, strict=True))
+    return [jax.tree.unflatten(tree, block) for block in blocks]
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:

@@ -157,7 +157,8 @@ def _channel_vmem(widths: _Widths, cut: Cut, backward: bool) -> int:
     lying, across = _tiles(rows, channels, itemsize), _tiles(channels, rows, itemsize)
     scratch = _tiles(rows, channels, 4) + (2 * (lying + across) if backward else lying)
     summed = 2 * _tiles(channels, hidden, 4) + biases if backward else 0
-    spilled = 4 * _tiles(rows, cut.units, 4)
+    # Hidden units, as for token mixing, and an image on its way through LayerNorm.
+    spilled = (6 if backward else 2) * _tiles(rows, cut.units, 4) + _tiles(tokens, channels, 4)
     held = 2 * kernel + biases
     return held + summed + scratch + _blocks(widths, cut, backward) + spilled + _SPARE
 

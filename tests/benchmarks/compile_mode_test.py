@@ -23,10 +23,10 @@ def test_json_has_compiling_and_the_first_step() -> None:
     assert row["cached_first_step_seconds"] < row["first_step_seconds"]
 
 
-def test_the_default_is_compared_with_a_scan() -> None:
+def test_a_loop_is_compared_with_all_blocks_in_a_row() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert parser.parse_args([]).unroll == "0,1"
+    assert parser.parse_args([]).unroll == "1,0"
 
 
 @pytest.mark.parametrize(
