@@ -1,7 +1,9 @@
 """The contestants of one comparison in their processes, and how these share a device's memory."""
 
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ class Field:
         self.apart: set[str] = set()
         self._products: dict[str, str] = {}
         self._setting, self._folder = setting, folder
-        environments = {JAX: _jax_environment(folder, 0), TORCH: _torch_environment(folder)}
+        environments = {JAX: _jax_environment(folder), TORCH: _torch_environment(folder)}
         self._workers = {
             name: Worker(name, setting, platform, environments[name])
             for name in (JAX, TORCH)
@@ -97,10 +99,14 @@ class Field:
     def _prepare_first(self, contestant: Contestant, number: int) -> dict[str, Any]:
         if contestant.framework == TORCH:
             return dict(self.ask(TORCH, "prepare", contestant=contestant))
-        # What XLA learns by compiling one, it would know when it compiles the next.
-        environment = _jax_environment(self._folder, number)
-        with Worker(JAX, self._setting, environment=environment) as worker:
-            return dict(worker.ask("costs", contestant=contestant))
+        # In a process and with a cache of its own: what XLA learns by compiling one, it would know
+        # when it compiles the next, which may even be the same program.
+        with tempfile.TemporaryDirectory() as own:
+            with Worker(JAX, self._setting, environment=_jax_environment(own)) as worker:
+                costs = dict(worker.ask("costs", contestant=contestant))
+            if number == 0:
+                shutil.copytree(own, self._folder, dirs_exist_ok=True)
+        return costs
 
     def prepare_product(self, framework: str, name: str) -> int:
         """Makes a framework's matrix product ready, and returns its FLOPs."""
@@ -177,9 +183,9 @@ def _medians(costs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _jax_environment(folder: str, number: int) -> dict[str, str]:
+def _jax_environment(folder: str) -> dict[str, str]:
     return {
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla{number}",
+        "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # Whole programs only: what is known of parts of them would speed up others.
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
