@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mixer_jax.model.gpu_passes import Axis, Branch, Gelu, Rows, gelu_grad, norm, norm_grad
+from mixer_jax.model.gpu_passes import Axis, Branch, Rows, gelu_grad, norm, norm_grad
 from mixer_jax.model.gpu_tiles import Tiling
+from mixer_jax.model.layers import Gelu
 
 
 class Tilings(NamedTuple):

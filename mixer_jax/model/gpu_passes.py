@@ -15,11 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mixer_jax.model.gpu_tiles import Tiles, Tiling
-
-EPSILON = 1e-6
+from mixer_jax.model.layers import EPSILON, Gelu
 
 Axis = Literal["first", "last"]
-Gelu = Literal["tanh", "exact"]
 
 
 class Branch(NamedTuple):

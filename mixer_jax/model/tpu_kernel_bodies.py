@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from mixer_jax.model.layers import Gelu
 from mixer_jax.model.tpu_kernel_math import (
-    Gelu,
     dot,
     dot_across,
     gelu_and_slope,

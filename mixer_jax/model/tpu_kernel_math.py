@@ -1,25 +1,19 @@
 """What a branch is made of, in the few operations that the compiler of TPU kernels has."""
 
 import math
-from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Gelu = Literal["tanh", "exact"]
-
-# Flax's; also the authors'.
-_EPSILON = 1e-6
-# Of the tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
-_TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
+from mixer_jax.model.layers import EPSILON, TANH_CUBIC, TANH_SCALE, Gelu
 
 
 def normalize(x: Float[Array, "n c"]) -> tuple[Float[Array, "n c"], Float[Array, "n 1"]]:
     """Returns vectors of mean 0 and variance 1, and one over the deviation that they had."""
     mean = x.mean(1, keepdims=True)
     variance = (x * x).mean(1, keepdims=True) - mean * mean
-    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + _EPSILON)
+    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
     return (x - mean) * inverse, inverse
 
 
@@ -48,9 +42,9 @@ def gelu_and_slope(
     """Returns GELU and its derivative."""
     squared = x * x
     if kind == "tanh":
-        tanh = jnp.tanh(x * (_TANH_SCALE + _TANH_SCALE * _TANH_CUBIC * squared))
+        tanh = jnp.tanh(x * (TANH_SCALE + TANH_SCALE * TANH_CUBIC * squared))
         share = 0.5 + 0.5 * tanh
-        inner = 2 * _TANH_SCALE + 6 * _TANH_SCALE * _TANH_CUBIC * squared
+        inner = 2 * TANH_SCALE + 6 * TANH_SCALE * TANH_CUBIC * squared
         value = x * share
         return value, share + value * (1 - share) * inner
     share = 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))

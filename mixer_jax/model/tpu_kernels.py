@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mixer_jax.model import tpu_kernel_bodies as bodies
-from mixer_jax.model.tpu_kernel_math import Gelu
+from mixer_jax.model.layers import Gelu
 from mixer_jax.model.tpu_kernel_sizes import Sizes, padded_rows
 
 

@@ -1,22 +1,18 @@
 """Tests of the kernels for TPUs: their mathematics without one, and that they compile for one."""
 
-import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from mixer_jax.model.tpu_kernel_sizes import Cut, Sizes, choose_sizes
 from mixer_jax.model.tpu_kernels import BranchParams, channel_mixing, token_mixing
 from mixer_jax.model.variants import VARIANTS, num_tokens
-from mixer_jax.parallel.machine import quieten_libtpu
-from mixer_jax.planning.topology import ENVIRONMENT, parse_topology, tpu_devices
+from tests.planning.compiler import tpu_device
 
 BRANCHES = {"token_mixing": token_mixing, "channel_mixing": channel_mixing}
 # Tokens that are not whole tiles, several turns of hidden units, programs and cores.
@@ -120,49 +116,36 @@ def test_bfloat16_is_rounding_away_and_gradients_have_their_parameters_types(nam
         assert error < 2 * jnp.finfo(short).eps
 
 
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[None]:
-    """The compiler for TPUs; what it makes cannot be read back from the tests' cache."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, the TPU compiler, is not installed (requirements-tpu.txt)")
-    quieten_libtpu()
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", ENVIRONMENT["ALLOW_MULTIPLE_LIBTPU_LOAD"])
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
-
-
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("topology", "images"), [("v5e:2x2", 2), ("v6e:2x2", 8)])
 def test_kernels_compile_and_keep_hidden_units_on_the_chip(topology: str, images: int) -> None:
-    device = tpu_devices(parse_topology(topology))[0]
+    with tpu_device(topology) as device:
+        check_compiled(device, "token_mixing", images, hidden=384)
+        check_compiled(device, "channel_mixing", images, hidden=3072)
+
+
+def check_compiled(device: Any, name: str, images: int, hidden: int) -> None:
+    """Compiles a branch of B/16 and its gradients: two kernels, and nothing as wide as `hidden`."""
     tokens, channels = 196, 768
-    hidden = {"token_mixing": 384, "channel_mixing": 3072}
     sizes = choose_sizes(tokens, channels, 384, 3072, device.device_kind)
     assert sizes is not None
+    cut = getattr(sizes, name)
 
     def given(array: jax.Array, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, dtype, sharding=SingleDeviceSharding(device))
 
-    for name, mixing in BRANCHES.items():
-        shapes = jax.eval_shape(lambda n=name: made(n, (images, tokens, channels), hidden[n]))
-        x, keep, params = given(shapes[0], jnp.bfloat16), given(shapes[2]), shapes[3]
+    def step(cotangent: Any, x: Any, keep: Any, params: Any) -> Any:
+        def branch(x: Any, params: Any) -> jax.Array:
+            return BRANCHES[name](x, keep, params, cut)
 
-        def step(cotangent: Any, x: Any, keep: Any, params: Any) -> Any:
-            def branch(x: Any, params: Any) -> jax.Array:
-                return mixing(x, keep, params, getattr(sizes, name))  # noqa: B023
+        return value_and_grads(branch, cotangent, x, params)
 
-            return value_and_grads(branch, cotangent, x, params)
-
-        traced = jax.jit(step).trace(x, x, keep, jax.tree.map(given, params))
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
-        memory = compiled.memory_analysis()
-        of_hidden = 2 * images * tokens * channels * hidden[name] // params.kernel1.shape[0]
-        assert memory.temp_size_in_bytes < of_hidden / 4
+    shapes = jax.eval_shape(lambda: made(name, (images, tokens, channels), hidden))
+    x, keep, params = given(shapes[0], jnp.bfloat16), given(shapes[2]), shapes[3]
+    traced = jax.jit(step).trace(x, x, keep, jax.tree.map(given, params))
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    of_hidden = 2 * images * tokens * channels * hidden // params.kernel1.shape[0]
+    assert compiled.memory_analysis().temp_size_in_bytes < of_hidden / 4
 
 
 def test_every_model_fits_on_a_v6e_and_the_largest_on_no_smaller_chip() -> None:
