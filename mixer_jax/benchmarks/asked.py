@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import sys
 
 from mixer_jax.benchmarks.contestants import (
     COMPILED,
@@ -62,27 +61,29 @@ def read_ours(known: argparse.Namespace, mode: str) -> list[Contestant]:
     return ours(unrolls, remats[:1] if mode == "infer" else remats, read_model_keys(known))
 
 
+def missing_of_timm() -> str:
+    """Returns the package that timm cannot be measured without and that is not installed, or ""."""
+    return next((name for name in ("torch", "timm") if importlib.util.find_spec(name) is None), "")
+
+
 def read_peers(known: argparse.Namespace) -> list[Contestant]:
     """Returns the peers asked for, or those that are installed.
 
     Raises:
         UserError: one is unknown, or not installed.
     """
-    missing = [name for name in ("torch", "timm") if importlib.util.find_spec(name) is None]
+    missing = missing_of_timm()
     if known.peers == _NONE:
         return []
     if known.peers is not None:
         names = read_names("peers", known.peers, [REFERENCE, EAGER])
         if EAGER in names and missing:
             raise UserError(
-                f"--peers={known.peers} needs {missing[0]}, which is not installed: "
+                f"--peers={known.peers} needs {missing}, which is not installed: "
                 "pip install torch timm, or leave it out"
             )
-    elif missing:
-        print(f"{missing[0]} is not installed: timm is left out", file=sys.stderr)
-        names = [REFERENCE]
     else:
-        names = [REFERENCE, EAGER]
+        names = [REFERENCE] if missing else [REFERENCE, EAGER]
     if EAGER in names and not known.no_torch_compile:
         names.append(COMPILED)
     return [Contestant(name, name) for name in names]

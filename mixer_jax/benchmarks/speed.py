@@ -5,7 +5,13 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from mixer_jax.benchmarks.asked import add_work, read_ours, read_peers, read_setting
+from mixer_jax.benchmarks.asked import (
+    add_work,
+    missing_of_timm,
+    read_ours,
+    read_peers,
+    read_setting,
+)
 from mixer_jax.benchmarks.batch_size import Tried, search
 from mixer_jax.benchmarks.comparison import Comparison, ask_facts, compare
 from mixer_jax.benchmarks.contestants import Contestant, Setting
@@ -47,6 +53,9 @@ def run(known: argparse.Namespace) -> None:
     ours = [read_ours(known, setting.mode) for setting in settings]
     peers = read_peers(known)
     check_outputs(known)
+    # Not sooner: a mistake is told in one line.
+    if known.peers is None and (missing := missing_of_timm()):
+        print(f"{missing} is not installed: timm is left out", file=sys.stderr)
 
     facts = ask_facts(settings[0])
     if facts["platform"] not in ("cpu", "gpu") and any(p.framework == "torch" for p in peers):

@@ -128,6 +128,9 @@ def test_a_peer_that_is_not_installed_is_told() -> None:
         "error: --peers=timm needs torch, which is not installed: pip install torch timm, or leave "
         "it out\n"
     )
+    # What is left out unasked is not told beside a mistake.
+    done = run_door("benchmark", "--out=nowhere/a.json", code=2)
+    assert done.stderr == "error: --out=nowhere/a.json: there is no folder nowhere; make it first\n"
     done = run_door("benchmark", "--peers=none", "--picture=a.png", code=2)
     assert done.stderr == (
         "error: --picture needs matplotlib, which is not installed; leave it out\n"
