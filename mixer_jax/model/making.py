@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mixer_jax.errors import UserError
-from mixer_jax.model.mixer import Kernels, MlpMixer
+from mixer_jax.model.blocks import Kernels
+from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import resolve_widths
 
 # What model.unroll says where it leaves the choice.

@@ -7,25 +7,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mixer_jax.model.by_kernels import (
-    Keep,
-    gpu_block,
-    gpu_norm,
-    more_tokens,
-    pending,
-    tpu_block,
-    tpu_sizes,
-)
-from mixer_jax.model.dropping import draw_masks
-from mixer_jax.model.layers import Gelu, LayerNorm, Stem, gelu
+from mixer_jax.model.blocks import Kernels, MixerBlock
+from mixer_jax.model.by_kernels import gpu_norm, more_tokens, pending, tpu_sizes
+from mixer_jax.model.layers import Gelu, LayerNorm, Stem
 from mixer_jax.model.parameters import unstack
 from mixer_jax.model.variants import Widths, check_image_size
 
 Remat = Literal["none", "dots", "mlp_hidden", "full"]
-Kernels = Literal["xla", "triton", "mosaic"]
 
 # What the backward pass keeps of a block beside the block's input.
 REMAT_POLICIES = {
@@ -33,114 +23,6 @@ REMAT_POLICIES = {
     "mlp_hidden": jax.checkpoint_policies.save_only_these_names("mlp_output"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, dense on the last axis, back to its own width.
-
-    The block knows nothing of tokens or channels: `MixerBlock` maps it over one or the other.
-    """
-
-    mlp_dim: int
-    gelu: Gelu = "tanh"
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "n d"], places: Int[Array, " n"], train: bool
-    ) -> Float[Array, "n d"]:
-        """Returns the MLP's output, of the shape of its input.
-
-        Args:
-            x: one vector of each image.
-            places: of the images in their batch, as `MlpMixer` takes them.
-            train: whether dropout is active.
-        """
-        width = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
-        x = gelu(x, self.gelu)
-        x = self.drop(x, places, train)
-        x = nn.Dense(width, dtype=self.dtype)(x)
-        return self.drop(x, places, train)
-
-    def drop(
-        self, x: Float[Array, "n d"], places: Int[Array, " n"], train: bool
-    ) -> Float[Array, "n d"]:
-        """Sets a share of the numbers to zero, and scales the others up to keep the mean."""
-        if not (train and self.dropout):
-            return x
-        kept = draw_masks(self.make_rng("dropout"), places, 1.0 - self.dropout, x.shape[1:])
-        return jnp.where(kept, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
-
-
-def map_mlp(axis: int) -> type[MlpBlock]:
-    """Returns MlpBlock mapped over `axis` of its input with one shared set of parameters."""
-    return nn.vmap(
-        MlpBlock,
-        in_axes=(axis, None, None),
-        out_axes=axis,
-        variable_axes={"params": None},
-        split_rngs={"params": False, "dropout": True},
-    )
-
-
-class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing, each after LayerNorm and with a skip connection."""
-
-    tokens_mlp_dim: int
-    channels_mlp_dim: int
-    gelu: Gelu = "tanh"
-    dropout: float = 0.0
-    stochastic_depth: bool = False
-    dtype: Any = jnp.float32
-    kernels: Kernels = "xla"
-    sizes: Any = None
-    interpret: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Any,
-        drop_rate: Float[Array, ""],
-        places: Int[Array, " n"],
-        train: bool,
-    ) -> tuple[Any, None]:
-        """Returns the mixed tokens and, for `nn.scan`, no per-block output.
-
-        Args:
-            x: tokens of a batch of images, (n, s, c), or `Pending` ones for kernels that want them.
-            drop_rate: probability of skipping each of the two branches for an image.
-            places: of the images in their batch, as `MlpMixer` takes them.
-            train: whether dropout and stochastic depth are active.
-        """
-        keep = (self.keep(drop_rate, places, train), self.keep(drop_rate, places, train))
-        if self.kernels == "triton":
-            params = self.variables["params"]
-            return gpu_block(params, x, keep, self.gelu, self.interpret), None
-        if self.kernels == "mosaic":
-            params = self.variables["params"]
-            return tpu_block(params, x, keep, self.gelu, self.sizes, self.interpret), None
-        mlp = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype}
-        over_channels, over_tokens = map_mlp(axis=2), map_mlp(axis=1)
-        y = LayerNorm()(x)
-        y = over_channels(self.tokens_mlp_dim, name="token_mixing", **mlp)(y, places, train)
-        x = x + kept(checkpoint_name(y, "mlp_output"), keep[0])
-        y = LayerNorm()(x)
-        y = over_tokens(self.channels_mlp_dim, name="channel_mixing", **mlp)(y, places, train)
-        return x + kept(y, keep[1]), None
-
-    def keep(self, drop_rate: Float[Array, ""], places: Int[Array, " n"], train: bool) -> Keep:
-        """Draws which images keep a branch; None: all do."""
-        if not (train and self.stochastic_depth):
-            return None
-        rng = self.make_rng("stochastic_depth")
-        return draw_masks(rng, places, 1.0 - drop_rate, ()).astype(self.dtype)
-
-
-def kept(branch: Float[Array, "n s c"], keep: Keep) -> Float[Array, "n s c"]:
-    """Returns a branch, zero for images that drop it. It is not rescaled, as the authors did."""
-    return branch if keep is None else keep[:, None, None] * branch
 
 
 class MlpMixer(nn.Module):
@@ -163,8 +45,8 @@ class MlpMixer(nn.Module):
         kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
             kernels for GPUs; "mosaic", for TPUs. These two take the images of one device; with
             dropout, training takes "xla" all the same.
-        device_kind: of the device that "mosaic" computes on, as JAX names it; empty: of the first
-            one here.
+        device_kind: of the device that the model is compiled for, as JAX names it; empty: of the
+            first one here.
         interpret: whether kernels run without the device that they are for, slowly.
     """
 
@@ -247,6 +129,7 @@ class MlpMixer(nn.Module):
             "dropout": self.dropout,
             "stochastic_depth": self.stochastic_depth > 0,
             "dtype": self.dtype,
+            "in_rows": (self.device_kind or jax.devices()[0].device_kind) == "cpu",
             "kernels": kernels,
             "sizes": self.sizes(x.shape[1]) if kernels == "mosaic" else None,
             "interpret": self.interpret,

@@ -1,0 +1,152 @@
+"""A Mixer's block: one MLP over tokens, one over channels, each mapped over all vectors."""
+
+import functools
+from typing import Any, Literal, cast
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from mixer_jax.model.by_kernels import Keep, gpu_block, tpu_block
+from mixer_jax.model.dropping import draw_mask, draw_masks
+from mixer_jax.model.layers import Gelu, LayerNorm, gelu
+
+Kernels = Literal["xla", "triton", "mosaic"]
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, dense: from a vector to one of its own width.
+
+    The block knows nothing of images, tokens or channels: it is mapped over them.
+    """
+
+    mlp_dim: int
+    gelu: Gelu = "tanh"
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, " d"], place: Int[Array, ""], train: bool
+    ) -> Float[Array, " d"]:
+        """Returns the MLP's output, of the shape of its input.
+
+        Args:
+            x: a vector.
+            place: of the vector among those of the whole batch; what is dropped follows from it.
+            train: whether dropout is active.
+        """
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
+        x = gelu(x, self.gelu)
+        x = self.drop(x, place, train)
+        x = nn.Dense(width, dtype=self.dtype)(x)
+        return self.drop(x, place, train)
+
+    def drop(self, x: Float[Array, " d"], place: Int[Array, ""], train: bool) -> Float[Array, " d"]:
+        """Sets a share of the numbers to zero, and scales the others up to keep the mean."""
+        if not (train and self.dropout):
+            return x
+        kept = draw_mask(self.make_rng("dropout"), place, 1.0 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+
+
+def map_mlp(axis: int) -> type[MlpBlock]:
+    """Returns MlpBlock mapped over the first axis and, in what is left, over `axis`.
+
+    All share one set of parameters.
+
+    Args:
+        axis: of the tokens (s, c) of an image: 0 gives the MLP tokens, 1 gives it channels. Of an
+            MLP that is mapped over rows alone there is none, -1.
+    """
+    over = functools.partial(
+        nn.vmap,
+        variable_axes={"params": None},
+        split_rngs={"params": False, "dropout": False},
+    )
+    one = MlpBlock if axis < 0 else over(MlpBlock, in_axes=(axis, 0, None), out_axes=axis)
+    return cast(type[MlpBlock], over(one, in_axes=(0, 0, None)))
+
+
+class MixerBlock(nn.Module):
+    """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
+
+    Attributes:
+        in_rows: whether an MLP takes the vectors of all images as the rows of one matrix. A CPU's
+            products want that, to the last gradient; a TPU would move every array for it.
+    """
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    gelu: Gelu = "tanh"
+    dropout: float = 0.0
+    stochastic_depth: bool = False
+    dtype: Any = jnp.float32
+    in_rows: bool = False
+    kernels: Kernels = "xla"
+    sizes: Any = None
+    interpret: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Any,
+        drop_rate: Float[Array, ""],
+        places: Int[Array, " n"],
+        train: bool,
+    ) -> tuple[Any, None]:
+        """Returns the mixed tokens and, for `nn.scan`, no per-block output.
+
+        Args:
+            x: tokens of a batch of images, (n, s, c), or `Pending` ones for kernels that want them.
+            drop_rate: probability of skipping each of the two branches for an image.
+            places: of the images in their batch, as `MlpMixer` takes them.
+            train: whether dropout and stochastic depth are active.
+        """
+        keep = (self.keep(drop_rate, places, train), self.keep(drop_rate, places, train))
+        if self.kernels == "triton":
+            params = self.variables["params"]
+            return gpu_block(params, x, keep, self.gelu, self.interpret), None
+        if self.kernels == "mosaic":
+            params = self.variables["params"]
+            return tpu_block(params, x, keep, self.gelu, self.sizes, self.interpret), None
+        y = LayerNorm()(x)
+        y = self.mix(y, 2, self.tokens_mlp_dim, "token_mixing", places, train)
+        x = x + kept(checkpoint_name(y, "mlp_output"), keep[0])
+        y = LayerNorm()(x)
+        y = self.mix(y, 1, self.channels_mlp_dim, "channel_mixing", places, train)
+        return x + kept(y, keep[1]), None
+
+    def mix(
+        self,
+        x: Float[Array, "n s c"],
+        axis: int,
+        mlp_dim: int,
+        name: str,
+        places: Int[Array, " n"],
+        train: bool,
+    ) -> Float[Array, "n s c"]:
+        """Returns what one MLP makes of every vector that lies across `axis`."""
+        settings = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype, "name": name}
+        number = x.shape[axis]
+        places = places[:, None] * number + jnp.arange(number)[None]
+        if not self.in_rows:
+            return map_mlp(axis - 1)(mlp_dim, **settings)(x, places, train)
+        vectors = jnp.moveaxis(x, axis, 1)
+        rows = vectors.reshape(-1, vectors.shape[-1])
+        rows = map_mlp(-1)(mlp_dim, **settings)(rows, places.reshape(-1), train)
+        return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis)
+
+    def keep(self, drop_rate: Float[Array, ""], places: Int[Array, " n"], train: bool) -> Keep:
+        """Draws which images keep a branch; None: all do."""
+        if not (train and self.stochastic_depth):
+            return None
+        rng = self.make_rng("stochastic_depth")
+        return draw_masks(rng, places, 1.0 - drop_rate, ()).astype(self.dtype)
+
+
+def kept(branch: Float[Array, "n s c"], keep: Keep) -> Float[Array, "n s c"]:
+    """Returns a branch, zero for images that drop it. It is not rescaled, as the authors did."""
+    return branch if keep is None else keep[:, None, None] * branch
