@@ -32,7 +32,7 @@ from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import resolve_widths
 from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated, state_sharding
-from mixer_jax.training.optimizer import make_optimizer, make_schedule
+from mixer_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
 from mixer_jax.training.step import create_state, train_step
 
 
@@ -201,8 +201,11 @@ def _our_training(model: Any, setting: Setting, device: Any) -> Work:
 
 
 def _plain_training(model: Any, setting: Setting) -> Work:
-    """Returns the training step as one writes it first."""
-    _, tx = _optimizer()
+    """Returns the training step as one writes it first, with optax's own AdamW."""
+    tx = optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=kernel_mask),
+    )
 
     def step(state: Any, batch: dict[str, Any]) -> Any:
         def loss_fn(params: Any) -> Any:
