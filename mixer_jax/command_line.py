@@ -13,7 +13,7 @@ from absl import logging
 
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.keys import KEYS
-from mixer_jax.parallel.machine import keep_freed_memory, quieten_libtpu
+from mixer_jax.parallel.machine import quieten_libtpu
 from mixer_jax.streams import open_streams
 from mixer_jax.weights.about import About
 
@@ -172,13 +172,12 @@ def check_at_least_one(known: argparse.Namespace, *names: str) -> None:
 
 
 def set_up_libraries(compilation_cache: str) -> None:
-    """Makes the libraries quiet, and lets JAX keep what it compiles and the memory it has.
+    """Makes the libraries quiet and lets JAX keep what it compiles.
 
     Args:
         compilation_cache: folder or URL of compiled programs; empty: none is kept.
     """
     logging.set_verbosity(logging.ERROR)
-    keep_freed_memory()
     if compilation_cache:
         import jax
 

@@ -1,6 +1,5 @@
 """Contestants compared at one setting: prepared, then timed in turn, round by round."""
 
-import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks import rounds
 from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
-from mixer_jax.benchmarks.field import JAX, Field
+from mixer_jax.benchmarks.field import JAX, TORCH, Field
 from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
 from mixer_jax.errors import RunFailedError
@@ -145,7 +144,7 @@ def _take_turns(
     field: Field, products: Sequence[str], num_rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Returns the times of all, by round, and the latencies of those that have one."""
-    frameworks = {c.name: field.framework(c.name) for c in field.contestants} | {
+    frameworks = {c.name: c.framework for c in field.contestants} | {
         f"{_PRODUCT} by {framework}": framework for framework in field.frameworks
     }
     times: dict[str, list[float]] = {}
@@ -157,11 +156,11 @@ def _take_turns(
                 *field.names(name),
                 *(p for p in products if frameworks[p] == name and p not in field.failed),
             ]
-            for name in field.frameworks
+            for name in (JAX, TORCH)
         ]
-        everyone = rounds.order(list(itertools.chain(*groups)), number)
+        everyone = rounds.order(groups[0] + groups[1], number)
         if field.apart:
-            everyone = rounds.order_apart(groups, number)
+            everyone = rounds.order_apart(groups[0], groups[1], number)
         for name in everyone:
             try:
                 times.setdefault(name, []).append(field.ask(frameworks[name], "time", name=name))

@@ -7,13 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from mixer_jax.benchmarks.contestants import OURS, REFERENCE, Contestant, Setting
+from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
 from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
 
 JAX, TORCH = "jax", "torch"
-# JAX as it is: without what our programs ask of the process that they run in.
-PLAIN_JAX = "plain jax"
 
 
 class Field:
@@ -25,8 +23,8 @@ class Field:
         first_steps: seconds to their first step in a later process, which finds what of it XLA
             compiled; of JAX's contestants that were timed.
         failed: why the others were not, or did not go on, by name.
-        apart: frameworks whose process ends before another's works, and starts anew afterwards,
-            because there is not enough memory for both. On CPUs plain JAX is one for itself.
+        apart: frameworks whose process ends before the other's works, and starts anew afterwards,
+            because there is not enough memory for both.
     """
 
     def __init__(
@@ -51,11 +49,11 @@ class Field:
         self.apart: set[str] = set()
         self._products: dict[str, str] = {}
         self._setting, self._folder = setting, folder
-        self._homes = {c.name: _home(c, platform) for c in contestants}
+        environments = {JAX: _jax_environment(folder), TORCH: _torch_environment(folder)}
         self._workers = {
-            name: Worker(name, setting, platform, _environment(name, folder))
-            for name in (JAX, PLAIN_JAX, TORCH)
-            if name in self._homes.values()
+            name: Worker(name, setting, platform, environments[name])
+            for name in (JAX, TORCH)
+            if any(contestant.framework == name for contestant in contestants)
         }
 
     def __enter__(self) -> "Field":
@@ -70,18 +68,12 @@ class Field:
         """Those that have contestants, JAX first."""
         return list(self._workers)
 
-    def framework(self, name: str) -> str:
-        """Returns whose process a contestant lives in."""
-        return self._homes[name]
-
     def names(self, framework: str) -> list[str]:
         """Returns the contestants of a framework that can be timed."""
         return [
             c.name
             for c in self.contestants
-            if self._homes[c.name] == framework
-            and c.name in self.costs
-            and c.name not in self.failed
+            if c.framework == framework and c.name in self.costs and c.name not in self.failed
         ]
 
     def prepare(self, num_rounds: int = 1) -> None:
@@ -110,8 +102,7 @@ class Field:
         # In a process and with a cache of its own: what XLA learns by compiling one, it would know
         # when it compiles the next, which may even be the same program.
         with tempfile.TemporaryDirectory() as own:
-            home = self._homes[contestant.name]
-            with Worker(home, self._setting, environment=_environment(home, own)) as worker:
+            with Worker(JAX, self._setting, environment=_jax_environment(own)) as worker:
                 costs = dict(worker.ask("costs", contestant=contestant))
             if number == 0:
                 shutil.copytree(own, self._folder, dirs_exist_ok=True)
@@ -192,20 +183,17 @@ def _medians(costs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _home(contestant: Contestant, platform: str) -> str:
-    plain = contestant.kind == REFERENCE and platform == "cpu"
-    return PLAIN_JAX if plain else contestant.framework
-
-
-def _environment(framework: str, folder: str) -> dict[str, str]:
-    if framework == TORCH:
-        return {
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-        }
+def _jax_environment(folder: str) -> dict[str, str]:
     return {
         "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # Whole programs only: what is known of parts of them would speed up others.
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    }
+
+
+def _torch_environment(folder: str) -> dict[str, str]:
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
     }

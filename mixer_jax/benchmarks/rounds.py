@@ -10,15 +10,15 @@ def order(names: Sequence[str], number: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-def order_apart(groups: Sequence[Sequence[str]], number: int) -> list[str]:
-    """Returns the order of a round in which groups must not mix.
+def order_apart(names: Sequence[str], others: Sequence[str], number: int) -> list[str]:
+    """Returns the order of a round in which two groups must not mix.
 
     The group that ended a round begins the next.
     """
-    ordered = [order(group, number) for group in groups if group]
+    groups = [order(group, number) for group in (names, others) if group]
     if number % 2:
-        ordered.reverse()
-    return [name for group in ordered for name in group]
+        groups.reverse()
+    return [name for group in groups for name in group]
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:

@@ -14,7 +14,6 @@ from absl import logging
 from mixer_jax.benchmarks.contestants import Contestant, Setting
 from mixer_jax.benchmarks.side import Side
 from mixer_jax.errors import one_line
-from mixer_jax.parallel.machine import keep_freed_memory
 
 # How the libraries say that memory has run out.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
@@ -46,9 +45,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _open(name: str, setting: Setting, platform: str) -> Side:
     if name == "jax":
-        # As our programs begin.
-        keep_freed_memory()
-    if name != "torch":
         from mixer_jax.benchmarks.with_jax import JaxSide
 
         return JaxSide(setting)

@@ -49,7 +49,7 @@ class Worker:
         """Takes what the process works with.
 
         Args:
-            framework: "jax", "plain jax" or "torch".
+            framework: "jax" or "torch".
             setting: the work.
             platform: as JAX calls it; for "torch" only.
             environment: variables beside ours.

@@ -52,21 +52,21 @@ class MlpBlock(nn.Module):
         return jnp.where(kept, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
 
 
-def map_mlp(axis: int) -> type[MlpBlock]:
+def map_mlp(axis: int | None) -> type[MlpBlock]:
     """Returns MlpBlock mapped over the first axis and, in what is left, over `axis`.
 
     All share one set of parameters.
 
     Args:
-        axis: of the tokens (s, c) of an image: 0 gives the MLP tokens, 1 gives it channels. Of an
-            MLP that is mapped over rows alone there is none, -1.
+        axis: of the tokens (s, c) of an image: 0 gives the MLP tokens, 1 gives it channels. None:
+            the first axis is all, rows of a matrix.
     """
     over = functools.partial(
         nn.vmap,
         variable_axes={"params": None},
         split_rngs={"params": False, "dropout": False},
     )
-    one = MlpBlock if axis < 0 else over(MlpBlock, in_axes=(axis, 0, None), out_axes=axis)
+    one = MlpBlock if axis is None else over(MlpBlock, in_axes=(axis, 0, None), out_axes=axis)
     return cast(type[MlpBlock], over(one, in_axes=(0, 0, None)))
 
 
@@ -113,10 +113,10 @@ class MixerBlock(nn.Module):
             params = self.variables["params"]
             return tpu_block(params, x, keep, self.gelu, self.sizes, self.interpret), None
         y = LayerNorm()(x)
-        y = self.mix(y, 2, self.tokens_mlp_dim, "token_mixing", places, train)
+        y = self.mix(y, 1, self.tokens_mlp_dim, "token_mixing", places, train)
         x = x + kept(checkpoint_name(y, "mlp_output"), keep[0])
         y = LayerNorm()(x)
-        y = self.mix(y, 1, self.channels_mlp_dim, "channel_mixing", places, train)
+        y = self.mix(y, 0, self.channels_mlp_dim, "channel_mixing", places, train)
         return x + kept(y, keep[1]), None
 
     def mix(
@@ -128,16 +128,16 @@ class MixerBlock(nn.Module):
         places: Int[Array, " n"],
         train: bool,
     ) -> Float[Array, "n s c"]:
-        """Returns what one MLP makes of every vector that lies across `axis`."""
+        """Returns what one MLP makes of every vector; `axis` as of `map_mlp`."""
         settings = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype, "name": name}
-        number = x.shape[axis]
+        number = x.shape[axis + 1]
         places = places[:, None] * number + jnp.arange(number)[None]
         if not self.in_rows:
-            return map_mlp(axis - 1)(mlp_dim, **settings)(x, places, train)
-        vectors = jnp.moveaxis(x, axis, 1)
+            return map_mlp(axis)(mlp_dim, **settings)(x, places, train)
+        vectors = jnp.moveaxis(x, axis + 1, 1)
         rows = vectors.reshape(-1, vectors.shape[-1])
-        rows = map_mlp(-1)(mlp_dim, **settings)(rows, places.reshape(-1), train)
-        return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis)
+        rows = map_mlp(None)(mlp_dim, **settings)(rows, places.reshape(-1), train)
+        return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis + 1)
 
     def keep(self, drop_rate: Float[Array, ""], places: Int[Array, " n"], train: bool) -> Keep:
         """Draws which images keep a branch; None: all do."""

@@ -45,6 +45,7 @@ class MlpMixer(nn.Module):
         kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
             kernels for GPUs; "mosaic", for TPUs. These two take the images of one device; with
             dropout, training takes "xla" all the same.
+        in_rows: as of `MixerBlock`; None: where the device is a CPU.
         device_kind: of the device that the model is compiled for, as JAX names it; empty: of the
             first one here.
         interpret: whether kernels run without the device that they are for, slowly.
@@ -64,6 +65,7 @@ class MlpMixer(nn.Module):
     unroll: int = 0
     remat: Remat = "none"
     kernels: Kernels = "xla"
+    in_rows: bool | None = None
     device_kind: str = ""
     interpret: bool = False
 
@@ -124,12 +126,13 @@ class MlpMixer(nn.Module):
             train: whether dropout and stochastic depth are active.
             kernels: that compute the blocks.
         """
+        kind = self.device_kind or jax.devices()[0].device_kind
         settings = {
             "gelu": self.gelu,
             "dropout": self.dropout,
             "stochastic_depth": self.stochastic_depth > 0,
             "dtype": self.dtype,
-            "in_rows": (self.device_kind or jax.devices()[0].device_kind) == "cpu",
+            "in_rows": kind == "cpu" if self.in_rows is None else self.in_rows,
             "kernels": kernels,
             "sizes": self.sizes(x.shape[1]) if kernels == "mosaic" else None,
             "interpret": self.interpret,

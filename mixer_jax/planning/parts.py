@@ -1,7 +1,7 @@
 """Which part of a Mixer an instruction of a compiled program belongs to.
 
 The compiler notes of every instruction which modules and scopes its code stands in, for instance
-`jit(train_step)/transpose(jvp(MlpMixer))/blocks/vmap(token_mixing)/Dense_0/dot_general`. The rule,
+`jit(train_step)/jvp(MlpMixer)/MixerBlock/vmap(vmap(token_mixing))/Dense_0/dot_general`. The rule,
 in this order:
 
 1. A fusion with matrix products belongs where the largest of them does: what else it holds, such as

@@ -44,10 +44,10 @@ def test_everyone_has_every_place() -> None:
 
 
 def test_groups_apart_meet_once_a_round() -> None:
-    rounds = (order_apart(["ab", "yz"], number) for number in range(4))
+    rounds = (order_apart("ab", "yz", number) for number in range(4))
     groups = ["ab" if name in "ab" else "yz" for name in itertools.chain(*rounds)]
     assert sum(one != next_one for one, next_one in itertools.pairwise(groups)) == 4
-    assert order_apart(["ab", ""], 1) == ["b", "a"]
+    assert order_apart("ab", "", 1) == ["b", "a"]
 
 
 def test_ratios_are_of_the_same_round() -> None:

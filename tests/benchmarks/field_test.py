@@ -90,13 +90,6 @@ def test_all_are_timed_side_by_side() -> None:
     assert not Made.there
 
 
-def test_on_cpus_the_reference_has_a_process_of_its_own() -> None:
-    result = compare(SETTING, EVERYONE, 3, "cpu")
-    assert [row.ratio for row in result.rows] == pytest.approx([1, 2, 3, 2.5])
-    assert result.product_rates == pytest.approx({"jax": 1e15, "plain jax": 1e15, "torch": 1e15})
-    assert STARTS == {"jax": 2, "plain jax": 2, "torch": 1}
-
-
 def test_frameworks_that_do_not_fit_together_take_turns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,7 +87,7 @@ def test_first_block_is_never_dropped() -> None:
 
 def test_dropout_keeps_expectations() -> None:
     x = jnp.ones((20_000, 3))
-    block = map_mlp(-1)(4, dropout=0.25)
+    block = map_mlp(None)(4, dropout=0.25)
     places = jnp.arange(len(x))
     variables = block.init(jax.random.key(0), x, places, False)
     drawn = block.apply(variables, x, places, True, rngs={"dropout": jax.random.key(1)})
