@@ -163,6 +163,25 @@ def test_unroll_and_remat_change_no_value(unroll: int, remat: str, images: jax.A
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"device_kind": "TPU v6 lite"}, False),
+        ({"device_kind": "TPU v6 lite", "in_rows": True}, True),
+        ({"in_rows": False}, False),
+    ],
+)
+def test_mlps_take_rows_of_one_matrix_on_cpus(
+    settings: dict[str, Any], expected: bool, images: jax.Array
+) -> None:
+    model = tiny(**settings)
+    program = jax.jit(model.apply).lower({"params": random_params(tiny())}, images).as_text()
+    # Two images of sixteen tokens, to ten hidden units.
+    assert ("-> tensor<32x10xf32>" in program) == expected
+    assert ("-> tensor<2x16x10xf32>" in program) != expected
+
+
 def test_bfloat16_keeps_parameters_and_logits_float32(images: jax.Array) -> None:
     model = tiny(dtype=jnp.bfloat16)
     params = init(model)
