@@ -34,6 +34,29 @@ np.savez(sys.argv[3], **{name: call(weights, images) for name, images in images.
 """
 
 
+def test_it_does_not_depend_on_the_device_it_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights()
+
+    path = tmp_path / "w.stablehlo"
+
+    def program() -> str:
+        write_stablehlo(str(path), f"{path}.safetensors", weights)
+        text = jax.export.deserialize(bytearray(path.read_bytes())).mlir_module()
+        # But for the lines of this file that it was called from.
+        return "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
+
+    here = program()
+    right = stablehlo.make_model
+    for settings in ({"kernels": "triton", "unroll": 0}, {"device_kind": "TPU v6 lite"}):
+        # What a machine with an accelerator would choose.
+        monkeypatch.setattr(
+            stablehlo, "make_model", lambda *given, s=settings: right(*given).clone(**s)
+        )
+        assert program() == here
+
+
 @pytest.mark.parametrize(
     "weights",
     [
