@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks import rounds
-from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
+from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting, check_device
 from mixer_jax.benchmarks.field import JAX, TORCH, Field
 from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
@@ -104,10 +104,15 @@ def compare(
         return Comparison(setting, medians, sorted(field.apart), rows)
 
 
-def ask_facts(setting: Setting) -> dict[str, Any]:
+def ask_facts(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """Returns the device that JAX finds, its type for `setting.dtype`, and versions.
 
+    Args:
+        setting: the work.
+        contestants: that are to do it.
+
     Raises:
+        UserError: kernels of one of them are not for this device.
         RunFailedError: JAX does not start.
     """
     with Worker(JAX, setting) as worker:
@@ -115,6 +120,7 @@ def ask_facts(setting: Setting) -> dict[str, Any]:
             facts: dict[str, Any] = worker.ask("facts")
         except FailedError as error:
             raise RunFailedError(f"JAX does not start: {error}") from error
+    check_device(contestants, facts["platform"])
     return facts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mixer_jax import command_line
 from mixer_jax.benchmarks.asked import add_work, read_ours, read_setting
 from mixer_jax.benchmarks.comparison import Row, ask_facts, compare
-from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting
+from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting, check_device
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
 from mixer_jax.benchmarks.table import print_compilations
 from mixer_jax.errors import UserError
@@ -73,7 +73,7 @@ def _read_topology(text: str) -> Topology:
 def _compile_here(
     setting: Setting, contestants: Sequence[Contestant], num_rounds: int
 ) -> dict[str, Any]:
-    facts = ask_facts(setting)
+    facts = ask_facts(setting, contestants)
     default = 8 if facts["platform"] == "cpu" else 64
     setting = setting._replace(dtype=facts["dtype"], batch_size=setting.batch_size or default)
     result = compare(
@@ -92,6 +92,7 @@ def _compile_for(
     os.environ.update(ENVIRONMENT)
     command_line.set_up_libraries(compilation_cache="")
     device = tpu_devices(topology)[0]
+    check_device(contestants, device.platform)
     from mixer_jax.benchmarks.compiled_steps import compile_step
     from mixer_jax.planning.compiling import TooLarge
 

@@ -140,3 +140,12 @@ def read_names(flag: str, text: str, choices: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError(f"--{flag}={text} names something twice; name each once")
     return names
+
+
+def check_device(contestants: Sequence[Contestant], platform: str) -> None:
+    """Raises UserError unless kernels of ours run on devices of that platform, as JAX calls it."""
+    # With JAX, which not all who know contestants have imported yet.
+    from mixer_jax.model.making import check_kernels
+
+    for contestant in contestants:
+        check_kernels(dict(contestant.others).get("kernels", "auto"), platform)

@@ -53,11 +53,11 @@ def run(known: argparse.Namespace) -> None:
     ours = [read_ours(known, setting.mode) for setting in settings]
     peers = read_peers(known)
     check_outputs(known)
+
+    facts = ask_facts(settings[0], [contestant for group in ours for contestant in group])
     # Not sooner: a mistake is told in one line.
     if known.peers is None and (missing := missing_of_timm()):
         print(f"{missing} is not installed: timm is left out", file=sys.stderr)
-
-    facts = ask_facts(settings[0])
     if facts["platform"] not in ("cpu", "gpu") and any(p.framework == "torch" for p in peers):
         print(f"timm does not run on {facts['platform']}: it is left out", file=sys.stderr)
         peers = [peer for peer in peers if peer.framework == "jax"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mixer_jax import command_line
 from mixer_jax.benchmarks.asked import add_work, read_ours
-from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting
+from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting, check_device
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import RunFailedError, UserError
@@ -69,6 +69,7 @@ def run(known: argparse.Namespace) -> None:
     os.environ.update(ENVIRONMENT)
     command_line.set_up_libraries(compilation_cache="")
     device = tpu_devices(topology)[0]
+    check_device(contestants, device.platform)
     from mixer_jax.benchmarks.compiled_steps import compile_step, read_step
     from mixer_jax.planning.compiling import Compiled
     from mixer_jax.planning.planner import say

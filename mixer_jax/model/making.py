@@ -74,7 +74,7 @@ def resolve_kernels(name: str) -> Kernels:
     return cast(Kernels, name)
 
 
-def check_kernels(kernels: Kernels, platform: str) -> None:
+def check_kernels(kernels: str, platform: str) -> None:
     """Raises UserError unless kernels run on devices of that platform."""
     if (needed := {"triton": "gpu", "mosaic": "tpu"}.get(kernels, platform)) != platform:
         raise UserError(

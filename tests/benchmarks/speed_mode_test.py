@@ -131,6 +131,11 @@ def test_a_peer_that_is_not_installed_is_told() -> None:
     # What is left out unasked is not told beside a mistake.
     done = run_door("benchmark", "--out=nowhere/a.json", code=2)
     assert done.stderr == "error: --out=nowhere/a.json: there is no folder nowhere; make it first\n"
+    for mode in ("train", "compile"):
+        done = run_door("benchmark", *SMALL, f"--mode={mode}", "--model.kernels=triton", code=2)
+        assert done.stderr == (
+            "error: model.kernels=triton is for a GPU, and the devices are CPUs; set auto or xla\n"
+        )
     done = run_door("benchmark", "--peers=none", "--picture=a.png", code=2)
     assert done.stderr == (
         "error: --picture needs matplotlib, which is not installed; leave it out\n"
