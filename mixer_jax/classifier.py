@@ -132,7 +132,7 @@ class Classifier:
         self._mesh = make_mesh(0, 1, jax.local_devices())
         self.model = for_devices(make_model(weights.about, dtype), self._mesh.size)
         self.params = place(weights.params, self._mesh)
-        options = compiler_options(self._mesh.devices.flat[0].platform)
+        options = compiler_options(self._mesh.devices.flat[0].platform, self.model.kernels)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
         self._top = compiled(self._top_classes, static_argnums=2)

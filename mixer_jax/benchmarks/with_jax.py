@@ -161,7 +161,9 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
         dtype = resolve_dtype(setting.dtype)
         model = ReferenceMixer(num_classes=setting.num_classes, dtype=dtype, **widths)
     if setting.mode == "infer":
-        options = compiler_options(device.platform) if contestant.kind == OURS else {}
+        options = (
+            compiler_options(device.platform, model.kernels) if contestant.kind == OURS else {}
+        )
         return _inference(model, setting, options)
     if contestant.kind == OURS:
         return _our_training(model, setting, device)
@@ -195,7 +197,7 @@ def _our_training(model: Any, setting: Setting, device: Any) -> Work:
         in_shardings=(sharding, batch_sharding(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(device.platform),
+        compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
     )
     return Work(function, first_state, True)
 

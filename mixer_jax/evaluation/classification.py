@@ -121,7 +121,7 @@ def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
     donated: parameters outlive an evaluation.
     """
     model = for_devices(model, mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform)
+    options = compiler_options(mesh.devices.flat[0].platform, model.kernels)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def judge_batch(params: Any, batch: Batch) -> Judgements:

@@ -59,7 +59,7 @@ def compile_features(model: MlpMixer, mesh: Mesh) -> FeaturesOf:
     parameters may be there or not; nothing is donated.
     """
     headless = for_devices(model.clone(num_classes=0), mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform)
+    options = compiler_options(mesh.devices.flat[0].platform, headless.kernels)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def features_of(params: Any, batch: Batch) -> BatchFeatures:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from mixer_jax.errors import UserError
@@ -23,44 +24,94 @@ class Pending(NamedTuple):
     Attributes:
         x: tokens before it, (s, n, c).
         branch: output of an MLP's last product.
-        bias: of that product.
+        bias: of that product; None stands for zeros.
         keep: which images keep the branch.
     """
 
     x: Float[Array, "s n c"]
     branch: Float[Array, "s n c"]
-    bias: Float[Array, " c"]
+    bias: Float[Array, " c"] | None
     keep: Keep
 
+    def normalize(
+        self, params: Mapping[str, Any], interpret: bool
+    ) -> tuple["Pending", Float[Array, "s n c"]]:
+        """Returns the tokens with their branch, and LayerNorm of them.
 
-# Products want sides that are multiples of this; XLA copies what has others.
-_SIDE = 8
-# Share of an image's tokens that may be added so that there is nothing to copy.
-_MOST_ADDED = 0.04
+        Args:
+            params: of the LayerNorm.
+            interpret: whether to run the kernel without a GPU.
+        """
+        from mixer_jax.model.gpu_kernels import add_layer_norm
+
+        x, y = add_layer_norm(*self, params["scale"], params["bias"], interpret)
+        return self._replace(x=x), y
+
+    def add(
+        self, branch: Float[Array, "_ _"], bias: Float[Array, " c"] | None, keep: Keep
+    ) -> "Pending":
+        """Returns the tokens with another branch to add; the arguments are its attributes."""
+        branch = _name_token_mixing(branch.reshape(self.x.shape), bias)
+        return Pending(self.x, branch, bias, keep)
 
 
-def more_tokens(tokens: int) -> int:
-    """Returns how many tokens a GPU adds to an image's, to make products of a better size.
+class Summed(NamedTuple):
+    """Tokens of a GPU's block, all of whose branches are added but for their biases.
 
-    Token mixing's kernels are zero for them, so that they change nothing.
+    The last product of a branch adds its result to the tokens itself; the kernel of LayerNorm adds
+    the biases.
+
+    Attributes:
+        x: tokens, (s, n, c).
+        shift: sum of the biases so far, float32.
     """
-    added = -tokens % _SIDE
-    return added if added <= _MOST_ADDED * tokens else 0
+
+    x: Float[Array, "s n c"]
+    shift: Float[Array, " c"]
+
+    def normalize(
+        self, params: Mapping[str, Any], interpret: bool
+    ) -> tuple["Summed", Float[Array, "s n c"]]:
+        """Returns the tokens, and LayerNorm of them; the arguments are those of `Pending`."""
+        from mixer_jax.model.gpu_kernels import shift_layer_norm
+
+        x, y = shift_layer_norm(*self, params["scale"], params["bias"], interpret)
+        return self._replace(x=x), y
+
+    def add(
+        self, branch: Float[Array, "_ _"], bias: Float[Array, " c"] | None, keep: Keep
+    ) -> "Summed":
+        """Returns the tokens with another branch, which all images keep."""
+        # As a matrix of the product's shape: XLA makes the sum a part of the product.
+        x = (self.x.reshape(branch.shape) + branch).reshape(self.x.shape)
+        x = _name_token_mixing(x, bias)
+        return Summed(x, self.shift if bias is None else self.shift + bias)
 
 
-def pending(x: Float[Array, "s n c"], keep: Keep) -> Pending:
-    """Returns the stem's tokens as the first block takes them, with a branch of zeros."""
-    return Pending(x, jnp.zeros_like(x), jnp.zeros(x.shape[-1], x.dtype), keep)
+def gpu_tokens(x: Float[Array, "s n c"], drops: bool) -> Pending | Summed:
+    """Returns the stem's tokens as a GPU's first block takes them.
+
+    Args:
+        x: tokens.
+        drops: whether images drop branches.
+    """
+    _, n, c = x.shape
+    if drops:
+        return Pending(x, jnp.zeros_like(x), jnp.zeros(c), jnp.ones(n, x.dtype))
+    return Summed(x, jnp.zeros(c))
 
 
 def gpu_block(
     params: Mapping[str, Any],
-    tokens: Pending,
+    tokens: Pending | Summed,
     keep: tuple[Keep, Keep],
     gelu: Gelu,
     interpret: bool,
-) -> Pending:
+) -> Pending | Summed:
     """Returns the tokens after a block: products by XLA, what lies between them by kernels.
+
+    The last bias of token mixing is left out: it adds one number to all channels of a token, which
+    every LayerNorm takes away, so that nothing depends on it and its gradient is zero.
 
     Args:
         params: of the block.
@@ -69,26 +120,29 @@ def gpu_block(
         gelu: which.
         interpret: whether to run the kernels without a GPU.
     """
-    from mixer_jax.model.gpu_kernels import add_layer_norm, dense_gelu
+    from mixer_jax.model.gpu_kernels import dense_gelu, flat
 
-    first, second = params["LayerNorm_0"], params["LayerNorm_1"]
-    (kernel, bias), (kernel_out, bias_out) = _dense_pair(params["token_mixing"])
-    added = (0, len(tokens.x) - len(kernel))
-    kernel, bias_out = jnp.pad(kernel, (added, (0, 0))), jnp.pad(bias_out, added)
-    kernel_out = jnp.pad(kernel_out, ((0, 0), added))
-    x, y = add_layer_norm(*tokens, first["scale"], first["bias"], "last", interpret)
-    hidden = dense_gelu(y, kernel, bias, "first", gelu, interpret)
-    branch = lax.dot_general(kernel_out.astype(y.dtype), hidden, (((0,), (2,)), ((), ())))
-    branch = checkpoint_name(branch, "mlp_output")
-    norm = (second["scale"], second["bias"], "first", interpret)
-    x, y = add_layer_norm(x, branch, bias_out, keep[0], *norm)
+    (kernel, bias), (kernel_out, _) = _dense_pair(params["token_mixing"])
+    tokens, y = tokens.normalize(params["LayerNorm_0"], interpret)
+    hidden = flat(dense_gelu(y, kernel, bias, "first", gelu, interpret))
+    # Rows of an odd number of tokens would not begin at the addresses that fast products want.
+    kernel_out = with_layout_constraint(kernel_out.astype(y.dtype).T, Layout((0, 1)))
+    branch = lax.dot_general(kernel_out, hidden, (((1,), (1,)), ((), ())))
+    tokens = tokens.add(branch, None, keep[0])
+    tokens, y = tokens.normalize(params["LayerNorm_1"], interpret)
     (kernel, bias), (kernel_out, bias_out) = _dense_pair(params["channel_mixing"])
-    hidden = dense_gelu(y, kernel, bias, "last", gelu, interpret)
-    branch = lax.dot_general(hidden, kernel_out.astype(y.dtype), (((2,), (0,)), ((), ())))
-    return Pending(x, branch, bias_out.astype(x.dtype), keep[1])
+    hidden = flat(dense_gelu(y, kernel, bias, "last", gelu, interpret))
+    return tokens.add(hidden @ kernel_out.astype(y.dtype), bias_out, keep[1])
 
 
-def gpu_norm(params: Mapping[str, Any], tokens: Pending, interpret: bool) -> Float[Array, "s n c"]:
+def _name_token_mixing(x: Array, bias: Any) -> Array:
+    """Names what the backward pass may keep: the result of token mixing, which has no bias here."""
+    return checkpoint_name(x, "mlp_output") if bias is None else x
+
+
+def gpu_norm(
+    params: Mapping[str, Any], tokens: Pending | Summed, interpret: bool
+) -> Float[Array, "s n c"]:
     """Returns LayerNorm of the tokens after the last block.
 
     Args:
@@ -96,9 +150,7 @@ def gpu_norm(params: Mapping[str, Any], tokens: Pending, interpret: bool) -> Flo
         tokens: after the last block.
         interpret: whether to run the kernel without a GPU.
     """
-    from mixer_jax.model.gpu_kernels import add_layer_norm
-
-    return add_layer_norm(*tokens, params["scale"], params["bias"], "last", interpret)[1]
+    return tokens.normalize(params, interpret)[1]
 
 
 def tpu_sizes(tokens: int, widths: Widths, device_kind: str, itemsize: int, interpret: bool) -> Any:

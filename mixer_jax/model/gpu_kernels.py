@@ -8,16 +8,18 @@ Activations are token-major, (tokens, images, channels); the hidden layer of tok
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mixer_jax.model.gpu_passes import Axis, Branch, Rows, gelu_grad, norm, norm_grad
+from mixer_jax.model.gpu_passes import Added, gelu_grad, norm, norm_grad
 from mixer_jax.model.gpu_tiles import Tiling
 from mixer_jax.model.layers import Gelu
+
+# Which axis of (tokens, images, channels) a product contracts: tokens or channels.
+Axis = Literal["first", "last"]
 
 
 class Tilings(NamedTuple):
@@ -31,15 +33,14 @@ class Tilings(NamedTuple):
 TILINGS = Tilings()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def add_layer_norm(
     x: Float[Array, "s n c"],
     branch: Float[Array, "s n c"],
-    branch_bias: Float[Array, " _"],
+    branch_bias: Float[Array, " c"] | None,
     keep: Float[Array, " n"] | None,
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
-    bias_axis: Axis,
     interpret: bool = False,
     tilings: Tilings = TILINGS,
 ) -> tuple[Float[Array, "s n c"], Float[Array, "s n c"]]:
@@ -48,83 +49,95 @@ def add_layer_norm(
     Args:
         x: tokens.
         branch: output of an MLP's last product, without its bias.
-        branch_bias: that bias.
+        branch_bias: that bias; None stands for zeros.
         keep: factor of each image's branch, which gets no gradient; None stands for ones.
         scale: of LayerNorm.
         bias: of LayerNorm.
-        bias_axis: the axis of `branch` that `branch_bias` is for: "first" of token mixing, "last"
-            of channel mixing.
         interpret: whether to run the kernels without a GPU.
         tilings: how the kernels are cut.
     """
     args = (x, branch, branch_bias, keep, scale, bias)
-    return _add_layer_norm_forward(*args, bias_axis, interpret, tilings)[0]
+    return _add_layer_norm_forward(*args, interpret, tilings)[0]
 
 
 def _add_layer_norm_forward(
-    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, bias_axis: Axis,
-    interpret: bool, tilings: Tilings,
+    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, interpret: bool,
+    tilings: Tilings,
 ) -> Any:  # fmt: skip
-    added = Branch(flat(branch), branch_bias, keep)
-    rows = Rows(x.shape[1], bias_axis)
+    added = Added(flat(branch), branch_bias, keep)
     x_new, y, mean, rstd = norm(
-        flat(x), added, scale, bias, rows, tilings.norm, interpret=interpret
+        flat(x), added, scale, bias, x.shape[1], tilings.norm, interpret=interpret
     )
     x_new, y = x_new.reshape(x.shape), y.reshape(x.shape)
     return (x_new, y), (x_new, mean, rstd, branch_bias, keep, scale, bias)
 
 
-def _add_layer_norm_backward(
-    bias_axis: Axis, interpret: bool, tilings: Tilings, kept: Any, given: Any
-) -> Any:
+def _add_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
     x, mean, rstd, branch_bias, keep, scale, bias = kept
     dx, dy = given
     grads = norm_grad(
-        flat(dx), flat(dy), flat(x), mean, rstd, scale, keep, Rows(x.shape[1], bias_axis),
-        tilings.norm_grad, interpret=interpret,
+        flat(dx), flat(dy), flat(x), mean, rstd, scale, None, keep, x.shape[1],
+        branch_bias is not None, tilings.norm_grad, interpret=interpret,
     )  # fmt: skip
     dx = grads.x.reshape(x.shape)
-    dbranch = dx if grads.output is None else grads.output.reshape(x.shape)
-    if bias_axis == "first":
-        dbranch_bias = jnp.sum(grads.row_sums.reshape(x.shape[:2]), axis=1)
-    else:
-        dbranch_bias = grads.sums[2]
+    dbranch = dx if grads.branch is None else grads.branch.reshape(x.shape)
+    dbranch_bias = None if branch_bias is None else grads.sums[2].astype(branch_bias.dtype)
     dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
-    return dx, dbranch, dbranch_bias.astype(branch_bias.dtype), None, dscale, dbias
+    return dx, dbranch, dbranch_bias, None, dscale, dbias
 
 
 add_layer_norm.defvjp(_add_layer_norm_forward, _add_layer_norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def shift_layer_norm(
     x: Float[Array, "s n c"],
+    shift: Float[Array, " c"],
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
     interpret: bool = False,
     tilings: Tilings = TILINGS,
-) -> Float[Array, "s n c"]:
-    """Returns LayerNorm over channels; the arguments are those of `add_layer_norm`."""
-    return _layer_norm_forward(x, scale, bias, interpret, tilings)[0]
+) -> tuple[Float[Array, "s n c"], Float[Array, "s n c"]]:
+    """Returns `x` as it is, and LayerNorm over channels of `x + shift`.
+
+    Whoever goes on with the first result has its gradient added by the backward pass' kernel.
+
+    Args:
+        x: tokens.
+        shift: float32.
+        scale: of LayerNorm.
+        bias: of LayerNorm.
+        interpret: whether to run the kernels without a GPU.
+        tilings: how the kernels are cut.
+    """
+    return _shift_layer_norm_forward(x, shift, scale, bias, interpret, tilings)[0]
 
 
-def _layer_norm_forward(x: Any, scale: Any, bias: Any, interpret: bool, tilings: Tilings) -> Any:
-    rows = Rows(x.shape[1])
-    _, y, mean, rstd = norm(flat(x), None, scale, bias, rows, tilings.norm, interpret=interpret)
-    return y.reshape(x.shape), (x, mean, rstd, scale, bias)
-
-
-def _layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, dy: Any) -> Any:
-    x, mean, rstd, scale, bias = kept
-    grads = norm_grad(
-        None, flat(dy), flat(x), mean, rstd, scale, None, Rows(x.shape[1]), tilings.norm_grad,
+def _shift_layer_norm_forward(
+    x: Any, shift: Any, scale: Any, bias: Any, interpret: bool, tilings: Tilings
+) -> Any:
+    # The product that adds to x takes it as such a matrix. With no other reader of this shape XLA
+    # would write the result over x, and copy x before for those who read it later.
+    matrix = x.reshape(len(x), -1)
+    _, y, mean, rstd = norm(
+        flat(x), Added(None, shift, None), scale, bias, x.shape[1], tilings.norm, matrix,
         interpret=interpret,
     )  # fmt: skip
+    return (x, y.reshape(x.shape)), (x, mean, rstd, shift, scale, bias)
+
+
+def _shift_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
+    x, mean, rstd, shift, scale, bias = kept
+    dx, dy = given
+    grads = norm_grad(
+        flat(dx), flat(dy), flat(x), mean, rstd, scale, shift, None, x.shape[1], True,
+        tilings.norm_grad, interpret=interpret,
+    )  # fmt: skip
     dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
-    return grads.x.reshape(x.shape), dscale, dbias
+    return grads.x.reshape(x.shape), grads.sums[2], dscale, dbias
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+shift_layer_norm.defvjp(_shift_layer_norm_forward, _shift_layer_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

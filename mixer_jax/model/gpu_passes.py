@@ -6,7 +6,7 @@ Activations are matrices (rows, columns). Arithmetic is float32; they are stored
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,88 +17,66 @@ from jax.experimental.pallas import triton as plgpu
 from mixer_jax.model.gpu_tiles import Tiles, Tiling
 from mixer_jax.model.layers import EPSILON, Gelu
 
-Axis = Literal["first", "last"]
 
-
-class Branch(NamedTuple):
-    """What is added to the tokens before LayerNorm: `keep * (output + bias)`.
+class Added(NamedTuple):
+    """What is added to the tokens before LayerNorm: `bias`, or `keep * (branch + bias)`.
 
     Attributes:
-        output: (rows, columns).
-        bias: a number for each token, or for each channel.
-        keep: a number for each image, or None for ones.
+        branch: (rows, columns), or None.
+        bias: a number for each column, or None for zeros.
+        keep: a number for each image, or None for ones; needs a branch.
     """
 
-    output: Any
+    branch: Any
     bias: Any
     keep: Any
 
 
-class Rows(NamedTuple):
-    """What a row and a branch's bias are for.
-
-    Attributes:
-        images: row r is of token r // images and image r % images.
-        bias_axis: "first" if the bias is for tokens, "last" if for channels.
-    """
-
-    images: int
-    bias_axis: Axis | None = None
-
-    def token(self, row: Any) -> Any:
-        """Returns the token of a row."""
-        return lax.div(row, jnp.full_like(row, self.images))
-
-    def image(self, row: Any) -> Any:
-        """Returns the image of a row."""
-        return lax.rem(row, jnp.full_like(row, self.images))
-
-
 def norm(
-    x: Any, branch: Branch | None, scale: Any, bias: Any, rows: Rows, tiling: Tiling, **how: Any
-) -> tuple[Any, Any, Any, Any]:
+    x: Any, added: Added, scale: Any, bias: Any, images: int, tiling: Tiling,
+    unread: Any = None, **how: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Returns x with the branch added, its LayerNorm, and the rows' means and 1 / deviations.
 
     Args:
         x: (rows, columns).
-        branch: added to x; without one, the first result is None.
+        added: to x; without a branch, the first result is None.
         scale: of LayerNorm.
         bias: of LayerNorm.
-        rows: what they are for.
+        images: row r is of image r % images.
         tiling: of the kernel.
+        unread: argument of the kernel that it leaves alone.
         **how: further arguments of `pallas_call`.
     """
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     numbers = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-    out_shape = (None if branch is None else like_x, like_x, numbers, numbers)
-    kernel = functools.partial(_norm, rows=rows, tiling=tiling)
+    out_shape = (None if added.branch is None else like_x, like_x, numbers, numbers)
+    kernel = functools.partial(_norm, images=images, tiling=tiling)
     grid = (tiling.num_programs(x.shape[0]),)
-    return _call(kernel, out_shape, grid, tiling, how)(x, branch, scale, bias)
+    return _call(kernel, out_shape, grid, tiling, how)(x, added, scale, bias, unread)
 
 
 def _norm(
-    x: Any, branch: Branch | None, scale: Any, bias: Any, x_new: Any, y: Any, mean: Any, rstd: Any,
-    *, rows: Rows, tiling: Tiling,
+    x: Any, added: Added, scale: Any, bias: Any, unread: Any,
+    x_new: Any, y: Any, mean: Any, rstd: Any, *, images: int, tiling: Tiling,
 ) -> None:  # fmt: skip
     tiles = _whole_rows(x.shape, tiling)
     scales, biases = tiles.load_across(scale), tiles.load_across(bias)
-    shifts = tiles.load_across(branch.bias) if branch and rows.bias_axis == "last" else None
+    shifts = None if added.bias is None else tiles.load_across(added.bias)
 
     def body(row: Any, carry: Any) -> Any:
         tile = tiles.load(x, row)
-        if branch is not None:
-            output = tiles.load(branch.output, row)
-            here = shifts
-            if here is None:
-                here = [tiles.load_down(branch.bias, row, rows.token)] * len(tile)
-            added = [o + b for o, b in zip(output, here, strict=True)]
-            if branch.keep is not None:
-                kept = tiles.load_down(branch.keep, row, rows.image)
-                added = [a * kept for a in added]
+        if added.branch is None:
+            tile = _sum(tile, shifts)
+        else:
+            branch = _sum(tiles.load(added.branch, row), shifts)
+            if added.keep is not None:
+                kept = tiles.load_down(added.keep, row, images)
+                branch = [b * kept for b in branch]
             # Normalized is what the backward pass will read, rounded.
-            stored = [(t + a).astype(x_new.dtype) for t, a in zip(tile, added, strict=True)]
+            stored = [t.astype(x_new.dtype) for t in _sum(tile, branch)]
             tiles.store(x_new, row, stored)
-            tile = tiles.clear([t.astype(jnp.float32) for t in stored])
+            tile = [t.astype(jnp.float32) for t in stored]
         center = tiles.sum_across(tile) / tiles.num_columns
         tile = tiles.clear([t - center for t in tile])
         variance = tiles.sum_across([t * t for t in tile]) / tiles.num_columns
@@ -117,60 +95,60 @@ class NormGrads(NamedTuple):
 
     Attributes:
         x: (rows, columns).
-        output: of the branch; None if it is the same as x's.
-        sums: (2 or 3, columns), of scale, bias and, if it is for channels, the branch's bias.
-        row_sums: (rows,), whose sums over images are of the branch's bias if it is for tokens.
+        branch: of the branch; None if there is none, or if it is the same as x's.
+        sums: (2 or 3, columns), of scale, bias and, if there is one, the bias that is added.
     """
 
     x: Any
-    output: Any
+    branch: Any
     sums: Any
-    row_sums: Any
 
 
 def norm_grad(
-    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, keep: Any, rows: Rows,
-    tiling: Tiling, **how: Any,
+    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, shift: Any, keep: Any,
+    images: int, with_bias: bool, tiling: Tiling, **how: Any,
 ) -> NormGrads:  # fmt: skip
     """Returns the gradients of `norm`.
 
     Args:
-        dx: gradient by its first result; None if it has none.
+        dx: gradient by the sum of x and the branch, from elsewhere.
         dy: gradient by its second result.
         x: its first result, or its argument if there was no branch.
         mean: its third result.
         rstd: its fourth result.
         scale: its argument.
-        keep: its argument.
-        rows: its argument; `bias_axis` is None if there was no branch.
+        shift: the bias that was added, if there was no branch; else None.
+        keep: what was added had.
+        images: its argument.
+        with_bias: whether what was added has a bias.
         tiling: of the kernel.
         **how: further arguments of `pallas_call`.
     """
     programs = tiling.num_programs(x.shape[0])
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    num_sums = 3 if rows.bias_axis == "last" else 2
+    num_sums = 3 if with_bias else 2
     out_shape = NormGrads(
         like_x,
         None if keep is None else like_x,
         jax.ShapeDtypeStruct((programs, num_sums * x.shape[1]), jnp.float32),
-        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32) if rows.bias_axis == "first" else None,
     )
-    kernel = functools.partial(_norm_grad, rows=rows, tiling=tiling)
-    grads = _call(kernel, out_shape, (programs,), tiling, how)(dx, dy, x, mean, rstd, scale, keep)
+    kernel = functools.partial(_norm_grad, images=images, tiling=tiling)
+    args = (dx, dy, x, mean, rstd, scale, shift, keep)
+    grads = _call(kernel, out_shape, (programs,), tiling, how)(*args)
     return grads._replace(sums=jnp.sum(grads.sums, axis=0).reshape(num_sums, -1))
 
 
 def _norm_grad(
-    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, keep: Any,
-    dx_out: Any, doutput: Any, sums: Any, row_sums: Any, *, rows: Rows, tiling: Tiling,
+    dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, shift: Any, keep: Any,
+    dx_out: Any, dbranch: Any, sums: Any, *, images: int, tiling: Tiling,
 ) -> None:  # fmt: skip
     tiles = _whole_rows(x.shape, tiling)
     scales = tiles.load_across(scale)
     num_sums = sums.shape[1] // tiles.num_columns
+    shifts = None if shift is None else tiles.load_across(shift)
 
     def body(row: Any, sums: list[Any]) -> list[Any]:
-        x_tile, dy_tile = tiles.load(x, row), tiles.load(dy, row)
-        dx_tile = None if dx is None else tiles.load(dx, row)
+        x_tile, dy_tile = _sum(tiles.load(x, row), shifts), tiles.load(dy, row)
         center, factor = tiles.load_down(mean, row), tiles.load_down(rstd, row)
         normalized = [(t - center) * factor for t in x_tile]
         products = [d * n for d, n in zip(dy_tile, normalized, strict=True)]
@@ -178,28 +156,27 @@ def _norm_grad(
         by_norm = [p * s for p, s in zip(products, scales, strict=True)]
         mean_scaled = tiles.sum_across(scaled) / tiles.num_columns
         mean_by_norm = tiles.sum_across(by_norm) / tiles.num_columns
-        total = [
+        alone = [
             factor * (g - mean_scaled - n * mean_by_norm)
             for g, n in zip(scaled, normalized, strict=True)
         ]
-        if dx_tile is not None:
-            total = [t + d for t, d in zip(total, dx_tile, strict=True)]
+        total = _sum(alone, tiles.load(dx, row))
         tiles.store(dx_out, row, total)
         if keep is not None:
-            kept = tiles.load_down(keep, row, rows.image)
+            kept = tiles.load_down(keep, row, images)
             total = [t * kept for t in total]
-            tiles.store(doutput, row, total)
-        if rows.bias_axis == "first":
-            tiles.store_down(row_sums, row, tiles.sum_across(tiles.clear(total)))
-        new = [products, dy_tile, total][: len(sums)]
-        return [
-            [a + b for a, b in zip(old, tile, strict=True)]
-            for old, tile in zip(sums, new, strict=True)
-        ]
+            tiles.store(dbranch, row, total)
+        # A shift is no part of what goes on, so that its gradient is LayerNorm's alone.
+        new = [products, dy_tile, total if shifts is None else alone][: len(sums)]
+        return [_sum(old, tile) for old, tile in zip(sums, new, strict=True)]
 
     totals = tiles.loop(body, [tiles.zeros() for _ in range(num_sums)])
     for i, tile in enumerate(totals):
         tiles.store_sums(sums, i * tiles.num_columns, tile)
+
+
+def _sum(tile: list[Any], other: list[Any] | None) -> list[Any]:
+    return tile if other is None else [a + b for a, b in zip(tile, other, strict=True)]
 
 
 def gelu_grad(da: Any, hidden: Any, gelu: Gelu, tiling: Tiling, **how: Any) -> tuple[Any, Any]:

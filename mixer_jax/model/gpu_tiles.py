@@ -95,15 +95,20 @@ class Tiles:
             for place, column in zip(places, self.columns, strict=True)
         ]
 
-    def load_down(self, ref: Any, row: Any, index: Callable[[Any], Any] | None = None) -> Any:
+    def load_down(self, ref: Any, row: Any, period: int | None = None) -> Any:
         """Returns a tile's part of a vector over rows.
 
         Args:
             ref: the vector.
             row: first of the tile.
-            index: from a row's number to its place in the vector, where that is another.
+            period: the vector's length, if row r's number is at r % period.
         """
-        place = pl.ds(row, self.rows) if index is None else index(self._numbers(row))
+        numbers = self._numbers(row)
+        place = (
+            pl.ds(row, self.rows)
+            if period is None
+            else lax.rem(numbers, jnp.full_like(numbers, period))
+        )
         return load(ref.at[place], self._mask_down(row))[:, None]
 
     def store_down(self, ref: Any, row: Any, values: Any) -> None:

@@ -16,6 +16,8 @@ Gelu = Literal["tanh", "exact"]
 EPSILON = 1e-6
 # Of the tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
 TANH_SCALE, TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
+# Numbers of a row are a multiple of this where a GPU's fast products, in 16 bits, take it.
+_ALIGNED = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -127,15 +129,14 @@ class Stem(nn.Module):
         hidden_dim: channels of a token.
         patch_size: side of a patch, pixels.
         dtype: of the computation.
-        tokens_first: whether the axis of the tokens comes before that of the images.
-        more_tokens: beyond those of the image, of black patches.
+        for_gpu: whether the axis of the tokens comes before that of the images, and rows begin at
+            the addresses that a GPU's fast products want.
     """
 
     hidden_dim: int
     patch_size: int
     dtype: Any = jnp.float32
-    tokens_first: bool = False
-    more_tokens: int = 0
+    for_gpu: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "a b c"]:
@@ -146,13 +147,14 @@ class Stem(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.hidden_dim,))
         patches = images.reshape(number, height // side, side, width // side, side, colours)
-        order = (1, 3, 0, 2, 4, 5) if self.tokens_first else (0, 1, 3, 2, 4, 5)
+        order = (1, 3, 0, 2, 4, 5) if self.for_gpu else (0, 1, 3, 2, 4, 5)
         tokens = height // side * (width // side)
-        sizes = (tokens, number) if self.tokens_first else (number, tokens)
+        sizes = (tokens, number) if self.for_gpu else (number, tokens)
         patches = patches.transpose(order).reshape(*sizes, -1).astype(self.dtype)
-        if self.more_tokens:
-            widths = [(0, 0)] * 3
-            widths[0 if self.tokens_first else 1] = (0, self.more_tokens)
-            patches = jnp.pad(patches, widths)
-        product = patches @ kernel.reshape(-1, self.hidden_dim).astype(self.dtype)
+        matrix = kernel.reshape(-1, self.hidden_dim).astype(self.dtype)
+        if self.for_gpu and len(matrix) % _ALIGNED:
+            added = (0, -len(matrix) % _ALIGNED)
+            patches = jnp.pad(patches, ((0, 0), (0, 0), added))
+            matrix = jnp.pad(matrix, (added, (0, 0)))
+        product = patches @ matrix
         return product + _beside(bias.astype(self.dtype), product)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixer_jax.model.blocks import Kernels, MixerBlock
-from mixer_jax.model.by_kernels import gpu_norm, more_tokens, pending, tpu_sizes
+from mixer_jax.model.by_kernels import gpu_norm, gpu_tokens, tpu_sizes
 from mixer_jax.model.layers import Gelu, LayerNorm, Stem
 from mixer_jax.model.parameters import unstack
 from mixer_jax.model.variants import Widths, check_image_size
@@ -91,19 +91,16 @@ class MlpMixer(nn.Module):
         check_image_size(height, width, self.patch_size)
         places = jnp.arange(images.shape[0]) if places is None else places
         # The parameters are the same, and plain modules make them.
-        plain = self.is_initializing() or (train and self.dropout)
-        kernels = "xla" if plain else self.kernels
+        kernels = "xla" if self.is_initializing() else self.computed_by(train)
         on_gpu = kernels == "triton"
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        more = more_tokens(tokens) if on_gpu else 0
-        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, more, name="stem")
+        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, name="stem")
         norm = LayerNorm(name="pre_head_layer_norm")
         x = stem(images)
         if on_gpu:
-            ones = jnp.ones(len(places), x.dtype) if train and self.stochastic_depth else None
-            x = self.mix(pending(x, ones), places, train, kernels)
+            x = gpu_tokens(x, drops=train and self.stochastic_depth > 0)
+            x = self.mix(x, places, train, kernels)
             x = gpu_norm(self.variables["params"]["pre_head_layer_norm"], x, self.interpret)
-            x = jnp.swapaxes(x[:tokens], 0, 1)
+            x = jnp.swapaxes(x, 0, 1)
         else:
             x = self.mix(x, places, train, kernels)
             x = norm(x)
@@ -113,6 +110,10 @@ class MlpMixer(nn.Module):
         bias_init = nn.initializers.constant(self.head_bias)
         zeros = nn.initializers.zeros
         return nn.Dense(self.num_classes, kernel_init=zeros, bias_init=bias_init, name="head")(x)
+
+    def computed_by(self, train: bool) -> Kernels:
+        """Returns what computes the blocks: kernels of our own know no dropout."""
+        return "xla" if train and self.dropout else self.kernels
 
     def mix(self, x: Any, places: Int[Array, " n"], train: bool, kernels: Kernels) -> Any:
         """Returns the tokens after all blocks, in a loop or one block after the other.

@@ -20,16 +20,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # The TPU compiler overlaps by default, and the CPU's has nothing to overlap.
 }
 
+# Further ones, by what computes the blocks (`model.kernels`).
+KERNEL_OPTIONS: dict[str, dict[str, Any]] = {
+    "triton": {
+        # It pads every side of a product to a multiple of 8, such as 196 tokens, and copies the
+        # operands for it, so that rows begin where fast products want them. Ours do anyway.
+        "xla_disable_hlo_passes": "cublas-pad-for-gemms",
+    },
+}
 
-def compiler_options(platform: str) -> dict[str, Any]:
+
+def compiler_options(platform: str, kernels: str) -> dict[str, Any]:
     """Returns the options for the steps of training and inference, as `jax.jit` takes them.
 
     Options that this version of XLA does not know are left out.
 
     Args:
         platform: of the devices.
+        kernels: what computes the blocks, as `MlpMixer` takes it.
     """
-    options = OPTIONS.get(platform, {})
+    options = OPTIONS.get(platform, {}) | KERNEL_OPTIONS.get(kernels, {})
     return {name: value for name, value in options.items() if is_known(name, value)}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ from mixer_jax.parallel.sharding import (
 )
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.run_sources import Sources
-from mixer_jax.training.step import Metrics, TrainState, create_state, train_step
+from mixer_jax.training.step import Metrics, TrainState, change_norm, create_state, train_step
 from mixer_jax.weights.about import About
 from mixer_jax.weights.checkpoint import abstract
 
@@ -59,6 +60,8 @@ class Experiment(NamedTuple):
         state_shape: shapes, types and shardings of the state.
         create_state: makes the state before the first step.
         train_step: one step; the state given to it is used up.
+        copy_params: of a state, for `change_norm` after the next step.
+        change_norm: of that step's update, from the copy and the new parameters.
         metadata: what its checkpoints say of themselves.
     """
 
@@ -71,6 +74,8 @@ class Experiment(NamedTuple):
     state_shape: TrainState
     create_state: Callable[[], TrainState]
     train_step: TrainStep
+    copy_params: Callable[[Any], Any]
+    change_norm: Callable[[Any, Any], jax.Array]
     metadata: dict[str, Any]
 
 
@@ -137,8 +142,12 @@ def build(
             in_shardings=(sharding, batch_sharding(mesh)),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(device.platform),
+            compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
         ),
+        copy_params=jax.jit(
+            lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
+        ),
+        change_norm=jax.jit(change_norm, out_shardings=replicated(mesh)),
         metadata={
             "about": about.to_json(),
             "ema": config.recipe.ema_decay > 0,

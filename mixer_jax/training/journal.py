@@ -45,6 +45,11 @@ class Journal:
         self._pending: tuple[int, Metrics] | None = None
         self._timed = False
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether the metrics of a step are written down."""
+        num_steps = self._experiment.num_steps
+        return step % self._experiment.config.log_every_steps == 0 or step == num_steps
+
     def record(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that has just been started; settles those of the last."""
         self.settle()
@@ -66,8 +71,7 @@ class Journal:
                 raise DivergedError(f"{name} is {value} at step {step}")
         self.progress.advance()
         self.window.append(values["loss"])
-        config = self._experiment.config
-        due = step % config.log_every_steps == 0 or step == self._experiment.num_steps
+        due = self.is_due(step)
         if due:
             values["loss"] = math.fsum(self.window) / len(self.window)
             self.window.clear()
@@ -77,7 +81,8 @@ class Journal:
             self._timed = True
         elif due:
             steps_per_second = self.progress.lap(step)
-            rates = throughput(self._experiment, steps_per_second * config.batch_size)
+            images = steps_per_second * self._experiment.config.batch_size
+            rates = throughput(self._experiment, images)
             self.progress.report(step, values["loss"], steps_per_second, rates["images_per_second"])
             values |= rates
         if due:

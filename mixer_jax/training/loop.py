@@ -99,7 +99,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
         batches = training_batches(experiment, first_step, bad_images.record)
         stack.callback(batches.close)
         for step, batch in enumerate(batches, first_step + 1):
+            before = experiment.copy_params(state.params) if journal.is_due(step) else None
             state, metrics = experiment.train_step(state, batch)
+            if before is not None:
+                metrics["update_norm"] = experiment.change_norm(before, state.params)
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)

@@ -89,7 +89,8 @@ def train_step(
 
     Returns:
         The state after the step, and scalars: loss, learning_rate, and the norms of gradient
-        (before clipping), update and parameters (after the update).
+        (before clipping) and parameters (after the update). The update's is not among them: with
+        it, XLA would copy parameters and moments instead of changing them in place.
     """
     mixup_rng, model_rng = step_keys(seed, state.step)
     labels = smooth_labels(batch["label"], num_classes, label_smoothing)
@@ -128,10 +129,14 @@ def train_step(
         "loss": value,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "gradient_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
         "parameter_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def change_norm(before: Params, after: Params) -> Float[Array, ""]:
+    """Returns the norm of what an update added to the parameters."""
+    return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 
 def step_keys(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

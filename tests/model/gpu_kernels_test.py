@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.model.gpu_kernels import Tilings, add_layer_norm, dense_gelu, layer_norm
+from mixer_jax.model.gpu_kernels import Tilings, add_layer_norm, dense_gelu, shift_layer_norm
 from mixer_jax.model.gpu_tiles import Tiling
 from mixer_jax.model.variants import VARIANTS
 
@@ -34,11 +34,9 @@ def plain_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return (centered / deviation * scale[None, None] + bias[None, None]).astype(x.dtype)
 
 
-def plain_add_norm(
-    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, axis: str
-) -> Any:
-    shift = branch_bias[:, None, None] if axis == "first" else branch_bias[None, None, :]
-    added = branch.astype(jnp.float32) + shift
+def plain_add_norm(x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any) -> Any:
+    added = branch.astype(jnp.float32)
+    added = added if branch_bias is None else added + branch_bias[None, None, :]
     added = added if keep is None else added * keep[None, :, None]
     x = (x.astype(jnp.float32) + added).astype(x.dtype)
     return x, plain_norm(x, scale, bias)
@@ -77,42 +75,55 @@ def assert_same_with_gradients(ours: Any, plain: Any, args: tuple[Any, ...], dty
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("shape", "tilings", "axis", "dropped"),
+    ("shape", "tilings", "biased", "dropped"),
     [
-        ((7, 3, 150), RAGGED, "first", False),
-        ((7, 3, 150), RAGGED, "first", True),
-        ((7, 3, 150), RAGGED, "last", False),
-        ((7, 3, 150), RAGGED, "last", True),
-        ((4, 4, 320), Tilings(), "first", True),
-        ((4, 4, 320), Tilings(), "last", False),
-        ((2, 3, 5), Tilings(), "first", False),
+        ((7, 3, 150), RAGGED, False, False),
+        ((7, 3, 150), RAGGED, False, True),
+        ((7, 3, 150), RAGGED, True, False),
+        ((7, 3, 150), RAGGED, True, True),
+        ((4, 4, 320), Tilings(), False, True),
+        ((4, 4, 320), Tilings(), True, False),
+        ((2, 3, 5), Tilings(), True, False),
     ],
 )
 def test_add_layer_norm(
-    shape: tuple[int, int, int], tilings: Tilings, axis: Any, dropped: bool, dtype: str
+    shape: tuple[int, int, int], tilings: Tilings, biased: bool, dropped: bool, dtype: str
 ) -> None:
-    s, n, c = shape
+    _, n, c = shape
     keep = jnp.arange(n, dtype=jnp.float32) % 2 if dropped else None
 
     def ours(x: Any, branch: Any, branch_bias: Any, scale: Any, bias: Any) -> Any:
-        return add_layer_norm(x, branch, branch_bias, keep, scale, bias, axis, True, tilings)
+        return add_layer_norm(x, branch, branch_bias, keep, scale, bias, True, tilings)
 
     def plain(x: Any, branch: Any, branch_bias: Any, scale: Any, bias: Any) -> Any:
-        return plain_add_norm(x, branch, branch_bias, keep, scale, bias, axis)
+        return plain_add_norm(x, branch, branch_bias, keep, scale, bias)
 
     x, branch = draw(0, *shape, dtype=dtype), draw(1, *shape, dtype=dtype)
-    args = (x, branch, draw(2, s if axis == "first" else c), draw(3, c), draw(4, c))
+    args = (x, branch, draw(2, c) if biased else None, draw(3, c), draw(4, c))
     assert_same_with_gradients(ours, plain, args, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("c", [150, 256])
-def test_layer_norm(c: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "tilings"),
+    [
+        ((7, 3, 150), RAGGED),
+        ((7, 3, 256), RAGGED),
+        ((4, 4, 320), Tilings()),
+        ((2, 3, 5), Tilings()),
+    ],
+)
+def test_shift_layer_norm(shape: tuple[int, int, int], tilings: Tilings, dtype: str) -> None:
     def ours(*args: Any) -> Any:
-        return layer_norm(*args, True, RAGGED)
+        return shift_layer_norm(*args, True, tilings)
 
-    args = (draw(0, 7, 3, c, dtype=dtype), draw(1, c), draw(2, c))
-    assert_same_with_gradients(ours, plain_norm, args, dtype)
+    def plain(x: Any, shift: Any, scale: Any, bias: Any) -> Any:
+        y = plain_norm(x.astype(jnp.float32) + shift[None, None, :], scale, bias)
+        return x, y.astype(x.dtype)
+
+    c = shape[-1]
+    args = (draw(0, *shape, dtype=dtype), draw(1, c), draw(2, c), draw(3, c))
+    assert_same_with_gradients(ours, plain, args, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -137,26 +148,26 @@ def test_dense_gelu(hidden: int, tilings: Tilings, axis: Any, gelu: Any, dtype: 
 @pytest.mark.parametrize("variant", ["B/16", "H/14"])
 def test_lowers_for_gpus_without_one(variant: str, dtype: str) -> None:
     widths = VARIANTS[variant]
-    s, n, c = 200, 6, widths.hidden_dim
+    s, n, c = 196, 6, widths.hidden_dim
     x = jax.ShapeDtypeStruct((s, n, c), dtype)
     narrow, wide = widths.tokens_mlp_dim, widths.channels_mlp_dim
 
-    def step(x: Any, keep: Any, tokens: Any, channels: Any, scale: Any, token_bias: Any) -> Any:
-        y = layer_norm(x, scale, scale)
+    def step(x: Any, keep: Any, tokens: Any, channels: Any, scale: Any) -> Any:
+        x, y = shift_layer_norm(x, scale, scale, scale)
         hidden = dense_gelu(y, *tokens, "first", "exact")
         branch = jnp.einsum("ncd,sd->snc", hidden, tokens[0].astype(x.dtype))
-        x, y = add_layer_norm(x, branch, token_bias, keep, scale, scale, "first")
+        x, y = add_layer_norm(x, branch, None, keep, scale, scale)
         hidden = dense_gelu(y, *channels, "last", "tanh")
         branch = jnp.einsum("snd,cd->snc", hidden, channels[0].astype(x.dtype))
-        return jnp.sum(add_layer_norm(x, branch, scale, None, scale, scale, "last")[1])
+        return jnp.sum(add_layer_norm(x, branch, scale, None, scale, scale)[1])
 
     def vector(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     layers = (vector(s, narrow), vector(narrow)), (vector(c, wide), vector(wide))
-    args = (x, vector(n), *layers, vector(c), vector(s))
+    args = (x, vector(n), *layers, vector(c))
     with on_a_gpu():
-        traced = jax.jit(jax.grad(step, argnums=(0, 2, 3, 4, 5))).trace(*args)
+        traced = jax.jit(jax.grad(step, argnums=(0, 2, 3, 4))).trace(*args)
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Forward and backward of three norms and two GELUs, whose forward is XLA's.
     assert lowered.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 8
