@@ -8,10 +8,12 @@ Activations are token-major, (tokens, images, channels); the hidden layer of tok
 """
 
 import functools
+import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from mixer_jax.model.gpu_passes import Added, gelu_grad, norm, norm_grad
@@ -25,7 +27,7 @@ Axis = Literal["first", "last"]
 class Tilings(NamedTuple):
     """How each kernel cuts its matrix; by default as was fastest on an H200 (BENCHMARKS.md)."""
 
-    norm: Tiling = Tiling(rows=4, columns=256, warps=4, programs=132 * 8)
+    norm: Tiling = Tiling(rows=2, columns=1024, warps=4, programs=132 * 16)
     norm_grad: Tiling = Tiling(rows=1, columns=256, warps=2, programs=132 * 16)
     gelu_grad: Tiling = Tiling(rows=8, columns=256, warps=8, programs=132 * 24)
 
@@ -56,14 +58,16 @@ def add_layer_norm(
         interpret: whether to run the kernels without a GPU.
         tilings: how the kernels are cut.
     """
-    args = (x, branch, branch_bias, keep, scale, bias)
-    return _add_layer_norm_forward(*args, interpret, tilings)[0]
+    return _add_layer_norm((x, branch, branch_bias, keep, scale, bias), interpret, tilings)[0]
 
 
-def _add_layer_norm_forward(
-    x: Any, branch: Any, branch_bias: Any, keep: Any, scale: Any, bias: Any, interpret: bool,
-    tilings: Tilings,
-) -> Any:  # fmt: skip
+def _add_layer_norm_forward(*args: Any) -> Any:
+    *primals, interpret, tilings = args
+    return _add_layer_norm(_values(primals), interpret, tilings)
+
+
+def _add_layer_norm(args: Any, interpret: bool, tilings: Tilings) -> Any:
+    x, branch, branch_bias, keep, scale, bias = args
     added = Added(flat(branch), branch_bias, keep)
     x_new, y, mean, rstd = norm(
         flat(x), added, scale, bias, x.shape[1], tilings.norm, interpret=interpret
@@ -74,19 +78,19 @@ def _add_layer_norm_forward(
 
 def _add_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
     x, mean, rstd, branch_bias, keep, scale, bias = kept
-    dx, dy = given
+    dx, dy = map(_flat_gradient, given)
     grads = norm_grad(
-        flat(dx), flat(dy), flat(x), mean, rstd, scale, None, keep, x.shape[1],
+        dx, dy, flat(x), mean, rstd, scale, None, keep, x.shape[1],
         branch_bias is not None, tilings.norm_grad, interpret=interpret,
     )  # fmt: skip
-    dx = grads.x.reshape(x.shape)
-    dbranch = dx if grads.branch is None else grads.branch.reshape(x.shape)
+    dx_new = grads.x.reshape(x.shape)
+    dbranch = dx_new if grads.branch is None else grads.branch.reshape(x.shape)
     dbranch_bias = None if branch_bias is None else grads.sums[2].astype(branch_bias.dtype)
     dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
-    return dx, dbranch, dbranch_bias, None, dscale, dbias
+    return dx_new, dbranch, dbranch_bias, None, dscale, dbias
 
 
-add_layer_norm.defvjp(_add_layer_norm_forward, _add_layer_norm_backward)
+add_layer_norm.defvjp(_add_layer_norm_forward, _add_layer_norm_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -110,12 +114,16 @@ def shift_layer_norm(
         interpret: whether to run the kernels without a GPU.
         tilings: how the kernels are cut.
     """
-    return _shift_layer_norm_forward(x, shift, scale, bias, interpret, tilings)[0]
+    return _shift_layer_norm((x, shift, scale, bias), interpret, tilings)[0]
 
 
-def _shift_layer_norm_forward(
-    x: Any, shift: Any, scale: Any, bias: Any, interpret: bool, tilings: Tilings
-) -> Any:
+def _shift_layer_norm_forward(*args: Any) -> Any:
+    *primals, interpret, tilings = args
+    return _shift_layer_norm(_values(primals), interpret, tilings)
+
+
+def _shift_layer_norm(args: Any, interpret: bool, tilings: Tilings) -> Any:
+    x, shift, scale, bias = args
     # The product that adds to x takes it as such a matrix. With no other reader of this shape XLA
     # would write the result over x, and copy x before for those who read it later.
     matrix = x.reshape(len(x), -1)
@@ -128,16 +136,26 @@ def _shift_layer_norm_forward(
 
 def _shift_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
     x, mean, rstd, shift, scale, bias = kept
-    dx, dy = given
+    dx, dy = map(_flat_gradient, given)
     grads = norm_grad(
-        flat(dx), flat(dy), flat(x), mean, rstd, scale, shift, None, x.shape[1], True,
+        dx, dy, flat(x), mean, rstd, scale, shift, None, x.shape[1], True,
         tilings.norm_grad, interpret=interpret,
     )  # fmt: skip
     dscale, dbias = grads.sums[0].astype(scale.dtype), grads.sums[1].astype(bias.dtype)
     return grads.x.reshape(x.shape), grads.sums[2], dscale, dbias
 
 
-shift_layer_norm.defvjp(_shift_layer_norm_forward, _shift_layer_norm_backward)
+shift_layer_norm.defvjp(_shift_layer_norm_forward, _shift_layer_norm_backward, symbolic_zeros=True)
+
+
+def _values(primals: Any) -> Any:
+    """Returns arguments without what JAX says of each: whether its gradient is wanted."""
+    return jax.tree.map(operator.attrgetter("value"), primals)
+
+
+def _flat_gradient(given: Any) -> Any:
+    """Returns a gradient as a matrix; None if it is zero because nobody uses the result."""
+    return None if isinstance(given, SymbolicZero) else flat(given)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

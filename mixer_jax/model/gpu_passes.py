@@ -64,19 +64,23 @@ def _norm(
     scales, biases = tiles.load_across(scale), tiles.load_across(bias)
     shifts = None if added.bias is None else tiles.load_across(added.bias)
 
-    def body(row: Any, carry: Any) -> Any:
-        tile = tiles.load(x, row)
+    def fetch(row: Any) -> Any:
+        refs = (x,) if added.branch is None else (x, added.branch)
+        return [tiles.load(ref, row) for ref in refs]
+
+    def body(row: Any, fetched: Any, carry: Any) -> Any:
+        tile, *branches = map(tiles.widen, fetched)
         if added.branch is None:
             tile = _sum(tile, shifts)
         else:
-            branch = _sum(tiles.load(added.branch, row), shifts)
+            branch = _sum(branches[0], shifts)
             if added.keep is not None:
                 kept = tiles.load_down(added.keep, row, images)
                 branch = [b * kept for b in branch]
             # Normalized is what the backward pass will read, rounded.
             stored = [t.astype(x_new.dtype) for t in _sum(tile, branch)]
             tiles.store(x_new, row, stored)
-            tile = [t.astype(jnp.float32) for t in stored]
+            tile = tiles.widen(stored)
         center = tiles.sum_across(tile) / tiles.num_columns
         tile = tiles.clear([t - center for t in tile])
         variance = tiles.sum_across([t * t for t in tile]) / tiles.num_columns
@@ -87,7 +91,8 @@ def _norm(
         tiles.store_down(rstd, row, factor)
         return carry
 
-    tiles.loop(body, None)
+    # Any carry will do.
+    tiles.loop(fetch, body, jnp.int32(0))
 
 
 class NormGrads(NamedTuple):
@@ -111,7 +116,7 @@ def norm_grad(
     """Returns the gradients of `norm`.
 
     Args:
-        dx: gradient by the sum of x and the branch, from elsewhere.
+        dx: gradient by the sum of x and the branch, from elsewhere; None if there is none.
         dy: gradient by its second result.
         x: its first result, or its argument if there was no branch.
         mean: its third result.
@@ -147,9 +152,16 @@ def _norm_grad(
     num_sums = sums.shape[1] // tiles.num_columns
     shifts = None if shift is None else tiles.load_across(shift)
 
-    def body(row: Any, sums: list[Any]) -> list[Any]:
-        x_tile, dy_tile = _sum(tiles.load(x, row), shifts), tiles.load(dy, row)
-        center, factor = tiles.load_down(mean, row), tiles.load_down(rstd, row)
+    def fetch(row: Any) -> Any:
+        refs = [ref for ref in (x, dy, dx) if ref is not None]
+        return [tiles.load(ref, row) for ref in refs], [
+            tiles.load_down(ref, row) for ref in (mean, rstd)
+        ]
+
+    def body(row: Any, fetched: Any, sums: list[Any]) -> list[Any]:
+        x_tile, dy_tile, *dx_tile = map(tiles.widen, fetched[0])
+        x_tile = _sum(x_tile, shifts)
+        center, factor = fetched[1]
         normalized = [(t - center) * factor for t in x_tile]
         products = [d * n for d, n in zip(dy_tile, normalized, strict=True)]
         scaled = [d * s for d, s in zip(dy_tile, scales, strict=True)]
@@ -160,7 +172,7 @@ def _norm_grad(
             factor * (g - mean_scaled - n * mean_by_norm)
             for g, n in zip(scaled, normalized, strict=True)
         ]
-        total = _sum(alone, tiles.load(dx, row))
+        total = _sum(alone, *dx_tile)
         tiles.store(dx_out, row, total)
         if keep is not None:
             kept = tiles.load_down(keep, row, images)
@@ -170,12 +182,12 @@ def _norm_grad(
         new = [products, dy_tile, total if shifts is None else alone][: len(sums)]
         return [_sum(old, tile) for old, tile in zip(sums, new, strict=True)]
 
-    totals = tiles.loop(body, [tiles.zeros() for _ in range(num_sums)])
+    totals = tiles.loop(fetch, body, [tiles.zeros() for _ in range(num_sums)])
     for i, tile in enumerate(totals):
         tiles.store_sums(sums, i * tiles.num_columns, tile)
 
 
-def _sum(tile: list[Any], other: list[Any] | None) -> list[Any]:
+def _sum(tile: list[Any], other: list[Any] | None = None) -> list[Any]:
     return tile if other is None else [a + b for a, b in zip(tile, other, strict=True)]
 
 
@@ -210,13 +222,16 @@ def _gelu_grad(
     tiles = Tiles(hidden.shape, tiling, [column], pl.program_id(1), sums.shape[0])
     slope = tanh_gelu_slope if gelu == "tanh" else exact_gelu_slope
 
-    def body(row: Any, total: list[Any]) -> list[Any]:
-        [da_tile], [hidden_tile] = tiles.load(da, row), tiles.load(hidden, row)
+    def fetch(row: Any) -> Any:
+        return tiles.load(da, row), tiles.load(hidden, row)
+
+    def body(row: Any, fetched: Any, total: list[Any]) -> list[Any]:
+        [da_tile], [hidden_tile] = map(tiles.widen, fetched)
         dhidden_tile = da_tile * slope(hidden_tile)
         tiles.store(dhidden, row, [dhidden_tile])
         return [total[0] + dhidden_tile]
 
-    tiles.store_sums(sums, 0, tiles.loop(body, tiles.zeros()))
+    tiles.store_sums(sums, 0, tiles.loop(fetch, body, tiles.zeros()))
 
 
 def tanh_gelu_slope(x: Any) -> Any:

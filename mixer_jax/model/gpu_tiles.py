@@ -42,8 +42,9 @@ class Tiling(NamedTuple):
 class Tiles:
     """The tiles that one program visits, of a matrix or several of its shape.
 
-    Values are float32 in registers: a tile is a list of pieces (rows, width), a vector over columns
-    a list of pieces (1, width), a vector over rows (rows, 1). Outside of the matrix they are 0.
+    Values in registers: a tile is a list of pieces (rows, width), a vector over columns a list of
+    pieces (1, width), a vector over rows (rows, 1). Outside of the matrix they are 0. Vectors are
+    float32; tiles are loaded in the matrix' own type, and `widen` makes them float32.
 
     Args:
         shape: of the matrix.
@@ -68,18 +69,33 @@ class Tiles:
         masked = self.num_columns % self.width > 0
         self.columns = [program * 0 + column for column in columns] if masked else columns
 
-    def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
-        """Runs `carry = body(first row of a tile, carry)` for this program's tiles."""
+    def loop(
+        self, fetch: Callable[[Any], Any], body: Callable[[Any, Any, Any], Any], init: Any
+    ) -> Any:
+        """Runs `carry = body(row, fetch(row), carry)` for the first rows of this program's tiles.
+
+        A tile is fetched while the one before it is worked on, so that memory is not waited for.
+        """
         left = pl.cdiv(self.num_rows, self.rows) - self.program + self.programs - 1
+        count = lax.div(left, self.programs)
 
-        def step(i: Any, carry: Any) -> Any:
-            return body((self.program + i * self.programs) * self.rows, carry)
+        def row_of(i: Any) -> Any:
+            return (self.program + i * self.programs) * self.rows
 
-        return lax.fori_loop(0, lax.div(left, self.programs), step, init)
+        def step(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            fetched, carry = state
+            later = fetch(row_of(jnp.minimum(i + 1, count - 1)))
+            return later, body(row_of(i), fetched, carry)
+
+        return lax.fori_loop(0, count, step, (fetch(row_of(0)), init))[1]
 
     def load(self, ref: Any, row: Any) -> list[Any]:
         """Returns a tile."""
         return [load(*self._place(ref, row, column)) for column in self.columns]
+
+    def widen(self, tile: list[Any]) -> list[Any]:
+        """Returns a tile as float32."""
+        return [piece.astype(jnp.float32) for piece in tile]
 
     def store(self, ref: Any, row: Any, tile: list[Any]) -> None:
         """Stores a tile."""
@@ -91,7 +107,7 @@ class Tiles:
         """Returns a vector over columns."""
         places = [pl.ds(column, self.width) for column in self.columns]
         return [
-            load(ref.at[place], self._mask_across(column))[None, :]
+            load(ref.at[place], self._mask_across(column)).astype(jnp.float32)[None, :]
             for place, column in zip(places, self.columns, strict=True)
         ]
 
@@ -109,7 +125,7 @@ class Tiles:
             if period is None
             else lax.rem(numbers, jnp.full_like(numbers, period))
         )
-        return load(ref.at[place], self._mask_down(row))[:, None]
+        return load(ref.at[place], self._mask_down(row)).astype(jnp.float32)[:, None]
 
     def store_down(self, ref: Any, row: Any, values: Any) -> None:
         """Stores a tile's part of a vector over rows."""
@@ -163,5 +179,5 @@ class Tiles:
 
 
 def load(place: Any, mask: Any) -> Any:
-    """Returns what lies there as float32, 0 where the mask is false."""
-    return plgpu.load(place, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+    """Returns what lies there, 0 where the mask is false."""
+    return plgpu.load(place, mask=mask, other=None if mask is None else 0.0)

@@ -62,6 +62,7 @@ class Experiment(NamedTuple):
         train_step: one step; the state given to it is used up.
         copy_params: of a state, for `change_norm` after the next step.
         change_norm: of that step's update, from the copy and the new parameters.
+        parameter_norm: of parameters.
         metadata: what its checkpoints say of themselves.
     """
 
@@ -76,6 +77,7 @@ class Experiment(NamedTuple):
     train_step: TrainStep
     copy_params: Callable[[Any], Any]
     change_norm: Callable[[Any, Any], jax.Array]
+    parameter_norm: Callable[[Any], jax.Array]
     metadata: dict[str, Any]
 
 
@@ -148,6 +150,7 @@ def build(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
         ),
         change_norm=jax.jit(change_norm, out_shardings=replicated(mesh)),
+        parameter_norm=jax.jit(optax.tree.norm, out_shardings=replicated(mesh)),
         metadata={
             "about": about.to_json(),
             "ema": config.recipe.ema_decay > 0,

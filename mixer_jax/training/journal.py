@@ -66,9 +66,7 @@ class Journal:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise DivergedError(f"{name} is {value} at step {step}")
+        self.check(step, values)
         self.progress.advance()
         self.window.append(values["loss"])
         due = self.is_due(step)
@@ -87,6 +85,12 @@ class Journal:
             values |= rates
         if due:
             self._writer.write(step, values)
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """Raises DivergedError unless what was measured at a step are finite numbers."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise DivergedError(f"{name} is {value} at step {step}")
 
     def write_scores(self, step: int, name: str, scores: AnyScores) -> None:
         """Writes down and shows the scores of one evaluation."""

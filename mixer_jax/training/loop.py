@@ -103,6 +103,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
             state, metrics = experiment.train_step(state, batch)
             if before is not None:
                 metrics["update_norm"] = experiment.change_norm(before, state.params)
+                metrics["parameter_norm"] = experiment.parameter_norm(state.params)
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)
@@ -116,6 +117,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
                 if due or saving:
                     # What is scored and saved is known to be finite.
                     journal.settle()
+                    norm = experiment.parameter_norm(state.params)
+                    journal.check(step, {"parameter_norm": float(norm)})
             except RunFailedError as error:
                 raise _with_last_checkpoint(error, workdir, saved_step) from error
             with journal.progress.pause():

@@ -88,9 +88,8 @@ def train_step(
         ema_decay: of the averaged parameters; unused where the state has none.
 
     Returns:
-        The state after the step, and scalars: loss, learning_rate, and the norms of gradient
-        (before clipping) and parameters (after the update). The update's is not among them: with
-        it, XLA would copy parameters and moments instead of changing them in place.
+        The state after the step, and scalars: loss, learning_rate, and gradient_norm, before
+        clipping.
     """
     mixup_rng, model_rng = step_keys(seed, state.step)
     labels = smooth_labels(batch["label"], num_classes, label_smoothing)
@@ -129,13 +128,16 @@ def train_step(
         "loss": value,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "gradient_norm": optax.tree.norm(grads),
-        "parameter_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 
 def change_norm(before: Params, after: Params) -> Float[Array, ""]:
-    """Returns the norm of what an update added to the parameters."""
+    """Returns the norm of what a step added to the parameters.
+
+    It is no part of the step: with it, XLA copies parameters and moments, where it else changes
+    them in place.
+    """
     return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 
