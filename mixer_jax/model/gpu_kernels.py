@@ -27,8 +27,8 @@ Axis = Literal["first", "last"]
 class Tilings(NamedTuple):
     """How each kernel cuts its matrix; by default as was fastest on an H200 (BENCHMARKS.md)."""
 
-    norm: Tiling = Tiling(rows=2, columns=1024, warps=4, programs=132 * 16)
-    norm_grad: Tiling = Tiling(rows=1, columns=256, warps=2, programs=132 * 16)
+    norm: Tiling = Tiling(rows=1, columns=256, warps=1, programs=132 * 32)
+    norm_grad: Tiling = Tiling(rows=1, columns=256, warps=2, programs=132 * 12)
     gelu_grad: Tiling = Tiling(rows=8, columns=256, warps=8, programs=132 * 24)
 
 
