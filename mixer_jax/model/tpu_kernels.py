@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
@@ -179,11 +180,15 @@ def _backward(branch: _Branch, kept: Any, cotangent: Array) -> tuple[Array, Arra
     )(keep.astype(jnp.float32), x, cotangent, *whole)
     grads = [grad.sum(0) for grad in grads]
     grads[4] = grads[4].T
-    typed = [
-        grad.reshape(param.shape).astype(param.dtype)
-        for grad, param in zip(grads, params, strict=True)
-    ]
-    return to_x, jnp.zeros_like(keep), BranchParams(*typed)
+    typed = BranchParams(
+        *(
+            grad.reshape(param.shape).astype(param.dtype)
+            for grad, param in zip(grads, params, strict=True)
+        )
+    )
+    # Turned in passing. Left to XLA, parameters and moments are turned to lie as it does.
+    kernel2 = with_layout_constraint(typed.kernel2, Layout((0, 1)))
+    return to_x, jnp.zeros_like(keep), typed._replace(kernel2=kernel2)
 
 
 _mix.defvjp(_forward, _backward)
