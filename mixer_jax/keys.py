@@ -64,7 +64,8 @@ KEYS: dict[str, Key] = {
     ),
     "model.unroll": Key(
         -1,
-        "blocks per iteration of the loop over them; 0: all, no loop; -1: 0 on GPUs, else 1",
+        "blocks per iteration of the loop over them; 0: all, no loop; -1: 0 on GPUs and with "
+        "kernels of our own, else 1",
         low=-1,
         resumable=True,
     ),

@@ -19,13 +19,14 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         about: what the weights say of themselves.
         dtype: of the computation; empty: as they say.
     """
+    kernels = resolve_kernels("auto")
     return MlpMixer(
         num_classes=about.num_classes,
         **dataclasses.asdict(about.widths),
         gelu=cast(Gelu, about.gelu),
         dtype=resolve_dtype(dtype or about.dtype),
-        kernels=resolve_kernels("auto"),
-        unroll=resolve_unroll(),
+        kernels=kernels,
+        unroll=resolve_unroll(kernels),
     )
 
 
