@@ -169,6 +169,11 @@ KEYS: dict[str, Key] = {
     "checkpoint.every_minutes": Key(0.0, "0: only by steps and at the end", low=0, resumable=True),
     "checkpoint.keep": Key(2, "checkpoints kept, the newest", low=1, resumable=True),
     "log_every_steps": Key(50, "metrics are written this often", low=1, resumable=True),
+    "log_update_norm": Key(
+        False,
+        "write the norm of the update, too, for which the parameters are copied before the step",
+        resumable=True,
+    ),
     "tensorboard": Key(
         True, "write TensorBoard events too, which takes TensorFlow", resumable=True
     ),

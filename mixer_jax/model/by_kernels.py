@@ -51,8 +51,11 @@ class Pending(NamedTuple):
         self, branch: Float[Array, "_ _"], bias: Float[Array, " c"] | None, keep: Keep
     ) -> "Pending":
         """Returns the tokens with another branch to add; the arguments are its attributes."""
-        branch = _name_token_mixing(branch.reshape(self.x.shape), bias)
-        return Pending(self.x, branch, bias, keep)
+        return Pending(self.x, branch.reshape(self.x.shape), bias, keep)
+
+    def named(self, name: str) -> "Pending":
+        """Returns the tokens with a name for what the backward pass may keep."""
+        return self._replace(branch=checkpoint_name(self.branch, name))
 
 
 class Summed(NamedTuple):
@@ -84,8 +87,11 @@ class Summed(NamedTuple):
         """Returns the tokens with another branch, which all images keep."""
         # As a matrix of the product's shape: XLA makes the sum a part of the product.
         x = (self.x.reshape(branch.shape) + branch).reshape(self.x.shape)
-        x = _name_token_mixing(x, bias)
         return Summed(x, self.shift if bias is None else self.shift + bias)
+
+    def named(self, name: str) -> "Summed":
+        """Returns the tokens with a name for what the backward pass may keep."""
+        return self._replace(x=checkpoint_name(self.x, name))
 
 
 def gpu_tokens(x: Float[Array, "s n c"], drops: bool) -> Pending | Summed:
@@ -125,19 +131,15 @@ def gpu_block(
     (kernel, bias), (kernel_out, _) = _dense_pair(params["token_mixing"])
     tokens, y = tokens.normalize(params["LayerNorm_0"], interpret)
     hidden = flat(dense_gelu(y, kernel, bias, "first", gelu, interpret))
-    # Rows of an odd number of tokens would not begin at the addresses that fast products want.
+    # Of 196 tokens a row of 16-bit numbers would not be a multiple of 16 bytes, as fast products
+    # want it, here and in the backward pass.
     kernel_out = with_layout_constraint(kernel_out.astype(y.dtype).T, Layout((0, 1)))
     branch = lax.dot_general(kernel_out, hidden, (((1,), (1,)), ((), ())))
-    tokens = tokens.add(branch, None, keep[0])
+    tokens = tokens.add(branch, None, keep[0]).named("mlp_output")
     tokens, y = tokens.normalize(params["LayerNorm_1"], interpret)
     (kernel, bias), (kernel_out, bias_out) = _dense_pair(params["channel_mixing"])
     hidden = flat(dense_gelu(y, kernel, bias, "last", gelu, interpret))
     return tokens.add(hidden @ kernel_out.astype(y.dtype), bias_out, keep[1])
-
-
-def _name_token_mixing(x: Array, bias: Any) -> Array:
-    """Names what the backward pass may keep: the result of token mixing, which has no bias here."""
-    return checkpoint_name(x, "mlp_output") if bias is None else x
 
 
 def gpu_norm(

@@ -12,6 +12,7 @@ import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
@@ -78,7 +79,7 @@ def _add_layer_norm(args: Any, interpret: bool, tilings: Tilings) -> Any:
 
 def _add_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
     x, mean, rstd, branch_bias, keep, scale, bias = kept
-    dx, dy = map(_flat_gradient, given)
+    dx, dy = _flat_gradients(given)
     grads = norm_grad(
         dx, dy, flat(x), mean, rstd, scale, None, keep, x.shape[1],
         branch_bias is not None, tilings.norm_grad, interpret=interpret,
@@ -136,7 +137,7 @@ def _shift_layer_norm(args: Any, interpret: bool, tilings: Tilings) -> Any:
 
 def _shift_layer_norm_backward(interpret: bool, tilings: Tilings, kept: Any, given: Any) -> Any:
     x, mean, rstd, shift, scale, bias = kept
-    dx, dy = map(_flat_gradient, given)
+    dx, dy = _flat_gradients(given)
     grads = norm_grad(
         dx, dy, flat(x), mean, rstd, scale, shift, None, x.shape[1], True,
         tilings.norm_grad, interpret=interpret,
@@ -153,9 +154,15 @@ def _values(primals: Any) -> Any:
     return jax.tree.map(operator.attrgetter("value"), primals)
 
 
-def _flat_gradient(given: Any) -> Any:
-    """Returns a gradient as a matrix; None if it is zero because nobody uses the result."""
-    return None if isinstance(given, SymbolicZero) else flat(given)
+def _flat_gradients(given: Any) -> tuple[Any, Any]:
+    """Returns gradients by tokens and by their LayerNorm as matrices.
+
+    The first is None if nobody uses those tokens, as after the last block.
+    """
+    dx, dy = given
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    return None if isinstance(dx, SymbolicZero) else flat(dx), flat(dy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

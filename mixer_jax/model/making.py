@@ -43,7 +43,8 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
     dtype = resolve_dtype(settings.pop("dtype"))
     kernels = resolve_kernels(settings.pop("kernels"))
     if settings["unroll"] == AUTO_UNROLL:
-        settings["unroll"] = resolve_unroll(kernels)
+        # With dropout kernels of our own are not used in training.
+        settings["unroll"] = resolve_unroll("xla" if settings["dropout"] else kernels)
     variant = settings.pop("variant")
     return create_model(variant, num_classes, dtype=dtype, kernels=kernels, **settings)
 
@@ -55,7 +56,7 @@ def resolve_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def resolve_unroll(kernels: Kernels) -> int:
+def resolve_unroll(kernels: str) -> int:
     """Returns blocks per iteration as is best here: all (0) on GPUs and with kernels, else 1.
 
     In a loop what is kept for the backward pass is copied into stacks and out again, which costs

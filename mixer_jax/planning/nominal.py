@@ -57,8 +57,10 @@ def plannable(config: ConfigDict) -> ConfigDict:
     plain = config.copy_and_resolve_references()
     if plain.model.dtype == "auto":
         plain.model.dtype = "bfloat16"
-    # As accelerators whose programs can be compiled without them.
-    plain.model.unroll = 1 if plain.model.unroll < 0 else plain.model.unroll
+    if plain.model.unroll < 0:
+        # As accelerators whose programs can be compiled without them: TPUs.
+        by_kernels = plain.model.kernels == "mosaic" and not plain.model.dropout
+        plain.model.unroll = 0 if by_kernels else 1
     plain.compilation_cache = ""
     return plain
 

@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
         state_shape: shapes, types and shardings of the state.
         create_state: makes the state before the first step.
         train_step: one step; the state given to it is used up.
-        copy_params: of a state, for `change_norm` after the next step.
+        copy_params: of a state, which the next step uses up, for `change_norm` after it.
         change_norm: of that step's update, from the copy and the new parameters.
         parameter_norm: of parameters.
         metadata: what its checkpoints say of themselves.

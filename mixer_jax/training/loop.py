@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from mixer_jax.data.pipeline import Batch
 from mixer_jax.errors import RunFailedError, UserError
 from mixer_jax.parallel import endings, hosts
 from mixer_jax.training.bad_images import BadImageLog
@@ -22,7 +23,7 @@ from mixer_jax.training.experiment import (
 )
 from mixer_jax.training.journal import Journal
 from mixer_jax.training.run_sources import open_sources
-from mixer_jax.training.step import TrainState
+from mixer_jax.training.step import Metrics, TrainState
 from mixer_jax.training.workdir import save_config
 from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import Weights
@@ -99,11 +100,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
         batches = training_batches(experiment, first_step, bad_images.record)
         stack.callback(batches.close)
         for step, batch in enumerate(batches, first_step + 1):
-            before = experiment.copy_params(state.params) if journal.is_due(step) else None
-            state, metrics = experiment.train_step(state, batch)
-            if before is not None:
-                metrics["update_norm"] = experiment.change_norm(before, state.params)
-                metrics["parameter_norm"] = experiment.parameter_norm(state.params)
+            state, metrics = _take_step(experiment, state, batch, journal.is_due(step))
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)
@@ -142,6 +139,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
         raise RunFailedError(bad_images.verdict(saved_step))
     finished = step == experiment.num_steps
     return Result(step, experiment.num_steps, scores if finished else {}, stop.received)
+
+
+def _take_step(
+    experiment: Experiment, state: TrainState, batch: Batch, measured: bool
+) -> tuple[TrainState, Metrics]:
+    """Takes a training step; where it is measured, norms are among its metrics.
+
+    They are no part of the step: XLA would copy parameters and moments for the one, and change them
+    at half the memory's speed for the other.
+    """
+    if not measured:
+        return experiment.train_step(state, batch)
+    with_update = experiment.config.log_update_norm
+    before = experiment.copy_params(state.params) if with_update else None
+    state, metrics = experiment.train_step(state, batch)
+    metrics = metrics | {"parameter_norm": experiment.parameter_norm(state.params)}
+    if before is not None:
+        metrics["update_norm"] = experiment.change_norm(before, state.params)
+    return state, metrics
 
 
 def save(

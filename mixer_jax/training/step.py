@@ -133,11 +133,7 @@ def train_step(
 
 
 def change_norm(before: Params, after: Params) -> Float[Array, ""]:
-    """Returns the norm of what a step added to the parameters.
-
-    It is no part of the step: with it, XLA copies parameters and moments, where it else changes
-    them in place.
-    """
+    """Returns the norm of what a step added to the parameters, as they were rounded."""
     return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
-from mixer_jax.model.making import check_kernels, create_model, for_devices, resolve_kernels
+from mixer_jax.model.making import (
+    build_model,
+    check_kernels,
+    create_model,
+    for_devices,
+    resolve_kernels,
+)
 from mixer_jax.model.mixer import MlpMixer
 
 WIDTHS: dict[str, Any] = {
@@ -59,12 +65,35 @@ def test_kernels_compute_what_the_compiler_does(
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+def test_kernels_for_gpus_round_no_more_than_the_compiler_in_bfloat16() -> None:
+    exact = loss_and_grads(model(), 28, train=True)
+    errors = []
+    for name in ("xla", "triton"):
+        found = loss_and_grads(model(kernels=name, dtype=jnp.bfloat16), 28, train=True)
+        total = sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(exact, found, strict=True))
+        errors.append(total**0.5)
+    by_compiler, by_kernels = errors
+    assert 0 < by_kernels < 1.2 * by_compiler
+
+
 @pytest.mark.parametrize("kernels", ["triton", "mosaic"])
 def test_training_with_dropout_leaves_the_kernels_out(kernels: str) -> None:
     expected = loss_and_grads(model(dropout=0.3), 8, train=True)
     actual = loss_and_grads(model(dropout=0.3, kernels=kernels), 8, train=True)
     for a, b in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_blocks_lie_in_a_row_where_kernels_compute_them() -> None:
+    section = {"variant": "B/32", "dtype": "auto", "unroll": -1, "dropout": 0.0}
+    made = {
+        name: build_model(section | {"kernels": name}, 3) for name in ("xla", "mosaic", "triton")
+    }
+    assert {name: m.unroll for name, m in made.items()} == {"xla": 1, "mosaic": 0, "triton": 0}
+    dropping = build_model(section | {"kernels": "mosaic", "dropout": 0.1}, 3)
+    assert dropping.unroll == 1
+    assert dropping.computed_by(train=True) == "xla"
+    assert dropping.computed_by(train=False) == "mosaic"
 
 
 def test_kernels_are_for_their_devices() -> None:

@@ -126,6 +126,27 @@ def test_shift_layer_norm(shape: tuple[int, int, int], tilings: Tilings, dtype: 
     assert_same_with_gradients(ours, plain, args, dtype)
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_only_one_result_is_used(used: int) -> None:
+    x, branch = draw(0, 7, 3, 150), draw(1, 7, 3, 150)
+    vectors = [draw(i, 150) for i in (2, 3, 4)]
+
+    def ours_shifted(*args: Any) -> Any:
+        return shift_layer_norm(*args, True, RAGGED)[used]
+
+    def plain_shifted(x: Any, shift: Any, scale: Any, bias: Any) -> Any:
+        return (x, plain_norm(x + shift[None, None, :], scale, bias))[used]
+
+    def ours_added(x: Any, branch: Any, branch_bias: Any, scale: Any, bias: Any) -> Any:
+        return add_layer_norm(x, branch, branch_bias, None, scale, bias, True, RAGGED)[used]
+
+    def plain_added(x: Any, branch: Any, branch_bias: Any, scale: Any, bias: Any) -> Any:
+        return plain_add_norm(x, branch, branch_bias, None, scale, bias)[used]
+
+    assert_same_with_gradients(ours_shifted, plain_shifted, (x, *vectors), "float32")
+    assert_same_with_gradients(ours_added, plain_added, (x, branch, *vectors), "float32")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
 @pytest.mark.parametrize("axis", ["first", "last"])

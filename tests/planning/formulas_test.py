@@ -209,6 +209,15 @@ def test_numbers_of_a_config(root: Any) -> None:
     assert (work.rows, work.itemsize, work.moments) == (64, 2, 2)
 
 
+def test_a_plan_has_the_default_loop_of_the_run_it_plans() -> None:
+    def unroll(*more: str) -> int:
+        read = read_config("configs/digits.py", ["--config.model.unroll=-1", *more])
+        return int(plannable(read).model.unroll)
+
+    kernels = "--config.model.kernels=mosaic"
+    assert [unroll(), unroll(kernels), unroll(kernels, "--config.model.dropout=0.1")] == [1, 0, 1]
+
+
 @pytest.mark.parametrize(("classes", "number"), [("all", 10), ("low", 5), ("high", 5)])
 def test_digits_are_as_many_as_they_are(classes: str, number: int, digits_dir: str) -> None:
     config = plannable(read_config(f"configs/digits.py:{classes}", []))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,8 +87,9 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "test/top1" in line] == [10, 20]
     steady = lines[2]
-    names = ("loss", "learning_rate", "gradient_norm", "update_norm", "parameter_norm")
+    names = ("loss", "learning_rate", "gradient_norm", "parameter_norm")
     assert steady.keys() >= {*names, "images_per_second"}
+    assert "update_norm" not in steady
 
 
 def test_a_finished_run_scores_its_checkpoint_again(
@@ -148,6 +150,46 @@ def test_the_last_step_is_written_whatever_the_interval(digits_dir: str, tmp_pat
     train_and_evaluate(config, str(tmp_path))
     lines = read_metrics(str(tmp_path))
     assert [line["step"] for line in lines if "loss" in line] == [3, 5]
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_norms_are_of_the_step_they_are_written_for(
+    fsdp: int, digits_dir: str, tmp_path: Path
+) -> None:
+    config = small_config(
+        digits_dir,
+        num_steps=3,
+        log_every_steps=3,
+        log_update_norm=True,
+        checkpoint__every_steps=1,
+        checkpoint__keep=3,
+        mesh__fsdp=fsdp,
+        **PLAIN,
+    )
+    train_and_evaluate(config, str(tmp_path))
+    [line] = [line for line in read_metrics(str(tmp_path)) if "loss" in line]
+    before, after = (load_weights(f"{tmp_path}/checkpoints/{n}").params for n in (2, 3))
+
+    def norm(tree: Any) -> float:
+        squares = (np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))
+        return float(np.sqrt(sum(squares)))
+
+    update = jax.tree.map(np.subtract, after, before)
+    assert line["update_norm"] == pytest.approx(norm(update), rel=1e-5)
+    assert line["parameter_norm"] == pytest.approx(norm(after), rel=1e-5)
+
+
+def test_parameters_that_are_no_numbers_are_not_saved(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_infinite(*args: Any, **kwargs: Any) -> Experiment:
+        return build(*args, **kwargs)._replace(parameter_norm=lambda params: jnp.asarray(jnp.inf))
+
+    monkeypatch.setattr(loop_module, "build", build_infinite)
+    config = small_config(digits_dir, log_every_steps=100, checkpoint__every_steps=1, **PLAIN)
+    with pytest.raises(RunFailedError, match=r"parameter_norm is inf at step 1; none was saved"):
+        train_and_evaluate(config, str(tmp_path))
+    assert not list_steps(str(tmp_path))
 
 
 def test_divergence_stops_and_names_the_last_good_checkpoint(
