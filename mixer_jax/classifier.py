@@ -19,10 +19,12 @@ from mixer_jax.data.image_files import NamedImage, printable, read_image
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.model.making import for_devices
+from mixer_jax.model.parameters import for_prediction, stacked
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import check_image_size
 from mixer_jax.parallel.compiler import compiler_options
 from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated
+from mixer_jax.predictions import NamedProbability, Prediction
 from mixer_jax.weights.load import (
     Weights,
     load_weights,
@@ -32,34 +34,6 @@ from mixer_jax.weights.load import (
 )
 from mixer_jax.weights.ready import make_model, place
 from mixer_jax.weights.sizes import ImageSize
-
-
-class NamedProbability(NamedTuple):
-    """A class and how probable it is.
-
-    Attributes:
-        label: its number.
-        name: its name, or its number as text where names are not known.
-        probability: in [0, 1].
-    """
-
-    label: int
-    name: str
-    probability: float
-
-
-class Prediction(NamedTuple):
-    """What an image shows.
-
-    Attributes:
-        image: what a person finds it by.
-        classes: the most probable ones, in falling order; none where the image cannot be used.
-        error: why it cannot be used; empty if it can.
-    """
-
-    image: str
-    classes: list[NamedProbability]
-    error: str = ""
 
 
 def load_pretrained(
@@ -123,7 +97,6 @@ class Classifier:
     Attributes:
         about: what the weights say of themselves.
         model: the Flax module, from images in [-1, 1] to logits.
-        params: its parameters.
     """
 
     def __init__(self, weights: Weights, dtype: str = ""):
@@ -131,11 +104,17 @@ class Classifier:
         self.about = weights.about
         self._mesh = make_mesh(0, 1, jax.local_devices())
         self.model = for_devices(make_model(weights.about, dtype), self._mesh.size)
-        self.params = place(weights.params, self._mesh)
-        options = compiler_options(self._mesh.devices.flat[0].platform, self.model.kernels)
+        platform = self._mesh.devices.flat[0].platform
+        self._params = place(for_prediction(weights.params, platform), self._mesh)
+        options = compiler_options(platform, self.model.kernels)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
         self._top = compiled(self._top_classes, static_argnums=2)
+
+    @property
+    def params(self) -> Any:
+        """The parameters as `model` has them; on CPUs, where they lie apart, put together."""
+        return stacked(self._params)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Returns logits, float32; features where the model has no head.
@@ -166,7 +145,7 @@ class Classifier:
             )
         divides = len(images) % self._mesh.size == 0
         sharding = batch_sharding(self._mesh) if divides else replicated(self._mesh)
-        return self._logits(self.params, jax.device_put(images, sharding))
+        return self._logits(self._params, jax.device_put(images, sharding))
 
     def predict(
         self, images: Sequence[str | os.PathLike | bytes], topk: int = 5, batch_size: int = 32
@@ -240,7 +219,7 @@ class Classifier:
                     pixels[row] = prepared.pixels
             placed = jax.device_put(pixels, batch_sharding(self._mesh))
             # Sent off before the last one is read, so that the device need not wait for the host.
-            started = (batch, self._top(self.params, placed, topk))
+            started = (batch, self._top(self._params, placed, topk))
             if running is not None:
                 yield from self._name(*running)
             running = started

@@ -12,7 +12,7 @@ from mixer_jax.keys import KEYS
 from mixer_jax.weights.places import find_weights
 
 if TYPE_CHECKING:
-    from mixer_jax.classifier import Prediction
+    from mixer_jax.predictions import Prediction
 
 # From so many images on, a bar shows how far it is.
 _MANY = 32

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 import mixer_jax
-from mixer_jax.classifier import Classifier, Prediction
+from mixer_jax.classifier import Classifier
 from mixer_jax.data.decoding import BadImageError
 from mixer_jax.data.image_files import find_images
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
+from mixer_jax.predictions import Prediction
 from mixer_jax.weights.load import Weights, with_new_head
 from mixer_jax.weights.ready import make_model
-from tests.random_weights import DIGITS, random_weights, save_run
+from tests.random_weights import DIGITS, random_weights, same, save_run
 
 SIZES = [(16, 16), (40, 24), (17, 31), (8, 8), (100, 60)]
 
@@ -202,6 +203,7 @@ def test_all_devices_work(weights: Weights, classifier: Classifier, count: int) 
     assert jax.device_count() == 8
     leaf = jax.tree.leaves(classifier.params)[0]
     assert len(leaf.sharding.device_set) == 8
+    same(classifier.params, weights.params)
     images = np.random.default_rng(1).uniform(-1, 1, (count, 16, 24, 3)).astype(np.float32)
     # On one device or not, the images come to all of them.
     logits = classifier(jax.device_put(images, jax.devices()[3]))

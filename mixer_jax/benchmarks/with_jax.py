@@ -27,7 +27,7 @@ from mixer_jax.benchmarks.reference import ReferenceMixer
 from mixer_jax.benchmarks.side import Costs, Program, Side
 from mixer_jax.keys import KEYS
 from mixer_jax.model.making import build_model, resolve_dtype
-from mixer_jax.model.parameters import cast_kernels
+from mixer_jax.model.parameters import cast_kernels, for_prediction
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import resolve_widths
 from mixer_jax.parallel.compiler import compiler_options
@@ -161,10 +161,11 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
         dtype = resolve_dtype(setting.dtype)
         model = ReferenceMixer(num_classes=setting.num_classes, dtype=dtype, **widths)
     if setting.mode == "infer":
-        options = (
-            compiler_options(device.platform, model.kernels) if contestant.kind == OURS else {}
+        return (
+            _our_inference(model, setting, device)
+            if contestant.kind == OURS
+            else _inference(model, setting)
         )
-        return _inference(model, setting, options)
     if contestant.kind == OURS:
         return _our_training(model, setting, device)
     return _plain_training(model, setting)
@@ -227,14 +228,26 @@ def _plain_training(model: Any, setting: Setting) -> Work:
     return Work(jax.jit(step, donate_argnums=0), first_state, True)
 
 
-def _inference(model: Any, setting: Setting, options: dict[str, Any]) -> Work:
+def _our_inference(model: Any, setting: Setting, device: Any) -> Work:
+    """Returns the way from images to logits as `Classifier` takes it."""
+    options = compiler_options(device.platform, model.kernels)
+    ready = functools.partial(for_prediction, platform=device.platform)
+    return _inference(model, setting, options, ready)
+
+
+def _inference(
+    model: Any,
+    setting: Setting,
+    options: dict[str, Any] | None = None,
+    ready: Callable[[Any], Any] = lambda params: params,
+) -> Work:
     """Returns the way from images to logits, with kernels in the type of the computation."""
 
     def classify(params: Any, batch: dict[str, Any]) -> Any:
         return model.apply({"params": params}, to_model_range(batch["image"]))
 
     def first_params() -> Any:
-        return cast_kernels(_init(model, setting), model.dtype)
+        return ready(cast_kernels(_init(model, setting), model.dtype))
 
     return Work(jax.jit(classify, compiler_options=options), first_params, False)
 

@@ -29,7 +29,8 @@ class MlpMixer(nn.Module):
     """The whole model: stem, blocks, LayerNorm, mean over tokens, linear head.
 
     Parameters are float32 and the blocks' lie stacked under "blocks" on a leading axis of length
-    `num_blocks`. Training with dropout or stochastic depth needs the random stream of that name:
+    `num_blocks`; a list of each block's is taken, too, and gives blocks in a row. Training with
+    dropout or stochastic depth needs the random stream of that name:
     `model.apply(variables, images, train=True, rngs={"dropout": key, "stochastic_depth": key})`.
 
     Attributes:
@@ -155,7 +156,8 @@ class MlpMixer(nn.Module):
             for name, rate in streams.items()
             if train and rate
         }
-        in_loop = 0 < self.unroll < self.num_blocks
+        blocks = self.variables["params"]["blocks"]
+        in_loop = 0 < self.unroll < self.num_blocks and not isinstance(blocks, list)
 
         def apply(x: Any, of_block: Any) -> tuple[Any, None]:
             params, rate, rngs = of_block
@@ -165,11 +167,10 @@ class MlpMixer(nn.Module):
             # In a loop the compiler cannot undo the recomputation, so it needs no barrier.
             policy = REMAT_POLICIES[self.remat]
             apply = jax.checkpoint(apply, policy=policy, prevent_cse=not in_loop)
-        stacked = self.variables["params"]["blocks"]
         if in_loop:
-            of_blocks = (stacked, self.drop_rates(), keys)
+            of_blocks = (blocks, self.drop_rates(), keys)
             return jax.lax.scan(apply, x, of_blocks, unroll=self.unroll)[0]
-        for number, params in enumerate(unstack(stacked)):
+        for number, params in enumerate(blocks if isinstance(blocks, list) else unstack(blocks)):
             of_number = jax.tree.map(operator.itemgetter(number), (self.drop_rates(), keys))
             x, _ = apply(x, (params, *of_number))
         return x

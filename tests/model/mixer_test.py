@@ -13,6 +13,7 @@ from mixer_jax.config import get_default
 from mixer_jax.errors import UserError
 from mixer_jax.model.making import build_model
 from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.model.parameters import for_prediction, stacked
 from mixer_jax.model.variants import VARIANTS, forward_flops, num_parameters
 
 # PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).
@@ -144,6 +145,20 @@ def test_no_classes_gives_the_features_under_the_head(images: jax.Array) -> None
     assert features.shape == (2, 8)
     logits = features @ params["head"]["kernel"] + params["head"]["bias"][None]
     np.testing.assert_allclose(apply(model, params, images), logits, atol=1e-5)
+
+
+def test_parameters_that_lie_apart_give_the_same(images: jax.Array) -> None:
+    params = random_params(tiny())
+    assert for_prediction(params, "tpu") is params
+    apart = for_prediction(params, "cpu")
+    assert isinstance(apart["blocks"], list)
+    for a, b in zip(jax.tree.leaves(stacked(apart)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert stacked(params) is params
+    expected = apply(tiny(), params, images)
+    for unroll in (0, 1):
+        actual = apply(tiny(unroll=unroll), apart, images)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
