@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mixer_jax.model.variants import Widths, parameter_shapes
@@ -56,3 +57,9 @@ def same(ours: Any, theirs: Any) -> None:
     assert ours.keys() == theirs.keys()
     for path, array in ours.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[path]), err_msg=path)
+
+
+def tree_norm(tree: Any) -> float:
+    """Returns the global norm of a tree's arrays, in float64."""
+    squares = (np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))
+    return float(np.sqrt(sum(squares)))

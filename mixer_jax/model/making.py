@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mixer_jax.errors import UserError
 from mixer_jax.model.blocks import Kernels
+from mixer_jax.model.defaults import default_dtype, default_kernels, default_unroll
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import resolve_widths
 
@@ -43,8 +44,8 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
     dtype = resolve_dtype(settings.pop("dtype"))
     kernels = resolve_kernels(settings.pop("kernels"))
     if settings["unroll"] == AUTO_UNROLL:
-        # With dropout kernels of our own are not used in training.
-        settings["unroll"] = resolve_unroll("xla" if settings["dropout"] else kernels)
+        platform = jax.default_backend()
+        settings["unroll"] = default_unroll(platform, kernels, settings["dropout"])
     variant = settings.pop("variant")
     return create_model(variant, num_classes, dtype=dtype, kernels=kernels, **settings)
 
@@ -52,30 +53,14 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
 def resolve_dtype(name: str) -> Any:
     """Returns the type of that name; "auto" is bfloat16 on accelerators and float32 on the CPU."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = default_dtype(jax.default_backend())
     return jnp.dtype(name)
 
 
-def resolve_unroll(kernels: str) -> int:
-    """Returns blocks per iteration as is best here: all (0) on GPUs and with kernels, else 1.
-
-    In a loop what is kept for the backward pass is copied into stacks and out again, which costs
-    GPUs a third more time, and kernels of our own for TPUs 40 % more bytes. CPUs are as fast that
-    way, and compile in half the time.
-
-    Args:
-        kernels: that compute the blocks.
-    """
-    return 0 if jax.default_backend() == "gpu" or kernels != "xla" else 1
-
-
 def resolve_kernels(name: str) -> Kernels:
-    """Returns what "auto" means here: hand-written kernels where they were measured to be faster.
-
-    That is on GPUs; of TPUs only their compiler's reckoning is known.
-    """
+    """Returns what computes the blocks; "auto" is what is best here."""
     if name == "auto":
-        name = "triton" if jax.default_backend() == "gpu" else "xla"
+        name = default_kernels(jax.default_backend())
     return cast(Kernels, name)
 
 

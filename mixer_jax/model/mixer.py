@@ -170,7 +170,7 @@ class MlpMixer(nn.Module):
         if in_loop:
             of_blocks = (blocks, self.drop_rates(), keys)
             return jax.lax.scan(apply, x, of_blocks, unroll=self.unroll)[0]
-        for number, params in enumerate(blocks if isinstance(blocks, list) else unstack(blocks)):
+        for number, params in enumerate(unstack(blocks)):
             of_number = jax.tree.map(operator.itemgetter(number), (self.drop_rates(), keys))
             x, _ = apply(x, (params, *of_number))
         return x

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def unstack(params: Any) -> list[Any]:
-    """Returns the parameters of each block, from those of all of them.
+def unstack(blocks: Any) -> list[Any]:
+    """Returns the parameters of each block, from those of all of them, stacked or apart already.
 
     Unlike those of N indices, whose gradients are N arrays of the whole size to be added up, the
     gradient is one array put together.
     """
-    leaves, tree = jax.tree.flatten(params)
+    if isinstance(blocks, list):
+        return blocks
+    leaves, tree = jax.tree.flatten(blocks)
     split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
-    blocks = ([part[0] for part in parts] for parts in zip(*split, strict=True))
-    return [jax.tree.unflatten(tree, block) for block in blocks]
+    apart = ([part[0] for part in parts] for parts in zip(*split, strict=True))
+    return [jax.tree.unflatten(tree, block) for block in apart]
 
 
 def for_prediction(params: Any, platform: str) -> Any:

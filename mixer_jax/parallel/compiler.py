@@ -23,9 +23,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Further ones, by what computes the blocks (`model.kernels`).
 KERNEL_OPTIONS: dict[str, dict[str, Any]] = {
     "triton": {
-        # Seen to work with jax 0.11.2. A name that a version of XLA does not know does nothing.
-        # It pads every side of a product to a multiple of 8, such as 196 tokens, and copies the
-        # operands for it, so that rows begin where fast products want them. Ours do anyway.
+        # The pass pads every side of a product to a multiple of 8, such as 196 tokens, and copies
+        # the operands for it, so that rows begin where fast products want them. Ours do anyway.
+        # Seen to work with jax 0.11.2; a name that a version of XLA does not know does nothing.
         "xla_disable_hlo_passes": "cublas-pad-for-gemms",
     },
 }

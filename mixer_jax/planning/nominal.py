@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.data.examples import Source
 from mixer_jax.errors import UserError
+from mixer_jax.model.defaults import default_dtype, default_kernels, default_unroll
 from mixer_jax.model.variants import INIT_FROM
 from mixer_jax.training.run_sources import Sources
 
@@ -55,12 +56,13 @@ def plannable(config: ConfigDict) -> ConfigDict:
             "variant, e.g. --config.model.variant=B/16"
         )
     plain = config.copy_and_resolve_references()
+    # As on TPUs, whose programs can be compiled without them.
     if plain.model.dtype == "auto":
-        plain.model.dtype = "bfloat16"
+        plain.model.dtype = default_dtype("tpu")
     if plain.model.unroll < 0:
-        # As accelerators whose programs can be compiled without them: TPUs.
-        by_kernels = plain.model.kernels == "mosaic" and not plain.model.dropout
-        plain.model.unroll = 0 if by_kernels else 1
+        asked = plain.model.kernels
+        kernels = default_kernels("tpu") if asked == "auto" else asked
+        plain.model.unroll = default_unroll("tpu", kernels, plain.model.dropout)
     plain.compilation_cache = ""
     return plain
 

@@ -114,8 +114,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
                 if due or saving:
                     # What is scored and saved is known to be finite.
                     journal.settle()
-                    norm = experiment.parameter_norm(state.params)
-                    journal.check(step, {"parameter_norm": float(norm)})
+                    if not journal.is_due(step):
+                        norm = experiment.parameter_norm(state.params)
+                        journal.check(step, {"parameter_norm": float(norm)})
             except RunFailedError as error:
                 raise _with_last_checkpoint(error, workdir, saved_step) from error
             with journal.progress.pause():

@@ -6,7 +6,8 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh
 
-from mixer_jax.model.making import resolve_dtype, resolve_kernels, resolve_unroll
+from mixer_jax.model.defaults import default_unroll
+from mixer_jax.model.making import resolve_dtype, resolve_kernels
 from mixer_jax.model.mixer import Gelu, MlpMixer
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.weights.about import About
@@ -26,7 +27,7 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         gelu=cast(Gelu, about.gelu),
         dtype=resolve_dtype(dtype or about.dtype),
         kernels=kernels,
-        unroll=resolve_unroll(kernels),
+        unroll=default_unroll(jax.default_backend(), kernels, dropout=0.0),
     )
 
 

@@ -22,7 +22,7 @@ from mixer_jax.training.run_sources import open_sources
 from mixer_jax.weights.checkpoint import Checkpoints
 from mixer_jax.weights.load import load_weights
 from mixer_jax.weights.steps import list_steps
-from tests.random_weights import same
+from tests.random_weights import same, tree_norm
 from tests.small_run import PLAIN, small_config
 
 
@@ -170,13 +170,9 @@ def test_norms_are_of_the_step_they_are_written_for(
     [line] = [line for line in read_metrics(str(tmp_path)) if "loss" in line]
     before, after = (load_weights(f"{tmp_path}/checkpoints/{n}").params for n in (2, 3))
 
-    def norm(tree: Any) -> float:
-        squares = (np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))
-        return float(np.sqrt(sum(squares)))
-
     update = jax.tree.map(np.subtract, after, before)
-    assert line["update_norm"] == pytest.approx(norm(update), rel=1e-5)
-    assert line["parameter_norm"] == pytest.approx(norm(after), rel=1e-5)
+    assert line["update_norm"] == pytest.approx(tree_norm(update), rel=1e-5)
+    assert line["parameter_norm"] == pytest.approx(tree_norm(after), rel=1e-5)
 
 
 def test_parameters_that_are_no_numbers_are_not_saved(

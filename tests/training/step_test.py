@@ -25,6 +25,7 @@ from mixer_jax.training.step import (
     train_step,
 )
 from tests.batches import mesh_of
+from tests.random_weights import tree_norm
 
 NUM_CLASSES = 3
 RECIPE: dict[str, Any] = {
@@ -138,13 +139,9 @@ def test_metrics_are_what_they_are_called() -> None:
     before, _ = take_steps(count=0)
     after, (metrics,) = take_steps()
 
-    def norm(tree: Any) -> float:
-        squares = (np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))
-        return float(np.sqrt(sum(squares)))
-
     update = jax.tree.map(np.subtract, after.params, before.params)
     assert metrics["learning_rate"] == pytest.approx(0.1)
-    assert metrics["gradient_norm"] == pytest.approx(norm(update) / 0.1, rel=1e-4)
+    assert metrics["gradient_norm"] == pytest.approx(tree_norm(update) / 0.1, rel=1e-4)
     changed = change_norm(before.params, after.params)
     assert changed == pytest.approx(0.1 * metrics["gradient_norm"], rel=1e-4)
 
