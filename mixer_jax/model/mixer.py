@@ -170,6 +170,8 @@ class MlpMixer(nn.Module):
         if in_loop:
             of_blocks = (blocks, self.drop_rates(), keys)
             return jax.lax.scan(apply, x, of_blocks, unroll=self.unroll)[0]
+        # Traced and lowered once for all blocks; the compiler puts each in its place.
+        apply = jax.jit(apply)
         for number, params in enumerate(unstack(blocks)):
             of_number = jax.tree.map(operator.itemgetter(number), (self.drop_rates(), keys))
             x, _ = apply(x, (params, *of_number))
