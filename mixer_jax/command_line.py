@@ -75,6 +75,13 @@ def add_weights_arguments(parser: Parser) -> None:
     """Adds what the doors that use weights have in common: which, and how they are used."""
     parser.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help=WEIGHTS_HELP)
     add_loading_arguments(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=[choice for choice in KEYS["model.dtype"].choices if choice != "auto"],
+        default="",
+        help="of the computation; default: as the weights say, or bfloat16 on accelerators, "
+        "float32 on CPU",
+    )
 
 
 def add_loading_arguments(parser: Parser) -> None:

@@ -100,12 +100,14 @@ def _score(
 ) -> list["Scores"]:
     from mixer_jax.evaluation.classification import compile_judge, evaluate
     from mixer_jax.evaluation.passes import Reading
+    from mixer_jax.model.parameters import for_prediction
     from mixer_jax.parallel.sharding import make_mesh
     from mixer_jax.weights.ready import make_model, place
 
     about, mesh = weights.about, make_mesh(data=0, fsdp=1)
     loader = (weights.config or {}).get("loader", {})
-    judge_batch, params = compile_judge(make_model(about), mesh), place(weights.params, mesh)
+    judge_batch = compile_judge(make_model(about, known.dtype), mesh)
+    params = for_prediction(weights.params, mesh.devices.flat[0].platform)
     reading = Reading(
         batch_size=known.batch_size,
         image_size=about.image_size,
@@ -115,6 +117,7 @@ def _score(
         threads=loader.get("threads", KEYS["loader.threads"].default),
         prefetch_batches=loader.get("prefetch_batches", KEYS["loader.prefetch_batches"].default),
     )
+    params = place(params, mesh)
     return [evaluate(judge_batch, params, source, mesh, reading) for source in sources]
 
 

@@ -70,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         class_names=labels,
         gelu=known.gelu,
         eval_crop=known.eval_crop,
+        dtype=known.dtype,
     )
     command_line.tell_resolution(classifier.about)
     size = min(known.batch_size, len(images))

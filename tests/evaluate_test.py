@@ -164,6 +164,18 @@ def test_another_image_size(
     assert told["top1"] == pytest.approx(np.mean([a == i % 4 for i, a in enumerate(said)]))
 
 
+def test_in_the_type_that_is_asked_for(
+    weights: Weights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(weights, tmp_path)
+    exact, rounded = (
+        score(run, data_dir, capsys, *arguments) for arguments in ([], ["--dtype=bfloat16"])
+    )
+    assert exact == score(run, data_dir, capsys, "--dtype=float32")
+    assert rounded["log_likelihood"] != exact["log_likelihood"]
+    assert rounded["log_likelihood"] == pytest.approx(exact["log_likelihood"], rel=0.02)
+
+
 def test_a_set_without_real_labels_says_so(
     weights: Weights, digits_dir: str, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from mixer_jax import command_line, predict
 from mixer_jax.classifier import load_pretrained
 from mixer_jax.data.decoding import decode
+from mixer_jax.data.image_files import find_images
 from mixer_jax.errors import UserError
 from mixer_jax.weights.npz_file import write_npz
 from mixer_jax.weights.published import GOOGLE, published_views
@@ -104,6 +105,23 @@ def test_json_is_one_document_with_an_image_a_line(
     assert found[4] == {"image": f"{place}/bad.jpg", "error": REASON}
     assert found[0]["classes"][0].keys() == {"label", "name", "probability"}
     assert [json.loads(line.rstrip(",")) for line in out.splitlines()[1:-1]] == found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_the_type_that_is_asked_for(
+    place: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = f"{place}/photos/a.jpg"
+    assert door(place, f"--dtype={dtype}", "--format=json", photo) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+
+    def classes(dtype: str) -> list[dict[str, Any]]:
+        classifier = load_pretrained(place / "run", dtype=dtype)
+        (prediction,) = classifier.classify(find_images([photo]), topk=5, batch_size=1)
+        return [one._asdict() for one in prediction.classes]
+
+    assert found["classes"] == classes(dtype)
+    assert (classes(dtype) == classes("")) == (dtype == "float32")
 
 
 def test_csv_can_be_read_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +217,7 @@ def test_weights_of_a_thousand_classes_say_wordnet_ids(
         (["--checkpoint={place}/photos", "{photo}"], "holds no checkpoint"),
         (["--checkpoint={place}/gone.npz", "{photo}"], "gone.npz' does not exist"),
         (["--format=xml", "{photo}"], "invalid choice: 'xml'"),
+        (["--dtype=float16", "{photo}"], "--dtype: invalid choice: 'float16'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

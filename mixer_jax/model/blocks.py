@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mixer_jax.model.by_kernels import Keep, gpu_block, tpu_block
 from mixer_jax.model.dropping import draw_mask, draw_masks
-from mixer_jax.model.layers import Gelu, LayerNorm, gelu
+from mixer_jax.model.layers import Gelu, LayerNorm, cpu_product, gelu
 
 Kernels = Literal["xla", "triton", "mosaic"]
 
@@ -19,18 +19,23 @@ class MlpBlock(nn.Module):
     """Dense, GELU, dense: from a vector to one of its own width.
 
     The block knows nothing of images, tokens or channels: it is mapped over them.
+
+    Attributes:
+        for_cpu: whether prediction takes products for CPUs, whose sums, GELU's argument among them,
+            stay in float32. A CPU computes in nothing else, and rounds after every operation.
     """
 
     mlp_dim: int
     gelu: Gelu = "tanh"
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    for_cpu: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, " d"], place: Int[Array, ""], train: bool
     ) -> Float[Array, " d"]:
-        """Returns the MLP's output, of the shape of its input.
+        """Returns the MLP's output, of the shape of its input; of `cpu_product`, in float32.
 
         Args:
             x: a vector.
@@ -38,10 +43,12 @@ class MlpBlock(nn.Module):
             train: whether dropout is active.
         """
         width = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
-        x = gelu(x, self.gelu)
+        product = cpu_product if self.for_cpu and not train else None
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=product)
+        x = dense(self.mlp_dim)(x)
+        x = gelu(x, self.gelu).astype(self.dtype)
         x = self.drop(x, place, train)
-        x = nn.Dense(width, dtype=self.dtype)(x)
+        x = dense(width)(x)
         return self.drop(x, place, train)
 
     def drop(self, x: Float[Array, " d"], place: Int[Array, ""], train: bool) -> Float[Array, " d"]:
@@ -74,8 +81,9 @@ class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
 
     Attributes:
-        in_rows: whether an MLP takes the vectors of all images as the rows of one matrix. A CPU's
-            products want that, to the last gradient; a TPU would move every array for it.
+        for_cpu: whether an MLP takes the vectors of all images as the rows of one matrix, and
+            computes as CPUs do it fastest. A CPU's products want rows, to the last gradient; a TPU
+            would move every array for them.
     """
 
     tokens_mlp_dim: int
@@ -84,7 +92,7 @@ class MixerBlock(nn.Module):
     dropout: float = 0.0
     stochastic_depth: bool = False
     dtype: Any = jnp.float32
-    in_rows: bool = False
+    for_cpu: bool = False
     kernels: Kernels = "xla"
     sizes: Any = None
     interpret: bool = False
@@ -114,10 +122,10 @@ class MixerBlock(nn.Module):
             return tpu_block(params, x, keep, self.gelu, self.sizes, self.interpret), None
         y = LayerNorm()(x)
         y = self.mix(y, 1, self.tokens_mlp_dim, "token_mixing", places, train)
-        x = x + kept(checkpoint_name(y, "mlp_output"), keep[0])
+        x = (x + kept(checkpoint_name(y, "mlp_output"), keep[0])).astype(self.dtype)
         y = LayerNorm()(x)
         y = self.mix(y, 0, self.channels_mlp_dim, "channel_mixing", places, train)
-        return x + kept(y, keep[1]), None
+        return (x + kept(y, keep[1])).astype(self.dtype), None
 
     def mix(
         self,
@@ -129,10 +137,11 @@ class MixerBlock(nn.Module):
         train: bool,
     ) -> Float[Array, "n s c"]:
         """Returns what one MLP makes of every vector; `axis` as of `map_mlp`."""
-        settings = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype, "name": name}
+        names = ("gelu", "dropout", "dtype", "for_cpu")
+        settings = {name: getattr(self, name) for name in names} | {"name": name}
         number = x.shape[axis + 1]
         places = places[:, None] * number + jnp.arange(number)[None]
-        if not self.in_rows:
+        if not self.for_cpu:
             return map_mlp(axis)(mlp_dim, **settings)(x, places, train)
         vectors = jnp.moveaxis(x, axis + 1, 1)
         rows = vectors.reshape(-1, vectors.shape[-1])

@@ -46,7 +46,7 @@ class MlpMixer(nn.Module):
         kernels: what computes the blocks: "xla", all by the compiler; "triton", hand-written
             kernels for GPUs; "mosaic", for TPUs. These two take the images of one device; with
             dropout, training takes "xla" all the same.
-        in_rows: as of `MixerBlock`; None: where the device is a CPU.
+        for_cpu: as of `MixerBlock`; None: where the device is a CPU.
         device_kind: of the device that the model is compiled for, as JAX names it; empty: of the
             first one here.
         interpret: whether kernels run without the device that they are for, slowly.
@@ -66,7 +66,7 @@ class MlpMixer(nn.Module):
     unroll: int = 0
     remat: Remat = "none"
     kernels: Kernels = "xla"
-    in_rows: bool | None = None
+    for_cpu: bool | None = None
     device_kind: str = ""
     interpret: bool = False
 
@@ -94,7 +94,8 @@ class MlpMixer(nn.Module):
         # The parameters are the same, and plain modules make them.
         kernels = "xla" if self.is_initializing() else self.computed_by(train)
         on_gpu = kernels == "triton"
-        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, name="stem")
+        for_cpu = self.is_for_cpu() and not train
+        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, for_cpu, name="stem")
         norm = LayerNorm(name="pre_head_layer_norm")
         x = stem(images)
         if on_gpu:
@@ -128,13 +129,12 @@ class MlpMixer(nn.Module):
             train: whether dropout and stochastic depth are active.
             kernels: that compute the blocks.
         """
-        kind = self.device_kind or jax.devices()[0].device_kind
         settings = {
             "gelu": self.gelu,
             "dropout": self.dropout,
             "stochastic_depth": self.stochastic_depth > 0,
             "dtype": self.dtype,
-            "in_rows": kind == "cpu" if self.in_rows is None else self.in_rows,
+            "for_cpu": self.is_for_cpu(),
             "kernels": kernels,
             "sizes": self.sizes(x.shape[1]) if kernels == "mosaic" else None,
             "interpret": self.interpret,
@@ -176,6 +176,11 @@ class MlpMixer(nn.Module):
             of_number = jax.tree.map(operator.itemgetter(number), (self.drop_rates(), keys))
             x, _ = apply(x, (params, *of_number))
         return x
+
+    def is_for_cpu(self) -> bool:
+        """Returns whether the program is arranged as a CPU wants it."""
+        kind = self.device_kind or jax.devices()[0].device_kind
+        return kind == "cpu" if self.for_cpu is None else self.for_cpu
 
     def sizes(self, tokens: int) -> Any:
         """Returns how a TPU's kernels divide their work, for images of so many tokens."""

@@ -94,7 +94,7 @@ def check_stablehlo(path: str, weights: Weights) -> None:
 def _make_model(about: About) -> MlpMixer:
     # Nothing of it depends on the device that it is written on. One block in a loop runs as fast as
     # all of them in a row, and compiles in half the time.
-    return make_model(about, "float32").clone(unroll=1, kernels="xla", in_rows=False)
+    return make_model(about, "float32").clone(unroll=1, kernels="xla", for_cpu=False)
 
 
 def _differs(path: str, what: str) -> str:

@@ -31,16 +31,16 @@ def test_vectors_as_rows_of_one_matrix_change_no_value() -> None:
     params = MixerBlock(6, 10).init(jax.random.key(1), x, rate, places, False)
     rngs = {"dropout": jax.random.key(2), "stochastic_depth": jax.random.key(3)}
 
-    def value_and_grads(in_rows: bool) -> Any:
-        block = MixerBlock(6, 10, in_rows=in_rows, **settings)
+    def value_and_grads(for_cpu: bool) -> Any:
+        block = MixerBlock(6, 10, for_cpu=for_cpu, **settings)
 
         def loss(params: Any, x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.sin(block.apply(params, x, rate, places, True, rngs=rngs)[0]))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
 
-    in_rows, mapped = value_and_grads(True), value_and_grads(False)
-    for a, b in zip(jax.tree.leaves(in_rows), jax.tree.leaves(mapped), strict=True):
+    rows, mapped = value_and_grads(True), value_and_grads(False)
+    for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(mapped), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 

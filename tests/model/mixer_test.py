@@ -1,6 +1,7 @@
 """Tests of the model: sizes, mathematics, and what each setting changes."""
 
 import operator
+import re
 from typing import Any
 
 import jax
@@ -183,8 +184,8 @@ def test_unroll_and_remat_change_no_value(unroll: int, remat: str, images: jax.A
     [
         ({}, True),
         ({"device_kind": "TPU v6 lite"}, False),
-        ({"device_kind": "TPU v6 lite", "in_rows": True}, True),
-        ({"in_rows": False}, False),
+        ({"device_kind": "TPU v6 lite", "for_cpu": True}, True),
+        ({"for_cpu": False}, False),
     ],
 )
 def test_mlps_take_rows_of_one_matrix_on_cpus(
@@ -206,6 +207,32 @@ def test_bfloat16_keeps_parameters_and_logits_float32(images: jax.Array) -> None
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact, atol=0.1)
     assert not np.array_equal(logits, exact)
+
+
+@pytest.mark.parametrize(
+    ("settings", "train", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"device_kind": "TPU v6 lite"}, False, False),
+        ({"dtype": jnp.float32}, False, False),
+    ],
+)
+def test_bfloat16_products_are_summed_in_float32_where_cpus_predict(
+    settings: dict[str, Any], train: bool, expected: bool, images: jax.Array
+) -> None:
+    # Else XLA turns them into products of float32 numbers, several times slower there.
+    model = tiny(**{"dtype": jnp.bfloat16, "unroll": 0, **settings})
+
+    def forward(params: Any) -> jax.Array:
+        return model.apply({"params": params}, images, train=train)
+
+    program = jax.jit(forward).lower(random_params(tiny())).as_text()
+    products = re.findall(r"dot_general .*: \((.*), (.*)\) -> (.*)\n", program)
+    # The stem, a function of a block's four, and the head, which is in float32 in any case.
+    assert len(products) == 6
+    summed = [a.endswith("bf16>") and to.split(" ")[0].endswith("f32>") for a, _, to in products]
+    assert sum(summed) == (5 if expected else 0)
 
 
 def test_layer_norm_statistics_are_float32_in_bfloat16() -> None:
