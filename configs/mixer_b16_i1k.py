@@ -19,9 +19,6 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "B/16"
-    # As for the rows of docs/plan_results.md.
-    config.model.unroll = 1
-    config.model.remat = "dots"
     config.model.stochastic_depth = 0.1
     config.model.head_bias = -6.9
 

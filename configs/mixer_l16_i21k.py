@@ -5,7 +5,7 @@ Expected, from the paper: 84.15 % ImageNet top-1 after fine-tuning at 448 px (Ta
 
     python -m mixer_jax.main --config=configs/mixer_l16_i21k.py --workdir=gs://BUCKET/mixer_l16_i21k
 
-Hardware: 0.41k TPU v3 core-days (paper, extrapolated).
+Hardware: 0.41k TPU v3 core-days (paper, extrapolated); slices of TPUs: docs/plan_results.md.
 Data: put the download of ImageNet-21k into DATA_DIR/downloads/manual, then once
 python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
 Without the data, to try or to time it: --config.dataset.name=synthetic
@@ -21,9 +21,6 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "L/16"
-    # What this takes on TPU slices is in docs/plan_results.md.
-    config.model.unroll = 1
-    config.model.remat = "dots"
     config.model.stochastic_depth = 0.1
     # Users of the authors' code report -10 for this many classes.
     config.model.head_bias = -10.0

@@ -5,7 +5,7 @@ Not measured here.
 
     python -m mixer_jax.main --config=configs/mixer_s16_jft.py --config.dataset.name=YOUR_DATA
 
-Hardware: 0.03k TPU v3 core-days (paper).
+Hardware: 0.03k TPU v3 core-days (paper); slices of TPUs: docs/plan_results.md.
 JFT-300M is private to Google: this is its recipe for a large data set of your own, prepared for
 TFDS as array_record. Number of classes and examples come from the data; those below are JFT-300M's.
 Without data, to try or to time it: --config.dataset.name=synthetic
@@ -21,9 +21,6 @@ def get_config() -> ConfigDict:
     config = config_lib.get_default()
     config.num_epochs = 5.0
     config.model.variant = "S/16"
-    # What this takes on TPU slices is in docs/plan_results.md.
-    config.model.unroll = 1
-    config.model.remat = "dots"
     # Users of the authors' code report -10 for this many classes.
     config.model.head_bias = -10.0
 

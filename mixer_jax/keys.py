@@ -70,9 +70,10 @@ KEYS: dict[str, Key] = {
         resumable=True,
     ),
     "model.remat": Key(
-        "none",
-        "what the backward pass recomputes: none, dots (all but products), mlp_hidden, full",
-        ("none", "dots", "mlp_hidden", "full"),
+        "auto",
+        "what the backward pass recomputes: none, dots (all but products), mlp_hidden, full; auto: "
+        "dots in a loop of XLA's, else none",
+        ("auto", "none", "dots", "mlp_hidden", "full"),
         resumable=True,
     ),
     "model.kernels": Key(

@@ -53,7 +53,7 @@ class Contestant(NamedTuple):
     name: str
     kind: str
     unroll: int = -1
-    remat: str = "none"
+    remat: str = "auto"
     others: Sequence[tuple[str, Any]] = ()
 
     @property
@@ -66,7 +66,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of ours that may be compared: lists."""
     for name, examples in (
         ("unroll", "1,12; 0: all; -1: as is best here"),
-        ("remat", "none,dots,mlp_hidden,full"),
+        ("remat", "none,dots,mlp_hidden,full; auto: as is best here"),
     ):
         default = KEYS[f"model.{name}"].default
         parser.add_argument(

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 
 from mixer_jax.errors import UserError
 from mixer_jax.model.blocks import Kernels
-from mixer_jax.model.defaults import default_dtype, default_kernels, default_unroll
+from mixer_jax.model.defaults import AUTO, default_dtype, default_kernels, settled
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import resolve_widths
-
-# What model.unroll says where it leaves the choice.
-AUTO_UNROLL = -1
 
 
 def create_model(variant: str, num_classes: int = 1000, **overrides: Any) -> MlpMixer:
@@ -40,26 +37,21 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
         num_classes: outputs of the head.
         device_kind: of the devices, as JAX names it; empty: of the first one here.
     """
-    settings = dict(section) | {"device_kind": device_kind}
-    dtype = resolve_dtype(settings.pop("dtype"))
-    kernels = resolve_kernels(settings.pop("kernels"))
-    if settings["unroll"] == AUTO_UNROLL:
-        platform = jax.default_backend()
-        settings["unroll"] = default_unroll(platform, kernels, settings["dropout"])
-    variant = settings.pop("variant")
-    return create_model(variant, num_classes, dtype=dtype, kernels=kernels, **settings)
+    settings = settled(section, jax.default_backend()) | {"device_kind": device_kind}
+    variant, dtype = settings.pop("variant"), resolve_dtype(settings.pop("dtype"))
+    return create_model(variant, num_classes, dtype=dtype, **settings)
 
 
 def resolve_dtype(name: str) -> Any:
     """Returns the type of that name; "auto" is bfloat16 on accelerators and float32 on the CPU."""
-    if name == "auto":
+    if name == AUTO:
         name = default_dtype(jax.default_backend())
     return jnp.dtype(name)
 
 
 def resolve_kernels(name: str) -> Kernels:
     """Returns what computes the blocks; "auto" is what is best here."""
-    if name == "auto":
+    if name == AUTO:
         name = default_kernels(jax.default_backend())
     return cast(Kernels, name)
 

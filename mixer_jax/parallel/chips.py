@@ -44,6 +44,11 @@ class Chip:
         """Whether it is a TPU, for which programs can be compiled without one."""
         return self.axes > 0
 
+    @property
+    def platform(self) -> str:
+        """Its kind's name in JAX."""
+        return "tpu" if self.is_tpu else "gpu"
+
 
 def _tpu(
     name: str,

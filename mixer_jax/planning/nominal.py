@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.data.examples import Source
 from mixer_jax.errors import UserError
-from mixer_jax.model.defaults import default_dtype, default_kernels, default_unroll
+from mixer_jax.model.defaults import settled
 from mixer_jax.model.variants import INIT_FROM
 from mixer_jax.training.run_sources import Sources
 
@@ -44,8 +44,12 @@ def nominal_sources(config: ConfigDict) -> Sources:
     return Sources(Source(dataset.name, range(examples), names), {}, {})
 
 
-def plannable(config: ConfigDict) -> ConfigDict:
-    """Returns a copy of a config as an accelerator would run it.
+def plannable(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy of a config as an accelerator would run it, with nothing left open.
+
+    Args:
+        config: valid by `config.validate`.
+        platform: of the devices, as JAX names it.
 
     Raises:
         UserError: its widths are those of weights, which are not read for a plan.
@@ -56,13 +60,7 @@ def plannable(config: ConfigDict) -> ConfigDict:
             "variant, e.g. --config.model.variant=B/16"
         )
     plain = config.copy_and_resolve_references()
-    # As on TPUs, whose programs can be compiled without them.
-    if plain.model.dtype == "auto":
-        plain.model.dtype = default_dtype("tpu")
-    if plain.model.unroll < 0:
-        asked = plain.model.kernels
-        kernels = default_kernels("tpu") if asked == "auto" else asked
-        plain.model.unroll = default_unroll("tpu", kernels, plain.model.dropout)
+    plain.model.update(settled(plain.model.to_dict(), platform))
     plain.compilation_cache = ""
     return plain
 

@@ -123,7 +123,7 @@ def make_plan(
         UserError: the config does not fit the topology, in number of devices or in what it says
             of its data.
     """
-    config = plannable(config)
+    config = plannable(config, topology.chip.platform)
     if not topology.chip.is_tpu:
         return _by_formula(config, topology)
     # From here on the heavy libraries are needed.

@@ -107,7 +107,7 @@ def sweep(
     Raises:
         UserError: a dimension is unknown, or the mesh or a batch does not divide.
     """
-    config = plannable(config)
+    config = plannable(config, topology.chip.platform)
     chosen = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
     for name in chosen:
         if name not in DIMENSIONS:

@@ -188,7 +188,7 @@ def _config(name: str, **changes: Any) -> ConfigDict:
 
 
 def _work(config: ConfigDict, devices: int) -> Work:
-    config = plannable(config)
+    config = plannable(config, "tpu")
     source = nominal_sources(config).train
     steps = resolve_num_steps(config, len(source))
     return work_of(config, source.num_classes, steps, devices)

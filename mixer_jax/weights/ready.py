@@ -27,7 +27,7 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         gelu=cast(Gelu, about.gelu),
         dtype=resolve_dtype(dtype or about.dtype),
         kernels=kernels,
-        unroll=default_unroll(jax.default_backend(), kernels, dropout=0.0),
+        unroll=default_unroll(jax.default_backend(), by_xla=kernels == "xla"),
     )
 
 

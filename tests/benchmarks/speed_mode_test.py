@@ -101,7 +101,10 @@ def test_table_and_picture(tmp_path: Path) -> None:
         ("--rounds=0", "--rounds=0 is out of range; pass 1 or more"),
         ("--unroll=99", "--unroll=99 is no list of whole numbers from -1 to 12"),
         ("--unroll=0,12", "--unroll=0,12 names something twice (0 is all); name each once"),
-        ("--remat=some", "--remat=some: 'some' is unknown; choose of none, dots, mlp_hidden, full"),
+        (
+            "--remat=some",
+            "--remat=some: 'some' is unknown; choose of auto, none, dots, mlp_hidden, full",
+        ),
         ("--image_size=50", "image_size 50 is not divisible by patch_size 16"),
         ("--variant=X/16", "argument --variant: invalid choice: 'X/16'"),
         ("--peers=keras", "--peers=keras: 'keras' is unknown; choose of reference, timm"),

@@ -130,7 +130,7 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--topology=v9:2x2", "--topology=v9:2x2: there is no chip 'v9'; choose of v2, v3"),
         ("--topology=v6e:2", "--topology=v6e:2: v6e takes 2 sides"),
         ("--topology=h100:8", "--topology=h100:8: programs can be compiled here for TPUs only"),
-        ("--remat=sideways", "--remat=sideways: 'sideways' is unknown; choose of none, dots"),
+        ("--remat=sideways", "--remat=sideways: 'sideways' is unknown; choose of auto, none, dots"),
         ("--unroll=13", "--unroll=13 is no list of whole numbers from -1 to 12"),
         ("--batch_size=0", "--batch_size=0 is out of range; pass 1 or more"),
         ("--image_size=50", "image_size 50 is not divisible by patch_size 16"),

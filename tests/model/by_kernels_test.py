@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixer_jax.config import get_default
 from mixer_jax.errors import UserError
+from mixer_jax.model.defaults import settled
 from mixer_jax.model.making import (
     build_model,
     check_kernels,
@@ -85,15 +87,39 @@ def test_training_with_dropout_leaves_the_kernels_out(kernels: str) -> None:
 
 
 def test_blocks_lie_in_a_row_where_kernels_compute_them() -> None:
-    section = {"variant": "B/32", "dtype": "auto", "unroll": -1, "dropout": 0.0}
+    section = {"variant": "B/32", "dtype": "auto", "unroll": -1, "remat": "auto", "dropout": 0.0}
     made = {
         name: build_model(section | {"kernels": name}, 3) for name in ("xla", "mosaic", "triton")
     }
     assert {name: m.unroll for name, m in made.items()} == {"xla": 1, "mosaic": 0, "triton": 0}
     dropping = build_model(section | {"kernels": "mosaic", "dropout": 0.1}, 3)
-    assert dropping.unroll == 1
+    assert (dropping.unroll, dropping.remat) == (1, "dots")
     assert dropping.computed_by(train=True) == "xla"
     assert dropping.computed_by(train=False) == "mosaic"
+
+
+@pytest.mark.parametrize(
+    ("platform", "said", "unroll", "remat"),
+    [
+        ("cpu", {}, 1, "dots"),
+        ("tpu", {}, 1, "dots"),
+        ("gpu", {}, 0, "none"),
+        ("gpu", {"kernels": "xla", "unroll": 1}, 1, "dots"),
+        ("gpu", {"dropout": 0.1}, 0, "none"),
+        ("tpu", {"kernels": "mosaic"}, 0, "none"),
+        ("tpu", {"kernels": "mosaic", "unroll": 1}, 1, "none"),
+        ("cpu", {"unroll": 0}, 0, "none"),
+        ("cpu", {"remat": "full"}, 1, "full"),
+    ],
+)
+def test_what_is_left_open_is_settled_by_the_platform(
+    platform: str, said: dict[str, Any], unroll: int, remat: str
+) -> None:
+    model = get_default().model.to_dict()
+    chosen = settled(model | said, platform)
+    assert (chosen["unroll"], chosen["remat"]) == (unroll, remat)
+    assert chosen["dtype"] == ("float32" if platform == "cpu" else "bfloat16")
+    assert chosen["kernels"] == said.get("kernels", "triton" if platform == "gpu" else "xla")
 
 
 def test_kernels_are_for_their_devices() -> None:

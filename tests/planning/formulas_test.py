@@ -199,7 +199,7 @@ def test_numbers_of_a_config(root: Any) -> None:
     read = read_config(
         f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.accumulation_steps=1"]
     )
-    config = plannable(read)
+    config = plannable(read, "tpu")
     assert config.model.dtype == "bfloat16"
     source = nominal_sources(config).train
     assert (len(source), source.num_classes) == (14_055_151, 21_843)
@@ -210,17 +210,20 @@ def test_numbers_of_a_config(root: Any) -> None:
 
 
 def test_a_plan_has_the_default_loop_of_the_run_it_plans() -> None:
-    def unroll(*more: str) -> int:
-        read = read_config("configs/digits.py", ["--config.model.unroll=-1", *more])
-        return int(plannable(read).model.unroll)
+    def loop(platform: str, *more: str) -> tuple[int, str]:
+        model = plannable(read_config("configs/mixer_l16_i21k.py", more), platform).model
+        return model.unroll, model.remat
 
     kernels = "--config.model.kernels=mosaic"
-    assert [unroll(), unroll(kernels), unroll(kernels, "--config.model.dropout=0.1")] == [1, 0, 1]
+    assert loop("tpu") == (1, "dots")
+    assert loop("tpu", kernels) == (0, "none")
+    assert loop("tpu", kernels, "--config.model.dropout=0.1") == (1, "dots")
+    assert loop("gpu") == (0, "none")
 
 
 @pytest.mark.parametrize(("classes", "number"), [("all", 10), ("low", 5), ("high", 5)])
 def test_digits_are_as_many_as_they_are(classes: str, number: int, digits_dir: str) -> None:
-    config = plannable(read_config(f"configs/digits.py:{classes}", []))
+    config = plannable(read_config(f"configs/digits.py:{classes}", []), "tpu")
     source = nominal_sources(config).train
     assert (len(source), source.num_classes) == (
         len(open_source(f"digits/{classes}", "train", digits_dir)),
