@@ -19,7 +19,6 @@ from mixer_jax.data.image_files import NamedImage, printable, read_image
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.model.making import for_devices
-from mixer_jax.model.parameters import for_prediction, stacked
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import check_image_size
 from mixer_jax.parallel.compiler import compiler_options
@@ -32,7 +31,7 @@ from mixer_jax.weights.load import (
     with_class_names,
     with_new_head,
 )
-from mixer_jax.weights.ready import make_model, place
+from mixer_jax.weights.ready import make_model, place, place_for_prediction
 from mixer_jax.weights.sizes import ImageSize
 
 
@@ -104,8 +103,9 @@ class Classifier:
         self.about = weights.about
         self._mesh = make_mesh(0, 1, jax.local_devices())
         self.model = for_devices(make_model(weights.about, dtype), self._mesh.size)
+        self._whole = weights.params
+        self._params = place_for_prediction(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
-        self._params = place(for_prediction(weights.params, platform), self._mesh)
         options = compiler_options(platform, self.model.kernels)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
@@ -113,8 +113,8 @@ class Classifier:
 
     @property
     def params(self) -> Any:
-        """The parameters as `model` has them; on CPUs, where they lie apart, put together."""
-        return stacked(self._params)
+        """The parameters as `model` has them, float32, whatever it computes in."""
+        return place(self._whole, self._mesh)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Returns logits, float32; features where the model has no head.

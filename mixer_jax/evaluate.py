@@ -13,6 +13,7 @@ from mixer_jax.weights.places import find_weights
 if TYPE_CHECKING:
     from mixer_jax.data.examples import Source
     from mixer_jax.evaluation.classification import Scores
+    from mixer_jax.model.mixer import MlpMixer
     from mixer_jax.weights.load import Weights
 
 # The same images under the labels of arXiv 2006.07159.
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     # From here on the heavy libraries are needed.
     command_line.set_up_libraries(KEYS["compilation_cache"].default)
     from mixer_jax.weights.load import load_weights
+    from mixer_jax.weights.ready import make_model
 
     weights = load_weights(
         known.checkpoint,
@@ -66,8 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     names = [dataset, dataset + _REAL] if known.real else [dataset]
     sources = [_open(name, weights, known) for name in names]
     command_line.tell_resolution(weights.about)
-    scores = _score(weights, sources, known)
-    _tell(known, weights, dataset, sources[0].name, scores)
+    model = make_model(weights.about, known.dtype)
+    scores = _score(weights, model, sources, known)
+    _tell(known, weights, str(model.dtype), dataset, sources[0].name, scores)
     return 0
 
 
@@ -96,18 +99,17 @@ def _open(name: str, weights: "Weights", known: argparse.Namespace) -> "Source":
 
 
 def _score(
-    weights: "Weights", sources: list["Source"], known: argparse.Namespace
+    weights: "Weights", model: "MlpMixer", sources: list["Source"], known: argparse.Namespace
 ) -> list["Scores"]:
     from mixer_jax.evaluation.classification import compile_judge, evaluate
     from mixer_jax.evaluation.passes import Reading
-    from mixer_jax.model.parameters import for_prediction
     from mixer_jax.parallel.sharding import make_mesh
-    from mixer_jax.weights.ready import make_model, place
+    from mixer_jax.weights.ready import place_for_prediction
 
     about, mesh = weights.about, make_mesh(data=0, fsdp=1)
     loader = (weights.config or {}).get("loader", {})
-    judge_batch = compile_judge(make_model(about, known.dtype), mesh)
-    params = for_prediction(weights.params, mesh.devices.flat[0].platform)
+    judge_batch = compile_judge(model, mesh)
+    params = place_for_prediction(weights.params, model, mesh)
     reading = Reading(
         batch_size=known.batch_size,
         image_size=about.image_size,
@@ -117,13 +119,13 @@ def _score(
         threads=loader.get("threads", KEYS["loader.threads"].default),
         prefetch_batches=loader.get("prefetch_batches", KEYS["loader.prefetch_batches"].default),
     )
-    params = place(params, mesh)
     return [evaluate(judge_batch, params, source, mesh, reading) for source in sources]
 
 
 def _tell(
     known: argparse.Namespace,
     weights: "Weights",
+    dtype: str,
     dataset: str,
     data: str,
     scores: list["Scores"],
@@ -133,14 +135,14 @@ def _tell(
         told: dict[str, Any] = {"checkpoint": known.checkpoint, "step": weights.step}
         about = weights.about
         told |= {"image_size": list(about.image_size), "resolution": about.resolution}
-        told |= {"dataset": dataset}
+        told |= {"dtype": dtype, "dataset": dataset}
         told |= {"split": known.split, **first._asdict()}
         told |= {"real": real[0]._asdict()} if real else {}
         print(json.dumps(told))
         return
     step = "" if weights.step is None else f", step {weights.step:,}"
     print(f"checkpoint         {known.checkpoint}{step}")
-    print(f"model              {weights.about.name}")
+    print(f"model              {weights.about.name}, {dtype}")
     print(f"data               {data}")
     print(f"counted            {first.counted()}")
     print(f"top-1              {first.top1:.2%}")

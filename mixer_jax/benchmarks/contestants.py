@@ -93,7 +93,8 @@ def ours(
         told = [
             f"{name} {_UNROLLS.get(value, value) if name == 'unroll' else value}"
             for name, value in chosen.items()
-            if len(choices[name]) > 1
+            # What "auto" is differs between loops.
+            if len(choices[name]) > 1 or (value == "auto" and name == "remat" and len(unrolls) > 1)
         ]
         unroll, remat = chosen.pop("unroll"), chosen.pop("remat")
         name = ", ".join([OURS, *told])

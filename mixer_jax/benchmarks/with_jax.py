@@ -231,23 +231,25 @@ def _plain_training(model: Any, setting: Setting) -> Work:
 def _our_inference(model: Any, setting: Setting, device: Any) -> Work:
     """Returns the way from images to logits as `Classifier` takes it."""
     options = compiler_options(device.platform, model.kernels)
-    ready = functools.partial(for_prediction, platform=device.platform)
-    return _inference(model, setting, options, ready)
+    return _inference(model, setting, options, device.platform)
 
 
 def _inference(
     model: Any,
     setting: Setting,
     options: dict[str, Any] | None = None,
-    ready: Callable[[Any], Any] = lambda params: params,
+    platform: str = "",
 ) -> Work:
-    """Returns the way from images to logits, with kernels in the type of the computation."""
+    """Returns the way from images to logits; parameters are ours, for a platform, or plain."""
 
     def classify(params: Any, batch: dict[str, Any]) -> Any:
         return model.apply({"params": params}, to_model_range(batch["image"]))
 
     def first_params() -> Any:
-        return ready(cast_kernels(_init(model, setting), model.dtype))
+        params = _init(model, setting)
+        if platform:
+            return for_prediction(params, model.dtype, platform)
+        return cast_kernels(params, model.dtype)
 
     return Work(jax.jit(classify, compiler_options=options), first_params, False)
 

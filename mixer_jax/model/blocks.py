@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mixer_jax.model.by_kernels import Keep, gpu_block, tpu_block
 from mixer_jax.model.dropping import draw_mask, draw_masks
-from mixer_jax.model.layers import Gelu, LayerNorm, cpu_product, gelu
+from mixer_jax.model.layers import Gelu, LayerNorm, gelu, product_for
 
 Kernels = Literal["xla", "triton", "mosaic"]
 
@@ -21,21 +21,22 @@ class MlpBlock(nn.Module):
     The block knows nothing of images, tokens or channels: it is mapped over them.
 
     Attributes:
-        for_cpu: whether prediction takes products for CPUs, whose sums, GELU's argument among them,
-            stay in float32. A CPU computes in nothing else, and rounds after every operation.
+        dot_general: that computes products, as `nn.Dense` takes it. After `cpu_product` sums stay
+            in float32, GELU's argument among them: but for products a CPU computes in nothing else,
+            and would round after every operation.
     """
 
     mlp_dim: int
     gelu: Gelu = "tanh"
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    for_cpu: bool = False
+    dot_general: Any = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, " d"], place: Int[Array, ""], train: bool
     ) -> Float[Array, " d"]:
-        """Returns the MLP's output, of the shape of its input; of `cpu_product`, in float32.
+        """Returns the MLP's output, of its input's shape, in `dtype`; float32 by `cpu_product`.
 
         Args:
             x: a vector.
@@ -43,8 +44,7 @@ class MlpBlock(nn.Module):
             train: whether dropout is active.
         """
         width = x.shape[-1]
-        product = cpu_product if self.for_cpu and not train else None
-        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=product)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=self.dot_general)
         x = dense(self.mlp_dim)(x)
         x = gelu(x, self.gelu).astype(self.dtype)
         x = self.drop(x, place, train)
@@ -82,7 +82,7 @@ class MixerBlock(nn.Module):
 
     Attributes:
         for_cpu: whether an MLP takes the vectors of all images as the rows of one matrix, and
-            computes as CPUs do it fastest. A CPU's products want rows, to the last gradient; a TPU
+            prediction takes `cpu_product`. A CPU's products want rows, to the last gradient; a TPU
             would move every array for them.
     """
 
@@ -137,8 +137,8 @@ class MixerBlock(nn.Module):
         train: bool,
     ) -> Float[Array, "n s c"]:
         """Returns what one MLP makes of every vector; `axis` as of `map_mlp`."""
-        names = ("gelu", "dropout", "dtype", "for_cpu")
-        settings = {name: getattr(self, name) for name in names} | {"name": name}
+        settings = {"gelu": self.gelu, "dropout": self.dropout, "dtype": self.dtype, "name": name}
+        settings["dot_general"] = product_for(self.for_cpu, train)
         number = x.shape[axis + 1]
         places = places[:, None] * number + jnp.arange(number)[None]
         if not self.for_cpu:

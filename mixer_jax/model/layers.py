@@ -125,10 +125,15 @@ def cpu_product(x: Any, y: Any, dimensions: Any, **options: Any) -> Array:
 
     Asked for float32, XLA's library of products takes bfloat16 numbers as they are, with the
     instructions that the CPU has for them. Asked for bfloat16, XLA turns both arrays into float32
-    and multiplies those: the same sums, several times slower. Its gradients are such products in
-    any case, so that training gains nothing by it.
+    and multiplies those: the same sums, several times slower. Gradients are such products in any
+    case, so that training takes as long as in float32; it is left as it is.
     """
     return lax.dot_general(x, y, dimensions, **options | {"preferred_element_type": jnp.float32})
+
+
+def product_for(cpu: bool, train: bool) -> Any:
+    """Returns what computes products, as `nn.Dense` takes it; None: as that does it."""
+    return cpu_product if cpu and not train else None
 
 
 class Stem(nn.Module):
@@ -142,14 +147,14 @@ class Stem(nn.Module):
         dtype: of the computation.
         for_gpu: whether the axis of the tokens comes before that of the images, and rows begin at
             the addresses that a GPU's fast products want.
-        for_cpu: whether the product is `cpu_product`.
+        dot_general: that computes the product, as `nn.Dense` takes it; None: `lax.dot_general`.
     """
 
     hidden_dim: int
     patch_size: int
     dtype: Any = jnp.float32
     for_gpu: bool = False
-    for_cpu: bool = False
+    dot_general: Any = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "a b c"]:
@@ -169,6 +174,6 @@ class Stem(nn.Module):
             added = (0, -len(matrix) % _ALIGNED)
             patches = jnp.pad(patches, ((0, 0), (0, 0), added))
             matrix = jnp.pad(matrix, (added, (0, 0)))
-        multiply: Any = cpu_product if self.for_cpu else lax.dot_general
-        product = multiply(patches, matrix, (((2,), (0,)), ((), ())))
+        dot_general = self.dot_general or lax.dot_general
+        product = dot_general(patches, matrix, (((2,), (0,)), ((), ())))
         return (product + _beside(bias.astype(self.dtype), product)).astype(self.dtype)

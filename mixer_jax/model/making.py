@@ -1,14 +1,13 @@
 """From names and settings to a model."""
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mixer_jax.errors import UserError
-from mixer_jax.model.blocks import Kernels
-from mixer_jax.model.defaults import AUTO, default_dtype, default_kernels, settled
+from mixer_jax.model.defaults import AUTO, default_dtype, settled
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import resolve_widths
 
@@ -38,8 +37,8 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
         device_kind: of the devices, as JAX names it; empty: of the first one here.
     """
     settings = settled(section, jax.default_backend()) | {"device_kind": device_kind}
-    variant, dtype = settings.pop("variant"), resolve_dtype(settings.pop("dtype"))
-    return create_model(variant, num_classes, dtype=dtype, **settings)
+    settings["dtype"] = jnp.dtype(settings["dtype"])
+    return create_model(settings.pop("variant"), num_classes, **settings)
 
 
 def resolve_dtype(name: str) -> Any:
@@ -47,13 +46,6 @@ def resolve_dtype(name: str) -> Any:
     if name == AUTO:
         name = default_dtype(jax.default_backend())
     return jnp.dtype(name)
-
-
-def resolve_kernels(name: str) -> Kernels:
-    """Returns what computes the blocks; "auto" is what is best here."""
-    if name == AUTO:
-        name = default_kernels(jax.default_backend())
-    return cast(Kernels, name)
 
 
 def check_kernels(kernels: str, platform: str) -> None:

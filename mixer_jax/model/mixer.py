@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mixer_jax.model.blocks import Kernels, MixerBlock
 from mixer_jax.model.by_kernels import gpu_norm, gpu_tokens, tpu_sizes
-from mixer_jax.model.layers import Gelu, LayerNorm, Stem
+from mixer_jax.model.layers import Gelu, LayerNorm, Stem, product_for
 from mixer_jax.model.parameters import unstack
 from mixer_jax.model.variants import Widths, check_image_size
 
@@ -94,8 +94,8 @@ class MlpMixer(nn.Module):
         # The parameters are the same, and plain modules make them.
         kernels = "xla" if self.is_initializing() else self.computed_by(train)
         on_gpu = kernels == "triton"
-        for_cpu = self.is_for_cpu() and not train
-        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, for_cpu, name="stem")
+        product = product_for(self.is_for_cpu(), train)
+        stem = Stem(self.hidden_dim, self.patch_size, self.dtype, on_gpu, product, name="stem")
         norm = LayerNorm(name="pre_head_layer_norm")
         x = stem(images)
         if on_gpu:

@@ -24,7 +24,7 @@ from mixer_jax.transfers.results import (
 )
 from mixer_jax.transfers.runs import TEST
 from mixer_jax.weights.load import Weights, resize
-from mixer_jax.weights.ready import make_model, place
+from mixer_jax.weights.ready import make_model, place_for_prediction
 
 _SEED_OF_FRESH = 0
 
@@ -53,7 +53,8 @@ def probe_task(
     )
     config = plan.setting.config()
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    features_of = compile_features(make_model(weights.about), mesh)
+    model = make_model(weights.about)
+    features_of = compile_features(model, mesh)
     reading = Reading(
         batch_size=config.eval_batch_size,
         image_size=weights.about.image_size,
@@ -67,7 +68,7 @@ def probe_task(
         start = time.monotonic()
         scores = run_probe(
             features_of,
-            place(params, mesh),
+            place_for_prediction(params, model, mesh),
             ProbeSettings(task.method, task.shots, task.seeds),
             train,
             test,

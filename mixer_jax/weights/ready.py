@@ -1,14 +1,15 @@
 """From weights on the host to a model and its parameters on devices."""
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from mixer_jax.model.defaults import default_unroll
-from mixer_jax.model.making import resolve_dtype, resolve_kernels
-from mixer_jax.model.mixer import Gelu, MlpMixer
+from mixer_jax.model.defaults import AUTO, AUTO_UNROLL
+from mixer_jax.model.making import build_model
+from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.model.parameters import for_prediction
 from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.weights.about import About
 
@@ -20,15 +21,29 @@ def make_model(about: About, dtype: str = "") -> MlpMixer:
         about: what the weights say of themselves.
         dtype: of the computation; empty: as they say.
     """
-    kernels = resolve_kernels("auto")
-    return MlpMixer(
-        num_classes=about.num_classes,
+    section = {
+        "variant": about.variant,
         **dataclasses.asdict(about.widths),
-        gelu=cast(Gelu, about.gelu),
-        dtype=resolve_dtype(dtype or about.dtype),
-        kernels=kernels,
-        unroll=default_unroll(jax.default_backend(), by_xla=kernels == "xla"),
-    )
+        "gelu": about.gelu,
+        "dropout": 0.0,
+        "dtype": dtype or about.dtype,
+        "kernels": AUTO,
+        "unroll": AUTO_UNROLL,
+        "remat": "none",
+    }
+    return build_model(section, about.num_classes)
+
+
+def place_for_prediction(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
+    """Returns parameters laid out over a mesh, as they predict fastest there.
+
+    Args:
+        params: of the model, float32, the whole of them, the same on every host.
+        model: to predict with.
+        mesh: of devices of all hosts.
+    """
+    platform = mesh.devices.flat[0].platform
+    return place(for_prediction(params, model.dtype, platform), mesh)
 
 
 def place(params: Any, mesh: Mesh) -> Any:

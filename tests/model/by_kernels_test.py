@@ -10,13 +10,7 @@ import pytest
 from mixer_jax.config import get_default
 from mixer_jax.errors import UserError
 from mixer_jax.model.defaults import settled
-from mixer_jax.model.making import (
-    build_model,
-    check_kernels,
-    create_model,
-    for_devices,
-    resolve_kernels,
-)
+from mixer_jax.model.making import build_model, check_kernels, create_model, for_devices
 from mixer_jax.model.mixer import MlpMixer
 
 WIDTHS: dict[str, Any] = {
@@ -109,6 +103,9 @@ def test_blocks_lie_in_a_row_where_kernels_compute_them() -> None:
         ("tpu", {"kernels": "mosaic"}, 0, "none"),
         ("tpu", {"kernels": "mosaic", "unroll": 1}, 1, "none"),
         ("cpu", {"unroll": 0}, 0, "none"),
+        ("cpu", {"unroll": 12}, 12, "none"),
+        ("cpu", {"unroll": 8}, 8, "dots"),
+        ("cpu", {"unroll": 8, "num_blocks": 8}, 8, "none"),
         ("cpu", {"remat": "full"}, 1, "full"),
     ],
 )
@@ -123,7 +120,6 @@ def test_what_is_left_open_is_settled_by_the_platform(
 
 
 def test_kernels_are_for_their_devices() -> None:
-    assert resolve_kernels("auto") == "xla"  # The tests have no GPU.
     check_kernels("xla", "cpu")
     check_kernels("mosaic", "tpu")
     with pytest.raises(UserError, match=r"model.kernels=triton is for a GPU, and .* are CPUs; set"):

@@ -14,7 +14,7 @@ from mixer_jax.config import get_default
 from mixer_jax.errors import UserError
 from mixer_jax.model.making import build_model
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.parameters import for_prediction, stacked
+from mixer_jax.model.parameters import for_prediction
 from mixer_jax.model.variants import VARIANTS, forward_flops, num_parameters
 
 # PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).
@@ -150,16 +150,25 @@ def test_no_classes_gives_the_features_under_the_head(images: jax.Array) -> None
 
 def test_parameters_that_lie_apart_give_the_same(images: jax.Array) -> None:
     params = random_params(tiny())
-    assert for_prediction(params, "tpu") is params
-    apart = for_prediction(params, "cpu")
+    assert not isinstance(for_prediction(params, jnp.float32, "tpu")["blocks"], list)
+    apart = for_prediction(params, jnp.float32, "cpu")
     assert isinstance(apart["blocks"], list)
-    for a, b in zip(jax.tree.leaves(stacked(apart)), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert stacked(params) is params
     expected = apply(tiny(), params, images)
     for unroll in (0, 1):
         actual = apply(tiny(unroll=unroll), apart, images)
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_predicts_in_bfloat16_is_cast_once(images: jax.Array) -> None:
+    model = tiny(dtype=jnp.bfloat16)
+    params = random_params(tiny())
+    ready = for_prediction(params, model.dtype, "cpu")
+    kernels = [leaf for leaf in jax.tree.leaves(ready["blocks"]) if leaf.ndim == 2]
+    assert len(kernels) == 4 * len(ready["blocks"])
+    assert {leaf.dtype for leaf in kernels} == {jnp.dtype("bfloat16")}
+    assert ready["head"]["kernel"].dtype == jnp.float32
+    # To the bit: the model rounds them likewise.
+    np.testing.assert_array_equal(apply(model, ready, images), apply(model, params, images))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,6 @@ def test_bfloat16_keeps_parameters_and_logits_float32(images: jax.Array) -> None
         ({}, False, True),
         ({}, True, False),
         ({"device_kind": "TPU v6 lite"}, False, False),
-        ({"dtype": jnp.float32}, False, False),
     ],
 )
 def test_bfloat16_products_are_summed_in_float32_where_cpus_predict(
