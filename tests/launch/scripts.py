@@ -11,6 +11,8 @@ _LEFT_OUT = ("SLURM_", "MIXER_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PR
 
 def environment(**changes: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_LEFT_OUT)}
+    # `make test PYTHON=python3.12` hands it on to the tests.
+    kept.pop("PYTHON", None)
     return kept | changes
 
 
