@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
+from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, write_npz
+from mixer_jax.checkpoints.formats.tree import flatten
+from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
 from mixer_jax.model.variants import Widths
-from mixer_jax.weights.npz_file import SAID_SUFFIX, write_npz
-from mixer_jax.weights.published import GOOGLE, published_views
-from mixer_jax.weights.tree import leaves
-from tests.doors_in_turn import run_in_turn
-from tests.random_weights import random_weights
+from tests.helpers.cli_session import run_commands
+from tests.helpers.random_weights import random_weights
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
@@ -39,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     widths = Widths(1, 32, 16, 8, 16)
     weights = random_weights(widths, (224, 224), class_names=(), num_classes=1000)
     npz = str(place / "Mixer-B_16.npz")
-    write_npz(npz, published_views(dict(leaves(weights.params)), GOOGLE), {})
-    Path(npz + SAID_SUFFIX).unlink()
+    write_npz(npz, layout_views(dict(flatten(weights.params)), GOOGLE), {})
+    Path(npz + METADATA_SUFFIX).unlink()
     rng = np.random.default_rng(0)
     for name, photograph in zip(("cat", "dog"), load_sample_images().images, strict=True):
         folder = place / "photos" / name
@@ -63,7 +63,7 @@ def small(line: str) -> list[str]:
 def test_every_command_runs_after_the_one_above_it(place: Path) -> None:
     assert len(COMMANDS) >= 14
     told = {}
-    for line, done in zip(COMMANDS, run_in_turn(list(map(small, COMMANDS)), place), strict=False):
+    for line, done in zip(COMMANDS, run_commands(list(map(small, COMMANDS)), place), strict=False):
         assert done.code == 0, f"{line}: {done.err}"
         assert done.out, line
         told[line] = done.out

@@ -14,17 +14,18 @@ import cv2
 import numpy as np
 import pytest
 
-from mixer_jax import command_line, predict
-from mixer_jax.classifier import load_pretrained
-from mixer_jax.data.decoding import decode
-from mixer_jax.data.image_files import find_images
+from mixer_jax import predict
+from mixer_jax.checkpoints.formats.npz import write_npz
+from mixer_jax.checkpoints.formats.tree import flatten
+from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.cli import common
+from mixer_jax.data.decode import decode
+from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.errors import UserError
-from mixer_jax.weights.npz_file import write_npz
-from mixer_jax.weights.published import GOOGLE, published_views
-from mixer_jax.weights.tree import leaves
-from tests.door import run_door
-from tests.images import smooth, turned
-from tests.random_weights import DIGITS, random_weights, save_run
+from mixer_jax.inference import load_pretrained
+from tests.helpers.cli import run_cli
+from tests.helpers.images import smooth, turned
+from tests.helpers.random_weights import DIGITS, random_weights, save_run
 
 REASON = "no image, or its header is damaged"
 
@@ -48,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The door in this process keeps the settings of the tests."""
-    monkeypatch.setattr(command_line, "set_up_libraries", lambda compilation_cache: None)
+    monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
 
 
 def door(place: Path, *arguments: str) -> int:
@@ -60,7 +61,7 @@ def names(out: str) -> list[str]:
 
 
 def test_a_user_sees_a_table_and_bad_files_on_standard_error(place: Path) -> None:
-    done = run_door(
+    done = run_cli(
         "predict",
         f"--checkpoint={place}/run",
         f"{place}/photos/a.jpg",
@@ -117,7 +118,7 @@ def test_in_the_type_that_is_asked_for(
 
     def classes(dtype: str) -> list[dict[str, Any]]:
         classifier = load_pretrained(place / "run", dtype=dtype)
-        (prediction,) = classifier.classify(find_images([photo]), topk=5, batch_size=1)
+        (prediction,) = classifier.classify(expand_image_paths([photo]), topk=5, batch_size=1)
         return [one._asdict() for one in prediction.classes]
 
     assert found["classes"] == classes(dtype)
@@ -172,7 +173,7 @@ def test_weights_of_a_thousand_classes_say_wordnet_ids(
 ) -> None:
     weights = random_weights(class_names=(), num_classes=1000)
     path = str(tmp_path / "Mixer.npz")
-    write_npz(path, published_views(dict(leaves(weights.params)), GOOGLE), {})
+    write_npz(path, layout_views(dict(flatten(weights.params)), GOOGLE), {})
     arguments = [f"--checkpoint={path}", "--format=json", "--image_size=32"]
     assert predict.main([*arguments, f"{place}/photos/a.jpg"]) == 0
     captured = capsys.readouterr()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax import command_line, transfer
+from mixer_jax import transfer
+from mixer_jax.checkpoints.resolve import CheckpointRef
+from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.weights.places import Place
-from tests.door import run_door
-from tests.random_weights import random_weights, save_run
+from tests.helpers.cli import run_cli
+from tests.helpers.random_weights import random_weights, save_run
 
 DOCS = (Path(__file__).parent.parent / "docs" / "transfer.md").read_text()
 COMMANDS = [line for line in DOCS.splitlines() if line.startswith("python -m mixer_jax.transfer")]
@@ -26,7 +27,7 @@ def place(
     (place / "runs").mkdir()
     (place / "runs" / "low").symlink_to(weights)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(command_line, "set_up_libraries", lambda compilation_cache: None)
+    monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
     return place
 
 
@@ -129,7 +130,7 @@ def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, pl
     (place / "bad.py").write_text("x")
     (place / "empty.py").write_text("")
     (place / "other.py").write_text("SUITE = 3")
-    suite = "from mixer_jax.evaluation.tasks import Suite\nSUITE = Suite('wrong', '', ())"
+    suite = "from mixer_jax.suites.tasks import Suite\nSUITE = Suite('wrong', '', ())"
     (place / "wrong.py").write_text(suite)
     before = sorted(place.iterdir())
     if "--report" not in arguments:
@@ -145,7 +146,7 @@ def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, pl
 def test_sizes_are_told_before_weights_are_looked_for(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "find_weights", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(transfer, "resolve_checkpoint", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match=f"{value!r} is none of own, auto and a number of pixels"):
         transfer.main(["--suite=digits", "--checkpoint=runs/low", f"--image_size={value}"])
 
@@ -153,29 +154,33 @@ def test_sizes_are_told_before_weights_are_looked_for(
 @pytest.mark.parametrize(
     ("arguments", "place", "folder"),
     [
-        (["--suite=digits"], Place("run", "/a/low", 7), "runs/low_digits"),
-        (["--suite=digits", "--step=7"], Place("run", "/a/low", 7), "runs/low_7_digits"),
-        (["--suite=a/b.py"], Place("npz", "/a/Mixer-B_16.v2.npz"), "runs/Mixer-B_16.v2_b"),
-        (["--suite=vtab1k"], Place("torch", "a.b.pth.tar"), "runs/a.b_vtab1k"),
-        (["--suite=vtab1k"], Place("safetensors", "/m/l16/model.safetensors"), "runs/l16_vtab1k"),
+        (["--suite=digits"], CheckpointRef("run", "/a/low", 7), "runs/low_digits"),
+        (["--suite=digits", "--step=7"], CheckpointRef("run", "/a/low", 7), "runs/low_7_digits"),
+        (["--suite=a/b.py"], CheckpointRef("npz", "/a/Mixer-B_16.v2.npz"), "runs/Mixer-B_16.v2_b"),
+        (["--suite=vtab1k"], CheckpointRef("torch", "a.b.pth.tar"), "runs/a.b_vtab1k"),
+        (
+            ["--suite=vtab1k"],
+            CheckpointRef("safetensors", "/m/l16/model.safetensors"),
+            "runs/l16_vtab1k",
+        ),
         (
             ["--suite=avg5"],
-            Place("hub", "timm/mixer.goog@refs/pr/1"),
+            CheckpointRef("hub", "timm/mixer.goog@refs/pr/1"),
             "runs/mixer.goog_refs_pr_1_av",
         ),
         (
             ["--suite=few_shot", "--dataset=digits/high"],
-            Place("run", "/a/low", 7),
+            CheckpointRef("run", "/a/low", 7),
             "runs/low_few_shot_digits_high",
         ),
         (
             ["--suite=few_shot", "--dataset=folder:../my photos/"],
-            Place("run", "/a/low", 7),
+            CheckpointRef("run", "/a/low", 7),
             "runs/low_few_shot_folder_.._my_photos",
         ),
     ],
 )
-def test_default_folders_differ(arguments: list[str], place: Place, folder: str) -> None:
+def test_default_folders_differ(arguments: list[str], place: CheckpointRef, folder: str) -> None:
     known, _ = transfer._parse(["--checkpoint=low", *arguments])
     assert transfer._default_workdir(place, known).startswith(folder)
     named, _ = transfer._parse(["--checkpoint=low/checkpoints/7", *arguments])
@@ -187,7 +192,7 @@ def test_programs_are_kept_where_the_key_says(
     digits_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders: list[str] = []
-    monkeypatch.setattr(command_line, "set_up_libraries", folders.append)
+    monkeypatch.setattr(common, "configure_jax", folders.append)
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--dry_run", "--tasks=knn_5_to_9"]
     for more in ([], ["--config.compilation_cache=/c"]):
@@ -217,7 +222,7 @@ def test_missing_data_exit_with_2_and_leave_nothing(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(root))
     arguments = ["--checkpoint=runs/low", "--suite=avg5", "--data_dir=nowhere", "--workdir=here"]
-    done = run_door("transfer", *arguments, code=2)
+    done = run_cli("transfer", *arguments, code=2)
     assert done.stderr.startswith("error: 5 of 5 tasks lack their data: imagenet, cifar10")
     assert len(done.stderr.splitlines()) == 1
     assert not (place / "here").exists()
@@ -229,7 +234,7 @@ def test_a_failed_task_exits_with_1(
     def fail(*arguments: object) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr("mixer_jax.transfers.protocol.probe_task", fail)
+    monkeypatch.setattr("mixer_jax.suites.protocol.run_probe_task", fail)
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--tasks=knn_5_to_9", "--workdir=here", "--no_throughput"]
     assert transfer.main(arguments) == 1

@@ -6,29 +6,30 @@ from typing import Any
 
 import pytest
 
-from mixer_jax import command_line, visualize
-from mixer_jax.errors import RunFailedError, UserError
-from mixer_jax.training import pictures
-from mixer_jax.training.pictures import describe, draw_training_images, training_images
-from mixer_jax.training.run_sources import open_sources
-from tests.door import run_door
-from tests.small_run import as_arguments, small_config
+from mixer_jax import visualize
+from mixer_jax.cli import common
+from mixer_jax.errors import RunError, UserError
+from mixer_jax.training.datasets import open_datasets
+from mixer_jax.visualization import train_batch
+from mixer_jax.visualization.train_batch import format_caption, load_train_batch, plot_train_batch
+from tests.helpers.cli import run_cli
+from tests.helpers.tiny_run import small_config, to_flags
 
 
 def arguments(data_dir: str, out: Path, **changes: Any) -> list[str]:
     options = ["--config=configs/digits.py", f"--out={out}", "--num_images=4"]
-    return ["data", *options, *as_arguments(data_dir, **changes)]
+    return ["data", *options, *to_flags(data_dir, **changes)]
 
 
 def test_the_door_as_a_process(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
-    done = run_door("visualize", *arguments(digits_dir, out), "--step=3")
+    done = run_cli("visualize", *arguments(digits_dir, out), "--step=3")
     assert done.stdout == f"{out}: configs/digits.py, step 3: 4 of 16 images\n"
     config = small_config(digits_dir)
-    source = open_sources(config).train
-    shown = training_images(config, source, 3, 4)
-    title = describe("configs/digits.py", config, source, 3, shown)
-    expected = draw_training_images(shown, source.class_names, title, "png")
+    source = open_datasets(config).train
+    shown = load_train_batch(config, source, 3, 4)
+    title = format_caption("configs/digits.py", config, source, 3, shown)
+    expected = plot_train_batch(shown, source.class_names, title, "png")
     assert out.read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
 
@@ -49,7 +50,7 @@ def end(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> Any:
     """Runs the door as from the command line; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["visualize", *given])
     with pytest.raises(SystemExit) as stop:
-        command_line.run(visualize.main)
+        common.run_cli(visualize.main)
     return stop.value.code
 
 
@@ -127,7 +128,7 @@ def test_whether_it_can_be_written_is_asked_first(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(pictures, "training_images", None)
+    monkeypatch.setattr(train_batch, "load_train_batch", None)
     with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
         visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
 
@@ -143,7 +144,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     out = tmp_path / "batch.png"
     out.write_bytes(b"an older picture")
     monkeypatch.setattr(Path, "write_bytes", fill_up)
-    with pytest.raises(RunFailedError, match=r"\(No space left on device\)"):
+    with pytest.raises(RunError, match=r"\(No space left on device\)"):
         visualize.main(arguments(digits_dir, out))
     assert out.read_bytes() == b"an older picture"
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]

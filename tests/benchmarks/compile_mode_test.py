@@ -6,14 +6,14 @@ import json
 import pytest
 
 from mixer_jax.benchmarks.compiling import add_arguments
-from tests.door import run_door
+from tests.helpers.cli import run_cli
 
 SMALL = ["--mode=compile", "--variant=S/32", "--image_size=64", "--num_classes=10", "--rounds=1"]
 
 
 def test_json_has_compiling_and_the_first_step() -> None:
     few = ["--batch_size=1", "--unroll=1", "--peers=none"]
-    done = run_door("benchmark", *SMALL, *few, "--json")
+    done = run_cli("benchmark", *SMALL, *few, "--json")
     report = json.loads(done.stdout)
     assert (report["mode"], report["batch_size"], report["platform"]) == ("train", 1, "cpu")
     (row,) = report["contestants"]
@@ -39,7 +39,7 @@ def test_a_loop_is_compared_with_all_blocks_in_a_row() -> None:
     ],
 )
 def test_bad_values(argument: str, message: str) -> None:
-    done = run_door("benchmark", "--mode=compile", argument, code=2)
+    done = run_cli("benchmark", "--mode=compile", argument, code=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
     assert not done.stdout

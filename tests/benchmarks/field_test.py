@@ -9,7 +9,7 @@ from mixer_jax.benchmarks import comparison, field
 from mixer_jax.benchmarks.comparison import Comparison, compare
 from mixer_jax.benchmarks.contestants import COMPILED, EAGER, OURS, REFERENCE, Contestant, Setting
 from mixer_jax.benchmarks.workers import FailedError
-from mixer_jax.errors import RunFailedError
+from mixer_jax.errors import RunError
 
 SETTING = Setting("train", "B/16", 224, 1000, "bfloat16", 256)
 EVERYONE = [Contestant(kind, kind) for kind in (OURS, REFERENCE, EAGER, COMPILED)]
@@ -113,7 +113,7 @@ def test_ours_must_not_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Made, "crashes", (OURS,))
-    with pytest.raises(RunFailedError, match=r"^mixer_jax cannot be measured: Segmentation fault$"):
+    with pytest.raises(RunError, match=r"^mixer_jax cannot be measured: Segmentation fault$"):
         measured()
     # But one of several settings may.
     other = Contestant(f"{OURS}, unroll 1", OURS, unroll=1)

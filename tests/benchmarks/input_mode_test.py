@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mixer_jax.benchmarks.photographs import read_folder, sample_photographs
-from tests.door import run_door
+from tests.helpers.cli import run_cli
 
 SMALL = [
     "--mode=input",
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_json_has_every_competitor(folder: str) -> None:
-    done = run_door("benchmark", *SMALL, f"--images={folder}", "--json")
+    done = run_cli("benchmark", *SMALL, f"--images={folder}", "--json")
     result = json.loads(done.stdout)
     assert result["files"] == 2
     assert 92 <= result["median_kilobytes"] <= 115
@@ -64,7 +64,7 @@ def test_json_has_every_competitor(folder: str) -> None:
 
 def test_table_without_tensorflow(folder: str) -> None:
     absent = "import sys; sys.modules['tensorflow'] = None"
-    done = run_door("benchmark", *SMALL, f"--images={folder}", "--memory_images=50", before=absent)
+    done = run_cli("benchmark", *SMALL, f"--images={folder}", "--memory_images=50", before=absent)
     assert done.stderr == "TensorFlow is not installed: tf.data is left out\n"
     title, heads, *rows = done.stdout.splitlines()
     assert title.startswith("files 2, ")
@@ -106,7 +106,7 @@ def test_table_without_tensorflow(folder: str) -> None:
     ],
 )
 def test_bad_values(argument: str, message: str) -> None:
-    done = run_door("benchmark", *SMALL, argument, code=2)
+    done = run_cli("benchmark", *SMALL, argument, code=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
     assert not done.stdout

@@ -26,7 +26,7 @@ SETTING = Setting(
     image_size=32,
     batch_size=4,
     threads=3,
-    our_threads=3,
+    our_num_threads=3,
     our_processes=0,
     timed_images=20,
 )
@@ -35,7 +35,7 @@ IMAGES = np.stack([np.full((2, 2, 3), value, np.uint8) for value in range(3)])
 
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines, "count_cores", lambda: 4)
+    monkeypatch.setattr(pipelines, "available_cpus", lambda: 4)
 
 
 def competitor(task: str, name: str, cores: int, *rates: int) -> Competitor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixer_jax.model.variants import VARIANTS, forward_flops
-from tests.door import run_door
+from tests.helpers.cli import run_cli
 
 SMALL = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--unroll=1", "--rounds=1"]
 # All that the measured programs do not need, though it is installed here.
@@ -37,7 +37,7 @@ def nothing_else_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("nothing_else_installed")
 def test_json_and_files_say_all_where_only_jax_is_installed(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    done = run_door(
+    done = run_cli(
         "benchmark",
         *SMALL,
         "--mode=train,infer",
@@ -74,7 +74,7 @@ def test_json_and_files_say_all_where_only_jax_is_installed(tmp_path: Path) -> N
 
 def test_table_and_picture(tmp_path: Path) -> None:
     picture = tmp_path / "speed.png"
-    done = run_door(
+    done = run_cli(
         "benchmark",
         *SMALL,
         "--batch_size=1",
@@ -118,7 +118,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     ],
 )
 def test_bad_values(argument: str, message: str) -> None:
-    done = run_door("benchmark", argument, code=2)
+    done = run_cli("benchmark", argument, code=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
     assert not done.stdout
@@ -126,20 +126,20 @@ def test_bad_values(argument: str, message: str) -> None:
 
 @pytest.mark.usefixtures("nothing_else_installed")
 def test_a_peer_that_is_not_installed_is_told() -> None:
-    done = run_door("benchmark", "--peers=timm", code=2)
+    done = run_cli("benchmark", "--peers=timm", code=2)
     assert done.stderr == (
         "error: --peers=timm needs torch, which is not installed: pip install torch timm, or leave "
         "it out\n"
     )
     # What is left out unasked is not told beside a mistake.
-    done = run_door("benchmark", "--out=nowhere/a.json", code=2)
+    done = run_cli("benchmark", "--out=nowhere/a.json", code=2)
     assert done.stderr == "error: --out=nowhere/a.json: there is no folder nowhere; make it first\n"
     for mode in ("train", "compile"):
-        done = run_door("benchmark", *SMALL, f"--mode={mode}", "--model.kernels=triton", code=2)
+        done = run_cli("benchmark", *SMALL, f"--mode={mode}", "--model.kernels=triton", code=2)
         assert done.stderr == (
             "error: model.kernels=triton is for a GPU, and the devices are CPUs; set auto or xla\n"
         )
-    done = run_door("benchmark", "--peers=none", "--picture=a.png", code=2)
+    done = run_cli("benchmark", "--peers=none", "--picture=a.png", code=2)
     assert done.stderr == (
         "error: --picture needs matplotlib, which is not installed; leave it out\n"
     )

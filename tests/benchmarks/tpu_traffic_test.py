@@ -13,11 +13,11 @@ from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import VARIANTS, Widths
-from mixer_jax.planning.compiling import TooLarge
-from mixer_jax.planning.parts import PARTS
+from mixer_jax.planning.aot_compile import OutOfMemory
+from mixer_jax.planning.hlo.attribution import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
-from tests.door import run_door
-from tests.planning.compiler import tpu_device
+from tests.helpers.cli import run_cli
+from tests.helpers.tpu_compiler import tpu_device
 
 MODE = "--mode=tpu_traffic"
 TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--quick"]
@@ -47,7 +47,7 @@ def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_p
         "formula: MLPs fused",
     ]
     for row in (reference, ours):
-        assert list(row["bytes_by_part"]) == list(PARTS)
+        assert list(row["bytes_by_part"]) == list(REGIONS)
         assert row["num_bytes"] == pytest.approx(sum(row["bytes_by_part"].values()))
         assert row["num_bytes"] > fused["num_bytes"]
         assert sum(row["flops_by_part"].values()) == sum(apart["flops_by_part"].values())
@@ -87,11 +87,11 @@ def test_what_does_not_fit_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_how_much_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
     topology, setting = parse_topology("v6e:2x2"), Setting("train", "B/16", 224, 10, "bfloat16", 8)
     refusals = {
-        "too large, 40.00 GiB of 31.25": TooLarge(3.0, 40 * GIB, 0.0, "", False),
-        "too large, 33.00 GiB of 31.00, without state and batch": TooLarge(
+        "too large, 40.00 GiB of 31.25": OutOfMemory(3.0, 40 * GIB, 0.0, "", False),
+        "too large, 33.00 GiB of 31.00, without state and batch": OutOfMemory(
             3.0, 33 * GIB, 31 * GIB, "", True
         ),
-        "too large, no room": TooLarge(3.0, None, 0.0, "no room", False),
+        "too large, no room": OutOfMemory(3.0, None, 0.0, "no room", False),
     }
     steps = [read_step("ours", refused, setting, topology) for refused in refusals.values()]
     assert [step.failed for step in steps] == list(refusals)
@@ -141,7 +141,7 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_arguments(argument: str, message: str) -> None:
-    done = run_door("benchmark", MODE, argument, code=2)
+    done = run_cli("benchmark", MODE, argument, code=2)
     assert message in done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == 1
     assert not done.stdout

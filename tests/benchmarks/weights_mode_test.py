@@ -2,11 +2,11 @@
 
 import json
 
-from tests.door import run_door
+from tests.helpers.cli import run_cli
 
 
 def test_json_has_every_measurement() -> None:
-    done = run_door("benchmark", "--mode=weights", "--variant=S/32", "--rounds=1", "--json")
+    done = run_cli("benchmark", "--mode=weights", "--variant=S/32", "--rounds=1", "--json")
     result = json.loads(done.stdout)
     rows = {row.pop("task"): row for row in result["measurements"]}
     assert list(rows) == [
@@ -30,5 +30,5 @@ def test_json_has_every_measurement() -> None:
 
 
 def test_bad_values() -> None:
-    done = run_door("benchmark", "--mode=weights", "--rounds=0", code=2)
+    done = run_cli("benchmark", "--mode=weights", "--rounds=0", code=2)
     assert done.stderr == "error: --rounds=0 is out of range; pass 1 or more\n"

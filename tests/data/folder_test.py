@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mixer_jax.data.decoding import BadImageError, decode
-from mixer_jax.data.examples import Source
-from mixer_jax.data.sources import open_source
+from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from tests.images import encode, noise
+from tests.helpers.images import encode, noise
 
 PNG = encode(noise(4, 5), "PNG")
 
@@ -29,7 +29,7 @@ def many(*folders: str, count: int = 20) -> list[str]:
 
 
 def open_folder(root: Path, split: str = "train") -> Source:
-    return open_source(f"folder:{root}", split)
+    return open_dataset(f"folder:{root}", split)
 
 
 def names(root: Path, split: str = "train") -> list[str]:
@@ -45,7 +45,7 @@ def names(root: Path, split: str = "train") -> list[str]:
 
 def error_of(path: Path | str, split: str = "train") -> str:
     with pytest.raises(UserError) as caught:
-        open_source(f"folder:{path}", split)
+        open_dataset(f"folder:{path}", split)
     return str(caught.value)
 
 

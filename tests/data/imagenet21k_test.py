@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mixer_jax.data.preparation import UNDECODABLE
-from mixer_jax.data.sources import open_source
-from mixer_jax.data.tfds_sets import prepare_tfds
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.tfds import prepare_tfds
 from mixer_jax.errors import UserError
 
 # In no order, as in the real archive.
@@ -113,7 +113,7 @@ def write_mixture(files: Files, folder: Path) -> None:
 
 
 def read(name: str, data_dir: Path, split: str = "train") -> Prepared:
-    source = open_source(name, split, str(data_dir))
+    source = open_dataset(name, split, str(data_dir))
     examples = {}
     for index in range(len(source)):
         example = source.examples[index]
@@ -287,7 +287,7 @@ def test_nothing_but_undecodable_files(tmp_path: Path) -> None:
 
 CODE = """
 import sys
-from mixer_jax.data.tfds_sets import prepare_tfds
+from mixer_jax.data.tfds import prepare_tfds
 prepare_tfds("imagenet21k", sys.argv[1])
 print("tensorflow" in sys.modules)
 """

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import pytest
 import tensorflow_datasets as tfds
 
-from mixer_jax.data.preparation import describe, locked
-from mixer_jax.data.sources import open_source
-from mixer_jax.data.tfds_sets import find_builder, prepare_tfds
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.data.preparation import format_splits, preparation_lock
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.tfds import find_builder, prepare_tfds
+from mixer_jax.errors import RunError, UserError
 
 SHARDS = 10
 FAILURES = {
@@ -55,7 +55,7 @@ def folder_of(data_dir: Path, name: str = "digits/all/1.0.0") -> Path:
 def read(data_dir: Path | str, name: str = "digits") -> dict[str, list[tuple[Any, Any]]]:
     splits = {}
     for split in ("train", "test"):
-        source = open_source(name, split, str(data_dir))
+        source = open_dataset(name, split, str(data_dir))
         examples = (source.examples[index] for index in range(len(source)))
         splits[split] = [(example["image"], example["labels"]) for example in examples]
     return splits
@@ -191,7 +191,7 @@ def test_what_killed_preparations_left_is_removed(
 
 
 def test_only_one_prepares_at_a_time(tmp_path: Path) -> None:
-    with locked(find_builder("digits", str(tmp_path))):
+    with preparation_lock(find_builder("digits", str(tmp_path))):
         left = tmp_path / "digits" / "all" / "incomplete.AB12CD_1.0.0"
         left.mkdir()
         with pytest.raises(UserError, match="another program is preparing data set digits/all"):
@@ -219,7 +219,7 @@ def test_a_missing_manual_download_is_asked_for(manual: str | None, tmp_path: Pa
 def test_failures_are_one_line_and_leave_nothing(failure: str, tmp_path: Path) -> None:
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "file").touch()
-    expected = RunFailedError if failure == "bug" else UserError
+    expected = RunError if failure == "bug" else UserError
     with pytest.raises(expected) as caught:
         prepare_tfds(f"mixer_failing/{failure}", str(tmp_path), str(tmp_path / "manual"))
     message = str(caught.value)
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_table_tells_what_is_on_disk(unconverted: Path) -> None:
     builder, _ = prepare_tfds("digits", str(unconverted))
-    rows = [line.split() for line in describe(builder).splitlines()]
+    rows = [line.split() for line in format_splits(builder).splitlines()]
     size = sum(p.stat().st_size for p in Path(builder.data_path).glob("*-train.array_record-*"))
     assert rows[0] == ["split", "examples", "shards", "bytes"]
     assert rows[1] == ["train", "1,437", "10", f"{size:,}"]

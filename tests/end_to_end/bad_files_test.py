@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 from mixer_jax.training.metrics import read_metrics
-from tests.door import run_door
-from tests.images import encode, noise, photograph, png_that_claims, smooth, turned
-from tests.processes import finish, start
-from tests.small_run import PLAIN
+from tests.helpers.cli import run_cli
+from tests.helpers.images import encode, noise, photograph, png_that_claims, smooth, turned
+from tests.helpers.processes import finish, start
+from tests.helpers.tiny_run import NO_REGULARIZATION
 
 
 def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
@@ -57,7 +57,7 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     reasons = write_hostile_images(tmp_path / "images" / "train", whole)
     write_hostile_images(tmp_path / "images" / "test", whole)
     # Several epochs, so that every file has been met.
-    changes: dict[str, Any] = PLAIN | {
+    changes: dict[str, Any] = NO_REGULARIZATION | {
         "bad_images__max_share": 0.5,
         "dataset__name": f"folder:{tmp_path}/images",
         "num_steps": 12,
@@ -71,11 +71,11 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     last = read_metrics(str(tmp_path / "run"))[-1]
     assert (last["test/num_examples"], last["test/num_bad"]) == (37, len(reasons))
     data = [f"--checkpoint={tmp_path}/run", "--split=test"]
-    named = run_door("evaluate", *data, code=2)
+    named = run_cli("evaluate", *data, code=2)
     assert named.stdout == ""
     (line,) = named.stderr.strip().splitlines()
     assert f"{len(reasons)} images cannot be used: " in line
     assert sum(f"images/test/a/{name} ({reason})" in line for name, reason in reasons.items()) == 5
     assert "--skip_bad_images" in line
-    scores = json.loads(run_door("evaluate", *data, "--skip_bad_images", "--json").stdout)
+    scores = json.loads(run_cli("evaluate", *data, "--skip_bad_images", "--json").stdout)
     assert (scores["num_examples"], scores["num_bad"]) == (37, len(reasons))

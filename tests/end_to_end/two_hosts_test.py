@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixer_jax.checkpoints.steps import list_steps
 from mixer_jax.model.variants import Widths
 from mixer_jax.training.metrics import read_metrics
-from mixer_jax.weights.steps import list_steps
-from tests.images import encode, noise
-from tests.processes import (
+from tests.helpers.images import encode, noise
+from tests.helpers.processes import (
     final_arrays,
     finish,
     has_reached,
-    meeting,
     start,
     start_two_hosts,
+    two_host_env,
     untimed_metrics,
     wait_until,
 )
-from tests.random_weights import random_weights, save_run
-from tests.small_run import PLAIN
+from tests.helpers.random_weights import random_weights, save_run
+from tests.helpers.tiny_run import NO_REGULARIZATION
 
 STEPS = 20
 Runs = dict[str, Path]
@@ -45,7 +45,7 @@ def write_images(folder: Path, train: int, bad: int) -> str:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run whose bad images tell which examples make which step: it meets each of them once."""
-    return PLAIN | {
+    return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
         "bad_images__max_share": 1.0,
         "bad_images__skip_in_evaluation": True,
@@ -149,7 +149,7 @@ def test_a_host_that_fails_alone_ends_the_other(settings: dict[str, Any], tmp_pa
 
 
 def test_a_host_that_never_comes_is_told_in_time(settings: dict[str, Any], tmp_path: Path) -> None:
-    meetings = [meeting(devices=1)[number] for number in range(2)]
+    meetings = [two_host_env(devices=1)[number] for number in range(2)]
     waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in meetings]
     for number, (env, alone) in enumerate(zip(meetings, waiting, strict=True)):
         _, errors = alone.communicate(timeout=60)
@@ -185,7 +185,7 @@ def test_a_signal_to_one_host_stops_both_at_one_step(
 def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
     """One bad image of 40, which one host or the other meets, is too many for both."""
     weights = random_weights(Widths(1, 4, 16, 8, 16), (8, 8))
-    settings: dict[str, Any] = PLAIN | {
+    settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),
         "num_steps": 20,

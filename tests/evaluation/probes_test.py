@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import subset
+from mixer_jax.data.source import Source
+from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
-from mixer_jax.evaluation.features import Chunk, FeaturePass, FeaturesOf, compile_features
-from mixer_jax.evaluation.few_shot import draw_shots
-from mixer_jax.evaluation.linear_probe import PENALTIES
-from mixer_jax.evaluation.passes import Reading
-from mixer_jax.evaluation.probes import ProbeScores, ProbeSettings, run_probe
+from mixer_jax.evaluation.features import Chunk, FeatureExtractor, FeatureFn, make_feature_fn
+from mixer_jax.evaluation.few_shot import sample_few_shot
+from mixer_jax.evaluation.linear_probe import L2_REGS
+from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.parallel.sharding import make_mesh
 from tests.evaluation.conftest import pixels_as_features, read_by
 from tests.evaluation.few_shot_test import judge_by_ridge
-from tests.evaluation.neighbours_test import judge_by_sklearn
+from tests.evaluation.knn_test import judge_by_sklearn
 
 TEN = tuple("0123456789")
 
@@ -32,31 +32,31 @@ def share_right(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def features_of(small_model: MlpMixer) -> FeaturesOf:
-    return compile_features(small_model, make_mesh(0, 1))
+def feature_fn(small_model: MlpMixer) -> FeatureFn:
+    return make_feature_fn(small_model, make_mesh(0, 1))
 
 
 @pytest.mark.parametrize("batch_size", [100, 512])
 def test_few_shot_on_digits(
     batch_size: int,
-    features_of: FeaturesOf,
+    feature_fn: FeatureFn,
     small_params: Any,
     digits_train: Source,
     digits_test: Source,
     train_features: tuple[np.ndarray, np.ndarray],
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    settings = ProbeSettings("few_shot", shots=(1, 5, 25), seeds=(0, 7))
+    settings = ProbeConfig("few_shot", shots=(1, 5, 25), seeds=(0, 7))
     reading = read_by(batch_size)
     found = run_probe(
-        features_of, small_params, settings, digits_train, digits_test, make_mesh(0, 1), reading
+        feature_fn, small_params, settings, digits_train, digits_test, make_mesh(0, 1), reading
     )
     features, labels = train_features
     everything = set()
     for shots in settings.shots:
         expected = []
         for seed in settings.seeds:
-            drawn = draw_shots(labels.tolist(), TEN, shots=shots, seed=seed, name="").ravel()
+            drawn = sample_few_shot(labels.tolist(), TEN, shots=shots, seed=seed, name="").ravel()
             everything |= set(drawn.tolist())
             scores = judge_by_ridge(features[drawn], labels[drawn], test_features[0], 10)
             expected.append(share_right(scores, test_features[1]))
@@ -68,7 +68,7 @@ def test_few_shot_on_digits(
 
 
 def test_linear_on_digits(
-    features_of: FeaturesOf,
+    feature_fn: FeatureFn,
     small_params: Any,
     digits_train: Source,
     digits_test: Source,
@@ -78,21 +78,21 @@ def test_linear_on_digits(
     train, (features, labels) = subset(digits_train, range(300)), train_features
     fit, held_out, whole = slice(270), slice(270, 300), slice(300)
     found = run_probe(
-        features_of,
+        feature_fn,
         small_params,
-        ProbeSettings("linear"),
+        ProbeConfig("linear"),
         train,
         digits_test,
         make_mesh(0, 1),
         read_by(64),
     )
     chosen_on = {}
-    for penalty in PENALTIES:
+    for penalty in L2_REGS:
         scores = judge_by_ridge(features[fit], labels[fit], features[held_out], 10, penalty)
         chosen_on[penalty] = share_right(scores, labels[held_out])
     # Of equals, the strongest; neither the first nor the last of the list.
-    best = max(p for p in PENALTIES if chosen_on[p] == max(chosen_on.values()))
-    assert PENALTIES[0] < best < PENALTIES[-1]
+    best = max(p for p in L2_REGS if chosen_on[p] == max(chosen_on.values()))
+    assert L2_REGS[0] < best < L2_REGS[-1]
     scores = judge_by_ridge(features[whole], labels[whole], test_features[0], 10, best)
     assert found.penalty == best
     assert found.accuracies == {"linear": share_right(scores, test_features[1])}
@@ -100,7 +100,7 @@ def test_linear_on_digits(
 
 
 def test_neighbours_on_digits(
-    features_of: FeaturesOf,
+    feature_fn: FeatureFn,
     small_params: Any,
     digits_train: Source,
     digits_test: Source,
@@ -108,9 +108,9 @@ def test_neighbours_on_digits(
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
     found = run_probe(
-        features_of,
+        feature_fn,
         small_params,
-        ProbeSettings("knn"),
+        ProbeConfig("knn"),
         digits_train,
         digits_test,
         make_mesh(0, 1),
@@ -123,11 +123,11 @@ def test_neighbours_on_digits(
 
 def run_on_pixels(
     method: str, train: Source, test: Source, skip_bad: bool = False, **settings: Any
-) -> ProbeScores:
+) -> ProbeMetrics:
     return run_probe(
         pixels_as_features,
         None,
-        ProbeSettings(method, **settings),
+        ProbeConfig(method, **settings),
         train,
         test,
         make_mesh(0, 1),
@@ -204,13 +204,18 @@ def test_for_images_that_cannot_be_used_others_are_taken(
         run_on_pixels(method, Source("broken", broken, TEN), digits_test, shots=(5,))
 
 
-class Forgetful(FeaturePass):
+class Forgetful(FeatureExtractor):
     """Makes chunks up, and sees that nobody keeps those of the test split."""
 
     def __init__(
-        self, features_of: FeaturesOf, params: Any, source: Source, mesh: Mesh, reading: Reading
+        self,
+        feature_fn: FeatureFn,
+        params: Any,
+        source: Source,
+        mesh: Mesh,
+        reading: EvalInputConfig,
     ):
-        super().__init__(features_of, params, source, mesh, reading)
+        super().__init__(feature_fn, params, source, mesh, reading)
         self.source, self.may_keep = source, source.name in params
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -230,7 +235,7 @@ class Forgetful(FeaturePass):
 def test_nothing_is_kept_of_images_that_were_looked_at(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "FeaturePass", Forgetful)
+    monkeypatch.setattr(probes, "FeatureExtractor", Forgetful)
     monkeypatch.setattr(probes, "_ROWS_TOGETHER", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
     labelled = [example | {"labels": (index % 10,)} for index in range(400)]
@@ -239,7 +244,7 @@ def test_nothing_is_kept_of_images_that_were_looked_at(
         pixels_as_features,
         # Few shots are few, and neighbours copied; a linear probe does not even keep the training.
         {"train"} if method == "few_shot" else set(),
-        ProbeSettings(method),
+        ProbeConfig(method),
         train,
         test,
         make_mesh(0, 1),
@@ -249,7 +254,9 @@ def test_nothing_is_kept_of_images_that_were_looked_at(
 
 
 def test_what_is_told_and_written() -> None:
-    few = ProbeScores("few_shot", {"1_shot": 0.41, "5_shot": 0.5}, {"1_shot": 0.021}, None, 30, 360)
+    few = ProbeMetrics(
+        "few_shot", {"1_shot": 0.41, "5_shot": 0.5}, {"1_shot": 0.021}, None, 30, 360
+    )
     assert few.told() == ("1-shot 41.00% ± 2.10%, 5-shot 50.00%, on 360 images, learnt from 30")
     assert few.values() == {
         "1_shot": 0.41,
@@ -259,7 +266,7 @@ def test_what_is_told_and_written() -> None:
         "num_examples": 360.0,
         "num_bad": 0.0,
     }
-    linear = ProbeScores("linear", {"linear": 0.9}, {}, 1024.0, 1437, 360, 2)
+    linear = ProbeMetrics("linear", {"linear": 0.9}, {}, 1024.0, 1437, 360, 2)
     assert linear.summary() == (
         "linear 90.00%, penalty 1024, on 360 images, learnt from 1,437, 2 left out that cannot be "
         "used"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import scripts
+from tests.helpers import launch_scripts
 
 WHERE = ("--name=mixer", "--zone=us-west4-a")
 MACHINES = (*WHERE, "--type=v5litepod-64")
@@ -24,7 +24,7 @@ class Cloud:
     def __init__(self, folder: Path, run: list[str]):
         self.folder = folder
         folder.joinpath("bin").mkdir()
-        shutil.copy(scripts.FOLDER / "fake_gcloud.sh", folder / "bin" / "gcloud")
+        shutil.copy(launch_scripts.FOLDER / "fake_gcloud.sh", folder / "bin" / "gcloud")
         (folder / "bin" / "gcloud").chmod(0o755)
         self.write("run", "\n".join(run) + "\n")
 
@@ -33,11 +33,11 @@ class Cloud:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = f"{self.folder}/bin:{scripts.environment()['PATH']}"
+        path = f"{self.folder}/bin:{launch_scripts.environment()['PATH']}"
         return {"PATH": path, "CLOUD": str(self.folder), "MIXER_POLL_SECONDS": "0"}
 
     def train(self, *more: str) -> subprocess.CompletedProcess[str]:
-        result = scripts.run("tpu_vm.sh", *MACHINES, *more, *RUN, **self.environment)
+        result = launch_scripts.run("tpu_vm.sh", *MACHINES, *more, *RUN, **self.environment)
         # Every answer that was prepared was asked for.
         assert (self.folder / "run").read_text() == "", result
         return result
@@ -112,7 +112,7 @@ def test_a_crash_is_tried_again_on_the_same_machines_a_few_times(tmp_path: Path)
 def test_crashes_do_not_add_up_over_runs_that_last(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["none", "rc=139", *["none", "rc=139"] * 3, "none", "rc=0"])
     cloud.write("clock", "1000\n")
-    scripts.program(tmp_path / "bin" / "date", 'cat "$CLOUD/clock"')
+    launch_scripts.program(tmp_path / "bin" / "date", 'cat "$CLOUD/clock"')
     result = cloud.train()
     assert result.returncode == 0, result.stderr
     assert cloud.did() == ["create", *["setup", "start", "follow"] * 5, "delete"]
@@ -171,7 +171,7 @@ def test_a_gcloud_that_never_answers_is_told_of_and_given_up(
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     more = {**cloud.environment, "TMPDIR": str(temporary)}
-    result = scripts.run("tpu_vm.sh", *step, *MACHINES, "--slices=1", *RUN, **more)
+    result = launch_scripts.run("tpu_vm.sh", *step, *MACHINES, "--slices=1", *RUN, **more)
     assert result.returncode == 1
     said = result.stderr.splitlines()
     assert said[0] == f"tpu_vm: gcloud does not answer: {why} Please run: $ gcloud auth login"
@@ -193,11 +193,11 @@ def test_what_does_not_answer_for_a_while_is_waited_for(tmp_path: Path) -> None:
 def test_steps_alone_ask_for_the_number_of_slices(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["running"])
     cloud.write("slices", "2\n")
-    result = scripts.run("tpu_vm.sh", "run", *WHERE, *RUN, **cloud.environment)
+    result = launch_scripts.run("tpu_vm.sh", "run", *WHERE, *RUN, **cloud.environment)
     assert result.returncode == 1
     command = "launch/tpu_vm.sh stop --name=mixer --zone=us-west4-a --slices=2"
     assert result.stderr.rstrip().endswith(command)
-    stopped = scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
+    stopped = launch_scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
     assert stopped.returncode == 0, stopped.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert {call.split()[4] for call in calls if "on_host.sh stop" in call} == {
@@ -206,7 +206,7 @@ def test_steps_alone_ask_for_the_number_of_slices(tmp_path: Path) -> None:
     }
     # An answer that does not come is no single slice.
     cloud.write("denied", "ERROR: PERMISSION_DENIED\n")
-    result = scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
+    result = launch_scripts.run("tpu_vm.sh", "stop", *WHERE, **cloud.environment)
     assert (result.returncode, cloud.did()) == (1, ["stop", "stop"])
 
 
@@ -247,7 +247,7 @@ def test_a_setup_that_fails_is_tried_again(tmp_path: Path) -> None:
 def test_interrupted_it_says_how_to_delete(number: int, code: int, tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["none"])
     cloud.write("endless", "")
-    process = scripts.start("tpu_vm.sh", *MACHINES, *RUN, **cloud.environment)
+    process = launch_scripts.start("tpu_vm.sh", *MACHINES, *RUN, **cloud.environment)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("step 1")
     process.send_signal(number)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.launch import scripts
+from tests.helpers import launch_scripts
 
 WHERE = ("--name=mixer", "--zone=us-west4-a")
 MACHINES = (*WHERE, "--type=v5litepod-64")
@@ -14,7 +14,7 @@ RUN = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
 
 def dry(*arguments: str) -> list[list[str]]:
     """Returns the words of every command that a dry run prints."""
-    result = scripts.run("tpu_vm.sh", *arguments, "--dry_run", *RUN)
+    result = launch_scripts.run("tpu_vm.sh", *arguments, "--dry_run", *RUN)
     assert result.returncode == 0, result.stderr
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
@@ -73,7 +73,7 @@ def test_a_dry_run_prints_every_command_in_its_order() -> None:
     ],
 )
 def test_each_step_alone(step: str, expected: list[str | None]) -> None:
-    result = scripts.run("tpu_vm.sh", step, *MACHINES, "--dry_run", *RUN)
+    result = launch_scripts.run("tpu_vm.sh", step, *MACHINES, "--dry_run", *RUN)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if re.match("gcloud|tar|rm", line)]
     assert len(lines) == len(expected)
@@ -132,7 +132,7 @@ def test_slices_are_nodes_of_one_request() -> None:
 def test_wrong_arguments_are_told_in_one_line(
     arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    scripts.refuses(scripts.run("tpu_vm.sh", *arguments, *RUN), *words)
+    launch_scripts.refuses(launch_scripts.run("tpu_vm.sh", *arguments, *RUN), *words)
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_wrong_arguments_are_told_in_one_line(
 def test_a_run_that_could_not_go_on_is_refused(
     arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    scripts.refuses(scripts.run("tpu_vm.sh", *MACHINES, "--", *arguments), *words)
+    launch_scripts.refuses(launch_scripts.run("tpu_vm.sh", *MACHINES, "--", *arguments), *words)

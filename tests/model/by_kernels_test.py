@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.config import get_default
+from mixer_jax.config.config import get_default
 from mixer_jax.errors import UserError
 from mixer_jax.model.defaults import settled
 from mixer_jax.model.making import build_model, check_kernels, create_model, for_devices

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mixer_jax
-from mixer_jax.config import get_default
+from mixer_jax.config.config import get_default
 from mixer_jax.errors import UserError
 from mixer_jax.model.making import build_model
 from mixer_jax.model.mixer import MlpMixer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mixer_jax.data.reading import BadImage
+from mixer_jax.data.readers import BadImage
 from mixer_jax.errors import UserError
 from mixer_jax.training.bad_images import BadImageLog
 
