@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers import launch_scripts
 from tests.helpers.processes import wait_until
 from tests.helpers.tiny_run import NO_REGULARIZATION, to_flags

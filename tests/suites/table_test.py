@@ -24,6 +24,7 @@ from mixer_jax.suites.throughput import Throughput
 from tests.helpers.tiny_suite import PROBE
 
 ABOUT = ModelInfo(
+    "mixer",
     "L/16",
     VARIANTS["L/16"],
     (224, 224),

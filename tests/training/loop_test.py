@@ -13,7 +13,7 @@ import pytest
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.distributed.hosts import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
@@ -114,12 +114,12 @@ def test_a_finished_run_scores_its_checkpoint_again(
 
 def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
     weights = load_checkpoint(str(finished))
-    about = weights.about
+    about = weights.model_info
     assert weights.step == 20
     assert about.class_names == tuple(str(digit) for digit in range(10))
     assert about.image_size == (16, 16)
     assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
-    assert about.widths.hidden_dim == 16
+    assert about.config.hidden_dim == 16
     # The averaged parameters are the ones to use.
     raw = CheckpointManager(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
     assert_params_equal(raw, weights.params)
