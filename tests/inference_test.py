@@ -17,6 +17,7 @@ from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, Prediction
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
 
 SIZES = [(16, 16), (40, 24), (17, 31), (8, 8), (100, 60)]
@@ -66,31 +67,31 @@ def test_logits_are_the_models(weights: PretrainedWeights, classifier: Classifie
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("images", "parts"),
     [
-        (np.zeros((16, 24, 3), np.float32), r"shape \(16, 24, 3\) are not .*images\[None\]"),
-        (np.zeros((1, 16, 24, 1), np.float32), "are not \\(n, height, width, 3\\)"),
-        (np.zeros((1, 16, 24, 3), np.uint8), "of type uint8, .* pass images / 127.5 - 1"),
+        (np.zeros((16, 24, 3), np.float32), ["(16, 24, 3)", "images[None]"]),
+        (np.zeros((1, 16, 24, 1), np.float32), ["(1, 16, 24, 1)", "(n, height, width, 3)"]),
+        (np.zeros((1, 16, 24, 3), np.uint8), ["uint8", "images / 127.5 - 1"]),
     ],
 )
 def test_arrays_of_another_kind_are_refused(
-    classifier: Classifier, images: np.ndarray, message: str
+    classifier: Classifier, images: np.ndarray, parts: list[str]
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with raises(UserError, *parts):
         classifier(images)
 
 
 def test_one_image_is_not_a_list(classifier: Classifier, photos: list[Path]) -> None:
-    with pytest.raises(UserError, match=r"takes a list of images; pass \[image\]"):
+    with raises(UserError, "predict", "[image]"):
         classifier.predict(str(photos[0]))
-    with pytest.raises(UserError, match="topk=-1"):
+    with raises(UserError, "topk", "-1"):
         classifier.predict(photos, topk=-1)
 
 
 def test_images_of_another_size_are_refused(classifier: Classifier) -> None:
-    with pytest.raises(UserError, match=r"32 × 32 px do not fit .* 16 × 24 px; .*=\(32, 32\)"):
+    with raises(UserError, "32", "16", "24", "image_size", "(32, 32)"):
         classifier(jnp.zeros((1, 32, 32, 3)))
-    with pytest.raises(UserError, match="image_size 17 is not divisible by patch_size 4"):
+    with raises(UserError, "image_size", "17", "patch_size", "4"):
         classifier(jnp.zeros((1, 17, 24, 3)))
 
 
@@ -139,9 +140,10 @@ def test_bad_images_say_why_and_the_rest_is_done(
     found = list(classifier.classify(expand_image_paths(names), topk=1, batch_size=2))
     assert [prediction.image for prediction in found] == names
     reasons = [prediction.error for prediction in found]
-    assert reasons == ["", "no image, or its header is damaged", "cannot be read", ""]
+    assert [bool(reason) for reason in reasons] == [False, True, True, False]
+    assert reasons[1] != reasons[2]
     assert [len(prediction.classes) for prediction in found] == [1, 0, 0, 1]
-    with pytest.raises(BadImageError, match=r"bad\.png: no image"):
+    with raises(BadImageError, str(bad), reasons[1]):
         classifier.predict([bad])
 
 
@@ -154,7 +156,7 @@ def test_classes_without_names_are_numbers(photos: list[Path], weights: Pretrain
 def test_without_a_head_there_are_features_and_no_classes(weights: PretrainedWeights) -> None:
     features = Classifier(replace_head(weights, 0))
     assert features(jnp.zeros((2, 16, 24, 3))).shape == (2, 16)
-    with pytest.raises(UserError, match="no head"):
+    with raises(UserError, "head"):
         features.predict([b""])
 
 
@@ -184,11 +186,13 @@ def test_load_pretrained_resizes_and_renames(weights: PretrainedWeights, tmp_pat
     run = save_run(weights, tmp_path)
     names = [name * 2 for name in DIGITS]
     classifier = mixer_jax.load_pretrained(run, image_size=(32, 48), class_names=names)
-    assert classifier.about.resolution.startswith("grown from 16 × 24 px")
+    assert mentions(classifier.about.resolution, "16", "24", "Appendix C")
     assert classifier(jnp.zeros((1, 32, 48, 3))).shape == (1, 10)
     assert classifier.about.class_names == tuple(names)
-    with pytest.raises(UserError, match="has 10 classes, and 1 names are given"):
+    with raises(UserError, run) as caught:
         mixer_jax.load_pretrained(run, class_names=["cat"])
+    # The path may have numbers in it.
+    assert mentions(str(caught.value).replace(run, ""), "10", "1")
 
 
 def test_dtype_is_that_of_the_weights_unless_told(

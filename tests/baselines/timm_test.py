@@ -17,6 +17,7 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
+from tests.helpers.messages import raises
 from tests.helpers.random_weights import assert_params_equal
 
 pytestmark = pytest.mark.baselines
@@ -169,7 +170,7 @@ def test_a_training_checkpoint_of_timm_is_read(torch: Any, timm: Any, tmp_path: 
 def test_names_that_are_there_twice_are_refused(torch: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
     torch.save({"a": torch.zeros(2), "module.a": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="tensor 'a' is there twice, with other prefixes"):
+    with raises(UserError, "'a'"):
         load_checkpoint(str(path))
 
 
@@ -206,41 +207,43 @@ def test_a_program_in_a_pth_file_is_refused_and_not_run(
     path, trace = tmp_path / "evil.pth", tmp_path / "trace"
     state = {"stem.proj.weight": torch.zeros(2), "evil": Malicious(f"touch {trace}")}
     torch.save(state, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(UserError, match=r"^[^\n]*evil.pth is no file of PyTorch tensors[^\n]*$"):
+    with raises(UserError, str(path)) as caught:
         load_checkpoint(str(path))
+    assert "\n" not in str(caught.value)
     assert not trace.exists()
     # Nor one in what is allowed beside tensors.
     torch.save({**state, "evil": argparse.Namespace(evil=state["evil"])}, tmp_path / "args.pth")
-    with pytest.raises(UserError, match=r"^[^\n]*args.pth is no file of PyTorch tensors[^\n]*$"):
+    with raises(UserError, str(tmp_path / "args.pth")) as caught:
         load_checkpoint(str(tmp_path / "args.pth"))
+    assert "\n" not in str(caught.value)
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()
 
 
-def bad_states(torch: Any) -> dict[str, Any]:
-    return {
-        "holds a list": [1, 2],
-        "'epoch' is a int": {"epoch": 3},
-        "'count' is of type torch.int64": {"count": torch.zeros(3, dtype=torch.int64)},
-        "announces 40,000,000,000,000 bytes": {"head.weight": torch.zeros(1).expand(10**7, 10**6)},
-        "is no Mixer": {"fc.weight": torch.zeros(3)},
-        "'sparse' is torch.sparse_coo": {"sparse": torch.eye(3).to_sparse()},
-    }
+def bad_states(torch: Any) -> list[tuple[Any, list[str]]]:
+    return [
+        ([1, 2], ["list"]),
+        ({"epoch": 3}, ["epoch", "int"]),
+        ({"count": torch.zeros(3, dtype=torch.int64)}, ["count", "torch.int64"]),
+        ({"head.weight": torch.zeros(1).expand(10**7, 10**6)}, ["40000000000000"]),
+        ({"fc.weight": torch.zeros(3)}, ["fc.weight"]),
+        ({"sparse": torch.eye(3).to_sparse()}, ["sparse", "torch.sparse_coo"]),
+    ]
 
 
 def test_what_is_no_mixer_is_refused_in_one_line(torch: Any, tmp_path: Path) -> None:
-    for message, state in bad_states(torch).items():
+    for state, parts in bad_states(torch):
         path = tmp_path / "bad.pth"
         torch.save(state, path)
-        with pytest.raises(UserError) as caught:
+        with raises(UserError, str(path), *parts) as caught:
             load_checkpoint(str(path))
-        assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     for content in (b"", b"not a pickle\n", path.read_bytes()[:200]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"^[^\n]*bad.pth is no file of PyTorch[^\n]*$"):
+        with raises(UserError, str(path)) as caught:
             load_checkpoint(str(path))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(32, 128), (128, 32), 64], ids=str)

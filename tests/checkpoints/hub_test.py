@@ -13,6 +13,7 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from tests.helpers import pretrained_files
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, random_weights
 
 NAME = "someone/mixer_tiny"
@@ -122,7 +123,8 @@ def test_another_way_to_crop_is_refused_unless_one_is_given(mode: Any, cache: Pa
     config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
     config["pretrained_cfg"]["crop_mode"] = mode
     put(cache, random_weights().params, config)
-    with pytest.raises(UserError, match=r"asks for crop_pct=0.875, crop_mode=.* another eval_crop"):
+    named = mode if isinstance(mode, str) else repr(mode)
+    with raises(UserError, "crop_pct", "0.875", "crop_mode", named, "eval_crop"):
         load_checkpoint(f"hf:{NAME}")
     assert load_checkpoint(f"hf:{NAME}", eval_crop="whole").about.eval_crop == "whole"
 
@@ -136,8 +138,7 @@ def test_the_config_tells_the_gelu(layer: str, gelu: str, cache: Path) -> None:
 
 def test_another_activation_is_refused_unless_a_gelu_is_given(cache: Path) -> None:
     put(cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": "quick_gelu"}})
-    message = "says act_layer='quick_gelu'; known are gelu and gelu_tanh: pass a gelu"
-    with pytest.raises(UserError, match=message):
+    with raises(UserError, "act_layer", "quick_gelu", "gelu", "gelu_tanh"):
         load_checkpoint(f"hf:{NAME}")
     assert load_checkpoint(f"hf:{NAME}", gelu="exact").about.gelu == "exact"
 
@@ -185,13 +186,13 @@ def test_what_is_not_in_the_cache_is_told_at_once(name: str, cache: Path) -> Non
         load_checkpoint(f"hf:{name}")
     assert time.monotonic() - begun < 5
     message = str(caught.value)
-    assert message.startswith(f"hf:{name} is not in the local cache, and the Hub cannot be reached")
+    assert mentions(message, f"hf:{name}", "model.safetensors", "config.json")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["--/x", "a b/c", "a/b..c", "a/b--c", "a/" + "x" * 200])
 def test_what_can_be_no_name_is_told(name: str) -> None:
-    with pytest.raises(UserError, match="is no name on the Hub; write hf:OWNER/NAME") as caught:
+    with raises(UserError, f"hf:{name}", "hf:OWNER/NAME") as caught:
         load_checkpoint(f"hf:{name}")
     assert "\n" not in str(caught.value)
 
@@ -213,6 +214,6 @@ def test_what_is_half_in_the_cache_is_asked_for_as_a_whole(
         return real(repo, file, local_files_only=local_files_only, **rest)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(UserError, match="is not in the local cache"):
+    with raises(UserError, f"hf:{NAME}"):
         load_checkpoint(f"hf:{NAME}")
     assert asked == ["config.json", "model.safetensors"]

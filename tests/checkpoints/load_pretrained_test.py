@@ -19,6 +19,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.model.variants import VARIANTS
 from tests.helpers import pretrained_files
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import TINY, assert_params_equal, random_weights
 
 LAYOUTS = {"google": pretrained_files.google, "older": pretrained_files.google_older}
@@ -43,7 +44,8 @@ def refusal(source: str, **wanted: Any) -> str:
     with pytest.raises(UserError) as caught:
         load_checkpoint(source, **wanted)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    # Its folder may have numbers in its name.
+    return str(caught.value).replace(f"{Path(source).parent}/", "")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,9 +153,8 @@ def test_tokens_that_make_no_square_need_the_image_size(tmp_path: Path) -> None:
     weights = random_weights(image_size=(16, 32))
     path = save_npz(tmp_path / "Mixer.npz", weights)
     message = refusal(path)
-    assert "Mixer.npz has 32 tokens of 4 px, which make no square" in message
-    assert "pass image_size=(height, width)" in message
-    assert "32 tokens" in refusal(path, image_size=(16, 16))
+    assert mentions(message, "Mixer.npz", "32", "4", "image_size")
+    assert mentions(refusal(path, image_size=(16, 16)), "Mixer.npz", "32")
     loaded = load_checkpoint(path, image_size=(16, 32))
     assert loaded.about == dataclasses.replace(
         weights.about, class_names=(), eval_crop="shorter_side"
@@ -167,36 +168,32 @@ def test_a_wanted_size_that_may_be_the_weights_own_needs_the_size_they_were_trai
     weights = random_weights(image_size=(8, 32))
     path = save_npz(tmp_path / "Mixer.npz", weights)
     message = refusal(path, image_size=(8, 32))
-    assert "Mixer.npz has 16 tokens of 4 px, which may be 16 px or 8 × 32 px alike" in message
-    assert "pass pretrain_image_size=(height, width) in Python" in message
-    assert 'write {"image_size": [height, width]} into Mixer.npz.json beside it' in message
+    assert mentions(message, "Mixer.npz", "16", "4", "8", "32", "pretrain_image_size")
+    assert mentions(message, "image_size", "Mixer.npz.json")
     timm = save_timm(tmp_path / "model.safetensors", weights)
     message = refusal(timm, image_size=(8, 32))
-    assert 'write {"input_size": [3, height, width]} into config.json beside it' in message
+    assert mentions(message, "model.safetensors", "input_size", "config.json")
 
     own = load_checkpoint(path, image_size=(8, 32), pretrain_image_size=(8, 32))
     assert_params_equal(own.params, weights.params)
     assert (own.about.image_size, own.about.resolution) == ((8, 32), "")
     other = load_checkpoint(path, image_size=(8, 32), pretrain_image_size=16).about
-    assert other.resolution.startswith("interpolated from 16 px")
+    assert mentions(other.resolution, "16")
     # Other sizes tell nothing, and what stands beside the file is believed.
-    assert load_checkpoint(path, image_size=(16, 32)).about.resolution.startswith(
-        "interpolated from"
-    )
+    assert mentions(load_checkpoint(path, image_size=(16, 32)).about.resolution, "16")
     write_said(path, {"image_size": [8, 32]})
     assert_params_equal(load_checkpoint(path, image_size=(8, 32)).params, weights.params)
     # But less than the caller.
     assert load_checkpoint(path, pretrain_image_size=16).about.image_size == (16, 16)
     message = refusal(path, pretrain_image_size=(16, 32))
-    assert "pretrain_image_size=(16, 32) does not fit" in message
-    assert "which has 16 tokens of 4 px" in message
+    assert mentions(message, "Mixer.npz", "pretrain_image_size", "16", "32", "4")
 
 
 def test_tokens_that_make_no_square_may_be_told_by_the_size_trained_at(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "Mixer.npz", random_weights(image_size=(16, 32)))
     grown = load_checkpoint(path, pretrain_image_size=(16, 32), image_size=(32, 64)).about
     assert grown.image_size == (32, 64)
-    assert grown.resolution.startswith("grown from 16 × 32 px")
+    assert mentions(grown.resolution, "16", "32", "Appendix C")
 
 
 @pytest.mark.parametrize("said", [["one", "two"], "one", [1, 2, 3]], ids=str)
@@ -228,48 +225,47 @@ def test_the_file_beside_an_archive_is_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("said", "parts"),
     [
-        ({"image_size": [16, 32]}, "says image_size=[16, 32], but has 16 tokens of 4 px"),
-        ({"image_size": 18}, "says image_size=[18, 18], but has 16 tokens of 4 px"),
-        ({"image_size": "large"}, "says image_size='large'; it is two whole numbers of pixels"),
-        ({"image_size": [16.0, 16.0]}, "it is two whole numbers of pixels"),
-        ({"image_size": [-16, -16]}, "it is two whole numbers of pixels"),
-        ({"image_size": [True, True]}, "it is two whole numbers of pixels"),
-        ({"class_names": ["one", "two"]}, "has 3 classes, and 2 names are given"),
-        ({"class_names": "one"}, "says class_names that are no list of texts"),
-        ({"class_names": [1, 2, 3]}, "says class_names that are no list of texts"),
-        ({"gelu": "fast"}, "says gelu='fast'; it can be tanh or exact"),
-        ({"gelu": ["tanh"]}, "says gelu=['tanh']; it can be tanh or exact"),
-        ({"eval_crop": "none"}, "says eval_crop='none'"),
-        ({"loss": 1}, "says loss=1"),
-        ({"dtype": "int8"}, "says dtype='int8'"),
-        ({"exif_orientation": "yes"}, "says exif_orientation='yes'"),
-        ({"resolution": 3}, "says resolution=3; it is a text"),
-        ({"num_classes": 5}, "says num_classes=5, but its tensors are of num_classes=3"),
-        ({"variant": "B/16"}, "says variant='B/16', but its tensors are of variant='custom'"),
-        ({"widths": {"num_blocks": 2}}, "says widths={'num_blocks': 2}, but its tensors are of"),
-        ({"widths": [2]}, "says widths=[2], but its tensors are of widths={"),
+        ({"image_size": [16, 32]}, ["image_size", "16", "32", "4"]),
+        ({"image_size": 18}, ["image_size", "18", "16", "4"]),
+        ({"image_size": "large"}, ["image_size", "large"]),
+        ({"image_size": [16.0, 16.0]}, ["image_size", "16.0"]),
+        ({"image_size": [-16, -16]}, ["image_size", "-16"]),
+        ({"image_size": [True, True]}, ["image_size", "True"]),
+        ({"class_names": ["one", "two"]}, ["3", "2"]),
+        ({"class_names": "one"}, ["class_names"]),
+        ({"class_names": [1, 2, 3]}, ["class_names"]),
+        ({"gelu": "fast"}, ["gelu", "fast", "tanh", "exact"]),
+        ({"gelu": ["tanh"]}, ["gelu", "['tanh']", "exact"]),
+        ({"eval_crop": "none"}, ["eval_crop", "none"]),
+        ({"loss": 1}, ["loss", "1"]),
+        ({"dtype": "int8"}, ["dtype", "int8"]),
+        ({"exif_orientation": "yes"}, ["exif_orientation", "yes"]),
+        ({"resolution": 3}, ["resolution", "3"]),
+        ({"num_classes": 5}, ["num_classes", "5", "3"]),
+        ({"variant": "B/16"}, ["variant", "B/16", "custom"]),
+        ({"widths": {"num_blocks": 2}}, ["widths", "{'num_blocks': 2}"]),
+        ({"widths": [2]}, ["widths", "[2]"]),
     ],
 )
-def test_what_cannot_be_so_is_refused(said: Any, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_so_is_refused(said: Any, parts: list[str], tmp_path: Path) -> None:
     weights = random_weights(class_names=FEW)
     path = save_npz(tmp_path / "Mixer.npz", weights)
     write_said(path, said)
-    told = refusal(path)
-    assert "Mixer.npz" in told
-    assert message in told
+    assert mentions(refusal(path), "Mixer.npz", *parts)
     # A safetensors file says the same in its header.
     header = {"mixer_jax": json.dumps(said)}
     path = save_timm(tmp_path / "Mixer.safetensors", weights, header)
-    assert message in refusal(path)
+    assert mentions(refusal(path), "Mixer.safetensors", *parts)
 
 
 def test_class_names_are_one_for_every_class(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "Mixer.npz", random_weights())
     assert load_pretrained(path, class_names=list("abcdefghij")).about.class_names[9] == "j"
-    with pytest.raises(UserError, match=r"Mixer.npz has 10 classes, and 3 names are given"):
+    with raises(UserError, "Mixer.npz") as caught:
         load_pretrained(path, class_names=list("abc"))
+    assert mentions(str(caught.value).replace(str(tmp_path), ""), "10", "3")
 
 
 def test_a_variant_may_have_other_widths_if_they_are_said(tmp_path: Path) -> None:

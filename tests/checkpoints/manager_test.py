@@ -1,7 +1,6 @@
 """Tests of saving and finding checkpoints, with real orbax on disk."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init
 from mixer_jax.training.setup import Experiment, build_experiment
 from mixer_jax.training.step import TrainState
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
@@ -117,9 +117,11 @@ def test_a_step_can_be_named(run: str) -> None:
 
 
 def test_missing_checkpoints_are_errors(run: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no step 11; it has 10, 100"):
+    with raises(UserError, run) as caught:
         find_checkpoint(run, step=11)
-    with pytest.raises(UserError, match="nowhere' holds no checkpoint"):
+    # The path may have numbers in it.
+    assert mentions(str(caught.value).replace(run, ""), "11", "10", "100")
+    with raises(UserError, str(tmp_path / "nowhere")):
         find_checkpoint(str(tmp_path / "nowhere"))
 
 
@@ -127,7 +129,7 @@ def test_folders_that_only_look_like_checkpoints(run: str) -> None:
     (Path(run) / "checkpoints" / "300").mkdir()
     assert list_steps(run) == [10, 100]
     shutil.rmtree(Path(run) / "checkpoints" / "100" / "params")
-    with pytest.raises(UserError, match=r"checkpoints/100 is incomplete or .*\"params\" was not"):
+    with raises(UserError, f"{run}/checkpoints/100", "params"):
         CheckpointManager(run).restore(100, {"params": make_tree(0)})
 
 
@@ -182,10 +184,10 @@ def test_old_metadata_that_lack_something_are_told(
         path = run / "checkpoints" / "4" / "metadata" / "metadata"
         path.write_text(json.dumps(said))
     if lacking not in ("num_steps", "loss_window"):
-        with pytest.raises(UserError, match=f"checkpoints/4 does not say .*{lacking}"):
+        with raises(UserError, f"{run}/checkpoints/4", lacking):
             load_checkpoint(str(run))
     if lacking != "ema":
-        with pytest.raises(UserError, match=f"does not say .*{lacking}"):
+        with raises(UserError, lacking):
             resume(experiment, run)
 
 
@@ -207,29 +209,28 @@ def write_metadata(text: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "named"),
     [
         (cut_off, ""),
         (spoil, ""),
         (lambda step: shutil.rmtree(step / "params"), "params"),
-        (write_metadata("{"), "Expecting property name"),
-        (write_metadata("[1]"), "no JSON object"),
+        (write_metadata("{"), ""),
+        (write_metadata("[1]"), "JSON"),
         (lambda step: (step / "metadata" / "metadata").unlink(), "metadata"),
         (lambda step: shutil.rmtree(step / "metadata"), "metadata"),
     ],
     ids=["cut off", "spoiled", "no arrays", "half JSON", "a list", "no JSON", "no metadata"],
 )
 def test_damaged_checkpoints_are_told_in_one_line(
-    damage: Callable[[Path], None], says: str, digits_dir: str, tmp_path: Path
+    damage: Callable[[Path], None], named: str, digits_dir: str, tmp_path: Path
 ) -> None:
     experiment, _, run = save_small_run(digits_dir, tmp_path, lambda said: said)
     load_checkpoint(str(run))
     resume(experiment, run)
     damage(run / "checkpoints" / "4")
-    folder = re.escape(f"{run}/checkpoints/4")
-    message = rf"^checkpoint {folder} is incomplete or damaged \(.*{says}.*\); name an older step"
+    parts = [f"{run}/checkpoints/4", *named.split()]
     for use in (lambda: load_checkpoint(str(run)), lambda: resume(experiment, run)):
-        with pytest.raises(UserError, match=message) as caught:
+        with raises(UserError, *parts) as caught:
             use()
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
