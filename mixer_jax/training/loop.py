@@ -137,6 +137,9 @@ def train_and_evaluate(
                 if saving:
                     save(experiment, checkpoints, state, step, journal.window)
                     saved_step, saved_at = step, time.monotonic()
+            if stopping and stop.received is not None and not last:
+                # Callers other than `mixer_jax.main` would otherwise see a run end without a word.
+                journal.progress.say(f"{stop.received.name} received: stopped after step {step:,}")
             if stopping:
                 break
         bad_images.close()

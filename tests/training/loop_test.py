@@ -234,7 +234,9 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Impatient(GracefulShutdown):
         """Sends itself the signal as soon as it listens."""
 
@@ -248,6 +250,7 @@ def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_p
         patch.setattr(loop_module.hosts, "GracefulShutdown", Impatient)
         result = train_and_evaluate(config, str(tmp_path))
     assert (result.step, result.stopped_by, result.scores) == (1, number, {})
+    assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
