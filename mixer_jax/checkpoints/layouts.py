@@ -1,8 +1,8 @@
-"""The layouts that Mixer weights are published in, to and from our parameters.
+"""Reads and writes parameters in the layouts that weights are published in.
 
-Our parameters have the authors' names, and the blocks' lie stacked on a leading axis. Every tensor
-of a published layout is a part of one of our arrays, with its axes in another order: a view, which
-a file is read into or written from.
+Parameters have the names of the authors' code, with those of all blocks stacked on a leading axis.
+Every tensor of a published layout is a part of one parameter, with its axes in another order: a
+view, which a file is read into or written from.
 """
 
 import concurrent.futures
@@ -21,17 +21,17 @@ from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import Widths, parameter_shapes
 
-# Our arrays under this path have a leading axis of blocks.
+# Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
 
 
 class TensorMapping(NamedTuple):
-    """One tensor of a layout, or one of every block.
+    """One tensor of a layout, or one per block.
 
     Attributes:
-        name: of the tensor; {} stands for the number of its block.
-        path: of our array.
-        axes: their order in the tensor; None: ours.
+        name: Name of the tensor; {} stands for the index of its block.
+        path: Slash-separated path of the parameter.
+        axes: Order of the parameter's axes in the tensor; None: the same.
     """
 
     name: str
@@ -44,16 +44,16 @@ class WeightLayout:
     """Names and axes of published weights.
 
     Attributes:
-        name: for people.
-        entries: all its tensors; those of the head may be absent.
-        marks: names of tensors that tell it from the others.
-        gelu: that these weights are used with.
-        eval_crop: likewise.
+        name: Name for people.
+        tensors: All tensors; those of the head may be absent.
+        signature_keys: Names of tensors that distinguish it from other layouts.
+        gelu: GELU that these weights are used with.
+        eval_crop: Evaluation crop that these weights are used with.
     """
 
     name: str
-    entries: tuple[TensorMapping, ...]
-    marks: tuple[str, ...]
+    tensors: tuple[TensorMapping, ...]
+    signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
 
@@ -114,14 +114,14 @@ LAYOUTS = (GOOGLE, GOOGLE_LEGACY, TIMM)
 
 
 class LoadedWeights(NamedTuple):
-    """Published weights.
+    """Weights read from a file.
 
     Attributes:
-        params: our tree of them, float32.
-        config: of the model they are for.
-        num_tokens: likewise.
-        num_classes: likewise; 0: there is no head.
-        layout: that they came in.
+        params: Float32 parameters.
+        config: Architecture config.
+        num_tokens: Number of tokens that the weights are for.
+        num_classes: Outputs of the head; 0 means no head.
+        layout: Layout of the file.
     """
 
     params: tree.Tree
@@ -134,34 +134,34 @@ class LoadedWeights(NamedTuple):
 def read_pretrained(file: TensorFile) -> LoadedWeights:
     """Reads published weights.
 
-    Everything is told from the names and shapes of the tensors, and checked, before any is read.
+    The architecture is inferred from the names and shapes of the tensors. All of them are checked
+    before any tensor is read.
 
     Raises:
-        UserError: a tensor is missing, too many, of another shape than the rest tells, damaged, or
-            not finite.
+        UserError: A tensor is missing, unexpected, damaged or not finite, or has a shape that
+            contradicts the others.
     """
     for name, shape in file.shapes.items():
         if any(length < 1 for length in shape):
-            raise file.error(name, f"has shape {shape}, and so no numbers")
+            raise file.error(name, f"must not be empty, got shape {shape}.")
     layout = find_layout(file)
     config, num_tokens, num_classes = infer_config(file, layout)
     shapes = parameter_shapes(config, num_tokens, num_classes)
     _check_names_and_shapes(file, shapes, layout)
-    flat = tree.empty_aligned(shapes)
+    flat = {path: tree.empty_aligned(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))
 
     def read(name: str) -> None:
         view = views[name]
-        # Numbers may be too large for float32. A sum is cheap, and not finite if a number is not;
-        # of large numbers it may not be either.
+        # A sum is cheap, and not finite if a number is not. Sums of large numbers can overflow.
         with np.errstate(over="ignore", invalid="ignore"):
             file.read(name, view)
-            suspicious = not math.isfinite(view.sum())
-        if suspicious and not np.isfinite(view).all():
-            raise file.error(name, "has numbers that are not finite")
+            is_suspicious = not math.isfinite(view.sum())
+        if is_suspicious and not np.isfinite(view).all():
+            raise file.error(name, "must be finite as float32.")
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        # The largest first, so that no thread is left with one when the others are done.
+        # The largest first, so that threads finish at about the same time.
         names = sorted(views, key=lambda name: views[name].size, reverse=True)
         for _ in pool.map(read, names):
             pass
@@ -171,86 +171,88 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
 def layout_views(
     flat: dict[str, np.ndarray], layout: WeightLayout
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor of a layout by name, as a view of our arrays.
+    """Yields the tensors of a layout by name, as views of parameters.
 
     Args:
-        flat: our arrays by path.
-        layout: to yield the tensors of.
+        flat: Parameters by path.
+        layout: Layout of the tensors.
     """
-    for name, path, axes in layout.entries:
+    for name, path, axes in layout.tensors:
         if path not in flat:
             continue
         parts = flat[path] if path.startswith(_BLOCKS) else [flat[path]]
-        for number, part in enumerate(parts):
-            yield name.format(number), part if axes is None else part.transpose(axes)
+        for index, part in enumerate(parts):
+            yield name.format(index), part if axes is None else part.transpose(axes)
 
 
 def layout_shapes(
     shapes: dict[str, tuple[int, ...]], layout: WeightLayout
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the shape of every tensor of a layout by name, as `layout_views` has them.
+    """Yields the shapes of a layout's tensors by name, as `layout_views` does the tensors.
 
     Args:
-        shapes: of our arrays by path.
-        layout: to yield the tensors of.
+        shapes: Shapes of parameters by path.
+        layout: Layout of the tensors.
     """
-    for name, path, axes in layout.entries:
+    for name, path, axes in layout.tensors:
         if path not in shapes:
             continue
-        shape, count = shapes[path], 1
+        shape, num_parts = shapes[path], 1
         if path.startswith(_BLOCKS):
-            count, *rest = shape
+            num_parts, *rest = shape
             shape = tuple(rest)
-        for number in range(count):
-            yield name.format(number), shape if axes is None else tuple(shape[a] for a in axes)
+        for index in range(num_parts):
+            yield name.format(index), shape if axes is None else tuple(shape[a] for a in axes)
 
 
 def find_layout(file: TensorFile) -> WeightLayout:
-    """Returns the layout that the tensors of a file have.
+    """Finds the layout of a file by the names of its tensors.
 
     Raises:
-        UserError: it has none of the known ones.
+        UserError: The layout is unknown.
     """
     for layout in LAYOUTS:
-        if any(mark in file.shapes for mark in layout.marks):
+        if any(key in file.shapes for key in layout.signature_keys):
             return layout
-    some = ", ".join(repr(name) for name in list(file.shapes)[:3]) or "no tensor"
-    marks = ", ".join(repr(mark) for layout in LAYOUTS for mark in layout.marks)
-    raise UserError(f"{file.path} is no Mixer: it has {some}, and none of {marks}")
+    expected = ", ".join(repr(key) for layout in LAYOUTS for key in layout.signature_keys)
+    found = ", ".join(repr(name) for name in list(file.shapes)[:3]) or "no tensor"
+    raise UserError(
+        f"{file.path} is not a Mixer checkpoint: expected one of {expected}, got {found}."
+    )
 
 
 def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, int]:
-    """Returns config, number of tokens and number of classes that a file's tensors tell.
+    """Infers architecture config, number of tokens and number of classes of a file.
 
     Raises:
-        UserError: a tensor that tells them is missing, or has another number of axes.
+        UserError: A tensor needed for that is missing or has a wrong number of axes.
     """
-    block = layout.entries[[e.path for e in layout.entries].index("blocks/LayerNorm_0/scale")]
+    block = next(t for t in layout.tensors if t.path == "blocks/LayerNorm_0/scale")
     pattern = re.compile(re.escape(block.name).replace(r"\{\}", "([0-9]{1,9})"))
-    numbers = {int(match[1]) for name in file.shapes if (match := pattern.fullmatch(name))}
-    num_blocks = next(number for number in itertools.count() if number not in numbers)
-    if num_blocks < len(numbers) or not numbers:
-        raise file.error(block.name.format(num_blocks), "is missing")
+    indices = {int(match[1]) for name in file.shapes if (match := pattern.fullmatch(name))}
+    num_blocks = next(index for index in itertools.count() if index not in indices)
+    if num_blocks < len(indices) or not indices:
+        raise file.error(block.name.format(num_blocks), "is missing.")
 
     def shape(path: str) -> tuple[int, ...]:
-        """Returns the shape of our array, or of its first block's part."""
-        entry = next(entry for entry in layout.entries if entry.path == path)
-        name = entry.name.format(0)
+        """Returns the shape of a parameter, without the leading axis of blocks."""
+        tensor = next(tensor for tensor in layout.tensors if tensor.path == path)
+        name = tensor.name.format(0)
         if name not in file.shapes:
-            raise file.error(name, "is missing")
-        found = file.shapes[name]
-        wanted = 4 if path == "stem/kernel" else 2
-        if len(found) > wanted:
-            found = tuple(length for length in found if length != 1)
-        if len(found) != wanted:
-            raise file.error(name, f"has shape {file.shapes[name]}, not {wanted} axes")
-        axes = entry.axes or tuple(range(wanted))
-        return tuple(found[axes.index(axis)] for axis in range(wanted))
+            raise file.error(name, "is missing.")
+        lengths = file.shapes[name]
+        num_axes = 4 if path == "stem/kernel" else 2
+        if len(lengths) > num_axes:
+            lengths = tuple(length for length in lengths if length != 1)
+        if len(lengths) != num_axes:
+            raise file.error(name, f"must have {num_axes} axes, got shape {file.shapes[name]}.")
+        axes = tensor.axes or tuple(range(num_axes))
+        return tuple(lengths[axes.index(axis)] for axis in range(num_axes))
 
     patch_size, _, _, hidden_dim = shape("stem/kernel")
     num_tokens, tokens_mlp_dim = shape("blocks/token_mixing/Dense_0/kernel")
     _, channels_mlp_dim = shape("blocks/channel_mixing/Dense_0/kernel")
-    head = [entry.name for entry in layout.entries if entry.path.startswith("head/")]
+    head = [tensor.name for tensor in layout.tensors if tensor.path.startswith("head/")]
     has_head = any(name in file.shapes for name in head)
     num_classes = shape("head/kernel")[1] if has_head else 0
     config = Widths(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
@@ -263,13 +265,13 @@ def _check_names_and_shapes(
     expected = dict(layout_shapes(shapes, layout))
     for name, shape in expected.items():
         if name not in file.shapes:
-            raise file.error(name, "is missing")
-        # Axes of length 1 say nothing, and older files have more of them.
+            raise file.error(name, "is missing.")
+        # Files with older names have additional axes of length 1.
         found, wanted = ([n for n in lengths if n != 1] for lengths in (file.shapes[name], shape))
         if found != wanted:
             raise file.error(
-                name, f"has shape {file.shapes[name]}; the other tensors make it {shape}"
+                name, f"must have shape {shape} to match the others, got {file.shapes[name]}."
             )
-    extra = sorted(file.shapes.keys() - expected.keys())
-    if extra:
-        raise file.error(extra[0], "is none of a Mixer's")
+    unexpected = sorted(file.shapes.keys() - expected.keys())
+    if unexpected:
+        raise file.error(unexpected[0], f"is not part of the {layout.name} layout.")
