@@ -22,10 +22,10 @@ L16 = "--config=configs/mixer_l16_i21k.py"
 FLAGS = [
     "--config.batch_size=64",
     "--config.eval_batch_size=64",
-    "--config.model.unroll=1",
+    "--config.model.scan_unroll=1",
     "--config.model.remat=dots",
     "--config.recipe.mixup=0.2",
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
 ]
 
@@ -104,7 +104,7 @@ def test_gpus_by_formula() -> None:
 
 
 def test_what_does_not_fit_exits_with_1() -> None:
-    flags = ["--config.model.remat=none", "--config.recipe.accumulation_steps=1"]
+    flags = ["--config.model.remat=none", "--config.recipe.grad_accum_steps=1"]
     config = "--config=configs/mixer_h14_jft.py"
     done = run_cli("plan", config, "--topology=a100-40:32", *flags, code=1)
     assert "too large" in done.stdout
@@ -129,7 +129,7 @@ def test_what_does_not_fit_exits_with_1() -> None:
         (["--tables=nowhere", S16], "--tables says all that it plans; pass it without --config"),
         (["--tables=/proc/nope"], "/proc/nope/weak_scaling.json cannot be written (No such file"),
         (
-            [S16, "--topology=h100:24", "--config.recipe.accumulation_steps=1"],
+            [S16, "--topology=h100:24", "--config.recipe.grad_accum_steps=1"],
             "config.batch_size=4096 is not divisible by 24 devices; the nearest are 4080 and 4104",
         ),
         (

@@ -135,9 +135,9 @@ def test_a_peer_that_is_not_installed_is_told() -> None:
     done = run_cli("benchmark", "--out=nowhere/a.json", code=2)
     assert done.stderr == "error: --out=nowhere/a.json: there is no folder nowhere; make it first\n"
     for mode in ("train", "compile"):
-        done = run_cli("benchmark", *SMALL, f"--mode={mode}", "--model.kernels=triton", code=2)
+        done = run_cli("benchmark", *SMALL, f"--mode={mode}", "--model.backend=triton", code=2)
         assert done.stderr == (
-            "error: model.kernels=triton is for a GPU, and the devices are CPUs; set auto or xla\n"
+            "error: model.backend=triton is for a GPU, and the devices are CPUs; set auto or xla\n"
         )
     done = run_cli("benchmark", "--peers=none", "--picture=a.png", code=2)
     assert done.stderr == (

@@ -124,7 +124,7 @@ def test_another_way_to_crop_is_refused_unless_one_is_given(mode: Any, cache: Pa
     put(cache, random_weights().params, config)
     with pytest.raises(UserError, match=r"asks for crop_pct=0.875, crop_mode=.* another eval_crop"):
         load_checkpoint(f"hf:{NAME}")
-    assert load_checkpoint(f"hf:{NAME}", eval_crop="whole").about.eval_crop == "whole"
+    assert load_checkpoint(f"hf:{NAME}", eval_crop="resize").about.eval_crop == "resize"
 
 
 @pytest.mark.parametrize(("layer", "gelu"), [("gelu_tanh", "tanh"), ("gelu", "exact")])

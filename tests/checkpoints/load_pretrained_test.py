@@ -117,8 +117,8 @@ def test_names_tell_the_gelu_and_the_crop(tmp_path: Path) -> None:
     path = save_timm(tmp_path / "model.safetensors", random_weights())
     about = load_checkpoint(path).about
     assert (about.variant, about.gelu, about.eval_crop) == ("custom", "exact", "bicubic")
-    about = load_checkpoint(path, gelu="tanh", eval_crop="whole").about
-    assert (about.gelu, about.eval_crop) == ("tanh", "whole")
+    about = load_checkpoint(path, gelu="tanh", eval_crop="resize").about
+    assert (about.gelu, about.eval_crop) == ("tanh", "resize")
 
 
 @pytest.mark.parametrize(("bias", "loss"), [(-6.9, "sigmoid"), (0.0, "softmax")])

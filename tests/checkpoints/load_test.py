@@ -34,7 +34,7 @@ def weights() -> PretrainedWeights:
 def runs(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """The same weights twice: saved with all keys, and when there were fewer."""
     made = config.get_default()
-    made.preprocess.eval_crop = "whole"
+    made.preprocess.eval_crop = "resize"
     new, old = made.to_dict(), made.to_dict()
     for section, key in (("preprocess", "exif_orientation"), ("model", "dtype")):
         del old[section][key]
@@ -50,7 +50,7 @@ def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(runs: dict[int, st
     assert old.config == new.config
     assert old.config is not None
     # What it does say stands.
-    assert old.config["preprocess"]["eval_crop"] == "whole"
+    assert old.config["preprocess"]["eval_crop"] == "resize"
 
 
 def test_a_checkpoint_of_before_a_key_existed_is_scored(

@@ -47,7 +47,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run whose bad images tell which examples make which step: it meets each of them once."""
     return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
-        "bad_images__max_share": 1.0,
+        "bad_images__max_fraction": 1.0,
         "bad_images__skip_in_evaluation": True,
         "num_steps": STEPS,
         "model__dropout": 0.1,
@@ -200,7 +200,7 @@ def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path:
         assert "1 of 40 training images cannot be used" in error
     assert list_steps(str(tmp_path / "run")) == [10]
     # The run can go on, to its evaluation, of which the same is true.
-    both = start_two_hosts("", tmp_path / "run", bad_images__max_share=0.1, **settings)
+    both = start_two_hosts("", tmp_path / "run", bad_images__max_fraction=0.1, **settings)
     errors = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
     assert sum("test/1/7.png (empty file)" in error for error in errors) == 1

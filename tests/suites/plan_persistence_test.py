@@ -82,11 +82,11 @@ def test_only_the_first_host_writes_and_all_hear_of_a_refusal(
 
 
 def test_keys_that_do_no_harm_may_change_between_starts(tmp_path: Path) -> None:
-    first = (("optimizer.momentum", "0.5"), ("loader.threads", "2"))
+    first = (("optimizer.momentum", "0.5"), ("loader.num_threads", "2"))
     assert save_plan(str(tmp_path), make_plan(first)) == []
-    then = (("optimizer.momentum", "0.5"), ("loader.threads", "3"), ("log_every_steps", "9"))
+    then = (("optimizer.momentum", "0.5"), ("loader.num_threads", "3"), ("log_every_steps", "9"))
     assert save_plan(str(tmp_path), make_plan(then)) == [
-        "loader.threads: 2 -> 3",
+        "loader.num_threads: 2 -> 3",
         "log_every_steps: (absent) -> 9",
     ]
     kept = read_plan(str(tmp_path))

@@ -37,7 +37,7 @@ def test_auto_sees_large_images_at_twice_the_size() -> None:
     small = {name for name, side in sizes.items() if side == 224}
     assert small == {"cifar100", "svhn", "eurosat", "dsprites_position", "dsprites_orientation"}
     assert {side for name, side in sizes.items() if name not in small} == {448}
-    assert set(plan_of(SUITES["vtab1k"], "own").image_sizes.values()) == {224}
+    assert set(plan_of(SUITES["vtab1k"], "native").image_sizes.values()) == {224}
     assert set(plan_of(SUITES["vtab1k"], "384").image_sizes.values()) == {384}
 
 
@@ -63,7 +63,11 @@ def test_auto_looks_at_images_that_nobody_knows(tmp_path: Path) -> None:
     ("wish", "about", "message"),
     [
         ("230", ABOUT, "image_size 230 is not divisible by patch_size 16; the nearest are 224 and"),
-        ("own", dataclasses.replace(SQUARE, image_size=(16, 32)), "images of 16 × 32 px, and suit"),
+        (
+            "native",
+            dataclasses.replace(SQUARE, image_size=(16, 32)),
+            "images of 16 × 32 px, and suit",
+        ),
     ],
 )
 def test_sizes_that_cannot_be(wish: str, about: Any, message: str) -> None:
@@ -72,7 +76,7 @@ def test_sizes_that_cannot_be(wish: str, about: Any, message: str) -> None:
 
 
 def test_runs_differ_in_what_the_protocol_varies() -> None:
-    plan = plan_of(SUITES["avg5"], "own")
+    plan = plan_of(SUITES["avg5"], "native")
     task = AVG5[1]
     choosing, final = plan.choosing(task), plan.final(task, 0.03)
     assert list(choosing) == [0.003, 0.01, 0.03, 0.06]
@@ -88,7 +92,7 @@ def test_runs_differ_in_what_the_protocol_varies() -> None:
     folders = [run.folder for run in [*choosing.values(), *final.values()]]
     assert len(set(folders)) == 7
     # One rate needs no choosing.
-    assert plan_of(SUITE, "own", SQUARE).choosing(LOW) == {}
+    assert plan_of(SUITE, "native", SQUARE).choosing(LOW) == {}
 
 
 def test_the_runs_are_those_of_the_fine_tuning_configs() -> None:
@@ -111,7 +115,7 @@ def test_the_runs_are_those_of_the_fine_tuning_configs() -> None:
 
 
 def test_real_is_scored_in_the_final_runs() -> None:
-    (run, *_) = plan_of(SUITES["imagenet"], "own").final(AVG5[0], 0.03).values()
+    (run, *_) = plan_of(SUITES["imagenet"], "native").final(AVG5[0], 0.03).values()
     assert {k: (v.dataset, v.split) for k, v in run.config.evals.items()} == {
         "test": ("", "validation"),
         "real": ("imagenet2012_real", "validation"),
@@ -125,7 +129,7 @@ def test_keys_that_a_suite_sets_cannot_be_changed(key: str) -> None:
 
 
 def test_rules_between_keys_are_checked_for_every_run() -> None:
-    plan = plan_of(SUITE, "own", SQUARE)
+    plan = plan_of(SUITE, "native", SQUARE)
     validate_run_configs(plan, SUITE.tasks)
     wrong = plan._replace(setting=plan.setting._replace(overrides=(("num_stepz", "1"),)))
     with pytest.raises(UserError, match=r"config\.num_stepz is no configuration key; did you mean"):
@@ -199,12 +203,12 @@ def test_time_is_reckoned_by_formula(digits_dir: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("mixer_jax.suites.dry_run.measure_matmul_flops", lambda: 2e9)
     suite = dataclasses.replace(SUITE, tasks=(LOW,))
     text = format_dry_run(
-        plan_of(suite, "own", SQUARE), suite.tasks, open_task_data((LOW,), digits_dir)
+        plan_of(suite, "native", SQUARE), suite.tasks, open_task_data((LOW,), digits_dir)
     )
     assert "\n1 tasks, 1 runs, 0 s of computing at 50% of the matrix products measured" in text
     assert text.endswith("all data are there")
     # At 1 GFLOP/s: 20,000 steps of 512 at three forwards of 89.1 GFLOP each, and what is scored.
-    plan = plan_of(SUITES["imagenet"], "own")
+    plan = plan_of(SUITES["imagenet"], "native")
     head = format_dry_run(plan, AVG5[:1], open_task_data((), "")._replace(missing={"imagenet": ""}))
     days = (7 * 3 * 20_000 * 512 + 3 * 100_000 + 4 * 12_812) * 89.1 / 86_400
     (told,) = re.findall(r"about ([\d,.]+) days;", head)

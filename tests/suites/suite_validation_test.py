@@ -141,8 +141,8 @@ def test_wrong_changes(changes: dict[str, Any], message: str) -> None:
     [
         ("num_epochs", "3", "a suite sets num_epochs itself"),
         ("distributed", "maybe", r"config\.distributed='maybe' is unknown; choose auto or yes or"),
-        ("loader.threads", "many", "'many' is not a whole number"),
-        ("recipe.accumulation_steps", "0", r"accumulation_steps=0 is out of range; pass 1 or more"),
+        ("loader.num_threads", "many", "'many' is not a whole number"),
+        ("recipe.grad_accum_steps", "0", r"grad_accum_steps=0 is out of range; pass 1 or more"),
         ("model.hidden_dim", "8", "has no say with config.model.variant='init_from'"),
     ],
 )
@@ -153,12 +153,12 @@ def test_wrong_values_are_told_without_weights(key: str, value: str, message: st
 
 def test_values_that_some_run_can_have_are_left_to_the_runs() -> None:
     for key, value in [
-        ("recipe.accumulation_steps", "3"),
+        ("recipe.grad_accum_steps", "3"),
         ("optimizer.warmup_steps", "9"),
         ("num_steps", "2"),
         ("batch_size", "1"),
-        ("optimizer.decay", "none"),
+        ("optimizer.decay_type", "none"),
     ]:
         check_overrides(((key, value),))
     with pytest.raises(UserError, match=r"config\.batch_size=4 is not divisible by config\.recipe"):
-        check_overrides((("batch_size", "4"), ("recipe.accumulation_steps", "3")))
+        check_overrides((("batch_size", "4"), ("recipe.grad_accum_steps", "3")))

@@ -152,7 +152,10 @@ def test_the_widths_of_a_config_may_be_those_before_growing(
             r"set --config\.model\.gelu=tanh",
         ),
         ({**AUTO, "image_size": 18}, r"image_size 18 is not divisible by patch_size 4"),
-        ({**AUTO, "model__unroll": 3}, r"model\.unroll=3 is more than the model's 2 blocks"),
+        (
+            {**AUTO, "model__scan_unroll": 3},
+            r"model\.scan_unroll=3 is more than the model's 2 blocks",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused(

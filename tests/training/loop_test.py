@@ -118,7 +118,7 @@ def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
     assert weights.step == 20
     assert about.class_names == tuple(str(digit) for digit in range(10))
     assert about.image_size == (16, 16)
-    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
+    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "resize", "softmax")
     assert about.widths.hidden_dim == 16
     # The averaged parameters are the ones to use.
     raw = CheckpointManager(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
@@ -265,7 +265,7 @@ def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices.* 8 and 16"),
-        ({"recipe__accumulation_steps": 4}, "not divisible by 8 devices × 4 accumulation"),
+        ({"recipe__grad_accum_steps": 4}, "not divisible by 8 devices × 4 accumulation"),
         ({"mesh__fsdp": 3}, "mesh.fsdp=3 do not make up the 8 devices"),
         ({"mesh__data": 2, "mesh__fsdp": 2}, "mesh.data=2 and mesh.fsdp=2 do not make up"),
         ({"dataset__train_split": "trian"}, "split 'trian' of data set .* it has train, test"),

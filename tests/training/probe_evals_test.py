@@ -32,9 +32,9 @@ def config_of_probes(digits_dir: str, num_steps: int = 8) -> ConfigDict:
     unknown = {"dataset": "digits/high", "train_split": "train[:200]", "split": "test[:60]"}
     config.evals = evals(
         test={"every_steps": 4},
-        few={"kind": "few_shot", "every_steps": 4, "shots": "1, 5", "probe_seeds": 2, **unknown},
-        line={"kind": "linear", "every_steps": 4, **unknown},
-        near={"kind": "knn", "every_steps": 3, **unknown},
+        few={"type": "few_shot", "every_steps": 4, "shots": "1, 5", "num_seeds": 2, **unknown},
+        line={"type": "linear", "every_steps": 4, **unknown},
+        near={"type": "knn", "every_steps": 3, **unknown},
     )
     validate(config)
     return config
@@ -115,19 +115,19 @@ def test_accuracies_of_probes_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"kind": "probe"}, r"evals\.e\.kind='probe' is unknown; choose classify or few_shot or"),
+        ({"type": "probe"}, r"evals\.e\.type='probe' is unknown; choose classify or few_shot or"),
         ({"shots": ""}, r"evals\.e\.shots='' is no list of whole numbers above zero; pass e\.g\."),
         ({"shots": "1,0"}, r"evals\.e\.shots='1,0' is no list"),
         ({"shots": "5 10"}, r"evals\.e\.shots='5 10' is no list"),
         ({"shots": "1,,5"}, r"evals\.e\.shots='1,,5' is no list"),
         ({"shots": "²"}, r"evals\.e\.shots='²' is no list"),
         ({"shots": "-1"}, r"evals\.e\.shots='-1' is no list"),
-        ({"probe_seeds": 0}, r"evals\.e\.probe_seeds=0 is out of range; pass 1 or more"),
+        ({"num_seeds": 0}, r"evals\.e\.num_seeds=0 is out of range; pass 1 or more"),
     ],
 )
 def test_what_the_config_refuses(entry: dict[str, Any], message: str, digits_dir: str) -> None:
     config = small_config(digits_dir)
-    config.evals = evals(e={"kind": "few_shot"} | entry)
+    config.evals = evals(e={"type": "few_shot"} | entry)
     with pytest.raises(UserError, match=f"^config.{message}"):
         validate(config)
 
@@ -147,7 +147,7 @@ def test_what_the_data_refuse_before_training_begins(
     entry: dict[str, Any], message: str, digits_dir: str, tmp_path: Path
 ) -> None:
     config = small_config(digits_dir, **NO_REGULARIZATION)
-    config.evals = evals(e={"kind": "few_shot"} | entry)
+    config.evals = evals(e={"type": "few_shot"} | entry)
     with pytest.raises(UserError, match=message):
         train_and_evaluate(config, str(tmp_path))
     assert read_metrics(str(tmp_path)) == []
@@ -159,7 +159,7 @@ def test_classes_that_the_run_does_not_know(tmp_path: Path, digits_dir: str) -> 
         folder.mkdir(parents=True)
         (folder / "0.png").write_bytes(b"")
     config = small_config(digits_dir, **NO_REGULARIZATION)
-    config.evals = evals(e={"kind": "knn", "dataset": f"folder:{tmp_path}"})
+    config.evals = evals(e={"type": "knn", "dataset": f"folder:{tmp_path}"})
     sources = open_datasets(config)
     assert sources.evals["e"].class_names == sources.probe_train["e"].class_names == ("cat", "dog")
 
@@ -167,11 +167,11 @@ def test_classes_that_the_run_does_not_know(tmp_path: Path, digits_dir: str) -> 
 def test_runs_of_before_there_were_probes_go_on(digits_dir: str) -> None:
     config = small_config(digits_dir)
     saved = config.to_dict()
-    for key in ("kind", "train_split", "shots", "probe_seeds"):
+    for key in ("type", "train_split", "shots", "num_seeds"):
         del saved["evals"]["test"][key]
     assert config_diff(saved, config) == ([], [])
-    config.evals = evals(test={"kind": "linear", "every_steps": 10})
-    assert config_diff(saved, config) == (["evals.test.kind: 'classify' -> 'linear'"], [])
+    config.evals = evals(test={"type": "linear", "every_steps": 10})
+    assert config_diff(saved, config) == (["evals.test.type: 'classify' -> 'linear'"], [])
 
 
 def test_every_kind_of_probe_was_run(finished: tuple[Path, TrainResult]) -> None:
