@@ -12,14 +12,14 @@ from typing import Any
 # An asterisk stands for the name of an entry of `config.evals`.
 RENAMED_KEYS = {
     "model.kernels": "model.backend",
-    "model.scan_unroll": "model.scan_unroll",
-    "recipe.grad_accum_steps": "recipe.grad_accum_steps",
-    "optimizer.decay_type": "optimizer.decay_type",
-    "loader.num_threads": "loader.num_threads",
-    "loader.num_workers": "loader.num_workers",
-    "bad_images.max_fraction": "bad_images.max_fraction",
+    "model.unroll": "model.scan_unroll",
+    "recipe.accumulation_steps": "recipe.grad_accum_steps",
+    "optimizer.decay": "optimizer.decay_type",
+    "loader.threads": "loader.num_threads",
+    "loader.processes": "loader.num_workers",
+    "bad_images.max_share": "bad_images.max_fraction",
     "evals.*.kind": "evals.*.type",
-    "evals.*.num_seeds": "evals.*.num_seeds",
+    "evals.*.probe_seeds": "evals.*.num_seeds",
 }
 RENAMED_VALUES = {
     "preprocess.train_crop": {"shift": "random_shift"},

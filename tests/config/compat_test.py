@@ -16,11 +16,11 @@ from mixer_jax.training.workdir import CONFIG_FILE, check_workdir, config_diff
 
 # Written by the code before the renames, for configs/digits.py:low with four steps.
 OLD_CONFIG: dict[str, Any] = json.loads("""
-{"bad_images": {"max_fraction": 0.001, "skip_in_evaluation": false}, "batch_size": 16, "checkpoint":
+{"bad_images": {"max_share": 0.001, "skip_in_evaluation": false}, "batch_size": 16, "checkpoint":
 {"every_minutes": 0.0, "every_steps": 2, "keep": 2}, "compilation_cache": "~/.cache/mixer_jax",
 "dataset": {"data_dir": "", "name": "digits/low", "num_classes": 0, "num_examples": 0,
 "train_split": "train"}, "distributed": "auto", "distributed_timeout": 300, "eval_batch_size": 360,
-"evals": {"test": {"dataset": "", "every_steps": 2, "kind": "classify", "num_seeds": 3, "shots":
+"evals": {"test": {"dataset": "", "every_steps": 2, "kind": "classify", "probe_seeds": 3, "shots":
 "1,5,10,25", "split": "test", "train_split": "train"}}, "image_size": 32, "init_from": "",
 "init_head": "auto", "loader": {"prefetch_batches": 2, "processes": 0, "threads": 0},
 "log_every_steps": 50, "log_update_norm": false, "mesh": {"data": 0, "fsdp": 1}, "mixture": {},
@@ -29,7 +29,7 @@ OLD_CONFIG: dict[str, Any] = json.loads("""
 "stochastic_depth": 0.0, "tokens_mlp_dim": 32, "unroll": -1, "variant": "custom"}, "num_epochs":
 0.0, "num_steps": 4, "optimizer": {"b1": 0.9, "b2": 0.999, "clip_norm": 1.0, "decay": "cosine",
 "end_learning_rate": 0.0, "eps": 1e-08, "learning_rate": 0.003, "momentum": 0.9, "name": "adam",
-"warmup_steps": 1, "weight_decay": 0.1}, "preprocess": {"eval_crop": "resize", "exif_orientation":
+"warmup_steps": 1, "weight_decay": 0.1}, "preprocess": {"eval_crop": "whole", "exif_orientation":
 false, "flip": false, "max_shift": 4, "min_area": 0.05, "randaugment_layers": 0,
 "randaugment_magnitude": 10.0, "train_crop": "shift"}, "recipe": {"accumulation_steps": 1,
 "ema_decay": 0.0, "label_smoothing": 0.0, "loss": "softmax", "mixup": 0.2}, "seed": 0,
@@ -49,7 +49,7 @@ OLD_METADATA: dict[str, Any] = {
         "num_classes": 5,
         "class_names": ["0", "1", "2", "3", "4"],
         "gelu": "tanh",
-        "eval_crop": "resize",
+        "eval_crop": "whole",
         "exif_orientation": False,
         "loss": "softmax",
         "dtype": "auto",
@@ -126,7 +126,7 @@ def test_from_metadata_reads_an_old_checkpoint() -> None:
 
 
 def test_upgrade_overrides_prefers_the_present_spelling() -> None:
-    both = {"loader.num_threads": "2", "loader.num_threads": "3", "seed": "1"}
+    both = {"loader.threads": "2", "loader.num_threads": "3", "seed": "1"}
     assert upgrade_overrides(both) == {"loader.num_threads": "3", "seed": "1"}
 
 
@@ -160,9 +160,9 @@ def test_an_old_value_names_the_new_one(path: str, old: str, new: str) -> None:
     ("line", "new"),
     [
         ("config.model.kernels = 'xla'", "config.model.backend"),
-        ("config.optimizer.decay_type = 'none'", "config.optimizer.decay_type"),
+        ("config.optimizer.decay = 'none'", "config.optimizer.decay_type"),
         ("config.evals = evals(test={'kind': 'knn'})", "config.evals.test.type"),
-        ("config.batch_size *= config.recipe.grad_accum_steps", "config.recipe.grad_accum_steps"),
+        ("config.batch_size *= config.recipe.accumulation_steps", "config.recipe.grad_accum_steps"),
     ],
 )
 def test_an_old_key_in_a_config_file_names_the_new_one(line: str, new: str, tmp_path: Path) -> None:
