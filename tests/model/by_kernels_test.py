@@ -129,7 +129,7 @@ def test_what_is_left_open_is_settled_by_the_platform(
 def test_kernels_are_for_their_devices() -> None:
     check_kernels("xla", "cpu")
     check_kernels("mosaic", "tpu")
-    with raises(UserError, "model.kernels", "triton", "GPU", "auto", "xla"):
+    with raises(UserError, "model.backend", "triton", "GPU", "auto", "xla"):
         check_kernels("triton", "cpu")
 
 
