@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.config.config import validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError

@@ -136,6 +136,9 @@ def train_and_evaluate(
                     saved_step, saved_at = step, time.monotonic()
                     # A request that was sent before this save would cause another one.
                     shared_flags.clear()
+            if stopping and stop.received is not None and not last:
+                # Callers other than `mixer_jax.main` would otherwise see a run end without a word.
+                journal.progress.say(f"{stop.received.name} received: stopped after step {step:,}")
             if stopping:
                 break
         bad_images.close()

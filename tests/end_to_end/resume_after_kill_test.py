@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers.images import encode, photograph
 from tests.helpers.messages import mentions
 from tests.helpers.processes import (

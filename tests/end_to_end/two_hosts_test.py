@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.model.variants import Widths
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.images import encode, noise

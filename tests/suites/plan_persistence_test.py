@@ -25,7 +25,7 @@ WEIGHTS = random_weights()
 def make_plan(overrides: tuple[tuple[str, str], ...] = (), **fields: Any) -> TransferPlan:
     sizes = {task.name: 16 for task in SUITE.tasks}
     return TransferPlan(
-        SUITE, SuiteSettings("runs/a", WEIGHTS.about, "", overrides), sizes, **fields
+        SUITE, SuiteSettings("runs/a", WEIGHTS.model_info, "", overrides), sizes, **fields
     )
 
 
@@ -55,7 +55,7 @@ def test_results_of_other_weights_are_not_taken_for_these(tmp_path: Path) -> Non
     save_plan(str(tmp_path), make_plan(digest="1"))
     with raises(UserError, str(tmp_path), "runs/a", "--workdir"):
         save_plan(str(tmp_path), make_plan(digest="2"))
-    setting = SuiteSettings("runs/b", WEIGHTS.about)
+    setting = SuiteSettings("runs/b", WEIGHTS.model_info)
     with raises(UserError, str(tmp_path), "checkpoint", "runs/a", "runs/b", "--workdir"):
         save_plan(str(tmp_path), make_plan(digest="2")._replace(setting=setting))
 
@@ -97,7 +97,7 @@ def test_keys_that_do_no_harm_may_change_between_starts(tmp_path: Path) -> None:
 def test_what_is_told_and_where_data_lie_makes_no_other_suite(tmp_path: Path) -> None:
     save_plan(str(tmp_path), make_plan(device_days=1.0, data_notes=("a", "b")))
     suite = dataclasses.replace(SUITE, title="other words")
-    setting = SuiteSettings("runs/a", WEIGHTS.about, "/data")
+    setting = SuiteSettings("runs/a", WEIGHTS.model_info, "/data")
     plan = make_plan(data_notes=("b", "c"))._replace(suite=suite, setting=setting)
     assert save_plan(str(tmp_path), plan) == []
     kept = read_plan(str(tmp_path))

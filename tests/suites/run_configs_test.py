@@ -27,7 +27,7 @@ from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_suite import HIGH, LOW, SUITE
 from tests.suites.table_test import ABOUT
 
-SQUARE = random_weights().about
+SQUARE = random_weights().model_info
 
 
 def plan_of(suite: Any, wish: str, about: Any = ABOUT) -> TransferPlan:

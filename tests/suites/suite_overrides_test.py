@@ -36,10 +36,10 @@ OVERRIDES = (
 
 
 def test_what_changes_the_outcome_is_told_apart_from_what_does_not() -> None:
-    setting = SuiteSettings("runs/a", WEIGHTS.about, "", OVERRIDES)
+    setting = SuiteSettings("runs/a", WEIGHTS.model_info, "", OVERRIDES)
     assert setting.protocol_overrides == (("optimizer.momentum", "0.8"),)
     assert setting.config().loader.threads == 3
-    assert SuiteSettings("runs/a", WEIGHTS.about).config().eval_batch_size == 256
+    assert SuiteSettings("runs/a", WEIGHTS.model_info).config().eval_batch_size == 256
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_probes_obey_the_keys(
         return SimpleNamespace(told=lambda: "", values=lambda: {"1_shot": 0.5})
 
     monkeypatch.setattr(probe_tasks, "run_probe", run)
-    setting = SuiteSettings("runs/a", WEIGHTS.about, digits_dir, overrides)
+    setting = SuiteSettings("runs/a", WEIGHTS.model_info, digits_dir, overrides)
     plan = TransferPlan(SUITE, setting, {PROBE.name: 16})
     probe_tasks.run_probe_task(plan, PROBE, WEIGHTS, str(tmp_path), lambda text: None)
     (how,) = seen
@@ -166,10 +166,10 @@ def test_what_is_assumed_of_pretraining_is_marked(
 ) -> None:
     names = tuple(map(str, range(1_000)))
     thousand = random_weights(class_names=names)._replace(
-        config={"dataset": {"name": dataset}, "init_from": ""}
+        train_config={"dataset": {"name": dataset}, "init_from": ""}
     )
     asked = make_wish(weights, SUITE, "", tmp_path, pretrained_on=wish)
-    asked = asked._replace(place=asked.place._replace(kind="npz"))
+    asked = asked._replace(place=asked.place._replace(format="npz"))
     plan = run._make_plan(asked, thousand, open_task_data((), ""))
     assert (plan.pretrained_on, plan.pretrained_on_assumed) == (told, assumed)
 

@@ -26,6 +26,7 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_suite import PROBE
 
 ABOUT = ModelInfo(
+    "mixer",
     "L/16",
     VARIANTS["L/16"],
     (224, 224),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.config import evals, mixture, validate
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import RunError, UserError

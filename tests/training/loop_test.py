@@ -14,7 +14,7 @@ import pytest
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
@@ -122,12 +122,12 @@ def test_a_finished_run_scores_its_checkpoint_again(
 
 def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
     weights = load_checkpoint(str(finished))
-    about = weights.about
+    about = weights.model_info
     assert weights.step == 20
     assert about.class_names == tuple(str(digit) for digit in range(10))
     assert about.image_size == (16, 16)
     assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
-    assert about.widths.hidden_dim == 16
+    assert about.config.hidden_dim == 16
     # The averaged parameters are the ones to use.
     raw = CheckpointManager(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
     assert_params_equal(raw, weights.params)
@@ -234,7 +234,9 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Impatient(GracefulShutdown):
         """Sends itself the signal as soon as it listens."""
 
@@ -248,6 +250,7 @@ def test_a_signal_saves_and_stops(number: signal.Signals, digits_dir: str, tmp_p
         patch.setattr(loop_module.multihost, "GracefulShutdown", Impatient)
         result = train_and_evaluate(config, str(tmp_path))
     assert (result.step, result.stopped_by, result.scores) == (1, number, {})
+    assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
