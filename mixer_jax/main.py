@@ -73,7 +73,7 @@ def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> s
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
     score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
-    by_head = [entry for entry in config.evals.values() if entry.kind == "classify"]
+    by_head = [entry for entry in config.evals.values() if entry.type == "classify"]
     for entry in by_head[:1]:
         score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
         score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []

@@ -45,7 +45,7 @@ class Contestant(NamedTuple):
     Attributes:
         name: for people.
         kind: `OURS`, `REFERENCE`, `EAGER` or `COMPILED`.
-        unroll: of ours, as `model.unroll` in keys.py.
+        unroll: of ours, as `model.scan_unroll` in keys.py.
         remat: of ours, what the backward pass recomputes.
         others: of ours, names and values of other keys of the model.
     """
@@ -149,4 +149,4 @@ def check_device(contestants: Sequence[Contestant], platform: str) -> None:
     from mixer_jax.model.making import check_kernels
 
     for contestant in contestants:
-        check_kernels(dict(contestant.others).get("kernels", "auto"), platform)
+        check_kernels(dict(contestant.others).get("backend", "auto"), platform)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
@@ -183,6 +184,8 @@ def validate_metadata(data: dict[str, Any], where: str) -> dict[str, Any]:
         "dtype": FIELDS["model.dtype"].choices,
     }
     said: dict[str, Any] = {name: data[name] for name in METADATA_FIELDS if name in data}
+    if "eval_crop" in said:
+        said["eval_crop"] = upgrade_value("preprocess.eval_crop", said["eval_crop"])
     for name, value in said.items():
         known = choices.get(name)
         if known and value not in known:

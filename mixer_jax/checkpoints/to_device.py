@@ -27,8 +27,8 @@ def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
         "gelu": about.gelu,
         "dropout": 0.0,
         "dtype": dtype or about.dtype,
-        "kernels": AUTO,
-        "unroll": AUTO_UNROLL,
+        "backend": AUTO,
+        "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
     return build_model(section, about.num_classes)

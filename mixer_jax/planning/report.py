@@ -49,10 +49,10 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "settings": {
             "batch_size": config.batch_size,
-            "accumulation_steps": config.recipe.accumulation_steps,
+            "accumulation_steps": config.recipe.grad_accum_steps,
             "fsdp": config.mesh.fsdp,
             "remat": config.model.remat,
-            "unroll": config.model.unroll,
+            "unroll": config.model.scan_unroll,
         },
         "num_steps": plan.work.num_steps,
         "num_parameters": plan.work.num_parameters,
@@ -78,7 +78,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 def _head(plan: Plan) -> str:
     config, work = plan.config, plan.work
-    unroll = config.model.unroll or "all"
+    unroll = config.model.scan_unroll or "all"
     pieces = f" in {work.pieces} pieces" if work.pieces > 1 else ""
     how = "by formula alone: nothing is compiled for GPUs"
     if plan.training:

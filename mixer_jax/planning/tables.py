@@ -202,8 +202,8 @@ def _result_row(name: str, on: str) -> dict[str, Any]:
     configs = [_config(name, batch_size=RESULTS_BATCH)]
     for pieces in _PIECES:
         for remat in _REMAT:
-            changes = {"model__remat": remat, "recipe__accumulation_steps": pieces}
-            config = _config(name, batch_size=RESULTS_BATCH, model__unroll=1, **changes)
+            changes = {"model__remat": remat, "recipe__grad_accum_steps": pieces}
+            config = _config(name, batch_size=RESULTS_BATCH, model__scan_unroll=1, **changes)
             if (
                 estimate_memory(_work(config, topology.num_devices)).total
                 <= topology.allowed * _MARGIN
@@ -270,6 +270,6 @@ def _check_config(name: str, slices: int, fsdp: int) -> ConfigDict:
         CHECKED_CONFIG,
         batch_size=SCALING_ROWS * parse_topology(name, slices).num_chips,
         mesh__fsdp=fsdp,
-        model__unroll=1,
+        model__scan_unroll=1,
         model__remat="dots",
     )

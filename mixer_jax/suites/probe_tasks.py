@@ -59,7 +59,7 @@ def run_probe_task(
         eval_crop=task.eval_crop or weights.model_info.eval_crop,
         exif_orientation=weights.model_info.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.threads,
+        threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     for name, params in _networks(weights, todo):

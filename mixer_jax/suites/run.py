@@ -44,7 +44,7 @@ class TransferRequest(NamedTuple):
         dry_run: whether only to say what would be done.
         keep_checkpoints: of runs that have ended.
         throughput: whether to measure it.
-        pretrained_on: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
+        pretrain_dataset: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
     """
 
     suite: Suite
@@ -58,7 +58,7 @@ class TransferRequest(NamedTuple):
     dry_run: bool
     keep_checkpoints: bool
     throughput: bool
-    pretrained_on: str
+    pretrain_dataset: str
 
 
 class TransferOutcome(NamedTuple):
@@ -156,10 +156,10 @@ def _make_plan(wish: TransferRequest, weights: PretrainedWeights, data: SuiteDat
         wish.suite,
         SuiteSettings(_name(wish.place), about, wish.data_dir, wish.overrides),
         sizes,
-        {"": told, "none": ""}.get(wish.pretrained_on, wish.pretrained_on),
+        {"": told, "none": ""}.get(wish.pretrain_dataset, wish.pretrain_dataset),
         _pretraining(wish.place, weights),
         data_notes=notes,
-        pretrained_on_assumed=bool(told) and not (dataset or wish.pretrained_on),
+        pretrain_dataset_assumed=bool(told) and not (dataset or wish.pretrain_dataset),
     )
 
 

@@ -87,7 +87,7 @@ def train_and_evaluate(
             workdir,
             first_step,
             num_examples=len(sources.train),
-            max_share=config.bad_images.max_share,
+            max_fraction=config.bad_images.max_fraction,
             say=journal.progress.say,
         )
 

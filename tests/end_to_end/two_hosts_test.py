@@ -52,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run whose bad images tell which examples make which step: it meets each of them once."""
     return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
-        "bad_images__max_share": 1.0,
+        "bad_images__max_fraction": 1.0,
         "bad_images__skip_in_evaluation": True,
         "num_steps": STEPS,
         "model__dropout": 0.1,
@@ -187,10 +187,10 @@ def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path:
     init_info = (settings["init_from"], "8", "Appendix C", "head")
     assert any(mentions(line, *init_info) for line in told[0][0].splitlines())
     for error in errors:
-        assert mentions(error, "1", "40", "max_share")
+        assert mentions(error, "1", "40", "max_fraction")
     assert list_steps(str(tmp_path / "run")) == [10]
     # The run can go on, to its evaluation, of which the same is true.
-    both = start_two_hosts("", tmp_path / "run", bad_images__max_share=0.1, **settings)
+    both = start_two_hosts("", tmp_path / "run", bad_images__max_fraction=0.1, **settings)
     errors = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
     # The host that met it names it.

@@ -126,7 +126,7 @@ def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
     assert weights.step == 20
     assert about.class_names == tuple(str(digit) for digit in range(10))
     assert about.image_size == (16, 16)
-    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
+    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "resize", "softmax")
     assert about.config.hidden_dim == 16
     # The averaged parameters are the ones to use.
     raw = CheckpointManager(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
@@ -272,7 +272,7 @@ def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
     ("changes", "parts"),
     [
         ({"batch_size": 12}, ("config.batch_size", "12", "8", "16")),
-        ({"recipe__accumulation_steps": 4}, ("config.batch_size", "16", "8", "4", "32")),
+        ({"recipe__grad_accum_steps": 4}, ("config.batch_size", "16", "8", "4", "32")),
         ({"mesh__fsdp": 3}, ("mesh.fsdp", "3", "8")),
         ({"mesh__data": 2, "mesh__fsdp": 2}, ("mesh.data", "mesh.fsdp", "2", "8")),
         ({"dataset__train_split": "trian"}, ("digits/all", "trian", "train", "test")),
