@@ -111,15 +111,6 @@ class CheckpointManager:
                 raise TypeError("its metadata is not a JSON object")
             return metadata
 
-    def should_stop(self, step: int) -> bool:
-        """Returns whether all hosts must stop after this step because one is being preempted.
-
-        The step is the same on all hosts: the first that none has started when all of them know.
-        Each host must ask at each step. Asking is free, because JAX informs hosts in the
-        background.
-        """
-        return self._manager.reached_preemption(step)
-
     def close(self) -> None:
         """Waits until all saves are written."""
         self._manager.close()

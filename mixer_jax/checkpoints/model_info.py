@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
@@ -22,7 +23,7 @@ METADATA_FIELDS = (
     "dtype",
     "resize_note",
 )
-# Names and values in metadata of older checkpoints.
+# Present names of fields in metadata of older checkpoints.
 _OLD_FIELDS = {"widths": "config", "resolution": "resize_note"}
 
 
@@ -129,8 +130,12 @@ class ModelInfo:
 
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
-    """Converts metadata of a model from an older version to the present names."""
-    return {"family": "mixer"} | {_OLD_FIELDS.get(name, name): data[name] for name in data}
+    """Translates metadata of a model that an older version saved to the present spellings."""
+    upgraded = {"family": "mixer"} | {_OLD_FIELDS.get(name, name): data[name] for name in data}
+    if "eval_crop" in upgraded:
+        crop = upgraded["eval_crop"]
+        upgraded["eval_crop"] = upgrade_value("preprocess.eval_crop", crop)
+    return upgraded
 
 
 def format_image_size(image_size: tuple[int, int]) -> str:

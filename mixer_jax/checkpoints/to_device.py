@@ -27,8 +27,8 @@ def model_from_info(model_info: ModelInfo, dtype: str = "") -> MlpMixer:
         "gelu": model_info.gelu,
         "dropout": 0.0,
         "dtype": dtype or model_info.dtype,
-        "kernels": AUTO,
-        "unroll": AUTO_UNROLL,
+        "backend": AUTO,
+        "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
     return build_model(section, model_info.num_classes)

@@ -103,7 +103,7 @@ def build_experiment(
     num_steps = resolve_num_steps(config, len(sources.train))
     check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    pieces = config.recipe.accumulation_steps
+    pieces = config.recipe.grad_accum_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
     about = _describe(config, sources, init_info)
     check_unroll(config, about.config)
@@ -167,7 +167,7 @@ def build_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns the schedule and the optax chain of a config's optimizer section."""
     settings = section.to_dict()
-    names = ("learning_rate", "warmup_steps", "decay", "end_learning_rate")
+    names = ("learning_rate", "warmup_steps", "decay_type", "end_learning_rate")
     schedule = make_schedule(num_steps, **{name: settings.pop(name) for name in names})
     return schedule, make_optimizer(schedule, **settings)
 
@@ -215,7 +215,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
         eval_crop=config.preprocess.eval_crop,
         exif_orientation=config.preprocess.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.threads,
+        threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     eval_step = make_eval_step(experiment.model, mesh)
@@ -244,7 +244,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
 
 def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
     shots = parse_shots(f"evals.{name}.shots", entry.shots)
-    return ProbeConfig(entry.kind, shots, tuple(range(entry.probe_seeds)))
+    return ProbeConfig(entry.type, shots, tuple(range(entry.num_seeds)))
 
 
 def flops_per_image(experiment: Experiment) -> int:

@@ -25,7 +25,7 @@ def random_weights(
 ) -> PretrainedWeights:
     """Weights of a small Mixer; `about` in place of fields of `ModelInfo`."""
     height, width = image_size
-    told = {"gelu": "tanh", "eval_crop": "whole", "exif_orientation": False, "loss": "softmax"}
+    told = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
     made = ModelInfo(
         "mixer",
         infer_variant(widths),

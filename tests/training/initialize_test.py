@@ -160,7 +160,7 @@ def test_the_widths_of_a_config_may_be_those_before_growing(
             ("config.init_from", "--config.model.gelu=tanh"),
         ),
         ({**AUTO, "image_size": 18}, ("image_size", "18", "patch_size", "4", "16", "20")),
-        ({**AUTO, "model__unroll": 3}, ("model.unroll", "3", "2")),
+        ({**AUTO, "model__scan_unroll": 3}, ("model.scan_unroll", "3", "2")),
     ],
 )
 def test_weights_of_another_model_are_refused(
