@@ -79,12 +79,16 @@ def active_backend(model: Any, train: bool) -> str:
 def _select_backend(model: Any, train: bool) -> _Backend:
     # Parameters are the same on all backends, and modules initialize them. Kernels do not expose
     # the intermediate activations within a block.
-    needs_modules = model.is_initializing() or _captures(model) or (train and model.dropout)
+    needs_modules = _is_initializing(model) or _captures(model) or (train and model.dropout)
     location = _BACKENDS.get((model.family, model.execution.backend))
     if location is None or needs_modules:
         return _Backend("xla", None)
     module, name = location
     return _Backend(model.execution.backend, getattr(importlib.import_module(module), name))
+
+
+def _is_initializing(model: nn.Module) -> bool:
+    return model.scope is not None and model.is_initializing()
 
 
 def _captures(model: nn.Module) -> bool:
