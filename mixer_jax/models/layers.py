@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 Gelu = Literal["tanh", "exact"]
 # Which branches of a residual block each example keeps: 1 or 0. None: all of them.
 DropPathMask = Float[Array, " n"] | None
-M = TypeVar("M", bound=nn.Module)
 
 # Flax's default, and the authors' value.
 LAYER_NORM_EPSILON = 1e-6
@@ -215,7 +214,7 @@ class PatchEmbed(nn.Module):
 
 
 def map_over_vectors(
-    module: type[M], over: Literal["tokens", "channels"], ctx: Context, **attributes: Any
+    module: type[nn.Module], over: Literal["tokens", "channels"], ctx: Context, **attributes: Any
 ) -> Callable[[Float[Array, "n s c"], Int[Array, " n"]], Float[Array, "n s c"]]:
     """Maps a module from vector to vector over all images and an axis, with shared parameters.
 
@@ -226,8 +225,8 @@ def map_over_vectors(
         module: Module whose call takes a vector and its index among those of the global batch.
         over: "channels" maps over channels, so that the module sees vectors of tokens; "tokens"
             maps over tokens, so that it sees vectors of channels.
-        ctx: How to compute.
-        **attributes: Attributes of the module.
+        ctx: How to compute; also an attribute of the module.
+        **attributes: Other attributes of the module.
 
     Returns:
         A function of tokens and the index of each example in the global batch.
@@ -238,16 +237,16 @@ def map_over_vectors(
         num_vectors = x.shape[axis]
         index = example_index[:, None] * num_vectors + jnp.arange(num_vectors)[None]
         if not ctx.flatten_batch:
-            return vmap_vectors(module, axis - 1)(**attributes)(x, index)
+            return vmap_vectors(module, axis - 1)(**attributes, ctx=ctx)(x, index)
         vectors = jnp.moveaxis(x, axis, 1)
         rows = vectors.reshape(-1, vectors.shape[-1])
-        rows = vmap_vectors(module, None)(**attributes)(rows, index.reshape(-1))
+        rows = vmap_vectors(module, None)(**attributes, ctx=ctx)(rows, index.reshape(-1))
         return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis)
 
     return apply
 
 
-def vmap_vectors(module: type[M], axis: int | None) -> type[M]:
+def vmap_vectors(module: type[nn.Module], axis: int | None) -> Any:
     """Lifts a module of (vector, index) over the first axis and, in what remains, over `axis`.
 
     Args:
@@ -261,7 +260,7 @@ def vmap_vectors(module: type[M], axis: int | None) -> type[M]:
         split_rngs={"params": False, "dropout": False},
     )
     inner = module if axis is None else lift(module, in_axes=(axis, 0), out_axes=axis)
-    return cast(type[M], lift(inner, in_axes=(0, 0)))
+    return lift(inner, in_axes=(0, 0))
 
 
 def apply_dropout(
