@@ -136,7 +136,8 @@ class MlpMixer(nn.Module):
             UserError: Height or width is not a multiple of the patch size.
         """
         config = self.config
-        check_image_size(*images.shape[1:3], config.patch_size)
+        _, height, width, _ = images.shape
+        check_image_size(height, width, config.patch_size)
         example_index = jnp.arange(len(images)) if example_index is None else example_index
         ctx = make_context(self, train)
         x = PatchEmbed(config.hidden_dim, config.patch_size, ctx, name="stem")(images)

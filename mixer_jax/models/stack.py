@@ -223,8 +223,8 @@ def _xla_block(model: Any, block: Any, example_index: Array) -> Any:
         args = {"params": params}, x, masks, example_index
         if not captures:
             return block.apply(*args, rngs=rngs), None
-        x, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
-        return x, {name: value for name, (value,) in state["intermediates"].items()}
+        y, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
+        return y, {name: value for name, (value,) in state["intermediates"].items()}
 
     return apply
 
