@@ -100,8 +100,8 @@ class TritonMixerBackend:
         """Returns the carry before the first block."""
         _, n, c = tokens.shape
         if drop_path:
-            zeros, ones = jnp.zeros_like(tokens), jnp.ones(n, tokens.dtype)
-            return DeferredBranch(tokens, zeros, jnp.zeros(c), ones)
+            branch, bias, mask = jnp.zeros_like(tokens), jnp.zeros(c), jnp.ones(n, tokens.dtype)
+            return DeferredBranch(tokens, branch, bias, mask)
         return DeferredBias(tokens, jnp.zeros(c))
 
     def block(
