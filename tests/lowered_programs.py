@@ -5,8 +5,8 @@
     python -m tests.lowered_programs compare /tmp/old /tmp/new
 
 `write` lowers training, evaluation and prediction for CPUs, TPUs (ahead of time) and CUDA GPUs. It
-compiles nothing and needs no accelerator. `compare` exits with 0 if all programs are identical, with
-1 if not.
+compiles nothing and needs no accelerator. `compare` exits with 0 if all programs are identical and
+with 1 if not.
 
 A file is named {cpu|tpu_v5e|tpu_v6e|cuda}_{tiny|s16}_{train|eval|predict}_{variant}.mlir and holds
 the version of JAX, the options of the XLA compiler, the module, and the decoded code of each custom
