@@ -34,8 +34,8 @@ def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
 
 def plain_layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
-    centered = wide - wide.mean(-1, maskdims=True)
-    deviation = jnp.sqrt((centered**2).mean(-1, maskdims=True) + 1e-6)
+    centered = wide - wide.mean(-1, keepdims=True)
+    deviation = jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
     return (centered / deviation * scale[None, None] + bias[None, None]).astype(x.dtype)
 
 
