@@ -220,7 +220,7 @@ def _xla_block(model: Any, block: Any, example_index: Array) -> Any:
     captures = _captures(model)
 
     def apply(params: Any, x: Array, masks: Any, rngs: Any) -> tuple[Array, Any]:
-        args = {"params": params}, x, masks, example_index
+        args: Any = ({"params": params}, x, masks, example_index)
         if not captures:
             return block.apply(*args, rngs=rngs), None
         y, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
