@@ -3,10 +3,11 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from mixer_jax.errors import UserError
+from mixer_jax.models.weight_layout import WeightLayout
 
 # A variant whose architecture is given in full by overrides.
 CUSTOM = "custom"
@@ -30,6 +31,18 @@ class ResizedConfig(NamedTuple):
     config: Any
     method: str
     note: str
+
+
+class InferredConfig(NamedTuple):
+    """Architecture inferred from tensors.
+
+    Attributes:
+        config: Architecture config.
+        num_tokens: Number of patches that the tensors are for; 0 if they fit any image size.
+    """
+
+    config: Any
+    num_tokens: int
 
 
 class ModelFamily(abc.ABC):
@@ -98,6 +111,20 @@ class ModelFamily(abc.ABC):
     @abc.abstractmethod
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         """Adapts parameters, as numpy arrays, to another image size."""
+
+    def weight_layouts(self) -> tuple[WeightLayout, ...]:
+        """Returns the layouts that weights of this family are published in."""
+        return ()
+
+    @abc.abstractmethod
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+        """Infers the architecture from tensors.
+
+        Args:
+            num_blocks: Number of blocks found.
+            shape: Function from the path of a parameter to its shape, without the leading axis of
+                blocks.
+        """
 
     def is_weight_decayed(self, path: Path) -> bool:
         """Returns whether weight decay applies: to kernels, not to biases and normalization."""

@@ -55,6 +55,8 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after LayerNorm and with a skip connection."""
 
+    num_branches: ClassVar[int] = 2
+
     config: MixerConfig
     gelu: Gelu = "tanh"
     dropout: float = 0.0

@@ -1,12 +1,19 @@
 """Mixer as a model family. Does not import JAX until a model is built."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from mixer_jax.models import mixer_config
-from mixer_jax.models.family import ImageSize, ModelFamily, ResizedConfig, Shape
+from mixer_jax.models.family import (
+    ImageSize,
+    InferredConfig,
+    ModelFamily,
+    ResizedConfig,
+    Shape,
+)
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.weight_layout import WeightLayout
 
 
 class MixerFamily(ModelFamily):
@@ -73,6 +80,20 @@ class MixerFamily(ModelFamily):
         from mixer_jax.models.mixer_resize import resize_token_mixing
 
         return resize_token_mixing(params, _grid(config, old), _grid(config, new))
+
+    def weight_layouts(self) -> tuple[WeightLayout, ...]:
+        """Returns Google's and timm's layouts."""
+        from mixer_jax.models.mixer_layouts import LAYOUTS
+
+        return LAYOUTS
+
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+        """Infers the architecture from the shapes of three kernels."""
+        patch_size, _, _, hidden_dim = shape("stem/kernel")
+        num_tokens, tokens_mlp_dim = shape("blocks/token_mixing/Dense_0/kernel")
+        _, channels_mlp_dim = shape("blocks/channel_mixing/Dense_0/kernel")
+        dims = (num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
+        return InferredConfig(MixerConfig(*dims), num_tokens)
 
 
 def _grid(config: MixerConfig, image_size: ImageSize) -> tuple[int, int]:

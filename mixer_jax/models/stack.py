@@ -38,7 +38,7 @@ class BlockBackend(Protocol):
     """Another way to compute a stack of blocks: the same function of the same parameters.
 
     A backend is constructed from the model and the number of tokens. What it carries from block to
-    block is its own affair.
+    block is private to it.
     """
 
     # Whether the patch embedding yields (s, n, c) instead of (n, s, c).
@@ -170,8 +170,8 @@ def block_stack(
     Args:
         model: Calling module, in its compact method. Has `config.num_blocks`, `stochastic_depth`,
             `dropout` and `execution`.
-        block: Unbound module of (tokens, drop-path masks of two branches, example_index), with
-            `ctx` from `make_context`.
+        block: Unbound module of (tokens, drop-path masks of its branches, example_index), with
+            attributes `num_branches` and `ctx`, from `make_context`.
         x: Output of the patch embedding, as `ctx.token_major` says.
         example_index: Index of each example in the global batch.
         norm_name: Name of the final LayerNorm's parameters.
@@ -204,7 +204,7 @@ def _initialize(model: Any, block: Any, x: Array, example_index: Array) -> Array
     }
 
     def step(module: Any, x: Array) -> tuple[Array, None]:
-        return module(x, (None, None), example_index), None
+        return module(x, (None,) * block.num_branches, example_index), None
 
     scan = nn.scan(
         step,
@@ -243,11 +243,11 @@ def _apply_blocks(
     }
     blocks = model.variables["params"]["blocks"]
     scanned = 0 < execution.scan_unroll < num_blocks and not isinstance(blocks, list)
-    drop_path = DropPathMasks(2, block.ctx.dtype, parent=None)
+    drop_path = DropPathMasks(block.num_branches, block.ctx.dtype, parent=None)
 
     def apply(carry: Any, per_block: Any) -> tuple[Any, Any]:
         params, drop_rate, rngs = per_block
-        masks: Any = (None, None)
+        masks: Any = (None,) * block.num_branches
         if "stochastic_depth" in rngs:
             masks = drop_path.apply({}, drop_rate, example_index, rngs=rngs)
         return apply_block(params, carry, masks, rngs)
@@ -257,15 +257,15 @@ def _apply_blocks(
         policy = REMAT_POLICIES[execution.remat]
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
     if scanned:
-        per_block = (blocks, stochastic_depth_rates(model), keys)
-        carry, captured = jax.lax.scan(apply, carry, per_block, unroll=execution.scan_unroll)
+        all_blocks = (blocks, stochastic_depth_rates(model), keys)
+        carry, captured = jax.lax.scan(apply, carry, all_blocks, unroll=execution.scan_unroll)
     else:
         # Traced and lowered once for all blocks; the compiler inlines it for each.
         apply, outputs = jax.jit(apply), []
         for index, params in enumerate(unstack_blocks(blocks)):
-            per_block = (stochastic_depth_rates(model), keys)
-            per_block = jax.tree.map(operator.itemgetter(index), per_block)
-            carry, output = apply(carry, (params, *per_block))
+            stacked = (stochastic_depth_rates(model), keys)
+            drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
+            carry, output = apply(carry, (params, drop_rate, rngs))
             outputs.append(output)
         captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
     if captured is not None:

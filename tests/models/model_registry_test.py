@@ -141,6 +141,16 @@ def test_family_agrees_with_its_model(family: ModelFamily) -> None:
     params = family.resize_params(params, config, (size, 2 * size), (2 * size, 4 * size))
     new_shapes = family.param_shapes(resized.config, (2 * size, 4 * size), 5)
     assert flat_shapes(params) == new_shapes
+    # The architecture can be inferred, and layouts name every parameter once.
+
+    def shape(path: str) -> tuple[int, ...]:
+        return shapes[path][1:] if path.startswith("blocks/") else shapes[path]
+
+    assert family.infer_config(family.num_blocks(config), shape).config == config
+    for layout in family.weight_layouts():
+        paths = [mapping.path for mapping in layout.tensors]
+        assert sorted(paths) == sorted(shapes)
+        assert set(layout.signature_keys) <= {mapping.name for mapping in layout.tensors}
 
 
 def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
