@@ -1,13 +1,13 @@
 # make demo: train a Mixer on digits, from nothing but Python. make test: all that needs no PyTorch.
-# make test-peers: comparisons with PyTorch and timm. CI runs both tests.
+# make test-baselines: comparisons with PyTorch and timm. CI runs both tests.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TPU := $(VENV)/.tpu
-PEERS := $(VENV)/.peers
+BASELINES := $(VENV)/.baselines
 
-.PHONY: demo test test-peers lint clean
+.PHONY: demo test test-baselines lint clean
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python {v.major}.{v.minor} is not supported; pass PYTHON=python3.11, 3.12 or 3.13")'
@@ -34,12 +34,12 @@ test: lint $(TPU)
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Where PyTorch cannot be installed, there is nothing to compare with, which is no failure of ours.
-test-peers: $(INSTALLED)
-	@if [ $(PEERS) -nt requirements-peers.txt ] || { \
-	  echo "installing the packages of requirements-peers.txt into $(VENV): a few minutes"; \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-peers.txt \
-	    && touch $(PEERS); }; \
-	then $(RUN) -m pytest -m peers --numprocesses=2 --dist=worksteal; \
+test-baselines: $(INSTALLED)
+	@if [ $(BASELINES) -nt requirements-baselines.txt ] || { \
+	  echo "installing the packages of requirements-baselines.txt into $(VENV): a few minutes"; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-baselines.txt \
+	    && touch $(BASELINES); }; \
+	then $(RUN) -m pytest -m baselines --numprocesses=2 --dist=worksteal; \
 	else echo "NOT TESTED against PyTorch and timm: pip could not install them (see above)"; \
 	fi
 

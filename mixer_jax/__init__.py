@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 __all__ = ["VARIANTS", "Classifier", "__version__", "create_model", "load_pretrained"]
 
 if TYPE_CHECKING:
-    from mixer_jax.classifier import Classifier, load_pretrained
+    from mixer_jax.inference import Classifier, load_pretrained
     from mixer_jax.model.making import create_model
     from mixer_jax.model.variants import VARIANTS
 
 _HOMES = {
     "VARIANTS": "mixer_jax.model.variants",
     "create_model": "mixer_jax.model.making",
-    "Classifier": "mixer_jax.classifier",
-    "load_pretrained": "mixer_jax.classifier",
+    "Classifier": "mixer_jax.inference",
+    "load_pretrained": "mixer_jax.inference",
 }
 
 

@@ -13,7 +13,7 @@ it.
 import importlib
 from collections.abc import Sequence
 
-from mixer_jax import command_line
+from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
 # Imported when asked for; those of the same file can be measured in one run.
@@ -29,20 +29,20 @@ MODES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Measures as the command line says; returns the exit code."""
-    common = command_line.Parser(add_help=False)
-    common.add_argument(
+    shared = common.ArgumentParser(add_help=False)
+    shared.add_argument(
         "--mode",
         default="train",
         help=f"what to measure: {', '.join(MODES)}, or train,infer; default: train; "
         "--mode=input --help tells what that takes",
     )
-    common.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    file = _file_of(common.parse_known_args(arguments)[0].mode)
+    shared.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    file = _file_of(shared.parse_known_args(arguments)[0].mode)
     mode = importlib.import_module(f"mixer_jax.benchmarks.{file}")
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.benchmark",
         description=mode.DESCRIPTION,
-        parents=[common],
+        parents=[shared],
     )
     mode.add_arguments(parser)
     mode.run(parser.parse_args(arguments))
@@ -62,4 +62,4 @@ def _file_of(text: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

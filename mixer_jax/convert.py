@@ -6,23 +6,23 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mixer_jax import command_line
-from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS
-from mixer_jax.weights.about import About
-from mixer_jax.weights.export import (
-    COMPANIONS,
-    ENDINGS,
-    check_free,
+from mixer_jax.checkpoints.export import (
+    SIDECAR_SUFFIXES,
+    SUFFIXES,
+    check_target_available,
     choose_format,
     export_weights,
-    measure,
+    written_size,
 )
-from mixer_jax.weights.known import KNOWN, NOTES
-from mixer_jax.weights.places import find_weights
+from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.checkpoints.model_zoo import MODEL_ZOO, NOTES
+from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.cli import common
+from mixer_jax.errors import UserError
+from mixer_jax.model.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from mixer_jax.weights.load import Weights
+    from mixer_jax.checkpoints.load import PretrainedWeights
 
 # timm's models by name are for this image size, and it has none of H/14.
 _TIMM_SIDE = 224
@@ -31,14 +31,14 @@ _TIMM_LACKS = "H/14"
 
 def main(arguments: Sequence[str]) -> int:
     """Converts as the command line says; returns the exit code."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.convert",
         description="Write weights in another format, read them back and compare.",
     )
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help=command_line.WEIGHTS_HELP)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=common.CHECKPOINT_HELP)
     parser.add_argument("target", nargs="?", metavar="TARGET", help="file, or folder of a run")
-    parser.add_argument("--to", choices=tuple(ENDINGS), default="", help="default: as TARGET ends")
-    command_line.add_loading_arguments(parser)
+    parser.add_argument("--to", choices=tuple(SUFFIXES), default="", help="default: as TARGET ends")
+    common.add_checkpoint_override_args(parser)
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--list", action="store_true", help="list published weights, and stop")
@@ -46,21 +46,21 @@ def main(arguments: Sequence[str]) -> int:
     if known.list:
         if list(arguments) != ["--list"]:
             raise UserError("--list lists published weights and stops; pass nothing else with it")
-        print(list_known())
+        print(format_model_zoo())
         return 0
     if not known.source or not known.target:
         raise UserError("SOURCE and TARGET are not both named; name them, or see --help")
     to = choose_format(known.to, known.target)
-    check_free(to, known.target, known.force)
-    find_weights(known.source, known.step)
-    labels = command_line.read_labels(known.labels)
+    check_target_available(to, known.target, known.force)
+    resolve_checkpoint(known.source, known.step)
+    labels = common.read_class_names(known.labels)
 
     # From here on the heavy libraries are needed; files of tensors do without JAX. Programs that
     # hold their weights would fill the cache of compiled programs.
-    command_line.set_up_libraries(compilation_cache="")
-    from mixer_jax.weights.load import load_weights
+    common.configure_jax(compilation_cache="")
+    from mixer_jax.checkpoints.load import load_checkpoint
 
-    weights = load_weights(
+    weights = load_checkpoint(
         known.source,
         step=known.step,
         image_size=known.image_size,
@@ -68,18 +68,18 @@ def main(arguments: Sequence[str]) -> int:
         gelu=known.gelu,
         eval_crop=known.eval_crop,
     )
-    command_line.tell_resolution(weights.about)
+    common.warn_if_resized(weights.about)
     checked = export_weights(weights, to, known.target)
-    _tell(weights, to, known.target, checked)
+    _print_results(weights, to, known.target, checked)
     return 0
 
 
-def list_known() -> str:
+def format_model_zoo() -> str:
     """Returns a table of published weights, for people."""
     rows: list[tuple[str, ...]] = [
         ("pass as --checkpoint", "model", "classes", "MiB", "top-1", "top-5", "ReaL", "trained on")
     ]
-    for one in KNOWN:
+    for one in MODEL_ZOO:
         scores = [f"{score:.2f}" for score in one.scores or ()] or [""] * 3
         rows.append(
             (
@@ -105,7 +105,7 @@ def list_known() -> str:
     return "\n".join([*lines, "", told, *notes])
 
 
-def timm_lines(about: About, path: str) -> list[str]:
+def timm_snippet(about: ModelInfo, path: str) -> list[str]:
     """Returns the Python that loads weights in timm.
 
     Args:
@@ -150,13 +150,13 @@ def _ratio(mlp_dim: int, hidden_dim: int) -> str:
     return f"{mlp_dim if exact else mlp_dim + 0.5} / {hidden_dim}"
 
 
-def _usage(about: About, to: str, target: str) -> list[str]:
+def _usage(about: ModelInfo, to: str, target: str) -> list[str]:
     """Returns lines that use written weights."""
     if to == "timm":
-        return timm_lines(about, target)
+        return timm_snippet(about, target)
     if to == "stablehlo":
         file, weights = (
-            json.dumps(name, ensure_ascii=False) for name in (target, target + COMPANIONS[to])
+            json.dumps(name, ensure_ascii=False) for name in (target, target + SIDECAR_SUFFIXES[to])
         )
         shape = ", ".join(map(str, (*about.image_size, 3)))
         return [
@@ -171,20 +171,20 @@ def _usage(about: About, to: str, target: str) -> list[str]:
     return [f"python -m mixer_jax.predict --checkpoint={shlex.quote(target)} photo.jpg"]
 
 
-def _tell(weights: "Weights", to: str, target: str, checked: str) -> None:
-    from mixer_jax.weights import tree
+def _print_results(weights: "PretrainedWeights", to: str, target: str, checked: str) -> None:
+    from mixer_jax.checkpoints.formats import tree
 
     about = weights.about
-    count = sum(array.size for _, array in tree.leaves(weights.params))
+    count = sum(array.size for _, array in tree.flatten(weights.params))
     classes = "none, there is no head"
     if about.num_classes:
         named = "named" if about.class_names else "not named"
         classes = f"{about.num_classes:,}, {named}"
-    with_beside = f" and {target}{COMPANIONS[to]}" if to in COMPANIONS else ""
+    with_beside = f" and {target}{SIDECAR_SUFFIXES[to]}" if to in SIDECAR_SUFFIXES else ""
     print(f"model       {about.name}, GELU {about.gelu}")
     print(f"parameters  {count:,}")
     print(f"classes     {classes}")
-    print(f"written     {target}{with_beside}, {measure(to, target) / 1e6:,.1f} MB, for {to}")
+    print(f"written     {target}{with_beside}, {written_size(to, target) / 1e6:,.1f} MB, for {to}")
     print(f"checked     {checked}")
     print("use")
     for line in _usage(about, to, target):
@@ -192,4 +192,4 @@ def _tell(weights: "Weights", to: str, target: str, checked: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

@@ -12,7 +12,7 @@ class UserError(ValueError):
     """
 
 
-class NotPreparedError(UserError):
+class DatasetNotPreparedError(UserError):
     """A data set that is not there yet.
 
     Attributes:
@@ -24,24 +24,24 @@ class NotPreparedError(UserError):
         self.advice = advice
 
 
-class UnwritableError(UserError):
+class OutputWriteError(UserError):
     """What must be kept cannot be written, so that going on would be in vain."""
 
 
-class RunFailedError(RuntimeError):
+class RunError(RuntimeError):
     """A run that cannot go on though it was asked for rightly; exit code 1."""
 
 
-class DivergedError(RunFailedError):
+class NonFiniteError(RunError):
     """A run whose numbers are no longer finite, on all hosts alike; it would be so again."""
 
 
-def one_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Returns what another library says went wrong, on one line of moderate length."""
     return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
-def did_you_mean(value: str, known: list[str], otherwise: str = "") -> str:
+def suggest(value: str, known: list[str], otherwise: str = "") -> str:
     """Returns the end of a message: what of `known` is nearest to `value`, or `otherwise`."""
     section, _, name = value.rpartition(".")
     # A forgotten section is as common as a typing error, so a key of that very name comes first.

@@ -5,16 +5,16 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixer_jax import command_line
+from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.cli import common
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
-from mixer_jax.weights.places import find_weights
 
 if TYPE_CHECKING:
-    from mixer_jax.data.examples import Source
-    from mixer_jax.evaluation.classification import Scores
+    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.data.source import Source
+    from mixer_jax.evaluation.classification import ClassificationMetrics
     from mixer_jax.model.mixer import MlpMixer
-    from mixer_jax.weights.load import Weights
 
 # The same images under the labels of arXiv 2006.07159.
 _REAL = "_real"
@@ -22,11 +22,11 @@ _REAL = "_real"
 
 def main(arguments: Sequence[str]) -> int:
     """Scores as the command line says; returns the exit code."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.evaluate",
         description="Score weights on every example of a split, each counted once.",
     )
-    command_line.add_weights_arguments(parser)
+    common.add_checkpoint_args(parser)
     parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the one trained on")
     parser.add_argument("--split", default="test", help="in TFDS syntax; default: test")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
@@ -45,15 +45,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     known = parser.parse_args(arguments)
-    command_line.check_at_least_one(known, "batch_size")
-    find_weights(known.checkpoint, known.step)
+    common.check_positive(known, "batch_size")
+    resolve_checkpoint(known.checkpoint, known.step)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(KEYS["compilation_cache"].default)
-    from mixer_jax.weights.load import load_weights
-    from mixer_jax.weights.ready import make_model
+    common.configure_jax(FIELDS["compilation_cache"].default)
+    from mixer_jax.checkpoints.load import load_checkpoint
+    from mixer_jax.checkpoints.to_device import model_from_info
 
-    weights = load_weights(
+    weights = load_checkpoint(
         known.checkpoint,
         step=known.step,
         image_size=known.image_size,
@@ -67,21 +67,21 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--checkpoint={known.checkpoint} does not tell a data set; pass --dataset")
     names = [dataset, dataset + _REAL] if known.real else [dataset]
     sources = [_open(name, weights, known) for name in names]
-    command_line.tell_resolution(weights.about)
-    model = make_model(weights.about, known.dtype)
-    scores = _score(weights, model, sources, known)
-    _tell(known, weights, str(model.dtype), dataset, sources[0].name, scores)
+    common.warn_if_resized(weights.about)
+    model = model_from_info(weights.about, known.dtype)
+    scores = _evaluate(weights, model, sources, known)
+    _print_results(known, weights, str(model.dtype), dataset, sources[0].name, scores)
     return 0
 
 
-def _open(name: str, weights: "Weights", known: argparse.Namespace) -> "Source":
+def _open(name: str, weights: "PretrainedWeights", known: argparse.Namespace) -> "Source":
     """Opens a data set, with labels that are the numbers of the weights' classes."""
     from mixer_jax.data.mixture import relabel
-    from mixer_jax.data.sources import open_source
+    from mixer_jax.data.registry import open_dataset
 
     about, trained_on = weights.about, (weights.config or {}).get("dataset", {})
     data_dir = known.data_dir or trained_on.get("data_dir", "")
-    source = open_source(name, known.split, data_dir, num_classes=about.num_classes)
+    source = open_dataset(name, known.split, data_dir, num_classes=about.num_classes)
     if not about.class_names:
         if source.num_classes != about.num_classes:
             raise UserError(
@@ -98,37 +98,40 @@ def _open(name: str, weights: "Weights", known: argparse.Namespace) -> "Source":
         ) from error
 
 
-def _score(
-    weights: "Weights", model: "MlpMixer", sources: list["Source"], known: argparse.Namespace
-) -> list["Scores"]:
-    from mixer_jax.evaluation.classification import compile_judge, evaluate
-    from mixer_jax.evaluation.passes import Reading
-    from mixer_jax.parallel.sharding import make_mesh
-    from mixer_jax.weights.ready import place_for_prediction
+def _evaluate(
+    weights: "PretrainedWeights",
+    model: "MlpMixer",
+    sources: list["Source"],
+    known: argparse.Namespace,
+) -> list["ClassificationMetrics"]:
+    from mixer_jax.checkpoints.to_device import shard_inference_params
+    from mixer_jax.distributed.sharding import make_mesh
+    from mixer_jax.evaluation.classification import evaluate, make_eval_step
+    from mixer_jax.evaluation.loop import EvalInputConfig
 
     about, mesh = weights.about, make_mesh(data=0, fsdp=1)
     loader = (weights.config or {}).get("loader", {})
-    judge_batch = compile_judge(model, mesh)
-    params = place_for_prediction(weights.params, model, mesh)
-    reading = Reading(
+    eval_step = make_eval_step(model, mesh)
+    params = shard_inference_params(weights.params, model, mesh)
+    reading = EvalInputConfig(
         batch_size=known.batch_size,
         image_size=about.image_size,
         eval_crop=about.eval_crop,
         exif_orientation=about.exif_orientation,
         skip_bad=known.skip_bad_images,
-        threads=loader.get("threads", KEYS["loader.threads"].default),
-        prefetch_batches=loader.get("prefetch_batches", KEYS["loader.prefetch_batches"].default),
+        threads=loader.get("threads", FIELDS["loader.threads"].default),
+        prefetch_batches=loader.get("prefetch_batches", FIELDS["loader.prefetch_batches"].default),
     )
-    return [evaluate(judge_batch, params, source, mesh, reading) for source in sources]
+    return [evaluate(eval_step, params, source, mesh, reading) for source in sources]
 
 
-def _tell(
+def _print_results(
     known: argparse.Namespace,
-    weights: "Weights",
+    weights: "PretrainedWeights",
     dtype: str,
     dataset: str,
     data: str,
-    scores: list["Scores"],
+    scores: list["ClassificationMetrics"],
 ) -> None:
     first, *real = scores
     if known.json:
@@ -155,4 +158,4 @@ def _tell(
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

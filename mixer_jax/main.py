@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from mixer_jax import command_line
-from mixer_jax.config import describe, validate
-from mixer_jax.config_file import experiment_name, read_config
+from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.cli import common
+from mixer_jax.config.config import format_help, validate
+from mixer_jax.config.loading import default_run_name, load_config_with_overrides
 from mixer_jax.training import workdir as workdirs
-from mixer_jax.training.curves import CURVES_FILE
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
-from mixer_jax.weights.places import find_weights
-from mixer_jax.weights.steps import list_steps
 
 if TYPE_CHECKING:
-    from mixer_jax.training.loop import Result
+    from mixer_jax.training.loop import TrainResult
 
 _EXIT_CODES = """\
 exit codes: 0 finished; 143 stopped by SIGTERM and 130 by Ctrl-C, both saved, to go on by the same
@@ -29,10 +28,10 @@ command; 1 failed, or another host is gone; 2 a mistake, told in one line"""
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as the command line says; returns the exit code."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.main",
         description="Train a Mixer, or resume the training in WORKDIR.",
-        epilog=f"{_EXIT_CODES}\n\nconfiguration keys, with their defaults:\n{describe()}",
+        epilog=f"{_EXIT_CODES}\n\nconfiguration keys, with their defaults:\n{format_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -46,31 +45,33 @@ def main(arguments: Sequence[str]) -> int:
         help="change a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     known, overrides = parser.parse_known_args(arguments)
-    config = read_config(known.config, overrides)
+    config = load_config_with_overrides(known.config, overrides)
     validate(config)
-    default = f"runs/{experiment_name(known.config)}"
-    workdir = workdirs.absolute(known.workdir or default)
-    for change in workdirs.check(workdir, config):
+    default = f"runs/{default_run_name(known.config)}"
+    workdir = workdirs.resolve_workdir(known.workdir or default)
+    for change in workdirs.check_workdir(workdir, config):
         print(f"changed since this run was last started: {change}")
     if config.init_from and not list_steps(workdir):
-        find_weights(config.init_from)
+        resolve_checkpoint(config.init_from)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(config.compilation_cache)
-    from mixer_jax.parallel.endings import failing_together
-    from mixer_jax.parallel.hosts import is_leader
+    common.configure_jax(config.compilation_cache)
+    from mixer_jax.distributed.failures import propagate_failure
+    from mixer_jax.distributed.hosts import is_primary_process
     from mixer_jax.training.loop import train_and_evaluate
+    from mixer_jax.visualization.curves import plot_curves
 
-    with failing_together():
+    with propagate_failure():
         result = train_and_evaluate(config, workdir)
-        if is_leader():
-            print(_farewell(result, known.workdir or default, config), flush=True)
+        if is_primary_process():
+            plot_curves(workdir)
+            print(format_summary(result, known.workdir or default, config), flush=True)
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0
 
 
-def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
+def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> str:
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
     score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
@@ -90,7 +91,7 @@ def _farewell(result: "Result", workdir: str, config: ConfigDict) -> str:
             "",
             *lines,
             f"checkpoint  {place}",
-            f"curves      {workdir}/{CURVES_FILE}",
+            f"curves      {workdir}/curves.png",
             f"metrics     {workdir}/{METRICS_FILE}",
             *([f"events      {workdir}/{EVENTS_FOLDER}"] if config.tensorboard else []),
             "",
@@ -110,4 +111,4 @@ def _program(name: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, needs_output=False)
+    common.run_cli(main, needs_output=False)

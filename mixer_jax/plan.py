@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixer_jax import command_line
-from mixer_jax.config import validate
-from mixer_jax.config_file import read_config
+from mixer_jax.cli import common
+from mixer_jax.config.config import validate
+from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.errors import UserError
 
 _FITS, _TOO_LARGE = 0, 1
@@ -22,7 +22,7 @@ _FITS, _TOO_LARGE = 0, 1
 
 def main(arguments: Sequence[str]) -> int:
     """Plans as the command line says; returns 0 if all fits, 1 if not."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.plan",
         description="Plan a run on accelerators that are not here. Exits with 0 if it fits into "
         "their memory, with 1 if not.",
@@ -74,28 +74,28 @@ def main(arguments: Sequence[str]) -> int:
     for flag in ("config", "topology"):
         if getattr(known, flag) is None:
             raise UserError(f"the following arguments are required: --{flag}; see --help")
-    config = read_config(known.config, overrides)
+    config = load_config_with_overrides(known.config, overrides)
     validate(config)
     from mixer_jax.planning.topology import parse_topology
 
     topology = parse_topology(known.topology, known.slices)
     _set_up()
     if known.sweep is not None:
-        from mixer_jax.planning.sweep import ranked, sweep, sweep_json
+        from mixer_jax.planning.sweep import format_ranking, ranking_to_dict, sweep
 
         results = sweep(config, topology, known.sweep, quick=known.quick)
-        print(json.dumps(sweep_json(results)) if known.json else ranked(results))
+        print(json.dumps(ranking_to_dict(results)) if known.json else format_ranking(results))
         return _FITS if results[0].fits else _TOO_LARGE
     from mixer_jax.planning.planner import make_plan
-    from mixer_jax.planning.report import as_json, told
+    from mixer_jax.planning.report import format_plan, plan_to_dict
 
     plan = make_plan(config, topology, quick=known.quick)
-    print(json.dumps(as_json(plan)) if known.json else told(plan))
+    print(json.dumps(plan_to_dict(plan)) if known.json else format_plan(plan))
     return _FITS if plan.fits else _TOO_LARGE
 
 
 def _chips() -> list[str]:
-    from mixer_jax.parallel.chips import CHIPS
+    from mixer_jax.distributed.hardware import CHIPS
 
     return list(CHIPS)
 
@@ -105,8 +105,8 @@ def _set_up() -> None:
     from mixer_jax.planning.topology import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    command_line.set_up_libraries(compilation_cache="")
+    common.configure_jax(compilation_cache="")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mixer_jax import command_line
+from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.cli import common
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
-from mixer_jax.weights.places import find_weights
 
 if TYPE_CHECKING:
-    from mixer_jax.predictions import Prediction
+    from mixer_jax.inference import Prediction
 
 # From so many images on, a bar shows how far it is.
 _MANY = 32
@@ -20,11 +20,11 @@ _MANY = 32
 
 def main(arguments: Sequence[str]) -> int:
     """Classifies as the command line says; returns the exit code, 1 if an image cannot be used."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.predict",
         description="Say what images show. Exit code 1: some cannot be used, and are named.",
     )
-    command_line.add_weights_arguments(parser)
+    common.add_checkpoint_args(parser)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help='file, folder, pattern, or "-": standard input'
     )
@@ -41,28 +41,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=tuple(_WRITERS), default="table", help="of the answer")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time; default: 32")
     known = parser.parse_args(arguments)
-    command_line.check_at_least_one(known, "topk", "batch_size")
+    common.check_positive(known, "topk", "batch_size")
     names = [*known.images]
     if known.files_from:
-        names += command_line.read_names(known.files_from, "--files_from")
+        names += common.read_path_list(known.files_from, "--files_from")
     if not names:
         raise UserError("no image is named; name files, folders, patterns, or - for standard input")
     if [known.files_from, known.labels, *names].count("-") > 1:
         raise UserError('"-" stands in two places; standard input can be read once, name files')
-    find_weights(known.checkpoint, known.step)
-    labels = command_line.read_labels(known.labels)
+    resolve_checkpoint(known.checkpoint, known.step)
+    labels = common.read_class_names(known.labels)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(KEYS["compilation_cache"].default)
+    common.configure_jax(FIELDS["compilation_cache"].default)
     from tqdm import tqdm
 
-    from mixer_jax.classifier import load_pretrained
-    from mixer_jax.data.decoding import use_one_thread
-    from mixer_jax.data.image_files import find_images
+    from mixer_jax.data.decode import disable_opencv_threads
+    from mixer_jax.data.image_files import expand_image_paths
+    from mixer_jax.inference import load_pretrained
 
     # Images are prepared side by side.
-    use_one_thread()
-    images = find_images(names)
+    disable_opencv_threads()
+    images = expand_image_paths(names)
     classifier = load_pretrained(
         known.checkpoint,
         step=known.step,
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         eval_crop=known.eval_crop,
         dtype=known.dtype,
     )
-    command_line.tell_resolution(classifier.about)
+    common.warn_if_resized(classifier.about)
     size = min(known.batch_size, len(images))
     predictions = classifier.classify(
         images, topk=known.topk, batch_size=size, exif_orientation=not known.ignore_exif
@@ -139,4 +139,4 @@ _WRITERS: dict[str, Callable[[Iterator["Prediction"]], None]] = {
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

@@ -3,12 +3,12 @@
 import shlex
 from collections.abc import Sequence
 
-from mixer_jax import command_line
+from mixer_jax.cli import common
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prepares as the command line says; returns the exit code."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.prepare",
         description="Write a data set in TFDS's array_record format, which has random access: "
         "download and make it, or convert what TFDS has already made in another format.",
@@ -28,19 +28,19 @@ def main(arguments: Sequence[str]) -> int:
     known = parser.parse_args(arguments)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(compilation_cache="")
-    from mixer_jax.data.preparation import allow_open_files, describe
-    from mixer_jax.data.tfds_sets import prepare_tfds, root_of
+    common.configure_jax(compilation_cache="")
+    from mixer_jax.data.preparation import format_splits, raise_open_file_limit
+    from mixer_jax.data.tfds import data_dir_of, prepare_tfds
 
-    allow_open_files()
+    raise_open_file_limit()
     builder, was_there = prepare_tfds(known.name, known.data_dir, known.manual_dir)
     if was_there:
         print(f"{builder.info.full_name} is already prepared")
-    print(describe(builder))
-    root = shlex.quote(root_of(builder))
+    print(format_splits(builder))
+    root = shlex.quote(data_dir_of(builder))
     print(f"use with     --config.dataset.name={known.name} --config.dataset.data_dir={root}")
     return 0
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

@@ -5,17 +5,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixer_jax import command_line
-from mixer_jax.config_file import Overrides, read_overrides, run_file
+from mixer_jax.checkpoints.resolve import FORMATS, HUB_FILE, RUN, CheckpointRef, resolve_checkpoint
+from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.cli import common
+from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
+from mixer_jax.config.schema import EVAL_FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.paper import DATA
-from mixer_jax.evaluation.suites import SUITES, few_shot_suite
-from mixer_jax.evaluation.tasks import AUTO, METHODS, OWN, Suite, check_suite
-from mixer_jax.keys import EVAL_KEYS
+from mixer_jax.suites.builtin import SUITES, few_shot_suite
+from mixer_jax.suites.paper_results import DATA
+from mixer_jax.suites.run_configs import check_overrides, check_task_overrides, default_config
+from mixer_jax.suites.tasks import AUTO, METHODS, NATIVE, Suite, check_suite
 from mixer_jax.training import workdir as workdirs
-from mixer_jax.transfers.runs import check_changes, check_overrides, default_config
-from mixer_jax.weights.places import HUB_FILE, KINDS, RUN, Place, find_weights
-from mixer_jax.weights.steps import FOLDER
 
 _FEW_SHOT = "few_shot"
 # Arguments that judging takes under their own names.
@@ -32,7 +32,7 @@ _AS_THEY_ARE = (
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
   few_shot   probes on the data set that --dataset names
-  FILE.py    your own: a file with SUITE = Suite(...), made of mixer_jax.evaluation.tasks
+  FILE.py    your own: a file with SUITE = Suite(...), made of mixer_jax.suites.tasks
 
 What has ended is not done again: the same command goes on after it was stopped or killed.
 --config.KEY=VALUE changes a key of every fine-tuning run, as of mixer_jax.main, e.g.
@@ -44,40 +44,40 @@ def main(arguments: Sequence[str]) -> int:
     known, overrides = _parse(arguments)
     if known.report:
         _check_report(known, arguments)
-        command_line.set_up_libraries("")
-        from mixer_jax.transfers.report import report
+        common.configure_jax("")
+        from mixer_jax.suites.report import report
 
-        report(workdirs.absolute(known.workdir))
+        report(workdirs.resolve_workdir(known.workdir))
         return 0
     if not known.checkpoint or not known.suite:
         raise UserError("--checkpoint and --suite are needed, or --report with --workdir")
     suite = _find_suite(known)
     check_suite(suite)
-    check_changes(suite)
+    check_task_overrides(suite)
     check_overrides(overrides)
-    place = find_weights(known.checkpoint, known.step)
+    place = resolve_checkpoint(known.checkpoint, known.step)
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(default_config(overrides).compilation_cache)
-    from mixer_jax.parallel.endings import failing_together
-    from mixer_jax.transfers.judging import Wish, judge
+    common.configure_jax(default_config(overrides).compilation_cache)
+    from mixer_jax.distributed.failures import propagate_failure
+    from mixer_jax.suites.run import TransferRequest, run_suite
 
-    wish = Wish(
+    wish = TransferRequest(
         suite,
         place,
-        workdirs.absolute(known.workdir or _default_workdir(place, known)),
+        workdirs.resolve_workdir(known.workdir or _default_workdir(place, known)),
         overrides,
         **{name: getattr(known, name) for name in _AS_THEY_ARE},
     )
-    with failing_together():
-        ended = judge(wish)
+    with propagate_failure():
+        ended = run_suite(wish)
     if ended.stopped_by is not None:
         return 128 + ended.stopped_by
     return 1 if ended.failures else 0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.transfer",
         description="Fine-tune and probe a checkpoint on a suite of tasks by the paper's protocol, "
         "and print the table.",
@@ -85,14 +85,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="WEIGHTS", help=command_line.WEIGHTS_HELP)
+    add("--checkpoint", metavar="WEIGHTS", help=common.CHECKPOINT_HELP)
     add("--step", type=int, help="which checkpoint of a run; default: the newest")
     add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
     add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE…")
     add(
         "--image_size",
         type=_image_size,
-        default=OWN,
+        default=NATIVE,
         help="own: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
         "larger ones; or a side, pixels; default: own",
     )
@@ -108,10 +108,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     few.add_argument("--dataset", help="TFDS name or folder:PATH")
     few.add_argument("--train_split", default="train", help="default: train")
     few.add_argument("--test_split", default="", help="default: validation of ImageNet, else test")
-    few.add_argument("--shots", type=_numbers, default=EVAL_KEYS["shots"].default)
+    few.add_argument("--shots", type=_numbers, default=EVAL_FIELDS["shots"].default)
     few.add_argument("--probes", type=_names, default=(_FEW_SHOT,), help="few_shot,linear,knn")
     known, rest = parser.parse_known_args(arguments)
-    return known, read_overrides(rest)
+    return known, parse_overrides(rest)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -126,9 +126,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _image_size(text: str) -> str:
-    if text not in (OWN, AUTO) and not (text.isdecimal() and int(text)):
+    if text not in (NATIVE, AUTO) and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {OWN}, {AUTO} and a number of pixels; pass one"
+            f"{text!r} is none of {NATIVE}, {AUTO} and a number of pixels; pass one"
         )
     return text
 
@@ -170,7 +170,7 @@ def _find_suite(known: argparse.Namespace) -> Suite:
     if known.dataset:
         raise UserError("--dataset is for --suite=few_shot; a suite names its own data sets")
     if known.suite.endswith(".py"):
-        suite = run_file(Path(known.suite), lambda module: module.SUITE, "suite")
+        suite = exec_config_file(Path(known.suite), lambda module: module.SUITE, "suite")
         if not isinstance(suite, Suite):
             raise UserError(
                 f"suite file {known.suite!r}: SUITE must be a Suite of evaluation.tasks"
@@ -182,7 +182,7 @@ def _find_suite(known: argparse.Namespace) -> Suite:
     return SUITES[known.suite]
 
 
-def _default_workdir(place: Place, known: argparse.Namespace) -> str:
+def _default_workdir(place: CheckpointRef, known: argparse.Namespace) -> str:
     """Returns the folder of a suite: the names of weights, step, suite and data set."""
     path = Path(place.path)
     if place.kind == "hub":
@@ -191,11 +191,11 @@ def _default_workdir(place: Place, known: argparse.Namespace) -> str:
         # All are called so; their folder has the name.
         name = path.parent.name
     else:
-        ends = [] if place.kind == RUN else [end for end in KINDS if path.name.endswith(end)]
+        ends = [] if place.kind == RUN else [end for end in FORMATS if path.name.endswith(end)]
         name = path.name.removesuffix(ends[0]) if ends else path.name
     parts = [name, Path(known.suite).stem]
     asked = Path(known.checkpoint)
-    if known.step is not None or (asked.parent.name == FOLDER and asked.name.isdecimal()):
+    if known.step is not None or (asked.parent.name == CHECKPOINT_DIR and asked.name.isdecimal()):
         parts.insert(1, str(place.step))
     if known.suite == _FEW_SHOT:
         parts.append(known.dataset)
@@ -203,4 +203,4 @@ def _default_workdir(place: Place, known: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, needs_output=False)
+    common.run_cli(main, needs_output=False)

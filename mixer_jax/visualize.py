@@ -4,10 +4,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixer_jax import command_line
-from mixer_jax.config import resolve_num_steps, validate
-from mixer_jax.config_file import read_config
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.cli import common
+from mixer_jax.config.config import resolve_num_steps, validate
+from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.errors import RunError, UserError
 
 _FORMATS = (".png", ".pdf", ".jpg")
 # Beyond this many, a picture no longer fits a screen, nor perhaps the memory.
@@ -16,7 +16,7 @@ _MOST_IMAGES = 512
 
 def main(arguments: Sequence[str]) -> int:
     """Draws as the command line says; returns the exit code."""
-    parser = command_line.Parser(
+    parser = common.ArgumentParser(
         prog="python -m mixer_jax.visualize",
         description="Draw what a run sees.",
     )
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     known, overrides = parser.parse_known_args(arguments)
     _check_out(known.out)
-    config = read_config(known.config, overrides)
+    config = load_config_with_overrides(known.config, overrides)
     validate(config)
     most = min(config.batch_size, _MOST_IMAGES)
     if not 1 <= known.num_images <= most:
@@ -46,25 +46,29 @@ def main(arguments: Sequence[str]) -> int:
         )
 
     # From here on the heavy libraries are needed.
-    command_line.set_up_libraries(config.compilation_cache)
+    common.configure_jax(config.compilation_cache)
     import jax
 
     # A few images are no work for an accelerator, which may be busy with a run.
     jax.config.update("jax_platforms", "cpu")
-    from mixer_jax.training.pictures import describe, draw_training_images, training_images
-    from mixer_jax.training.run_sources import open_training
+    from mixer_jax.training.datasets import open_train_dataset
+    from mixer_jax.visualization.train_batch import (
+        format_caption,
+        load_train_batch,
+        plot_train_batch,
+    )
 
-    source = open_training(config)
+    source = open_train_dataset(config)
     num_steps = resolve_num_steps(config, len(source))
     if not 0 <= known.step < num_steps:
         raise UserError(
             f"--step={known.step} is out of range; the run has {num_steps} steps, pass 0 to "
             f"{num_steps - 1}"
         )
-    shown = training_images(config, source, known.step, known.num_images)
-    title = describe(known.config, config, source, known.step, shown)
+    shown = load_train_batch(config, source, known.step, known.num_images)
+    title = format_caption(known.config, config, source, known.step, shown)
     file_format = known.out.suffix.lower().removeprefix(".")
-    picture = draw_training_images(shown, source.class_names, title, file_format)
+    picture = plot_train_batch(shown, source.class_names, title, file_format)
     _write_whole(known.out, picture)
     print(f"{known.out}: {title[0]}")
     return 0
@@ -93,10 +97,10 @@ def _write_whole(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
         draft.replace(path)
     except OSError as error:
-        raise RunFailedError(f"--out={path} cannot be written ({error.strerror})") from error
+        raise RunError(f"--out={path} cannot be written ({error.strerror})") from error
     finally:
         draft.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    common.run_cli(main)

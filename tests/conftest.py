@@ -40,11 +40,11 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data_dir with digits prepared in it."""
-    from mixer_jax.data.sources import open_source
+    from mixer_jax.data.registry import open_dataset
 
     folder = str(tmp_path_factory.mktemp("tfds"))
     for classes in ("all", "low", "high"):
-        open_source(f"digits/{classes}", "train", folder)
+        open_dataset(f"digits/{classes}", "train", folder)
     return folder
 
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mixer_jax import command_line, evaluate
-from mixer_jax.classifier import Classifier
+from mixer_jax import evaluate
+from mixer_jax.checkpoints.formats.npz import write_npz
+from mixer_jax.checkpoints.formats.tree import flatten
+from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
+from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.weights.load import Weights, resize, with_new_head
-from mixer_jax.weights.npz_file import write_npz
-from mixer_jax.weights.published import GOOGLE, published_views
-from mixer_jax.weights.tree import leaves
-from tests.random_weights import random_weights, save_run
+from mixer_jax.inference import Classifier
+from tests.helpers.messages import mentions, raises
+from tests.helpers.random_weights import random_weights, save_run
 
 NAMES = ("ant", "bee", "cat", "dog")
 COUNT = 12
@@ -78,17 +80,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def weights() -> Weights:
+def weights() -> PretrainedWeights:
     return random_weights(class_names=NAMES)
 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The door in this process keeps the settings of the tests."""
-    monkeypatch.setattr(command_line, "set_up_libraries", lambda compilation_cache: None)
+    monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
 
 
-def answers(weights: Weights) -> list[int]:
+def answers(weights: PretrainedWeights) -> list[int]:
     """What the model says of each image, without any of the code that scores."""
     height, width = weights.about.image_size
     images = [cv2.resize(image(index), (width, height)) for index in range(COUNT)]
@@ -104,13 +106,13 @@ def score(
     return json.loads(capsys.readouterr().out)
 
 
-def export(weights: Weights, path: Path, said: dict[str, Any]) -> str:
-    write_npz(str(path), published_views(dict(leaves(weights.params)), GOOGLE), said)
+def export(weights: PretrainedWeights, path: Path, said: dict[str, Any]) -> str:
+    write_npz(str(path), layout_views(dict(flatten(weights.params)), GOOGLE), said)
     return str(path)
 
 
 def test_real_labels_are_scored_beside_the_first_ones(
-    weights: Weights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(weights, tmp_path)
     told = score(run, data_dir, capsys, "--real")
@@ -127,13 +129,15 @@ def test_real_labels_are_scored_beside_the_first_ones(
 
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored", "--split=validation"]
     assert evaluate.main([f"--checkpoint={run}", *data, "--real"]) == 0
-    table = capsys.readouterr().out
-    assert f"ReaL               {real['top1']:.2%}" in table
-    assert f"counted            {len(labelled)} images, {COUNT - len(labelled)} left out" in table
+    table = capsys.readouterr().out.splitlines()
+    assert any(mentions(line, "ReaL", f"{real['top1']:.2%}") for line in table)
+    # Those that count, and those that are left out.
+    counts = (str(len(labelled)), str(COUNT - len(labelled)))
+    assert any(mentions(line, *counts) for line in table)
 
 
 def test_published_weights_are_scored_as_what_they_are(
-    weights: Weights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = export(weights, tmp_path / "named.npz", weights.about.to_json())
     told = score(path, data_dir, capsys)
@@ -144,28 +148,31 @@ def test_published_weights_are_scored_as_what_they_are(
     # Without names, classes are taken to be the data's, if they are as many.
     nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "whole"})
     assert score(nameless, data_dir, capsys)["top1"] == told["top1"]
-    fewer = export(with_new_head(weights, 3), tmp_path / "fewer.npz", {})
-    with pytest.raises(UserError, match=r"has 4 classes, .* has 3 whose names are not known"):
+    fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
+    with pytest.raises(UserError) as caught:
         score(fewer, data_dir, capsys)
-    headless = export(with_new_head(weights, 0), tmp_path / "headless.npz", {})
-    with pytest.raises(UserError, match="has no head"):
+    # The path may have numbers in it.
+    assert mentions(str(caught.value).replace(str(tmp_path), ""), "fewer.npz", "4", "3")
+    headless = export(replace_head(weights, 0), tmp_path / "headless.npz", {})
+    with raises(UserError, headless, "head"):
         score(headless, data_dir, capsys)
-    with pytest.raises(UserError, match="does not tell a data set; pass --dataset"):
+    with raises(UserError, path, "--dataset"):
         evaluate.main([f"--checkpoint={path}"])
 
 
 def test_another_image_size(
-    weights: Weights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = score(save_run(weights, tmp_path), data_dir, capsys, "--image_size=32x48")
     assert told["image_size"] == [32, 48]
-    assert told["resolution"].startswith("interpolated from 16 px")
+    assert mentions(told["resolution"], "16")
+    assert "Appendix C" not in told["resolution"]
     said = answers(resize(weights, (32, 48)))
     assert told["top1"] == pytest.approx(np.mean([a == i % 4 for i, a in enumerate(said)]))
 
 
 def test_in_the_type_that_is_asked_for(
-    weights: Weights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(weights, tmp_path)
     exact, rounded = (
@@ -177,9 +184,9 @@ def test_in_the_type_that_is_asked_for(
 
 
 def test_a_set_without_real_labels_says_so(
-    weights: Weights, digits_dir: str, tmp_path: Path
+    weights: PretrainedWeights, digits_dir: str, tmp_path: Path
 ) -> None:
     run = save_run(random_weights(), tmp_path)
     arguments = [f"--checkpoint={run}", f"--data_dir={digits_dir}", "--dataset=digits", "--real"]
-    with pytest.raises(UserError, match="digits_real"):
+    with raises(UserError, "digits_real"):
         evaluate.main(arguments)

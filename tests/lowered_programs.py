@@ -92,10 +92,10 @@ CONFIG_KEYS = {
 @functools.cache
 def tpu_devices(topology: str) -> list[Any]:
     """Returns TPU devices of the ahead-of-time compiler."""
-    from mixer_jax.parallel import machine
+    from mixer_jax.distributed import tpu_env
     from mixer_jax.planning import topology as topologies
 
-    machine.quieten_libtpu()
+    tpu_env.silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.tpu_devices(topologies.parse_topology(topology))
 
@@ -103,14 +103,14 @@ def tpu_devices(topology: str) -> list[Any]:
 def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     """Builds mesh, model, optimizer and step functions from a configuration."""
     from mixer_jax import config as configuration
-    from mixer_jax.planning.compiling import prepare
-    from mixer_jax.planning.nominal import plannable
+    from mixer_jax.planning.aot_compile import build_for_topology
+    from mixer_jax.planning.dataset_specs import resolve_for_platform
 
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100
     config.update_from_flattened_dict({CONFIG_KEYS[key]: v for key, v in settings.items()})
     configuration.validate(config)
-    return prepare(plannable(config, platform), devices)
+    return build_for_topology(resolve_for_platform(config, platform), devices)
 
 
 def train_calls(run: Any) -> dict[str, Call]:
@@ -130,8 +130,8 @@ def train_calls(run: Any) -> dict[str, Call]:
 
 def eval_calls(run: Any) -> dict[str, Call]:
     """Returns the functions of evaluation: with one label per image, with several, of features."""
-    from mixer_jax.evaluation.classification import compile_judge
-    from mixer_jax.evaluation.features import compile_features
+    from mixer_jax.evaluation.classification import make_eval_step
+    from mixer_jax.evaluation.features import make_feature_fn
 
     params = run.state_shape.eval_params
     batch = {
@@ -140,20 +140,20 @@ def eval_calls(run: Any) -> dict[str, Call]:
         "mask": batch_shape(run, (), jnp.bool_),
     }
     labels = batch_shape(run, (run.about.num_classes,), jnp.bool_)
-    step = compile_judge(run.model, run.mesh)
+    step = make_eval_step(run.model, run.mesh)
     return {
         "step": Call(step, (params, batch)),
         "multi_label": Call(step, (params, batch | {"label": labels})),
-        "features": Call(compile_features(run.model, run.mesh), (params, batch)),
+        "features": Call(make_feature_fn(run.model, run.mesh), (params, batch)),
     }
 
 
 def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, Call]:
     """Returns the functions of a classifier, and of one without a head."""
-    from mixer_jax import classifier as inference
+    from mixer_jax import inference as inference
+    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.distributed.sharding import state_sharding
     from mixer_jax.model.parameters import for_prediction
-    from mixer_jax.parallel.sharding import state_sharding
-    from mixer_jax.weights.load import Weights
 
     def place_shapes(params: Any, model: Any, mesh: Any) -> Any:
         shapes = jax.eval_shape(lambda: for_prediction(params, model.dtype, platform))
@@ -170,9 +170,9 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
                 patches.enter_context(mock.patch.object(jax, name, return_value=value))
             if platform != "cpu":
                 # Arrays cannot be placed on devices that are not attached.
-                patch = mock.patch.object(inference, "place_for_prediction", place_shapes)
+                patch = mock.patch.object(inference, "shard_inference_params", place_shapes)
                 patches.enter_context(patch)
-            return inference.Classifier(Weights(params, about))
+            return inference.Classifier(PretrainedWeights(params, about))
 
     params, about = run.state_shape.params, run.about
     classifier = load(params, about)
@@ -191,7 +191,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
 
 def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """Returns the shape of an array with one row per image of the batch."""
-    from mixer_jax.parallel.sharding import batch_sharding
+    from mixer_jax.distributed.sharding import batch_sharding
 
     shape = (run.config.batch_size, *shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(run.mesh))
@@ -200,20 +200,20 @@ def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 @contextlib.contextmanager
 def built_for(platform: str, device_kind: str) -> Iterator[None]:
     """Makes mixer_jax take the devices that it is given for devices of another kind."""
+    from mixer_jax.distributed import xla_options
     from mixer_jax.model import making
-    from mixer_jax.parallel import compiler
-    from mixer_jax.training import experiment
+    from mixer_jax.training import setup
 
     create_model = making.create_model
 
     def create(*args: Any, **overrides: Any) -> Any:
         return create_model(*args, **overrides | {"device_kind": device_kind})
 
-    options = compiler.OPTIONS.get(platform, {})
+    options = xla_options.PLATFORM_OPTIONS.get(platform, {})
     with (
         mock.patch.object(making, "create_model", create),
-        mock.patch.object(experiment, "check_kernels"),
-        mock.patch.dict(compiler.OPTIONS, {"cpu": options}),
+        mock.patch.object(setup, "check_kernels"),
+        mock.patch.dict(xla_options.PLATFORM_OPTIONS, {"cpu": options}),
     ):
         yield
 
@@ -576,16 +576,27 @@ def describe_difference(old: str, new: str, context: int = 3) -> str:
     if old == new:
         return ""
     before, after = old.split("\n"), new.split("\n")
-    same = [a == b for a, b in zip(before, after, strict=False)] + [False]
-    first = same.index(False)
+    first = _common_length(before, after)
     result = [f"differs from line {first + 1} on ({len(before):,} and {len(after):,} lines)"]
-    for sign, lines in (("-", before), ("+", after)):
-        result += [f"    {sign} {_shorten(line)}" for line in lines[first : first + context]]
+    rest = before[first : first + context], after[first : first + context]
+    # Signatures are long lines: show the part that differs.
+    column = max(0, _common_length(*("".join(lines[:1]) for lines in rest)) - 40)
+    for sign, lines in zip("-+", rest, strict=True):
+        columns = [column, *[0] * context]
+        result += [f"    {sign} {_cut(*pair)}" for pair in zip(lines, columns, strict=False)]
     return "\n".join(result)
 
 
-def _shorten(line: str, width: int = 240) -> str:
-    return line if len(line) <= width else f"{line[:width]}… ({len(line):,} characters)"
+def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Returns how many elements two sequences have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _cut(line: str, column: int, width: int = 160) -> str:
+    column = column if len(line) > width else 0
+    end = column + width
+    return f"{'…' if column else ''}{line[column:end]}{'…' if len(line) > end else ''}"
 
 
 def _files(folder: Path, pattern: str) -> set[str]:

@@ -107,6 +107,14 @@ def test_changed_program_is_reported(
     assert lines[-1] == "1 programs compared, 1 differ"
 
 
+def test_describe_difference_shows_where_long_lines_differ() -> None:
+    old, new = ["same", "x" * 1000 + "old"], ["same", "x" * 1000 + "new", "more"]
+    lines = describe_difference("\n".join(old), "\n".join(new)).splitlines()
+    assert lines[0] == "differs from line 2 on (2 and 3 lines)"
+    assert [line[-6:] for line in lines[1:]] == ["xxxold", "xxxnew", "+ more"]
+    assert max(map(len, lines)) < 200
+
+
 def test_missing_and_failed_programs_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,9 @@ from mixer_jax.benchmarks.contestants import (
     read_unrolls,
 )
 from mixer_jax.benchmarks.model_keys import add_model_keys, read_model_keys
-from mixer_jax.command_line import check_at_least_one
+from mixer_jax.cli.common import check_positive
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
 from mixer_jax.model.variants import VARIANTS, check_image_size
 
 _AUTO, _NONE = "auto", "none"
@@ -29,7 +29,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", default="B/16", choices=list(VARIANTS), help="default: B/16")
     parser.add_argument("--image_size", type=int, default=224, help="pixels; default: 224")
     parser.add_argument("--num_classes", type=int, default=1000, help="default: 1000")
-    parser.add_argument("--dtype", default=_AUTO, choices=KEYS["model.dtype"].choices)
+    parser.add_argument("--dtype", default=_AUTO, choices=FIELDS["model.dtype"].choices)
     add_settings(parser)
     add_model_keys(parser)
 
@@ -41,7 +41,7 @@ def read_setting(known: argparse.Namespace, mode: str) -> Setting:
         UserError: a number is out of range.
     """
     check_image_size(known.image_size, known.image_size, VARIANTS[known.variant].patch_size)
-    check_at_least_one(known, "num_classes", "rounds")
+    check_positive(known, "num_classes", "rounds")
     text = known.batch_size
     if text != _AUTO and not (text.isdecimal() and int(text)):
         raise UserError(f"--batch_size={text} is out of range; pass 1 or more, or auto")

@@ -10,7 +10,7 @@ from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting, check_de
 from mixer_jax.benchmarks.field import JAX, TORCH, Field
 from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
-from mixer_jax.errors import RunFailedError
+from mixer_jax.errors import RunError
 from mixer_jax.model.variants import forward_flops, resolve_widths
 
 _PRODUCT = "matrix product"
@@ -119,7 +119,7 @@ def ask_facts(setting: Setting, contestants: Sequence[Contestant]) -> dict[str, 
         try:
             facts: dict[str, Any] = worker.ask("facts")
         except FailedError as error:
-            raise RunFailedError(f"JAX does not start: {error}") from error
+            raise RunError(f"JAX does not start: {error}") from error
     check_device(contestants, facts["platform"])
     return facts
 
@@ -130,7 +130,7 @@ def _base(field: Field) -> str:
         if contestant.kind == OURS and contestant.name not in field.failed:
             return contestant.name
     name, reason = next(iter(field.failed.items()))
-    raise RunFailedError(f"{name} cannot be measured: {reason}")
+    raise RunError(f"{name} cannot be measured: {reason}")
 
 
 def _prepare_products(field: Field) -> dict[str, tuple[str, int]]:

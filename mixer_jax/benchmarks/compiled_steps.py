@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from mixer_jax.benchmarks.contestants import Contestant, Setting
 from mixer_jax.benchmarks.traffic_rows import Step, make_step
 from mixer_jax.benchmarks.with_jax import make_work
-from mixer_jax.parallel.sharding import make_mesh, replicated
-from mixer_jax.planning.arithmetic import executed
-from mixer_jax.planning.compiling import Compiled, TooLarge, compile_function
-from mixer_jax.planning.parts import by_part
+from mixer_jax.distributed.sharding import make_mesh, replicated
+from mixer_jax.planning.aot_compile import Compiled, OutOfMemory, compile_function
+from mixer_jax.planning.hlo.attribution import sum_by_region
+from mixer_jax.planning.hlo.flops import iter_matmul_flops
+from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
 from mixer_jax.planning.topology import GIB, Topology
-from mixer_jax.planning.traffic import moved
 
 
 def compile_step(
     contestant: Contestant, setting: Setting, device: Any, *, quick: bool = False
-) -> Compiled | TooLarge:
+) -> Compiled | OutOfMemory:
     """Compiles a contestant's step for a device that is not here.
 
     Args:
@@ -42,7 +42,7 @@ def compile_step(
 
 
 def read_step(
-    name: str, compiled: Compiled | TooLarge, setting: Setting, topology: Topology
+    name: str, compiled: Compiled | OutOfMemory, setting: Setting, topology: Topology
 ) -> Step:
     """Returns what a compiled step takes.
 
@@ -52,10 +52,13 @@ def read_step(
         setting: the work.
         topology: that it is compiled for.
     """
-    if isinstance(compiled, TooLarge):
+    if isinstance(compiled, OutOfMemory):
         return _too_large(name, compiled, topology)
     program = compiled.program
-    num_bytes, flops = by_part(program, moved(program)), by_part(program, executed(program))
+    num_bytes, flops = (
+        sum_by_region(program, iter_hbm_bytes(program)),
+        sum_by_region(program, iter_matmul_flops(program)),
+    )
     return make_step(name, num_bytes, flops, setting.batch_size, topology)._replace(
         temporary_bytes=compiled.temporaries,
         compile_seconds=compiled.seconds,
@@ -63,7 +66,7 @@ def read_step(
     )
 
 
-def _too_large(name: str, refused: TooLarge, topology: Topology) -> Step:
+def _too_large(name: str, refused: OutOfMemory, topology: Topology) -> Step:
     said = refused.said
     if refused.needed is not None:
         allowed = (refused.allowed or topology.allowed) / GIB

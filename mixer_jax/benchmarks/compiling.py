@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from mixer_jax import command_line
 from mixer_jax.benchmarks.asked import add_work, read_ours, read_setting
 from mixer_jax.benchmarks.comparison import Row, ask_facts, compare
 from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting, check_device
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
 from mixer_jax.benchmarks.table import print_compilations
+from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.planning.topology import ENVIRONMENT, Topology, parse_topology, tpu_devices
 
@@ -90,11 +90,11 @@ def _compile_for(
     dtype = "bfloat16" if setting.dtype == "auto" else setting.dtype
     setting = setting._replace(dtype=dtype, batch_size=setting.batch_size or 64)
     os.environ.update(ENVIRONMENT)
-    command_line.set_up_libraries(compilation_cache="")
+    common.configure_jax(compilation_cache="")
     device = tpu_devices(topology)[0]
     check_device(contestants, device.platform)
     from mixer_jax.benchmarks.compiled_steps import compile_step
-    from mixer_jax.planning.compiling import TooLarge
+    from mixer_jax.planning.aot_compile import OutOfMemory
 
     rows = {contestant.name: Row(contestant.name) for contestant in contestants}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
@@ -104,7 +104,7 @@ def _compile_for(
             if rows[name].failed:
                 continue
             step = compile_step(contestant, setting, device)
-            if isinstance(step, TooLarge):
+            if isinstance(step, OutOfMemory):
                 rows[name] = Row(name, "the step does not fit into the device's memory")
                 continue
             seconds[name].append(step.seconds)

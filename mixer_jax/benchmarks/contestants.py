@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
 
 OURS, REFERENCE, EAGER, COMPILED = "mixer_jax", "reference", "timm", "timm, torch.compile"
 
@@ -68,7 +68,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         ("unroll", "1,12; 0: all; -1: as is best here"),
         ("remat", "none,dots,mlp_hidden,full; auto: as is best here"),
     ):
-        default = KEYS[f"model.{name}"].default
+        default = FIELDS[f"model.{name}"].default
         parser.add_argument(
             f"--{name}",
             default=str(default),
@@ -125,7 +125,7 @@ def read_remats(text: str) -> list[str]:
     Raises:
         UserError: one is unknown, or there twice.
     """
-    return read_names("remat", text, KEYS["model.remat"].choices)
+    return read_names("remat", text, FIELDS["model.remat"].choices)
 
 
 def read_names(flag: str, text: str, choices: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mixer_jax import command_line
+from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,23 +55,23 @@ def run(known: argparse.Namespace) -> None:
         UserError: an argument is out of range, or --images has no JPEG files.
     """
     _check(known)
-    command_line.set_up_libraries(compilation_cache="")
+    common.configure_jax(compilation_cache="")
     import jax
 
     from mixer_jax.benchmarks import memory, ours, photographs, pipelines
-    from mixer_jax.data.pipeline import count_cores
+    from mixer_jax.data.loader import available_cpus
 
     # The images stay on the host, whatever else this machine has.
     jax.config.update("jax_platforms", "cpu")
     folder = known.images
     files = photographs.read_folder(folder) if folder else photographs.sample_photographs(_FILES)
-    cores = count_cores()
+    cores = available_cpus()
     setting = ours.Setting(
         files=files,
         image_size=known.image_size,
         batch_size=known.batch_size,
         threads=known.threads or cores,
-        our_threads=known.threads,
+        our_num_threads=known.threads,
         our_processes=known.processes,
         timed_images=known.images_per_round
         or math.ceil(512 * (known.threads or cores) / known.batch_size) * known.batch_size,

@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from mixer_jax.config.schema import FIELDS, Field
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS, Key
 from mixer_jax.model.variants import Widths
 
 # Given by flags of their own, or by the variant.
@@ -36,12 +36,14 @@ def read_model_keys(known: argparse.Namespace) -> dict[str, list[Any]]:
     return found
 
 
-def _keys() -> dict[str, Key]:
-    keys = {path.removeprefix("model."): k for path, k in KEYS.items() if path.startswith("model.")}
+def _keys() -> dict[str, Field]:
+    keys = {
+        path.removeprefix("model."): k for path, k in FIELDS.items() if path.startswith("model.")
+    }
     return {name: key for name, key in keys.items() if name not in _NOT_HERE}
 
 
-def _read(name: str, key: Key, text: str) -> Any:
+def _read(name: str, key: Field, text: str) -> Any:
     kind = type(key.default)
     try:
         value = {"true": True, "false": False}[text] if kind is bool else kind(text)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.pieces import PIECE
-from mixer_jax.data.pipeline import Batch, train_batches
-from mixer_jax.parallel.sharding import batch_sharding, make_mesh
+from mixer_jax.data.chunks import CHUNK_SIZE
+from mixer_jax.data.loader import Batch, train_batches
+from mixer_jax.data.source import Example, Source
+from mixer_jax.distributed.sharding import batch_sharding, make_mesh
 
 # RandAugment of the paper's ImageNet-1k recipe.
 LAYERS, MAGNITUDE = 2, 15.0
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
         image_size: pixels.
         batch_size: images.
         threads: of a pipeline.
-        our_threads: likewise, but 0 leaves it to our pipeline.
+        our_num_threads: likewise, but 0 leaves it to our pipeline.
         our_processes: that our threads are shared among; 0 likewise.
         timed_images: in a round.
     """
@@ -37,14 +37,14 @@ class Setting(NamedTuple):
     image_size: int
     batch_size: int
     threads: int
-    our_threads: int
+    our_num_threads: int
     our_processes: int
     timed_images: int
 
     @property
     def margin(self) -> int:
         """Batches that may be under way at any time, in all threads together, and one more."""
-        return math.ceil(PIECE * self.threads / self.batch_size) + 1
+        return math.ceil(CHUNK_SIZE * self.threads / self.batch_size) + 1
 
     @property
     def num_batches(self) -> int:
@@ -74,7 +74,7 @@ def our_batches(setting: Setting, num_batches: int, *, randaugment: bool) -> Ite
         num_batches: to yield.
         randaugment: whether it augments.
     """
-    threads, processes = setting.our_threads, setting.our_processes
+    threads, processes = setting.our_num_threads, setting.our_processes
     if threads:
         processes = processes or 1
         threads //= processes

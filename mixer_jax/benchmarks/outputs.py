@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.errors import RunError, UserError
 
 
 def say(text: str) -> None:
@@ -84,4 +84,4 @@ def _write(name: str, path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise RunFailedError(f"--{name}={path} cannot be written ({error.strerror})") from error
+        raise RunError(f"--{name}={path} cannot be written ({error.strerror})") from error

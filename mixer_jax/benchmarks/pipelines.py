@@ -25,8 +25,8 @@ from mixer_jax.benchmarks.ours import (
     our_batches,
     preprocess,
 )
-from mixer_jax.data.pieces import PIECE
-from mixer_jax.data.pipeline import count_cores
+from mixer_jax.data.chunks import CHUNK_SIZE
+from mixer_jax.data.loader import available_cpus
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 
@@ -112,7 +112,7 @@ def _limits(setting: Setting) -> list[Competitor]:
         "simplejpeg": lambda file: simplejpeg.decode_jpeg(file, fastdct=True, strict=False),
         "OpenCV": lambda file: cv2.imdecode(np.frombuffer(file, np.uint8), flags),
     }
-    cores = min(setting.threads, count_cores())
+    cores = min(setting.threads, available_cpus())
     return [
         Competitor(DECODING, name, cores, functools.partial(_decoded, setting, decode))
         for name, decode in decoders.items()
@@ -132,7 +132,7 @@ def _ours(setting: Setting, images: np.ndarray) -> list[Competitor]:
                 rand_augment(image, rng, num_layers=LAYERS, magnitude=MAGNITUDE)
             yield setting.batch_size
 
-    cores = min(setting.threads, count_cores())
+    cores = min(setting.threads, available_cpus())
     return [
         Competitor(CROPPING, OURS, cores, functools.partial(stream, False)),
         Competitor(AUGMENTING, OURS, cores, functools.partial(stream, True)),
@@ -149,7 +149,7 @@ def _peers(setting: Setting, images: np.ndarray, tf_data: ModuleType) -> list[Co
         for _ in dataset:
             yield setting.batch_size
 
-    cores = min(setting.threads, count_cores())
+    cores = min(setting.threads, available_cpus())
     competitors = []
     for (task, layers), (name, whole) in itertools.product(
         [(CROPPING, off), (AUGMENTING, randaugment)],
@@ -179,7 +179,7 @@ def _decoded(setting: Setting, decode: Callable[[bytes], Any]) -> Iterator[int]:
     files = itertools.islice(
         itertools.cycle(setting.files), setting.num_batches * setting.batch_size
     )
-    pieces = iter(lambda: list(itertools.islice(files, PIECE)), [])
+    pieces = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
     with concurrent.futures.ThreadPoolExecutor(setting.threads) as pool:
         yield from pool.map(decode_piece, pieces)
 

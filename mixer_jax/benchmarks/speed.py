@@ -18,7 +18,7 @@ from mixer_jax.benchmarks.contestants import Contestant, Setting
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, say, write_outputs
 from mixer_jax.benchmarks.table import print_comparisons
 from mixer_jax.benchmarks.workers import FailedError, Worker
-from mixer_jax.errors import RunFailedError
+from mixer_jax.errors import RunError
 
 DESCRIPTION = "Measure training and inference of a Mixer on this machine, beside their peers."
 
@@ -95,7 +95,7 @@ def find_batch_size(
                     rate: float = worker.ask("rate", contestant=contestant, batch_size=batch_size)
                 except FailedError as error:
                     if not error.out_of_memory:
-                        raise RunFailedError(f"{contestant.name} failed: {error}") from error
+                        raise RunError(f"{contestant.name} failed: {error}") from error
                     # Once more in a process whose memory does not lie in pieces.
                     worker.stop()
                 else:
@@ -104,7 +104,7 @@ def find_batch_size(
 
         size, tried = search(rate_of, 8 if platform == "cpu" else 64)
     if not size:
-        raise RunFailedError("not even one image fits into the device's memory")
+        raise RunError("not even one image fits into the device's memory")
     return setting._replace(batch_size=size), tried
 
 

@@ -10,12 +10,12 @@ import os
 import re
 from pathlib import Path
 
-from mixer_jax import command_line
 from mixer_jax.benchmarks.asked import add_work, read_ours
 from mixer_jax.benchmarks.contestants import REFERENCE, Contestant, Setting, check_device
 from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outputs
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.cli import common
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.model.variants import VARIANTS, check_image_size
 from mixer_jax.planning.topology import ENVIRONMENT, parse_topology, tpu_devices
 
@@ -57,7 +57,7 @@ def run(known: argparse.Namespace) -> None:
             f"--topology={known.topology}: programs can be compiled here for TPUs only; for GPUs "
             "see python -m mixer_jax.plan, or measure on one with --mode=train"
         )
-    command_line.check_at_least_one(known, "batch_size", "num_classes")
+    common.check_positive(known, "batch_size", "num_classes")
     check_image_size(known.image_size, known.image_size, VARIANTS[known.variant].patch_size)
     contestants = [Contestant(REFERENCE, REFERENCE)] if known.peers == REFERENCE else []
     contestants += read_ours(known, known.what)
@@ -67,11 +67,11 @@ def run(known: argparse.Namespace) -> None:
 
     # From here on the heavy libraries are needed.
     os.environ.update(ENVIRONMENT)
-    command_line.set_up_libraries(compilation_cache="")
+    common.configure_jax(compilation_cache="")
     device = tpu_devices(topology)[0]
     check_device(contestants, device.platform)
     from mixer_jax.benchmarks.compiled_steps import compile_step, read_step
-    from mixer_jax.planning.compiling import Compiled
+    from mixer_jax.planning.aot_compile import Compiled
     from mixer_jax.planning.planner import say
 
     dtype = "bfloat16" if known.dtype == "auto" else known.dtype
@@ -117,4 +117,4 @@ def _write(folder: Path, name: str, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise RunFailedError(f"{path} cannot be written ({error.strerror})") from error
+        raise RunError(f"{path} cannot be written ({error.strerror})") from error

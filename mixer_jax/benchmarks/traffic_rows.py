@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.table import Column, print_rows
 from mixer_jax.model.variants import resolve_widths
-from mixer_jax.planning.budget import Work, budget
-from mixer_jax.planning.parts import PARTS
-from mixer_jax.planning.roofline import bound
+from mixer_jax.planning.hlo.attribution import REGIONS
+from mixer_jax.planning.roofline import roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
+from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 
 _MB, _GIGA, _MICRO = 1e6, 1e9, 1e-6
 _NOTE = (
@@ -74,13 +74,13 @@ def make_step(
     """
     num_bytes = {part: number / images for part, number in bytes_by_part.items()}
     flops = {part: number / images for part, number in flops_by_part.items()}
-    least = bound(topology, [], sum(flops.values()), sum(num_bytes.values()), [])
+    least = roofline_bound(topology, [], sum(flops.values()), sum(num_bytes.values()), [])
     return Step(name, None, num_bytes, flops, least.arithmetic, least.memory)
 
 
 def floors(setting: Setting, topology: Topology) -> list[Step]:
     """Returns what a step takes at the least, by formula."""
-    work = Work(
+    work = StepSpec(
         resolve_widths(setting.variant),
         setting.image_size,
         setting.num_classes,
@@ -88,7 +88,7 @@ def floors(setting: Setting, topology: Topology) -> list[Step]:
         _ITEMSIZES[setting.dtype],
         setting.mode == "train",
     )
-    needs = budget(work)
+    needs = estimate_traffic(work)
     apart = {part: need.apart for part, need in needs.items()}
     flops = {part: need.flops for part, need in needs.items()}
     fused = {part: need.fused for part, need in needs.items()}
@@ -121,7 +121,7 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
     """Prints steps, as `as_json` returns them, in two tables: bytes by part, and all else."""
     parts: list[Column] = [
         ("MB in all", "num_bytes", lambda v: f"{v / _MB:.1f}"),
-        *[(part.split()[0], part, lambda v: f"{v / _MB:.1f}") for part in PARTS],
+        *[(part.split()[0], part, lambda v: f"{v / _MB:.1f}") for part in REGIONS],
     ]
     print_rows([row | row.get("bytes_by_part", {}) for row in rows], parts)
     print()

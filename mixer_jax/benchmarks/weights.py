@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixer_jax.command_line import check_at_least_one
+from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import VARIANTS, num_tokens, parameter_shapes
 
@@ -59,7 +59,7 @@ def run(known: argparse.Namespace) -> None:
     Raises:
         UserError: an argument is out of range, or the machine does not tell what memory is used.
     """
-    check_at_least_one(known, "rounds")
+    check_positive(known, "rounds")
     if not Path("/proc/self/status").exists():
         raise UserError("--mode=weights needs Linux, which tells the memory that programs use")
     with tempfile.TemporaryDirectory() as folder:
@@ -84,16 +84,16 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     """Writes random weights in the layouts that are published."""
     import numpy as np
 
-    from mixer_jax.weights.npz_file import write_npz
-    from mixer_jax.weights.published import GOOGLE, TIMM, published_views
-    from mixer_jax.weights.safetensors_file import write_safetensors
+    from mixer_jax.checkpoints.formats.npz import write_npz
+    from mixer_jax.checkpoints.formats.safetensors import write_safetensors
+    from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
 
     widths, rng = VARIANTS[variant], np.random.default_rng(0)
     shapes = parameter_shapes(widths, num_tokens(widths, _IMAGE_SIZE), _NUM_CLASSES)
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     files = {layout: folder / f"weights{ending}" for layout, ending in _ENDINGS.items()}
-    write_npz(str(files["google"]), published_views(flat, GOOGLE), {})
-    write_safetensors(str(files["timm"]), published_views(flat, TIMM), {})
+    write_npz(str(files["google"]), layout_views(flat, GOOGLE), {})
+    write_safetensors(str(files["timm"]), layout_views(flat, TIMM), {})
     return files
 
 
@@ -102,7 +102,7 @@ def _load(files: dict[str, Path], rounds: int) -> list[Measurement]:
     import numpy as np
     import safetensors.numpy
 
-    from mixer_jax.weights.load import load_weights
+    from mixer_jax.checkpoints.load import load_checkpoint
 
     def by_numpy(path: Path) -> Any:
         with np.load(path) as archive:
@@ -117,7 +117,7 @@ def _load(files: dict[str, Path], rounds: int) -> list[Measurement]:
         peer, load_by_peer = peers[layout]
         tasks: dict[str, Callable[[Path], Any]] = {
             "read_bytes": Path.read_bytes,
-            "load_weights": lambda path: load_weights(str(path)),
+            "load_weights": lambda path: load_checkpoint(str(path)),
             peer: load_by_peer,
         }
         times: dict[str, list[float]] = {name: [] for name in tasks}

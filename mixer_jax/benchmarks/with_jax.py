@@ -25,15 +25,15 @@ from mixer_jax.benchmarks.contestants import (
 from mixer_jax.benchmarks.made_up import make_batch, make_state
 from mixer_jax.benchmarks.reference import ReferenceMixer
 from mixer_jax.benchmarks.side import Costs, Program, Side
-from mixer_jax.keys import KEYS
+from mixer_jax.config.schema import FIELDS
+from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.model.layers import product_for
 from mixer_jax.model.making import build_model, resolve_dtype
 from mixer_jax.model.parameters import cast_kernels, for_prediction
 from mixer_jax.model.pixels import to_model_range
 from mixer_jax.model.variants import resolve_widths
-from mixer_jax.parallel.compiler import compiler_options
-from mixer_jax.parallel.sharding import batch_sharding, make_mesh, replicated, state_sharding
-from mixer_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
+from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import create_state, train_step
 
 
@@ -150,7 +150,7 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
         device: to do it on.
     """
     if contestant.kind == OURS:
-        defaults = {path: key.default for path, key in KEYS.items() if path.startswith("model.")}
+        defaults = {path: key.default for path, key in FIELDS.items() if path.startswith("model.")}
         section = {
             **{path.removeprefix("model."): value for path, value in defaults.items()},
             "variant": setting.variant,
@@ -211,7 +211,7 @@ def _plain_training(model: Any, setting: Setting) -> Work:
     """Returns the training step as one writes it first, with optax's own AdamW."""
     tx = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=kernel_mask),
+        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=weight_decay_mask),
     )
 
     def step(state: Any, batch: dict[str, Any]) -> Any:

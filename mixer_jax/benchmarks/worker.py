@@ -13,7 +13,7 @@ from absl import logging
 
 from mixer_jax.benchmarks.contestants import Contestant, Setting
 from mixer_jax.benchmarks.side import Side
-from mixer_jax.errors import one_line
+from mixer_jax.errors import summarize_error
 
 # How the libraries say that memory has run out.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
@@ -32,7 +32,7 @@ def main(name: str, setting: Setting, platform: str) -> None:
             reply = {"result": _do(side, **request)}
         except Exception as error:
             traceback.print_exc()
-            reply = {"error": one_line(error), "out_of_memory": is_out_of_memory(error)}
+            reply = {"error": summarize_error(error), "out_of_memory": is_out_of_memory(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

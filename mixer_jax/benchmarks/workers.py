@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from mixer_jax.benchmarks.contestants import Contestant, Setting
-from mixer_jax.errors import one_line
+from mixer_jax.errors import summarize_error
 
 _PATIENCE = 10.0
 _ROOT = Path(__file__).parent.parent.parent
@@ -141,7 +141,7 @@ class Worker:
         self.stop()
         # Killed: where memory is scarce, that is how Linux says so.
         last = trace.strip().splitlines()[-1] if trace.strip() else f"exit code {code}"
-        return FailedError(one_line(RuntimeError(last)), code == -9, trace)
+        return FailedError(summarize_error(RuntimeError(last)), code == -9, trace)
 
     def _read_errors(self) -> str:
         self._errors.seek(0)

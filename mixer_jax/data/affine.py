@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 
-def take(image: np.ndarray, sources: np.ndarray, fill: int) -> np.ndarray:
+def gather_pixels(image: np.ndarray, sources: np.ndarray, fill: int) -> np.ndarray:
     """Returns an image made of the pixels of another.
 
     Args:
@@ -27,7 +27,7 @@ def take(image: np.ndarray, sources: np.ndarray, fill: int) -> np.ndarray:
 
 # Of one size of images and one magnitude there are two rotations, by sign, and four shears.
 @functools.lru_cache(maxsize=4)
-def rotation_sources(height: int, width: int, degrees: float) -> np.ndarray:
+def rotation_source_coords(height: int, width: int, degrees: float) -> np.ndarray:
     """Returns where pixels come from when an image is rotated about its centre.
 
     Args:
@@ -43,11 +43,11 @@ def rotation_sources(height: int, width: int, degrees: float) -> np.ndarray:
     # From the centre of a pixel of the result to its source, both from the centre of the image.
     x, y = (1 - width) / 2, (1 - height) / 2
     start_x, start_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2
-    return _sources(height, width, (cosine, -sine, start_x), (sine, cosine, start_y))
+    return _source_coords(height, width, (cosine, -sine, start_x), (sine, cosine, start_y))
 
 
 @functools.lru_cache(maxsize=8)
-def shear_sources(height: int, width: int, slope_x: float, slope_y: float) -> np.ndarray:
+def shear_source_coords(height: int, width: int, slope_x: float, slope_y: float) -> np.ndarray:
     """Returns where pixels come from when an image is sheared, with its upper left corner fixed.
 
     Args:
@@ -57,18 +57,18 @@ def shear_sources(height: int, width: int, slope_x: float, slope_y: float) -> np
         slope_y: pixels down that a source lies further in every next column.
 
     Returns:
-        As `rotation_sources`.
+        As `rotation_source_coords`.
     """
     across = (1.0, slope_x, (1 + slope_x) / 2)
-    return _sources(height, width, across, (slope_y, 1.0, (1 + slope_y) / 2))
+    return _source_coords(height, width, across, (slope_y, 1.0, (1 + slope_y) / 2))
 
 
-def fixed_point(number: float) -> int:
+def to_fixed_point(number: float) -> int:
     """Rounds to the 16.16 fixed point in which Pillow computes where a pixel comes from."""
     return math.floor(number * 65536 + 0.5)
 
 
-def _sources(
+def _source_coords(
     height: int, width: int, across: tuple[float, float, float], down: tuple[float, float, float]
 ) -> np.ndarray:
     """Returns the sources of an affine map.
@@ -81,7 +81,7 @@ def _sources(
     """
     x, y = np.arange(width), np.arange(height)[:, None]
     columns, rows = (
-        (fixed_point(along_x) * x + fixed_point(along_y) * y + fixed_point(start)) >> 16
+        (to_fixed_point(along_x) * x + to_fixed_point(along_y) * y + to_fixed_point(start)) >> 16
         for along_x, along_y, start in (across, down)
     )
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mixer_jax.data.examples import Example, Source
-from mixer_jax.data.image_files import printable, read_image, walk_images
+from mixer_jax.data.image_files import display_path, read_image, walk_images
+from mixer_jax.data.source import Example, Source
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
@@ -67,7 +67,7 @@ def open_folder(path: str, split: str) -> Source:
     files = [file for part in _slices(meant, splits, root) for file in part]
     if not files:
         raise UserError(f"split {split!r} of folder {str(root)!r} has no images")
-    names = tuple(map(printable, class_names))
+    names = tuple(map(display_path, class_names))
     return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
 
 
@@ -93,7 +93,7 @@ class _FolderExamples(Sequence[Example]):
         start = self._ends[index - 1] if index else 0
         path = self._root / os.fsdecode(self._paths[start : self._ends[index]])
         labels = (int(self._labels[index]),)
-        return Example(image=read_image(path), labels=labels, name=printable(path))
+        return Example(image=read_image(path), labels=labels, name=display_path(path))
 
 
 def _check_classes(folder: Path, class_names: list[str]) -> None:

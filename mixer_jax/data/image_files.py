@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from mixer_jax.data.decoding import MAX_PIXELS, BadImageError
+from mixer_jax.data.decode import MAX_PIXELS, BadImageError
 from mixer_jax.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -31,7 +31,7 @@ def is_image_name(name: str) -> bool:
     return _SUFFIXES.fullmatch(Path(name).suffix) is not None
 
 
-def printable(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """Returns a path that can be shown and saved whatever its bytes are."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -46,10 +46,10 @@ def read_image(path: Path) -> bytes:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size > _MAX_BYTES:
-                raise BadImageError("too large a file", f"{size:,} bytes", printable(path))
+                raise BadImageError("too large a file", f"{size:,} bytes", display_path(path))
             return file.readall()
     except OSError as error:
-        raise BadImageError("cannot be read", error.strerror or "", printable(path)) from None
+        raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
 
 
 def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator[Path]:
@@ -89,7 +89,7 @@ def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator
                 yield Path(entry.path)
 
 
-def find_images(names: Iterable[str]) -> list[NamedImage]:
+def expand_image_paths(names: Iterable[str]) -> list[NamedImage]:
     """Returns the images that names mean, in the order of the names.
 
     A name that means no image is returned as one that cannot be used, so that the rest is done.
@@ -111,10 +111,10 @@ def find_images(names: Iterable[str]) -> list[NamedImage]:
             continue
         try:
             found += [
-                (printable(path), functools.partial(read_image, path)) for path in _find(name)
+                (display_path(path), functools.partial(read_image, path)) for path in _find(name)
             ]
         except BadImageError as error:
-            found.append((printable(name), functools.partial(_refuse, error)))
+            found.append((display_path(name), functools.partial(_refuse, error)))
             wrong.append(f"{name!r} {error.reason}")
     if wrong and len(wrong) == len(found):
         others = f", nor is any of the other {len(wrong) - 1:,} an image" if wrong[1:] else ""

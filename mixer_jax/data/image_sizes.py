@@ -2,13 +2,13 @@
 
 import statistics
 
-from mixer_jax.data.decoding import BadImageError, decode
-from mixer_jax.data.examples import Source
+from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.source import Source
 
 _LOOKED_AT = 16
 
 
-def typical_area(source: Source) -> float:
+def median_image_area(source: Source) -> float:
     """Returns the median area of some images spread over a source, square pixels.
 
     Images that cannot be used are passed over; 0 if all are.

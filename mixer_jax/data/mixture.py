@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mixer_jax.data.examples import Example, Part, Source
+from mixer_jax.data.source import Example, MixtureComponent, Source
 from mixer_jax.errors import UserError
 
 
-def mix(sources: Sequence[Source], weights: Sequence[float]) -> Source:
+def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
     """Returns a source whose training order draws from each of several in proportion to a weight.
 
     Its classes are those of all sources; classes of the same name are one. Every source is shuffled
@@ -26,9 +26,9 @@ def mix(sources: Sequence[Source], weights: Sequence[float]) -> Source:
     names = [f"{weight:g} × {s.name}" for s, weight in zip(sources, weights, strict=True)]
     return Source(
         " + ".join(names),
-        _Chain([source.examples for source in joined], starts),
+        _Concat([source.examples for source in joined], starts),
         class_names,
-        mixture=tuple(map(Part, starts, stops, weights)),
+        mixture=tuple(map(MixtureComponent, starts, stops, weights)),
     )
 
 
@@ -63,11 +63,11 @@ def subset(source: Source, places: Sequence[int]) -> Source:
         source: to choose from.
         places: of the examples in it.
     """
-    examples = _Chosen(source.examples, places)
+    examples = _Subset(source.examples, places)
     return Source(source.name, examples, source.class_names, source.multi_label)
 
 
-class _Chain(Sequence[Example]):
+class _Concat(Sequence[Example]):
     """Sequences one after the other."""
 
     def __init__(self, sequences: list[Sequence[Any]], starts: list[int]):
@@ -97,7 +97,7 @@ class _Relabelled(Sequence[Example]):
         return Example(image=example["image"], labels=labels, name=example["name"])
 
 
-class _Chosen(Sequence[Example]):
+class _Subset(Sequence[Example]):
     """Examples at some places of a sequence."""
 
     def __init__(self, examples: Sequence[Any], places: Sequence[int]):

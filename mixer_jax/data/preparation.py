@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixer_jax import locks
-from mixer_jax.errors import RunFailedError, UserError
+from mixer_jax.errors import RunError, UserError
 
 FORMAT = "array_record"
 # In which a data set of ours lists the files that it leaves out.
@@ -35,7 +35,7 @@ def is_prepared(builder: Any) -> bool:
     return bool((builder.data_path / _INFO).exists())
 
 
-def is_readable(builder: Any) -> bool:
+def has_random_access(builder: Any) -> bool:
     """Says whether the data set is on disk in the format that can be read by index."""
     return is_prepared(builder) and builder.info.file_format.value == FORMAT
 
@@ -51,7 +51,7 @@ def choose_format(builder: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(builder: Any, *, wait: bool = False) -> Iterator[None]:
+def preparation_lock(builder: Any, *, wait: bool = False) -> Iterator[None]:
     """Keeps others from preparing the data set, and removes what a killed preparation left.
 
     Args:
@@ -85,7 +85,7 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def allow_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Raises this process's limit of open files, as far as the system lets it.
 
     TFDS sorts what exceeds 1 GB in 1,000 files at once, about as many as are often allowed.
@@ -123,7 +123,7 @@ def check_manual_download(builder: Any, manual_dir: str) -> Path:
     return manual
 
 
-def generate(builder: Any, manual: Path) -> None:
+def download_and_prepare(builder: Any, manual: Path) -> None:
     """Downloads the data set, unless that is left to the user, and writes it.
 
     Args:
@@ -155,12 +155,12 @@ def generate(builder: Any, manual: Path) -> None:
     except Exception as error:
         # The writers do not tell a full disk by the kind of their exceptions.
         full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-        raise (UserError if full else RunFailedError)(
+        raise (UserError if full else RunError)(
             f"preparing data set {name} fails: {type(error).__name__}: {_one_line(error)}"
         ) from error
 
 
-def convert(builder: Any) -> None:
+def convert_to_array_record(builder: Any) -> None:
     """Writes a prepared data set in the format with random access, next to the files it has.
 
     All of TFDS's formats hold the same serialized examples, which are copied one by one, shard by
@@ -238,7 +238,7 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def describe(builder: Any) -> str:
+def format_splits(builder: Any) -> str:
     """Returns a table of a prepared data set's splits, and what else is worth knowing of it."""
     import tensorflow_datasets as tfds
 

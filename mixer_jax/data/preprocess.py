@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mixer_jax.data.decoding import Box, check_pixels, decode
+from mixer_jax.data.decode import Box, check_image_area, decode
 from mixer_jax.data.randaugment import rand_augment
 
 # The evaluation crop: resize to 256 for a crop of 224, and in proportion for other sizes.
@@ -62,7 +62,7 @@ def train_image(
     """
     if out is None:
         out = np.empty((image_size, image_size, 3), np.uint8)
-    box = functools.partial(inception_box, rng=rng, min_area=min_area)
+    box = functools.partial(sample_inception_crop, rng=rng, min_area=min_area)
     image = decode(
         encoded, box if train_crop == "inception" else None, exif_orientation=exif_orientation
     )
@@ -71,7 +71,7 @@ def train_image(
     else:
         image = resize(image, image_size, image_size, out)
     if train_crop == "shift":
-        image = shift(image, rng, max_shift)
+        image = random_shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
         image = cv2.flip(image, 1)
     if randaugment_layers:
@@ -122,7 +122,7 @@ def eval_image(
         sides = [_before_crop(side) for side in image_size]
         if eval_crop == "shorter_side":
             sides = _cover(image, sides, round)
-        image = resize_by_area(image, *sides)
+        image = resize_area(image, *sides)
     margins = (side - kept for side, kept in zip(image.shape, image_size, strict=False))
     # timm rounds half a pixel to even where the authors' code rounds down.
     top, left = (round(m / 2) if as_timm else m // 2 for m in margins)
@@ -148,7 +148,7 @@ def _cover(image: np.ndarray, wanted: list[int], whole: Callable[[float], int]) 
     sides = image.shape[:2]
     grown, side = max(zip(wanted, sides, strict=True), key=lambda pair: pair[0] / pair[1])
     height, width = (whole(length * grown / side) for length in sides)
-    check_pixels(height, width)
+    check_image_area(height, width)
     return [height, width]
 
 
@@ -162,7 +162,7 @@ def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = 
     return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
-def resize_by_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes so that every pixel is the mean of the area it covers."""
     rows, columns = image.shape[:2]
     # OpenCV averages over areas only where no side grows, so that those that shrink go first.
@@ -178,7 +178,9 @@ def resize_by_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
-def inception_box(height: int, width: int, rng: np.random.Generator, min_area: float) -> Box:
+def sample_inception_crop(
+    height: int, width: int, rng: np.random.Generator, min_area: float
+) -> Box:
     """Draws a part with area in [min_area, 1] of the image's and aspect in [3/4, 4/3].
 
     Ten draws that do not fit the image are followed by its centre: the largest part of it whose
@@ -214,11 +216,11 @@ def random_crop(image: np.ndarray, rng: np.random.Generator, image_size: int) ->
     """
     side = _before_crop(image_size)
     top, left = rng.integers(side - image_size + 1, size=2)
-    image = resize_by_area(image, side, side)
+    image = resize_area(image, side, side)
     return image[top : top + image_size, left : left + image_size]
 
 
-def shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) -> np.ndarray:
+def random_shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) -> np.ndarray:
     """Moves the image by up to `max_shift` pixels along both axes; black comes in at the edge."""
     dy, dx = rng.integers(-max_shift, max_shift + 1, size=2)
     height, width = image.shape[:2]

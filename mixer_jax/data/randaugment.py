@@ -14,7 +14,12 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from mixer_jax.data.affine import fixed_point, rotation_sources, shear_sources, take
+from mixer_jax.data.affine import (
+    gather_pixels,
+    rotation_source_coords,
+    shear_source_coords,
+    to_fixed_point,
+)
 
 RGBImage = np.ndarray  # uint8, (height, width, 3)
 
@@ -49,7 +54,7 @@ def invert(image: RGBImage) -> RGBImage:
 
 def rotate(image: RGBImage, degrees: float) -> RGBImage:
     """Rotates about the centre of the image, anticlockwise for positive degrees."""
-    return take(image, rotation_sources(*image.shape[:2], degrees), FILL)
+    return gather_pixels(image, rotation_source_coords(*image.shape[:2], degrees), FILL)
 
 
 def posterize(image: RGBImage, bits: int) -> RGBImage:
@@ -107,12 +112,12 @@ def sharpness(image: RGBImage, factor: float) -> RGBImage:
 
 def shear_x(image: RGBImage, slope: float) -> RGBImage:
     """Shears along x: row y of the result starts `slope * y` pixels into row y of the image."""
-    return take(image, shear_sources(*image.shape[:2], slope, 0.0), FILL)
+    return gather_pixels(image, shear_source_coords(*image.shape[:2], slope, 0.0), FILL)
 
 
 def shear_y(image: RGBImage, slope: float) -> RGBImage:
     """Shears along y: column x of the result starts `slope * x` pixels down column x."""
-    return take(image, shear_sources(*image.shape[:2], 0.0, slope), FILL)
+    return gather_pixels(image, shear_source_coords(*image.shape[:2], 0.0, slope), FILL)
 
 
 def translate_x(image: RGBImage, pixels: float) -> RGBImage:
@@ -195,7 +200,7 @@ def _blend(degenerate: RGBImage, image: RGBImage, factor: float) -> RGBImage:
 
 def _overlap(length: int, pixels: float) -> tuple[slice, slice]:
     """Returns what a move keeps of an axis: where it is in the result, and in the image."""
-    shift = min(max(fixed_point(pixels + 0.5) >> 16, -length), length)
+    shift = min(max(to_fixed_point(pixels + 0.5) >> 16, -length), length)
     left, right = max(shift, 0), max(-shift, 0)
     return slice(right, length - left), slice(left, length - right)
 

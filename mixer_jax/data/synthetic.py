@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mixer_jax.data.examples import Example, Source
+from mixer_jax.data.source import Example, Source
 
 SYNTHETIC = "synthetic"
 

@@ -11,20 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mixer_jax.data.examples import Source
-from mixer_jax.data.pipeline import Batch
+from mixer_jax.data.loader import Batch
+from mixer_jax.data.source import Source
+from mixer_jax.distributed.sharding import replicate, replicated
+from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.passes import Pass, Reading
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
 from mixer_jax.model.making import for_devices
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.pixels import to_model_range
-from mixer_jax.parallel.compiler import compiler_options
-from mixer_jax.parallel.sharding import gathered, replicated
 
 NUM_CALIBRATION_BINS = 15
 
 
-class Scores(NamedTuple):
+class ClassificationMetrics(NamedTuple):
     """What a split says of a model; shares lie in [0, 1].
 
     Attributes:
@@ -73,7 +73,7 @@ class Scores(NamedTuple):
         )
 
 
-class Judgements(NamedTuple):
+class ExampleMetrics(NamedTuple):
     """What is known of each example of a batch.
 
     Attributes:
@@ -90,12 +90,12 @@ class Judgements(NamedTuple):
     mask: Bool[Array, " n"]
 
 
-JudgeBatch = Callable[[Any, Batch], Judgements]
+EvalStep = Callable[[Any, Batch], ExampleMetrics]
 
 
-def judge(
+def per_example_metrics(
     logits: Float[Array, "n classes"], right: Bool[Array, "n classes"], mask: Bool[Array, " n"]
-) -> Judgements:
+) -> ExampleMetrics:
     """Judges every example of a batch on its own; a tie counts against the model.
 
     Args:
@@ -111,41 +111,41 @@ def judge(
     rank = jnp.sum(~right & ~(log_probs < best[:, None]), axis=1)
     rank = jnp.where(jnp.isnan(log_probs[:, 0]), logits.shape[1], rank)
     log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=right)
-    return Judgements(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
+    return ExampleMetrics(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
 
 
-def compile_judge(model: MlpMixer, mesh: Mesh) -> JudgeBatch:
-    """Returns `judge` for a model's parameters and a batch of `eval_batches`, compiled.
+def make_eval_step(model: MlpMixer, mesh: Mesh) -> EvalStep:
+    """Compiles `per_example_metrics` of a model's parameters and a batch of `eval_batches`.
 
-    The judgements lie whole on every device, so that every host can read all of them. Nothing is
-    donated: parameters outlive an evaluation.
+    The result is replicated, so that every host can read all of it. Nothing is donated:
+    parameters outlive an evaluation.
     """
     model = for_devices(model, mesh.size)
     options = compiler_options(mesh.devices.flat[0].platform, model.kernels)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
-    def judge_batch(params: Any, batch: Batch) -> Judgements:
-        params = gathered(params, mesh)
+    def eval_step(params: Any, batch: Batch) -> ExampleMetrics:
+        params = replicate(params, mesh)
         logits = model.apply({"params": params}, to_model_range(batch["image"]))
         right = batch["label"]
         if right.ndim == 1:
             right = jax.nn.one_hot(right, logits.shape[1], dtype=jnp.bool_)
-        return judge(logits, right, batch["mask"])
+        return per_example_metrics(logits, right, batch["mask"])
 
-    return judge_batch
+    return eval_step
 
 
 def evaluate(
-    judge_batch: JudgeBatch,
+    eval_step: EvalStep,
     params: Any,
     source: Source,
     mesh: Mesh,
-    reading: Reading,
-) -> Scores:
+    reading: EvalInputConfig,
+) -> ClassificationMetrics:
     """Scores a model on every example of a source.
 
     Args:
-        judge_batch: from `compile_judge`.
+        eval_step: from `make_eval_step`.
         params: of the model.
         source: what to score on.
         mesh: of devices.
@@ -154,27 +154,29 @@ def evaluate(
     Raises:
         UserError: images cannot be used and none may be left out; or no example counts.
     """
-    judging = Pass(judge_batch, params, source, mesh, reading)
+    judging = DatasetPass(eval_step, params, source, mesh, reading)
     finished = list(judging)
-    if not any(judgements.mask.any() for judgements in finished):
+    if not any(metrics_per_example.mask.any() for metrics_per_example in finished):
         raise UserError(f"{source.name}: there is no example to score")
-    scores = summarize(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
+    scores = aggregate(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
     num_unlabelled = len(source) - scores.num_examples - judging.num_bad
     return scores._replace(num_bad=judging.num_bad, num_unlabelled=num_unlabelled)
 
 
-def summarize(judgements: Judgements) -> Scores:
+def aggregate(metrics_per_example: ExampleMetrics) -> ClassificationMetrics:
     """Returns the scores of examples judged one by one, summed in float64.
 
     Raises:
         ValueError: no example counts.
     """
-    mask = np.asarray(judgements.mask)
-    rank, log_likelihood, confidence = (np.asarray(column)[mask] for column in judgements[:3])
+    mask = np.asarray(metrics_per_example.mask)
+    rank, log_likelihood, confidence = (
+        np.asarray(column)[mask] for column in metrics_per_example[:3]
+    )
     if not rank.size:
         raise ValueError("there is no example to score")
     right = rank == 0
-    return Scores(
+    return ClassificationMetrics(
         top1=float(right.mean()),
         top5=float((rank < 5).mean()),
         log_likelihood=math.fsum(log_likelihood.tolist()) / rank.size,

@@ -10,15 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int
 
-from mixer_jax.data.examples import Source
-from mixer_jax.data.pipeline import Batch
+from mixer_jax.data.loader import Batch
+from mixer_jax.data.source import Source
+from mixer_jax.distributed.sharding import replicate, replicated
+from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.passes import Pass, Reading
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
 from mixer_jax.model.making import for_devices
 from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.pixels import to_model_range
-from mixer_jax.parallel.compiler import compiler_options
-from mixer_jax.parallel.sharding import gathered, replicated
 
 
 class BatchFeatures(NamedTuple):
@@ -49,10 +49,10 @@ class Chunk(NamedTuple):
     places: Int[np.ndarray, " n"]
 
 
-FeaturesOf = Callable[[Any, Batch], BatchFeatures]
+FeatureFn = Callable[[Any, Batch], BatchFeatures]
 
 
-def compile_features(model: MlpMixer, mesh: Mesh) -> FeaturesOf:
+def make_feature_fn(model: MlpMixer, mesh: Mesh) -> FeatureFn:
     """Returns the model without its head, for parameters and a batch of `eval_batches`, compiled.
 
     The features lie whole on every device, so that every host can read all of them. The head's
@@ -62,34 +62,39 @@ def compile_features(model: MlpMixer, mesh: Mesh) -> FeaturesOf:
     options = compiler_options(mesh.devices.flat[0].platform, headless.kernels)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
-    def features_of(params: Any, batch: Batch) -> BatchFeatures:
-        params = gathered(params, mesh)
+    def feature_fn(params: Any, batch: Batch) -> BatchFeatures:
+        params = replicate(params, mesh)
         features = headless.apply({"params": params}, to_model_range(batch["image"]))
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 
-    return features_of
+    return feature_fn
 
 
-class FeaturePass:
+class FeatureExtractor:
     """The features of every example of a source, once, in order, in chunks without padding.
 
     It is there to be iterated over once; nothing of a chunk is kept.
     """
 
     def __init__(
-        self, features_of: FeaturesOf, params: Any, source: Source, mesh: Mesh, reading: Reading
+        self,
+        feature_fn: FeatureFn,
+        params: Any,
+        source: Source,
+        mesh: Mesh,
+        reading: EvalInputConfig,
     ):
         """Takes what is passed over.
 
         Args:
-            features_of: from `compile_features`.
+            feature_fn: from `make_feature_fn`.
             params: of the model.
             source: of the examples, each with one label.
             mesh: of devices.
             reading: how they are read.
         """
         self._name = source.name
-        self._pass = Pass(features_of, params, source, mesh, reading)
+        self._pass = DatasetPass(feature_fn, params, source, mesh, reading)
 
     @property
     def num_bad(self) -> int:
@@ -117,7 +122,7 @@ class FeaturePass:
                 yield chunk
 
 
-def together(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+def rechunk(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
     """Yields the same in larger chunks.
 
     Args:

@@ -10,27 +10,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from mixer_jax.data.decoding import BadImageError
-from mixer_jax.data.examples import Source
-from mixer_jax.data.reading import BadImage
+from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.readers import BadImage
+from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.passes import refuse
+from mixer_jax.evaluation.loop import bad_images_error
 
-PENALTY = 2.0**10
+L2_REG = 2.0**10
 # The value of the intercept's column: so large that the penalty hardly touches the intercept.
-INTERCEPT = 100.0
+BIAS_FEATURE = 100.0
 # Added to every deviation, so that a feature that never changes is no division by zero.
-SMALL = 1e-5
+STD_EPS = 1e-5
 # The label of an example that cannot be read.
 UNUSABLE = -1
 
 
-class LinearScorer(NamedTuple):
+class LinearClassifier(NamedTuple):
     """A linear map from features to a score for each class.
 
     Attributes:
         mean: of the training features.
-        deviation: likewise, population, plus `SMALL`.
+        deviation: likewise, population, plus `STD_EPS`.
         weights: of standardised features, and last of the intercept's column.
     """
 
@@ -41,15 +41,15 @@ class LinearScorer(NamedTuple):
     def scores(self, features: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "n classes"]:
         """Returns a score for each class; the highest is the answer."""
         standardised = (features - self.mean) / self.deviation
-        return standardised @ self.weights[:-1] + INTERCEPT * self.weights[-1]
+        return standardised @ self.weights[:-1] + BIAS_FEATURE * self.weights[-1]
 
 
-def fit_least_squares(
+def fit_ridge(
     features: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
     num_classes: int,
-    penalty: float = PENALTY,
-) -> LinearScorer:
+    penalty: float = L2_REG,
+) -> LinearClassifier:
     """Returns the ridge regression from standardised features to +1 for the class, −1 for others.
 
     Args:
@@ -59,11 +59,11 @@ def fit_least_squares(
         penalty: λ, on the squares of all weights, the intercept's too.
     """
     features = features.astype(np.float64)
-    mean, deviation = features.mean(axis=0), features.std(axis=0) + SMALL
-    ones = np.full((len(features), 1), INTERCEPT)
+    mean, deviation = features.mean(axis=0), features.std(axis=0) + STD_EPS
+    ones = np.full((len(features), 1), BIAS_FEATURE)
     x = np.concatenate([(features - mean) / deviation, ones], axis=1)
     y = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
-    return LinearScorer(mean, deviation, solve_ridge(x, y, penalty))
+    return LinearClassifier(mean, deviation, solve_ridge(x, y, penalty))
 
 
 def solve_ridge(
@@ -80,7 +80,7 @@ def solve_ridge(
     return x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(n), y)
 
 
-class Labels(Sequence[int]):
+class LazyLabels(Sequence[int]):
     """The label of every example of a source, read when it is first asked for, and kept.
 
     An example that cannot be read has the label `UNUSABLE`, as has one that was found unusable.
@@ -110,13 +110,13 @@ class Labels(Sequence[int]):
             except BadImageError as error:
                 if not self._skip_bad:
                     bad = BadImage(error.name or f"example {place}", error.reason)
-                    raise refuse(self._source, [bad], 1) from error
+                    raise bad_images_error(self._source, [bad], 1) from error
                 self.bad.add(place)
                 return UNUSABLE
         return self._known[place]
 
 
-def draw_shots(
+def sample_few_shot(
     labels: Sequence[Any],  # Not of int: a type checker at run time would read some.
     class_names: tuple[str, ...],
     *,

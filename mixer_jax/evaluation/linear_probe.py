@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from mixer_jax.evaluation.few_shot import INTERCEPT, SMALL, LinearScorer
+from mixer_jax.evaluation.few_shot import BIAS_FEATURE, STD_EPS, LinearClassifier
 
 # Penalties to choose among.
-PENALTIES = tuple(2.0**exponent for exponent in range(-10, 21, 2))
+L2_REGS = tuple(2.0**exponent for exponent in range(-10, 21, 2))
 
 
-class Moments:
+class SufficientStatistics:
     """What least squares need to know of examples seen so far."""
 
     def __init__(self, num_classes: int):
@@ -53,7 +53,7 @@ class Moments:
 
     def solve(self) -> "RidgePath":
         """Returns the regressions on these examples, for every penalty."""
-        deviation = np.sqrt(np.diag(self._scatter) / self.count) + SMALL
+        deviation = np.sqrt(np.diag(self._scatter) / self.count) + STD_EPS
         values, basis = np.linalg.eigh(self._scatter / np.outer(deviation, deviation))
         # Centred features sum to zero, so that of targets of ±1 only the differences count.
         products = 2 * (self._class_sums - self._counts[:, None] * self._mean).T
@@ -73,7 +73,7 @@ class RidgePath(NamedTuple):
 
     Attributes:
         mean: of the features.
-        deviation: likewise, population, plus `SMALL`.
+        deviation: likewise, population, plus `STD_EPS`.
         values: eigenvalues of the products of standardised features.
         basis: eigenvectors, one a column.
         products: of standardised features and targets, in that basis.
@@ -89,13 +89,13 @@ class RidgePath(NamedTuple):
     num_examples: int
     target_sums: Float64[np.ndarray, " classes"]
 
-    def at(self, penalty: float) -> LinearScorer:
+    def at(self, penalty: float) -> LinearClassifier:
         """Returns the regression with one penalty."""
         weights = self.basis @ (self.products / (self.values + penalty)[:, None])
         weights = np.concatenate([weights, self._intercept(penalty)[None]])
-        return LinearScorer(self.mean, self.deviation, weights)
+        return LinearClassifier(self.mean, self.deviation, weights)
 
-    def count_right(
+    def count_correct(
         self,
         features: Float[np.ndarray, "n d"],
         labels: Int[np.ndarray, " n"],
@@ -107,9 +107,9 @@ class RidgePath(NamedTuple):
         right = []
         for penalty in penalties:
             scores = (turned / (self.values + penalty)) @ self.products
-            answers = (scores + INTERCEPT * self._intercept(penalty)).argmax(axis=1)
+            answers = (scores + BIAS_FEATURE * self._intercept(penalty)).argmax(axis=1)
             right.append(int((answers == labels).sum()))
         return np.array(right)
 
     def _intercept(self, penalty: float) -> Float64[np.ndarray, " classes"]:
-        return INTERCEPT * self.target_sums / (INTERCEPT**2 * self.num_examples + penalty)
+        return BIAS_FEATURE * self.target_sums / (BIAS_FEATURE**2 * self.num_examples + penalty)

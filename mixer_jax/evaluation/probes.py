@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import relabel, subset
+from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.features import FeaturePass, FeaturesOf, together
-from mixer_jax.evaluation.few_shot import Labels, LinearScorer, draw_shots, fit_least_squares
-from mixer_jax.evaluation.linear_probe import PENALTIES, Moments
-from mixer_jax.evaluation.neighbours import NeighbourScorer
-from mixer_jax.evaluation.passes import Reading
+from mixer_jax.evaluation.features import FeatureExtractor, FeatureFn, rechunk
+from mixer_jax.evaluation.few_shot import LazyLabels, LinearClassifier, fit_ridge, sample_few_shot
+from mixer_jax.evaluation.knn import KnnClassifier
+from mixer_jax.evaluation.linear_probe import L2_REGS, SufficientStatistics
+from mixer_jax.evaluation.loop import EvalInputConfig
 
 # Of the training split, where the linear probe's penalty is chosen: its last tenth.
 _HELD_OUT_SHARE = 0.1
@@ -26,7 +26,7 @@ _HELD_OUT_SHARE = 0.1
 _ROWS_TOGETHER = 4096
 
 
-class ProbeSettings(NamedTuple):
+class ProbeConfig(NamedTuple):
     """Which probe.
 
     Attributes:
@@ -40,7 +40,7 @@ class ProbeSettings(NamedTuple):
     seeds: Sequence[int] = (0, 1, 2)
 
 
-class ProbeScores(NamedTuple):
+class ProbeMetrics(NamedTuple):
     """What a split says of features; shares lie in [0, 1].
 
     Attributes:
@@ -89,10 +89,10 @@ class ProbeScores(NamedTuple):
         return self.told()
 
 
-_Scorer = LinearScorer | NeighbourScorer
+_Scorer = LinearClassifier | KnnClassifier
 
 
-class _Learnt(NamedTuple):
+class _FittedProbe(NamedTuple):
     """Probes that are ready to be scored: by name, one for every seed."""
 
     scorers: dict[str, list[_Scorer]]
@@ -101,23 +101,23 @@ class _Learnt(NamedTuple):
     penalty: float | None = None
 
 
-_Look = Callable[[Source], FeaturePass]
+_Extract = Callable[[Source], FeatureExtractor]
 
 
 def run_probe(
-    features_of: FeaturesOf,
+    feature_fn: FeatureFn,
     params: Any,
-    settings: ProbeSettings,
+    settings: ProbeConfig,
     train: Source,
     test: Source,
     mesh: Mesh,
-    reading: Reading,
-    labels: Labels | None = None,
-) -> ProbeScores:
+    reading: EvalInputConfig,
+    labels: LazyLabels | None = None,
+) -> ProbeMetrics:
     """Learns a probe from one split's features and scores it on another's.
 
     Args:
-        features_of: from `compile_features`.
+        feature_fn: from `compile_features`.
         params: of the model.
         settings: which probe.
         train: what it learns from.
@@ -130,17 +130,17 @@ def run_probe(
         UserError: the sources do not suit a probe or each other, a class has too few examples,
             images cannot be used and none may be left out, or there are none.
     """
-    test = match_classes(train, test)
-    look = functools.partial(FeaturePass, features_of, params, mesh=mesh, reading=reading)
+    test = align_labels(train, test)
+    look = functools.partial(FeatureExtractor, feature_fn, params, mesh=mesh, reading=reading)
     if settings.method == "few_shot":
-        labels = Labels(train, reading.skip_bad) if labels is None else labels
+        labels = LazyLabels(train, reading.skip_bad) if labels is None else labels
         learnt = _learn_few_shot(look, train, settings, labels)
     else:
         learnt = {"linear": _learn_linear, "knn": _learn_knn}[settings.method](look, train)
     return _score(learnt, look(test), settings.method, test.name)
 
 
-def match_classes(train: Source, test: Source) -> Source:
+def align_labels(train: Source, test: Source) -> Source:
     """Returns the test split with the labels of the training split's classes.
 
     Raises:
@@ -158,22 +158,26 @@ def match_classes(train: Source, test: Source) -> Source:
         raise UserError(f"{error}; learn from a split that has all classes") from error
 
 
-def draw_all(settings: ProbeSettings, train: Source, labels: Labels) -> list[np.ndarray]:
+def sample_all_shots(settings: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
     """Draws the training images of each seed, (most shots, classes); the first rows for fewer.
 
     Raises:
         UserError: a class has too few examples.
     """
     return [
-        draw_shots(labels, train.class_names, shots=max(settings.shots), seed=seed, name=train.name)
+        sample_few_shot(
+            labels, train.class_names, shots=max(settings.shots), seed=seed, name=train.name
+        )
         for seed in settings.seeds
     ]
 
 
-def _learn_few_shot(look: _Look, train: Source, settings: ProbeSettings, labels: Labels) -> _Learnt:
+def _learn_few_shot(
+    look: _Extract, train: Source, settings: ProbeConfig, labels: LazyLabels
+) -> _FittedProbe:
     known: dict[int, np.ndarray] = {}
     while True:
-        drawn = draw_all(settings, train, labels)
+        drawn = sample_all_shots(settings, train, labels)
         wanted = sorted({*np.unique(drawn).tolist()} - known.keys())
         if not wanted:
             break
@@ -186,27 +190,27 @@ def _learn_few_shot(look: _Look, train: Source, settings: ProbeSettings, labels:
     for shots in settings.shots:
         places = [rows[:shots].ravel().tolist() for rows in drawn]
         scorers[f"{shots}_shot"] = [
-            fit_least_squares(
+            fit_ridge(
                 np.stack([known[place] for place in one]),
                 np.array([labels[place] for place in one]),
                 train.num_classes,
             )
             for one in places
         ]
-    return _Learnt(scorers, len(np.unique(drawn)), len(labels.bad))
+    return _FittedProbe(scorers, len(np.unique(drawn)), len(labels.bad))
 
 
-def _learn_linear(look: _Look, train: Source) -> _Learnt:
+def _learn_linear(look: _Extract, train: Source) -> _FittedProbe:
     cut = len(train) - max(1, round(_HELD_OUT_SHARE * len(train)))
     fit, held_out = (look(subset(train, part)) for part in _parts(cut, len(train)))
-    moments = Moments(train.num_classes)
+    moments = SufficientStatistics(train.num_classes)
     for chunk in fit:
         moments.add(chunk.features, chunk.labels)
     num_fit = moments.count
     if num_fit:
-        path, right = moments.solve(), np.zeros(len(PENALTIES), np.int64)
+        path, right = moments.solve(), np.zeros(len(L2_REGS), np.int64)
         for chunk in held_out:
-            right += path.count_right(chunk.features, chunk.labels, PENALTIES)
+            right += path.count_correct(chunk.features, chunk.labels, L2_REGS)
             moments.add(chunk.features, chunk.labels)
     if not num_fit or moments.count == num_fit:
         raise UserError(
@@ -214,17 +218,17 @@ def _learn_linear(look: _Look, train: Source) -> _Learnt:
             "choose its penalty; name a larger split"
         )
     # Of equals, the strongest.
-    penalty = max(zip(right.tolist(), PENALTIES, strict=True))[1]
+    penalty = max(zip(right.tolist(), L2_REGS, strict=True))[1]
     num_bad = fit.num_bad + held_out.num_bad
     scorers: dict[str, list[_Scorer]] = {"linear": [moments.solve().at(penalty)]}
-    return _Learnt(scorers, moments.count, num_bad, penalty)
+    return _FittedProbe(scorers, moments.count, num_bad, penalty)
 
 
 def _parts(cut: int, end: int) -> tuple[range, range]:
     return range(cut), range(cut, end)
 
 
-def _learn_knn(look: _Look, train: Source) -> _Learnt:
+def _learn_knn(look: _Extract, train: Source) -> _FittedProbe:
     seen, bank, count = look(train), np.zeros((0, 0), np.float32), 0
     labels = np.zeros(len(train), np.int64)
     for chunk in seen:
@@ -236,15 +240,15 @@ def _learn_knn(look: _Look, train: Source) -> _Learnt:
         count = rows.stop
     if not count:
         raise UserError(f"{train.name}: there is no example to learn from; name another split")
-    scorer = NeighbourScorer(bank[:count], labels[:count], train.num_classes)
-    return _Learnt({"knn": [scorer]}, count, seen.num_bad)
+    scorer = KnnClassifier(bank[:count], labels[:count], train.num_classes)
+    return _FittedProbe({"knn": [scorer]}, count, seen.num_bad)
 
 
-def _score(learnt: _Learnt, chunks: FeaturePass, method: str, name: str) -> ProbeScores:
+def _score(learnt: _FittedProbe, chunks: FeatureExtractor, method: str, name: str) -> ProbeMetrics:
     right = {key: np.zeros(len(scorers), np.int64) for key, scorers in learnt.scorers.items()}
     count = 0
     # A neighbour scorer goes through all that it has learnt each time.
-    for chunk in together(chunks, _ROWS_TOGETHER):
+    for chunk in rechunk(chunks, _ROWS_TOGETHER):
         count += len(chunk.labels)
         for key, scorers in learnt.scorers.items():
             for number, scorer in enumerate(scorers):
@@ -258,7 +262,7 @@ def _score(learnt: _Learnt, chunks: FeaturePass, method: str, name: str) -> Prob
         deviations = {
             key: statistics.stdev(found) if len(found) > 1 else 0.0 for key, found in shares.items()
         }
-    return ProbeScores(
+    return ProbeMetrics(
         method,
         {key: statistics.fmean(found) for key, found in shares.items()},
         deviations,

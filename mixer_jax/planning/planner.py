@@ -5,27 +5,27 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.config import check_warmup, resolve_num_steps
-from mixer_jax.parallel.divisions import check_divides, check_mesh
-from mixer_jax.planning.carried import carried
-from mixer_jax.planning.collectives import Transfer, transfers
-from mixer_jax.planning.formulas import (
+from mixer_jax.config.config import check_warmup, resolve_num_steps
+from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.planning.cost_model import (
     Memory,
-    Work,
-    evaluation_memory,
-    memory,
-    traffic_bound,
-    transfers_by_formula,
-    work_of,
+    RunSpec,
+    estimate_collectives,
+    estimate_eval_memory,
+    estimate_memory,
+    min_hbm_bytes,
+    run_spec,
 )
-from mixer_jax.planning.nominal import nominal_sources, plannable
-from mixer_jax.planning.program import Program
-from mixer_jax.planning.roofline import Bound, Cost, bound, cost
-from mixer_jax.planning.topology import Place, Topology, places_of, tpu_devices
-from mixer_jax.planning.traffic import traffic
+from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
+from mixer_jax.planning.hlo.collectives import Collective, find_collectives
+from mixer_jax.planning.hlo.program import Program
+from mixer_jax.planning.hlo.tensor_roles import tensor_roles
+from mixer_jax.planning.hlo.traffic import traffic
+from mixer_jax.planning.roofline import RooflineBound, RunCost, roofline_bound, run_cost
+from mixer_jax.planning.topology import DeviceLocation, Topology, device_locations, tpu_devices
 
 
-class Step(NamedTuple):
+class CompiledStep(NamedTuple):
     """One step on one device, as compiled.
 
     Attributes:
@@ -71,15 +71,15 @@ class Plan(NamedTuple):
 
     config: ConfigDict
     topology: Topology
-    work: Work
+    work: RunSpec
     estimate: Memory
     scoring: float
-    training: Step | None
-    evaluation: Step | None
+    training: CompiledStep | None
+    evaluation: CompiledStep | None
     memory_bytes: float
-    transfers: list[Transfer]
-    bound: Bound | None
-    cost: Cost | None
+    transfers: list[Collective]
+    bound: RooflineBound | None
+    cost: RunCost | None
     quick: bool = False
     uncounted: int = 0
 
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
         return max(self.estimate.total, self.scoring) <= self.allowed
 
     @property
-    def training_fits(self) -> bool:
+    def train_step_fits(self) -> bool:
         """Whether the training step does, whatever the evaluation step."""
         return self.training.fits if self.training else self.estimate.total <= self.allowed
 
@@ -123,40 +123,36 @@ def make_plan(
         UserError: the config does not fit the topology, in number of devices or in what it says
             of its data.
     """
-    config = plannable(config, topology.chip.platform)
+    config = resolve_for_platform(config, topology.chip.platform)
     if not topology.chip.is_tpu:
         return _by_formula(config, topology)
     # From here on the heavy libraries are needed.
-    from mixer_jax.planning.compiling import (
-        TooLarge,
-        compile_training,
-        prepare,
-    )
+    from mixer_jax.planning.aot_compile import OutOfMemory, build_for_topology, compile_train_step
 
     devices = devices or tpu_devices(topology)
-    experiment = prepare(config, devices)
-    work = work_of(config, experiment.about.num_classes, experiment.num_steps, len(devices))
+    experiment = build_for_topology(config, devices)
+    work = run_spec(config, experiment.about.num_classes, experiment.num_steps, len(devices))
     if evaluation:
-        check_divides("config.eval_batch_size", config.eval_batch_size, len(devices))
-    compiled = compile_training(experiment, quick)
+        check_divisible("config.eval_batch_size", config.eval_batch_size, len(devices))
+    compiled = compile_train_step(experiment, quick)
     plan = _uncompiled(config, topology, work)
     lies = plan.estimate
     state = lies.parameters + lies.moments + lies.batch
-    plan = plan._replace(training=step_of(compiled, topology, state), quick=quick)
+    plan = plan._replace(training=to_compiled_step(compiled, topology, state), quick=quick)
     if evaluation:
-        plan = with_evaluation(plan, experiment)
-    if isinstance(compiled, TooLarge):
+        plan = with_eval_step(plan, experiment)
+    if isinstance(compiled, OutOfMemory):
         return plan
-    sent = sent_by(compiled.program, work, topology, dict(experiment.mesh.shape))
+    sent = collectives_of(compiled.program, work, topology, dict(experiment.mesh.shape))
     plan = plan._replace(
         memory_bytes=traffic(compiled.program).total(),
         transfers=sent,
         uncounted=len(compiled.program.uncounted()),
     )
-    return _with_bound(plan, places_of(topology, list(experiment.mesh.devices.flat)))
+    return _with_bound(plan, device_locations(topology, list(experiment.mesh.devices.flat)))
 
 
-def with_evaluation(plan: Plan, experiment: Any = None) -> Plan:
+def with_eval_step(plan: Plan, experiment: Any = None) -> Plan:
     """Returns a plan for TPUs with the evaluation step compiled, too; one for GPUs as it is.
 
     Args:
@@ -165,17 +161,17 @@ def with_evaluation(plan: Plan, experiment: Any = None) -> Plan:
     """
     if not plan.topology.chip.is_tpu:
         return plan
-    from mixer_jax.planning.compiling import compile_evaluation, prepare
+    from mixer_jax.planning.aot_compile import build_for_topology, compile_eval_step
 
-    experiment = experiment or prepare(plan.config, tpu_devices(plan.topology))
-    compiled = compile_evaluation(experiment, plan.quick)
-    step = step_of(compiled, plan.topology, plan.estimate.parameters)
+    experiment = experiment or build_for_topology(plan.config, tpu_devices(plan.topology))
+    compiled = compile_eval_step(experiment, plan.quick)
+    step = to_compiled_step(compiled, plan.topology, plan.estimate.parameters)
     return plan._replace(evaluation=step)
 
 
-def sent_by(
-    program: Program, work: Work, topology: Topology, mesh: dict[str, int]
-) -> list[Transfer]:
+def collectives_of(
+    program: Program, work: RunSpec, topology: Topology, mesh: dict[str, int]
+) -> list[Collective]:
     """Returns what the devices of a compiled training step send each other.
 
     Args:
@@ -186,52 +182,54 @@ def sent_by(
     """
     rows = [(work.image_size, work.image_size, 3), (work.num_classes,)]
     several = topology.slices > 1
-    known = carried(work.shapes, work.fsdp, rows, in_slices=several)
-    return transfers(program, mesh, known, topology.slices)
+    known = tensor_roles(work.shapes, work.fsdp, rows, in_slices=several)
+    return find_collectives(program, mesh, known, topology.slices)
 
 
 def _by_formula(config: ConfigDict, topology: Topology) -> Plan:
-    source = nominal_sources(config).train
+    source = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(source))
     check_warmup(config, num_steps)
-    work = work_of(config, source.num_classes, num_steps, topology.num_devices)
+    work = run_spec(config, source.num_classes, num_steps, topology.num_devices)
     check_mesh(config.mesh.data, config.mesh.fsdp, topology.num_devices)
-    check_divides(
+    check_divisible(
         "config.batch_size", work.batch_size, work.devices, config.recipe.accumulation_steps
     )
-    check_divides("config.eval_batch_size", config.eval_batch_size, work.devices)
+    check_divisible("config.eval_batch_size", config.eval_batch_size, work.devices)
     plan = _uncompiled(config, topology, work)._replace(
-        memory_bytes=traffic_bound(work), transfers=transfers_by_formula(work)
+        memory_bytes=min_hbm_bytes(work), transfers=estimate_collectives(work)
     )
-    return _with_bound(plan, places_of(topology, None))
+    return _with_bound(plan, device_locations(topology, None))
 
 
-def _uncompiled(config: ConfigDict, topology: Topology, work: Work) -> Plan:
+def _uncompiled(config: ConfigDict, topology: Topology, work: RunSpec) -> Plan:
     """Returns a plan with estimates of memory alone."""
-    scoring = evaluation_memory(work, config.eval_batch_size)
-    return Plan(config, topology, work, memory(work), scoring, None, None, 0.0, [], None, None)
+    scoring = estimate_eval_memory(work, config.eval_batch_size)
+    return Plan(
+        config, topology, work, estimate_memory(work), scoring, None, None, 0.0, [], None, None
+    )
 
 
-def _with_bound(plan: Plan, places: list[Place]) -> Plan:
+def _with_bound(plan: Plan, places: list[DeviceLocation]) -> Plan:
     work, topology = plan.work, plan.topology
     executed = (work.model_flops + work.recomputed_flops) / work.devices
-    least = bound(topology, places, executed, plan.memory_bytes, plan.transfers)
+    least = roofline_bound(topology, places, executed, plan.memory_bytes, plan.transfers)
     return plan._replace(
         bound=least,
-        cost=cost(topology, work.batch_size, work.num_steps, work.model_flops, least.seconds),
+        cost=run_cost(topology, work.batch_size, work.num_steps, work.model_flops, least.seconds),
     )
 
 
-def step_of(compiled: Any, topology: Topology, state: float) -> Step:
+def to_compiled_step(compiled: Any, topology: Topology, state: float) -> CompiledStep:
     """Returns a step from what compiling it gave.
 
     Args:
-        compiled: a `Compiled` or a `TooLarge`.
+        compiled: a `Compiled` or a `OutOfMemory`.
         topology: it is for.
         state: bytes of a device that its arguments take by formula.
     """
     if hasattr(compiled, "program"):
-        return Step(
+        return CompiledStep(
             True,
             compiled.seconds,
             compiled.arguments,
@@ -244,7 +242,7 @@ def step_of(compiled: Any, topology: Topology, state: float) -> Step:
     if needed is not None and compiled.only_temporaries:
         needed += state
     allowed = compiled.allowed or topology.allowed
-    return Step(False, compiled.seconds, 0, 0, 0, needed, allowed, compiled.said)
+    return CompiledStep(False, compiled.seconds, 0, 0, 0, needed, allowed, compiled.said)
 
 
 def say(text: str) -> None:

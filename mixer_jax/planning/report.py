@@ -3,8 +3,8 @@
 import textwrap
 from typing import Any
 
-from mixer_jax.planning.advice import advice
-from mixer_jax.planning.planner import Plan, Step
+from mixer_jax.planning.planner import CompiledStep, Plan
+from mixer_jax.planning.suggestions import suggest_flags
 from mixer_jax.planning.topology import GIB
 
 _WIDTH = 100
@@ -21,7 +21,7 @@ _QUICK = (
 )
 
 
-def told(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Returns a plan as text of at most 100 columns."""
     parts = [_head(plan), _memory(plan)]
     if plan.bound is None:
@@ -35,7 +35,7 @@ def told(plan: Plan) -> str:
     return "\n\n".join([*parts, _too_large(plan)])
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """Returns a plan as what JSON can hold; bytes, seconds and FLOPs, no rounding."""
     config, topology = plan.config, plan.topology
     return {
@@ -97,7 +97,7 @@ def _head(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     lies = plan.estimate
-    steps: list[Step | None] = [plan.training, plan.evaluation]
+    steps: list[CompiledStep | None] = [plan.training, plan.evaluation]
     columns = [step for step in steps if step is not None]
     titles = ["training", "evaluation"][: len(columns)]
     head = f"memory of a device, GiB ({plan.allowed / GIB:.2f} allowed)"
@@ -180,7 +180,7 @@ def _collectives(plan: Plan) -> str:
         f"{sent.num_bytes / _MB:>12,.3f}   {sent.carries}"
         for sent in plan.transfers
     ]
-    wrong = sum(sent.num_bytes for sent in plan.transfers if sent.is_suspicious)
+    wrong = sum(sent.num_bytes for sent in plan.transfers if sent.is_unexpected)
     if wrong:
         lines.append(
             f"  WARNING: {wrong / _MB:,.1f} MB are activations, which a data-parallel step need "
@@ -207,7 +207,7 @@ def _cost(plan: Plan) -> str:
     least, run = plan.bound, plan.cost
     return (
         f"bound: {least.seconds * 1e3:.1f} ms a step, set by {least.limit} "
-        f"({least.without_overlap * 1e3:.1f} ms if nothing overlapped)\n"
+        f"({least.serial_seconds * 1e3:.1f} ms if nothing overlapped)\n"
         f"  {run.images_per_second:,.0f} images/s, {run.images_per_second_per_chip:,.0f} a chip; "
         f"model FLOP utilisation {run.model_flops_utilization:.1%}\n"
         f"  {plan.work.num_steps:,} steps: {run.days:.2f} days, {run.core_days:,.1f} core-days "
@@ -231,9 +231,9 @@ def _too_large(plan: Plan) -> str:
         ]
     if not _evaluation_fits(plan):
         lines.append(f"  lower config.eval_batch_size={plan.config.eval_batch_size}")
-    if plan.training_fits or (plan.training and plan.training.needed is None):
+    if plan.train_step_fits or (plan.training and plan.training.needed is None):
         return "\n".join(lines)
-    flags = advice(plan)
+    flags = suggest_flags(plan)
     if flags:
         lines += ["by estimate, any one of these would fit:", *(f"  {flag}" for flag in flags)]
     else:
@@ -241,7 +241,7 @@ def _too_large(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _refused(name: str, step: Step) -> str:
+def _refused(name: str, step: CompiledStep) -> str:
     if step.needed is None:
         text = f"the {name} step does not fit, and the compiler does not say by how much: "
         return textwrap.fill(text + step.said, _WIDTH)

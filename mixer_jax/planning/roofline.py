@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mixer_jax.planning.collectives import Transfer
-from mixer_jax.planning.topology import Place, Topology
+from mixer_jax.planning.hlo.collectives import Collective
+from mixer_jax.planning.topology import DeviceLocation, Topology
 
 _DAY = 86_400
 
 
-class Bound(NamedTuple):
+class RooflineBound(NamedTuple):
     """Seconds that a step takes at the least, if each part ran at the peak of the hardware.
 
     Attributes:
@@ -28,7 +28,7 @@ class Bound(NamedTuple):
         return max(self)
 
     @property
-    def without_overlap(self) -> float:
+    def serial_seconds(self) -> float:
         """Where nothing overlaps: the sum."""
         return sum(self)
 
@@ -38,7 +38,7 @@ class Bound(NamedTuple):
         return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
-class Cost(NamedTuple):
+class RunCost(NamedTuple):
     """A run at the bound of its step.
 
     Attributes:
@@ -56,13 +56,13 @@ class Cost(NamedTuple):
     model_flops_utilization: float
 
 
-def bound(
+def roofline_bound(
     topology: Topology,
-    places: Sequence[Place],
+    places: Sequence[DeviceLocation],
     executed_flops: float,
     memory_bytes: float,
-    transfers: Sequence[Transfer],
-) -> Bound:
+    transfers: Sequence[Collective],
+) -> RooflineBound:
     """Returns the bound of a step.
 
     Args:
@@ -73,16 +73,16 @@ def bound(
         transfers: between devices.
     """
     chip = topology.chip
-    return Bound(
+    return RooflineBound(
         executed_flops / (chip.flops / chip.devices),
         memory_bytes / (chip.memory_bandwidth / chip.devices),
         sum(network_seconds(topology, places, transfer) for transfer in transfers),
     )
 
 
-def cost(
+def run_cost(
     topology: Topology, batch_size: int, num_steps: int, model_flops: float, seconds: float
-) -> Cost:
+) -> RunCost:
     """Returns what a run costs whose steps take this long.
 
     Args:
@@ -93,7 +93,7 @@ def cost(
         seconds: of a step.
     """
     days = num_steps * seconds / _DAY
-    return Cost(
+    return RunCost(
         batch_size / seconds,
         batch_size / seconds / topology.num_chips,
         days,
@@ -102,7 +102,9 @@ def cost(
     )
 
 
-def network_seconds(topology: Topology, places: Sequence[Place], transfer: Transfer) -> float:
+def network_seconds(
+    topology: Topology, places: Sequence[DeviceLocation], transfer: Collective
+) -> float:
     """Returns the least time of collectives: rings over links, and between neighbourhoods.
 
     An all-reduce over n chips sends 2(n−1)/n of the payload from each, a gather or a scatter

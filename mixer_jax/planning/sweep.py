@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.config import resolve_num_steps
+from mixer_jax.config.config import resolve_num_steps
+from mixer_jax.config.schema import FIELDS
+from mixer_jax.distributed.divisibility import check_divisible, check_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.keys import KEYS
-from mixer_jax.parallel.divisions import check_divides, check_mesh
-from mixer_jax.planning.advice import REMAT
-from mixer_jax.planning.formulas import Work, memory, work_of
-from mixer_jax.planning.nominal import nominal_sources, plannable
-from mixer_jax.planning.planner import Plan, make_plan, say, with_evaluation
-from mixer_jax.planning.report import as_json
+from mixer_jax.planning.cost_model import RunSpec, estimate_memory, run_spec
+from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
+from mixer_jax.planning.planner import Plan, make_plan, say, with_eval_step
+from mixer_jax.planning.report import plan_to_dict
+from mixer_jax.planning.suggestions import REMAT
 from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
@@ -29,7 +29,7 @@ _SECONDS, _SECONDS_A_BLOCK = 60, 12
 _QUICKER = 5
 
 
-class Setting(NamedTuple):
+class SweepPoint(NamedTuple):
     """What a sweep changes.
 
     Attributes:
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
         )
 
 
-class Result(NamedTuple):
+class SweepResult(NamedTuple):
     """A setting, and what a run with it would be.
 
     Attributes:
@@ -63,7 +63,7 @@ class Result(NamedTuple):
         is_present: whether the run is configured so.
     """
 
-    setting: Setting
+    setting: SweepPoint
     estimate: float
     plan: Plan | None
     is_present: bool = False
@@ -82,16 +82,16 @@ class Result(NamedTuple):
         bound = self.plan.bound if self.plan else None
         training = self.plan.training if self.plan else None
         return (
-            not (self.plan and self.plan.training_fits),
+            not (self.plan and self.plan.train_step_fits),
             round(bound.seconds, 6) if bound else math.inf,
-            bound.without_overlap if bound else math.inf,
+            bound.serial_seconds if bound else math.inf,
             training.seconds if training else self.estimate,
         )
 
 
 def sweep(
     config: ConfigDict, topology: Topology, dimensions: str, *, quick: bool = False
-) -> list[Result]:
+) -> list[SweepResult]:
     """Returns plans for settings of a run, the best first; tells on standard error how it goes.
 
     What cannot fit by estimate is not compiled, nor what computes a batch in more pieces than is
@@ -107,28 +107,28 @@ def sweep(
     Raises:
         UserError: a dimension is unknown, or the mesh or a batch does not divide.
     """
-    config = plannable(config, topology.chip.platform)
+    config = resolve_for_platform(config, topology.chip.platform)
     chosen = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
     for name in chosen:
         if name not in DIMENSIONS:
             known = ", ".join(DIMENSIONS)
             raise UserError(f"--sweep={dimensions}: {name!r} is unknown; choose of {known}")
-    source = nominal_sources(config).train
+    source = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(source))
-    work = work_of(config, source.num_classes, num_steps, topology.num_devices)
+    work = run_spec(config, source.num_classes, num_steps, topology.num_devices)
     check_mesh(config.mesh.data, work.fsdp, work.devices, topology.slices)
     pieces = 1 if "accumulation" in chosen else work.pieces
-    check_divides("config.batch_size", work.batch_size, work.devices, pieces)
-    check_divides("config.eval_batch_size", config.eval_batch_size, work.devices)
-    now = present(work)
+    check_divisible("config.batch_size", work.batch_size, work.devices, pieces)
+    check_divisible("config.eval_batch_size", config.eval_batch_size, work.devices)
+    now = current_point(work)
     settings = list(candidates(work, chosen, topology))
-    estimates = {setting: memory(_with(work, setting)).total for setting in settings}
+    estimates = {setting: estimate_memory(_with(work, setting)).total for setting in settings}
     possible = [s for s in settings if estimates[s] <= topology.allowed * _TOLERANCE]
     minutes = _minutes(work, possible, quick) if topology.chip.is_tpu else ""
     say(f"{len(possible)} of {len(settings)} settings may fit{minutes}")
     devices = tpu_devices(topology) if topology.chip.is_tpu else None
-    results = [Result(s, estimates[s], None, s == now) for s in settings if s not in possible]
-    done: list[Result] = []
+    results = [SweepResult(s, estimates[s], None, s == now) for s in settings if s not in possible]
+    done: list[SweepResult] = []
     for number, setting in enumerate(possible, start=1):
         if any(_fits_with_less(result, setting) for result in done):
             continue
@@ -141,20 +141,20 @@ def sweep(
                 raise
             say("interrupted; what was tried is ranked, its evaluation step not tried")
             return sorted(results + done, key=lambda result: result.rank)
-        done.append(Result(setting, estimates[setting], plan, setting == now))
+        done.append(SweepResult(setting, estimates[setting], plan, setting == now))
         say(f"[{number}/{len(possible)}] {_line(done[-1])}")
     best, *others = sorted(results + done, key=lambda result: result.rank)
     if best.fits and best.plan:
-        best = best._replace(plan=with_evaluation(best.plan))
+        best = best._replace(plan=with_eval_step(best.plan))
     return [best, *others]
 
 
-def present(work: Work) -> Setting:
+def current_point(work: RunSpec) -> SweepPoint:
     """Returns the setting that a run has."""
-    return Setting(work.pieces, work.fsdp, work.remat, work.unroll)
+    return SweepPoint(work.pieces, work.fsdp, work.remat, work.unroll)
 
 
-def _fits_with_less(result: Result, setting: Setting) -> bool:
+def _fits_with_less(result: SweepResult, setting: SweepPoint) -> bool:
     """Returns whether a result fits that differs from a setting only by fewer pieces."""
     fewer = result.setting.pieces < setting.pieces
     return (
@@ -162,7 +162,7 @@ def _fits_with_less(result: Result, setting: Setting) -> bool:
     )
 
 
-def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterator[Setting]:
+def candidates(work: RunSpec, chosen: Sequence[str], topology: Topology) -> Iterator[SweepPoint]:
     """Yields settings to try: the present one, then those first that compile fast.
 
     Args:
@@ -170,7 +170,7 @@ def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterato
         chosen: dimensions to change.
         topology: to run on.
     """
-    now = present(work)
+    now = current_point(work)
     rows = work.batch_size // work.devices
     blocks = work.widths.num_blocks
     pieces = [
@@ -180,7 +180,7 @@ def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterato
     ]
     in_slice = topology.num_devices // topology.slices
     splits = [n for n in range(1, _LARGEST_FSDP + 1) if in_slice % n == 0 and n & (n - 1) == 0]
-    policies = [name for name in REMAT if name in KEYS["model.remat"].choices]
+    policies = [name for name in REMAT if name in FIELDS["model.remat"].choices]
     # Formulas do not tell what unrolling does.
     groups = sorted({1, 4 if blocks % 4 == 0 else min(2, blocks)})
     groups = groups if topology.chip.is_tpu else [work.unroll]
@@ -194,7 +194,7 @@ def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterato
         by_name[name] if name in chosen else [value]
         for name, value in zip(DIMENSIONS, now, strict=True)
     ]
-    made = {Setting(*values) for values in itertools.product(*choices)} - {now}
+    made = {SweepPoint(*values) for values in itertools.product(*choices)} - {now}
     if rows % now.pieces == 0:
         yield now
     yield from sorted(
@@ -202,7 +202,7 @@ def candidates(work: Work, chosen: Sequence[str], topology: Topology) -> Iterato
     )
 
 
-def ranked(results: list[Result]) -> str:
+def format_ranking(results: list[SweepResult]) -> str:
     """Returns the results of a sweep as text, with the flags of the best; * marks the present."""
     lines = [
         f"{'pieces':>6} {'fsdp':>5} {'remat':>11} {'unroll':>7} {'GiB':>8} {'':>10} {'ms':>9} "
@@ -213,7 +213,7 @@ def ranked(results: list[Result]) -> str:
         size, verdict = f"~{result.estimate / GIB:.1f}", "ruled out"
         numbers = f"{'':>9} {'':>11} {'':>10} {'':>10}"
         if plan is not None:
-            verdict = "fits" if plan.training_fits else "too large"
+            verdict = "fits" if plan.train_step_fits else "too large"
             step = plan.training
             needed = step.needed if step else plan.estimate.total
             size = "?" if needed is None else f"{needed / GIB:.1f}"
@@ -236,8 +236,8 @@ def ranked(results: list[Result]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _verdict(best: Result) -> list[str]:
-    if best.plan is None or not best.plan.training_fits:
+def _verdict(best: SweepResult) -> list[str]:
+    if best.plan is None or not best.plan.train_step_fits:
         return ["none fits: take more chips"]
     lines = [f"best: {best.setting.flags()}"]
     if not best.fits:
@@ -246,7 +246,7 @@ def _verdict(best: Result) -> list[str]:
     return lines
 
 
-def sweep_json(results: list[Result]) -> dict[str, Any]:
+def ranking_to_dict(results: list[SweepResult]) -> dict[str, Any]:
     """Returns the results of a sweep as what JSON can hold."""
     rows = [
         {
@@ -254,7 +254,7 @@ def sweep_json(results: list[Result]) -> dict[str, Any]:
             "estimated_bytes": result.estimate,
             "present": result.is_present,
             "fits": result.fits,
-            "plan": as_json(result.plan) if result.plan else None,
+            "plan": plan_to_dict(result.plan) if result.plan else None,
         }
         for result in results
     ]
@@ -262,11 +262,11 @@ def sweep_json(results: list[Result]) -> dict[str, Any]:
     return {"best": best, "results": rows}
 
 
-def _with(work: Work, setting: Setting) -> Work:
+def _with(work: RunSpec, setting: SweepPoint) -> RunSpec:
     return work._replace(**setting._asdict())
 
 
-def _changed(config: ConfigDict, setting: Setting) -> ConfigDict:
+def _changed(config: ConfigDict, setting: SweepPoint) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     changed.recipe.accumulation_steps = setting.pieces
     changed.mesh.data, changed.mesh.fsdp = 0, setting.fsdp
@@ -274,7 +274,7 @@ def _changed(config: ConfigDict, setting: Setting) -> ConfigDict:
     return changed
 
 
-def _minutes(work: Work, settings: list[Setting], quick: bool) -> str:
+def _minutes(work: RunSpec, settings: list[SweepPoint], quick: bool) -> str:
     """Returns what compiling these settings takes, roughly."""
     blocks = sum(setting.unroll or work.widths.num_blocks for setting in settings)
     seconds = _SECONDS * len(settings) + _SECONDS_A_BLOCK * blocks
@@ -282,7 +282,7 @@ def _minutes(work: Work, settings: list[Setting], quick: bool) -> str:
     return f"; compiling them takes up to {minutes} minutes on two cores"
 
 
-def _line(result: Result) -> str:
+def _line(result: SweepResult) -> str:
     plan, setting = result.plan, result.setting
     assert plan is not None
     seconds = f", compiled in {plan.training.seconds:.0f} s" if plan.training else ""

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.config import resolve_num_steps, validate
-from mixer_jax.config_file import read_config
-from mixer_jax.errors import UserError, one_line
-from mixer_jax.planning.carried import GRADIENTS
-from mixer_jax.planning.formulas import Work, memory, transfers_by_formula, work_of
-from mixer_jax.planning.nominal import nominal_sources, plannable
+from mixer_jax.config.config import resolve_num_steps, validate
+from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.planning.cost_model import RunSpec, estimate_collectives, estimate_memory, run_spec
+from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
+from mixer_jax.planning.hlo.tensor_roles import GRADIENTS
 from mixer_jax.planning.planner import make_plan, say
-from mixer_jax.planning.report import as_json
+from mixer_jax.planning.report import plan_to_dict
 from mixer_jax.planning.roofline import network_seconds
 from mixer_jax.planning.table_pages import results_page, scaling_page
-from mixer_jax.planning.topology import Place, Topology, parse_topology
+from mixer_jax.planning.topology import DeviceLocation, Topology, parse_topology
 
 # Config files and topologies.
 RESULTS = [
@@ -50,7 +50,7 @@ CHECKED_CONFIG = "mixer_s16_jft"
 CHECKED = [("v5e:2x2", 1, 1), ("v5e:2x4", 1, 1), ("v5e:4x4", 1, 4), ("v5e:2x2", 2, 1)]
 
 
-class Wanted(NamedTuple):
+class RowSpec(NamedTuple):
     """One row of a table, made already or not.
 
     Attributes:
@@ -79,7 +79,7 @@ class Table(NamedTuple):
     """
 
     name: str
-    wanted: list[Wanted]
+    wanted: list[RowSpec]
     page: Callable[[Sequence[dict[str, Any]]], str]
 
 
@@ -90,7 +90,7 @@ def tables() -> list[Table]:
         UserError: a config file cannot be read.
     """
     checks = [
-        Wanted(
+        RowSpec(
             f"{name} × {slices}, fsdp {fsdp}",
             _configured(_check_config(name, slices, fsdp)),
             functools.partial(_check_row, name, slices, fsdp),
@@ -98,7 +98,7 @@ def tables() -> list[Table]:
         for name, slices, fsdp in CHECKED
     ]
     results = [
-        Wanted(
+        RowSpec(
             f"{name} on {topology}",
             _configured(_config(name, batch_size=RESULTS_BATCH)),
             functools.partial(_result_row, name, topology),
@@ -149,7 +149,9 @@ def read_rows(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); mend or remove it") from error
+        raise UserError(
+            f"{path} cannot be read ({summarize_error(error)}); mend or remove it"
+        ) from error
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise UserError(f"{path} holds no rows of a table; remove it")
     return rows
@@ -182,16 +184,16 @@ def _configured(config: ConfigDict) -> dict[str, Any]:
 
 def _config(name: str, **changes: Any) -> ConfigDict:
     flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    config = read_config(f"configs/{name}.py", flags)
+    config = load_config_with_overrides(f"configs/{name}.py", flags)
     validate(config)
     return config
 
 
-def _work(config: ConfigDict, devices: int) -> Work:
-    config = plannable(config, "tpu")
-    source = nominal_sources(config).train
+def _work(config: ConfigDict, devices: int) -> RunSpec:
+    config = resolve_for_platform(config, "tpu")
+    source = placeholder_datasets(config).train
     steps = resolve_num_steps(config, len(source))
-    return work_of(config, source.num_classes, steps, devices)
+    return run_spec(config, source.num_classes, steps, devices)
 
 
 def _result_row(name: str, on: str) -> dict[str, Any]:
@@ -202,21 +204,24 @@ def _result_row(name: str, on: str) -> dict[str, Any]:
         for remat in _REMAT:
             changes = {"model__remat": remat, "recipe__accumulation_steps": pieces}
             config = _config(name, batch_size=RESULTS_BATCH, model__unroll=1, **changes)
-            if memory(_work(config, topology.num_devices)).total <= topology.allowed * _MARGIN:
+            if (
+                estimate_memory(_work(config, topology.num_devices)).total
+                <= topology.allowed * _MARGIN
+            ):
                 configs.append(config)
     plan: dict[str, Any] = {}
     for config in configs:
-        plan = as_json(make_plan(config, topology, evaluation=False))
+        plan = plan_to_dict(make_plan(config, topology, evaluation=False))
         if plan["fits"]:
             break
     return plan
 
 
-def formula_places(topology: Topology) -> list[Place]:
+def mesh_locations(topology: Topology) -> list[DeviceLocation]:
     """Returns places of a TPU's devices as a mesh lays them out: slice by slice, chip by chip."""
     in_slice = topology.num_devices // topology.slices
     return [
-        Place(number // topology.chip.devices, number // in_slice)
+        DeviceLocation(number // topology.chip.devices, number // in_slice)
         for number in range(topology.num_devices)
     ]
 
@@ -231,8 +236,8 @@ def scaling_row(name: str, slices: int) -> dict[str, float]:
     topology = parse_topology(name, slices)
     batch = SCALING_ROWS * topology.num_chips
     work = _work(_config(SCALING_CONFIG, batch_size=batch), topology.num_devices)
-    sent = transfers_by_formula(work)
-    places = formula_places(topology)
+    sent = estimate_collectives(work)
+    places = mesh_locations(topology)
     flops = work.model_flops / work.devices
     return {
         "chips": topology.num_chips,
@@ -252,11 +257,11 @@ def _check_row(name: str, slices: int, fsdp: int) -> dict[str, Any]:
     found: dict[str, Any] = {"chips": topology.num_chips, "slices": slices, "fsdp": fsdp}
     for key, sent in (
         ("compiled", plan.transfers),
-        ("formula", transfers_by_formula(plan.work)),
+        ("formula", estimate_collectives(plan.work)),
     ):
         found[key] = sum(t.num_bytes for t in sent if t.carries == GRADIENTS)
         found[f"{key}_parameters"] = sum(t.num_bytes for t in sent if t.carries == "parameters")
-    found["activations"] = sum(t.num_bytes for t in plan.transfers if t.is_suspicious)
+    found["activations"] = sum(t.num_bytes for t in plan.transfers if t.is_unexpected)
     return found
 
 

@@ -4,8 +4,8 @@ import importlib.util
 import math
 from typing import Any, NamedTuple
 
-from mixer_jax.errors import UserError, one_line
-from mixer_jax.parallel.chips import CHIPS, Chip
+from mixer_jax.distributed.hardware import CHIPS, ChipSpec
+from mixer_jax.errors import UserError, summarize_error
 
 # Before JAX is imported: devices of this machine have no say, another process may be planning, and
 # programs for devices that are not here cannot be read back from a cache.
@@ -32,7 +32,7 @@ class Topology(NamedTuple):
     """
 
     text: str
-    chip: Chip
+    chip: ChipSpec
     grid: tuple[int, ...]
     slices: int
 
@@ -67,7 +67,7 @@ class Topology(NamedTuple):
         return f"{self.text}{slices}: {chips}{devices}"
 
 
-class Place(NamedTuple):
+class DeviceLocation(NamedTuple):
     """Where a device is: its chip, and the neighbourhood of chips that links join."""
 
     chip: Any
@@ -109,7 +109,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     return Topology(text, chip, grid, slices)
 
 
-def larger(topology: Topology) -> list[Topology]:
+def larger_topologies(topology: Topology) -> list[Topology]:
     """Returns topologies of the same chip with more of them, the smallest first."""
     chip, slices = topology.chip, topology.slices
     if chip.is_tpu:
@@ -149,12 +149,12 @@ def tpu_devices(topology: Topology) -> list[Any]:
         sizes = _SIZES[topology.chip.axes]
         raise UserError(
             f"--topology={topology.text}: the compiler does not take this size "
-            f"({one_line(error)}); try one of {sizes}"
+            f"({summarize_error(error)}); try one of {sizes}"
         ) from error
     return list(described.devices)
 
 
-def places_of(topology: Topology, devices: list[Any] | None) -> list[Place]:
+def device_locations(topology: Topology, devices: list[Any] | None) -> list[DeviceLocation]:
     """Returns where each device is, in the order of the mesh.
 
     Args:
@@ -163,9 +163,9 @@ def places_of(topology: Topology, devices: list[Any] | None) -> list[Place]:
     """
     if devices is None:
         size = topology.chip.neighbours
-        return [Place(n, n // size) for n in range(topology.num_devices)]
+        return [DeviceLocation(n, n // size) for n in range(topology.num_devices)]
     slices = [getattr(device, "slice_index", 0) for device in devices]
     return [
-        Place((number, tuple(device.coords)), number)
+        DeviceLocation((number, tuple(device.coords)), number)
         for device, number in zip(devices, slices, strict=True)
     ]

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from mixer_jax.data.reading import BadImage
+from mixer_jax.data.readers import BadImage
+from mixer_jax.distributed import hosts
 from mixer_jax.errors import UserError
-from mixer_jax.parallel import hosts
-from mixer_jax.training.workdir import write_whole
+from mixer_jax.training.workdir import atomic_write
 
 # New images that a host tells the others of each time they ask each other.
 _TOLD_AT_ONCE = 64
@@ -46,14 +46,14 @@ class BadImageLog:
             say: prints a line for people.
         """
         self._num_examples, self._max_share, self._say = num_examples, max_share, say
-        self._path = _book(workdir, jax.process_index())
+        self._path = _log_path(workdir, jax.process_index())
         # Host 0 keeps the books of hosts that are no longer there.
         gone = [
             path
             for path in epath.Path(workdir).glob("bad_images_*.jsonl")
-            if not any(path == _book(workdir, host) for host in range(jax.process_count()))
+            if not any(path == _log_path(workdir, host) for host in range(jax.process_count()))
         ]
-        for path in [self._path, *(gone if hosts.is_leader() else [])]:
+        for path in [self._path, *(gone if hosts.is_primary_process() else [])]:
             _forget(path, first_step)
         self._lines = _read(self._path)
         self._written = {line["name"] for line in self._lines}
@@ -97,7 +97,7 @@ class BadImageLog:
         table = np.zeros((_TOLD_AT_ONCE, 2), np.uint32)
         for row, number in enumerate(told):
             table[row] = number
-        rows = hosts.gather(table).reshape(-1, 2)
+        rows = hosts.all_gather(table).reshape(-1, 2)
         self._met.update((int(high), int(low)) for high, low in rows if high or low)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class BadImageLog:
         return f"{len(self._reasons):,} training {images} could not be used ({reasons})"
 
 
-def _book(workdir: str, host: int) -> epath.Path:
+def _log_path(workdir: str, host: int) -> epath.Path:
     return epath.Path(workdir) / f"bad_images_{host}.jsonl"
 
 
@@ -155,4 +155,4 @@ def _forget(path: epath.Path, first_step: int) -> None:
 
 
 def _write(path: epath.Path, lines: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -4,14 +4,14 @@ import math
 
 import jax
 
-from mixer_jax.errors import DivergedError
-from mixer_jax.training.experiment import AnyScores, Experiment, throughput
+from mixer_jax.errors import NonFiniteError
 from mixer_jax.training.metrics import MetricsWriter
 from mixer_jax.training.progress import Progress
+from mixer_jax.training.setup import AnyScores, Experiment, throughput_metrics
 from mixer_jax.training.step import Metrics
 
 
-class Journal:
+class MetricsLogger:
     """Keeps the book of a run.
 
     A step's metrics are read when the next step is already under way, so the device never waits
@@ -80,7 +80,7 @@ class Journal:
         elif due:
             steps_per_second = self.progress.lap(step)
             images = steps_per_second * self._experiment.config.batch_size
-            rates = throughput(self._experiment, images)
+            rates = throughput_metrics(self._experiment, images)
             self.progress.report(step, values["loss"], steps_per_second, rates["images_per_second"])
             values |= rates
         if due:
@@ -90,9 +90,9 @@ class Journal:
         """Raises DivergedError unless what was measured at a step are finite numbers."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise DivergedError(f"{name} is {value} at step {step}")
+                raise NonFiniteError(f"{name} is {value} at step {step}")
 
-    def write_scores(self, step: int, name: str, scores: AnyScores) -> None:
+    def log_eval(self, step: int, name: str, scores: AnyScores) -> None:
         """Writes down and shows the scores of one evaluation."""
         self._writer.write(step, {f"{name}/{key}": x for key, x in scores.values().items()})
         self.progress.say(f"step {step:,}: {name} {scores.told()}")

@@ -8,32 +8,36 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from mixer_jax.data.pipeline import Batch
-from mixer_jax.errors import RunFailedError, UserError
-from mixer_jax.parallel import endings, hosts
+from mixer_jax.checkpoints.load import PretrainedWeights
+from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.data.loader import Batch
+from mixer_jax.distributed import failures, hosts
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.training.bad_images import BadImageLog
-from mixer_jax.training.beginning import Beginning, begin, describe_beginning, find_beginning
-from mixer_jax.training.curves import draw_curves
-from mixer_jax.training.experiment import (
+from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.initialize import (
+    InitSource,
+    describe_init,
+    find_init_source,
+    restore_or_init,
+)
+from mixer_jax.training.journal import MetricsLogger
+from mixer_jax.training.setup import (
     AnyScores,
     Experiment,
-    build,
-    evaluators,
-    training_batches,
+    build_experiment,
+    make_evaluators,
+    make_train_batches,
 )
-from mixer_jax.training.journal import Journal
-from mixer_jax.training.run_sources import open_sources
 from mixer_jax.training.step import Metrics, TrainState
 from mixer_jax.training.workdir import save_config
-from mixer_jax.weights.checkpoint import Checkpoints
-from mixer_jax.weights.load import Weights
-from mixer_jax.weights.steps import list_steps
 
 # What can wait is asked by all hosts together, which costs a moment in which no device works.
 _HOSTS_AGREE_EVERY_STEPS = 10
 
 
-class Result(NamedTuple):
+class TrainResult(NamedTuple):
     """How a run ended.
 
     Attributes:
@@ -49,7 +53,9 @@ class Result(NamedTuple):
     stopped_by: signal.Signals | None
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None = None) -> Result:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str, weights: PretrainedWeights | None = None
+) -> TrainResult:
     """Trains a Mixer from the start, or from the newest checkpoint in `workdir`, to the end.
 
     Args:
@@ -63,24 +69,24 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
             images cannot be used.
     """
     with (
-        endings.advising(lambda: _how_to_go_on(workdir)),
+        failures.resume_hint(lambda: _resume_hint(workdir)),
         contextlib.ExitStack() as stack,
-        endings.noticing_loss(),
+        failures.noticing_loss(),
     ):
-        stop = stack.enter_context(hosts.StopSignals())
-        sources = open_sources(config)
-        hosts.join(config.distributed, config.distributed_timeout)
+        stop = stack.enter_context(hosts.GracefulShutdown())
+        sources = open_datasets(config)
+        hosts.initialize_distributed(config.distributed, config.distributed_timeout)
         stop.listen()
-        leader = hosts.is_leader()
-        beginning = find_beginning(config, workdir, weights)
-        experiment = build(config, sources, begins_with=beginning and beginning.about)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        leader = hosts.is_primary_process()
+        beginning = find_init_source(config, workdir, weights)
+        experiment = build_experiment(config, sources, init_info=beginning and beginning.about)
+        checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
         first_step = checkpoints.latest_step() or 0
-        state, window = begin(experiment, checkpoints, first_step, beginning)
+        state, window = restore_or_init(experiment, checkpoints, first_step, beginning)
         if leader:
             save_config(workdir, config)
-        journal = Journal(workdir, experiment, first_step, leader, window)
+        journal = MetricsLogger(workdir, experiment, first_step, leader, window)
         stack.callback(journal.close)
         journal.progress.say(_describe(experiment, first_step, beginning))
         bad_images = BadImageLog(
@@ -91,25 +97,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
             say=journal.progress.say,
         )
 
-        evals = evaluators(experiment)
+        evals = make_evaluators(experiment)
         step = saved_step = first_step
         saved_at = time.monotonic()
         scores: dict[str, AnyScores] = {}
         if first_step == experiment.num_steps:
             scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
-        batches = training_batches(experiment, first_step, bad_images.record)
+        batches = make_train_batches(experiment, first_step, bad_images.record)
         stack.callback(batches.close)
         for step, batch in enumerate(batches, first_step + 1):
             state, metrics = _take_step(experiment, state, batch, journal.is_due(step))
             last = step == experiment.num_steps
             try:
                 journal.record(step, metrics)
-                if _is_time_to_ask(step):
+                if _is_sync_step(step):
                     bad_images.share()
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _must_stop(step, stop, checkpoints) or bad_images.too_many
+                stopping = _should_stop(step, stop, checkpoints) or bad_images.too_many
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
-                late = config.checkpoint.every_minutes > 0 and _ask_hosts(step, late)
+                late = config.checkpoint.every_minutes > 0 and _sync_flag(step, late)
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
                 if due or saving:
                     # What is scored and saved is known to be finite.
@@ -117,13 +123,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
                     if not journal.is_due(step):
                         norm = experiment.parameter_norm(state.params)
                         journal.check(step, {"parameter_norm": float(norm)})
-            except RunFailedError as error:
+            except RunError as error:
                 raise _with_last_checkpoint(error, workdir, saved_step) from error
             with journal.progress.pause():
                 try:
                     for name in due:
                         scores[name] = evals[name](state.eval_params)
-                        journal.write_scores(step, name, scores[name])
+                        journal.log_eval(step, name, scores[name])
                 except UserError:
                     # What has been trained is not lost over an image that cannot be scored.
                     save(experiment, checkpoints, state, step, journal.window)
@@ -134,12 +140,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str, weights: Weights | None
             if stopping:
                 break
         bad_images.close()
-    if leader:
-        draw_curves(workdir)
     if bad_images.too_many and step < experiment.num_steps:
-        raise RunFailedError(bad_images.verdict(saved_step))
+        raise RunError(bad_images.verdict(saved_step))
     finished = step == experiment.num_steps
-    return Result(step, experiment.num_steps, scores if finished else {}, stop.received)
+    return TrainResult(step, experiment.num_steps, scores if finished else {}, stop.received)
 
 
 def _take_step(
@@ -163,7 +167,7 @@ def _take_step(
 
 def save(
     experiment: Experiment,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     state: TrainState,
     step: int,
     window: list[float],
@@ -179,40 +183,40 @@ def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _is_time_to_ask(step: int) -> bool:
+def _is_sync_step(step: int) -> bool:
     """Says whether hosts ask each other at this step; several do so only now and then."""
     return jax.process_count() == 1 or step % _HOSTS_AGREE_EVERY_STEPS == 0
 
 
-def _must_stop(step: int, stop: hosts.StopSignals, checkpoints: Checkpoints) -> bool:
+def _should_stop(step: int, stop: hosts.GracefulShutdown, checkpoints: CheckpointManager) -> bool:
     """Returns whether a signal came to any host; it is the same step for all of them."""
     if jax.process_count() == 1:
         return stop.received is not None
     if stop.received is not None:
-        hosts.ask_all_to_stop()
+        hosts.request_global_stop()
     if checkpoints.must_stop(step):
         stop.received = stop.received or signal.SIGTERM
         return True
     return False
 
 
-def _ask_hosts(step: int, flag: bool) -> bool:
+def _sync_flag(step: int, flag: bool) -> bool:
     """Returns whether any host's flag is set, if this is the time to ask."""
-    return _is_time_to_ask(step) and hosts.any_host(flag)
+    return _is_sync_step(step) and hosts.any_host(flag)
 
 
-def _with_last_checkpoint(error: RunFailedError, workdir: str, step: int) -> RunFailedError:
+def _with_last_checkpoint(error: RunError, workdir: str, step: int) -> RunError:
     kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
     return type(error)(f"{error}; {kept}; try a lower learning rate or a longer warmup")
 
 
-def _how_to_go_on(workdir: str) -> str:
+def _resume_hint(workdir: str) -> str:
     steps = list_steps(workdir)
     where = f"goes on from step {steps[-1]:,}" if steps else "begins again, for nothing was saved"
     return f"the same command on all hosts {where}"
 
 
-def _describe(experiment: Experiment, first_step: int, beginning: Beginning | None) -> str:
+def _describe(experiment: Experiment, first_step: int, beginning: InitSource | None) -> str:
     config, mesh, train = experiment.config, experiment.mesh, experiment.sources.train
     count = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
     device = jax.devices()[0]
@@ -226,7 +230,7 @@ def _describe(experiment: Experiment, first_step: int, beginning: Beginning | No
         )
     return (
         f"Mixer {experiment.about.variant}, {count:,} parameters, {config.image_size} px\n"
-        f"{describe_beginning(experiment, beginning)}"
+        f"{describe_init(experiment, beginning)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.dtype}\n"

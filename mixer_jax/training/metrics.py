@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mixer_jax.errors import UserError
-from mixer_jax.training.workdir import write_whole
+from mixer_jax.training.workdir import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
@@ -46,7 +46,7 @@ class MetricsWriter:
         self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self._path, self._text)
+        atomic_write(self._path, self._text)
         self._background = ThreadPoolExecutor(max_workers=1)
         # Opened with the first values; False: there are none, or no more.
         self._events: Any = None if tensorboard else False
@@ -59,7 +59,7 @@ class MetricsWriter:
         if "://" in str(self._path):
             # Object stores cannot append; a run's metrics are small enough to be written anew.
             self._text += line
-            write_whole(self._path, self._text)
+            atomic_write(self._path, self._text)
         else:
             with self._path.open("a") as file:
                 file.write(line)

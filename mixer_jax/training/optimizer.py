@@ -70,7 +70,7 @@ def make_optimizer(
     return optax.chain(
         clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         moments,
-        optax.add_decayed_weights(weight_decay, mask=kernel_mask),
+        optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -90,7 +90,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def kernel_mask(params: Any) -> Any:
+def weight_decay_mask(params: Any) -> Any:
     """Returns a tree like `params`, true where weight decay applies: at kernels only.
 
     Biases and LayerNorm are spared; the kernels of stem and head are not (the authors' code).

@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from mixer_jax.distributed.gradients import sharded_value_and_grad
 from mixer_jax.model.parameters import cast_kernels
 from mixer_jax.model.pixels import to_model_range
-from mixer_jax.parallel.gradients import mean_over_devices
 
 Params = Any
 Metrics = dict[str, Array]
@@ -91,16 +91,16 @@ def train_step(
         The state after the step, and scalars: loss, learning_rate, and gradient_norm, before
         clipping.
     """
-    mixup_rng, model_rng = step_keys(seed, state.step)
+    mixup_rng, model_rng = step_rngs(seed, state.step)
     labels = smooth_labels(batch["label"], num_classes, label_smoothing)
-    pairs = mixup_pairs(mixup_rng, batch["image"], labels, mixup) if mixup else None
+    pairs = sample_mixup(mixup_rng, batch["image"], labels, mixup) if mixup else None
 
     def loss_fn(params: Params, piece: Any, common: Any) -> Float[Array, ""]:
         (arrays, places), (weight, rng) = piece, common
         if weight is None:
             images, targets = to_model_range(arrays[0]), arrays[1]
         else:
-            images, targets = mix(arrays, weight)
+            images, targets = apply_mixup(arrays, weight)
         logits = model.apply(
             {"params": params},
             images,
@@ -113,10 +113,10 @@ def train_step(
     whole = (batch["image"], labels) if pairs is None else pairs.arrays
     common = (None if pairs is None else pairs.weight, model_rng)
     on_one_device = functools.partial(
-        accumulate_gradients, jax.value_and_grad(loss_fn), num_pieces=accumulation_steps
+        accumulate_gradients, jax.value_and_grad(loss_fn), num_microbatches=accumulation_steps
     )
     cast = functools.partial(cast_kernels, dtype=model.dtype)
-    value, grads = mean_over_devices(on_one_device, mesh, cast)(
+    value, grads = sharded_value_and_grad(on_one_device, mesh, cast)(
         state.params, (whole, jnp.arange(len(labels))), common
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -132,12 +132,12 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
 
 
-def change_norm(before: Params, after: Params) -> Float[Array, ""]:
+def update_norm(before: Params, after: Params) -> Float[Array, ""]:
     """Returns the norm of what a step added to the parameters, as they were rounded."""
     return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 
-def step_keys(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """Returns the random keys of a step: of its mixup, and of what the model drops.
 
     Args:
@@ -153,23 +153,23 @@ def accumulate_gradients(
     params: Params,
     batch: Any,
     common: Any,
-    num_pieces: int,
+    num_microbatches: int,
 ) -> tuple[Array, Params]:
-    """Returns the mean value and gradient over `num_pieces` equal pieces, one after the other.
+    """Computes the mean value and gradient over `num_microbatches` equal microbatches in turn.
 
     Args:
         value_and_grad: from parameters, a piece and what is common to all of them to a mean value
             and its gradient.
         params: of the model.
-        batch: arrays (n, ...); n is a multiple of `num_pieces`.
+        batch: arrays (n, ...); n is a multiple of `num_microbatches`.
         common: given to every piece.
-        num_pieces: 1 computes the batch in one go.
+        num_microbatches: 1 computes the batch in one go.
     """
-    if num_pieces == 1:
+    if num_microbatches == 1:
         return value_and_grad(params, batch, common)
 
     def split(x: Array) -> Array:
-        return x.reshape(num_pieces, -1, *x.shape[1:])
+        return x.reshape(num_microbatches, -1, *x.shape[1:])
 
     def add(total: Any, piece: Any) -> tuple[Any, None]:
         # Gradients may be of a smaller type; their sum is not.
@@ -177,7 +177,7 @@ def accumulate_gradients(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), jax.tree.map(split, batch))
-    return jax.tree.map(lambda x: x / num_pieces, total)
+    return jax.tree.map(lambda x: x / num_microbatches, total)
 
 
 def smooth_labels(
@@ -203,7 +203,7 @@ class MixupPairs(NamedTuple):
     weight: Float[Array, ""]
 
 
-def mixup_pairs(
+def sample_mixup(
     rng: Key[Array, ""],
     images: UInt8[Array, "n h w 3"],
     labels: Float[Array, "n classes"],
@@ -219,7 +219,7 @@ def mixup_pairs(
     return MixupPairs(arrays, jnp.maximum(drawn, 1.0 - drawn))
 
 
-def mix(
+def apply_mixup(
     arrays: PairArrays, weight: Float[Array, ""]
 ) -> tuple[Float[Array, "n h w 3"], Float[Array, "n classes"]]:
     """Returns images in [-1, 1] and labels, `weight` parts own and 1 − `weight` the partner's."""

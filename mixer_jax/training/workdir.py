@@ -8,20 +8,20 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.config import flatten, with_defaults
+from mixer_jax.checkpoints.steps import CHECKPOINT_DIR, list_steps
+from mixer_jax.config.config import fill_defaults, flatten
+from mixer_jax.config.schema import get_field
 from mixer_jax.errors import UserError
-from mixer_jax.keys import find_key
-from mixer_jax.weights.steps import FOLDER, list_steps
 
 CONFIG_FILE = "config.json"
 
 
-def absolute(workdir: str) -> str:
+def resolve_workdir(workdir: str) -> str:
     """Returns the folder as an absolute path, or as the URL it is."""
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
 
 
-def check(workdir: str, config: ConfigDict) -> list[str]:
+def check_workdir(workdir: str, config: ConfigDict) -> list[str]:
     """Makes the folder and checks that a run of `config` may begin or go on in it.
 
     Args:
@@ -45,7 +45,7 @@ def check(workdir: str, config: ConfigDict) -> list[str]:
         return []
     try:
         old = json.loads(saved.read_text())
-        harmless, harmful = differences(old, config)
+        harmless, harmful = config_diff(old, config)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read; choose another --workdir"
@@ -60,10 +60,10 @@ def check(workdir: str, config: ConfigDict) -> list[str]:
 
 def save_config(workdir: str, config: ConfigDict) -> None:
     """Writes the config as `workdir`/config.json."""
-    write_whole(epath.Path(workdir) / CONFIG_FILE, to_json(config))
+    atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> None:
+def atomic_write(path: epath.Path, content: str | bytes) -> None:
     """Writes a file so that a reader, even after a crash, finds all of it or the old one."""
     # Two programs may write the same file at once, each its own draft.
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
@@ -76,24 +76,24 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
 
 
 def to_json(config: ConfigDict) -> str:
-    """Returns the config as JSON for people and for `differences`."""
+    """Returns the config as JSON for people and for `config_diff`."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def differences(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[str]]:
+def config_diff(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[str]]:
     """Compares a config saved as JSON with one about to be used.
 
     Returns:
         Two lists of lines "key: old -> new": those harmless to a resumed run, and those that would
         make it another experiment.
     """
-    before, after = flatten(ConfigDict(with_defaults(old))), flatten(new)
+    before, after = flatten(ConfigDict(fill_defaults(old))), flatten(new)
     harmless: list[str] = []
     harmful: list[str] = []
     for path in sorted({*before, *after}):
         was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
         if was != now:
-            key = find_key(path)
+            key = get_field(path)
             # An entry of evals that was added or taken out has all its keys changed.
             (harmless if key and key.resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
     return harmless, harmful
@@ -111,6 +111,6 @@ def _check_writable(workdir: str) -> None:
         raise UserError(
             f"workdir {workdir!r} cannot be written ({reason}); choose another --workdir"
         ) from error
-    folder = epath.Path(workdir) / FOLDER
+    folder = epath.Path(workdir) / CHECKPOINT_DIR
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is no folder; choose another --workdir")

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from mixer_jax.benchmarks import tf_data, tf_randaugment
 from mixer_jax.benchmarks.photographs import sample_photographs
 from mixer_jax.data import randaugment
-from mixer_jax.data.decoding import decode
+from mixer_jax.data.decode import decode
 from mixer_jax.data.preprocess import resize
 
 # The wrong choice would be seen on photographs; a range that is not full shows AutoContrast.

@@ -10,20 +10,20 @@ import pytest
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
-from mixer_jax.data.decoding import decode
-from mixer_jax.data.examples import Example
-from mixer_jax.data.sources import open_source
+from mixer_jax.data.decode import decode
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.source import Example
 
 SIZES = {"train": 1437, "test": 360}
 
 
 def read(name: str, split: str, data_dir: str) -> list[Example]:
-    source = open_source(name, split, data_dir)
+    source = open_dataset(name, split, data_dir)
     return [source.examples[index] for index in range(len(source))]
 
 
 def count(name: str, split: str, data_dir: str) -> Counter[tuple[bytes, str]]:
-    names = open_source(name, split, data_dir).class_names
+    names = open_dataset(name, split, data_dir).class_names
     return Counter((e["image"], names[e["labels"][0]]) for e in read(name, split, data_dir))
 
 
@@ -58,7 +58,7 @@ def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
     [("digits", "0123456789"), ("digits/low", "01234"), ("digits/high", "56789")],
 )
 def test_class_names(name: str, class_names: str, digits_dir: str) -> None:
-    assert open_source(name, "test", digits_dir).class_names == tuple(class_names)
+    assert open_dataset(name, "test", digits_dir).class_names == tuple(class_names)
 
 
 def test_it_is_prepared_as_array_record(digits_dir: str) -> None:
@@ -70,7 +70,7 @@ PREPARE = """
 import sys
 import sklearn.datasets
 import mixer_jax.data.builders.digits
-from mixer_jax.data.sources import open_source
+from mixer_jax.data.registry import open_source
 print("ready", flush=True)
 input()
 try:

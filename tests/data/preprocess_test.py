@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mixer_jax.data import preprocess
-from mixer_jax.data.preprocess import eval_image, inception_box, train_image
+from mixer_jax.data.preprocess import eval_image, sample_inception_crop, train_image
 from mixer_jax.data.randaugment import rand_augment
-from tests.images import encode, noise, smooth, turned
+from tests.helpers.images import encode, noise, smooth, turned
 
 PLAIN: dict[str, Any] = {
     "train_crop": "resize",
@@ -33,7 +33,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
 def inception_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     height, width, _ = image.shape
-    boxes = [inception_box(height, width, rng, min_area) for _ in range(draws)]
+    boxes = [sample_inception_crop(height, width, rng, min_area) for _ in range(draws)]
     return [image[top : top + height, left : left + width] for top, left, height, width in boxes]
 
 
@@ -98,7 +98,7 @@ def test_inception_falls_back_to_the_centre(
     shape: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     rng = np.random.default_rng(0)
-    assert {inception_box(*shape, rng, 0.05) for _ in range(20)} == {box}
+    assert {sample_inception_crop(*shape, rng, 0.05) for _ in range(20)} == {box}
 
 
 def moved(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_every_shift_is_equally_likely(max_shift: int) -> None:
     reach = range(-max_shift, max_shift + 1)
     expected = {moved(image, dy, dx).tobytes() for dy in reach for dx in reach}
     draws = 60 * len(expected)
-    drawn = Counter(preprocess.shift(image, rng, max_shift).tobytes() for _ in range(draws))
+    drawn = Counter(preprocess.random_shift(image, rng, max_shift).tobytes() for _ in range(draws))
     assert drawn.keys() == expected
     assert len(expected) == len(reach) ** 2
     # 60 of each are expected, with a standard deviation of 8.
@@ -129,7 +129,7 @@ def test_every_shift_is_equally_likely(max_shift: int) -> None:
 def test_every_random_crop_is_equally_likely(shape: tuple[int, int]) -> None:
     image, rng = noise(*shape), np.random.default_rng(0)
     # Resized to 16 for 14: 3 × 3 places.
-    resized = preprocess.resize_by_area(image, 16, 16)
+    resized = preprocess.resize_area(image, 16, 16)
     expected = [resized[y : y + 14, x : x + 14].tobytes() for y in range(3) for x in range(3)]
     settings = PLAIN | {"train_crop": "random_crop"}
     drawn = Counter(
@@ -146,7 +146,7 @@ def test_every_random_crop_is_equally_likely(shape: tuple[int, int]) -> None:
 def test_random_crops_keep_seven_eighths(image_size: int, margin: int) -> None:
     image, rng = noise(50, 70), np.random.default_rng(0)
     side = image_size + margin
-    resized = preprocess.resize_by_area(image, side, side)
+    resized = preprocess.resize_area(image, side, side)
     for _ in range(10):
         crop = preprocess.random_crop(image, rng, image_size)
         assert crop.shape == (image_size, image_size, 3)

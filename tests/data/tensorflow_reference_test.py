@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from mixer_jax.data.decoding import decode
-from mixer_jax.data.preprocess import eval_image, inception_box, train_image
+from mixer_jax.data.decode import decode
+from mixer_jax.data.preprocess import eval_image, sample_inception_crop, train_image
 
 # Photographs of 500 × 375 pixels, as most of ImageNet has, and upright.
 SHAPES = [(375, 500), (500, 375)]
@@ -103,7 +103,7 @@ def test_decoding_a_part(tf: ModuleType, photographs: list[np.ndarray], encoding
     for encoded in encoded_parts(photographs, (375, 500), encoding):
         whole = reference_decode(tf, encoded)
         for _ in range(20):
-            box = inception_box(375, 500, rng, 0.05)
+            box = sample_inception_crop(375, 500, rng, 0.05)
             top, left, height, width = box
             part = decode(encoded, lambda *_, box=box: box)
             expected = whole[top : top + height, left : left + width]
@@ -128,7 +128,9 @@ def test_training_images(
                 randaugment_layers=0,
                 randaugment_magnitude=0.0,
             )
-            top, left, height, width = inception_box(*shape, np.random.default_rng(seed), 0.05)
+            top, left, height, width = sample_inception_crop(
+                *shape, np.random.default_rng(seed), 0.05
+            )
             crop = reference_decode(tf, encoded)[top : top + height, left : left + width]
             expected = reference_resize(tf, crop, image_size, image_size, "bilinear")
             assert_within_a_level(image, expected)

@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer_jax.data.examples import Example
-from mixer_jax.data.pipeline import _workers
-from mixer_jax.data.reading import BadImage, TrainReader
-from tests.batches import (
-    AUGMENTED,
-    SIZE,
-    Reads,
-    assert_identical,
-    mesh_of,
-    train,
-)
+from mixer_jax.data.loader import _workers
+from mixer_jax.data.readers import BadImage, TrainReader
+from mixer_jax.data.source import Example
+from tests.helpers.batches import AUGMENTED, SIZE, RecordingSource, assert_identical, mesh_of, train
 
 
 class Files(Sequence[Example]):
@@ -29,7 +22,9 @@ class Files(Sequence[Example]):
         return 100
 
     def __getitem__(self, index: Any) -> Any:
-        example = Example(image=Reads()[index % 10]["image"], labels=(index,), name=f"{index}")
+        example = Example(
+            image=RecordingSource()[index % 10]["image"], labels=(index,), name=f"{index}"
+        )
         return example | {"image": b"broken"} if index % 10 == 7 else example
 
 
@@ -95,10 +90,10 @@ def test_workers_follow_the_machine(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     free = SimpleNamespace(free=10**9)
-    monkeypatch.setattr("mixer_jax.data.pipeline.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("mixer_jax.data.loader.shutil.disk_usage", lambda path: free)
     assert _workers(processes, threads, 2_400_000) == expected
     # Docker's default is no room for twelve processes, unless the user insists.
     free.free = 64 * 2**20
-    monkeypatch.setattr("mixer_jax.data.pipeline._SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr("mixer_jax.data.loader._SHARED_MEMORY", Path("/"))
     alone = (1, threads or cores) if processes == 0 and cores == 96 else expected
     assert _workers(processes, threads, 2_400_000) == alone

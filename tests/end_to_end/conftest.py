@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixer_jax.locks import locked
-from tests.processes import finish, start
+from tests.helpers.processes import finish, start
 
 
 @pytest.fixture(scope="session")

@@ -6,20 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.data.examples import Source
-from mixer_jax.data.pipeline import Batch
+from mixer_jax.data.loader import Batch
 from mixer_jax.data.preprocess import eval_image
-from mixer_jax.data.sources import open_source
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.source import Source
 from mixer_jax.evaluation.features import BatchFeatures
-from mixer_jax.evaluation.passes import Reading
+from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.model.making import create_model
 from mixer_jax.model.mixer import MlpMixer
 
 IMAGE_SIZE = (16, 16)
 
 
-def read_by(batch_size: int, skip_bad: bool = False) -> Reading:
-    return Reading(
+def read_by(batch_size: int, skip_bad: bool = False) -> EvalInputConfig:
+    return EvalInputConfig(
         batch_size=batch_size,
         image_size=IMAGE_SIZE,
         eval_crop="whole",
@@ -53,12 +53,12 @@ def small_params(small_model: MlpMixer) -> Any:
 
 @pytest.fixture(scope="session")
 def digits_train(digits_dir: str) -> Source:
-    return open_source("digits", "train", digits_dir)
+    return open_dataset("digits", "train", digits_dir)
 
 
 @pytest.fixture(scope="session")
 def digits_test(digits_dir: str) -> Source:
-    return open_source("digits", "test", digits_dir)
+    return open_dataset("digits", "test", digits_dir)
 
 
 def features_and_labels(

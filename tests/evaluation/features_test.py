@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.data.examples import Source
 from mixer_jax.data.mixture import subset
+from mixer_jax.data.source import Source
+from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.features import Chunk, FeaturePass, compile_features, together
-from mixer_jax.evaluation.passes import Reading
+from mixer_jax.evaluation.features import Chunk, FeatureExtractor, make_feature_fn, rechunk
+from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.parallel.sharding import make_mesh
 from tests.evaluation.conftest import IMAGE_SIZE, pixels_as_features, read_by
+from tests.helpers.messages import raises
 
 
 def join(chunks: Any) -> Chunk:
@@ -30,10 +31,10 @@ def test_neither_batch_size_nor_devices_matter(
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
     mesh = make_mesh(0, 1, jax.devices()[:devices])
-    features_of = compile_features(small_model, mesh)
+    feature_fn = make_feature_fn(small_model, mesh)
     for batch_size in (7, 64, 1000):
         reading = read_by(batch_size)
-        found = join(FeaturePass(features_of, small_params, digits_test, mesh, reading))
+        found = join(FeatureExtractor(feature_fn, small_params, digits_test, mesh, reading))
         assert found.places.tolist() == list(range(360))
         assert found.labels.tolist() == test_features[1].tolist()
         assert found.features.dtype == np.float32
@@ -47,7 +48,7 @@ def test_every_host_can_read_all_features(small_model: MlpMixer, small_params: A
         "label": np.zeros(16, np.int32),
         "mask": np.ones(16, bool),
     }
-    for column in compile_features(small_model, make_mesh(8, 1))(small_params, batch):
+    for column in make_feature_fn(small_model, make_mesh(8, 1))(small_params, batch):
         assert column.sharding.is_fully_replicated
         assert len(column.sharding.device_set) == 8
 
@@ -60,8 +61,8 @@ def some_broken(digits_test: Source) -> Source:
     return Source("forty", examples, digits_test.class_names)
 
 
-def look_at_pixels(source: Source, reading: Reading) -> FeaturePass:
-    return FeaturePass(pixels_as_features, None, source, make_mesh(0, 1), reading)
+def look_at_pixels(source: Source, reading: EvalInputConfig) -> FeatureExtractor:
+    return FeatureExtractor(pixels_as_features, None, source, make_mesh(0, 1), reading)
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
@@ -90,7 +91,8 @@ def test_images_that_cannot_be_used_are_left_out_or_an_error(
     places = join(seen).places.tolist()
     assert places == [index for index in range(40) if index not in (3, 17)]
     assert seen.num_bad == 2
-    with pytest.raises(UserError, match=r"^forty: 2 images cannot be used: digits test, example 3"):
+    named = (some_broken.examples[index]["name"] for index in (3, 17))
+    with raises(UserError, "forty", "2", *named):
         list(look_at_pixels(some_broken, read_by(batch_size)))
 
 
@@ -99,15 +101,15 @@ def test_features_that_are_no_numbers(
 ) -> None:
     mesh = make_mesh(0, 1)
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), small_params)
-    features_of = compile_features(small_model, mesh)
-    with pytest.raises(UserError, match=r"^digits.*test: some features are not finite numbers, so"):
-        list(FeaturePass(features_of, params, digits_test, mesh, read_by(64)))
+    feature_fn = make_feature_fn(small_model, mesh)
+    with raises(UserError, digits_test.name):
+        list(FeatureExtractor(feature_fn, params, digits_test, mesh, read_by(64)))
 
 
 def test_chunks_are_joined_and_lose_nothing(digits_test: Source) -> None:
     small = list(look_at_pixels(digits_test, read_by(16)))
-    joined = list(together(small, 100))
+    joined = list(rechunk(small, 100))
     assert [len(chunk.labels) for chunk in joined] == [112, 112, 112, 24]
     for one, all_of_them in zip(join(small), join(joined), strict=True):
         np.testing.assert_array_equal(one, all_of_them)
-    assert list(together([], 100)) == []
+    assert list(rechunk([], 100)) == []

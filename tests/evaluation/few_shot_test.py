@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from mixer_jax.data.decoding import BadImageError
-from mixer_jax.data.examples import Source
+from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.few_shot import (
     UNUSABLE,
-    Labels,
-    draw_shots,
-    fit_least_squares,
+    LazyLabels,
+    fit_ridge,
+    sample_few_shot,
     solve_ridge,
 )
+from tests.helpers.messages import mentions, raises
 
 TEN = tuple("0123456789")
 
@@ -48,7 +49,7 @@ def test_scores_are_those_of_ridge_regression(n: int, d: int, seed: int) -> None
     centres = rng.normal(size=(5, d))
     features = ((rng.normal(size=(n, d)) + centres[labels]) * scales + 7).astype(np.float32)
     asked = (rng.normal(size=(300, d)) * scales + 7).astype(np.float32)
-    scores = fit_least_squares(features, labels, 5).scores(asked)
+    scores = fit_ridge(features, labels, 5).scores(asked)
     expected = judge_by_ridge(features, labels, asked, 5)
     np.testing.assert_allclose(scores, expected, atol=1e-6, rtol=0)
     assert (scores.argmax(1) == expected.argmax(1)).all()
@@ -65,8 +66,8 @@ def test_on_the_features_of_a_mixer(
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
     features, labels = train_features
-    drawn = draw_shots(labels.tolist(), TEN, shots=shots, seed=seed, name="digits").ravel()
-    scores = fit_least_squares(features[drawn], labels[drawn], 10).scores(test_features[0])
+    drawn = sample_few_shot(labels.tolist(), TEN, shots=shots, seed=seed, name="digits").ravel()
+    scores = fit_ridge(features[drawn], labels[drawn], 10).scores(test_features[0])
     expected = judge_by_ridge(features[drawn], labels[drawn], test_features[0], 10)
     np.testing.assert_allclose(scores, expected, atol=1e-6, rtol=0)
     assert (scores.argmax(1) == expected.argmax(1)).all()
@@ -89,12 +90,12 @@ def test_a_feature_that_never_changes_does_no_harm() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(20, 3)), np.arange(20) % 2
     dead = np.concatenate([features, np.full((20, 1), 0.3)], axis=1)
-    without = fit_least_squares(features, labels, 2).scores(features)
-    np.testing.assert_allclose(fit_least_squares(dead, labels, 2).scores(dead), without, atol=1e-9)
+    without = fit_ridge(features, labels, 2).scores(features)
+    np.testing.assert_allclose(fit_ridge(dead, labels, 2).scores(dead), without, atol=1e-9)
 
 
 def draw(labels: Any, shots: int, seed: int = 0, names: tuple[str, ...] = TEN) -> np.ndarray:
-    return draw_shots(labels, names, shots=shots, seed=seed, name="digits train")
+    return sample_few_shot(labels, names, shots=shots, seed=seed, name="digits train")
 
 
 def test_shots_are_nested_balanced_and_follow_from_the_seed() -> None:
@@ -119,12 +120,10 @@ def test_every_example_is_as_likely_to_be_drawn() -> None:
 
 
 def test_too_few_examples() -> None:
-    with pytest.raises(UserError) as few:
+    with raises(UserError, "digits train", "dog", "9", "10") as few:
         draw([0, 1] * 9 + [0] * 20, 10, names=("cat", "dog"))
-    assert str(few.value) == (
-        "digits train: class 'dog' has 9 examples, fewer than 10 shots; lower shots to 9"
-    )
-    with pytest.raises(UserError, match=r"'dog' has 0 examples.*learn from a split that has "):
+    assert not mentions(str(few.value), "cat")
+    with raises(UserError, "digits train", "dog", "0", "1"):
         draw([0] * 9, 1, names=("cat", "dog"))
 
 
@@ -151,7 +150,7 @@ def counted(count: int, broken: tuple[int, ...] = ()) -> tuple[Source, Counted]:
 
 def test_of_a_large_set_only_a_part_is_read_and_only_once() -> None:
     source, examples = counted(10_000)
-    labels = Labels(source, skip_bad=False)
+    labels = LazyLabels(source, skip_bad=False)
     first = draw(labels, 5)
     assert 50 <= examples.reads < 500
     before = examples.reads
@@ -161,11 +160,12 @@ def test_of_a_large_set_only_a_part_is_read_and_only_once() -> None:
 
 def test_examples_that_cannot_be_read() -> None:
     whole, _ = counted(200)
-    broken = tuple(draw(Labels(whole, skip_bad=False), 1)[0, :3].tolist())
+    broken = tuple(draw(LazyLabels(whole, skip_bad=False), 1)[0, :3].tolist())
     source, _ = counted(200, broken)
-    with pytest.raises(UserError, match=r"^many: 1 image cannot be used: no. \d+ \(truncated\)"):
-        draw(Labels(source, skip_bad=False), 1)
-    labels = Labels(source, skip_bad=True)
+    with raises(UserError, "many", "1", "truncated") as caught:
+        draw(LazyLabels(source, skip_bad=False), 1)
+    assert any(mentions(str(caught.value), f"no. {index}") for index in broken)
+    labels = LazyLabels(source, skip_bad=True)
     drawn = draw(labels, 1)[0]
     assert not set(drawn) & set(broken)
     assert (drawn % 10 == np.arange(10)).all()

@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 
-from mixer_jax.evaluation.linear_probe import PENALTIES, Moments
+from mixer_jax.evaluation.linear_probe import L2_REGS, SufficientStatistics
 from tests.evaluation.few_shot_test import judge_by_ridge
 
 
-def gather(features: np.ndarray, labels: np.ndarray, chunk: int, num_classes: int = 10) -> Moments:
-    moments = Moments(num_classes)
+def gather(
+    features: np.ndarray, labels: np.ndarray, chunk: int, num_classes: int = 10
+) -> SufficientStatistics:
+    moments = SufficientStatistics(num_classes)
     for start in range(0, len(features), chunk):
         moments.add(features[start : start + chunk], labels[start : start + chunk])
     return moments
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1437])
-@pytest.mark.parametrize("penalty", [PENALTIES[0], 2.0**10, PENALTIES[-1]])
+@pytest.mark.parametrize("penalty", [L2_REGS[0], 2.0**10, L2_REGS[-1]])
 def test_scores_are_those_of_ridge_regression(
     chunk: int,
     penalty: float,
@@ -54,10 +56,10 @@ def test_right_answers_are_counted_for_every_penalty(
     train_features: tuple[np.ndarray, np.ndarray], test_features: tuple[np.ndarray, np.ndarray]
 ) -> None:
     path = gather(*train_features, 500).solve()
-    right = path.count_right(*test_features, PENALTIES)
+    right = path.count_correct(*test_features, L2_REGS)
     expected = [
         (path.at(penalty).scores(test_features[0]).argmax(1) == test_features[1]).sum()
-        for penalty in PENALTIES
+        for penalty in L2_REGS
     ]
     assert right.tolist() == expected
     assert len(set(expected)) > 3

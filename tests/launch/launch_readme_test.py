@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from tests.launch import scripts
+from tests.helpers import launch_scripts
 
 TEXT = Path("launch/README.md").read_text()
 
@@ -36,17 +36,19 @@ def test_its_commands_are_understood() -> None:
     for arguments in commands("tpu_vm.sh"):
         position = arguments.index("--")
         dry = [*arguments[:position], "--dry_run", *arguments[position:]]
-        result = scripts.run("tpu_vm.sh", *dry)
+        result = launch_scripts.run("tpu_vm.sh", *dry)
         assert result.returncode == 0, result.stderr
         given = "TFDS_DATA_DIR=gs://BUCKET/tfds"
         assert (given in result.stdout) == (given in arguments)
         assert "--workdir=gs://BUCKET/" in result.stdout
     for arguments in commands("setup_host.sh"):
-        assert scripts.run("setup_host.sh", *arguments, "--dry_run").returncode == 0
+        assert launch_scripts.run("setup_host.sh", *arguments, "--dry_run").returncode == 0
     for arguments in commands("local_multiprocess.sh"):
         # Stands for the run: it has been understood if it comes to be started.
         python = "true"
-        assert scripts.run("local_multiprocess.sh", *arguments, PYTHON=python).returncode == 0
+        assert (
+            launch_scripts.run("local_multiprocess.sh", *arguments, PYTHON=python).returncode == 0
+        )
 
 
 def test_its_codes_are_those_that_the_scripts_act_on() -> None:

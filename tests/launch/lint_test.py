@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import scripts
+from tests.helpers import launch_scripts
 
 
 def lint(name: str, *arguments: str) -> None:
@@ -46,7 +46,7 @@ def test_scripts_can_be_called_stop_at_errors_and_are_short() -> None:
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "setup_host.sh", "local_multiprocess.sh"])
 def test_help_tells_every_option(script: str) -> None:
-    result = scripts.run(script, "--help")
+    result = launch_scripts.run(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert f"launch/{script}" in result.stdout
     options = {word for word in result.stdout.split() if word.startswith("--")}

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from mixer_jax.model.tpu_kernel_sizes import Cut, Sizes, choose_sizes
 from mixer_jax.model.tpu_kernels import BranchParams, channel_mixing, token_mixing
 from mixer_jax.model.variants import VARIANTS, num_tokens
-from tests.planning.compiler import tpu_device
+from tests.helpers.tpu_compiler import tpu_device
 
 BRANCHES = {"token_mixing": token_mixing, "channel_mixing": channel_mixing}
 # Tokens that are not whole tiles, several turns of hidden units, programs and cores.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
+from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 
 SETTINGS: dict[str, Any] = {
     "weight_decay": 0.1,
@@ -136,7 +136,7 @@ def test_no_clipping_when_the_norm_is_zero() -> None:
 
 def test_decay_spares_biases_and_layer_norms() -> None:
     params, _ = params_and_grads()
-    mask = kernel_mask({**params, "head": {"kernel": 0, "bias": 0}})
+    mask = weight_decay_mask({**params, "head": {"kernel": 0, "bias": 0}})
     assert mask == {
         "stem": {"kernel": True, "bias": False},
         "LayerNorm_0": {"scale": False},

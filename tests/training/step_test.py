@@ -11,21 +11,21 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.model.making import create_model
-from mixer_jax.parallel.sharding import state_sharding
 from mixer_jax.training.step import (
     TrainState,
     accumulate_gradients,
-    change_norm,
+    apply_mixup,
     create_state,
     cross_entropy,
-    mix,
-    mixup_pairs,
+    sample_mixup,
     smooth_labels,
     train_step,
+    update_norm,
 )
-from tests.batches import mesh_of
-from tests.random_weights import tree_norm
+from tests.helpers.batches import mesh_of
+from tests.helpers.random_weights import tree_norm
 
 NUM_CLASSES = 3
 RECIPE: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_label_smoothing_spreads_its_share_evenly() -> None:
 def test_mixup_weights_are_the_larger_of_two_beta_shares() -> None:
     def draw(rng: jax.Array) -> jax.Array:
         images, labels = jnp.zeros((2, 1, 1, 3), jnp.uint8), jnp.zeros((2, NUM_CLASSES))
-        return mixup_pairs(rng, images, labels, 0.5).weight
+        return sample_mixup(rng, images, labels, 0.5).weight
 
     weights = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000)))
     assert weights.min() >= 0.5
@@ -119,8 +119,8 @@ def test_mixup_weights_are_the_larger_of_two_beta_shares() -> None:
 def test_mixup_partner_is_the_batch_rolled_by_one() -> None:
     batch = make_batch(4)
     labels = jnp.eye(4)
-    pairs = mixup_pairs(jax.random.key(0), batch["image"], labels, 0.5)
-    images, mixed = mix(pairs.arrays, jnp.float32(0.75))
+    pairs = sample_mixup(jax.random.key(0), batch["image"], labels, 0.5)
+    images, mixed = apply_mixup(pairs.arrays, jnp.float32(0.75))
     pixels = np.asarray(batch["image"], np.float64) / 127.5 - 1
     expected = 0.75 * pixels + 0.25 * pixels[[3, 0, 1, 2]]
     np.testing.assert_allclose(images, expected, atol=1e-6)
@@ -142,7 +142,7 @@ def test_metrics_are_what_they_are_called() -> None:
     update = jax.tree.map(np.subtract, after.params, before.params)
     assert metrics["learning_rate"] == pytest.approx(0.1)
     assert metrics["gradient_norm"] == pytest.approx(tree_norm(update) / 0.1, rel=1e-4)
-    changed = change_norm(before.params, after.params)
+    changed = update_norm(before.params, after.params)
     assert changed == pytest.approx(0.1 * metrics["gradient_norm"], rel=1e-4)
 
 

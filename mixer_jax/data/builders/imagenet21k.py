@@ -33,7 +33,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from mixer_jax.data.decoding import BadImageError, decode
+from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.preparation import UNDECODABLE
 from mixer_jax.errors import UserError
 

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from mixer_jax.kernels.mosaic.block_sizes import BlockSize, BranchSizes, choose_block_sizes
 from mixer_jax.kernels.mosaic.ops import BranchParams, channel_mixing, token_mixing
 from mixer_jax.models.mixer_config import VARIANTS, num_tokens
-from tests.planning.compiler import tpu_device
+from tests.helpers.tpu_compiler import tpu_device
 
 BRANCHES = {"token_mixing": token_mixing, "channel_mixing": channel_mixing}
 # Partial tiles of tokens; several blocks of hidden units, programs and cores.

@@ -1,0 +1,322 @@
+"""From the name of a checkpoint, whoever made it, to its weights on the host."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixer_jax.checkpoints import hub, timm_config
+from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints.formats.base import TensorFile
+from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile
+from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
+from mixer_jax.checkpoints.formats.torch import TorchFile
+from mixer_jax.checkpoints.image_size import (
+    ImageSize,
+    check_fits_in_ram,
+    infer_image_size,
+    matches_num_tokens,
+    parse_image_size,
+)
+from mixer_jax.checkpoints.layouts import TIMM, LoadedWeights, read_pretrained
+from mixer_jax.checkpoints.model_info import (
+    METADATA_FIELDS,
+    ModelInfo,
+    format_image_size,
+    from_metadata,
+    get_metadata,
+    infer_variant,
+    validate_metadata,
+)
+from mixer_jax.checkpoints.resolve import HUB, CheckpointRef, local_copy, resolve_checkpoint
+from mixer_jax.config.config import fill_defaults
+from mixer_jax.data.imagenet_classes import imagenet1k_wnids
+from mixer_jax.errors import UserError
+from mixer_jax.model.resolution import method, resize_tokens, resized_tokens_mlp_dim
+from mixer_jax.model.variants import CUSTOM, check_image_size, parameter_shapes
+
+_OPEN: dict[str, Callable[[str], TensorFile]] = {
+    "npz": NpzFile,
+    "safetensors": SafetensorsFile,
+    "torch": TorchFile,
+}
+# A head trained by softmax keeps the mean of its bias, for that loss's gradients sum to zero over
+# the classes. One trained by sigmoid starts at or drifts to a rare class's log-odds.
+_SIGMOID_BELOW = -2.0
+
+
+class PretrainedWeights(NamedTuple):
+    """Weights on the host.
+
+    Attributes:
+        params: nested dictionaries of float32 NumPy arrays, as our model has them.
+        about: what they say of themselves.
+        config: of the run that trained them, keys that it lacks at their defaults; None: unknown.
+        step: they were saved at; None: unknown.
+    """
+
+    params: tree.Tree
+    about: ModelInfo
+    config: dict[str, Any] | None = None
+    step: int | None = None
+
+
+def load_checkpoint(
+    source: str | os.PathLike,
+    *,
+    step: int | None = None,
+    image_size: ImageSize | None = None,
+    pretrain_image_size: ImageSize | None = None,
+    class_names: Sequence[str] = (),
+    gelu: str = "",
+    eval_crop: str = "",
+) -> PretrainedWeights:
+    """Loads weights of any kind, at any image size.
+
+    Args:
+        source: as `resolve_checkpoint` takes it.
+        step: which checkpoint of a run; None: the newest.
+        image_size: side, or height and width, that they are wanted for, pixels; None: their own.
+            Whole multiples are grown as in Appendix C, others interpolated.
+        pretrain_image_size: overrides the size that they were trained at; None: as stored, or
+            inferred from the number of tokens.
+        class_names: in place of what they say; empty: that.
+        gelu: in place of what they say or their layout tells; empty: that.
+        eval_crop: likewise.
+
+    Raises:
+        UserError: an argument is wrong; there are no weights, they are damaged, or they do not tell
+            all that is needed.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"source={source!r} names no weights; pass a path, a URL or hf:OWNER/NAME")
+    source = os.fspath(source)
+    wanted, trained = (
+        parse_image_size("image_size", image_size),
+        parse_image_size("pretrain_image_size", pretrain_image_size),
+    )
+    said = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
+    if trained is not None:
+        said["image_size"] = trained
+    place = resolve_checkpoint(source, step)
+    if place.kind == "run":
+        weights = _load_run(place)
+        if trained not in (None, weights.about.image_size):
+            size = format_image_size(weights.about.image_size)
+            raise UserError(
+                f"{source} was trained at {size}; leave out pretrain_image_size={trained}"
+            )
+        weights = weights._replace(about=dataclasses.replace(weights.about, **said))
+        check_class_names(weights.about, source)
+    elif place.kind == "hub":
+        weights = _load_file(
+            hub.download(place.path), "safetensors", HUB + place.path, said, wanted
+        )
+    else:
+        companions = (hub.CONFIG_FILE, Path(place.path).name + METADATA_SUFFIX)
+        with local_copy(place.path, companions) as path:
+            weights = _load_file(path, place.kind, place.path, said, wanted)
+    return weights if wanted is None else resize(weights, wanted)
+
+
+def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> PretrainedWeights:
+    """Returns the same weights for images of another height and width, pixels.
+
+    Raises:
+        UserError: a side is no multiple of the patch size, or the weights would not fit into the
+            machine's memory; of a machine that does not tell, 64 GiB.
+    """
+    about = weights.about
+    check_image_size(*image_size, about.widths.patch_size)
+    resized = dataclasses.replace(about, image_size=image_size)
+    way = method(about.grid, resized.grid)
+    if way == "same":
+        return weights
+    size = format_image_size(about.image_size)
+    told = {
+        "grown": f"grown from {size} (the paper's Appendix C)",
+        "interpolated": f"interpolated from {size}, which the paper does not do",
+    }
+    mlp_dim = resized_tokens_mlp_dim(about.widths.tokens_mlp_dim, about.grid, resized.grid)
+    resized = dataclasses.replace(
+        resized,
+        widths=dataclasses.replace(about.widths, tokens_mlp_dim=mlp_dim),
+        resolution="; ".join(filter(None, [about.resolution, told[way]])),
+    )
+    check_fits_in_ram(resized)
+    params = resize_tokens(weights.params, about.grid, resized.grid)
+    return weights._replace(params=params, about=resized)
+
+
+def collect_overrides(**given: Any) -> dict[str, Any]:
+    """Returns arguments as fields of `ModelInfo`, without empty ones.
+
+    Args:
+        given: fields of `METADATA_FIELDS`; names of classes may be any sequence but one text.
+
+    Raises:
+        UserError: a field has a value that it cannot have.
+    """
+    names = given.get("class_names")
+    if isinstance(names, Iterable) and not isinstance(names, str | bytes):
+        given["class_names"] = list(names)
+    said = {
+        name: value for name, value in given.items() if value is not None and value not in ("", [])
+    }
+    return validate_metadata(said, "the caller")
+
+
+def replace_head(
+    weights: PretrainedWeights,
+    class_names: Sequence[str] | int,
+    bias: float = 0.0,
+    loss: str = "softmax",
+) -> PretrainedWeights:
+    """Returns weights with a head of zeros, as fine-tuning begins (Section 3).
+
+    Args:
+        weights: whose head, if they have one, is dropped.
+        class_names: of the new head, or their number; 0: no head.
+        bias: of every class.
+        loss: it will be trained by.
+    """
+    names = () if isinstance(class_names, int) else tuple(class_names)
+    count = class_names if isinstance(class_names, int) else len(names)
+    params = {name: value for name, value in weights.params.items() if name != "head"}
+    if count:
+        kernel = np.zeros((weights.about.widths.hidden_dim, count), np.float32)
+        params["head"] = {"kernel": kernel, "bias": np.full(count, bias, np.float32)}
+    about = dataclasses.replace(weights.about, num_classes=count, class_names=names, loss=loss)
+    return weights._replace(params=params, about=about)
+
+
+def set_class_names(
+    weights: PretrainedWeights, class_names: Sequence[str], source: str
+) -> PretrainedWeights:
+    """Returns weights with other names for their classes.
+
+    Args:
+        weights: to name the classes of.
+        class_names: a name for each.
+        source: of the weights, for messages.
+
+    Raises:
+        UserError: there are more or fewer names than classes.
+    """
+    about = dataclasses.replace(weights.about, class_names=tuple(class_names))
+    check_class_names(about, source)
+    return weights._replace(about=about)
+
+
+def check_class_names(about: ModelInfo, source: str) -> None:
+    """Raises UserError unless every class of weights has a name, or none has."""
+    if about.class_names and len(about.class_names) != about.num_classes:
+        raise UserError(
+            f"{source} has {about.num_classes:,} classes, and {len(about.class_names):,} names are "
+            "given for them; give one name for every class"
+        )
+
+
+def _load_run(place: CheckpointRef) -> PretrainedWeights:
+    # Imported here: orbax takes a second, which files of published weights need not pay.
+    from mixer_jax.checkpoints.manager import CheckpointManager
+
+    assert place.step is not None
+    where = f"checkpoint {place.path}/checkpoints/{place.step}"
+    checkpoints = CheckpointManager(place.path)
+    try:
+        metadata = checkpoints.metadata(place.step)
+        about = from_metadata(metadata, where)
+        item = "ema_params" if get_metadata(metadata, "ema", where) else "params"
+        rows, columns = about.grid
+        shapes = parameter_shapes(about.widths, rows * columns, about.num_classes)
+        target = tree.unflatten(
+            {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+        )
+        params = checkpoints.restore(place.step, {item: target})[item]
+    finally:
+        checkpoints.close()
+    config = metadata.get("config")
+    return PretrainedWeights(params, about, config and fill_defaults(config), place.step)
+
+
+def _load_file(
+    path: str, kind: str, source: str, given: dict[str, Any], wanted: tuple[int, int] | None
+) -> PretrainedWeights:
+    """Loads published weights.
+
+    Args:
+        path: of a file on this machine.
+        kind: of it.
+        source: what a person knows it by.
+        given: fields of `ModelInfo` that the caller says.
+        wanted: height and width.
+    """
+    with _OPEN[kind](path) as file:
+        read = read_pretrained(file)
+        _check_seen(file.said, read, source)
+        said = {name: file.said[name] for name in METADATA_FIELDS if name in file.said}
+        says_nothing = not said
+        said = validate_metadata({name: said[name] for name in said.keys() - given.keys()}, source)
+    if "image_size" in given and not matches_num_tokens(given["image_size"], read):
+        raise UserError(
+            f"pretrain_image_size={given['image_size']} does not fit {source}, which has "
+            f"{read.num_tokens} tokens of {read.widths.patch_size} px"
+        )
+    if read.layout is TIMM and says_nothing:
+        config = hub.read_timm_config(path) or timm_config.guess_timm_config(*_names(source))
+        where = f"{hub.CONFIG_FILE} of {source}"
+        said = validate_metadata(timm_config.parse_timm_metadata(config, where, given), where)
+        fitting = [
+            size
+            for size in timm_config.candidate_image_sizes(config)
+            if matches_num_tokens(size, read)
+        ]
+        said |= {"image_size": fitting[0]} if fitting else {}
+        timm_config.fold_normalization(read.params, config, where)
+    said |= given
+    if "class_names" not in said and read.num_classes == len(imagenet1k_wnids()):
+        said["class_names"] = imagenet1k_wnids()
+    defaults: dict[str, Any] = {
+        "class_names": (),
+        "gelu": read.layout.gelu,
+        "eval_crop": read.layout.eval_crop,
+        "exif_orientation": False,
+        "loss": _tell_loss(read),
+        "image_size": infer_image_size(read, said.get("image_size"), wanted, source),
+    }
+    about = ModelInfo(
+        infer_variant(read.widths), read.widths, num_classes=read.num_classes, **(defaults | said)
+    )
+    check_class_names(about, source)
+    return PretrainedWeights(read.params, about)
+
+
+def _names(source: str) -> tuple[str, str]:
+    """Returns the names of a file and of its folder, as a person named it."""
+    # Not resolved: a link may be named after the weights, and what it leads to need not be.
+    path = source if "://" in source or source.startswith(HUB) else os.path.abspath(source)
+    return Path(path).name, Path(path).parent.name
+
+
+def _check_seen(said: dict[str, Any], read: LoadedWeights, source: str) -> None:
+    """Raises UserError if what a file says of its tensors is not what they are."""
+    widths = dataclasses.asdict(read.widths)
+    seen = {"num_classes": read.num_classes, "widths": widths}
+    # A run may have a variant's name with other widths; it says these too.
+    if "widths" not in said and said.get("variant") != CUSTOM:
+        seen["variant"] = infer_variant(read.widths)
+    for name, value in seen.items():
+        if name in said and said[name] != value:
+            raise UserError(
+                f"{source} says {name}={said[name]!r}, but its tensors are of {name}={value!r}"
+            )
+
+
+def _tell_loss(read: LoadedWeights) -> str:
+    if not read.num_classes:
+        return "softmax"
+    return "sigmoid" if read.params["head"]["bias"].mean() < _SIGMOID_BELOW else "softmax"

@@ -1,0 +1,1 @@
+"""Arguments, exit codes and standard streams shared by all commands."""

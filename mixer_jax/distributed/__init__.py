@@ -1,0 +1,1 @@
+"""Meshes, sharding, multi-host runs and hardware facts."""

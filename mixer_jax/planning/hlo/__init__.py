@@ -1,0 +1,1 @@
+"""Analysis of compiled HLO programs."""

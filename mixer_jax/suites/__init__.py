@@ -1,0 +1,1 @@
+"""Transfer suites: tasks, protocol, results and tables."""

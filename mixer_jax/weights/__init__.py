@@ -1,1 +1,0 @@
-"""Parameters in and out of files."""

@@ -1,0 +1,128 @@
+"""Tests of what the doors print, and of what they refuse in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixer_jax.training.metrics import read_metrics
+from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions
+from tests.helpers.processes import finish, start
+from tests.helpers.tiny_run import NO_REGULARIZATION
+
+
+@pytest.fixture(scope="module")
+def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from start to end."""
+    workdir = tmp_path_factory.mktemp("finished")
+    finish(start(digits_dir, workdir, **NO_REGULARIZATION, num_steps=20))
+    return workdir
+
+
+def test_evaluate_prints_a_table_or_json(finished: Path, digits_dir: str) -> None:
+    arguments = [f"--checkpoint={finished}", "--dataset=digits", f"--data_dir={digits_dir}"]
+    table = run_cli("evaluate", *arguments, "--split=test")
+    assert table.stderr == ""
+    done = run_cli("evaluate", *arguments, "--split=test", "--json", "--batch_size=50")
+    scores = json.loads(done.stdout)
+    assert scores["num_examples"] == 360
+    top1 = f"{scores['top1']:.2%}"
+    assert any(mentions(line, "top-1", top1) for line in table.stdout.splitlines())
+    # The run's own last evaluation, with other batches, says the same.
+    last = read_metrics(str(finished))[-1]
+    assert scores["top1"] == last["test/top1"]
+    assert scores["log_likelihood"] == pytest.approx(last["test/log_likelihood"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--checkpoint"]),
+        (["--checkpoint=/nowhere"], ["/nowhere"]),
+        (["--checkpoint=RUN", "--step=7"], ["7", "10", "20"]),
+        (["--checkpoint=RUN", "--split=tset"], ["tset", "digits"]),
+        (["--checkpoint=RUN", "--dataset=folder:/nowhere"], ["/nowhere"]),
+        (["--checkpoint=RUN", "--batch_size=0"], ["--batch_size", "0"]),
+    ],
+)
+def test_evaluate_refuses(
+    finished: Path, digits_dir: str, arguments: list[str], parts: list[str]
+) -> None:
+    arguments = [argument.replace("RUN", str(finished)) for argument in arguments]
+    done = run_cli("evaluate", *arguments, f"--data_dir={digits_dir}", code=2)
+    assert done.stdout == ""
+    # The path may have numbers in it.
+    assert mentions(done.stderr.replace(str(finished), ""), *parts)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config"]),
+        (["--config=configs/digits.py", "--config.init_from=/nowhere"], ["/nowhere"]),
+        (["--config=configs/digit.py"], ["configs/digit.py", "configs/digits.py"]),
+        (["--config=README.md"], ["README.md"]),
+        (["--config=configs/digits.py:medium"], ["medium", "low", "high"]),
+        (["--config=configs/digits.py", "--confg.seed=1"], ["--confg.seed"]),
+        (["--config=configs/digits.py", "--config.seed"], ["--config.seed"]),
+        (["--config=configs/digits.py", "--config.sed=1"], ["sed", "seed"]),
+        (["--config=configs/digits.py", "--config.seed=x"], ["seed", "x"]),
+        (
+            ["--config=configs/digits.py", "--config.model.variant=Z/9"],
+            ["variant", "Z/9", "S/32", "B/16"],
+        ),
+        (["--config=configs/digits.py", "--config.num_steps=50"], ["warmup_steps", "100", "50"]),
+        (["--config=configs/digits.py", "--workdir=/proc/x"], ["/proc/x"]),
+        (
+            ["--config=configs/digits.py", "--config.batch_size=100", "--config.mesh.fsdp=3"],
+            ["mesh"],
+        ),
+    ],
+)
+def test_main_refuses(
+    arguments: list[str], parts: list[str], digits_dir: str, tmp_path: Path
+) -> None:
+    if arguments[:1] == ["--config=configs/digits.py"]:
+        arguments = [arguments[0], f"--config.dataset.data_dir={digits_dir}", *arguments[1:]]
+    if not any(argument.startswith("--workdir") for argument in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path}/run"]
+    done = run_cli("main", *arguments, code=2)
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert mentions(line, *parts)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_another_experiments_workdir_is_refused(finished: Path, digits_dir: str) -> None:
+    before = (finished / "config.json").read_text()
+    process = start(
+        digits_dir, finished, **NO_REGULARIZATION, num_steps=20, optimizer__learning_rate=0.5
+    )
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert mentions(err, "learning_rate", "0.003", "0.5")
+    assert (finished / "config.json").read_text() == before
+
+
+def test_missing_data_names_the_way_to_get_them(tmp_path: Path) -> None:
+    data_dir, workdir = tmp_path / "data", tmp_path / "run"
+    done = run_cli(
+        "main",
+        "--config=configs/mixer_l16_i21k.py",
+        f"--workdir={workdir}",
+        f"--config.dataset.data_dir={data_dir}",
+        code=2,
+    )
+    (line,) = done.stderr.strip().splitlines()
+    assert mentions(line, "imagenet21k", str(data_dir))
+    assert mentions(line, "python -m mixer_jax.prepare imagenet21k")
+    assert mentions(line, "--config.dataset.name=synthetic")
+    assert list(workdir.iterdir()) == []
+
+
+def test_help_lists_every_key() -> None:
+    done = run_cli("main", "--help")
+    for key in ("optimizer.learning_rate=0.001", "mesh.fsdp=1", "evals.NAME.split='test'"):
+        assert key in done.stdout

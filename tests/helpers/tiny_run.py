@@ -1,0 +1,51 @@
+"""A real run of the real config, small enough for tests."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mixer_jax.config.config import validate
+from mixer_jax.config.loading import load_config_with_overrides
+
+OVERRIDES: dict[str, Any] = {
+    "num_steps": 20,
+    "batch_size": 16,
+    "eval_batch_size": 128,
+    "image_size": 16,
+    "model.num_blocks": 2,
+    "model.hidden_dim": 16,
+    "model.tokens_mlp_dim": 8,
+    "model.channels_mlp_dim": 16,
+    "model.patch_size": 4,
+    "model.stochastic_depth": 0.1,
+    "preprocess.max_shift": 1,
+    "optimizer.warmup_steps": 2,
+    "log_every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "evals.test.every_steps": 10,
+}
+# As changes: without the recipe's parts, which make a program that takes longer to compile.
+NO_REGULARIZATION: dict[str, Any] = {
+    "model__num_blocks": 1,
+    "model__channels_mlp_dim": 16,
+    "model__stochastic_depth": 0.0,
+    "model__dropout": 0.0,
+    "recipe__mixup": 0.0,
+    "recipe__ema_decay": 0.0,
+    # TensorFlow takes longer to import than all else of a small run.
+    "tensorboard": False,
+}
+
+
+def to_flags(data_dir: str, **changes: Any) -> list[str]:
+    """Returns the command-line overrides; a key's dot is written as two underscores."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    values = {**OVERRIDES, "dataset.data_dir": data_dir, **changes}
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def small_config(data_dir: str, file: str = "configs/digits.py", **changes: Any) -> ConfigDict:
+    """Returns configs/digits.py made small."""
+    config = load_config_with_overrides(file, to_flags(data_dir, **changes))
+    validate(config)
+    return config

@@ -1,0 +1,153 @@
+"""Imports: one way between packages, no cycles, heavy libraries only where they belong."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mixer_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Lowest first. A package imports from lower levels, and from its own level where LEVELS orders
+# packages within it from left to right.
+LEVELS = [
+    ["errors", "locks"],
+    ["model", "models", "kernels", "config", "data", "distributed"],
+    ["checkpoints", "evaluation"],
+    ["cli", "inference", "training"],
+    ["visualization"],
+    ["planning", "suites"],
+    ["benchmarks"],
+]
+COMMANDS = [
+    "benchmark",
+    "convert",
+    "evaluate",
+    "main",
+    "plan",
+    "predict",
+    "prepare",
+    "transfer",
+    "visualize",
+]
+
+# Where each heavy library may be imported at all, by path in the package.
+HEAVY = {
+    "flax": {"model/", "models/", "training/step.py", "benchmarks/reference.py"},
+    "orbax": {"checkpoints/manager.py"},
+    "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/weights.py"},
+    "huggingface_hub": {"checkpoints/hub.py"},
+    "torch": {
+        "checkpoints/formats/torch.py",
+        "benchmarks/with_torch.py",
+        "benchmarks/timm_library.py",
+    },
+    "timm": {"benchmarks/timm_library.py"},
+    "torchvision": {"benchmarks/timm_library.py"},
+    "grain": {"data/"},
+    "cv2": {"data/", "benchmarks/photographs.py", "benchmarks/pipelines.py"},
+    "simplejpeg": {"data/decode.py", "benchmarks/photographs.py", "benchmarks/pipelines.py"},
+    "tensorflow_datasets": {"data/"},
+    "clu": {"training/metrics.py"},
+    "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
+    "matplotlib": {
+        "visualization/",
+        "suites/picture.py",
+        "benchmarks/picture.py",
+    },
+    "sklearn": {"data/builders/digits.py", "benchmarks/photographs.py"},
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields the dotted names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rank(package: str) -> tuple[int, int]:
+    """Level of a package and its place within the level; commands come last."""
+    for level, packages in enumerate(LEVELS):
+        if package in packages:
+            return level, packages.index(package)
+    assert package in COMMANDS, f"{package} is neither a command nor in LEVELS"
+    return len(LEVELS), 0
+
+
+def test_imports_between_packages_go_one_way() -> None:
+    wrong = []
+    for path in FILES:
+        package = relative(path).split("/")[0].removesuffix(".py")
+        if package == "__init__":
+            continue
+        for name in imports(path):
+            root, _, rest = name.partition(".")
+            other = rest.split(".")[0]
+            exists = (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()
+            if root != "mixer_jax" or not exists or other in ("", package):
+                continue
+            if rank(other) >= rank(package):
+                wrong.append(f"{relative(path)} imports {name}")
+    assert not wrong
+
+
+def test_heavy_libraries_are_imported_only_where_they_belong() -> None:
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path in FILES
+        for name in imports(path)
+        if (allowed := HEAVY.get(name.split(".")[0])) is not None
+        and not any(relative(path).startswith(prefix) for prefix in allowed)
+    ]
+    assert not wrong
+
+
+def test_modules_have_no_import_cycles() -> None:
+    graph = {}
+    for path in FILES:
+        if path.name != "__init__.py":
+            module = "mixer_jax." + relative(path).removesuffix(".py").replace("/", ".")
+            graph[module] = set(imports(path))
+    modules = {name: used & graph.keys() for name, used in graph.items()}
+    while modules:
+        leaves = [name for name, used in modules.items() if not used & modules.keys()]
+        assert leaves, f"import cycle among {sorted(modules)}"
+        for name in leaves:
+            modules.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("mixer_jax", {"jax", "flax", "numpy"}),
+        ("mixer_jax.main", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
+        ("mixer_jax.benchmarks.speed", {"jax", "flax", "numpy", "torch", "ml_collections"}),
+        ("mixer_jax.benchmarks.compiling", {"jax", "flax", "numpy", "ml_collections"}),
+        ("mixer_jax.plan", {"jax", "flax", "numpy"}),
+        ("mixer_jax.prepare", {"jax", "numpy", "tensorflow_datasets", "cv2", "sklearn"}),
+        ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.transfer", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),
+        ("mixer_jax.visualize", {"jax", "flax", "grain", "tensorflow_datasets", "matplotlib"}),
+        ("mixer_jax.training.loop", {"tensorflow", "clu", "matplotlib", "sklearn"}),
+    ],
+)
+def test_import_leaves_heavy_libraries_out(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*(name.split('.')[0] for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not absent & set(done.stdout.split())
