@@ -36,7 +36,7 @@ COMMANDS = [
 
 # Where each heavy library may be imported at all, by path in the package.
 HEAVY = {
-    "flax": {"model/", "models/", "training/step.py", "benchmarks/reference.py"},
+    "flax": {"models/", "training/step.py", "benchmarks/reference.py"},
     "orbax": {"checkpoints/manager.py"},
     "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/weights.py"},
     "huggingface_hub": {"checkpoints/hub.py"},

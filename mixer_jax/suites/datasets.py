@@ -13,7 +13,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
-from mixer_jax.model.variants import check_image_size
+from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task
 
 # VTAB's rule, as arXiv 1912.11370 has it: smaller images are seen at the smaller size.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mixer_jax import config as config_lib
-from mixer_jax.checkpoints.model_info import from_metadata
+from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.config.compat import RENAMED_KEYS, RENAMED_VALUES, upgrade_config, upgrade_overrides
 from mixer_jax.config.loading import load_config, load_config_with_overrides
 from mixer_jax.config.schema import get_field
@@ -120,7 +120,7 @@ def test_check_workdir_accepts_an_old_run(tmp_path: Path) -> None:
 
 
 def test_from_metadata_reads_an_old_checkpoint() -> None:
-    info = from_metadata(OLD_METADATA, "here")
+    info = ModelInfo.from_metadata(OLD_METADATA, "here")
     assert info.eval_crop == "resize"
     assert (info.variant, info.image_size, info.num_classes) == ("custom", (32, 32), 5)
 
