@@ -1,4 +1,4 @@
-"""Parameter trees: unstacking blocks, and casting weights to the computation's dtype."""
+"""Parameter trees prepared for inference, and weights cast to the computation's dtype."""
 
 import operator
 from typing import Any
@@ -7,20 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
-
-
-def unstack_blocks(blocks: Any) -> list[Any]:
-    """Splits stacked parameters into those of each block; a list is returned as it is.
-
-    `lax.split` has a gradient of one concatenation. Indexing N times would instead have N gradients
-    of the whole size, to be added up.
-    """
-    if isinstance(blocks, list):
-        return blocks
-    leaves, tree = jax.tree.flatten(blocks)
-    split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
-    per_block = ([part[0] for part in parts] for parts in zip(*split, strict=True))
-    return [jax.tree.unflatten(tree, block) for block in per_block]
 
 
 def prepare_inference_params(

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.layers import Context, DropPathMask, LayerNorm, bernoulli_per_example
-from mixer_jax.models.params import unstack_blocks
 
 # Residuals saved for the backward pass besides each block's input.
 REMAT_POLICIES = {
@@ -271,6 +270,20 @@ def _apply_blocks(
     if captured is not None:
         model.sow("intermediates", "blocks_output", captured)
     return carry
+
+
+def unstack_blocks(blocks: Any) -> list[Any]:
+    """Splits stacked parameters into those of each block; a list is returned as it is.
+
+    `lax.split` has a gradient of one concatenation. Indexing N times would instead have N gradients
+    of the whole size, to be added up.
+    """
+    if isinstance(blocks, list):
+        return blocks
+    leaves, tree = jax.tree.flatten(blocks)
+    split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
+    per_block = ([part[0] for part in parts] for parts in zip(*split, strict=True))
+    return [jax.tree.unflatten(tree, block) for block in per_block]
 
 
 def forward_intermediates(
