@@ -71,7 +71,7 @@ CONFIG_KEYS = {
     "dtype": "model.dtype",
     "scan_unroll": "model.scan_unroll",
     "remat": "model.remat",
-    "backend": "model.kernels",
+    "backend": "model.backend",
     "image_size": "image_size",
     "num_classes": "dataset.num_classes",
     "batch_size": "batch_size",

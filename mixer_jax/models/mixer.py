@@ -140,7 +140,7 @@ class MlpMixer(nn.Module):
         config = self.config
         _, height, width, _ = images.shape
         check_image_size(height, width, config.patch_size)
-        example_index = jnp.arange(len(images)) if example_index is None else example_index
+        example_index = jnp.arange(images.shape[0]) if example_index is None else example_index
         ctx = make_context(self, train)
         x = PatchEmbed(config.hidden_dim, config.patch_size, ctx, name="stem")(images)
         self.sow("intermediates", "stem_output", x)

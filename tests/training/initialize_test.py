@@ -125,7 +125,7 @@ def test_another_image_size_begins_with_resized_weights(
     grown = size == 32
     assert experiment.about.config.tokens_mlp_dim == (32 if grown else 8)
     assert experiment.about.image_size == (size, size)
-    assert mentions(said, run, "grown" if grown else "interpolated", "16")
+    assert mentions(said, run, "tiled" if grown else "interpolated", "16")
     features = experiment.model.clone(num_classes=0)
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.uniform(-1, 1, (2, size, size, 3)), jnp.float32)
