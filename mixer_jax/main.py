@@ -55,8 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     common.configure_jax(config.compilation_cache)
-    from mixer_jax.distributed.failures import propagate_failure
-    from mixer_jax.distributed.hosts import is_primary_process
+    from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
     from mixer_jax.training.loop import train_and_evaluate
     from mixer_jax.visualization.curves import plot_curves
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     common.configure_jax(default_config(overrides).compilation_cache)
-    from mixer_jax.distributed.failures import propagate_failure
+    from mixer_jax.distributed.multihost import propagate_failure
     from mixer_jax.suites.run import TransferRequest, run_suite
 
     wish = TransferRequest(

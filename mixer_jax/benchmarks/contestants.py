@@ -64,11 +64,11 @@ class Contestant(NamedTuple):
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of ours that may be compared: lists."""
-    for name, examples in (
-        ("unroll", "1,12; 0: all; -1: as is best here"),
-        ("remat", "none,dots,mlp_hidden,full; auto: as is best here"),
+    for name, key, examples in (
+        ("unroll", "scan_unroll", "1,12; 0: all; -1: as is best here"),
+        ("remat", "remat", "none,dots,mlp_hidden,full; auto: as is best here"),
     ):
-        default = FIELDS[f"model.{name}"].default
+        default = FIELDS[f"model.{key}"].default
         parser.add_argument(
             f"--{name}",
             default=str(default),

@@ -141,7 +141,7 @@ def _moved(plan: Plan) -> str:
     sent = sum(transfer.num_bytes for transfer in plan.transfers)
     speed = f"{plan.topology.egress / _GB:.0f} GB/s a chip"
     beyond = plan.topology.slices > 1 or bool(
-        chip.neighbours and plan.topology.num_chips > chip.neighbours
+        chip.nvlink_domain and plan.topology.num_chips > chip.nvlink_domain
     )
     if beyond and chip.network_bandwidth:
         speed += f", {chip.network_bandwidth / _GB:g} beyond"
@@ -152,13 +152,13 @@ def _moved(plan: Plan) -> str:
             "arithmetic",
             f"{executed / _TERA:.2f} TFLOP, {again:.0%} of it recomputed",
             least.arithmetic,
-            f"{chip.flops / chip.devices / _TERA:.0f} TFLOP/s",
+            f"{chip.flops / chip.devices_per_chip / _TERA:.0f} TFLOP/s",
         ),
         (
             "memory",
             f"{plan.memory_bytes / _GB:.2f} GB" + ("" if plan.training else " at the least"),
             least.memory,
-            f"{chip.memory_bandwidth / chip.devices / _GB:.0f} GB/s",
+            f"{chip.memory_bandwidth / chip.devices_per_chip / _GB:.0f} GB/s",
         ),
         ("network", f"{sent / _GB:.3f} GB", least.network, speed),
     ]

@@ -221,7 +221,7 @@ def mesh_locations(topology: Topology) -> list[DeviceLocation]:
     """Returns places of a TPU's devices as a mesh lays them out: slice by slice, chip by chip."""
     in_slice = topology.num_devices // topology.slices
     return [
-        DeviceLocation(number // topology.chip.devices, number // in_slice)
+        DeviceLocation(number // topology.chip.devices_per_chip, number // in_slice)
         for number in range(topology.num_devices)
     ]
 
@@ -245,7 +245,7 @@ def scaling_row(name: str, slices: int) -> dict[str, float]:
         "batch": batch,
         "bytes": sum(transfer.num_bytes for transfer in sent),
         "network": sum(network_seconds(topology, places, transfer) for transfer in sent),
-        "arithmetic": flops / (topology.chip.flops / topology.chip.devices),
+        "arithmetic": flops / (topology.chip.flops / topology.chip.devices_per_chip),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mixer_jax.data.readers import BadImage
-from mixer_jax.distributed import hosts
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.training.workdir import atomic_write
 
@@ -53,7 +53,7 @@ class BadImageLog:
             for path in epath.Path(workdir).glob("bad_images_*.jsonl")
             if not any(path == _log_path(workdir, host) for host in range(jax.process_count()))
         ]
-        for path in [self._path, *(gone if hosts.is_primary_process() else [])]:
+        for path in [self._path, *(gone if multihost.is_primary_process() else [])]:
             _forget(path, first_step)
         self._lines = _read(self._path)
         self._written = {line["name"] for line in self._lines}
@@ -97,7 +97,7 @@ class BadImageLog:
         table = np.zeros((_TOLD_AT_ONCE, 2), np.uint32)
         for row, number in enumerate(told):
             table[row] = number
-        rows = hosts.all_gather(table).reshape(-1, 2)
+        rows = multihost.all_gather(table).reshape(-1, 2)
         self._met.update((int(high), int(low)) for high, low in rows if high or low)
 
     def close(self) -> None:

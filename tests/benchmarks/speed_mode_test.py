@@ -135,5 +135,5 @@ def test_a_peer_that_is_not_installed_is_told() -> None:
     assert mentions(mistake("--out=nowhere/a.json"), "--out", "nowhere/a.json")
     for mode in ("train", "compile"):
         told = mistake(*SMALL, f"--mode={mode}", "--model.backend=triton")
-        assert mentions(told, "model.kernels", "triton", "GPU", "auto", "xla")
+        assert mentions(told, "model.backend", "triton", "GPU", "auto", "xla")
     assert mentions(mistake("--peers=none", "--picture=a.png"), "--picture", "matplotlib")

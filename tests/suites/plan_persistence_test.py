@@ -72,10 +72,10 @@ def test_judging_keeps_the_digest_of_what_was_loaded(tmp_path: Path) -> None:
 def test_only_the_first_host_writes_and_all_hear_of_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.hosts, "is_primary_process", lambda: False)
+    monkeypatch.setattr(run.multihost, "is_primary_process", lambda: False)
     assert run._keep(make_plan(), str(tmp_path), WEIGHTS) == []
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(run.hosts, "any_host", lambda flag: True)
+    monkeypatch.setattr(run.multihost, "any_host", lambda flag: True)
     with raises(UserError):
         run._keep(make_plan(), str(tmp_path), WEIGHTS)
     assert not list(tmp_path.iterdir())

@@ -142,7 +142,7 @@ def test_hosts_are_joined_as_the_key_says(
         modes.append(mode)
         raise EnoughError
 
-    monkeypatch.setattr(run.hosts, "initialize_distributed", join)
+    monkeypatch.setattr(run.multihost, "initialize_distributed", join)
     for overrides in ((), (("distributed", "no"),)):
         with pytest.raises(EnoughError):
             begin(weights, SUITE, digits_dir, tmp_path, overrides=overrides)

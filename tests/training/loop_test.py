@@ -15,7 +15,7 @@ import pytest
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.resolve import list_steps
-from mixer_jax.distributed.hosts import GracefulShutdown
+from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.datasets import open_datasets
@@ -247,20 +247,12 @@ def test_a_signal_saves_and_stops(
 
     config = small_config(digits_dir, checkpoint__every_steps=0, **NO_REGULARIZATION)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.hosts, "GracefulShutdown", Impatient)
+        patch.setattr(loop_module.multihost, "GracefulShutdown", Impatient)
         result = train_and_evaluate(config, str(tmp_path))
     assert (result.step, result.stopped_by, result.scores) == (1, number, {})
     assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_second_interrupt_is_immediate() -> None:
-    with GracefulShutdown() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
