@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _open(name: str, weights: "PretrainedWeights", known: argparse.Namespace) -> "Source":
     """Opens a data set, with labels that are the numbers of the weights' classes."""
-    from mixer_jax.data.mixture import relabel
+    from mixer_jax.data.source import relabel
     from mixer_jax.data.registry import open_dataset
 
     about, trained_on = weights.about, (weights.config or {}).get("dataset", {})

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.data.mixture import mix_sources, relabel
+from mixer_jax.data.source import mix_sources, relabel
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError

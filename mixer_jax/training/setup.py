@@ -186,14 +186,16 @@ def make_train_batches(
     return train_batches(
         experiment.sources.train,
         seed=config.seed,
-        first_step=first_step,
+        start_step=first_step,
         num_steps=experiment.num_steps,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=train_preprocess_args(config),
         sharding=batch_sharding(experiment.mesh),
-        report=report,
-        **config.loader,
+        on_bad_images=report,
+        num_threads=config.loader.threads,
+        num_workers=config.loader.processes,
+        prefetch_batches=config.loader.prefetch_batches,
     )
 
 
