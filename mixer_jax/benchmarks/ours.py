@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixer_jax.data.loader import CHUNK_SIZE
-from mixer_jax.data.loader import Batch, train_batches
+from mixer_jax.data.loader import CHUNK_SIZE, Batch, train_batches
 from mixer_jax.data.source import Example, Source
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh
 

@@ -45,9 +45,9 @@ def train_image(
         encoded: Bytes of an image file.
         rng: The only source of randomness.
         image_size: Side of the result, in pixels.
-        train_crop: "inception", "random_crop", "shift" or "resize".
+        train_crop: "inception", "random_crop", "random_shift" or "resize".
         min_area: Minimum area of the inception crop, as a fraction of the image's area.
-        max_shift: Maximum shift of "shift", in pixels of the result.
+        max_shift: Maximum shift of "random_shift", in pixels of the result.
         flip: Whether to flip half of the images horizontally.
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
         randaugment_magnitude: RandAugment magnitude, on a scale of 0 to 10.
@@ -70,7 +70,7 @@ def train_image(
         image = random_crop(image, rng, image_size)
     else:
         image = resize(image, image_size, image_size, out)
-    if train_crop == "shift":
+    if train_crop == "random_shift":
         image = random_shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
         image = cv2.flip(image, 1)
@@ -99,7 +99,7 @@ def eval_image(
             covers 8/7 of the result's height and width, and takes the center crop (Table 3:
             shorter side 256 for 224); "square" resizes height and width to 8/7 of the result's
             (Table 2); "bicubic" and "bilinear" are like "shorter_side" with Pillow's decoder and
-            filters, as timm evaluates its checkpoints (crop 0.875); "whole" does not crop.
+            filters, as timm evaluates its checkpoints (crop 0.875); "resize" does not crop.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
 
     Returns:
@@ -111,7 +111,7 @@ def eval_image(
     """
     timm_style = eval_crop in _TIMM_FILTERS
     image = decode(encoded, exif_orientation=exif_orientation, accurate_dct=timm_style)
-    if eval_crop == "whole":
+    if eval_crop == "resize":
         return np.ascontiguousarray(resize(image, *image_size))
     if timm_style:
         target = [length * _RESIZE // _CROP for length in image_size]

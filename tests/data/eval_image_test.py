@@ -83,10 +83,10 @@ def test_square_resizes_height_and_width_independently(
 
 
 @pytest.mark.parametrize("image_size", [(224, 224), (224, 448), (448, 224)])
-def test_whole_resizes_without_a_crop(image_size: tuple[int, int]) -> None:
+def test_resize_does_not_crop(image_size: tuple[int, int]) -> None:
     image = upper_left(375, 500)
     expected = resize(image, *image_size)
-    np.testing.assert_array_equal(evaluate(image, image_size, "whole"), expected)
+    np.testing.assert_array_equal(evaluate(image, image_size, "resize"), expected)
 
 
 def timm_eval_image(image: Image.Image, image_size: tuple[int, int], eval_crop: str) -> np.ndarray:
@@ -139,8 +139,8 @@ def test_eval_image_rejects_images_too_elongated_to_resize(
     assert evaluate(image, (224, 224), "square").shape == (224, 224, 3)
 
 
-def test_whole_keeps_an_image_of_the_target_size() -> None:
-    np.testing.assert_array_equal(evaluate(noise(48, 48), (48, 48), "whole"), noise(48, 48))
+def test_resize_keeps_an_image_of_the_target_size() -> None:
+    np.testing.assert_array_equal(evaluate(noise(48, 48), (48, 48), "resize"), noise(48, 48))
 
 
 @pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])

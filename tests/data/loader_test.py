@@ -227,7 +227,7 @@ def small_eval_batches(
         make_source(examples),
         batch_size=batch_size,
         image_size=image_size,
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
         num_threads=2,
         prefetch_batches=2,

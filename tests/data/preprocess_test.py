@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-CROPS = ["inception", "random_crop", "shift", "resize"]
+CROPS = ["inception", "random_crop", "random_shift", "resize"]
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def evaluate(image: np.ndarray, image_size: int, eval_crop: str) -> np.ndarray:
     return eval_image(encode(image, "PNG"), image_size=size, eval_crop=eval_crop)
 
 
-@pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "whole"])
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "resize"])
 @pytest.mark.parametrize("image_size", [224, 448, 32])
 @pytest.mark.parametrize(
     "shape", [(256, 256), (375, 500), (500, 333), (40, 30), (30, 900), (900, 30)]
@@ -244,7 +244,7 @@ def test_eval_image_takes_the_center_crop(
     per_pixel = {
         "shorter_side": [min(shape) / image_size * 224 / 256] * 2,
         "square": [length / image_size * 224 / 256 for length in shape],
-        "whole": [length / image_size for length in shape],
+        "resize": [length / image_size for length in shape],
     }[eval_crop]
     from_center = np.arange(image_size) - (image_size - 1) / 2
     for channel, length in enumerate(shape):
@@ -275,7 +275,7 @@ def test_train_and_eval_images_apply_exif_orientation() -> None:
     train: dict[str, Any] = PLAIN | {"image_size": 8, "exif_orientation": True}
     evaluate: dict[str, Any] = {
         "image_size": (8, 8),
-        "eval_crop": "whole",
+        "eval_crop": "resize",
         "exif_orientation": True,
     }
     for result, expected in [

@@ -75,7 +75,7 @@ def test_eval_reader_encodes_multiple_labels_or_none() -> None:
     targets = [(2, 7), (), (9,)]
     examples = [Example(image=encoded(0), labels=labels, name="") for labels in targets]
     source = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    arrays = EvalReader(source, (SIZE, SIZE), "whole", exif_orientation=False)(np.arange(4)).arrays
+    arrays = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)(np.arange(4)).arrays
     assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*targets, ()]
     assert arrays["mask"].tolist() == [True, False, True, False]
 
@@ -83,7 +83,7 @@ def test_eval_reader_encodes_multiple_labels_or_none() -> None:
 def test_eval_reader_leaves_rows_of_bad_images_and_padding_empty() -> None:
     examples = [EXAMPLES[0], Example(image=b"broken", labels=(1,), name="image 1"), EXAMPLES[2]]
     source = Source("toy", examples, SOURCE.class_names)
-    reader = EvalReader(source, (SIZE, SIZE), "whole", exif_orientation=False)
+    reader = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)
     arrays, bad_images = reader(np.arange(4))
     assert bad_images == [BadImage("image 1", reason_of(b"broken"))]
     assert arrays["mask"].tolist() == [True, False, True, False]

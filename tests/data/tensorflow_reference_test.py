@@ -1,7 +1,7 @@
 """Comparison of preprocessing with TensorFlow, which the paper's authors used.
 
-Decoded pixels are identical. Resized pixels differ by at most one level, on average by half a level,
-because OpenCV uses fixed point and TensorFlow floating point.
+Decoded pixels are identical. Resized pixels differ by at most one level, and on average by at most
+half a level, because OpenCV uses fixed point and TensorFlow floating point.
 """
 
 import io

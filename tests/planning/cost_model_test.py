@@ -202,7 +202,7 @@ def test_weak_scaling_sends_the_same_from_every_chip() -> None:
 
 def test_numbers_of_a_config(root: Any) -> None:
     read = load_config_with_overrides(
-        f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.accumulation_steps=1"]
+        f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.grad_accum_steps=1"]
     )
     config = resolve_for_platform(read, "tpu")
     assert config.model.dtype == "bfloat16"
@@ -219,9 +219,9 @@ def test_a_plan_has_the_default_loop_of_the_run_it_plans() -> None:
         model = resolve_for_platform(
             load_config_with_overrides("configs/mixer_l16_i21k.py", more), platform
         ).model
-        return model.unroll, model.remat
+        return model.scan_unroll, model.remat
 
-    kernels = "--config.model.kernels=mosaic"
+    kernels = "--config.model.backend=mosaic"
     assert loop("tpu") == (1, "dots")
     assert loop("tpu", kernels) == (0, "none")
     assert loop("tpu", kernels, "--config.model.dropout=0.1") == (1, "dots")

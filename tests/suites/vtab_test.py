@@ -176,7 +176,7 @@ def check_evaluation(source: Source) -> None:
         source,
         batch_size=8,
         image_size=(SIZE, SIZE),
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
         num_threads=1,
         prefetch_batches=1,
