@@ -76,8 +76,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _open(name: str, weights: "PretrainedWeights", known: argparse.Namespace) -> "Source":
     """Opens a data set, with labels that are the numbers of the weights' classes."""
-    from mixer_jax.data.mixture import relabel
     from mixer_jax.data.registry import open_dataset
+    from mixer_jax.data.source import relabel
 
     about, trained_on = weights.model_info, (weights.train_config or {}).get("dataset", {})
     data_dir = known.data_dir or trained_on.get("data_dir", "")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.data.folder import FOLDER
-from mixer_jax.data.image_sizes import median_image_area
+from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError

@@ -188,13 +188,13 @@ def make_train_batches(
     return train_batches(
         experiment.sources.train,
         seed=config.seed,
-        first_step=first_step,
+        start_step=first_step,
         num_steps=experiment.num_steps,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=train_preprocess_args(config),
         sharding=batch_sharding(experiment.mesh),
-        report=report,
+        on_bad_images=report,
         **config.loader,
     )
 

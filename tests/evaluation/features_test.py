@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.data.mixture import subset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.features import Chunk, FeatureExtractor, make_feature_fn, rechunk

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.mixture import subset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
