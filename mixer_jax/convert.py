@@ -1,7 +1,6 @@
 """Converts weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 
@@ -20,11 +19,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS
-
-# timm's named models have this image size; it has none of H/14.
-_TIMM_IMAGE_SIZE = (224, 224)
-_NOT_IN_TIMM = "H/14"
+from mixer_jax.models.registry import get_family
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,41 +73,14 @@ def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
         model_info: Description of the model.
         path: Path of the exported file.
     """
-    config, file = model_info.config, json.dumps(path, ensure_ascii=False)
-    # timm's default GELU is exact.
-    gelu = ["act_layer=timm.layers.GELUTanh"] if model_info.gelu == "tanh" else []
-    num_classes = f"num_classes={model_info.num_classes}"
-    is_named = (
-        model_info.image_size == _TIMM_IMAGE_SIZE
-        and model_info.variant != _NOT_IN_TIMM
-        and VARIANTS.get(model_info.variant) == config
+    return get_family(model_info.family).timm_code(
+        model_info.variant,
+        model_info.config,
+        model_info.image_size,
+        model_info.num_classes,
+        model_info.gelu,
+        path,
     )
-    if is_named:
-        name = f"mixer_{model_info.variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
-        args = [f'"{name}"', num_classes, f"checkpoint_path={file}", *gelu]
-        return ["import timm", f"model = timm.create_model({', '.join(args)})"]
-    height, width = model_info.image_size
-    mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
-    args = [
-        num_classes,
-        f"img_size={height if height == width else (height, width)}",
-        f"patch_size={config.patch_size}",
-        f"num_blocks={config.num_blocks}",
-        f"embed_dim={config.hidden_dim}",
-        f"mlp_ratio=({', '.join(_mlp_ratio(dim, config.hidden_dim) for dim in mlp_dims)})",
-        *gelu,
-    ]
-    return [
-        "import timm",
-        f"model = timm.models.mlp_mixer.MlpMixer({', '.join(args)})",
-        f"timm.models.load_checkpoint(model, {file})",
-    ]
-
-
-def _mlp_ratio(mlp_dim: int, hidden_dim: int) -> str:
-    """Returns an expression that timm multiplies by `hidden_dim` and truncates to `mlp_dim`."""
-    is_exact = math.floor(mlp_dim / hidden_dim * hidden_dim) == mlp_dim
-    return f"{mlp_dim if is_exact else mlp_dim + 0.5} / {hidden_dim}"
 
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:

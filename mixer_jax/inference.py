@@ -29,9 +29,9 @@ from mixer_jax.data.preprocess import eval_image
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.model.making import for_devices
-from mixer_jax.model.pixels import to_model_range
-from mixer_jax.model.variants import check_image_size
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.registry import get_family
+from mixer_jax.models.stack import use_partitionable_backend
 
 
 class ClassProbability(NamedTuple):
@@ -136,11 +136,12 @@ class Classifier:
         """
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        self.model = for_devices(model_from_info(weights.model_info, dtype), self._mesh.size)
+        model = model_from_info(weights.model_info, dtype)
+        self.model = use_partitionable_backend(model, self._mesh.size)
         self._host_params = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
-        options = compiler_options(platform, self.model.kernels)
+        options = compiler_options(platform, self.model.execution.backend)
         jit = functools.partial(jax.jit, compiler_options=options)
         self._logits = jit(lambda params, x: self.model.apply({"params": params}, x))
         self._top_k = jit(self._top_classes, static_argnums=2)
@@ -173,7 +174,8 @@ class Classifier:
             )
         size = tuple(images.shape[1:3])
         if size != self.model_info.image_size:
-            check_image_size(size[0], size[1], self.model_info.config.patch_size)
+            family = get_family(self.model_info.family)
+            family.check_image_size(self.model_info.config, *size)
             raise UserError(
                 f"images must have the size of {self.model_info.name}, got {size[0]} × {size[1]} "
                 f"px. Load the weights with image_size={size}."
@@ -295,7 +297,7 @@ class Classifier:
     def _top_classes(
         self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
     ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        logits = self.model.apply({"params": params}, to_model_range(images))
+        logits = self.model.apply({"params": params}, normalize_images(images))
         activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
         probabilities, classes = jax.lax.top_k(activation(logits), topk)
         return probabilities, classes

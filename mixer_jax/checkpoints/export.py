@@ -14,11 +14,13 @@ from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile, write_npz
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile, write_safetensors
-from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, WeightLayout, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.registry import get_family
+from mixer_jax.models.weight_layout import WeightLayout
 
 # Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
@@ -28,14 +30,14 @@ _STEP = 0
 
 
 class _FileFormat(NamedTuple):
-    layout: WeightLayout
+    layout: str
     write: Callable[..., None]
     open: Callable[[str], TensorFile]
 
 
 _FILE_FORMATS = {
-    "google": _FileFormat(GOOGLE, write_npz, NpzFile),
-    "timm": _FileFormat(TIMM, write_safetensors, SafetensorsFile),
+    "google": _FileFormat("Google", write_npz, NpzFile),
+    "timm": _FileFormat("timm", write_safetensors, SafetensorsFile),
 }
 
 
@@ -150,10 +152,17 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _compare_run(staged, weights)
         else:
             layout, write, open_file = _FILE_FORMATS[format]
-            views = dict(layout_views(flat, layout))
+            views = dict(layout_views(flat, _find_layout(weights.model_info.family, layout)))
             write(str(staged), views.items(), weights.model_info.to_dict())
             _compare_file(staged, open_file, views, weights.model_info)
         return "read back, bit-identical"
+
+
+def _find_layout(family: str, name: str) -> WeightLayout:
+    layouts = {layout.name: layout for layout in get_family(family).weight_layouts()}
+    if name not in layouts:
+        raise UserError(f"weights of family {family!r} have no {name} layout.")
+    return layouts[name]
 
 
 def written_size(format: str, target: str) -> int:

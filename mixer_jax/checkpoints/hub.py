@@ -8,7 +8,6 @@ import numpy as np
 
 from mixer_jax.checkpoints.model_info import read_metadata_json
 from mixer_jax.checkpoints.resolve import HUB, HUB_FILE
-from mixer_jax.checkpoints.tree import Tree
 from mixer_jax.errors import UserError, summarize_error
 
 CONFIG_FILE = "config.json"
@@ -137,14 +136,14 @@ def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
                 yield height, width
 
 
-def fold_normalization(params: Tree, config: dict[str, Any], source: str) -> None:
+def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str) -> None:
     """Folds timm's normalization of pixels into the stem.
 
     Our models see pixels x in [-1, 1], timm's ((x + 1) / 2 − mean) / std. The stem is linear, so an
     adapted stem gives the same result. timm's usual mean and std of 0.5 change nothing.
 
     Args:
-        params: Parameters, changed in place.
+        stem: Kernel (height, width, 3, channels) and bias, changed in place.
         config: timm's config, or {}.
         source: Name of the config for messages.
 
@@ -167,7 +166,6 @@ def fold_normalization(params: Tree, config: dict[str, Any], source: str) -> Non
         )
     if (mean == 0.5).all() and (std == 0.5).all():
         return
-    stem = params["stem"]
     kernel = stem["kernel"].astype(np.float64)
     offset = (0.5 - mean) / std
     stem["bias"] = (stem["bias"] + np.einsum("hwic,i->c", kernel, offset)).astype(np.float32)

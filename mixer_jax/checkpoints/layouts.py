@@ -1,116 +1,28 @@
 """Reads and writes parameters in the layouts that weights are published in.
 
-Parameters have the names of the authors' code, with those of all blocks stacked on a leading axis.
-Every tensor of a published layout is a part of one parameter, with its axes in another order: a
-view, which a file is read into or written from.
+A file is read into, or written from, views of parameters: every tensor of a layout is a part of one
+parameter, with its axes in another order. Model families declare their layouts.
 """
 
 import concurrent.futures
-import dataclasses
 import itertools
 import math
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths, parameter_shapes
+from mixer_jax.models.family import InferredConfig, ModelFamily, Shape
+from mixer_jax.models.registry import FAMILIES
+from mixer_jax.models.weight_layout import WeightLayout
 
 # Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
-
-
-class TensorMapping(NamedTuple):
-    """One tensor of a layout, or one per block.
-
-    Attributes:
-        name: Name of the tensor; {} stands for the index of its block.
-        path: Slash-separated path of the parameter.
-        axes: Order of the parameter's axes in the tensor; None: the same.
-    """
-
-    name: str
-    path: str
-    axes: tuple[int, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightLayout:
-    """Names and axes of published weights.
-
-    Attributes:
-        name: Name for people.
-        tensors: All tensors; those of the head may be absent.
-        signature_keys: Names of tensors that distinguish it from other layouts.
-        gelu: GELU that these weights are used with.
-        eval_crop: Evaluation crop that these weights are used with.
-    """
-
-    name: str
-    tensors: tuple[TensorMapping, ...]
-    signature_keys: tuple[str, ...]
-    gelu: str
-    eval_crop: str
-
-
-def _google() -> Iterator[TensorMapping]:
-    for leaf in ("stem", "pre_head_layer_norm", "head"):
-        for kind in ("scale" if "norm" in leaf else "kernel", "bias"):
-            yield TensorMapping(f"{leaf}/{kind}", f"{leaf}/{kind}")
-    for path in parameter_shapes(Widths(1, 1, 1, 1, 1), 1, 0):
-        if path.startswith(_BLOCKS):
-            yield TensorMapping(path.replace(_BLOCKS, "MixerBlock_{}/"), path)
-
-
-def _google_legacy() -> Iterator[TensorMapping]:
-    for name, leaf in (
-        ("embedding", "stem"),
-        ("Mixer/encoder_norm", "pre_head_layer_norm"),
-        ("head", "head"),
-    ):
-        for kind in ("scale" if "norm" in leaf else "kernel", "bias"):
-            yield TensorMapping(f"{name}/{kind}", f"{leaf}/{kind}")
-    block = "Mixer/encoderblock_{}"
-    for number, mixing in enumerate(("token_mixing", "channel_mixing")):
-        for kind in ("scale", "bias"):
-            norm = f"LayerNorm_{number}/{kind}"
-            yield TensorMapping(f"{block}/{norm}", f"blocks/{norm}")
-            if kind == "scale":
-                kind = "kernel"
-            for dense in (0, 1):
-                name = f"{block}/{mixing}_phase_0/{kind}{dense + 1}"
-                yield TensorMapping(name, f"blocks/{mixing}/Dense_{dense}/{kind}")
-
-
-def _timm() -> Iterator[TensorMapping]:
-    yield TensorMapping("stem.proj.weight", "stem/kernel", (3, 2, 0, 1))
-    yield TensorMapping("stem.proj.bias", "stem/bias")
-    for number, mixing in enumerate(("token_mixing", "channel_mixing")):
-        block = "blocks.{}"
-        yield TensorMapping(f"{block}.norm{number + 1}.weight", f"blocks/LayerNorm_{number}/scale")
-        yield TensorMapping(f"{block}.norm{number + 1}.bias", f"blocks/LayerNorm_{number}/bias")
-        for dense in (0, 1):
-            name = f"{block}.mlp_{mixing.removesuffix('_mixing')}s.fc{dense + 1}"
-            yield TensorMapping(f"{name}.weight", f"blocks/{mixing}/Dense_{dense}/kernel", (1, 0))
-            yield TensorMapping(f"{name}.bias", f"blocks/{mixing}/Dense_{dense}/bias")
-    yield TensorMapping("norm.weight", "pre_head_layer_norm/scale")
-    yield TensorMapping("norm.bias", "pre_head_layer_norm/bias")
-    yield TensorMapping("head.weight", "head/kernel", (1, 0))
-    yield TensorMapping("head.bias", "head/bias")
-
-
-GOOGLE = WeightLayout("Google", tuple(_google()), ("stem/kernel",), "tanh", "shorter_side")
-# Its tensors have axes of length 1 in places, which are left out.
-GOOGLE_LEGACY = WeightLayout(
-    "Google, older names", tuple(_google_legacy()), ("embedding/kernel",), "tanh", "shorter_side"
-)
-TIMM = WeightLayout("timm", tuple(_timm()), ("stem.proj.weight",), "exact", "bicubic")
-LAYOUTS = (GOOGLE, GOOGLE_LEGACY, TIMM)
 
 
 class LoadedWeights(NamedTuple):
@@ -118,6 +30,7 @@ class LoadedWeights(NamedTuple):
 
     Attributes:
         params: Float32 parameters.
+        family: Model family.
         config: Architecture config.
         num_tokens: Number of tokens that the weights are for.
         num_classes: Outputs of the head; 0 means no head.
@@ -125,7 +38,8 @@ class LoadedWeights(NamedTuple):
     """
 
     params: tree.Tree
-    config: Widths
+    family: str
+    config: Any
     num_tokens: int
     num_classes: int
     layout: WeightLayout
@@ -144,9 +58,11 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
     for name, shape in file.shapes.items():
         if any(length < 1 for length in shape):
             raise file.error(name, f"must not be empty, got shape {shape}.")
-    layout = find_layout(file)
-    config, num_tokens, num_classes = infer_config(file, layout)
-    shapes = parameter_shapes(config, num_tokens, num_classes)
+    family, layout = find_layout(file)
+    (config, num_tokens), num_classes = infer_config(file, family, layout)
+    # Shapes depend on the number of tokens only, so any image size with this number does.
+    patch_size = family.image_size_multiple(config)
+    shapes = family.param_shapes(config, (patch_size, patch_size * num_tokens), num_classes)
     _check_names_and_shapes(file, shapes, layout)
     flat = {path: tree.empty_aligned(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))
@@ -165,7 +81,8 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
         names = sorted(views, key=lambda name: views[name].size, reverse=True)
         for _ in pool.map(read, names):
             pass
-    return LoadedWeights(tree.unflatten(flat), config, num_tokens, num_classes, layout)
+    params = tree.unflatten(flat)
+    return LoadedWeights(params, family.name, config, num_tokens, num_classes, layout)
 
 
 def layout_views(
@@ -205,58 +122,66 @@ def layout_shapes(
             yield name.format(index), shape if axes is None else tuple(shape[a] for a in axes)
 
 
-def find_layout(file: TensorFile) -> WeightLayout:
-    """Finds the layout of a file by the names of its tensors.
+def find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout]:
+    """Finds the model family and the layout of a file by the names of its tensors.
 
     Raises:
         UserError: The layout is unknown.
     """
-    for layout in LAYOUTS:
+    known = [(family, layout) for family in FAMILIES.values() for layout in family.weight_layouts()]
+    for family, layout in known:
         if any(key in file.shapes for key in layout.signature_keys):
-            return layout
-    expected = ", ".join(repr(key) for layout in LAYOUTS for key in layout.signature_keys)
+            return family, layout
+    expected = ", ".join(repr(key) for _, layout in known for key in layout.signature_keys)
     found = ", ".join(repr(name) for name in list(file.shapes)[:3]) or "no tensor"
     raise UserError(
-        f"{file.path} is not a Mixer checkpoint: expected one of {expected}, got {found}."
+        f"{file.path} is not a known checkpoint: expected one of {expected}, got {found}."
     )
 
 
-def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, int]:
-    """Infers architecture config, number of tokens and number of classes of a file.
+def infer_config(
+    file: TensorFile, family: ModelFamily, layout: WeightLayout
+) -> tuple[InferredConfig, int]:
+    """Infers the architecture and the number of classes of a file.
 
     Raises:
         UserError: A tensor needed for that is missing or has a wrong number of axes.
     """
-    block = next(t for t in layout.tensors if t.path == "blocks/LayerNorm_0/scale")
-    pattern = re.compile(re.escape(block.name).replace(r"\{\}", "([0-9]{1,9})"))
-    indices = {int(match[1]) for name in file.shapes if (match := pattern.fullmatch(name))}
-    num_blocks = next(index for index in itertools.count() if index not in indices)
-    if num_blocks < len(indices) or not indices:
-        raise file.error(block.name.format(num_blocks), "is missing.")
+    tensors = {tensor.path: tensor for tensor in layout.tensors}
+    example = next(iter(family.variants.values()))
+    example_shapes = family.param_shapes(example, family.image_size_multiple(example), 1)
 
-    def shape(path: str) -> tuple[int, ...]:
+    def shape(path: str) -> Shape:
         """Returns the shape of a parameter, without the leading axis of blocks."""
-        tensor = next(tensor for tensor in layout.tensors if tensor.path == path)
-        name = tensor.name.format(0)
+        name, axes = tensors[path].name.format(0), tensors[path].axes
         if name not in file.shapes:
             raise file.error(name, "is missing.")
         lengths = file.shapes[name]
-        num_axes = 4 if path == "stem/kernel" else 2
+        num_axes = len(example_shapes[path]) - path.startswith(_BLOCKS)
         if len(lengths) > num_axes:
             lengths = tuple(length for length in lengths if length != 1)
         if len(lengths) != num_axes:
             raise file.error(name, f"must have {num_axes} axes, got shape {file.shapes[name]}.")
-        axes = tensor.axes or tuple(range(num_axes))
+        axes = axes or tuple(range(num_axes))
         return tuple(lengths[axes.index(axis)] for axis in range(num_axes))
 
-    patch_size, _, _, hidden_dim = shape("stem/kernel")
-    num_tokens, tokens_mlp_dim = shape("blocks/token_mixing/Dense_0/kernel")
-    _, channels_mlp_dim = shape("blocks/channel_mixing/Dense_0/kernel")
-    head = [tensor.name for tensor in layout.tensors if tensor.path.startswith("head/")]
+    inferred = family.infer_config(_count_blocks(file, layout), shape)
+    head = [tensor.name for path, tensor in tensors.items() if path.startswith("head/")]
     has_head = any(name in file.shapes for name in head)
-    num_classes = shape("head/kernel")[1] if has_head else 0
-    config = Widths(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
-    return config, num_tokens, num_classes
+    return inferred, shape("head/kernel")[-1] if has_head else 0
+
+
+def _count_blocks(file: TensorFile, layout: WeightLayout) -> int:
+    """Counts the blocks by the name of one tensor of each; 0 if the layout has no blocks."""
+    names = [tensor.name for tensor in layout.tensors if tensor.path.startswith(_BLOCKS)]
+    if not names:
+        return 0
+    pattern = re.compile(re.escape(names[0]).replace(r"\{\}", "([0-9]{1,9})"))
+    indices = {int(match[1]) for name in file.shapes if (match := pattern.fullmatch(name))}
+    num_blocks = next(index for index in itertools.count() if index not in indices)
+    if num_blocks < len(indices) or not indices:
+        raise file.error(names[0].format(num_blocks), "is missing.")
+    return num_blocks
 
 
 def _check_names_and_shapes(

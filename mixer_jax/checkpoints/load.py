@@ -15,13 +15,12 @@ from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
 from mixer_jax.checkpoints.formats.torch import TorchFile
-from mixer_jax.checkpoints.layouts import TIMM, LoadedWeights, read_pretrained
+from mixer_jax.checkpoints.layouts import LoadedWeights, read_pretrained
 from mixer_jax.checkpoints.model_info import (
     METADATA_FIELDS,
     ModelInfo,
     format_image_size,
     get_metadata,
-    infer_variant,
     upgrade_metadata,
     validate_metadata,
 )
@@ -29,8 +28,8 @@ from mixer_jax.checkpoints.resolve import HUB, RUN, CheckpointRef, local_copy, r
 from mixer_jax.config.config import fill_defaults
 from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 from mixer_jax.errors import UserError
-from mixer_jax.model.resolution import method, resize_tokens, resized_tokens_mlp_dim
-from mixer_jax.model.variants import CUSTOM, check_image_size, parameter_shapes
+from mixer_jax.models.family import CUSTOM
+from mixer_jax.models.registry import get_family
 
 ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
@@ -120,24 +119,20 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
             machine's memory.
     """
     old = weights.model_info
-    check_image_size(*image_size, old.config.patch_size)
-    new = dataclasses.replace(old, image_size=image_size)
-    resize_method = method(old.grid, new.grid)
-    if resize_method == "same":
+    family = get_family(old.family)
+    family.check_image_size(old.config, *image_size)
+    config, method, note = family.resize_config(old.config, old.image_size, image_size)
+    if method == "identity":
         return weights
-    old_size = format_image_size(old.image_size)
-    note = {
-        "grown": f"tiled from {old_size} (the paper's Appendix C)",
-        "interpolated": f"interpolated from {old_size}, which the paper does not do",
-    }[resize_method]
-    mlp_dim = resized_tokens_mlp_dim(old.config.tokens_mlp_dim, old.grid, new.grid)
+    note = note.format(format_image_size(old.image_size))
     new = dataclasses.replace(
-        new,
-        config=dataclasses.replace(old.config, tokens_mlp_dim=mlp_dim),
+        old,
+        config=config,
+        image_size=image_size,
         resize_note="; ".join(filter(None, [old.resize_note, note])),
     )
     check_fits_in_ram(new)
-    params = resize_tokens(weights.params, old.grid, new.grid)
+    params = family.resize_params(weights.params, old.config, old.image_size, image_size)
     return weights._replace(params=params, model_info=new)
 
 
@@ -157,13 +152,16 @@ def replace_head(
     """
     names = () if isinstance(class_names, int) else tuple(class_names)
     num_classes = class_names if isinstance(class_names, int) else len(names)
-    params = {name: value for name, value in weights.params.items() if name != "head"}
-    if num_classes:
-        kernel = np.zeros((weights.model_info.config.hidden_dim, num_classes), np.float32)
-        params["head"] = {"kernel": kernel, "bias": np.full(num_classes, bias, np.float32)}
     model_info = dataclasses.replace(
         weights.model_info, num_classes=num_classes, class_names=names, loss=loss
     )
+    params = {name: value for name, value in weights.params.items() if name != "head"}
+    if num_classes:
+        shape = _param_shapes(model_info)["head/kernel"]
+        params["head"] = {
+            "kernel": np.zeros(shape, np.float32),
+            "bias": np.full(num_classes, bias, np.float32),
+        }
     return weights._replace(params=params, model_info=model_info)
 
 
@@ -240,9 +238,9 @@ def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
 
 def check_fits_in_ram(model_info: ModelInfo) -> None:
     """Raises UserError if the weights are larger than the machine's memory."""
-    rows, columns = model_info.grid
-    shapes = parameter_shapes(model_info.config, rows * columns, model_info.num_classes)
-    needed = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(np.float32).itemsize
+    family = get_family(model_info.family)
+    num_params = family.num_params(model_info.config, model_info.image_size, model_info.num_classes)
+    needed = num_params * np.dtype(np.float32).itemsize
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -252,6 +250,11 @@ def check_fits_in_ram(model_info: ModelInfo) -> None:
             f"image_size is too large: the weights of {model_info.name} take "
             f"{needed // 10**9:,} GB, and this machine has {memory // 10**9:,} GB of memory."
         )
+
+
+def _param_shapes(model_info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    family = get_family(model_info.family)
+    return family.param_shapes(model_info.config, model_info.image_size, model_info.num_classes)
 
 
 def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeights:
@@ -265,8 +268,7 @@ def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeight
         metadata = checkpoints.metadata(ref.step)
         model_info = ModelInfo.from_metadata(metadata, source)
         item = "ema_params" if get_metadata(metadata, "ema", source) else "params"
-        rows, columns = model_info.grid
-        shapes = parameter_shapes(model_info.config, rows * columns, model_info.num_classes)
+        shapes = _param_shapes(model_info)
         target = tree.unflatten(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
@@ -314,7 +316,7 @@ def _load_file(
             f"pretrain_image_size must match {_describe_tokens(source, loaded)}, got "
             f"{overrides['image_size']}."
         )
-    if loaded.layout is TIMM and not has_metadata:
+    if loaded.layout.name == "timm" and not has_metadata:
         fields = _read_timm_fields(path, source, loaded, overrides)
     fields |= overrides
     if "class_names" not in fields and loaded.num_classes == len(imagenet1k_wnids()):
@@ -328,8 +330,8 @@ def _load_file(
         "image_size": _infer_image_size(loaded, fields.get("image_size"), requested_size, source),
     }
     model_info = ModelInfo(
-        "mixer",
-        infer_variant(loaded.config),
+        loaded.family,
+        get_family(loaded.family).infer_variant(loaded.config),
         loaded.config,
         num_classes=loaded.num_classes,
         **(defaults | fields),
@@ -351,7 +353,8 @@ def _read_timm_fields(
         if _matches_num_tokens(size, loaded):
             fields["image_size"] = size
             break
-    hub.fold_normalization(loaded.params, config, config_source)
+    stem = loaded.params[get_family(loaded.family).stem]
+    hub.fold_normalization(stem, config, config_source)
     return fields
 
 
@@ -367,7 +370,7 @@ def _check_metadata(metadata: dict[str, Any], loaded: LoadedWeights, source: str
     inferred = {"num_classes": loaded.num_classes, "config": dataclasses.asdict(loaded.config)}
     # A run can have a variant's name with another config, which it then stores.
     if "config" not in metadata and metadata.get("variant") != CUSTOM:
-        inferred["variant"] = infer_variant(loaded.config)
+        inferred["variant"] = get_family(loaded.family).infer_variant(loaded.config)
     for name, value in inferred.items():
         if name in metadata and metadata[name] != value:
             raise UserError(
@@ -384,13 +387,17 @@ def _infer_loss(loaded: LoadedWeights) -> str:
 
 def _matches_num_tokens(size: tuple[int, int], loaded: LoadedWeights) -> bool:
     """Returns whether images of this size have as many tokens as the weights."""
-    patch = loaded.config.patch_size
+    patch = _patch_size(loaded)
     num_tokens = math.prod(length // patch for length in size)
     return not any(length % patch for length in size) and num_tokens == loaded.num_tokens
 
 
+def _patch_size(loaded: LoadedWeights) -> int:
+    return get_family(loaded.family).image_size_multiple(loaded.config)
+
+
 def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
-    return f"{source}, which has {loaded.num_tokens} tokens of {loaded.config.patch_size} px"
+    return f"{source}, which has {loaded.num_tokens} tokens of {_patch_size(loaded)} px"
 
 
 def _infer_image_size(
@@ -415,13 +422,13 @@ def _infer_image_size(
         if not _matches_num_tokens(stored, loaded):
             raise UserError(f"image_size must match {tokens}, got {list(stored)}.")
         return stored
-    patch, side = loaded.config.patch_size, math.isqrt(loaded.num_tokens)
+    patch, side = _patch_size(loaded), math.isqrt(loaded.num_tokens)
     square = (side * patch, side * patch) if side**2 == loaded.num_tokens else None
     if requested is not None and not _matches_num_tokens(requested, loaded):
         requested = None
     if square and requested not in (None, square):
         entry, file = '"image_size": [height, width]', f"{Path(source).name}{METADATA_SUFFIX}"
-        if loaded.layout is TIMM:
+        if loaded.layout.name == "timm":
             entry, file = '"input_size": [3, height, width]', hub.CONFIG_FILE
         raise UserError(
             f"image size is ambiguous for {tokens}: {format_image_size(square)} or "

@@ -10,7 +10,7 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 
 # Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
 METADATA_FIELDS = (
@@ -49,7 +49,7 @@ class ModelInfo:
 
     family: str
     variant: str
-    config: Widths
+    config: Any
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
@@ -61,15 +61,10 @@ class ModelInfo:
     resize_note: str = ""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width = self.image_size
-        return height // self.config.patch_size, width // self.config.patch_size
-
-    @property
     def name(self) -> str:
         """Name of the model and its image size: "Mixer-B/16 at 224 px"."""
-        return f"Mixer-{self.variant} at {format_image_size(self.image_size)}"
+        full_name = get_family(self.family).full_name(self.variant)
+        return f"{full_name} at {format_image_size(self.image_size)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Converts to JSON-serializable metadata."""
@@ -94,7 +89,7 @@ class ModelInfo:
             return cls(
                 data["family"],
                 data["variant"],
-                Widths(**data["config"]),
+                get_family(data["family"]).config_class(**data["config"]),
                 num_classes=data["num_classes"],
                 **validate_metadata(data, source),
             )
@@ -131,7 +126,8 @@ class ModelInfo:
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
     """Translates metadata of a model that an older version saved to the present spellings."""
-    upgraded = {"family": "mixer"} | {_OLD_FIELDS.get(name, name): data[name] for name in data}
+    upgraded = {"family": DEFAULT_FAMILY}
+    upgraded |= {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
     if "eval_crop" in upgraded:
         crop = upgraded["eval_crop"]
         upgraded["eval_crop"] = upgrade_value("preprocess.eval_crop", crop)
@@ -227,13 +223,3 @@ def read_metadata_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} must be a JSON object, got {type(data).__name__}. Fix or move it.")
     return data
-
-
-def infer_variant(config: Widths) -> str:
-    """Returns the variant with this config, tiled (Appendix C) or not, or "custom"."""
-    for name, variant in VARIANTS.items():
-        factor, rest = divmod(config.tokens_mlp_dim, variant.tokens_mlp_dim)
-        same = dataclasses.replace(config, tokens_mlp_dim=variant.tokens_mlp_dim) == variant
-        if same and not rest and round(factor**0.5) ** 2 == factor:
-            return name
-    return CUSTOM

@@ -8,20 +8,20 @@ from jax.sharding import Mesh
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.model.defaults import AUTO, AUTO_UNROLL
-from mixer_jax.model.making import build_model
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.parameters import for_prediction
+from mixer_jax.models.execution import AUTO, AUTO_UNROLL
+from mixer_jax.models.params import prepare_inference_params
+from mixer_jax.models.registry import from_config
 
 
-def model_from_info(model_info: ModelInfo, dtype: str = "") -> MlpMixer:
-    """Builds the model of weights, from images in [-1, 1] to logits.
+def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
+    """Builds the Flax module of weights, from images in [-1, 1] to logits.
 
     Args:
         model_info: Description of the model.
         dtype: Dtype of the computation; empty: that of `model_info`.
     """
     section = {
+        "family": model_info.family,
         "variant": model_info.variant,
         **dataclasses.asdict(model_info.config),
         "gelu": model_info.gelu,
@@ -31,10 +31,10 @@ def model_from_info(model_info: ModelInfo, dtype: str = "") -> MlpMixer:
         "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
-    return build_model(section, model_info.num_classes)
+    return from_config(section, model_info.num_classes)
 
 
-def shard_inference_params(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
+def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
     """Shards parameters over a mesh, in the form that predicts fastest.
 
     Args:
@@ -43,7 +43,8 @@ def shard_inference_params(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
         mesh: Devices of all hosts.
     """
     platform = mesh.devices.flat[0].platform
-    return shard_params(for_prediction(params, model.dtype, platform), mesh)
+    dtype = model.execution.dtype
+    return shard_params(prepare_inference_params(params, dtype, platform, model.family), mesh)
 
 
 def shard_params(params: Any, mesh: Mesh) -> Any:

@@ -12,11 +12,12 @@ import pytest
 
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
-from mixer_jax.checkpoints.layouts import TIMM, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
+from mixer_jax.models.mixer_layouts import TIMM
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import assert_params_equal
 
@@ -99,7 +100,7 @@ def test_weights_go_from_timm_to_us_and_back(
 def test_our_weights_are_the_same_model_in_timm(
     size: Any, torch: Any, timm: Any, tmp_path: Path
 ) -> None:
-    from mixer_jax.model.variants import VARIANTS
+    from mixer_jax.models.mixer_config import VARIANTS
     from tests.helpers.random_weights import random_weights
 
     height, width = size if isinstance(size, tuple) else (size, size)
