@@ -11,9 +11,10 @@ import math
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -31,9 +32,18 @@ METADATA_SUFFIX = ".json"
 _MAX_COMPRESSION = 10
 _SLACK = 2**20
 _MAX_HEADER = 10_000  # Usual headers have 128 bytes.
+_CHUNK_SIZE = 2**18
 # NumPy has no bfloat16 and stores it as pairs of bytes.
 _RAW_BFLOAT16 = np.dtype("V2")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class _Member(NamedTuple):
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    is_fortran_order: bool
+    dtype: np.dtype
+    header_size: int
 
 
 class NpzFile(TensorFile):
@@ -54,14 +64,13 @@ class NpzFile(TensorFile):
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 raise UserError(f"{path} is not an npz archive or is truncated: {error}") from error
             self._check_size(os.fstat(file.fileno()).st_size)
-            self._members: dict[str, zipfile.ZipInfo] = {}
-            self.shapes = {}
+            self._members: dict[str, _Member] = {}
             for info in self._archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name in self._members:
                     raise self.error(name, "occurs twice: the file is damaged.")
-                self._members[name] = info
-                self.shapes[name] = self._read_shape(name, info)
+                self._members[name] = self._read_header(name, info)
+            self.shapes = {name: member.shape for name, member in self._members.items()}
             self.metadata = read_metadata_json(Path(path + METADATA_SUFFIX))
             self._open_files = stack.pop_all()
 
@@ -70,23 +79,31 @@ class NpzFile(TensorFile):
         self._open_files.close()
 
     def read(self, name: str, out: np.ndarray) -> None:
-        """Reads one tensor and verifies its checksum; see `TensorFile`."""
-        try:
-            with contextlib.ExitStack() as stack:
-                # Opening and closing members is not thread-safe; reading them is.
-                with self._lock:
-                    member = self._archive.open(self._members[name])
-                stack.callback(self._close_member, member)
-                array = np.lib.format.read_array(
-                    member, allow_pickle=False, max_header_size=_MAX_HEADER
-                )
-        except Exception as error:  # zipfile and NumPy raise errors of many types.
-            raise self.error(name, f"is damaged: {summarize_error(error)}") from error
-        copy_into(array.view(_BFLOAT16) if array.dtype == _RAW_BFLOAT16 else array, out)
+        """Reads one tensor and verifies its checksum; see `TensorFile`.
 
-    def _close_member(self, member: Any) -> None:
+        `numpy.lib.format.read_array` would parse the header again, which is not thread-safe.
+        """
+        info, shape, is_fortran_order, dtype, header_size = self._members[name]
+        array = np.empty(math.prod(shape), dtype)
+        view = memoryview(array.view(np.uint8))
+        # zipfile can read several members in parallel, but must not open or close them in parallel.
         with self._lock:
-            member.close()
+            member = self._archive.open(info)
+        try:
+            member.read(header_size)
+            position = 0
+            while chunk := member.read(_CHUNK_SIZE):
+                view[position : position + len(chunk)] = chunk
+                position += len(chunk)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise self.error(name, f"is damaged: {summarize_error(error)}") from error
+        finally:
+            with self._lock:
+                member.close()
+        if position < len(view):
+            raise self.error(name, "is truncated.")
+        array = array.view(_BFLOAT16) if dtype == _RAW_BFLOAT16 else array
+        copy_into(array.reshape(shape, order="F" if is_fortran_order else "C"), out)
 
     def _check_size(self, file_size: int) -> None:
         """Raises UserError if the directory claims far more than the file can hold."""
@@ -98,7 +115,7 @@ class NpzFile(TensorFile):
                 f"claims {largest.file_size:,} bytes in a file of {file_size:,}: it is damaged.",
             )
 
-    def _read_shape(self, name: str, info: zipfile.ZipInfo) -> tuple[int, ...]:
+    def _read_header(self, name: str, info: zipfile.ZipInfo) -> _Member:
         if not info.filename.endswith(".npy"):
             raise self.error(info.filename, "must be an .npy file, as all members of npz archives.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -112,7 +129,7 @@ class NpzFile(TensorFile):
                 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0
             )
-            shape, _, dtype = read_header(start, max_header_size=_MAX_HEADER)
+            shape, is_fortran_order, dtype = read_header(start, max_header_size=_MAX_HEADER)
         except Exception as error:  # zipfile and NumPy raise errors of many types.
             raise self.error(name, f"is damaged: {summarize_error(error)}") from error
         if dtype.hasobject:
@@ -126,7 +143,7 @@ class NpzFile(TensorFile):
                 f"claims {claimed:,} bytes (shape {shape}) but has {info.file_size:,}: it is "
                 "damaged.",
             )
-        return shape
+        return _Member(info, shape, is_fortran_order, dtype, start.tell())
 
 
 def write_npz(
