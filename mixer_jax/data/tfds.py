@@ -184,7 +184,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         choose_format(builder)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
-        hint = suggest(bare_dataset_name(name), _known_names(), otherwise=";")
+        hint = suggest(bare_dataset_name(name), _known_names(), fallback=";")
         raise UserError(
             f"data set {name!r} is not prepared in {searched}, and TFDS has no recipe for it{hint} "
             f"put it at {searched}/{name} in TFDS's array_record format, or set "

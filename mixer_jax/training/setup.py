@@ -15,7 +15,7 @@ from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.config.config import (
     architecture_overrides,
-    check_unroll,
+    check_scan_unroll,
     check_warmup,
     parse_shots,
     resolve_num_steps,
@@ -106,7 +106,7 @@ def build_experiment(
     pieces = config.recipe.grad_accum_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
     about = _describe(config, sources, init_info)
-    check_unroll(config, about.config)
+    check_scan_unroll(config.model.scan_unroll, about.config.num_blocks)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
@@ -243,7 +243,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
 
 
 def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
-    shots = parse_shots(f"evals.{name}.shots", entry.shots)
+    shots = parse_shots(f"config.evals.{name}.shots", entry.shots)
     return ProbeConfig(entry.type, shots, tuple(range(entry.num_seeds)))
 
 

@@ -44,7 +44,7 @@ def config() -> ConfigDict:
 
 def test_every_key_has_a_meaning_and_a_default_that_is_valid(config: ConfigDict) -> None:
     config_lib.validate(config)
-    assert all(key.meaning for key in FIELDS.values())
+    assert all(key.help for key in FIELDS.values())
     help_text = config_lib.format_help()
     for path in config_lib.flatten(config_lib.get_default()):
         assert mentions(help_text, f"{path}=")
