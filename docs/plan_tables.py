@@ -234,9 +234,9 @@ def _result_row(name: str, topology_name: str) -> dict[str, Any]:
             config = _load_config(
                 name,
                 batch_size=RESULT_BATCH_SIZE,
-                model__unroll=1,
+                model__scan_unroll=1,
                 model__remat=remat,
-                recipe__accumulation_steps=num_microbatches,
+                recipe__grad_accum_steps=num_microbatches,
             )
             estimate = estimate_memory(_run_spec(config, topology.num_devices)).total
             if estimate <= topology.hbm_bytes * _ESTIMATE_TOLERANCE:
@@ -263,7 +263,9 @@ def scaling_row(topology_name: str, num_slices: int) -> dict[str, float]:
         "batch_size": batch_size,
         "num_bytes": sum(collective.num_bytes for collective in collectives),
         "network_seconds": sum(network_seconds(topology, locations, c) for c in collectives),
-        "arithmetic_seconds": run.model_flops / run.num_devices / (chip.flops / chip.devices),
+        "arithmetic_seconds": run.model_flops
+        / run.num_devices
+        / (chip.flops / chip.devices_per_chip),
     }
 
 
@@ -292,7 +294,7 @@ def _check_config(topology_name: str, num_slices: int, fsdp: int) -> ConfigDict:
         CHECK_CONFIG,
         batch_size=IMAGES_PER_CHIP * num_chips,
         mesh__fsdp=fsdp,
-        model__unroll=1,
+        model__scan_unroll=1,
         model__remat="dots",
     )
 

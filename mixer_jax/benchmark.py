@@ -2,7 +2,7 @@
 
     python -m mixer_jax.benchmark --mode=train,infer --variant=B/16 --peers=timm,reference
     python -m mixer_jax.benchmark --mode=compile --variant=L/16
-    python -m mixer_jax.benchmark --mode=tpu_traffic --variant=B/16 --topology=v6e:2x2
+    python -m mixer_jax.benchmark --mode=hbm_traffic --variant=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
     python -m mixer_jax.benchmark --mode=weights
 
@@ -21,7 +21,7 @@ MODES = {
     "train": "speed",
     "infer": "speed",
     "compile": "compiling",
-    "tpu_traffic": "tpu_traffic",
+    "hbm_traffic": "tpu_traffic",
     "input": "input",
     "weights": "weights",
 }

@@ -5,8 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixer_jax.checkpoints.resolve import FORMATS, HUB_FILE, RUN, CheckpointRef, resolve_checkpoint
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    FORMATS,
+    HUB_FILE,
+    RUN,
+    CheckpointRef,
+    resolve_checkpoint,
+)
 from mixer_jax.cli import common
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
 from mixer_jax.config.schema import EVAL_FIELDS
@@ -27,7 +33,7 @@ _AS_THEY_ARE = (
     "dry_run",
     "keep_checkpoints",
     "throughput",
-    "pretrained_on",
+    "pretrain_dataset",
 )
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
@@ -36,7 +42,7 @@ _EPILOG = f"""suites:
 
 What has ended is not done again: the same command goes on after it was stopped or killed.
 --config.KEY=VALUE changes a key of every fine-tuning run, as of mixer_jax.main, e.g.
---config.recipe.accumulation_steps=8; the table then says so."""
+--config.recipe.grad_accum_steps=8; the table then says so."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     common.configure_jax(default_config(overrides).compilation_cache)
-    from mixer_jax.distributed.failures import propagate_failure
+    from mixer_jax.distributed.multihost import propagate_failure
     from mixer_jax.suites.run import TransferRequest, run_suite
 
     wish = TransferRequest(
@@ -93,8 +99,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         "--image_size",
         type=_image_size,
         default=NATIVE,
-        help="own: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
-        "larger ones; or a side, pixels; default: own",
+        help="native: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
+        "larger ones; or a side, pixels; default: native",
     )
     add("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
     add("--tasks", type=_names, default=(), help="only these, e.g. cifar10,pets")
@@ -103,7 +109,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     add("--report", action="store_true", help="only print the table of --workdir, and write it")
     add("--keep_checkpoints", action="store_true", help="of runs that have ended")
     add("--no_throughput", dest="throughput", action="store_false", help="do not measure images/s")
-    add("--pretrained_on", choices=[*DATA, "none"], default="", help="default: as told")
+    add("--pretrain_dataset", choices=[*DATA, "none"], default="", help="default: as told")
     few = parser.add_argument_group("of --suite=few_shot")
     few.add_argument("--dataset", help="TFDS name or folder:PATH")
     few.add_argument("--train_split", default="train", help="default: train")
@@ -185,13 +191,13 @@ def _find_suite(known: argparse.Namespace) -> Suite:
 def _default_workdir(place: CheckpointRef, known: argparse.Namespace) -> str:
     """Returns the folder of a suite: the names of weights, step, suite and data set."""
     path = Path(place.path)
-    if place.kind == "hub":
+    if place.format == "hub":
         name = place.path.partition("/")[2]
     elif path.name == HUB_FILE:
         # All are called so; their folder has the name.
         name = path.parent.name
     else:
-        ends = [] if place.kind == RUN else [end for end in FORMATS if path.name.endswith(end)]
+        ends = [] if place.format == RUN else [end for end in FORMATS if path.name.endswith(end)]
         name = path.name.removesuffix(ends[0]) if ends else path.name
     parts = [name, Path(known.suite).stem]
     asked = Path(known.checkpoint)

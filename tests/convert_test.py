@@ -65,7 +65,7 @@ def test_files_are_converted_without_jax_and_said_how_to_use(place: Path, tmp_pa
     ]
     assert not done.stderr
     assert_params_equal(load_checkpoint(target).params, random_weights().params)
-    assert load_checkpoint(target).about == random_weights().about
+    assert load_checkpoint(target).model_info == random_weights().model_info
 
 
 def test_a_run_is_converted_to_a_run_at_another_size(place: Path, tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_run_is_converted_to_a_run_at_another_size(place: Path, tmp_path: Path
     assert f"  python -m mixer_jax.predict --checkpoint={target} photo.jpg" in done.stdout
     found, wanted = load_checkpoint(target), resize(random_weights(seed=1), (32, 32))
     assert_params_equal(found.params, wanted.params)
-    assert found.about.image_size == (32, 32)
-    assert found.about.class_names[3] == "digit 3"
-    assert (found.about.gelu, found.about.eval_crop) == ("exact", "bicubic")
+    assert found.model_info.image_size == (32, 32)
+    assert found.model_info.class_names[3] == "digit 3"
+    assert (found.model_info.gelu, found.model_info.eval_crop) == ("exact", "bicubic")
 
 
 def test_a_program_is_written_and_runs_as_said(place: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_force_replaces_a_file(place: Path, tmp_path: Path) -> None:
     assert_params_equal(load_checkpoint(str(target)).params, random_weights(seed=1).params)
     # Also the file that is read.
     assert convert.main([str(target), str(target), "--force", "--image_size=32"]) == 0
-    assert load_checkpoint(str(target)).about.image_size == (32, 32)
+    assert load_checkpoint(str(target)).model_info.image_size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_known_weights_can_be_asked_for() -> None:
     for one in MODEL_ZOO:
         assert one.note <= len(NOTES)
         if one.source.startswith(HUB):
-            assert resolve_checkpoint(one.source).kind == "hub"
+            assert resolve_checkpoint(one.source).format == "hub"
         else:
             assert Path(one.source).suffix in FORMATS
         # Of 32-bit numbers, and a few headers.
@@ -209,9 +209,9 @@ def test_known_weights_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_timm_is_asked_for_a_model_by_name_where_it_has_it(variant: str) -> None:
-    about = random_weights(gelu="exact").about
+    about = random_weights(gelu="exact").model_info
     about = dataclasses.replace(
-        about, variant=variant, widths=VARIANTS[variant], image_size=(224, 224)
+        about, variant=variant, config=VARIANTS[variant], image_size=(224, 224)
     )
     line = convert.timm_snippet(about, "w.safetensors")[1]
     name = f"mixer_{variant.replace('/', '').lower()}_224"
@@ -220,12 +220,12 @@ def test_timm_is_asked_for_a_model_by_name_where_it_has_it(variant: str) -> None
     # timm's models by name have no other size, nor other widths.
     grown = dataclasses.replace(about, image_size=(448, 448))
     wider = dataclasses.replace(
-        about, widths=dataclasses.replace(about.widths, tokens_mlp_dim=1024)
+        about, config=dataclasses.replace(about.config, tokens_mlp_dim=1024)
     )
     oblong = dataclasses.replace(about, image_size=(224, 448))
     for other, told in (
         (grown, "img_size=448,"),
-        (wider, f"mlp_ratio=(1024 / {about.widths.hidden_dim},"),
+        (wider, f"mlp_ratio=(1024 / {about.config.hidden_dim},"),
         (oblong, "img_size=(224, 448),"),
     ):
         line = convert.timm_snippet(other, "w.safetensors")[1]
@@ -235,15 +235,15 @@ def test_timm_is_asked_for_a_model_by_name_where_it_has_it(variant: str) -> None
 
 def test_timm_is_told_its_own_gelu_only_where_it_is_another() -> None:
     for gelu in ("tanh", "exact"):
-        lines = convert.timm_snippet(random_weights(gelu=gelu).about, "w.safetensors")
+        lines = convert.timm_snippet(random_weights(gelu=gelu).model_info, "w.safetensors")
         assert ("act_layer=timm.layers.GELUTanh" in lines[1]) == (gelu == "tanh")
 
 
 def test_timm_gets_the_widths_although_it_cuts_fractions_off() -> None:
     for hidden, mlp in itertools.product(range(1, 130), (1, 2, 3, 29, 57, 98, 101)):
-        about = random_weights().about
-        widths = dataclasses.replace(about.widths, hidden_dim=hidden, tokens_mlp_dim=mlp)
-        line = convert.timm_snippet(dataclasses.replace(about, widths=widths), "w")[1]
+        about = random_weights().model_info
+        widths = dataclasses.replace(about.config, hidden_dim=hidden, tokens_mlp_dim=mlp)
+        line = convert.timm_snippet(dataclasses.replace(about, config=widths), "w")[1]
         ratio = eval(line.partition("mlp_ratio=")[2].partition("), ")[0] + ")")[0]
         # As timm computes it.
         assert int(ratio * hidden) == mlp

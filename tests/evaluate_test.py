@@ -12,9 +12,9 @@ import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
@@ -92,7 +92,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers(weights: PretrainedWeights) -> list[int]:
     """What the model says of each image, without any of the code that scores."""
-    height, width = weights.about.image_size
+    height, width = weights.model_info.image_size
     images = [cv2.resize(image(index), (width, height)) for index in range(COUNT)]
     pixels = np.stack(images).astype(np.float32) / 127.5 - 1.0
     return np.asarray(Classifier(weights)(pixels)).argmax(1).tolist()
@@ -139,14 +139,14 @@ def test_real_labels_are_scored_beside_the_first_ones(
 def test_published_weights_are_scored_as_what_they_are(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = export(weights, tmp_path / "named.npz", weights.about.to_json())
+    path = export(weights, tmp_path / "named.npz", weights.model_info.to_dict())
     told = score(path, data_dir, capsys)
     assert told["top1"] == pytest.approx(
         np.mean([answer == index % 4 for index, answer in enumerate(answers(weights))])
     )
     assert (told["step"], told["image_size"], told["resolution"]) == (None, [16, 16], "")
     # Without names, classes are taken to be the data's, if they are as many.
-    nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "whole"})
+    nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
     assert score(nameless, data_dir, capsys)["top1"] == told["top1"]
     fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
     with pytest.raises(UserError) as caught:

@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.config.config import validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
@@ -65,14 +65,14 @@ def test_they_are_the_papers_protocol(task: str) -> None:
     assert (config.batch_size, config.init_head) == (512, "new")
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("momentum", 0.9, 1.0)
-    assert (optimizer.decay, optimizer.end_learning_rate) == ("cosine", 0.0)
+    assert (optimizer.decay_type, optimizer.end_learning_rate) == ("cosine", 0.0)
     assert optimizer.learning_rate in (0.003, 0.01, 0.03, 0.06)
     assert optimizer.weight_decay == 0
     assert config.recipe.to_dict() == {
         "loss": "softmax",
         "label_smoothing": 0.0,
         "mixup": 0.0,
-        "accumulation_steps": 1,
+        "grad_accum_steps": 1,
         "ema_decay": 0.0,
     }
     assert (config.preprocess.train_crop, config.preprocess.flip) == ("random_crop", True)

@@ -11,8 +11,8 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.model.variants import Widths
 from tests.helpers.cli_session import run_commands
 from tests.helpers.messages import mentions

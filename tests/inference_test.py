@@ -47,7 +47,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def expected(weights: PretrainedWeights, path: Path, loss: str = "softmax") -> np.ndarray:
     """Probabilities of all classes, one image at a time, by the model alone."""
-    about = weights.about
+    about = weights.model_info
     pixels = eval_image(path.read_bytes(), image_size=about.image_size, eval_crop=about.eval_crop)
     images = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1.0
     logits = np.asarray(model_from_info(about).apply({"params": weights.params}, images))[0]
@@ -103,7 +103,7 @@ def test_probabilities_and_names(loss: str, photos: list[Path]) -> None:
     for path, prediction in zip(photos, predictions, strict=True):
         probabilities = expected(weights, path, loss)
         order = np.argsort(-probabilities, kind="stable")
-        assert [one.label for one in prediction.classes] == order.tolist()
+        assert [one.class_index for one in prediction.classes] == order.tolist()
         assert [one.name for one in prediction.classes] == [DIGITS[label] for label in order]
         ours = [one.probability for one in prediction.classes]
         np.testing.assert_allclose(ours, probabilities[order], rtol=1e-4)
@@ -114,7 +114,7 @@ def test_probabilities_and_names(loss: str, photos: list[Path]) -> None:
 def test_the_size_of_batches_changes_nothing(classifier: Classifier, photos: list[Path]) -> None:
     def labels(batch_size: int) -> list[list[int]]:
         predictions = classifier.predict(photos, batch_size=batch_size)
-        return [[one.label for one in prediction.classes] for prediction in predictions]
+        return [[one.class_index for one in prediction.classes] for prediction in predictions]
 
     assert labels(1) == labels(2) == labels(3) == labels(64)
 
@@ -137,7 +137,7 @@ def test_bad_images_say_why_and_the_rest_is_done(
     gone = tmp_path / "gone.png"
     gone.symlink_to(tmp_path / "nowhere")
     names = [str(photos[0]), str(bad), str(gone), str(photos[1])]
-    found = list(classifier.classify(expand_image_paths(names), topk=1, batch_size=2))
+    found = list(classifier.iter_predictions(expand_image_paths(names), topk=1, batch_size=2))
     assert [prediction.image for prediction in found] == names
     reasons = [prediction.error for prediction in found]
     assert [bool(reason) for reason in reasons] == [False, True, True, False]
@@ -148,9 +148,11 @@ def test_bad_images_say_why_and_the_rest_is_done(
 
 
 def test_classes_without_names_are_numbers(photos: list[Path], weights: PretrainedWeights) -> None:
-    nameless = weights._replace(about=replace_head(weights, 10).about)
+    nameless = weights._replace(model_info=replace_head(weights, 10).model_info)
     (prediction,) = Classifier(nameless).predict(photos[:1], topk=3)
-    assert [one.name for one in prediction.classes] == [str(o.label) for o in prediction.classes]
+    assert [one.name for one in prediction.classes] == [
+        str(o.class_index) for o in prediction.classes
+    ]
 
 
 def test_without_a_head_there_are_features_and_no_classes(weights: PretrainedWeights) -> None:
@@ -179,16 +181,16 @@ def test_load_pretrained_gives_the_head_asked_for(
     assert logits.shape == (1, outputs)
     # A new head is zero; the old one is kept where it has as many classes.
     assert bool(logits.any()) == (outputs in (10, 16))
-    assert classifier.about.class_names == {2: ("cat", "dog"), 10: DIGITS}.get(outputs, ())
+    assert classifier.model_info.class_names == {2: ("cat", "dog"), 10: DIGITS}.get(outputs, ())
 
 
 def test_load_pretrained_resizes_and_renames(weights: PretrainedWeights, tmp_path: Path) -> None:
     run = save_run(weights, tmp_path)
     names = [name * 2 for name in DIGITS]
     classifier = mixer_jax.load_pretrained(run, image_size=(32, 48), class_names=names)
-    assert mentions(classifier.about.resolution, "16", "24", "Appendix C")
+    assert mentions(classifier.model_info.resize_note, "16", "24", "Appendix C")
     assert classifier(jnp.zeros((1, 32, 48, 3))).shape == (1, 10)
-    assert classifier.about.class_names == tuple(names)
+    assert classifier.model_info.class_names == tuple(names)
     with raises(UserError, run) as caught:
         mixer_jax.load_pretrained(run, class_names=["cat"])
     # The path may have numbers in it.
@@ -221,4 +223,4 @@ def test_many_images_keep_their_order(
 ) -> None:
     predictions: list[Prediction] = classifier.predict(photos * 5, batch_size=16)
     expected_labels = [int(expected(weights, path).argmax()) for path in photos] * 5
-    assert [prediction.classes[0].label for prediction in predictions] == expected_labels
+    assert [prediction.classes[0].class_index for prediction in predictions] == expected_labels

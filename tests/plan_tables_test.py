@@ -88,6 +88,7 @@ def test_weak_scaling_sends_the_same_from_each_chip(script: ModuleType) -> None:
     assert large["network_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_script_compiles_nothing_if_rows_are_current(tmp_path: Path) -> None:
     for name in ("plan_results", "weak_scaling"):
         (tmp_path / f"{name}.json").write_bytes((DOCS / f"{name}.json").read_bytes())

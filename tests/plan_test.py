@@ -5,22 +5,43 @@ import json
 
 import pytest
 
+from mixer_jax import plan
+from mixer_jax.errors import UserError
+from mixer_jax.planning.topology import ENVIRONMENT
 from tests.helpers.cli import run_cli
-from tests.helpers.messages import mentions
+from tests.helpers.messages import mentions, raises
 
 S16 = "--config=configs/mixer_s16_jft.py"
 L16 = "--config=configs/mixer_l16_i21k.py"
 H14 = "--config=configs/mixer_h14_jft.py"
 
 
-def test_plan_for_gpus_is_estimated() -> None:
-    plan = json.loads(run_cli("plan", L16, "--topology=h100:64", "--json").stdout)
-    assert (plan["fits"], plan["compiled"], plan["num_devices"]) == (True, False, 64)
-    assert sum(c["num_bytes"] for c in plan["collectives"]) > 4 * plan["num_parameters"]
+@pytest.fixture
+def restore_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment variables that the command sets are restored after the test."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("restore_env")
+def test_plan_for_gpus_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([L16, "--topology=h100:64", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["fits"], result["compiled"], result["num_devices"]) == (True, False, 64)
+    assert sum(c["num_bytes"] for c in result["collectives"]) > 4 * result["num_parameters"]
+
+
+@pytest.mark.usefixtures("restore_env")
+def test_plan_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([L16, "--topology=h100:64", "--sweep=remat", "--json"]) == 0
+    ranking = json.loads(capsys.readouterr().out)
+    assert ranking["results"][0]["fits"]
+    remat = ranking["results"][0]["settings"]["remat"]
+    assert f"--config.model.remat={remat}" in ranking["best"].split()
 
 
 def test_plan_that_does_not_fit_suggests_flags_and_exits_with_1() -> None:
-    flags = ["--config.model.remat=none", "--config.recipe.accumulation_steps=1"]
+    flags = ["--config.model.remat=none", "--config.recipe.grad_accum_steps=1"]
     lines = run_cli("plan", H14, "--topology=a100-40:32", *flags, code=1).stdout.splitlines()
     suggestions = [line for line in lines if line.startswith("  --")]
     assert suggestions[0].startswith("  --config.model.remat=")
@@ -31,6 +52,7 @@ def test_plan_that_does_not_fit_suggests_flags_and_exits_with_1() -> None:
     assert any(mentions(line, "training", "step", "GiB") for line in report)
 
 
+@pytest.mark.usefixtures("restore_env")
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -46,7 +68,7 @@ def test_plan_that_does_not_fit_suggests_flags_and_exits_with_1() -> None:
         ([S16, "--topology=h100:8", "--sweep=depth"], ["--sweep", "depth", "remat", "fsdp"]),
         ([S16, "--topology=h100:8", "--sweep="], ["--sweep", "remat", "fsdp"]),
         (
-            [S16, "--topology=h100:24", "--config.recipe.accumulation_steps=1"],
+            [S16, "--topology=h100:24", "--config.recipe.grad_accum_steps=1"],
             ["batch_size", "4096", "24", "4080", "4104"],
         ),
         (
@@ -63,15 +85,14 @@ def test_plan_that_does_not_fit_suggests_flags_and_exits_with_1() -> None:
         ),
     ],
 )
-def test_plan_usage_errors(argv: list[str], parts: list[str]) -> None:
-    done = run_cli("plan", *argv, code=2)
-    (line,) = done.stderr.splitlines()
-    assert mentions(line, *parts)
-    assert not done.stdout
+def test_plan_rejects(argv: list[str], parts: list[str]) -> None:
+    with raises(UserError, *parts):
+        plan.main(argv)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_plan_rejects_sizes_unknown_to_the_compiler() -> None:
+def test_plan_reports_sizes_unknown_to_the_compiler_in_one_line() -> None:
     done = run_cli("plan", S16, "--topology=v5e:2x3", code=2)
     (line,) = done.stderr.splitlines()
     assert mentions(line, "--topology", "v5e:2x3", "1x1", "2x2")
+    assert not done.stdout

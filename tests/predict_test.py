@@ -16,8 +16,8 @@ import pytest
 
 from mixer_jax import predict
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
@@ -111,7 +111,7 @@ def test_json_is_one_document_with_an_image_a_line(
     expected = ["a.jpg", "b.png", "more/c.png", "with, comma.png"]
     assert [entry["image"] for entry in found[:4]] == [f"{place}/photos/{n}" for n in expected]
     assert found[4] == {"image": f"{place}/bad.jpg", "error": reason}
-    assert found[0]["classes"][0].keys() == {"label", "name", "probability"}
+    assert found[0]["classes"][0].keys() == {"class_index", "name", "probability"}
     assert [json.loads(line.rstrip(",")) for line in out.splitlines()[1:-1]] == found
 
 
@@ -125,7 +125,9 @@ def test_in_the_type_that_is_asked_for(
 
     def classes(dtype: str) -> list[dict[str, Any]]:
         classifier = load_pretrained(place / "run", dtype=dtype)
-        (prediction,) = classifier.classify(expand_image_paths([photo]), topk=5, batch_size=1)
+        (prediction,) = classifier.iter_predictions(
+            expand_image_paths([photo]), topk=5, batch_size=1
+        )
         return [one._asdict() for one in prediction.classes]
 
     assert found["classes"] == classes(dtype)
@@ -171,7 +173,7 @@ def test_names_of_ones_own(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert door(place, "--format=json", f"--labels={labels}", photo) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in entry["classes"]] == [
-        f"class nr {one['label']}" for one in entry["classes"]
+        f"class nr {one['class_index']}" for one in entry["classes"]
     ]
 
 

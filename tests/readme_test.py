@@ -59,7 +59,7 @@ def small(command: list[str], data_dir: str) -> list[str]:
         return [*command, *sizes]
     if "--mode=weights" in command:
         return [*command, "--variant=S/32", "--rounds=1"]
-    if "--mode=tpu_traffic" in command:
+    if "--mode=hbm_traffic" in command:
         # Compiling for TPUs is tested elsewhere.
         return [*command, "--help"]
     if "mixer_jax.benchmark" in command:

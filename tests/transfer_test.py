@@ -181,7 +181,7 @@ def test_default_folders_differ(arguments: list[str], place: CheckpointRef, fold
     known, _ = transfer._parse(["--checkpoint=low", *arguments])
     assert transfer._default_workdir(place, known).startswith(folder)
     named, _ = transfer._parse(["--checkpoint=low/checkpoints/7", *arguments])
-    if place.kind == "run":
+    if place.format == "run":
         assert transfer._default_workdir(place, named).startswith("runs/low_7_")
 
 

@@ -45,7 +45,7 @@ class Contestant(NamedTuple):
     Attributes:
         name: for people.
         kind: `OURS`, `REFERENCE`, `EAGER` or `COMPILED`.
-        unroll: of ours, as `model.unroll` in keys.py.
+        unroll: of ours, as `model.scan_unroll` in keys.py.
         remat: of ours, what the backward pass recomputes.
         others: of ours, names and values of other keys of the model.
     """
@@ -64,11 +64,11 @@ class Contestant(NamedTuple):
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of ours that may be compared: lists."""
-    for name, examples in (
-        ("unroll", "1,12; 0: all; -1: as is best here"),
-        ("remat", "none,dots,mlp_hidden,full; auto: as is best here"),
+    for name, key, examples in (
+        ("unroll", "scan_unroll", "1,12; 0: all; -1: as is best here"),
+        ("remat", "remat", "none,dots,mlp_hidden,full; auto: as is best here"),
     ):
-        default = FIELDS[f"model.{name}"].default
+        default = FIELDS[f"model.{key}"].default
         parser.add_argument(
             f"--{name}",
             default=str(default),
@@ -149,4 +149,4 @@ def check_device(contestants: Sequence[Contestant], platform: str) -> None:
     from mixer_jax.model.making import check_kernels
 
     for contestant in contestants:
-        check_kernels(dict(contestant.others).get("kernels", "auto"), platform)
+        check_kernels(dict(contestant.others).get("backend", "auto"), platform)

@@ -9,7 +9,9 @@ from mixer_jax.errors import UserError
 from mixer_jax.model.variants import Widths
 
 # Given by flags of their own, or by the variant.
-_NOT_HERE = {"variant", "dtype", "unroll", "remat"} | {w.name for w in dataclasses.fields(Widths)}
+_NOT_HERE = {"family", "variant", "dtype", "scan_unroll", "remat"} | {
+    w.name for w in dataclasses.fields(Widths)
+}
 
 
 def add_model_keys(parser: argparse.ArgumentParser) -> None:

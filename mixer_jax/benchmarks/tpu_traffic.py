@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=128, help="images a device and step; default: 128"
     )
     parser.add_argument(
-        "--what", default="train", choices=["train", "infer"], help="which step; default: train"
+        "--step", default="train", choices=["train", "infer"], help="which step; default: train"
     )
     parser.add_argument("--peers", default=REFERENCE, choices=[REFERENCE, "none"])
     parser.add_argument(
@@ -61,7 +61,7 @@ def run(known: argparse.Namespace) -> None:
     common.check_positive(known, "batch_size", "num_classes")
     check_image_size(known.image_size, known.image_size, VARIANTS[known.variant].patch_size)
     contestants = [Contestant(REFERENCE, REFERENCE)] if known.peers == REFERENCE else []
-    contestants += read_ours(known, known.what)
+    contestants += read_ours(known, known.step)
     check_outputs(known)
     if known.dump:
         _make_folder(known.dump)
@@ -76,7 +76,7 @@ def run(known: argparse.Namespace) -> None:
 
     dtype = "bfloat16" if known.dtype == "auto" else known.dtype
     sizes = (known.image_size, known.num_classes, dtype, known.batch_size)
-    setting = Setting(known.what, known.variant, *sizes)
+    setting = Setting(known.step, known.variant, *sizes)
     steps = []
     for contestant in contestants:
         print(f"compiling {contestant.name}", file=sys.stderr, flush=True)
@@ -95,7 +95,7 @@ def run(known: argparse.Namespace) -> None:
     }
     write_outputs(known, report)
     if not known.json:
-        what = "training step" if known.what == "train" else "inference"
+        what = "training step" if known.step == "train" else "inference"
         print(
             f"{what} of Mixer-{known.variant}, {known.image_size} px, {known.num_classes:,} "
             f"classes, {known.batch_size} images a device, {dtype}\n"

@@ -155,7 +155,7 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
             **{path.removeprefix("model."): value for path, value in defaults.items()},
             "variant": setting.variant,
             "dtype": setting.dtype,
-            "unroll": contestant.unroll,
+            "scan_unroll": contestant.unroll,
             "remat": contestant.remat,
             **dict(contestant.others),
         }
@@ -190,7 +190,7 @@ def _our_training(model: Any, setting: Setting, device: Any) -> Work:
         loss="sigmoid",
         label_smoothing=0.0,
         mixup=0.0,
-        accumulation_steps=1,
+        grad_accum_steps=1,
         ema_decay=0.0,
     )
     first_state = functools.partial(
@@ -266,7 +266,7 @@ def _init(model: Any, setting: Setting) -> Any:
 def _optimizer() -> tuple[optax.Schedule, optax.GradientTransformation]:
     # From the first step on parameters change.
     schedule = make_schedule(
-        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay="none", end_learning_rate=0.0
+        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay_type="none", end_learning_rate=0.0
     )
     tx = make_optimizer(
         schedule,

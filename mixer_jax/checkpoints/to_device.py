@@ -23,12 +23,12 @@ def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
     """
     section = {
         "variant": about.variant,
-        **dataclasses.asdict(about.widths),
+        **dataclasses.asdict(about.config),
         "gelu": about.gelu,
         "dropout": 0.0,
         "dtype": dtype or about.dtype,
-        "kernels": AUTO,
-        "unroll": AUTO_UNROLL,
+        "backend": AUTO,
+        "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
     return build_model(section, about.num_classes)

@@ -5,13 +5,13 @@ command line (see command_line.py) changes it once more; `validate()` then check
 device is touched.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mixer_jax.config.compat import RENAMED_VALUES, upgrade_config, upgrade_key
 from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
 from mixer_jax.errors import UserError, suggest
 from mixer_jax.model.variants import INIT_FROM, Widths, check_image_size, resolve_widths
@@ -27,9 +27,10 @@ def get_default() -> ConfigDict:
 def fill_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns a copy of a saved config with every key that it lacks at its default.
 
-    Before a key existed, runs did what is its default now. No entry is added to evals or mixture.
+    Before a key existed, runs did what is its default now. Old spellings of keys and values are
+    translated. No entry is added to evals or mixture.
     """
-    tree = copy.deepcopy(saved)
+    tree = upgrade_config(saved)
     for path, key in FIELDS.items():
         *sections, name = path.split(".")
         node = tree
@@ -100,10 +101,10 @@ def validate(config: ConfigDict) -> None:
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps=0 and config.num_epochs=0; set one of them")
-    if config.batch_size % config.recipe.accumulation_steps:
+    if config.batch_size % config.recipe.grad_accum_steps:
         raise UserError(
             f"config.batch_size={config.batch_size} is not divisible by "
-            f"config.recipe.accumulation_steps={config.recipe.accumulation_steps}; "
+            f"config.recipe.grad_accum_steps={config.recipe.grad_accum_steps}; "
             "choose a divisor of the batch"
         )
     if config.preprocess.max_shift >= config.image_size:
@@ -183,6 +184,8 @@ def format_help() -> str:
 def check_key_exists(path: str, known: list[str]) -> None:
     """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
     if path not in known:
+        if (renamed := upgrade_key(path)) != path:
+            raise UserError(f"config.{path} is now config.{renamed}")
         hint = suggest(path, known, otherwise="; --help lists them all")
         section = path.partition(".")[0]
         if section in NAMED_SECTIONS and not any(key.startswith(f"{section}.") for key in known):
@@ -212,9 +215,9 @@ def _check_model(config: ConfigDict) -> None:
 
 def check_unroll(config: ConfigDict, widths: Widths) -> None:
     """Raises UserError if the model has fewer blocks than are to be laid out."""
-    if config.model.unroll > widths.num_blocks:
+    if config.model.scan_unroll > widths.num_blocks:
         raise UserError(
-            f"config.model.unroll={config.model.unroll} is more than the model's "
+            f"config.model.scan_unroll={config.model.scan_unroll} is more than the model's "
             f"{widths.num_blocks} blocks; pass 1 to {widths.num_blocks}, or 0 for all"
         )
 
@@ -229,6 +232,8 @@ def _check_value(path: str, value: Any) -> None:
     if type(value) is not kind:
         raise UserError(f"config.{path}={value!r} is not {TYPE_NAMES[kind]}; change it to one")
     if key.choices and value not in key.choices:
+        if renamed := RENAMED_VALUES.get(path, {}).get(value):
+            raise UserError(f"config.{path}={value!r} is now {renamed!r}")
         raise UserError(f"config.{path}={value!r} is unknown; choose {' or '.join(key.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config.{path}={value} is not finite; pass a finite number")

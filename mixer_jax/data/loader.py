@@ -45,8 +45,8 @@ def train_batches(
     batch_size: int,
     image_size: int,
     preprocess: dict[str, Any],
-    threads: int,
-    processes: int,
+    num_threads: int,
+    num_workers: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
     report: BadImageCallback,
@@ -64,8 +64,8 @@ def train_batches(
         batch_size: images a step, over all hosts.
         image_size: side of the images, pixels.
         preprocess: keyword arguments of `train_image`.
-        threads: that prepare images, in each process; 0: as many as the machine has cores.
-        processes: 1: this one alone; more: so many others, and `threads` in each of them; 0: by
+        num_threads: threads per process that prepare images; 0: one per core.
+        num_workers: worker processes; 1: no others than this one; 0: inferred from
             the machine, one for every 8 cores, if its shared memory has room for what they make.
         prefetch_batches: batches kept ready on this host.
         sharding: of the batch axis; each host prepares only the rows its devices hold.
@@ -80,7 +80,7 @@ def train_batches(
     reader = TrainReader(source, seed, image_size, preprocess)
     steps = range(first_step, num_steps)
     pieces = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
-    processes, threads = _workers(processes, threads, CHUNK_SIZE * image_size**2 * 3)
+    processes, threads = _workers(num_workers, num_threads, CHUNK_SIZE * image_size**2 * 3)
     prepared = _prepare(reader, pieces, threads, processes, prefetch_batches)
     return _to_devices(prepared, pieces, sharding, report)
 

@@ -45,7 +45,7 @@ def train_image(
         encoded: the bytes of an image file.
         rng: the only source of randomness.
         image_size: side of the result, pixels.
-        train_crop: "inception", "random_crop", "shift" or "resize".
+        train_crop: "inception", "random_crop", "random_shift" or "resize".
         min_area: of the inception crop, share of the image's area.
         max_shift: of the shift crop, pixels of the result.
         flip: whether half of the images are mirrored left to right.
@@ -70,7 +70,7 @@ def train_image(
         image = random_crop(image, rng, image_size)
     else:
         image = resize(image, image_size, image_size, out)
-    if train_crop == "shift":
+    if train_crop == "random_shift":
         image = random_shift(image, rng, max_shift)
     if flip and rng.random() < 0.5:
         image = cv2.flip(image, 1)
@@ -99,7 +99,7 @@ def eval_image(
             covers 8/7 of the result's height and width, and crops the centre (Table 3: its shorter
             side to 256 for 224); "square" resizes each side to 8/7 of the result's (Table 2);
             "bicubic" and "bilinear" are as "shorter_side" with Pillow's decoder and filters, as
-            timm evaluates the weights it publishes (crop 0.875); "whole" crops nothing.
+            timm evaluates the weights it publishes (crop 0.875); "resize" crops nothing.
         exif_orientation: as `decode` takes it.
 
     Returns:
@@ -111,7 +111,7 @@ def eval_image(
     """
     as_timm = eval_crop in _TIMM_FILTERS
     image = decode(encoded, exif_orientation=exif_orientation, accurate=as_timm)
-    if eval_crop == "whole":
+    if eval_crop == "resize":
         return np.ascontiguousarray(resize(image, *image_size))
     if as_timm:
         height, width = _cover(image, [side * _RESIZE // _CROP for side in image_size], math.floor)

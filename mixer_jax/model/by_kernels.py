@@ -175,7 +175,7 @@ def tpu_sizes(tokens: int, widths: Widths, device_kind: str, itemsize: int, inte
     sizes = choose_sizes(*shape, kind, itemsize)
     if sizes is None:
         raise UserError(
-            f"model.kernels=mosaic: MLPs of {tokens} tokens and {widths.hidden_dim} channels do "
+            f"model.backend=mosaic: MLPs of {tokens} tokens and {widths.hidden_dim} channels do "
             f"not fit on the chip of a {kind}; set xla"
         )
     return sizes

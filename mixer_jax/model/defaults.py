@@ -13,7 +13,7 @@ AUTO, AUTO_UNROLL = "auto", -1
 
 
 def settled(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
-    """Returns a configuration's model section with dtype, kernels, unroll and remat chosen.
+    """Returns a configuration's model section with dtype, backend, scan_unroll and remat chosen.
 
     Args:
         section: the keys under `model` in keys.py.
@@ -22,14 +22,14 @@ def settled(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
     chosen = dict(section)
     if chosen["dtype"] == AUTO:
         chosen["dtype"] = default_dtype(platform)
-    if chosen["kernels"] == AUTO:
-        chosen["kernels"] = default_kernels(platform)
-    by_xla = chosen["kernels"] == "xla" or bool(chosen["dropout"])
-    if chosen["unroll"] == AUTO_UNROLL:
-        chosen["unroll"] = default_unroll(platform, by_xla)
+    if chosen["backend"] == AUTO:
+        chosen["backend"] = default_kernels(platform)
+    by_xla = chosen["backend"] == "xla" or bool(chosen["dropout"])
+    if chosen["scan_unroll"] == AUTO_UNROLL:
+        chosen["scan_unroll"] = default_unroll(platform, by_xla)
     if chosen["remat"] == AUTO:
         all_blocks = chosen.get("num_blocks") or resolve_widths(chosen["variant"]).num_blocks
-        chosen["remat"] = default_remat(0 < chosen["unroll"] < all_blocks, by_xla)
+        chosen["remat"] = default_remat(0 < chosen["scan_unroll"] < all_blocks, by_xla)
     return chosen
 
 

@@ -38,6 +38,8 @@ def build_model(section: dict[str, Any], num_classes: int, device_kind: str = ""
     """
     settings = settled(section, jax.default_backend()) | {"device_kind": device_kind}
     settings["dtype"] = jnp.dtype(settings["dtype"])
+    settings.pop("family", None)
+    settings["kernels"], settings["unroll"] = settings.pop("backend"), settings.pop("scan_unroll")
     return create_model(settings.pop("variant"), num_classes, **settings)
 
 
@@ -52,7 +54,7 @@ def check_kernels(kernels: str, platform: str) -> None:
     """Raises UserError unless kernels run on devices of that platform."""
     if (needed := {"triton": "gpu", "mosaic": "tpu"}.get(kernels, platform)) != platform:
         raise UserError(
-            f"model.kernels={kernels} is for a {needed.upper()}, and the devices are "
+            f"model.backend={kernels} is for a {needed.upper()}, and the devices are "
             f"{platform.upper()}s; set auto or xla"
         )
 

@@ -138,7 +138,7 @@ def _format_bounds(plan: Plan) -> str:
     sent = sum(collective.num_bytes for collective in plan.collectives)
     bandwidth = f"{plan.topology.ici_bandwidth / _GB:.0f} GB/s per chip"
     leaves_domain = plan.topology.num_slices > 1 or bool(
-        chip.neighbours and plan.topology.num_chips > chip.neighbours
+        chip.nvlink_domain and plan.topology.num_chips > chip.nvlink_domain
     )
     if leaves_domain and chip.network_bandwidth:
         bandwidth += f", network {chip.network_bandwidth / _GB:g}"
@@ -149,13 +149,13 @@ def _format_bounds(plan: Plan) -> str:
             "arithmetic",
             f"{run.executed_flops / _TERA:.2f} TFLOP, {recomputed:.0%} recomputed",
             bound.arithmetic,
-            f"{chip.flops / chip.devices / _TERA:.0f} TFLOP/s",
+            f"{chip.flops / chip.devices_per_chip / _TERA:.0f} TFLOP/s",
         ),
         (
             "memory",
             f"{plan.hbm_bytes / _GB:.2f} GB" + ("" if plan.train_step else " or more"),
             bound.memory,
-            f"{chip.memory_bandwidth / chip.devices / _GB:.0f} GB/s",
+            f"{chip.memory_bandwidth / chip.devices_per_chip / _GB:.0f} GB/s",
         ),
         ("network", f"{sent / _GB:.3f} GB", bound.network, bandwidth),
     ]
@@ -172,8 +172,8 @@ def _format_collectives(plan: Plan) -> str:
         return "collectives: none"
     lines = [f"{'collectives per step':<24}{'dtype':<6}{'axis':<8}{'count':>6}{'MB':>12}   tensors"]
     lines += [
-        f"  {c.op:<22}{c.dtype:<6}{c.mesh_axis:<8}{c.count:>6,}{c.num_bytes / _MB:>12,.3f}   "
-        f"{c.tensor_role}"
+        f"  {c.op:<22}{c.dtype:<6}{c.mesh_axis:<8}{c.num_executions:>6,}"
+        f"{c.num_bytes / _MB:>12,.3f}   {c.tensor_role}"
         for c in plan.collectives
     ]
     unexpected = sum(c.num_bytes for c in plan.collectives if c.is_unexpected)
@@ -264,7 +264,7 @@ def suggest_flags(plan: Plan) -> list[str]:
         flag = f"--config.model.remat={remat}"
         candidates.append(("remat", flag, run._replace(remat=remat)))
     for number in _doubled(run.num_microbatches):
-        flag = f"--config.recipe.accumulation_steps={number}"
+        flag = f"--config.recipe.grad_accum_steps={number}"
         candidates.append(("num_microbatches", flag, run._replace(num_microbatches=number)))
     for fsdp in _doubled(run.fsdp):
         flag = f"--config.mesh.fsdp={fsdp}{infer_data}"

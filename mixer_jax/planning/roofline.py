@@ -74,8 +74,8 @@ def roofline_bound(
     """
     chip = topology.chip
     return RooflineBound(
-        executed_flops / (chip.flops / chip.devices),
-        hbm_bytes / (chip.memory_bandwidth / chip.devices),
+        executed_flops / (chip.flops / chip.devices_per_chip),
+        hbm_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
         sum(network_seconds(topology, locations, collective) for collective in collectives),
     )
 
@@ -126,7 +126,7 @@ def network_seconds(
     num_domains = len({location.ici_domain for location in group})
     chips_per_domain = num_chips // num_domains
     # Devices of the same chip in other groups send over the same links.
-    concurrent_groups = chip.devices * num_chips / len(group)
+    concurrent_groups = chip.devices_per_chip * num_chips / len(group)
     payload = collective.num_bytes * concurrent_groups
     inside = between = 0.0
     if chips_per_domain > 1:

@@ -33,10 +33,10 @@ class SweepPoint(NamedTuple):
     """Settings that a sweep changes.
 
     Attributes:
-        num_microbatches: Value of `recipe.accumulation_steps`.
+        num_microbatches: Value of `recipe.grad_accum_steps`.
         fsdp: Value of `mesh.fsdp`.
         remat: Value of `model.remat`.
-        scan_unroll: Value of `model.unroll`.
+        scan_unroll: Value of `model.scan_unroll`.
     """
 
     num_microbatches: int
@@ -47,17 +47,17 @@ class SweepPoint(NamedTuple):
     def flags(self) -> str:
         """Formats the settings as command-line flags."""
         return (
-            f"--config.recipe.accumulation_steps={self.num_microbatches} --config.mesh.data=0 "
+            f"--config.recipe.grad_accum_steps={self.num_microbatches} --config.mesh.data=0 "
             f"--config.mesh.fsdp={self.fsdp} --config.model.remat={self.remat} "
-            f"--config.model.unroll={self.scan_unroll}"
+            f"--config.model.scan_unroll={self.scan_unroll}"
         )
 
     def apply(self, config: ConfigDict) -> ConfigDict:
         """Returns a copy of a config with these settings."""
         changed = config.copy_and_resolve_references()
-        changed.recipe.accumulation_steps = self.num_microbatches
+        changed.recipe.grad_accum_steps = self.num_microbatches
         changed.mesh.data, changed.mesh.fsdp = 0, self.fsdp
-        changed.model.remat, changed.model.unroll = self.remat, self.scan_unroll
+        changed.model.remat, changed.model.scan_unroll = self.remat, self.scan_unroll
         return changed
 
 

@@ -44,7 +44,7 @@ class Topology(NamedTuple):
     @property
     def num_devices(self) -> int:
         """Number of devices, as JAX counts them."""
-        return self.num_chips * self.chip.devices
+        return self.num_chips * self.chip.devices_per_chip
 
     @property
     def hbm_bytes(self) -> float:
@@ -62,7 +62,7 @@ class Topology(NamedTuple):
     def describe(self) -> str:
         """Formats name, slices, chips and devices for people."""
         chips = f"{self.num_chips:,} chip{'s' if self.num_chips > 1 else ''}"
-        devices = f", {self.num_devices:,} devices" if self.chip.devices > 1 else ""
+        devices = f", {self.num_devices:,} devices" if self.chip.devices_per_chip > 1 else ""
         slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
         return f"{self.name}{slices}: {chips}{devices}"
 
@@ -106,17 +106,17 @@ def parse_topology(name: str, num_slices: int = 1) -> Topology:
         )
     sides = size.split("x")
     grid = tuple(int(side) for side in sides if side.isascii() and side.isdecimal())
-    if len(grid) != len(sides) or len(grid) != (chip.axes or 1) or 0 in grid:
-        rule = f"{chip.axes} sides" if chip.is_tpu else "the number of GPUs"
-        sizes = _SIZES[chip.axes] if chip.is_tpu else "8, 16 or 64"
+    if len(grid) != len(sides) or len(grid) != (chip.torus_dims or 1) or 0 in grid:
+        rule = f"{chip.torus_dims} sides" if chip.is_tpu else "the number of GPUs"
+        sizes = _SIZES[chip.torus_dims] if chip.is_tpu else "8, 16 or 64"
         raise UserError(
             f"--topology must give {rule} for {chip_name}, got {name}. "
             f"Pass, for example, {chip_name}:{sizes}."
         )
-    if chip.neighbours and grid[0] > chip.neighbours and grid[0] % chip.neighbours:
+    if chip.nvlink_domain and grid[0] > chip.nvlink_domain and grid[0] % chip.nvlink_domain:
         raise UserError(
-            f"--topology must have up to {chip.neighbours} {chip_name} (one machine) or a multiple "
-            f"of {chip.neighbours}, got {name}."
+            f"--topology must have up to {chip.nvlink_domain} {chip_name}, one machine, or a "
+            f"multiple of {chip.nvlink_domain}, got {name}."
         )
     return Topology(name, chip, grid, num_slices)
 
@@ -125,10 +125,10 @@ def larger_topologies(topology: Topology) -> list[Topology]:
     """Returns topologies with more of the same chips, the smallest first."""
     chip = topology.chip
     if chip.is_tpu:
-        sizes = _SIZES[chip.axes].split(", ")
+        sizes = _SIZES[chip.torus_dims].split(", ")
     else:
         numbers = [topology.num_chips * 2**power for power in range(1, 8)]
-        sizes = [str(n) for n in numbers if n <= chip.neighbours or n % chip.neighbours == 0]
+        sizes = [str(n) for n in numbers if n <= chip.nvlink_domain or n % chip.nvlink_domain == 0]
     topologies = [parse_topology(f"{chip.name}:{size}", topology.num_slices) for size in sizes]
     return [other for other in topologies if other.num_chips > topology.num_chips]
 
@@ -161,7 +161,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"--topology must have a size that the compiler supports, got {topology.name} "
-            f"({summarize_error(error)}). Try one of {_SIZES[topology.chip.axes]}."
+            f"({summarize_error(error)}). Try one of {_SIZES[topology.chip.torus_dims]}."
         ) from error
     return list(description.devices)
 
@@ -176,9 +176,10 @@ def device_locations(topology: Topology, devices: list[Any] | None) -> list[Devi
     """
     chip = topology.chip
     if devices is None:
-        domain_size = chip.neighbours or topology.num_devices // topology.num_slices
+        domain_size = chip.nvlink_domain or topology.num_devices // topology.num_slices
         return [
-            DeviceLocation(n // chip.devices, n // domain_size) for n in range(topology.num_devices)
+            DeviceLocation(n // chip.devices_per_chip, n // domain_size)
+            for n in range(topology.num_devices)
         ]
     slices = [getattr(device, "slice_index", 0) for device in devices]
     return [

@@ -202,7 +202,7 @@ def _check_values(overrides: Overrides) -> None:
     if "optimizer.warmup_steps" not in given:
         config.optimizer.warmup_steps = 0
     if "batch_size" not in given:
-        config.batch_size = 2 * max(1, config.recipe.accumulation_steps)
+        config.batch_size = 2 * max(1, config.recipe.grad_accum_steps)
     validate(config)
 
 
@@ -236,7 +236,7 @@ def _make(
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = task.warmup_steps
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
 
     config.checkpoint.every_steps = min(_MOST_STEPS_BETWEEN_CHECKPOINTS, -(-task.num_steps // 5))
     config.checkpoint.keep = 1

@@ -36,7 +36,7 @@ def open_datasets(config: ConfigDict) -> RunDatasets:
     evals, probe_train = {}, {}
     for key, entry in config.evals.items():
         source = _open_eval(config, entry, entry.split)
-        if entry.kind != "classify":
+        if entry.type != "classify":
             probe_train[key] = _open_eval(config, entry, entry.train_split)
         try:
             if key in probe_train:

@@ -103,11 +103,11 @@ def build_experiment(
     num_steps = resolve_num_steps(config, len(sources.train))
     check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    pieces = config.recipe.accumulation_steps
+    pieces = config.recipe.grad_accum_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
     about = _describe(config, sources, init_info)
-    check_unroll(config, about.widths)
-    section = {"variant": about.variant, "gelu": about.gelu, **vars(about.widths)}
+    check_unroll(config, about.config)
+    section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
     model = build_model(settings, about.num_classes, device.device_kind)
@@ -152,7 +152,7 @@ def build_experiment(
         change_norm=jax.jit(update_norm, out_shardings=replicated(mesh)),
         parameter_norm=jax.jit(optax.tree.norm, out_shardings=replicated(mesh)),
         metadata={
-            "about": about.to_json(),
+            "model_info": about.to_dict(),
             "ema": config.recipe.ema_decay > 0,
             "num_steps": num_steps,
             "num_train_examples": len(sources.train),
@@ -167,7 +167,7 @@ def build_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns the schedule and the optax chain of a config's optimizer section."""
     settings = section.to_dict()
-    names = ("learning_rate", "warmup_steps", "decay", "end_learning_rate")
+    names = ("learning_rate", "warmup_steps", "decay_type", "end_learning_rate")
     schedule = make_schedule(num_steps, **{name: settings.pop(name) for name in names})
     return schedule, make_optimizer(schedule, **settings)
 
@@ -215,7 +215,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
         eval_crop=config.preprocess.eval_crop,
         exif_orientation=config.preprocess.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.threads,
+        threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     eval_step = make_eval_step(experiment.model, mesh)
@@ -244,13 +244,13 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
 
 def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
     shots = parse_shots(f"evals.{name}.shots", entry.shots)
-    return ProbeConfig(entry.kind, shots, tuple(range(entry.probe_seeds)))
+    return ProbeConfig(entry.type, shots, tuple(range(entry.num_seeds)))
 
 
 def flops_per_image(experiment: Experiment) -> int:
     """Returns the model FLOPs of training on one image: three forwards."""
     about = experiment.about
-    return 3 * forward_flops(about.widths, about.image_size[0], about.num_classes)
+    return 3 * forward_flops(about.config, about.image_size[0], about.num_classes)
 
 
 def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict[str, float]:
@@ -271,8 +271,9 @@ def _describe(config: ConfigDict, sources: RunDatasets, init_info: ModelInfo | N
         variant, gelu = config.model.variant, config.model.gelu
         widths = resolve_widths(variant, **architecture_overrides(config.model))
     else:
-        variant, gelu, widths = init_info.variant, init_info.gelu, init_info.widths
+        variant, gelu, widths = init_info.variant, init_info.gelu, init_info.config
     return ModelInfo(
+        "mixer",
         variant,
         widths,
         image_size=(config.image_size, config.image_size),

@@ -67,7 +67,7 @@ def train_step(
     loss: str,
     label_smoothing: float,
     mixup: float,
-    accumulation_steps: int,
+    grad_accum_steps: int,
     ema_decay: float,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step on a batch.
@@ -84,7 +84,7 @@ def train_step(
         loss: "sigmoid" or "softmax".
         label_smoothing: share of each label spread over all classes.
         mixup: parameter of the Beta distribution, 0 for none.
-        accumulation_steps: pieces that the batch is computed in; times the devices, must divide n.
+        grad_accum_steps: pieces that the batch is computed in; times the devices, must divide n.
         ema_decay: of the averaged parameters; unused where the state has none.
 
     Returns:
@@ -113,7 +113,7 @@ def train_step(
     whole = (batch["image"], labels) if pairs is None else pairs.arrays
     common = (None if pairs is None else pairs.weight, model_rng)
     on_one_device = functools.partial(
-        accumulate_gradients, jax.value_and_grad(loss_fn), num_microbatches=accumulation_steps
+        accumulate_gradients, jax.value_and_grad(loss_fn), num_microbatches=grad_accum_steps
     )
     cast = functools.partial(cast_kernels, dtype=model.dtype)
     value, grads = sharded_value_and_grad(on_one_device, mesh, cast)(

@@ -164,7 +164,7 @@ def format_caption(
     crop = {
         "inception": f"inception crop of {preprocess.min_area:.0%} or more of the image",
         "random_crop": "random crop of 7/8 of each side",
-        "shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
+        "random_shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
         "resize": "the whole image",
     }[preprocess.train_crop]
     flip = "half are flipped" if preprocess.flip else "none is flipped"

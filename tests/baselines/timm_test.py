@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
 from mixer_jax.checkpoints.layouts import TIMM, layout_views
 from mixer_jax.checkpoints.load import load_checkpoint
@@ -67,7 +67,7 @@ def some_images(size: int = 224) -> np.ndarray:
 
 def export(weights: Any, path: Path) -> Path:
     views = layout_views(dict(tree.flatten(weights.params)), TIMM)
-    write_safetensors(str(path), views, weights.about.to_json())
+    write_safetensors(str(path), views, weights.model_info.to_dict())
     return path
 
 
@@ -82,9 +82,9 @@ def test_weights_go_from_timm_to_us_and_back(
 
     ours = load_pretrained(str(tmp_path / "theirs"), dtype="float32")
     assert_agree(ours(images), theirs)
-    assert ours.about.gelu == "exact"
-    assert ours.about.eval_crop == "bicubic"
-    assert f"mixer_{ours.about.variant.lower().replace('/', '')}_224" == name
+    assert ours.model_info.gelu == "exact"
+    assert ours.model_info.eval_crop == "bicubic"
+    assert f"mixer_{ours.model_info.variant.lower().replace('/', '')}_224" == name
 
     weights = load_checkpoint(str(tmp_path / "theirs"))
     back = timm.create_model(name)
@@ -110,7 +110,7 @@ def test_our_weights_are_the_same_model_in_timm(
     images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     assert_agree(Classifier(weights, "float32")(images), their_logits(torch, peer, images))
     # The file says what shapes alone do not.
-    assert load_checkpoint(str(path)).about == weights.about
+    assert load_checkpoint(str(path)).model_info == weights.model_info
 
 
 def plain(state: Any) -> Any:
@@ -260,8 +260,8 @@ def test_the_size_and_the_gelu_are_those_that_timm_saves(
     timm.models.save_for_hf(peer, tmp_path, safe_serialization=True, model_args=named)
     height, width = size if isinstance(size, tuple) else (size, size)
     ours = load_pretrained(str(tmp_path), image_size=(height, width), dtype="float32")
-    assert (ours.about.gelu, ours.about.image_size) == (gelu, (height, width))
-    assert not ours.about.resolution
+    assert (ours.model_info.gelu, ours.model_info.image_size) == (gelu, (height, width))
+    assert not ours.model_info.resize_note
     images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     assert_agree(ours(images), their_logits(torch, peer, images))
 

@@ -134,6 +134,6 @@ def test_a_peer_that_is_not_installed_is_told() -> None:
     # What is left out unasked is not told beside a mistake.
     assert mentions(mistake("--out=nowhere/a.json"), "--out", "nowhere/a.json")
     for mode in ("train", "compile"):
-        told = mistake(*SMALL, f"--mode={mode}", "--model.kernels=triton")
-        assert mentions(told, "model.kernels", "triton", "GPU", "auto", "xla")
+        told = mistake(*SMALL, f"--mode={mode}", "--model.backend=triton")
+        assert mentions(told, "model.backend", "triton", "GPU", "auto", "xla")
     assert mentions(mistake("--peers=none", "--picture=a.png"), "--picture", "matplotlib")

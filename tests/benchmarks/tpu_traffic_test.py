@@ -1,4 +1,4 @@
-"""Tests of `--mode=tpu_traffic`: a tiny Mixer compiled for a TPU that is not here, and mistakes."""
+"""Tests of `--mode=hbm_traffic`: a tiny Mixer compiled for a TPU that is not here, and mistakes."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tpu_compiler import tpu_device
 
-MODE = "--mode=tpu_traffic"
+MODE = "--mode=hbm_traffic"
 TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--quick"]
 
 
@@ -63,7 +63,7 @@ def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_p
 
 @pytest.mark.usefixtures("tiny")
 def test_inference_with_settings_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--what=infer", "--batch_size=4", "--model.gelu=tanh,exact", "--peers=none"]
+    flags = ["--step=infer", "--batch_size=4", "--model.gelu=tanh,exact", "--peers=none"]
     assert benchmark.main([*TINY, *flags]) == 0
     captured = capsys.readouterr()
     settings = ("Mixer-tiny", "64", "10", "4", "bfloat16")
@@ -78,7 +78,7 @@ def test_inference_with_settings_of_ours(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("tiny")
 def test_what_does_not_fit_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--what=infer", "--batch_size=4000000", "--peers=none"]
+    flags = ["--step=infer", "--batch_size=4000000", "--peers=none"]
     assert benchmark.main([*TINY, *flags]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "31.2" in line]
     assert any(row.startswith("mixer_jax") and mentions(row, "GiB") for row in rows)

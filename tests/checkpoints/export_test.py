@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from mixer_jax import config
-from mixer_jax.checkpoints import export, manager, stablehlo
+from mixer_jax.checkpoints import export, manager, stablehlo, tree
 from mixer_jax.checkpoints.export import (
     check_target_available,
     choose_format,
     export_weights,
     written_size,
 )
-from mixer_jax.checkpoints.formats import tree
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.model.variants import Widths
@@ -53,7 +52,7 @@ def weights() -> PretrainedWeights:
         exif_orientation=True,
         loss="sigmoid",
         dtype="float32",
-        resolution="grown from 8 px",
+        resize_note="grown from 8 px",
     )
     made.params["stem"]["bias"][:4] = (-0.0, 0.0, 1e-42, 3e38)
     return made
@@ -86,7 +85,7 @@ def test_nothing_is_lost_between_any_two_formats(
     assert "\n" not in checked
     found = load_checkpoint(target)
     assert bits(found) == bits(weights)
-    assert found.about == weights.about
+    assert found.model_info == weights.model_info
     beside = [f"t{export.SUFFIXES[to]}.json"] if to == "google" else []
     assert sorted(path.name for path in tmp_path.iterdir()) == [Path(target).name, *beside]
     size = sum(len(array) for array in bits(weights).values())
@@ -98,7 +97,7 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
     for to in OF_TENSORS:
         export_weights(weights, to, target_of(to, tmp_path))
         found = load_checkpoint(target_of(to, tmp_path))
-        assert (bits(found), found.about) == (bits(weights), weights.about)
+        assert (bits(found), found.model_info) == (bits(weights), weights.model_info)
 
 
 # What `flip` changes, by the names of each format.
@@ -182,7 +181,7 @@ def test_a_file_that_is_cut_off_is_removed(
         (lambda tensors, said: (flip(tensors), said), [FLIPPED["orbax"]]),
         (lambda tensors, said: (lose(tensors), said), []),
         (lambda tensors, said: ([*tensors, ("more", np.zeros(3))], said), []),
-        (lambda tensors, said: (tensors, said | {"about": {}}), []),
+        (lambda tensors, said: (tensors, said | {"model_info": {}}), []),
         (lambda tensors, said: (tensors, said | {"config": {}}), []),
     ],
 )
@@ -209,11 +208,11 @@ def test_a_run_that_is_not_what_was_written_is_removed(
 def test_a_converted_run_knows_the_config_it_was_trained_by(
     weights: PretrainedWeights, tmp_path: Path
 ) -> None:
-    trained = weights._replace(config=config.get_default().to_dict())
+    trained = weights._replace(train_config=config.get_default().to_dict())
     export_weights(trained, "orbax", target_of("orbax", tmp_path))
     found = load_checkpoint(target_of("orbax", tmp_path))
-    assert found.config == trained.config
-    assert (found.about, bits(found)) == (weights.about, bits(weights))
+    assert found.train_config == trained.train_config
+    assert (found.model_info, bits(found)) == (weights.model_info, bits(weights))
 
 
 def change_a_bias(
@@ -385,4 +384,4 @@ def test_about_may_be_of_any_size(tmp_path: Path) -> None:
     weights = random_weights(class_names=names)
     for to in ("google", "timm"):
         export_weights(weights, to, target_of(to, tmp_path))
-        assert load_checkpoint(target_of(to, tmp_path)).about == weights.about
+        assert load_checkpoint(target_of(to, tmp_path)).model_info == weights.model_info

@@ -36,7 +36,7 @@ def weights() -> PretrainedWeights:
 def runs(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """The same weights twice: saved with all keys, and when there were fewer."""
     made = config.get_default()
-    made.preprocess.eval_crop = "whole"
+    made.preprocess.eval_crop = "resize"
     new, old = made.to_dict(), made.to_dict()
     for section, key in (("preprocess", "exif_orientation"), ("model", "dtype")):
         del old[section][key]
@@ -49,10 +49,10 @@ def runs(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(runs: dict[int, str]) -> None:
     new, old = (load_checkpoint(runs[kind]) for kind in (NEW, OLD))
-    assert old.config == new.config
-    assert old.config is not None
+    assert old.train_config == new.train_config
+    assert old.train_config is not None
     # What it does say stands.
-    assert old.config["preprocess"]["eval_crop"] == "whole"
+    assert old.train_config["preprocess"]["eval_crop"] == "resize"
 
 
 def test_a_checkpoint_of_before_a_key_existed_is_scored(
@@ -87,18 +87,18 @@ def test_what_a_run_says_comes_back(tmp_path: Path) -> None:
         image_size=(8, 20), gelu="exact", loss="sigmoid", exif_orientation=True, dtype="bfloat16"
     )
     loaded = load_checkpoint(save_run(weights, tmp_path, step=7))
-    assert loaded.about == weights.about
+    assert loaded.model_info == weights.model_info
     assert loaded.step == 7
-    assert loaded.config is None
+    assert loaded.train_config is None
     assert_params_equal(loaded.params, weights.params)
 
 
 def test_the_caller_has_the_last_word(runs: dict[int, str]) -> None:
-    about = load_checkpoint(runs[NEW], gelu="exact", eval_crop="square").about
+    about = load_checkpoint(runs[NEW], gelu="exact", eval_crop="square").model_info
     assert (about.gelu, about.eval_crop) == ("exact", "square")
     names = tuple("abcdefghij")
     assert (
-        load_checkpoint(runs[NEW], class_names=names, pretrain_image_size=16).about.class_names
+        load_checkpoint(runs[NEW], class_names=names, pretrain_image_size=16).model_info.class_names
         == names
     )
 
@@ -110,14 +110,14 @@ def test_the_caller_has_the_last_word(runs: dict[int, str]) -> None:
         ({"gelu": "relu"}, ["gelu", "relu", "tanh", "exact"]),
         ({"image_size": [16]}, ["image_size", "[16]"]),
         ({"class_names": "abc"}, ["class_names"]),
-        ({"resolution": 3}, ["resolution", "3"]),
+        ({"resize_note": 3}, ["resize_note", "3"]),
     ],
 )
 def test_a_run_that_says_nonsense_is_refused(
     weights: PretrainedWeights, tmp_path: Path, about: dict[str, Any], parts: list[str]
 ) -> None:
-    told = weights.about.to_json() | about if about else {}
-    run = save_run(weights, tmp_path / "other", about=told)
+    told = weights.model_info.to_dict() | about if about else {}
+    run = save_run(weights, tmp_path / "other", model_info=told)
     with raises(UserError, run) as caught:
         load_checkpoint(run)
     assert mentions(str(caught.value).replace(run, ""), *parts)
@@ -127,16 +127,16 @@ def test_an_image_size_resizes_and_says_so(
     runs: dict[int, str], weights: PretrainedWeights
 ) -> None:
     grown = load_checkpoint(runs[NEW], image_size=32)
-    assert grown.about.image_size == (32, 32)
-    assert mentions(grown.about.resolution, "16", "Appendix C")
+    assert grown.model_info.image_size == (32, 32)
+    assert mentions(grown.model_info.resize_note, "16", "Appendix C")
     other = load_checkpoint(runs[NEW], image_size=(20, 16))
-    assert mentions(other.about.resolution, "16")
-    assert "Appendix C" not in other.about.resolution
-    assert mentions(other.about.name, "Mixer-custom", "20", "16")
+    assert mentions(other.model_info.resize_note, "16")
+    assert "Appendix C" not in other.model_info.resize_note
+    assert mentions(other.model_info.name, "Mixer-custom", "20", "16")
     # From the first size, and from the second.
-    again = resize(other, (32, 16)).about.resolution
+    again = resize(other, (32, 16)).model_info.resize_note
     assert sorted(re.findall(r"\d+", again)) == ["16", "16", "20"]
-    assert load_checkpoint(runs[NEW], image_size=16).about == weights.about
+    assert load_checkpoint(runs[NEW], image_size=16).model_info == weights.model_info
     with raises(UserError, "image_size", "18", "patch_size", "4"):
         load_checkpoint(runs[NEW], image_size=18)
 
@@ -157,14 +157,14 @@ def test_a_machine_that_does_not_tell_its_memory_is_taken_to_have_64_gib(
     monkeypatch.delattr("os.sysconf")
     with raises(UserError, "68 GB"):
         resize(weights, (100_000, 100_000))
-    assert resize(weights, (32, 32)).about.image_size == (32, 32)
+    assert resize(weights, (32, 32)).model_info.image_size == (32, 32)
 
 
 @pytest.mark.parametrize(
     "size", [32, [32, 32], (np.int64(32), 32), np.int32(32)], ids=lambda size: type(size).__name__
 )
 def test_an_image_size_may_be_of_any_whole_type(size: Any, runs: dict[int, str]) -> None:
-    about = load_checkpoint(runs[NEW], image_size=size).about
+    about = load_checkpoint(runs[NEW], image_size=size).model_info
     assert about.image_size == (32, 32)
     assert {type(side) for side in about.image_size} == {int}
 
@@ -227,18 +227,18 @@ def test_a_source_may_be_a_path(runs: dict[int, str], weights: PretrainedWeights
     assert_params_equal(load_checkpoint(Path(runs[NEW])).params, weights.params)
     names = list("abcdefghij")
     classifier = load_pretrained(Path(runs[NEW]), class_names=names, num_classes=10)
-    assert classifier.about.class_names == tuple(names)
+    assert classifier.model_info.class_names == tuple(names)
 
 
 def test_heads_and_names(weights: PretrainedWeights) -> None:
     new = replace_head(weights, 3, bias=-2.0, loss="sigmoid")
-    assert new.about.num_classes == 3
-    assert (new.about.class_names, new.about.loss) == ((), "sigmoid")
+    assert new.model_info.num_classes == 3
+    assert (new.model_info.class_names, new.model_info.loss) == ((), "sigmoid")
     assert not new.params["head"]["kernel"].any()
     np.testing.assert_array_equal(new.params["head"]["bias"], np.full(3, -2.0, np.float32))
     assert "head" not in replace_head(weights, 0).params
-    assert weights.about.class_names == DIGITS
+    assert weights.model_info.class_names == DIGITS
     named = set_class_names(new, ["a", "b", "c"], "x")
-    assert named.about.class_names == ("a", "b", "c")
+    assert named.model_info.class_names == ("a", "b", "c")
     with raises(UserError, "x", "3", "2"):
         set_class_names(new, ["a", "b"], "x")

@@ -121,7 +121,7 @@ def test_weights_behind_a_url_are_read_with_what_is_beside_them(tmp_path: Path) 
         assert not epath.Path(f"{BUCKET}nothing.npz").exists()
         loaded = load_checkpoint(f"{BUCKET}Mixer.npz")
     assert_params_equal(loaded.params, weights.params)
-    assert loaded.about.image_size == (32, 16)
+    assert loaded.model_info.image_size == (32, 16)
 
 
 def test_a_folder_behind_a_url_is_read_with_its_config(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_folder_behind_a_url_is_read_with_its_config(tmp_path: Path) -> None:
     save_file(pretrained_files.timm(random_weights().params), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"interpolation": "bilinear"}')
     with bucket(tmp_path):
-        assert load_checkpoint(BUCKET.rstrip("/")).about.eval_crop == "bilinear"
+        assert load_checkpoint(BUCKET.rstrip("/")).model_info.eval_crop == "bilinear"
 
 
 def test_errors_behind_a_url_name_the_url_in_one_line(tmp_path: Path) -> None:

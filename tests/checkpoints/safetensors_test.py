@@ -143,7 +143,7 @@ def test_another_crop_can_be_said_in_place_of_the_configs(tmp_path: Path) -> Non
     for given in (names, numbered):
         config = {"pretrained_cfg": {"crop_pct": 0.9}, "label_names": given}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        about = load_checkpoint(str(path), eval_crop="square").about
+        about = load_checkpoint(str(path), eval_crop="square").model_info
         assert (about.eval_crop, list(about.class_names)) == ("square", names)
 
 

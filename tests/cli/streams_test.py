@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers.messages import mentions
 from tests.helpers.tiny_run import NO_REGULARIZATION, to_flags
 

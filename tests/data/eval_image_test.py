@@ -86,7 +86,7 @@ def test_each_side_may_be_resized_on_its_own(
 def test_the_whole_image_is_resized(image_size: tuple[int, int]) -> None:
     image = part(375, 500)
     expected = resize(image, *image_size)
-    np.testing.assert_array_equal(evaluate(image, image_size, "whole"), expected)
+    np.testing.assert_array_equal(evaluate(image, image_size, "resize"), expected)
 
 
 def as_timm(image: Image.Image, image_size: tuple[int, int], eval_crop: str) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_an_image_too_long_to_be_resized_is_refused(eval_crop: str, shape: tuple
 
 
 def test_whole_image_of_the_right_size_is_unchanged() -> None:
-    np.testing.assert_array_equal(evaluate(noise(48, 48), (48, 48), "whole"), noise(48, 48))
+    np.testing.assert_array_equal(evaluate(noise(48, 48), (48, 48), "resize"), noise(48, 48))
 
 
 @pytest.mark.parametrize("eval_crop", ["shorter_side", "square"])

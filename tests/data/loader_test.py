@@ -195,7 +195,7 @@ def evaluation(
         source(examples),
         batch_size=batch_size,
         image_size=image_size,
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
         threads=2,
         prefetch_batches=2,

@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-CROPS = ["inception", "random_crop", "shift", "resize"]
+CROPS = ["inception", "random_crop", "random_shift", "resize"]
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -224,7 +224,7 @@ def evaluate(image: np.ndarray, image_size: int, eval_crop: str) -> np.ndarray:
     return eval_image(encode(image, "PNG"), image_size=size, eval_crop=eval_crop)
 
 
-@pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "whole"])
+@pytest.mark.parametrize("eval_crop", ["shorter_side", "square", "resize"])
 @pytest.mark.parametrize("image_size", [224, 448, 32])
 @pytest.mark.parametrize(
     "shape", [(256, 256), (375, 500), (500, 333), (40, 30), (30, 900), (900, 30)]
@@ -240,7 +240,7 @@ def test_evaluation_crops_the_centre(
     per_pixel = {
         "shorter_side": [min(shape) / image_size * 224 / 256] * 2,
         "square": [side / image_size * 224 / 256 for side in shape],
-        "whole": [side / image_size for side in shape],
+        "resize": [side / image_size for side in shape],
     }[eval_crop]
     from_centre = np.arange(image_size) - (image_size - 1) / 2
     for channel, side in enumerate(shape):
@@ -268,7 +268,7 @@ def test_orientation_reaches_both_kinds_of_images() -> None:
     upright, encoded = turned(smooth(16, 32), 1), turned(smooth(16, 32), 3)
     rng = np.random.default_rng
     train: dict[str, Any] = PLAIN | {"image_size": 8, "exif_orientation": True}
-    whole: dict[str, Any] = {"image_size": (8, 8), "eval_crop": "whole", "exif_orientation": True}
+    whole: dict[str, Any] = {"image_size": (8, 8), "eval_crop": "resize", "exif_orientation": True}
     for shown, expected in [
         (train_image(e, rng(0), **train) for e in (encoded, upright)),
         (eval_image(e, **whole) for e in (encoded, upright)),

@@ -74,7 +74,7 @@ def test_several_right_answers_or_none() -> None:
     answers = [(2, 7), (), (9,)]
     examples = [Example(image=encoded(0), labels=a, name="") for a in answers]
     real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    arrays = EvalReader(real, (SIZE, SIZE), "whole", exif_orientation=False)(np.arange(4)).arrays
+    arrays = EvalReader(real, (SIZE, SIZE), "resize", exif_orientation=False)(np.arange(4)).arrays
     assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
     assert arrays["mask"].tolist() == [True, False, True, False]
 
@@ -82,7 +82,7 @@ def test_several_right_answers_or_none() -> None:
 def test_what_cannot_be_evaluated_stays_empty() -> None:
     examples = [EXAMPLES[0], Example(image=b"broken", labels=(1,), name="image 1"), EXAMPLES[2]]
     source = Source("toy", examples, SOURCE.class_names)
-    reader = EvalReader(source, (SIZE, SIZE), "whole", exif_orientation=False)
+    reader = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)
     arrays, bad = reader(np.arange(4))
     assert bad == [BadImage("image 1", reason_of(b"broken"))]
     assert arrays["mask"].tolist() == [True, False, True, False]

@@ -90,7 +90,7 @@ def sent_by_step(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[
         loss="sigmoid",
         label_smoothing=0.0,
         mixup=0.5,
-        accumulation_steps=pieces,
+        grad_accum_steps=pieces,
         ema_decay=0.0,
     )
     compiled = jax.jit(

@@ -60,7 +60,7 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     write_hostile_images(tmp_path / "images" / "test", whole)
     # Several epochs, so that every file has been met.
     changes: dict[str, Any] = NO_REGULARIZATION | {
-        "bad_images__max_share": 0.5,
+        "bad_images__max_fraction": 0.5,
         "dataset__name": f"folder:{tmp_path}/images",
         "num_steps": 12,
         "bad_images__skip_in_evaluation": True,

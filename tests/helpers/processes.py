@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.training.metrics import TIMINGS, read_metrics
 from tests.helpers.messages import mentions
 from tests.helpers.tiny_run import to_flags

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers import launch_scripts
 from tests.helpers.messages import mentions
 from tests.helpers.processes import wait_until

@@ -82,12 +82,18 @@ def test_training_with_dropout_leaves_the_kernels_out(kernels: str) -> None:
 
 
 def test_blocks_lie_in_a_row_where_kernels_compute_them() -> None:
-    section = {"variant": "B/32", "dtype": "auto", "unroll": -1, "remat": "auto", "dropout": 0.0}
+    section = {
+        "variant": "B/32",
+        "dtype": "auto",
+        "scan_unroll": -1,
+        "remat": "auto",
+        "dropout": 0.0,
+    }
     made = {
-        name: build_model(section | {"kernels": name}, 3) for name in ("xla", "mosaic", "triton")
+        name: build_model(section | {"backend": name}, 3) for name in ("xla", "mosaic", "triton")
     }
     assert {name: m.unroll for name, m in made.items()} == {"xla": 1, "mosaic": 0, "triton": 0}
-    dropping = build_model(section | {"kernels": "mosaic", "dropout": 0.1}, 3)
+    dropping = build_model(section | {"backend": "mosaic", "dropout": 0.1}, 3)
     assert (dropping.unroll, dropping.remat) == (1, "dots")
     assert dropping.computed_by(train=True) == "xla"
     assert dropping.computed_by(train=False) == "mosaic"
@@ -99,14 +105,14 @@ def test_blocks_lie_in_a_row_where_kernels_compute_them() -> None:
         ("cpu", {}, 1, "dots"),
         ("tpu", {}, 1, "dots"),
         ("gpu", {}, 0, "none"),
-        ("gpu", {"kernels": "xla", "unroll": 1}, 1, "dots"),
+        ("gpu", {"backend": "xla", "scan_unroll": 1}, 1, "dots"),
         ("gpu", {"dropout": 0.1}, 0, "none"),
-        ("tpu", {"kernels": "mosaic"}, 0, "none"),
-        ("tpu", {"kernels": "mosaic", "unroll": 1}, 1, "none"),
-        ("cpu", {"unroll": 0}, 0, "none"),
-        ("cpu", {"unroll": 12}, 12, "none"),
-        ("cpu", {"unroll": 8}, 8, "dots"),
-        ("cpu", {"unroll": 8, "num_blocks": 8}, 8, "none"),
+        ("tpu", {"backend": "mosaic"}, 0, "none"),
+        ("tpu", {"backend": "mosaic", "scan_unroll": 1}, 1, "none"),
+        ("cpu", {"scan_unroll": 0}, 0, "none"),
+        ("cpu", {"scan_unroll": 12}, 12, "none"),
+        ("cpu", {"scan_unroll": 8}, 8, "dots"),
+        ("cpu", {"scan_unroll": 8, "num_blocks": 8}, 8, "none"),
         ("cpu", {"remat": "full"}, 1, "full"),
     ],
 )
@@ -115,15 +121,15 @@ def test_what_is_left_open_is_settled_by_the_platform(
 ) -> None:
     model = get_default().model.to_dict()
     chosen = settled(model | said, platform)
-    assert (chosen["unroll"], chosen["remat"]) == (unroll, remat)
+    assert (chosen["scan_unroll"], chosen["remat"]) == (unroll, remat)
     assert chosen["dtype"] == ("float32" if platform == "cpu" else "bfloat16")
-    assert chosen["kernels"] == said.get("kernels", "triton" if platform == "gpu" else "xla")
+    assert chosen["backend"] == said.get("backend", "triton" if platform == "gpu" else "xla")
 
 
 def test_kernels_are_for_their_devices() -> None:
     check_kernels("xla", "cpu")
     check_kernels("mosaic", "tpu")
-    with raises(UserError, "model.kernels", "triton", "GPU", "auto", "xla"):
+    with raises(UserError, "model.backend", "triton", "GPU", "auto", "xla"):
         check_kernels("triton", "cpu")
 
 

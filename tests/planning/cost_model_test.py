@@ -172,7 +172,7 @@ def test_estimate_collectives_of_fsdp_run() -> None:
 
 
 def test_run_spec_of_config() -> None:
-    flags = ["--config.recipe.accumulation_steps=1"]
+    flags = ["--config.recipe.grad_accum_steps=1"]
     config = resolve_for_platform(
         load_config_with_overrides("configs/mixer_l16_i21k.py", flags), "tpu"
     )

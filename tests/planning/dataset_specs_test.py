@@ -19,9 +19,9 @@ def test_placeholder_datasets_match_digits(classes: str, num_classes: int, digit
     ("platform", "flags", "expected"),
     [
         ("tpu", [], (1, "dots")),
-        ("tpu", ["--config.model.kernels=mosaic"], (0, "none")),
+        ("tpu", ["--config.model.backend=mosaic"], (0, "none")),
         # Custom kernels do not support dropout.
-        ("tpu", ["--config.model.kernels=mosaic", "--config.model.dropout=0.1"], (1, "dots")),
+        ("tpu", ["--config.model.backend=mosaic", "--config.model.dropout=0.1"], (1, "dots")),
         ("gpu", [], (0, "none")),
     ],
 )
@@ -30,4 +30,4 @@ def test_resolve_for_platform_resolves_unroll_and_remat(
 ) -> None:
     config = load_config_with_overrides("configs/mixer_l16_i21k.py", flags)
     model = resolve_for_platform(config, platform).model
-    assert (model.unroll, model.remat) == expected
+    assert (model.scan_unroll, model.remat) == expected

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 FLAGS = [
     "--config.batch_size=64",
     "--config.eval_batch_size=64",
-    "--config.model.unroll=1",
+    "--config.model.scan_unroll=1",
     "--config.model.remat=dots",
     "--config.recipe.mixup=0.2",
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
 ]
 

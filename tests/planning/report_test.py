@@ -14,10 +14,10 @@ from mixer_jax.planning.topology import GIB, parse_topology
 from tests.helpers.messages import mentions
 
 FLAGS = [
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
     "--config.model.remat=none",
-    "--config.model.unroll=0",
+    "--config.model.scan_unroll=0",
 ]
 
 
@@ -83,7 +83,7 @@ def test_suggest_flags_suggests_flags_that_fit() -> None:
     plan = make_plan(load_config("--config.eval_batch_size=4096"), topology)
     assert not plan.fits
     suggestions = suggest_flags(plan)
-    assert any(line.startswith("--config.recipe.accumulation_steps=") for line in suggestions)
+    assert any(line.startswith("--config.recipe.grad_accum_steps=") for line in suggestions)
     remat = next(line for line in suggestions if line.startswith("--config.model.remat="))
     assert remat in format_plan(plan)
     assert make_plan(load_config(remat.split()[0]), topology).fits

@@ -22,10 +22,10 @@ from mixer_jax.planning.topology import parse_topology
 from tests.helpers.messages import mentions, raises
 
 FLAGS = [
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
     "--config.model.remat=none",
-    "--config.model.unroll=0",
+    "--config.model.scan_unroll=0",
 ]
 
 
@@ -70,7 +70,7 @@ def test_sweep_skips_more_microbatches_than_needed() -> None:
 
 
 def test_sweep_tries_current_settings_besides_fewer_microbatches() -> None:
-    flags = ["--config.recipe.accumulation_steps=2", "--config.model.remat=full"]
+    flags = ["--config.recipe.grad_accum_steps=2", "--config.model.remat=full"]
     results = sweep(load_config(*flags), parse_topology("h200:64"), "accumulation,remat")
     by_point = {result.point: result for result in results}
     assert by_point[SweepPoint(2, 1, "full", 0)].is_current

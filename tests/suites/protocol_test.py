@@ -41,7 +41,7 @@ def train(config: Any, workdir: str, weights: Any) -> TrainResult:
 def doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskContext:
     weights = random_weights()
     sizes = {task.name: 16 for task in SUITE.tasks}
-    plan = TransferPlan(SUITE, SuiteSettings("weights", weights.about), sizes)
+    plan = TransferPlan(SUITE, SuiteSettings("weights", weights.model_info), sizes)
     monkeypatch.setattr(protocol, "train_and_evaluate", train)
     return TaskContext(plan, str(tmp_path), weights, False, lambda text: None)
 

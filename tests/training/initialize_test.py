@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import Widths
 from mixer_jax.training.datasets import open_datasets
@@ -41,7 +41,7 @@ def start(config: ConfigDict, workdir: Path) -> tuple[Experiment, TrainState, st
     beginning = find_init_source(config, str(workdir))
     sources = open_datasets(config)
     experiment = build_experiment(config, sources, init_info=beginning and beginning.about)
-    checkpoints = CheckpointManager(str(workdir), keep=1)
+    checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
     state, window = restore_or_init(experiment, checkpoints, 0, beginning)
     assert window == []
     return experiment, state, describe_init(experiment, beginning)
@@ -122,7 +122,7 @@ def test_another_image_size_begins_with_resized_weights(
     config = small_config(digits_dir, init_from=run, image_size=size, **AUTO)
     experiment, state, said = start(config, tmp_path)
     grown = size == 32
-    assert experiment.about.widths.tokens_mlp_dim == (32 if grown else 8)
+    assert experiment.about.config.tokens_mlp_dim == (32 if grown else 8)
     assert experiment.about.image_size == (size, size)
     assert mentions(said, run, "grown" if grown else "interpolated", "16")
     features = experiment.model.clone(num_classes=0)
@@ -145,7 +145,7 @@ def test_the_widths_of_a_config_may_be_those_before_growing(
     widths: dict[str, Any] = {"model__channels_mlp_dim": 24, "model__tokens_mlp_dim": 8}
     config = small_config(digits_dir, init_from=run, image_size=32, **widths)
     experiment, _, _ = start(config, tmp_path)
-    assert experiment.about.widths.tokens_mlp_dim == 32
+    assert experiment.about.config.tokens_mlp_dim == 32
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_widths_of_a_config_may_be_those_before_growing(
             ("config.init_from", "--config.model.gelu=tanh"),
         ),
         ({**AUTO, "image_size": 18}, ("image_size", "18", "patch_size", "4", "16", "20")),
-        ({**AUTO, "model__unroll": 3}, ("model.unroll", "3", "2")),
+        ({**AUTO, "model__scan_unroll": 3}, ("model.scan_unroll", "3", "2")),
     ],
 )
 def test_weights_of_another_model_are_refused(
@@ -185,7 +185,7 @@ def test_a_resumed_run_needs_its_beginning_no_more(
     run = save_run(weights, tmp_path / "run")
     config = small_config(digits_dir, init_from=run, image_size=32, **AUTO)
     experiment, state, _ = start(config, tmp_path / "tuned")
-    checkpoints = CheckpointManager(str(tmp_path / "tuned"), keep=1)
+    checkpoints = CheckpointManager(str(tmp_path / "tuned"), max_to_keep=1)
     items = {"params": state.params, "optimizer": state.opt_state}
     checkpoints.save(3, items, experiment.metadata | {"loss_window": []})
     checkpoints.close()

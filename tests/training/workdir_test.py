@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.steps import INDEX
+from mixer_jax.checkpoints.resolve import INDEX
 from mixer_jax.config import config as config_lib
 from mixer_jax.config.schema import EVAL_FIELDS
 from mixer_jax.errors import UserError

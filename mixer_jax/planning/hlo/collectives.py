@@ -64,7 +64,7 @@ class Collective(NamedTuple):
         dtype: Element type.
         mesh_axis: Name of a mesh axis, "all" for both, "slices" between slices, or "other".
         tensor_role: Role of the tensors, one of the constants above.
-        count: Number of executions per step.
+        num_executions: Number of executions per step.
         num_bytes: Payload per step and device: the whole array that is reduced, gathered, scattered
             or sent, not the traffic of the algorithm.
         replica_groups: Groups of communicating devices.
@@ -74,7 +74,7 @@ class Collective(NamedTuple):
     dtype: str
     mesh_axis: str
     tensor_role: str
-    count: int
+    num_executions: int
     num_bytes: float
     replica_groups: ReplicaGroups
 
@@ -195,7 +195,10 @@ def find_collectives(
                 continue  # A token.
             key = (op, dtype, axis, role, groups)
             count, total = totals.get(key, (0, 0.0))
-            totals[key] = (count + executed.count, total + executed.count * num_bytes)
+            totals[key] = (
+                count + executed.num_executions,
+                total + executed.num_executions * num_bytes,
+            )
     found = [
         Collective(op, dtype, axis, role, count, total, groups)
         for (op, dtype, axis, role, groups), (count, total) in totals.items()

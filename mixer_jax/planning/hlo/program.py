@@ -125,7 +125,7 @@ class ExecutedInstruction(NamedTuple):
 
     computation: Computation
     instruction: Instruction
-    count: int
+    num_executions: int
 
 
 class Program(NamedTuple):
@@ -147,18 +147,20 @@ class Program(NamedTuple):
         """
         yield from self._executed(self.computations[self.entry], 1)
 
-    def _executed(self, computation: Computation, count: int) -> Iterator[ExecutedInstruction]:
+    def _executed(
+        self, computation: Computation, num_executions: int
+    ) -> Iterator[ExecutedInstruction]:
         for instruction in computation.instructions.values():
-            bodies, body_count = self._bodies(instruction), count
+            bodies, body_executions = self._bodies(instruction), num_executions
             if instruction.opcode == "while":
                 trip_count = self.trip_count(computation, instruction)
-                body_count = count * (1 if trip_count is None else trip_count)
-            if not body_count:
+                body_executions = num_executions * (1 if trip_count is None else trip_count)
+            if not body_executions:
                 continue
             for body in bodies:
-                yield from self._executed(self.computations[body], body_count)
+                yield from self._executed(self.computations[body], body_executions)
             if not bodies:
-                yield ExecutedInstruction(computation, instruction, count)
+                yield ExecutedInstruction(computation, instruction, num_executions)
 
     def unknown_trip_count_loops(self) -> list[str]:
         """Returns the names of loops with matmuls or collectives whose trip count is unknown.

@@ -56,7 +56,7 @@ def iter_hbm_bytes(program: Program) -> Iterator[tuple[ExecutedInstruction, int]
     is used, since a kernel may read something again.
     """
     for executed in program.executed_instructions():
-        yield executed, int(executed.count * _instruction_bytes(program, executed))
+        yield executed, int(executed.num_executions * _instruction_bytes(program, executed))
 
 
 def copied_array(instruction: Instruction) -> ArrayType:

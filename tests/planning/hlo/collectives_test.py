@@ -26,7 +26,8 @@ def test_find_collectives_finds_each_form_once() -> None:
     collectives = find_collectives(parse_program(COLLECTIVES), MESH, roles)
     kernel, head = 4 * 256 * 512, 512 * 10
     found = {
-        (c.op, c.dtype, c.mesh_axis, c.tensor_role): (c.count, c.num_bytes) for c in collectives
+        (c.op, c.dtype, c.mesh_axis, c.tensor_role): (c.num_executions, c.num_bytes)
+        for c in collectives
     }
     assert found == {
         # Reduced in float32, although the operand is bfloat16.

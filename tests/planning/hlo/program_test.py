@@ -32,7 +32,7 @@ def test_array_type_sizes() -> None:
 def test_executed_instructions_repeat_loop_bodies() -> None:
     program = parse_program(LOOP)
     assert trip_count(program) == 6
-    counts = {e.instruction.name: e.count for e in program.executed_instructions()}
+    counts = {e.instruction.name: e.num_executions for e in program.executed_instructions()}
     assert counts["y"] == counts["updated_residuals"] == 6
     assert counts["on_chip"] == 1
 
@@ -65,7 +65,7 @@ def test_loops_with_unknown_trip_count_run_once_and_are_reported(
 ) -> None:
     program = parse_program(LOOP.replace(before, after))
     executed = program.executed_instructions()
-    assert [e.count for e in executed if e.instruction.name == "y"] == counts
+    assert [e.num_executions for e in executed if e.instruction.name == "y"] == counts
     assert program.unknown_trip_count_loops() == unknown
 
 
