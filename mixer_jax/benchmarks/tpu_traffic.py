@@ -17,7 +17,7 @@ from mixer_jax.benchmarks.outputs import add_outputs, check_outputs, write_outpu
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.model.variants import VARIANTS, check_image_size
+from mixer_jax.models.mixer_config import VARIANTS, check_image_size
 from mixer_jax.planning.topology import ENVIRONMENT, parse_topology, tpu_devices
 
 DESCRIPTION = (

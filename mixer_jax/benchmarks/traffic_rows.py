@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.table import Column, print_rows
-from mixer_jax.model.variants import resolve_widths
+from mixer_jax.models.mixer_config import get_config
 from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
 from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.roofline import roofline_bound
@@ -82,7 +82,7 @@ def make_step(
 def floors(setting: Setting, topology: Topology) -> list[Step]:
     """Returns what a step takes at the least, by formula."""
     work = StepSpec(
-        resolve_widths(setting.variant),
+        get_config(setting.variant),
         setting.image_size,
         setting.num_classes,
         setting.batch_size,

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from mixer_jax.config.config import architecture_overrides
-from mixer_jax.model.variants import (
-    Widths,
+from mixer_jax.models.mixer_config import (
+    MixerConfig,
     forward_flops,
+    get_config,
     num_tokens,
-    parameter_shapes,
-    resolve_widths,
+    param_shapes,
 )
 from mixer_jax.planning import mixer_costs
 from mixer_jax.planning.hlo.collectives import (
@@ -48,7 +48,7 @@ class RunSpec(NamedTuple):
         num_steps: Length of the run.
     """
 
-    architecture: Widths
+    architecture: MixerConfig
     image_size: int
     num_classes: int
     itemsize: int
@@ -66,7 +66,7 @@ class RunSpec(NamedTuple):
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by path."""
         tokens = num_tokens(self.architecture, self.image_size)
-        return parameter_shapes(self.architecture, tokens, self.num_classes)
+        return param_shapes(self.architecture, tokens, self.num_classes)
 
     @property
     def num_parameters(self) -> int:
@@ -157,7 +157,7 @@ def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: 
     """
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
-        architecture=resolve_widths(config.model.variant, **architecture_overrides(config.model)),
+        architecture=get_config(config.model.variant, **architecture_overrides(config.model)),
         image_size=config.image_size,
         num_classes=num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.model.defaults import settled
-from mixer_jax.model.variants import INIT_FROM
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.registry import resolve_auto
 from mixer_jax.training.datasets import RunDatasets
 
 # Classes and training examples, from TFDS.
@@ -60,7 +60,7 @@ def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
             f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
         )
     resolved = config.copy_and_resolve_references()
-    resolved.model.update(settled(resolved.model.to_dict(), platform))
+    resolved.model.update(resolve_auto(resolved.model.to_dict(), platform))
     resolved.compilation_cache = ""
     return resolved
 

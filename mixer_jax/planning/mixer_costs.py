@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from mixer_jax.model.variants import Widths, num_tokens, parameter_shapes
+from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
 
 _FLOAT32 = 4
 STEM, TOKEN_MIXING, CHANNEL_MIXING = "stem", "token mixing", "channel mixing"
@@ -42,7 +42,7 @@ class Traffic(NamedTuple):
     fused_bytes: float
 
 
-def recomputed_flops(config: Widths, image_size: int, remat: str) -> int:
+def recomputed_flops(config: MixerConfig, image_size: int, remat: str) -> int:
     """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
     tokens_dim, channels_dim = config.tokens_mlp_dim, config.channels_mlp_dim
     # "mlp_hidden" saves the output of each MLP's second matmul. "full" saves none, but need not
@@ -57,7 +57,9 @@ def recomputed_flops(config: Widths, image_size: int, remat: str) -> int:
     return config.num_blocks * 2 * _input_size(config, image_size) * hidden_units
 
 
-def saved_activation_bytes(config: Widths, image_size: int, remat: str, itemsize: int) -> float:
+def saved_activation_bytes(
+    config: MixerConfig, image_size: int, remat: str, itemsize: int
+) -> float:
     """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
     x, hidden = _input_size(config, image_size), _hidden_size(config, image_size)
     elements = {
@@ -71,24 +73,24 @@ def saved_activation_bytes(config: Widths, image_size: int, remat: str, itemsize
     return config.num_blocks * itemsize * elements
 
 
-def live_block_bytes(config: Widths, image_size: int, itemsize: int) -> float:
+def live_block_bytes(config: MixerConfig, image_size: int, itemsize: int) -> float:
     """Returns the bytes that are live in the middle of one block, per image."""
     x, hidden = _input_size(config, image_size), _hidden_size(config, image_size)
     return itemsize * (4 * x + 3 * hidden) + _FLOAT32 * 2 * x
 
 
-def _input_size(config: Widths, image_size: int) -> int:
+def _input_size(config: MixerConfig, image_size: int) -> int:
     return num_tokens(config, image_size) * config.hidden_dim
 
 
-def _hidden_size(config: Widths, image_size: int) -> int:
+def _hidden_size(config: MixerConfig, image_size: int) -> int:
     """Returns the number of hidden units of both MLPs of a block, per image."""
     tokens = num_tokens(config, image_size)
     return config.hidden_dim * config.tokens_mlp_dim + tokens * config.channels_mlp_dim
 
 
 class _Step(NamedTuple):
-    config: Widths
+    config: MixerConfig
     image_size: int
     num_classes: int
     batch_size: int
@@ -106,7 +108,7 @@ class _Step(NamedTuple):
 
     def num_weights(self, region: str) -> int:
         """Returns the number of elements of a region's kernels, in all blocks."""
-        shapes = parameter_shapes(self.config, self.num_tokens, self.num_classes)
+        shapes = param_shapes(self.config, self.num_tokens, self.num_classes)
         return sum(
             math.prod(shape)
             for path, shape in shapes.items()
@@ -126,7 +128,7 @@ class _Step(NamedTuple):
 
 
 def estimate_traffic(
-    config: Widths,
+    config: MixerConfig,
     image_size: int,
     num_classes: int,
     *,

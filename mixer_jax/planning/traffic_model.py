@@ -13,7 +13,7 @@ The traffic depends on what a kernel fuses, so there are two bounds:
 import math
 from typing import NamedTuple
 
-from mixer_jax.model.variants import Widths, num_tokens, parameter_shapes
+from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
 from mixer_jax.planning import mixer_costs
 from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
 from mixer_jax.planning.mixer_costs import Traffic
@@ -36,7 +36,7 @@ class StepSpec(NamedTuple):
         train: Whether the step trains, with Adam and clipping, or only infers.
     """
 
-    architecture: Widths
+    architecture: MixerConfig
     image_size: int
     num_classes: int
     batch_size: int
@@ -57,7 +57,7 @@ def estimate_traffic(step: StepSpec) -> dict[str, Traffic]:
     )
     update = 0.0
     if step.train:
-        shapes = parameter_shapes(config, num_tokens(config, image_size), step.num_classes)
+        shapes = param_shapes(config, num_tokens(config, image_size), step.num_classes)
         num_parameters = sum(map(math.prod, shapes.values()))
         update = _ADAM_ACCESSES * _FLOAT32 * num_parameters / step.batch_size
     no_traffic = Traffic(0.0, 0.0, 0.0, 0.0)

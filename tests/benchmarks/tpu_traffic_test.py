@@ -12,7 +12,7 @@ from mixer_jax.benchmarks.compiled_steps import read_step
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.planning.aot_compile import OutOfMemory
 from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
 from mixer_jax.planning.mixer_costs import REGIONS
@@ -30,7 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A variant that compiles in seconds, and the compiler."""
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    monkeypatch.setitem(VARIANTS, "tiny", Widths(2, 16, 128, 64, 256))
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(2, 16, 128, 64, 256))
     with tpu_device("v6e:2x2"):
         yield
 

@@ -11,8 +11,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.model.making import create_model
-from mixer_jax.model.variants import VARIANTS, Widths, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
+from mixer_jax.models.registry import create_model
 from mixer_jax.planning.cost_model import (
     REMAT_POLICIES,
     RunSpec,
@@ -112,11 +112,11 @@ def test_recomputed_flops_match_model() -> None:
     images = jnp.zeros((2, 16, 16, 3))
     executed, expected = {}, {}
     for remat in REMAT_POLICIES:
-        model = create_model("custom", 5, unroll=1, remat=remat, **dims)
+        model = create_model("custom", 5, scan_unroll=1, remat=remat, **dims)
         params = jax.eval_shape(model.init, jax.random.key(0), images)
         gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
         executed[remat] = count_matmul_flops(jax.make_jaxpr(gradient)(params).jaxpr)
-        run = make_run(architecture=Widths(**dims), image_size=16, batch_size=2, remat=remat)
+        run = make_run(architecture=MixerConfig(**dims), image_size=16, batch_size=2, remat=remat)
         expected[remat] = run.recomputed_flops
     assert {name: flops - executed["none"] for name, flops in executed.items()} == expected
     assert 0 == expected["dots"] < expected["mlp_hidden"] < expected["full"]

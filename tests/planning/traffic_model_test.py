@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, forward_flops
 from mixer_jax.planning.traffic_model import StepSpec, Traffic, estimate_traffic
 
 B16 = StepSpec(VARIANTS["B/16"], image_size=224, num_classes=1000, batch_size=128)
