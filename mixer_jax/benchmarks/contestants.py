@@ -146,7 +146,7 @@ def read_names(flag: str, text: str, choices: Sequence[str]) -> list[str]:
 def check_device(contestants: Sequence[Contestant], platform: str) -> None:
     """Raises UserError unless kernels of ours run on devices of that platform, as JAX calls it."""
     # With JAX, which not all who know contestants have imported yet.
-    from mixer_jax.model.making import check_kernels
+    from mixer_jax.models.execution import check_backend
 
     for contestant in contestants:
-        check_kernels(dict(contestant.others).get("backend", "auto"), platform)
+        check_backend(dict(contestant.others).get("backend", "auto"), platform)

@@ -26,7 +26,8 @@ from mixer_jax.config.schema import (
     from_dict,
 )
 from mixer_jax.errors import UserError, suggest
-from mixer_jax.model.variants import INIT_FROM, Widths, check_image_size, resolve_widths
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.registry import get_family
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
@@ -205,9 +206,10 @@ def _check_model(config: RunConfig) -> None:
                     f"got {value}."
                 )
         return
-    widths = resolve_widths(config.model.variant, **overrides)
-    check_image_size(config.image_size, config.image_size, widths.patch_size)
-    check_scan_unroll(config.model.scan_unroll, widths.num_blocks)
+    family = get_family(config.model.family)
+    architecture = family.get_config(config.model.variant, **overrides)
+    family.check_image_size(architecture, config.image_size, config.image_size)
+    check_scan_unroll(config.model.scan_unroll, family.num_blocks(architecture))
 
 
 def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
@@ -250,9 +252,10 @@ def resolve_num_steps(config: RunConfig | ConfigDict, num_examples: int) -> int:
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
 
-def architecture_overrides(model: ModelConfig | ConfigDict) -> dict[str, int]:
-    """Returns the five dimensions in the model section, of which 0 keeps the variant's value."""
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(Widths)}
+def architecture_overrides(model: ModelConfig | ConfigDict) -> dict[str, Any]:
+    """Returns the keys of the model section that override fields of the variant's config."""
+    fields = dataclasses.fields(get_family(model.family).config_class)
+    return {field.name: getattr(model, field.name) for field in fields}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -53,11 +55,11 @@ def key(default: Any, help_text: str, **declaration: Any) -> Any:
 class ModelConfig:
     """Model (Section 2, Table 1), and how it is executed."""
 
-    family: str = key("mixer", "model family", choices=("mixer",))
+    family: str = key(DEFAULT_FAMILY, "model family", choices=tuple(FAMILIES))
     variant: str = key(
         "B/16",
-        'S/32 S/16 B/32 B/16 L/32 L/16 H/14; "custom"; or "init_from": the architecture of the '
-        "checkpoint in init_from",
+        "; ".join(f"{f.display_name}: {' '.join(f.variants)}" for f in FAMILIES.values())
+        + '; "custom"; or "init_from": the architecture of the checkpoint in init_from',
     )
     num_blocks: int = key(
         0, "number of blocks; here and in the next four keys, 0 keeps the variant's value", min=0
