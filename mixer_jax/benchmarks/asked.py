@@ -19,7 +19,7 @@ from mixer_jax.benchmarks.model_keys import add_model_keys, read_model_keys
 from mixer_jax.cli.common import check_positive
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, check_image_size
+from mixer_jax.models.mixer_config import VARIANTS, check_image_size
 
 _AUTO, _NONE = "auto", "none"
 

@@ -11,7 +11,7 @@ from mixer_jax.benchmarks.field import JAX, TORCH, Field
 from mixer_jax.benchmarks.outputs import say
 from mixer_jax.benchmarks.workers import FailedError, Worker
 from mixer_jax.errors import RunError
-from mixer_jax.model.variants import forward_flops, resolve_widths
+from mixer_jax.models.mixer_config import forward_flops, get_config
 
 _PRODUCT = "matrix product"
 
@@ -211,6 +211,6 @@ def _make_rows(
 
 def model_flops(setting: Setting) -> int:
     """Returns the model FLOPs of a step: one forward an image, or three in training."""
-    widths = resolve_widths(setting.variant)
+    widths = get_config(setting.variant)
     forward = forward_flops(widths, setting.image_size, setting.num_classes)
     return forward * setting.batch_size * (3 if setting.mode == "train" else 1)

@@ -64,11 +64,11 @@ class Contestant(NamedTuple):
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of ours that may be compared: lists."""
-    for name, examples in (
-        ("unroll", "1,12; 0: all; -1: as is best here"),
-        ("remat", "none,dots,mlp_hidden,full; auto: as is best here"),
+    for name, key, examples in (
+        ("unroll", "scan_unroll", "1,12; 0: all; -1: as is best here"),
+        ("remat", "remat", "none,dots,mlp_hidden,full; auto: as is best here"),
     ):
-        default = FIELDS[f"model.{name}"].default
+        default = FIELDS[f"model.{key}"].default
         parser.add_argument(
             f"--{name}",
             default=str(default),
@@ -146,7 +146,7 @@ def read_names(flag: str, text: str, choices: Sequence[str]) -> list[str]:
 def check_device(contestants: Sequence[Contestant], platform: str) -> None:
     """Raises UserError unless kernels of ours run on devices of that platform, as JAX calls it."""
     # With JAX, which not all who know contestants have imported yet.
-    from mixer_jax.model.making import check_kernels
+    from mixer_jax.models.execution import check_backend
 
     for contestant in contestants:
-        check_kernels(dict(contestant.others).get("backend", "auto"), platform)
+        check_backend(dict(contestant.others).get("backend", "auto"), platform)

@@ -6,11 +6,11 @@ from typing import Any
 
 from mixer_jax.config.schema import FIELDS, Field
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 
 # Given by flags of their own, or by the variant.
 _NOT_HERE = {"family", "variant", "dtype", "scan_unroll", "remat"} | {
-    w.name for w in dataclasses.fields(Widths)
+    w.name for w in dataclasses.fields(MixerConfig)
 }
 
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixer_jax.data.chunks import CHUNK_SIZE
-from mixer_jax.data.loader import Batch, train_batches
+from mixer_jax.data.loader import CHUNK_SIZE, Batch, train_batches
 from mixer_jax.data.source import Example, Source
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh
 
@@ -81,7 +80,7 @@ def our_batches(setting: Setting, num_batches: int, *, randaugment: bool) -> Ite
     return train_batches(
         Source("benchmark", _Repeated(setting.files), ("",)),
         seed=0,
-        first_step=0,
+        start_step=0,
         num_steps=num_batches,
         batch_size=setting.batch_size,
         image_size=setting.image_size,
@@ -90,7 +89,7 @@ def our_batches(setting: Setting, num_batches: int, *, randaugment: bool) -> Ite
         num_workers=processes,
         prefetch_batches=2,
         sharding=batch_sharding(make_mesh(1, 1, jax.devices()[:1])),
-        report=lambda step, bad: None,
+        on_bad_images=lambda step, bad: None,
     )
 
 

@@ -25,8 +25,7 @@ from mixer_jax.benchmarks.ours import (
     our_batches,
     preprocess,
 )
-from mixer_jax.data.chunks import CHUNK_SIZE
-from mixer_jax.data.loader import available_cpus
+from mixer_jax.data.loader import CHUNK_SIZE, available_cpus
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 

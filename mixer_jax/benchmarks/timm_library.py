@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 
 
 def import_timm() -> ModuleType:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, num_tokens, parameter_shapes
+from mixer_jax.models.mixer_config import VARIANTS, num_tokens, param_shapes
 
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
@@ -89,7 +89,7 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
 
     widths, rng = VARIANTS[variant], np.random.default_rng(0)
-    shapes = parameter_shapes(widths, num_tokens(widths, _IMAGE_SIZE), _NUM_CLASSES)
+    shapes = param_shapes(widths, num_tokens(widths, _IMAGE_SIZE), _NUM_CLASSES)
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     files = {layout: folder / f"weights{ending}" for layout, ending in _ENDINGS.items()}
     write_npz(str(files["google"]), layout_views(flat, GOOGLE), {})

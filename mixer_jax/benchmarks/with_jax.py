@@ -28,11 +28,11 @@ from mixer_jax.benchmarks.side import Costs, Program, Side
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
-from mixer_jax.model.layers import product_for
-from mixer_jax.model.making import build_model, resolve_dtype
-from mixer_jax.model.parameters import cast_kernels, for_prediction
-from mixer_jax.model.pixels import to_model_range
-from mixer_jax.model.variants import resolve_widths
+from mixer_jax.models.layers import normalize_images, select_dot_general
+from mixer_jax.models.mixer_config import get_config
+from mixer_jax.models.params import cast_weights, prepare_inference_params
+from mixer_jax.models.registry import from_config, resolve_dtype
+from mixer_jax.models.stack import active_backend
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import create_state, train_step
 
@@ -85,7 +85,7 @@ class JaxSide(Side):
         left, right = (jax.random.normal(key, (side, side), jnp.float32) for key in keys)
         left, right = left.astype(dtype), right.astype(dtype)
         # On CPUs as the model has it computed where it predicts.
-        dot = product_for(self.device.platform == "cpu", train=False) or jax.lax.dot_general
+        dot = select_dot_general(self.device.platform == "cpu", train=False) or jax.lax.dot_general
         dimensions = (((1,), (0,)), ((), ()))
         product = jax.jit(lambda x, y: dot(x, y, dimensions)).lower(left, right).compile()
         return Program(lambda: product(left, right), None), 2 * side**3
@@ -159,9 +159,9 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
             "remat": contestant.remat,
             **dict(contestant.others),
         }
-        model: Any = build_model(section, setting.num_classes, device.device_kind)
+        model: Any = from_config(section, setting.num_classes, device.device_kind)
     else:
-        widths = dataclasses.asdict(resolve_widths(setting.variant))
+        widths = dataclasses.asdict(get_config(setting.variant))
         dtype = resolve_dtype(setting.dtype)
         model = ReferenceMixer(num_classes=setting.num_classes, dtype=dtype, **widths)
     if setting.mode == "infer":
@@ -202,7 +202,7 @@ def _our_training(model: Any, setting: Setting, device: Any) -> Work:
         in_shardings=(sharding, batch_sharding(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
+        compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
     )
     return Work(function, first_state, True)
 
@@ -216,7 +216,7 @@ def _plain_training(model: Any, setting: Setting) -> Work:
 
     def step(state: Any, batch: dict[str, Any]) -> Any:
         def loss_fn(params: Any) -> Any:
-            logits = model.apply({"params": params}, to_model_range(batch["image"]))
+            logits = model.apply({"params": params}, normalize_images(batch["image"]))
             labels = jax.nn.one_hot(batch["label"], setting.num_classes)
             return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1).mean()
 
@@ -234,7 +234,7 @@ def _plain_training(model: Any, setting: Setting) -> Work:
 
 def _our_inference(model: Any, setting: Setting, device: Any) -> Work:
     """Returns the way from images to logits as `Classifier` takes it."""
-    options = compiler_options(device.platform, model.kernels)
+    options = compiler_options(device.platform, model.execution.backend)
     return _inference(model, setting, options, device.platform)
 
 
@@ -247,13 +247,13 @@ def _inference(
     """Returns the way from images to logits; parameters are ours, for a platform, or plain."""
 
     def classify(params: Any, batch: dict[str, Any]) -> Any:
-        return model.apply({"params": params}, to_model_range(batch["image"]))
+        return model.apply({"params": params}, normalize_images(batch["image"]))
 
     def first_params() -> Any:
         params = _init(model, setting)
         if platform:
-            return for_prediction(params, model.dtype, platform)
-        return cast_kernels(params, model.dtype)
+            return prepare_inference_params(params, model.execution.dtype, platform)
+        return cast_weights(params, model.execution.dtype)
 
     return Work(jax.jit(classify, compiler_options=options), first_params, False)
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from mixer_jax.config.compat import RENAMED_VALUES, upgrade_config, upgrade_key
 from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
 from mixer_jax.errors import UserError, suggest
-from mixer_jax.model.variants import INIT_FROM, Widths, check_image_size, resolve_widths
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.mixer_config import MixerConfig, check_image_size, get_config
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -152,7 +153,7 @@ def check_warmup(config: ConfigDict, num_steps: int) -> None:
 
 
 def architecture_overrides(model: ConfigDict) -> dict[str, int]:
-    """Returns the five width keys of the model section, as `resolve_widths` takes them."""
+    """Returns the five width keys of the model section, as `get_config` takes them."""
     names = ("num_blocks", "patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     return {name: model[name] for name in names}
 
@@ -208,12 +209,12 @@ def _check_model(config: ConfigDict) -> None:
                     f"{INIT_FROM!r}; leave it 0"
                 )
         return
-    widths = resolve_widths(config.model.variant, **overrides)
+    widths = get_config(config.model.variant, **overrides)
     check_image_size(config.image_size, config.image_size, widths.patch_size)
     check_unroll(config, widths)
 
 
-def check_unroll(config: ConfigDict, widths: Widths) -> None:
+def check_unroll(config: ConfigDict, widths: MixerConfig) -> None:
     """Raises UserError if the model has fewer blocks than are to be laid out."""
     if config.model.scan_unroll > widths.num_blocks:
         raise UserError(

@@ -104,10 +104,10 @@ class DatasetPass(Generic[Found]):
             image_size=reading.image_size,
             eval_crop=reading.eval_crop,
             exif_orientation=reading.exif_orientation,
-            threads=reading.threads,
+            num_threads=reading.threads,
             prefetch_batches=reading.prefetch_batches,
             sharding=batch_sharding(self._mesh),
-            report=lambda step, met: bad.extend(met),
+            on_bad_images=lambda step, met: bad.extend(met),
         )
 
 

@@ -10,7 +10,7 @@ from mixer_jax.config.config import validate
 from mixer_jax.config.loading import Overrides, set_override
 from mixer_jax.config.schema import NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import INIT_FROM
+from mixer_jax.models.family import INIT_FROM
 from mixer_jax.suites.tasks import FineTuneTask, Suite
 
 # Evaluations of choosing and of final runs.

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.data.mixture import mix_sources, relabel
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.probes import align_labels
 

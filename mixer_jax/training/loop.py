@@ -211,6 +211,6 @@ def _describe(experiment: Experiment, first_step: int, beginning: InitSource | N
         f"{describe_init(experiment, beginning)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
-        f"fsdp={mesh.shape['fsdp']}, {experiment.model.dtype}\n"
+        f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )

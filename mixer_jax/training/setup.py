@@ -36,9 +36,11 @@ from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe, sample_all_shots
-from mixer_jax.model.making import build_model, check_kernels
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.variants import forward_flops, resolve_widths
+from mixer_jax.models.execution import check_backend
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.mixer_config import forward_flops, get_config
+from mixer_jax.models.registry import from_config
+from mixer_jax.models.stack import active_backend
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.step import Metrics, TrainState, create_state, train_step, update_norm
@@ -110,8 +112,8 @@ def build_experiment(
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
-    model = build_model(settings, about.num_classes, device.device_kind)
-    check_kernels(model.kernels, device.platform)
+    model = from_config(settings, about.num_classes, device.device_kind)
+    check_backend(model.execution.backend, device.platform)
     schedule, tx = build_optimizer(config.optimizer, num_steps)
 
     rng = jax.random.key(config.seed)
@@ -144,7 +146,7 @@ def build_experiment(
             in_shardings=(sharding, batch_sharding(mesh)),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
+            compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
         ),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
@@ -186,13 +188,13 @@ def make_train_batches(
     return train_batches(
         experiment.sources.train,
         seed=config.seed,
-        first_step=first_step,
+        start_step=first_step,
         num_steps=experiment.num_steps,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=train_preprocess_args(config),
         sharding=batch_sharding(experiment.mesh),
-        report=report,
+        on_bad_images=report,
         **config.loader,
     )
 
@@ -269,7 +271,7 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
 def _describe(config: ConfigDict, sources: RunDatasets, init_info: ModelInfo | None) -> ModelInfo:
     if init_info is None:
         variant, gelu = config.model.variant, config.model.gelu
-        widths = resolve_widths(variant, **architecture_overrides(config.model))
+        widths = get_config(variant, **architecture_overrides(config.model))
     else:
         variant, gelu, widths = init_info.variant, init_info.gelu, init_info.config
     return ModelInfo(

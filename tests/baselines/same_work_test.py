@@ -10,7 +10,7 @@ import pytest
 from mixer_jax.benchmarks.contestants import EAGER, OURS, Contestant, Setting
 from mixer_jax.benchmarks.made_up import make_batch, make_state
 from mixer_jax.benchmarks.with_jax import make_work
-from mixer_jax.model.variants import VARIANTS, num_parameters, resolve_widths
+from mixer_jax.models.mixer_config import VARIANTS, get_config, num_params
 from tests.baselines.timm_test import export
 from tests.helpers.random_weights import random_weights
 
@@ -53,7 +53,7 @@ def test_timms_models_are_the_papers(variant: str, torch: Any, timm: Any) -> Non
     with torch.device("meta"):
         model = create_timm_mixer(variant, 224, 1000)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == num_parameters(resolve_widths(variant), 224, 1000)
+    assert count == num_params(get_config(variant), 224, 1000)
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

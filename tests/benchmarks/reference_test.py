@@ -9,7 +9,7 @@ from mixer_jax.benchmarks.contestants import OURS, REFERENCE, Contestant, Settin
 from mixer_jax.benchmarks.conversion import to_reference
 from mixer_jax.benchmarks.made_up import make_batch, make_state
 from mixer_jax.benchmarks.with_jax import JaxSide, make_work
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 
 SETTING = Setting("train", "tiny", 32, 10, "float32", 8)
 
@@ -17,7 +17,7 @@ SETTING = Setting("train", "tiny", 32, 10, "float32", 8)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Mixer of no paper."""
-    monkeypatch.setitem(VARIANTS, "tiny", Widths(3, 8, 24, 12, 48))
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(3, 8, 24, 12, 48))
 
 
 def test_losses_are_ours_over_three_steps() -> None:

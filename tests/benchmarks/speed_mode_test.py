@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, forward_flops
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions
 

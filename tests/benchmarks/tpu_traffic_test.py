@@ -12,9 +12,10 @@ from mixer_jax.benchmarks.compiled_steps import read_step
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.planning.aot_compile import OutOfMemory
-from mixer_jax.planning.hlo.attribution import REGIONS
+from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
+from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
@@ -29,7 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A variant that compiles in seconds, and the compiler."""
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    monkeypatch.setitem(VARIANTS, "tiny", Widths(2, 16, 128, 64, 256))
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(2, 16, 128, 64, 256))
     with tpu_device("v6e:2x2"):
         yield
 
@@ -45,7 +46,7 @@ def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_p
     assert names[:2] == ["reference", "mixer_jax"]
     assert len(set(names)) == 4
     for row in (reference, ours):
-        assert list(row["bytes_by_part"]) == list(REGIONS)
+        assert list(row["bytes_by_part"]) == [*REGIONS, OPTIMIZER, OTHER]
         assert row["num_bytes"] == pytest.approx(sum(row["bytes_by_part"].values()))
         assert row["num_bytes"] > fused["num_bytes"]
         assert sum(row["flops_by_part"].values()) == sum(apart["flops_by_part"].values())

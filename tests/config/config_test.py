@@ -1,6 +1,7 @@
 """Tests of the configuration: its rules, its files, and what may change when a run is resumed."""
 
 import ast
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from mixer_jax.config.loading import load_config, set_override
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.errors import UserError
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.variants import num_parameters, resolve_widths
+from mixer_jax.models.execution import Execution
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.messages import mentions, raises
@@ -208,8 +210,8 @@ def test_every_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     config.dataset.name = "synthetic"
     config.dataset.num_examples = max(config.dataset.num_examples, 10_000)
     experiment = build_experiment(config, open_datasets(config))
-    widths = resolve_widths(config.model.variant, **config_lib.architecture_overrides(config.model))
-    expected = num_parameters(widths, config.image_size, experiment.model.num_classes)
+    widths = get_config(config.model.variant, **config_lib.architecture_overrides(config.model))
+    expected = num_params(widths, config.image_size, experiment.model.num_classes)
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
     # Adam holds two moments of every parameter, momentum one; and there are one or two counters.
@@ -288,8 +290,12 @@ def test_choices_are_what_the_code_knows() -> None:
         accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
     ) | {"eval_crop"}
     model_keys = {key.split(".")[1] for key in FIELDS if key.startswith("model.")}
-    translated = {"family", "variant", "backend", "scan_unroll"}
-    assert model_keys - translated <= set(MlpMixer.__dataclass_fields__)
+    fields = {
+        field.name
+        for dataclass in (MixerConfig, Execution, MlpMixer)
+        for field in dataclasses.fields(dataclass)
+    }
+    assert model_keys - {"family", "variant"} <= fields
 
 
 def test_evaluations_are_entries_of_their_own() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.resolve import list_steps
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions
@@ -173,7 +173,7 @@ def test_a_signal_to_one_host_stops_both_at_one_step(
 
 def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
     """One bad image of 40, which one host or the other meets, is too many for both."""
-    weights = random_weights(Widths(1, 4, 16, 8, 16), (8, 8))
+    weights = random_weights(MixerConfig(1, 4, 16, 8, 16), (8, 8))
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),

@@ -12,8 +12,8 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.evaluation.features import BatchFeatures
 from mixer_jax.evaluation.loop import EvalInputConfig
-from mixer_jax.model.making import create_model
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.registry import create_model
 
 IMAGE_SIZE = (16, 16)
 

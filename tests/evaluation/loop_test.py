@@ -17,7 +17,7 @@ from mixer_jax.evaluation.classification import (
     evaluate,
     make_eval_step,
 )
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
 from tests.evaluation.conftest import IMAGE_SIZE, read_by
 from tests.helpers.reference_metrics import log_softmax, reference_calibration_error
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.suites.builtin import SUITES
 from mixer_jax.suites.notes import MARK, largest_image_size
 from mixer_jax.suites.plan import TransferPlan, read_plan, save_plan

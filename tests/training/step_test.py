@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.model.making import create_model
+from mixer_jax.models.registry import create_model
 from mixer_jax.training.step import (
     TrainState,
     accumulate_gradients,
