@@ -84,13 +84,17 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def lower_train_step(experiment: Experiment) -> Any:
+    train_step: Any = experiment.train_step
+    return train_step.lower(experiment.state_shape, batch_shapes(experiment))
+
+
 def train_collectives(fsdp: int, **overrides: Any) -> tuple[Collectives, int, int]:
     """Returns the collectives of a training step, and the sizes of all parameters and kernels."""
     experiment = build(fsdp, **overrides)
-    lowered = experiment.train_step.lower(experiment.state_shape, batch_shapes(experiment))
     params = experiment.state_shape.params
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return find_collectives(lowered), total, num_kernel_parameters(params)
+    return find_collectives(lower_train_step(experiment)), total, num_kernel_parameters(params)
 
 
 def num_kernel_parameters(params: Any) -> int:
@@ -130,9 +134,7 @@ def test_with_both_axes_gradient_shards_are_reduced_over_data() -> None:
 
 
 def test_one_device_communicates_nothing() -> None:
-    experiment = build(1, num_devices=1)
-    lowered = experiment.train_step.lower(experiment.state_shape, batch_shapes(experiment))
-    assert find_collectives(lowered) == {}
+    assert find_collectives(lower_train_step(build(1, num_devices=1))) == {}
 
 
 def test_evaluation_gathers_parameters_and_results_only() -> None:
