@@ -25,7 +25,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.distributed.sharding import (
     batch_sharding,
-    check_batch_size,
+    check_divisible,
     make_mesh,
     replicated,
     state_sharding,
@@ -106,7 +106,7 @@ def build_experiment(
     check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     pieces = config.recipe.grad_accum_steps
-    check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
+    check_divisible("config.batch_size", config.batch_size, mesh.size, pieces)
     about = _describe(config, sources, init_info)
     check_scan_unroll(config.model.scan_unroll, about.config.num_blocks)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
