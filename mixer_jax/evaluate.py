@@ -119,7 +119,7 @@ def _evaluate(
         eval_crop=about.eval_crop,
         exif_orientation=about.exif_orientation,
         skip_bad=known.skip_bad_images,
-        threads=loader.get("threads", FIELDS["loader.num_threads"].default),
+        threads=loader.get("num_threads", FIELDS["loader.num_threads"].default),
         prefetch_batches=loader.get("prefetch_batches", FIELDS["loader.prefetch_batches"].default),
     )
     return [evaluate(eval_step, params, source, mesh, reading) for source in sources]
