@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         gelu=known.gelu,
         eval_crop=known.eval_crop,
     )
-    common.warn_if_resized(weights.about)
+    common.warn_if_resized(weights.model_info)
     checked = export_weights(weights, to, known.target)
     _print_results(weights, to, known.target, checked)
     return 0
@@ -112,7 +112,7 @@ def timm_snippet(about: ModelInfo, path: str) -> list[str]:
         about: what the weights say of themselves.
         path: of their file.
     """
-    widths, file = about.widths, json.dumps(path, ensure_ascii=False)
+    widths, file = about.config, json.dumps(path, ensure_ascii=False)
     # timm's own GELU is the exact one.
     gelu = ["act_layer=timm.layers.GELUTanh"] if about.gelu == "tanh" else []
     by_name = (
@@ -172,9 +172,9 @@ def _usage(about: ModelInfo, to: str, target: str) -> list[str]:
 
 
 def _print_results(weights: "PretrainedWeights", to: str, target: str, checked: str) -> None:
-    from mixer_jax.checkpoints.formats import tree
+    from mixer_jax.checkpoints import tree
 
-    about = weights.about
+    about = weights.model_info
     count = sum(array.size for _, array in tree.flatten(weights.params))
     classes = "none, there is no head"
     if about.num_classes:

@@ -60,15 +60,15 @@ def main(arguments: Sequence[str]) -> int:
         gelu=known.gelu,
         eval_crop=known.eval_crop,
     )
-    if not weights.about.num_classes:
+    if not weights.model_info.num_classes:
         raise UserError(f"--checkpoint={known.checkpoint} has no head, so there are no classes")
-    dataset = known.dataset or (weights.config or {}).get("dataset", {}).get("name")
+    dataset = known.dataset or (weights.train_config or {}).get("dataset", {}).get("name")
     if not dataset:
         raise UserError(f"--checkpoint={known.checkpoint} does not tell a data set; pass --dataset")
     names = [dataset, dataset + _REAL] if known.real else [dataset]
     sources = [_open(name, weights, known) for name in names]
-    common.warn_if_resized(weights.about)
-    model = model_from_info(weights.about, known.dtype)
+    common.warn_if_resized(weights.model_info)
+    model = model_from_info(weights.model_info, known.dtype)
     scores = _evaluate(weights, model, sources, known)
     _print_results(known, weights, str(model.dtype), dataset, sources[0].name, scores)
     return 0
@@ -79,7 +79,7 @@ def _open(name: str, weights: "PretrainedWeights", known: argparse.Namespace) ->
     from mixer_jax.data.mixture import relabel
     from mixer_jax.data.registry import open_dataset
 
-    about, trained_on = weights.about, (weights.config or {}).get("dataset", {})
+    about, trained_on = weights.model_info, (weights.train_config or {}).get("dataset", {})
     data_dir = known.data_dir or trained_on.get("data_dir", "")
     source = open_dataset(name, known.split, data_dir, num_classes=about.num_classes)
     if not about.class_names:
@@ -109,8 +109,8 @@ def _evaluate(
     from mixer_jax.evaluation.classification import evaluate, make_eval_step
     from mixer_jax.evaluation.loop import EvalInputConfig
 
-    about, mesh = weights.about, make_mesh(data=0, fsdp=1)
-    loader = (weights.config or {}).get("loader", {})
+    about, mesh = weights.model_info, make_mesh(data=0, fsdp=1)
+    loader = (weights.train_config or {}).get("loader", {})
     eval_step = make_eval_step(model, mesh)
     params = shard_inference_params(weights.params, model, mesh)
     reading = EvalInputConfig(
@@ -136,8 +136,8 @@ def _print_results(
     first, *real = scores
     if known.json:
         told: dict[str, Any] = {"checkpoint": known.checkpoint, "step": weights.step}
-        about = weights.about
-        told |= {"image_size": list(about.image_size), "resolution": about.resolution}
+        about = weights.model_info
+        told |= {"image_size": list(about.image_size), "resolution": about.resize_note}
         told |= {"dtype": dtype, "dataset": dataset}
         told |= {"split": known.split, **first._asdict()}
         told |= {"real": real[0]._asdict()} if real else {}
@@ -145,7 +145,7 @@ def _print_results(
         return
     step = "" if weights.step is None else f", step {weights.step:,}"
     print(f"checkpoint         {known.checkpoint}{step}")
-    print(f"model              {weights.about.name}, {dtype}")
+    print(f"model              {weights.model_info.name}, {dtype}")
     print(f"data               {data}")
     print(f"counted            {first.counted()}")
     print(f"top-1              {first.top1:.2%}")

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from mixer_jax.checkpoints.image_size import ImageSize
 from mixer_jax.checkpoints.load import (
+    ImageSize,
     PretrainedWeights,
     collect_overrides,
     load_checkpoint,
@@ -38,12 +38,12 @@ class ClassProbability(NamedTuple):
     """A class and how probable it is.
 
     Attributes:
-        label: its number.
+        class_index: its number.
         name: its name, or its number as text where names are not known.
         probability: in [0, 1].
     """
 
-    label: int
+    class_index: int
     name: str
     probability: float
 
@@ -110,7 +110,7 @@ def load_pretrained(
         eval_crop=eval_crop,
     )
     if num_classes is not None:
-        if num_classes != weights.about.num_classes:
+        if num_classes != weights.model_info.num_classes:
             weights = replace_head(weights, int(num_classes))
         if names:
             weights = set_class_names(weights, names, os.fspath(source))
@@ -121,15 +121,15 @@ class Classifier:
     """A model with its parameters on this host's devices.
 
     Attributes:
-        about: what the weights say of themselves.
+        model_info: what the weights say of themselves.
         model: the Flax module, from images in [-1, 1] to logits.
     """
 
     def __init__(self, weights: PretrainedWeights, dtype: str = ""):
         """Puts weights on the devices; `dtype` as `load_pretrained` takes it."""
-        self.about = weights.about
+        self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        self.model = for_devices(model_from_info(weights.about, dtype), self._mesh.size)
+        self.model = for_devices(model_from_info(weights.model_info, dtype), self._mesh.size)
         self._whole = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
@@ -148,7 +148,7 @@ class Classifier:
 
         Args:
             images: floating-point array (n, height, width, 3) of pixels in [-1, 1], of the size
-                that `about.image_size` says. They are divided over the devices if n allows.
+                that `model_info.image_size` says. They are divided over the devices if n allows.
 
         Raises:
             UserError: they are of another size or kind.
@@ -164,10 +164,10 @@ class Classifier:
                 "images / 127.5 - 1"
             )
         size = tuple(images.shape[1:3])
-        if size != self.about.image_size:
-            check_image_size(size[0], size[1], self.about.widths.patch_size)
+        if size != self.model_info.image_size:
+            check_image_size(size[0], size[1], self.model_info.config.patch_size)
             raise UserError(
-                f"images of {size[0]} × {size[1]} px do not fit {self.about.name}; load the "
+                f"images of {size[0]} × {size[1]} px do not fit {self.model_info.name}; load the "
                 f"weights with image_size={size}"
             )
         divides = len(images) % self._mesh.size == 0
@@ -197,13 +197,15 @@ class Classifier:
             return display_path(Path(image)), lambda: read_image(Path(image))
 
         found = [named(number, image) for number, image in enumerate(images)]
-        predictions = list(self.classify(found, topk=topk, batch_size=min(batch_size, len(found))))
+        predictions = list(
+            self.iter_predictions(found, topk=topk, batch_size=min(batch_size, len(found)))
+        )
         for prediction in predictions:
             if prediction.error:
                 raise BadImageError(prediction.error, name=prediction.image)
         return predictions
 
-    def classify(
+    def iter_predictions(
         self,
         images: Iterable[NamedImage],
         *,
@@ -224,15 +226,15 @@ class Classifier:
         Raises:
             UserError: the model has no head.
         """
-        if not self.about.num_classes:
+        if not self.model_info.num_classes:
             raise UserError("these weights have no head and give features; name some with classes")
         if topk < 1 or batch_size < 0:
             raise UserError(f"topk={topk} and batch_size={batch_size}; pass 1 or more of each")
-        topk = min(topk, self.about.num_classes)
+        topk = min(topk, self.model_info.num_classes)
         rows = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
         rows = -(-(2**rows) // self._mesh.size) * self._mesh.size
         if exif_orientation is None:
-            exif_orientation = self.about.exif_orientation
+            exif_orientation = self.model_info.exif_orientation
         return self._classify(self._prepare(images, rows, exif_orientation), rows, topk)
 
     def _classify(
@@ -240,7 +242,7 @@ class Classifier:
     ) -> Iterator[Prediction]:
         running: tuple[list[_Prepared], Any] | None = None
         for batch in batches:
-            pixels = np.zeros((rows, *self.about.image_size, 3), np.uint8)
+            pixels = np.zeros((rows, *self.model_info.image_size, 3), np.uint8)
             for row, prepared in enumerate(batch):
                 if prepared.pixels is not None:
                     pixels[row] = prepared.pixels
@@ -268,7 +270,7 @@ class Classifier:
                 yield [waiting.popleft().result() for _ in range(min(rows, len(waiting)))]
 
     def _prepare_one(self, name: str, read: Any, exif_orientation: bool) -> "_Prepared":
-        about = self.about
+        about = self.model_info
         try:
             pixels = eval_image(
                 read(),
@@ -284,13 +286,13 @@ class Classifier:
         self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
     ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         logits = self.model.apply({"params": params}, to_model_range(images))
-        activation = jax.nn.sigmoid if self.about.loss == "sigmoid" else jax.nn.softmax
+        activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
         probabilities, labels = jax.lax.top_k(activation(logits), topk)
         return probabilities, labels
 
     def _name(self, batch: list["_Prepared"], top: Any) -> Iterator[Prediction]:
         probabilities, labels = (np.asarray(array) for array in top)
-        names = self.about.class_names
+        names = self.model_info.class_names
         for row, prepared in enumerate(batch):
             if prepared.pixels is None:
                 yield Prediction(prepared.name, [], prepared.error)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import resolve_checkpoint
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, validate
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides

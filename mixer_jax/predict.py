@@ -72,9 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         eval_crop=known.eval_crop,
         dtype=known.dtype,
     )
-    common.warn_if_resized(classifier.about)
+    common.warn_if_resized(classifier.model_info)
     size = min(known.batch_size, len(images))
-    predictions = classifier.classify(
+    predictions = classifier.iter_predictions(
         images, topk=known.topk, batch_size=size, exif_orientation=not known.ignore_exif
     )
     num_bad = 0
@@ -123,10 +123,12 @@ def _write_json(predictions: Iterator["Prediction"]) -> None:
 def _write_csv(predictions: Iterator["Prediction"]) -> None:
     """Prints CSV, a line for every class of an image, and one for an image that has none."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "name", "probability", "error"])
+    writer.writerow(["image", "rank", "class_index", "name", "probability", "error"])
     for prediction in predictions:
         for rank, one in enumerate(prediction.classes, 1):
-            writer.writerow([prediction.image, rank, one.label, one.name, one.probability, ""])
+            writer.writerow(
+                [prediction.image, rank, one.class_index, one.name, one.probability, ""]
+            )
         if prediction.error:
             writer.writerow([prediction.image, "", "", "", "", prediction.error])
 

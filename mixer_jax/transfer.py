@@ -5,8 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixer_jax.checkpoints.resolve import FORMATS, HUB_FILE, RUN, CheckpointRef, resolve_checkpoint
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    FORMATS,
+    HUB_FILE,
+    RUN,
+    CheckpointRef,
+    resolve_checkpoint,
+)
 from mixer_jax.cli import common
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
 from mixer_jax.config.schema import EVAL_FIELDS
@@ -185,13 +191,13 @@ def _find_suite(known: argparse.Namespace) -> Suite:
 def _default_workdir(place: CheckpointRef, known: argparse.Namespace) -> str:
     """Returns the folder of a suite: the names of weights, step, suite and data set."""
     path = Path(place.path)
-    if place.kind == "hub":
+    if place.format == "hub":
         name = place.path.partition("/")[2]
     elif path.name == HUB_FILE:
         # All are called so; their folder has the name.
         name = path.parent.name
     else:
-        ends = [] if place.kind == RUN else [end for end in FORMATS if path.name.endswith(end)]
+        ends = [] if place.format == RUN else [end for end in FORMATS if path.name.endswith(end)]
         name = path.name.removesuffix(ends[0]) if ends else path.name
     parts = [name, Path(known.suite).stem]
     asked = Path(known.checkpoint)

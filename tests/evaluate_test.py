@@ -12,12 +12,13 @@ import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -91,7 +92,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers(weights: PretrainedWeights) -> list[int]:
     """What the model says of each image, without any of the code that scores."""
-    height, width = weights.about.image_size
+    height, width = weights.model_info.image_size
     images = [cv2.resize(image(index), (width, height)) for index in range(COUNT)]
     pixels = np.stack(images).astype(np.float32) / 127.5 - 1.0
     return np.asarray(Classifier(weights)(pixels)).argmax(1).tolist()
@@ -128,15 +129,17 @@ def test_real_labels_are_scored_beside_the_first_ones(
 
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored", "--split=validation"]
     assert evaluate.main([f"--checkpoint={run}", *data, "--real"]) == 0
-    table = capsys.readouterr().out
-    assert f"ReaL               {real['top1']:.2%}" in table
-    assert f"counted            {len(labelled)} images, {COUNT - len(labelled)} left out" in table
+    table = capsys.readouterr().out.splitlines()
+    assert any(mentions(line, "ReaL", f"{real['top1']:.2%}") for line in table)
+    # Those that count, and those that are left out.
+    counts = (str(len(labelled)), str(COUNT - len(labelled)))
+    assert any(mentions(line, *counts) for line in table)
 
 
 def test_published_weights_are_scored_as_what_they_are(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = export(weights, tmp_path / "named.npz", weights.about.to_json())
+    path = export(weights, tmp_path / "named.npz", weights.model_info.to_dict())
     told = score(path, data_dir, capsys)
     assert told["top1"] == pytest.approx(
         np.mean([answer == index % 4 for index, answer in enumerate(answers(weights))])
@@ -146,12 +149,14 @@ def test_published_weights_are_scored_as_what_they_are(
     nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "whole"})
     assert score(nameless, data_dir, capsys)["top1"] == told["top1"]
     fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
-    with pytest.raises(UserError, match=r"has 4 classes, .* has 3 whose names are not known"):
+    with pytest.raises(UserError) as caught:
         score(fewer, data_dir, capsys)
+    # The path may have numbers in it.
+    assert mentions(str(caught.value).replace(str(tmp_path), ""), "fewer.npz", "4", "3")
     headless = export(replace_head(weights, 0), tmp_path / "headless.npz", {})
-    with pytest.raises(UserError, match="has no head"):
+    with raises(UserError, headless, "head"):
         score(headless, data_dir, capsys)
-    with pytest.raises(UserError, match="does not tell a data set; pass --dataset"):
+    with raises(UserError, path, "--dataset"):
         evaluate.main([f"--checkpoint={path}"])
 
 
@@ -160,7 +165,8 @@ def test_another_image_size(
 ) -> None:
     told = score(save_run(weights, tmp_path), data_dir, capsys, "--image_size=32x48")
     assert told["image_size"] == [32, 48]
-    assert told["resolution"].startswith("interpolated from 16 px")
+    assert mentions(told["resolution"], "16")
+    assert "Appendix C" not in told["resolution"]
     said = answers(resize(weights, (32, 48)))
     assert told["top1"] == pytest.approx(np.mean([a == i % 4 for i, a in enumerate(said)]))
 
@@ -182,5 +188,5 @@ def test_a_set_without_real_labels_says_so(
 ) -> None:
     run = save_run(random_weights(), tmp_path)
     arguments = [f"--checkpoint={run}", f"--data_dir={digits_dir}", "--dataset=digits", "--real"]
-    with pytest.raises(UserError, match="digits_real"):
+    with raises(UserError, "digits_real"):
         evaluate.main(arguments)

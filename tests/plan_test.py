@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +17,7 @@ from mixer_jax.planning.planner import Plan, make_plan
 from mixer_jax.planning.report import format_plan, plan_to_dict
 from mixer_jax.planning.topology import ENVIRONMENT, parse_topology
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions
 
 S16 = "--config=configs/mixer_s16_jft.py"
 L16 = "--config=configs/mixer_l16_i21k.py"
@@ -87,8 +89,8 @@ def test_reports(compiled: Plan) -> None:
     text = format_plan(compiled)
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) <= 45
-    assert "Mixer-S/16, 224 px, 18,291 classes, 27,398,547 parameters" in text
-    assert "fits         fits" in text
+    assert mentions(text.splitlines()[0], "Mixer-S/16", "224", "18291", "27398547")
+    assert re.search(r"\bfits?\s+fits?\b", text)
     assert "WARNING" not in text
     row = json.loads(json.dumps(plan_to_dict(compiled)))
     assert row["fits"]
@@ -107,58 +109,60 @@ def test_what_does_not_fit_exits_with_1() -> None:
     flags = ["--config.model.remat=none", "--config.recipe.accumulation_steps=1"]
     config = "--config=configs/mixer_h14_jft.py"
     done = run_cli("plan", config, "--topology=a100-40:32", *flags, code=1)
-    assert "too large" in done.stdout
-    assert "by estimate the training step does not fit: about" in done.stdout
-    head, advice = done.stdout.split("by estimate, any one of these would fit:\n")
-    assert advice.startswith("  --config.model.remat=")
-    assert "--config" not in head
+    lines = done.stdout.splitlines()
+    advice = [line for line in lines if line.startswith("  --")]
+    assert advice[0].startswith("  --config.model.remat=")
+    # It comes last, after what does not fit.
+    head, tail = lines[: -len(advice)], lines[-len(advice) :]
+    assert tail == advice
+    assert not any("--config" in line for line in head)
+    assert any(mentions(line, "training", "step", "GiB") for line in head)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ([S16], "the following arguments are required: --topology"),
-        ([S16, "--topology=v9:2x2"], "--topology=v9:2x2: there is no chip 'v9'; choose of v2, v3"),
-        ([S16, "--topology=v5e:8"], "--topology=v5e:8: v5e takes 2 sides, e.g. v5e:1x1, 2x2"),
-        ([S16, "--topology=v4:2xtwox1"], "v4 takes 3 sides"),
-        ([S16, "--topology=h100"], "h100 takes how many, e.g. h100:8"),
-        ([S16, "--topology=h100:12"], "h100 come in machines of 8; pass up to 8, or a multiple"),
-        ([S16, "--topology=h100:8", "--slices=2"], "--slices=2 is out of range; GPUs have none"),
-        ([S16, "--topology=h100:8", "--sweep=depth"], "'depth' is unknown; choose of"),
-        ([S16, "--topology=h100:8", "--sweep="], "--sweep=: '' is unknown; choose of"),
-        (["--tables=nowhere", S16], "--tables says all that it plans; pass it without --config"),
-        (["--tables=/proc/nope"], "/proc/nope/weak_scaling.json cannot be written (No such file"),
+        ([S16], ["--topology"]),
+        ([S16, "--topology=v9:2x2"], ["--topology", "v9:2x2", "v2", "v3"]),
+        ([S16, "--topology=v5e:8"], ["--topology", "v5e:8", "2", "v5e:1x1", "2x2"]),
+        ([S16, "--topology=v4:2xtwox1"], ["--topology", "v4:2xtwox1", "3"]),
+        ([S16, "--topology=h100"], ["--topology", "h100", "h100:8"]),
+        ([S16, "--topology=h100:12"], ["--topology", "h100:12", "8"]),
+        ([S16, "--topology=h100:8", "--slices=2"], ["--slices", "2"]),
+        ([S16, "--topology=h100:8", "--sweep=depth"], ["--sweep", "depth", "remat", "fsdp"]),
+        ([S16, "--topology=h100:8", "--sweep="], ["--sweep", "remat", "fsdp"]),
+        (["--tables=nowhere", S16], ["--tables", "--config"]),
+        (["--tables=/proc/nope"], ["/proc/nope/weak_scaling.json", "No such file"]),
         (
             [S16, "--topology=h100:24", "--config.recipe.accumulation_steps=1"],
-            "config.batch_size=4096 is not divisible by 24 devices; the nearest are 4080 and 4104",
+            ["batch_size", "4096", "24", "4080", "4104"],
         ),
         (
             [S16, "--topology=h100:8", "--config.mesh.fsdp=3"],
-            "mesh.data=0 and mesh.fsdp=3 do not make up the 8 devices",
+            ["mesh.data", "0", "mesh.fsdp", "3", "8"],
         ),
         (
             ["--config=configs/digits.py", "--topology=h100:8", "--config.dataset.name=mine"],
-            "config.dataset.num_classes=0: no data are read for a plan",
+            ["dataset.num_classes", "0"],
         ),
         (
             [S16, "--topology=h100:8", "--config.model.variant=init_from"],
-            "config.model.variant='init_from'",
+            ["model.variant", "init_from"],
         ),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str) -> None:
+def test_wrong_arguments(arguments: list[str], parts: list[str]) -> None:
     done = run_cli("plan", *arguments, code=2)
-    assert message in done.stderr.splitlines()[-1]
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, *parts)
     assert not done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_sizes_that_the_compiler_does_not_know() -> None:
     done = run_cli("plan", S16, "--topology=v5e:2x3", code=2)
-    assert "--topology=v5e:2x3: the compiler does not take this size" in done.stderr
-    assert "try one of 1x1, 2x2" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "--topology", "v5e:2x3", "1x1", "2x2")
 
 
 def test_a_step_too_large_is_a_result(compiled: Plan) -> None:
@@ -171,5 +175,6 @@ def test_a_step_too_large_is_a_result(compiled: Plan) -> None:
     assert plan.training.needed is not None
     assert plan.training.needed > plan.training.allowed == 15.75 * 2**30
     text = format_plan(plan)
-    assert "the training step does not fit: about" in text
+    excess = f"{(plan.training.needed - plan.training.allowed) / 2**30:.1f}"
+    assert any(mentions(line, "training", excess, "GiB") for line in text.splitlines())
     assert "--config.model.remat=dots" in text

@@ -16,18 +16,17 @@ import pytest
 
 from mixer_jax import predict
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.tree import flatten
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
-from mixer_jax.data.decode import decode
+from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.errors import UserError
 from mixer_jax.inference import load_pretrained
 from tests.helpers.cli import run_cli
 from tests.helpers.images import smooth, turned
+from tests.helpers.messages import mentions
 from tests.helpers.random_weights import DIGITS, random_weights, save_run
-
-REASON = "no image, or its header is damaged"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +51,15 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
 
 
+@pytest.fixture(scope="module")
+def reason(place: Path) -> str:
+    """Why bad.jpg is bad."""
+    with pytest.raises(BadImageError) as caught:
+        decode((place / "bad.jpg").read_bytes())
+    assert caught.value.reason
+    return caught.value.reason
+
+
 def door(place: Path, *arguments: str) -> int:
     return predict.main([f"--checkpoint={place}/run", *arguments])
 
@@ -60,7 +68,7 @@ def names(out: str) -> list[str]:
     return [entry["image"] for entry in json.loads(out)]
 
 
-def test_a_user_sees_a_table_and_bad_files_on_standard_error(place: Path) -> None:
+def test_a_user_sees_a_table_and_bad_files_on_standard_error(place: Path, reason: str) -> None:
     done = run_cli(
         "predict",
         f"--checkpoint={place}/run",
@@ -75,10 +83,9 @@ def test_a_user_sees_a_table_and_bad_files_on_standard_error(place: Path) -> Non
     shares = [float(line.split("%")[0]) for line in lines[1:]]
     assert shares == sorted(shares, reverse=True)
     assert {line.split()[-1] for line in lines[1:]} < set(DIGITS)
-    assert done.stderr.splitlines() == [
-        f"{place}/bad.jpg: {REASON}",
-        "1 of 2 images cannot be used",
-    ]
+    bad, summary = done.stderr.splitlines()
+    assert mentions(bad, f"{place}/bad.jpg", reason)
+    assert mentions(summary, "1", "2")
 
 
 def test_an_image_on_standard_input(place: Path) -> None:
@@ -96,15 +103,15 @@ def test_an_image_on_standard_input(place: Path) -> None:
 
 
 def test_json_is_one_document_with_an_image_a_line(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert door(place, "--format=json", "--topk=2", f"{place}/photos", f"{place}/bad.jpg") == 1
     out = capsys.readouterr().out
     found = json.loads(out)
     expected = ["a.jpg", "b.png", "more/c.png", "with, comma.png"]
     assert [entry["image"] for entry in found[:4]] == [f"{place}/photos/{n}" for n in expected]
-    assert found[4] == {"image": f"{place}/bad.jpg", "error": REASON}
-    assert found[0]["classes"][0].keys() == {"label", "name", "probability"}
+    assert found[4] == {"image": f"{place}/bad.jpg", "error": reason}
+    assert found[0]["classes"][0].keys() == {"class_index", "name", "probability"}
     assert [json.loads(line.rstrip(",")) for line in out.splitlines()[1:-1]] == found
 
 
@@ -118,21 +125,23 @@ def test_in_the_type_that_is_asked_for(
 
     def classes(dtype: str) -> list[dict[str, Any]]:
         classifier = load_pretrained(place / "run", dtype=dtype)
-        (prediction,) = classifier.classify(expand_image_paths([photo]), topk=5, batch_size=1)
+        (prediction,) = classifier.iter_predictions(
+            expand_image_paths([photo]), topk=5, batch_size=1
+        )
         return [one._asdict() for one in prediction.classes]
 
     assert found["classes"] == classes(dtype)
     assert (classes(dtype) == classes("")) == (dtype == "float32")
 
 
-def test_csv_can_be_read_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_can_be_read_back(place: Path, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--topk=2", f"{place}/photos", f"{place}/bad.jpg"]
     assert door(place, "--format=csv", *arguments) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     door(place, "--format=json", *arguments)
     found = json.loads(capsys.readouterr().out)
     assert len(rows) == 9
-    bad = {"image": f"{place}/bad.jpg", "error": REASON}
+    bad = {"image": f"{place}/bad.jpg", "error": reason}
     assert rows.pop() == dict.fromkeys(rows[0], "") | bad
     assert {row["error"] for row in rows} == {""}
     assert [row["rank"] for row in rows] == ["1", "2"] * 4
@@ -164,7 +173,7 @@ def test_names_of_ones_own(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert door(place, "--format=json", f"--labels={labels}", photo) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in entry["classes"]] == [
-        f"class nr {one['label']}" for one in entry["classes"]
+        f"class nr {one['class_index']}" for one in entry["classes"]
     ]
 
 
@@ -179,52 +188,54 @@ def test_weights_of_a_thousand_classes_say_wordnet_ids(
     captured = capsys.readouterr()
     (entry,) = json.loads(captured.out)
     assert all(one["name"].startswith("n0") or one["name"][:2] == "n1" for one in entry["classes"])
-    assert captured.err == (
-        "Mixer-custom at 32 px: weights grown from 16 px (the paper's Appendix C)\n"
-    )
+    (line,) = captured.err.splitlines()
+    assert mentions(line, "Mixer-custom", "32", "16", "Appendix C")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ([], "no image is named"),
-        (["{place}/nothing.jpg"], "nothing.jpg' does not exist; name images"),
-        (["{place}/run"], "has no image in it; name images"),
-        (["{place}/*.bmp"], "does not exist; name images"),
-        (["{place}/photos/more/*/**"], "does not exist; name images"),
-        (["{place}/a.jpg", "{place}/b.jpg"], "a.jpg' does not exist, nor is any of the other 1 "),
-        (["~nosuchuser/x.jpg"], "'~nosuchuser/x.jpg' does not exist"),
-        (["{place}/" + "x" * 256], "x' cannot be looked up .File name too long"),
-        (["", "{photo}"], "a name of an image is empty"),
-        (["--files_from=-", "-"], '"-" stands in two places'),
-        (["--labels=-", "-"], '"-" stands in two places'),
-        (["-", "-"], '"-" stands in two places'),
-        (["--labels=~nosuchuser/x", "{photo}"], "--labels=~nosuchuser/x cannot be read: No such"),
-        (["--files_from=~nosuchuser/x"], "--files_from=~nosuchuser/x cannot be read: No such"),
-        (["--labels={place}/latin.txt", "{photo}"], "latin.txt line 2 is not UTF-8; save it"),
+        ([], []),
+        (["{place}/nothing.jpg"], ["PLACE/nothing.jpg"]),
+        (["{place}/run"], ["PLACE/run"]),
+        (["{place}/*.bmp"], ["PLACE/*.bmp"]),
+        (["{place}/photos/more/*/**"], ["PLACE/photos/more/*/**"]),
+        (["{place}/a.jpg", "{place}/b.jpg"], ["PLACE/a.jpg", "1"]),
+        (["~nosuchuser/x.jpg"], ["~nosuchuser/x.jpg"]),
+        (["{place}/" + "x" * 256], ["PLACE/" + "x" * 256, "File name too long"]),
+        (["", "{photo}"], []),
+        (["--files_from=-", "-"], ['"-"']),
+        (["--labels=-", "-"], ['"-"']),
+        (["-", "-"], ['"-"']),
+        (["--labels=~nosuchuser/x", "{photo}"], ["--labels", "~nosuchuser/x", "No such file"]),
+        (["--files_from=~nosuchuser/x"], ["--files_from", "~nosuchuser/x", "No such file"]),
+        (["--labels={place}/latin.txt", "{photo}"], ["PLACE/latin.txt", "2", "UTF-8"]),
+        (["--checkpoint={place}/features", "--format=csv", "{photo}"], ["head"]),
+        (["--topk=0", "{photo}"], ["--topk", "0"]),
         (
-            ["--checkpoint={place}/features", "--format=csv", "{photo}"],
-            "these weights have no head",
+            ["--labels={place}/none.txt", "{photo}"],
+            ["--labels", "PLACE/none.txt", "No such file"],
         ),
-        (["--topk=0", "{photo}"], "--topk=0 is out of range"),
-        (["--labels={place}/none.txt", "{photo}"], "--labels=.* cannot be read: No such file"),
-        (["--labels={place}/empty.txt", "{photo}"], "has an empty line, or none"),
-        (["--labels={place}/two.txt", "{photo}"], "has 10 classes, and 2 names are given"),
-        (["--files_from={place}/none.txt"], "--files_from=.* cannot be read"),
-        (["--image_size=18", "{photo}"], "image_size 18 is not divisible by patch_size 4"),
-        (["--image_size=1x2x3", "{photo}"], "pass a side or HEIGHTxWIDTH"),
-        (["--step=3", "{photo}"], "has no step 3; it has 1"),
-        (["--checkpoint={place}/photos/a.jpg", "{photo}"], "is of no known kind; files end in"),
-        (["--checkpoint={place}/photos", "{photo}"], "holds no checkpoint"),
-        (["--checkpoint={place}/gone.npz", "{photo}"], "gone.npz' does not exist"),
-        (["--format=xml", "{photo}"], "invalid choice: 'xml'"),
-        (["--dtype=float16", "{photo}"], "--dtype: invalid choice: 'float16'"),
+        (["--labels={place}/empty.txt", "{photo}"], ["PLACE/empty.txt"]),
+        (["--labels={place}/two.txt", "{photo}"], ["10", "2"]),
+        (["--files_from={place}/none.txt"], ["--files_from", "PLACE/none.txt"]),
+        (["--image_size=18", "{photo}"], ["image_size", "18", "patch_size", "4"]),
+        (["--image_size=1x2x3", "{photo}"], ["--image_size", "1x2x3", "HEIGHTxWIDTH"]),
+        (["--step=3", "{photo}"], ["PLACE/run", "3", "1"]),
+        (
+            ["--checkpoint={place}/photos/a.jpg", "{photo}"],
+            ["PLACE/photos/a.jpg", ".npz", ".safetensors"],
+        ),
+        (["--checkpoint={place}/photos", "{photo}"], ["PLACE/photos"]),
+        (["--checkpoint={place}/gone.npz", "{photo}"], ["PLACE/gone.npz"]),
+        (["--format=xml", "{photo}"], ["--format", "xml"]),
+        (["--dtype=float16", "{photo}"], ["--dtype", "float16"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(
     place: Path,
     arguments: list[str],
-    message: str,
+    parts: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,9 +244,12 @@ def test_mistakes_are_told_in_one_line(
     (place / "latin.txt").write_bytes("Katze\nHündin\n".encode("latin-1"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     fields: dict[str, Any] = {"place": place, "photo": f"{place}/photos/a.jpg"}
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         door(place, *(argument.format(**fields) for argument in arguments))
-    assert "\n" not in str(caught.value)
+    # The path may have numbers in it.
+    message = str(caught.value).replace(str(place), "PLACE")
+    assert mentions(message, *parts)
+    assert "\n" not in message
     assert capsys.readouterr().out == ""
 
 
@@ -260,16 +274,14 @@ def test_names_that_mean_no_image_are_reported_and_the_rest_is_done(
     assert door(place, "--format=json", f"--files_from={listed}", *arguments) == 1
     captured = capsys.readouterr()
     told = {entry["image"]: entry.get("error") for entry in json.loads(captured.out)}
-    assert told == {
-        f"{tmp_path}/gone.png": "does not exist",
-        f"{place}/photos/a.jpg": None,
-        f"{tmp_path}/empty": "has no image in it",
-        f"{place}/photos/b.png": None,
-        "~nosuchuser/x.jpg": "does not exist",
-        f"{tmp_path}/{long}": "cannot be looked up (File name too long)",
-        nil: "cannot be looked up (null character)",
-    }
-    assert captured.err.splitlines()[-1] == "5 of 7 images cannot be used"
+    good = {f"{place}/photos/a.jpg", f"{place}/photos/b.png"}
+    gone, nobodys, empty = f"{tmp_path}/gone.png", "~nosuchuser/x.jpg", f"{tmp_path}/empty"
+    assert told.keys() == {*good, gone, nobodys, empty, f"{tmp_path}/{long}", nil}
+    assert {name for name, error in told.items() if error is None} == good
+    assert told[gone] == told[nobodys]
+    assert len(set(told.values())) == 5
+    assert mentions(told[f"{tmp_path}/{long}"], "File name too long")
+    assert mentions(captured.err.splitlines()[-1], "5", "7")
 
 
 def test_a_pattern_passes_over_empty_folders_and_finds_nothing_twice(
@@ -310,7 +322,7 @@ def test_folders_are_walked_as_in_training(
     captured = capsys.readouterr()
     expected = [f"{tmp_path}/{name}" for name in ("b.png", "deep/a.png", "secret")]
     assert names(captured.out) == expected
-    assert captured.err.splitlines()[0] == f"{tmp_path}/secret: cannot be read"
+    assert mentions(captured.err.splitlines()[0], f"{tmp_path}/secret")
 
 
 def test_a_file_called_like_standard_input(

@@ -22,6 +22,7 @@ import mixer_jax.data.builders.digits  # noqa: F401  Importing it makes TFDS kno
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions, raises
 
 
 def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
@@ -29,8 +30,10 @@ def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
     done = run_cli("prepare", "digits/low", f"--data_dir={folder}")
     again = run_cli("prepare", "digits/low", f"--data_dir={folder}")
     # Nothing but the table on standard output, and the same one for what is there already.
-    assert again.stdout == "digits/low/1.0.0 is already prepared\n" + done.stdout
-    assert done.stdout.startswith("split ")
+    note, _, rest = again.stdout.partition("\n")
+    assert mentions(note, "digits/low/1.0.0")
+    assert rest == done.stdout
+    assert mentions(done.stdout.splitlines()[0], "split")
     words = shlex.split(done.stdout.splitlines()[-1])
     options = dict(word.split("=") for word in words if word.startswith("--"))
     assert options.keys() == {"--config.dataset.name", "--config.dataset.data_dir"}
@@ -50,9 +53,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = run_cli("prepare", "imagenet2012", f"--data_dir={tmp_path}", code=2)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert f"{tmp_path}/downloads/manual" in line
-    assert "ILSVRC2012_img_train.tar" in line
+    assert mentions(line, f"{tmp_path}/downloads/manual", "ILSVRC2012_img_train.tar")
     assert not list(tmp_path.iterdir())
 
 
@@ -64,13 +65,16 @@ def test_following_the_advice_helps(tmp_path: Path, digits_dir: str) -> None:
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=10))
     with pytest.raises(UserError) as caught:
         open_dataset("digits/low", "train", str(folder))
-    advice = re.search(r"prepare it with: (.*?) \(manual", str(caught.value))
+    command = r"python -m mixer_jax\.prepare digits/low(?: (?:'--[^']*'|--\S+))+"
+    advice = re.search(command, str(caught.value))
     assert advice
-    python, *arguments = shlex.split(advice[1])
+    python, *arguments = shlex.split(advice[0])
     assert python == "python"
     done = subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert b"converting" in done.stderr
+    # It is converted, example by example, and not made again.
+    total = sum(split.num_examples for split in builder.info.splits.values())
+    assert mentions(done.stderr.decode(), f"{total}/{total}")
     train, same = (open_dataset("digits/low", "train", str(path)) for path in (folder, digits_dir))
     assert len(train) == len(same)
     assert all(train.examples[i] == same.examples[i] for i in range(len(train)))
@@ -135,11 +139,12 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
     with reached(pipe, process):
         (unfinished,) = tmp_path.glob("imagenet21k/all/incomplete.*")
         second = run_cli("prepare", "imagenet21k", f"--data_dir={tmp_path}", code=2)
-        assert "another program is preparing data set imagenet21k" in second.stderr
+        (line,) = second.stderr.splitlines()
+        assert mentions(line, "imagenet21k")
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert unfinished.exists()
-    with pytest.raises(UserError, match="is not prepared"):
+    with raises(UserError, "imagenet21k", str(tmp_path), "python -m mixer_jax.prepare imagenet21k"):
         open_dataset("imagenet21k", "train", str(tmp_path))
     pipe.unlink()
     with tarfile.open(pipe, "w") as whole:
@@ -147,8 +152,9 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
             whole.add(path, path.name)
 
     again = run_cli("prepare", "imagenet21k", f"--data_dir={tmp_path}")
-    assert f"removing {unfinished}" in again.stderr
-    assert "left out     3 undecodable files" in again.stdout
+    assert mentions(again.stderr, str(unfinished))
+    # Those that cannot be decoded.
+    assert any(mentions(line, "3", "files") for line in again.stdout.splitlines())
     assert [path.name for path in unfinished.parent.iterdir()] == ["1.0.0"]
     source = open_dataset("imagenet21k", "train", str(tmp_path))
     assert source.class_names == ("n00000001", "n00000002", "n00000003")
@@ -166,7 +172,7 @@ def test_ctrl_c_cleans_up(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted"
+    assert "interrupt" in errors.splitlines()[-1].lower()
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob("incomplete.*"))
     assert not list(tmp_path.rglob("*.lock"))

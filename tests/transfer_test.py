@@ -12,6 +12,7 @@ from mixer_jax.checkpoints.resolve import CheckpointRef
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 
 DOCS = (Path(__file__).parent.parent / "docs" / "transfer.md").read_text()
@@ -50,8 +51,8 @@ def test_the_documentations_commands_run(
         assert transfer.main(arguments) == 0, line
         told.append(capsys.readouterr().out)
     dry, digits, few, again = told
-    assert "19 tasks, 114 runs" in dry
-    assert re.search(r"^knn_5_to_9, random weights +16 +\d+\.\d\d +1 +167", digits, re.MULTILINE)
+    assert any(mentions(line, "19", "114") for line in dry.splitlines())
+    assert re.search(r"^knn_5_to_9, .+  +16 +\d+\.\d\d +1 +167", digits, re.MULTILINE)
     for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
         assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
     assert again in digits
@@ -60,73 +61,66 @@ def test_the_documentations_commands_run(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ([], "--checkpoint and --suite are needed, or --report with --workdir"),
-        (["--suite=digits"], "--checkpoint and --suite are needed"),
-        (["--suite=digits", "--checkpoint=runs/none"], "'runs/none' holds no checkpoint"),
-        (["--suite=digits", "--checkpoint=a.npz"], "'a.npz' does not exist"),
-        (["--suite=vtab", "--checkpoint=runs/low"], "--suite=vtab is unknown; choose avg5, imagen"),
-        (["--suite=no.py", "--checkpoint=runs/low"], "suite file 'no.py' does not exist"),
-        (["--suite=bad.py", "--checkpoint=runs/low"], "'bad.py' fails: NameError: name 'x' is no"),
-        (["--suite=empty.py", "--checkpoint=runs/low"], "'empty.py' fails: AttributeError: .*SUIT"),
-        (["--suite=other.py", "--checkpoint=runs/low"], "'other.py': SUITE must be a Suite of ev"),
-        (["--suite=few_shot", "--checkpoint=runs/low"], "--suite=few_shot needs --dataset"),
-        (["--suite=avg5", "--checkpoint=runs/low", "--dataset=x"], "--dataset is for --suite=few"),
-        (["--suite=digits", "--checkpoint=runs/low", "--shard=3/2"], "'3/2' is no share; pass 1/4"),
-        (["--suite=digits", "--checkpoint=runs/low", "--shard=9/9"], "--shard=9/9 is empty"),
-        (["--suite=digits", "--checkpoint=runs/low", "--tasks=x"], "--tasks names 'x', which suit"),
-        (["--suite=digits", "--checkpoint=runs/low", "--shots=1,0"], "'1,0' is no list of images"),
+        ([], ["--checkpoint", "--suite", "--report", "--workdir"]),
+        (["--suite=digits"], ["--checkpoint", "--suite"]),
+        (["--suite=digits", "--checkpoint=runs/none"], ["runs/none"]),
+        (["--suite=digits", "--checkpoint=a.npz"], ["a.npz"]),
+        (["--suite=vtab", "--checkpoint=runs/low"], ["--suite", "vtab", "avg5", "imagenet"]),
+        (["--suite=no.py", "--checkpoint=runs/low"], ["no.py"]),
+        (["--suite=bad.py", "--checkpoint=runs/low"], ["bad.py", "NameError", "'x'"]),
+        (["--suite=empty.py", "--checkpoint=runs/low"], ["empty.py", "AttributeError", "SUITE"]),
+        (["--suite=other.py", "--checkpoint=runs/low"], ["other.py", "SUITE", "Suite"]),
+        (["--suite=few_shot", "--checkpoint=runs/low"], ["--suite", "few_shot", "--dataset"]),
+        (
+            ["--suite=avg5", "--checkpoint=runs/low", "--dataset=x"],
+            ["--dataset", "--suite", "few_shot"],
+        ),
+        (["--suite=digits", "--checkpoint=runs/low", "--shard=3/2"], ["3/2", "1/4"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--shard=9/9"], ["--shard", "9/9"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--tasks=x"], ["--tasks", "x", "digits"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--shots=1,0"], ["1,0"]),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--image_size=30"],
-            "image_size 30 is not divisible by patch_size 4; the nearest are 28 and 32",
+            ["image_size", "30", "patch_size", "4", "28", "32"],
         ),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--image_size=x"],
-            "argument --image_size: 'x' is none of own, auto and a number",
+            ["--image_size", "x", "own", "auto"],
         ),
-        (["--suite=digits", "--checkpoint=runs/low", "--step=7"], "has no step 7; it has 1"),
+        (["--suite=digits", "--checkpoint=runs/low", "--step=7"], ["7", "1"]),
         (
             ["--suite=few_shot", "--checkpoint=runs/low", "--dataset=digits/high", "--probes=svm"],
-            "--probes names 'svm'; choose among few_shot, linear, knn",
+            ["--probes", "svm", "few_shot", "linear", "knn"],
         ),
         (
             ["--suite=few_shot", "--checkpoint=runs/low", "--dataset=folder:none"],
-            "none' is no folder|none' does not exist",
+            ["none"],
         ),
-        (
-            ["--suite=digits", "--checkpoint=runs/low", "--config.seed=3"],
-            r"--config\.seed=3: a suite sets seed itself, for each of its runs",
-        ),
-        (
-            ["--suite=digits", "--checkpoint=runs/low", "--config.x=3"],
-            r"config\.x is no configurat",
-        ),
-        (
-            ["--suite=digits", "--checkpoint=runs/low", "--colour=3"],
-            "argument '--colour=3' is unkn",
-        ),
+        (["--suite=digits", "--checkpoint=runs/low", "--config.seed=3"], ["--config.seed", "3"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--config.x=3"], ["config.x"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--colour=3"], ["--colour"]),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--config.distributed=maybe"],
-            r"config\.distributed='maybe' is unknown; choose auto or yes or no",
+            ["distributed", "maybe", "auto", "yes", "no"],
         ),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--workdir=runs/low"],
-            r"low' belongs to a run of mixer_jax\.main; choose another --workdir",
+            ["runs/low", "mixer_jax.main", "--workdir"],
         ),
-        (
-            ["--suite=wrong.py", "--checkpoint=runs/low"],
-            "suite wrong: tasks is no list of FineTune and Probe",
-        ),
+        (["--suite=wrong.py", "--checkpoint=runs/low"], ["wrong", "tasks", "FineTune", "Probe"]),
         (
             ["--report", "--workdir=x", "--suite=digits", "--dry_run", "--config.seed=3"],
-            r"--report takes only --workdir; leave out --suite, --dry_run, --config\.seed",
+            ["--report", "--workdir", "--suite", "--dry_run", "--config.seed"],
         ),
-        (["--report"], "--report needs --workdir, the folder of a suite"),
-        (["--report", "--workdir=runs/low"], "holds no suite: there is no suite.json in it"),
+        (["--report"], ["--report", "--workdir"]),
+        (["--report", "--workdir=runs/low"], ["runs/low", "suite.json"]),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, place: Path) -> None:
+def test_wrong_arguments(
+    arguments: list[str], parts: list[str], digits_dir: str, place: Path
+) -> None:
     (place / "bad.py").write_text("x")
     (place / "empty.py").write_text("")
     (place / "other.py").write_text("SUITE = 3")
@@ -135,9 +129,12 @@ def test_wrong_arguments(arguments: list[str], message: str, digits_dir: str, pl
     before = sorted(place.iterdir())
     if "--report" not in arguments:
         arguments = [*arguments, f"--data_dir={digits_dir}"]
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         transfer.main(arguments)
-    assert "\n" not in str(caught.value)
+    # The path may have numbers in it.
+    message = str(caught.value).replace(f"{place}/", "")
+    assert mentions(message, *parts)
+    assert "\n" not in message
     assert [path for path in sorted(place.iterdir()) if path.name != "__pycache__"] == before
     assert [path.name for path in (place / "runs").iterdir()] == ["low"]
 
@@ -147,7 +144,7 @@ def test_sizes_are_told_before_weights_are_looked_for(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "resolve_checkpoint", lambda *_: pytest.fail("too late"))
-    with pytest.raises(UserError, match=f"{value!r} is none of own, auto and a number of pixels"):
+    with raises(UserError, "--image_size", repr(value), "own", "auto"):
         transfer.main(["--suite=digits", "--checkpoint=runs/low", f"--image_size={value}"])
 
 
@@ -184,7 +181,7 @@ def test_default_folders_differ(arguments: list[str], place: CheckpointRef, fold
     known, _ = transfer._parse(["--checkpoint=low", *arguments])
     assert transfer._default_workdir(place, known).startswith(folder)
     named, _ = transfer._parse(["--checkpoint=low/checkpoints/7", *arguments])
-    if place.kind == "run":
+    if place.format == "run":
         assert transfer._default_workdir(place, named).startswith("runs/low_7_")
 
 
@@ -210,10 +207,10 @@ def test_damaged_files_are_named(
     assert transfer.main(arguments) == 0
     (path,) = [path for path in (place / "here").rglob(file) if "fresh" not in path.parts]
     path.write_text("{")
-    with pytest.raises(UserError, match=rf"{file} is"):
+    with raises(UserError, file):
         transfer.main(["--report", "--workdir=here"])
     path.write_text('{"a": 1}')
-    with pytest.raises(UserError, match=rf"{file} is"):
+    with raises(UserError, file):
         transfer.main(["--report", "--workdir=here"])
 
 
@@ -223,8 +220,8 @@ def test_missing_data_exit_with_2_and_leave_nothing(
     monkeypatch.setenv("PYTHONPATH", str(root))
     arguments = ["--checkpoint=runs/low", "--suite=avg5", "--data_dir=nowhere", "--workdir=here"]
     done = run_cli("transfer", *arguments, code=2)
-    assert done.stderr.startswith("error: 5 of 5 tasks lack their data: imagenet, cifar10")
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "5", "imagenet", "cifar10")
     assert not (place / "here").exists()
 
 
@@ -238,4 +235,5 @@ def test_a_failed_task_exits_with_1(
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--tasks=knn_5_to_9", "--workdir=here", "--no_throughput"]
     assert transfer.main(arguments) == 1
-    assert "knn_5_to_9 failed: RuntimeError: it broke" in (place / "here/results.txt").read_text()
+    lines = (place / "here/results.txt").read_text().splitlines()
+    assert any(mentions(line, "knn_5_to_9", "RuntimeError", "it broke") for line in lines)

@@ -13,6 +13,7 @@ from mixer_jax.training.datasets import open_datasets
 from mixer_jax.visualization import train_batch
 from mixer_jax.visualization.train_batch import format_caption, load_train_batch, plot_train_batch
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config, to_flags
 
 
@@ -24,7 +25,8 @@ def arguments(data_dir: str, out: Path, **changes: Any) -> list[str]:
 def test_the_door_as_a_process(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
     done = run_cli("visualize", *arguments(digits_dir, out), "--step=3")
-    assert done.stdout == f"{out}: configs/digits.py, step 3: 4 of 16 images\n"
+    (line,) = done.stdout.splitlines()
+    assert mentions(line.replace(str(out), "OUT"), "OUT", "configs/digits.py", "3", "4", "16")
     config = small_config(digits_dir)
     source = open_datasets(config).train
     shown = load_train_batch(config, source, 3, 4)
@@ -55,21 +57,21 @@ def end(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "parts"),
     [
-        (["--out=batch.gif"], "--out=batch.gif is no kind of picture known here; use .png .pdf"),
-        (["--out=batch"], "--out=batch is no kind of picture known here"),
-        (["--out=missing/a.png"], "--out=missing/a.png: there is no folder missing; make it first"),
-        (["--out=tests.png/a.png"], "there is no folder tests.png"),
-        (["--step=20"], "--step=20 is out of range; the run has 20 steps, pass 0 to 19"),
-        (["--step=-1"], "--step=-1 is out of range"),
-        (["--step=one"], "argument --step: invalid int value: 'one'; see --help"),
-        (["--num_images=0"], "--num_images=0 is out of range; pass 1 to 16, of the batch of 16"),
-        (["--num_images=17"], "--num_images=17 is out of range; pass 1 to 16, of the batch of 16"),
-        (["--num_images=513", "--config.batch_size=4096"], "pass 1 to 512, of the batch of 4096"),
-        (["--config=configs/digit.py"], "did you mean configs/digits.py?"),
-        (["--config.recipe.mixup=-1.0"], "config.recipe.mixup=-1.0 is out of range"),
-        (["--steps=1"], "argument '--steps=1' is unknown; see --help"),
+        (["--out=batch.gif"], ["--out", "batch.gif", ".png", ".pdf"]),
+        (["--out=batch"], ["--out", "batch", ".png", ".pdf"]),
+        (["--out=missing/a.png"], ["--out", "missing/a.png"]),
+        (["--out=tests.png/a.png"], ["--out", "tests.png/a.png"]),
+        (["--step=20"], ["--step", "20", "0", "19"]),
+        (["--step=-1"], ["--step", "-1", "0", "19"]),
+        (["--step=one"], ["--step", "'one'", "--help"]),
+        (["--num_images=0"], ["--num_images", "0", "1", "16"]),
+        (["--num_images=17"], ["--num_images", "17", "1", "16"]),
+        (["--num_images=513", "--config.batch_size=4096"], ["513", "1", "512", "4096"]),
+        (["--config=configs/digit.py"], ["configs/digit.py", "configs/digits.py"]),
+        (["--config.recipe.mixup=-1.0"], ["recipe.mixup", "-1.0"]),
+        (["--steps=1"], ["--steps", "--help"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -78,34 +80,34 @@ def test_mistakes_are_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     given: list[str],
-    message: str,
+    parts: list[str],
 ) -> None:
     out = tmp_path / "batch.png"
     assert end(monkeypatch, [*arguments(digits_dir, out), *given]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert message in error
+    assert mentions(error, *parts)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "parts"),
     [
-        ([], "the following arguments are required: COMMAND; see --help"),
-        (["date"], "invalid choice: 'date'"),
-        (["data"], "the following arguments are required: --config, --out; see --help"),
+        ([], ["COMMAND", "--help"]),
+        (["date"], ["'date'", "data"]),
+        (["data"], ["--config", "--out", "--help"]),
     ],
 )
 def test_commands_that_are_none(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     given: list[str],
-    message: str,
+    parts: list[str],
 ) -> None:
     assert end(monkeypatch, given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert message in error
+    assert mentions(error, *parts)
 
 
 def test_what_is_scored_need_not_be_there(digits_dir: str, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_what_is_scored_need_not_be_there(digits_dir: str, tmp_path: Path) -> No
 
 def test_a_folder_is_no_picture(digits_dir: str, tmp_path: Path) -> None:
     (tmp_path / "batch.png").mkdir()
-    with pytest.raises(UserError, match="is a folder; name a file in it"):
+    with raises(UserError, str(tmp_path / "batch.png")):
         visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
 
 
@@ -129,7 +131,7 @@ def test_whether_it_can_be_written_is_asked_first(
 
     monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(train_batch, "load_train_batch", None)
-    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+    with raises(UserError, str(tmp_path), "Permission denied"):
         visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
 
 
@@ -144,7 +146,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(
     out = tmp_path / "batch.png"
     out.write_bytes(b"an older picture")
     monkeypatch.setattr(Path, "write_bytes", fill_up)
-    with pytest.raises(RunError, match=r"\(No space left on device\)"):
+    with raises(RunError, str(out), "No space left on device"):
         visualize.main(arguments(digits_dir, out))
     assert out.read_bytes() == b"an older picture"
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]

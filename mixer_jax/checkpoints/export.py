@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import TensorFile, check_target
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile, write_npz
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile, write_safetensors
 from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, WeightLayout, layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
-from mixer_jax.checkpoints.model_info import ModelInfo, from_json, from_metadata
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import RunError, UserError
 
 # Formats, and how the names of their files end; a run is a folder.
@@ -138,7 +138,7 @@ def export_weights(weights: PretrainedWeights, to: str, target: str) -> str:
             layout, write, open_file = _FILES[to]
             flat = dict(tree.flatten(weights.params))
             views = dict(layout_views(flat, layout))
-            write(str(draft), views.items(), weights.about.to_json())
+            write(str(draft), views.items(), weights.model_info.to_dict())
             _compare_file(draft, open_file, views, weights)
         return "read back, the same bit for bit"
 
@@ -175,9 +175,9 @@ def _staged(target: str) -> Iterator[Path]:
 def _write_run(path: Path, weights: PretrainedWeights) -> None:
     from mixer_jax.checkpoints.manager import save_params_streaming
 
-    metadata = {"about": weights.about.to_json(), "ema": False}
-    if weights.config is not None:
-        metadata["config"] = weights.config
+    metadata = {"model_info": weights.model_info.to_dict(), "ema": False}
+    if weights.train_config is not None:
+        metadata["config"] = weights.train_config
     save_params_streaming(str(path), _STEP, weights.params, metadata)
 
 
@@ -189,8 +189,8 @@ def _compare_run(path: Path, weights: PretrainedWeights) -> None:
     checkpoints = CheckpointManager(str(path))
     try:
         metadata = checkpoints.metadata(_STEP)
-        _compare_about(path.name, from_metadata(metadata, str(path)), weights.about)
-        if metadata.get("config") != weights.config:
+        _compare_about(path.name, ModelInfo.from_metadata(metadata, str(path)), weights.model_info)
+        if metadata.get("config") != weights.train_config:
             raise _differ(path.name, "it says that another run trained its weights")
         for name, array in checkpoints.iter_restore(_STEP, "params"):
             if name not in wanted:
@@ -213,7 +213,7 @@ def _compare_file(
     """Compares a file with weights, tensor by tensor, for both need not be in memory whole."""
     try:
         with open_file(str(path)) as file:
-            _compare_about(path.name, from_json(file.said, str(path)), weights.about)
+            _compare_about(path.name, ModelInfo.from_dict(file.said, str(path)), weights.model_info)
             if file.shapes != {tensor: view.shape for tensor, view in views.items()}:
                 raise _differ(path.name, "it has other tensors, or tensors of other shapes")
             for tensor, view in views.items():

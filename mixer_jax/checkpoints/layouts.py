@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.errors import UserError
 from mixer_jax.model.variants import Widths, parameter_shapes
@@ -118,14 +118,14 @@ class LoadedWeights(NamedTuple):
 
     Attributes:
         params: our tree of them, float32.
-        widths: of the model they are for.
+        config: of the model they are for.
         num_tokens: likewise.
         num_classes: likewise; 0: there is no head.
         layout: that they came in.
     """
 
     params: tree.Tree
-    widths: Widths
+    config: Widths
     num_tokens: int
     num_classes: int
     layout: WeightLayout
@@ -144,8 +144,8 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
         if any(length < 1 for length in shape):
             raise file.error(name, f"has shape {shape}, and so no numbers")
     layout = find_layout(file)
-    widths, num_tokens, num_classes = infer_config(file, layout)
-    shapes = parameter_shapes(widths, num_tokens, num_classes)
+    config, num_tokens, num_classes = infer_config(file, layout)
+    shapes = parameter_shapes(config, num_tokens, num_classes)
     _check_names_and_shapes(file, shapes, layout)
     flat = tree.empty_aligned(shapes)
     views = dict(layout_views(flat, layout))
@@ -165,7 +165,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
         names = sorted(views, key=lambda name: views[name].size, reverse=True)
         for _ in pool.map(read, names):
             pass
-    return LoadedWeights(tree.unflatten(flat), widths, num_tokens, num_classes, layout)
+    return LoadedWeights(tree.unflatten(flat), config, num_tokens, num_classes, layout)
 
 
 def layout_views(
@@ -220,7 +220,7 @@ def find_layout(file: TensorFile) -> WeightLayout:
 
 
 def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, int]:
-    """Returns widths, number of tokens and number of classes that a file's tensors tell.
+    """Returns config, number of tokens and number of classes that a file's tensors tell.
 
     Raises:
         UserError: a tensor that tells them is missing, or has another number of axes.
@@ -253,8 +253,8 @@ def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, i
     head = [entry.name for entry in layout.entries if entry.path.startswith("head/")]
     has_head = any(name in file.shapes for name in head)
     num_classes = shape("head/kernel")[1] if has_head else 0
-    widths = Widths(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
-    return widths, num_tokens, num_classes
+    config = Widths(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
+    return config, num_tokens, num_classes
 
 
 def _check_names_and_shapes(

@@ -1,34 +1,28 @@
 """From the name of a checkpoint, whoever made it, to its weights on the host."""
 
 import dataclasses
+import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from mixer_jax.checkpoints import hub, timm_config
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import hub, timm_config, tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
 from mixer_jax.checkpoints.formats.torch import TorchFile
-from mixer_jax.checkpoints.image_size import (
-    ImageSize,
-    check_fits_in_ram,
-    infer_image_size,
-    matches_num_tokens,
-    parse_image_size,
-)
 from mixer_jax.checkpoints.layouts import TIMM, LoadedWeights, read_pretrained
 from mixer_jax.checkpoints.model_info import (
     METADATA_FIELDS,
     ModelInfo,
     format_image_size,
-    from_metadata,
     get_metadata,
     infer_variant,
+    upgrade_metadata,
     validate_metadata,
 )
 from mixer_jax.checkpoints.resolve import HUB, CheckpointRef, local_copy, resolve_checkpoint
@@ -48,19 +42,25 @@ _OPEN: dict[str, Callable[[str], TensorFile]] = {
 _SIGMOID_BELOW = -2.0
 
 
+ImageSize = SupportsIndex | Sequence[SupportsIndex]
+# Weights may be resized to at most so many bytes, where the machine's memory is not known.
+_MOST_BYTES = 64 * 2**30
+
+
 class PretrainedWeights(NamedTuple):
     """Weights on the host.
 
     Attributes:
         params: nested dictionaries of float32 NumPy arrays, as our model has them.
-        about: what they say of themselves.
-        config: of the run that trained them, keys that it lacks at their defaults; None: unknown.
+        model_info: what they say of themselves.
+        train_config: of the run that trained them, keys that it lacks at their defaults; None:
+            unknown.
         step: they were saved at; None: unknown.
     """
 
     params: tree.Tree
-    about: ModelInfo
-    config: dict[str, Any] | None = None
+    model_info: ModelInfo
+    train_config: dict[str, Any] | None = None
     step: int | None = None
 
 
@@ -102,23 +102,23 @@ def load_checkpoint(
     if trained is not None:
         said["image_size"] = trained
     place = resolve_checkpoint(source, step)
-    if place.kind == "run":
+    if place.format == "run":
         weights = _load_run(place)
-        if trained not in (None, weights.about.image_size):
-            size = format_image_size(weights.about.image_size)
+        if trained not in (None, weights.model_info.image_size):
+            size = format_image_size(weights.model_info.image_size)
             raise UserError(
                 f"{source} was trained at {size}; leave out pretrain_image_size={trained}"
             )
-        weights = weights._replace(about=dataclasses.replace(weights.about, **said))
-        check_class_names(weights.about, source)
-    elif place.kind == "hub":
+        weights = weights._replace(model_info=dataclasses.replace(weights.model_info, **said))
+        check_class_names(weights.model_info, source)
+    elif place.format == "hub":
         weights = _load_file(
             hub.download(place.path), "safetensors", HUB + place.path, said, wanted
         )
     else:
         companions = (hub.CONFIG_FILE, Path(place.path).name + METADATA_SUFFIX)
         with local_copy(place.path, companions) as path:
-            weights = _load_file(path, place.kind, place.path, said, wanted)
+            weights = _load_file(path, place.format, place.path, said, wanted)
     return weights if wanted is None else resize(weights, wanted)
 
 
@@ -129,8 +129,8 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
         UserError: a side is no multiple of the patch size, or the weights would not fit into the
             machine's memory; of a machine that does not tell, 64 GiB.
     """
-    about = weights.about
-    check_image_size(*image_size, about.widths.patch_size)
+    about = weights.model_info
+    check_image_size(*image_size, about.config.patch_size)
     resized = dataclasses.replace(about, image_size=image_size)
     way = method(about.grid, resized.grid)
     if way == "same":
@@ -140,15 +140,15 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
         "grown": f"grown from {size} (the paper's Appendix C)",
         "interpolated": f"interpolated from {size}, which the paper does not do",
     }
-    mlp_dim = resized_tokens_mlp_dim(about.widths.tokens_mlp_dim, about.grid, resized.grid)
+    mlp_dim = resized_tokens_mlp_dim(about.config.tokens_mlp_dim, about.grid, resized.grid)
     resized = dataclasses.replace(
         resized,
-        widths=dataclasses.replace(about.widths, tokens_mlp_dim=mlp_dim),
-        resolution="; ".join(filter(None, [about.resolution, told[way]])),
+        config=dataclasses.replace(about.config, tokens_mlp_dim=mlp_dim),
+        resize_note="; ".join(filter(None, [about.resize_note, told[way]])),
     )
     check_fits_in_ram(resized)
     params = resize_tokens(weights.params, about.grid, resized.grid)
-    return weights._replace(params=params, about=resized)
+    return weights._replace(params=params, model_info=resized)
 
 
 def collect_overrides(**given: Any) -> dict[str, Any]:
@@ -187,10 +187,10 @@ def replace_head(
     count = class_names if isinstance(class_names, int) else len(names)
     params = {name: value for name, value in weights.params.items() if name != "head"}
     if count:
-        kernel = np.zeros((weights.about.widths.hidden_dim, count), np.float32)
+        kernel = np.zeros((weights.model_info.config.hidden_dim, count), np.float32)
         params["head"] = {"kernel": kernel, "bias": np.full(count, bias, np.float32)}
-    about = dataclasses.replace(weights.about, num_classes=count, class_names=names, loss=loss)
-    return weights._replace(params=params, about=about)
+    about = dataclasses.replace(weights.model_info, num_classes=count, class_names=names, loss=loss)
+    return weights._replace(params=params, model_info=about)
 
 
 def set_class_names(
@@ -206,9 +206,9 @@ def set_class_names(
     Raises:
         UserError: there are more or fewer names than classes.
     """
-    about = dataclasses.replace(weights.about, class_names=tuple(class_names))
+    about = dataclasses.replace(weights.model_info, class_names=tuple(class_names))
     check_class_names(about, source)
-    return weights._replace(about=about)
+    return weights._replace(model_info=about)
 
 
 def check_class_names(about: ModelInfo, source: str) -> None:
@@ -229,10 +229,10 @@ def _load_run(place: CheckpointRef) -> PretrainedWeights:
     checkpoints = CheckpointManager(place.path)
     try:
         metadata = checkpoints.metadata(place.step)
-        about = from_metadata(metadata, where)
+        about = ModelInfo.from_metadata(metadata, where)
         item = "ema_params" if get_metadata(metadata, "ema", where) else "params"
         rows, columns = about.grid
-        shapes = parameter_shapes(about.widths, rows * columns, about.num_classes)
+        shapes = parameter_shapes(about.config, rows * columns, about.num_classes)
         target = tree.unflatten(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
@@ -257,14 +257,15 @@ def _load_file(
     """
     with _OPEN[kind](path) as file:
         read = read_pretrained(file)
-        _check_seen(file.said, read, source)
-        said = {name: file.said[name] for name in METADATA_FIELDS if name in file.said}
+        metadata = upgrade_metadata(file.said)
+        _check_seen(metadata, read, source)
+        said = {name: metadata[name] for name in METADATA_FIELDS if name in metadata}
         says_nothing = not said
         said = validate_metadata({name: said[name] for name in said.keys() - given.keys()}, source)
     if "image_size" in given and not matches_num_tokens(given["image_size"], read):
         raise UserError(
             f"pretrain_image_size={given['image_size']} does not fit {source}, which has "
-            f"{read.num_tokens} tokens of {read.widths.patch_size} px"
+            f"{read.num_tokens} tokens of {read.config.patch_size} px"
         )
     if read.layout is TIMM and says_nothing:
         config = hub.read_timm_config(path) or timm_config.guess_timm_config(*_names(source))
@@ -289,7 +290,11 @@ def _load_file(
         "image_size": infer_image_size(read, said.get("image_size"), wanted, source),
     }
     about = ModelInfo(
-        infer_variant(read.widths), read.widths, num_classes=read.num_classes, **(defaults | said)
+        "mixer",
+        infer_variant(read.config),
+        read.config,
+        num_classes=read.num_classes,
+        **(defaults | said),
     )
     check_class_names(about, source)
     return PretrainedWeights(read.params, about)
@@ -304,11 +309,11 @@ def _names(source: str) -> tuple[str, str]:
 
 def _check_seen(said: dict[str, Any], read: LoadedWeights, source: str) -> None:
     """Raises UserError if what a file says of its tensors is not what they are."""
-    widths = dataclasses.asdict(read.widths)
-    seen = {"num_classes": read.num_classes, "widths": widths}
+    config = dataclasses.asdict(read.config)
+    seen = {"num_classes": read.num_classes, "config": config}
     # A run may have a variant's name with other widths; it says these too.
-    if "widths" not in said and said.get("variant") != CUSTOM:
-        seen["variant"] = infer_variant(read.widths)
+    if "config" not in said and said.get("variant") != CUSTOM:
+        seen["variant"] = infer_variant(read.config)
     for name, value in seen.items():
         if name in said and said[name] != value:
             raise UserError(
@@ -320,3 +325,82 @@ def _tell_loss(read: LoadedWeights) -> str:
     if not read.num_classes:
         return "softmax"
     return "sigmoid" if read.params["head"]["bias"].mean() < _SIGMOID_BELOW else "softmax"
+
+
+def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
+    """Returns an argument that is a size as height and width."""
+    if size is None:
+        return None
+    try:
+        given = size if isinstance(size, list | tuple) else (size, size)
+        sides = [operator.index(side) for side in given]
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"{name}={size!r} is no size; pass a side or (height, width), whole pixels")
+    return sides[0], sides[1]
+
+
+def check_fits_in_ram(about: ModelInfo) -> None:
+    """Raises UserError if weights are larger than the machine's memory."""
+    rows, columns = about.grid
+    shapes = parameter_shapes(about.config, rows * columns, about.num_classes)
+    needed = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(np.float32).itemsize
+    try:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        most = _MOST_BYTES
+    if needed > most:
+        raise UserError(
+            f"{about.name} would take {needed // 10**9:,} GB for its weights alone, and this "
+            f"machine has {most // 10**9:,} GB; pass a smaller image_size"
+        )
+
+
+def matches_num_tokens(size: tuple[int, int], read: LoadedWeights) -> bool:
+    """Returns whether an image of this height and width has as many tokens as weights are for."""
+    patch = read.config.patch_size
+    tokens = math.prod(side // patch for side in size)
+    return not any(side % patch for side in size) and tokens == read.num_tokens
+
+
+def infer_image_size(
+    read: LoadedWeights, said: tuple[int, int] | None, wanted: tuple[int, int] | None, source: str
+) -> tuple[int, int]:
+    """Returns the image size that published weights are for.
+
+    Args:
+        read: the weights.
+        said: by their file or the caller.
+        wanted: by the caller.
+        source: of the weights, for messages.
+
+    Raises:
+        UserError: it cannot be told, or what is said does not fit the tokens.
+    """
+    patch = read.config.patch_size
+    have = f"{read.num_tokens} tokens of {patch} px"
+    if said is not None:
+        if not matches_num_tokens(said, read):
+            raise UserError(f"{source} says image_size={list(said)}, but has {have}")
+        return said
+    side = math.isqrt(read.num_tokens)
+    square = (side * patch, side * patch) if side**2 == read.num_tokens else None
+    fitting = wanted if wanted is not None and matches_num_tokens(wanted, read) else None
+    if square and fitting not in (None, square):
+        beside = f"{Path(source).name}{METADATA_SUFFIX}", '{"image_size": [height, width]}'
+        if read.layout is TIMM:
+            beside = hub.CONFIG_FILE, '{"input_size": [3, height, width]}'
+        raise UserError(
+            f"{source} has {have}, which may be {format_image_size(square)} or "
+            f"{format_image_size(fitting)} alike; "
+            "pass pretrain_image_size=(height, width) in Python, or write "
+            f"{beside[1]} into {beside[0]} beside it"
+        )
+    size = square or fitting
+    if size is None:
+        raise UserError(
+            f"{source} has {have}, which make no square image; pass image_size=(height, width) or "
+            "pretrain_image_size=(height, width) that the weights were trained at"
+        )
+    return size

@@ -16,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mixer_jax.checkpoints.formats import tree as trees
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints import tree as trees
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import UserError, summarize_error
 
 Tree = Any
@@ -29,16 +29,16 @@ _PIECE, _FILE = 2**22, 2**25
 class CheckpointManager:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: str, keep: int | None = None):
+    def __init__(self, workdir: str, max_to_keep: int | None = None):
         """Opens `workdir`/checkpoints; to write, makes it and clears unfinished saves away.
 
         Args:
             workdir: absolute path or URL of the run.
-            keep: number of checkpoints kept, the newest; None: only reads.
+            max_to_keep: number of checkpoints kept, the newest; None: only reads.
         """
-        reading = keep is None
+        reading = max_to_keep is None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=max_to_keep,
             create=not reading,
             read_only=reading,
             cleanup_tmp_directories=not reading,
@@ -105,7 +105,7 @@ class CheckpointManager:
                 raise TypeError("its metadata are no JSON object")
             return metadata
 
-    def must_stop(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Returns whether several hosts, of which one is to be taken away, stop after this step.
 
         It is the same step on all of them: the first that none has begun when all know of it. Every

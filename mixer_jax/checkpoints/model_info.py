@@ -20,7 +20,7 @@ METADATA_FIELDS = (
     "exif_orientation",
     "loss",
     "dtype",
-    "resolution",
+    "resize_note",
 )
 
 
@@ -29,8 +29,9 @@ class ModelInfo:
     """What weights say of themselves.
 
     Attributes:
+        family: of the model, "mixer".
         variant: a name of `VARIANTS`, or "custom".
-        widths: of the model; wider than the variant's own if the weights were grown.
+        config: of the model; wider than the variant's own if the weights were grown.
         image_size: height and width that the weights are for, pixels.
         num_classes: outputs of the head; 0: there is none.
         class_names: a name for each class; empty: not known.
@@ -39,11 +40,12 @@ class ModelInfo:
         exif_orientation: likewise.
         loss: the head was trained by, "sigmoid" or "softmax".
         dtype: of the computation, as `model.dtype` in keys.py.
-        resolution: how the weights came to their image size, if not by training; empty otherwise.
+        resize_note: how the weights came to their image size, if not by training; empty otherwise.
     """
 
+    family: str
     variant: str
-    widths: Widths
+    config: Widths
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
@@ -52,58 +54,89 @@ class ModelInfo:
     exif_orientation: bool
     loss: str
     dtype: str = "auto"
-    resolution: str = ""
+    resize_note: str = ""
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         height, width = self.image_size
-        return height // self.widths.patch_size, width // self.widths.patch_size
+        return height // self.config.patch_size, width // self.config.patch_size
 
     @property
     def name(self) -> str:
         """The model and its image size, for people: "Mixer-B/16 at 224 px"."""
         return f"Mixer-{self.variant} at {format_image_size(self.image_size)}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns it as plain data."""
         return dataclasses.asdict(self) | {
             "image_size": list(self.image_size),
             "class_names": list(self.class_names),
         }
 
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], where: str) -> "ModelInfo":
+        """Returns what a checkpoint's metadata say of its weights.
+
+        Args:
+            metadata: all that the checkpoint says of itself.
+            where: it is, for messages.
+
+        Raises:
+            UserError: something lacks, or is impossible.
+        """
+        if "model_info" in metadata or "about" in metadata or "widths" not in metadata:
+            return cls.from_dict(metadata.get("model_info", metadata.get("about")), where)
+        # Here, for the doors import this file, and not all of them need ml_collections.
+        from mixer_jax.config.config import fill_defaults
+
+        # Of a run from before `ModelInfo` was saved; the rest stood in its config, or was the
+        # default.
+        with _telling_what_lacks(where):
+            config = fill_defaults(metadata["config"])
+            data = metadata | {
+                "config": metadata["widths"],
+                "num_classes": len(metadata["class_names"]),
+                "eval_crop": metadata["preprocess"]["eval_crop"],
+                "exif_orientation": config["preprocess"]["exif_orientation"],
+                "dtype": config["model"]["dtype"],
+            }
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> "ModelInfo":
+        """Returns what `to_dict` gave.
+
+        Args:
+            data: from a checkpoint.
+            where: it comes from, for messages.
+
+        Raises:
+            UserError: it lacks something, or says something impossible.
+        """
+        with _telling_what_lacks(where):
+            data = upgrade_metadata(data)
+            return cls(
+                data["family"],
+                data["variant"],
+                Widths(**data["config"]),
+                num_classes=data["num_classes"],
+                **validate_metadata(data, where),
+            )
+
+
+def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns metadata of a model with the names that fields have now."""
+    old_names = {"widths": "config", "resolution": "resize_note"}
+    old = {old_names[name]: value for name, value in data.items() if name in old_names}
+    new = {name: value for name, value in data.items() if name not in old_names}
+    return {"family": "mixer", **old, **new}
+
 
 def format_image_size(image_size: tuple[int, int]) -> str:
     """Returns height and width for people: "224 px", "224 × 320 px"."""
     height, width = image_size
     return f"{height} px" if height == width else f"{height} × {width} px"
-
-
-def from_metadata(metadata: dict[str, Any], where: str) -> ModelInfo:
-    """Returns what a checkpoint's metadata say of its weights.
-
-    Args:
-        metadata: all that the checkpoint says of itself.
-        where: it is, for messages.
-
-    Raises:
-        UserError: something lacks, or is impossible.
-    """
-    if "about" in metadata or "widths" not in metadata:
-        return from_json(metadata.get("about"), where)
-    # Here, for the doors import this file, and not all of them need ml_collections.
-    from mixer_jax.config.config import fill_defaults
-
-    # Of a run from before `ModelInfo` was saved; the rest stood in its config, or was the default.
-    with _telling_what_lacks(where):
-        config = fill_defaults(metadata["config"])
-        about = {
-            "num_classes": len(metadata["class_names"]),
-            "eval_crop": metadata["preprocess"]["eval_crop"],
-            "exif_orientation": config["preprocess"]["exif_orientation"],
-            "dtype": config["model"]["dtype"],
-        }
-    return from_json(metadata | about, where)
 
 
 def get_metadata(metadata: dict[str, Any], name: str, where: str) -> Any:
@@ -119,22 +152,6 @@ def get_metadata(metadata: dict[str, Any], name: str, where: str) -> Any:
     """
     with _telling_what_lacks(where):
         return metadata[name]
-
-
-def from_json(data: Any, where: str) -> ModelInfo:
-    """Returns what `ModelInfo.to_json` gave.
-
-    Args:
-        data: from a checkpoint.
-        where: it comes from, for messages.
-
-    Raises:
-        UserError: it lacks something, or says something impossible.
-    """
-    with _telling_what_lacks(where):
-        widths = Widths(**data["widths"])
-        seen: dict[str, Any] = {"variant": data["variant"], "num_classes": data["num_classes"]}
-        return ModelInfo(widths=widths, **seen, **validate_metadata(data, where))
 
 
 @contextmanager
@@ -182,8 +199,8 @@ def validate_metadata(data: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{where} says class_names that are no list of texts")
         said["class_names"] = tuple(names)
-    if not isinstance(said.get("resolution", ""), str):
-        raise UserError(f"{where} says resolution={said['resolution']!r}; it is a text")
+    if not isinstance(said.get("resize_note", ""), str):
+        raise UserError(f"{where} says resize_note={said['resize_note']!r}; it is a text")
     return said
 
 
@@ -204,11 +221,11 @@ def read_metadata_json(path: Path) -> dict[str, Any]:
     return said
 
 
-def infer_variant(widths: Widths) -> str:
+def infer_variant(config: Widths) -> str:
     """Returns the variant of these widths, grown (Appendix C) or not, or "custom"."""
     for name, known in VARIANTS.items():
-        factor, rest = divmod(widths.tokens_mlp_dim, known.tokens_mlp_dim)
-        same = dataclasses.replace(widths, tokens_mlp_dim=known.tokens_mlp_dim) == known
+        factor, rest = divmod(config.tokens_mlp_dim, known.tokens_mlp_dim)
+        same = dataclasses.replace(config, tokens_mlp_dim=known.tokens_mlp_dim) == known
         if same and not rest and round(factor**0.5) ** 2 == factor:
             return name
     return CUSTOM

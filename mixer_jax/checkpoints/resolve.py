@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mixer_jax.checkpoints.steps import find_checkpoint
 from mixer_jax.errors import UserError, summarize_error
 
 HUB = "hf:"
@@ -30,18 +29,22 @@ _SCHEMES = ("gs", "s3", "az")
 _EXTRAS = {"gcsfs": 'pip install "mixer-jax[gcs]"'}
 # What the Hugging Face Hub, and folders saved from it, call the file of weights.
 HUB_FILE = "model.safetensors"
+# In a run's folder, and in that of a checkpoint which is complete.
+CHECKPOINT_DIR = "checkpoints"
+COMMITTED = "commit_success.txt"
+INDEX = "_CHECKPOINT_METADATA"
 
 
 class CheckpointRef(NamedTuple):
     """Where weights lie.
 
     Attributes:
-        kind: "run", "hub", or one of the kinds of files.
+        format: "run", "hub", or one of the kinds of files.
         path: of the run or the file; of the Hub, the repository's name.
         step: of a run.
     """
 
-    kind: str
+    format: str
     path: str
     step: int | None = None
 
@@ -144,3 +147,43 @@ def local_copy(path: str, companions: tuple[str, ...]) -> Iterator[str]:
         except UserError as error:
             # The copy is gone when this is read.
             raise UserError(str(error).replace(folder, str(remote.parent))) from error
+
+
+def list_steps(workdir: str) -> list[int]:
+    """Returns the steps of a run's complete checkpoints, in order."""
+    folder = epath.Path(workdir) / CHECKPOINT_DIR
+    if not folder.is_dir():
+        return []
+    complete = (
+        int(entry.name)
+        for entry in folder.iterdir()
+        # A disk renames a finished save, and what was copied half lacks orbax's index; an object
+        # store cannot rename, and gets a mark.
+        if entry.name.isdecimal() and (entry / (COMMITTED if "://" in workdir else INDEX)).exists()
+    )
+    return sorted(complete)
+
+
+def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
+    """Returns a checkpoint as (run, step).
+
+    Args:
+        path: of a run, of its `checkpoints` folder, or of one checkpoint in it.
+        step: which checkpoint of a run; None: the newest.
+
+    Raises:
+        UserError: nothing there, or not this step.
+    """
+    place = epath.Path(path).expanduser()
+    place = place if "://" in path else place.resolve()
+    if place.name.isdecimal() and place.parent.name == CHECKPOINT_DIR:
+        step = int(place.name) if step is None else step
+        place = place.parent
+    run = str(place.parent if place.name == CHECKPOINT_DIR else place)
+    steps = list_steps(run)
+    if not steps:
+        raise UserError(f"checkpoint {path!r} holds no checkpoint; name a run's folder")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"checkpoint {path!r} has no step {step}; it has {known}")
+    return run, steps[-1] if step is None else step

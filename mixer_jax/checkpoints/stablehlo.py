@@ -14,7 +14,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import atomic_target
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
 from mixer_jax.checkpoints.load import PretrainedWeights
@@ -41,7 +41,7 @@ def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) ->
     Raises:
         UserError: they cannot be written.
     """
-    model, flat = _make_model(weights.about), dict(tree.flatten(weights.params))
+    model, flat = _make_model(weights.model_info), dict(tree.flatten(weights.params))
 
     def logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         # Said in the program, for accelerators compute float32 products from fewer bits otherwise.
@@ -49,11 +49,11 @@ def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) ->
             return model.apply({"params": tree.unflatten(params)}, images)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *weights.about.image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *weights.model_info.image_size, 3), jnp.float32)
     arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in flat.items()}
     program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(arrays, images)
     with atomic_target(path) as draft:
-        write_safetensors(weights_path, flat.items(), weights.about.to_json())
+        write_safetensors(weights_path, flat.items(), weights.model_info.to_dict())
         draft.write_bytes(program.serialize())
 
 
@@ -67,9 +67,9 @@ def check_stablehlo(path: str, weights: PretrainedWeights) -> None:
     Raises:
         RunFailedError: it cannot be run, or its logits are others.
     """
-    model = _make_model(weights.about)
+    model = _make_model(weights.model_info)
     rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (max(_CHECKED_BATCHES), *weights.about.image_size, 3))
+    images = rng.uniform(-1, 1, (max(_CHECKED_BATCHES), *weights.model_info.image_size, 3))
     images = images.astype(np.float32)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(jax.jit(model.apply)({"params": weights.params}, images))

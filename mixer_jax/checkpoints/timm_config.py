@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.errors import UserError
 
 # timm crops the centre of an image whose shorter side is the model's side over this.

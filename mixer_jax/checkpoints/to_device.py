@@ -23,7 +23,7 @@ def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
     """
     section = {
         "variant": about.variant,
-        **dataclasses.asdict(about.widths),
+        **dataclasses.asdict(about.config),
         "gelu": about.gelu,
         "dropout": 0.0,
         "dtype": dtype or about.dtype,

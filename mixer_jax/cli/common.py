@@ -120,8 +120,8 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 def warn_if_resized(about: ModelInfo) -> None:
     """Says on standard error if weights were changed to fit an image size."""
-    if about.resolution:
-        print(f"{about.name}: weights {about.resolution}", file=sys.stderr)
+    if about.resize_note:
+        print(f"{about.name}: weights {about.resize_note}", file=sys.stderr)
 
 
 def read_class_names(path: str | None) -> list[str]:

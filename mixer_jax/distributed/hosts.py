@@ -79,7 +79,7 @@ def _find_jaxs_handler() -> Callable[[int], None] | None:
 
 
 def request_global_stop() -> None:
-    """Tells the other hosts by JAX that all should stop soon; see `Checkpoints.must_stop`."""
+    """Tells the other hosts that all should stop soon; see `CheckpointManager.should_stop`."""
     for handler in _jaxs_handlers:
         handler(signal.SIGTERM)
 

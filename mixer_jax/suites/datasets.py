@@ -148,7 +148,7 @@ def choose_image_size(task: Task, wish: str, about: ModelInfo, sources: list[Sou
     height, width = about.image_size
     if wish.isdecimal():
         side = int(wish)
-        check_image_size(side, side, about.widths.patch_size)
+        check_image_size(side, side, about.config.patch_size)
         return side
     if height != width:
         raise UserError(

@@ -110,9 +110,9 @@ def _probing(plan: TransferPlan, task: ProbeTask, data: SuiteData) -> Iterator[t
 
 def _forward(about: ModelInfo, side: int, num_classes: int) -> float:
     """Returns the FLOPs of an image, with weights resized."""
-    grid = (side // about.widths.patch_size,) * 2
-    mlp_dim = resized_tokens_mlp_dim(about.widths.tokens_mlp_dim, about.grid, grid)
-    widths = dataclasses.replace(about.widths, tokens_mlp_dim=mlp_dim)
+    grid = (side // about.config.patch_size,) * 2
+    mlp_dim = resized_tokens_mlp_dim(about.config.tokens_mlp_dim, about.grid, grid)
+    widths = dataclasses.replace(about.config, tokens_mlp_dim=mlp_dim)
     return float(forward_flops(widths, side, num_classes))
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from mixer_jax.checkpoints import steps
-from mixer_jax.checkpoints.formats import tree
-from mixer_jax.checkpoints.model_info import ModelInfo, from_json
+from mixer_jax.checkpoints import tree
+from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import UserError
 from mixer_jax.suites import tasks as tasks_lib
 from mixer_jax.suites.run_configs import Run, SuiteSettings, final_runs, is_resumable, sweep_runs
@@ -84,7 +84,7 @@ def params_digest(params: tree.Tree) -> str:
 def check_workdir(workdir: str) -> None:
     """Raises UserError if a folder is that of a run and not of a suite."""
     folder = epath.Path(workdir)
-    if (folder / CONFIG_FILE).exists() or (folder / steps.CHECKPOINT_DIR).exists():
+    if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINT_DIR).exists():
         raise UserError(
             f"workdir {workdir!r} belongs to a run of mixer_jax.main; choose another --workdir"
         )
@@ -106,7 +106,7 @@ def to_json(plan: TransferPlan) -> dict[str, Any]:
     return {
         "suite": tasks_lib.to_json(plan.suite),
         "checkpoint": setting.checkpoint,
-        "about": about.to_json(),
+        "about": about.to_dict(),
         "data_dir": setting.data_dir,
         "overrides": dict(setting.overrides),
         "image_sizes": plan.image_sizes,
@@ -129,7 +129,7 @@ def read_plan(workdir: str) -> TransferPlan | None:
         return None
     try:
         data = json.loads(path.read_text())
-        about = from_json(data["about"], str(path))
+        about = ModelInfo.from_dict(data["about"], str(path))
         overrides = tuple(data["overrides"].items())
         return TransferPlan(
             tasks_lib.from_json(data["suite"]),

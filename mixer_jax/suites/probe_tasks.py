@@ -51,13 +51,13 @@ def run_probe_task(
     )
     config = plan.setting.config()
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    model = model_from_info(weights.about)
+    model = model_from_info(weights.model_info)
     feature_fn = make_feature_fn(model, mesh)
     reading = EvalInputConfig(
         batch_size=config.eval_batch_size,
-        image_size=weights.about.image_size,
-        eval_crop=task.eval_crop or weights.about.eval_crop,
-        exif_orientation=weights.about.exif_orientation,
+        image_size=weights.model_info.image_size,
+        eval_crop=task.eval_crop or weights.model_info.eval_crop,
+        exif_orientation=weights.model_info.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
         threads=config.loader.threads,
         prefetch_batches=config.loader.prefetch_batches,
@@ -84,8 +84,8 @@ def _networks(weights: PretrainedWeights, names: list[str]) -> Iterator[tuple[st
     for name in names:
         params = weights.params
         if name == RANDOM_INIT:
-            model = model_from_info(weights.about).clone(num_classes=0)
-            images = jnp.zeros((1, *weights.about.image_size, 3))
+            model = model_from_info(weights.model_info).clone(num_classes=0)
+            images = jnp.zeros((1, *weights.model_info.image_size, 3))
             rng = jax.random.key(_SEED_OF_FRESH)
             params = jax.device_get(jax.jit(model.init)(rng, images)["params"])
         yield name, {part: value for part, value in params.items() if part != "head"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import OutputWriteError, UserError, summarize_error
 from mixer_jax.suites.run_configs import TEST, VALIDATION
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask

@@ -5,8 +5,7 @@ import signal
 from typing import NamedTuple
 
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
-from mixer_jax.checkpoints.resolve import HUB, RUN, CheckpointRef
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import hosts
 from mixer_jax.errors import UserError
@@ -135,7 +134,7 @@ def _keep(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[
 
 
 def _make_plan(wish: TransferRequest, weights: PretrainedWeights, data: SuiteData) -> TransferPlan:
-    about, config = weights.about, weights.config
+    about, config = weights.model_info, weights.train_config
     notes = tuple(data.notes)
     # Those of other shares must get the same sizes there and here.
     unknown = [task for task in wish.suite.tasks if task.large is None]
@@ -166,17 +165,17 @@ def _make_plan(wish: TransferRequest, weights: PretrainedWeights, data: SuiteDat
 
 def _pretraining(place: CheckpointRef, weights: PretrainedWeights) -> float | None:
     """Returns the device-days of the run that weights come from; None: not known."""
-    if place.kind != RUN or weights.config is None:
+    if place.format != RUN or weights.train_config is None:
         return None
     lines = [line for line in read_metrics(place.path) if line["step"] <= (weights.step or 0)]
-    return device_days(lines, weights.config["batch_size"]) or None
+    return device_days(lines, weights.train_config["batch_size"]) or None
 
 
 def _name(place: CheckpointRef) -> str:
     """Returns a checkpoint's name that means the same from anywhere, and later."""
-    if place.kind == RUN:
+    if place.format == RUN:
         return f"{place.path}/{CHECKPOINT_DIR}/{place.step}"
-    if place.kind == "hub":
+    if place.format == "hub":
         return HUB + place.path
     return place.path if "://" in place.path else os.path.abspath(place.path)
 

@@ -45,12 +45,12 @@ def measure_throughput(weights: PretrainedWeights) -> Throughput:
         weights: on the host.
     """
     device = jax.local_devices()[0]
-    model = model_from_info(weights.about)
+    model = model_from_info(weights.model_info)
     classify = jax.jit(lambda params, x: model.apply({"params": params}, to_model_range(x)))
-    best = Throughput(0.0, 0, device.device_kind, weights.about.image_size)
+    best = Throughput(0.0, 0, device.device_kind, weights.model_info.image_size)
     params, size, end = weights.params, 1, time.monotonic() + _SEARCH_SECONDS
     while size <= _LARGEST_BATCH and time.monotonic() < end:
-        images = np.zeros((size, *weights.about.image_size, 3), np.uint8)
+        images = np.zeros((size, *weights.model_info.image_size, 3), np.uint8)
         try:
             # They stay there after the first time.
             params = jax.device_put(params, device)

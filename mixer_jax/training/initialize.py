@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.model_info import ModelInfo, from_metadata, get_metadata
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR, list_steps
+from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.to_device import shard_params
 from mixer_jax.config.config import architecture_overrides
 from mixer_jax.errors import UserError
@@ -53,14 +53,14 @@ def find_init_source(
         finally:
             checkpoints.close()
         where = f"checkpoint {workdir}/{CHECKPOINT_DIR}/{steps[-1]}"
-        return InitSource(from_metadata(metadata, where), None)
+        return InitSource(ModelInfo.from_metadata(metadata, where), None)
     if not config.init_from:
         return None
     weights = weights or load_checkpoint(config.init_from)
     if config.model.variant != INIT_FROM:
-        _check_model(config, weights.about)
+        _check_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))
-    return InitSource(weights.about, weights)
+    return InitSource(weights.model_info, weights)
 
 
 def restore_or_init(
@@ -81,7 +81,7 @@ def restore_or_init(
     if step == 0:
         return init_state(experiment, beginning and beginning.weights), []
     metadata, where = checkpoints.metadata(step), f"the checkpoint of step {step}"
-    theirs = metadata | {"class_names": list(from_metadata(metadata, where).class_names)}
+    theirs = metadata | {"class_names": list(ModelInfo.from_metadata(metadata, where).class_names)}
     ours = experiment.metadata | {"class_names": list(experiment.about.class_names)}
     for key in ("num_train_examples", "num_steps", "class_names"):
         was, now = get_metadata(theirs, key, where), ours[key]
@@ -116,7 +116,7 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     if weights is None:
         return state
     params = shard_params(weights.params, experiment.mesh)
-    if not should_keep_head(experiment, weights.about):
+    if not should_keep_head(experiment, weights.model_info):
         params = {**params, "head": state.params["head"]}
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
     return state._replace(params=params, ema_params=ema_params)
@@ -143,7 +143,7 @@ def describe_init(experiment: Experiment, beginning: InitSource | None) -> str:
     if beginning is None or beginning.weights is None:
         return ""
     about = beginning.about
-    how = f", {about.resolution}" if about.resolution else ""
+    how = f", {about.resize_note}" if about.resize_note else ""
     head = "with their head" if should_keep_head(experiment, about) else "with a new head"
     return f"weights of {experiment.config.init_from}{how}, {head}\n"
 
@@ -151,15 +151,15 @@ def describe_init(experiment: Experiment, beginning: InitSource | None) -> str:
 def _check_model(config: ConfigDict, trained: ModelInfo) -> None:
     """Raises UserError if weights are not of the model that the config declares."""
     widths = resolve_widths(config.model.variant, **architecture_overrides(config.model))
-    side = config.image_size // trained.widths.patch_size
-    mlp_dim = trained.widths.tokens_mlp_dim
+    side = config.image_size // trained.config.patch_size
+    mlp_dim = trained.config.tokens_mlp_dim
     if side:
         mlp_dim = resized_tokens_mlp_dim(mlp_dim, trained.grid, (side, side))
     # A config may name the widths before growing, as the paper does, or after it.
-    if widths not in (trained.widths, dataclasses.replace(trained.widths, tokens_mlp_dim=mlp_dim)):
+    if widths not in (trained.config, dataclasses.replace(trained.config, tokens_mlp_dim=mlp_dim)):
         found = trained.variant
         if found in (CUSTOM, config.model.variant):
-            found = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(trained.widths).items())
+            found = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(trained.config).items())
         raise UserError(
             f"config.init_from={config.init_from!r} is of another model, {found}; set "
             f"--config.model.variant={INIT_FROM} to take its"

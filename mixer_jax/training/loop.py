@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import failures, hosts
 from mixer_jax.errors import RunError, UserError
@@ -137,6 +137,9 @@ def train_and_evaluate(
                 if saving:
                     save(experiment, checkpoints, state, step, journal.window)
                     saved_step, saved_at = step, time.monotonic()
+            if stopping and stop.received is not None and not last:
+                # Callers other than `mixer_jax.main` would otherwise see a run end without a word.
+                journal.progress.say(f"{stop.received.name} received: stopped after step {step:,}")
             if stopping:
                 break
         bad_images.close()
@@ -194,7 +197,7 @@ def _should_stop(step: int, stop: hosts.GracefulShutdown, checkpoints: Checkpoin
         return stop.received is not None
     if stop.received is not None:
         hosts.request_global_stop()
-    if checkpoints.must_stop(step):
+    if checkpoints.should_stop(step):
         stop.received = stop.received or signal.SIGTERM
         return True
     return False

@@ -106,8 +106,8 @@ def build_experiment(
     pieces = config.recipe.accumulation_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
     about = _describe(config, sources, init_info)
-    check_unroll(config, about.widths)
-    section = {"variant": about.variant, "gelu": about.gelu, **vars(about.widths)}
+    check_unroll(config, about.config)
+    section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
     model = build_model(settings, about.num_classes, device.device_kind)
@@ -152,7 +152,7 @@ def build_experiment(
         change_norm=jax.jit(update_norm, out_shardings=replicated(mesh)),
         parameter_norm=jax.jit(optax.tree.norm, out_shardings=replicated(mesh)),
         metadata={
-            "about": about.to_json(),
+            "model_info": about.to_dict(),
             "ema": config.recipe.ema_decay > 0,
             "num_steps": num_steps,
             "num_train_examples": len(sources.train),
@@ -250,7 +250,7 @@ def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
 def flops_per_image(experiment: Experiment) -> int:
     """Returns the model FLOPs of training on one image: three forwards."""
     about = experiment.about
-    return 3 * forward_flops(about.widths, about.image_size[0], about.num_classes)
+    return 3 * forward_flops(about.config, about.image_size[0], about.num_classes)
 
 
 def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict[str, float]:
@@ -271,8 +271,9 @@ def _describe(config: ConfigDict, sources: RunDatasets, init_info: ModelInfo | N
         variant, gelu = config.model.variant, config.model.gelu
         widths = resolve_widths(variant, **architecture_overrides(config.model))
     else:
-        variant, gelu, widths = init_info.variant, init_info.gelu, init_info.widths
+        variant, gelu, widths = init_info.variant, init_info.gelu, init_info.config
     return ModelInfo(
+        "mixer",
         variant,
         widths,
         image_size=(config.image_size, config.image_size),

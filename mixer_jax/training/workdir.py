@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.steps import CHECKPOINT_DIR, list_steps
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import get_field
 from mixer_jax.errors import UserError

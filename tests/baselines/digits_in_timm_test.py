@@ -38,7 +38,7 @@ def load_in_timm(timm: Any, weights: PretrainedWeights, path: Path) -> Any:
     """The model that the printed lines make of the exported file."""
     export_weights(weights, "timm", str(path))
     names: dict[str, Any] = {}
-    exec("\n".join(timm_snippet(weights.about, str(path))), names)
+    exec("\n".join(timm_snippet(weights.model_info, str(path))), names)
     return names["model"].eval()
 
 
@@ -57,7 +57,7 @@ def test_digits_from_training_to_timm(
     assert scores["num_examples"] == 360
     assert scores["top1"] > 0.85
     weights = load_checkpoint(tuned)
-    assert weights.about.widths.tokens_mlp_dim == 4 * 8
+    assert weights.model_info.config.tokens_mlp_dim == 4 * 8
 
     files, pixels, labels = [], [], []
     for number, example in enumerate(open_dataset("digits/all", "test", digits_dir).examples):
@@ -71,9 +71,9 @@ def test_digits_from_training_to_timm(
     for source in (tuned, str(tmp_path / "digits.safetensors")):
         ours = load_pretrained(source, dtype="float32").predict(files, topk=1, batch_size=512)
         told = [prediction.classes[0] for prediction in ours]
-        assert [one.label for one in told] == theirs.argmax(1).tolist()
-        assert [one.name for one in told] == [str(one.label) for one in told]
-        right = np.mean([one.label == label for one, label in zip(told, labels, strict=True)])
+        assert [one.class_index for one in told] == theirs.argmax(1).tolist()
+        assert [one.name for one in told] == [str(one.class_index) for one in told]
+        right = np.mean([one.class_index == label for one, label in zip(told, labels, strict=True)])
         assert right == pytest.approx(scores["top1"])
 
 

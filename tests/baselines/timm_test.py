@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
 from mixer_jax.checkpoints.layouts import TIMM, layout_views
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
+from tests.helpers.messages import raises
 from tests.helpers.random_weights import assert_params_equal
 
 pytestmark = pytest.mark.baselines
@@ -66,7 +67,7 @@ def some_images(size: int = 224) -> np.ndarray:
 
 def export(weights: Any, path: Path) -> Path:
     views = layout_views(dict(tree.flatten(weights.params)), TIMM)
-    write_safetensors(str(path), views, weights.about.to_json())
+    write_safetensors(str(path), views, weights.model_info.to_dict())
     return path
 
 
@@ -81,9 +82,9 @@ def test_weights_go_from_timm_to_us_and_back(
 
     ours = load_pretrained(str(tmp_path / "theirs"), dtype="float32")
     assert_agree(ours(images), theirs)
-    assert ours.about.gelu == "exact"
-    assert ours.about.eval_crop == "bicubic"
-    assert f"mixer_{ours.about.variant.lower().replace('/', '')}_224" == name
+    assert ours.model_info.gelu == "exact"
+    assert ours.model_info.eval_crop == "bicubic"
+    assert f"mixer_{ours.model_info.variant.lower().replace('/', '')}_224" == name
 
     weights = load_checkpoint(str(tmp_path / "theirs"))
     back = timm.create_model(name)
@@ -109,7 +110,7 @@ def test_our_weights_are_the_same_model_in_timm(
     images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     assert_agree(Classifier(weights, "float32")(images), their_logits(torch, peer, images))
     # The file says what shapes alone do not.
-    assert load_checkpoint(str(path)).about == weights.about
+    assert load_checkpoint(str(path)).model_info == weights.model_info
 
 
 def plain(state: Any) -> Any:
@@ -169,7 +170,7 @@ def test_a_training_checkpoint_of_timm_is_read(torch: Any, timm: Any, tmp_path: 
 def test_names_that_are_there_twice_are_refused(torch: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
     torch.save({"a": torch.zeros(2), "module.a": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="tensor 'a' is there twice, with other prefixes"):
+    with raises(UserError, "'a'"):
         load_checkpoint(str(path))
 
 
@@ -206,41 +207,43 @@ def test_a_program_in_a_pth_file_is_refused_and_not_run(
     path, trace = tmp_path / "evil.pth", tmp_path / "trace"
     state = {"stem.proj.weight": torch.zeros(2), "evil": Malicious(f"touch {trace}")}
     torch.save(state, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(UserError, match=r"^[^\n]*evil.pth is no file of PyTorch tensors[^\n]*$"):
+    with raises(UserError, str(path)) as caught:
         load_checkpoint(str(path))
+    assert "\n" not in str(caught.value)
     assert not trace.exists()
     # Nor one in what is allowed beside tensors.
     torch.save({**state, "evil": argparse.Namespace(evil=state["evil"])}, tmp_path / "args.pth")
-    with pytest.raises(UserError, match=r"^[^\n]*args.pth is no file of PyTorch tensors[^\n]*$"):
+    with raises(UserError, str(tmp_path / "args.pth")) as caught:
         load_checkpoint(str(tmp_path / "args.pth"))
+    assert "\n" not in str(caught.value)
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()
 
 
-def bad_states(torch: Any) -> dict[str, Any]:
-    return {
-        "holds a list": [1, 2],
-        "'epoch' is a int": {"epoch": 3},
-        "'count' is of type torch.int64": {"count": torch.zeros(3, dtype=torch.int64)},
-        "announces 40,000,000,000,000 bytes": {"head.weight": torch.zeros(1).expand(10**7, 10**6)},
-        "is no Mixer": {"fc.weight": torch.zeros(3)},
-        "'sparse' is torch.sparse_coo": {"sparse": torch.eye(3).to_sparse()},
-    }
+def bad_states(torch: Any) -> list[tuple[Any, list[str]]]:
+    return [
+        ([1, 2], ["list"]),
+        ({"epoch": 3}, ["epoch", "int"]),
+        ({"count": torch.zeros(3, dtype=torch.int64)}, ["count", "torch.int64"]),
+        ({"head.weight": torch.zeros(1).expand(10**7, 10**6)}, ["40000000000000"]),
+        ({"fc.weight": torch.zeros(3)}, ["fc.weight"]),
+        ({"sparse": torch.eye(3).to_sparse()}, ["sparse", "torch.sparse_coo"]),
+    ]
 
 
 def test_what_is_no_mixer_is_refused_in_one_line(torch: Any, tmp_path: Path) -> None:
-    for message, state in bad_states(torch).items():
+    for state, parts in bad_states(torch):
         path = tmp_path / "bad.pth"
         torch.save(state, path)
-        with pytest.raises(UserError) as caught:
+        with raises(UserError, str(path), *parts) as caught:
             load_checkpoint(str(path))
-        assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     for content in (b"", b"not a pickle\n", path.read_bytes()[:200]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"^[^\n]*bad.pth is no file of PyTorch[^\n]*$"):
+        with raises(UserError, str(path)) as caught:
             load_checkpoint(str(path))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(32, 128), (128, 32), 64], ids=str)
@@ -257,8 +260,8 @@ def test_the_size_and_the_gelu_are_those_that_timm_saves(
     timm.models.save_for_hf(peer, tmp_path, safe_serialization=True, model_args=named)
     height, width = size if isinstance(size, tuple) else (size, size)
     ours = load_pretrained(str(tmp_path), image_size=(height, width), dtype="float32")
-    assert (ours.about.gelu, ours.about.image_size) == (gelu, (height, width))
-    assert not ours.about.resolution
+    assert (ours.model_info.gelu, ours.model_info.image_size) == (gelu, (height, width))
+    assert not ours.model_info.resize_note
     images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     assert_agree(ours(images), their_logits(torch, peer, images))
 

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import re
 
 import pytest
 
@@ -12,6 +11,7 @@ from mixer_jax.benchmarks.model_keys import add_model_keys, read_model_keys
 from mixer_jax.benchmarks.picture import draw
 from mixer_jax.benchmarks.rounds import order, order_apart, ratio, utilisation
 from mixer_jax.errors import UserError
+from tests.helpers.messages import mentions, raises
 
 
 def test_the_batch_grows_while_it_pays() -> None:
@@ -69,28 +69,27 @@ def test_a_picture_has_who_failed_too() -> None:
 
 def test_every_combination_of_settings_has_a_name() -> None:
     made = ours([1, 0], ["none", "dots"], {"gelu": ["exact"]})
-    assert [contestant.name for contestant in made] == [
-        "mixer_jax, unroll 1, remat none",
-        "mixer_jax, unroll 1, remat dots",
-        "mixer_jax, unroll all, remat none",
-        "mixer_jax, unroll all, remat dots",
-    ]
+    names = [contestant.name for contestant in made]
+    assert len(set(names)) == 4
+    settings = itertools.product(["1", "all"], ["none", "dots"])
+    for name, (unroll, remat) in zip(names, settings, strict=True):
+        assert mentions(name, "mixer_jax", "unroll", unroll, "remat", remat)
     assert {contestant.others for contestant in made} == {(("gelu", "exact"),)}
     assert [contestant.name for contestant in ours([0], ["none"], {})] == ["mixer_jax"]
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "parts"),
     [
-        ("--model.gelu=exact,soft", "--model.gelu=soft: 'soft' is unknown; choose of tanh, exact"),
-        ("--model.gelu=tanh,tanh", "--model.gelu=tanh,tanh names something twice; name each once"),
-        ("--model.dropout=2", "--model.dropout=2 is no value of this key: probability, in both"),
-        ("--model.dropout=much", "--model.dropout=much is no value of this key: probability, in"),
+        ("--model.gelu=exact,soft", ["--model.gelu", "soft", "tanh", "exact"]),
+        ("--model.gelu=tanh,tanh", ["--model.gelu", "tanh,tanh"]),
+        ("--model.dropout=2", ["--model.dropout", "2"]),
+        ("--model.dropout=much", ["--model.dropout", "much"]),
     ],
 )
-def test_values_of_keys_are_checked(argument: str, message: str) -> None:
+def test_values_of_keys_are_checked(argument: str, parts: list[str]) -> None:
     parser = argparse.ArgumentParser()
     add_model_keys(parser)
     assert read_model_keys(parser.parse_args([])) == {}
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+    with raises(UserError, *parts):
         read_model_keys(parser.parse_args([argument]))

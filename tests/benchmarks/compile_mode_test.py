@@ -7,6 +7,7 @@ import pytest
 
 from mixer_jax.benchmarks.compiling import add_arguments
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions
 
 SMALL = ["--mode=compile", "--variant=S/32", "--image_size=64", "--num_classes=10", "--rounds=1"]
 
@@ -30,16 +31,16 @@ def test_a_loop_is_compared_with_all_blocks_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "parts"),
     [
-        ("--topology=v9:2x2", "--topology=v9:2x2: there is no chip 'v9'; choose of"),
-        ("--topology=h100:8", "--topology=h100:8: programs can be compiled here for TPUs only"),
-        ("--batch_size=-1", "--batch_size=-1 is out of range; pass 1 or more, or auto"),
-        ("--peers=timm", "argument --peers: invalid choice: 'timm'"),
+        ("--topology=v9:2x2", ["--topology", "v9:2x2", "v5e", "v6e"]),
+        ("--topology=h100:8", ["--topology", "h100:8"]),
+        ("--batch_size=-1", ["--batch_size", "-1", "auto"]),
+        ("--peers=timm", ["--peers", "timm"]),
     ],
 )
-def test_bad_values(argument: str, message: str) -> None:
+def test_bad_values(argument: str, parts: list[str]) -> None:
     done = run_cli("benchmark", "--mode=compile", argument, code=2)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert mentions(line, *parts)
     assert not done.stdout

@@ -10,6 +10,7 @@ from mixer_jax.benchmarks.comparison import Comparison, compare
 from mixer_jax.benchmarks.contestants import COMPILED, EAGER, OURS, REFERENCE, Contestant, Setting
 from mixer_jax.benchmarks.workers import FailedError
 from mixer_jax.errors import RunError
+from tests.helpers.messages import mentions, raises
 
 SETTING = Setting("train", "B/16", 224, 1000, "bfloat16", 256)
 EVERYONE = [Contestant(kind, kind) for kind in (OURS, REFERENCE, EAGER, COMPILED)]
@@ -98,7 +99,7 @@ def test_frameworks_that_do_not_fit_together_take_turns(
     assert [row.ratio for row in result.rows] == pytest.approx([1, 2, 3, 2.5])
     assert result.apart == ["jax"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "torch and jax do not fit together: jax's process starts anew in every round"
+    assert mentions(line, "torch", "jax")
 
 
 def test_what_crashes_takes_nobody_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def test_ours_must_not_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Made, "crashes", (OURS,))
-    with pytest.raises(RunError, match=r"^mixer_jax cannot be measured: Segmentation fault$"):
+    with raises(RunError, "mixer_jax", "Segmentation fault"):
         measured()
     # But one of several settings may.
     other = Contestant(f"{OURS}, unroll 1", OURS, unroll=1)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 
 from mixer_jax.benchmarks.photographs import read_folder, sample_photographs
+from mixer_jax.benchmarks.pipelines import AUGMENTING, AUGMENTING_ALONE, CROPPING, DECODING
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions, raises
 
 SMALL = [
     "--mode=input",
@@ -19,10 +22,6 @@ SMALL = [
     "--images_per_round=8",
     "--threads=2",
 ]
-DECODING = "JPEG decoding alone"
-CROPPING = "decoding, Inception crop, flip"
-AUGMENTING = "the same with RandAugment"
-AUGMENTING_ALONE = "RandAugment alone, one thread"
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +43,13 @@ def test_json_has_every_competitor(folder: str) -> None:
     assert result["threads"] == 2
     assert result["memory"] is None
     rows = {(row["task"], row["name"]): row for row in result["measurements"]}
-    peers = ["tf.data, decode and crop", "tf.data, decode the crop only"]
-    assert list(rows) == [
+    # tf.data decodes in two ways.
+    ways = ["mixer_jax", "tf.data", "tf.data"]
+    assert [(task, name.split(",")[0]) for task, name in rows] == [
         (DECODING, "simplejpeg"),
         (DECODING, "OpenCV"),
-        *((CROPPING, name) for name in ["mixer_jax", *peers]),
-        *((AUGMENTING, name) for name in ["mixer_jax", *peers]),
+        *((CROPPING, name) for name in ways),
+        *((AUGMENTING, name) for name in ways),
         (AUGMENTING_ALONE, "mixer_jax"),
         (AUGMENTING_ALONE, "tf.data"),
     ]
@@ -65,50 +65,44 @@ def test_json_has_every_competitor(folder: str) -> None:
 def test_table_without_tensorflow(folder: str) -> None:
     absent = "import sys; sys.modules['tensorflow'] = None"
     done = run_cli("benchmark", *SMALL, f"--images={folder}", "--memory_images=50", before=absent)
-    assert done.stderr == "TensorFlow is not installed: tf.data is left out\n"
-    title, heads, *rows = done.stdout.splitlines()
-    assert title.startswith("files 2, ")
-    assert heads.split("  ")[-1] == "ours to this"
-    assert [row for row in rows if not row.startswith(" ")] == [
-        DECODING,
-        CROPPING,
-        AUGMENTING,
-        AUGMENTING_ALONE,
-        "resident memory of mixer_jax              MiB",
-    ]
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "TensorFlow", "tf.data")
+    title, _, *rows = done.stdout.splitlines()
+    assert re.search(r"\bfiles\W{1,2}2\b", title)
+    *tasks, memory = (row for row in rows if not row.startswith(" "))
+    assert tasks == [DECODING, CROPPING, AUGMENTING, AUGMENTING_ALONE]
+    assert mentions(memory, "memory", "mixer_jax", "MiB")
     assert "tf.data" not in done.stdout
     # Twelve whole batches of four.
-    readings = [row.split() for row in rows if row.startswith("  after ")]
-    counts = [int(words[1]) for words in readings]
+    *readings, growth = (
+        re.findall(r"\d[\d.]*", row) for row in rows[rows.index(memory) + 1 :] if row
+    )
+    counts = [int(words[0]) for words in readings]
     assert len(counts) == 10
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (4, 48)
     resident = [int(words[-1]) for words in readings]
     assert min(resident) > 50
     # One decimal place, and MiB in whole numbers.
-    growth = float(rows[-1].split()[-2])
-    assert growth == pytest.approx(100 * (resident[-1] / resident[0] - 1), abs=1)
+    assert float(growth[-1]) == pytest.approx(100 * abs(resident[-1] / resident[0] - 1), abs=1)
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "parts"),
     [
-        ("--rounds=0", "--rounds=0 is out of range; pass 1 or more"),
-        ("--threads=-1", "--threads=-1 is out of range; pass 0 or more"),
-        ("--images_per_round=6", "--images_per_round=6 is no multiple of --batch_size=4; pass one"),
-        ("--memory_images=39", "--memory_images=39 is too few to read the memory ten times; pass"),
-        (
-            "--processes=3",
-            "--threads=2 cannot be shared among --processes=3; pass",
-        ),
-        ("--images=nowhere", "--images=nowhere is no folder; name one with JPEG files"),
-        ("--images=configs", "--images=configs has no .jpg or .jpeg files; name a folder with"),
+        ("--rounds=0", ["--rounds", "0", "1"]),
+        ("--threads=-1", ["--threads", "-1", "0"]),
+        ("--images_per_round=6", ["--images_per_round", "6", "--batch_size", "4"]),
+        ("--memory_images=39", ["--memory_images", "39", "40"]),
+        ("--processes=3", ["--threads", "2", "--processes", "3"]),
+        ("--images=nowhere", ["--images", "nowhere"]),
+        ("--images=configs", ["--images", "configs", ".jpg", ".jpeg"]),
     ],
 )
-def test_bad_values(argument: str, message: str) -> None:
+def test_bad_values(argument: str, parts: list[str]) -> None:
     done = run_cli("benchmark", *SMALL, argument, code=2)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert mentions(line, *parts)
     assert not done.stdout
 
 
@@ -129,5 +123,5 @@ def test_a_folder_is_read_by_name(folder: str) -> None:
 def test_what_is_no_jpeg_is_named(tmp_path: Path) -> None:
     picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     picture.save(tmp_path / "wrong.jpg", format="PNG")
-    with pytest.raises(ValueError, match=r"wrong\.jpg is no readable JPEG file"):
+    with raises(ValueError, "wrong.jpg"):
         read_folder(str(tmp_path))

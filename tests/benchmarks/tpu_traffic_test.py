@@ -17,6 +17,7 @@ from mixer_jax.planning.aot_compile import OutOfMemory
 from mixer_jax.planning.hlo.attribution import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions, raises
 from tests.helpers.tpu_compiler import tpu_device
 
 MODE = "--mode=tpu_traffic"
@@ -40,12 +41,9 @@ def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_p
     report = json.loads(capsys.readouterr().out)
     assert (report["topology"], report["mode"], report["batch_size"]) == ("v6e:2x2", "train", 8)
     reference, ours, apart, fused = report["steps"]
-    assert [row["name"] for row in report["steps"]] == [
-        "reference",
-        "mixer_jax",
-        "formula: products apart",
-        "formula: MLPs fused",
-    ]
+    names = [row["name"] for row in report["steps"]]
+    assert names[:2] == ["reference", "mixer_jax"]
+    assert len(set(names)) == 4
     for row in (reference, ours):
         assert list(row["bytes_by_part"]) == list(REGIONS)
         assert row["num_bytes"] == pytest.approx(sum(row["bytes_by_part"].values()))
@@ -67,10 +65,12 @@ def test_inference_with_settings_of_ours(capsys: pytest.CaptureFixture[str]) -> 
     flags = ["--what=infer", "--batch_size=4", "--model.gelu=tanh,exact", "--peers=none"]
     assert benchmark.main([*TINY, *flags]) == 0
     captured = capsys.readouterr()
-    assert "inference of Mixer-tiny, 64 px, 10 classes, 4 images a device, bf" in captured.out
-    for name in ("mixer_jax, gelu tanh", "mixer_jax, gelu exact"):
-        assert f"compiling {name}" in captured.err
-        assert len([line for line in captured.out.splitlines() if line.startswith(name)]) == 2
+    settings = ("Mixer-tiny", "64", "10", "4", "bfloat16")
+    assert any(mentions(line, *settings) for line in captured.out.splitlines())
+    rows = [line for line in captured.out.splitlines() if line.startswith("mixer_jax")]
+    for gelu in ("tanh", "exact"):
+        assert any(mentions(line, "mixer_jax", gelu) for line in captured.err.splitlines())
+        assert sum(mentions(row, "gelu", gelu) for row in rows) == 2
     assert "reference" not in captured.out
     assert max(map(len, captured.out.splitlines())) <= 100
 
@@ -79,31 +79,25 @@ def test_inference_with_settings_of_ours(capsys: pytest.CaptureFixture[str]) -> 
 def test_what_does_not_fit_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--what=infer", "--batch_size=4000000", "--peers=none"]
     assert benchmark.main([*TINY, *flags]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "too large" in line)
-    assert row.startswith("mixer_jax")
-    assert "GiB of 31.2" in row
+    rows = [line for line in capsys.readouterr().out.splitlines() if "31.2" in line]
+    assert any(row.startswith("mixer_jax") and mentions(row, "GiB") for row in rows)
 
 
 def test_how_much_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
     topology, setting = parse_topology("v6e:2x2"), Setting("train", "B/16", 224, 10, "bfloat16", 8)
-    refusals = {
-        "too large, 40.00 GiB of 31.25": OutOfMemory(3.0, 40 * GIB, 0.0, "", False),
-        "too large, 33.00 GiB of 31.00, without state and batch": OutOfMemory(
-            3.0, 33 * GIB, 31 * GIB, "", True
-        ),
-        "too large, no room": OutOfMemory(3.0, None, 0.0, "no room", False),
-    }
-    steps = [read_step("ours", refused, setting, topology) for refused in refusals.values()]
-    assert [step.failed for step in steps] == list(refusals)
+    refusals = [
+        (OutOfMemory(3.0, 40 * GIB, 0.0, "", False), ["40.00 GiB", "31.25"]),
+        (OutOfMemory(3.0, 33 * GIB, 31 * GIB, "", True), ["33.00 GiB", "31.00"]),
+        (OutOfMemory(3.0, None, 0.0, "no room", False), ["no room"]),
+    ]
+    steps = [read_step("ours", refused, setting, topology) for refused, _ in refusals]
+    for step, (_, parts) in zip(steps, refusals, strict=True):
+        assert mentions(step.failed or "", *parts)
     rows = as_json([*steps, *floors(setting, topology)])
-    assert rows[0] == {
-        "name": "ours",
-        "failed": "too large, 40.00 GiB of 31.25",
-        "compile_seconds": 3.0,
-    }
+    assert rows[0] == {"name": "ours", "failed": steps[0].failed, "compile_seconds": 3.0}
     assert rows[3]["bound_ratio"] == 1
     print_steps(rows)
-    assert "too large, no room" in capsys.readouterr().out
+    assert str(steps[2].failed) in capsys.readouterr().out
 
 
 def test_floors_of_b16() -> None:
@@ -120,28 +114,28 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, ENVIRONMENT[name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs their compiler, which is not installed: pip"):
+    with raises(UserError, "pip install"):
         benchmark.main([MODE])
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "parts"),
     [
-        ("--topology=v9:2x2", "--topology=v9:2x2: there is no chip 'v9'; choose of v2, v3"),
-        ("--topology=v6e:2", "--topology=v6e:2: v6e takes 2 sides"),
-        ("--topology=h100:8", "--topology=h100:8: programs can be compiled here for TPUs only"),
-        ("--remat=sideways", "--remat=sideways: 'sideways' is unknown; choose of auto, none, dots"),
-        ("--unroll=13", "--unroll=13 is no list of whole numbers from -1 to 12"),
-        ("--batch_size=0", "--batch_size=0 is out of range; pass 1 or more"),
-        ("--image_size=50", "image_size 50 is not divisible by patch_size 16"),
-        ("--model.gelu=round", "--model.gelu=round: 'round' is unknown; choose of tanh, exact"),
-        ("--model.dropout=0,2", "--model.dropout=2 is no value of this key"),
-        ("--model.depth=3", "unrecognized arguments: --model.depth=3"),
-        ("--dump=/proc/nope", "--dump=/proc/nope cannot be made (No such file"),
+        ("--topology=v9:2x2", ["--topology", "v9:2x2", "v2", "v3"]),
+        ("--topology=v6e:2", ["--topology", "v6e:2"]),
+        ("--topology=h100:8", ["--topology", "h100:8"]),
+        ("--remat=sideways", ["--remat", "sideways", "auto", "none", "dots"]),
+        ("--unroll=13", ["--unroll", "13", "-1", "12"]),
+        ("--batch_size=0", ["--batch_size", "0", "1"]),
+        ("--image_size=50", ["image_size", "50", "patch_size", "16"]),
+        ("--model.gelu=round", ["--model.gelu", "round", "tanh", "exact"]),
+        ("--model.dropout=0,2", ["--model.dropout", "2"]),
+        ("--model.depth=3", ["--model.depth"]),
+        ("--dump=/proc/nope", ["--dump", "/proc/nope", "No such file"]),
     ],
 )
-def test_wrong_arguments(argument: str, message: str) -> None:
+def test_wrong_arguments(argument: str, parts: list[str]) -> None:
     done = run_cli("benchmark", MODE, argument, code=2)
-    assert message in done.stderr.splitlines()[-1]
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, *parts)
     assert not done.stdout

@@ -1,7 +1,6 @@
 """Tests of saving and finding checkpoints, with real orbax on disk."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state, save_params_streaming
-from mixer_jax.checkpoints.steps import find_checkpoint, list_steps
+from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.errors import UserError
 from mixer_jax.training import loop
@@ -23,6 +22,7 @@ from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init
 from mixer_jax.training.setup import Experiment, build_experiment
 from mixer_jax.training.step import TrainState
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
@@ -64,7 +64,7 @@ def make_tree(seed: int) -> Any:
 @pytest.fixture
 def run(tmp_path: Path) -> str:
     """A run with checkpoints of steps 9, 10 and 100, of which two are kept."""
-    checkpoints = CheckpointManager(str(tmp_path), keep=2)
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=2)
     for step in (9, 10, 100):
         checkpoints.save(step, {"params": make_tree(step)}, {"note": f"step {step}"})
     checkpoints.close()
@@ -99,7 +99,7 @@ def test_unfinished_saves_are_not_taken_for_checkpoints(run: str) -> None:
     assert CheckpointManager(run).latest_step() == 100
     # Reading leaves it; a run that goes on clears it away.
     assert unfinished.exists()
-    checkpoints = CheckpointManager(run, keep=2)
+    checkpoints = CheckpointManager(run, max_to_keep=2)
     checkpoints.save(200, {"params": make_tree(200)}, {})
     checkpoints.close()
     assert not unfinished.exists()
@@ -117,9 +117,11 @@ def test_a_step_can_be_named(run: str) -> None:
 
 
 def test_missing_checkpoints_are_errors(run: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no step 11; it has 10, 100"):
+    with raises(UserError, run) as caught:
         find_checkpoint(run, step=11)
-    with pytest.raises(UserError, match="nowhere' holds no checkpoint"):
+    # The path may have numbers in it.
+    assert mentions(str(caught.value).replace(run, ""), "11", "10", "100")
+    with raises(UserError, str(tmp_path / "nowhere")):
         find_checkpoint(str(tmp_path / "nowhere"))
 
 
@@ -127,7 +129,7 @@ def test_folders_that_only_look_like_checkpoints(run: str) -> None:
     (Path(run) / "checkpoints" / "300").mkdir()
     assert list_steps(run) == [10, 100]
     shutil.rmtree(Path(run) / "checkpoints" / "100" / "params")
-    with pytest.raises(UserError, match=r"checkpoints/100 is incomplete or .*\"params\" was not"):
+    with raises(UserError, f"{run}/checkpoints/100", "params"):
         CheckpointManager(run).restore(100, {"params": make_tree(0)})
 
 
@@ -138,7 +140,7 @@ def save_small_run(
     config = small_config(data_dir, **NO_REGULARIZATION)
     experiment = build_experiment(config, open_datasets(config), jax.devices()[:1])
     state = experiment.create_state()
-    checkpoints = CheckpointManager(str(workdir), keep=1)
+    checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
     changed = experiment._replace(metadata=change(experiment.metadata))
     loop.save(changed, checkpoints, state, 4, changed.metadata.get("loss_window", []))
     checkpoints.close()
@@ -148,7 +150,7 @@ def save_small_run(
 def resume(experiment: Experiment, workdir: Path) -> tuple[TrainState, list[float]]:
     beginning = find_init_source(experiment.config, str(workdir))
     assert beginning is not None
-    assert beginning.about.widths == experiment.about.widths
+    assert beginning.about.config == experiment.about.config
     return restore_or_init(experiment, CheckpointManager(str(workdir)), 4, beginning)
 
 
@@ -156,14 +158,14 @@ def test_runs_of_before_about_load_and_go_on(digits_dir: str, tmp_path: Path) ->
     experiment, state, run = save_small_run(digits_dir, tmp_path, lambda _: OLD_METADATA)
     loaded = load_checkpoint(str(run))
     assert_params_equal(loaded.params, state.params)
-    about = loaded.about
+    about = loaded.model_info
     assert (about.variant, about.gelu, about.loss) == ("custom", "tanh", "softmax")
     assert (about.image_size, about.num_classes) == ((16, 16), 10)
     assert about.class_names == DIGITS
     # The last is the default: the key did not exist.
     assert (about.eval_crop, about.dtype, about.exif_orientation) == ("whole", "bfloat16", False)
-    assert loaded.config is not None
-    assert loaded.config["dataset"]["name"] == "digits"
+    assert loaded.train_config is not None
+    assert loaded.train_config["dataset"]["name"] == "digits"
     resumed, window = resume(experiment, run)
     assert window == [0.5, 0.25]
     assert int(resumed.step) == 4
@@ -182,10 +184,10 @@ def test_old_metadata_that_lack_something_are_told(
         path = run / "checkpoints" / "4" / "metadata" / "metadata"
         path.write_text(json.dumps(said))
     if lacking not in ("num_steps", "loss_window"):
-        with pytest.raises(UserError, match=f"checkpoints/4 does not say .*{lacking}"):
+        with raises(UserError, f"{run}/checkpoints/4", lacking):
             load_checkpoint(str(run))
     if lacking != "ema":
-        with pytest.raises(UserError, match=f"does not say .*{lacking}"):
+        with raises(UserError, lacking):
             resume(experiment, run)
 
 
@@ -207,29 +209,28 @@ def write_metadata(text: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "named"),
     [
         (cut_off, ""),
         (spoil, ""),
         (lambda step: shutil.rmtree(step / "params"), "params"),
-        (write_metadata("{"), "Expecting property name"),
-        (write_metadata("[1]"), "no JSON object"),
+        (write_metadata("{"), ""),
+        (write_metadata("[1]"), "JSON"),
         (lambda step: (step / "metadata" / "metadata").unlink(), "metadata"),
         (lambda step: shutil.rmtree(step / "metadata"), "metadata"),
     ],
     ids=["cut off", "spoiled", "no arrays", "half JSON", "a list", "no JSON", "no metadata"],
 )
 def test_damaged_checkpoints_are_told_in_one_line(
-    damage: Callable[[Path], None], says: str, digits_dir: str, tmp_path: Path
+    damage: Callable[[Path], None], named: str, digits_dir: str, tmp_path: Path
 ) -> None:
     experiment, _, run = save_small_run(digits_dir, tmp_path, lambda said: said)
     load_checkpoint(str(run))
     resume(experiment, run)
     damage(run / "checkpoints" / "4")
-    folder = re.escape(f"{run}/checkpoints/4")
-    message = rf"^checkpoint {folder} is incomplete or damaged \(.*{says}.*\); name an older step"
+    parts = [f"{run}/checkpoints/4", *named.split()]
     for use in (lambda: load_checkpoint(str(run)), lambda: resume(experiment, run)):
-        with pytest.raises(UserError, match=message) as caught:
+        with raises(UserError, *parts) as caught:
             use()
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
@@ -238,7 +239,7 @@ def test_damaged_checkpoints_are_told_in_one_line(
 def test_what_is_written_frugally_is_a_checkpoint_like_others(tmp_path: Path) -> None:
     weights = random_weights()
     save_params_streaming(
-        str(tmp_path), 0, weights.params, {"about": weights.about.to_json(), "ema": 0}
+        str(tmp_path), 0, weights.params, {"model_info": weights.model_info.to_dict(), "ema": 0}
     )
     assert_params_equal(load_checkpoint(str(tmp_path)).params, weights.params)
     one_by_one = dict(CheckpointManager(str(tmp_path)).iter_restore(0, "params"))

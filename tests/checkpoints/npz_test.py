@@ -19,6 +19,7 @@ from tests.helpers.corrupt_files import (
     load_or_error,
     refusals_in_little_memory,
 )
+from tests.helpers.messages import mentions
 from tests.helpers.pretrained_files import deflated_zeros, npy, npy_header, zip_of
 from tests.helpers.random_weights import assert_params_equal, random_weights
 
@@ -54,8 +55,7 @@ def test_a_program_in_an_archive_is_refused_and_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     evil = np.array([Malicious(trace)], object)
     path = write(tmp_path / "evil.npz", archive(**{"stem/bias": evil}))
-    message = assert_rejected(path)
-    assert "tensor 'stem/bias' holds Python objects" in message
+    assert mentions(assert_rejected(path), "stem/bias")
     assert not trace.exists()
     with np.load(path, allow_pickle=True) as loaded:
         loaded["stem/bias"]
@@ -69,49 +69,46 @@ def with_number(value: float) -> np.ndarray:
 
 
 NORM = "MixerBlock_1/LayerNorm_1/scale"
-BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
-    "missing": ({NORM: None}, f"tensor {NORM!r} is missing"),
-    "missing head": ({"head/bias": None}, "tensor 'head/bias' is missing"),
-    "missing stem": ({"stem/kernel": None}, "it has 'stem/bias'"),
+BAD_TENSORS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "missing": ({NORM: None}, [NORM]),
+    "missing head": ({"head/bias": None}, ["head/bias"]),
+    "missing stem": ({"stem/kernel": None}, ["stem/bias"]),
     "missing block": (
         {name: None for name in pretrained_files.google(random_weights().params) if "k_0/" in name},
-        "tensor 'MixerBlock_0/LayerNorm_0/scale' is missing",
+        ["MixerBlock_0/LayerNorm_0/scale"],
     ),
-    "extra": ({"extra": np.zeros(3, np.float32)}, "tensor 'extra' is none of a Mixer's"),
+    "extra": ({"extra": np.zeros(3, np.float32)}, ["extra"]),
     "far block": (
         {f"MixerBlock_{10**12}/LayerNorm_0/scale": np.zeros(16, np.float32)},
-        "tensor 'MixerBlock_1000000000000/LayerNorm_0/scale' is none of a Mixer's",
+        ["MixerBlock_1000000000000/LayerNorm_0/scale"],
     ),
     "far block, few digits": (
         {"MixerBlock_77/LayerNorm_0/scale": np.zeros(16, np.float32)},
-        "tensor 'MixerBlock_2/LayerNorm_0/scale' is missing",
+        ["MixerBlock_2/LayerNorm_0/scale"],
     ),
-    "shape": (
-        {NORM: np.zeros(17, np.float32)},
-        f"tensor {NORM!r} has shape (17,); the other tensors make it (16,)",
-    ),
-    "axes": ({"stem/kernel": np.zeros((4, 4, 48), np.float32)}, "'stem/kernel' has shape (4, 4"),
-    "empty": ({NORM: np.zeros(0, np.float32)}, f"tensor {NORM!r} has shape (0,)"),
+    "shape": ({NORM: np.zeros(17, np.float32)}, [NORM, "17", "16"]),
+    "axes": ({"stem/kernel": np.zeros((4, 4, 48), np.float32)}, ["stem/kernel", "4", "48"]),
+    "empty": ({NORM: np.zeros(0, np.float32)}, [NORM, "0"]),
     "empty and huge": (
         {"stem/kernel": np.zeros((2**30, 0, 3, 2**20), np.float32)},
-        "tensor 'stem/kernel' has shape (1073741824, 0, 3, 1048576)",
+        ["stem/kernel", "1073741824", "0", "3", "1048576"],
     ),
-    "nan": ({"head/kernel": with_number(np.nan)}, "tensor 'head/kernel' has numbers that are not"),
-    "inf": ({"head/kernel": with_number(-np.inf)}, "tensor 'head/kernel' has numbers that are no"),
+    "nan": ({"head/kernel": with_number(np.nan)}, ["head/kernel"]),
+    "inf": ({"head/kernel": with_number(-np.inf)}, ["head/kernel"]),
     "too large": (
         {"head/kernel": with_number(0).astype(np.float64) + 1e300},
-        "tensor 'head/kernel' has numbers that are not finite",
+        ["head/kernel"],
     ),
-    "integers": ({NORM: np.ones(16, np.int32)}, f"tensor {NORM!r} is of type int32; weights are"),
-    "complex": ({NORM: np.ones(16, np.complex64)}, f"tensor {NORM!r} is of type complex64"),
-    "records": ({NORM: np.ones(16, [("a", "f4")])}, f"tensor {NORM!r} is of type [('a'"),
+    "integers": ({NORM: np.ones(16, np.int32)}, [NORM, "int32"]),
+    "complex": ({NORM: np.ones(16, np.complex64)}, [NORM, "complex64"]),
+    "records": ({NORM: np.ones(16, [("a", "f4")])}, [NORM, "<f4"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_a_tensor_that_is_not_as_it_should_be_is_named(case: str, tmp_path: Path) -> None:
-    changes, message = BAD_TENSORS[case]
-    assert message in assert_rejected(write(tmp_path / "Mixer.npz", archive(**changes)))
+    changes, parts = BAD_TENSORS[case]
+    assert mentions(assert_rejected(write(tmp_path / "Mixer.npz", archive(**changes))), *parts)
 
 
 def test_large_numbers_are_no_damage(tmp_path: Path) -> None:
@@ -135,7 +132,7 @@ def test_what_announces_more_than_it_holds_costs_no_memory(tmp_path: Path) -> No
         "empty and huge": zip_of(KERNEL, npy_header((2**62, 0, 3, 2**62))),
     }
     for end in refusals_in_little_memory(files, tmp_path, ".npz"):
-        assert "'stem/kernel'" in end or "no Mixer" in end
+        assert mentions(end, "stem/kernel")
 
 
 def large_tensors() -> dict[str, Any]:
@@ -161,7 +158,7 @@ def test_a_bomb_among_good_tensors_costs_no_memory(tmp_path: Path) -> None:
     good = npy(large_tensors()["head/kernel"])
     content = with_packed("head/kernel", deflated_zeros(good[:128], 4), len(good), zlib.crc32(good))
     (end,) = refusals_in_little_memory({"bomb": content}, tmp_path, ".npz")
-    assert "tensor 'head/kernel' is damaged: Bad CRC-32" in end
+    assert mentions(end, "head/kernel")
 
 
 def test_a_tensor_that_unpacks_to_less_is_refused(tmp_path: Path) -> None:
@@ -170,8 +167,7 @@ def test_a_tensor_that_unpacks_to_less_is_refused(tmp_path: Path) -> None:
     less = good[:-4]
     packed = packer.compress(less) + packer.flush()
     content = with_packed("head/kernel", packed, len(good), zlib.crc32(less))
-    message = assert_rejected(write(tmp_path / "Mixer.npz", content))
-    assert "tensor 'head/kernel' is cut off" in message
+    assert mentions(assert_rejected(write(tmp_path / "Mixer.npz", content)), "head/kernel")
 
 
 def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
@@ -190,18 +186,14 @@ def test_a_flipped_bit_is_found(save: Any, tmp_path: Path) -> None:
     # Amid numbers.
     name = "head/kernel"
     content[content.index(f"{name}.npy".encode()) + 20_000] ^= 1
-    message = assert_rejected(write(tmp_path / "Mixer.npz", bytes(content)))
-    assert f"tensor {name!r}" in message
-    assert "damaged" in message
+    assert mentions(assert_rejected(write(tmp_path / "Mixer.npz", bytes(content))), name)
 
 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"these are no weights\n", npy(np.zeros(3)), b"PK\5\6" + bytes(18)):
-        message = assert_rejected(write(tmp_path / "Mixer.npz", content))
-        assert "is no npz archive" in message or "is no Mixer: it has no tensor" in message
-    assert "is no .npy file" in assert_rejected(
-        write(tmp_path / "Mixer.npz", zip_of("readme.txt", b"hi"))
-    )
+        assert_rejected(write(tmp_path / "Mixer.npz", content))
+    message = assert_rejected(write(tmp_path / "Mixer.npz", zip_of("readme.txt", b"hi")))
+    assert mentions(message, "readme.txt")
 
 
 @pytest.mark.parametrize("said", [b"{", b"[1, 2]", b"\xff", b"[" * 100_000, b'"gelu"'])

@@ -16,6 +16,7 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.errors import UserError
 from tests.helpers import pretrained_files
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, random_weights, save_run
 
 BUCKET = "gs://some_bucket/"
@@ -55,32 +56,31 @@ def test_a_name_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "parts"),
     [
-        ("nothing.npz", "checkpoint 'nothing.npz' does not exist"),
-        ("nothing", "checkpoint 'nothing' holds no checkpoint; name a run's folder"),
-        ("", "holds no checkpoint"),
-        ("empty", "checkpoint 'empty' holds no checkpoint"),
-        ("notes.txt", "checkpoint 'notes.txt' is of no known kind; files end in .npz, .safetens"),
-        ("x" * 5000 + ".npz", "x.npz' does not exist"),
-        ("x" * 5000, "x' holds no checkpoint"),
-        ("hf:", "checkpoint 'hf:' is no name on the Hub; write hf:OWNER/NAME"),
-        ("hf:name", "is no name on the Hub"),
-        ("hf:/name", "is no name on the Hub"),
-        ("hf:owner/", "is no name on the Hub"),
-        ("hf:a/b/c", "is no name on the Hub"),
-        ("hf:@a/b", "is no name on the Hub"),
-        ("data.tar", "checkpoint 'data.tar' is of no known kind"),
-        ("https://some.where/Mixer.npz", "at a URL that is not read; download the file and name"),
-        ("https://some.where/Mixer.npz", "name a place at one of gs://, s3://, az://"),
-        ("https://some.where/run", "at a URL that is not read"),
-        ("file:///tmp/Mixer.npz", "at a URL that is not read"),
-        ("hf://timm/mixer", "write hf:OWNER/NAME"),
-        ("two\nlines.npz", r"checkpoint 'two\nlines.npz' does not exist"),
+        ("nothing.npz", []),
+        ("nothing", []),
+        ("", []),
+        ("empty", []),
+        ("notes.txt", [".npz", ".safetensors"]),
+        ("x" * 5000 + ".npz", []),
+        ("x" * 5000, []),
+        ("hf:", ["hf:OWNER/NAME"]),
+        ("hf:name", ["hf:OWNER/NAME"]),
+        ("hf:/name", ["hf:OWNER/NAME"]),
+        ("hf:owner/", ["hf:OWNER/NAME"]),
+        ("hf:a/b/c", ["hf:OWNER/NAME"]),
+        ("hf:@a/b", ["hf:OWNER/NAME"]),
+        ("data.tar", [".npz", ".safetensors"]),
+        ("https://some.where/Mixer.npz", ["gs://", "s3://", "az://"]),
+        ("https://some.where/run", ["gs://", "s3://", "az://"]),
+        ("file:///tmp/Mixer.npz", ["gs://", "s3://", "az://"]),
+        ("hf://timm/mixer", ["hf:OWNER/NAME"]),
+        ("two\nlines.npz", []),
     ],
 )
 def test_what_is_nowhere_is_told_in_one_line(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -88,14 +88,14 @@ def test_what_is_nowhere_is_told_in_one_line(
         (tmp_path / name).write_text("notes")
     with pytest.raises(UserError) as caught:
         resolve_checkpoint(source)
-    assert message in str(caught.value)
+    assert mentions(str(caught.value), repr(source), *parts)
     assert "\n" not in str(caught.value)
 
 
 def test_only_runs_have_steps(tmp_path: Path) -> None:
     (tmp_path / "a.npz").touch()
     for source in (str(tmp_path / "a.npz"), "hf:a/b"):
-        with pytest.raises(UserError, match="has no steps, for it is no run; leave out the step"):
+        with raises(UserError, source):
             resolve_checkpoint(source, step=3)
 
 
@@ -121,7 +121,7 @@ def test_weights_behind_a_url_are_read_with_what_is_beside_them(tmp_path: Path) 
         assert not epath.Path(f"{BUCKET}nothing.npz").exists()
         loaded = load_checkpoint(f"{BUCKET}Mixer.npz")
     assert_params_equal(loaded.params, weights.params)
-    assert loaded.about.image_size == (32, 16)
+    assert loaded.model_info.image_size == (32, 16)
 
 
 def test_a_folder_behind_a_url_is_read_with_its_config(tmp_path: Path) -> None:
@@ -130,27 +130,29 @@ def test_a_folder_behind_a_url_is_read_with_its_config(tmp_path: Path) -> None:
     save_file(pretrained_files.timm(random_weights().params), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"interpolation": "bilinear"}')
     with bucket(tmp_path):
-        assert load_checkpoint(BUCKET.rstrip("/")).about.eval_crop == "bilinear"
+        assert load_checkpoint(BUCKET.rstrip("/")).model_info.eval_crop == "bilinear"
 
 
 def test_errors_behind_a_url_name_the_url_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no weights")
     with bucket(tmp_path):
-        with pytest.raises(UserError, match=f"^{BUCKET}text.npz is no npz archive"):
+        with raises(UserError, f"{BUCKET}text.npz"):
             load_checkpoint(f"{BUCKET}text.npz")
-        with pytest.raises(UserError, match=f"'{BUCKET}nothing.npz' does not exist"):
+        with raises(UserError, f"{BUCKET}nothing.npz"):
             load_checkpoint(f"{BUCKET}nothing.npz")
 
     def unreachable(original: Any, path: Any) -> bool:
         raise RuntimeError(f"no credentials\n for {path}")
 
-    message = f"^checkpoint '{BUCKET}text.npz' cannot be reached: no credentials for {BUCKET}"
+    # The cause's own words, in one line.
+    cause = f"no credentials for {BUCKET}text.npz"
     with (
         bucket(tmp_path),
         mock_epath(exists=unreachable, isdir=unreachable),
-        pytest.raises(UserError, match=message),
+        raises(UserError, f"'{BUCKET}text.npz'", cause) as caught,
     ):
         load_checkpoint(f"{BUCKET}text.npz")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_bucket_without_a_library_to_read_it_names_the_extra(
@@ -159,14 +161,13 @@ def test_a_bucket_without_a_library_to_read_it_names_the_extra(
     # As without TensorFlow.
     monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"cannot be reached: .*gcsfs") as caught:
+    with raises(UserError, f"{BUCKET}Mixer.npz", "gcsfs", 'pip install "mixer-jax[gcs]"'):
         load_checkpoint(f"{BUCKET}Mixer.npz")
-    assert str(caught.value).endswith('; pip install "mixer-jax[gcs]"')
     assert '"gcs": [' in (root / "setup.py").read_text()
 
 
 def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.pth").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"model.pth can only be read by PyTorch: pip install torc"):
+    with raises(UserError, str(tmp_path / "model.pth"), "pip install torch"):
         load_checkpoint(str(tmp_path / "model.pth"))

@@ -19,6 +19,7 @@ from tests.helpers.corrupt_files import (
     load_or_error,
     refusals_in_little_memory,
 )
+from tests.helpers.messages import mentions
 from tests.helpers.pretrained_files import safetensors_bytes
 from tests.helpers.random_weights import assert_params_equal, random_weights
 
@@ -53,28 +54,30 @@ def test_numbers_of_any_floating_type_are_read(dtype: Any, tmp_path: Path) -> No
     assert_params_equal(found, {name: tensor.astype(np.float32) for name, tensor in given.items()})
 
 
-BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
-    "missing": ({"norm.bias": None}, "tensor 'norm.bias' is missing"),
-    "extra": ({"extra": np.zeros(3, np.float32)}, "tensor 'extra' is none of a Mixer's"),
-    "shape": ({"norm.bias": np.zeros(4, np.float32)}, "tensor 'norm.bias' has shape (4,); the oth"),
-    "nan": ({"norm.bias": np.full(16, np.nan, np.float32)}, "tensor 'norm.bias' has numbers that"),
-    "integers": ({"norm.bias": np.ones(16, np.int64)}, "tensor 'norm.bias' is of type I64"),
+BAD_TENSORS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "missing": ({"norm.bias": None}, ["norm.bias"]),
+    "extra": ({"extra": np.zeros(3, np.float32)}, ["extra"]),
+    "shape": ({"norm.bias": np.zeros(4, np.float32)}, ["norm.bias", "4", "16"]),
+    "nan": ({"norm.bias": np.full(16, np.nan, np.float32)}, ["norm.bias"]),
+    "integers": ({"norm.bias": np.ones(16, np.int64)}, ["norm.bias", "I64"]),
     "far block": (
         {f"blocks.{10**12}.norm1.weight": np.zeros(16, np.float32)},
-        "tensor 'blocks.1000000000000.norm1.weight' is none of a Mixer's",
+        ["blocks.1000000000000.norm1.weight"],
     ),
     "block of many digits": (
         {f"blocks.{'1' * 5000}.norm1.weight": np.zeros(16, np.float32)},
-        "111.norm1.weight' is none of a Mixer's",
+        ["norm1.weight"],
     ),
-    "new line": ({"a\nb": np.zeros(3, np.float32)}, r"tensor 'a\nb' is none of a Mixer's"),
+    "new line": ({"a\nb": np.zeros(3, np.float32)}, [r"a\nb"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_a_tensor_that_is_not_as_it_should_be_is_named(case: str, tmp_path: Path) -> None:
-    changes, message = BAD_TENSORS[case]
-    assert message in assert_rejected(write(tmp_path / "model.safetensors", content(**changes)))
+    changes, parts = BAD_TENSORS[case]
+    assert mentions(
+        assert_rejected(write(tmp_path / "model.safetensors", content(**changes))), *parts
+    )
 
 
 def test_what_announces_more_than_it_holds_costs_no_memory(tmp_path: Path) -> None:
@@ -102,31 +105,35 @@ def test_what_announces_more_than_it_holds_costs_no_memory(tmp_path: Path) -> No
 @pytest.mark.parametrize("said", ["{", "[1, 2]", '"gelu"', '["gelu"]', "[" * 100_000])
 def test_a_header_that_says_no_json_is_refused(said: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", content({"mixer_jax": said}))
-    assert "has a header whose 'mixer_jax' is no JSON" in assert_rejected(path)
+    assert mentions(assert_rejected(path), "mixer_jax", "JSON")
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "parts"),
     [
-        ("{", "config.json is no JSON"),
-        ('{"crop_pct": 0.9}', "asks for crop_pct=0.9"),
-        ('{"pretrained_cfg": {"interpolation": "nearest"}}', "interpolation='nearest'"),
-        ('{"interpolation": ["bicubic"]}', "interpolation=['bicubic']"),
-        ('{"mean": [0.5, 0.5]}', "says mean=[0.5, 0.5]"),
-        ('{"std": [0.5, 0.5, 0]}', "and std=[0.5, 0.5, 0]"),
-        ('{"mean": [0, 0, NaN]}', "says mean=[0, 0, nan]"),
-        ('{"std": "wide"}', "std='wide'"),
-        ('{"label_names": ["one"]}', "has 10 classes, and 1 names"),
-        ('{"label_names": {"0": "one", "7": "two"}}', "class_names that are no list of texts"),
+        ("{", ["config.json", "JSON"]),
+        ('{"crop_pct": 0.9}', ["crop_pct", "0.9"]),
+        ('{"pretrained_cfg": {"interpolation": "nearest"}}', ["interpolation", "nearest"]),
+        ('{"interpolation": ["bicubic"]}', ["interpolation", "['bicubic']"]),
+        ('{"mean": [0.5, 0.5]}', ["mean", "[0.5, 0.5]"]),
+        ('{"std": [0.5, 0.5, 0]}', ["std", "[0.5, 0.5, 0]"]),
+        ('{"mean": [0, 0, NaN]}', ["mean", "[0, 0, nan]"]),
+        ('{"std": "wide"}', ["std", "wide"]),
+        ('{"label_names": ["one"]}', ["10", "1"]),
+        ('{"label_names": {"0": "one", "7": "two"}}', ["class_names"]),
     ],
 )
-def test_a_config_that_cannot_be_so_is_refused(config: str, message: str, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_so_is_refused(
+    config: str, parts: list[str], tmp_path: Path
+) -> None:
     path = write(tmp_path / "model.safetensors", content())
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError) as caught:
         load_checkpoint(str(path))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    # The path may have numbers in it.
+    message = str(caught.value).replace(str(tmp_path), "")
+    assert mentions(message, *parts)
+    assert "\n" not in message
 
 
 def test_another_crop_can_be_said_in_place_of_the_configs(tmp_path: Path) -> None:
@@ -136,7 +143,7 @@ def test_another_crop_can_be_said_in_place_of_the_configs(tmp_path: Path) -> Non
     for given in (names, numbered):
         config = {"pretrained_cfg": {"crop_pct": 0.9}, "label_names": given}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        about = load_checkpoint(str(path), eval_crop="square").about
+        about = load_checkpoint(str(path), eval_crop="square").model_info
         assert (about.eval_crop, list(about.class_names)) == ("square", names)
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints import stablehlo
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import stablehlo, tree
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
 from mixer_jax.checkpoints.load import PretrainedWeights
-from mixer_jax.checkpoints.model_info import from_json
+from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.stablehlo import check_stablehlo, write_stablehlo
 from mixer_jax.checkpoints.to_device import model_from_info
 from mixer_jax.errors import RunError
+from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
 BATCHES = (1, 3, 64)
@@ -74,18 +74,18 @@ def test_it_is_the_model_in_a_process_without_flax(
     write_stablehlo(path, f"{path}.safetensors", weights)
     check_stablehlo(path, weights)
     rng = np.random.default_rng(1)
-    size = (*weights.about.image_size, 3)
+    size = (*weights.model_info.image_size, 3)
     images = {str(n): rng.uniform(-1, 1, (n, *size)).astype(np.float32) for n in BATCHES}
     np.savez(tmp_path / "images.npz", **images)  # type: ignore[arg-type]
     arguments = [path, f"{tmp_path}/images.npz", f"{tmp_path}/logits.npz"]
     subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM, *arguments], check=True)
-    model = model_from_info(weights.about, "float32")
+    model = model_from_info(weights.model_info, "float32")
     with np.load(tmp_path / "logits.npz") as found:
         for n in BATCHES:
             batch = jnp.asarray(images[str(n)])
             wanted = np.asarray(model.apply({"params": weights.params}, batch))
             assert found[str(n)].dtype == np.float32
-            assert found[str(n)].shape == (n, weights.about.num_classes or 16)
+            assert found[str(n)].shape == (n, weights.model_info.num_classes or 16)
             difference = np.abs(found[str(n)] - wanted).max()
             assert difference < 1e-4 * np.ptp(wanted)
             # The two images are told apart by far more than the tolerance.
@@ -111,7 +111,7 @@ def test_it_says_what_it_takes_and_computes(tmp_path: Path) -> None:
     # The program is small, and the same whatever the numbers are.
     assert path.stat().st_size < 100_000
     with SafetensorsFile(f"{path}.safetensors") as file:
-        assert from_json(file.said, "here") == weights.about
+        assert ModelInfo.from_dict(file.said, "here") == weights.model_info
 
 
 def test_an_untrained_head_passes_the_check(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_the_program_is_for_any_weights_of_the_same_model_and_no_other(
     weights = random_weights(seed=0)
     write_stablehlo(program, file, weights)
     check_stablehlo(program, random_weights(seed=1))
-    with pytest.raises(RunError, match="cannot be run"):
+    with raises(RunError, "w.stablehlo"):
         check_stablehlo(program, random_weights(image_size=(8, 8)))
     with monkeypatch.context() as patch:
         patch.setattr(stablehlo, "_make_model", lambda about: model_from_info(about, "bfloat16"))
         write_stablehlo(program, file, weights)
-    with pytest.raises(RunError, match="gives logits that differ by"):
+    with raises(RunError, "w.stablehlo", "logits"):
         check_stablehlo(program, weights)

@@ -1,7 +1,6 @@
 """Tests of the configuration: its rules, its files, and what may change when a run is resumed."""
 
 import ast
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mixer_jax.model.mixer import MlpMixer
 from mixer_jax.model.variants import num_parameters, resolve_widths
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
+from tests.helpers.messages import mentions, raises
 
 # Those that begin with weights are in finetune_configs_test.py.
 FILES = [
@@ -47,7 +47,7 @@ def test_every_key_has_a_meaning_and_a_default_that_is_valid(config: ConfigDict)
     assert all(key.meaning for key in FIELDS.values())
     help_text = config_lib.format_help()
     for path in config_lib.flatten(config_lib.get_default()):
-        assert f"  {path}=" in help_text
+        assert mentions(help_text, f"{path}=")
 
 
 def read_names() -> set[str]:
@@ -70,64 +70,60 @@ def test_every_key_is_read_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "parts"),
     [
-        ("seed", -1, "config.seed=-1 is out of range; pass 0 to 4294967295"),
-        ("seed", 1.5, "config.seed=1.5 is not a whole number"),
-        ("batch_size", True, "config.batch_size=True is not a whole number"),
-        ("model.variant", "B/17", "model.variant='B/17' is unknown; choose one of S/32"),
-        ("model.gelu", "relu", "config.model.gelu='relu' is unknown; choose tanh or exact"),
-        ("model.dropout", 1.0, "config.model.dropout=1.0 is out of range; pass 0 to 0.999"),
-        ("model.unroll", 13, "config.model.unroll=13 is more than the model's 12 blocks"),
-        ("model.hidden_dim", -8, "config.model.hidden_dim=-8 is out of range"),
-        (
-            "image_size",
-            230,
-            "image_size 230 is not divisible by patch_size 16; the nearest are 224 and 240",
-        ),
-        ("num_steps", 0, "config.num_steps=0 and config.num_epochs=0; set one"),
-        ("num_steps", 99, "config.optimizer.warmup_steps=10000 is more than the run's 99 steps"),
-        ("recipe.accumulation_steps", 3, "config.batch_size=4096 is not divisible by"),
-        ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate=nan is not fin"),
-        ("num_epochs", float("inf"), "config.num_epochs=inf is not finite"),
-        ("preprocess.max_shift", 224, "config.preprocess.max_shift=224 moves the whole image"),
-        ("optimizer.name", "sgd", "config.optimizer.name='sgd' is unknown; choose adam or mom"),
-        ("evals.test.every_steps", -5, "config.evals.test.every_steps=-5 is out of range"),
+        ("seed", -1, ["seed", "0", "4294967295"]),
+        ("seed", 1.5, ["seed"]),
+        ("batch_size", True, ["batch_size"]),
+        ("model.variant", "B/17", ["model.variant", "S/32", "B/16", "H/14"]),
+        ("model.gelu", "relu", ["model.gelu", "tanh", "exact"]),
+        ("model.dropout", 1.0, ["model.dropout", "0", "0.999"]),
+        ("model.unroll", 13, ["model.unroll", "12"]),
+        ("model.hidden_dim", -8, ["model.hidden_dim"]),
+        ("image_size", 230, ["image_size", "patch_size", "16", "224", "240"]),
+        ("num_steps", 0, ["num_steps", "num_epochs"]),
+        ("num_steps", 99, ["optimizer.warmup_steps", "10000"]),
+        ("recipe.accumulation_steps", 3, ["batch_size", "4096"]),
+        ("optimizer.learning_rate", float("nan"), ["optimizer.learning_rate"]),
+        ("num_epochs", float("inf"), ["num_epochs"]),
+        ("preprocess.max_shift", 224, ["preprocess.max_shift"]),
+        ("optimizer.name", "sgd", ["optimizer.name", "adam", "momentum"]),
+        ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
     ],
 )
-def test_rules(config: ConfigDict, key: str, value: Any, message: str) -> None:
+def test_rules(config: ConfigDict, key: str, value: Any, parts: list[str]) -> None:
     *sections, name = key.split(".")
     node = config
     for section in sections:
         node = node[section]
     with node.unlocked(), node.ignore_type():
         node[name] = value
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+    with raises(UserError, str(value), *parts):
         config_lib.validate(config)
 
 
 def test_keys_that_nobody_declared_are_errors(config: ConfigDict) -> None:
     with config.unlocked():
         config.optimizer.learning_rat = 1.0
-    with pytest.raises(UserError, match=r"did you mean optimizer\.learning_rate\?"):
+    with raises(UserError, "optimizer.learning_rat", "optimizer.learning_rate"):
         config_lib.validate(config)
-    with pytest.raises(UserError, match=r"evals\.test\.splt is no .*evals\.test\.split\?"):
+    with raises(UserError, "evals.test.splt", "evals.test.split"):
         config_lib.evals(test={"splt": "test"})
 
 
 @pytest.mark.parametrize(
-    ("path", "hint"),
+    ("path", "hints"),
     [
-        ("learning_rate", "did you mean optimizer.learning_rate?"),
-        ("optimizr.learning_rate", "did you mean optimizer.learning_rate?"),
-        ("optimizer.warmup_step", "did you mean optimizer.warmup_steps?"),
-        ("optimizer.lr", "optimizer has name, learning_rate, warmup_steps"),
-        ("zzz", "--help lists them all"),
-        ("evals.val.split", "did you mean evals.test.split?"),
+        ("learning_rate", ["optimizer.learning_rate"]),
+        ("optimizr.learning_rate", ["optimizer.learning_rate"]),
+        ("optimizer.warmup_step", ["optimizer.warmup_steps"]),
+        ("optimizer.lr", ["name", "learning_rate", "warmup_steps"]),
+        ("zzz", ["--help"]),
+        ("evals.val.split", ["evals.test.split"]),
     ],
 )
-def test_unknown_keys_get_a_hint(config: ConfigDict, path: str, hint: str) -> None:
-    with pytest.raises(UserError, match=re.escape(hint)):
+def test_unknown_keys_get_a_hint(config: ConfigDict, path: str, hints: list[str]) -> None:
+    with raises(UserError, path, *hints):
         set_override(config, path, "1")
 
 
@@ -147,7 +143,7 @@ def test_overrides_take_the_type_of_the_key(config: ConfigDict) -> None:
     assert values["dataset.name"] == "cifar10"
     assert values["evals.test.every_steps"] == 10
     for path, text in [("batch_size", "1.5"), ("preprocess.flip", "maybe"), ("image_size", "")]:
-        with pytest.raises(UserError, match=re.escape(f"config.{path}={text!r} is not")):
+        with raises(UserError, path, repr(text)):
             set_override(config, path, text)
 
 

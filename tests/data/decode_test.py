@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from mixer_jax.data.decode import BadImageError, Box, decode
+from tests.helpers.bad_images import reason_of
 from tests.helpers.images import encode, noise, photograph, png_that_claims, smooth, turned
+from tests.helpers.messages import raises
 
 
 def by_pillow(encoded: bytes) -> np.ndarray:
@@ -136,22 +138,27 @@ def test_exif_orientation_is_ignored_unless_wanted(orientation: int) -> None:
 PHOTO = encode(photograph(), "JPEG", quality=90)
 WITH_THUMBNAIL = PHOTO[:2] + b"\xff\xe1\x00\x0cExif\xff\xd8ab\xff\xd9" + PHOTO[2:]
 BMP = encode(noise(2, 2), "BMP")
+# An example of each reason, by a name of its own.
+CAUSES = {
+    "empty": b"",
+    "unknown": b"not an image",
+    "damaged": png_that_claims(9, 9),
+    "too large": png_that_claims(60_000, 60_000),
+    "incomplete": WITH_THUMBNAIL[:-2],
+}
 BAD: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "empty file"),
-    "zeros": (b"\0" * 100, "no image"),
-    "text": (b"not an image", "no image"),
-    "GIF in name only": (b"GIF89a", "no image"),
+    "empty": (b"", "empty"),
+    "zeros": (b"\0" * 100, "unknown"),
+    "text": (b"not an image", "unknown"),
+    "GIF in name only": (b"GIF89a", "unknown"),
     "half a PNG": (encode(noise(40, 50), "PNG")[:600], "damaged"),
-    "half a GIF": (encode(noise(40, 50), "GIF")[:600], "damaged"),
+    "half a GIF": (encode(noise(40, 50), "GIF")[:600], "unknown"),
     "half a BMP": (encode(noise(40, 50), "BMP")[:600], "damaged"),
-    "half a WebP": (encode(noise(40, 50), "WEBP")[:600], "damaged"),
+    "half a WebP": (encode(noise(40, 50), "WEBP")[:600], "unknown"),
     "broken PNG": (png_that_claims(9, 9), "damaged"),
-    "large PNG": (png_that_claims(10**4, 10**4), "too many pixels"),
-    "huge PNG": (png_that_claims(60_000, 60_000), "too many pixels"),
-    "large BMP": (
-        BMP[:18] + (10**4).to_bytes(4, "little") * 2 + BMP[26:],
-        "too many pixels",
-    ),
+    "large PNG": (png_that_claims(10**4, 10**4), "too large"),
+    "huge PNG": (png_that_claims(60_000, 60_000), "too large"),
+    "large BMP": (BMP[:18] + (10**4).to_bytes(4, "little") * 2 + BMP[26:], "too large"),
     "start of a JPEG": (b"\xff\xd8\xff\xe0", "incomplete"),
     "JPEG without end": (WITH_THUMBNAIL[:-2], "incomplete"),
     **{f"JPEG of {n} tenths": (PHOTO[: len(PHOTO) * n // 10], "incomplete") for n in range(1, 10)},
@@ -161,12 +168,17 @@ BAD: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("exif_orientation", [False, True])
 def test_what_is_no_whole_image_is_refused(kind: str, exif_orientation: bool) -> None:
-    encoded, message = BAD[kind]
-    with pytest.raises(BadImageError, match=message) as caught:
+    encoded, cause = BAD[kind]
+    with pytest.raises(BadImageError) as caught:
         decode(encoded, exif_orientation=exif_orientation)
+    assert caught.value.reason == reason_of(CAUSES[cause])
     assert caught.value.reason in str(caught.value)
     # Reasons are counted, so that they must not differ from image to image.
     assert not any(character.isdigit() for character in caught.value.reason)
+
+
+def test_every_cause_has_a_reason_of_its_own() -> None:
+    assert len({reason_of(encoded) for encoded in CAUSES.values()}) == len(CAUSES)
 
 
 def test_a_thumbnail_is_not_taken_for_the_end_nor_for_the_image() -> None:
@@ -206,12 +218,13 @@ def test_any_byte_may_be_wrong() -> None:
 
 def test_a_bomb_is_refused_before_it_goes_off() -> None:
     tracemalloc.start()
-    with pytest.raises(BadImageError, match=r"too many pixels \(20000 × 20000\)"):
+    with raises(BadImageError, "20000") as caught:
         decode(png_that_claims(20_000, 20_000))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Decoded, it would be 1.2 GB.
     assert peak < 10**6
+    assert caught.value.reason == reason_of(CAUSES["too large"])
 
 
 def test_the_largest_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,5 +232,5 @@ def test_the_largest_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode(encode(noise(20, 30), "JPEG")).shape == (20, 30, 3)
     too_large: list[Any] = [encode(noise(20, 31), kind) for kind in ("JPEG", "PNG", "GIF")]
     for encoded in too_large:
-        with pytest.raises(BadImageError, match="31 × 20"):
+        with raises(BadImageError, "31", "20"):
             decode(encoded)

@@ -13,6 +13,7 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from tests.helpers.images import encode, noise
+from tests.helpers.messages import mentions, raises
 
 PNG = encode(noise(4, 5), "PNG")
 
@@ -79,7 +80,7 @@ def test_two_held_out_splits_are_two(tmp_path: Path) -> None:
     write(tmp_path, *many("train/a"), "val/a/x.png", "test/a/y.png")
     assert names(tmp_path, "val") == ["val/a/x.png"]
     assert names(tmp_path, "test") == ["test/a/y.png"]
-    assert "it has train, val, test" in error_of(tmp_path, "validation")
+    assert mentions(error_of(tmp_path, "validation"), "validation", "train", "val", "test")
 
 
 @pytest.mark.parametrize("inside", ["", "train/"])
@@ -135,7 +136,7 @@ def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> No
     ]
     # What cannot be read is listed, so that it is counted and named when it is met.
     source = open_folder(tmp_path / "place")
-    with pytest.raises(BadImageError, match=r"a/self\.png: cannot be read") as caught:
+    with raises(BadImageError, "a/self.png", os.strerror(errno.ELOOP)) as caught:
         source.examples[found.index("train/a/self.png")]
     assert caught.value.name == f"{tmp_path}/place/train/a/self.png"
 
@@ -163,7 +164,9 @@ def test_a_folder_that_cannot_be_read_is_told_in_a_line(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scan)
-    assert error_of(tmp_path) == f"folder '{tmp_path}/a/secret' cannot be read: Permission denied"
+    message = error_of(tmp_path)
+    assert mentions(message, f"{tmp_path}/a/secret", "Permission denied")
+    assert "\n" not in message
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     for path in tmp_path.glob("a/*"):
         path.unlink()
-    with pytest.raises(BadImageError, match=r"\.png: cannot be read \(No such file or directory\)"):
+    with raises(BadImageError, f"{tmp_path}/a/", ".png", os.strerror(errno.ENOENT)):
         source.examples[0]
 
 
@@ -180,7 +183,7 @@ def test_a_file_too_large_to_be_an_image_is_not_read_whole(
 ) -> None:
     write(tmp_path, *many("a", count=2))
     monkeypatch.setattr("mixer_jax.data.image_files._MAX_BYTES", len(PNG))
-    with pytest.raises(BadImageError, match="too large a file"):
+    with raises(BadImageError, f"{tmp_path}/a/", ".png", str(len(PNG) + 1)):
         open_folder(tmp_path).examples[0]
 
 
@@ -217,9 +220,7 @@ def test_splits_under_other_names_are_not_taken_for_classes(
     directories: tuple[str, ...], tmp_path: Path
 ) -> None:
     write(tmp_path, *many(*(f"{name}/cat" for name in directories)))
-    message = error_of(tmp_path)
-    assert f"has {', '.join(sorted(directories))} and no train" in message
-    assert "rename" in message
+    assert mentions(error_of(tmp_path), *directories, "train", "validation", "val", "test")
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -235,16 +236,13 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     write(tmp_path / "no_images", "train/cat/x.txt", "val/cat/y.png")
     write(tmp_path / "good", *many("a"))
     for path in ("", tmp_path / "absent", tmp_path / "file", "gs://bucket/images"):
-        assert "is no folder of this machine; write folder:PATH" in error_of(path)
-    assert "has no directories; it needs one with images for every class" in error_of(
-        tmp_path / "empty"
-    )
-    assert "has a directory 'cta', which is no class" in error_of(tmp_path / "typo")
-    assert "split 'train' of folder" in error_of(tmp_path / "no_images")
+        assert mentions(error_of(path), f"folder:{path}", "train", "validation")
+    assert mentions(error_of(tmp_path / "empty"), f"{tmp_path}/empty")
+    assert mentions(error_of(tmp_path / "typo"), f"{tmp_path}/typo", "val", "cta", "train")
+    assert mentions(error_of(tmp_path / "no_images"), f"{tmp_path}/no_images", "train")
     for split in ("valid", "", "train[", "train[:200%]", "train[:99]"):
         message = error_of(tmp_path / "good", split)
-        assert f"split {split!r}" in message
-        assert "it has train, validation (and" in message
-    assert "has no images" in error_of(tmp_path / "good", "train[:0]")
+        assert mentions(message, repr(split), f"{tmp_path}/good", "train", "validation")
+    assert mentions(error_of(tmp_path / "good", "train[:0]"), "train[:0]", f"{tmp_path}/good")
     # By the name that was asked for, though it is held out as "validation".
-    assert "split 'test[:0]' of folder" in error_of(tmp_path / "good", "test[:0]")
+    assert mentions(error_of(tmp_path / "good", "test[:0]"), "test[:0]", f"{tmp_path}/good")

@@ -7,6 +7,7 @@ import pytest
 
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, start
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
@@ -26,7 +27,8 @@ def test_evaluate_prints_a_table_or_json(finished: Path, digits_dir: str) -> Non
     done = run_cli("evaluate", *arguments, "--split=test", "--json", "--batch_size=50")
     scores = json.loads(done.stdout)
     assert scores["num_examples"] == 360
-    assert f"top-1              {scores['top1']:.2%}" in table.stdout
+    top1 = f"{scores['top1']:.2%}"
+    assert any(mentions(line, "top-1", top1) for line in table.stdout.splitlines())
     # The run's own last evaluation, with other batches, says the same.
     last = read_metrics(str(finished))[-1]
     assert scores["top1"] == last["test/top1"]
@@ -34,53 +36,62 @@ def test_evaluate_prints_a_table_or_json(finished: Path, digits_dir: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ([], "the following arguments are required: --checkpoint"),
-        (["--checkpoint=/nowhere"], "error: checkpoint '/nowhere' holds no checkpoint"),
-        (["--checkpoint=RUN", "--step=7"], "has no step 7; it has 10, 20"),
-        (["--checkpoint=RUN", "--split=tset"], "split 'tset' of data set"),
-        (["--checkpoint=RUN", "--dataset=folder:/nowhere"], "is no folder of this machine"),
-        (["--checkpoint=RUN", "--batch_size=0"], "--batch_size=0 is out of range"),
+        ([], ["--checkpoint"]),
+        (["--checkpoint=/nowhere"], ["/nowhere"]),
+        (["--checkpoint=RUN", "--step=7"], ["7", "10", "20"]),
+        (["--checkpoint=RUN", "--split=tset"], ["tset", "digits"]),
+        (["--checkpoint=RUN", "--dataset=folder:/nowhere"], ["/nowhere"]),
+        (["--checkpoint=RUN", "--batch_size=0"], ["--batch_size", "0"]),
     ],
 )
 def test_evaluate_refuses(
-    finished: Path, digits_dir: str, arguments: list[str], message: str
+    finished: Path, digits_dir: str, arguments: list[str], parts: list[str]
 ) -> None:
     arguments = [argument.replace("RUN", str(finished)) for argument in arguments]
     done = run_cli("evaluate", *arguments, f"--data_dir={digits_dir}", code=2)
     assert done.stdout == ""
-    assert message in done.stderr
+    # The path may have numbers in it.
+    assert mentions(done.stderr.replace(str(finished), ""), *parts)
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ([], "the following arguments are required: --config"),
-        (["--config=configs/digits.py", "--config.init_from=/nowhere"], "holds no checkpoint"),
-        (["--config=configs/digit.py"], "does not exist; did you mean configs/digits.py?"),
-        (["--config=README.md"], "is no Python file"),
-        (["--config=configs/digits.py:medium"], "classes 'medium' is unknown"),
-        (["--config=configs/digits.py", "--confg.seed=1"], "argument '--confg.seed=1' is unknown"),
-        (["--config=configs/digits.py", "--config.seed"], "write --config.seed=VALUE"),
-        (["--config=configs/digits.py", "--config.sed=1"], "did you mean seed?"),
-        (["--config=configs/digits.py", "--config.seed=x"], "config.seed='x' is not a whole"),
-        (["--config=configs/digits.py", "--config.model.variant=Z/9"], "'Z/9' is unknown; choose"),
-        (["--config=configs/digits.py", "--config.num_steps=50"], "warmup_steps=100 is more"),
-        (["--config=configs/digits.py", "--workdir=/proc/x"], "'/proc/x' cannot be written"),
-        (["--config=configs/digits.py", "--config.batch_size=100", "--config.mesh.fsdp=3"], "mesh"),
+        ([], ["--config"]),
+        (["--config=configs/digits.py", "--config.init_from=/nowhere"], ["/nowhere"]),
+        (["--config=configs/digit.py"], ["configs/digit.py", "configs/digits.py"]),
+        (["--config=README.md"], ["README.md"]),
+        (["--config=configs/digits.py:medium"], ["medium", "low", "high"]),
+        (["--config=configs/digits.py", "--confg.seed=1"], ["--confg.seed"]),
+        (["--config=configs/digits.py", "--config.seed"], ["--config.seed"]),
+        (["--config=configs/digits.py", "--config.sed=1"], ["sed", "seed"]),
+        (["--config=configs/digits.py", "--config.seed=x"], ["seed", "x"]),
+        (
+            ["--config=configs/digits.py", "--config.model.variant=Z/9"],
+            ["variant", "Z/9", "S/32", "B/16"],
+        ),
+        (["--config=configs/digits.py", "--config.num_steps=50"], ["warmup_steps", "100", "50"]),
+        (["--config=configs/digits.py", "--workdir=/proc/x"], ["/proc/x"]),
+        (
+            ["--config=configs/digits.py", "--config.batch_size=100", "--config.mesh.fsdp=3"],
+            ["mesh"],
+        ),
     ],
 )
-def test_main_refuses(arguments: list[str], message: str, digits_dir: str, tmp_path: Path) -> None:
+def test_main_refuses(
+    arguments: list[str], parts: list[str], digits_dir: str, tmp_path: Path
+) -> None:
     if arguments[:1] == ["--config=configs/digits.py"]:
         arguments = [arguments[0], f"--config.dataset.data_dir={digits_dir}", *arguments[1:]]
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path}/run"]
     done = run_cli("main", *arguments, code=2)
     assert done.stdout == ""
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert mentions(line, *parts)
     assert not list(tmp_path.glob("run/*"))
 
 
@@ -91,7 +102,7 @@ def test_another_experiments_workdir_is_refused(finished: Path, digits_dir: str)
     )
     _, err = process.communicate()
     assert process.returncode == 2
-    assert "another experiment (optimizer.learning_rate: 0.003 -> 0.5)" in err
+    assert mentions(err, "learning_rate", "0.003", "0.5")
     assert (finished / "config.json").read_text() == before
 
 
@@ -105,9 +116,9 @@ def test_missing_data_names_the_way_to_get_them(tmp_path: Path) -> None:
         code=2,
     )
     (line,) = done.stderr.strip().splitlines()
-    assert f"data set 'imagenet21k' is not prepared in {data_dir}" in line
-    assert "prepare it with: python -m mixer_jax.prepare imagenet21k" in line
-    assert "--config.dataset.name=synthetic" in line
+    assert mentions(line, "imagenet21k", str(data_dir))
+    assert mentions(line, "python -m mixer_jax.prepare imagenet21k")
+    assert mentions(line, "--config.dataset.name=synthetic")
     assert list(workdir.iterdir()) == []
 
 

@@ -29,7 +29,7 @@ def run(data_dir: str, workdir: Path, parts: list[tuple[int, int, range]]) -> Hi
     for devices, fsdp, steps in parts:
         config = small_config(data_dir, **SETTINGS, mesh__fsdp=fsdp)
         experiment = build_experiment(config, open_datasets(config), jax.devices()[:devices])
-        checkpoints = CheckpointManager(str(workdir), keep=1)
+        checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
         assert (checkpoints.latest_step() or 0) == steps.start
         state, window = restore_or_init(experiment, checkpoints, steps.start, None)
         # What the journal has not written yet goes along.

@@ -13,14 +13,17 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers.images import encode, photograph
+from tests.helpers.messages import mentions
 from tests.helpers.processes import (
     STEPS,
     final_arrays,
     finish,
+    first_step_told,
     has_reached,
     last_step,
+    says_where_it_stopped,
     start,
     untimed_metrics,
     wait_until,
@@ -66,11 +69,11 @@ def test_killed_and_resumed_equals_never_interrupted(
     out = finish(process, code=143)
     saved = list_steps(str(tmp_path))[-1]
     assert 45 <= saved < STEPS
-    assert f"stopped at step {saved} of {STEPS}" in out
+    assert says_where_it_stopped(out, tmp_path, saved, STEPS)
 
     # And to the end.
     out = finish(start(digits_dir, tmp_path, as_users=True))
-    assert f"goes on after step {saved}" in out
+    assert first_step_told(out) == saved
     assert unfinished_saves(tmp_path) == []
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
     expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
@@ -86,8 +89,7 @@ def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
     (saved,) = list_steps(str(tmp_path))
-    assert f"stopped at step {saved} of {STEPS}" in out
-    assert "the same command goes on from there" in out
+    assert says_where_it_stopped(out, tmp_path, saved, STEPS)
 
 
 def processes_of_group(group: int) -> list[int]:
@@ -127,7 +129,7 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
         assert err == "" or "resource_tracker.py" in err
         if code >= 0:
             (*_, steps) = list_steps(str(tmp_path / "run"))
-            assert f"stopped at step {steps} of 1,000" in out
+            assert says_where_it_stopped(out, tmp_path / "run", steps, 1000)
         deadline = time.monotonic() + 20
         while processes_of_group(process.pid):
             assert time.monotonic() < deadline, "workers are left"
@@ -139,5 +141,7 @@ def test_a_finished_run_says_so_and_is_scored(
 ) -> None:
     workdir = shutil.copytree(uninterrupted, tmp_path / "copy")
     out = finish(start(digits_dir, workdir, as_users=True))
-    assert "training is finished: scoring the last checkpoint" in out
-    assert "on 360 images" in out
+    assert last_step(workdir) == STEPS
+    # All of it was done before; what is scored is told.
+    assert untimed_metrics(workdir) == untimed_metrics(uninterrupted)
+    assert mentions(out, "360")

@@ -13,6 +13,7 @@ from mixer_jax.evaluation.classification import (
     calibration_error,
     per_example_metrics,
 )
+from tests.helpers.messages import raises
 from tests.helpers.reference_metrics import log_softmax, reference_calibration_error
 
 INFINITY = float("inf")
@@ -140,7 +141,7 @@ def test_sums_are_exact() -> None:
 
 @pytest.mark.parametrize("rank", [[], [0, 3]])
 def test_nothing_to_count(rank: list[int]) -> None:
-    with pytest.raises(ValueError, match="no example"):
+    with raises(ValueError):
         summary(rank, [False] * len(rank))
 
 

@@ -16,6 +16,7 @@ from mixer_jax.evaluation.few_shot import (
     sample_few_shot,
     solve_ridge,
 )
+from tests.helpers.messages import mentions, raises
 
 TEN = tuple("0123456789")
 
@@ -119,12 +120,10 @@ def test_every_example_is_as_likely_to_be_drawn() -> None:
 
 
 def test_too_few_examples() -> None:
-    with pytest.raises(UserError) as few:
+    with raises(UserError, "digits train", "dog", "9", "10") as few:
         draw([0, 1] * 9 + [0] * 20, 10, names=("cat", "dog"))
-    assert str(few.value) == (
-        "digits train: class 'dog' has 9 examples, fewer than 10 shots; lower shots to 9"
-    )
-    with pytest.raises(UserError, match=r"'dog' has 0 examples.*learn from a split that has "):
+    assert not mentions(str(few.value), "cat")
+    with raises(UserError, "digits train", "dog", "0", "1"):
         draw([0] * 9, 1, names=("cat", "dog"))
 
 
@@ -163,8 +162,9 @@ def test_examples_that_cannot_be_read() -> None:
     whole, _ = counted(200)
     broken = tuple(draw(LazyLabels(whole, skip_bad=False), 1)[0, :3].tolist())
     source, _ = counted(200, broken)
-    with pytest.raises(UserError, match=r"^many: 1 image cannot be used: no. \d+ \(truncated\)"):
+    with raises(UserError, "many", "1", "truncated") as caught:
         draw(LazyLabels(source, skip_bad=False), 1)
+    assert any(mentions(str(caught.value), f"no. {index}") for index in broken)
     labels = LazyLabels(source, skip_bad=True)
     drawn = draw(labels, 1)[0]
     assert not set(drawn) & set(broken)

@@ -1,7 +1,9 @@
 """Tests of whole probes: from two sources to accuracies, judged by scikit-learn."""
 
 import dataclasses
+import re
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from mixer_jax.model.mixer import MlpMixer
 from tests.evaluation.conftest import pixels_as_features, read_by
 from tests.evaluation.few_shot_test import judge_by_ridge
 from tests.evaluation.knn_test import judge_by_sklearn
+from tests.helpers.messages import mentions, raises
 
 TEN = tuple("0123456789")
 
@@ -158,22 +161,25 @@ def test_classes_are_matched_by_name(
 def test_what_no_probe_can_learn_from(
     method: str, digits_train: Source, digits_test: Source
 ) -> None:
-    several = dataclasses.replace(digits_test, multi_label=True, name="several")
+    several = dataclasses.replace(digits_test, multi_label=True, name="several_labels")
     for pair in [(digits_train, several), (several, digits_test)]:
-        with pytest.raises(UserError, match=r"^several has several labels an image, and a probe"):
+        with raises(UserError, "several_labels"):
             run_on_pixels(method, *pair)
     letters = Source("letters", list(digits_test.examples), tuple("abcdefghij"))
-    with pytest.raises(UserError, match=r"^letters has other classes .*; learn from a split"):
+    with raises(UserError, "letters", "10", "b", "c", "0", "1"):
         run_on_pixels(method, digits_train, letters)
-    with pytest.raises(UserError, match=r"class '.' has|are too few to learn|no example to learn"):
-        run_on_pixels(method, Source("nothing", [], TEN), digits_test)
-    with pytest.raises(UserError, match="there is no example to score"):
-        run_on_pixels(method, digits_train, Source("nothing", [], TEN), shots=(1,))
+    with raises(UserError, "no_training"):
+        run_on_pixels(method, Source("no_training", [], TEN), digits_test)
+    with raises(UserError, "no_test"):
+        run_on_pixels(method, digits_train, Source("no_test", [], TEN), shots=(1,))
 
 
 def test_more_shots_than_examples(digits_train: Source, digits_test: Source) -> None:
-    with pytest.raises(UserError, match=r"class '\d' has \d+ examples, fewer than 200 shots; low"):
+    counts = Counter(example["labels"][0] for example in digits_train.examples)
+    with raises(UserError, digits_train.name, "200") as caught:
         run_on_pixels("few_shot", digits_train, digits_test, shots=(1, 200))
+    # A class, and how many examples it has.
+    assert any(mentions(str(caught.value), TEN[k], str(count)) for k, count in counts.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -200,7 +206,7 @@ def test_for_images_that_cannot_be_used_others_are_taken(
         assert 5 < found.num_bad < 50
     else:
         assert (found.num_train, found.num_bad) == (300, 100)
-    with pytest.raises(UserError, match=r"^broken: .* cannot be used: digits train, example"):
+    with raises(UserError, "broken", broken[0]["name"]):
         run_on_pixels(method, Source("broken", broken, TEN), digits_test, shots=(5,))
 
 
@@ -257,7 +263,9 @@ def test_what_is_told_and_written() -> None:
     few = ProbeMetrics(
         "few_shot", {"1_shot": 0.41, "5_shot": 0.5}, {"1_shot": 0.021}, None, 30, 360
     )
-    assert few.told() == ("1-shot 41.00% ± 2.10%, 5-shot 50.00%, on 360 images, learnt from 30")
+    assert re.search(r"\b1.shot\W+41\.00%\W+2\.10%", few.told())
+    assert re.search(r"\b5.shot\W+50\.00%", few.told())
+    assert mentions(few.told(), "360", "30")
     assert few.values() == {
         "1_shot": 0.41,
         "5_shot": 0.5,
@@ -267,8 +275,7 @@ def test_what_is_told_and_written() -> None:
         "num_bad": 0.0,
     }
     linear = ProbeMetrics("linear", {"linear": 0.9}, {}, 1024.0, 1437, 360, 2)
-    assert linear.summary() == (
-        "linear 90.00%, penalty 1024, on 360 images, learnt from 1,437, 2 left out that cannot be "
-        "used"
-    )
+    assert re.search(r"\blinear\W+90\.00%", linear.summary())
+    assert re.search(r"\bpenalty\W+1024\b", linear.summary())
+    assert mentions(linear.summary(), "360", "1437", "2")
     assert linear.values()["penalty"] == 1024.0

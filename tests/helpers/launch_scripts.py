@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.helpers.messages import mentions
+
 FOLDER = Path(__file__).parent
 # Everything that says where something runs: tests are not to depend on where they do.
 _LEFT_OUT = ("SLURM_", "MIXER_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -60,10 +62,9 @@ def is_there(pid: int) -> bool:
 
 
 def refuses(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Holds that a script refused its arguments in one line that says all these words."""
+    """Holds that a script refused its arguments in one line that mentions all these words."""
     assert result.returncode == 2, result
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
-    for word in words:
-        assert word in line
+    assert mentions(line, *words)

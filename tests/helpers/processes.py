@@ -1,6 +1,7 @@
 """Training runs as real processes, as a user starts them, to be watched and stopped."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.training.metrics import TIMINGS, read_metrics
+from tests.helpers.messages import mentions
 from tests.helpers.tiny_run import to_flags
 
 STEPS = 60
@@ -89,6 +91,19 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, err = process.communicate(timeout=180)
     assert process.returncode == code, f"{out}\n{err}"
     return out
+
+
+def says_where_it_stopped(out: str, workdir: Path, step: int, num_steps: int) -> bool:
+    """Returns whether a run's last line tells the step, of how many, and the checkpoint."""
+    last = out.splitlines()[-1].replace(f"{workdir}/checkpoints/{step}", "CHECKPOINT")
+    return mentions(last, "CHECKPOINT", str(step), str(num_steps))
+
+
+def first_step_told(out: str) -> int:
+    """Returns the first step that a run names: the one it was resumed at, if it was."""
+    found = re.search(r"\bstep\W{1,2}(\d[\d,]*)", out)
+    assert found is not None, out
+    return int(found[1].replace(",", ""))
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

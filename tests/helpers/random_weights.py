@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixer_jax.checkpoints.formats import tree
+from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, infer_variant
@@ -27,6 +27,7 @@ def random_weights(
     height, width = image_size
     told = {"gelu": "tanh", "eval_crop": "whole", "exif_orientation": False, "loss": "softmax"}
     made = ModelInfo(
+        "mixer",
         infer_variant(widths),
         widths,
         image_size=image_size,
@@ -44,8 +45,8 @@ def random_weights(
 
 def save_run(weights: PretrainedWeights, workdir: Path, step: int = 1, **metadata: Any) -> str:
     """Saves weights as a run would, and returns its name."""
-    checkpoints = CheckpointManager(str(workdir), keep=1)
-    about = {"about": weights.about.to_json(), "ema": False, **metadata}
+    checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
+    about = {"model_info": weights.model_info.to_dict(), "ema": False, **metadata}
     checkpoints.save(step, {"params": weights.params}, about)
     checkpoints.close()
     return str(workdir)

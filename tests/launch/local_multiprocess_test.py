@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.checkpoints.steps import list_steps
+from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers import launch_scripts
+from tests.helpers.messages import mentions
 from tests.helpers.processes import wait_until
 from tests.helpers.tiny_run import NO_REGULARIZATION, to_flags
 
@@ -64,7 +65,8 @@ def test_two_processes_train_to_the_end(digits_dir: str, tmp_path: Path) -> None
     run = ("2", "--config=configs/digits.py", f"--workdir={tmp_path}/run", *arguments)
     result = launch_scripts.run("local_multiprocess.sh", *run, PYTHON=sys.executable)
     assert result.returncode == 0, result
-    assert "[0] 2 × cpu" in result.stdout
+    said = [line for line in result.stdout.splitlines() if line.startswith("[0] ")]
+    assert any(mentions(line, "2", "cpu", "mesh") for line in said)
     assert list_steps(str(tmp_path / "run")) == [2]
 
 
@@ -105,7 +107,7 @@ def test_one_that_fails_takes_the_others_down(how: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert process.returncode == 3, err
     assert ("[0] asked" in out) == (how == "fail")
-    assert "process 1 ended with code 3; the others have 1 s to end" in err
+    assert any(mentions(line, "process 1", "3") for line in err.splitlines())
     nothing_is_left(tmp_path)
 
 
@@ -121,26 +123,27 @@ def test_the_code_of_a_wrong_run_is_passed_on() -> None:
     arguments = ("2", "--config=configs/digits.py", "--config.num_steps=many")
     result = launch_scripts.run("local_multiprocess.sh", *arguments, PYTHON=sys.executable)
     assert result.returncode == 2
-    assert "[1] error: config.num_steps='many'" in result.stdout
+    said = [line for line in result.stdout.splitlines() if line.startswith("[1] ")]
+    assert any(mentions(line, "num_steps", "many") for line in said)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("arguments", "words"),
     [
-        ((), "number of processes is missing"),
-        (("--config=x",), "'--config=x' is no number of processes"),
-        (("0", "--config=x"), "'0'"),
-        (("2", "--devices=a", "--config=x"), "--devices=a"),
-        (("2", "--grace=", "--config=x"), "--grace="),
-        (("2",), "nothing to run"),
+        ((), ("processes",)),
+        (("--config=x",), ("--config=x", "processes")),
+        (("0", "--config=x"), ("0", "processes")),
+        (("2", "--devices=a", "--config=x"), ("--devices",)),
+        (("2", "--grace=", "--config=x"), ("--grace",)),
+        (("2",), ("--config",)),
     ],
 )
-def test_wrong_numbers_are_refused(arguments: tuple[str, ...], word: str) -> None:
-    launch_scripts.refuses(launch_scripts.run("local_multiprocess.sh", *arguments), word)
+def test_wrong_numbers_are_refused(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    launch_scripts.refuses(launch_scripts.run("local_multiprocess.sh", *arguments), *words)
 
 
 def test_a_python_without_the_packages_is_told_once(tmp_path: Path) -> None:
     python = launch_scripts.program(tmp_path / "python", f'exec {sys.executable} -S "$@"')
     arguments = ("2", "--config=configs/digits.py")
     result = launch_scripts.run("local_multiprocess.sh", *arguments, PYTHON=python)
-    launch_scripts.refuses(result, "has not the packages of requirements.txt; run make demo")
+    launch_scripts.refuses(result, "requirements.txt", "make demo")

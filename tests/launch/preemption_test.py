@@ -3,6 +3,7 @@
 The cloud is played by fake_gcloud.sh; everything on this side of it is real.
 """
 
+import collections
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import launch_scripts
+from tests.helpers.messages import mentions
 
 WHERE = ("--name=mixer", "--zone=us-west4-a")
 MACHINES = (*WHERE, "--type=v5litepod-64")
@@ -80,14 +82,15 @@ def test_after_preemptions_it_goes_on_with_new_machines(tmp_path: Path) -> None:
     result = cloud.train("--spot")
     assert result.returncode == 0, result.stderr
     assert cloud.did() == [*ONCE, "delete"] * 4
-    assert result.stderr.count("the machines were lost") == 3
+    # Each loss is told, in the same words.
+    assert 3 in collections.Counter(result.stderr.splitlines()).values()
 
 
 def test_it_gives_up_after_so_many_preemptions(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["none", "preempt"] * 2)
     result = cloud.train("--max_restarts=1")
     assert result.returncode == 1
-    assert "lost more than 1 times" in result.stderr
+    assert cloud.did() == [*ONCE, "delete", *ONCE, "tails", "delete"]
     assert not cloud.is_there()
 
 
@@ -97,7 +100,7 @@ def test_what_is_wrong_with_the_run_itself_is_not_tried_again(code: int, tmp_pat
     result = cloud.train()
     assert result.returncode == code
     assert cloud.did() == [*ONCE, "tails", "delete"]
-    assert f"the run ended with code {code}" in result.stderr
+    assert mentions(result.stderr, f"code {code}")
 
 
 def test_a_crash_is_tried_again_on_the_same_machines_a_few_times(tmp_path: Path) -> None:
@@ -123,7 +126,7 @@ def test_a_run_that_was_stopped_by_its_host_goes_on_however_often(tmp_path: Path
     result = cloud.train()
     assert result.returncode == 0, result.stderr
     assert cloud.did() == ["create", *["setup", "start", "follow"] * 5, "delete"]
-    assert result.stderr.count("stopped by SIGTERM, and has saved") == 4
+    assert sum(mentions(line, "SIGTERM") for line in result.stderr.splitlines()) == 4
 
 
 def test_a_lost_connection_is_taken_up_again(tmp_path: Path) -> None:
@@ -174,8 +177,9 @@ def test_a_gcloud_that_never_answers_is_told_of_and_given_up(
     result = launch_scripts.run("tpu_vm.sh", *step, *MACHINES, "--slices=1", *RUN, **more)
     assert result.returncode == 1
     said = result.stderr.splitlines()
-    assert said[0] == f"tpu_vm: gcloud does not answer: {why} Please run: $ gcloud auth login"
-    assert said[1:] == ["tpu_vm: given up after 20 questions without an answer"][: questions // 20]
+    assert mentions(said[0], "gcloud", f"{why} Please run: $ gcloud auth login")
+    assert len(said[1:]) == questions // 20
+    assert all(mentions(line, "20") for line in said[1:])
     assert len((tmp_path / "calls").read_text().splitlines()) == questions
     assert list(temporary.iterdir()) == []
 
@@ -187,7 +191,8 @@ def test_what_does_not_answer_for_a_while_is_waited_for(tmp_path: Path) -> None:
     cloud.write("fails", "describe")
     result = cloud.train()
     assert result.returncode == 0
-    assert "tpu_vm: gcloud does not answer: it does not work" in result.stderr
+    said = result.stderr.splitlines()
+    assert any(mentions(line, "gcloud", "it does not work") for line in said)
 
 
 def test_steps_alone_ask_for_the_number_of_slices(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_machines_that_never_come_are_no_preemption(tmp_path: Path) -> None:
     cloud.write("created", "FAILED\n")
     result = cloud.train()
     assert result.returncode == 1
-    assert "the machines did not come: no quota" in result.stderr
+    assert mentions(result.stderr, "no quota")
     assert cloud.did() == ["create", "delete"]
 
 
@@ -255,6 +260,5 @@ def test_interrupted_it_says_how_to_delete(number: int, code: int, tmp_path: Pat
     _, err = process.communicate(timeout=20)
     assert time.monotonic() - begun < 10
     assert process.returncode == code
-    assert "machines and run go on" in err
-    assert "To delete them: launch/tpu_vm.sh delete --name=mixer --zone=us-west4-a" in err
+    assert "launch/tpu_vm.sh delete --name=mixer --zone=us-west4-a" in err
     assert cloud.is_there()

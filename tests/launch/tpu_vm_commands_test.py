@@ -114,19 +114,19 @@ def test_slices_are_nodes_of_one_request() -> None:
     [
         ((*WHERE, "--type=tpu7x-64"), ("tpu7x", "launch/gke/tpu7x.yaml")),
         ((*WHERE, "--type=v5e-64"), ("v5litepod-64",)),
-        ((*WHERE, "--type=h100"), ("--type=h100 is unknown",)),
-        ((*WHERE, "--type=v4-"), ("no size",)),
-        (WHERE, ("--type is missing",)),
-        ((*WHERE, "--type=v3-32", "--slices=2"), ("--slices=2 needs v4",)),
-        ((*MACHINES, "--slices=0"), ("--slices=0",)),
-        (("--name=Mixer", "--zone=us-west4-a"), ("--name=Mixer",)),
-        (("--name=mixer", "--zone=us-west4"), ("--zone=us-west4 is no zone", "us-west4-a")),
-        (("--name=mixer",), ("--zone is missing",)),
-        ((*MACHINES, "--spott"), ("--spott is no option",)),
-        (("start", *MACHINES), ("'start' is no step", "create")),
-        ((*MACHINES, "--env", "1=2"), ("--env 1=2",)),
-        ((*MACHINES, "--config=configs/digits.py"), ("put it after --",)),
-        ((*MACHINES, "--max_restarts=-1"), ("--max_restarts=-1",)),
+        ((*WHERE, "--type=h100"), ("--type", "h100")),
+        ((*WHERE, "--type=v4-"), ("--type", "v4-")),
+        (WHERE, ("--type",)),
+        ((*WHERE, "--type=v3-32", "--slices=2"), ("--slices", "2", "v4")),
+        ((*MACHINES, "--slices=0"), ("--slices", "0")),
+        (("--name=Mixer", "--zone=us-west4-a"), ("--name", "Mixer")),
+        (("--name=mixer", "--zone=us-west4"), ("--zone", "us-west4", "us-west4-a")),
+        (("--name=mixer",), ("--zone",)),
+        ((*MACHINES, "--spott"), ("--spott",)),
+        (("start", *MACHINES), ("start", "create")),
+        ((*MACHINES, "--env", "1=2"), ("--env", "1=2")),
+        ((*MACHINES, "--config=configs/digits.py"), ("--config",)),
+        ((*MACHINES, "--max_restarts=-1"), ("--max_restarts", "-1")),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(
@@ -138,10 +138,10 @@ def test_wrong_arguments_are_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("no --config",)),
-        (RUN[1:2], ("no --workdir", "gs://")),
-        ((RUN[1], "--workdir=/tmp/run"), ("--workdir=/tmp/run", "vanish", "gs://")),
-        ((RUN[1], "--workdir", "runs/x"), ("--workdir=runs/x",)),
+        ((), ("--config",)),
+        (RUN[1:2], ("--workdir", "gs://")),
+        ((RUN[1], "--workdir=/tmp/run"), ("--workdir", "/tmp/run", "gs://")),
+        ((RUN[1], "--workdir", "runs/x"), ("--workdir", "runs/x")),
     ],
 )
 def test_a_run_that_could_not_go_on_is_refused(

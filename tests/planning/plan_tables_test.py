@@ -1,6 +1,7 @@
 """Tests of the tables of docs/: they are what their rows make, and these what configs say."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,19 @@ import pytest
 
 from mixer_jax.errors import UserError
 from mixer_jax.planning.tables import Table, read_rows, tables, write_tables
+from tests.helpers.messages import raises
+
+
+def cells(page: str) -> list[list[str]]:
+    """Returns the rows of all tables of a page, without their headings, and with the versions."""
+    lines = page.splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("|---")]
+    headings = {i - 1 for i in tables}
+    rows = [line for i, line in enumerate(lines) if line.startswith("|") and i not in headings]
+    versions = re.findall(r"\b(?:JAX|libtpu) [\d.]*\d", page)
+    assert rows
+    assert versions
+    return [[cell.strip() for cell in row.split("|")] for row in rows] + [versions]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +41,7 @@ def test_pages_are_what_their_rows_make(known: list[Table], root: Path) -> None:
     for table in known:
         rows = read_rows(root / "docs" / f"{table.name}.json")
         page = (root / "docs" / f"{table.name}.md").read_text(encoding="utf-8")
-        assert table.page([rows[wanted.name] for wanted in table.wanted]) == page
+        assert cells(table.page([rows[wanted.name] for wanted in table.wanted])) == cells(page)
         assert set(rows) == {wanted.name for wanted in table.wanted}
 
 
@@ -58,17 +72,21 @@ def test_nothing_is_compiled_where_all_is_there(tmp_path: Path, root: Path) -> N
             (tmp_path / name).write_bytes((root / "docs" / name).read_bytes())
     write_tables(tmp_path)
     for name in names:
-        assert (tmp_path / name).read_bytes() == (root / "docs" / name).read_bytes()
+        written, kept = ((folder / name).read_text("utf-8") for folder in (tmp_path, root / "docs"))
+        if name.endswith("json"):
+            assert written == kept
+        else:
+            assert cells(written) == cells(kept)
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps([1]), json.dumps({"a": 1}), "\x00"])
 def test_broken_files_are_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "weak_scaling.json").write_text(text)
-    with pytest.raises(UserError, match=r"weak_scaling.json (cannot be read|holds no rows)"):
+    with raises(UserError, str(tmp_path / "weak_scaling.json")):
         write_tables(tmp_path)
 
 
 def test_folders_that_cannot_be_written_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"weak_scaling.json cannot be"):
+    with raises(UserError, str(tmp_path / "file" / "weak_scaling.json")):
         write_tables(tmp_path / "file")

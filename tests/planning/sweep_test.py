@@ -24,6 +24,7 @@ from mixer_jax.planning.sweep import (
     sweep,
 )
 from mixer_jax.planning.topology import GIB, larger_topologies, parse_topology
+from tests.helpers.messages import mentions, raises
 
 OUT = "RESOURCE_EXHAUSTED: "
 TEMPORARIES = (
@@ -48,6 +49,12 @@ PLAIN = [
 ]
 
 
+def mentions_excess(text: str, step: str, num_bytes: float) -> bool:
+    """Returns whether a line of a report says by how much a step does not fit."""
+    excess = f"{num_bytes / GIB:.1f}"
+    return any(mentions(line, step, excess, "GiB") for line in text.splitlines())
+
+
 def config(*flags: str) -> ConfigDict:
     return load_config_with_overrides("configs/mixer_h14_jft.py", [*PLAIN, *flags])
 
@@ -60,7 +67,7 @@ def test_sweep_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None
     bounds = [r.plan.bound.seconds for r in results if r.fits and r.plan and r.plan.bound]
     assert bounds == sorted(bounds)
     text = format_ranking(results)
-    assert f"best: {results[0].setting.flags()}" in text
+    assert mentions(text.splitlines()[-1], results[0].setting.flags())
     assert max(map(len, text.splitlines()[:-1])) <= 100
     # What is configured does not fit, and is ruled out by the estimate.
     assert [result.setting for result in results if result.is_present] == [
@@ -70,8 +77,8 @@ def test_sweep_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None
     ]
     assert sum(line.endswith("*") for line in text.splitlines()) == 1
     told_on_the_way = capsys.readouterr().err.splitlines()
-    assert "settings may fit" in told_on_the_way[0]
-    assert told_on_the_way[1].startswith("[1/")
+    assert mentions(told_on_the_way[0], "16")
+    assert mentions(told_on_the_way[1], "1/16")
 
 
 def test_more_pieces_are_not_tried_where_fewer_fit() -> None:
@@ -98,7 +105,7 @@ def test_ctrl_c_ranks_what_was_tried(
     results = sweep(config(), topology, "remat")
     assert [result.plan for result in results if result.plan] != []
     assert {id(result.plan) for result in results if result.plan} == {id(plan) for plan in tried}
-    assert "interrupted; what was tried is ranked" in capsys.readouterr().err
+    assert "interrupt" in capsys.readouterr().err.lower()
     interrupted_at(0)
     with pytest.raises(KeyboardInterrupt):
         sweep(config(), topology, "remat")
@@ -138,7 +145,7 @@ def test_of_equal_bounds_what_sends_less_comes_first() -> None:
 
 def test_batches_that_are_scored_must_divide() -> None:
     flag = "--config.eval_batch_size=100"
-    with pytest.raises(UserError, match=r"eval_batch_size=100 is not divisible by 64 devices"):
+    with raises(UserError, "eval_batch_size", "100", "64"):
         sweep(config(flag), parse_topology("v4:4x4x4"), "remat")
 
 
@@ -147,13 +154,14 @@ def test_what_is_only_scored_must_fit_too() -> None:
     assert plan.train_step_fits
     assert not plan.fits
     text = format_plan(plan)
-    assert "by estimate the evaluation step does not fit: about" in text
-    assert "lower config.eval_batch_size=1048576" in text
-    assert "any one of these" not in text
+    assert mentions_excess(text, "evaluation", plan.scoring - plan.allowed)
+    assert mentions(text, "eval_batch_size", "1048576")
+    # Nothing else would help.
+    assert "--" not in text
 
 
 def test_unknown_dimensions() -> None:
-    with pytest.raises(UserError, match="'depth' is unknown; choose of accumulation, fsdp"):
+    with raises(UserError, "depth", "accumulation", "fsdp", "remat", "unroll"):
         sweep(config(), parse_topology("h100:64"), "remat,depth")
 
 
@@ -179,7 +187,7 @@ def test_each_piece_of_advice_can_be_followed(devices: int) -> None:
     lines = suggest_flags(plan)
     assert len(lines) == 4
     for line in lines:
-        given = line.split(" about ")[0].split()
+        given = [word for word in line.split() if word.startswith("--")]
         on = next((flag for flag in given if flag.startswith("--topology=")), topology)
         changes = [flag for flag in given if flag != on]
         again = make_plan(config(*flags, *changes), parse_topology(on[len("--topology=") :]))
@@ -227,7 +235,7 @@ def test_what_the_compiler_says_of_too_large_a_step(
     assert not step.fits
     assert step.needed == (needed + only_temporaries) * GIB
     text = format_plan(plan._replace(training=step, bound=None, cost=None))
-    assert "the training step does not fit: about" in text
+    assert mentions_excess(text, "training", step.needed - step.allowed)
 
 
 @pytest.mark.parametrize("said", [ON_CHIP, "Something that compilers of another year say."])
@@ -237,9 +245,11 @@ def test_what_the_compiler_says_otherwise_is_passed_on(said: str) -> None:
     plan = make_plan(config(), parse_topology("h100:64"))
     step = to_compiled_step(found, plan.topology, state=GIB)
     text = format_plan(plan._replace(training=step, bound=None, cost=None))
-    assert said in " ".join(text.split())
-    assert "-" not in text.split("does not fit")[1]
-    assert "GiB too much" not in text
+    refusal = text.split("\n\n")[-1]
+    assert said in " ".join(refusal.split())
+    # Neither advice nor an amount.
+    assert "--" not in text
+    assert "GiB" not in refusal
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -247,10 +257,10 @@ def test_loops_that_are_not_understood_are_told() -> None:
     plan = make_plan(config("--config.model.remat=full"), parse_topology("h200:64"))
     assert "WARNING" not in format_plan(plan)
     text = format_plan(plan._replace(uncounted=2))
-    assert "WARNING: how often 2 loops with products or collectives run is not known" in text
+    assert any(mentions(line, "WARNING", "2") for line in text.splitlines())
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_other_errors_are_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="broken"):
+    with raises(RuntimeError, "broken"):
         parse_oom(RuntimeError("INTERNAL: broken"), 0.0)

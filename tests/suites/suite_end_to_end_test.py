@@ -16,6 +16,8 @@ from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.suites import protocol
 from mixer_jax.suites.run import TransferOutcome, TransferRequest, run_suite
 from mixer_jax.suites.tasks import Suite
+from tests.helpers.lines import some_line_mentions
+from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_suite import HIGH, LOW, PROBE, SUITE, save_weights
 
 
@@ -133,14 +135,12 @@ def test_what_is_done_is_not_repeated_and_checkpoints_are_dropped(
 def test_the_folder_of_another_suite_is_refused(weights: str, digits_dir: str, done: Path) -> None:
     before = (done / "suite.json").read_text()
     longer = dataclasses.replace(SUITE, tasks=(dataclasses.replace(HIGH, num_steps=7), LOW, PROBE))
-    with pytest.raises(
-        UserError, match=r"another suite \(suite\.tasks\.high\.num_steps: 6 -> 7\); choose"
-    ):
+    with raises(UserError, str(done), "suite.tasks.high.num_steps", "6", "7", "--workdir"):
         do(weights, done, digits_dir, suite=longer)
-    with pytest.raises(UserError, match=r"another suite \(image_sizes\.high: 16 -> 32; "):
+    with raises(UserError, str(done), "image_sizes.high", "16", "32"):
         do(weights, done, digits_dir, image_size="32")
     changed = (("optimizer.momentum", "0.5"),)
-    with pytest.raises(UserError, match=r"overrides\.optimizer\.momentum: '\(absent\)' -> '0\.5'"):
+    with raises(UserError, str(done), "overrides.optimizer.momentum", "0.5"):
         do(weights, done, digits_dir, overrides=changed)
     assert (done / "suite.json").read_text() == before
 
@@ -159,8 +159,7 @@ def test_keys_that_do_no_harm_may_be_changed_later(
     assert do(
         weights, copy, digits_dir, overrides=threads, keep_checkpoints=True
     ) == TransferOutcome({})
-    told = "changed since this suite was last started: loader.threads: (absent) -> 1\n"
-    assert told in capsys.readouterr().out
+    assert some_line_mentions(capsys.readouterr().out, "loader.threads", "1")
     assert untimed(copy) == untimed(done)
 
 
@@ -171,7 +170,7 @@ def test_a_rate_that_diverges_is_not_chosen(
     suite = dataclasses.replace(SUITE, tasks=(task,))
     assert do(weights, tmp_path, digits_dir, suite=suite) == TransferOutcome({})
     failed = result(tmp_path, "high/choose/learning_rate=1e+30")["failed"]
-    assert re.match(r"\w+ is (nan|inf) at step \d; none was saved; try a lower learning", failed)
+    assert re.search(r"\b(loss|\w+_norm)\b.*\b(nan|inf)\b.*\bstep\W*\d\b", failed)
     (row,) = read(tmp_path)["rows"]
     assert row["learning_rate"] == 0.01
     assert row["deviation"] is None
@@ -197,13 +196,13 @@ def test_a_failed_task_leaves_the_others_and_is_tried_again(
         return train(config, workdir, weights)
 
     monkeypatch.setattr(protocol, "train_and_evaluate", fail)
-    assert do(weights, tmp_path, digits_dir, suite=suite).failures == {
-        "high": "MemoryError: no room for it"
-    }
-    assert "high failed: MemoryError: no room for it" in capsys.readouterr().out
+    failures = do(weights, tmp_path, digits_dir, suite=suite).failures
+    assert list(failures) == ["high"]
+    assert mentions(failures["high"], "MemoryError", "no room for it")
+    assert some_line_mentions(capsys.readouterr().out, "high", failures["high"])
     assert "Traceback" in (tmp_path / "high" / "failed.txt").read_text()
     high, low, mean = read(tmp_path)["rows"]
-    assert (high["mean"], high["failed"]) == (None, "MemoryError: no room for it")
+    assert (high["mean"], high["failed"]) == (None, failures["high"])
     assert low["mean"] is not None
     assert mean["mean"] is None
     monkeypatch.setattr(protocol, "train_and_evaluate", train)
@@ -220,11 +219,10 @@ def test_a_task_without_a_rate_that_trains_fails(
 
     monkeypatch.setattr(protocol, "train_and_evaluate", diverge)
     suite = dataclasses.replace(SUITE, tasks=(HIGH, PROBE))
-    reason = "no learning rate could be trained with: 0.01: loss is nan at step 1; 0.1: loss"
     failures = do(weights, tmp_path, digits_dir, suite=suite).failures
-    assert failures["high"].startswith(reason)
+    assert mentions(failures["high"], "0.01", "0.1", "loss is nan at step 1")
     high, *probe = read(tmp_path)["rows"]
-    assert high["failed"].startswith(reason)
+    assert high["failed"] == failures["high"]
     assert [row["mean"] is None for row in probe] == [False, False]
 
 
@@ -235,6 +233,6 @@ def test_one_task_alone_with_changed_keys(weights: str, digits_dir: str, tmp_pat
     config = json.loads((tmp_path / "low" / "final" / "seed=0" / "config.json").read_text())
     assert (config["num_steps"], config["image_size"]) == (3, 32)
     assert config["optimizer"]["momentum"] == 0.5
-    notes = read(tmp_path)["notes"]
-    assert "not the protocol's: num_steps=3" in notes
-    assert "not the protocol's: optimizer.momentum=0.5" in notes
+    notes = "\n".join(read(tmp_path)["notes"])
+    assert some_line_mentions(notes, "num_steps", "3")
+    assert some_line_mentions(notes, "optimizer.momentum", "0.5")

@@ -9,12 +9,15 @@ from ml_collections import ConfigDict
 from mixer_jax import main as door
 from mixer_jax.config.config import evals, validate
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.classification import ClassificationMetrics
 from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.loop import TrainResult, train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import config_diff
 from mixer_jax.visualization import curves
+from tests.helpers.lines import each_mentions, some_line_mentions
+from tests.helpers.messages import raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 PROBES = {"few": "few_shot", "line": "linear", "near": "knn"}
@@ -95,10 +98,15 @@ def test_a_resumed_run_writes_the_same(
 
 def test_what_is_told_at_the_end(finished: tuple[Path, TrainResult], digits_dir: str) -> None:
     config = config_of_probes(digits_dir)
-    told = door.format_summary(finished[1], "run", config)
-    assert "\nfew: 1-shot " in told
-    assert "\ntest: " in told
-    assert "--dataset=digits/low --split=test" in told
+    result = finished[1]
+    told = door.format_summary(result, "run", config)
+    few, test = result.scores["few"], result.scores["test"]
+    assert isinstance(few, ProbeMetrics)
+    assert isinstance(test, ClassificationMetrics)
+    shots = (f"{few.accuracies[name]:.2%}" for name in ("1_shot", "5_shot"))
+    assert some_line_mentions(told, "few", "60", *shots)
+    assert some_line_mentions(told, "test", f"{test.top1:.2%}", f"{test.top5:.2%}")
+    assert some_line_mentions(told, "mixer_jax.evaluate", "--dataset=digits/low", "--split=test")
     probes_only = config_of_probes(digits_dir)
     with probes_only.evals.unlocked():
         del probes_only.evals.test
@@ -113,42 +121,42 @@ def test_accuracies_of_probes_are_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("entry", "parts"),
     [
-        ({"kind": "probe"}, r"evals\.e\.kind='probe' is unknown; choose classify or few_shot or"),
-        ({"shots": ""}, r"evals\.e\.shots='' is no list of whole numbers above zero; pass e\.g\."),
-        ({"shots": "1,0"}, r"evals\.e\.shots='1,0' is no list"),
-        ({"shots": "5 10"}, r"evals\.e\.shots='5 10' is no list"),
-        ({"shots": "1,,5"}, r"evals\.e\.shots='1,,5' is no list"),
-        ({"shots": "²"}, r"evals\.e\.shots='²' is no list"),
-        ({"shots": "-1"}, r"evals\.e\.shots='-1' is no list"),
-        ({"probe_seeds": 0}, r"evals\.e\.probe_seeds=0 is out of range; pass 1 or more"),
+        ({"kind": "probe"}, ("probe", "classify", "few_shot", "linear", "knn")),
+        ({"shots": ""}, ("''",)),
+        ({"shots": "1,0"}, ("1,0",)),
+        ({"shots": "5 10"}, ("5 10",)),
+        ({"shots": "1,,5"}, ("1,,5",)),
+        ({"shots": "²"}, ("²",)),
+        ({"shots": "-1"}, ("-1",)),
+        ({"probe_seeds": 0}, ("0", "1")),
     ],
 )
-def test_what_the_config_refuses(entry: dict[str, Any], message: str, digits_dir: str) -> None:
+def test_what_the_config_refuses(
+    entry: dict[str, Any], parts: tuple[str, ...], digits_dir: str
+) -> None:
     config = small_config(digits_dir)
     config.evals = evals(e={"kind": "few_shot"} | entry)
-    with pytest.raises(UserError, match=f"^config.{message}"):
+    (key,) = entry
+    with raises(UserError, f"config.evals.e.{key}", *parts):
         validate(config)
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("entry", "parts"),
     [
-        (
-            {"dataset": "digits/high", "shots": "1,200"},
-            r"^digits/high train: class '\d' has \d+ examples, fewer than 200 shots; lower shots",
-        ),
-        ({"train_split": "trian"}, "^split 'trian' of data set"),
-        ({"split": "tset"}, "split 'tset' of data set"),
+        ({"dataset": "digits/high", "shots": "1,200"}, ("digits/high", "train", "200")),
+        ({"train_split": "trian"}, ("digits/all", "trian")),
+        ({"split": "tset"}, ("digits/all", "tset")),
     ],
 )
 def test_what_the_data_refuse_before_training_begins(
-    entry: dict[str, Any], message: str, digits_dir: str, tmp_path: Path
+    entry: dict[str, Any], parts: tuple[str, ...], digits_dir: str, tmp_path: Path
 ) -> None:
     config = small_config(digits_dir, **NO_REGULARIZATION)
     config.evals = evals(e={"kind": "few_shot"} | entry)
-    with pytest.raises(UserError, match=message):
+    with raises(UserError, *parts):
         train_and_evaluate(config, str(tmp_path))
     assert read_metrics(str(tmp_path)) == []
 
@@ -171,7 +179,9 @@ def test_runs_of_before_there_were_probes_go_on(digits_dir: str) -> None:
         del saved["evals"]["test"][key]
     assert config_diff(saved, config) == ([], [])
     config.evals = evals(test={"kind": "linear", "every_steps": 10})
-    assert config_diff(saved, config) == (["evals.test.kind: 'classify' -> 'linear'"], [])
+    harmless, harmful = config_diff(saved, config)
+    assert each_mentions(harmless, ("evals.test.kind", "classify", "linear"))
+    assert harmful == []
 
 
 def test_every_kind_of_probe_was_run(finished: tuple[Path, TrainResult]) -> None:
