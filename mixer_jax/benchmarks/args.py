@@ -158,9 +158,7 @@ def _parse_value(flag: str, text: str, field: Field) -> Any:
     is_number = isinstance(value, (int, float))
     if value is None or (is_number and not field.low <= value <= field.high):
         limits = f" from {field.low} to {field.high}" if is_number else ""
-        raise UserError(
-            f"{flag} must be {value_type.__name__}{limits}, got {text}: {field.meaning}."
-        )
+        raise UserError(f"{flag} must be of type {value_type.__name__}{limits}, got {text}.")
     return value
 
 

@@ -71,7 +71,7 @@ class FrameworkRunner(abc.ABC):
 
     @abc.abstractmethod
     def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
-        """Builds the steps of a whole batch and, if requested, of a single image; runs them once."""
+        """Builds the steps of a batch and, if requested, of a single image; runs them once."""
 
     @abc.abstractmethod
     def build_matmul(self) -> tuple[Callable[[], Any], int]:
