@@ -55,16 +55,16 @@ def small(command: list[str], data_dir: str) -> list[str]:
     if "mixer_jax.visualize" in command:
         return [*command, f"--config.dataset.data_dir={data_dir}"]
     if "--mode=input" in command:
-        sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_peers"]
+        sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_baselines"]
         return [*command, *sizes]
     if "--mode=weights" in command:
         return [*command, "--variant=S/32", "--rounds=1"]
-    if "--mode=tpu_traffic" in command:
+    if "--mode=hbm_traffic" in command:
         # Compiling for TPUs is tested elsewhere.
         return [*command, "--help"]
     if "mixer_jax.benchmark" in command:
         sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--unroll=1"]
-        return [*command, *sizes, "--peers=none", "--rounds=1"]
+        return [*command, *sizes, "--baselines=none", "--rounds=1"]
     if "mixer_jax.main" not in command:
         return command
     # The recipe's parts are tested elsewhere; here the commands are.

@@ -1,7 +1,6 @@
 """`--mode=input`: speed and memory of the input pipeline, with tf.data. Does not import JAX."""
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import math
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     tf_data = None if args.no_baselines else _import_tf_data()
     measurements = pipelines.measure_pipelines(config, args.rounds, tf_data)
 
-    packages = ["jax", *(["tensorflow"] if tf_data else [])]
+    versions = {"jax": jax.__version__} | ({"tensorflow": tf_data.VERSION} if tf_data else {})
     environment = {
         "files": len(files),
         "median_kilobytes": round(statistics.median(len(file) for file in files) / 1000, 1),
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         "cores": num_cores,
         "images_per_round": config.images_per_round,
         "rounds": args.rounds,
-        **{name: importlib.metadata.version(name) for name in packages},
+        **versions,
     }
     if args.json:
         rows = [measurement._asdict() for measurement in measurements]

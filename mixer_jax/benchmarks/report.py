@@ -108,7 +108,9 @@ def write_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if getattr(args, "out", None):
         _write("out", args.out, (json.dumps(report, indent=2) + "\n").encode())
     if getattr(args, "plot", None):
-        _write("plot", args.plot, plot_throughput(report))
+        png = io.BytesIO()
+        plot_throughput(report).savefig(png, format="png", dpi=120)
+        _write("plot", args.plot, png.getvalue())
 
 
 def _write(name: str, path: Path, content: bytes) -> None:
@@ -174,8 +176,8 @@ def _format_cells(row: dict[str, Any], columns: Sequence[Column]) -> list[str]:
     return ["-" if row[key] is None else formatter(row[key]) for _, key, formatter in columns]
 
 
-def plot_throughput(report: dict[str, Any]) -> bytes:
-    """Plots images/s of `--mode=train,infer`, with a panel per mode; returns a PNG file."""
+def plot_throughput(report: dict[str, Any]) -> Any:
+    """Plots images/s of `--mode=train,infer` in a figure with a panel per mode."""
     # Without pyplot, which would choose a display and keep the figure.
     from matplotlib.figure import Figure
 
@@ -188,9 +190,7 @@ def plot_throughput(report: dict[str, Any]) -> bytes:
         _plot_mode(axes, mode)
     panels[-1].set_xlabel("images/s")
     figure.suptitle(_format_environment(report), fontsize=9)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    return figure
 
 
 def _plot_mode(axes: Any, mode: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from mixer_jax.benchmarks.tf_randaugment import rand_augment
 
+VERSION: str = tf.__version__
+
 # TensorFlow's default, which mixer_jax trains with, too: the pixels are equal.
 _DCT = "INTEGER_FAST"
 

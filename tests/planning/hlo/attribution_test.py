@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from mixer_jax.benchmarks.compiled_steps import compile_step
-from mixer_jax.benchmarks.contestants import OURS, REFERENCE, Contestant, Setting
+from mixer_jax.benchmarks.candidates import MIXER_JAX, REFERENCE, Candidate, Workload
+from mixer_jax.benchmarks.compile import compile_step
 from mixer_jax.model.variants import VARIANTS, Widths
 from mixer_jax.planning.aot_compile import Compiled
 from mixer_jax.planning.hlo.attribution import (
@@ -25,7 +25,7 @@ from tests.helpers.hlo_programs import PARTED
 from tests.helpers.tpu_compiler import tpu_device
 
 TINY = Widths(2, 16, 128, 64, 256)
-SETTING = Setting("train", "tiny", 64, 10, "bfloat16", 8)
+WORKLOAD = Workload("train", "tiny", 64, 10, "bfloat16", 8)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def made() -> Iterator[dict[str, Made]]:
         patch.setitem(VARIANTS, "tiny", TINY)
         patch.setattr(jax.stages.Lowered, "compile", compile_and_ask)
         steps = {}
-        for contestant in (
-            Contestant("reference", REFERENCE),
-            Contestant("ours", OURS, unroll=1, remat="dots"),
+        for candidate in (
+            Candidate("reference", REFERENCE),
+            Candidate("ours", MIXER_JAX, {"unroll": 1, "remat": "dots"}),
         ):
-            compiled = compile_step(contestant, SETTING, device, quick=True)
+            compiled = compile_step(candidate, WORKLOAD, device, fast_compile=True)
             assert isinstance(compiled, Compiled)
-            steps[contestant.name] = Made(compiled, accessed[-1])
+            steps[candidate.name] = Made(compiled, accessed[-1])
         yield steps
 
 
@@ -192,10 +192,10 @@ def test_parts_of_a_real_step(made: dict[str, Made], name: str) -> None:
     assert sums["other"] < 0.03 * sum(sums.values())
     # Products are those of the formula, whatever the compiler makes of them.
     needs = estimate_traffic(
-        StepSpec(TINY, SETTING.image_size, SETTING.num_classes, SETTING.batch_size)
+        StepSpec(TINY, WORKLOAD.image_size, WORKLOAD.num_classes, WORKLOAD.batch_size)
     )
     flops = sum_by_region(program, iter_matmul_flops(program))
-    assert flops == {part: SETTING.batch_size * need.flops for part, need in needs.items()}
+    assert flops == {part: WORKLOAD.batch_size * need.flops for part, need in needs.items()}
 
 
 def test_the_reader_counts_what_the_compiler_counts(made: dict[str, Made]) -> None:
