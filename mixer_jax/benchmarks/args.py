@@ -22,7 +22,7 @@ from mixer_jax.model.variants import VARIANTS, Widths, check_image_size
 _AUTO, _NONE = "auto", "none"
 # Settings that have flags of their own; their values can be compared, too.
 _SHORT_FLAGS = {
-    "unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
+    "scan_unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
     "remat": "rematerialization policies, e.g. none,dots,mlp_hidden,full",
 }
 _EXCLUDED = {"family", "variant", "dtype"} | {f.name for f in dataclasses.fields(Widths)}
@@ -79,7 +79,7 @@ def parse_candidates(args: argparse.Namespace, mode: str) -> list[Candidate]:
         text = getattr(args, flag.removeprefix("--"))
         if text is not None:
             choices[name] = _parse_list(flag, text, field)
-    _check_unroll(args, choices["unroll"])
+    _check_scan_unroll(args, choices["scan_unroll"])
     if mode == "infer":
         # Without a backward pass, all rematerialization policies are the same program.
         choices["remat"] = choices["remat"][:1]
@@ -131,14 +131,14 @@ def _model_fields() -> dict[str, Field]:
     return {name: field for name, field in fields.items() if name not in _EXCLUDED}
 
 
-def _check_unroll(args: argparse.Namespace, values: list[int]) -> None:
+def _check_scan_unroll(args: argparse.Namespace, values: list[int]) -> None:
     num_blocks = VARIANTS[args.variant].num_blocks
     if max(values) > num_blocks:
         raise UserError(
-            f"--unroll must be a list of numbers from -1 to {num_blocks}, got {max(values)}."
+            f"--scan_unroll must be a list of numbers from -1 to {num_blocks}, got {max(values)}."
         )
     # 0 unrolls all blocks.
-    _check_distinct("--unroll", args.unroll, [value or num_blocks for value in values])
+    _check_distinct("--scan_unroll", args.scan_unroll, [value or num_blocks for value in values])
 
 
 def _parse_list(flag: str, text: str, field: Field) -> list[Any]:

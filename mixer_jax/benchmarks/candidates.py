@@ -16,8 +16,8 @@ MIXER_JAX, REFERENCE, TIMM, TIMM_COMPILED = "mixer_jax", "reference", "timm", "t
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
 B1, B2, EPS = 0.9, 0.999, 1e-8
 
-# Names of two values of unroll.
-_UNROLLS = {0: "all", -1: "auto"}
+# Names of two values of scan_unroll.
+_SCAN_UNROLLS = {0: "all", -1: "auto"}
 
 
 class Workload(NamedTuple):
@@ -94,11 +94,11 @@ def _varied_settings(
     """Formats the settings in which candidates differ."""
     varied = {name for name, values in choices.items() if len(values) > 1}
     # remat=auto means different policies with and without a scan.
-    if "unroll" in varied and overrides.get("remat") == "auto":
+    if "scan_unroll" in varied and overrides.get("remat") == "auto":
         varied.add("remat")
-    names = _UNROLLS
+    names = _SCAN_UNROLLS
     return [
-        f"{name}={names.get(value, value) if name == 'unroll' else value}"
+        f"{name}={names.get(value, value) if name == 'scan_unroll' else value}"
         for name, value in overrides.items()
         if name in varied
     ]
@@ -110,4 +110,4 @@ def check_backends(candidates: Sequence[Candidate], platform: str) -> None:
     from mixer_jax.model.making import check_kernels
 
     for candidate in candidates:
-        check_kernels(candidate.overrides.get("kernels", "auto"), platform)
+        check_kernels(candidate.overrides.get("backend", "auto"), platform)

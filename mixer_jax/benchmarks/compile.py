@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this mode."""
     add_workload_args(parser)
     # With a scan and without one: the default is one or the other.
-    parser.set_defaults(unroll="1,0")
+    parser.set_defaults(scan_unroll="1,0")
     parser.add_argument(
         "--batch_size",
         default="auto",

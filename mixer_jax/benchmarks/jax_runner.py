@@ -219,7 +219,7 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
         loss="sigmoid",
         label_smoothing=0.0,
         mixup=0.0,
-        accumulation_steps=1,
+        grad_accum_steps=1,
         ema_decay=0.0,
     )
     init_state = functools.partial(
@@ -289,7 +289,7 @@ def _init_params(model: Any, workload: Workload) -> Any:
 def _make_optimizer() -> tuple[optax.Schedule, optax.GradientTransformation]:
     # Without warmup, parameters change from the first step on.
     schedule = make_schedule(
-        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay="none", end_learning_rate=0.0
+        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay_type="none", end_learning_rate=0.0
     )
     tx = make_optimizer(
         schedule,

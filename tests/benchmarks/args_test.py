@@ -21,11 +21,11 @@ def parse(*argv: str) -> argparse.Namespace:
 
 
 def test_parse_candidates_combines_all_values() -> None:
-    namespace = parse("--unroll=1,0", "--remat=none,dots", "--model.gelu=exact")
+    namespace = parse("--scan_unroll=1,0", "--remat=none,dots", "--model.gelu=exact")
     candidates = parse_candidates(namespace, "train")
     assert [dict(candidate.overrides) for candidate in candidates] == [
-        {"gelu": "exact", "unroll": unroll, "remat": remat}
-        for unroll in (1, 0)
+        {"gelu": "exact", "scan_unroll": scan_unroll, "remat": remat}
+        for scan_unroll in (1, 0)
         for remat in ("none", "dots")
     ]
 
@@ -36,7 +36,7 @@ def test_parse_candidates_infers_with_one_remat_policy() -> None:
 
 def test_parse_candidates_defaults_to_one_candidate() -> None:
     (candidate,) = parse_candidates(parse(), "train")
-    assert candidate.overrides == {"unroll": -1, "remat": "auto"}
+    assert candidate.overrides == {"scan_unroll": -1, "remat": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ WORKLOAD_ERRORS = [
     ("--variant=X/16", ["--variant", "X/16"]),
     ("--batch_size=0", ["--batch_size", "0"]),
     ("--num_classes=0", ["--num_classes", "0"]),
-    ("--unroll=99", ["--unroll", "99", "-1", "12"]),
-    ("--unroll=-2", ["--unroll", "-2"]),
-    ("--unroll=0,12", ["--unroll", "0,12"]),
+    ("--scan_unroll=99", ["--scan_unroll", "99", "-1", "12"]),
+    ("--scan_unroll=-2", ["--scan_unroll", "-2"]),
+    ("--scan_unroll=0,12", ["--scan_unroll", "0,12"]),
     ("--remat=some", ["--remat", "some", "auto", "none", "dots", "mlp_hidden", "full"]),
     ("--model.gelu=exact,soft", ["--model.gelu", "soft", "tanh", "exact"]),
     ("--model.gelu=tanh,tanh", ["--model.gelu", "tanh,tanh"]),

@@ -140,7 +140,7 @@ def test_compare_needs_a_candidate_of_mixer_jax(monkeypatch: pytest.MonkeyPatch)
     with raises(RunError, MIXER_JAX, "Segmentation fault"):
         run_compare()
     # The next one becomes the base.
-    other = Candidate(f"{MIXER_JAX}, unroll=1", MIXER_JAX, {"unroll": 1})
+    other = Candidate(f"{MIXER_JAX}, scan_unroll=1", MIXER_JAX, {"scan_unroll": 1})
     results = run_compare([CANDIDATES[0], other]).results
     assert [bool(result.failed) for result in results] == [True, False]
     assert results[1].relative_time == 1

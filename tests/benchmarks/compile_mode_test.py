@@ -15,7 +15,7 @@ from tests.helpers.messages import raises
 @pytest.mark.slow
 def test_json_has_compilation_and_first_step() -> None:
     workload = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--batch_size=1"]
-    flags = ["--rounds=1", "--unroll=1", "--baselines=none", "--json"]
+    flags = ["--rounds=1", "--scan_unroll=1", "--baselines=none", "--json"]
     done = run_cli("benchmark", "--mode=compile", *workload, *flags)
     report = json.loads(done.stdout)
     assert (report["mode"], report["batch_size"], report["platform"]) == ("train", 1, "cpu")
@@ -29,7 +29,7 @@ def test_json_has_compilation_and_first_step() -> None:
 def test_default_compares_with_and_without_a_scan() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert parser.parse_args([]).unroll == "1,0"
+    assert parser.parse_args([]).scan_unroll == "1,0"
 
 
 def test_usage_errors() -> None:

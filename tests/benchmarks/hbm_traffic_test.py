@@ -40,7 +40,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_training_next_to_the_reference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    flags = ["--batch_size=8", "--unroll=1", "--remat=dots", f"--dump={tmp_path}", "--json"]
+    flags = ["--batch_size=8", "--scan_unroll=1", "--remat=dots", f"--dump={tmp_path}", "--json"]
     assert benchmark.main([*TINY, *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["topology"], report["mode"], report["batch_size"]) == ("v6e:2x2", "train", 8)

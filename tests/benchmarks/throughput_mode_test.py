@@ -12,7 +12,7 @@ from tests.helpers.messages import mentions
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--unroll=1", "--rounds=1"]
+SMALL = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--scan_unroll=1", "--rounds=1"]
 # Installed packages that the measured programs do not need.
 OPTIONAL = [
     *("PIL", "clu", "cv2", "etils", "grain", "huggingface_hub", "matplotlib", "ml_collections"),
@@ -102,5 +102,5 @@ def test_usage_errors_where_only_jax_is_installed() -> None:
     # A baseline that is left out by default is not reported together with a usage error.
     assert mentions(error_line("--out=nowhere/a.json"), "--out", "nowhere/a.json")
     for mode in ("train", "compile"):
-        line = error_line(*SMALL, f"--mode={mode}", "--model.kernels=triton")
-        assert mentions(line, "model.kernels", "triton", "GPU", "auto", "xla")
+        line = error_line(*SMALL, f"--mode={mode}", "--model.backend=triton")
+        assert mentions(line, "model.backend", "triton", "GPU", "auto", "xla")

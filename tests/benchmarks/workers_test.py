@@ -39,7 +39,7 @@ def test_worker_continues_after_an_error() -> None:
 
 @pytest.mark.slow
 def test_pool_restarts_a_killed_process_and_rebuilds_its_programs(tmp_path: Path) -> None:
-    candidate = Candidate(MIXER_JAX, MIXER_JAX, {"unroll": 1})
+    candidate = Candidate(MIXER_JAX, MIXER_JAX, {"scan_unroll": 1})
     with WorkerPool(WORKLOAD, [JAX], "cpu", str(tmp_path)) as pool:
         assert pool.measure_cold_start(candidate).first_step_seconds > 0
         # The compiled program is in the cache of the pool.

@@ -174,7 +174,7 @@ def made() -> Iterator[dict[str, Made]]:
         steps = {}
         for candidate in (
             Candidate("reference", REFERENCE),
-            Candidate("ours", MIXER_JAX, {"unroll": 1, "remat": "dots"}),
+            Candidate("ours", MIXER_JAX, {"scan_unroll": 1, "remat": "dots"}),
         ):
             compiled = compile_step(candidate, WORKLOAD, device, fast_compile=True)
             assert isinstance(compiled, Compiled)
