@@ -35,16 +35,16 @@ def get_config(classes: str = "all") -> ConfigDict:
     config.model.channels_mlp_dim = 256
 
     config.dataset.name = f"digits/{classes}"
-    config.preprocess.train_crop = "shift"
+    config.preprocess.train_crop = "random_shift"
     config.preprocess.max_shift = 4
     config.preprocess.flip = False
-    config.preprocess.eval_crop = "whole"
+    config.preprocess.eval_crop = "resize"
 
     config.recipe.loss = "softmax"
     config.recipe.mixup = 0.2
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
     config.optimizer.weight_decay = 0.1
 
     config.checkpoint.every_steps = 300

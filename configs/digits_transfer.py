@@ -41,13 +41,13 @@ def get_config() -> ConfigDict:
     config.preprocess.train_crop = "inception"
     config.preprocess.min_area = 0.1
     config.preprocess.flip = False
-    config.preprocess.eval_crop = "whole"
+    config.preprocess.eval_crop = "resize"
 
     config.recipe.loss = "softmax"
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 0.3
     config.optimizer.warmup_steps = 50
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
     config.optimizer.weight_decay = 1e-3
 
     config.checkpoint.every_steps = 100

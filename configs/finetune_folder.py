@@ -11,7 +11,7 @@ trains on images of 448 px, for which the weights are grown.
 
 500 steps of 512 images are the paper's for 2,000 to 4,000 images (Section 3; arXiv 2010.11929,
 B.1.1); take more steps for more, e.g. --config.num_steps=2500. The learning rate is worth a try of
-0.003, 0.03 and 0.06. On few devices, --config.recipe.accumulation_steps=8 needs an eighth of the
+0.003, 0.03 and 0.06. On few devices, --config.recipe.grad_accum_steps=8 needs an eighth of the
 memory. Expected accuracy: as your photographs allow. Not measured here.
 """
 
@@ -45,7 +45,7 @@ def get_config(size: str = "224") -> ConfigDict:
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
 
     config.checkpoint.every_steps = 250
     config.evals = config_lib.evals(validation={"split": "validation", "every_steps": 100})

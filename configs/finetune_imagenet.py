@@ -44,7 +44,7 @@ def get_config(size: str = "224") -> ConfigDict:
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = 500
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
 
     config.evals = config_lib.evals(val={"split": "validation", "every_steps": 5_000})
     return config

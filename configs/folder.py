@@ -42,15 +42,15 @@ def get_config(kind: str = "small") -> ConfigDict:
         config.model.hidden_dim = 64
         config.model.tokens_mlp_dim = 32
         config.model.channels_mlp_dim = 256
-        config.preprocess.train_crop = "shift"
+        config.preprocess.train_crop = "random_shift"
         config.preprocess.max_shift = 4
         config.preprocess.flip = False
-        config.preprocess.eval_crop = "whole"
+        config.preprocess.eval_crop = "resize"
         config.recipe.loss = "softmax"
         config.recipe.mixup = 0.2
         config.optimizer.learning_rate = 3e-3
         config.optimizer.warmup_steps = 100
-        config.optimizer.decay = "cosine"
+        config.optimizer.decay_type = "cosine"
         config.checkpoint.every_steps = 300
         config.evals = config_lib.evals(validation={"split": "validation", "every_steps": 300})
     else:

@@ -7,7 +7,7 @@ Not measured here.
     python -m mixer_jax.main --config=configs/mixer_h14_jft.py --config.dataset.name=YOUR_DATA
 
 Hardware: 1.01k TPU v3 core-days (paper); slices of TPUs: docs/plan_results.md.
-On 16 GPUs of 80 GB: with --config.recipe.accumulation_steps=2.
+On 16 GPUs of 80 GB: with --config.recipe.grad_accum_steps=2.
 JFT-300M is private to Google: this is its recipe for a large data set of your own, prepared for
 TFDS as array_record. Number of classes and examples come from the data; those below are JFT-300M's.
 Without data, to try or to time it: --config.dataset.name=synthetic

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.preprocess.randaugment_magnitude = 20.0
     config.recipe.mixup = 0.5
     # Half of the activations at a time; no product is recomputed and nothing sent twice.
-    config.recipe.accumulation_steps = 2
+    config.recipe.grad_accum_steps = 2
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.1

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.dataset.num_classes = 18_291
     config.dataset.num_examples = 300_000_000
     # Half of the activations at a time; no product is recomputed and nothing sent twice.
-    config.recipe.accumulation_steps = 2
+    config.recipe.grad_accum_steps = 2
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.03

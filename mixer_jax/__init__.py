@@ -16,12 +16,12 @@ __all__ = ["VARIANTS", "Classifier", "__version__", "create_model", "load_pretra
 
 if TYPE_CHECKING:
     from mixer_jax.inference import Classifier, load_pretrained
-    from mixer_jax.model.making import create_model
-    from mixer_jax.model.variants import VARIANTS
+    from mixer_jax.models.mixer_config import VARIANTS
+    from mixer_jax.models.registry import create_model
 
 _HOMES = {
-    "VARIANTS": "mixer_jax.model.variants",
-    "create_model": "mixer_jax.model.making",
+    "VARIANTS": "mixer_jax.models.mixer_config",
+    "create_model": "mixer_jax.models.registry",
     "Classifier": "mixer_jax.inference",
     "load_pretrained": "mixer_jax.inference",
 }

@@ -19,7 +19,7 @@ from mixer_jax.checkpoints.model_zoo import MODEL_ZOO, NOTES
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.load import PretrainedWeights

@@ -1,6 +1,7 @@
 """Exceptions that the doors turn into one line and an exit code."""
 
 import difflib
+import signal
 
 _MAX_REASON = 200
 
@@ -34,6 +35,15 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """A run whose numbers are no longer finite, on all hosts alike; it would be so again."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code of a command that ends with an error: 2 means "do not retry"."""
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 1
 
 
 def summarize_error(error: Exception) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mixer_jax.checkpoints.load import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
-    from mixer_jax.model.mixer import MlpMixer
+    from mixer_jax.models.mixer import MlpMixer
 
 # The same images under the labels of arXiv 2006.07159.
 _REAL = "_real"
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     common.warn_if_resized(weights.model_info)
     model = model_from_info(weights.model_info, known.dtype)
     scores = _evaluate(weights, model, sources, known)
-    _print_results(known, weights, str(model.dtype), dataset, sources[0].name, scores)
+    _print_results(known, weights, model.execution.dtype, dataset, sources[0].name, scores)
     return 0
 
 
 def _open(name: str, weights: "PretrainedWeights", known: argparse.Namespace) -> "Source":
     """Opens a data set, with labels that are the numbers of the weights' classes."""
-    from mixer_jax.data.mixture import relabel
     from mixer_jax.data.registry import open_dataset
+    from mixer_jax.data.source import relabel
 
     about, trained_on = weights.model_info, (weights.train_config or {}).get("dataset", {})
     data_dir = known.data_dir or trained_on.get("data_dir", "")
@@ -119,7 +119,7 @@ def _evaluate(
         eval_crop=about.eval_crop,
         exif_orientation=about.exif_orientation,
         skip_bad=known.skip_bad_images,
-        threads=loader.get("threads", FIELDS["loader.threads"].default),
+        threads=loader.get("threads", FIELDS["loader.num_threads"].default),
         prefetch_batches=loader.get("prefetch_batches", FIELDS["loader.prefetch_batches"].default),
     )
     return [evaluate(eval_step, params, source, mesh, reading) for source in sources]

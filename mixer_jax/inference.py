@@ -29,9 +29,9 @@ from mixer_jax.data.preprocess import eval_image
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.model.making import for_devices
-from mixer_jax.model.pixels import to_model_range
-from mixer_jax.model.variants import check_image_size
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.mixer_config import check_image_size
+from mixer_jax.models.stack import use_partitionable_backend
 
 
 class ClassProbability(NamedTuple):
@@ -129,11 +129,13 @@ class Classifier:
         """Puts weights on the devices; `dtype` as `load_pretrained` takes it."""
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        self.model = for_devices(model_from_info(weights.model_info, dtype), self._mesh.size)
+        self.model = use_partitionable_backend(
+            model_from_info(weights.model_info, dtype), self._mesh.size
+        )
         self._whole = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
-        options = compiler_options(platform, self.model.kernels)
+        options = compiler_options(platform, self.model.execution.backend)
         compiled = functools.partial(jax.jit, compiler_options=options)
         self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
         self._top = compiled(self._top_classes, static_argnums=2)
@@ -285,7 +287,7 @@ class Classifier:
     def _top_classes(
         self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
     ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        logits = self.model.apply({"params": params}, to_model_range(images))
+        logits = self.model.apply({"params": params}, normalize_images(images))
         activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
         probabilities, labels = jax.lax.top_k(activation(logits), topk)
         return probabilities, labels

@@ -55,8 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     common.configure_jax(config.compilation_cache)
-    from mixer_jax.distributed.failures import propagate_failure
-    from mixer_jax.distributed.hosts import is_primary_process
+    from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
     from mixer_jax.training.loop import train_and_evaluate
     from mixer_jax.visualization.curves import plot_curves
 
@@ -74,7 +73,7 @@ def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> s
     """Returns what a run ends with: its scores, where things lie, and what to do next."""
     place = f"{workdir}/checkpoints/{result.step}"
     score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
-    by_head = [entry for entry in config.evals.values() if entry.kind == "classify"]
+    by_head = [entry for entry in config.evals.values() if entry.type == "classify"]
     for entry in by_head[:1]:
         score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
         score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []

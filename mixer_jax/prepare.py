@@ -1,4 +1,4 @@
-"""Prepare or convert a data set: `python -m mixer_jax.prepare NAME --data_dir=DIR`."""
+"""Prepare or convert a dataset: `python -m mixer_jax.prepare NAME --data_dir=DIR`."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,39 +6,41 @@ from collections.abc import Sequence
 from mixer_jax.cli import common
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prepares as the command line says; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Prepares a dataset; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.prepare",
-        description="Write a data set in TFDS's array_record format, which has random access: "
-        "download and make it, or convert what TFDS has already made in another format.",
-        epilog="A killed preparation leaves nothing that is taken for finished; start it again.",
+        description="Prepare a dataset in TFDS's array_record format, which has random access: "
+        "download and write it, or convert a dataset that TFDS has prepared in another format.",
+        epilog="A killed preparation never looks finished. Run the same command again.",
     )
     parser.add_argument(
         "name",
-        help="of TFDS or our own: cifar10, imagenet2012:5.1.0, imagenet21k; a label after an @ "
-        "is passed over",
+        help="dataset of TFDS or mixer_jax, e.g. cifar10, imagenet2012:5.1.0, imagenet21k; a label "
+        "after an @ is ignored",
     )
-    parser.add_argument("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
+    parser.add_argument(
+        "--data_dir", default="", help="directory of the TFDS datasets; default: TFDS's default"
+    )
     parser.add_argument(
         "--manual_dir",
         default="",
-        help="where you put what has to be downloaded by hand; default: DATA_DIR/downloads/manual",
+        help="directory of manual downloads; default: DATA_DIR/downloads/manual",
     )
-    known = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
 
-    # From here on the heavy libraries are needed.
+    # Heavy libraries are imported only after the arguments are valid.
     common.configure_jax(compilation_cache="")
     from mixer_jax.data.preparation import format_splits, raise_open_file_limit
     from mixer_jax.data.tfds import data_dir_of, prepare_tfds
 
     raise_open_file_limit()
-    builder, was_there = prepare_tfds(known.name, known.data_dir, known.manual_dir)
-    if was_there:
+    builder, already_prepared = prepare_tfds(args.name, args.data_dir, args.manual_dir)
+    if already_prepared:
         print(f"{builder.info.full_name} is already prepared")
     print(format_splits(builder))
     root = shlex.quote(data_dir_of(builder))
-    print(f"use with     --config.dataset.name={known.name} --config.dataset.data_dir={root}")
+    print(f"use with     --config.dataset.name={args.name} --config.dataset.data_dir={root}")
     return 0
 
 

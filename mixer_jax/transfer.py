@@ -33,7 +33,7 @@ _AS_THEY_ARE = (
     "dry_run",
     "keep_checkpoints",
     "throughput",
-    "pretrained_on",
+    "pretrain_dataset",
 )
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
@@ -42,7 +42,7 @@ _EPILOG = f"""suites:
 
 What has ended is not done again: the same command goes on after it was stopped or killed.
 --config.KEY=VALUE changes a key of every fine-tuning run, as of mixer_jax.main, e.g.
---config.recipe.accumulation_steps=8; the table then says so."""
+--config.recipe.grad_accum_steps=8; the table then says so."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # From here on the heavy libraries are needed.
     common.configure_jax(default_config(overrides).compilation_cache)
-    from mixer_jax.distributed.failures import propagate_failure
+    from mixer_jax.distributed.multihost import propagate_failure
     from mixer_jax.suites.run import TransferRequest, run_suite
 
     wish = TransferRequest(
@@ -99,8 +99,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         "--image_size",
         type=_image_size,
         default=NATIVE,
-        help="own: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
-        "larger ones; or a side, pixels; default: own",
+        help="native: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
+        "larger ones; or a side, pixels; default: native",
     )
     add("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
     add("--tasks", type=_names, default=(), help="only these, e.g. cifar10,pets")
@@ -109,7 +109,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     add("--report", action="store_true", help="only print the table of --workdir, and write it")
     add("--keep_checkpoints", action="store_true", help="of runs that have ended")
     add("--no_throughput", dest="throughput", action="store_false", help="do not measure images/s")
-    add("--pretrained_on", choices=[*DATA, "none"], default="", help="default: as told")
+    add("--pretrain_dataset", choices=[*DATA, "none"], default="", help="default: as told")
     few = parser.add_argument_group("of --suite=few_shot")
     few.add_argument("--dataset", help="TFDS name or folder:PATH")
     few.add_argument("--train_split", default="train", help="default: train")

@@ -17,7 +17,7 @@ from mixer_jax.checkpoints.model_zoo import MODEL_ZOO, NOTES
 from mixer_jax.checkpoints.resolve import FORMATS, HUB, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.model.variants import VARIANTS, num_parameters
+from mixer_jax.models.mixer_config import VARIANTS, num_params
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
@@ -202,7 +202,7 @@ def test_known_weights_can_be_asked_for() -> None:
             assert Path(one.source).suffix in FORMATS
         # Of 32-bit numbers, and a few headers.
         if one.mebibytes and one.num_classes:
-            count = num_parameters(VARIANTS[one.model], 224, one.num_classes)
+            count = num_params(VARIANTS[one.model], 224, one.num_classes)
             size = 4 * count / 2**20
             assert size < one.mebibytes < size + 0.1
 

@@ -146,7 +146,7 @@ def test_published_weights_are_scored_as_what_they_are(
     )
     assert (told["step"], told["image_size"], told["resolution"]) == (None, [16, 16], "")
     # Without names, classes are taken to be the data's, if they are as many.
-    nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "whole"})
+    nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
     assert score(nameless, data_dir, capsys)["top1"] == told["top1"]
     fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
     with pytest.raises(UserError) as caught:

@@ -15,7 +15,7 @@ from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.config.config import validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths, num_parameters
+from mixer_jax.models.mixer_config import MixerConfig, num_params
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -31,7 +31,9 @@ PROTOCOL: dict[str, tuple[Any, ...]] = {
     "flowers": (500, 100, "oxford_flowers102", "train+validation", 102, "test"),
     "folder": (500, 100, "folder:images", "train", 0, "validation"),
 }
-WIDTHS = Widths(num_blocks=1, patch_size=32, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=16)
+WIDTHS = MixerConfig(
+    num_blocks=1, patch_size=32, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +67,14 @@ def test_they_are_the_papers_protocol(task: str) -> None:
     assert (config.batch_size, config.init_head) == (512, "new")
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("momentum", 0.9, 1.0)
-    assert (optimizer.decay, optimizer.end_learning_rate) == ("cosine", 0.0)
+    assert (optimizer.decay_type, optimizer.end_learning_rate) == ("cosine", 0.0)
     assert optimizer.learning_rate in (0.003, 0.01, 0.03, 0.06)
     assert optimizer.weight_decay == 0
     assert config.recipe.to_dict() == {
         "loss": "softmax",
         "label_smoothing": 0.0,
         "mixup": 0.0,
-        "accumulation_steps": 1,
+        "grad_accum_steps": 1,
         "ema_decay": 0.0,
     }
     assert (config.preprocess.train_crop, config.preprocess.flip) == ("random_crop", True)
@@ -104,10 +106,10 @@ def test_runs_begin_with_a_published_file(task: str, published: str, tmp_path: P
     assert beginning is not None
     experiment = build_experiment(config, sources, init_info=beginning.about)
     classes = PROTOCOL[task][4] or 1000
-    grown = Widths(1, 32, 16, 8 * (int(size) // 224) ** 2, 16)
+    grown = MixerConfig(1, 32, 16, 8 * (int(size) // 224) ** 2, 16)
     params = experiment.state_shape.params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert count == num_parameters(grown, int(size), classes)
+    assert count == num_params(grown, int(size), classes)
     state = init_state(experiment, beginning.weights)
     assert not state.params["head"]["kernel"].any()
     if number >= 2:

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, write_npz
 from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
 from mixer_jax.checkpoints.tree import flatten
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.cli_session import run_commands
 from tests.helpers.messages import mentions
 from tests.helpers.random_weights import random_weights
@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """A folder with photographs, the configs, and a file as Google publishes them, but small."""
     place = tmp_path_factory.mktemp("guide")
     (place / "configs").symlink_to(root / "configs")
-    widths = Widths(1, 32, 16, 8, 16)
+    widths = MixerConfig(1, 32, 16, 8, 16)
     weights = random_weights(widths, (224, 224), class_names=(), num_classes=1000)
     npz = str(place / "Mixer-B_16.npz")
     write_npz(npz, layout_views(dict(flatten(weights.params)), GOOGLE), {})

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # packages within it from left to right.
 LEVELS = [
     ["errors", "locks"],
-    ["model", "config", "data", "distributed"],
+    ["model", "models", "kernels", "config", "data", "distributed"],
     ["checkpoints", "evaluation"],
     ["cli", "inference", "training"],
     ["visualization"],
@@ -36,7 +36,7 @@ COMMANDS = [
 
 # Where each heavy library may be imported at all, by path in the package.
 HEAVY = {
-    "flax": {"model/", "training/step.py", "benchmarks/reference_mixer.py"},
+    "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
     "orbax": {"checkpoints/manager.py"},
     "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/checkpoint_io.py"},
     "huggingface_hub": {"checkpoints/hub.py"},

@@ -201,8 +201,8 @@ def test_dtype_is_that_of_the_weights_unless_told(
     weights: PretrainedWeights, tmp_path: Path
 ) -> None:
     run = save_run(weights, tmp_path)
-    assert mixer_jax.load_pretrained(run).model.dtype == jnp.float32
-    assert mixer_jax.load_pretrained(run, dtype="bfloat16").model.dtype == jnp.bfloat16
+    assert mixer_jax.load_pretrained(run).model.execution.dtype == "float32"
+    assert mixer_jax.load_pretrained(run, dtype="bfloat16").model.execution.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("count", [1, 8, 11, 16])

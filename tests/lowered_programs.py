@@ -69,20 +69,20 @@ CONFIG_KEYS = {
     "stochastic_depth": "model.stochastic_depth",
     "dropout": "model.dropout",
     "dtype": "model.dtype",
-    "scan_unroll": "model.unroll",
+    "scan_unroll": "model.scan_unroll",
     "remat": "model.remat",
-    "backend": "model.kernels",
+    "backend": "model.backend",
     "image_size": "image_size",
     "num_classes": "dataset.num_classes",
     "batch_size": "batch_size",
     "loss": "recipe.loss",
     "label_smoothing": "recipe.label_smoothing",
     "mixup": "recipe.mixup",
-    "grad_accum_steps": "recipe.accumulation_steps",
+    "grad_accum_steps": "recipe.grad_accum_steps",
     "ema_decay": "recipe.ema_decay",
     "optimizer": "optimizer.name",
     "warmup_steps": "optimizer.warmup_steps",
-    "decay_type": "optimizer.decay",
+    "decay_type": "optimizer.decay_type",
     "weight_decay": "optimizer.weight_decay",
     "clip_norm": "optimizer.clip_norm",
     "fsdp": "mesh.fsdp",
@@ -153,10 +153,12 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     from mixer_jax import inference as inference
     from mixer_jax.checkpoints.load import PretrainedWeights
     from mixer_jax.distributed.sharding import state_sharding
-    from mixer_jax.model.parameters import for_prediction
+    from mixer_jax.models.params import prepare_inference_params
 
     def place_shapes(params: Any, model: Any, mesh: Any) -> Any:
-        shapes = jax.eval_shape(lambda: for_prediction(params, model.dtype, platform))
+        shapes = jax.eval_shape(
+            lambda: prepare_inference_params(params, model.execution.dtype, platform)
+        )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
@@ -201,18 +203,18 @@ def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 def built_for(platform: str, device_kind: str) -> Iterator[None]:
     """Makes mixer_jax take the devices that it is given for devices of another kind."""
     from mixer_jax.distributed import xla_options
-    from mixer_jax.model import making
+    from mixer_jax.models import registry
     from mixer_jax.training import setup
 
-    create_model = making.create_model
+    create_model = registry.create_model
 
     def create(*args: Any, **overrides: Any) -> Any:
-        return create_model(*args, **overrides | {"device_kind": device_kind})
+        return create_model(*args, **overrides | {"target_device_kind": device_kind})
 
     options = xla_options.PLATFORM_OPTIONS.get(platform, {})
     with (
-        mock.patch.object(making, "create_model", create),
-        mock.patch.object(setup, "check_kernels"),
+        mock.patch.object(registry, "create_model", create),
+        mock.patch.object(setup, "check_backend"),
         mock.patch.dict(xla_options.PLATFORM_OPTIONS, {"cpu": options}),
     ):
         yield

@@ -24,10 +24,10 @@ L16 = "--config=configs/mixer_l16_i21k.py"
 FLAGS = [
     "--config.batch_size=64",
     "--config.eval_batch_size=64",
-    "--config.model.unroll=1",
+    "--config.model.scan_unroll=1",
     "--config.model.remat=dots",
     "--config.recipe.mixup=0.2",
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
 ]
 
@@ -106,7 +106,7 @@ def test_gpus_by_formula() -> None:
 
 
 def test_what_does_not_fit_exits_with_1() -> None:
-    flags = ["--config.model.remat=none", "--config.recipe.accumulation_steps=1"]
+    flags = ["--config.model.remat=none", "--config.recipe.grad_accum_steps=1"]
     config = "--config=configs/mixer_h14_jft.py"
     done = run_cli("plan", config, "--topology=a100-40:32", *flags, code=1)
     lines = done.stdout.splitlines()
@@ -134,7 +134,7 @@ def test_what_does_not_fit_exits_with_1() -> None:
         (["--tables=nowhere", S16], ["--tables", "--config"]),
         (["--tables=/proc/nope"], ["/proc/nope/weak_scaling.json", "No such file"]),
         (
-            [S16, "--topology=h100:24", "--config.recipe.accumulation_steps=1"],
+            [S16, "--topology=h100:24", "--config.recipe.grad_accum_steps=1"],
             ["batch_size", "4096", "24", "4080", "4104"],
         ),
         (

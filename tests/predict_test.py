@@ -24,7 +24,7 @@ from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.errors import UserError
 from mixer_jax.inference import load_pretrained
 from tests.helpers.cli import run_cli
-from tests.helpers.images import smooth, turned
+from tests.helpers.images import encode_with_orientation, smooth
 from tests.helpers.messages import mentions
 from tests.helpers.random_weights import DIGITS, random_weights, save_run
 
@@ -352,7 +352,7 @@ def test_labels_as_windows_saves_them(
 def test_photographs_are_turned_as_their_camera_says(
     ignored: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo = turned(smooth(40, 16), 6)
+    photo = encode_with_orientation(smooth(40, 16), 6)
     (tmp_path / "photo.jpg").write_bytes(photo)
     seen = decode(photo, exif_orientation=not ignored)
     cv2.imwrite(str(tmp_path / "seen.png"), seen[:, :, ::-1])

@@ -63,7 +63,7 @@ def small(command: list[str], data_dir: str) -> list[str]:
         # Compiling for TPUs is tested elsewhere.
         return [*command, "--help"]
     if "mixer_jax.benchmark" in command:
-        sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--unroll=1"]
+        sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
         return [*command, *sizes, "--baselines=none", "--rounds=1"]
     if "mixer_jax.main" not in command:
         return command

@@ -17,7 +17,7 @@ from mixer_jax.benchmarks.candidates import (
 from mixer_jax.cli.common import check_positive
 from mixer_jax.config.schema import FIELDS, Field
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, Widths, check_image_size
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, check_image_size
 
 _AUTO, _NONE = "auto", "none"
 # Settings that have flags of their own; their values can be compared, too.
@@ -25,7 +25,7 @@ _SHORT_FLAGS = {
     "scan_unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
     "remat": "rematerialization policies, e.g. none,dots,mlp_hidden,full",
 }
-_EXCLUDED = {"family", "variant", "dtype"} | {f.name for f in dataclasses.fields(Widths)}
+_EXCLUDED = {"family", "variant", "dtype"} | {f.name for f in dataclasses.fields(MixerConfig)}
 
 
 def add_workload_args(parser: argparse.ArgumentParser) -> None:

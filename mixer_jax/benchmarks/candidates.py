@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.model.variants import forward_flops, resolve_widths
+from mixer_jax.models.execution import check_backend
+from mixer_jax.models.mixer_config import forward_flops, get_config
 
 # Frameworks, each measured in a process of its own.
 JAX, TORCH = "jax", "torch"
@@ -42,7 +43,7 @@ class Workload(NamedTuple):
     @property
     def flops(self) -> int:
         """Model FLOPs per step: one forward pass per image, or three of them in training."""
-        config = resolve_widths(self.variant)
+        config = get_config(self.variant)
         forward = forward_flops(config, self.image_size, self.num_classes)
         return forward * self.batch_size * (3 if self.mode == "train" else 1)
 
@@ -106,8 +107,5 @@ def _varied_settings(
 
 def check_backends(candidates: Sequence[Candidate], platform: str) -> None:
     """Raises UserError unless all backends run on a platform, as JAX names it."""
-    # Imports JAX.
-    from mixer_jax.model.making import check_kernels
-
     for candidate in candidates:
-        check_kernels(candidate.overrides.get("backend", "auto"), platform)
+        check_backend(candidate.overrides.get("backend", "auto"), platform)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, num_tokens, parameter_shapes
+from mixer_jax.models.mixer_config import VARIANTS, num_tokens, param_shapes
 
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
@@ -100,7 +100,7 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
 
     config, rng = VARIANTS[variant], np.random.default_rng(0)
-    shapes = parameter_shapes(config, num_tokens(config, _IMAGE_SIZE), _NUM_CLASSES)
+    shapes = param_shapes(config, num_tokens(config, _IMAGE_SIZE), _NUM_CLASSES)
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     files = {layout: folder / f"weights{suffix}" for layout, suffix in _SUFFIXES.items()}
     write_npz(str(files["google"]), layout_views(flat, GOOGLE), {})

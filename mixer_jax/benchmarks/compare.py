@@ -220,7 +220,7 @@ class _Measurements:
             name,
             images_per_second=self._workload.batch_size / seconds,
             step_seconds=seconds,
-            mfu=peak and mfu(self._workload.flops, times, peak),
+            mfu=mfu(self._workload.flops, times, peak) if peak else None,
             latency_seconds=statistics.median(latencies) if latencies else None,
             cached_first_step_seconds=self._cached_first_step.get(name),
             relative_time=median_ratio(times, base_times),

@@ -29,7 +29,7 @@ from mixer_jax.benchmarks.report import (
     write_report,
 )
 from mixer_jax.errors import RunError
-from mixer_jax.model.variants import resolve_widths
+from mixer_jax.models.mixer_config import get_config
 from mixer_jax.planning.hlo.attribution import REGIONS, sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
@@ -210,7 +210,7 @@ def _traffic_per_image(
 def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
     """Computes lower bounds of a step by formula, with and without fused MLPs."""
     spec = StepSpec(
-        resolve_widths(workload.variant),
+        get_config(workload.variant),
         workload.image_size,
         workload.num_classes,
         workload.batch_size,

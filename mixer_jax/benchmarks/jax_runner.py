@@ -29,11 +29,11 @@ from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
-from mixer_jax.model.layers import product_for
-from mixer_jax.model.making import build_model, resolve_dtype
-from mixer_jax.model.parameters import cast_kernels, for_prediction
-from mixer_jax.model.pixels import to_model_range
-from mixer_jax.model.variants import resolve_widths
+from mixer_jax.models.layers import normalize_images, select_dot_general
+from mixer_jax.models.mixer_config import get_config
+from mixer_jax.models.params import cast_weights, prepare_inference_params
+from mixer_jax.models.registry import from_config, resolve_dtype
+from mixer_jax.models.stack import active_backend
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import create_state, train_step
 
@@ -86,7 +86,7 @@ class JaxRunner(FrameworkRunner):
         left, right = (jax.random.normal(key, (size, size), jnp.float32) for key in keys)
         left, right = left.astype(dtype), right.astype(dtype)
         # On CPUs as the model computes its matmuls in inference.
-        dot = product_for(self.device.platform == "cpu", train=False) or jax.lax.dot_general
+        dot = select_dot_general(self.device.platform == "cpu", train=False) or jax.lax.dot_general
         dimensions = (((1,), (0,)), ((), ()))
         matmul = jax.jit(lambda x, y: dot(x, y, dimensions)).lower(left, right).compile()
         return lambda: matmul(left, right), 2 * size**3
@@ -184,14 +184,18 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
         model = _our_model(candidate, workload, device)
         if workload.mode == "train":
             return _our_train_step(model, workload, device)
-        options = compiler_options(device.platform, model.kernels)
-        return _infer_step(model, workload, options, device.platform)
-    config = dataclasses.asdict(resolve_widths(workload.variant))
+        options = compiler_options(device.platform, model.execution.backend)
+
+        def prepare_params(params: Any) -> Any:
+            return prepare_inference_params(params, model.execution.dtype, device.platform)
+
+        return _infer_step(model, workload, prepare_params, options)
+    config = dataclasses.asdict(get_config(workload.variant))
     dtype = resolve_dtype(workload.dtype)
     reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    return _infer_step(reference, workload)
+    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype))
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
@@ -201,7 +205,7 @@ def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
         if path.startswith("model.")
     }
     section |= {"variant": workload.variant, "dtype": workload.dtype, **candidate.overrides}
-    return build_model(section, workload.num_classes, device.device_kind)
+    return from_config(section, workload.num_classes, device.device_kind)
 
 
 def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
@@ -231,7 +235,7 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
         in_shardings=(sharding, batch_sharding(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
+        compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
     )
     return Step(function, init_state, True)
 
@@ -245,7 +249,7 @@ def _plain_train_step(model: Any, workload: Workload) -> Step:
 
     def step(state: Any, batch: dict[str, Any]) -> Any:
         def loss_fn(params: Any) -> Any:
-            logits = model.apply({"params": params}, to_model_range(batch["image"]))
+            logits = model.apply({"params": params}, normalize_images(batch["image"]))
             labels = jax.nn.one_hot(batch["label"], workload.num_classes)
             return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1).mean()
 
@@ -262,21 +266,18 @@ def _plain_train_step(model: Any, workload: Workload) -> Step:
 
 
 def _infer_step(
-    model: Any, workload: Workload, options: dict[str, Any] | None = None, platform: str = ""
+    model: Any,
+    workload: Workload,
+    prepare_params: Callable[[Any], Any],
+    options: dict[str, Any] | None = None,
 ) -> Step:
-    """Makes the step from images to logits.
-
-    With a platform, parameters are prepared as `Classifier` does; otherwise they are only cast.
-    """
+    """Makes the step from images to logits; parameters are prepared once, as at load."""
 
     def classify(params: Any, batch: dict[str, Any]) -> Any:
-        return model.apply({"params": params}, to_model_range(batch["image"]))
+        return model.apply({"params": params}, normalize_images(batch["image"]))
 
     def init_params() -> Any:
-        params = _init_params(model, workload)
-        if platform:
-            return for_prediction(params, model.dtype, platform)
-        return cast_kernels(params, model.dtype)
+        return prepare_params(_init_params(model, workload))
 
     return Step(jax.jit(classify, compiler_options=options), init_params, False)
 

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 import simplejpeg
 
-from mixer_jax.data.chunks import CHUNK_SIZE
-from mixer_jax.data.loader import Batch, available_cpus, train_batches
+from mixer_jax.data.loader import CHUNK_SIZE, Batch, available_cpus, train_batches
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 from mixer_jax.data.source import Example, Source
@@ -205,16 +204,16 @@ def our_batches(config: PipelineConfig, num_batches: int, *, randaugment: bool) 
     return train_batches(
         Source("benchmark", _RepeatedFiles(config.files), ("",)),
         seed=0,
-        first_step=0,
+        start_step=0,
         num_steps=num_batches,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=_preprocess_args(randaugment=randaugment),
-        threads=num_threads,
-        processes=num_workers,
+        num_threads=num_threads,
+        num_workers=num_workers,
         prefetch_batches=2,
         sharding=batch_sharding(make_mesh(1, 1, jax.devices()[:1])),
-        report=lambda step, bad: None,
+        on_bad_images=lambda step, bad: None,
     )
 
 

@@ -13,7 +13,7 @@ from mixer_jax.benchmarks.args import (
     parse_workload,
 )
 from mixer_jax.benchmarks.candidates import JAX, TORCH
-from mixer_jax.benchmarks.compare import compare, find_batch_size, query_environment
+from mixer_jax.benchmarks.compare import Trial, compare, find_batch_size, query_environment
 from mixer_jax.benchmarks.report import (
     add_output_args,
     check_outputs,
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
 
     modes = []
     for workload in workloads:
-        ours, trials = candidates[workload.mode], None
+        ours = candidates[workload.mode]
+        trials: list[Trial] | None = None
         workload = workload._replace(dtype=environment["dtype"])
         if not workload.batch_size:
             workload, trials = find_batch_size(workload, ours[0], platform)

@@ -21,7 +21,7 @@ from mixer_jax.benchmarks.candidates import (
     Workload,
 )
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,7 @@ import numpy as np
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths, parameter_shapes
+from mixer_jax.models.mixer_config import MixerConfig, param_shapes
 
 # Our arrays under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
@@ -62,7 +62,7 @@ def _google() -> Iterator[TensorMapping]:
     for leaf in ("stem", "pre_head_layer_norm", "head"):
         for kind in ("scale" if "norm" in leaf else "kernel", "bias"):
             yield TensorMapping(f"{leaf}/{kind}", f"{leaf}/{kind}")
-    for path in parameter_shapes(Widths(1, 1, 1, 1, 1), 1, 0):
+    for path in param_shapes(MixerConfig(1, 1, 1, 1, 1), 1, 0):
         if path.startswith(_BLOCKS):
             yield TensorMapping(path.replace(_BLOCKS, "MixerBlock_{}/"), path)
 
@@ -125,7 +125,7 @@ class LoadedWeights(NamedTuple):
     """
 
     params: tree.Tree
-    config: Widths
+    config: MixerConfig
     num_tokens: int
     num_classes: int
     layout: WeightLayout
@@ -145,7 +145,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
             raise file.error(name, f"has shape {shape}, and so no numbers")
     layout = find_layout(file)
     config, num_tokens, num_classes = infer_config(file, layout)
-    shapes = parameter_shapes(config, num_tokens, num_classes)
+    shapes = param_shapes(config, num_tokens, num_classes)
     _check_names_and_shapes(file, shapes, layout)
     flat = tree.empty_aligned(shapes)
     views = dict(layout_views(flat, layout))
@@ -219,7 +219,7 @@ def find_layout(file: TensorFile) -> WeightLayout:
     raise UserError(f"{file.path} is no Mixer: it has {some}, and none of {marks}")
 
 
-def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, int]:
+def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[MixerConfig, int, int]:
     """Returns config, number of tokens and number of classes that a file's tensors tell.
 
     Raises:
@@ -253,7 +253,7 @@ def infer_config(file: TensorFile, layout: WeightLayout) -> tuple[Widths, int, i
     head = [entry.name for entry in layout.entries if entry.path.startswith("head/")]
     has_head = any(name in file.shapes for name in head)
     num_classes = shape("head/kernel")[1] if has_head else 0
-    config = Widths(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
+    config = MixerConfig(num_blocks, patch_size, hidden_dim, tokens_mlp_dim, channels_mlp_dim)
     return config, num_tokens, num_classes
 
 

@@ -29,8 +29,9 @@ from mixer_jax.checkpoints.resolve import HUB, CheckpointRef, local_copy, resolv
 from mixer_jax.config.config import fill_defaults
 from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 from mixer_jax.errors import UserError
-from mixer_jax.model.resolution import method, resize_tokens, resized_tokens_mlp_dim
-from mixer_jax.model.variants import CUSTOM, check_image_size, parameter_shapes
+from mixer_jax.models.family import CUSTOM
+from mixer_jax.models.mixer_config import param_shapes
+from mixer_jax.models.registry import get_family
 
 _OPEN: dict[str, Callable[[str], TensorFile]] = {
     "npz": NpzFile,
@@ -130,24 +131,20 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
             machine's memory; of a machine that does not tell, 64 GiB.
     """
     about = weights.model_info
-    check_image_size(*image_size, about.config.patch_size)
-    resized = dataclasses.replace(about, image_size=image_size)
-    way = method(about.grid, resized.grid)
-    if way == "same":
+    family = get_family(about.family)
+    family.check_image_size(about.config, *image_size)
+    config, method, note = family.resize_config(about.config, about.image_size, image_size)
+    if method == "identity":
         return weights
-    size = format_image_size(about.image_size)
-    told = {
-        "grown": f"grown from {size} (the paper's Appendix C)",
-        "interpolated": f"interpolated from {size}, which the paper does not do",
-    }
-    mlp_dim = resized_tokens_mlp_dim(about.config.tokens_mlp_dim, about.grid, resized.grid)
+    note = note.format(format_image_size(about.image_size))
     resized = dataclasses.replace(
-        resized,
-        config=dataclasses.replace(about.config, tokens_mlp_dim=mlp_dim),
-        resize_note="; ".join(filter(None, [about.resize_note, told[way]])),
+        about,
+        image_size=image_size,
+        config=config,
+        resize_note="; ".join(filter(None, [about.resize_note, note])),
     )
     check_fits_in_ram(resized)
-    params = resize_tokens(weights.params, about.grid, resized.grid)
+    params = family.resize_params(weights.params, about.config, about.image_size, image_size)
     return weights._replace(params=params, model_info=resized)
 
 
@@ -232,7 +229,7 @@ def _load_run(place: CheckpointRef) -> PretrainedWeights:
         about = ModelInfo.from_metadata(metadata, where)
         item = "ema_params" if get_metadata(metadata, "ema", where) else "params"
         rows, columns = about.grid
-        shapes = parameter_shapes(about.config, rows * columns, about.num_classes)
+        shapes = param_shapes(about.config, rows * columns, about.num_classes)
         target = tree.unflatten(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
@@ -344,7 +341,7 @@ def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
 def check_fits_in_ram(about: ModelInfo) -> None:
     """Raises UserError if weights are larger than the machine's memory."""
     rows, columns = about.grid
-    shapes = parameter_shapes(about.config, rows * columns, about.num_classes)
+    shapes = param_shapes(about.config, rows * columns, about.num_classes)
     needed = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(np.float32).itemsize
     try:
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

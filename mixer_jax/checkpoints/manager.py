@@ -105,14 +105,6 @@ class CheckpointManager:
                 raise TypeError("its metadata are no JSON object")
             return metadata
 
-    def should_stop(self, step: int) -> bool:
-        """Returns whether several hosts, of which one is to be taken away, stop after this step.
-
-        It is the same step on all of them: the first that none has begun when all know of it. Every
-        host must ask at every step; asking costs nothing, for JAX tells them in the background.
-        """
-        return self._manager.reached_preemption(step)
-
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.close()

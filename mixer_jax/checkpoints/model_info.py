@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import CUSTOM, VARIANTS, Widths
+from mixer_jax.models.family import CUSTOM
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 
 # The fields that a file may say for itself; the others are seen in its tensors.
 METADATA_FIELDS = (
@@ -45,7 +47,7 @@ class ModelInfo:
 
     family: str
     variant: str
-    config: Widths
+    config: MixerConfig
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
@@ -119,7 +121,7 @@ class ModelInfo:
             return cls(
                 data["family"],
                 data["variant"],
-                Widths(**data["config"]),
+                MixerConfig(**data["config"]),
                 num_classes=data["num_classes"],
                 **validate_metadata(data, where),
             )
@@ -183,6 +185,8 @@ def validate_metadata(data: dict[str, Any], where: str) -> dict[str, Any]:
         "dtype": FIELDS["model.dtype"].choices,
     }
     said: dict[str, Any] = {name: data[name] for name in METADATA_FIELDS if name in data}
+    if "eval_crop" in said:
+        said["eval_crop"] = upgrade_value("preprocess.eval_crop", said["eval_crop"])
     for name, value in said.items():
         known = choices.get(name)
         if known and value not in known:
@@ -221,7 +225,7 @@ def read_metadata_json(path: Path) -> dict[str, Any]:
     return said
 
 
-def infer_variant(config: Widths) -> str:
+def infer_variant(config: MixerConfig) -> str:
     """Returns the variant of these widths, grown (Appendix C) or not, or "custom"."""
     for name, known in VARIANTS.items():
         factor, rest = divmod(config.tokens_mlp_dim, known.tokens_mlp_dim)

@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.model.defaults import AUTO, AUTO_UNROLL
-from mixer_jax.model.making import build_model
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.parameters import for_prediction
+from mixer_jax.models.execution import AUTO, AUTO_UNROLL
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.params import prepare_inference_params
+from mixer_jax.models.registry import from_config
 
 
 def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
@@ -27,11 +27,11 @@ def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
         "gelu": about.gelu,
         "dropout": 0.0,
         "dtype": dtype or about.dtype,
-        "kernels": AUTO,
-        "unroll": AUTO_UNROLL,
+        "backend": AUTO,
+        "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
-    return build_model(section, about.num_classes)
+    return from_config(section, about.num_classes)
 
 
 def shard_inference_params(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
@@ -43,7 +43,7 @@ def shard_inference_params(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
         mesh: of devices of all hosts.
     """
     platform = mesh.devices.flat[0].platform
-    return shard_params(for_prediction(params, model.dtype, platform), mesh)
+    return shard_params(prepare_inference_params(params, model.execution.dtype, platform), mesh)
 
 
 def shard_params(params: Any, mesh: Mesh) -> Any:

@@ -3,7 +3,6 @@
 import argparse
 import codecs
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.cli.streams import wrap_stdio
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.tpu_env import silence_libtpu
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import RunError, UserError, exit_code
 
-EXIT_SIGINT = 128 + signal.SIGINT
 CHECKPOINT_HELP = (
     "a run's folder or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
     "hf:OWNER/NAME"
@@ -59,15 +57,12 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
             code = main(sys.argv[1:])
         finally:
             sys.stdout.flush()
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
+        code = exit_code(error)
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        code = EXIT_SIGINT
+        code = exit_code(error)
     sys.exit(code)
 
 

@@ -5,16 +5,17 @@ command line (see command_line.py) changes it once more; `validate()` then check
 device is touched.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mixer_jax.config.compat import RENAMED_VALUES, upgrade_config, upgrade_key
 from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
 from mixer_jax.errors import UserError, suggest
-from mixer_jax.model.variants import INIT_FROM, Widths, check_image_size, resolve_widths
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.mixer_config import MixerConfig, check_image_size, get_config
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -27,9 +28,10 @@ def get_default() -> ConfigDict:
 def fill_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns a copy of a saved config with every key that it lacks at its default.
 
-    Before a key existed, runs did what is its default now. No entry is added to evals or mixture.
+    Before a key existed, runs did what is its default now. Old spellings of keys and values are
+    translated. No entry is added to evals or mixture.
     """
-    tree = copy.deepcopy(saved)
+    tree = upgrade_config(saved)
     for path, key in FIELDS.items():
         *sections, name = path.split(".")
         node = tree
@@ -100,10 +102,10 @@ def validate(config: ConfigDict) -> None:
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps=0 and config.num_epochs=0; set one of them")
-    if config.batch_size % config.recipe.accumulation_steps:
+    if config.batch_size % config.recipe.grad_accum_steps:
         raise UserError(
             f"config.batch_size={config.batch_size} is not divisible by "
-            f"config.recipe.accumulation_steps={config.recipe.accumulation_steps}; "
+            f"config.recipe.grad_accum_steps={config.recipe.grad_accum_steps}; "
             "choose a divisor of the batch"
         )
     if config.preprocess.max_shift >= config.image_size:
@@ -151,7 +153,7 @@ def check_warmup(config: ConfigDict, num_steps: int) -> None:
 
 
 def architecture_overrides(model: ConfigDict) -> dict[str, int]:
-    """Returns the five width keys of the model section, as `resolve_widths` takes them."""
+    """Returns the five width keys of the model section, as `get_config` takes them."""
     names = ("num_blocks", "patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     return {name: model[name] for name in names}
 
@@ -183,6 +185,8 @@ def format_help() -> str:
 def check_key_exists(path: str, known: list[str]) -> None:
     """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
     if path not in known:
+        if (renamed := upgrade_key(path)) != path:
+            raise UserError(f"config.{path} is now config.{renamed}")
         hint = suggest(path, known, otherwise="; --help lists them all")
         section = path.partition(".")[0]
         if section in NAMED_SECTIONS and not any(key.startswith(f"{section}.") for key in known):
@@ -205,16 +209,16 @@ def _check_model(config: ConfigDict) -> None:
                     f"{INIT_FROM!r}; leave it 0"
                 )
         return
-    widths = resolve_widths(config.model.variant, **overrides)
+    widths = get_config(config.model.variant, **overrides)
     check_image_size(config.image_size, config.image_size, widths.patch_size)
     check_unroll(config, widths)
 
 
-def check_unroll(config: ConfigDict, widths: Widths) -> None:
+def check_unroll(config: ConfigDict, widths: MixerConfig) -> None:
     """Raises UserError if the model has fewer blocks than are to be laid out."""
-    if config.model.unroll > widths.num_blocks:
+    if config.model.scan_unroll > widths.num_blocks:
         raise UserError(
-            f"config.model.unroll={config.model.unroll} is more than the model's "
+            f"config.model.scan_unroll={config.model.scan_unroll} is more than the model's "
             f"{widths.num_blocks} blocks; pass 1 to {widths.num_blocks}, or 0 for all"
         )
 
@@ -229,6 +233,8 @@ def _check_value(path: str, value: Any) -> None:
     if type(value) is not kind:
         raise UserError(f"config.{path}={value!r} is not {TYPE_NAMES[kind]}; change it to one")
     if key.choices and value not in key.choices:
+        if renamed := RENAMED_VALUES.get(path, {}).get(value):
+            raise UserError(f"config.{path}={value!r} is now {renamed!r}")
         raise UserError(f"config.{path}={value!r} is unknown; choose {' or '.join(key.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config.{path}={value} is not finite; pass a finite number")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mixer_jax.config.compat import renamed_key_hint
 from mixer_jax.config.config import TYPE_NAMES, check_key_exists, flatten
 from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
 from mixer_jax.errors import UserError, suggest
@@ -108,7 +109,8 @@ def exec_config_file(
     except (Exception, SystemExit) as error:
         # It is the user's code: whatever it raises is theirs to read, in one line.
         reason = str(error).partition("\n")[0] or "no reason given"
-        raise UserError(f"{what} fails: {type(error).__name__}: {reason}") from error
+        hint = renamed_key_hint(reason)
+        raise UserError(f"{what} fails: {type(error).__name__}: {reason}{hint}") from error
 
 
 def default_run_name(config_spec: str) -> str:

@@ -45,6 +45,7 @@ FIELDS: dict[str, Field] = {
         ("auto", "keep", "new"),
     ),
     # Model (Section 2, Table 1).
+    "model.family": Field("mixer", "family of models", ("mixer",)),
     "model.variant": Field(
         "B/16", 'S/32 S/16 B/32 B/16 L/32 L/16 H/14, "custom", or "init_from": that of the weights'
     ),
@@ -62,7 +63,7 @@ FIELDS: dict[str, Field] = {
         "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
         ("auto", "float32", "bfloat16"),
     ),
-    "model.unroll": Field(
+    "model.scan_unroll": Field(
         -1,
         "blocks per iteration of the loop over them; 0: all, no loop; -1: 0 on GPUs and with "
         "kernels of our own, else 1",
@@ -76,7 +77,7 @@ FIELDS: dict[str, Field] = {
         ("auto", "none", "dots", "mlp_hidden", "full"),
         resumable=True,
     ),
-    "model.kernels": Field(
+    "model.backend": Field(
         "auto",
         "xla; hand-written ones: triton on GPUs, mosaic on TPUs; auto: triton on GPUs, else xla",
         ("auto", "xla", "triton", "mosaic"),
@@ -94,35 +95,36 @@ FIELDS: dict[str, Field] = {
     ),
     "preprocess.train_crop": Field(
         "inception",
-        "inception (random area, aspect), random_crop (resize to 8/7), shift (of resize), resize",
-        ("inception", "random_crop", "shift", "resize"),
+        "inception (random area, aspect), random_crop (resize to 8/7), random_shift (of resize), "
+        "resize",
+        ("inception", "random_crop", "random_shift", "resize"),
     ),
     "preprocess.min_area": Field(
         0.05, "smallest inception crop, share of the image", low=0.0001, high=1
     ),
-    "preprocess.max_shift": Field(4, "largest shift of train_crop=shift, pixels", low=0),
+    "preprocess.max_shift": Field(4, "largest shift of train_crop=random_shift, pixels", low=0),
     "preprocess.flip": Field(True, "flip half of the training images left to right"),
     "preprocess.randaugment_layers": Field(0, "operations an image; 0: off", low=0),
     "preprocess.randaugment_magnitude": Field(10.0, "on the scale 0-10; more extrapolates", low=0),
     "preprocess.eval_crop": Field(
         "shorter_side",
-        "shorter_side, square, timm's bicubic, bilinear: resize to 8/7, crop; whole: only resize",
-        ("shorter_side", "square", "bicubic", "bilinear", "whole"),
+        "shorter_side, square, timm's bicubic, bilinear: resize to 8/7, crop; resize: no crop",
+        ("shorter_side", "square", "bicubic", "bilinear", "resize"),
     ),
     "preprocess.exif_orientation": Field(
         False, "turn images as their camera says, which TFDS and TensorFlow never do"
     ),
-    "loader.threads": Field(
+    "loader.num_threads": Field(
         0, "that prepare images, in each process; 0: by the machine", low=0, resumable=True
     ),
-    "loader.processes": Field(
+    "loader.num_workers": Field(
         0,
         "that prepare training images; 1: the main one; 0: one for every 8 cores",
         low=0,
         resumable=True,
     ),
     "loader.prefetch_batches": Field(2, "batches kept ready on the host", low=1, resumable=True),
-    "bad_images.max_share": Field(
+    "bad_images.max_fraction": Field(
         0.001,
         "of the training images that may be unusable before the run stops",
         low=0,
@@ -138,7 +140,7 @@ FIELDS: dict[str, Field] = {
         0.0, "share of a label spread over all classes", low=0, high=0.999
     ),
     "recipe.mixup": Field(0.0, "parameter of Beta(p, p); 0: off", low=0),
-    "recipe.accumulation_steps": Field(
+    "recipe.grad_accum_steps": Field(
         1, "pieces a batch is computed in, one after the other", low=1, resumable=True
     ),
     "recipe.ema_decay": Field(
@@ -147,7 +149,7 @@ FIELDS: dict[str, Field] = {
     "optimizer.name": Field("adam", "adam or momentum (SGD)", ("adam", "momentum")),
     "optimizer.learning_rate": Field(1e-3, "at the end of warmup", low=0),
     "optimizer.warmup_steps": Field(10_000, "linear from zero", low=0),
-    "optimizer.decay": Field("linear", "after warmup", ("linear", "cosine", "none")),
+    "optimizer.decay_type": Field("linear", "after warmup", ("linear", "cosine", "none")),
     "optimizer.end_learning_rate": Field(0.0, "at the last step", low=0),
     "optimizer.weight_decay": Field(0.0, "decoupled, times the learning rate, kernels only", low=0),
     "optimizer.b1": Field(0.9, "Adam's first moment", low=0, high=0.999999),
@@ -187,7 +189,7 @@ FIELDS: dict[str, Field] = {
 
 # Every entry of `config.evals`, a named split scored exactly, has these keys.
 EVAL_FIELDS: dict[str, Field] = {
-    "kind": Field(
+    "type": Field(
         "classify",
         "classify by the head, or a probe of the features before it: few_shot, linear, knn",
         ("classify", "few_shot", "linear", "knn"),
@@ -197,7 +199,7 @@ EVAL_FIELDS: dict[str, Field] = {
     "split": Field("test", "in TFDS syntax", resumable=True),
     "train_split": Field("train", "likewise; what a probe learns from", resumable=True),
     "shots": Field("1,5,10,25", "of few_shot: training images a class", resumable=True),
-    "probe_seeds": Field(3, "of few_shot: draws of these images", low=1, resumable=True),
+    "num_seeds": Field(3, "of few_shot: draws of these images", low=1, resumable=True),
     "every_steps": Field(0, "0: only at the end", low=0, resumable=True),
 }
 

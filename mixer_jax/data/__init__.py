@@ -1,1 +1,1 @@
-"""From images on disk to batches on devices."""
+"""Data: sources, decoding, augmentation and the input pipeline."""

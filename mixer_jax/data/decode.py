@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels, whatever the file is; what is no image is refused."""
+"""Image decoding: any common format to uint8 RGB; damaged and oversized files are rejected."""
 
 import dataclasses
 import io
@@ -9,30 +9,30 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
-# (top, left, height, width), pixels.
+# (top, left, height, width), in pixels.
 Box = tuple[int, int, int, int]
 
-# Where Pillow begins to warn of decompression bombs: 256 MiB of RGB.
+# The size from which Pillow warns of decompression bombs: 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8\xff"
-_END_OF_JPEG = b"\xff\xd9"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
 _UPRIGHT = 1
 _START_OF_SCAN = 0xDA
-# Frame headers: C0 to CF but for tables and extensions (C4, C8, CC).
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# Start-of-frame markers: C0 to CF except DHT, JPG and DAC (C4, C8, CC).
+_START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL = {0xC0, 0xC1}
-# Markers that no length follows: temporary, restarts, start of image.
-_BARE = {0x01, *range(0xD0, 0xD9)}
+# Markers without a length: TEM, restart markers, start of image.
+_STANDALONE = {0x01, *range(0xD0, 0xD9)}
 
 
 class BadImageError(ValueError):
-    """Bytes that are no usable image.
+    """Bytes that cannot be used as an image.
 
     Attributes:
-        reason: what is wrong, in words that are the same for all such images.
-        name: what a person finds the image by, if it is known here.
+        reason: The problem, worded identically for all images that have it.
+        name: Path or name of the image, or "" if unknown.
     """
 
     def __init__(self, reason: str, detail: str = "", name: str = ""):
@@ -42,9 +42,9 @@ class BadImageError(ValueError):
 
 
 def disable_opencv_threads() -> None:
-    """Keeps OpenCV, in the whole process, from using several threads for one image.
+    """Limits OpenCV to one thread per image, for the whole process.
 
-    For programs that prepare images side by side, where more threads only get in each other's way.
+    Threads that each process their own image are faster than several threads per image.
     """
     cv2.setNumThreads(0)
 
@@ -54,58 +54,68 @@ def decode(
     crop_fn: Callable[[int, int], Box] | None = None,
     *,
     exif_orientation: bool = False,
-    accurate: bool = False,
+    accurate_dct: bool = False,
 ) -> np.ndarray:
-    """Returns an image, or a part of it, as uint8 RGB (height, width, 3).
+    """Decodes an image, or a crop of it, to uint8 RGB (height, width, 3).
 
-    Grey, palette and CMYK images become RGB, 16 bits become the higher 8, transparency is left
-    out: as Pillow and TensorFlow do.
+    Grey, palette and CMYK images are converted to RGB, 16-bit values are reduced to their upper 8
+    bits, and transparency is dropped, as in Pillow and TensorFlow.
 
     Args:
-        encoded: the bytes of an image file.
-        crop_fn: from height and width of the image to the part wanted; None: all of it.
-        exif_orientation: whether the image is turned as its camera says. TFDS and TensorFlow
-            never do.
-        accurate: whether a JPEG is decoded by the slow and accurate transform, as Pillow does, or
-            by the fast one, as TensorFlow does, whose pixels are a level darker on average.
+        encoded: Bytes of an image file.
+        crop_fn: Function from height and width of the image to the box to return; None: all of it.
+        exif_orientation: Whether to rotate the image according to its EXIF orientation, which TFDS
+            and TensorFlow ignore.
+        accurate_dct: Whether JPEGs are decoded by the accurate inverse DCT, as in Pillow, or by
+            the fast one, as in TensorFlow, whose pixels are one level darker on average.
 
     Raises:
-        BadImageError: no image, an incomplete one, or one of more than `MAX_PIXELS`.
+        BadImageError: The bytes are not an image, are incomplete, or encode more than `MAX_PIXELS`.
     """
-    frame = _jpeg_frame(encoded)
-    check_image_area(*((frame.height, frame.width) if frame else _size(encoded)))
-    if frame and frame.channels != 4:
-        orientation = _orientation(encoded) if exif_orientation else _UPRIGHT
+    header = _read_jpeg_header(encoded)
+    check_image_area(*((header.height, header.width) if header else _read_size(encoded)))
+    if header and header.channels != 4:
+        orientation = _read_orientation(encoded) if exif_orientation else _UPRIGHT
         if orientation == _UPRIGHT:
-            top, left, height, width = _box(crop_fn, frame.height, frame.width)
-            image = _decode_jpeg(encoded, frame, top + height, accurate)
+            top, left, height, width = _crop_box(crop_fn, header.height, header.width)
+            image = _decode_jpeg(encoded, header, top + height, accurate_dct)
         else:
-            image = _decode_jpeg(encoded, frame, frame.height, accurate)
+            image = _decode_jpeg(encoded, header, header.height, accurate_dct)
             if image is not None:
-                image = _turn(image, orientation)
-                top, left, height, width = _box(crop_fn, *image.shape[:2])
+                image = _apply_orientation(image, orientation)
+                top, left, height, width = _crop_box(crop_fn, *image.shape[:2])
         if image is not None:
             return image[top : top + height, left : left + width]
     image = _decode_any(encoded, exif_orientation)
-    top, left, height, width = _box(crop_fn, *image.shape[:2])
+    top, left, height, width = _crop_box(crop_fn, *image.shape[:2])
     return image[top : top + height, left : left + width]
 
 
-def _orientation(encoded: bytes) -> int:
-    """Returns how the camera of a JPEG was held (EXIF 2.3, tag 274): 1 upright, to 8."""
+def check_image_area(height: int, width: int) -> None:
+    """Raises BadImageError if an image has more than `MAX_PIXELS`."""
+    if height * width > MAX_PIXELS:
+        raise BadImageError("too many pixels", f"{width} × {height}")
+
+
+def _crop_box(crop_fn: Callable[[int, int], Box] | None, height: int, width: int) -> Box:
+    return crop_fn(height, width) if crop_fn else (0, 0, height, width)
+
+
+def _read_orientation(encoded: bytes) -> int:
+    """Reads the EXIF orientation (EXIF 2.3, tag 274), 1 (upright) to 8, from a JPEG."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
-    except Exception:  # Of what Pillow cannot read; a decoder tells what is wrong with it.
+    except Exception:  # The decoder reports what is wrong with a file that Pillow cannot read.
         return _UPRIGHT
     return orientation if orientation in range(1, 9) else _UPRIGHT
 
 
-def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns an image upright that was stored in one of the eight orientations."""
+def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Transposes and flips an image so that it is upright."""
     if orientation > 4:
         image = image.swapaxes(0, 1)
-    rows, columns = {
+    row_step, column_step = {
         1: (1, 1),
         2: (1, -1),
         3: (-1, -1),
@@ -115,22 +125,12 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
         7: (-1, -1),
         8: (-1, 1),
     }[orientation]
-    return np.ascontiguousarray(image[::rows, ::columns])
+    return np.ascontiguousarray(image[::row_step, ::column_step])
 
 
-def _box(crop_fn: Callable[[int, int], Box] | None, height: int, width: int) -> Box:
-    return crop_fn(height, width) if crop_fn else (0, 0, height, width)
-
-
-def check_image_area(height: int, width: int) -> None:
-    """Raises BadImageError for an image of more than `MAX_PIXELS`."""
-    if height * width > MAX_PIXELS:
-        raise BadImageError("too many pixels", f"{width} × {height}")
-
-
-def _size(encoded: bytes) -> tuple[int, int]:
-    """Returns height and width as the file's header tells them, without decoding."""
-    if encoded.startswith(_PNG):
+def _read_size(encoded: bytes) -> tuple[int, int]:
+    """Reads height and width from the header, without decoding."""
+    if encoded.startswith(_PNG_SIGNATURE):
         return int.from_bytes(encoded[20:24]), int.from_bytes(encoded[16:20])
     if not encoded:
         raise BadImageError("empty file")
@@ -139,12 +139,12 @@ def _size(encoded: bytes) -> tuple[int, int]:
             return image.height, image.width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError("too many pixels") from None
-    except Exception:  # Each of Pillow's formats raises its own.
-        raise BadImageError("no image, or its header is damaged") from None
+    except Exception:  # Pillow raises other exceptions for each format.
+        raise BadImageError("not an image, or its header is damaged") from None
 
 
 def _decode_any(encoded: bytes, exif_orientation: bool) -> np.ndarray:
-    """Decodes any format that OpenCV knows, and what is left to Pillow."""
+    """Decodes any format with OpenCV, or with Pillow if OpenCV fails."""
     flags = cv2.IMREAD_COLOR_RGB
     if not exif_orientation:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
@@ -156,91 +156,94 @@ def _decode_any(encoded: bytes, exif_orientation: bool) -> np.ndarray:
         return image
     try:
         with Image.open(io.BytesIO(encoded)) as opened:
-            turned = ImageOps.exif_transpose(opened) if exif_orientation else opened
-            return np.asarray(turned.convert("RGB"))
-    except Exception:  # Each of Pillow's formats raises its own.
+            upright = ImageOps.exif_transpose(opened) if exif_orientation else opened
+            return np.asarray(upright.convert("RGB"))
+    except Exception:  # Pillow raises other exceptions for each format.
         raise BadImageError("incomplete or damaged") from None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Frame:
-    """What the header of a JPEG says.
+class _JpegHeader:
+    """Contents of a JPEG's frame header.
 
     Attributes:
-        height: pixels.
-        width: pixels.
-        channels: 1 grey, 3 colour, 4 CMYK.
-        rows: pixels that one row of its blocks is high.
-        sequential: whether the image is stored from top to bottom.
-        height_at: where in the file the height is written, as two bytes.
+        height: Height in pixels.
+        width: Width in pixels.
+        channels: Number of channels: 1 grey, 3 color, 4 CMYK.
+        block_rows: Height of one row of minimum coded units, in pixels.
+        sequential: Whether the image is stored from top to bottom.
+        height_offset: Position in the file of the height, which is two bytes long.
     """
 
     height: int
     width: int
     channels: int
-    rows: int
+    block_rows: int
     sequential: bool
-    height_at: int
+    height_offset: int
 
 
-def _jpeg_frame(encoded: bytes) -> _Frame | None:
-    """Reads the header of a JPEG; None for what is none, or one out of the ordinary.
+def _read_jpeg_header(encoded: bytes) -> _JpegHeader | None:
+    """Reads the frame header of a JPEG; None for other formats and unusual JPEGs.
 
     Raises:
-        BadImageError: a JPEG that breaks off. Decoders fill up the missing part with grey.
+        BadImageError: The JPEG is truncated. Decoders would fill the missing part with grey.
     """
-    if not encoded.startswith(_JPEG):
+    if not encoded.startswith(_JPEG_SIGNATURE):
         return None
-    frame = None
-    at = 2
-    while at + 4 <= len(encoded):
-        marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4])
-        if encoded[at] != 0xFF:
+    header = None
+    offset = 2
+    while offset + 4 <= len(encoded):
+        marker = encoded[offset + 1]
+        length = int.from_bytes(encoded[offset + 2 : offset + 4])
+        if encoded[offset] != 0xFF:
             return None
         if marker == 0xFF:  # Padding.
-            at += 1
-        elif marker in _BARE:
-            at += 2
+            offset += 1
+        elif marker in _STANDALONE:
+            offset += 2
         elif marker == _START_OF_SCAN:
-            # In the coded image FF is always followed by 00 or a restart, so that this marker can
-            # only be the end; that of a thumbnail in the header lies before.
-            if encoded.rfind(_END_OF_JPEG, at) < 0:
+            # In scan data FF is always followed by 00 or a restart marker, so that a match can
+            # only be the end of this image; that of an embedded thumbnail precedes the scan.
+            if encoded.rfind(_JPEG_END, offset) < 0:
                 raise BadImageError("incomplete", "the end of the JPEG is missing")
-            return frame
+            return header
         else:
-            if marker in _FRAMES:
-                frame = _read_frame(encoded, at)
-            at += 2 + length
+            if marker in _START_OF_FRAME:
+                header = _parse_frame(encoded, offset)
+            offset += 2 + length
     raise BadImageError("incomplete", "the JPEG ends in its header")
 
 
-def _read_frame(encoded: bytes, at: int) -> _Frame | None:
-    """Reads the frame header at a marker's place; None for one that is cut off or empty."""
-    channels = encoded[at + 9] if at + 9 < len(encoded) else 0
-    samplings = encoded[at + 11 : at + 11 + 3 * channels : 3]
-    height, width = (int.from_bytes(encoded[at + k : at + k + 2]) for k in (5, 7))
+def _parse_frame(encoded: bytes, offset: int) -> _JpegHeader | None:
+    """Parses the frame header whose marker is at `offset`; None if it is truncated or empty."""
+    channels = encoded[offset + 9] if offset + 9 < len(encoded) else 0
+    samplings = encoded[offset + 11 : offset + 11 + 3 * channels : 3]
+    height, width = (int.from_bytes(encoded[offset + k : offset + k + 2]) for k in (5, 7))
     if not (height and width and channels and len(samplings) == channels):
         return None
-    return _Frame(
+    return _JpegHeader(
         height,
         width,
         channels,
-        rows=8 * max(sampling & 15 for sampling in samplings),
-        sequential=encoded[at + 1] in _SEQUENTIAL,
-        height_at=at + 5,
+        block_rows=8 * max(sampling & 15 for sampling in samplings),
+        sequential=encoded[offset + 1] in _SEQUENTIAL,
+        height_offset=offset + 5,
     )
 
 
-def _decode_jpeg(encoded: bytes, frame: _Frame, bottom: int, accurate: bool) -> np.ndarray | None:
-    """Decodes the rows of a JPEG above `bottom`, and perhaps more; None if it cannot."""
-    # A picture that claims to end with the part wanted is decoded no further. Interpolated colour
-    # looks one row of colour ahead, so the rows wanted are followed by two of the image at least.
-    height = -(-(bottom + 2) // frame.rows) * frame.rows
-    if frame.sequential and height < frame.height:
-        at = frame.height_at
-        encoded = b"".join([encoded[:at], height.to_bytes(2), encoded[at + 2 :]])
+def _decode_jpeg(
+    encoded: bytes, header: _JpegHeader, bottom: int, accurate_dct: bool
+) -> np.ndarray | None:
+    """Decodes at least the rows above `bottom`; None if the decoder fails."""
+    # A smaller height in the header makes the decoder stop early. Chroma upsampling reads one row
+    # of chroma ahead, so that at least two more rows of the image are decoded.
+    height = -(-(bottom + 2) // header.block_rows) * header.block_rows
+    if header.sequential and height < header.height:
+        offset = header.height_offset
+        encoded = b"".join([encoded[:offset], height.to_bytes(2), encoded[offset + 2 :]])
     try:
-        # Strict would refuse what every other decoder lets pass, such as stray bytes.
-        return simplejpeg.decode_jpeg(encoded, fastdct=not accurate, strict=False)
+        # Strict decoding would reject stray bytes, which all other decoders accept.
+        return simplejpeg.decode_jpeg(encoded, fastdct=not accurate_dct, strict=False)
     except ValueError:
         return None

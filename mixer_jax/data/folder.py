@@ -1,4 +1,4 @@
-"""A user's own folder of images, one directory a class."""
+"""Image folders: user datasets with one directory per class."""
 
 import hashlib
 import os
@@ -18,67 +18,66 @@ FOLDER = "folder:"
 
 _TRAIN = "train"
 _HELD_OUT = ("validation", "val", "test")
-# What people also call them.
-_LIKE_SPLITS = {_TRAIN, *_HELD_OUT, "training", "valid", "testing"}
-# Of a folder without a split of its own, held out of every class.
-_HELD_OUT_SHARE = 0.1
+# Directories with these names, also spelled differently, are likely splits and not classes.
+_SPLIT_LIKE = {_TRAIN, *_HELD_OUT, "training", "valid", "testing"}
+# Fraction of every class that is held out if the folder has no split for it.
+_HELD_OUT_FRACTION = 0.1
+
+# Path of an image relative to the root, and the index of its class.
+_LabeledFile = tuple[str, int]
 
 
 def open_folder(path: str, split: str) -> Source:
-    """Opens one split of a folder of images.
+    """Opens one split of an image folder.
 
-    The folder holds `train/` and one or two of `validation/` (or `val/`) and `test/`, and each of
-    these a directory for every class. Where there is only `train/`, or the folder holds the
-    directories of the classes itself, a tenth of every class is held out as "validation": the same
-    images each time, chosen by a hash of their paths. Where only one split is held out, all of its
-    three names mean it. Examples are in an order that mixes the classes, so that slices do, too.
-    Files whose names do not end like an image's are passed over.
+    The folder contains `train/` and one or two of `validation/` (or `val/`) and `test/`, each with
+    one directory per class. If it contains only `train/`, or directly the class directories, a
+    tenth of every class is held out as "validation", selected by a hash of the paths. If only one
+    split is held out, it can be called by any of the three names. Examples are ordered by the hash
+    of their paths, so that slices of a split contain all classes. Files without the suffix of an
+    image format are skipped.
 
     Args:
-        path: of the folder, on this host.
-        split: in TFDS syntax, e.g. "train", "train[:99%]", "validation", "train+validation".
+        path: Local folder.
+        split: Split in TFDS syntax, e.g. "train", "train[:99%]", "validation", "train+validation".
 
     Raises:
-        UserError: there is no such folder, split or class, or no image in it.
+        UserError: The folder, split or a class does not exist, or the split has no images.
     """
     root = Path(path).expanduser()
     if not path or "://" in path or not root.is_dir():
         raise UserError(
-            f"data set 'folder:{path}' is no folder of this machine; write folder:PATH, where PATH "
-            "holds train/ and validation/, each with a directory of images for every class"
+            f"dataset 'folder:{path}' must be a local folder. Write folder:PATH, where PATH "
+            "contains train/ and validation/, each with one directory of images per class"
         )
     root = root.absolute()
     directories = _subdirectories(root)
-    # A class may be called "train", too; then it holds images and no directories.
-    is_split = _TRAIN in directories and bool(_subdirectories(root / _TRAIN))
-    classes_at = root / _TRAIN if is_split else root
-    class_names = _subdirectories(classes_at)
-    _check_classes(classes_at, class_names)
-    held_out = [name for name in _HELD_OUT if is_split and name in directories]
+    # A class may be called "train" as well; its directory contains images and no directories.
+    has_splits = _TRAIN in directories and bool(_subdirectories(root / _TRAIN))
+    class_parent = root / _TRAIN if has_splits else root
+    class_names = _subdirectories(class_parent)
+    _check_classes(class_parent, class_names)
+    held_out = [name for name in _HELD_OUT if has_splits and name in directories]
     if held_out:
-        splits = {name: _list_images(root, name, class_names) for name in (_TRAIN, *held_out)}
+        splits = {name: _list_files(root, name, class_names) for name in (_TRAIN, *held_out)}
     else:
-        inside = classes_at.relative_to(root).as_posix()
-        splits = _hold_out(_list_images(root, inside, class_names))
+        relative = class_parent.relative_to(root).as_posix()
+        splits = _hold_out(_list_files(root, relative, class_names))
         held_out = [_HELD_OUT[0]]
-    meant = split
+    spec = split
     if len(held_out) == 1:
-        meant = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
-    files = [file for part in _slices(meant, splits, root) for file in part]
+        spec = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
+    files = [file for part in _slice_splits(spec, splits, root) for file in part]
     if not files:
-        raise UserError(f"split {split!r} of folder {str(root)!r} has no images")
+        raise UserError(f"split {split!r} of folder {str(root)!r} contains no images")
     names = tuple(map(display_path, class_names))
     return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
 
 
-# The path of an image below the root, and the index of its class.
-_File = tuple[str, int]
-
-
 class _FolderExamples(Sequence[Example]):
-    """Examples that are files; their paths are kept in one block of memory, as they are many."""
+    """Examples read from files; the paths are stored as one byte string to save memory."""
 
-    def __init__(self, root: Path, files: list[_File]):
+    def __init__(self, root: Path, files: list[_LabeledFile]):
         self._root = root
         paths = [os.fsencode(path) for path, _ in files]
         self._paths = b"".join(paths)
@@ -98,14 +97,12 @@ class _FolderExamples(Sequence[Example]):
 
 def _check_classes(folder: Path, class_names: list[str]) -> None:
     if not class_names:
+        raise UserError(f"folder {str(folder)!r} must contain directories, one per class, got none")
+    if {name.casefold() for name in class_names} <= _SPLIT_LIKE:
         raise UserError(
-            f"folder {str(folder)!r} has no directories; it needs one with images for every class"
-        )
-    if {name.casefold() for name in class_names} <= _LIKE_SPLITS:
-        raise UserError(
-            f"folder {str(folder)!r} has {', '.join(class_names)} and no {_TRAIN} with a directory "
-            f"for every class in it; rename the one to train on {_TRAIN}, the others of "
-            f"{', '.join(_HELD_OUT)}"
+            f"folder {str(folder)!r} must contain {_TRAIN} with one directory per class, got "
+            f"{', '.join(class_names)}. Rename the training split to {_TRAIN}, and others to one "
+            f"of {', '.join(_HELD_OUT)}"
         )
 
 
@@ -115,37 +112,36 @@ def _subdirectories(folder: Path) -> list[str]:
     )
 
 
-def _list_images(root: Path, split: str, class_names: list[str]) -> list[_File]:
-    """Returns the images of all classes below `root`/`split`, ordered by a hash of their paths."""
-    extra = sorted(set(_subdirectories(root / split)) - set(class_names))
-    if extra:
+def _list_files(root: Path, split: str, class_names: list[str]) -> list[_LabeledFile]:
+    """Lists the images of all classes in `root`/`split`, ordered by a hash of their paths."""
+    unknown = sorted(set(_subdirectories(root / split)) - set(class_names))
+    if unknown:
         raise UserError(
-            f"folder {str(root / split)!r} has a directory {extra[0]!r}, which is no class: "
-            f"{_TRAIN}/ has none of that name"
+            f"directories of {str(root / split)!r} must be classes of {_TRAIN}/, got {unknown[0]!r}"
         )
     files = []
     for label, name in enumerate(class_names):
         folder = root / split / name
         if folder.is_dir():
-            images = walk_images(folder, on_error=_refuse)
+            images = walk_images(folder, on_error=_raise_unreadable)
             files += [(path.relative_to(root).as_posix(), label) for path in images]
-    return sorted(files, key=_hash)
+    return sorted(files, key=_path_hash)
 
 
-def _hash(file: _File) -> bytes:
+def _path_hash(file: _LabeledFile) -> bytes:
     return hashlib.blake2b(os.fsencode(file[0]), digest_size=8).digest()
 
 
-def _refuse(error: OSError) -> NoReturn:
+def _raise_unreadable(error: OSError) -> NoReturn:
     reason = error.strerror
     raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}") from error
 
 
-def _hold_out(files: list[_File]) -> dict[str, list[_File]]:
-    """Splits every class, where it has two images or more, by the order of the files."""
+def _hold_out(files: list[_LabeledFile]) -> dict[str, list[_LabeledFile]]:
+    """Holds out the first files of every class; a class with one image stays in training."""
     counts = np.bincount([label for _, label in files], minlength=1)
-    quotas = [max(1, round(_HELD_OUT_SHARE * count)) if count > 1 else 0 for count in counts]
-    splits: dict[str, list[_File]] = {_TRAIN: [], _HELD_OUT[0]: []}
+    quotas = [max(1, round(_HELD_OUT_FRACTION * count)) if count > 1 else 0 for count in counts]
+    splits: dict[str, list[_LabeledFile]] = {_TRAIN: [], _HELD_OUT[0]: []}
     for file in files:
         held_out = quotas[file[1]] > 0
         quotas[file[1]] -= held_out
@@ -153,8 +149,10 @@ def _hold_out(files: list[_File]) -> dict[str, list[_File]]:
     return splits
 
 
-def _slices(split: str, splits: dict[str, list[_File]], root: Path) -> Iterator[list[_File]]:
-    """Yields the parts of splits that TFDS's syntax names."""
+def _slice_splits(
+    spec: str, splits: dict[str, list[_LabeledFile]], root: Path
+) -> Iterator[list[_LabeledFile]]:
+    """Yields the slices of `splits` selected by `spec`, a split in TFDS syntax."""
     from tensorflow_datasets.core.splits import AbstractSplit
 
     sizes = {
@@ -162,10 +160,10 @@ def _slices(split: str, splits: dict[str, list[_File]], root: Path) -> Iterator[
         for name, files in splits.items()
     }
     try:
-        for part in AbstractSplit.from_spec(split).to_absolute(sizes):
+        for part in AbstractSplit.from_spec(spec).to_absolute(sizes):
             yield splits[part.splitname][part.from_ : part.to]
     except ValueError as error:
         raise UserError(
-            f"split {split!r} of folder {str(root)!r} does not exist; it has "
+            f"split {spec!r} of folder {str(root)!r} does not exist; available are "
             f'{", ".join(splits)} (and slices such as "train[:99%]")'
         ) from error

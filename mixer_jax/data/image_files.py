@@ -1,4 +1,4 @@
-"""Files of images: which they are, and their bytes."""
+"""Image files: finding them by path, folder or pattern, and reading their bytes."""
 
 import functools
 import glob
@@ -13,8 +13,8 @@ from pathlib import Path
 from mixer_jax.data.decode import MAX_PIXELS, BadImageError
 from mixer_jax.errors import UserError
 
-STANDARD_INPUT = "-"
-# The name of an image, and how to read its bytes.
+STDIN = "-"
+# Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
 
 _SUFFIXES = re.compile(
@@ -22,60 +22,60 @@ _SUFFIXES = re.compile(
     r"|tiff?|webp)",
     re.IGNORECASE,
 )
-# No image that may be decoded needs more: 16 bits of red, green, blue and transparency.
+# An uncompressed image of MAX_PIXELS with 16 bits for each of red, green, blue and alpha.
 _MAX_BYTES = 8 * MAX_PIXELS
 
 
-def is_image_name(name: str) -> bool:
-    """Says whether a file's name ends like an image's."""
+def has_image_suffix(name: str) -> bool:
+    """Checks whether a file name ends in the suffix of an image format."""
     return _SUFFIXES.fullmatch(Path(name).suffix) is not None
 
 
 def display_path(path: str | Path) -> str:
-    """Returns a path that can be shown and saved whatever its bytes are."""
+    """Formats a path as valid Unicode, with escapes for other bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_image(path: Path) -> bytes:
-    """Returns the bytes of a file.
+    """Reads the bytes of an image file.
 
     Raises:
-        BadImageError: it cannot be read, or is too large to be an image that can be used.
+        BadImageError: The file cannot be read, or is larger than any image that may be decoded.
     """
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size > _MAX_BYTES:
-                raise BadImageError("too large a file", f"{size:,} bytes", display_path(path))
+                raise BadImageError("file too large", f"{size:,} bytes", display_path(path))
             return file.readall()
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
 
 
 def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator[Path]:
-    """Yields the images in and below a folder: files whose names end like an image's.
+    """Yields the image files in a folder and its subfolders, selected by suffix.
 
-    What begins with a dot is passed over. Links are followed, but no folder is entered twice. A
-    link to nowhere is yielded, so that reading it tells what is wrong with it.
+    Hidden files and folders are skipped. Symbolic links are followed, but each folder is visited
+    only once. Broken links are yielded, so that reading them reports the reason.
 
     Args:
-        folder: where to begin.
-        on_error: called for every folder that cannot be read; the error's `filename` names it.
+        folder: Root of the walk.
+        on_error: Called for every folder that cannot be read; the error's `filename` names it.
     """
-    seen = set()
-    waiting = [folder]
-    while waiting:
-        folder = waiting.pop()
+    visited = set()
+    pending = [folder]
+    while pending:
+        folder = pending.pop()
         try:
-            at = os.stat(folder)
-            # In order, so that of two ways to a folder it is always the same one that is taken.
+            status = os.stat(folder)
+            # Sorted, so that a folder with several paths is always visited by the same one.
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             on_error(error)
             continue
-        if (at.st_dev, at.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((at.st_dev, at.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -84,57 +84,61 @@ def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator
             except OSError:
                 mode = stat.S_IFREG
             if stat.S_ISDIR(mode):
-                waiting.append(Path(entry.path))
-            elif stat.S_ISREG(mode) and is_image_name(entry.name):
+                pending.append(Path(entry.path))
+            elif stat.S_ISREG(mode) and has_image_suffix(entry.name):
                 yield Path(entry.path)
 
 
-def expand_image_paths(names: Iterable[str]) -> list[NamedImage]:
-    """Returns the images that names mean, in the order of the names.
+def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
+    """Expands files, folders and glob patterns to images, in the order of the patterns.
 
-    A name that means no image is returned as one that cannot be used, so that the rest is done.
+    A pattern without a match becomes one image whose reader raises, so that the others can still
+    be processed.
 
     Args:
-        names: files; folders, whose images and those of the folders in them are meant, in the order
-            of their paths; patterns such as "holiday/*.jpg"; or "-", one image on standard input.
+        patterns: Files; folders, searched recursively and sorted by path; glob patterns such as
+            "holiday/*.jpg"; or "-" for one image on standard input.
 
     Raises:
-        UserError: a name is empty, or none of them means an image.
+        UserError: A pattern is empty, or no pattern matches an image.
     """
-    found: list[NamedImage] = []
-    wrong: list[str] = []
-    for name in names:
-        if not name:
-            raise UserError("a name of an image is empty; name a file, a folder or a pattern")
-        if name == STANDARD_INPUT:
-            found.append(("standard input", _read_standard_input))
+    images: list[NamedImage] = []
+    failures: list[str] = []
+    for pattern in patterns:
+        if not pattern:
+            raise UserError("image paths must not be empty; name a file, a folder or a pattern")
+        if pattern == STDIN:
+            images.append(("standard input", _read_stdin))
             continue
         try:
-            found += [
-                (display_path(path), functools.partial(read_image, path)) for path in _find(name)
+            images += [
+                (display_path(path), functools.partial(read_image, path))
+                for path in _expand(pattern)
             ]
         except BadImageError as error:
-            found.append((display_path(name), functools.partial(_refuse, error)))
-            wrong.append(f"{name!r} {error.reason}")
-    if wrong and len(wrong) == len(found):
-        others = f", nor is any of the other {len(wrong) - 1:,} an image" if wrong[1:] else ""
-        raise UserError(f"{wrong[0]}{others}; name images, folders, or patterns")
-    return found
+            images.append((display_path(pattern), functools.partial(_raise, error)))
+            failures.append(f"{pattern!r} {error.reason}")
+    if failures and len(failures) == len(images):
+        others = f", nor does any of the other {len(failures) - 1:,} paths match an image"
+        raise UserError(
+            f"{failures[0]}{others if failures[1:] else ''}; name images, folders or patterns"
+        )
+    return images
 
 
-def _find(name: str) -> list[Path]:
-    """Returns the paths of the images that a name means.
+def _expand(pattern: str) -> list[Path]:
+    """Expands one path or pattern.
 
     Raises:
-        BadImageError: it means none.
+        BadImageError: There is no match.
     """
-    # Unlike pathlib's, it leaves the home of an unknown user as it is.
-    path = Path(os.path.expanduser(name))
-    # Unlike pathlib's, these two say no of what cannot be looked up.
+    # Functions of os.path rather than pathlib: expanduser leaves unknown users unexpanded, and
+    # isdir and lexists return False for paths that cannot be looked up.
+    path = Path(os.path.expanduser(pattern))
     if os.path.isdir(path):
-        found = _list_images(path)
+        paths = _list_images(path)
     elif os.path.lexists(path):
-        found = [path]
+        paths = [path]
     else:
         try:
             os.stat(path)
@@ -147,30 +151,30 @@ def _find(name: str) -> list[Path]:
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             raise BadImageError(reason)
-        # A folder and what is in it may both match.
-        images = (_list_images(match) if os.path.isdir(match) else [match] for match in matches)
-        found = list(dict.fromkeys(itertools.chain.from_iterable(images)))
-    if not found:
-        raise BadImageError("has no image in it")
-    return found
+        # A pattern may match both a folder and files inside it.
+        found = (_list_images(match) if os.path.isdir(match) else [match] for match in matches)
+        paths = list(dict.fromkeys(itertools.chain.from_iterable(found)))
+    if not paths:
+        raise BadImageError("contains no images")
+    return paths
 
 
 def _list_images(folder: Path) -> list[Path]:
-    """Returns the images in and below a folder, and the folders that cannot be read, in order."""
-    unread: list[OSError] = []
-    images = list(walk_images(folder, unread.append))
-    return sorted([*images, *(Path(error.filename) for error in unread)])
+    """Lists the images in a folder and its subfolders, and the folders that cannot be read."""
+    unreadable: list[OSError] = []
+    images = list(walk_images(folder, unreadable.append))
+    return sorted([*images, *(Path(error.filename) for error in unreadable)])
 
 
-def _refuse(error: BadImageError) -> bytes:
+def _raise(error: BadImageError) -> bytes:
     raise error
 
 
-def _read_standard_input() -> bytes:
+def _read_stdin() -> bytes:
     try:
         encoded = sys.stdin.buffer.read(_MAX_BYTES + 1)
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "") from None
     if len(encoded) > _MAX_BYTES:
-        raise BadImageError("too large a file", f"over {_MAX_BYTES:,} bytes")
+        raise BadImageError("file too large", f"over {_MAX_BYTES:,} bytes")
     return encoded

@@ -1,8 +1,10 @@
-"""From a source to global arrays on the devices, batch by batch.
+"""Input pipeline: global batches on the devices, loaded by threads or worker processes.
 
-Images are prepared by `reading`, in pieces of a batch, side by side in threads or in processes.
+Each host loads only the rows of a batch that its devices hold, in chunks of a few images. Threads
+write their chunks directly into the batch; worker processes send them through shared memory.
 """
 
+import abc
 import collections
 import math
 import os
@@ -10,9 +12,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import grain
@@ -20,19 +22,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from mixer_jax.data.chunks import CHUNK_SIZE, Chunks, ProcessAssembler, ThreadAssembler
 from mixer_jax.data.readers import BadImage, EvalReader, LoadedBatch, Reader, TrainReader
 from mixer_jax.data.source import Source
 
 Batch = dict[str, jax.Array]
-# Called with the number of a step, beginning with 1, and what it met that could not be used.
+# Called with the number of a step, counted from 1, and its bad images.
 BadImageCallback = Callable[[int, list[BadImage]], None]
 
-# Threads of one process get in each other's way when they are more: about a tenth of the work
-# needs the interpreter, which serves one of them at a time.
-_CORES_A_PROCESS = 8
-# Processes hand their pieces over in shared memory; of each there are so many at most.
-_PIECES_IN_TRANSIT = 4
+# Images per chunk: enough that the cost of passing a chunk on is negligible.
+CHUNK_SIZE = 16
+# More threads per process compete for the GIL, which about a tenth of the work needs.
+_CORES_PER_WORKER = 8
+# Maximum number of chunks of each worker in shared memory.
+_SHARED_CHUNKS_PER_WORKER = 4
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -40,49 +42,50 @@ def train_batches(
     source: Source,
     *,
     seed: int,
-    first_step: int,
+    start_step: int,
     num_steps: int,
     batch_size: int,
     image_size: int,
     preprocess: dict[str, Any],
-    threads: int,
-    processes: int,
+    num_threads: int,
+    num_workers: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
-    report: BadImageCallback,
+    on_bad_images: BadImageCallback,
 ) -> Generator[Batch, None, None]:
-    """Yields the training batches of steps `first_step` to `num_steps` − 1.
+    """Yields the training batches of steps `start_step` to `num_steps` − 1.
 
-    Every epoch is a new permutation of the whole source; batches run on across epochs. In place of
-    an image that cannot be used comes another one, the same whenever and wherever it is read.
+    Every epoch is a new permutation of the source; batches may span epochs. A bad image is replaced
+    by another one, which depends only on the seed and the position.
 
     Args:
-        source: what to train on.
-        seed: order and augmentation follow from it.
-        first_step: where to begin; costs the same wherever it is.
-        num_steps: where to stop.
-        batch_size: images a step, over all hosts.
-        image_size: side of the images, pixels.
-        preprocess: keyword arguments of `train_image`.
-        threads: that prepare images, in each process; 0: as many as the machine has cores.
-        processes: 1: this one alone; more: so many others, and `threads` in each of them; 0: by
-            the machine, one for every 8 cores, if its shared memory has room for what they make.
-        prefetch_batches: batches kept ready on this host.
-        sharding: of the batch axis; each host prepares only the rows its devices hold.
-        report: is told of every image that could not be used, when its batch is handed out.
+        source: Source of the examples.
+        seed: Seed of order and augmentation.
+        start_step: First step; any step starts equally fast.
+        num_steps: Number of steps of the whole run.
+        batch_size: Images per step, over all hosts.
+        image_size: Side of the images, in pixels.
+        preprocess: Keyword arguments of `train_image`.
+        num_threads: Threads per process that load images; 0: one per CPU core.
+        num_workers: Processes that load images; 1: only this process; 0: one per 8 CPU cores if
+            there is enough shared memory, else 1.
+        prefetch_batches: Number of batches loaded ahead on this host.
+        sharding: Sharding of the batch axis.
+        on_bad_images: Callback for the bad images of a batch, called when the batch is yielded.
 
     Yields:
         `image` uint8 (batch_size, image_size, image_size, 3) and `label` int32 (batch_size,).
 
     Raises:
-        RunFailedError: nearly no image can be used.
+        RunError: A hundred images in a row cannot be used.
     """
     reader = TrainReader(source, seed, image_size, preprocess)
-    steps = range(first_step, num_steps)
-    pieces = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
-    processes, threads = _workers(processes, threads, CHUNK_SIZE * image_size**2 * 3)
-    prepared = _prepare(reader, pieces, threads, processes, prefetch_batches)
-    return _to_devices(prepared, pieces, sharding, report)
+    steps = range(start_step, num_steps)
+    chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
+    chunk_bytes = CHUNK_SIZE * image_size**2 * 3
+    num_workers, num_threads = _resolve_parallelism(num_workers, num_threads, chunk_bytes)
+    loaded = _load_batches(reader, chunks, num_threads, num_workers, prefetch_batches)
+    return _put_on_devices(loaded, chunks, sharding, on_bad_images)
 
 
 def eval_batches(
@@ -92,131 +95,228 @@ def eval_batches(
     image_size: tuple[int, int],
     eval_crop: str,
     exif_orientation: bool,
-    threads: int,
+    num_threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
-    report: BadImageCallback,
+    on_bad_images: BadImageCallback,
 ) -> Generator[Batch, None, None]:
-    """Yields every example of the source once, in order; the last batch is padded.
+    """Yields every example of a source once, in order; the last batch is padded.
 
-    Images that cannot be used are masked like padding and reported.
+    Bad images are masked like padding and reported.
 
     Args:
-        source: what to evaluate on.
-        batch_size: images a step over all hosts; must divide by the devices of `sharding`.
-        image_size: height and width of the images, pixels.
-        eval_crop: as `eval_image` takes it.
-        exif_orientation: likewise.
-        threads: as for `train_batches`; one process is enough for an evaluation.
-        prefetch_batches: as for `train_batches`.
-        sharding: as for `train_batches`.
-        report: as for `train_batches`; of the rows that this host prepares.
+        source: Source of the examples.
+        batch_size: Images per step, over all hosts; must be divisible by the number of devices.
+        image_size: Height and width of the images, in pixels.
+        eval_crop: Evaluation crop; see `eval_image`.
+        exif_orientation: Whether to apply the EXIF orientation.
+        num_threads: Threads that load images; 0: one per CPU core. There are no worker processes.
+        prefetch_batches: Number of batches loaded ahead on this host.
+        sharding: Sharding of the batch axis.
+        on_bad_images: Callback for the bad images among this host's rows of a batch.
 
     Yields:
-        `image`, `label` and `mask` as `EvalReader` makes them, of batch_size rows.
+        `image`, `label` and `mask`, as described in `EvalReader`, with batch_size rows.
     """
     reader = EvalReader(source, image_size, eval_crop, exif_orientation)
     steps = range(math.ceil(len(source) / batch_size))
-    pieces = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
-    threads = threads or available_cpus()
-    prepared = _prepare(reader, pieces, threads, 1, prefetch_batches)
-    return _to_devices(prepared, pieces, sharding, report)
-
-
-def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """Returns the rows of the global batch that this host's devices hold, each once, in order."""
-    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = [np.arange(batch_size)[index] for index in indices]
-    return np.unique(np.concatenate(rows))
+    chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
+    loaded = _load_batches(reader, chunks, num_threads or available_cpus(), 1, prefetch_batches)
+    return _put_on_devices(loaded, chunks, sharding, on_bad_images)
 
 
 def available_cpus() -> int:
-    """Returns the number of cores that this process may use."""
+    """Counts the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _workers(processes: int, threads: int, piece_bytes: int) -> tuple[int, int]:
-    """Returns how many processes prepare images, and how many threads in each of them."""
+class Chunk(NamedTuple):
+    """Part of a batch that one thread loads.
+
+    Attributes:
+        step: Step of the batch.
+        rows: Rows of the chunk, relative to this host's part of the batch.
+        positions: Positions in the stream of examples, (n,).
+    """
+
+    step: int
+    rows: slice
+    positions: np.ndarray
+
+
+class Chunks(Sequence[Chunk]):
+    """Chunks of this host's part of every batch, in order."""
+
+    def __init__(self, steps: range, local_rows: np.ndarray, batch_size: int):
+        """Divides the batches.
+
+        Args:
+            steps: Steps to load.
+            local_rows: Rows of the global batch that this host loads, (n,).
+            batch_size: Images per step, over all hosts.
+        """
+        self.steps, self.batch_size, self.num_rows = steps, batch_size, len(local_rows)
+        self._local_rows = local_rows.astype(np.int64)
+        self.chunks_per_batch = math.ceil(len(local_rows) / CHUNK_SIZE)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.chunks_per_batch
+
+    def __getitem__(self, index: Any) -> Any:
+        batch_index, chunk_index = divmod(index, self.chunks_per_batch)
+        step = self.steps[batch_index]
+        rows = slice(CHUNK_SIZE * chunk_index, CHUNK_SIZE * (chunk_index + 1))
+        return Chunk(step, rows, step * self.batch_size + self._local_rows[rows])
+
+
+class BatchAssembler(abc.ABC):
+    """Loads chunks in parallel and assembles them to this host's part of a batch."""
+
+    def __init__(self, reader: Reader, num_rows: int):
+        self._reader, self._num_rows = reader, num_rows
+
+    @abc.abstractmethod
+    def load_chunk(self, chunk: Chunk) -> Any:
+        """Loads a chunk, in any thread or process; the result is passed to `assemble`."""
+
+    @abc.abstractmethod
+    def assemble(self, step: int, loaded_chunks: Sequence[Any]) -> LoadedBatch:
+        """Assembles all chunks of a step's batch."""
+
+
+class ThreadAssembler(BatchAssembler):
+    """Assembler for threads, which write directly into the arrays of the batch."""
+
+    def __init__(self, reader: Reader, num_rows: int):
+        super().__init__(reader, num_rows)
+        self._arrays_by_step: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def load_chunk(self, chunk: Chunk) -> list[BadImage]:
+        """Loads a chunk into its rows of the batch."""
+        with self._lock:
+            if chunk.step not in self._arrays_by_step:
+                self._arrays_by_step[chunk.step] = self._reader.allocate(self._num_rows)
+            arrays = self._arrays_by_step[chunk.step]
+        rows = {name: array[chunk.rows] for name, array in arrays.items()}
+        return self._reader.fill(chunk.positions, rows)
+
+    def assemble(self, step: int, loaded_chunks: Sequence[list[BadImage]]) -> LoadedBatch:
+        """Collects the bad images; the arrays are complete."""
+        bad_images = [bad for chunk in loaded_chunks for bad in chunk]
+        return LoadedBatch(self._arrays_by_step.pop(step), bad_images)
+
+
+class ProcessAssembler(BatchAssembler):
+    """Assembler for worker processes, which send their chunks through shared memory."""
+
+    def load_chunk(self, chunk: Chunk) -> LoadedBatch:
+        """Loads a chunk into new arrays."""
+        return self._reader(chunk.positions)
+
+    def assemble(self, step: int, loaded_chunks: Sequence[LoadedBatch]) -> LoadedBatch:
+        """Concatenates the chunks; shared memory is freed together with them."""
+        del step
+        arrays = self._reader.allocate(self._num_rows)
+        for name, array in arrays.items():
+            np.concatenate([chunk.arrays[name] for chunk in loaded_chunks], out=array)
+        return LoadedBatch(arrays, [bad for chunk in loaded_chunks for bad in chunk.bad_images])
+
+
+def _local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """Lists the rows of the global batch on this host's devices, each once, in ascending order."""
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = [np.arange(batch_size)[index] for index in indices]
+    return np.unique(np.concatenate(rows))
+
+
+def _resolve_parallelism(num_workers: int, num_threads: int, chunk_bytes: int) -> tuple[int, int]:
+    """Resolves 0 (auto) for the number of workers and the number of threads per process."""
     cores = available_cpus()
-    if not processes:
-        processes = math.ceil(cores / _CORES_A_PROCESS)
-        # Containers often have 64 MB of shared memory; who exceeds it is killed without a word.
-        needed = processes * _PIECES_IN_TRANSIT * piece_bytes
+    if not num_workers:
+        num_workers = math.ceil(cores / _CORES_PER_WORKER)
+        # Containers often have only 64 MB of shared memory, and processes that exceed it are
+        # killed without a message.
+        needed = num_workers * _SHARED_CHUNKS_PER_WORKER * chunk_bytes
         if _SHARED_MEMORY.exists() and shutil.disk_usage(_SHARED_MEMORY).free < 2 * needed:
-            processes = 1
-    return processes, threads or math.ceil(cores / processes)
+            num_workers = 1
+    return num_workers, num_threads or math.ceil(cores / num_workers)
 
 
-def _start_worker(number: int, count: int) -> None:
-    """Sets up a process that prepares images, and ends with the one that started it."""
-    del number, count
-    cv2.setNumThreads(0)
-    # Signals for all of a run's processes are answered by the main one, which ends the others.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _prepare(
-    reader: Reader, pieces: Chunks, threads: int, processes: int, prefetch_batches: int
+def _load_batches(
+    reader: Reader, chunks: Chunks, num_threads: int, num_workers: int, prefetch_batches: int
 ) -> Generator[LoadedBatch, None, None]:
-    """Prepares the pieces in threads or processes; yields this host's part of every batch."""
-    # Parallelism comes from preparing images side by side; OpenCV's own threads would only add to
-    # them. It and the JPEG decoder let go of the interpreter's lock.
+    """Yields this host's part of every batch, loaded by threads or worker processes."""
+    # Images are processed in parallel, with one thread for each: OpenCV's own threads would
+    # compete with these. OpenCV and simplejpeg release the GIL.
     cv2.setNumThreads(0)
-    ahead = math.ceil(max(prefetch_batches * pieces.per_step / processes, threads))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    kind = ThreadAssembler if processes == 1 else ProcessAssembler
-    batches = kind(reader, pieces.num_rows)
-    prepared = grain.MapDataset.source(pieces).map(batches.prepare).to_iter_dataset(options)
-    if processes > 1:
-        # Grain reads absl's flags, which only absl's own command line would have parsed. It is done
-        # here and not in the doors, so that notebooks can use processes too.
+    prefetch_chunks = math.ceil(
+        max(prefetch_batches * chunks.chunks_per_batch / num_workers, num_threads)
+    )
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_chunks)
+    assembler_class = ThreadAssembler if num_workers == 1 else ProcessAssembler
+    assembler = assembler_class(reader, chunks.num_rows)
+    dataset = grain.MapDataset.source(chunks).map(assembler.load_chunk).to_iter_dataset(options)
+    if num_workers > 1:
+        # Grain reads absl flags, which have to be parsed. Done here rather than in the commands, so
+        # that notebooks can use worker processes too.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
-        prepared = prepared.mp_prefetch(workers, worker_init_fn=_start_worker)
-    iterator = iter(prepared)
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_init_worker)
+    iterator = iter(dataset)
     try:
-        for step in pieces.steps:
-            yield batches.collect(step, [next(iterator) for _ in range(pieces.per_step)])
+        for step in chunks.steps:
+            # If the iterator ended early, Python would turn its StopIteration into RuntimeError.
+            loaded = [next(iterator) for _ in range(chunks.chunks_per_batch)]
+            yield assembler.assemble(step, loaded)
     finally:
         iterator.close()
 
 
-def _to_devices(
-    prepared: Generator[LoadedBatch, None, None],
-    pieces: Chunks,
+def _init_worker(worker_index: int, worker_count: int) -> None:
+    """Configures a worker process, which exits together with its parent."""
+    del worker_index, worker_count
+    cv2.setNumThreads(0)
+    # Signals to the whole process group are handled by the main process, which stops the workers.
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _exit_with_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _put_on_devices(
+    loaded: Generator[LoadedBatch, None, None],
+    chunks: Chunks,
     sharding: jax.sharding.Sharding,
-    report: BadImageCallback,
+    on_bad_images: BadImageCallback,
 ) -> Generator[Batch, None, None]:
-    """Makes global arrays of the hosts' parts, one batch ahead of the consumer."""
+    """Yields global arrays, transferred one batch ahead of the consumer."""
 
     def put(rows: np.ndarray) -> jax.Array:
-        global_shape = (pieces.batch_size, *rows.shape[1:])
+        global_shape = (chunks.batch_size, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, global_shape)
 
-    def hand_out() -> Batch:
-        step, bad, batch = ahead.popleft()
-        if bad:
-            report(step + 1, bad)
+    def pop_batch() -> Batch:
+        step, bad_images, batch = transferred.popleft()
+        if bad_images:
+            on_bad_images(step + 1, bad_images)
         return batch
 
-    ahead: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
+    transferred: collections.deque[tuple[int, list[BadImage], Batch]] = collections.deque()
     try:
-        for step, (arrays, bad) in zip(pieces.steps, prepared, strict=True):
-            ahead.append((step, bad, {name: put(rows) for name, rows in arrays.items()}))
-            if len(ahead) > 1:
-                yield hand_out()
-        while ahead:
-            yield hand_out()
+        for step, (arrays, bad_images) in zip(chunks.steps, loaded, strict=True):
+            transferred.append((step, bad_images, {n: put(rows) for n, rows in arrays.items()}))
+            if len(transferred) > 1:
+                yield pop_batch()
+        while transferred:
+            yield pop_batch()
     finally:
-        prepared.close()
+        loaded.close()

@@ -1,35 +1,38 @@
-"""Which example stands at which place of the stream, and how it is prepared there.
+"""Reading and preprocessing examples at positions of the training or evaluation stream.
 
-The data position is the step: which examples make batch n, and how each is augmented, depends only
-on (seed, n). A run that is resumed, on as many hosts or on others, sees what it would have seen.
+The position in the data is the step: which examples form batch n, and how each is augmented, is a
+pure function of (seed, n). A run resumed on any number of hosts sees the same batches.
 """
 
 import abc
 import math
+import statistics
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.preprocess import eval_image, train_image
 from mixer_jax.data.source import Source
 from mixer_jax.errors import RunError
 
-# Substitutes for an image that cannot be used are drawn from this far into the stream.
-_FAR = 2**40
-# Bytes; XLA on the CPU copies an array whose address is no multiple of this.
+# Substitutes for bad images are drawn from up to this many positions ahead in the stream.
+_SUBSTITUTE_RANGE = 2**40
+# If this many substitutes in a row are bad as well, the dataset is unusable.
+_MAX_SUBSTITUTES = 100
+# In bytes; on CPU, XLA copies arrays that are not aligned to it.
 _ALIGNMENT = 64
-# So many in a row that cannot be used are no accident.
-_SUBSTITUTES = 100
+# Number of images that are decoded to estimate the image size of a dataset.
+_AREA_SAMPLES = 16
 
 
 class BadImage(NamedTuple):
-    """An image that could not be used.
+    """Image that could not be used.
 
     Attributes:
-        name: what a person finds it by.
-        reason: what is wrong, in words that are the same for all such images.
+        name: Path or name by which a person finds the image.
+        reason: The problem, worded identically for all images that have it.
     """
 
     name: str
@@ -37,97 +40,101 @@ class BadImage(NamedTuple):
 
 
 class LoadedBatch(NamedTuple):
-    """Images ready for the device.
+    """Preprocessed images on the host.
 
     Attributes:
-        arrays: by name, each with one row an image.
-        bad: those met on the way that could not be used.
+        arrays: Arrays by name, each with one row per image.
+        bad_images: Images that could not be used.
     """
 
     arrays: dict[str, np.ndarray]
-    bad: list[BadImage]
+    bad_images: list[BadImage]
 
 
 def shuffled_indices(source: Source, seed: int) -> grain.MapDataset:
-    """Returns the endless order of training: the index of the example at each place.
+    """Maps each position of the endless training stream to the index of an example.
 
-    Every epoch of every part of the source is a new permutation of that part; the parts take turns
-    in proportion to their weights. Reading at a place costs the same wherever it is.
+    Every epoch of every component of the source is a new permutation of that component; components
+    alternate in proportion to their weights. Access takes constant time at any position.
     """
-    parts = [
-        grain.MapDataset.range(part.start, part.stop).seed(seed + number).shuffle().repeat()
-        for number, part in enumerate(source.parts)
+    orders = [
+        grain.MapDataset.range(component.start, component.stop)
+        .seed(seed + number)
+        .shuffle()
+        .repeat()
+        for number, component in enumerate(source.components)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, weights=[part.weight for part in source.parts])
+    if len(orders) == 1:
+        return orders[0]
+    weights = [component.weight for component in source.components]
+    return grain.MapDataset.mix(orders, weights=weights)
 
 
 class Reader(abc.ABC):
-    """Prepares images at given positions; may be sent to other processes."""
+    """Reads and preprocesses the examples at given positions; can be pickled for workers."""
 
     @abc.abstractmethod
-    def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """Returns arrays of zeros for so many images, by name, each with one row an image."""
+    def allocate(self, num_rows: int) -> dict[str, np.ndarray]:
+        """Allocates zeroed arrays by name, each with one row per image."""
 
     @abc.abstractmethod
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
-        """Prepares the images at `positions`, (n,), in n rows of arrays fresh from `allocate`.
+        """Preprocesses the images at `positions`, (n,), into n rows of zeroed arrays.
 
         Returns:
-            Those met on the way that could not be used.
+            Images that could not be used.
         """
 
     def __call__(self, positions: np.ndarray) -> LoadedBatch:
-        """Returns the images at `positions`, (n,), in arrays of their own."""
+        """Preprocesses the images at `positions`, (n,), into new arrays."""
         arrays = self.allocate(len(positions))
         return LoadedBatch(arrays, self.fill(positions, arrays))
 
 
 class TrainReader(Reader):
-    """Prepares training images at given places of the stream.
+    """Reads training examples: shuffled, augmented, with substitutes for bad images.
 
     Its arrays are `image` uint8 (n, image_size, image_size, 3) and `label` int32 (n,).
     """
 
     def __init__(self, source: Source, seed: int, image_size: int, preprocess: dict[str, Any]):
-        """Takes what the images depend on.
+        """Stores the settings that determine the images.
 
         Args:
-            source: to read from.
-            seed: order and augmentation follow from it.
-            image_size: side of the images, pixels.
-            preprocess: keyword arguments of `train_image`.
+            source: Source of the examples.
+            seed: Seed of order and augmentation.
+            image_size: Side of the images, in pixels.
+            preprocess: Keyword arguments of `train_image`.
         """
         self._source, self._seed = source, seed
         self._image_size, self._preprocess = image_size, preprocess
-        self._order = shuffled_indices(source, seed)
+        self._indices = shuffled_indices(source, seed)
 
-    def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """As `Reader`."""
+    def allocate(self, num_rows: int) -> dict[str, np.ndarray]:
+        """Allocates `image` and `label`."""
         size = self._image_size
-        images = _zeros((count, size, size, 3), np.uint8)
-        return {"image": images, "label": _zeros((count,), np.int32)}
+        images = _aligned_zeros((num_rows, size, size, 3), np.uint8)
+        return {"image": images, "label": _aligned_zeros((num_rows,), np.int32)}
 
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
-        """As `Reader`.
+        """Preprocesses the images at `positions`, (n,), into n rows of `arrays`.
 
         Raises:
-            RunFailedError: a hundred images in a row cannot be used.
+            RunError: A hundred images in a row cannot be used.
         """
         images, labels = arrays["image"], arrays["label"]
-        randomness = _PerExampleRng(self._seed)
-        bad: list[BadImage] = []
+        rngs = _PerExampleRng(self._seed)
+        bad_images: list[BadImage] = []
         for row, position in enumerate(positions.tolist()):
-            labels[row] = self._read(position, randomness.at(position), images[row], bad)
-        return bad
+            labels[row] = self._read(position, rngs.at(position), images[row], bad_images)
+        return bad_images
 
     def _read(
-        self, position: int, rng: np.random.Generator, out: np.ndarray, bad: list[BadImage]
+        self, position: int, rng: np.random.Generator, out: np.ndarray, bad_images: list[BadImage]
     ) -> int:
-        """Prepares one image and returns its label."""
-        index = self._order[position]
-        for _ in range(_SUBSTITUTES):
+        """Preprocesses one image, or a substitute, into `out` and returns its label."""
+        index = self._indices[position]
+        for _ in range(_MAX_SUBSTITUTES):
             name = ""
             try:
                 example = self._source.examples[index]
@@ -141,47 +148,20 @@ class TrainReader(Reader):
                 )
                 return example["labels"][0]
             except BadImageError as error:
-                bad.append(BadImage(error.name or name, error.reason))
-            index = self._order[position + 1 + int(rng.integers(_FAR))]
+                bad_images.append(BadImage(error.name or name, error.reason))
+            index = self._indices[position + 1 + int(rng.integers(_SUBSTITUTE_RANGE))]
         raise RunError(
-            f"{self._source.name}: {_SUBSTITUTES} images in a row cannot be used, the last is "
-            f"{bad[-1].name} ({bad[-1].reason})"
+            f"{self._source.name}: {_MAX_SUBSTITUTES} images in a row cannot be used; the last is "
+            f"{bad_images[-1].name} ({bad_images[-1].reason})"
         )
 
 
-def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    """As `np.zeros`, but placed where JAX can use an array on the CPU without copying it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class _PerExampleRng:
-    """Random numbers at every place of the stream.
-
-    Nothing of one place depends on another, so that any host can begin anywhere.
-    """
-
-    def __init__(self, seed: int):
-        self._bits = np.random.Philox(key=[seed, 0])
-        self._fresh = self._bits.state
-        self._generator = np.random.Generator(self._bits)
-
-    def at(self, position: int) -> np.random.Generator:
-        """Returns `Generator(Philox(key=[seed, position]))`, to be used until the next call."""
-        # To set a state takes a tenth of the time that a new generator does.
-        self._fresh["state"]["key"][1] = position
-        self._bits.state = self._fresh
-        return self._generator
-
-
 class EvalReader(Reader):
-    """Prepares evaluation images in the order of the source; positions beyond it are padding.
+    """Reads evaluation examples in the order of the source; positions past its end are padding.
 
-    Its arrays are `image` uint8 (n, height, width, 3); `label` int32 (n,), or where an
-    example may have several labels bool (n, num_classes), true for each of them; `mask` bool (n,),
-    false for what does not count: padding, images that cannot be used or have no label.
+    Its arrays are `image` uint8 (n, height, width, 3); `label` int32 (n,), or bool
+    (n, num_classes) for multi-label sources; and `mask` bool (n,), which is False for padding, bad
+    images and images without labels.
     """
 
     def __init__(
@@ -191,32 +171,32 @@ class EvalReader(Reader):
         eval_crop: str,
         exif_orientation: bool,
     ):
-        """Takes what the images depend on.
+        """Stores the settings that determine the images.
 
         Args:
-            source: to read from.
-            image_size: height and width of the images, pixels.
-            eval_crop: as `eval_image` takes it.
-            exif_orientation: likewise.
+            source: Source of the examples.
+            image_size: Height and width of the images, in pixels.
+            eval_crop: Evaluation crop; see `eval_image`.
+            exif_orientation: Whether to apply the EXIF orientation.
         """
         self._source, self._image_size = source, image_size
-        self._settings: dict[str, Any] = {
+        self._preprocess: dict[str, Any] = {
             "eval_crop": eval_crop,
             "exif_orientation": exif_orientation,
         }
 
-    def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """As `Reader`."""
-        labels = _zeros((count,), np.int32)
+    def allocate(self, num_rows: int) -> dict[str, np.ndarray]:
+        """Allocates `image`, `label` and `mask`."""
+        labels = _aligned_zeros((num_rows,), np.int32)
         if self._source.multi_label:
-            labels = _zeros((count, self._source.num_classes), np.bool_)
-        images = _zeros((count, *self._image_size, 3), np.uint8)
-        return {"image": images, "label": labels, "mask": _zeros((count,), np.bool_)}
+            labels = _aligned_zeros((num_rows, self._source.num_classes), np.bool_)
+        images = _aligned_zeros((num_rows, *self._image_size, 3), np.uint8)
+        return {"image": images, "label": labels, "mask": _aligned_zeros((num_rows,), np.bool_)}
 
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
-        """As `Reader`."""
+        """Preprocesses the images at `positions`, (n,), into n rows of `arrays`."""
         images, labels, mask = arrays["image"], arrays["label"], arrays["mask"]
-        bad: list[BadImage] = []
+        bad_images: list[BadImage] = []
         for row, position in enumerate(positions.tolist()):
             if position >= len(self._source):
                 continue
@@ -225,15 +205,56 @@ class EvalReader(Reader):
                 example = self._source.examples[position]
                 name = example["name"]
                 images[row] = eval_image(
-                    example["image"], image_size=self._image_size, **self._settings
+                    example["image"], image_size=self._image_size, **self._preprocess
                 )
             except BadImageError as error:
-                bad.append(BadImage(error.name or name, error.reason))
+                bad_images.append(BadImage(error.name or name, error.reason))
                 continue
-            right = list(example["labels"])
+            targets = list(example["labels"])
             if self._source.multi_label:
-                labels[row, right] = True
+                labels[row, targets] = True
             else:
-                labels[row] = right[0]
-            mask[row] = bool(right)
-        return bad
+                labels[row] = targets[0]
+            mask[row] = bool(targets)
+        return bad_images
+
+
+def median_image_area(source: Source) -> float:
+    """Estimates the median image area, in square pixels, from images spread over a source.
+
+    Bad images are skipped; the result is 0 if all are bad.
+    """
+    num_samples = min(_AREA_SAMPLES, len(source))
+    areas = []
+    for sample in range(num_samples):
+        try:
+            example = source.examples[sample * len(source) // num_samples]
+            height, width = decode(example["image"]).shape[:2]
+        except BadImageError:
+            continue
+        areas.append(height * width)
+    return statistics.median(areas) if areas else 0.0
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """Allocates a zeroed array that JAX can use on CPU without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _PerExampleRng:
+    """Independent random generators for every position, reusing one generator object."""
+
+    def __init__(self, seed: int):
+        self._bit_generator = np.random.Philox(key=[seed, 0])
+        self._state = self._bit_generator.state
+        self._generator = np.random.Generator(self._bit_generator)
+
+    def at(self, position: int) -> np.random.Generator:
+        """Resets to `Generator(Philox(key=[seed, position]))`; valid until the next call."""
+        # Setting the state takes a tenth of the time of constructing a generator.
+        self._state["state"]["key"][1] = position
+        self._bit_generator.state = self._state
+        return self._generator

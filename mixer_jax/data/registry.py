@@ -1,4 +1,4 @@
-"""Where examples come from: opens a data set by its name."""
+"""Opening datasets by name."""
 
 from mixer_jax.data.folder import FOLDER, open_folder
 from mixer_jax.data.source import Source
@@ -9,18 +9,19 @@ from mixer_jax.data.tfds import open_tfds
 def open_dataset(
     name: str, split: str, data_dir: str = "", *, num_classes: int = 0, num_examples: int = 0
 ) -> Source:
-    """Opens one split of a data set.
+    """Opens one split of a dataset.
 
     Args:
-        name: a data set of TFDS with images and labels, perhaps with a label after an @
+        name: TFDS dataset with images and labels, optionally with @ and a label
             ("clevr@count_all"); "folder:PATH"; "digits"; or "synthetic".
-        split: in TFDS syntax, e.g. "train[:99%]". Synthetic data take any name.
-        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
-        num_classes: of synthetic data, 0: 1000; real ones bring their own.
-        num_examples: likewise, 0: 1024.
+        split: Split in TFDS syntax, e.g. "train[:99%]"; any text for synthetic data.
+        data_dir: Directory of the TFDS datasets; empty: TFDS's default.
+        num_classes: Number of classes of synthetic data; 0: 1000. Ignored for other datasets.
+        num_examples: Number of synthetic examples; 0: 1024. Ignored for other datasets.
 
     Raises:
-        UserError: the data set or split does not exist, or is not prepared; says how to do it.
+        UserError: The dataset or split does not exist, or is not prepared. The message says how to
+            prepare it.
     """
     if name == SYNTHETIC:
         return synthetic_source(split, num_classes or 1000, num_examples or 1024)

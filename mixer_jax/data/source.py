@@ -1,17 +1,21 @@
-"""What a source is: a random-access list of encoded images and labels, with its classes."""
+"""Data sources: random access to encoded images with labels; mixtures, relabeling and subsets."""
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
+from mixer_jax.errors import UserError
+
 
 class Example(TypedDict):
-    """One labelled image.
+    """Encoded image with its labels.
 
     Attributes:
-        image: the bytes of its file.
-        labels: indices of its classes: one, or for a set of several right answers any number.
-        name: what a person finds it by: its path, or its place in the data set.
+        image: Bytes of the image file.
+        labels: Class indices: exactly one, or any number in a multi-label source.
+        name: Path of the file, or position in the dataset, by which a person finds the image.
     """
 
     image: bytes
@@ -20,12 +24,12 @@ class Example(TypedDict):
 
 
 class MixtureComponent(NamedTuple):
-    """Some of the examples of a source, which training shuffles by themselves.
+    """Range of examples that is shuffled on its own during training.
 
     Attributes:
-        start: index of the first.
-        stop: index after the last.
-        weight: how often it is seen, in proportion to the other parts' weights.
+        start: Index of the first example.
+        stop: Index after the last example.
+        weight: Sampling weight, relative to the weights of the other components.
     """
 
     start: int
@@ -35,19 +39,19 @@ class MixtureComponent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set, or several mixed.
+    """Split of a dataset, or a mixture of several.
 
     Attributes:
-        name: data set and split, for people.
-        examples: random access to every `Example`; the order never changes. Reading one may raise
-            a BadImageError.
-        class_names: a name for each class.
-        multi_label: whether an example may have several right answers, or none.
-        mixture: the parts of a mixture; empty for one data set.
+        name: Dataset and split, for messages.
+        examples: Random access to every `Example`, in an order that never changes. Reading one may
+            raise BadImageError.
+        class_names: Name of each class.
+        multi_label: Whether an example may have any number of labels.
+        mixture: Components of a mixture; empty for a single dataset.
     """
 
     name: str
-    examples: Sequence[Any]  # Not of Example: a type checker at run time would read some.
+    examples: Sequence[Any]  # Not Sequence[Example]: runtime type checkers would read examples.
     class_names: tuple[str, ...]
     multi_label: bool = False
     mixture: tuple[MixtureComponent, ...] = ()
@@ -58,9 +62,109 @@ class Source:
         return len(self.class_names)
 
     @property
-    def parts(self) -> tuple[MixtureComponent, ...]:
-        """The parts of a mixture, or the whole as one part."""
+    def components(self) -> tuple[MixtureComponent, ...]:
+        """Components of the mixture, or a single one with all examples."""
         return self.mixture or (MixtureComponent(0, len(self), 1.0),)
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
+    """Mixes sources, to be sampled in proportion to their weights.
+
+    The classes are the union of the sources' classes; classes with the same name are merged. Each
+    source is shuffled on its own, and all of it is seen before any of its examples repeats.
+
+    Args:
+        sources: Sources to mix.
+        weights: Positive weight of each source; they need not sum to one.
+    """
+    class_names = tuple(dict.fromkeys(name for source in sources for name in source.class_names))
+    relabeled = [relabel(source, class_names) for source in sources]
+    stops = list(itertools.accumulate(len(source) for source in relabeled))
+    starts = [0, *stops[:-1]]
+    names = [f"{weight:g} × {s.name}" for s, weight in zip(sources, weights, strict=True)]
+    return Source(
+        " + ".join(names),
+        _ConcatExamples([source.examples for source in relabeled], starts),
+        class_names,
+        mixture=tuple(map(MixtureComponent, starts, stops, weights)),
+    )
+
+
+def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
+    """Maps labels to indices into `class_names`, matching classes by name.
+
+    Args:
+        source: Source whose class names all occur in `class_names`.
+        class_names: Name of each class of the result.
+
+    Raises:
+        UserError: A class of the source is missing from `class_names`.
+    """
+    if source.class_names == class_names:
+        return source
+    index_of = {name: index for index, name in enumerate(class_names)}
+    if any(name not in index_of for name in source.class_names):
+        raise UserError(
+            f"classes of {source.name} must be among these {len(class_names)}: "
+            f"{_abbreviate(class_names)}; got {source.num_classes}: "
+            f"{_abbreviate(source.class_names)}"
+        )
+    label_map = tuple(index_of[name] for name in source.class_names)
+    examples = _RelabeledExamples(source.examples, label_map)
+    return Source(source.name, examples, class_names, source.multi_label, source.mixture)
+
+
+def subset(source: Source, indices: Sequence[int]) -> Source:
+    """Selects examples of a source by their indices, in the order of `indices`."""
+    examples = _ExampleSubset(source.examples, indices)
+    return Source(source.name, examples, source.class_names, source.multi_label)
+
+
+class _ConcatExamples(Sequence[Example]):
+    """Concatenation of sequences of examples."""
+
+    def __init__(self, sequences: list[Sequence[Any]], starts: list[int]):
+        self._sequences, self._starts = sequences, starts
+
+    def __len__(self) -> int:
+        return self._starts[-1] + len(self._sequences[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        component = bisect.bisect_right(self._starts, index) - 1
+        return self._sequences[component][index - self._starts[component]]
+
+
+class _RelabeledExamples(Sequence[Example]):
+    """Examples whose labels are mapped."""
+
+    def __init__(self, examples: Sequence[Any], label_map: tuple[int, ...]):
+        self._examples, self._label_map = examples, label_map
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        example = self._examples[index]
+        labels = tuple(self._label_map[label] for label in example["labels"])
+        return Example(image=example["image"], labels=labels, name=example["name"])
+
+
+class _ExampleSubset(Sequence[Example]):
+    """Examples at selected indices."""
+
+    def __init__(self, examples: Sequence[Any], indices: Sequence[int]):
+        self._examples, self._indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._examples[self._indices[index]]
+
+
+def _abbreviate(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Images made up on the spot, to try or to time a recipe without data."""
+"""Synthetic images, to try or time a recipe without data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,16 @@ SYNTHETIC = "synthetic"
 
 
 class _SyntheticExamples(Sequence[Example]):
-    """Noise with labels: a few encoded images used over and over."""
+    """Noise images with random labels; a few encoded images are reused."""
 
     def __init__(self, split: str, num_classes: int, num_examples: int, image_size: int):
         self._num_classes, self._num_examples = num_classes, num_examples
         self._seed = list(split.encode())
         rng = np.random.default_rng(self._seed)
-        # Coarse noise compresses like a photograph, so decoding costs what it costs with real ones.
+        # Coarse noise compresses like a photograph, so that decoding takes a realistic time.
         coarse = rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
-        sizes = (image_size, image_size)
-        images = (cv2.resize(image, sizes, interpolation=cv2.INTER_CUBIC) for image in coarse)
+        shape = (image_size, image_size)
+        images = (cv2.resize(image, shape, interpolation=cv2.INTER_CUBIC) for image in coarse)
         self._encoded = [cv2.imencode(".jpg", image)[1].tobytes() for image in images]
 
     def __len__(self) -> int:
@@ -40,13 +40,13 @@ class _SyntheticExamples(Sequence[Example]):
 def synthetic_source(
     split: str, num_classes: int, num_examples: int, image_size: int = 256
 ) -> Source:
-    """Returns noise images with random labels, the same for the same split; needs no disk.
+    """Generates noise images with random labels, without files.
 
     Args:
-        split: any text; another split has other images and labels.
-        num_classes: labels lie in [0, num_classes).
-        num_examples: length of the source.
-        image_size: side of the square images, pixels.
+        split: Any text; it seeds images and labels.
+        num_classes: Number of classes.
+        num_examples: Number of examples.
+        image_size: Side of the square images, in pixels.
     """
     examples = _SyntheticExamples(split, num_classes, num_examples, image_size)
     return Source(f"{SYNTHETIC} {split}", examples, tuple(map(str, range(num_classes))))

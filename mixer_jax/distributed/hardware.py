@@ -1,261 +1,206 @@
-"""What accelerators can do: the one table of chips, by the names people and JAX give them."""
+"""Peak rates, memory and links of accelerators: the only table of chips."""
 
 import dataclasses
 
-_GB = 1e9
-_TERA = 1e12
 _CLOUD = "Google Cloud documentation, Cloud TPU,"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ChipSpec:
-    """One kind of chip; numbers are of a chip, not of a device, unless they say so.
+    """Specification of one type of chip. Figures are per chip unless they say otherwise.
 
     Attributes:
-        name: as a topology is written, e.g. "v5e".
-        kinds: names that JAX gives its devices.
-        devices: as JAX counts them, of one chip.
-        flops: peak bfloat16 FLOP/s, without sparsity.
-        memory_gib: that programs may use of one device, GiB; for TPUs as their compiler says.
-        memory_bandwidth: bytes/s.
-        link_bandwidth: bytes/s that a chip sends over one link to a neighbour; for GPUs over all
-            its NVLinks.
-        axes: of the torus that links chips, two links an axis; 0: all to all by switches.
-        neighbours: chips that reach each other by links; 0: all of a slice.
-        network_bandwidth: bytes/s that a chip sends over the network beyond those; None: not
+        name: Name in topologies, e.g. "v5e".
+        device_kinds: Values of `jax.Device.device_kind`.
+        devices_per_chip: Number of JAX devices per chip.
+        flops: Peak bfloat16 FLOP/s without sparsity.
+        memory_gib: Memory of one device that programs can use, in GiB. TPUs: the limit of their
+            compiler. GPUs: the capacity without what drivers and JAX reserve.
+        memory_bandwidth: Bytes/s.
+        link_bandwidth: Bytes/s that a chip sends over one link, or a GPU over all of its NVLinks.
+        torus_dims: Dimensions of the torus of chips, with two links per dimension and chip; 0:
+            connected by switches.
+        nvlink_domain: Number of chips that NVLink connects; 0: links connect the whole slice.
+        network_bandwidth: Bytes/s that a chip sends over the data center network; None: not
             documented.
-        source: where the numbers are from.
+        source: Origin of the figures.
     """
 
     name: str
-    kinds: tuple[str, ...]
-    devices: int
+    device_kinds: tuple[str, ...]
+    devices_per_chip: int = 1
     flops: float
     memory_gib: float
     memory_bandwidth: float
     link_bandwidth: float
-    axes: int
-    neighbours: int
+    torus_dims: int = 0
+    nvlink_domain: int = 0
     network_bandwidth: float | None
     source: str
 
     @property
     def is_tpu(self) -> bool:
-        """Whether it is a TPU, for which programs can be compiled without one."""
-        return self.axes > 0
+        """Whether this is a TPU, for which programs can be compiled without the hardware."""
+        return self.torus_dims > 0
 
     @property
     def platform(self) -> str:
-        """Its kind's name in JAX."""
+        """Value of `jax.Device.platform`."""
         return "tpu" if self.is_tpu else "gpu"
 
 
-def _tpu(
-    name: str,
-    kinds: tuple[str, ...],
-    devices: int,
-    *,
-    tflops: float,
-    memory_gib: float,
-    memory_gbps: float,
-    link_gbps: float,
-    axes: int,
-    network_gbps: float | None,
-    source: str,
-) -> ChipSpec:
-    network = None if network_gbps is None else network_gbps * _GB
-    return ChipSpec(
-        name,
-        kinds,
-        devices,
-        tflops * _TERA,
-        memory_gib,
-        memory_gbps * _GB,
-        link_gbps * _GB,
-        axes,
-        0,
-        network,
-        source,
-    )
-
-
-def _gpu(
-    name: str,
-    kinds: tuple[str, ...],
-    *,
-    tflops: float,
-    memory_gib: float,
-    memory_gbps: float,
-    nvlink_gbps: float,
-    network_gbps: float,
-    source: str,
-) -> ChipSpec:
-    """A GPU of machines of eight; its memory less what drivers and JAX keep for themselves."""
-    return ChipSpec(
-        name,
-        kinds,
-        1,
-        tflops * _TERA,
-        memory_gib,
-        memory_gbps * _GB,
-        nvlink_gbps * _GB,
-        0,
-        8,
-        network_gbps * _GB,
-        source,
-    )
-
-
-# Links: what is documented is the sum over a chip's links, for the newer ones of both directions;
-# here it is divided by the links and, where both are meant, by two.
-CHIPS: dict[str, ChipSpec] = {
-    chip.name: chip
-    for chip in [
-        _tpu(
-            "v2",
-            ("TPU v2",),
-            2,
-            tflops=46,
-            memory_gib=7.5,
-            memory_gbps=700,
-            link_gbps=62,
-            axes=2,
-            network_gbps=None,
-            source=f'{_CLOUD} "TPU v2"; links: Jouppi et al., CACM 63(7), 2020, Table 3',
-        ),
-        _tpu(
-            "v3",
-            ("TPU v3",),
-            2,
-            tflops=123,
-            memory_gib=15.5,
-            memory_gbps=900,
-            link_gbps=82,
-            axes=2,
-            network_gbps=None,
-            source=f'{_CLOUD} "TPU v3"; links: Jouppi et al., CACM 63(7), 2020, Table 3',
-        ),
-        _tpu(
-            "v4",
-            ("TPU v4",),
-            1,
-            tflops=275,
-            memory_gib=30.8,
-            memory_gbps=1200,
-            link_gbps=50,
-            axes=3,
-            network_gbps=None,
-            source=f'{_CLOUD} "TPU v4"; links: Jouppi et al., arXiv 2304.01433, Table 4',
-        ),
-        _tpu(
-            "v5e",
-            ("TPU v5 lite", "TPU v5e"),
-            1,
-            tflops=197,
-            memory_gib=15.75,
-            memory_gbps=819,
-            link_gbps=50,
-            axes=2,
-            network_gbps=3.125,
-            source=f'{_CLOUD} "TPU v5e"',
-        ),
-        _tpu(
-            "v5p",
-            ("TPU v5", "TPU v5p"),
-            1,
-            tflops=459,
-            memory_gib=95.7,
-            memory_gbps=2765,
-            link_gbps=100,
-            axes=3,
-            network_gbps=6.25,
-            source=f'{_CLOUD} "TPU v5p"',
-        ),
-        _tpu(
-            "v6e",
-            ("TPU v6 lite", "TPU v6e"),
-            1,
-            tflops=918,
-            memory_gib=31.25,
-            memory_gbps=1640,
-            link_gbps=100,
-            axes=2,
-            network_gbps=12.5,
-            source=f'{_CLOUD} "TPU v6e"',
-        ),
-        _tpu(
-            "tpu7x",
-            ("TPU7x",),
-            2,
-            tflops=2307,
-            memory_gib=94.75,
-            memory_gbps=7380,
-            link_gbps=100,
-            axes=3,
-            network_gbps=12.5,
-            source=f'{_CLOUD} "TPU7x (Ironwood)"',
-        ),
-        _gpu(
-            "a100-40",
-            ("NVIDIA A100-SXM4-40GB",),
-            tflops=312,
-            memory_gib=38,
-            memory_gbps=1555,
-            nvlink_gbps=300,
-            network_gbps=25,
-            source='NVIDIA, "A100 Tensor Core GPU" data sheet; "DGX A100" data sheet',
-        ),
-        _gpu(
-            "a100-80",
-            ("NVIDIA A100-SXM4-80GB",),
-            tflops=312,
-            memory_gib=77,
-            memory_gbps=2039,
-            nvlink_gbps=300,
-            network_gbps=25,
-            source='NVIDIA, "A100 Tensor Core GPU" data sheet; "DGX A100" data sheet',
-        ),
-        _gpu(
-            "h100",
-            ("NVIDIA H100 80GB HBM3",),
-            tflops=989,
-            memory_gib=77,
-            memory_gbps=3350,
-            nvlink_gbps=450,
-            network_gbps=50,
-            source='NVIDIA, "H100 Tensor Core GPU" data sheet; "DGX H100" user guide',
-        ),
-        _gpu(
-            "h200",
-            ("NVIDIA H200",),
-            tflops=989,
-            memory_gib=137,
-            memory_gbps=4800,
-            nvlink_gbps=450,
-            network_gbps=50,
-            source='NVIDIA, "H200 Tensor Core GPU" data sheet; "DGX H200" user guide',
-        ),
-        _gpu(
-            "b200",
-            ("NVIDIA B200",),
-            tflops=2250,
-            memory_gib=175,
-            memory_gbps=8000,
-            nvlink_gbps=900,
-            network_gbps=50,
-            source='NVIDIA, "HGX B200" data sheet; "DGX B200" data sheet',
-        ),
-    ]
-}
-_BY_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
+# Google documents the sum over all links of a chip, for newer chips in both directions. Here it is
+# divided by the number of links and, where it counts both directions, by two.
+_TPUS = [
+    ChipSpec(
+        name="v2",
+        device_kinds=("TPU v2",),
+        devices_per_chip=2,
+        flops=46e12,
+        memory_gib=7.5,
+        memory_bandwidth=700e9,
+        link_bandwidth=62e9,
+        torus_dims=2,
+        network_bandwidth=None,
+        source=f'{_CLOUD} "TPU v2"; links: Jouppi et al., CACM 63(7), 2020, Table 3',
+    ),
+    ChipSpec(
+        name="v3",
+        device_kinds=("TPU v3",),
+        devices_per_chip=2,
+        flops=123e12,
+        memory_gib=15.5,
+        memory_bandwidth=900e9,
+        link_bandwidth=82e9,
+        torus_dims=2,
+        network_bandwidth=None,
+        source=f'{_CLOUD} "TPU v3"; links: Jouppi et al., CACM 63(7), 2020, Table 3',
+    ),
+    ChipSpec(
+        name="v4",
+        device_kinds=("TPU v4",),
+        flops=275e12,
+        memory_gib=30.8,
+        memory_bandwidth=1200e9,
+        link_bandwidth=50e9,
+        torus_dims=3,
+        network_bandwidth=None,
+        source=f'{_CLOUD} "TPU v4"; links: Jouppi et al., arXiv 2304.01433, Table 4',
+    ),
+    ChipSpec(
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        flops=197e12,
+        memory_gib=15.75,
+        memory_bandwidth=819e9,
+        link_bandwidth=50e9,
+        torus_dims=2,
+        network_bandwidth=3.125e9,
+        source=f'{_CLOUD} "TPU v5e"',
+    ),
+    ChipSpec(
+        name="v5p",
+        device_kinds=("TPU v5", "TPU v5p"),
+        flops=459e12,
+        memory_gib=95.7,
+        memory_bandwidth=2765e9,
+        link_bandwidth=100e9,
+        torus_dims=3,
+        network_bandwidth=6.25e9,
+        source=f'{_CLOUD} "TPU v5p"',
+    ),
+    ChipSpec(
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        flops=918e12,
+        memory_gib=31.25,
+        memory_bandwidth=1640e9,
+        link_bandwidth=100e9,
+        torus_dims=2,
+        network_bandwidth=12.5e9,
+        source=f'{_CLOUD} "TPU v6e"',
+    ),
+    ChipSpec(
+        name="tpu7x",
+        device_kinds=("TPU7x",),
+        devices_per_chip=2,
+        flops=2307e12,
+        memory_gib=94.75,
+        memory_bandwidth=7380e9,
+        link_bandwidth=100e9,
+        torus_dims=3,
+        network_bandwidth=12.5e9,
+        source=f'{_CLOUD} "TPU7x (Ironwood)"',
+    ),
+]
+# In machines of eight.
+_GPUS = [
+    ChipSpec(
+        name="a100-40",
+        device_kinds=("NVIDIA A100-SXM4-40GB",),
+        flops=312e12,
+        memory_gib=38,
+        memory_bandwidth=1555e9,
+        link_bandwidth=300e9,
+        nvlink_domain=8,
+        network_bandwidth=25e9,
+        source='NVIDIA, "A100 Tensor Core GPU" data sheet; "DGX A100" data sheet',
+    ),
+    ChipSpec(
+        name="a100-80",
+        device_kinds=("NVIDIA A100-SXM4-80GB",),
+        flops=312e12,
+        memory_gib=77,
+        memory_bandwidth=2039e9,
+        link_bandwidth=300e9,
+        nvlink_domain=8,
+        network_bandwidth=25e9,
+        source='NVIDIA, "A100 Tensor Core GPU" data sheet; "DGX A100" data sheet',
+    ),
+    ChipSpec(
+        name="h100",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        flops=989e12,
+        memory_gib=77,
+        memory_bandwidth=3350e9,
+        link_bandwidth=450e9,
+        nvlink_domain=8,
+        network_bandwidth=50e9,
+        source='NVIDIA, "H100 Tensor Core GPU" data sheet; "DGX H100" user guide',
+    ),
+    ChipSpec(
+        name="h200",
+        device_kinds=("NVIDIA H200",),
+        flops=989e12,
+        memory_gib=137,
+        memory_bandwidth=4800e9,
+        link_bandwidth=450e9,
+        nvlink_domain=8,
+        network_bandwidth=50e9,
+        source='NVIDIA, "H200 Tensor Core GPU" data sheet; "DGX H200" user guide',
+    ),
+    ChipSpec(
+        name="b200",
+        device_kinds=("NVIDIA B200",),
+        flops=2250e12,
+        memory_gib=175,
+        memory_bandwidth=8000e9,
+        link_bandwidth=900e9,
+        nvlink_domain=8,
+        network_bandwidth=50e9,
+        source='NVIDIA, "HGX B200" data sheet; "DGX B200" data sheet',
+    ),
+]
+CHIPS: dict[str, ChipSpec] = {chip.name: chip for chip in [*_TPUS, *_GPUS]}
+_BY_DEVICE_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.device_kinds}
 
 
 def get_chip(device_kind: str) -> ChipSpec | None:
-    """Returns the chip whose devices JAX calls so, or None where it is not known."""
-    return _BY_KIND.get(device_kind)
+    """Returns the chip of a `jax.Device.device_kind`, or None if it is unknown."""
+    return _BY_DEVICE_KIND.get(device_kind)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns a device's peak bfloat16 FLOP/s, or None where it is not known."""
+    """Returns the peak bfloat16 FLOP/s of one device, or None if it is unknown."""
     chip = get_chip(device_kind)
-    return None if chip is None else chip.flops / chip.devices
+    return None if chip is None else chip.flops / chip.devices_per_chip

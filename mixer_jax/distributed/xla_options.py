@@ -20,7 +20,7 @@ PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
     # The TPU compiler overlaps by default, and the CPU's has nothing to overlap.
 }
 
-# Further ones, by what computes the blocks (`model.kernels`).
+# Further ones, by what computes the blocks (`model.backend`).
 BACKEND_OPTIONS: dict[str, dict[str, Any]] = {
     "triton": {
         # The pass pads every side of a product to a multiple of 8, such as 196 tokens, and copies

@@ -17,9 +17,9 @@ from mixer_jax.distributed.sharding import replicate, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
-from mixer_jax.model.making import for_devices
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.pixels import to_model_range
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.stack import use_partitionable_backend
 
 NUM_CALIBRATION_BINS = 15
 
@@ -120,13 +120,13 @@ def make_eval_step(model: MlpMixer, mesh: Mesh) -> EvalStep:
     The result is replicated, so that every host can read all of it. Nothing is donated:
     parameters outlive an evaluation.
     """
-    model = for_devices(model, mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform, model.kernels)
+    model = use_partitionable_backend(model, mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform, model.execution.backend)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def eval_step(params: Any, batch: Batch) -> ExampleMetrics:
         params = replicate(params, mesh)
-        logits = model.apply({"params": params}, to_model_range(batch["image"]))
+        logits = model.apply({"params": params}, normalize_images(batch["image"]))
         right = batch["label"]
         if right.ndim == 1:
             right = jax.nn.one_hot(right, logits.shape[1], dtype=jnp.bool_)

@@ -16,9 +16,9 @@ from mixer_jax.distributed.sharding import replicate, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
-from mixer_jax.model.making import for_devices
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.pixels import to_model_range
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.stack import use_partitionable_backend
 
 
 class BatchFeatures(NamedTuple):
@@ -58,13 +58,13 @@ def make_feature_fn(model: MlpMixer, mesh: Mesh) -> FeatureFn:
     The features lie whole on every device, so that every host can read all of them. The head's
     parameters may be there or not; nothing is donated.
     """
-    headless = for_devices(model.clone(num_classes=0), mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform, headless.kernels)
+    headless = use_partitionable_backend(model.clone(num_classes=0), mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform, headless.execution.backend)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def feature_fn(params: Any, batch: Batch) -> BatchFeatures:
         params = replicate(params, mesh)
-        features = headless.apply({"params": params}, to_model_range(batch["image"]))
+        features = headless.apply({"params": params}, normalize_images(batch["image"]))
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 
     return feature_fn

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mixer_jax.data.loader import Batch, eval_batches
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
-from mixer_jax.distributed import hosts
+from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import UserError
 
@@ -92,7 +92,7 @@ class DatasetPass(Generic[Found]):
         if running is not None:
             yield jax.device_get(running)
         # Not at once, when an image is met: the other hosts would wait for this one.
-        self.num_bad = hosts.sum_across_hosts(len(bad))
+        self.num_bad = multihost.sum_across_hosts(len(bad))
         if self.num_bad and not self._reading.skip_bad:
             raise bad_images_error(self._source, bad, self.num_bad)
 
@@ -104,10 +104,10 @@ class DatasetPass(Generic[Found]):
             image_size=reading.image_size,
             eval_crop=reading.eval_crop,
             exif_orientation=reading.exif_orientation,
-            threads=reading.threads,
+            num_threads=reading.threads,
             prefetch_batches=reading.prefetch_batches,
             sharding=batch_sharding(self._mesh),
-            report=lambda step, met: bad.extend(met),
+            on_bad_images=lambda step, met: bad.extend(met),
         )
 
 

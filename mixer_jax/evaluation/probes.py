@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from mixer_jax.data.mixture import relabel, subset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, relabel, subset
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.features import FeatureExtractor, FeatureFn, rechunk
 from mixer_jax.evaluation.few_shot import LazyLabels, LinearClassifier, fit_ridge, sample_few_shot

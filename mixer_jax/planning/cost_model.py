@@ -7,12 +7,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from mixer_jax.config.config import architecture_overrides
-from mixer_jax.model.variants import (
-    Widths,
+from mixer_jax.models.mixer_config import (
+    MixerConfig,
     forward_flops,
+    get_config,
     num_tokens,
-    parameter_shapes,
-    resolve_widths,
+    param_shapes,
 )
 from mixer_jax.planning.hlo.collectives import Collective
 from mixer_jax.planning.hlo.replica_groups import Groups
@@ -40,7 +40,7 @@ class RunSpec(NamedTuple):
         num_steps: of the run.
     """
 
-    widths: Widths
+    widths: MixerConfig
     image_size: int
     num_classes: int
     itemsize: int
@@ -58,7 +58,7 @@ class RunSpec(NamedTuple):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by path."""
         tokens = num_tokens(self.widths, self.image_size)
-        return parameter_shapes(self.widths, tokens, self.num_classes)
+        return param_shapes(self.widths, tokens, self.num_classes)
 
     @property
     def num_parameters(self) -> int:
@@ -122,16 +122,16 @@ def run_spec(config: ConfigDict, num_classes: int, num_steps: int, devices: int)
     """
     moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
-        resolve_widths(config.model.variant, **architecture_overrides(config.model)),
+        get_config(config.model.variant, **architecture_overrides(config.model)),
         config.image_size,
         num_classes,
         4 if config.model.dtype == "float32" else 2,
         config.batch_size,
-        config.recipe.accumulation_steps,
+        config.recipe.grad_accum_steps,
         config.mesh.fsdp,
         devices,
         config.model.remat,
-        config.model.unroll,
+        config.model.scan_unroll,
         moments + (config.recipe.ema_decay > 0),
         config.recipe.mixup > 0,
         num_steps,

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.model.defaults import settled
-from mixer_jax.model.variants import INIT_FROM
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.registry import resolve_auto
 from mixer_jax.training.datasets import RunDatasets
 
 # Classes and training images, as TFDS has them.
@@ -60,7 +60,7 @@ def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
             "variant, e.g. --config.model.variant=B/16"
         )
     plain = config.copy_and_resolve_references()
-    plain.model.update(settled(plain.model.to_dict(), platform))
+    plain.model.update(resolve_auto(plain.model.to_dict(), platform))
     plain.compilation_cache = ""
     return plain
 

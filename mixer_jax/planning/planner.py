@@ -193,7 +193,7 @@ def _by_formula(config: ConfigDict, topology: Topology) -> Plan:
     work = run_spec(config, source.num_classes, num_steps, topology.num_devices)
     check_mesh(config.mesh.data, config.mesh.fsdp, topology.num_devices)
     check_divisible(
-        "config.batch_size", work.batch_size, work.devices, config.recipe.accumulation_steps
+        "config.batch_size", work.batch_size, work.devices, config.recipe.grad_accum_steps
     )
     check_divisible("config.eval_batch_size", config.eval_batch_size, work.devices)
     plan = _uncompiled(config, topology, work)._replace(

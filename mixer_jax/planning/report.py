@@ -49,10 +49,10 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "settings": {
             "batch_size": config.batch_size,
-            "accumulation_steps": config.recipe.accumulation_steps,
+            "accumulation_steps": config.recipe.grad_accum_steps,
             "fsdp": config.mesh.fsdp,
             "remat": config.model.remat,
-            "unroll": config.model.unroll,
+            "unroll": config.model.scan_unroll,
         },
         "num_steps": plan.work.num_steps,
         "num_parameters": plan.work.num_parameters,
@@ -78,7 +78,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 def _head(plan: Plan) -> str:
     config, work = plan.config, plan.work
-    unroll = config.model.unroll or "all"
+    unroll = config.model.scan_unroll or "all"
     pieces = f" in {work.pieces} pieces" if work.pieces > 1 else ""
     how = "by formula alone: nothing is compiled for GPUs"
     if plan.training:
@@ -141,7 +141,7 @@ def _moved(plan: Plan) -> str:
     sent = sum(transfer.num_bytes for transfer in plan.transfers)
     speed = f"{plan.topology.egress / _GB:.0f} GB/s a chip"
     beyond = plan.topology.slices > 1 or bool(
-        chip.neighbours and plan.topology.num_chips > chip.neighbours
+        chip.nvlink_domain and plan.topology.num_chips > chip.nvlink_domain
     )
     if beyond and chip.network_bandwidth:
         speed += f", {chip.network_bandwidth / _GB:g} beyond"
@@ -152,13 +152,13 @@ def _moved(plan: Plan) -> str:
             "arithmetic",
             f"{executed / _TERA:.2f} TFLOP, {again:.0%} of it recomputed",
             least.arithmetic,
-            f"{chip.flops / chip.devices / _TERA:.0f} TFLOP/s",
+            f"{chip.flops / chip.devices_per_chip / _TERA:.0f} TFLOP/s",
         ),
         (
             "memory",
             f"{plan.memory_bytes / _GB:.2f} GB" + ("" if plan.training else " at the least"),
             least.memory,
-            f"{chip.memory_bandwidth / chip.devices / _GB:.0f} GB/s",
+            f"{chip.memory_bandwidth / chip.devices_per_chip / _GB:.0f} GB/s",
         ),
         ("network", f"{sent / _GB:.3f} GB", least.network, speed),
     ]

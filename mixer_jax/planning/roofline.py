@@ -74,8 +74,8 @@ def roofline_bound(
     """
     chip = topology.chip
     return RooflineBound(
-        executed_flops / (chip.flops / chip.devices),
-        memory_bytes / (chip.memory_bandwidth / chip.devices),
+        executed_flops / (chip.flops / chip.devices_per_chip),
+        memory_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
         sum(network_seconds(topology, places, transfer) for transfer in transfers),
     )
 
@@ -123,7 +123,7 @@ def network_seconds(
     hoods = len({place.neighbourhood for place in group})
     nearby = chips // hoods
     # The devices of a chip that are in other groups send over the same links.
-    at_once = chip.devices * chips / len(group)
+    at_once = chip.devices_per_chip * chips / len(group)
     payload = transfer.num_bytes * at_once
     inside = _sent(transfer.kind, nearby) * payload / topology.egress if nearby > 1 else 0.0
     between = _sent(transfer.kind, hoods) * payload / nearby if hoods > 1 else 0.0

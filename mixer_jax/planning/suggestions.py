@@ -23,7 +23,7 @@ def suggest_flags(plan: Plan) -> list[str]:
         flag = f"--config.model.remat={remat}"
         tries.append(("remat", flag, work._replace(remat=remat)))
     for pieces in _doubled(work.pieces):
-        flag = f"--config.recipe.accumulation_steps={pieces}"
+        flag = f"--config.recipe.grad_accum_steps={pieces}"
         tries.append(("pieces", flag, work._replace(pieces=pieces)))
     for fsdp in _doubled(work.fsdp):
         flag = f"--config.mesh.fsdp={fsdp}{data}"

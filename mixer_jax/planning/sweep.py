@@ -33,10 +33,10 @@ class SweepPoint(NamedTuple):
     """What a sweep changes.
 
     Attributes:
-        pieces: recipe.accumulation_steps.
+        pieces: recipe.grad_accum_steps.
         fsdp: mesh.fsdp.
         remat: model.remat.
-        unroll: model.unroll.
+        unroll: model.scan_unroll.
     """
 
     pieces: int
@@ -47,9 +47,9 @@ class SweepPoint(NamedTuple):
     def flags(self) -> str:
         """Returns it as flags of the command line."""
         return (
-            f"--config.recipe.accumulation_steps={self.pieces} --config.mesh.data=0 "
+            f"--config.recipe.grad_accum_steps={self.pieces} --config.mesh.data=0 "
             f"--config.mesh.fsdp={self.fsdp} --config.model.remat={self.remat} "
-            f"--config.model.unroll={self.unroll}"
+            f"--config.model.scan_unroll={self.unroll}"
         )
 
 
@@ -268,9 +268,9 @@ def _with(work: RunSpec, setting: SweepPoint) -> RunSpec:
 
 def _changed(config: ConfigDict, setting: SweepPoint) -> ConfigDict:
     changed = config.copy_and_resolve_references()
-    changed.recipe.accumulation_steps = setting.pieces
+    changed.recipe.grad_accum_steps = setting.pieces
     changed.mesh.data, changed.mesh.fsdp = 0, setting.fsdp
-    changed.model.remat, changed.model.unroll = setting.remat, setting.unroll
+    changed.model.remat, changed.model.scan_unroll = setting.remat, setting.unroll
     return changed
 
 

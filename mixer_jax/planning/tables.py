@@ -202,8 +202,8 @@ def _result_row(name: str, on: str) -> dict[str, Any]:
     configs = [_config(name, batch_size=RESULTS_BATCH)]
     for pieces in _PIECES:
         for remat in _REMAT:
-            changes = {"model__remat": remat, "recipe__accumulation_steps": pieces}
-            config = _config(name, batch_size=RESULTS_BATCH, model__unroll=1, **changes)
+            changes = {"model__remat": remat, "recipe__grad_accum_steps": pieces}
+            config = _config(name, batch_size=RESULTS_BATCH, model__scan_unroll=1, **changes)
             if (
                 estimate_memory(_work(config, topology.num_devices)).total
                 <= topology.allowed * _MARGIN
@@ -221,7 +221,7 @@ def mesh_locations(topology: Topology) -> list[DeviceLocation]:
     """Returns places of a TPU's devices as a mesh lays them out: slice by slice, chip by chip."""
     in_slice = topology.num_devices // topology.slices
     return [
-        DeviceLocation(number // topology.chip.devices, number // in_slice)
+        DeviceLocation(number // topology.chip.devices_per_chip, number // in_slice)
         for number in range(topology.num_devices)
     ]
 
@@ -245,7 +245,7 @@ def scaling_row(name: str, slices: int) -> dict[str, float]:
         "batch": batch,
         "bytes": sum(transfer.num_bytes for transfer in sent),
         "network": sum(network_seconds(topology, places, transfer) for transfer in sent),
-        "arithmetic": flops / (topology.chip.flops / topology.chip.devices),
+        "arithmetic": flops / (topology.chip.flops / topology.chip.devices_per_chip),
     }
 
 
@@ -270,6 +270,6 @@ def _check_config(name: str, slices: int, fsdp: int) -> ConfigDict:
         CHECKED_CONFIG,
         batch_size=SCALING_ROWS * parse_topology(name, slices).num_chips,
         mesh__fsdp=fsdp,
-        model__unroll=1,
+        model__scan_unroll=1,
         model__remat="dots",
     )

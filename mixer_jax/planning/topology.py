@@ -44,7 +44,7 @@ class Topology(NamedTuple):
     @property
     def num_devices(self) -> int:
         """Number of devices, as JAX counts them."""
-        return self.num_chips * self.chip.devices
+        return self.num_chips * self.chip.devices_per_chip
 
     @property
     def allowed(self) -> float:
@@ -62,7 +62,7 @@ class Topology(NamedTuple):
     def describe(self) -> str:
         """Returns what it is, for people."""
         chips = f"{self.num_chips:,} chip{'s' if self.num_chips > 1 else ''}"
-        devices = f", {self.num_devices:,} devices" if self.chip.devices > 1 else ""
+        devices = f", {self.num_devices:,} devices" if self.chip.devices_per_chip > 1 else ""
         slices = f" in {self.slices} slices" if self.slices > 1 else ""
         return f"{self.text}{slices}: {chips}{devices}"
 
@@ -95,16 +95,16 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         rule = "pass 1 or more" if slices < 1 else "GPUs have none; give their number in all"
         raise UserError(f"--slices={slices} is out of range; {rule}")
     sides = size.split("x")
-    wanted = chip.axes or 1
+    wanted = chip.torus_dims or 1
     grid = tuple(int(side) for side in sides if side.isascii() and side.isdecimal())
     if len(grid) != len(sides) or len(grid) != wanted or 0 in grid:
-        example = _SIZES[chip.axes] if chip.is_tpu else "8, 16 or 64"
-        what = f"{chip.axes} sides, e.g." if chip.is_tpu else "how many, e.g."
+        example = _SIZES[chip.torus_dims] if chip.is_tpu else "8, 16 or 64"
+        what = f"{chip.torus_dims} sides, e.g." if chip.is_tpu else "how many, e.g."
         raise UserError(f"--topology={text}: {name} takes {what} {name}:{example}")
-    if chip.neighbours and grid[0] > chip.neighbours and grid[0] % chip.neighbours:
+    if chip.nvlink_domain and grid[0] > chip.nvlink_domain and grid[0] % chip.nvlink_domain:
         raise UserError(
-            f"--topology={text}: {name} come in machines of {chip.neighbours}; pass up to "
-            f"{chip.neighbours}, or a multiple"
+            f"--topology={text}: {name} come in machines of {chip.nvlink_domain}; pass up to "
+            f"{chip.nvlink_domain}, or a multiple"
         )
     return Topology(text, chip, grid, slices)
 
@@ -113,10 +113,10 @@ def larger_topologies(topology: Topology) -> list[Topology]:
     """Returns topologies of the same chip with more of them, the smallest first."""
     chip, slices = topology.chip, topology.slices
     if chip.is_tpu:
-        sizes = _SIZES[chip.axes].split(", ")
+        sizes = _SIZES[chip.torus_dims].split(", ")
     else:
         numbers = [topology.num_chips * 2**power for power in range(1, 8)]
-        whole = [n for n in numbers if n <= chip.neighbours or n % chip.neighbours == 0]
+        whole = [n for n in numbers if n <= chip.nvlink_domain or n % chip.nvlink_domain == 0]
         sizes = list(map(str, whole))
     made = [parse_topology(f"{chip.name}:{size}", slices) for size in sizes]
     return [other for other in made if other.num_chips > topology.num_chips]
@@ -146,7 +146,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
             platform="tpu", topology_name=topology.text, **settings
         )
     except jax.errors.JaxRuntimeError as error:
-        sizes = _SIZES[topology.chip.axes]
+        sizes = _SIZES[topology.chip.torus_dims]
         raise UserError(
             f"--topology={topology.text}: the compiler does not take this size "
             f"({summarize_error(error)}); try one of {sizes}"
@@ -162,7 +162,7 @@ def device_locations(topology: Topology, devices: list[Any] | None) -> list[Devi
         devices: in that order; None for GPUs, which lie machine by machine.
     """
     if devices is None:
-        size = topology.chip.neighbours
+        size = topology.chip.nvlink_domain
         return [DeviceLocation(n, n // size) for n in range(topology.num_devices)]
     slices = [getattr(device, "slice_index", 0) for device in devices]
     return [

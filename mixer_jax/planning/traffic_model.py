@@ -14,7 +14,7 @@ floors:
 import math
 from typing import NamedTuple
 
-from mixer_jax.model.variants import Widths, num_tokens, parameter_shapes
+from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
 from mixer_jax.planning.hlo.attribution import (
     CHANNEL_MIXING,
     HEAD,
@@ -66,7 +66,7 @@ class StepSpec(NamedTuple):
         training: whether it trains, with Adam and clipping, or only infers.
     """
 
-    widths: Widths
+    widths: MixerConfig
     image_size: int
     num_classes: int
     batch_size: int
@@ -86,7 +86,7 @@ class StepSpec(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by path."""
-        return parameter_shapes(self.widths, self.tokens, self.num_classes)
+        return param_shapes(self.widths, self.tokens, self.num_classes)
 
     def kernels(self, part: str) -> int:
         """Returns the number of elements of a part's kernels, of all blocks together."""

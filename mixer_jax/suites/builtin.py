@@ -108,7 +108,7 @@ DIGITS: tuple[Task, ...] = (
             num_classes=5,
             num_examples=(729, 167),
             large=False,
-            eval_crop="whole",
+            eval_crop="resize",
             beside_fresh=True,
         )
         for method in ("few_shot", "linear", "knn")

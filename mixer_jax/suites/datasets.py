@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.data.folder import FOLDER
-from mixer_jax.data.image_sizes import median_image_area
+from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
-from mixer_jax.model.variants import check_image_size
+from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task
 
 # VTAB's rule, as arXiv 1912.11370 has it: smaller images are seen at the smaller size.

@@ -7,8 +7,8 @@ import jax
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.hardware import peak_flops
-from mixer_jax.model.resolution import resized_tokens_mlp_dim
-from mixer_jax.model.variants import forward_flops
+from mixer_jax.models.mixer_config import forward_flops
+from mixer_jax.models.mixer_resize import resized_tokens_mlp_dim
 from mixer_jax.suites.datasets import SuiteData, task_splits
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.results import RANDOM_INIT

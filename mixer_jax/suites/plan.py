@@ -14,6 +14,7 @@ from etils import epath
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import UserError
 from mixer_jax.suites import tasks as tasks_lib
 from mixer_jax.suites.run_configs import Run, SuiteSettings, final_runs, is_resumable, sweep_runs
@@ -28,7 +29,7 @@ _NOT_COMPARED = (
     "device_days",
     "data_notes",
     "digest",
-    "pretrained_on_assumed",
+    "pretrain_dataset_assumed",
     "suite.title",
 )
 # Differences that an error names.
@@ -42,21 +43,21 @@ class TransferPlan(NamedTuple):
         suite: what is done.
         setting: with what.
         image_sizes: of every task by its name, pixels.
-        pretrained_on: one of `evaluation.paper.DATA`; empty: unknown.
+        pretrain_dataset: one of `evaluation.paper.DATA`; empty: unknown.
         device_days: that pre-training took; None: unknown.
         digest: of the weights, as `params_digest`.
         data_notes: of data that are not the protocol's, one line each.
-        pretrained_on_assumed: whether that is only assumed, from the number of classes.
+        pretrain_dataset_assumed: whether that is only assumed, from the number of classes.
     """
 
     suite: Suite
     setting: SuiteSettings
     image_sizes: dict[str, int]
-    pretrained_on: str = ""
+    pretrain_dataset: str = ""
     device_days: float | None = None
     digest: str = ""
     data_notes: tuple[str, ...] = ()
-    pretrained_on_assumed: bool = False
+    pretrain_dataset_assumed: bool = False
 
     @property
     def about(self) -> ModelInfo:
@@ -110,11 +111,11 @@ def to_json(plan: TransferPlan) -> dict[str, Any]:
         "data_dir": setting.data_dir,
         "overrides": dict(setting.overrides),
         "image_sizes": plan.image_sizes,
-        "pretrained_on": plan.pretrained_on,
+        "pretrain_dataset": plan.pretrain_dataset,
         "device_days": plan.device_days,
         "digest": plan.digest,
         "data_notes": list(plan.data_notes),
-        "pretrained_on_assumed": plan.pretrained_on_assumed,
+        "pretrain_dataset_assumed": plan.pretrain_dataset_assumed,
     }
 
 
@@ -128,23 +129,32 @@ def read_plan(workdir: str) -> TransferPlan | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text())
+        data = _upgrade(json.loads(path.read_text()))
         about = ModelInfo.from_dict(data["about"], str(path))
-        overrides = tuple(data["overrides"].items())
+        overrides = tuple(upgrade_overrides(data["overrides"]).items())
         return TransferPlan(
             tasks_lib.from_json(data["suite"]),
             SuiteSettings(data["checkpoint"], about, data["data_dir"], overrides),
             data["image_sizes"],
-            data["pretrained_on"],
+            data["pretrain_dataset"],
             data["device_days"],
             data["digest"],
             tuple(data["data_notes"]),
-            data["pretrained_on_assumed"],
+            data["pretrain_dataset_assumed"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged or of another version; choose another --workdir"
         ) from error
+
+
+def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
+    """Translates the names of fields of plans that were saved before these were renamed."""
+    names = {
+        "pretrained_on": "pretrain_dataset",
+        "pretrained_on_assumed": "pretrain_dataset_assumed",
+    }
+    return {names.get(name, name): value for name, value in data.items()}
 
 
 def save_plan(workdir: str, plan: TransferPlan) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mixer_jax.checkpoints.load import PretrainedWeights, resize
 from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.distributed.hosts import is_primary_process
+from mixer_jax.distributed.multihost import is_primary_process
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -59,7 +59,7 @@ def run_probe_task(
         eval_crop=task.eval_crop or weights.model_info.eval_crop,
         exif_orientation=weights.model_info.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.threads,
+        threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     for name, params in _networks(weights, todo):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from mixer_jax.checkpoints.load import PretrainedWeights
-from mixer_jax.distributed.hosts import any_host, is_primary_process
+from mixer_jax.distributed.multihost import any_host, is_primary_process
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.locks import locked
 from mixer_jax.suites.plan import TransferPlan

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
 from mixer_jax.config.loading import Overrides
-from mixer_jax.distributed import hosts
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.suites import datasets, dry_run
 from mixer_jax.suites.datasets import SuiteData
@@ -44,7 +44,7 @@ class TransferRequest(NamedTuple):
         dry_run: whether only to say what would be done.
         keep_checkpoints: of runs that have ended.
         throughput: whether to measure it.
-        pretrained_on: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
+        pretrain_dataset: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
     """
 
     suite: Suite
@@ -58,7 +58,7 @@ class TransferRequest(NamedTuple):
     dry_run: bool
     keep_checkpoints: bool
     throughput: bool
-    pretrained_on: str
+    pretrain_dataset: str
 
 
 class TransferOutcome(NamedTuple):
@@ -89,14 +89,14 @@ def run_suite(wish: TransferRequest) -> TransferOutcome:
     datasets.check_probe_data(tasks, data, config.bad_images.skip_in_evaluation)
     if not wish.dry_run:
         # Before weights are loaded, which may use devices.
-        hosts.initialize_distributed(config.distributed, config.distributed_timeout)
+        multihost.initialize_distributed(config.distributed, config.distributed_timeout)
     weights = load_checkpoint(_name(wish.place))
     plan = _make_plan(wish, weights, data)
     validate_run_configs(plan, tasks)
     if wish.dry_run:
         print(dry_run.format_dry_run(plan, tasks, data))
         return TransferOutcome({})
-    leader = hosts.is_primary_process()
+    leader = multihost.is_primary_process()
     say = _say if leader else _say_nothing
     for change in _keep(plan, wish.workdir, weights):
         say(f"changed since this suite was last started: {change}")
@@ -123,12 +123,12 @@ def _keep(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[
         UserError: as `save_plan`, on every host, so that none waits for one that has ended.
     """
     changes, refused = [], None
-    if hosts.is_primary_process():
+    if multihost.is_primary_process():
         try:
             changes = save_plan(workdir, plan._replace(digest=params_digest(weights.params)))
         except UserError as error:
             refused = error
-    if hosts.any_host(refused is not None):
+    if multihost.any_host(refused is not None):
         raise refused or UserError("the first host refuses this suite; see what it says")
     return changes
 
@@ -156,10 +156,10 @@ def _make_plan(wish: TransferRequest, weights: PretrainedWeights, data: SuiteDat
         wish.suite,
         SuiteSettings(_name(wish.place), about, wish.data_dir, wish.overrides),
         sizes,
-        {"": told, "none": ""}.get(wish.pretrained_on, wish.pretrained_on),
+        {"": told, "none": ""}.get(wish.pretrain_dataset, wish.pretrain_dataset),
         _pretraining(wish.place, weights),
         data_notes=notes,
-        pretrained_on_assumed=bool(told) and not (dataset or wish.pretrained_on),
+        pretrain_dataset_assumed=bool(told) and not (dataset or wish.pretrain_dataset),
     )
 
 

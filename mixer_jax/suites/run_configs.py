@@ -10,7 +10,7 @@ from mixer_jax.config.config import validate
 from mixer_jax.config.loading import Overrides, set_override
 from mixer_jax.config.schema import NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import INIT_FROM
+from mixer_jax.models.family import INIT_FROM
 from mixer_jax.suites.tasks import FineTuneTask, Suite
 
 # Evaluations of choosing and of final runs.
@@ -202,7 +202,7 @@ def _check_values(overrides: Overrides) -> None:
     if "optimizer.warmup_steps" not in given:
         config.optimizer.warmup_steps = 0
     if "batch_size" not in given:
-        config.batch_size = 2 * max(1, config.recipe.accumulation_steps)
+        config.batch_size = 2 * max(1, config.recipe.grad_accum_steps)
     validate(config)
 
 
@@ -236,7 +236,7 @@ def _make(
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = task.warmup_steps
-    config.optimizer.decay = "cosine"
+    config.optimizer.decay_type = "cosine"
 
     config.checkpoint.every_steps = min(_MOST_STEPS_BETWEEN_CHECKPOINTS, -(-task.num_steps // 5))
     config.checkpoint.keep = 1

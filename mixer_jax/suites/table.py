@@ -99,7 +99,7 @@ def make_table(plan: TransferPlan, workdir: str, throughput: Throughput | None) 
     Raises:
         UserError: a result is damaged.
     """
-    paper = find_row(plan.pretrained_on, plan.about.variant, largest_image_size(plan))
+    paper = find_row(plan.pretrain_dataset, plan.about.variant, largest_image_size(plan))
     rows: list[Row] = []
     means: list[Row] = []
     for task in plan.suite.tasks:
@@ -256,10 +256,10 @@ def _notes(
     if paper:
         notes.append(f"{MARK} from the paper: {paper.title}; cores are of a TPU v3")
         notes += size_notes(plan, paper)
-    if plan.pretrained_on_assumed:
+    if plan.pretrain_dataset_assumed:
         notes.append(
-            f"pre-trained on {plan.pretrained_on}: assumed from its {plan.about.num_classes:,} "
-            "classes; --pretrained_on tells otherwise"
+            f"pre-trained on {plan.pretrain_dataset}: assumed from its {plan.about.num_classes:,} "
+            "classes; --pretrain_dataset tells otherwise"
         )
     notes += [f"not the protocol's: {key}={text}" for key, text in plan.setting.protocol_overrides]
     notes += plan.data_notes

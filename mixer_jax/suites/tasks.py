@@ -6,14 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mixer_jax.config.compat import upgrade_overrides, upgrade_value
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.errors import UserError
 
 # Learning rates that the paper chose among (Section 3; arXiv 2010.11929, B.1.1).
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.06)
 # Image sizes that are no number of pixels: the weights' own, and that by the size of the images.
-NATIVE, AUTO = "own", "auto"
-METHODS = EVAL_FIELDS["kind"].choices[1:]
+NATIVE, AUTO = "native", "auto"
+METHODS = EVAL_FIELDS["type"].choices[1:]
 # What a suite's folder holds beside its tasks, and what that of a run is known by.
 _TAKEN = re.compile(r"(suite|results|throughput|config)\..*|checkpoints")
 # Of the paper's tables, those with scores.
@@ -172,6 +173,11 @@ def from_json(data: dict[str, Any]) -> Suite:
     tasks = []
     for saved in data["tasks"]:
         fields = dict(saved)
+        for crop in ("train_crop", "eval_crop"):
+            if crop in fields:
+                fields[crop] = upgrade_value(f"preprocess.{crop}", fields[crop])
+        if "changes" in fields:
+            fields["changes"] = upgrade_overrides(fields["changes"])
         if "also" in fields:
             fields["also"] = {name: tuple(place) for name, place in fields["also"].items()}
         tasks.append(_KINDS[fields.pop("kind")](**fields))

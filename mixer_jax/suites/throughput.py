@@ -10,7 +10,7 @@ import numpy as np
 
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.to_device import model_from_info
-from mixer_jax.model.pixels import to_model_range
+from mixer_jax.models.layers import normalize_images
 
 _SECONDS_A_DAY = 86_400
 # The search doubles the batch until it gains less than this, or the time is over.
@@ -46,7 +46,7 @@ def measure_throughput(weights: PretrainedWeights) -> Throughput:
     """
     device = jax.local_devices()[0]
     model = model_from_info(weights.model_info)
-    classify = jax.jit(lambda params, x: model.apply({"params": params}, to_model_range(x)))
+    classify = jax.jit(lambda params, x: model.apply({"params": params}, normalize_images(x)))
     best = Throughput(0.0, 0, device.device_kind, weights.model_info.image_size)
     params, size, end = weights.params, 1, time.monotonic() + _SEARCH_SECONDS
     while size <= _LARGEST_BATCH and time.monotonic() < end:

@@ -114,7 +114,7 @@ def _task(
         large=name not in _SMALL,
         train_crop="resize" if name in _NEVER_CROPPED else "random_crop",
         flip=name not in _NEVER_MIRRORED,
-        eval_crop="whole",
+        eval_crop="resize",
         group=group,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mixer_jax.data.readers import BadImage
-from mixer_jax.distributed import hosts
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.training.workdir import atomic_write
 
@@ -33,7 +33,7 @@ class BadImageLog:
         first_step: int,
         *,
         num_examples: int,
-        max_share: float,
+        max_fraction: float,
         say: Callable[[str], None],
     ):
         """Opens the book.
@@ -42,10 +42,10 @@ class BadImageLog:
             workdir: absolute path or URL of the run.
             first_step: steps done when the run begins or is resumed.
             num_examples: that the run trains on.
-            max_share: of these that may be bad.
+            max_fraction: of these that may be bad.
             say: prints a line for people.
         """
-        self._num_examples, self._max_share, self._say = num_examples, max_share, say
+        self._num_examples, self._max_share, self._say = num_examples, max_fraction, say
         self._path = _log_path(workdir, jax.process_index())
         # Host 0 keeps the books of hosts that are no longer there.
         gone = [
@@ -53,7 +53,7 @@ class BadImageLog:
             for path in epath.Path(workdir).glob("bad_images_*.jsonl")
             if not any(path == _log_path(workdir, host) for host in range(jax.process_count()))
         ]
-        for path in [self._path, *(gone if hosts.is_primary_process() else [])]:
+        for path in [self._path, *(gone if multihost.is_primary_process() else [])]:
             _forget(path, first_step)
         self._lines = _read(self._path)
         self._written = {line["name"] for line in self._lines}
@@ -97,7 +97,7 @@ class BadImageLog:
         table = np.zeros((_TOLD_AT_ONCE, 2), np.uint32)
         for row, number in enumerate(told):
             table[row] = number
-        rows = hosts.all_gather(table).reshape(-1, 2)
+        rows = multihost.all_gather(table).reshape(-1, 2)
         self._met.update((int(high), int(low)) for high, low in rows if high or low)
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class BadImageLog:
         """
         return (
             f"{len(self._met):,} of {self._num_examples:,} training images cannot be used, more "
-            f"than config.bad_images.max_share={self._max_share:g} allows; they are named in "
+            f"than config.bad_images.max_fraction={self._max_share:g} allows; they are named in "
             f"{self._path.parent}/bad_images_*.jsonl: mend them or allow more, and start the same "
             f"command to go on from step {saved_step:,}"
         )

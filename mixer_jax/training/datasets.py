@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mixer_jax.data.mixture import mix_sources, relabel
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.probes import align_labels
 
@@ -36,7 +35,7 @@ def open_datasets(config: ConfigDict) -> RunDatasets:
     evals, probe_train = {}, {}
     for key, entry in config.evals.items():
         source = _open_eval(config, entry, entry.split)
-        if entry.kind != "classify":
+        if entry.type != "classify":
             probe_train[key] = _open_eval(config, entry, entry.train_split)
         try:
             if key in probe_train:

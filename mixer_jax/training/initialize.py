@@ -14,8 +14,9 @@ from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.to_device import shard_params
 from mixer_jax.config.config import architecture_overrides
 from mixer_jax.errors import UserError
-from mixer_jax.model.resolution import resized_tokens_mlp_dim
-from mixer_jax.model.variants import CUSTOM, INIT_FROM, resolve_widths
+from mixer_jax.models.family import CUSTOM, INIT_FROM
+from mixer_jax.models.mixer_config import get_config
+from mixer_jax.models.mixer_resize import resized_tokens_mlp_dim
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
 
@@ -150,7 +151,7 @@ def describe_init(experiment: Experiment, beginning: InitSource | None) -> str:
 
 def _check_model(config: ConfigDict, trained: ModelInfo) -> None:
     """Raises UserError if weights are not of the model that the config declares."""
-    widths = resolve_widths(config.model.variant, **architecture_overrides(config.model))
+    widths = get_config(config.model.variant, **architecture_overrides(config.model))
     side = config.image_size // trained.config.patch_size
     mlp_dim = trained.config.tokens_mlp_dim
     if side:

@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.data.loader import Batch
-from mixer_jax.distributed import failures, hosts
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -33,8 +32,8 @@ from mixer_jax.training.setup import (
 from mixer_jax.training.step import Metrics, TrainState
 from mixer_jax.training.workdir import save_config
 
-# What can wait is asked by all hosts together, which costs a moment in which no device works.
-_HOSTS_AGREE_EVERY_STEPS = 10
+# Steps between exchanges of bad images, for which the devices of several hosts wait a moment.
+_SYNC_EVERY_STEPS = 10
 
 
 class TrainResult(NamedTuple):
@@ -68,16 +67,11 @@ def train_and_evaluate(
         RunFailedError: loss, gradients or parameters are no longer finite numbers, or too many
             images cannot be used.
     """
-    with (
-        failures.resume_hint(lambda: _resume_hint(workdir)),
-        contextlib.ExitStack() as stack,
-        failures.noticing_loss(),
-    ):
-        stop = stack.enter_context(hosts.GracefulShutdown())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(multihost.GracefulShutdown())
         sources = open_datasets(config)
-        hosts.initialize_distributed(config.distributed, config.distributed_timeout)
-        stop.listen()
-        leader = hosts.is_primary_process()
+        multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        leader = multihost.is_primary_process()
         beginning = find_init_source(config, workdir, weights)
         experiment = build_experiment(config, sources, init_info=beginning and beginning.about)
         checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
@@ -93,11 +87,12 @@ def train_and_evaluate(
             workdir,
             first_step,
             num_examples=len(sources.train),
-            max_share=config.bad_images.max_share,
+            max_fraction=config.bad_images.max_fraction,
             say=journal.progress.say,
         )
 
         evals = make_evaluators(experiment)
+        shared_flags = multihost.SharedFlags()
         step = saved_step = first_step
         saved_at = time.monotonic()
         scores: dict[str, AnyScores] = {}
@@ -113,9 +108,11 @@ def train_and_evaluate(
                 if _is_sync_step(step):
                     bad_images.share()
                 due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                stopping = _should_stop(step, stop, checkpoints) or bad_images.too_many
                 late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
-                late = config.checkpoint.every_minutes > 0 and _sync_flag(step, late)
+                signalled, late = shared_flags.exchange(stop.received is not None, late)
+                if signalled and stop.received is None:
+                    stop.received = signal.SIGTERM
+                stopping = signalled or bad_images.too_many
                 saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
                 if due or saving:
                     # What is scored and saved is known to be finite.
@@ -137,6 +134,8 @@ def train_and_evaluate(
                 if saving:
                     save(experiment, checkpoints, state, step, journal.window)
                     saved_step, saved_at = step, time.monotonic()
+                    # A request that was sent before this save would cause another one.
+                    shared_flags.clear()
             if stopping and stop.received is not None and not last:
                 # Callers other than `mixer_jax.main` would otherwise see a run end without a word.
                 journal.progress.say(f"{stop.received.name} received: stopped after step {step:,}")
@@ -187,36 +186,12 @@ def _due(step: int, every_steps: int) -> bool:
 
 
 def _is_sync_step(step: int) -> bool:
-    """Says whether hosts ask each other at this step; several do so only now and then."""
-    return jax.process_count() == 1 or step % _HOSTS_AGREE_EVERY_STEPS == 0
-
-
-def _should_stop(step: int, stop: hosts.GracefulShutdown, checkpoints: CheckpointManager) -> bool:
-    """Returns whether a signal came to any host; it is the same step for all of them."""
-    if jax.process_count() == 1:
-        return stop.received is not None
-    if stop.received is not None:
-        hosts.request_global_stop()
-    if checkpoints.should_stop(step):
-        stop.received = stop.received or signal.SIGTERM
-        return True
-    return False
-
-
-def _sync_flag(step: int, flag: bool) -> bool:
-    """Returns whether any host's flag is set, if this is the time to ask."""
-    return _is_sync_step(step) and hosts.any_host(flag)
+    return jax.process_count() == 1 or step % _SYNC_EVERY_STEPS == 0
 
 
 def _with_last_checkpoint(error: RunError, workdir: str, step: int) -> RunError:
     kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
     return type(error)(f"{error}; {kept}; try a lower learning rate or a longer warmup")
-
-
-def _resume_hint(workdir: str) -> str:
-    steps = list_steps(workdir)
-    where = f"goes on from step {steps[-1]:,}" if steps else "begins again, for nothing was saved"
-    return f"the same command on all hosts {where}"
 
 
 def _describe(experiment: Experiment, first_step: int, beginning: InitSource | None) -> str:
@@ -236,6 +211,6 @@ def _describe(experiment: Experiment, first_step: int, beginning: InitSource | N
         f"{describe_init(experiment, beginning)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
-        f"fsdp={mesh.shape['fsdp']}, {experiment.model.dtype}\n"
+        f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )

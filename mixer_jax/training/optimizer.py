@@ -12,7 +12,7 @@ def make_schedule(
     *,
     learning_rate: float,
     warmup_steps: int,
-    decay: str,
+    decay_type: str,
     end_learning_rate: float,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
@@ -24,13 +24,13 @@ def make_schedule(
         num_steps: of the run.
         learning_rate: at the end of warmup.
         warmup_steps: length of the warmup.
-        decay: "linear", "cosine" or "none".
-        end_learning_rate: at the end of the run; unused by decay "none".
+        decay_type: "linear", "cosine" or "none".
+        end_learning_rate: at the end of the run; unused by decay_type "none".
     """
     decay_steps = max(num_steps - warmup_steps, 1)
-    if decay == "linear":
+    if decay_type == "linear":
         after = optax.linear_schedule(learning_rate, end_learning_rate, decay_steps)
-    elif decay == "cosine":
+    elif decay_type == "cosine":
         share = end_learning_rate / learning_rate if learning_rate else 0.0
         after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=share)
     else:

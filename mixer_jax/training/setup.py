@@ -36,9 +36,11 @@ from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe, sample_all_shots
-from mixer_jax.model.making import build_model, check_kernels
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.variants import forward_flops, resolve_widths
+from mixer_jax.models.execution import check_backend
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.mixer_config import forward_flops, get_config
+from mixer_jax.models.registry import from_config
+from mixer_jax.models.stack import active_backend
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.step import Metrics, TrainState, create_state, train_step, update_norm
@@ -103,15 +105,15 @@ def build_experiment(
     num_steps = resolve_num_steps(config, len(sources.train))
     check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    pieces = config.recipe.accumulation_steps
+    pieces = config.recipe.grad_accum_steps
     check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
     about = _describe(config, sources, init_info)
     check_unroll(config, about.config)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
-    model = build_model(settings, about.num_classes, device.device_kind)
-    check_kernels(model.kernels, device.platform)
+    model = from_config(settings, about.num_classes, device.device_kind)
+    check_backend(model.execution.backend, device.platform)
     schedule, tx = build_optimizer(config.optimizer, num_steps)
 
     rng = jax.random.key(config.seed)
@@ -144,7 +146,7 @@ def build_experiment(
             in_shardings=(sharding, batch_sharding(mesh)),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(device.platform, model.computed_by(train=True)),
+            compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
         ),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
@@ -167,7 +169,7 @@ def build_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns the schedule and the optax chain of a config's optimizer section."""
     settings = section.to_dict()
-    names = ("learning_rate", "warmup_steps", "decay", "end_learning_rate")
+    names = ("learning_rate", "warmup_steps", "decay_type", "end_learning_rate")
     schedule = make_schedule(num_steps, **{name: settings.pop(name) for name in names})
     return schedule, make_optimizer(schedule, **settings)
 
@@ -186,13 +188,13 @@ def make_train_batches(
     return train_batches(
         experiment.sources.train,
         seed=config.seed,
-        first_step=first_step,
+        start_step=first_step,
         num_steps=experiment.num_steps,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=train_preprocess_args(config),
         sharding=batch_sharding(experiment.mesh),
-        report=report,
+        on_bad_images=report,
         **config.loader,
     )
 
@@ -215,7 +217,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
         eval_crop=config.preprocess.eval_crop,
         exif_orientation=config.preprocess.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.threads,
+        threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     eval_step = make_eval_step(experiment.model, mesh)
@@ -244,7 +246,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
 
 def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
     shots = parse_shots(f"evals.{name}.shots", entry.shots)
-    return ProbeConfig(entry.kind, shots, tuple(range(entry.probe_seeds)))
+    return ProbeConfig(entry.type, shots, tuple(range(entry.num_seeds)))
 
 
 def flops_per_image(experiment: Experiment) -> int:
@@ -269,7 +271,7 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
 def _describe(config: ConfigDict, sources: RunDatasets, init_info: ModelInfo | None) -> ModelInfo:
     if init_info is None:
         variant, gelu = config.model.variant, config.model.gelu
-        widths = resolve_widths(variant, **architecture_overrides(config.model))
+        widths = get_config(variant, **architecture_overrides(config.model))
     else:
         variant, gelu, widths = init_info.variant, init_info.gelu, init_info.config
     return ModelInfo(

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mixer_jax.distributed.gradients import sharded_value_and_grad
-from mixer_jax.model.parameters import cast_kernels
-from mixer_jax.model.pixels import to_model_range
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.params import cast_weights
 
 Params = Any
 Metrics = dict[str, Array]
@@ -67,7 +67,7 @@ def train_step(
     loss: str,
     label_smoothing: float,
     mixup: float,
-    accumulation_steps: int,
+    grad_accum_steps: int,
     ema_decay: float,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step on a batch.
@@ -84,7 +84,7 @@ def train_step(
         loss: "sigmoid" or "softmax".
         label_smoothing: share of each label spread over all classes.
         mixup: parameter of the Beta distribution, 0 for none.
-        accumulation_steps: pieces that the batch is computed in; times the devices, must divide n.
+        grad_accum_steps: pieces that the batch is computed in; times the devices, must divide n.
         ema_decay: of the averaged parameters; unused where the state has none.
 
     Returns:
@@ -98,14 +98,14 @@ def train_step(
     def loss_fn(params: Params, piece: Any, common: Any) -> Float[Array, ""]:
         (arrays, places), (weight, rng) = piece, common
         if weight is None:
-            images, targets = to_model_range(arrays[0]), arrays[1]
+            images, targets = normalize_images(arrays[0]), arrays[1]
         else:
             images, targets = apply_mixup(arrays, weight)
         logits = model.apply(
             {"params": params},
             images,
             train=True,
-            places=places,
+            example_index=places,
             rngs=dict(zip(("dropout", "stochastic_depth"), jax.random.split(rng), strict=True)),
         )
         return cross_entropy(logits, targets, loss)
@@ -113,9 +113,9 @@ def train_step(
     whole = (batch["image"], labels) if pairs is None else pairs.arrays
     common = (None if pairs is None else pairs.weight, model_rng)
     on_one_device = functools.partial(
-        accumulate_gradients, jax.value_and_grad(loss_fn), num_microbatches=accumulation_steps
+        accumulate_gradients, jax.value_and_grad(loss_fn), num_microbatches=grad_accum_steps
     )
-    cast = functools.partial(cast_kernels, dtype=model.dtype)
+    cast = functools.partial(cast_weights, dtype=model.execution.dtype)
     value, grads = sharded_value_and_grad(on_one_device, mesh, cast)(
         state.params, (whole, jnp.arange(len(labels))), common
     )
@@ -224,7 +224,7 @@ def apply_mixup(
 ) -> tuple[Float[Array, "n h w 3"], Float[Array, "n classes"]]:
     """Returns images in [-1, 1] and labels, `weight` parts own and 1 − `weight` the partner's."""
     images, partner_images, labels, partner_labels = arrays
-    mixed = weight * to_model_range(images) + (1.0 - weight) * to_model_range(partner_images)
+    mixed = weight * normalize_images(images) + (1.0 - weight) * normalize_images(partner_images)
     return mixed, weight * labels + (1.0 - weight) * partner_labels
 
 

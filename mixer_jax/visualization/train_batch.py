@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Source
-from mixer_jax.model.pixels import to_model_range
+from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
 from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
 
@@ -70,7 +70,7 @@ def load_train_batch(
     def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         targets = smooth_labels(labels, source.num_classes, config.recipe.label_smoothing)
         if not mixup:
-            return to_model_range(images), targets, jnp.ones(())
+            return normalize_images(images), targets, jnp.ones(())
         mixup_rng, _ = step_rngs(config.seed, step)
         pairs = sample_mixup(mixup_rng, images, targets, mixup)
         return *apply_mixup(pairs.arrays, pairs.weight), pairs.weight
@@ -164,7 +164,7 @@ def format_caption(
     crop = {
         "inception": f"inception crop of {preprocess.min_area:.0%} or more of the image",
         "random_crop": "random crop of 7/8 of each side",
-        "shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
+        "random_shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
         "resize": "the whole image",
     }[preprocess.train_crop]
     flip = "half are flipped" if preprocess.flip else "none is flipped"

@@ -15,7 +15,7 @@ from mixer_jax.convert import timm_snippet
 from mixer_jax.data.decode import decode
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.inference import load_pretrained
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.training.loop import train_and_evaluate
 from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_run import small_config
@@ -82,15 +82,20 @@ def test_digits_from_training_to_timm(
     [
         (VARIANTS["S/32"], (224, 224)),
         (VARIANTS["S/32"], (96, 160)),
-        (Widths(2, 14, 24, 7, 50), (28, 28)),
+        (MixerConfig(2, 14, 24, 7, 50), (28, 28)),
         # 29 / 58 · 58 is just below 29 in floating-point numbers for some of these.
-        (Widths(1, 8, 49, 29, 103), (16, 16)),
+        (MixerConfig(1, 8, 49, 29, 103), (16, 16)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
 def test_the_printed_lines_make_the_same_model(
-    widths: Widths, image_size: tuple[int, int], gelu: str, torch: Any, timm: Any, tmp_path: Path
+    widths: MixerConfig,
+    image_size: tuple[int, int],
+    gelu: str,
+    torch: Any,
+    timm: Any,
+    tmp_path: Path,
 ) -> None:
     widths = dataclasses.replace(widths, num_blocks=min(widths.num_blocks, 2))
     if image_size == (224, 224):

@@ -9,7 +9,7 @@ import pytest
 
 from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Candidate, Workload
 from mixer_jax.benchmarks.jax_runner import make_step, synthetic_batch, synthetic_state
-from mixer_jax.model.variants import VARIANTS, num_parameters, resolve_widths
+from mixer_jax.models.mixer_config import VARIANTS, get_config, num_params
 from tests.baselines.timm_test import export
 from tests.helpers.random_weights import random_weights
 
@@ -52,7 +52,7 @@ def test_timm_has_the_parameters_of_the_paper(variant: str, torch: Any, timm: An
     with torch.device("meta"):
         model = create_timm_mixer(variant, 224, 1000)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == num_parameters(resolve_widths(variant), 224, 1000)
+    assert count == num_params(get_config(variant), 224, 1000)
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

@@ -99,7 +99,7 @@ def test_weights_go_from_timm_to_us_and_back(
 def test_our_weights_are_the_same_model_in_timm(
     size: Any, torch: Any, timm: Any, tmp_path: Path
 ) -> None:
-    from mixer_jax.model.variants import VARIANTS
+    from mixer_jax.models.mixer_config import VARIANTS
     from tests.helpers.random_weights import random_weights
 
     height, width = size if isinstance(size, tuple) else (size, size)

@@ -1,6 +1,7 @@
 """Tests of candidates and workloads."""
 
 import itertools
+from typing import Any
 
 from mixer_jax.benchmarks.candidates import (
     MIXER_JAX,
@@ -10,12 +11,16 @@ from mixer_jax.benchmarks.candidates import (
     our_candidates,
 )
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, forward_flops
 from tests.helpers.messages import mentions, raises
 
 
 def test_our_candidates_are_named_by_what_they_differ_in() -> None:
-    choices = {"scan_unroll": [1, 0], "remat": ["none", "dots"], "gelu": ["exact"]}
+    choices: dict[str, list[Any]] = {
+        "scan_unroll": [1, 0],
+        "remat": ["none", "dots"],
+        "gelu": ["exact"],
+    }
     names = [candidate.name for candidate in our_candidates(choices)]
     assert len(set(names)) == 4
     settings = itertools.product(["1", "all"], ["none", "dots"])

@@ -16,7 +16,7 @@ from mixer_jax.benchmarks.hbm_traffic import (
     traffic_to_dicts,
 )
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.planning.aot_compile import OutOfMemory
 from mixer_jax.planning.hlo.attribution import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
@@ -32,7 +32,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Adds a variant that compiles in seconds; skips the test without the compiler."""
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    monkeypatch.setitem(VARIANTS, "tiny", Widths(2, 16, 128, 64, 256))
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(2, 16, 128, 64, 256))
     with tpu_device("v6e:2x2"):
         yield
 

@@ -13,7 +13,7 @@ from mixer_jax.benchmarks.jax_runner import (
     synthetic_state,
 )
 from mixer_jax.benchmarks.reference_mixer import to_reference
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 
 WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
 
@@ -21,7 +21,7 @@ WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adds a small variant."""
-    monkeypatch.setitem(VARIANTS, "tiny", Widths(3, 8, 24, 12, 48))
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(3, 8, 24, 12, 48))
 
 
 def test_reference_has_the_same_losses_over_three_steps() -> None:

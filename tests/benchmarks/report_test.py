@@ -40,7 +40,7 @@ def test_print_throughput_lists_every_candidate(capsys: pytest.CaptureFixture[st
 
 
 def test_print_table_leaves_out_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "a", "x": 1.0, "y": None, "z": None},
         {"name": "b", "x": None, "y": 22, "z": None},
     ]

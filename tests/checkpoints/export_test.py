@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +20,8 @@ from mixer_jax.checkpoints.export import (
 )
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.execution import Execution
+from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
@@ -227,7 +227,7 @@ def compute_roughly(
     path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]
 ) -> None:
     right = stablehlo._make_model
-    stablehlo._make_model = lambda about: right(about).clone(dtype=jnp.bfloat16)
+    stablehlo._make_model = lambda about: right(about).clone(execution=Execution("bfloat16"))
     try:
         write(path, beside, weights)
     finally:
@@ -370,7 +370,7 @@ def test_what_would_lie_beside_a_file_is_in_the_way_too(to: str, tmp_path: Path)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
 @pytest.mark.parametrize("to", ["google", "timm"])
 def test_memory_is_at_most_two_and_a_half_times_the_weights(to: str, tmp_path: Path) -> None:
-    large = Widths(12, 16, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048)
+    large = MixerConfig(12, 16, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048)
     source = str(tmp_path / "large.npz")
     export_weights(random_weights(large, image_size=(224, 224)), "google", source)
     arguments = [sys.executable, "-c", MEASURE, source, to, target_of(to, tmp_path)]

@@ -126,7 +126,7 @@ def test_another_way_to_crop_is_refused_unless_one_is_given(mode: Any, cache: Pa
     named = mode if isinstance(mode, str) else repr(mode)
     with raises(UserError, "crop_pct", "0.875", "crop_mode", named, "eval_crop"):
         load_checkpoint(f"hf:{NAME}")
-    assert load_checkpoint(f"hf:{NAME}", eval_crop="whole").model_info.eval_crop == "whole"
+    assert load_checkpoint(f"hf:{NAME}", eval_crop="resize").model_info.eval_crop == "resize"
 
 
 @pytest.mark.parametrize(("layer", "gelu"), [("gelu_tanh", "tanh"), ("gelu", "exact")])

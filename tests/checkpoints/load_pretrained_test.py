@@ -17,7 +17,7 @@ from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, replace_head, resize
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 from tests.helpers import pretrained_files
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import TINY, assert_params_equal, random_weights
@@ -119,8 +119,8 @@ def test_names_tell_the_gelu_and_the_crop(tmp_path: Path) -> None:
     path = save_timm(tmp_path / "model.safetensors", random_weights())
     about = load_checkpoint(path).model_info
     assert (about.variant, about.gelu, about.eval_crop) == ("custom", "exact", "bicubic")
-    about = load_checkpoint(path, gelu="tanh", eval_crop="whole").model_info
-    assert (about.gelu, about.eval_crop) == ("tanh", "whole")
+    about = load_checkpoint(path, gelu="tanh", eval_crop="resize").model_info
+    assert (about.gelu, about.eval_crop) == ("tanh", "resize")
 
 
 @pytest.mark.parametrize(("bias", "loss"), [(-6.9, "sigmoid"), (0.0, "softmax")])

@@ -36,7 +36,7 @@ def weights() -> PretrainedWeights:
 def runs(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """The same weights twice: saved with all keys, and when there were fewer."""
     made = config.get_default()
-    made.preprocess.eval_crop = "whole"
+    made.preprocess.eval_crop = "resize"
     new, old = made.to_dict(), made.to_dict()
     for section, key in (("preprocess", "exif_orientation"), ("model", "dtype")):
         del old[section][key]
@@ -52,7 +52,7 @@ def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(runs: dict[int, st
     assert old.train_config == new.train_config
     assert old.train_config is not None
     # What it does say stands.
-    assert old.train_config["preprocess"]["eval_crop"] == "whole"
+    assert old.train_config["preprocess"]["eval_crop"] == "resize"
 
 
 def test_a_checkpoint_of_before_a_key_existed_is_scored(

@@ -163,7 +163,7 @@ def test_runs_of_before_about_load_and_go_on(digits_dir: str, tmp_path: Path) ->
     assert (about.image_size, about.num_classes) == ((16, 16), 10)
     assert about.class_names == DIGITS
     # The last is the default: the key did not exist.
-    assert (about.eval_crop, about.dtype, about.exif_orientation) == ("whole", "bfloat16", False)
+    assert (about.eval_crop, about.dtype, about.exif_orientation) == ("resize", "bfloat16", False)
     assert loaded.train_config is not None
     assert loaded.train_config["dataset"]["name"] == "digits"
     resumed, window = resume(experiment, run)

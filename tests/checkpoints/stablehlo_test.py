@@ -16,6 +16,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.stablehlo import check_stablehlo, write_stablehlo
 from mixer_jax.checkpoints.to_device import model_from_info
 from mixer_jax.errors import RunError
+from mixer_jax.models.execution import Execution
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
@@ -50,10 +51,12 @@ def test_it_does_not_depend_on_the_device_it_is_written_on(
 
     here = program()
     right = stablehlo.model_from_info
-    for settings in ({"kernels": "triton", "unroll": 0}, {"device_kind": "TPU v6 lite"}):
+    for settings in ({"backend": "triton"}, {"target_device_kind": "TPU v6 lite"}):
         # What a machine with an accelerator would choose.
         monkeypatch.setattr(
-            stablehlo, "model_from_info", lambda *given, s=settings: right(*given).clone(**s)
+            stablehlo,
+            "model_from_info",
+            lambda *args, s=settings: right(*args).clone(execution=Execution(**s)),
         )
         assert program() == here
 

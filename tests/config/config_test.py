@@ -1,6 +1,7 @@
 """Tests of the configuration: its rules, its files, and what may change when a run is resumed."""
 
 import ast
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from mixer_jax.config.loading import load_config, set_override
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.errors import UserError
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.variants import num_parameters, resolve_widths
+from mixer_jax.models.execution import Execution
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.messages import mentions, raises
@@ -60,7 +62,7 @@ def read_names() -> set[str]:
             elif isinstance(node, ast.arg | ast.keyword):
                 names.add(str(node.arg))
     # A model's settings are the fields of its class.
-    return names | set(MlpMixer.__dataclass_fields__)
+    return names | set(MlpMixer.__dataclass_fields__) | {"family", "backend"}
 
 
 def test_every_key_is_read_somewhere() -> None:
@@ -78,12 +80,12 @@ def test_every_key_is_read_somewhere() -> None:
         ("model.variant", "B/17", ["model.variant", "S/32", "B/16", "H/14"]),
         ("model.gelu", "relu", ["model.gelu", "tanh", "exact"]),
         ("model.dropout", 1.0, ["model.dropout", "0", "0.999"]),
-        ("model.unroll", 13, ["model.unroll", "12"]),
+        ("model.scan_unroll", 13, ["model.scan_unroll", "12"]),
         ("model.hidden_dim", -8, ["model.hidden_dim"]),
         ("image_size", 230, ["image_size", "patch_size", "16", "224", "240"]),
         ("num_steps", 0, ["num_steps", "num_epochs"]),
         ("num_steps", 99, ["optimizer.warmup_steps", "10000"]),
-        ("recipe.accumulation_steps", 3, ["batch_size", "4096"]),
+        ("recipe.grad_accum_steps", 3, ["batch_size", "4096"]),
         ("optimizer.learning_rate", float("nan"), ["optimizer.learning_rate"]),
         ("num_epochs", float("inf"), ["num_epochs"]),
         ("preprocess.max_shift", 224, ["preprocess.max_shift"]),
@@ -196,7 +198,7 @@ def test_configs_are_the_papers_rows(name: str) -> None:
     assert (config.batch_size, config.image_size, config.num_steps) == (4096, 224, 0)
     assert config.optimizer.name == "adam"
     assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
-    assert (config.optimizer.warmup_steps, config.optimizer.decay) == (10_000, "linear")
+    assert (config.optimizer.warmup_steps, config.optimizer.decay_type) == (10_000, "linear")
     assert (config.optimizer.clip_norm, config.optimizer.end_learning_rate) == (1.0, 0.0)
     assert (config.recipe.loss, config.recipe.label_smoothing) == ("sigmoid", 0.0)
 
@@ -208,8 +210,8 @@ def test_every_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     config.dataset.name = "synthetic"
     config.dataset.num_examples = max(config.dataset.num_examples, 10_000)
     experiment = build_experiment(config, open_datasets(config))
-    widths = resolve_widths(config.model.variant, **config_lib.architecture_overrides(config.model))
-    expected = num_parameters(widths, config.image_size, experiment.model.num_classes)
+    widths = get_config(config.model.variant, **config_lib.architecture_overrides(config.model))
+    expected = num_params(widths, config.image_size, experiment.model.num_classes)
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
     # Adam holds two moments of every parameter, momentum one; and there are one or two counters.
@@ -227,7 +229,7 @@ def shrink(config: ConfigDict) -> None:
     config.model.num_blocks, config.model.patch_size, config.model.hidden_dim = 2, 8, 16
     config.model.tokens_mlp_dim, config.model.channels_mlp_dim = 8, 32
     config.image_size = 16
-    config.model.unroll = 1
+    config.model.scan_unroll = 1
 
 
 # Numbers that make no other program, unless they are zero, and what only reading data asks for.
@@ -288,7 +290,12 @@ def test_choices_are_what_the_code_knows() -> None:
         accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
     ) | {"eval_crop"}
     model_keys = {key.split(".")[1] for key in FIELDS if key.startswith("model.")}
-    assert model_keys - {"variant"} <= set(MlpMixer.__dataclass_fields__)
+    fields = {
+        field.name
+        for dataclass in (MixerConfig, Execution, MlpMixer)
+        for field in dataclasses.fields(dataclass)
+    }
+    assert model_keys - {"family", "variant"} <= fields
 
 
 def test_evaluations_are_entries_of_their_own() -> None:
@@ -297,4 +304,4 @@ def test_evaluations_are_entries_of_their_own() -> None:
     defaults = {name: key.default for name, key in EVAL_FIELDS.items()}
     assert config.val.to_dict() == defaults | {"split": "validation", "every_steps": 10}
     assert config.real.to_dict() == defaults | {"dataset": "cifar10"}
-    assert (defaults["kind"], defaults["split"], defaults["every_steps"]) == ("classify", "test", 0)
+    assert (defaults["type"], defaults["split"], defaults["every_steps"]) == ("classify", "test", 0)

@@ -1,4 +1,4 @@
-"""Tests of decoding: every kind of file comes out as RGB or is refused, parts equal the whole."""
+"""Tests of decoding: any format to RGB, crops equal to crops of the whole image, bad files."""
 
 import io
 import tracemalloc
@@ -12,41 +12,48 @@ from PIL import Image
 
 from mixer_jax.data.decode import BadImageError, Box, decode
 from tests.helpers.bad_images import reason_of
-from tests.helpers.images import encode, noise, photograph, png_that_claims, smooth, turned
+from tests.helpers.images import (
+    encode,
+    encode_with_orientation,
+    noise,
+    photograph,
+    png_with_header_size,
+    smooth,
+)
 from tests.helpers.messages import raises
 
 
-def by_pillow(encoded: bytes) -> np.ndarray:
+def pillow_decode(encoded: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
-def part(box: Box) -> Callable[[int, int], Box]:
+def constant_crop(box: Box) -> Callable[[int, int], Box]:
     return lambda height, width: box
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA"])
-def test_png_decodes_as_pillow_does(mode: str) -> None:
+def test_decode_png_matches_pillow(mode: str) -> None:
     image = np.dstack([noise(7, 9), np.arange(63, dtype=np.uint8).reshape(7, 9)])
     encoded = io.BytesIO()
-    # A palette has its transparency tested below.
-    whole = Image.fromarray(image[..., :3] if mode == "P" else image)
-    whole.convert(mode).save(encoded, "PNG")
-    np.testing.assert_array_equal(decode(encoded.getvalue()), by_pillow(encoded.getvalue()))
+    # Palettes with transparency are tested below.
+    source = Image.fromarray(image[..., :3] if mode == "P" else image)
+    source.convert(mode).save(encoded, "PNG")
+    np.testing.assert_array_equal(decode(encoded.getvalue()), pillow_decode(encoded.getvalue()))
 
 
-def test_a_palette_with_a_transparent_colour() -> None:
+def test_decode_palette_with_transparency_matches_pillow() -> None:
     encoded = io.BytesIO()
     Image.fromarray(smooth(9, 9)).quantize(4).save(encoded, "PNG", transparency=2)
-    np.testing.assert_array_equal(decode(encoded.getvalue()), by_pillow(encoded.getvalue()))
+    np.testing.assert_array_equal(decode(encoded.getvalue()), pillow_decode(encoded.getvalue()))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_become_the_higher_eight(suffix: str, channels: int) -> None:
+def test_decode_reduces_16_bits_to_the_upper_8(suffix: str, channels: int) -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 2**16, (8, 9, channels), np.uint16)
     decoded = decode(cv2.imencode(suffix, image)[1].tobytes())
-    # OpenCV rounds those of colour in TIFF.
+    # OpenCV rounds color TIFFs instead of truncating.
     tolerance = 1 if (suffix, channels) == (".tiff", 3) else 0
     difference = decoded.astype(int) - np.broadcast_to(image[..., ::-1] >> 8, (8, 9, 3))
     assert np.abs(difference).max() <= tolerance
@@ -73,52 +80,54 @@ JPEGS = {
 }
 
 
-@pytest.mark.parametrize("kind", JPEGS)
-def test_jpeg_decodes_as_pillow_does(kind: str) -> None:
-    decoded = decode(JPEGS[kind], accurate=True)
+@pytest.mark.parametrize("name", JPEGS)
+def test_decode_jpeg_matches_pillow(name: str) -> None:
+    decoded = decode(JPEGS[name], accurate_dct=True)
     assert decoded.dtype == np.uint8
-    difference = np.abs(decoded.astype(int) - by_pillow(JPEGS[kind]))
-    # The same library is below; of CMYK there is no one way to RGB.
-    assert difference.max() == 0 if "CMYK" not in kind else difference.mean() < 2
+    difference = np.abs(decoded.astype(int) - pillow_decode(JPEGS[name]))
+    # Both use libjpeg-turbo; conversions of CMYK to RGB differ.
+    assert difference.max() == 0 if "CMYK" not in name else difference.mean() < 2
 
 
-@pytest.mark.parametrize("accurate", [False, True])
-@pytest.mark.parametrize("kind", JPEGS)
-def test_a_part_equals_that_part_of_the_whole(kind: str, accurate: bool) -> None:
-    whole, rng = decode(JPEGS[kind], accurate=accurate), np.random.default_rng(0)
-    # Every last row, so that each comes to lie at every place among the rows of blocks.
+@pytest.mark.parametrize("accurate_dct", [False, True])
+@pytest.mark.parametrize("name", JPEGS)
+def test_decoded_crop_equals_crop_of_decoded_image(name: str, accurate_dct: bool) -> None:
+    image, rng = decode(JPEGS[name], accurate_dct=accurate_dct), np.random.default_rng(0)
+    # All bottom rows, so that every offset within a block occurs.
     for bottom in range(1, 121):
         top, left = int(rng.integers(bottom)), int(rng.integers(149))
         width = int(rng.integers(1, 151 - left))
-        found = decode(JPEGS[kind], part((top, left, bottom - top, width)), accurate=accurate)
-        np.testing.assert_array_equal(found, whole[top:bottom, left : left + width])
+        crop_fn = constant_crop((top, left, bottom - top, width))
+        crop = decode(JPEGS[name], crop_fn, accurate_dct=accurate_dct)
+        np.testing.assert_array_equal(crop, image[top:bottom, left : left + width])
 
 
-def test_the_box_is_chosen_from_the_size() -> None:
+def test_crop_fn_is_called_with_the_image_size() -> None:
     seen = []
 
-    def choose(height: int, width: int) -> Box:
+    def crop_fn(height: int, width: int) -> Box:
         seen.append((height, width))
         return 1, 2, 3, 4
 
     for encoded in (encode(noise(20, 30), "PNG"), encode(noise(20, 30), "JPEG")):
-        assert decode(encoded, choose).shape == (3, 4, 3)
+        assert decode(encoded, crop_fn).shape == (3, 4, 3)
     assert seen == [(20, 30)] * 2
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "BMP", "WEBP", "TIFF", "PPM", "ICO", "PCX"])
-def test_other_formats(file_format: str) -> None:
+def test_decode_other_formats_matches_pillow(file_format: str) -> None:
     options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
     encoded = encode(noise(16, 16), file_format, **options)
-    np.testing.assert_array_equal(decode(encoded), by_pillow(encoded))
+    np.testing.assert_array_equal(decode(encoded), pillow_decode(encoded))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_ignored_unless_wanted(orientation: int) -> None:
-    upright, encoded = decode(turned(smooth(16, 32), 1)), turned(smooth(16, 32), orientation)
+def test_decode_applies_exif_orientation_only_if_requested(orientation: int) -> None:
+    upright = decode(encode_with_orientation(smooth(16, 32), 1))
+    encoded = encode_with_orientation(smooth(16, 32), orientation)
     np.testing.assert_array_equal(decode(encoded), upright)
-    # What each of the eight says must be done to the image (EXIF 2.3, tag 274).
-    done = {
+    # Definitions of EXIF 2.3, tag 274.
+    expected = {
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -128,22 +137,22 @@ def test_exif_orientation_is_ignored_unless_wanted(orientation: int) -> None:
         7: upright.swapaxes(0, 1)[::-1, ::-1],
         8: upright.swapaxes(0, 1)[::-1],
     }[orientation]
-    np.testing.assert_array_equal(decode(encoded, exif_orientation=True), done)
-    height, width = done.shape[:2]
+    np.testing.assert_array_equal(decode(encoded, exif_orientation=True), expected)
+    height, width = expected.shape[:2]
     box = (1, 2, height - 3, width - 4)
-    corner = decode(encoded, part(box), exif_orientation=True)
-    np.testing.assert_array_equal(corner, done[1 : height - 2, 2 : width - 2])
+    crop = decode(encoded, constant_crop(box), exif_orientation=True)
+    np.testing.assert_array_equal(crop, expected[1 : height - 2, 2 : width - 2])
 
 
 PHOTO = encode(photograph(), "JPEG", quality=90)
 WITH_THUMBNAIL = PHOTO[:2] + b"\xff\xe1\x00\x0cExif\xff\xd8ab\xff\xd9" + PHOTO[2:]
 BMP = encode(noise(2, 2), "BMP")
-# An example of each reason, by a name of its own.
+# One file for each reason.
 CAUSES = {
     "empty": b"",
     "unknown": b"not an image",
-    "damaged": png_that_claims(9, 9),
-    "too large": png_that_claims(60_000, 60_000),
+    "damaged": png_with_header_size(9, 9),
+    "too large": png_with_header_size(60_000, 60_000),
     "incomplete": WITH_THUMBNAIL[:-2],
 }
 BAD: dict[str, tuple[bytes, str]] = {
@@ -155,9 +164,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "half a GIF": (encode(noise(40, 50), "GIF")[:600], "unknown"),
     "half a BMP": (encode(noise(40, 50), "BMP")[:600], "damaged"),
     "half a WebP": (encode(noise(40, 50), "WEBP")[:600], "unknown"),
-    "broken PNG": (png_that_claims(9, 9), "damaged"),
-    "large PNG": (png_that_claims(10**4, 10**4), "too large"),
-    "huge PNG": (png_that_claims(60_000, 60_000), "too large"),
+    "broken PNG": (png_with_header_size(9, 9), "damaged"),
+    "large PNG": (png_with_header_size(10**4, 10**4), "too large"),
+    "huge PNG": (png_with_header_size(60_000, 60_000), "too large"),
     "large BMP": (BMP[:18] + (10**4).to_bytes(4, "little") * 2 + BMP[26:], "too large"),
     "start of a JPEG": (b"\xff\xd8\xff\xe0", "incomplete"),
     "JPEG without end": (WITH_THUMBNAIL[:-2], "incomplete"),
@@ -165,72 +174,72 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("exif_orientation", [False, True])
-def test_what_is_no_whole_image_is_refused(kind: str, exif_orientation: bool) -> None:
-    encoded, cause = BAD[kind]
+def test_decode_rejects_bad_files_with_a_reason(name: str, exif_orientation: bool) -> None:
+    encoded, cause = BAD[name]
     with pytest.raises(BadImageError) as caught:
         decode(encoded, exif_orientation=exif_orientation)
     assert caught.value.reason == reason_of(CAUSES[cause])
     assert caught.value.reason in str(caught.value)
-    # Reasons are counted, so that they must not differ from image to image.
+    # Reasons are counted, so they must not contain details of one image.
     assert not any(character.isdigit() for character in caught.value.reason)
 
 
-def test_every_cause_has_a_reason_of_its_own() -> None:
+def test_reasons_differ_between_causes() -> None:
     assert len({reason_of(encoded) for encoded in CAUSES.values()}) == len(CAUSES)
 
 
-def test_a_thumbnail_is_not_taken_for_the_end_nor_for_the_image() -> None:
+def test_decode_ignores_embedded_thumbnails() -> None:
     np.testing.assert_array_equal(decode(WITH_THUMBNAIL), decode(PHOTO))
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 99, b"camera data", PHOTO[:500]])
-def test_what_follows_a_jpeg_does_no_harm(tail: bytes) -> None:
+def test_decode_ignores_bytes_after_the_end_of_a_jpeg(tail: bytes) -> None:
     np.testing.assert_array_equal(decode(PHOTO + tail), decode(PHOTO))
 
 
-def test_stray_bytes_are_forgiven_as_elsewhere() -> None:
+def test_decode_accepts_stray_bytes_between_markers() -> None:
     start_of_scan = PHOTO.index(b"\xff\xda")
     stray = PHOTO[:start_of_scan] + b"\xff\xff" + PHOTO[start_of_scan:]
     np.testing.assert_array_equal(decode(stray), decode(PHOTO))
 
 
-def test_a_frame_of_no_height_is_refused_and_nothing_crashes() -> None:
-    at = PHOTO.index(b"\xff\xc0") + 5
+def test_decode_rejects_jpegs_of_height_zero() -> None:
+    offset = PHOTO.index(b"\xff\xc0") + 5
     with pytest.raises(BadImageError):
-        decode(PHOTO[:at] + b"\0\0" + PHOTO[at + 2 :])
+        decode(PHOTO[:offset] + b"\0\0" + PHOTO[offset + 2 :])
 
 
-def test_any_byte_may_be_wrong() -> None:
+def test_decode_survives_any_damaged_byte() -> None:
     rng = np.random.default_rng(0)
-    refused = 0
-    small = encode(smooth(24, 32), "JPEG")
-    for at in range(len(small)):
-        wrong = bytearray(small)
-        wrong[at] ^= int(rng.integers(1, 256))
+    num_rejected = 0
+    encoded = encode(smooth(24, 32), "JPEG")
+    for offset in range(len(encoded)):
+        damaged = bytearray(encoded)
+        damaged[offset] ^= int(rng.integers(1, 256))
         try:
-            assert decode(bytes(wrong)).ndim == 3
+            assert decode(bytes(damaged)).ndim == 3
         except BadImageError:
-            refused += 1
-    assert 0 < refused < len(small)
+            num_rejected += 1
+    assert 0 < num_rejected < len(encoded)
 
 
-def test_a_bomb_is_refused_before_it_goes_off() -> None:
+def test_decode_rejects_decompression_bombs_without_decoding_them() -> None:
     tracemalloc.start()
     with raises(BadImageError, "20000") as caught:
-        decode(png_that_claims(20_000, 20_000))
+        decode(png_with_header_size(20_000, 20_000))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Decoded, it would be 1.2 GB.
+    # The decoded image would take 1.2 GB.
     assert peak < 10**6
     assert caught.value.reason == reason_of(CAUSES["too large"])
 
 
-def test_the_largest_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_accepts_images_of_exactly_max_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixer_jax.data.decode.MAX_PIXELS", 20 * 30)
     assert decode(encode(noise(20, 30), "JPEG")).shape == (20, 30, 3)
-    too_large: list[Any] = [encode(noise(20, 31), kind) for kind in ("JPEG", "PNG", "GIF")]
+    too_large = [encode(noise(20, 31), file_format) for file_format in ("JPEG", "PNG", "GIF")]
     for encoded in too_large:
         with raises(BadImageError, "31", "20"):
             decode(encoded)

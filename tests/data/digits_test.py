@@ -1,4 +1,4 @@
-"""Tests of the digits data set: scikit-learn's scans, each once, the same wherever prepared."""
+"""Tests of the digits dataset: every scan once, identical after every preparation."""
 
 import subprocess
 import sys
@@ -22,22 +22,24 @@ def read(name: str, split: str, data_dir: str) -> list[Example]:
     return [source.examples[index] for index in range(len(source))]
 
 
-def count(name: str, split: str, data_dir: str) -> Counter[tuple[bytes, str]]:
+def count_examples(name: str, split: str, data_dir: str) -> Counter[tuple[bytes, str]]:
     names = open_dataset(name, split, data_dir).class_names
     return Counter((e["image"], names[e["labels"][0]]) for e in read(name, split, data_dir))
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_low_and_high_partition_all(split: str, digits_dir: str) -> None:
-    everything = count("digits", split, digits_dir)
-    low, high = (count(f"digits/{classes}", split, digits_dir) for classes in ("low", "high"))
-    assert everything.total() == SIZES[split]
-    assert everything == low + high
+def test_low_and_high_are_a_partition_of_all(split: str, digits_dir: str) -> None:
+    all_digits = count_examples("digits", split, digits_dir)
+    low, high = (
+        count_examples(f"digits/{classes}", split, digits_dir) for classes in ("low", "high")
+    )
+    assert all_digits.total() == SIZES[split]
+    assert all_digits == low + high
     assert {name for _, name in low} == set("01234")
     assert {name for _, name in high} == set("56789")
 
 
-def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
+def test_digits_contains_every_scan_once(digits_dir: str) -> None:
     scans = load_digits()
     expected = Counter(
         (scan.astype(np.uint8).tobytes(), int(digit))
@@ -47,7 +49,7 @@ def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
     for example in read("digits", "train+test", digits_dir):
         image = decode(example["image"])
         levels = np.rint(image[..., 0] / 255 * 16)
-        # 17 grey levels span the whole range of a byte, and rounding is all that is lost.
+        # The 17 gray levels are scaled to the range of a byte, with rounding.
         assert (image == np.rint(levels * 255 / 16)[..., None]).all()
         found[levels.astype(np.uint8).tobytes(), example["labels"][0]] += 1
     assert found == expected
@@ -57,11 +59,11 @@ def test_every_scan_appears_exactly_once(digits_dir: str) -> None:
     ("name", "class_names"),
     [("digits", "0123456789"), ("digits/low", "01234"), ("digits/high", "56789")],
 )
-def test_class_names(name: str, class_names: str, digits_dir: str) -> None:
+def test_class_names_are_the_digits(name: str, class_names: str, digits_dir: str) -> None:
     assert open_dataset(name, "test", digits_dir).class_names == tuple(class_names)
 
 
-def test_it_is_prepared_as_array_record(digits_dir: str) -> None:
+def test_digits_is_prepared_as_array_record(digits_dir: str) -> None:
     builder = tfds.builder_from_directory(f"{digits_dir}/digits/all/1.0.0")
     assert builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
@@ -70,11 +72,11 @@ PREPARE = """
 import sys
 import sklearn.datasets
 import mixer_jax.data.builders.digits
-from mixer_jax.data.registry import open_source
+from mixer_jax.data.registry import open_dataset
 print("ready", flush=True)
 input()
 try:
-    print(len(open_source("digits", "train", sys.argv[1])))
+    print(len(open_dataset("digits", "train", sys.argv[1])))
 finally:
     print("tensorflow" in sys.modules)
 """
@@ -82,13 +84,13 @@ finally:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data_dir that two other processes share."""
+    """A data_dir shared by two other processes."""
     return str(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
 def outputs(folder: str, root: Path) -> list[str]:
-    """What two processes print that prepare digits in one folder at the same moment."""
+    """Output of two processes that prepare digits in one folder at the same time."""
     command, pipe = [sys.executable, "-c", PREPARE, folder], subprocess.PIPE
     processes = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) for _ in range(2)
@@ -103,15 +105,15 @@ def outputs(folder: str, root: Path) -> list[str]:
     return [process.communicate()[0] for process in processes]
 
 
-def test_preparing_does_not_import_tensorflow(outputs: list[str]) -> None:
+def test_preparing_digits_does_not_import_tensorflow(outputs: list[str]) -> None:
     assert [output.splitlines()[-1] for output in outputs] == ["False"] * 2
 
 
-def test_two_hosts_may_prepare_in_one_folder_at_once(outputs: list[str]) -> None:
+def test_two_processes_can_prepare_digits_at_the_same_time(outputs: list[str]) -> None:
     assert [output.splitlines()[0] for output in outputs] == ["1437"] * 2
 
 
 @pytest.mark.usefixtures("outputs")
 @pytest.mark.parametrize("split", SIZES)
-def test_two_preparations_are_identical(split: str, folder: str, digits_dir: str) -> None:
+def test_concurrent_preparation_is_identical(split: str, folder: str, digits_dir: str) -> None:
     assert read("digits", split, folder) == read("digits", split, digits_dir)

@@ -1,4 +1,4 @@
-"""Tests of a user's own folder of images: any layout people have, any mistake they make."""
+"""Tests of image folders: common layouts, and common mistakes."""
 
 import errno
 import os
@@ -19,13 +19,13 @@ PNG = encode(noise(4, 5), "PNG")
 
 
 def write(root: Path, *paths: str) -> None:
-    """Writes images that differ in their last byte, which no decoder reads."""
+    """Writes images that differ only in a byte after the end, which decoders ignore."""
     for number, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(PNG + bytes([number % 256]))
 
 
-def many(*folders: str, count: int = 20) -> list[str]:
+def numbered(*folders: str, count: int = 20) -> list[str]:
     return [f"{folder}/{number}.png" for folder in folders for number in range(count)]
 
 
@@ -50,7 +50,7 @@ def error_of(path: Path | str, split: str = "train") -> str:
     return str(caught.value)
 
 
-def test_examples_are_the_files_with_the_class_of_their_directory(tmp_path: Path) -> None:
+def test_open_folder_reads_files_with_the_class_of_their_directory(tmp_path: Path) -> None:
     write(tmp_path, "train/dog/b.png", "train/cat/a.png", "train/dog/c.JPG", "test/dog/d.png")
     source = open_folder(tmp_path)
     assert source.class_names == ("cat", "dog")
@@ -70,23 +70,23 @@ def test_examples_are_the_files_with_the_class_of_their_directory(tmp_path: Path
 
 
 @pytest.mark.parametrize("held_out", ["validation", "val", "test"])
-def test_one_held_out_split_answers_to_every_name(held_out: str, tmp_path: Path) -> None:
-    write(tmp_path, *many("train/a"), f"{held_out}/a/x.png")
+def test_a_single_held_out_split_has_three_names(held_out: str, tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a"), f"{held_out}/a/x.png")
     for split in ("validation", "val", "test"):
         assert names(tmp_path, split) == [f"{held_out}/a/x.png"]
 
 
-def test_two_held_out_splits_are_two(tmp_path: Path) -> None:
-    write(tmp_path, *many("train/a"), "val/a/x.png", "test/a/y.png")
+def test_two_held_out_splits_have_their_own_names(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a"), "val/a/x.png", "test/a/y.png")
     assert names(tmp_path, "val") == ["val/a/x.png"]
     assert names(tmp_path, "test") == ["test/a/y.png"]
     assert mentions(error_of(tmp_path, "validation"), "validation", "train", "val", "test")
 
 
-@pytest.mark.parametrize("inside", ["", "train/"])
-def test_without_a_split_a_tenth_of_every_class_is_held_out(inside: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parent", ["", "train/"])
+def test_a_tenth_of_every_class_is_held_out_without_a_split(parent: str, tmp_path: Path) -> None:
     sizes = {"a": 100, "b": 34, "c": 5, "d": 2, "e": 1}
-    paths = [path for name, size in sizes.items() for path in many(inside + name, count=size)]
+    paths = [path for name, size in sizes.items() for path in numbered(parent + name, count=size)]
     write(tmp_path, *paths)
     train, validation = names(tmp_path), names(tmp_path, "validation")
     assert sorted(train + validation) == sorted(paths)
@@ -95,24 +95,24 @@ def test_without_a_split_a_tenth_of_every_class_is_held_out(inside: str, tmp_pat
     assert names(tmp_path, "train+validation") == train + validation
 
 
-def test_the_automatic_split_depends_on_the_paths_alone(tmp_path: Path) -> None:
+def test_automatic_split_depends_only_on_the_paths(tmp_path: Path) -> None:
     for root, order in ((tmp_path / "one", 1), (tmp_path / "two", -1)):
-        write(root, *many("a", "b")[::order])
+        write(root, *numbered("a", "b")[::order])
     assert names(tmp_path / "one") == names(tmp_path / "two")
     assert names(tmp_path / "one", "test") == names(tmp_path / "two", "test")
-    # Not simply the first ones.
+    # They are not simply the first ones.
     assert names(tmp_path / "one", "test") != ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
 
 
-def test_slices_mix_the_classes(tmp_path: Path) -> None:
-    write(tmp_path, *many("train/a", "train/b", count=50), "val/a/x.png")
+def test_slices_contain_all_classes(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a", "train/b", count=50), "val/a/x.png")
     first, rest = names(tmp_path, "train[:20%]"), names(tmp_path, "train[20%:]")
     assert first + rest == names(tmp_path)
     assert len(first) == 20
     assert 4 < sum("/a/" in name for name in first) < 16
 
 
-def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_skipped(tmp_path: Path) -> None:
     write(tmp_path, "a/x.png", "b/y.png", "b/z.png")
     for path in ("a/notes.txt", "a/.hidden.png", "a/Thumbs.db", ".git/x.png", "README.md"):
         write(tmp_path, path)
@@ -121,27 +121,27 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     assert open_folder(tmp_path).class_names == ("a", "b")
 
 
-def test_directories_inside_a_class_and_links_are_followed(tmp_path: Path) -> None:
+def test_subdirectories_and_links_are_followed(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "one.png", "deep/two.png")
-    write(tmp_path / "place", "train/a/deep/er/x.png", "val/a/y.png")
-    (tmp_path / "place/train/b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "place/train/a/deep/circle").symlink_to(tmp_path / "place/train/a")
-    (tmp_path / "place/train/a/self.png").symlink_to(tmp_path / "place/train/a/self.png")
-    found = names(tmp_path / "place")
+    write(tmp_path / "images", "train/a/deep/er/x.png", "val/a/y.png")
+    (tmp_path / "images/train/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/train/a/deep/circle").symlink_to(tmp_path / "images/train/a")
+    (tmp_path / "images/train/a/self.png").symlink_to(tmp_path / "images/train/a/self.png")
+    found = names(tmp_path / "images")
     assert sorted(found) == [
         "train/a/deep/er/x.png",
         "train/a/self.png",
         "train/b/deep/two.png",
         "train/b/one.png",
     ]
-    # What cannot be read is listed, so that it is counted and named when it is met.
-    source = open_folder(tmp_path / "place")
+    # A broken link is listed, so that it is reported when it is read.
+    source = open_folder(tmp_path / "images")
     with raises(BadImageError, "a/self.png", os.strerror(errno.ELOOP)) as caught:
         source.examples[found.index("train/a/self.png")]
-    assert caught.value.name == f"{tmp_path}/place/train/a/self.png"
+    assert caught.value.name == f"{tmp_path}/images/train/a/self.png"
 
 
-def test_of_two_ways_to_a_folder_it_is_always_the_same_that_is_taken(
+def test_a_folder_with_several_paths_is_always_visited_by_the_same_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "train/a/m/x.png", "val/a/y.png")
@@ -153,10 +153,10 @@ def test_of_two_ways_to_a_folder_it_is_always_the_same_that_is_taken(
     assert len(in_order) == 1
 
 
-def test_a_folder_that_cannot_be_read_is_told_in_a_line(
+def test_unreadable_folders_are_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, *many("a"), "a/secret/x.png")
+    write(tmp_path, *numbered("a"), "a/secret/x.png")
 
     def scan(path: Path, scan: Any = os.scandir) -> Any:
         if Path(path).name == "secret":
@@ -169,8 +169,8 @@ def test_a_folder_that_cannot_be_read_is_told_in_a_line(
     assert "\n" not in message
 
 
-def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
-    write(tmp_path, *many("a", count=3))
+def test_deleted_files_are_bad_images(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("a", count=3))
     source = open_folder(tmp_path)
     for path in tmp_path.glob("a/*"):
         path.unlink()
@@ -178,22 +178,22 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
         source.examples[0]
 
 
-def test_a_file_too_large_to_be_an_image_is_not_read_whole(
+def test_files_above_the_size_limit_are_bad_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, *many("a", count=2))
+    write(tmp_path, *numbered("a", count=2))
     monkeypatch.setattr("mixer_jax.data.image_files._MAX_BYTES", len(PNG))
     with raises(BadImageError, f"{tmp_path}/a/", ".png", str(len(PNG) + 1)):
         open_folder(tmp_path).examples[0]
 
 
-def test_names_of_any_script(tmp_path: Path) -> None:
-    write(tmp_path, *many("Hündin", "犬"))
+def test_class_names_may_be_unicode(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("Hündin", "犬"))
     assert open_folder(tmp_path).class_names == ("Hündin", "犬")
     assert {Path(name).parent.name for name in names(tmp_path)} == {"Hündin", "犬"}
 
 
-def test_names_that_are_no_text_can_be_shown(tmp_path: Path) -> None:
+def test_class_names_with_invalid_unicode_are_escaped(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/H\xfcndin"
     os.mkdir(folder)
     for number in range(2):
@@ -204,8 +204,8 @@ def test_names_that_are_no_text_can_be_shown(tmp_path: Path) -> None:
     assert source.examples[0]["name"].startswith(f"{tmp_path}/H\\xfcndin/")
 
 
-def test_no_image_counts_twice_under_several_names(tmp_path: Path) -> None:
-    write(tmp_path, *many("train/a", count=10), *many("test/a", count=5))
+def test_combined_splits_contain_no_duplicates(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a", count=10), *numbered("test/a", count=5))
     assert len(open_folder(tmp_path, "all")) == 15
     assert len(open_folder(tmp_path, "train+val")) == 15
     assert len(open_folder(tmp_path, "validation[:3]")) == 3
@@ -216,25 +216,23 @@ def test_no_image_counts_twice_under_several_names(tmp_path: Path) -> None:
     "directories",
     [("training", "validation"), ("Train", "Val"), ("val", "test"), ("testing",)],
 )
-def test_splits_under_other_names_are_not_taken_for_classes(
-    directories: tuple[str, ...], tmp_path: Path
-) -> None:
-    write(tmp_path, *many(*(f"{name}/cat" for name in directories)))
+def test_unknown_split_names_are_rejected(directories: tuple[str, ...], tmp_path: Path) -> None:
+    write(tmp_path, *numbered(*(f"{name}/cat" for name in directories)))
     assert mentions(error_of(tmp_path), *directories, "train", "validation", "val", "test")
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    write(tmp_path, *many("train", "car", "bus"))
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train", "car", "bus"))
     assert open_folder(tmp_path).class_names == ("bus", "car", "train")
     assert len(open_folder(tmp_path, "train+validation")) == 60
 
 
-def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
+def test_usage_errors_name_the_folder_and_split(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     write(tmp_path / "typo", "train/cat/x.png", "val/cta/y.png")
     write(tmp_path / "no_images", "train/cat/x.txt", "val/cat/y.png")
-    write(tmp_path / "good", *many("a"))
+    write(tmp_path / "good", *numbered("a"))
     for path in ("", tmp_path / "absent", tmp_path / "file", "gs://bucket/images"):
         assert mentions(error_of(path), f"folder:{path}", "train", "validation")
     assert mentions(error_of(tmp_path / "empty"), f"{tmp_path}/empty")
@@ -244,5 +242,5 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         message = error_of(tmp_path / "good", split)
         assert mentions(message, repr(split), f"{tmp_path}/good", "train", "validation")
     assert mentions(error_of(tmp_path / "good", "train[:0]"), "train[:0]", f"{tmp_path}/good")
-    # By the name that was asked for, though it is held out as "validation".
+    # The message has the requested name, although the split is called "validation".
     assert mentions(error_of(tmp_path / "good", "test[:0]"), "test[:0]", f"{tmp_path}/good")

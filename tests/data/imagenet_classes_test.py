@@ -1,4 +1,4 @@
-"""Tests of the names of ImageNet's classes."""
+"""Tests of the WordNet IDs of the ImageNet-1k classes."""
 
 import importlib.machinery
 import importlib.util
@@ -11,22 +11,22 @@ import pytest
 from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 
 
-def test_names_are_in_the_order_of_the_class_numbers() -> None:
-    names = imagenet1k_wnids()
-    assert len(set(names)) == len(names) == 1000
-    assert (names[0], names[-1]) == ("n01440764", "n15075141")
-    # Numbered by the ids in their order: "tench" is 0, "toilet tissue" 999.
-    assert names == tuple(sorted(names))
+def test_wnids_are_in_the_order_of_the_class_indices() -> None:
+    wnids = imagenet1k_wnids()
+    assert len(set(wnids)) == len(wnids) == 1000
+    assert (wnids[0], wnids[-1]) == ("n01440764", "n15075141")
+    # Class indices follow the sorted IDs: "tench" is 0, "toilet tissue" is 999.
+    assert wnids == tuple(sorted(wnids))
 
 
-def test_names_are_those_of_the_data_set(tmp_path: Path) -> None:
+def test_wnids_match_the_tfds_dataset(tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
     features = tfds.builder("imagenet2012", data_dir=tmp_path).info.features
     assert tuple(features["label"].names) == imagenet1k_wnids()
 
 
-def test_tfds_is_not_imported() -> None:
+def test_wnids_are_read_without_importing_tfds() -> None:
     code = (
         "import sys; from mixer_jax.data.imagenet_classes import imagenet1k_wnids; "
         "print(len(imagenet1k_wnids()), 'tensorflow_datasets' in sys.modules)"
@@ -36,7 +36,7 @@ def test_tfds_is_not_imported() -> None:
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_without_tfds_or_its_file(
+def test_wnids_are_empty_without_tfds_or_its_file(
     installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.machinery.ModuleSpec("tensorflow_datasets", None, is_package=True)

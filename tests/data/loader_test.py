@@ -1,16 +1,25 @@
-"""Tests of the pipeline: batch n depends on (seed, n) alone, and no example is lost or doubled."""
+"""Tests of the input pipeline: batch n is a function of (seed, n), and no example is lost."""
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.chunks import CHUNK_SIZE, Chunks
-from mixer_jax.data.loader import BadImageCallback, Batch, eval_batches
+from mixer_jax.data.loader import (
+    CHUNK_SIZE,
+    BadImageCallback,
+    Batch,
+    Chunks,
+    _resolve_parallelism,
+    eval_batches,
+)
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Example
 from mixer_jax.distributed.sharding import batch_sharding
@@ -23,48 +32,54 @@ from tests.helpers.batches import (
     UNCHANGED,
     RecordingSource,
     assert_identical,
+    make_source,
     mesh_of,
     on_host,
-    source,
-    train,
+    small_train_batches,
 )
 from tests.helpers.messages import raises
 
 
 @pytest.mark.parametrize("preprocess", [UNCHANGED, AUGMENTED], ids=["unchanged", "augmented"])
-@pytest.mark.parametrize("first_step", [1, 5, 7])
-def test_starting_later_gives_the_batches_of_running_to_there(
-    first_step: int, preprocess: dict[str, Any]
+@pytest.mark.parametrize("start_step", [1, 5, 7])
+def test_train_batches_are_the_same_from_any_start_step(
+    start_step: int, preprocess: dict[str, Any]
 ) -> None:
-    whole = train(0, 8, preprocess=preprocess)
-    for _ in range(first_step):
-        next(whole)
-    assert_identical(train(first_step, 8, preprocess=preprocess), whole)
+    from_zero = small_train_batches(0, 8, preprocess=preprocess)
+    for _ in range(start_step):
+        next(from_zero)
+    assert_identical(small_train_batches(start_step, 8, preprocess=preprocess), from_zero)
 
 
-def test_threads_do_not_matter() -> None:
-    one, three = (train(0, 8, preprocess=AUGMENTED, threads=threads) for threads in (1, 3))
+def test_train_batches_do_not_depend_on_the_number_of_threads() -> None:
+    one, three = (
+        small_train_batches(0, 8, preprocess=AUGMENTED, num_threads=count) for count in (1, 3)
+    )
     assert_identical(one, three)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
-def test_meshes_do_not_matter(data: int, fsdp: int) -> None:
-    one, mesh = mesh_of(1, 1), mesh_of(data, fsdp)
-    alone, together = (
-        train(0, 3, batch_size=16, mesh=m, preprocess=AUGMENTED) for m in (one, mesh)
+def test_train_batches_do_not_depend_on_the_mesh(data: int, fsdp: int) -> None:
+    one_device, mesh = (
+        small_train_batches(0, 3, batch_size=16, mesh=mesh, preprocess=AUGMENTED)
+        for mesh in (mesh_of(1, 1), mesh_of(data, fsdp))
     )
-    assert_identical(alone, together)
-    batch = next(train(0, 1, batch_size=16, mesh=mesh))
+    assert_identical(one_device, mesh)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
+def test_train_batches_are_sharded_over_all_devices(data: int, fsdp: int) -> None:
+    mesh = mesh_of(data, fsdp)
+    batch = next(small_train_batches(0, 1, batch_size=16, mesh=mesh))
     for array in batch.values():
         assert array.sharding == batch_sharding(mesh)
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
-        assert sorted(shard.index[0].start for shard in array.addressable_shards) == [
-            *range(0, 16, 2)
-        ]
+        starts = sorted(shard.index[0].start for shard in array.addressable_shards)
+        assert starts == [*range(0, 16, 2)]
 
 
-def test_batches_have_the_types_and_shapes_they_promise() -> None:
-    batches = on_host(train(2, 5))
+def test_train_batches_have_documented_types_and_shapes() -> None:
+    batches = on_host(small_train_batches(2, 5))
     assert len(batches) == 3
     for batch in batches:
         assert batch["image"].shape == (4, SIZE, SIZE, 3)
@@ -73,39 +88,40 @@ def test_batches_have_the_types_and_shapes_they_promise() -> None:
         assert batch["label"].dtype == np.int32
 
 
-def test_no_steps_are_no_batches() -> None:
-    assert on_host(train(3, 3)) == []
+def test_train_batches_of_no_steps_are_empty() -> None:
+    assert on_host(small_train_batches(3, 3)) == []
 
 
 def labels(batches: Iterator[Batch]) -> np.ndarray:
     return np.concatenate([batch["label"] for batch in on_host(batches)])
 
 
-def test_every_epoch_is_every_example_once_in_its_own_order() -> None:
-    # Batches of 4 run on across epochs of 10: 15 of them are 6 epochs.
-    epochs = labels(train(0, 15)).reshape(6, 10)
+def test_train_batches_contain_every_example_once_per_epoch_in_a_new_order() -> None:
+    # 15 batches of 4 are 6 epochs of 10 examples; batches span epochs.
+    epochs = labels(small_train_batches(0, 15)).reshape(6, 10)
     assert (np.sort(epochs) == np.arange(10)).all()
     assert len({epoch.tobytes() for epoch in epochs}) == 6
 
 
-def test_images_stay_with_their_labels() -> None:
-    for batch in on_host(train(0, 15)):
+def test_train_batches_pair_images_with_their_labels() -> None:
+    for batch in on_host(small_train_batches(0, 15)):
         np.testing.assert_array_equal(batch["image"], IMAGES[batch["label"]])
 
 
-def test_far_steps_begin_at_once() -> None:
-    began = time.monotonic()
+def test_train_batches_start_fast_at_any_step() -> None:
+    start = time.monotonic()
     for step in (10**6, 10**9, 10**12):
-        assert sorted(labels(train(step, step + 1, batch_size=10))) == list(range(10))
-    assert time.monotonic() - began < 2
+        epoch = labels(small_train_batches(step, step + 1, batch_size=10))
+        assert sorted(epoch) == list(range(10))
+    assert time.monotonic() - start < 5
 
 
-def test_another_seed_gives_another_order() -> None:
-    orders = {labels(train(0, 5, seed=seed)).tobytes() for seed in range(3)}
+def test_train_batches_with_other_seeds_have_another_order() -> None:
+    orders = {labels(small_train_batches(0, 5, seed=seed)).tobytes() for seed in range(3)}
     assert len(orders) == 3
 
 
-def versions(batches: Iterator[Batch], label: int) -> list[bytes]:
+def images_with_label(batches: Iterator[Batch], label: int) -> list[bytes]:
     return [
         image.tobytes()
         for batch in on_host(batches)
@@ -115,102 +131,120 @@ def versions(batches: Iterator[Batch], label: int) -> list[bytes]:
 
 def test_augmentation_differs_between_epochs_examples_and_seeds() -> None:
     crops = UNCHANGED | {"train_crop": "inception"}
-    seen = [versions(train(0, 25, preprocess=crops, seed=seed), 3) for seed in (0, 1)]
+    seen = [
+        images_with_label(small_train_batches(0, 25, preprocess=crops, seed=seed), 3)
+        for seed in (0, 1)
+    ]
     assert len(seen[0]) == len(seen[1]) == 10
     assert len({*seen[0], *seen[1]}) > 15
-    # One image under ten labels: if all of an epoch were cropped alike, few would differ.
+    # The same image with ten labels: if one crop were used per epoch, few results would differ.
     same = [
         Example(image=RecordingSource()[0]["image"], labels=(label,), name="")
         for label in range(10)
     ]
-    (batch,) = on_host(train(0, 1, batch_size=10, preprocess=crops, examples=same))
+    (batch,) = on_host(small_train_batches(0, 1, batch_size=10, preprocess=crops, examples=same))
     assert len({image.tobytes() for image in batch["image"]}) > 8
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_reading_ahead_is_bounded(threads: int) -> None:
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_prefetching_is_bounded(num_threads: int) -> None:
     examples = RecordingSource()
-    batches = train(0, 10**6, threads=threads, examples=examples)
+    batches = small_train_batches(0, 10**6, num_threads=num_threads, examples=examples)
     for _ in range(3):
         next(batches)
     time.sleep(0.1)
-    # Three taken, one on its way to the device, two ready on the host or one for every thread, and
-    # one being put together.
-    assert 3 * 4 <= len(examples.indices) <= (5 + max(2, threads)) * 4
+    # Three batches are taken, one is being transferred, two (or one per thread) are loaded, and one
+    # is being assembled.
+    assert 3 * 4 <= len(examples.indices) <= (5 + max(2, num_threads)) * 4
+
+
+def test_an_iterator_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_chunks = Chunks.__len__
+    monkeypatch.setattr(Chunks, "__len__", lambda self: num_chunks(self) - 1)
+    batches = small_train_batches(0, 5)
+    with pytest.raises(RuntimeError):
+        list(batches)
 
 
 BAD = (3, 6)
 
 
-def with_bad() -> list[Example]:
-    """Ten examples, of which those in `BAD` are no images."""
+def with_bad_examples() -> list[Example]:
+    """Makes ten examples; those in `BAD` are not images."""
     examples = [RecordingSource()[index] for index in range(10)]
     for index in BAD:
         examples[index]["image"] = b"broken"
     return examples
 
 
-def test_bad_images_are_replaced_and_reported_with_their_step() -> None:
+def test_bad_training_images_are_substituted_and_reported_with_their_step() -> None:
     reports: dict[int, list[BadImage]] = {}
-    batches = train(0, 15, examples=with_bad(), report=reports.__setitem__)
-    plain = labels(train(0, 15))
-    seen = labels(batches)
-    bad_places = np.isin(plain, BAD)
-    # All other places hold what they would hold; at the bad ones stand good examples.
-    assert (seen[~bad_places] == plain[~bad_places]).all()
-    assert bad_places.sum() == 12
-    assert not np.isin(seen, BAD).any()
-    assert len(set(seen[bad_places])) > 3
-    for step, bad in reports.items():
-        expected = {f"image {label}" for label in plain.reshape(15, 4)[step - 1] if label in BAD}
-        # A substitute may be bad as well, and is then replaced in its turn.
-        assert expected <= {name for name, _ in bad} <= {"image 3", "image 6"}
-        assert {reason for _, reason in bad} == {reason_of(b"broken")}
-    assert reports.keys() == {step + 1 for step in np.flatnonzero(bad_places.reshape(15, 4).any(1))}
+    batches = small_train_batches(
+        0, 15, examples=with_bad_examples(), on_bad_images=reports.__setitem__
+    )
+    without_bad = labels(small_train_batches(0, 15))
+    substituted = labels(batches)
+    is_bad = np.isin(without_bad, BAD)
+    # Only positions of bad examples differ; they contain good examples.
+    assert (substituted[~is_bad] == without_bad[~is_bad]).all()
+    assert is_bad.sum() == 12
+    assert not np.isin(substituted, BAD).any()
+    assert len(set(substituted[is_bad])) > 3
+    for step, bad_images in reports.items():
+        batch_labels = without_bad.reshape(15, 4)[step - 1]
+        expected = {f"image {label}" for label in batch_labels if label in BAD}
+        # A substitute may be bad as well, and is then reported and substituted too.
+        assert expected <= {name for name, _ in bad_images} <= {"image 3", "image 6"}
+        assert {reason for _, reason in bad_images} == {reason_of(b"broken")}
+    assert reports.keys() == {step + 1 for step in np.flatnonzero(is_bad.reshape(15, 4).any(1))}
 
 
-def test_substitutes_are_the_same_from_anywhere() -> None:
-    far = train(5, 8, examples=with_bad(), preprocess=AUGMENTED)
-    near = train(0, 8, examples=with_bad(), preprocess=AUGMENTED, threads=1, batch_size=4)
+def test_substitutes_do_not_depend_on_start_step_and_threads() -> None:
+    from_five = small_train_batches(5, 8, examples=with_bad_examples(), preprocess=AUGMENTED)
+    from_zero = small_train_batches(
+        0, 8, examples=with_bad_examples(), preprocess=AUGMENTED, num_threads=1
+    )
     for _ in range(5):
-        next(near)
-    assert_identical(far, near)
+        next(from_zero)
+    assert_identical(from_five, from_zero)
 
 
-def test_nothing_but_bad_images_is_an_error_and_no_hang() -> None:
+def test_a_source_of_only_bad_images_is_an_error() -> None:
     examples = [Example(image=b"broken", labels=(0,), name=f"image {i}") for i in range(10)]
     with raises(RunError, "toy", "100", reason_of(b"broken")) as caught:
-        next(train(0, 3, examples=examples))
+        next(small_train_batches(0, 3, examples=examples))
     assert re.search(r"\bimage \d\b", str(caught.value))
 
 
-def evaluation(
+def small_eval_batches(
     batch_size: int,
     mesh: Mesh,
     examples: Sequence[Example] | None = None,
-    report: BadImageCallback = print,
+    on_bad_images: BadImageCallback = print,
     image_size: tuple[int, int] = (SIZE, SIZE),
 ) -> Iterator[Batch]:
     return eval_batches(
-        source(examples),
+        make_source(examples),
         batch_size=batch_size,
         image_size=image_size,
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
-        threads=2,
+        num_threads=2,
         prefetch_batches=2,
         sharding=batch_sharding(mesh),
-        report=report,
+        on_bad_images=on_bad_images,
     )
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "devices"),
+    ("batch_size", "num_devices"),
     [(1, 1), (3, 1), (5, 1), (10, 1), (11, 1), (64, 1), (8, 8), (16, 8), (6, 2), (10, 2)],
 )
-def test_evaluation_sees_every_example_once_in_order(batch_size: int, devices: int) -> None:
-    mesh = mesh_of(devices, 1)
-    batches = list(evaluation(batch_size, mesh))
+def test_eval_batches_contain_every_example_once_in_order(
+    batch_size: int, num_devices: int
+) -> None:
+    mesh = mesh_of(num_devices, 1)
+    batches = list(small_eval_batches(batch_size, mesh))
     assert len(batches) == -(-10 // batch_size)
     for batch in batches:
         assert {array.sharding for array in batch.values()} == {batch_sharding(mesh)}
@@ -226,43 +260,139 @@ def test_evaluation_sees_every_example_once_in_order(batch_size: int, devices: i
     assert [columns[name].dtype for name in columns] == [np.uint8, np.int32, np.bool_]
 
 
-def test_evaluation_images_need_not_be_square() -> None:
-    (batch,) = evaluation(10, mesh_of(1, 1), image_size=(6, 4))
+def test_eval_batches_accept_rectangular_image_sizes() -> None:
+    (batch,) = small_eval_batches(10, mesh_of(1, 1), image_size=(6, 4))
     assert batch["image"].shape == (10, 6, 4, 3)
 
 
-def test_bad_images_are_left_out_of_evaluation_and_reported() -> None:
-    met: list[BadImage] = []
-    batches = evaluation(4, mesh_of(1, 1), with_bad(), lambda step, bad: met.extend(bad))
+def test_eval_batches_mask_and_report_bad_images() -> None:
+    bad_images: list[BadImage] = []
+    batches = small_eval_batches(
+        4, mesh_of(1, 1), with_bad_examples(), lambda step, bad: bad_images.extend(bad)
+    )
     masks = np.concatenate([batch["mask"] for batch in on_host(batches)])
-    assert [name for name, _ in met] == ["image 3", "image 6"]
+    assert [name for name, _ in bad_images] == ["image 3", "image 6"]
     assert masks.tolist() == [index not in BAD for index in range(10)] + [False, False]
 
 
-def test_hosts_have_disjoint_shards_that_make_the_whole_batch() -> None:
-    """What 1, 2 or 4 hosts prepare, each for the rows that its devices hold."""
-    reader = TrainReader(source(), 0, SIZE, AUGMENTED)
+def test_hosts_load_disjoint_rows_of_the_same_batch() -> None:
+    """Splits the rows of a batch among 1, 2 or 4 hosts."""
+    reader = TrainReader(make_source(), 0, SIZE, AUGMENTED)
     steps = range(2, 5)
 
-    def prepared(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.concatenate([piece.positions for piece in Chunks(steps, rows, 20)])
-        return places, reader(places).arrays["image"]
+    def load(local_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chunks = Chunks(steps, local_rows, 20)
+        positions = np.concatenate([chunk.positions for chunk in chunks])
+        return positions, reader(positions).arrays["image"]
 
-    _, alone = prepared(np.arange(20))
-    for hosts in (2, 4):
-        shards = [prepared(rows) for rows in np.split(np.arange(20), hosts)]
-        places, together = (np.concatenate(column) for column in zip(*shards, strict=True))
-        assert sorted(places) == list(range(40, 100))
-        np.testing.assert_array_equal(together[np.argsort(places)], alone)
+    _, one_host = load(np.arange(20))
+    for num_hosts in (2, 4):
+        parts = [load(local_rows) for local_rows in np.split(np.arange(20), num_hosts)]
+        positions, images = (np.concatenate(column) for column in zip(*parts, strict=True))
+        assert sorted(positions) == list(range(40, 100))
+        np.testing.assert_array_equal(images[np.argsort(positions)], one_host)
 
 
-def test_pieces_fill_the_rows_of_their_batch() -> None:
-    pieces = Chunks(range(3, 5), np.arange(5, 42), 100)
-    assert pieces.per_step == 3
+def test_chunks_fill_the_local_rows_of_their_batch() -> None:
+    chunks = Chunks(range(3, 5), np.arange(5, 42), 100)
+    assert chunks.chunks_per_batch == 3
     for number, step in enumerate((3, 4)):
-        batch = np.full(pieces.num_rows, -1)
-        for piece in (pieces[3 * number + k] for k in range(3)):
-            assert piece.step == step
-            assert len(piece.positions) <= CHUNK_SIZE
-            batch[piece.rows] = piece.positions
+        batch = np.full(chunks.num_rows, -1)
+        for chunk in (chunks[3 * number + k] for k in range(3)):
+            assert chunk.step == step
+            assert len(chunk.positions) <= CHUNK_SIZE
+            batch[chunk.rows] = chunk.positions
         assert batch.tolist() == list(range(100 * step + 5, 100 * step + 42))
+
+
+class ManyExamples(Sequence[Example]):
+    """A hundred examples, a tenth of them bad, that are cheap to send to worker processes."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: Any) -> Any:
+        example = Example(
+            image=RecordingSource()[index % 10]["image"], labels=(index,), name=f"{index}"
+        )
+        return example | {"image": b"broken"} if index % 10 == 7 else example
+
+
+@pytest.mark.slow
+def test_train_batches_do_not_depend_on_the_number_of_workers() -> None:
+    # 20 images are two chunks; 7 steps are 14 chunks, which three workers share unevenly.
+    batches, reports = {}, {}
+    for num_workers in (1, 3):
+        reports[num_workers] = bad_images = dict[int, list[BadImage]]()
+        batches[num_workers] = small_train_batches(
+            3,
+            10,
+            batch_size=20,
+            preprocess=AUGMENTED,
+            examples=ManyExamples(),
+            num_workers=num_workers,
+            on_bad_images=bad_images.__setitem__,
+        )
+    assert_identical(batches[1], batches[3])
+    assert reports[1] == reports[3]
+    assert len(reports[1]) > 2
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_workers"),
+    [(1, 1), (8, 1), pytest.param(1, 2, marks=pytest.mark.slow)],
+)
+def test_batches_are_put_on_the_cpu_without_a_copy(
+    num_devices: int, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[np.ndarray] = []
+
+    def allocate(reader: TrainReader, num_rows: int) -> dict[str, np.ndarray]:
+        arrays = original(reader, num_rows)
+        allocated.append(arrays["image"])
+        return arrays
+
+    original = TrainReader.allocate
+    monkeypatch.setattr(TrainReader, "allocate", allocate)
+    batches = small_train_batches(
+        0,
+        2,
+        batch_size=64,
+        mesh=mesh_of(num_devices, 1),
+        num_workers=num_workers,
+        examples=ManyExamples(),
+    )
+    for batch in batches:
+        for shard in batch["image"].addressable_shards:
+            address = shard.data.unsafe_buffer_pointer()
+            starts = [array.ctypes.data for array in allocated]
+            assert any(start <= address < start + 64 * SIZE * SIZE * 3 for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_workers", "num_threads", "expected"),
+    [
+        (2, 0, 0, (1, 2)),
+        (8, 0, 0, (1, 8)),
+        (96, 0, 0, (12, 8)),
+        (96, 1, 0, (1, 96)),
+        (96, 4, 3, (4, 3)),
+        (2, 4, 0, (4, 1)),
+    ],
+)
+def test_parallelism_follows_cores_and_shared_memory(
+    cores: int,
+    num_workers: int,
+    num_threads: int,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    usage = SimpleNamespace(free=10**9)
+    monkeypatch.setattr("mixer_jax.data.loader.shutil.disk_usage", lambda path: usage)
+    assert _resolve_parallelism(num_workers, num_threads, 2_400_000) == expected
+    # Docker's default is too small for twelve workers, unless the user requests them.
+    usage.free = 64 * 2**20
+    monkeypatch.setattr("mixer_jax.data.loader._SHARED_MEMORY", Path("/"))
+    limited = (1, num_threads or cores) if num_workers == 0 and cores == 96 else expected
+    assert _resolve_parallelism(num_workers, num_threads, 2_400_000) == limited

@@ -1,4 +1,4 @@
-"""Tests of preparing and converting: what is written, what is refused, and what a kill leaves."""
+"""Tests of preparation: written files, errors, and recovery after a kill."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ FAILURES = {
 
 
 class MixerFailing(tfds.core.GeneratorBasedBuilder):
-    """A data set whose code fails after its first example."""
+    """Dataset whose builder fails after the first example."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in FAILURES]
@@ -51,7 +51,7 @@ class MixerFailing(tfds.core.GeneratorBasedBuilder):
         raise FAILURES[self.builder_config.name]
 
 
-def folder_of(data_dir: Path, name: str = "digits/all/1.0.0") -> Path:
+def dataset_dir(data_dir: Path, name: str = "digits/all/1.0.0") -> Path:
     return data_dir / name
 
 
@@ -64,8 +64,8 @@ def read(data_dir: Path | str, name: str = "digits") -> dict[str, list[tuple[Any
     return splits
 
 
-def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Returns time of change and bytes of every file."""
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Reads modification time and bytes of every file."""
     return {
         path.name: (path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.rglob("*")
@@ -74,8 +74,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def as_tfrecord(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with digits as TFDS writes it by default, but in many shards."""
+def tfrecord_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir with digits in TFDS's default format and several shards."""
     folder = tmp_path_factory.mktemp("tfrecord")
     builder = tfds.builder("digits", data_dir=folder, file_format="tfrecord")
     config = tfds.download.DownloadConfig(num_shards=SHARDS)
@@ -84,19 +84,19 @@ def as_tfrecord(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def unconverted(as_tfrecord: Path, tmp_path: Path) -> Path:
-    """A copy of it, in a folder whose name has a space."""
-    return Path(shutil.copytree(as_tfrecord, tmp_path / "my data"))
+def unconverted(tfrecord_dir: Path, tmp_path: Path) -> Path:
+    """A copy of it, with a space in its path."""
+    return Path(shutil.copytree(tfrecord_dir, tmp_path / "my data"))
 
 
-def test_a_conversion_changes_nothing_but_the_format(unconverted: Path, digits_dir: str) -> None:
-    before = contents(folder_of(unconverted))
-    _, was_there = prepare_tfds("digits", str(unconverted))
-    assert not was_there
+def test_conversion_keeps_examples_and_existing_files(unconverted: Path, digits_dir: str) -> None:
+    before = snapshot(dataset_dir(unconverted))
+    _, already_prepared = prepare_tfds("digits", str(unconverted))
+    assert not already_prepared
     assert read(unconverted) == read(digits_dir)
-    after = contents(folder_of(unconverted))
+    after = snapshot(dataset_dir(unconverted))
     before.pop("dataset_info.json")
-    # What was there stays for those who read it, untouched.
+    # Existing files stay untouched for processes that read them.
     assert before.items() <= after.items()
     added = after.keys() - before.keys() - {"dataset_info.json"}
     assert len(added) == 2 * SHARDS
@@ -104,20 +104,20 @@ def test_a_conversion_changes_nothing_but_the_format(unconverted: Path, digits_d
     assert tfds.builder("digits", data_dir=unconverted).info.file_format.value == "tfrecord"
 
 
-def test_a_converted_version_may_be_named(unconverted: Path, digits_dir: str) -> None:
+def test_conversion_accepts_a_version(unconverted: Path, digits_dir: str) -> None:
     prepare_tfds("digits:1.0.0", str(unconverted))
     assert read(unconverted, "digits:1.0.0") == read(digits_dir)
 
 
-def test_what_is_prepared_is_not_touched(unconverted: Path) -> None:
+def test_prepared_datasets_are_not_modified(unconverted: Path) -> None:
     prepare_tfds("digits", str(unconverted))
-    before = contents(unconverted)
-    _, was_there = prepare_tfds("digits", str(unconverted))
-    assert was_there
-    assert contents(unconverted) == before
+    before = snapshot(unconverted)
+    _, already_prepared = prepare_tfds("digits", str(unconverted))
+    assert already_prepared
+    assert snapshot(unconverted) == before
 
 
-def fake_length(folder: Path) -> tuple[str, ...]:
+def set_wrong_length(folder: Path) -> tuple[str, ...]:
     path = folder / "dataset_info.json"
     info = json.loads(path.read_text())
     info["splits"][1]["shardLengths"][7] = "37"
@@ -139,78 +139,81 @@ def damage_shard(folder: Path) -> tuple[str, ...]:
     return (path.name,)
 
 
-@pytest.mark.parametrize("damage", [fake_length, remove_shard, damage_shard])
-def test_what_is_wrong_with_a_shard_is_said(damage: Any, unconverted: Path) -> None:
-    expected = damage(folder_of(unconverted))
-    before = contents(unconverted)
+@pytest.mark.parametrize("damage", [set_wrong_length, remove_shard, damage_shard])
+def test_conversion_rejects_damaged_shards(damage: Any, unconverted: Path) -> None:
+    expected = damage(dataset_dir(unconverted))
+    before = snapshot(unconverted)
     with raises(UserError, *expected) as caught:
         prepare_tfds("digits", str(unconverted))
     assert "\n" not in str(caught.value)
-    assert contents(unconverted) == before
+    assert snapshot(unconverted) == before
 
 
-def test_a_killed_conversion_begins_again(unconverted: Path, digits_dir: str) -> None:
-    draft = folder_of(unconverted) / "incomplete.array_record"
+def test_killed_conversion_starts_over(unconverted: Path, digits_dir: str) -> None:
+    temp_dir = dataset_dir(unconverted) / "incomplete.array_record"
     command = [sys.executable, "-m", "mixer_jax.prepare", "digits", f"--data_dir={unconverted}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(draft.glob("*"))) < 3:
+    while len(list(temp_dir.glob("*"))) < 3:
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 3 <= len(list(draft.glob("*"))) < 2 * SHARDS
+    assert 3 <= len(list(temp_dir.glob("*"))) < 2 * SHARDS
     with raises(DatasetNotPreparedError, "digits", "tfrecord"):
         read(unconverted)
 
     prepare_tfds("digits", str(unconverted))
     assert read(unconverted) == read(digits_dir)
-    assert not draft.exists()
+    assert not temp_dir.exists()
     assert not list(unconverted.rglob("*.lock"))
 
 
-def test_a_conversion_killed_while_it_renames_is_not_taken_for_finished(
+def test_conversion_killed_between_renames_does_not_look_finished(
     unconverted: Path, digits_dir: str
 ) -> None:
     name = "digits-train.array_record-00000-of-00010"
-    (folder_of(unconverted) / name).write_bytes(b"from another version of the data")
+    (dataset_dir(unconverted) / name).write_bytes(b"from another version of the data")
     with raises(DatasetNotPreparedError, "digits", "tfrecord"):
         read(unconverted)
     prepare_tfds("digits", str(unconverted))
     assert read(unconverted) == read(digits_dir)
 
 
-def test_what_killed_preparations_left_is_removed(
+def test_leftovers_of_killed_preparations_are_removed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = tmp_path / "digits" / "low"
-    left, other_version = parent / "incomplete.AB12CD_1.0.0", parent / "incomplete.AB12CD_2.0.0"
-    for folder in (left, other_version):
+    leftover = parent / "incomplete.AB12CD_1.0.0"
+    other_version = parent / "incomplete.AB12CD_2.0.0"
+    for folder in (leftover, other_version):
         folder.mkdir(parents=True)
         (folder / "bucket.tmp").write_bytes(bytes(1000))
     prepare_tfds("digits/low", str(tmp_path))
     assert sorted(path.name for path in parent.iterdir()) == ["1.0.0", other_version.name]
-    told = capsys.readouterr().err
-    assert mentions(told, str(left))
-    assert not mentions(told, str(other_version))
+    errors = capsys.readouterr().err
+    assert mentions(errors, str(leftover))
+    assert not mentions(errors, str(other_version))
 
 
-def test_only_one_prepares_at_a_time(tmp_path: Path) -> None:
+def test_concurrent_preparation_is_an_error(tmp_path: Path) -> None:
     with preparation_lock(find_builder("digits", str(tmp_path))):
-        left = tmp_path / "digits" / "all" / "incomplete.AB12CD_1.0.0"
-        left.mkdir()
+        leftover = tmp_path / "digits" / "all" / "incomplete.AB12CD_1.0.0"
+        leftover.mkdir()
         with raises(UserError, "digits/all/1.0.0", str(tmp_path / "digits" / "all")):
             prepare_tfds("digits", str(tmp_path))
-        assert left.exists()
-        # Of another configuration it is none of their business.
+        assert leftover.exists()
+        # Other configs have their own lock.
         prepare_tfds("digits/low", str(tmp_path))
     prepare_tfds("digits", str(tmp_path))
-    assert not left.exists()
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("manual", [None, "elsewhere"])
-def test_a_missing_manual_download_is_asked_for(manual: str | None, tmp_path: Path) -> None:
+def test_missing_manual_downloads_are_an_error_with_instructions(
+    manual: str | None, tmp_path: Path
+) -> None:
     folder = tmp_path / (manual or "data/downloads/manual")
-    # With the instructions of the data set, on one line.
+    # The instructions of the dataset are on one line.
     with raises(UserError, "mixer_failing", str(folder), "--manual_dir", "get it there"):
         prepare_tfds(
             "mixer_failing", str(tmp_path / "data"), str(tmp_path / manual) if manual else ""
@@ -219,7 +222,9 @@ def test_a_missing_manual_download_is_asked_for(manual: str | None, tmp_path: Pa
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_failures_are_one_line_and_leave_nothing(failure: str, tmp_path: Path) -> None:
+def test_builder_failures_are_one_line_errors_without_leftovers(
+    failure: str, tmp_path: Path
+) -> None:
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "file").touch()
     expected = RunError if failure == "bug" else UserError
@@ -235,7 +240,7 @@ def test_failures_are_one_line_and_leave_nothing(failure: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["synthetic", "folder:/somewhere"])
-def test_some_data_need_no_preparation(name: str, tmp_path: Path) -> None:
+def test_synthetic_data_and_folders_need_no_preparation(name: str, tmp_path: Path) -> None:
     with raises(UserError, name):
         prepare_tfds(name, str(tmp_path))
 
@@ -244,25 +249,25 @@ def test_some_data_need_no_preparation(name: str, tmp_path: Path) -> None:
     ("name", "hint"),
     [("cifar01", "cifar10"), ("imagenet-21k", "imagenet21k")],
 )
-def test_names_are_suggested(name: str, hint: str, tmp_path: Path) -> None:
+def test_misspelled_names_get_a_suggestion(name: str, hint: str, tmp_path: Path) -> None:
     with raises(UserError, name, hint) as caught:
         prepare_tfds(name, str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_a_remote_folder_is_refused() -> None:
+def test_remote_data_dirs_are_rejected() -> None:
     with raises(UserError, "--data_dir", "gs://bucket/data"):
         prepare_tfds("digits", "gs://bucket/data")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    # A file in its way, which stops even the superuser who runs the tests in a container.
+def test_unwritable_data_dirs_are_an_error(tmp_path: Path) -> None:
+    # A file in place of a folder also stops the root user of a container.
     (tmp_path / "digits").touch()
     with raises(UserError, "digits", f"{tmp_path}/digits", os.strerror(errno.ENOTDIR)):
         prepare_tfds("digits", str(tmp_path))
 
 
-def test_the_table_tells_what_is_on_disk(unconverted: Path) -> None:
+def test_format_splits_describes_the_files_on_disk(unconverted: Path) -> None:
     builder, _ = prepare_tfds("digits", str(unconverted))
     lines = format_splits(builder).splitlines()
     (train,) = (line for line in lines if line.startswith("train "))

@@ -1,4 +1,4 @@
-"""Tests of RandAugment: every operation against Pillow's, bit by bit, and the policy over them."""
+"""Tests of RandAugment: operations are bit-identical to Pillow's; how they are sampled."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from mixer_jax.data import randaugment
 from tests.helpers.messages import raises
 
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
 def sample_images() -> dict[str, np.ndarray]:
@@ -27,9 +27,9 @@ def sample_images() -> dict[str, np.ndarray]:
         "constant": np.full((224, 224, 3), (17, 128, 250), np.uint8),
         "noise": rng.integers(256, size=(224, 224, 3), dtype=np.uint8),
         "not square": china[60:157, 20:151],
-        # What a horizontal flip by slicing leaves: strides that are negative.
+        # A flip by slicing has negative strides.
         "flipped": flower[:, ::-1],
-        # So few pixels that an equalizing table runs past 255.
+        # With so few pixels, the equalization table exceeds 255.
         "small": rng.integers(256, size=(19, 23, 3), dtype=np.uint8),
         "one pixel": np.array([[[3, 200, 90]]], np.uint8),
     }
@@ -43,7 +43,7 @@ def image(request: pytest.FixtureRequest) -> np.ndarray:
     return IMAGES[request.param]
 
 
-def pillow(image: np.ndarray) -> Image.Image:
+def to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
@@ -52,42 +52,42 @@ def apply(name: str, image: np.ndarray, magnitude: float, seed: int = 0) -> np.n
     return randaugment.OPERATIONS[name](image, strength, np.random.default_rng(seed))
 
 
-def test_auto_contrast(image: np.ndarray) -> None:
-    expected = ImageOps.autocontrast(pillow(image))
+def test_auto_contrast_matches_pillow(image: np.ndarray) -> None:
+    expected = ImageOps.autocontrast(to_pillow(image))
     np.testing.assert_array_equal(randaugment.auto_contrast(image), expected)
 
 
-def test_auto_contrast_of_any_range() -> None:
+def test_auto_contrast_matches_pillow_for_any_range() -> None:
     for low in range(0, 255, 7):
         for high in range(low + 1, 256, 11):
             ramp = np.arange(low, high + 1, dtype=np.uint8)[:, None]
             image = np.stack([ramp, ramp[::-1], np.full_like(ramp, low)], axis=-1)
-            expected = ImageOps.autocontrast(pillow(image))
+            expected = ImageOps.autocontrast(to_pillow(image))
             np.testing.assert_array_equal(randaugment.auto_contrast(image), expected)
 
 
-def test_equalize(image: np.ndarray) -> None:
-    expected = ImageOps.equalize(pillow(image))
+def test_equalize_matches_pillow(image: np.ndarray) -> None:
+    expected = ImageOps.equalize(to_pillow(image))
     np.testing.assert_array_equal(randaugment.equalize(image), expected)
 
 
-def test_invert(image: np.ndarray) -> None:
-    np.testing.assert_array_equal(randaugment.invert(image), ImageOps.invert(pillow(image)))
+def test_invert_matches_pillow(image: np.ndarray) -> None:
+    np.testing.assert_array_equal(randaugment.invert(image), ImageOps.invert(to_pillow(image)))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_posterize(image: np.ndarray, bits: int) -> None:
-    expected = ImageOps.posterize(pillow(image), bits)
+def test_posterize_matches_pillow(image: np.ndarray, bits: int) -> None:
+    expected = ImageOps.posterize(to_pillow(image), bits)
     np.testing.assert_array_equal(randaugment.posterize(image, bits), expected)
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 25, 128, 255, 256, 512])
-def test_solarize(image: np.ndarray, threshold: int) -> None:
-    expected = ImageOps.solarize(pillow(image), threshold)
+def test_solarize_matches_pillow(image: np.ndarray, threshold: int) -> None:
+    expected = ImageOps.solarize(to_pillow(image), threshold)
     np.testing.assert_array_equal(randaugment.solarize(image, threshold), expected)
 
 
-def test_solarize_add() -> None:
+def test_solarize_add_brightens_values_below_128() -> None:
     image = np.array([[[0, 20, 127], [128, 200, 255]]], np.uint8)
     expected = [[[110, 130, 237], [128, 200, 255]]]
     np.testing.assert_array_equal(randaugment.solarize_add(image, 110), expected)
@@ -105,57 +105,59 @@ def test_solarize_add() -> None:
     ],
     ids=["color", "contrast", "brightness", "sharpness"],
 )
-def test_enhancements(image: np.ndarray, operation: Callable, enhancer: Callable) -> None:
-    # The last factor is a binary fraction: 3.7, magnitude 20, would differ by one level where
-    # Pillow was compiled to fuse multiplication and addition, as on arm64.
+def test_enhancements_match_pillow(
+    image: np.ndarray, operation: Callable, enhancer: Callable
+) -> None:
+    # The last factor is a binary fraction: 3.7 (magnitude 20) would differ by one level if Pillow
+    # was compiled with fused multiply-add, as on arm64.
     for factor in (0, 0.1, 0.55, 1, 1.9, 2.8, 3.75):
-        expected = enhancer(pillow(image)).enhance(factor)
+        expected = enhancer(to_pillow(image)).enhance(factor)
         np.testing.assert_array_equal(operation(image, factor), expected, f"factor {factor}")
 
 
 @pytest.mark.parametrize("degrees", [0, 3, -3, 17.3, 30, -30, 45, -60])
 def test_rotate(image: np.ndarray, degrees: float) -> None:
-    expected = pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+    expected = to_pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GRAY)
     np.testing.assert_array_equal(randaugment.rotate(image, degrees), expected)
 
 
-def test_rotate_a_large_image() -> None:
-    # So wide that 32 bits would not hold its fixed-point coordinates.
+def test_rotate_matches_pillow_for_large_images() -> None:
+    # So wide that its fixed-point coordinates do not fit in 32 bits.
     image = np.random.default_rng(0).integers(256, size=(3, 32000, 3), dtype=np.uint8)
     for degrees in (-60, 0.01, 180):
-        expected = pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+        expected = to_pillow(image).rotate(degrees, Image.Resampling.NEAREST, fillcolor=GRAY)
         np.testing.assert_array_equal(randaugment.rotate(image, degrees), expected)
 
 
-def pillow_affine(image: np.ndarray, coefficients: tuple[float, ...]) -> Image.Image:
-    picture = pillow(image)
+def affine_by_pillow(image: np.ndarray, coefficients: tuple[float, ...]) -> Image.Image:
+    picture = to_pillow(image)
     return picture.transform(
         picture.size,
         Image.Transform.AFFINE,
         coefficients,
         Image.Resampling.NEAREST,
-        fillcolor=GREY,
+        fillcolor=GRAY,
     )
 
 
 @pytest.mark.parametrize("slope", [0, 0.03, 0.1234, -0.3, 0.3, -0.45, 0.6, 2, -3])
-def test_shear(image: np.ndarray, slope: float) -> None:
-    expected = pillow_affine(image, (1, slope, 0, 0, 1, 0))
+def test_shear_matches_pillow(image: np.ndarray, slope: float) -> None:
+    expected = affine_by_pillow(image, (1, slope, 0, 0, 1, 0))
     np.testing.assert_array_equal(randaugment.shear_x(image, slope), expected)
-    expected = pillow_affine(image, (1, 0, 0, slope, 1, 0))
+    expected = affine_by_pillow(image, (1, 0, 0, slope, 1, 0))
     np.testing.assert_array_equal(randaugment.shear_y(image, slope), expected)
 
 
 @pytest.mark.parametrize("pixels", [0, 1, -10, 12.5, 30.3, -100, 150, 200])
-def test_translate(image: np.ndarray, pixels: float) -> None:
-    expected = pillow_affine(image, (1, 0, pixels, 0, 1, 0))
+def test_translate_matches_pillow(image: np.ndarray, pixels: float) -> None:
+    expected = affine_by_pillow(image, (1, 0, pixels, 0, 1, 0))
     np.testing.assert_array_equal(randaugment.translate_x(image, pixels), expected)
-    expected = pillow_affine(image, (1, 0, 0, 0, 1, pixels))
+    expected = affine_by_pillow(image, (1, 0, 0, 0, 1, pixels))
     np.testing.assert_array_equal(randaugment.translate_y(image, pixels), expected)
 
 
 @pytest.mark.parametrize(
-    ("centre", "half_size", "rows", "columns"),
+    ("center", "half_size", "rows", "columns"),
     [
         ((112, 100), 40, slice(72, 152), slice(60, 140)),
         ((0, 0), 40, slice(0, 40), slice(0, 40)),
@@ -164,11 +166,13 @@ def test_translate(image: np.ndarray, pixels: float) -> None:
         ((112, 112), 0, slice(0), slice(0)),
     ],
 )
-def test_cutout(centre: tuple[int, int], half_size: int, rows: slice, columns: slice) -> None:
+def test_cutout_fills_a_square_clipped_to_the_image(
+    center: tuple[int, int], half_size: int, rows: slice, columns: slice
+) -> None:
     image = IMAGES["noise"]
     expected = image.copy()
     expected[rows, columns] = 128
-    np.testing.assert_array_equal(randaugment.cutout(image, np.array(centre), half_size), expected)
+    np.testing.assert_array_equal(randaugment.cutout(image, np.array(center), half_size), expected)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,9 @@ def test_cutout(centre: tuple[int, int], half_size: int, rows: slice, columns: s
         ("Sharpness", randaugment.sharpness, {0: 0.1, 5: 1, 10: 1.9, 15: 2.8}),
     ],
 )
-def test_arguments(name: str, operation: Callable, arguments: dict[float, float]) -> None:
+def test_operations_scale_their_argument_with_the_magnitude(
+    name: str, operation: Callable, arguments: dict[float, float]
+) -> None:
     image = IMAGES["noise"]
     for magnitude, argument in arguments.items():
         np.testing.assert_array_equal(apply(name, image, magnitude), operation(image, argument))
@@ -200,7 +206,7 @@ def test_arguments(name: str, operation: Callable, arguments: dict[float, float]
     ],
 )
 @pytest.mark.parametrize("magnitude", [10, 15])
-def test_signed_arguments_have_either_sign_half_the_time(
+def test_signed_operations_use_each_sign_half_of_the_time(
     name: str, operation: Callable, full: float, magnitude: float
 ) -> None:
     image = IMAGES["china"]
@@ -212,8 +218,8 @@ def test_signed_arguments_have_either_sign_half_the_time(
     assert min(drawn.values()) >= 18
 
 
-@pytest.mark.parametrize(("magnitude", "side"), [(0, 0), (1, 8), (10, 80), (15, 120), (20, 160)])
-def test_cutout_is_anywhere(magnitude: float, side: int) -> None:
+@pytest.mark.parametrize(("magnitude", "size"), [(0, 0), (1, 8), (10, 80), (15, 120), (20, 160)])
+def test_cutout_positions_cover_the_image(magnitude: float, size: int) -> None:
     image = np.zeros((240, 200, 3), np.uint8)
     covered = np.zeros((240, 200), bool)
     largest = 0
@@ -223,16 +229,16 @@ def test_cutout_is_anywhere(magnitude: float, side: int) -> None:
         assert (result == np.where(painted, 128, 0)[..., None]).all()
         height, width = painted.any(1).sum(), painted.any(0).sum()
         assert painted.sum() == height * width
-        assert max(height, width) <= side
+        assert max(height, width) <= size
         largest = max(largest, min(height, width))
         covered |= painted
-    assert largest == side
-    if side >= 80:
+    assert largest == size
+    if size >= 80:
         assert covered.all()
 
 
 @pytest.mark.parametrize("name", randaugment.OPERATIONS)
-def test_any_magnitude_gives_a_new_image(image: np.ndarray, name: str) -> None:
+def test_operations_return_a_new_image_at_any_magnitude(image: np.ndarray, name: str) -> None:
     before = image.copy()
     for magnitude in (0, 0.5, 10, 15, 20, 25):
         result = apply(name, image, magnitude)
@@ -250,23 +256,23 @@ def rand_augment(
     )
 
 
-def test_same_seed_gives_the_same_image(image: np.ndarray) -> None:
+def test_rand_augment_is_deterministic(image: np.ndarray) -> None:
     before = image.copy()
     for seed in range(20):
         np.testing.assert_array_equal(rand_augment(image, seed), rand_augment(image, seed))
     np.testing.assert_array_equal(image, before)
 
 
-def test_other_seeds_give_other_images() -> None:
+def test_rand_augment_differs_between_seeds() -> None:
     results = {rand_augment(IMAGES["china"], seed).tobytes() for seed in range(50)}
     assert len(results) > 40
 
 
-def test_no_layers_change_nothing(image: np.ndarray) -> None:
+def test_rand_augment_without_layers_returns_the_image(image: np.ndarray) -> None:
     np.testing.assert_array_equal(rand_augment(image, 0, num_layers=0), image)
 
 
-def test_every_operation_is_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rand_augment_samples_operations_uniformly(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
     def recorder(name: str) -> Callable:
@@ -282,7 +288,7 @@ def test_every_operation_is_drawn_equally_often(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(randaugment, "OPERATIONS", {name: recorder(name) for name in names})
     image = np.zeros((2, 2, 3), np.uint8)
     for seed in range(80):
-        # Each operation has to act on the result of the one before for the count to reach 20.
+        # The value reaches 20 only if each operation is applied to the previous result.
         assert (rand_augment(image, seed, num_layers=20) == 20).all()
     counts = Counter(drawn)
     assert counts.keys() == set(names)
@@ -300,12 +306,12 @@ def test_every_operation_is_drawn_equally_often(monkeypatch: pytest.MonkeyPatch)
         (np.zeros((2, 8, 8, 3), np.uint8), ("uint8", "(2, 8, 8, 3)")),
     ],
 )
-def test_other_arrays_are_refused(image: np.ndarray, parts: tuple[str, ...]) -> None:
+def test_rand_augment_rejects_other_arrays(image: np.ndarray, parts: tuple[str, ...]) -> None:
     with raises(ValueError, *parts):
         rand_augment(image, 0)
 
 
 @pytest.mark.parametrize(("num_layers", "magnitude"), [(-1, 10), (2, -1)])
-def test_negative_numbers_are_refused(num_layers: int, magnitude: float) -> None:
+def test_rand_augment_rejects_negative_numbers(num_layers: int, magnitude: float) -> None:
     with raises(ValueError, "num_layers", str(num_layers), "magnitude", str(magnitude)):
         rand_augment(IMAGES["small"], 0, num_layers, magnitude)

@@ -1,4 +1,4 @@
-"""Tests of the readers: what they put where, and out of what randomness."""
+"""Tests of the readers: positions of the stream, randomness per position, and filled arrays."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from mixer_jax.data.readers import (
     EvalReader,
     TrainReader,
     _PerExampleRng,
+    median_image_area,
     shuffled_indices,
 )
 from mixer_jax.data.source import Example, Source
 from tests.helpers.bad_images import reason_of
 
 SIZE = 8
-PLACES = np.array([40, 3, 10**12])
-SETTINGS: dict[str, Any] = {
+POSITIONS = np.array([40, 3, 10**12])
+PREPROCESS: dict[str, Any] = {
     "train_crop": "inception",
     "min_area": 0.05,
     "max_shift": 0,
@@ -29,8 +30,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def encoded(seed: int) -> bytes:
-    image = np.random.default_rng(seed).integers(256, size=(20, 30, 3), dtype=np.uint8)
+def encoded(seed: int, height: int = 20, width: int = 30) -> bytes:
+    image = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
     return cv2.imencode(".png", image)[1].tobytes()
 
 
@@ -38,64 +39,78 @@ EXAMPLES = [Example(image=encoded(k), labels=(k,), name=f"image {k}") for k in r
 SOURCE = Source("toy", EXAMPLES, tuple("abcdefghij"))
 
 
-def test_every_place_has_random_numbers_of_its_own() -> None:
-    """Whatever was prepared before it, as documented: Philox with seed and place for its key."""
-    order = shuffled_indices(SOURCE, 5)
-    arrays = TrainReader(SOURCE, 5, SIZE, SETTINGS)(PLACES).arrays
-    for row, place in enumerate(PLACES.tolist()):
-        rng = np.random.Generator(np.random.Philox(key=[5, place]))
-        index = order[place]
-        image = train_image(EXAMPLES[index]["image"], rng, image_size=SIZE, **SETTINGS)
+def test_train_reader_uses_the_documented_random_generator() -> None:
+    """Philox with key [seed, position], independently of positions read before."""
+    indices = shuffled_indices(SOURCE, 5)
+    arrays = TrainReader(SOURCE, 5, SIZE, PREPROCESS)(POSITIONS).arrays
+    for row, position in enumerate(POSITIONS.tolist()):
+        rng = np.random.Generator(np.random.Philox(key=[5, position]))
+        index = indices[position]
+        image = train_image(EXAMPLES[index]["image"], rng, image_size=SIZE, **PREPROCESS)
         np.testing.assert_array_equal(arrays["image"][row], image)
         assert arrays["label"][row] == index
 
 
-def test_no_random_number_is_left_over_from_another_place() -> None:
-    randomness = _PerExampleRng(5)
-    # An odd number of draws of 32 bits leaves half a word behind.
-    randomness.at(40).integers(10)
+def test_per_example_rng_keeps_no_state_between_positions() -> None:
+    rngs = _PerExampleRng(5)
+    # An odd number of 32-bit draws leaves half a word in the generator's buffer.
+    rngs.at(40).integers(10)
     expected = np.random.Generator(np.random.Philox(key=[5, 3])).integers(10, size=9)
-    assert randomness.at(3).integers(10, size=9).tolist() == expected.tolist()
+    assert rngs.at(3).integers(10, size=9).tolist() == expected.tolist()
 
 
-def test_arrays_are_filled_where_they_are() -> None:
-    reader = TrainReader(SOURCE, 0, SIZE, SETTINGS)
-    whole = reader.allocate(7)
-    rows = {name: array[2:5] for name, array in whole.items()}
-    assert reader.fill(PLACES, rows) == []
-    alone = reader(PLACES).arrays
-    for name, array in whole.items():
-        np.testing.assert_array_equal(array[2:5], alone[name])
+def test_train_reader_fills_only_the_given_rows() -> None:
+    reader = TrainReader(SOURCE, 0, SIZE, PREPROCESS)
+    arrays = reader.allocate(7)
+    rows = {name: array[2:5] for name, array in arrays.items()}
+    assert reader.fill(POSITIONS, rows) == []
+    expected = reader(POSITIONS).arrays
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array[2:5], expected[name])
         assert not array[:2].any()
         assert not array[5:].any()
 
 
-def test_several_right_answers_or_none() -> None:
-    answers = [(2, 7), (), (9,)]
-    examples = [Example(image=encoded(0), labels=a, name="") for a in answers]
-    real = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    arrays = EvalReader(real, (SIZE, SIZE), "whole", exif_orientation=False)(np.arange(4)).arrays
-    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*answers, ()]
+def test_eval_reader_encodes_multiple_labels_or_none() -> None:
+    targets = [(2, 7), (), (9,)]
+    examples = [Example(image=encoded(0), labels=labels, name="") for labels in targets]
+    source = Source("real", examples, tuple("abcdefghij"), multi_label=True)
+    arrays = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)(np.arange(4)).arrays
+    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*targets, ()]
     assert arrays["mask"].tolist() == [True, False, True, False]
 
 
-def test_what_cannot_be_evaluated_stays_empty() -> None:
+def test_eval_reader_leaves_rows_of_bad_images_and_padding_empty() -> None:
     examples = [EXAMPLES[0], Example(image=b"broken", labels=(1,), name="image 1"), EXAMPLES[2]]
     source = Source("toy", examples, SOURCE.class_names)
-    reader = EvalReader(source, (SIZE, SIZE), "whole", exif_orientation=False)
-    arrays, bad = reader(np.arange(4))
-    assert bad == [BadImage("image 1", reason_of(b"broken"))]
+    reader = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)
+    arrays, bad_images = reader(np.arange(4))
+    assert bad_images == [BadImage("image 1", reason_of(b"broken"))]
     assert arrays["mask"].tolist() == [True, False, True, False]
     assert arrays["label"].tolist() == [0, 0, 2, 0]
     assert [image.any() for image in arrays["image"]] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("size", [(12, 8), (8, 12)])
-def test_images_need_not_be_square(size: tuple[int, int]) -> None:
+def test_eval_reader_accepts_rectangular_image_sizes(size: tuple[int, int]) -> None:
     reader = EvalReader(SOURCE, size, "shorter_side", exif_orientation=False)
     images = reader(np.arange(11)).arrays["image"]
     assert images.shape == (11, *size, 3)
     for row, example in enumerate(EXAMPLES):
-        shown = eval_image(example["image"], image_size=size, eval_crop="shorter_side")
-        np.testing.assert_array_equal(images[row], shown)
+        expected = eval_image(example["image"], image_size=size, eval_crop="shorter_side")
+        np.testing.assert_array_equal(images[row], expected)
     assert not images[10].any()
+
+
+def test_median_image_area_skips_bad_images() -> None:
+    files = [encoded(0, 2, 3), b"broken", encoded(0, 4, 5), encoded(0, 9, 9)]
+    examples = [Example(image=file, labels=(0,), name="") for file in files]
+    assert median_image_area(Source("toy", examples, ("a",))) == 20
+    assert median_image_area(Source("toy", examples[1:2], ("a",))) == 0
+
+
+def test_median_image_area_samples_the_whole_source() -> None:
+    sizes = [1] * 50 + [3] * 51
+    examples = [Example(image=encoded(0, s, s), labels=(0,), name="") for s in sizes]
+    assert median_image_area(Source("toy", examples[:60], ("a",))) == 1
+    assert median_image_area(Source("toy", examples[40:], ("a",))) == 9

@@ -1,7 +1,7 @@
-"""Tests of preprocessing against TensorFlow, which the paper's authors prepared their images with.
+"""Comparison of preprocessing with TensorFlow, which the paper's authors used.
 
-Bound to it are the pixels of a decoded file exactly, and of a resized image to one grey level, half
-of one on average: OpenCV computes in fixed point, TensorFlow in floating point.
+Decoded pixels are identical. Resized pixels differ by at most one level, and on average by at most
+half a level, because OpenCV uses fixed point and TensorFlow floating point.
 """
 
 import io
@@ -17,19 +17,19 @@ from sklearn.datasets import load_sample_images
 from mixer_jax.data.decode import decode
 from mixer_jax.data.preprocess import eval_image, sample_inception_crop, train_image
 
-# Photographs of 500 × 375 pixels, as most of ImageNet has, and upright.
+# The most frequent size in ImageNet, landscape and portrait.
 SHAPES = [(375, 500), (500, 375)]
-# Enlarged along one side or both for a crop of 224 or 448.
+# Enlarged along one or both axes for a crop of 224 or 448.
 SMALL_SHAPES = [(200, 250), (100, 130), (20, 30), (200, 427), (400, 200), (255, 400)]
-# Where edges between pixels before and after enlarging to 256 or 512 coincide, which a rounding
-# error can turn into a pixel's neighbour.
-EDGY_SHAPES = [(210, 246), (372, 486), (420, 396)]
+# Pixel edges before and after enlarging to 256 or 512 coincide, so that a rounding error would
+# select a neighboring pixel.
+ALIGNED_SHAPES = [(210, 246), (372, 486), (420, 396)]
 ENCODINGS = ["JPEG 4:2:0", "JPEG 4:4:4", "PNG"]
 
 
 @pytest.fixture(scope="module")
 def tf() -> ModuleType:
-    """TensorFlow without accelerators, which others may be using."""
+    """TensorFlow without accelerators, which other processes may be using."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow
 
@@ -39,7 +39,7 @@ def tf() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def photographs() -> list[np.ndarray]:
-    """A temple against a bright sky, and a dark flower; 427 × 640 pixels."""
+    """A bright and a dark photograph of 427 × 640 pixels."""
     return list(load_sample_images().images)
 
 
@@ -53,18 +53,18 @@ def encode(image: np.ndarray, encoding: str) -> bytes:
     return file.getvalue()
 
 
-def encoded_parts(
+def encoded_crops(
     photographs: list[np.ndarray], shape: tuple[int, int], encoding: str
 ) -> list[bytes]:
-    """Returns a file of the middle of each photograph, turned where that is upright."""
+    """Encodes the center crop of each photograph, transposed for portrait shapes."""
     files = []
     for image in photographs:
         if shape[0] > image.shape[0]:
             image = image.swapaxes(0, 1)
-        top, left = ((whole - part) // 2 for whole, part in zip(image.shape, shape, strict=False))
-        part = image[top : top + shape[0], left : left + shape[1]]
-        assert part.shape[:2] == shape
-        files.append(encode(np.ascontiguousarray(part), encoding))
+        top, left = ((length - crop) // 2 for length, crop in zip(image.shape, shape, strict=False))
+        crop = image[top : top + shape[0], left : left + shape[1]]
+        assert crop.shape[:2] == shape
+        files.append(encode(np.ascontiguousarray(crop), encoding))
     return files
 
 
@@ -81,7 +81,7 @@ def reference_resize(
 
 
 def assert_within_a_level(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Checks uint8 against the floating-point levels of the reference."""
+    """Compares uint8 with the floating-point levels of the reference."""
     assert actual.shape == expected.shape
     difference = np.abs(actual.astype(np.float64) - np.rint(expected))
     assert difference.max() <= 1
@@ -90,33 +90,35 @@ def assert_within_a_level(actual: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("shape", [*SHAPES, (101, 67)])
-def test_decoding(
+def test_decode_matches_tensorflow(
     tf: ModuleType, photographs: list[np.ndarray], shape: tuple[int, int], encoding: str
 ) -> None:
-    for encoded in encoded_parts(photographs, shape, encoding):
+    for encoded in encoded_crops(photographs, shape, encoding):
         np.testing.assert_array_equal(decode(encoded), reference_decode(tf, encoded))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_decoding_a_part(tf: ModuleType, photographs: list[np.ndarray], encoding: str) -> None:
+def test_decoded_crop_matches_tensorflow(
+    tf: ModuleType, photographs: list[np.ndarray], encoding: str
+) -> None:
     rng = np.random.default_rng(0)
-    for encoded in encoded_parts(photographs, (375, 500), encoding):
-        whole = reference_decode(tf, encoded)
+    for encoded in encoded_crops(photographs, (375, 500), encoding):
+        image = reference_decode(tf, encoded)
         for _ in range(20):
             box = sample_inception_crop(375, 500, rng, 0.05)
             top, left, height, width = box
-            part = decode(encoded, lambda *_, box=box: box)
-            expected = whole[top : top + height, left : left + width]
-            np.testing.assert_array_equal(part, expected)
+            crop = decode(encoded, lambda *_, box=box: box)
+            expected = image[top : top + height, left : left + width]
+            np.testing.assert_array_equal(crop, expected)
 
 
 @pytest.mark.parametrize("image_size", [32, 224, 448])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_training_images(
+def test_train_image_matches_tensorflow(
     tf: ModuleType, photographs: list[np.ndarray], encoding: str, image_size: int
 ) -> None:
     for seed, shape in enumerate([*SHAPES, (100, 130)] * 2):
-        for encoded in encoded_parts(photographs, shape, encoding):
+        for encoded in encoded_crops(photographs, shape, encoding):
             image = train_image(
                 encoded,
                 np.random.default_rng(seed),
@@ -139,12 +141,13 @@ def test_training_images(
 def reference_eval_image(
     tf: ModuleType, encoded: bytes, image_size: tuple[int, int], eval_crop: str
 ) -> np.ndarray:
-    """As the authors' code: resize_small(256) or resize(256), then central_crop(224)."""
+    """Applies the authors' resize_small(256) or resize(256), then central_crop(224)."""
     image = reference_decode(tf, encoded)
-    height, width = sides = [side * 256 // 224 for side in image_size]
+    height, width = target = [length * 256 // 224 for length in image_size]
     if eval_crop == "shorter_side":
-        # In float32, as there; which knows square images only.
-        ratio = max(np.float32(w) / np.float32(s) for w, s in zip(sides, image.shape, strict=False))
+        # In float32 as in their code, which supports only square images.
+        pairs = zip(target, image.shape, strict=False)
+        ratio = max(np.float32(new) / np.float32(old) for new, old in pairs)
         height, width = (int(np.rint(np.float32(length) * ratio)) for length in image.shape[:2])
     resized = reference_resize(tf, image, height, width, "area")
     top, left = (height - image_size[0]) // 2, (width - image_size[1]) // 2
@@ -157,10 +160,10 @@ def reference_eval_image(
     ("shape", "encoding"),
     [
         *itertools.product(SHAPES, ENCODINGS),
-        *itertools.product([*SMALL_SHAPES, *EDGY_SHAPES], ["PNG"]),
+        *itertools.product([*SMALL_SHAPES, *ALIGNED_SHAPES], ["PNG"]),
     ],
 )
-def test_evaluation_images(
+def test_eval_image_matches_tensorflow(
     tf: ModuleType,
     photographs: list[np.ndarray],
     shape: tuple[int, int],
@@ -168,7 +171,7 @@ def test_evaluation_images(
     image_size: tuple[int, int],
     eval_crop: str,
 ) -> None:
-    for encoded in encoded_parts(photographs, shape, encoding):
+    for encoded in encoded_crops(photographs, shape, encoding):
         image = eval_image(encoded, image_size=image_size, eval_crop=eval_crop)
         expected = reference_eval_image(tf, encoded, image_size, eval_crop)
         assert_within_a_level(image, expected)

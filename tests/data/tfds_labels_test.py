@@ -1,4 +1,4 @@
-"""Tests of labels: each by hand, also at its edges, and what a user is told who names another."""
+"""Tests of TFDS labels: hand-computed values including edge cases, and errors."""
 
 import pickle
 from pathlib import Path
@@ -27,31 +27,31 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data_dir with small copies of real data sets."""
+    """A data_dir with small fakes of real datasets."""
     folder = tmp_path_factory.mktemp("copies")
     for name, sizes in SIZES.items():
         write_copy(name, sizes, folder)
     return str(folder)
 
 
-def label_of(name: str) -> LabelSpec:
+def label_spec(name: str) -> LabelSpec:
     return get_label_spec(name, real_features(name, Path("nowhere")))
 
 
-def places(*distances: float) -> list[np.ndarray]:
+def coordinates(*distances: float) -> list[np.ndarray]:
     return [np.array([7, 7, distance], np.float32) for distance in distances]
 
 
 @pytest.mark.parametrize(("name", "parts"), [("cifar10", ("cifar10", None)), ("a@", ("a", ""))])
-def test_names_fall_into_two(name: str, parts: tuple[str, str | None]) -> None:
+def test_parse_dataset_name_splits_off_the_label(name: str, parts: tuple[str, str | None]) -> None:
     assert parse_dataset_name(name) == parts
     assert parse_dataset_name("clevr:3.1.0@count_all") == ("clevr:3.1.0", "count_all")
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, 0), (4, 1), (10, 7), (0, -1)])
-def test_objects_are_counted_from_three(count: int, expected: int) -> None:
-    label = label_of("clevr@count_all")
-    assert label.read({"objects": {"size": [1] * count}}) == (expected,)
+def test_count_all_starts_at_three_objects(count: int, expected: int) -> None:
+    label = label_spec("clevr@count_all")
+    assert label.extract({"objects": {"size": [1] * count}}) == (expected,)
     if count:
         assert label.class_names[expected] == f"{count} objects"
     assert len(label.class_names) == 8
@@ -74,9 +74,11 @@ def test_objects_are_counted_from_three(count: int, expected: int) -> None:
         ([], -1),
     ],
 )
-def test_the_nearest_object_decides(distances: list[float], expected: int) -> None:
-    label = label_of("clevr@closest_object_distance")
-    assert label.read({"objects": {"pixel_coords": places(*distances)}}) == (expected,)
+def test_closest_object_distance_bins_the_nearest_object(
+    distances: list[float], expected: int
+) -> None:
+    label = label_spec("clevr@closest_object_distance")
+    assert label.extract({"objects": {"pixel_coords": coordinates(*distances)}}) == (expected,)
     assert label.class_names[3] == "9 to 9.5"
     assert len(label.class_names) == 6
 
@@ -97,20 +99,22 @@ def test_the_nearest_object_decides(distances: list[float], expected: int) -> No
         ([], 3),
     ],
 )
-def test_the_nearest_vehicle_decides(objects: list[tuple[int, float]], expected: int) -> None:
-    label = label_of("kitti@closest_vehicle_distance")
+def test_closest_vehicle_distance_bins_the_nearest_vehicle(
+    objects: list[tuple[int, float]], expected: int
+) -> None:
+    label = label_spec("kitti@closest_vehicle_distance")
     example = {
-        "type": [kind for kind, _ in objects],
-        "location": places(*(distance for _, distance in objects)),
+        "type": [object_type for object_type, _ in objects],
+        "location": coordinates(*(distance for _, distance in objects)),
     }
-    assert label.read({"objects": example}) == (expected,)
+    assert label.extract({"objects": example}) == (expected,)
     assert label.class_names == ("up to 8 m", "8 to 20 m", "above 20 m", "no vehicle")
 
 
-def test_vehicles_are_what_tfds_calls_so() -> None:
-    kinds = real_features("kitti", Path("nowhere"))["objects"].feature["type"].names
-    assert kinds[CAR : TRUCK + 1] == ["Car", "Van", "Truck"]
-    assert (kinds[PEDESTRIAN], kinds[TRAM]) == ("Pedestrian", "Tram")
+def test_vehicle_types_match_tfds() -> None:
+    names = real_features("kitti", Path("nowhere"))["objects"].feature["type"].names
+    assert names[CAR : TRUCK + 1] == ["Car", "Van", "Truck"]
+    assert (names[PEDESTRIAN], names[TRAM]) == ("Pedestrian", "Tram")
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,12 @@ def test_vehicles_are_what_tfds_calls_so() -> None:
         ("dsprites@orientation", "label_orientation", [3, 2] * 8),
     ],
 )
-def test_neighbouring_values_become_sixteen_classes(
+def test_dsprites_labels_group_values_into_sixteen_classes(
     name: str, feature: str, sizes: list[int]
 ) -> None:
-    label = label_of(name)
+    label = label_spec(name)
     values = range(real_features(name, Path("nowhere"))[feature].num_classes)
-    classes = [label.read({feature: np.int64(value)})[0] for value in values]
+    classes = [label.extract({feature: np.int64(value)})[0] for value in values]
     assert classes == sorted(classes)
     assert np.bincount(classes).tolist() == sizes
     assert len(set(label.class_names)) == 16
@@ -137,27 +141,25 @@ def test_neighbouring_values_become_sixteen_classes(
         ("smallnorb@label_azimuth", ("0°", "20°", "340°")),
         ("smallnorb@label_elevation", ("30°", "35°", "70°")),
         ("smallnorb@label_category", ("four-legged animals", "human figures", "cars")),
-        # The names are in the files that are downloaded.
+        # The names are part of the download.
         ("cifar100@coarse_label", ("0", "1", "19")),
         ("imagenet2012_real@original_label", ("n01440764", "n01443537", "n15075141")),
     ],
 )
-def test_class_labels_of_all_names_can_be_asked_for(
-    name: str, class_names: tuple[str, ...]
-) -> None:
-    label = label_of(name)
-    kind = real_features(name, Path("nowhere"))[name.split("@")[1]]
-    assert len(label.class_names) == kind.num_classes
+def test_any_class_label_can_be_requested(name: str, class_names: tuple[str, ...]) -> None:
+    label = label_spec(name)
+    feature = real_features(name, Path("nowhere"))[name.split("@")[1]]
+    assert len(label.class_names) == feature.num_classes
     assert (*label.class_names[:2], label.class_names[-1]) == class_names
     assert not label.multi_label
-    assert label.read({name.split("@")[1]: np.int64(3)}) == (3,)
+    assert label.extract({name.split("@")[1]: np.int64(3)}) == (3,)
 
 
-def test_several_right_answers_are_the_usual_label_where_there_are_some() -> None:
-    label = label_of("imagenet2012_real")
+def test_real_label_is_the_default_label() -> None:
+    label = label_spec("imagenet2012_real")
     assert label.multi_label
-    assert label.read({"real_label": [5, 7], "original_label": 1}) == (5, 7)
-    assert label.read({"real_label": []}) == ()
+    assert label.extract({"real_label": [5, 7], "original_label": 1}) == (5, 7)
+    assert label.extract({"real_label": []}) == ()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_several_right_answers_are_the_usual_label_where_there_are_some() -> Non
         ("eurosat/all@label", ("eurosat/all", "sentinel2", "label", "filename", "image")),
     ],
 )
-def test_what_is_missing_is_said_before_anything_is_prepared(
+def test_unknown_labels_are_rejected_before_preparation(
     name: str, parts: tuple[str, ...], tmp_path: Path
 ) -> None:
     with raises(UserError, *parts) as caught:
@@ -187,29 +189,29 @@ def test_what_is_missing_is_said_before_anything_is_prepared(
     assert "\n" not in str(caught.value)
 
 
-def test_other_labels_are_named_where_the_usual_one_has_no_classes() -> None:
-    number, kind = tfds.features.Scalar(np.int64), tfds.features.ClassLabel(names=["a", "b"])
+def test_error_lists_other_labels_if_the_default_has_no_classes() -> None:
+    number, species = tfds.features.Scalar(np.int64), tfds.features.ClassLabel(names=["a", "b"])
     features = tfds.features.FeaturesDict(
-        {"image": tfds.features.Image(), "label": number, "kind": kind}
+        {"image": tfds.features.Image(), "label": number, "species": species}
     )
-    with raises(UserError, "label", "my@kind"):
+    with raises(UserError, "label", "my@species"):
         get_label_spec("my", features)
-    assert get_label_spec("my@kind", features).class_names == ("a", "b")
+    assert get_label_spec("my@species", features).class_names == ("a", "b")
 
 
-def test_classes_may_be_unknown_before_a_set_is_prepared(tmp_path: Path) -> None:
-    assert label_of("imagenet2012").class_names[0] == "n01440764"
+def test_classes_may_be_unknown_before_preparation(tmp_path: Path) -> None:
+    assert label_spec("imagenet2012").class_names[0] == "n01440764"
     with raises(DatasetNotPreparedError, "imagenet21k", str(tmp_path)):
         open_dataset("imagenet21k@label", "train", str(tmp_path))
 
 
-def test_a_set_that_only_has_the_name_of_another_has_no_computed_labels() -> None:
+def test_computed_labels_require_the_features() -> None:
     features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
     with raises(UserError, "clevr", "image", "label"):
         get_label_spec("clevr@count_all", features)
 
 
-def test_preparing_is_advised_and_done_without_the_label(tmp_path: Path) -> None:
+def test_preparation_ignores_the_label(tmp_path: Path) -> None:
     command = f"python -m mixer_jax.prepare cifar100 --data_dir={tmp_path}"
     with raises(DatasetNotPreparedError, "cifar100", command):
         open_dataset("cifar100@coarse_label", "train", str(tmp_path))
@@ -224,39 +226,39 @@ def test_preparing_is_advised_and_done_without_the_label(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["smallnorb@instance", "oxford_iiit_pet", "clevr@count_all"])
-def test_only_what_is_needed_is_decoded(
+def test_only_required_features_are_decoded(
     name: str, data_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Any, example: bytes) -> None:
-        raise AssertionError("what nobody asked for was decoded")
+    def fail(self: Any, example: bytes) -> None:
+        raise AssertionError("an unused feature was decoded")
 
-    monkeypatch.setattr(tfds.features.Image, "decode_example_np", refuse)
-    # CLEVR's questions, Pets' boxes.
-    monkeypatch.setattr(tfds.features.Text, "decode_batch_example_np", refuse)
-    monkeypatch.setattr(tfds.features.BBoxFeature, "decode_example_np", refuse)
+    monkeypatch.setattr(tfds.features.Image, "decode_example_np", fail)
+    # Questions of CLEVR and boxes of Pets.
+    monkeypatch.setattr(tfds.features.Text, "decode_batch_example_np", fail)
+    monkeypatch.setattr(tfds.features.BBoxFeature, "decode_example_np", fail)
     source = open_dataset(name, "train", data_dir)
     assert len(list(source.examples)) == 4
 
 
-def test_sprites_are_white_on_black(data_dir: str) -> None:
+def test_dsprites_images_are_white_on_black(data_dir: str) -> None:
     source = open_dataset("dsprites@label_shape", "train", data_dir)
     images = [decode(example["image"]) for example in source.examples]
     assert {image.shape for image in images} == {(64, 64, 3)}
     assert set(np.unique(images)) == {0, 255}
     whiten = image_fixup("dsprites:2.0.0@orientation")
     assert whiten
-    assert whiten(b"no image") == b"no image"
+    assert whiten(b"broken") == b"broken"
     assert image_fixup("smallnorb@label_azimuth") is None
 
 
-def test_a_split_without_what_the_label_is_computed_from_hides_it(data_dir: str) -> None:
+def test_splits_with_hidden_labels_are_rejected(data_dir: str) -> None:
     for label in ("count_all", "closest_object_distance"):
         with raises(UserError, "test", f"clevr@{label}"):
             open_dataset(f"clevr@{label}", "test", data_dir)
 
 
 @pytest.mark.parametrize("name", ["clevr@count_all", "dsprites@orientation", "smallnorb@instance"])
-def test_sources_may_be_sent_to_other_processes(name: str, data_dir: str) -> None:
+def test_sources_can_be_pickled(name: str, data_dir: str) -> None:
     source = open_dataset(name, "train", data_dir)
-    sent = pickle.loads(pickle.dumps(source))
-    assert list(sent.examples) == list(source.examples)
+    unpickled = pickle.loads(pickle.dumps(source))
+    assert list(unpickled.examples) == list(source.examples)

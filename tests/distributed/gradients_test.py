@@ -14,9 +14,9 @@ from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.distributed.gradients import sharded_value_and_grad
 from mixer_jax.distributed.sharding import batch_sharding, replicated, state_sharding
 from mixer_jax.evaluation.classification import make_eval_step
-from mixer_jax.model.making import create_model
-from mixer_jax.model.mixer import MlpMixer
-from mixer_jax.model.variants import num_parameters, resolve_widths
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.mixer_config import get_config, num_params
+from mixer_jax.models.registry import create_model
 from mixer_jax.training.step import create_state, train_step
 from tests.helpers.batches import mesh_of
 
@@ -90,7 +90,7 @@ def sent_by_step(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[
         loss="sigmoid",
         label_smoothing=0.0,
         mixup=0.5,
-        accumulation_steps=pieces,
+        grad_accum_steps=pieces,
         ema_decay=0.0,
     )
     compiled = jax.jit(
@@ -115,7 +115,7 @@ def num_kernel_parameters() -> int:
     return sum(x.size for path, x in leaves if path[-1].key == "kernel")
 
 
-TOTAL = num_parameters(resolve_widths("custom", **WIDTHS), SIZE, NUM_CLASSES)
+TOTAL = num_params(get_config("custom", **WIDTHS), SIZE, NUM_CLASSES)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

@@ -1,40 +1,78 @@
-"""Tests of the table of chips."""
+"""Tests of the table of chips: units, consistency and lookups."""
 
+import jax
 import pytest
 
 from mixer_jax.distributed.hardware import CHIPS, get_chip, peak_flops
 
 
-def test_peaks_are_of_devices() -> None:
-    assert peak_flops("TPU v4") == 275e12
-    assert peak_flops("TPU v3") == 123e12 / 2
-    assert peak_flops("TPU7x") == 2307e12 / 2
-    assert peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("cpu") is None
-
-
-def test_every_device_kind_has_one_chip() -> None:
-    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+def test_get_chip_finds_every_device_kind() -> None:
+    kinds = [kind for chip in CHIPS.values() for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))
-    for chip in CHIPS.values():
-        assert [get_chip(kind) for kind in chip.kinds] == [chip] * len(chip.kinds)
+    for name, chip in CHIPS.items():
+        assert chip.name == name
+        assert [get_chip(kind) for kind in chip.device_kinds] == [chip] * len(chip.device_kinds)
 
 
-@pytest.mark.parametrize("name", CHIPS)
-def test_numbers_are_of_one_scale(name: str) -> None:
-    chip = CHIPS[name]
-    # A slip in a unit would be a factor of 8, 1,000 or more.
-    assert 40e12 < chip.flops < 3e15
-    assert 7 < chip.memory_gib < 200
-    assert 50 < chip.flops / chip.memory_bandwidth < 600
-    assert 2 < chip.memory_bandwidth / chip.link_bandwidth / max(1, 2 * chip.axes) < 13
-    assert chip.network_bandwidth is None or chip.network_bandwidth < chip.link_bandwidth
-    assert chip.source
+@pytest.mark.parametrize("kind", ["cpu", "TPU v1", "TPU v4 lite", "NVIDIA H100", "h100", ""])
+def test_peak_flops_of_an_unknown_device_kind_is_none(kind: str) -> None:
+    assert get_chip(kind) is None
+    assert peak_flops(kind) is None
+
+
+def test_peak_flops_of_the_devices_of_this_process_is_none() -> None:
+    assert peak_flops(jax.devices()[0].device_kind) is None
+
+
+def test_peak_flops_is_per_device() -> None:
+    # JAX counts the two cores of a v3 chip, and the two chiplets of a TPU7x, as devices.
+    assert peak_flops("TPU v3") == CHIPS["v3"].flops / 2
+    assert peak_flops("TPU7x") == CHIPS["tpu7x"].flops / 2
+    assert peak_flops("TPU v4") == CHIPS["v4"].flops
 
 
 @pytest.mark.parametrize(
-    ("name", "egress"), [("v5e", 200e9), ("v5p", 600e9), ("v6e", 400e9), ("tpu7x", 600e9)]
+    ("name", "base", "figure", "ratio"),
+    [
+        # Google on v6e (4.7 times the compute, twice the memory) and v5p (three times the memory).
+        ("v6e", "v5e", "flops", 4.7),
+        ("v6e", "v5e", "memory_bandwidth", 2),
+        ("v6e", "v5e", "memory_gib", 2),
+        ("v5p", "v4", "memory_gib", 3),
+        # NVIDIA on the H200 (the chip of the H100 with other memory) and the larger A100.
+        ("h200", "h100", "flops", 1),
+        ("h200", "h100", "memory_bandwidth", 1.4),
+        ("a100-80", "a100-40", "memory_gib", 2),
+        ("a100-80", "a100-40", "memory_bandwidth", 1.3),
+    ],
 )
-def test_links_add_up_to_what_is_documented(name: str, egress: float) -> None:
-    # Half of the bidirectional bandwidth of all links of a chip.
-    assert CHIPS[name].link_bandwidth * 2 * CHIPS[name].axes == egress
+def test_figures_have_the_published_ratios(name: str, base: str, figure: str, ratio: float) -> None:
+    actual = getattr(CHIPS[name], figure) / getattr(CHIPS[base], figure)
+    assert actual == pytest.approx(ratio, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_figures_of_a_chip_are_consistent(name: str) -> None:
+    """A wrong unit or a figure per device is off by a factor of two or more."""
+    chip = CHIPS[name]
+    # FLOP per byte at which compute and memory take the same time.
+    assert 60 < chip.flops / chip.memory_bandwidth < 600
+    # Every chip of the table reads its memory once in 20 to 41 ms.
+    memory_bytes = chip.memory_gib * 2**30 * chip.devices_per_chip
+    assert 0.019 < memory_bytes / chip.memory_bandwidth < 0.042
+    # Memory is faster than all links together, which are faster than the network.
+    links = chip.link_bandwidth * (2 * chip.torus_dims if chip.is_tpu else 1)
+    assert 2 < chip.memory_bandwidth / links < 13
+    assert chip.network_bandwidth is None or chip.network_bandwidth * 4 < links
+    # A slice of TPUs is connected by a torus, a machine of GPUs by switches.
+    assert chip.platform == ("tpu" if "TPU" in chip.device_kinds[0] else "gpu")
+    assert chip.is_tpu == (chip.nvlink_domain == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), [("v5e", 200e9), ("v5p", 600e9), ("v6e", 400e9), ("tpu7x", 600e9)]
+)
+def test_links_sum_to_half_of_the_documented_bidirectional_bandwidth(
+    name: str, total: float
+) -> None:
+    assert CHIPS[name].link_bandwidth * 2 * CHIPS[name].torus_dims == total

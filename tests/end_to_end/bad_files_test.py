@@ -11,7 +11,14 @@ import numpy as np
 
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.cli import run_cli
-from tests.helpers.images import encode, noise, photograph, png_that_claims, smooth, turned
+from tests.helpers.images import (
+    encode,
+    encode_with_orientation,
+    noise,
+    photograph,
+    png_with_header_size,
+    smooth,
+)
 from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, start
 from tests.helpers.tiny_run import NO_REGULARIZATION
@@ -25,14 +32,14 @@ def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
         "sixteen_bits.png": cv2.imencode(".png", np.full((9, 9), 40_000, np.uint16))[1].tobytes(),
         "animation.gif": encode(smooth(20, 30), "GIF"),
         "png_in_name_jpg.jpg": encode(smooth(20, 30), "PNG"),
-        "turned.jpg": turned(smooth(30, 20), 6),
+        "turned.jpg": encode_with_orientation(smooth(30, 20), 6),
         "one_pixel.png": encode(noise(1, 1), "PNG"),
         **{f"whole_{index}.png": encoded for index, encoded in enumerate(whole)},
     }
     bad = {
         "empty.jpg": (b"", "empty"),
         "text.jpg": (b"<html>404</html>", "no image"),
-        "bomb.png": (png_that_claims(20_000, 20_000), "too many pixels"),
+        "bomb.png": (png_with_header_size(20_000, 20_000), "too many pixels"),
         **{f"tenths_{n}.jpg": (photo[: len(photo) * n // 10], "incomplete") for n in range(1, 10)},
     }
     for name, encoded in [*good.items(), *((name, b) for name, (b, _) in bad.items())]:
@@ -60,7 +67,7 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     write_hostile_images(tmp_path / "images" / "test", whole)
     # Several epochs, so that every file has been met.
     changes: dict[str, Any] = NO_REGULARIZATION | {
-        "bad_images__max_share": 0.5,
+        "bad_images__max_fraction": 0.5,
         "dataset__name": f"folder:{tmp_path}/images",
         "num_steps": 12,
         "bad_images__skip_in_evaluation": True,

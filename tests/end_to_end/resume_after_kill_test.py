@@ -111,7 +111,7 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
         path.write_bytes(encode(large, "JPEG"))
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": f"folder:{tmp_path}/images",
-        "loader__processes": 2,
+        "loader__num_workers": 2,
         "num_steps": 1000,
     }
     steps = 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.resolve import list_steps
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions
@@ -31,6 +31,9 @@ from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
 STEPS = 20
+# Exit codes after the loss of a host: of a failed collective, and of JAX's abort. Not 2, which
+# would mean that the command is not to be repeated.
+LOST_HOST = (1, -signal.SIGABRT)
 Runs = dict[str, Path]
 
 
@@ -49,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run whose bad images tell which examples make which step: it meets each of them once."""
     return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
-        "bad_images__max_share": 1.0,
+        "bad_images__max_fraction": 1.0,
         "bad_images__skip_in_evaluation": True,
         "num_steps": STEPS,
         "model__dropout": 0.1,
@@ -104,26 +107,21 @@ def test_two_hosts_do_as_one(runs: Runs, name: str) -> None:
     assert (one["test/num_examples"], one["test/num_bad"]) == (27, 13)
 
 
-def tells_the_loss_of_a_host(errors: str, process: int, saved: int) -> bool:
-    """Returns whether one line tells which process this is, of two, and the newest checkpoint."""
-    (line,) = errors.splitlines()
-    return mentions(line, f"process {process}", "2", *([str(saved)] if saved else []))
-
-
-def test_a_killed_host_ends_the_other_and_both_go_on_to_the_bit(
+def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
     runs: Runs, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    both = start_two_hosts("", tmp_path, **settings)
-    wait_until(functools.partial(has_reached, tmp_path, 8), both[0])
-    both[0].kill()
-    errors = [process.communicate(timeout=60)[1] for process in both]
-    assert [process.returncode for process in both] == [-signal.SIGKILL, 1], errors
-    kept = list_steps(str(tmp_path))
-    assert kept in ([], [6], [6, 12], [12, 18])
-    assert tells_the_loss_of_a_host(errors[1], process=1, saved=max(kept, default=0))
+    for killed, step in ((0, 8), (1, 14)):
+        both = start_two_hosts("", tmp_path, **settings)
+        wait_until(functools.partial(has_reached, tmp_path, step), both[0])
+        both[killed].kill()
+        errors = [process.communicate(timeout=60)[1] for process in both]
+        assert both[killed].returncode == -signal.SIGKILL
+        assert both[1 - killed].returncode in LOST_HOST, errors
+    saved = list_steps(str(tmp_path))
+    assert saved in ([], [6], [6, 12], [12, 18])
 
     outs = [finish(process) for process in start_two_hosts("", tmp_path, **settings)]
-    assert first_step_told(outs[0]) == max(kept, default=1)
+    assert first_step_told(outs[0]) == max(saved, default=1)
     assert untimed_metrics(tmp_path) == untimed_metrics(runs["two"])
     assert met(tmp_path) == met(runs["two"])
     expected, actual = final_arrays(runs["two"], STEPS), final_arrays(tmp_path, STEPS)
@@ -133,25 +131,22 @@ def test_a_killed_host_ends_the_other_and_both_go_on_to_the_bit(
             np.testing.assert_array_equal(a, b, err_msg=item)
 
 
-def test_a_host_that_fails_alone_ends_the_other(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_usage_error_on_one_host_ends_the_other(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "bad_images_1.jsonl").write_text("not ours\n")
     both = start_two_hosts("", tmp_path, devices=1, **settings)
     errors = [process.communicate(timeout=90)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 2], errors
-    assert tells_the_loss_of_a_host(errors[0], process=0, saved=0)
-    (line,) = errors[1].splitlines()
-    assert mentions(line, str(tmp_path / "bad_images_1.jsonl"))
+    assert both[1].returncode == 2, errors
+    assert both[0].returncode in LOST_HOST, errors
+    assert mentions(errors[1], str(tmp_path / "bad_images_1.jsonl"))
 
 
-def test_a_host_that_never_comes_is_told_in_time(settings: dict[str, Any], tmp_path: Path) -> None:
-    meetings = [two_host_env(devices=1)[number] for number in range(2)]
-    waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in meetings]
-    for number, (env, alone) in enumerate(zip(meetings, waiting, strict=True)):
-        _, errors = alone.communicate(timeout=60)
-        assert alone.returncode == 1
-        (line,) = errors.splitlines()
-        assert mentions(line, "2", "distributed_timeout", f"process {number}")
-        assert mentions(line, env["JAX_COORDINATOR_ADDRESS"])
+def test_a_host_whose_peer_never_joins_ends(settings: dict[str, Any], tmp_path: Path) -> None:
+    # Each waits for a run of its own.
+    envs = [two_host_env(devices=1)[process_id] for process_id in range(2)]
+    waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in envs]
+    for process in waiting:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in LOST_HOST, errors
     assert list_steps(str(tmp_path)) == []
 
 
@@ -178,7 +173,7 @@ def test_a_signal_to_one_host_stops_both_at_one_step(
 
 def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
     """One bad image of 40, which one host or the other meets, is too many for both."""
-    weights = random_weights(Widths(1, 4, 16, 8, 16), (8, 8))
+    weights = random_weights(MixerConfig(1, 4, 16, 8, 16), (8, 8))
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),
@@ -192,10 +187,10 @@ def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path:
     init_info = (settings["init_from"], "8", "Appendix C", "head")
     assert any(mentions(line, *init_info) for line in told[0][0].splitlines())
     for error in errors:
-        assert mentions(error, "1", "40", "max_share")
+        assert mentions(error, "1", "40", "max_fraction")
     assert list_steps(str(tmp_path / "run")) == [10]
     # The run can go on, to its evaluation, of which the same is true.
-    both = start_two_hosts("", tmp_path / "run", bad_images__max_share=0.1, **settings)
+    both = start_two_hosts("", tmp_path / "run", bad_images__max_fraction=0.1, **settings)
     errors = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
     # The host that met it names it.

@@ -12,8 +12,8 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.evaluation.features import BatchFeatures
 from mixer_jax.evaluation.loop import EvalInputConfig
-from mixer_jax.model.making import create_model
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
+from mixer_jax.models.registry import create_model
 
 IMAGE_SIZE = (16, 16)
 
@@ -22,7 +22,7 @@ def read_by(batch_size: int, skip_bad: bool = False) -> EvalInputConfig:
     return EvalInputConfig(
         batch_size=batch_size,
         image_size=IMAGE_SIZE,
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
         skip_bad=skip_bad,
         threads=2,
@@ -67,7 +67,7 @@ def features_and_labels(
     """Returns features (n, d) and labels (n,) of a source, without batches."""
     examples = [source.examples[index] for index in range(len(source))]
     images = np.stack(
-        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
+        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="resize") for e in examples]
     )
     headless = {name: values for name, values in params.items() if name != "head"}
     apply = jax.jit(model.clone(num_classes=0).apply)

@@ -7,13 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.data.mixture import subset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.features import Chunk, FeatureExtractor, make_feature_fn, rechunk
 from mixer_jax.evaluation.loop import EvalInputConfig
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
 from tests.evaluation.conftest import IMAGE_SIZE, pixels_as_features, read_by
 from tests.helpers.messages import raises
 

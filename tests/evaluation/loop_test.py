@@ -17,7 +17,7 @@ from mixer_jax.evaluation.classification import (
     evaluate,
     make_eval_step,
 )
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
 from tests.evaluation.conftest import IMAGE_SIZE, read_by
 from tests.helpers.reference_metrics import log_softmax, reference_calibration_error
 
@@ -30,7 +30,7 @@ def expected(
     examples = [digits_test.examples[index] for index in range(len(digits_test))]
     labels = np.array([example["labels"][0] for example in examples])
     images = np.stack(
-        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in examples]
+        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="resize") for e in examples]
     )
     logits = jax.jit(small_model.apply)(
         {"params": small_params}, images.astype(np.float32) / 127.5 - 1
@@ -108,7 +108,7 @@ def test_real_labels(
     scores = run_evaluation(real, batch_size, skip_bad=True)
     counted = [e for e in real.examples if e["labels"] and e["image"] != b"broken"]
     images = np.stack(
-        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="whole") for e in counted]
+        [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="resize") for e in counted]
     )
     logits = jax.jit(small_model.apply)(
         {"params": small_params}, images.astype(np.float32) / 127.5 - 1

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.data.mixture import subset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
@@ -21,7 +20,7 @@ from mixer_jax.evaluation.few_shot import sample_few_shot
 from mixer_jax.evaluation.linear_probe import L2_REGS
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe
-from mixer_jax.model.mixer import MlpMixer
+from mixer_jax.models.mixer import MlpMixer
 from tests.evaluation.conftest import pixels_as_features, read_by
 from tests.evaluation.few_shot_test import judge_by_ridge
 from tests.evaluation.knn_test import judge_by_sklearn

@@ -26,7 +26,7 @@ AUGMENTED = UNCHANGED | {"train_crop": "inception", "flip": True, "randaugment_l
 
 
 class RecordingSource(Sequence[Example]):
-    """Ten images, each with its own label; remembers what was read."""
+    """Ten images with labels 0 to 9; records which examples are read."""
 
     def __init__(self) -> None:
         self.indices: list[int] = []
@@ -40,7 +40,7 @@ class RecordingSource(Sequence[Example]):
         return Example(image=encoded, labels=(index,), name=f"image {index}")
 
 
-def source(examples: Sequence[Example] | None = None) -> Source:
+def make_source(examples: Sequence[Example] | None = None) -> Source:
     return Source("toy", examples or RecordingSource(), tuple("abcdefghij"))
 
 
@@ -48,32 +48,32 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
     return make_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
-def train(
-    first_step: int,
+def small_train_batches(
+    start_step: int,
     num_steps: int,
     *,
     seed: int = 0,
     batch_size: int = 4,
     preprocess: dict[str, Any] = UNCHANGED,
-    threads: int = 2,
-    processes: int = 1,
-    report: BadImageCallback = print,
+    num_threads: int = 2,
+    num_workers: int = 1,
+    on_bad_images: BadImageCallback = print,
     mesh: Mesh | None = None,
     examples: Sequence[Example] | None = None,
 ) -> Iterator[Batch]:
     return train_batches(
-        source(examples),
+        make_source(examples),
         seed=seed,
-        first_step=first_step,
+        start_step=start_step,
         num_steps=num_steps,
         batch_size=batch_size,
         image_size=SIZE,
         preprocess=preprocess,
-        threads=threads,
-        processes=processes,
+        num_threads=num_threads,
+        num_workers=num_workers,
         prefetch_batches=2,
         sharding=batch_sharding(mesh or mesh_of(1, 1)),
-        report=report,
+        on_bad_images=on_bad_images,
     )
 
 

@@ -12,9 +12,11 @@ import pytest
 
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 
-SMALLEST = Widths(num_blocks=1, patch_size=1, hidden_dim=2, tokens_mlp_dim=2, channels_mlp_dim=2)
+SMALLEST = MixerConfig(
+    num_blocks=1, patch_size=1, hidden_dim=2, tokens_mlp_dim=2, channels_mlp_dim=2
+)
 # Loads files in a process of its own, which says of each how it ended and by how many MiB the
 # memory that it had at most has grown.
 _WATCHED = """

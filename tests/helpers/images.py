@@ -1,4 +1,4 @@
-"""Image files made for tests."""
+"""Image files for tests."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def photograph() -> np.ndarray:
-    """Returns a real photograph, uint8 (427, 640, 3)."""
+    """Loads a real photograph, uint8 (427, 640, 3)."""
     from sklearn.datasets import load_sample_image
 
     return load_sample_image("china.jpg")
@@ -33,19 +33,20 @@ def encode(image: np.ndarray, file_format: str, mode: str = "RGB", **options: An
     return file.getvalue()
 
 
-def turned(image: np.ndarray, orientation: int) -> bytes:
-    """Returns a JPEG whose EXIF data say how the camera was held."""
+def encode_with_orientation(image: np.ndarray, orientation: int) -> bytes:
+    """Encodes a JPEG with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(image, "JPEG", exif=exif, quality=95)
 
 
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png_chunk(chunk_type: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(chunk_type + data)
+    return struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", checksum)
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """Returns a small file that would be decoded to an image of this size."""
+def png_with_header_size(width: int, height: int) -> bytes:
+    """Makes a small file whose header declares an image of this size."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     data = png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
     return b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b"")

@@ -10,14 +10,14 @@ from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, infer_variant
-from mixer_jax.model.variants import Widths, parameter_shapes
+from mixer_jax.models.mixer_config import MixerConfig, param_shapes
 
-TINY = Widths(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
+TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
 DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def random_weights(
-    widths: Widths = TINY,
+    widths: MixerConfig = TINY,
     image_size: tuple[int, int] = (16, 16),
     class_names: tuple[str, ...] = DIGITS,
     seed: int = 0,
@@ -25,7 +25,7 @@ def random_weights(
 ) -> PretrainedWeights:
     """Weights of a small Mixer; `about` in place of fields of `ModelInfo`."""
     height, width = image_size
-    told = {"gelu": "tanh", "eval_crop": "whole", "exif_orientation": False, "loss": "softmax"}
+    told = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
     made = ModelInfo(
         "mixer",
         infer_variant(widths),
@@ -35,7 +35,7 @@ def random_weights(
     )
     tokens = (height // widths.patch_size) * (width // widths.patch_size)
     rng = np.random.default_rng(seed)
-    shapes = parameter_shapes(widths, tokens, made.num_classes)
+    shapes = param_shapes(widths, tokens, made.num_classes)
     flat = {
         path: (rng.normal(0.0, 0.3, shape) + path.endswith("scale")).astype(np.float32)
         for path, shape in shapes.items()

@@ -13,9 +13,9 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 32,
     "seeds": (0, 1),
     "large": False,
-    "train_crop": "shift",
+    "train_crop": "random_shift",
     "flip": False,
-    "eval_crop": "whole",
+    "eval_crop": "resize",
     "changes": {"preprocess.max_shift": 1},
 }
 HIGH = FineTuneTask(

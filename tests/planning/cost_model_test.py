@@ -13,8 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.model.making import create_model
-from mixer_jax.model.variants import VARIANTS, Widths, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
+from mixer_jax.models.registry import create_model
 from mixer_jax.planning.cost_model import (
     RunSpec,
     estimate_collectives,
@@ -88,11 +88,11 @@ def test_recomputed_flops_are_those_of_the_model() -> None:
     images = jnp.zeros((2, 16, 16, 3))
     executed, expected = {}, {}
     for remat in ("none", "dots", "mlp_hidden", "full"):
-        model = create_model("custom", 5, unroll=1, remat=remat, **sizes)
+        model = create_model("custom", 5, scan_unroll=1, remat=remat, **sizes)
         parameters = jax.eval_shape(model.init, jax.random.key(0), images)
         gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
         executed[remat] = flops_of_products(jax.make_jaxpr(gradient)(parameters).jaxpr)
-        work = make_work(widths=Widths(**sizes), image_size=16, batch_size=2, remat=remat)
+        work = make_work(widths=MixerConfig(**sizes), image_size=16, batch_size=2, remat=remat)
         expected[remat] = work.recomputed_flops
     assert {name: flops - executed["none"] for name, flops in executed.items()} == expected
     assert 0 == expected["dots"] < expected["mlp_hidden"] < expected["full"]
@@ -202,7 +202,7 @@ def test_weak_scaling_sends_the_same_from_every_chip() -> None:
 
 def test_numbers_of_a_config(root: Any) -> None:
     read = load_config_with_overrides(
-        f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.accumulation_steps=1"]
+        f"{root}/configs/mixer_l16_i21k.py", ["--config.recipe.grad_accum_steps=1"]
     )
     config = resolve_for_platform(read, "tpu")
     assert config.model.dtype == "bfloat16"
@@ -219,9 +219,9 @@ def test_a_plan_has_the_default_loop_of_the_run_it_plans() -> None:
         model = resolve_for_platform(
             load_config_with_overrides("configs/mixer_l16_i21k.py", more), platform
         ).model
-        return model.unroll, model.remat
+        return model.scan_unroll, model.remat
 
-    kernels = "--config.model.kernels=mosaic"
+    kernels = "--config.model.backend=mosaic"
     assert loop("tpu") == (1, "dots")
     assert loop("tpu", kernels) == (0, "none")
     assert loop("tpu", kernels, "--config.model.dropout=0.1") == (1, "dots")

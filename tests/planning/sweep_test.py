@@ -42,10 +42,10 @@ WHOLE = (
 
 
 PLAIN = [
-    "--config.recipe.accumulation_steps=1",
+    "--config.recipe.grad_accum_steps=1",
     "--config.mesh.fsdp=1",
     "--config.model.remat=none",
-    "--config.model.unroll=0",
+    "--config.model.scan_unroll=0",
 ]
 
 
@@ -122,7 +122,7 @@ def test_what_compiles_fast_comes_first() -> None:
 
 
 def test_what_is_configured_is_tried_first_and_hinders_nothing() -> None:
-    flags = ["--config.recipe.accumulation_steps=2", "--config.model.remat=full"]
+    flags = ["--config.recipe.grad_accum_steps=2", "--config.model.remat=full"]
     results = sweep(config(*flags), parse_topology("h200:64"), "accumulation,remat")
     tried = {result.setting: result for result in results}
     assert tried[SweepPoint(2, 1, "full", 0)].is_present
@@ -170,7 +170,7 @@ def test_advice_is_computed() -> None:
     assert not plan.fits
     flags = suggest_flags(plan)
     assert any(flag.startswith("--config.model.remat=") for flag in flags)
-    assert any(flag.startswith("--config.recipe.accumulation_steps=") for flag in flags)
+    assert any(flag.startswith("--config.recipe.grad_accum_steps=") for flag in flags)
     remat = next(flag for flag in flags if "remat" in flag).split()[0]
     again = make_plan(config(remat), parse_topology("a100-40:32"))
     assert again.fits

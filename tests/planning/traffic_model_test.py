@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixer_jax.model.variants import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, forward_flops
 from mixer_jax.planning.hlo.attribution import REGIONS
 from mixer_jax.planning.traffic_model import StepSpec, Traffic, estimate_traffic
 

@@ -72,21 +72,57 @@ def test_judging_keeps_the_digest_of_what_was_loaded(tmp_path: Path) -> None:
 def test_only_the_first_host_writes_and_all_hear_of_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.hosts, "is_primary_process", lambda: False)
+    monkeypatch.setattr(run.multihost, "is_primary_process", lambda: False)
     assert run._keep(make_plan(), str(tmp_path), WEIGHTS) == []
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(run.hosts, "any_host", lambda flag: True)
+    monkeypatch.setattr(run.multihost, "any_host", lambda flag: True)
     with raises(UserError):
         run._keep(make_plan(), str(tmp_path), WEIGHTS)
     assert not list(tmp_path.iterdir())
 
 
+# Written by the code before configuration keys were renamed.
+OLD_PLAN: dict[str, Any] = json.loads("""
+{"suite": {"name": "tiny", "title": "a tiny suite", "tasks": [{"kind": "fine_tune", "name": "low",
+"dataset": "digits/low", "num_classes": 5, "choose_split": "train[:80%]", "validation_split":
+"train[80%:]", "train_split": "train", "test_split": "test", "num_examples": [], "num_steps": 20,
+"warmup_steps": 2, "learning_rates": [0.01, 0.03], "batch_size": 16, "seeds": [0, 1], "large": null,
+"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group": "",
+"changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
+"few", "dataset": "digits/low", "method": "few_shot", "train_split": "train", "test_split": "test",
+"num_classes": 0, "num_examples": [], "shots": [1, 5], "seeds": [0], "large": null, "eval_crop": "",
+"beside_fresh": false}], "paper": ""}, "checkpoint": "runs/a", "about": {"variant": "custom",
+"widths": {"num_blocks": 1, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8,
+"channels_mlp_dim": 16}, "image_size": [16, 16], "num_classes": 5, "class_names": [], "gelu":
+"tanh", "eval_crop": "whole", "exif_orientation": false, "loss": "softmax", "dtype": "auto",
+"resolution": ""}, "data_dir": "", "overrides": {"loader.threads": "2", "optimizer.decay": "none"},
+"image_sizes": {"low": 16, "few": 16}, "pretrained_on": "i21k", "device_days": 1.5, "digest": "abc",
+"data_notes": ["a note"], "pretrained_on_assumed": true}
+""")
+
+
+def test_read_plan_translates_old_spellings(tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps(OLD_PLAN))
+    kept = read_plan(str(tmp_path))
+    assert kept is not None
+    low, probe = kept.suite.tasks
+    assert isinstance(low, FineTuneTask)
+    assert (low.train_crop, low.eval_crop, probe.eval_crop) == ("random_shift", "resize", "")
+    assert low.changes == {"recipe.grad_accum_steps": 2, "preprocess.max_shift": 1}
+    assert kept.setting.overrides == (("loader.num_threads", "2"), ("optimizer.decay_type", "none"))
+    assert kept.about.eval_crop == "resize"
+    assert (kept.pretrain_dataset, kept.pretrain_dataset_assumed) == ("i21k", True)
+    # The same suite started again is the same suite.
+    assert save_plan(str(tmp_path), kept) == []
+    assert kept.final(low, 0.01)[0].config.optimizer.decay_type == "none"
+
+
 def test_keys_that_do_no_harm_may_change_between_starts(tmp_path: Path) -> None:
-    first = (("optimizer.momentum", "0.5"), ("loader.threads", "2"))
+    first = (("optimizer.momentum", "0.5"), ("loader.num_threads", "2"))
     assert save_plan(str(tmp_path), make_plan(first)) == []
-    then = (("optimizer.momentum", "0.5"), ("loader.threads", "3"), ("log_every_steps", "9"))
+    then = (("optimizer.momentum", "0.5"), ("loader.num_threads", "3"), ("log_every_steps", "9"))
     changes = save_plan(str(tmp_path), make_plan(then))
-    assert each_mentions(changes, ("loader.threads", "2", "3"), ("log_every_steps", "9"))
+    assert each_mentions(changes, ("loader.num_threads", "2", "3"), ("log_every_steps", "9"))
     kept = read_plan(str(tmp_path))
     assert kept is not None
     assert kept.setting.overrides == then

@@ -40,7 +40,7 @@ def test_auto_sees_large_images_at_twice_the_size() -> None:
     small = {name for name, side in sizes.items() if side == 224}
     assert small == {"cifar100", "svhn", "eurosat", "dsprites_position", "dsprites_orientation"}
     assert {side for name, side in sizes.items() if name not in small} == {448}
-    assert set(plan_of(SUITES["vtab1k"], "own").image_sizes.values()) == {224}
+    assert set(plan_of(SUITES["vtab1k"], "native").image_sizes.values()) == {224}
     assert set(plan_of(SUITES["vtab1k"], "384").image_sizes.values()) == {384}
 
 
@@ -67,7 +67,7 @@ def test_auto_looks_at_images_that_nobody_knows(tmp_path: Path) -> None:
     [
         ("230", ABOUT, ("image_size", "230", "patch_size", "16", "224", "240")),
         (
-            "own",
+            "native",
             dataclasses.replace(SQUARE, image_size=(16, 32)),
             ("16", "32", "--image_size=16"),
         ),
@@ -79,7 +79,7 @@ def test_sizes_that_cannot_be(wish: str, about: Any, parts: tuple[str, ...]) -> 
 
 
 def test_runs_differ_in_what_the_protocol_varies() -> None:
-    plan = plan_of(SUITES["avg5"], "own")
+    plan = plan_of(SUITES["avg5"], "native")
     task = AVG5[1]
     choosing, final = plan.choosing(task), plan.final(task, 0.03)
     assert list(choosing) == [0.003, 0.01, 0.03, 0.06]
@@ -95,7 +95,7 @@ def test_runs_differ_in_what_the_protocol_varies() -> None:
     folders = [run.folder for run in [*choosing.values(), *final.values()]]
     assert len(set(folders)) == 7
     # One rate needs no choosing.
-    assert plan_of(SUITE, "own", SQUARE).choosing(LOW) == {}
+    assert plan_of(SUITE, "native", SQUARE).choosing(LOW) == {}
 
 
 def test_the_runs_are_those_of_the_fine_tuning_configs() -> None:
@@ -118,7 +118,7 @@ def test_the_runs_are_those_of_the_fine_tuning_configs() -> None:
 
 
 def test_real_is_scored_in_the_final_runs() -> None:
-    (run, *_) = plan_of(SUITES["imagenet"], "own").final(AVG5[0], 0.03).values()
+    (run, *_) = plan_of(SUITES["imagenet"], "native").final(AVG5[0], 0.03).values()
     assert {k: (v.dataset, v.split) for k, v in run.config.evals.items()} == {
         "test": ("", "validation"),
         "real": ("imagenet2012_real", "validation"),
@@ -132,7 +132,7 @@ def test_keys_that_a_suite_sets_cannot_be_changed(key: str) -> None:
 
 
 def test_rules_between_keys_are_checked_for_every_run() -> None:
-    plan = plan_of(SUITE, "own", SQUARE)
+    plan = plan_of(SUITE, "native", SQUARE)
     validate_run_configs(plan, SUITE.tasks)
     wrong = plan._replace(setting=plan.setting._replace(overrides=(("num_stepz", "1"),)))
     with raises(UserError, "config.num_stepz", "num_steps"):
@@ -220,12 +220,12 @@ def test_time_is_reckoned_by_formula(digits_dir: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("mixer_jax.suites.dry_run.measure_matmul_flops", lambda: 2e9)
     suite = dataclasses.replace(SUITE, tasks=(LOW,))
     data = open_task_data((LOW,), digits_dir)
-    text = format_dry_run(plan_of(suite, "own", SQUARE), suite.tasks, data)
+    text = format_dry_run(plan_of(suite, "native", SQUARE), suite.tasks, data)
     assert some_line_mentions(text, "1", "0 s", "50%")
     assert not data.missing
     assert "mixer_jax.prepare" not in text
     # At 1 GFLOP/s: 20,000 steps of 512 at three forwards of 89.1 GFLOP each, and what is scored.
-    plan = plan_of(SUITES["imagenet"], "own")
+    plan = plan_of(SUITES["imagenet"], "native")
     head = format_dry_run(plan, AVG5[:1], open_task_data((), "")._replace(missing={"imagenet": ""}))
     days = (7 * 3 * 20_000 * 512 + 3 * 100_000 + 4 * 12_812) * 89.1 / 86_400
     # Of the one task, and of all.

@@ -31,13 +31,13 @@ def do(
 ) -> TransferOutcome:
     usual: dict[str, Any] = {
         "overrides": (),
-        "image_size": "own",
+        "image_size": "native",
         "tasks": (),
         "shard": (1, 1),
         "dry_run": False,
         "keep_checkpoints": False,
         "throughput": False,
-        "pretrained_on": "",
+        "pretrain_dataset": "",
     }
     place = resolve_checkpoint(weights)
     return run_suite(
@@ -154,12 +154,12 @@ def test_keys_that_do_no_harm_may_be_changed_later(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
-    threads = (("loader.threads", "1"),)
+    threads = (("loader.num_threads", "1"),)
     # Nothing is left to do, so this costs nothing.
     assert do(
         weights, copy, digits_dir, overrides=threads, keep_checkpoints=True
     ) == TransferOutcome({})
-    assert some_line_mentions(capsys.readouterr().out, "loader.threads", "1")
+    assert some_line_mentions(capsys.readouterr().out, "loader.num_threads", "1")
     assert untimed(copy) == untimed(done)
 
 

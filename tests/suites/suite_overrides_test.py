@@ -27,7 +27,7 @@ WEIGHTS = random_weights()
 OVERRIDES = (
     ("optimizer.momentum", "0.5"),
     ("optimizer.momentum", "0.8"),
-    ("loader.threads", "3"),
+    ("loader.num_threads", "3"),
     ("loader.prefetch_batches", "5"),
     ("eval_batch_size", "24"),
     ("bad_images.skip_in_evaluation", "true"),
@@ -38,7 +38,7 @@ OVERRIDES = (
 def test_what_changes_the_outcome_is_told_apart_from_what_does_not() -> None:
     setting = SuiteSettings("runs/a", WEIGHTS.model_info, "", OVERRIDES)
     assert setting.protocol_overrides == (("optimizer.momentum", "0.8"),)
-    assert setting.config().loader.threads == 3
+    assert setting.config().loader.num_threads == 3
     assert SuiteSettings("runs/a", WEIGHTS.model_info).config().eval_batch_size == 256
 
 
@@ -114,11 +114,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make_wish(
     weights: str, suite: Suite, data_dir: str, workdir: Path, **fields: Any
 ) -> TransferRequest:
-    usual: dict[str, Any] = {"overrides": (), "image_size": "own", "tasks": (), "shard": (1, 1)}
+    usual: dict[str, Any] = {"overrides": (), "image_size": "native", "tasks": (), "shard": (1, 1)}
     for name in ("dry_run", "keep_checkpoints", "throughput"):
         usual[name] = False
     place = resolve_checkpoint(weights)
-    wish = {**usual, "pretrained_on": "", "data_dir": data_dir, "workdir": str(workdir), **fields}
+    wish = {
+        **usual,
+        "pretrain_dataset": "",
+        "data_dir": data_dir,
+        "workdir": str(workdir),
+        **fields,
+    }
     return TransferRequest(suite=suite, place=place, **wish)
 
 
@@ -136,7 +142,7 @@ def test_hosts_are_joined_as_the_key_says(
         modes.append(mode)
         raise EnoughError
 
-    monkeypatch.setattr(run.hosts, "initialize_distributed", join)
+    monkeypatch.setattr(run.multihost, "initialize_distributed", join)
     for overrides in ((), (("distributed", "no"),)):
         with pytest.raises(EnoughError):
             begin(weights, SUITE, digits_dir, tmp_path, overrides=overrides)
@@ -168,10 +174,10 @@ def test_what_is_assumed_of_pretraining_is_marked(
     thousand = random_weights(class_names=names)._replace(
         train_config={"dataset": {"name": dataset}, "init_from": ""}
     )
-    asked = make_wish(weights, SUITE, "", tmp_path, pretrained_on=wish)
+    asked = make_wish(weights, SUITE, "", tmp_path, pretrain_dataset=wish)
     asked = asked._replace(place=asked.place._replace(format="npz"))
     plan = run._make_plan(asked, thousand, open_task_data((), ""))
-    assert (plan.pretrained_on, plan.pretrained_on_assumed) == (told, assumed)
+    assert (plan.pretrain_dataset, plan.pretrain_dataset_assumed) == (told, assumed)
 
 
 def test_the_plan_knows_of_odd_data_and_of_folders(
@@ -196,5 +202,5 @@ def test_the_plan_knows_of_odd_data_and_of_folders(
     (plan,) = kept
     assert each_mentions(plan.data_notes, ("digits/high", "test", "167", "168"))
     # The run's ten classes tell nothing.
-    assert (plan.pretrained_on, plan.pretrained_on_assumed) == ("", False)
+    assert (plan.pretrain_dataset, plan.pretrain_dataset_assumed) == ("", False)
     assert plan.suite.tasks[1].dataset == f"folder:{tmp_path}/images"

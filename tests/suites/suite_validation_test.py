@@ -63,7 +63,7 @@ BOTH = [
     ({"seeds": 3}, ("seeds", "3")),
     ({"seeds": (-1,)}, ("seeds", "(-1,)")),
     ({"num_examples": (1, 2, 3)}, ("num_examples", "(1, 2, 3)", "train_split", "test_split")),
-    ({"eval_crop": "round"}, ("eval_crop", "round", "shorter_side", "square", "whole")),
+    ({"eval_crop": "round"}, ("eval_crop", "round", "shorter_side", "square", "resize")),
 ]
 ONE_FINE_TUNING = [
     (
@@ -145,8 +145,8 @@ def test_wrong_changes(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
     [
         ("num_epochs", "3", ()),
         ("distributed", "maybe", ("auto", "yes", "no")),
-        ("loader.threads", "many", ()),
-        ("recipe.accumulation_steps", "0", ("1",)),
+        ("loader.num_threads", "many", ()),
+        ("recipe.grad_accum_steps", "0", ("1",)),
         ("model.hidden_dim", "8", ("config.model.variant", "init_from")),
     ],
 )
@@ -159,12 +159,12 @@ def test_wrong_values_are_told_without_weights(
 
 def test_values_that_some_run_can_have_are_left_to_the_runs() -> None:
     for key, value in [
-        ("recipe.accumulation_steps", "3"),
+        ("recipe.grad_accum_steps", "3"),
         ("optimizer.warmup_steps", "9"),
         ("num_steps", "2"),
         ("batch_size", "1"),
-        ("optimizer.decay", "none"),
+        ("optimizer.decay_type", "none"),
     ]:
         check_overrides(((key, value),))
-    with raises(UserError, "config.batch_size", "4", "config.recipe.accumulation_steps", "3"):
-        check_overrides((("batch_size", "4"), ("recipe.accumulation_steps", "3")))
+    with raises(UserError, "config.batch_size", "4", "config.recipe.grad_accum_steps", "3"):
+        check_overrides((("batch_size", "4"), ("recipe.grad_accum_steps", "3")))

@@ -11,7 +11,7 @@ import pytest
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import VARIANTS
+from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.suites.builtin import SUITES
 from mixer_jax.suites.notes import MARK, largest_image_size
 from mixer_jax.suites.plan import TransferPlan, read_plan, save_plan
@@ -43,7 +43,7 @@ SPEED = Throughput(1234.5, 64, "TPU v4", (224, 224))
 def make_plan(suite: Suite, size: int = 448, **fields: Any) -> TransferPlan:
     setting = SuiteSettings("Mixer-L_16.npz", ABOUT, "", fields.pop("overrides", ()))
     sizes = {task.name: size for task in suite.tasks}
-    return TransferPlan(suite, setting, sizes, **{"pretrained_on": "i21k", **fields})
+    return TransferPlan(suite, setting, sizes, **{"pretrain_dataset": "i21k", **fields})
 
 
 def scored(top1: float, log_likelihood: float = -1.0, count: int = 100) -> dict[str, float]:
@@ -115,7 +115,7 @@ def test_csv_holds_every_number(avg5: Table) -> None:
 
 def test_columns_that_say_nothing_are_left_out(tmp_path: Path) -> None:
     suite = Suite("one", "one", (PROBE,))
-    table = make_table(make_plan(suite, 16, pretrained_on=""), str(tmp_path), None)
+    table = make_table(make_plan(suite, 16, pretrain_dataset=""), str(tmp_path), None)
     assert MARK not in as_text(table)
     # The task, its image size and its score.
     assert as_markdown(table).splitlines()[2].count("|") == 4
@@ -216,7 +216,7 @@ def test_minutes_are_counted_once(tmp_path: Path) -> None:
     values = {"1_shot": 0.4, "5_shot": 0.5, "num_examples": 167.0}
     save_result(f"{tmp_path}/probe/checkpoint", RunResult({"test": values}, 120.0))
     suite = Suite("one", "one", (PROBE,))
-    table = make_table(make_plan(suite, 16, pretrained_on=""), str(tmp_path), None)
+    table = make_table(make_plan(suite, 16, pretrain_dataset=""), str(tmp_path), None)
     assert [row.minutes for row in table.rows] == [2.0, 0.0]
 
 
@@ -226,7 +226,7 @@ def test_minutes_of_what_is_scored_besides(avg5: Table) -> None:
 
 def test_bars_do_not_end_a_cell_of_markdown(tmp_path: Path) -> None:
     suite = Suite("one", "one", (dataclasses.replace(PROBE, name="a|b"),))
-    table = make_table(make_plan(suite, 16, pretrained_on=""), str(tmp_path), None)
+    table = make_table(make_plan(suite, 16, pretrain_dataset=""), str(tmp_path), None)
     assert r"| a\|b" in as_markdown(table)
 
 
@@ -252,10 +252,10 @@ def test_the_size_to_compare_at_is_that_of_fine_tuning() -> None:
 
 def test_what_is_assumed_is_told(tmp_path: Path) -> None:
     class Assuming(TransferPlan):
-        pretrained_on_assumed = True
+        pretrain_dataset_assumed = True
 
     notes = make_table(Assuming(*make_plan(SUITES["avg5"])), str(tmp_path), None).notes
-    assert some_line_mentions("\n".join(notes), "i21k", "21843", "--pretrained_on")
+    assert some_line_mentions("\n".join(notes), "i21k", "21843", "--pretrain_dataset")
 
 
 def test_plans_survive_a_file(tmp_path: Path) -> None:

@@ -176,12 +176,12 @@ def check_evaluation(source: Source) -> None:
         source,
         batch_size=8,
         image_size=(SIZE, SIZE),
-        eval_crop="whole",
+        eval_crop="resize",
         exif_orientation=False,
-        threads=1,
+        num_threads=1,
         prefetch_batches=1,
         sharding=batch_sharding(mesh_of(1, 1)),
-        report=refuse,
+        on_bad_images=refuse,
     )
     arrays = jax.tree.map(lambda *rows: np.concatenate(rows), *map(jax.device_get, batches))
     expected = [source.examples[index]["labels"] for index in range(len(source))]
@@ -201,16 +201,16 @@ def check_training(source: Source, crop: str, flip: bool, labels: set[int]) -> N
         train_batches(
             source,
             seed=0,
-            first_step=0,
+            start_step=0,
             num_steps=1,
             batch_size=8,
             image_size=SIZE,
             preprocess=UNCHANGED | {"train_crop": crop, "flip": flip},
-            threads=1,
-            processes=1,
+            num_threads=1,
+            num_workers=1,
             prefetch_batches=1,
             sharding=batch_sharding(mesh_of(1, 1)),
-            report=refuse,
+            on_bad_images=refuse,
         )
     )
     assert batch["image"].shape == (8, SIZE, SIZE, 3)

@@ -19,7 +19,7 @@ def open_log(workdir: Path, first_step: int = 0, **changes: Any) -> tuple[BadIma
     said: list[str] = []
     settings: dict[str, Any] = {
         "num_examples": 1000,
-        "max_share": 0.002,
+        "max_fraction": 0.002,
         "say": said.append,
     } | changes
     return BadImageLog(str(workdir), first_step, **settings), said
@@ -53,16 +53,16 @@ def test_every_image_is_written_once_with_its_first_step(tmp_path: Path) -> None
 
 
 def test_nothing_bad_is_nothing_said_and_no_file(tmp_path: Path) -> None:
-    log, said = open_log(tmp_path, max_share=0.0)
+    log, said = open_log(tmp_path, max_fraction=0.0)
     log.close()
     assert (said, list(tmp_path.iterdir()), log.too_many) == ([], [], False)
 
 
 @pytest.mark.parametrize(
-    ("max_share", "allowed"), [(0.002, 2), (0.0029, 2), (0.003, 3), (0.0, 0), (1.0, 1000)]
+    ("max_fraction", "allowed"), [(0.002, 2), (0.0029, 2), (0.003, 3), (0.0, 0), (1.0, 1000)]
 )
-def test_too_many_is_more_than_the_share(max_share: float, allowed: int, tmp_path: Path) -> None:
-    log, _ = open_log(tmp_path, max_share=max_share)
+def test_too_many_is_more_than_the_share(max_fraction: float, allowed: int, tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path, max_fraction=max_fraction)
     log.record(1, bad(*map(str, range(allowed))))
     assert not log.too_many
     log.record(2, bad("0"))
@@ -75,7 +75,7 @@ def test_the_verdict_says_how_to_go_on(tmp_path: Path) -> None:
     log, _ = open_log(tmp_path)
     log.record(1, bad("a", "b", "c"))
     books = f"{tmp_path}/bad_images_*.jsonl"
-    share = ("config.bad_images.max_share", "0.002")
+    share = ("config.bad_images.max_fraction", "0.002")
     assert mentions(log.verdict(1200), "3", "1000", *share, books, "1200")
 
 

@@ -61,7 +61,7 @@ def test_training_goes_on_past_bad_images_and_names_them(
 ) -> None:
     # 320 images are more than an epoch, so that all have been met.
     config = small_config(
-        "", dataset__name=some_broken, bad_images__max_share=0.02, **NO_REGULARIZATION
+        "", dataset__name=some_broken, bad_images__max_fraction=0.02, **NO_REGULARIZATION
     )
     result = train_and_evaluate(config, str(tmp_path / "run"))
     assert (result.step, result.scores["test"].num_examples) == (20, 20)
@@ -76,18 +76,18 @@ def test_training_goes_on_past_bad_images_and_names_them(
 
 def test_too_many_bad_images_stop_the_run_which_can_go_on(some_broken: str, tmp_path: Path) -> None:
     config = small_config(
-        "", dataset__name=some_broken, bad_images__max_share=0.01, **NO_REGULARIZATION
+        "", dataset__name=some_broken, bad_images__max_fraction=0.01, **NO_REGULARIZATION
     )
     with pytest.raises(RunError) as stop:
         train_and_evaluate(config, str(tmp_path / "run"))
-    assert mentions(str(stop.value), "3", "200", "config.bad_images.max_share", "0.01")
+    assert mentions(str(stop.value), "3", "200", "config.bad_images.max_fraction", "0.01")
     (step,) = list_steps(str(tmp_path / "run"))[-1:]
     assert re.search(rf"\bstep\W*{step}\b", str(stop.value))
     assert step < 20
-    config.bad_images.max_share = 0.02
+    config.bad_images.max_fraction = 0.02
     assert train_and_evaluate(config, str(tmp_path / "run")).step == 20
     whole = small_config(
-        "", dataset__name=some_broken, bad_images__max_share=1.0, **NO_REGULARIZATION
+        "", dataset__name=some_broken, bad_images__max_fraction=1.0, **NO_REGULARIZATION
     )
     train_and_evaluate(whole, str(tmp_path / "whole"))
     books = [(tmp_path / name / "bad_images_0.jsonl").read_text() for name in ("run", "whole")]
@@ -100,7 +100,7 @@ def test_a_bad_image_in_evaluation_is_named_or_counted(some_broken: str, tmp_pat
     (broken,) = Path(some_broken.removeprefix("folder:")).glob("test/*/207.png")
     broken.write_bytes(b"")
     config = small_config(
-        "", dataset__name=some_broken, bad_images__max_share=1.0, **NO_REGULARIZATION
+        "", dataset__name=some_broken, bad_images__max_fraction=1.0, **NO_REGULARIZATION
     )
     way_out = "config.bad_images.skip_in_evaluation=true"
     with raises(UserError, str(broken), reason_of(b""), way_out):

@@ -1,5 +1,6 @@
 """Tests of what a run begins with: other weights, at another image size, with or without head."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.errors import UserError
-from mixer_jax.model.variants import Widths
+from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import describe_init, find_init_source, restore_or_init
 from mixer_jax.training.setup import Experiment, build_experiment, make_train_batches
@@ -124,7 +125,7 @@ def test_another_image_size_begins_with_resized_weights(
     grown = size == 32
     assert experiment.about.config.tokens_mlp_dim == (32 if grown else 8)
     assert experiment.about.image_size == (size, size)
-    assert mentions(said, run, "grown" if grown else "interpolated", "16")
+    assert mentions(said, run, "tiled" if grown else "interpolated", "16")
     features = experiment.model.clone(num_classes=0)
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.uniform(-1, 1, (2, size, size, 3)), jnp.float32)
@@ -132,7 +133,7 @@ def test_another_image_size_begins_with_resized_weights(
     ours = features.apply({"params": params}, images)
     assert np.isfinite(ours).all()
     if grown:
-        small = features.clone(tokens_mlp_dim=8)
+        small = features.clone(config=dataclasses.replace(features.config, tokens_mlp_dim=8))
         host = {k: v for k, v in weights.params.items() if k != "head"}
         tiles = [images[:, i : i + 16, j : j + 16] for i in (0, 16) for j in (0, 16)]
         mean = np.mean([small.apply({"params": host}, tile) for tile in tiles], axis=0)
@@ -160,7 +161,7 @@ def test_the_widths_of_a_config_may_be_those_before_growing(
             ("config.init_from", "--config.model.gelu=tanh"),
         ),
         ({**AUTO, "image_size": 18}, ("image_size", "18", "patch_size", "4", "16", "20")),
-        ({**AUTO, "model__unroll": 3}, ("model.unroll", "3", "2")),
+        ({**AUTO, "model__scan_unroll": 3}, ("model.scan_unroll", "3", "2")),
     ],
 )
 def test_weights_of_another_model_are_refused(
@@ -172,7 +173,7 @@ def test_weights_of_another_model_are_refused(
 
 
 def test_weights_by_the_name_of_their_variant(digits_dir: str, tmp_path: Path) -> None:
-    other = random_weights(Widths(8, 32, 512, 256, 2048), (32, 32))
+    other = random_weights(MixerConfig(8, 32, 512, 256, 2048), (32, 32))
     run = save_run(other, tmp_path / "run")
     config = small_config(digits_dir, init_from=run, model__channels_mlp_dim=24)
     with raises(UserError, run, "S/32", "--config.model.variant=init_from"):

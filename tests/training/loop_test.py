@@ -15,7 +15,7 @@ import pytest
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.resolve import list_steps
-from mixer_jax.distributed.hosts import GracefulShutdown
+from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.datasets import open_datasets
@@ -126,7 +126,7 @@ def test_a_checkpoint_says_all_that_use_needs(finished: Path) -> None:
     assert weights.step == 20
     assert about.class_names == tuple(str(digit) for digit in range(10))
     assert about.image_size == (16, 16)
-    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "whole", "softmax")
+    assert (about.gelu, about.eval_crop, about.loss) == ("tanh", "resize", "softmax")
     assert about.config.hidden_dim == 16
     # The averaged parameters are the ones to use.
     raw = CheckpointManager(str(finished)).restore(20, {"ema_params": weights.params})["ema_params"]
@@ -247,20 +247,12 @@ def test_a_signal_saves_and_stops(
 
     config = small_config(digits_dir, checkpoint__every_steps=0, **NO_REGULARIZATION)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.hosts, "GracefulShutdown", Impatient)
+        patch.setattr(loop_module.multihost, "GracefulShutdown", Impatient)
         result = train_and_evaluate(config, str(tmp_path))
     assert (result.step, result.stopped_by, result.scores) == (1, number, {})
     assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_second_interrupt_is_immediate() -> None:
-    with GracefulShutdown() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
@@ -280,7 +272,7 @@ def test_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
     ("changes", "parts"),
     [
         ({"batch_size": 12}, ("config.batch_size", "12", "8", "16")),
-        ({"recipe__accumulation_steps": 4}, ("config.batch_size", "16", "8", "4", "32")),
+        ({"recipe__grad_accum_steps": 4}, ("config.batch_size", "16", "8", "4", "32")),
         ({"mesh__fsdp": 3}, ("mesh.fsdp", "3", "8")),
         ({"mesh__data": 2, "mesh__fsdp": 2}, ("mesh.data", "mesh.fsdp", "2", "8")),
         ({"dataset__train_split": "trian"}, ("digits/all", "trian", "train", "test")),

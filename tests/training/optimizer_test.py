@@ -33,7 +33,7 @@ def test_schedule_is_the_papers(step: int) -> None:
         num_steps,
         learning_rate=1e-3,
         warmup_steps=10_000,
-        decay="linear",
+        decay_type="linear",
         end_learning_rate=0.0,
     )
     expected = paper_schedule(step, num_steps)
@@ -51,7 +51,7 @@ def test_schedule_is_the_papers(step: int) -> None:
 )
 def test_decays_reach_their_stated_end(decay: str, end: float, at: dict[int, float]) -> None:
     schedule = make_schedule(
-        110, learning_rate=0.01, warmup_steps=10, decay=decay, end_learning_rate=end
+        110, learning_rate=0.01, warmup_steps=10, decay_type=decay, end_learning_rate=end
     )
     for step, expected in at.items():
         assert float(schedule(jnp.int32(step))) == pytest.approx(expected, abs=1e-7)
@@ -59,7 +59,7 @@ def test_decays_reach_their_stated_end(decay: str, end: float, at: dict[int, flo
 
 def test_no_warmup_begins_at_the_full_rate() -> None:
     schedule = make_schedule(
-        100, learning_rate=0.01, warmup_steps=0, decay="linear", end_learning_rate=0.0
+        100, learning_rate=0.01, warmup_steps=0, decay_type="linear", end_learning_rate=0.0
     )
     assert float(schedule(jnp.int32(0))) == pytest.approx(0.01)
 

@@ -35,9 +35,9 @@ def config_of_probes(digits_dir: str, num_steps: int = 8) -> ConfigDict:
     unknown = {"dataset": "digits/high", "train_split": "train[:200]", "split": "test[:60]"}
     config.evals = evals(
         test={"every_steps": 4},
-        few={"kind": "few_shot", "every_steps": 4, "shots": "1, 5", "probe_seeds": 2, **unknown},
-        line={"kind": "linear", "every_steps": 4, **unknown},
-        near={"kind": "knn", "every_steps": 3, **unknown},
+        few={"type": "few_shot", "every_steps": 4, "shots": "1, 5", "num_seeds": 2, **unknown},
+        line={"type": "linear", "every_steps": 4, **unknown},
+        near={"type": "knn", "every_steps": 3, **unknown},
     )
     validate(config)
     return config
@@ -123,21 +123,21 @@ def test_accuracies_of_probes_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("entry", "parts"),
     [
-        ({"kind": "probe"}, ("probe", "classify", "few_shot", "linear", "knn")),
+        ({"type": "probe"}, ("probe", "classify", "few_shot", "linear", "knn")),
         ({"shots": ""}, ("''",)),
         ({"shots": "1,0"}, ("1,0",)),
         ({"shots": "5 10"}, ("5 10",)),
         ({"shots": "1,,5"}, ("1,,5",)),
         ({"shots": "²"}, ("²",)),
         ({"shots": "-1"}, ("-1",)),
-        ({"probe_seeds": 0}, ("0", "1")),
+        ({"num_seeds": 0}, ("0", "1")),
     ],
 )
 def test_what_the_config_refuses(
     entry: dict[str, Any], parts: tuple[str, ...], digits_dir: str
 ) -> None:
     config = small_config(digits_dir)
-    config.evals = evals(e={"kind": "few_shot"} | entry)
+    config.evals = evals(e={"type": "few_shot"} | entry)
     (key,) = entry
     with raises(UserError, f"config.evals.e.{key}", *parts):
         validate(config)
@@ -155,7 +155,7 @@ def test_what_the_data_refuse_before_training_begins(
     entry: dict[str, Any], parts: tuple[str, ...], digits_dir: str, tmp_path: Path
 ) -> None:
     config = small_config(digits_dir, **NO_REGULARIZATION)
-    config.evals = evals(e={"kind": "few_shot"} | entry)
+    config.evals = evals(e={"type": "few_shot"} | entry)
     with raises(UserError, *parts):
         train_and_evaluate(config, str(tmp_path))
     assert read_metrics(str(tmp_path)) == []
@@ -167,7 +167,7 @@ def test_classes_that_the_run_does_not_know(tmp_path: Path, digits_dir: str) -> 
         folder.mkdir(parents=True)
         (folder / "0.png").write_bytes(b"")
     config = small_config(digits_dir, **NO_REGULARIZATION)
-    config.evals = evals(e={"kind": "knn", "dataset": f"folder:{tmp_path}"})
+    config.evals = evals(e={"type": "knn", "dataset": f"folder:{tmp_path}"})
     sources = open_datasets(config)
     assert sources.evals["e"].class_names == sources.probe_train["e"].class_names == ("cat", "dog")
 
@@ -175,12 +175,12 @@ def test_classes_that_the_run_does_not_know(tmp_path: Path, digits_dir: str) -> 
 def test_runs_of_before_there_were_probes_go_on(digits_dir: str) -> None:
     config = small_config(digits_dir)
     saved = config.to_dict()
-    for key in ("kind", "train_split", "shots", "probe_seeds"):
+    for key in ("type", "train_split", "shots", "num_seeds"):
         del saved["evals"]["test"][key]
     assert config_diff(saved, config) == ([], [])
-    config.evals = evals(test={"kind": "linear", "every_steps": 10})
+    config.evals = evals(test={"type": "linear", "every_steps": 10})
     harmless, harmful = config_diff(saved, config)
-    assert each_mentions(harmless, ("evals.test.kind", "classify", "linear"))
+    assert each_mentions(harmless, ("evals.test.type", "classify", "linear"))
     assert harmful == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.model.making import create_model
+from mixer_jax.models.registry import create_model
 from mixer_jax.training.step import (
     TrainState,
     accumulate_gradients,
@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "loss": "softmax",
     "label_smoothing": 0.0,
     "mixup": 0.0,
-    "accumulation_steps": 1,
+    "grad_accum_steps": 1,
     "ema_decay": 0.0,
 }
 
@@ -150,7 +150,7 @@ def test_metrics_are_what_they_are_called() -> None:
 def test_accumulation_changes_nothing_but_rounding(recipe: dict[str, Any]) -> None:
     whole, expected = take_steps(3, **recipe)
     for pieces in (2, 8):
-        accumulated, actual = take_steps(3, accumulation_steps=pieces, **recipe)
+        accumulated, actual = take_steps(3, grad_accum_steps=pieces, **recipe)
         assert_trees_equal(whole.params, accumulated.params, tolerance=1e-5)
         for a, b in zip(expected, actual, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
@@ -160,7 +160,7 @@ def test_4096_images_in_eight_pieces_are_one_batch() -> None:
     model = make_model(dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
     settings: dict[str, Any] = {"batch_size": 4096, "mixup": 0.5, "ema_decay": 0.9}
     whole, (expected,) = take_steps(1, model, **settings)
-    summed, (actual,) = take_steps(1, model, accumulation_steps=8, **settings)
+    summed, (actual,) = take_steps(1, model, grad_accum_steps=8, **settings)
     assert_trees_equal(whole, summed, tolerance=1e-6)
     assert actual == pytest.approx(expected, rel=1e-5)
 
@@ -191,9 +191,7 @@ def test_devices_and_pieces_change_nothing_but_rounding(
     model = make_model(num_blocks=2, dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
     recipe: dict[str, Any] = {"mixup": 0.5, "batch_size": 16}
     whole, expected = take_steps(3, model, **recipe)
-    spread, actual = take_steps(
-        3, model, mesh=mesh_of(*layout), accumulation_steps=pieces, **recipe
-    )
+    spread, actual = take_steps(3, model, mesh=mesh_of(*layout), grad_accum_steps=pieces, **recipe)
     assert_trees_equal(whole.params, spread.params, tolerance=1e-5)
     for a, b in zip(expected, actual, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -1,1 +1,1 @@
-"""TFDS builders for data sets that TFDS lacks."""
+"""TFDS builders for datasets that are not part of TFDS."""

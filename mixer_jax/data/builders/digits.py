@@ -1,6 +1,6 @@
-"""TFDS builder `digits`: the handwritten digits that scikit-learn carries; nothing is downloaded.
+"""TFDS builder `digits`: the handwritten digits shipped with scikit-learn; nothing is downloaded.
 
-1,797 real scans of 8×8 pixels in 16 grey levels, from the UCI set "Optical Recognition of
+1,797 scans of 8×8 pixels with 17 gray levels, from the UCI dataset "Optical Recognition of
 Handwritten Digits" (Alpaydin and Kaynak, 1998).
 """
 
@@ -17,12 +17,12 @@ _CLASSES = {"all": range(10), "low": range(5), "high": range(5, 10)}
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Digits 0-9 ("all"), 0-4 ("low") or 5-9 ("high"); one permutation splits train and test."""
+    """Digits 0-9 ("all"), 0-4 ("low") or 5-9 ("high"), with the same split into train and test."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name=name, description=f"Classes {min(kept)} to {max(kept)}.")
-        for name, kept in _CLASSES.items()
+        tfds.core.BuilderConfig(name=name, description=f"Classes {min(digits)} to {max(digits)}.")
+        for name, digits in _CLASSES.items()
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -49,14 +49,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        # Imported here because scikit-learn takes longer to import than all else together.
+        # Imported late, because scikit-learn takes longer to import than everything else together.
         from sklearn.datasets import load_digits
 
         scans = load_digits()
-        kept = _CLASSES[self.builder_config.name]
+        digits = _CLASSES[self.builder_config.name]
         for index in indices.tolist():
             digit = int(scans.target[index])
-            if digit in kept:
-                grey = np.round(scans.images[index] * (255 / 16)).astype(np.uint8)
-                _, png = cv2.imencode(".png", grey)
-                yield index, {"image": png.tobytes(), "label": kept.index(digit)}
+            if digit in digits:
+                gray = np.round(scans.images[index] * (255 / 16)).astype(np.uint8)
+                _, png = cv2.imencode(".png", gray)
+                yield index, {"image": png.tobytes(), "label": digits.index(digit)}

@@ -9,7 +9,7 @@ import pytest
 
 from mixer_jax.benchmarks.candidates import MIXER_JAX, REFERENCE, Candidate, Workload
 from mixer_jax.benchmarks.compile import compile_step
-from mixer_jax.model.variants import VARIANTS, Widths
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.planning.aot_compile import Compiled
 from mixer_jax.planning.hlo.attribution import (
     REGIONS,
@@ -24,7 +24,7 @@ from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 from tests.helpers.hlo_programs import PARTED
 from tests.helpers.tpu_compiler import tpu_device
 
-TINY = Widths(2, 16, 128, 64, 256)
+TINY = MixerConfig(2, 16, 128, 64, 256)
 WORKLOAD = Workload("train", "tiny", 64, 10, "bfloat16", 8)
 
 

@@ -1,0 +1,199 @@
+"""Multi-host runs: joining one, agreeing across hosts, and stopping together.
+
+JAX detects lost hosts by itself. Every process sends heartbeats to the coordinator, which is part
+of process 0. When a process is lost, the collectives of the others fail, or JAX aborts them with a
+message and SIGABRT. The same happens to a process whose peers do not join in time.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mixer_jax.distributed.tpu_env import has_tpu
+from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
+
+# Set by launchers that start several processes: a JAX coordinator, TPU multislice.
+_ADDRESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+# Number of processes that SLURM and Open MPI start.
+_SIZE_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Detects a lost host within a minute, but tolerates the pause of a live migration.
+_HEARTBEAT_TIMEOUT_SECONDS = 40
+# Hosts that raise the same error at about the same time exit together, each with its own message.
+_EXIT_TIMEOUT_SECONDS = 10.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
+    """Joins the other hosts of a run; does nothing in a process that has already joined.
+
+    Must be called before any device is used. JAX aborts the process if not all hosts join in time.
+
+    Args:
+        mode: "yes", "no", or "auto": joins on a TPU VM, under SLURM or Open MPI, and if
+            JAX_COORDINATOR_ADDRESS is set. JAX detects the other hosts, or reads that address;
+            JAX_NUM_PROCESSES and JAX_PROCESS_ID complete it.
+        timeout_seconds: Time for all hosts to join.
+
+    Raises:
+        UserError: The other hosts cannot be detected.
+        RunError: The coordinator cannot be started or detected; a later attempt may succeed.
+    """
+    if jax.distributed.is_initialized() or mode == "no" or (mode == "auto" and not _in_cluster()):
+        return
+    # The service would replace Python's handler of SIGTERM by its own. See `GracefulShutdown`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            _read_int("JAX_NUM_PROCESSES"),
+            _read_int("JAX_PROCESS_ID"),
+            initialization_timeout=timeout_seconds,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"config.distributed={mode} needs the other hosts, which JAX cannot detect "
+            f"({summarize_error(error)}). Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID on every host, or --config.distributed=no to run on one host"
+        ) from error
+    except RuntimeError as error:
+        raise RunError(f"cannot join the other hosts: {summarize_error(error)}") from error
+
+
+def _in_cluster() -> bool:
+    if any(os.environ.get(name) for name in _ADDRESS_VARIABLES):
+        return True
+    if any((_read_int(name) or 1) > 1 for name in _SIZE_VARIABLES):
+        return True
+    # A TPU VM may be one of several; a single one joins itself at once.
+    return has_tpu() and importlib.util.find_spec("libtpu") is not None
+
+
+def _read_int(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
+
+
+@contextlib.contextmanager
+def propagate_failure() -> Iterator[None]:
+    """Ends all hosts when this one raises, for commands, around all of their work.
+
+    A process that ends waits for all others, which may wait for its part of a computation. So it
+    exits after a few seconds even if they have not ended; JAX then ends the others.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, os._exit, [exit_code(error)])
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+def is_primary_process() -> bool:
+    """Returns whether this process writes and prints on behalf of all hosts."""
+    return jax.process_index() == 0
+
+
+def any_host(flag: bool) -> bool:
+    """Returns whether any host sets the flag; all hosts must call it together."""
+    return bool(all_gather(np.array(flag)).any())
+
+
+def sum_across_hosts(count: int) -> int:
+    """Sums a count over all hosts, which must call it together."""
+    return int(all_gather(np.array(count)).sum())
+
+
+def all_gather(array: np.ndarray) -> np.ndarray:
+    """Gathers the arrays of all hosts, which must call it together, to (hosts, ...).
+
+    Args:
+        array: Values of at most 32 bits, of the same shape on every host.
+    """
+    if jax.process_count() == 1:
+        return array[None]
+    return np.asarray(multihost_utils.process_allgather(array))
+
+
+class SharedFlags:
+    """Flags that take effect on all hosts at the same step, whichever host sets them.
+
+    Hosts exchange them on the devices after every step and read them after the next one, so no
+    device ever waits for a host.
+    """
+
+    def __init__(self) -> None:
+        mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
+        self._sharding = NamedSharding(mesh, PartitionSpec("devices"))
+        self._any = jax.jit(
+            lambda flags: flags.any(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
+        self._pending: jax.Array | None = None
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Sends the flags of this host and returns which of them any host sent one call before.
+
+        All hosts must call it together. A single host gets its own flags back at once.
+        """
+        if jax.process_count() == 1:
+            return flags
+        received = self._pending
+        local = np.tile(np.array(flags), (jax.local_device_count(), 1))
+        shape = (jax.device_count(), len(flags))
+        self._pending = self._any(
+            jax.make_array_from_process_local_data(self._sharding, local, shape)
+        )
+        if received is None:
+            return (False,) * len(flags)
+        return tuple(map(bool, np.asarray(received)))
+
+    def clear(self) -> None:
+        """Drops the flags that were sent and not yet returned; all hosts must call it together."""
+        self._pending = None
+
+
+class GracefulShutdown:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
+
+    The second Ctrl-C raises KeyboardInterrupt at once. A context manager, which restores the
+    previous handlers. Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Attributes:
+        received: The latest signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "GracefulShutdown":
+        self._previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP_SIGNALS:
+                signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

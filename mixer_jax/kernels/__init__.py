@@ -1,0 +1,1 @@
+"""Custom kernels in Pallas, and the block backends built on them."""

@@ -1,0 +1,1 @@
+"""Custom kernels for TPUs (Pallas on Mosaic), and the block backends built on them."""

@@ -1,0 +1,181 @@
+"""Interface of a model family. Does not import JAX."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from mixer_jax.errors import UserError
+from mixer_jax.models.weight_layout import WeightLayout
+
+# A variant whose architecture is given in full by overrides.
+CUSTOM = "custom"
+# The architecture and GELU of the checkpoint in config.init_from.
+INIT_FROM = "init_from"
+
+Path = tuple[str, ...]  # Names from the root of the parameter tree to one array.
+Shape = tuple[int, ...]
+ImageSize = tuple[int, int]  # Height and width, in pixels.
+
+
+class ResizedConfig(NamedTuple):
+    """Architecture of a model for another image size.
+
+    Attributes:
+        config: Architecture config of the resized model.
+        method: How parameters are adapted; "identity" leaves them as they are.
+        note: Description of a lossy or unusual method, with {} for the old size; may be empty.
+    """
+
+    config: Any
+    method: str
+    note: str
+
+
+class InferredConfig(NamedTuple):
+    """Architecture inferred from tensors.
+
+    Attributes:
+        config: Architecture config.
+        num_tokens: Number of patches that the tensors are for; 0 if they fit any image size.
+    """
+
+    config: Any
+    num_tokens: int
+
+
+class ModelFamily(abc.ABC):
+    """A family of models: its variants, their sizes and costs, and rules for their parameters.
+
+    Configs are frozen dataclasses, one field per architectural choice. Everything but `build` and
+    `resize_params` works without JAX.
+    """
+
+    # Key in configs and checkpoints, e.g. "mixer".
+    name: ClassVar[str]
+    # Prefix of full names, e.g. "Mixer" in "Mixer-B/16".
+    display_name: ClassVar[str]
+    config_class: ClassVar[type]
+    variants: ClassVar[Mapping[str, Any]]
+    # Regions of a compiled program, matched in this order against the names of its operations.
+    regions: ClassVar[Mapping[str, str]]
+
+    def get_config(self, variant: str, **overrides: Any) -> Any:
+        """Returns a variant's config; see `resolve_config`."""
+        return resolve_config(self.config_class, self.variants, variant, **overrides)
+
+    def infer_variant(self, config: Any) -> str:
+        """Returns the name of the variant with this config, or "custom"."""
+        return next((name for name, known in self.variants.items() if known == config), CUSTOM)
+
+    def full_name(self, variant: str) -> str:
+        """Returns a variant's name with that of the family, e.g. "Mixer-B/16"."""
+        return f"{self.display_name}-{variant}"
+
+    def num_blocks(self, config: Any) -> int:
+        """Returns the number of blocks that can be scanned over; 0 if there is no such stack."""
+        return int(getattr(config, "num_blocks", 0))
+
+    @abc.abstractmethod
+    def build(self, config: Any, num_classes: int, **attributes: Any) -> Any:
+        """Builds the Flax module. `attributes` may include `execution`."""
+
+    @abc.abstractmethod
+    def param_shapes(
+        self, config: Any, image_size: int | ImageSize, num_classes: int
+    ) -> dict[str, Shape]:
+        """Returns the shape of each parameter by its slash-separated path."""
+
+    def num_params(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
+        """Returns the number of parameters; `num_classes` 0 means no head."""
+        return sum(map(math.prod, self.param_shapes(config, image_size, num_classes).values()))
+
+    @abc.abstractmethod
+    def forward_flops(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
+        """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only."""
+
+    def image_size_multiple(self, config: Any) -> int:
+        """Returns the number of pixels that both sides of an image must be a multiple of."""
+        del config
+        return 1
+
+    @abc.abstractmethod
+    def check_image_size(self, config: Any, height: int, width: int) -> None:
+        """Raises UserError, naming the nearest valid sizes, unless the model accepts the size."""
+
+    @abc.abstractmethod
+    def resize_config(self, config: Any, old: ImageSize, new: ImageSize) -> ResizedConfig:
+        """Returns the config of the model that `resize_params` makes parameters for."""
+
+    @abc.abstractmethod
+    def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
+        """Adapts parameters, as numpy arrays, to another image size."""
+
+    def weight_layouts(self) -> tuple[WeightLayout, ...]:
+        """Returns the layouts that weights of this family are published in."""
+        return ()
+
+    @abc.abstractmethod
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+        """Infers the architecture from tensors.
+
+        Args:
+            num_blocks: Number of blocks found.
+            shape: Function from the path of a parameter to its shape, without the leading axis of
+                blocks.
+        """
+
+    def is_weight_decayed(self, path: Path) -> bool:
+        """Returns whether weight decay applies: to kernels, not to biases and normalization."""
+        return path[-1] == "kernel"
+
+    def is_fsdp_sharded(self, path: Path) -> bool:
+        """Returns whether a parameter is sharded over "fsdp"; all others are replicated.
+
+        Kernels hold all but about a thousandth of the parameters. Sharding the rest would save
+        nothing and send many small messages.
+        """
+        return path[-1] == "kernel"
+
+    def is_cast(self, path: Path) -> bool:
+        """Returns whether the model casts a parameter to the computation's dtype.
+
+        These can be cast before they are sent to other devices, or once when they are loaded.
+        """
+        return path[-1] == "kernel" and path[0] != "head"
+
+
+def resolve_config(
+    config_class: type, variants: Mapping[str, Any], variant: str, **overrides: Any
+) -> Any:
+    """Returns a variant's config with overrides applied.
+
+    Args:
+        config_class: Frozen dataclass of the family.
+        variants: Configs by name.
+        variant: One of these names, or "custom", which needs every field that has no default.
+        **overrides: Fields of the config. 0 and "" keep the variant's own value.
+
+    Raises:
+        UserError: The variant is unknown, a number is negative, or a field is missing.
+    """
+    requested = {name: value for name, value in overrides.items() if value not in (0, "")}
+    for name, value in requested.items():
+        if isinstance(value, int) and value < 0:
+            raise UserError(f"model.{name} must be positive, got {value}.")
+    if variant == CUSTOM:
+        required = [
+            f.name
+            for f in dataclasses.fields(config_class)
+            if f.default is dataclasses.MISSING and f.name not in requested
+        ]
+        if required:
+            raise UserError(
+                f"model.variant='custom' needs the whole architecture. Set {', '.join(required)}."
+            )
+        return config_class(**requested)
+    if variant not in variants:
+        names = ", ".join([*variants, CUSTOM])
+        raise UserError(f"model.variant must be one of {names}, got {variant!r}.")
+    return dataclasses.replace(variants[variant], **requested)

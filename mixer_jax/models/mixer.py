@@ -1,0 +1,151 @@
+"""MLP-Mixer (Section 2 of arXiv 2105.01601): patches, then blocks that mix tokens and channels."""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mixer_jax.models.execution import Execution
+from mixer_jax.models.layers import (
+    Context,
+    DropPathMask,
+    Gelu,
+    LayerNorm,
+    PatchEmbed,
+    add_branch,
+    apply_dropout,
+    classifier_head,
+    dense,
+    gelu,
+    map_over_vectors,
+)
+from mixer_jax.models.mixer_config import MixerConfig, check_image_size
+from mixer_jax.models.stack import block_stack, make_context
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, dense: maps a vector to one of the same width.
+
+    The block knows nothing of images, tokens or channels: it is mapped over them.
+    """
+
+    mlp_dim: int
+    gelu: Gelu = "tanh"
+    dropout: float = 0.0
+    ctx: Context = Context()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
+        """Applies the MLP to a vector; `index`, its place in the global batch, seeds dropout."""
+        y = dense(self.mlp_dim, self.ctx)(x)
+        y = gelu(y, self.gelu).astype(self.ctx.dtype)
+        y = self.drop(y, index)
+        y = dense(x.shape[-1], self.ctx)(y)
+        return self.drop(y, index)
+
+    def drop(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
+        """Applies dropout in training."""
+        if not (self.ctx.train and self.dropout):
+            return x
+        return apply_dropout(x, self.dropout, self.make_rng("dropout"), index)
+
+
+class MixerBlock(nn.Module):
+    """Token mixing, then channel mixing, each after LayerNorm and with a skip connection."""
+
+    num_branches: ClassVar[int] = 2
+
+    config: MixerConfig
+    gelu: Gelu = "tanh"
+    dropout: float = 0.0
+    ctx: Context = Context()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "n s c"],
+        masks: tuple[DropPathMask, DropPathMask],
+        example_index: Int[Array, " n"],
+    ) -> Float[Array, "n s c"]:
+        """Mixes tokens, then channels.
+
+        Args:
+            x: Tokens of a batch of images.
+            masks: Drop-path masks of token mixing and of channel mixing.
+            example_index: Index of each image in the global batch; seeds dropout.
+        """
+        mlp = functools.partial(
+            map_over_vectors, MlpBlock, ctx=self.ctx, gelu=self.gelu, dropout=self.dropout
+        )
+        # One MLP, shared by all channels, sees each column of the table (s, c) ...
+        token_mixing = mlp(over="channels", mlp_dim=self.config.tokens_mlp_dim, name="token_mixing")
+        y = token_mixing(LayerNorm()(x), example_index)
+        self.sow("intermediates", "token_mixing_output", y)
+        x = add_branch(x, y, masks[0], self.ctx.dtype, name="mlp_output")
+        # ... and one, shared by all tokens, sees each row.
+        channel_mixing = mlp(
+            over="tokens", mlp_dim=self.config.channels_mlp_dim, name="channel_mixing"
+        )
+        y = channel_mixing(LayerNorm()(x), example_index)
+        self.sow("intermediates", "channel_mixing_output", y)
+        return add_branch(x, y, masks[1], self.ctx.dtype)
+
+
+class MlpMixer(nn.Module):
+    """The whole model: patch embedding, blocks, LayerNorm, mean over tokens, linear head.
+
+    Training with dropout or stochastic depth needs the random stream of that name:
+    `model.apply(variables, images, train=True, rngs={"dropout": key, "stochastic_depth": key})`.
+
+    Attributes:
+        config: Dimensions (Table 1).
+        num_classes: Outputs of the head; 0 returns features.
+        gelu: "tanh" as in the authors' code, "exact" as in timm.
+        stochastic_depth: Drop probability p of the last block; block i has p·i/(N−1).
+        dropout: Dropout rate after each dense layer of the MLPs.
+        head_bias: Initial value of the head's bias.
+        execution: How the model is executed, which does not change what it computes.
+    """
+
+    family: ClassVar[str] = "mixer"
+
+    config: MixerConfig
+    num_classes: int
+    gelu: Gelu = "tanh"
+    stochastic_depth: float = 0.0
+    dropout: float = 0.0
+    head_bias: float = 0.0
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "n h w 3"],
+        train: bool = False,
+        example_index: Int[Array, " n"] | None = None,
+    ) -> Float[Array, "n outputs"]:
+        """Computes float32 logits, or features of `hidden_dim` channels if `num_classes` is 0.
+
+        Args:
+            images: Pixels in [-1, 1].
+            train: Whether dropout and stochastic depth are active.
+            example_index: Index of each image in the global batch; seeds its dropout and
+                drop-path masks. None: 0 to n − 1.
+
+        Raises:
+            UserError: Height or width is not a multiple of the patch size.
+        """
+        config = self.config
+        _, height, width, _ = images.shape
+        check_image_size(height, width, config.patch_size)
+        example_index = jnp.arange(images.shape[0]) if example_index is None else example_index
+        ctx = make_context(self, train)
+        x = PatchEmbed(config.hidden_dim, config.patch_size, ctx, name="stem")(images)
+        self.sow("intermediates", "stem_output", x)
+        block = MixerBlock(config, self.gelu, self.dropout, ctx, parent=None)
+        x = block_stack(self, block, x, example_index, norm_name="pre_head_layer_norm")
+        x = jnp.mean(x, axis=1, dtype=jnp.float32)
+        self.sow("intermediates", "pre_logits", x)
+        return classifier_head(self.num_classes, self.head_bias)(x) if self.num_classes else x

@@ -1,0 +1,68 @@
+"""Published layouts of Mixer weights: Google's npz files, and timm."""
+
+from collections.abc import Iterator
+
+from mixer_jax.models.mixer_config import MixerConfig, param_shapes
+from mixer_jax.models.weight_layout import TensorMapping, WeightLayout
+
+# Parameters under this path have a leading axis of blocks.
+_BLOCKS = "blocks/"
+
+
+def _google() -> Iterator[TensorMapping]:
+    for path in ("stem", "pre_head_layer_norm", "head"):
+        for leaf in ("scale" if "norm" in path else "kernel", "bias"):
+            yield TensorMapping(f"{path}/{leaf}", f"{path}/{leaf}")
+    for path in param_shapes(MixerConfig(1, 1, 1, 1, 1), 1, 0):
+        if path.startswith(_BLOCKS):
+            yield TensorMapping(path.replace(_BLOCKS, "MixerBlock_{}/"), path)
+
+
+def _google_legacy() -> Iterator[TensorMapping]:
+    for name, path in (
+        ("embedding", "stem"),
+        ("Mixer/encoder_norm", "pre_head_layer_norm"),
+        ("head", "head"),
+    ):
+        for leaf in ("scale" if "norm" in path else "kernel", "bias"):
+            yield TensorMapping(f"{name}/{leaf}", f"{path}/{leaf}")
+    block = "Mixer/encoderblock_{}"
+    for index, mixing in enumerate(("token_mixing", "channel_mixing")):
+        for norm_leaf, dense_leaf in (("scale", "kernel"), ("bias", "bias")):
+            norm = f"LayerNorm_{index}/{norm_leaf}"
+            yield TensorMapping(f"{block}/{norm}", f"{_BLOCKS}{norm}")
+            for dense in (0, 1):
+                name = f"{block}/{mixing}_phase_0/{dense_leaf}{dense + 1}"
+                yield TensorMapping(name, f"{_BLOCKS}{mixing}/Dense_{dense}/{dense_leaf}")
+
+
+def _timm() -> Iterator[TensorMapping]:
+    yield TensorMapping("stem.proj.weight", "stem/kernel", (3, 2, 0, 1))
+    yield TensorMapping("stem.proj.bias", "stem/bias")
+    block = "blocks.{}"
+    for index, mixing in enumerate(("token_mixing", "channel_mixing")):
+        norm = f"{block}.norm{index + 1}"
+        yield TensorMapping(f"{norm}.weight", f"{_BLOCKS}LayerNorm_{index}/scale")
+        yield TensorMapping(f"{norm}.bias", f"{_BLOCKS}LayerNorm_{index}/bias")
+        for dense in (0, 1):
+            name = f"{block}.mlp_{mixing.removesuffix('_mixing')}s.fc{dense + 1}"
+            path = f"{_BLOCKS}{mixing}/Dense_{dense}"
+            yield TensorMapping(f"{name}.weight", f"{path}/kernel", (1, 0))
+            yield TensorMapping(f"{name}.bias", f"{path}/bias")
+    yield TensorMapping("norm.weight", "pre_head_layer_norm/scale")
+    yield TensorMapping("norm.bias", "pre_head_layer_norm/bias")
+    yield TensorMapping("head.weight", "head/kernel", (1, 0))
+    yield TensorMapping("head.bias", "head/bias")
+
+
+GOOGLE = WeightLayout("Google", tuple(_google()), ("stem/kernel",), "tanh", "shorter_side")
+# Some of its tensors have additional axes of length 1, which are dropped.
+GOOGLE_LEGACY = WeightLayout(
+    "Google, older names",
+    tuple(_google_legacy()),
+    ("embedding/kernel",),
+    "tanh",
+    "shorter_side",
+)
+TIMM = WeightLayout("timm", tuple(_timm()), ("stem.proj.weight",), "exact", "bicubic")
+LAYOUTS = (GOOGLE, GOOGLE_LEGACY, TIMM)

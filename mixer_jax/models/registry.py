@@ -1,0 +1,125 @@
+"""Model families by name. Does not import JAX until a model is built."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mixer_jax.errors import UserError
+from mixer_jax.models import execution
+from mixer_jax.models.execution import AUTO, Execution
+from mixer_jax.models.family import CUSTOM, ModelFamily
+from mixer_jax.models.mixer_family import MixerFamily
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (MixerFamily(),)}
+DEFAULT_FAMILY = "mixer"
+
+
+def get_family(name: str) -> ModelFamily:
+    """Returns the model family of this name.
+
+    Raises:
+        UserError: There is no such family.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}.")
+    return FAMILIES[name]
+
+
+def list_models() -> list[str]:
+    """Returns the full names of all variants of all families, e.g. "Mixer-B/16"."""
+    return [f.full_name(variant) for f in FAMILIES.values() for variant in f.variants]
+
+
+def parse_model_name(name: str) -> tuple[str, str]:
+    """Splits a model's name into family and variant: "Mixer-B/16" is ("mixer", "B/16").
+
+    A bare variant, such as "B/16" or "custom", is a Mixer.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    for family in FAMILIES.values():
+        prefix = f"{family.display_name}-"
+        if name.startswith(prefix):
+            variant = name.removeprefix(prefix)
+            if variant == CUSTOM or variant in family.variants:
+                return family.name, variant
+    if name == CUSTOM or name in FAMILIES[DEFAULT_FAMILY].variants:
+        return DEFAULT_FAMILY, name
+    names = ", ".join([*list_models(), CUSTOM])
+    raise UserError(f"model must be one of {names}, got {name!r}.")
+
+
+def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> "nn.Module":
+    """Creates a model by name, e.g. `create_model("Mixer-B/16", num_classes=10)`.
+
+    Args:
+        name: One of `list_models()`; a bare variant such as "B/16" for Mixer; or "custom", which
+            needs every field of the architecture config as an override.
+        num_classes: Outputs of the head; 0 returns features.
+        **overrides: Fields of the architecture config, such as `patch_size`; fields of `Execution`,
+            such as `dtype`, or `execution` as a whole; any other attribute of the module, such as
+            `stochastic_depth`.
+
+    Raises:
+        UserError: The model is unknown or its architecture is incomplete.
+    """
+    family_name, variant = parse_model_name(name)
+    family = get_family(family_name)
+    config = family.get_config(variant, **_take_fields(family.config_class, overrides))
+    fields = _take_fields(Execution, overrides)
+    overrides["execution"] = dataclasses.replace(overrides.get("execution", Execution()), **fields)
+    return family.build(config, num_classes, **overrides)
+
+
+def from_config(
+    section: Mapping[str, Any], num_classes: int, target_device_kind: str = ""
+) -> "nn.Module":
+    """Builds the model of a config's model section.
+
+    Args:
+        section: Keys under `model` in the config; `family` defaults to Mixer.
+        num_classes: Outputs of the head.
+        target_device_kind: Device to compile for, as JAX names it; empty: the first one here.
+    """
+    import jax
+
+    settings = resolve_auto(section, jax.default_backend())
+    settings["target_device_kind"] = target_device_kind
+    family = get_family(settings.pop("family", DEFAULT_FAMILY))
+    name = family.full_name(settings.pop("variant"))
+    return create_model(name, num_classes, **settings)
+
+
+def resolve_auto(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
+    """Resolves every `auto` setting of a config's model section for a platform.
+
+    Args:
+        section: Keys under `model` in the config.
+        platform: As JAX names it: cpu, gpu or tpu.
+    """
+    family = get_family(section.get("family", DEFAULT_FAMILY))
+    fields = (f.name for f in dataclasses.fields(family.config_class))
+    overrides = {name: section[name] for name in fields if name in section}
+    num_blocks = overrides.get("num_blocks") or family.num_blocks(
+        family.get_config(section["variant"], **overrides)
+    )
+    return execution.resolve_auto(section, platform, num_blocks)
+
+
+def resolve_dtype(name: str) -> "jnp.dtype":
+    """Returns a dtype by name; "auto" is bfloat16 on accelerators and float32 on CPUs."""
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.dtype(execution.default_dtype(jax.default_backend()) if name == AUTO else name)
+
+
+def _take_fields(dataclass: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Removes the fields of a dataclass from `values` and returns them."""
+    names = [f.name for f in dataclasses.fields(dataclass)]
+    return {name: values.pop(name) for name in names if name in values}

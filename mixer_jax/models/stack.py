@@ -1,0 +1,306 @@
+"""Runs a stack of equal residual blocks: scanned or unrolled, rematerialized, on any backend.
+
+Parameters of the blocks are stacked under "blocks" on a leading axis of length `num_blocks`. A list
+with the parameters of each block is accepted, too, and is unrolled.
+"""
+
+import dataclasses
+import importlib
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mixer_jax.models.execution import Execution
+from mixer_jax.models.layers import Context, DropPathMask, LayerNorm, bernoulli_per_example
+
+# Residuals saved for the backward pass besides each block's input.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp_hidden": jax.checkpoint_policies.save_only_these_names("mlp_output"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# The class of each custom backend, as module and name, by family and backend; imported when used.
+# Families without an entry use "xla".
+_BACKENDS = {
+    ("mixer", "triton"): ("mixer_jax.kernels.triton.block", "TritonMixerBackend"),
+    ("mixer", "mosaic"): ("mixer_jax.kernels.mosaic.block", "MosaicMixerBackend"),
+}
+
+
+class BlockBackend(Protocol):
+    """Another way to compute a stack of blocks: the same function of the same parameters.
+
+    A backend is constructed from the model and the number of tokens. What it carries from block to
+    block is private to it.
+    """
+
+    # Whether the patch embedding yields (s, n, c) instead of (n, s, c).
+    token_major: ClassVar[bool]
+
+    def begin(self, tokens: Array, drop_path: bool) -> Any:
+        """Returns the carry before the first block.
+
+        Args:
+            tokens: Output of the patch embedding.
+            drop_path: Whether blocks will get drop-path masks.
+        """
+
+    def block(self, params: Mapping[str, Any], carry: Any, masks: tuple[DropPathMask, ...]) -> Any:
+        """Applies one block to the carry."""
+
+    def end(self, norm_params: Mapping[str, Any], carry: Any) -> Float[Array, "n s c"]:
+        """Applies the final LayerNorm to the carry."""
+
+
+class _Backend(NamedTuple):
+    """A backend's name, and its class if it is not "xla"."""
+
+    name: str
+    cls: Any
+
+
+def active_backend(model: Any, train: bool) -> str:
+    """Returns the backend that computes a model's blocks: custom kernels do not support dropout.
+
+    Args:
+        model: Model with a stack of blocks.
+        train: Whether dropout and stochastic depth are active.
+    """
+    return _select_backend(model, train).name
+
+
+def _select_backend(model: Any, train: bool) -> _Backend:
+    # Parameters are the same on all backends, and modules initialize them. Kernels do not expose
+    # the intermediate activations within a block.
+    needs_modules = _is_initializing(model) or _captures(model) or (train and model.dropout)
+    location = _BACKENDS.get((model.family, model.execution.backend))
+    if location is None or needs_modules:
+        return _Backend("xla", None)
+    module, name = location
+    return _Backend(model.execution.backend, getattr(importlib.import_module(module), name))
+
+
+def _is_initializing(model: nn.Module) -> bool:
+    return model.scope is not None and model.is_initializing()
+
+
+def _captures(model: nn.Module) -> bool:
+    """Returns whether intermediate activations are requested."""
+    return model.scope is not None and model.is_mutable_collection("intermediates")
+
+
+def use_partitionable_backend(model: Any, num_devices: int) -> Any:
+    """Returns a model that can be compiled for images sharded over so many devices.
+
+    Custom kernels take the images of one device; the compiler partitions only its own operations.
+    """
+    if num_devices == 1:
+        return model
+    return model.clone(execution=dataclasses.replace(model.execution, backend="xla"))
+
+
+def uses_flat_layout(execution: Execution) -> bool:
+    """Returns whether MLPs flatten the batch; see `Execution.flatten_batch`."""
+    if execution.flatten_batch is not None:
+        return execution.flatten_batch
+    return (execution.target_device_kind or jax.devices()[0].device_kind) == "cpu"
+
+
+def stochastic_depth_rates(model: Any) -> Float[Array, " num_blocks"]:
+    """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
+    return jnp.linspace(0.0, model.stochastic_depth, model.config.num_blocks, dtype=jnp.float32)
+
+
+def make_context(model: Any, train: bool) -> Context:
+    """Returns how the layers of a model compute in one call."""
+    backend = _select_backend(model, train).cls
+    return Context(
+        dtype=jnp.dtype(model.execution.dtype),
+        train=train,
+        flatten_batch=uses_flat_layout(model.execution),
+        token_major=backend is not None and backend.token_major,
+    )
+
+
+class DropPathMasks(nn.Module):
+    """Random drop-path masks of a block's branches.
+
+    Attributes:
+        num_branches: Residual branches per block.
+        dtype: Dtype of the masks.
+    """
+
+    num_branches: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, drop_rate: Float[Array, ""], example_index: Int[Array, " n"]
+    ) -> tuple[Float[Array, " n"], ...]:
+        """Draws a mask for each branch, 1 for examples that keep it and 0 for the others."""
+        return tuple(self.draw(drop_rate, example_index) for _ in range(self.num_branches))
+
+    def draw(
+        self, drop_rate: Float[Array, ""], example_index: Int[Array, " n"]
+    ) -> Float[Array, " n"]:
+        """Draws the mask of one branch."""
+        rng = self.make_rng("stochastic_depth")
+        return bernoulli_per_example(rng, example_index, 1.0 - drop_rate, ()).astype(self.dtype)
+
+
+def block_stack(
+    model: Any,
+    block: Any,
+    x: Float[Array, "a b c"],
+    example_index: Int[Array, " n"],
+    norm_name: str,
+) -> Float[Array, "n s c"]:
+    """Applies a model's blocks and final LayerNorm, declaring their parameters in its scope.
+
+    Random keys are split over blocks before these are scanned or unrolled, so that masks do not
+    depend on `scan_unroll`.
+
+    Args:
+        model: Calling module, in its compact method. Has `config.num_blocks`, `stochastic_depth`,
+            `dropout` and `execution`.
+        block: Unbound module of (tokens, drop-path masks of its branches, example_index), with
+            attributes `num_branches` and `ctx`, from `make_context`.
+        x: Output of the patch embedding, as `ctx.token_major` says.
+        example_index: Index of each example in the global batch.
+        norm_name: Name of the final LayerNorm's parameters.
+    """
+    norm, train = LayerNorm(name=norm_name), block.ctx.train
+    if model.is_initializing():
+        return norm(_initialize(model, block, x, example_index))
+    backend_class = _select_backend(model, train).cls
+    if backend_class is None:
+        apply_block, carry = _xla_block(model, block, example_index), x
+        return norm(_apply_blocks(model, block, apply_block, carry, example_index))
+    backend: BlockBackend = backend_class(model, x.shape[0 if backend_class.token_major else 1])
+
+    def apply_custom(params: Any, carry: Any, masks: Any, rngs: Any) -> tuple[Any, None]:
+        with jax.named_scope(type(block).__name__):
+            return backend.block(params, carry, masks), None
+
+    carry = backend.begin(x, drop_path=train and model.stochastic_depth > 0)
+    carry = _apply_blocks(model, block, apply_custom, carry, example_index)
+    with jax.named_scope(norm_name):
+        return backend.end(model.variables["params"][norm_name], carry)
+
+
+def _initialize(model: Any, block: Any, x: Array, example_index: Array) -> Array:
+    """Applies the blocks so that their stacked parameters are initialized."""
+    attributes = {
+        field.name: getattr(block, field.name)
+        for field in dataclasses.fields(block)
+        if field.name not in ("parent", "name")
+    }
+
+    def step(module: Any, x: Array) -> tuple[Array, None]:
+        return module(x, (None,) * block.num_branches, example_index), None
+
+    scan = nn.scan(
+        step,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=model.config.num_blocks,
+    )
+    return scan(type(block)(**attributes, name="blocks"), x)[0]
+
+
+def _xla_block(model: Any, block: Any, example_index: Array) -> Any:
+    """Returns a function that applies one block's module, and captures its intermediates."""
+    captures = _captures(model)
+
+    def apply(params: Any, x: Array, masks: Any, rngs: Any) -> tuple[Array, Any]:
+        args: Any = ({"params": params}, x, masks, example_index)
+        if not captures:
+            return block.apply(*args, rngs=rngs), None
+        y, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
+        return y, {name: value for name, (value,) in state["intermediates"].items()}
+
+    return apply
+
+
+def _apply_blocks(
+    model: Any, block: Any, apply_block: Any, carry: Any, example_index: Array
+) -> Any:
+    """Applies all blocks to a carry, scanned or unrolled."""
+    execution, train = model.execution, block.ctx.train
+    num_blocks = model.config.num_blocks
+    rates = {"dropout": model.dropout, "stochastic_depth": model.stochastic_depth}
+    keys = {
+        name: jax.random.split(model.make_rng(name), num_blocks)
+        for name, rate in rates.items()
+        if train and rate
+    }
+    blocks = model.variables["params"]["blocks"]
+    scanned = 0 < execution.scan_unroll < num_blocks and not isinstance(blocks, list)
+    drop_path = DropPathMasks(block.num_branches, block.ctx.dtype, parent=None)
+
+    def apply(carry: Any, per_block: Any) -> tuple[Any, Any]:
+        params, drop_rate, rngs = per_block
+        masks: Any = (None,) * block.num_branches
+        if "stochastic_depth" in rngs:
+            masks = drop_path.apply({}, drop_rate, example_index, rngs=rngs)
+        return apply_block(params, carry, masks, rngs)
+
+    if execution.remat != "none":
+        # In a scan the compiler cannot undo the recomputation, so that no barrier is needed.
+        policy = REMAT_POLICIES[execution.remat]
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
+    if scanned:
+        all_blocks = (blocks, stochastic_depth_rates(model), keys)
+        carry, captured = jax.lax.scan(apply, carry, all_blocks, unroll=execution.scan_unroll)
+    else:
+        # Traced and lowered once for all blocks; the compiler inlines it for each.
+        apply, outputs = jax.jit(apply), []
+        for index, params in enumerate(unstack_blocks(blocks)):
+            stacked = (stochastic_depth_rates(model), keys)
+            drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
+            carry, output = apply(carry, (params, drop_rate, rngs))
+            outputs.append(output)
+        captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+    if captured is not None:
+        model.sow("intermediates", "blocks_output", captured)
+    return carry
+
+
+def unstack_blocks(blocks: Any) -> list[Any]:
+    """Splits stacked parameters into those of each block; a list is returned as it is.
+
+    `lax.split` has a gradient of one concatenation. Indexing N times would instead have N gradients
+    of the whole size, to be added up.
+    """
+    if isinstance(blocks, list):
+        return blocks
+    leaves, tree = jax.tree.flatten(blocks)
+    split = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves]
+    per_block = ([part[0] for part in parts] for parts in zip(*split, strict=True))
+    return [jax.tree.unflatten(tree, block) for block in per_block]
+
+
+def forward_intermediates(
+    model: Any, params: Any, images: Float[Array, "n h w 3"]
+) -> tuple[Float[Array, "n outputs"], dict[str, Array]]:
+    """Computes a model's outputs and its intermediate activations.
+
+    Activations are named after what computes them, for a Mixer "stem" (n, s, c), "token_mixing"
+    and "channel_mixing" (num_blocks, n, s, c), the branches before they are added, and
+    "pre_logits" (n, c), the features.
+
+    Args:
+        model: Model with a stack of blocks.
+        params: Its parameters.
+        images: Pixels in [-1, 1].
+    """
+    outputs, state = model.apply({"params": params}, images, mutable=["intermediates"])
+    named = {name: value for name, (value,) in state["intermediates"].items()}
+    named |= named.pop("blocks_output")
+    return outputs, {name.removesuffix("_output"): value for name, value in named.items()}

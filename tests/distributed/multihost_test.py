@@ -1,0 +1,218 @@
+"""Tests of joining a multi-host run and agreeing in it; whole runs are in end_to_end/."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mixer_jax.distributed import multihost
+from tests.helpers.messages import mentions
+from tests.helpers.processes import two_host_env
+
+# Precedes the code of two processes that form one run.
+PREAMBLE = """
+import json, os, sys
+import numpy as np
+from mixer_jax.distributed import multihost
+from mixer_jax.errors import UserError
+multihost.initialize_distributed("auto", 60)
+host = int(os.environ["JAX_PROCESS_ID"])
+"""
+
+
+def start_python(code: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+    )
+
+
+def start_two_processes(code: str) -> list[subprocess.Popen[str]]:
+    return [start_python(PREAMBLE + code, **env) for env in two_host_env(devices=2)]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Records calls of JAX's `initialize` in an environment without any sign of a cluster."""
+    calls: list[bool] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append(True))
+    monkeypatch.setattr(multihost, "has_tpu", lambda: False)
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "MEGASCALE_COORDINATOR_ADDRESS",
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("mode", "env", "expected"),
+    [
+        ("no", {"SLURM_NTASKS": "4"}, False),
+        ("yes", {}, True),
+        ("auto", {}, False),
+        ("auto", {"SLURM_NTASKS": "1"}, False),
+        ("auto", {"SLURM_NTASKS": "4"}, True),
+        ("auto", {"SLURM_NTASKS": "many"}, False),
+        ("auto", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ("auto", {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, True),
+        ("auto", {"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"}, True),
+    ],
+)
+def test_initialize_distributed_joins_where_a_launcher_announces_several_processes(
+    joined: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    env: dict[str, str],
+    expected: bool,
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    multihost.initialize_distributed(mode)
+    assert bool(joined) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "error_type", "parts"),
+    [
+        ("", "UserError", ("config.distributed", "yes", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")),
+        # Its port is in use, perhaps by a previous attempt that is about to end.
+        ("2", "RunError", ()),
+    ],
+)
+def test_initialize_distributed_retries_only_what_may_succeed_later(
+    num_processes: str, error_type: str, parts: tuple[str, ...]
+) -> None:
+    code = """
+from mixer_jax.distributed.multihost import initialize_distributed
+try:
+    initialize_distributed("yes")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        env = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{server.getsockname()[1]}",
+            "JAX_NUM_PROCESSES": num_processes,
+            "JAX_PROCESS_ID": "0",
+        }
+        out, err = start_python(code, **env).communicate(timeout=60)
+    assert mentions(out, error_type, *parts), (out, err)
+
+
+def test_collectives_of_one_host_communicate_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(multihost.multihost_utils, "process_allgather")
+    assert multihost.any_host(True) is True
+    assert multihost.any_host(False) is False
+    assert multihost.sum_across_hosts(7) == 7
+    np.testing.assert_array_equal(multihost.all_gather(np.arange(3)), [[0, 1, 2]])
+    assert multihost.SharedFlags().exchange(True, False) == (True, False)
+
+
+@pytest.mark.slow
+def test_two_hosts_agree() -> None:
+    """Every value differs between the hosts; both must compute the same results."""
+    both = start_two_processes(
+        """
+flags = multihost.SharedFlags()
+exchanged = [flags.exchange(step == 2 and host == 1, step == 3) for step in range(6)]
+flags.exchange(True, True)
+flags.clear()
+exchanged.append(flags.exchange(False, False))
+print(json.dumps({
+    "any": [multihost.any_host(host == 1), multihost.any_host(False)],
+    "sum": multihost.sum_across_hosts(5 + host),
+    "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
+    "is_primary": multihost.is_primary_process(),
+    "exchanged": exchanged,
+}))
+"""
+    )
+    outs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    for host, (out, _) in enumerate(outs):
+        # Gloo prints to standard output too.
+        (line,) = [line for line in out.splitlines() if line.startswith("{")]
+        values = json.loads(line)
+        exchanged = values.pop("exchanged")
+        assert values == {
+            "any": [True, False],
+            "sum": 11,
+            "gathered": [[0, 1], [2, 3]],
+            "is_primary": host == 0,
+        }
+        # One call after they were sent, also on the host that did not send them.
+        assert [step for step, (first, _) in enumerate(exchanged) if first] == [3]
+        assert [step for step, (_, second) in enumerate(exchanged) if second] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_propagate_failure_ends_the_other_host(failing: int) -> None:
+    """The other host waits in a collective that the failed one never joins."""
+    both = start_two_processes(
+        f"""
+multihost.any_host(True)
+try:
+    with multihost.propagate_failure():
+        if host == {failing}:
+            raise UserError("wrong on one host")
+        multihost.any_host(True)
+except UserError:
+    sys.exit(2)
+"""
+    )
+    start = time.monotonic()
+    outs = [process.communicate(timeout=120) for process in both]
+    codes = [process.returncode for process in both]
+    assert codes[failing] == 2, outs
+    assert codes[1 - failing] in (1, -signal.SIGABRT), outs
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_propagate_failure_lets_hosts_with_the_same_error_exit_together() -> None:
+    """None waits until its time is over."""
+    both = start_two_processes(
+        """
+multihost._EXIT_TIMEOUT_SECONDS = 600.0
+multihost.any_host(True)
+try:
+    with multihost.propagate_failure():
+        raise UserError("wrong on all hosts")
+except UserError:
+    sys.exit(2)
+"""
+    )
+    outs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [2, 2], outs
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_graceful_shutdown_restores_the_previous_handlers(number: signal.Signals) -> None:
+    previous = signal.getsignal(number)
+    with multihost.GracefulShutdown() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number
+    assert signal.getsignal(number) is previous
+
+
+def test_graceful_shutdown_raises_at_the_second_interrupt() -> None:
+    with multihost.GracefulShutdown() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,169 @@
+"""Tests of models by name and from configs."""
+
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer_jax.errors import UserError
+from mixer_jax.models.execution import Execution, check_backend
+from mixer_jax.models.family import ModelFamily
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.registry import (
+    FAMILIES,
+    create_model,
+    from_config,
+    get_family,
+    list_models,
+    parse_model_name,
+    resolve_auto,
+)
+from tests.helpers.models import param_shapes
+
+SECTION: dict[str, Any] = {
+    "variant": "B/16",
+    **dict.fromkeys(vars(VARIANTS["B/16"]), 0),
+    "gelu": "tanh",
+    "stochastic_depth": 0.0,
+    "dropout": 0.0,
+    "head_bias": 0.0,
+    "dtype": "auto",
+    "scan_unroll": -1,
+    "remat": "auto",
+    "backend": "auto",
+}
+
+
+def test_list_models_names_every_variant() -> None:
+    names = list_models()
+    assert len(set(names)) == sum(len(family.variants) for family in FAMILIES.values())
+    for name in names:
+        family, variant = parse_model_name(name)
+        assert variant in get_family(family).variants
+        assert get_family(family).full_name(variant) == name
+    assert "Mixer-B/16" in names
+
+
+def test_bare_variants_are_mixers() -> None:
+    assert parse_model_name("B/16") == parse_model_name("Mixer-B/16") == ("mixer", "B/16")
+    assert parse_model_name("Mixer-custom") == parse_model_name("custom") == ("mixer", "custom")
+    assert create_model("B/16", 7) == create_model("Mixer-B/16", 7)
+
+
+@pytest.mark.parametrize("name", ["B/17", "Mixer-B/17", "ResNet-50", "b/16", ""])
+def test_unknown_model_is_an_error(name: str) -> None:
+    with pytest.raises(UserError, match=rf"Mixer-S/32, .*custom.* {name!r}"):
+        create_model(name)
+
+
+def test_custom_model_needs_the_whole_architecture() -> None:
+    with pytest.raises(UserError, match="hidden_dim, tokens_mlp_dim, channels_mlp_dim"):
+        create_model("custom", num_blocks=2, patch_size=4)
+
+
+def test_create_model_sorts_overrides() -> None:
+    model = create_model("B/16", 7, patch_size=8, dtype=jnp.bfloat16, gelu="exact")
+    assert model.config == MixerConfig(12, 8, 768, 384, 3072)
+    assert (model.num_classes, model.gelu) == (7, "exact")
+    assert model.execution == Execution(dtype="bfloat16")
+    execution = Execution(remat="full")
+    model = create_model("B/16", execution=execution, scan_unroll=2)
+    assert model.execution == Execution(remat="full", scan_unroll=2)
+
+
+def test_from_config_reads_the_model_section() -> None:
+    model = from_config({**SECTION, "patch_size": 8, "gelu": "exact"}, 7, "TPU v6 lite")
+    assert (model.config.patch_size, model.config.hidden_dim, model.gelu) == (8, 768, "exact")
+    # Resolved for the CPUs that tests run on.
+    expected = Execution("float32", "xla", 1, "dots", target_device_kind="TPU v6 lite")
+    assert model.execution == expected
+    named = from_config({**SECTION, "family": "mixer", "dtype": "bfloat16"}, 7)
+    assert named.execution.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "scan_unroll", "remat"),
+    [
+        ("cpu", {}, 1, "dots"),
+        ("tpu", {}, 1, "dots"),
+        ("gpu", {}, 0, "none"),
+        ("gpu", {"backend": "xla", "scan_unroll": 1}, 1, "dots"),
+        ("gpu", {"dropout": 0.1}, 0, "none"),
+        ("tpu", {"backend": "mosaic"}, 0, "none"),
+        ("tpu", {"backend": "mosaic", "scan_unroll": 1}, 1, "none"),
+        ("tpu", {"backend": "mosaic", "dropout": 0.1}, 1, "dots"),
+        ("cpu", {"scan_unroll": 0}, 0, "none"),
+        ("cpu", {"scan_unroll": 12}, 12, "none"),
+        ("cpu", {"scan_unroll": 8}, 8, "dots"),
+        ("cpu", {"scan_unroll": 8, "num_blocks": 8}, 8, "none"),
+        ("cpu", {"remat": "full"}, 1, "full"),
+    ],
+)
+def test_resolve_auto(
+    platform: str, settings: dict[str, Any], scan_unroll: int, remat: str
+) -> None:
+    resolved = resolve_auto(SECTION | settings, platform)
+    assert (resolved["scan_unroll"], resolved["remat"]) == (scan_unroll, remat)
+    assert resolved["dtype"] == ("float32" if platform == "cpu" else "bfloat16")
+    default = "triton" if platform == "gpu" else "xla"
+    assert resolved["backend"] == settings.get("backend", default)
+
+
+def test_check_backend() -> None:
+    check_backend("xla", "cpu")
+    check_backend("mosaic", "tpu")
+    with pytest.raises(UserError, match=r"backend=triton .*GPU.* CPU.*xla"):
+        check_backend("triton", "cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_family_agrees_with_its_model(family: ModelFamily) -> None:
+    for variant, config in family.variants.items():
+        assert family.infer_variant(config) == variant
+        assert family.get_config(variant) == config
+    variant, config = next(iter(family.variants.items()))
+    size = 2 * family.image_size_multiple(config)
+    family.check_image_size(config, size, 2 * size)
+    model = create_model(family.full_name(variant), 5)
+    assert model.family == family.name
+    shapes = family.param_shapes(config, (size, 2 * size), 5)
+    tree = param_shapes(model, size, 2 * size)
+    assert shapes == flat_shapes(tree)
+    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert family.num_params(config, (size, 2 * size), 5) == count
+    resized = family.resize_config(config, (size, 2 * size), (2 * size, 4 * size))
+    assert family.resize_config(config, (size, size), (size, size)).config == config
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+    params = family.resize_params(params, config, (size, 2 * size), (2 * size, 4 * size))
+    new_shapes = family.param_shapes(resized.config, (2 * size, 4 * size), 5)
+    assert flat_shapes(params) == new_shapes
+    # The architecture can be inferred, and layouts name every parameter once.
+
+    def shape(path: str) -> tuple[int, ...]:
+        return shapes[path][1:] if path.startswith("blocks/") else shapes[path]
+
+    assert family.infer_config(family.num_blocks(config), shape).config == config
+    for layout in family.weight_layouts():
+        paths = [mapping.path for mapping in layout.tensors]
+        assert sorted(paths) == sorted(shapes)
+        assert set(layout.signature_keys) <= {mapping.name for mapping in layout.tensors}
+
+
+def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def test_planning_needs_no_jax() -> None:
+    code = (
+        "import sys; from mixer_jax.models import registry as r; f = r.get_family('mixer'); "
+        "c = f.get_config('B/16'); f.param_shapes(c, 224, 10); f.forward_flops(c, 224, 10); "
+        "f.check_image_size(c, 224, 224); r.list_models(); "
+        f"r.resolve_auto({SECTION!r}, 'tpu'); print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
