@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     modes = []
     for workload in workloads:
         ours = candidates[workload.mode]
-        trials: list[Trial] | None = None
+        trials: list[Trial] = []
         workload = workload._replace(dtype=environment["dtype"])
         if not workload.batch_size:
             workload, trials = find_batch_size(workload, ours[0], platform)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         modes.append(
             {
                 **workload._asdict(),
-                "batch_size_trials": trials and [trial._asdict() for trial in trials],
+                "batch_size_trials": [trial._asdict() for trial in trials] or None,
                 "matmul_flops_per_second": result.matmul_flops_per_second,
                 "isolated": result.isolated,
                 "candidates": [row._asdict() for row in result.results],
