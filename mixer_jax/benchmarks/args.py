@@ -40,7 +40,7 @@ def add_workload_args(parser: argparse.ArgumentParser) -> None:
             text = f"list of {_SHORT_FLAGS[name]}; default: {default}"
             parser.add_argument(f"--{name}", default=default, metavar="LIST", help=text)
         else:
-            text = f"list of values to compare; {field.meaning}"
+            text = f"list of values to compare; {field.help}"
             parser.add_argument(f"--model.{name}", metavar="LIST", help=text)
 
 
@@ -156,8 +156,8 @@ def _parse_value(flag: str, text: str, field: Field) -> Any:
     if field.choices and value not in field.choices:
         raise UserError(f"{flag} must be one of {', '.join(field.choices)}, got {text!r}.")
     is_number = isinstance(value, (int, float))
-    if value is None or (is_number and not field.low <= value <= field.high):
-        limits = f" from {field.low} to {field.high}" if is_number else ""
+    if value is None or (is_number and not field.min <= value <= field.max):
+        limits = f" from {field.min} to {field.max}" if is_number else ""
         raise UserError(f"{flag} must be of type {value_type.__name__}{limits}, got {text}.")
     return value
 

@@ -106,14 +106,14 @@ def _compile_ahead_of_time(
             if isinstance(step, OutOfMemory):
                 results[name] = Result(name, "the step does not fit into the device's memory")
                 continue
-            seconds[name].append(step.seconds)
-            memory = step.arguments + step.outputs + step.temporaries
+            seconds[name].append(step.compile_seconds)
+            memory = step.argument_bytes + step.output_bytes + step.temporary_bytes
             results[name] = Result(
                 name, memory_bytes=memory, compile_seconds=statistics.median(seconds[name])
             )
     return {
         **{name: importlib.metadata.version(name) for name in ("jax", "flax", "libtpu")},
-        "topology": topology.text,
+        "topology": topology.name,
         "rounds": num_rounds,
         **workload._asdict(),
         "candidates": [result._asdict() for result in results.values()],
@@ -173,4 +173,4 @@ def compile_step(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         (jax.eval_shape(step.init_state), batch),
     )
-    return compile_function(step.function, state, batch, quick=fast_compile)
+    return compile_function(step.function, state, batch, fast_compile=fast_compile)

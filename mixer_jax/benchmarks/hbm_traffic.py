@@ -30,9 +30,10 @@ from mixer_jax.benchmarks.report import (
 )
 from mixer_jax.errors import RunError
 from mixer_jax.models.mixer_config import get_config
-from mixer_jax.planning.hlo.attribution import REGIONS, sum_by_region
+from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER, sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
+from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.roofline import roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     steps += lower_bounds(workload, topology)
     report = {
         **workload._asdict(),
-        "topology": topology.text,
+        "topology": topology.name,
         "jax": importlib.metadata.version("jax"),
         "libtpu": importlib.metadata.version("libtpu"),
         "fast_compile": args.fast_compile,
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
         step = "training step" if args.step == "train" else "inference"
         print(
             f"{step}: {workload.format()}\n"
-            f"compiled for a device of {topology.text}, not run; jax {report['jax']}, "
+            f"compiled for a device of {topology.name}, not run; jax {report['jax']}, "
             f"libtpu {report['libtpu']}\n"
         )
         print_traffic(report["steps"])
@@ -174,24 +175,24 @@ def measure_traffic(
 
     if isinstance(compiled, OutOfMemory):
         failed = f"too large, {_format_memory(compiled, topology)}"
-        return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.seconds)
+        return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.compile_seconds)
     program = compiled.program
-    num_bytes = sum_by_region(program, iter_hbm_bytes(program))
-    flops = sum_by_region(program, iter_matmul_flops(program))
+    num_bytes = sum_by_region(program, iter_hbm_bytes(program), REGIONS)
+    flops = sum_by_region(program, iter_matmul_flops(program), REGIONS)
     step = _traffic_per_image(name, num_bytes, flops, workload.batch_size, topology)
     return step._replace(
-        temporary_bytes=compiled.temporaries,
-        compile_seconds=compiled.seconds,
-        unknown_trip_count_loops=len(program.uncounted()),
+        temporary_bytes=compiled.temporary_bytes,
+        compile_seconds=compiled.compile_seconds,
+        unknown_trip_count_loops=len(program.unknown_trip_count_loops()),
     )
 
 
 def _format_memory(step: "OutOfMemory", topology: Topology) -> str:
-    if step.needed is None:
-        return step.said
-    allowed = (step.allowed or topology.allowed) / GIB
-    note = ", without state and batch" if step.only_temporaries else ""
-    return f"{step.needed / GIB:.2f} GiB of {allowed:.2f}{note}"
+    if step.needed_bytes is None:
+        return step.message
+    available = (step.available_bytes or topology.hbm_bytes) / GIB
+    note = ", without state and batch" if step.excludes_arguments else ""
+    return f"{step.needed_bytes / GIB:.2f} GiB of {available:.2f}{note}"
 
 
 def _traffic_per_image(
@@ -218,10 +219,10 @@ def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
         workload.mode == "train",
     )
     traffic = estimate_traffic(spec)
-    unfused = {region: value.apart for region, value in traffic.items()}
+    unfused = {region: value.unfused_bytes for region, value in traffic.items()}
     flops = {region: value.flops for region, value in traffic.items()}
-    fused = {region: value.fused for region, value in traffic.items()}
-    flops_fused = {region: value.flops_fused for region, value in traffic.items()}
+    fused = {region: value.fused_bytes for region, value in traffic.items()}
+    flops_fused = {region: value.fused_flops for region, value in traffic.items()}
     return [
         _traffic_per_image("formula: unfused", unfused, flops, 1, topology),
         _traffic_per_image("formula: fused MLPs", fused, flops_fused, 1, topology),
@@ -250,7 +251,10 @@ def print_traffic(rows: list[dict[str, Any]]) -> None:
     """Prints two tables from the result of `traffic_to_dicts`: bytes by region, and the rest."""
     regions: list[Column] = [
         ("MB in total", "num_bytes", lambda v: f"{v / _MB:.1f}"),
-        *[(region.split()[0], region, lambda v: f"{v / _MB:.1f}") for region in REGIONS],
+        *[
+            (region.split()[0], region, lambda v: f"{v / _MB:.1f}")
+            for region in [*REGIONS, OPTIMIZER, OTHER]
+        ],
     ]
     print_table([row | row.get("bytes_by_region", {}) for row in rows], regions)
     print()
