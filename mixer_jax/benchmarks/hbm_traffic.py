@@ -105,9 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", default="train", choices=["train", "infer"], help="default: train"
     )
     add_baselines_arg(parser)
-    parser.add_argument(
-        "--fast_compile", action="store_true", help="compile faster, to slower programs"
-    )
+    parser.add_argument("--quick", action="store_true", help="compile faster, to slower programs")
     parser.add_argument(
         "--dump", type=Path, metavar="FOLDER", help="write the compiled programs to a folder"
     )
@@ -135,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     steps = []
     for candidate in candidates:
         print(f"compiling {candidate.name}", file=sys.stderr, flush=True)
-        compiled = compile_step(candidate, workload, device, fast_compile=args.fast_compile)
+        compiled = compile_step(candidate, workload, device, fast_compile=args.quick)
         if args.dump and isinstance(compiled, Compiled):
             _write_program(args.dump, candidate.name, compiled.text)
         steps.append(measure_traffic(candidate.name, compiled, workload, topology))
@@ -145,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         "topology": topology.name,
         "jax": importlib.metadata.version("jax"),
         "libtpu": importlib.metadata.version("libtpu"),
-        "fast_compile": args.fast_compile,
+        "fast_compile": args.quick,
         "steps": traffic_to_dicts(steps),
     }
     write_report(args, report)

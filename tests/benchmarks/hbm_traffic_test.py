@@ -25,7 +25,7 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tpu_compiler import tpu_device
 
 MODE = "--mode=hbm_traffic"
-TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--fast_compile"]
+TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--quick"]
 
 
 @pytest.fixture
