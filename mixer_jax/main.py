@@ -83,7 +83,7 @@ def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> s
             "the same command goes on from there"
         )
     board = f"{_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}"
-    lines = [f"{name}: {scores.summary()}" for name, scores in result.scores.items()]
+    lines = [f"{name}: {scores.format_summary()}" for name, scores in result.scores.items()]
     return "\n".join(
         [
             "",
