@@ -11,8 +11,6 @@ from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from flax import linen as nn
-
     from mixer_jax.checkpoints.load import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
@@ -114,7 +112,7 @@ def _open_source(name: str, weights: "PretrainedWeights", args: argparse.Namespa
 
 def _evaluate(
     weights: "PretrainedWeights",
-    model: "nn.Module",
+    model: Any,
     sources: list["Source"],
     args: argparse.Namespace,
 ) -> list["ClassificationMetrics"]:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -116,7 +115,7 @@ def per_example_metrics(
     return ExampleMetrics(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
     """Compiles `per_example_metrics` as a function of parameters and a batch of `eval_batches`.
 
     The result is replicated, so that every host can read all of it. Nothing is donated:

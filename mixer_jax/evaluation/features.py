@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int
 
@@ -52,7 +51,7 @@ class Chunk(NamedTuple):
 FeatureFn = Callable[[Any, Batch], BatchFeatures]
 
 
-def make_feature_fn(model: nn.Module, mesh: Mesh) -> FeatureFn:
+def make_feature_fn(model: Any, mesh: Mesh) -> FeatureFn:
     """Compiles the model without its head, for parameters and a batch of `eval_batches`.
 
     The result is replicated, so that every host can read all features. Parameters may include the
