@@ -38,7 +38,7 @@ def start_python(code: str, **env: str) -> subprocess.Popen[str]:
 
 
 def start_two_processes(code: str) -> list[subprocess.Popen[str]]:
-    return [start_python(PREAMBLE + code, **env) for env in two_host_env(devices=2)]
+    return [start_python(PREAMBLE + code, **env) for env in two_host_env(num_devices=2)]
 
 
 @pytest.fixture
