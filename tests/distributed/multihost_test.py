@@ -183,8 +183,8 @@ except UserError:
 
 
 @pytest.mark.slow
-def test_propagate_failure_lets_hosts_with_the_same_error_exit_together() -> None:
-    """None waits until its time is over."""
+def test_propagate_failure_waits_for_hosts_with_the_same_error() -> None:
+    """They exit together, long before the timeout."""
     both = start_two_processes(
         """
 multihost._EXIT_TIMEOUT_SECONDS = 600.0
