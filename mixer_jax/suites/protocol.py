@@ -16,7 +16,7 @@ import jax
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.distributed.multihost import any_host, is_primary_process
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
-from mixer_jax.locks import locked
+from mixer_jax.files import file_lock
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.probe_tasks import run_probe_task
 from mixer_jax.suites.results import (
@@ -111,7 +111,7 @@ def _lock(workdir: str, name: str) -> Iterator[bool]:
         if is_primary_process() and "://" not in workdir:
             with output_errors(f"{workdir}/{name}"):
                 try:
-                    stack.enter_context(locked(Path(workdir, name, _LOCK_FILE)))
+                    stack.enter_context(file_lock(Path(workdir, name, _LOCK_FILE)))
                 except BlockingIOError:
                     taken = True
         yield not any_host(taken)
@@ -187,7 +187,7 @@ def _train(doing: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal
             plot_curves(folder)
         if ended.step < ended.num_steps:
             raise TaskInterruptedError(stopped_by)
-        scores = {name: one.values() for name, one in ended.scores.items()}
+        scores = {name: one.as_dict() for name, one in ended.scores.items()}
     except NonFiniteError as error:
         # It would diverge again; a rate too high is what choosing is there to find out.
         failed = str(error)

@@ -22,6 +22,7 @@ import numpy as np
 from mixer_jax.checkpoints.formats.base import TensorFile, contiguous, copy_into
 from mixer_jax.checkpoints.model_info import read_metadata_json
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.files import atomic_target, atomic_write
 
 # Suffix of the JSON file next to an archive that describes its model. Other programs reject an
 # archive with anything but tensors in it.
@@ -85,7 +86,7 @@ class NpzFile(TensorFile):
         """
         info, shape, is_fortran_order, dtype, header_size = self._members[name]
         array = np.empty(math.prod(shape), dtype)
-        view = memoryview(array.view(np.uint8))
+        view = array.view(np.uint8).data
         # zipfile can read several members in parallel, but must not open or close them in parallel.
         with self._lock:
             member = self._archive.open(info)
@@ -156,12 +157,14 @@ def write_npz(
         tensors: Names and tensors.
         metadata: Description of the model.
     """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        atomic_target(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
         for name, tensor in tensors:
             # A fixed date, so that the same weights give the same file.
             info = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
                 np.lib.format.write_array(member, contiguous(tensor))
-    text = json.dumps(metadata, indent=2) + "\n"
-    Path(path + METADATA_SUFFIX).write_text(text, encoding="utf-8")
+    atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")

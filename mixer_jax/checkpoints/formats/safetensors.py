@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import safetensors.numpy
 
 from mixer_jax.checkpoints.formats.base import TensorFile, contiguous, copy_into
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.files import atomic_target
 
 # Key of the header's metadata that holds the description of the model, as JSON.
 METADATA_KEY = "mixer_jax"
@@ -72,9 +72,6 @@ def write_safetensors(
         metadata: Description of the model, stored in the header.
     """
     arrays = {name: contiguous(tensor) for name, tensor in tensors}
-    Path(path).touch()
-    mode = Path(path).stat().st_mode
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
-    safetensors.numpy.save_file(arrays, path, metadata=header)
-    # save_file replaces the file by one that only its owner can read.
-    Path(path).chmod(mode)
+    with atomic_target(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, metadata=header)
