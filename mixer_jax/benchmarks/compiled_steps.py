@@ -9,11 +9,11 @@ from mixer_jax.benchmarks.contestants import Contestant, Setting
 from mixer_jax.benchmarks.traffic_rows import Step, make_step
 from mixer_jax.benchmarks.with_jax import make_work
 from mixer_jax.distributed.sharding import make_mesh, replicated
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 from mixer_jax.planning.aot_compile import Compiled, OutOfMemory, compile_function
 from mixer_jax.planning.hlo.attribution import sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
-from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.topology import GIB, Topology
 
 
@@ -55,10 +55,10 @@ def read_step(
     """
     if isinstance(compiled, OutOfMemory):
         return _too_large(name, compiled, topology)
-    program = compiled.program
+    program, regions = compiled.program, get_family(DEFAULT_FAMILY).regions
     num_bytes, flops = (
-        sum_by_region(program, iter_hbm_bytes(program), REGIONS),
-        sum_by_region(program, iter_matmul_flops(program), REGIONS),
+        sum_by_region(program, iter_hbm_bytes(program), regions),
+        sum_by_region(program, iter_matmul_flops(program), regions),
     )
     return make_step(name, num_bytes, flops, setting.batch_size, topology)._replace(
         temporary_bytes=compiled.temporary_bytes,

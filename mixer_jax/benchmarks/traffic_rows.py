@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.table import Column, print_rows
-from mixer_jax.models.mixer_config import get_config
-from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
-from mixer_jax.planning.mixer_costs import REGIONS
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 from mixer_jax.planning.roofline import roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
@@ -81,8 +79,10 @@ def make_step(
 
 def floors(setting: Setting, topology: Topology) -> list[Step]:
     """Returns what a step takes at the least, by formula."""
+    family = get_family(DEFAULT_FAMILY)
     work = StepSpec(
-        get_config(setting.variant),
+        family,
+        family.get_config(setting.variant),
         setting.image_size,
         setting.num_classes,
         setting.batch_size,
@@ -124,7 +124,7 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
         ("MB in all", "num_bytes", lambda v: f"{v / _MB:.1f}"),
         *[
             (part.split()[0], part, lambda v: f"{v / _MB:.1f}")
-            for part in [*REGIONS, OPTIMIZER, OTHER]
+            for part in next(row["bytes_by_part"] for row in rows if not row["failed"])
         ],
     ]
     print_rows([row | row.get("bytes_by_part", {}) for row in rows], parts)

@@ -13,9 +13,9 @@ from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_costs import REGIONS
 from mixer_jax.planning.aot_compile import OutOfMemory
 from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
-from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
