@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from mixer_jax.config.config import check_warmup, resolve_num_steps
-from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.planning.cost_model import (
     Memory,
     RunSpec,

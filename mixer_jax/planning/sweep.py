@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.config.config import resolve_num_steps
 from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory, run_spec
 from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform

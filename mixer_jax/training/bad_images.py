@@ -13,7 +13,7 @@ from etils import epath
 from mixer_jax.data.readers import BadImage
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
-from mixer_jax.training.workdir import atomic_write
+from mixer_jax.files import atomic_write
 
 # New images that a host tells the others of each time they ask each other.
 _TOLD_AT_ONCE = 64

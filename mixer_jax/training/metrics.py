@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mixer_jax.errors import UserError
-from mixer_jax.training.workdir import atomic_write
+from mixer_jax.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"

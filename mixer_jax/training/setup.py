@@ -15,7 +15,7 @@ from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.config.config import (
     architecture_overrides,
-    check_unroll,
+    check_scan_unroll,
     check_warmup,
     parse_shots,
     resolve_num_steps,
@@ -25,7 +25,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.distributed.sharding import (
     batch_sharding,
-    check_batch_size,
+    check_divisible,
     make_mesh,
     replicated,
     state_sharding,
@@ -106,9 +106,9 @@ def build_experiment(
     check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     pieces = config.recipe.grad_accum_steps
-    check_batch_size("config.batch_size", config.batch_size, mesh, pieces)
+    check_divisible("config.batch_size", config.batch_size, mesh.size, pieces)
     about = _describe(config, sources, init_info)
-    check_unroll(config, about.config)
+    check_scan_unroll(config.model.scan_unroll, about.config.num_blocks)
     section = {"variant": about.variant, "gelu": about.gelu, **vars(about.config)}
     device = mesh.devices.flat[0]
     settings = config.model.to_dict() | section
@@ -245,7 +245,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
 
 
 def _probe_settings(name: str, entry: ConfigDict) -> ProbeConfig:
-    shots = parse_shots(f"evals.{name}.shots", entry.shots)
+    shots = parse_shots(f"config.evals.{name}.shots", entry.shots)
     return ProbeConfig(entry.type, shots, tuple(range(entry.num_seeds)))
 
 

@@ -12,6 +12,7 @@ from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import get_field
 from mixer_jax.errors import UserError
+from mixer_jax.files import atomic_write
 
 CONFIG_FILE = "config.json"
 
@@ -61,18 +62,6 @@ def check_workdir(workdir: str, config: ConfigDict) -> list[str]:
 def save_config(workdir: str, config: ConfigDict) -> None:
     """Writes the config as `workdir`/config.json."""
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
-
-
-def atomic_write(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, even after a crash, finds all of it or the old one."""
-    # Two programs may write the same file at once, each its own draft.
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
-    try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def to_json(config: ConfigDict) -> str:
