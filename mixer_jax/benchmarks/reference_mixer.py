@@ -1,8 +1,9 @@
-"""The peer of our model: the same Mixer, written the straightforward way."""
+"""Baseline in JAX: the same Mixer in straightforward Flax, without any optimization."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,10 +33,10 @@ class _Block(nn.Module):
 
 
 class ReferenceMixer(nn.Module):
-    """A Mixer as one writes it first: axes swapped, block after block, each with its parameters.
+    """Mixer with swapped axes, unrolled blocks and separate parameters per block.
 
-    Nothing is recomputed and nothing arranged for speed. The function is that of `MlpMixer`, and
-    the parameters are its own, but for the blocks', which lie apart as "block_0", "block_1", …
+    Computes the function of `MlpMixer`. The parameters are the same, too, except that those of the
+    blocks are not stacked but separate, as "block_0", "block_1", ….
     """
 
     num_classes: int
@@ -48,13 +49,24 @@ class ReferenceMixer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
-        """Returns float32 logits of images in [-1, 1]."""
+        """Computes float32 logits from images in [-1, 1]."""
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(self.hidden_dim, patch, patch, "VALID", dtype=self.dtype, name="stem")(images)
         x = x.reshape(x.shape[0], -1, self.hidden_dim)
-        for number in range(self.num_blocks):
-            name = f"block_{number}"
+        for index in range(self.num_blocks):
+            name = f"block_{index}"
             x = _Block(self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=name)(x)
         x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x)
         x = jnp.mean(x, axis=1)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
+
+
+def to_reference(params: dict[str, Any]) -> dict[str, Any]:
+    """Converts parameters of a `MlpMixer` to those of a `ReferenceMixer`."""
+    stacked = params["blocks"]
+    num_blocks = len(jax.tree.leaves(stacked)[0])
+    blocks = {
+        f"block_{index}": jax.tree.map(lambda x, index=index: x[index], stacked)
+        for index in range(num_blocks)
+    }
+    return {name: value for name, value in params.items() if name != "blocks"} | blocks
