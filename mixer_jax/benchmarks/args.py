@@ -20,6 +20,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, check_image_size
 
 _AUTO, _NONE = "auto", "none"
+_BOOLEANS = {"true": True, "false": False}
 # Settings that have flags of their own; their values can be compared, too.
 _SHORT_FLAGS = {
     "scan_unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
@@ -148,17 +149,14 @@ def _parse_list(flag: str, text: str, field: Field) -> list[Any]:
 
 
 def _parse_value(flag: str, text: str, field: Field) -> Any:
-    value_type = type(field.default)
     try:
-        value = {"true": True, "false": False}[text] if value_type is bool else value_type(text)
+        value = _BOOLEANS[text] if field.type is bool else field.type(text)
     except (ValueError, KeyError):
-        value = None
+        raise UserError(f"{flag} must be of type {field.type.__name__}, got {text!r}.") from None
     if field.choices and value not in field.choices:
         raise UserError(f"{flag} must be one of {', '.join(field.choices)}, got {text!r}.")
-    is_number = isinstance(value, (int, float))
-    if value is None or (is_number and not field.min <= value <= field.max):
-        limits = f" from {field.min} to {field.max}" if is_number else ""
-        raise UserError(f"{flag} must be of type {value_type.__name__}{limits}, got {text}.")
+    if field.type in (int, float) and not field.min <= value <= field.max:
+        raise UserError(f"{flag} must be between {field.min} and {field.max}, got {text}.")
     return value
 
 
