@@ -90,7 +90,7 @@ def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> s
         if config.dataset.data_dir:
             evaluate += [f"--data_dir={config.dataset.data_dir}"]
     events = f"{workdir}/{EVENTS_FOLDER}"
-    lines = ["", *(f"{name}: {scores.summary()}" for name, scores in result.scores.items())]
+    lines = ["", *(f"{name}: {scores.format_summary()}" for name, scores in result.scores.items())]
     lines += [
         f"checkpoint  {checkpoint}",
         f"curves      {workdir}/curves.png",

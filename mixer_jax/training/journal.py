@@ -94,8 +94,8 @@ class MetricsLogger:
 
     def log_eval(self, step: int, name: str, scores: AnyScores) -> None:
         """Writes down and shows the scores of one evaluation."""
-        self._writer.write(step, {f"{name}/{key}": x for key, x in scores.values().items()})
-        self.progress.say(f"step {step:,}: {name} {scores.told()}")
+        self._writer.write(step, {f"{name}/{key}": x for key, x in scores.as_dict().items()})
+        self.progress.say(f"step {step:,}: {name} {scores.format_progress()}")
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -217,7 +217,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Callable[[Any], AnyScor
         eval_crop=config.preprocess.eval_crop,
         exif_orientation=config.preprocess.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.num_threads,
+        num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     eval_step = make_eval_step(experiment.model, mesh)

@@ -116,7 +116,7 @@ def test_a_finished_run_scores_its_checkpoint_again(
         assert status != other_status
     assert (finished / "metrics.jsonl").read_text() == before
     last = read_metrics(str(finished))[-1]
-    for key, value in result.scores["test"].values().items():
+    for key, value in result.scores["test"].as_dict().items():
         assert value == last[f"test/{key}"]
 
 

@@ -75,7 +75,7 @@ def test_the_scores_of_the_last_step_are_the_results(finished: tuple[Path, Train
     workdir, result = finished
     lines = scores_of(workdir)
     for name in ("test", *PROBES):
-        values = {f"{name}/{key}": value for key, value in result.scores[name].values().items()}
+        values = {f"{name}/{key}": value for key, value in result.scores[name].as_dict().items()}
         assert {"step": 8, **values} in lines
 
 
