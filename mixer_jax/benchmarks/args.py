@@ -20,7 +20,6 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, check_image_size
 
 _AUTO, _NONE = "auto", "none"
-_BOOLEANS = {"true": True, "false": False}
 # Settings that have flags of their own; their values can be compared, too.
 _SHORT_FLAGS = {
     "scan_unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
@@ -143,21 +142,11 @@ def _check_scan_unroll(args: argparse.Namespace, values: list[int]) -> None:
 
 
 def _parse_list(flag: str, text: str, field: Field) -> list[Any]:
-    values = [_parse_value(flag, part, field) for part in text.split(",")]
+    values = [field.parse(flag, part) for part in text.split(",")]
+    for value in values:
+        field.check(flag, value)
     _check_distinct(flag, text, values)
     return values
-
-
-def _parse_value(flag: str, text: str, field: Field) -> Any:
-    try:
-        value = _BOOLEANS[text] if field.type is bool else field.type(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{flag} must be of type {field.type.__name__}, got {text!r}.") from None
-    if field.choices and value not in field.choices:
-        raise UserError(f"{flag} must be one of {', '.join(field.choices)}, got {text!r}.")
-    if field.type in (int, float) and not field.min <= value <= field.max:
-        raise UserError(f"{flag} must be between {field.min} and {field.max}, got {text}.")
-    return value
 
 
 def _check_distinct(flag: str, text: str, values: Sequence[Any]) -> None:

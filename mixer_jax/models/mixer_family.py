@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from mixer_jax.models import mixer_config
+from mixer_jax.models import mixer_config, mixer_costs
 from mixer_jax.models.family import (
     ImageSize,
     InferredConfig,
     ModelFamily,
     ResizedConfig,
     Shape,
+    Traffic,
 )
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.weight_layout import WeightLayout
@@ -23,14 +24,7 @@ class MixerFamily(ModelFamily):
     display_name = "Mixer"
     config_class = MixerConfig
     variants = VARIANTS
-    regions: ClassVar[Mapping[str, str]] = {
-        # Only token mixing needs its axes in another order.
-        "token mixing": r"token_mixing|block_\d+/transpose",
-        "channel mixing": "channel_mixing",
-        "LayerNorm": "LayerNorm|layer_norm",
-        "stem": r"\bstem\b|\bimage\b",
-        "head and loss": r"\b(head|loss|label)\b|log_sigmoid|log_softmax",
-    }
+    regions: ClassVar[Mapping[str, str]] = mixer_costs.REGIONS
 
     def build(self, config: MixerConfig, num_classes: int, **attributes: Any) -> Any:
         """Builds an `MlpMixer`."""
@@ -50,6 +44,40 @@ class MixerFamily(ModelFamily):
     ) -> int:
         """Returns the FLOPs of one image's forward pass, counting matmuls only."""
         return mixer_config.forward_flops(config, image_size, num_classes)
+
+    def recomputed_flops(self, config: MixerConfig, image_size: int, remat: str) -> int:
+        """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
+        return mixer_costs.recomputed_flops(config, image_size, remat)
+
+    def saved_activation_bytes(
+        self, config: MixerConfig, image_size: int, remat: str, itemsize: int
+    ) -> float:
+        """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
+        return mixer_costs.saved_activation_bytes(config, image_size, remat, itemsize)
+
+    def live_block_bytes(self, config: MixerConfig, image_size: int, itemsize: int) -> float:
+        """Returns the bytes that are live in the middle of one block, per image."""
+        return mixer_costs.live_block_bytes(config, image_size, itemsize)
+
+    def estimate_traffic(
+        self,
+        config: MixerConfig,
+        image_size: int,
+        num_classes: int,
+        *,
+        batch_size: int,
+        itemsize: int,
+        train: bool,
+    ) -> dict[str, Traffic]:
+        """Estimates the traffic of each region of a step, per image, without the optimizer."""
+        return mixer_costs.estimate_traffic(
+            config,
+            image_size,
+            num_classes,
+            batch_size=batch_size,
+            itemsize=itemsize,
+            train=train,
+        )
 
     def image_size_multiple(self, config: MixerConfig) -> int:
         """Returns the patch size."""
