@@ -86,10 +86,12 @@ class ModelInfo:
         """
         with _metadata_errors(source):
             data = upgrade_metadata(data)
+            # Older versions had Mixers only.
+            family = get_family(data.get("family", DEFAULT_FAMILY))
             return cls(
-                data["family"],
+                family.name,
                 data["variant"],
-                get_family(data["family"]).config_class(**data["config"]),
+                family.config_class(**data["config"]),
                 num_classes=data["num_classes"],
                 **validate_metadata(data, source),
             )
@@ -126,8 +128,7 @@ class ModelInfo:
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
     """Translates metadata of a model that an older version saved to the present spellings."""
-    upgraded = {"family": DEFAULT_FAMILY}
-    upgraded |= {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
+    upgraded = {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
     if "eval_crop" in upgraded:
         crop = upgraded["eval_crop"]
         upgraded["eval_crop"] = upgrade_value("preprocess.eval_crop", crop)
