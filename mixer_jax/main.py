@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 exit codes:
   0        finished
-  1        failed, or another host was lost
+  1        failed, or another host was lost (then also 134, after a message of JAX)
   2        usage error, in one line; do not retry
   130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
 

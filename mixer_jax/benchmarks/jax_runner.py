@@ -26,7 +26,7 @@ from mixer_jax.benchmarks.candidates import (
 )
 from mixer_jax.benchmarks.reference_mixer import ReferenceMixer
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
-from mixer_jax.config.schema import FIELDS
+from mixer_jax.config.schema import ModelConfig
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
@@ -199,12 +199,8 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
-    section = {
-        path.removeprefix("model."): field.default
-        for path, field in FIELDS.items()
-        if path.startswith("model.")
-    }
-    section |= {"variant": workload.variant, "dtype": workload.dtype, **candidate.overrides}
+    settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
+    section = dataclasses.asdict(ModelConfig(**settings, **candidate.overrides))
     return from_config(section, workload.num_classes, device.device_kind)
 
 

@@ -74,6 +74,8 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
+    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    stem: ClassVar[str] = "stem"
     # Regions of compiled programs: patterns of operations' names, of which the first match counts.
     regions: ClassVar[Mapping[str, str]]
 
@@ -174,6 +176,27 @@ class ModelFamily(abc.ABC):
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns the layouts that weights of this family are published in."""
         return ()
+
+    def timm_code(
+        self,
+        variant: str,
+        config: Any,
+        image_size: ImageSize,
+        num_classes: int,
+        gelu: str,
+        path: str,
+    ) -> list[str]:
+        """Returns lines of Python that load weights in timm's layout into a timm model.
+
+        Args:
+            variant: Name of a variant, or "custom".
+            config: Architecture config.
+            image_size: Height and width, in pixels.
+            num_classes: Outputs of the head; 0 means no head.
+            gelu: "tanh" or "exact".
+            path: Path of the file of weights.
+        """
+        raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
     @abc.abstractmethod
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:

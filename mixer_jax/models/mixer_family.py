@@ -1,11 +1,13 @@
 """Mixer as a model family. Does not import JAX until a model is built."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from mixer_jax.models import mixer_config, mixer_costs
 from mixer_jax.models.family import (
+    CUSTOM,
     ImageSize,
     InferredConfig,
     ModelFamily,
@@ -25,6 +27,16 @@ class MixerFamily(ModelFamily):
     config_class = MixerConfig
     variants = VARIANTS
     regions: ClassVar[Mapping[str, str]] = mixer_costs.REGIONS
+
+    def infer_variant(self, config: MixerConfig) -> str:
+        """Returns the name of the variant with this config, tiled (Appendix C) or not."""
+        for name, variant in VARIANTS.items():
+            factor, rest = divmod(config.tokens_mlp_dim, variant.tokens_mlp_dim)
+            is_same = dataclasses.replace(config, tokens_mlp_dim=variant.tokens_mlp_dim) == variant
+            # K × K copies of token mixing.
+            if is_same and not rest and math.isqrt(factor) ** 2 == factor:
+                return name
+        return CUSTOM
 
     def build(self, config: MixerConfig, num_classes: int, **attributes: Any) -> Any:
         """Builds an `MlpMixer`."""
@@ -114,6 +126,20 @@ class MixerFamily(ModelFamily):
         from mixer_jax.models.mixer_layouts import LAYOUTS
 
         return LAYOUTS
+
+    def timm_code(
+        self,
+        variant: str,
+        config: MixerConfig,
+        image_size: ImageSize,
+        num_classes: int,
+        gelu: str,
+        path: str,
+    ) -> list[str]:
+        """Returns lines that create timm's model by name if it has one, or else its class."""
+        from mixer_jax.models.mixer_layouts import timm_code
+
+        return timm_code(variant, config, image_size, num_classes, gelu, path)
 
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""

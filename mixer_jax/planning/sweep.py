@@ -78,7 +78,7 @@ class SweepResult(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the compiled steps fit into memory; the evaluation step may be missing."""
+        """True if the planned steps fit into memory; the evaluation step may not be planned."""
         return self.plan is not None and self.plan.fits
 
     @property

@@ -16,7 +16,7 @@ from mixer_jax.config.config import architecture_overrides
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.mixer_config import get_config
-from mixer_jax.models.mixer_resize import resized_tokens_mlp_dim
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
 
@@ -152,12 +152,12 @@ def describe_init(experiment: Experiment, beginning: InitSource | None) -> str:
 def _check_model(config: ConfigDict, trained: ModelInfo) -> None:
     """Raises UserError if weights are not of the model that the config declares."""
     widths = get_config(config.model.variant, **architecture_overrides(config.model))
-    side = config.image_size // trained.config.patch_size
-    mlp_dim = trained.config.tokens_mlp_dim
-    if side:
-        mlp_dim = resized_tokens_mlp_dim(mlp_dim, trained.grid, (side, side))
-    # A config may name the widths before growing, as the paper does, or after it.
-    if widths not in (trained.config, dataclasses.replace(trained.config, tokens_mlp_dim=mlp_dim)):
+    family, resized = get_family(trained.family), trained.config
+    if config.image_size >= family.image_size_multiple(trained.config):
+        size = (config.image_size, config.image_size)
+        resized = family.resize_config(trained.config, trained.image_size, size).config
+    # The config can have the dimensions before tiling, as in the paper, or after it.
+    if widths not in (trained.config, resized):
         found = trained.variant
         if found in (CUSTOM, config.model.variant):
             found = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(trained.config).items())

@@ -1,4 +1,4 @@
-"""Cost model: by hand, and against the model itself."""
+"""Cost model: worked examples, and comparisons with the model itself."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Traffic model: B/16 by hand, and how regions depend on the step."""
+"""Traffic model: a worked example of B/16, and comparisons of steps."""
 
 import pytest
 

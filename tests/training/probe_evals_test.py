@@ -1,5 +1,6 @@
 """Tests of probes during a run: what it writes, also when it is resumed, and what it refuses."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax import main as door
 from mixer_jax.config.config import evals, validate
+from mixer_jax.distributed.multihost import SharedFlags
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import ClassificationMetrics
 from mixer_jax.evaluation.probes import ProbeMetrics
@@ -88,7 +90,8 @@ def test_a_resumed_run_writes_the_same(
     config = config_of_probes(digits_dir)
     with monkeypatch.context() as patch:
         # As if it were preempted at step 5.
-        patch.setattr("mixer_jax.training.loop._should_stop", lambda step, *others: step == 5)
+        steps = itertools.count(1)
+        patch.setattr(SharedFlags, "exchange", lambda self, *flags: (next(steps) == 5, False))
         assert train_and_evaluate(config, str(tmp_path)).step == 5
     assert train_and_evaluate(config, str(tmp_path)).step == 8
     assert scores_of(tmp_path) == scores_of(finished[0])
