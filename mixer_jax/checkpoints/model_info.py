@@ -10,7 +10,7 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, get_family
 
 # Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
 METADATA_FIELDS = (
@@ -87,11 +87,14 @@ class ModelInfo:
         with _metadata_errors(source):
             data = upgrade_metadata(data)
             # Older versions had Mixers only.
-            family = get_family(data.get("family", DEFAULT_FAMILY))
+            family = data.get("family", DEFAULT_FAMILY)
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise UserError(f"{source}: family must be one of {known}, got {family!r}.")
             return cls(
-                family.name,
+                family,
                 data["variant"],
-                family.config_class(**data["config"]),
+                FAMILIES[family].config_class(**data["config"]),
                 num_classes=data["num_classes"],
                 **validate_metadata(data, source),
             )

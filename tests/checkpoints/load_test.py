@@ -113,7 +113,7 @@ def test_arguments_override_metadata(run: str) -> None:
         ({"class_names": "abc"}, ["class_names"]),
         ({"resize_note": 3}, ["resize_note", "3"]),
         ({"family": "resnet"}, ["family", "resnet", "mixer"]),
-        ({"config": {"num_blocks": 2}}, ["hidden_dim"]),
+        ({"config": {"num_blocks": 2}}, ["patch_size"]),
     ],
 )
 def test_invalid_model_info_is_rejected(
@@ -121,7 +121,7 @@ def test_invalid_model_info_is_rejected(
 ) -> None:
     model_info = weights.model_info.to_dict() | fields if fields else {}
     workdir = save_run(weights, tmp_path / "other", model_info=model_info)
-    with pytest.raises(UserError) as caught:
+    with raises(UserError, workdir) as caught:
         load_checkpoint(workdir)
     assert mentions(str(caught.value).replace(workdir, ""), *parts)
 
