@@ -1,18 +1,22 @@
-# make demo: train a Mixer on digits, from nothing but Python. make test: all that needs no PyTorch.
-# make test-baselines: comparisons with PyTorch and timm. CI runs both tests.
+# make demo    trains a Mixer on digits, from nothing but Python
+# make test    lint, types and every test that is not slow
+# make test-slow, make test-baselines    whole runs and TPU compilation; comparisons with PyTorch
+# make test-all    the three above, as CI runs them
+# make format    formats the code and fixes what ruff can fix
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TPU := $(VENV)/.tpu
 BASELINES := $(VENV)/.baselines
+PYTEST := $(RUN) -m pytest --numprocesses=2
 
-.PHONY: demo test test-baselines lint clean
+.PHONY: demo test test-slow test-baselines test-all lint format clean
 
 $(INSTALLED): requirements.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python {v.major}.{v.minor} is not supported; pass PYTHON=python3.11, 3.12 or 3.13")'
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python must be 3.11, 3.12 or 3.13, got {v.major}.{v.minor}. Pass PYTHON=python3.11.")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing the packages of requirements.txt into $(VENV): a few minutes"
+	@echo "Installing requirements.txt into $(VENV) takes a few minutes."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	@touch $@
 
@@ -24,24 +28,33 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The TPU compiler, which needs no TPU; requirements-tpu.txt is empty where it does not exist.
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The TPU compiler, which needs no TPU. requirements-tpu.txt is empty on platforms without it.
 $(TPU): $(INSTALLED) requirements-tpu.txt
-	@echo "installing the packages of requirements-tpu.txt into $(VENV)"
+	@echo "Installing requirements-tpu.txt into $(VENV)."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-tpu.txt
 	@touch $@
 
 test: lint $(TPU)
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m "not slow and not baselines"
 
-# Where PyTorch cannot be installed, there is nothing to compare with, which is no failure of ours.
+test-slow: $(TPU)
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m "slow and not baselines"
+
+# Skipped with a notice where PyTorch cannot be installed.
 test-baselines: $(INSTALLED)
 	@if [ $(BASELINES) -nt requirements-baselines.txt ] || { \
-	  echo "installing the packages of requirements-baselines.txt into $(VENV): a few minutes"; \
+	  echo "Installing requirements-baselines.txt into $(VENV) takes a few minutes."; \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-baselines.txt \
 	    && touch $(BASELINES); }; \
-	then $(RUN) -m pytest -m baselines --numprocesses=2 --dist=worksteal; \
-	else echo "NOT TESTED against PyTorch and timm: pip could not install them (see above)"; \
+	then $(PYTEST) --dist=worksteal -m baselines; \
+	else echo "NOT TESTED against PyTorch and timm: pip could not install them (see above)."; \
 	fi
+
+test-all: test test-slow test-baselines
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

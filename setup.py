@@ -8,6 +8,7 @@ CORE = [
     "absl-py>=2.1",
     "clu>=0.0.12",
     "etils[epath,epy]>=1.10",
+    "filelock>=4.2",
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface-hub>=0.25",

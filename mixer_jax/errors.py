@@ -1,4 +1,4 @@
-"""Exceptions that the doors turn into one line and an exit code."""
+"""Exceptions that commands turn into one line and an exit code."""
 
 import difflib
 import signal
@@ -7,34 +7,34 @@ _MAX_REASON = 200
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line: the value, the rule it breaks, and the fix.
+    """Usage error: one line with the value, the rule it breaks, and the fix.
 
-    The doors (`python -m mixer_jax.*`) print it without a stack trace and exit with code 2.
+    Commands (`python -m mixer_jax.*`) print it without a stack trace and exit with code 2.
     """
 
 
 class DatasetNotPreparedError(UserError):
-    """A data set that is not there yet.
+    """A data set that has not been prepared.
 
     Attributes:
-        advice: what to do so that it is, in one line.
+        hint: How to prepare it, in one line.
     """
 
-    def __init__(self, message: str, advice: str):
+    def __init__(self, message: str, hint: str):
         super().__init__(message)
-        self.advice = advice
+        self.hint = hint
 
 
 class OutputWriteError(UserError):
-    """What must be kept cannot be written, so that going on would be in vain."""
+    """A result cannot be written, so that continuing would be pointless."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on though it was asked for rightly; exit code 1."""
+    """Failure that is not a usage error; commands exit with code 1."""
 
 
 class NonFiniteError(RunError):
-    """A run whose numbers are no longer finite, on all hosts alike; it would be so again."""
+    """Loss or parameters are no longer finite, on all hosts alike; a retry fails as well."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -47,22 +47,28 @@ def exit_code(error: BaseException) -> int:
 
 
 def summarize_error(error: Exception) -> str:
-    """Returns what another library says went wrong, on one line of moderate length."""
+    """Shortens the message of another library's exception to one line of moderate length."""
     return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
-def suggest(value: str, known: list[str], otherwise: str = "") -> str:
-    """Returns the end of a message: what of `known` is nearest to `value`, or `otherwise`."""
+def suggest(value: str, choices: list[str], fallback: str = "") -> str:
+    """Formats the end of a message about an unknown name: the most similar choice, if any.
+
+    Args:
+        value: Unknown name; the parts of a key are separated by dots.
+        choices: Known names.
+        fallback: Result if no choice is similar.
+    """
     section, _, name = value.rpartition(".")
-    # A forgotten section is as common as a typing error, so a key of that very name comes first.
-    nearest = [path for path in known if path.split(".")[-1] == name]
-    siblings = [path for path in known if path.rpartition(".")[0] == section]
+    # A forgotten section is as common as a typing error: a key of the same name comes first.
+    nearest = [path for path in choices if path.split(".")[-1] == name]
+    siblings = [path for path in choices if path.rpartition(".")[0] == section]
     if not nearest and section and siblings:
         names = [path.rpartition(".")[2] for path in siblings]
         nearest = [f"{section}.{match}" for match in difflib.get_close_matches(name, names, n=1)]
         if not nearest:
-            return f"; {section} has {', '.join(names)}"
-    nearest = nearest or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
+            return f"; keys of {section} are {', '.join(names)}"
+    nearest = nearest or difflib.get_close_matches(value, choices, n=1, cutoff=0.8)
     if nearest:
         return f"; did you mean {nearest[0]}?"
-    return otherwise
+    return fallback

@@ -1,4 +1,4 @@
-"""Train or fine-tune a Mixer from a config file: `python -m mixer_jax.main --config=FILE`."""
+"""Train or fine-tune a model from a config file: `python -m mixer_jax.main --config=FILE`."""
 
 import argparse
 import os
@@ -20,17 +20,23 @@ from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 if TYPE_CHECKING:
     from mixer_jax.training.loop import TrainResult
 
-_EXIT_CODES = """\
-exit codes: 0 finished; 143 stopped by SIGTERM and 130 by Ctrl-C, both saved, to go on by the same
-command; 1 failed, or another host is gone; 2 a mistake, told in one line"""
+_EPILOG = """\
+exit codes:
+  0        finished
+  1        failed, or another host was lost
+  2        usage error, in one line; do not retry
+  130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
+
+configuration keys, for --config.KEY=VALUE (true-or-false keys also: --config.KEY, --noconfig.KEY):
+"""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Trains as the command line says; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Trains a model; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.main",
-        description="Train a Mixer, or resume the training in WORKDIR.",
-        epilog=f"{_EXIT_CODES}\n\nconfiguration keys, with their defaults:\n{format_help()}",
+        description="Train or fine-tune a model, or resume the run in WORKDIR.",
+        epilog=_EPILOG + format_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -41,67 +47,64 @@ def main(arguments: Sequence[str]) -> int:
         "--config.KEY",
         metavar="VALUE",
         dest="unused",
-        help="change a key, e.g. --config.optimizer.learning_rate=3e-3",
+        help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
-    known, overrides = parser.parse_known_args(arguments)
-    config = load_config_with_overrides(known.config, overrides)
+    args, overrides = parser.parse_known_args(argv)
+    config = load_config_with_overrides(args.config, overrides)
     validate(config)
-    default = f"runs/{default_run_name(known.config)}"
-    workdir = workdirs.resolve_workdir(known.workdir or default)
-    for change in workdirs.check_workdir(workdir, config):
+    workdir = args.workdir or f"runs/{default_run_name(args.config)}"
+    resolved_workdir = workdirs.resolve_workdir(workdir)
+    for change in workdirs.check_workdir(resolved_workdir, config):
         print(f"changed since this run was last started: {change}")
-    if config.init_from and not list_steps(workdir):
+    if config.init_from and not list_steps(resolved_workdir):
         resolve_checkpoint(config.init_from)
 
-    # From here on the heavy libraries are needed.
+    # Arguments are valid: only now import JAX.
     common.configure_jax(config.compilation_cache)
     from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
     from mixer_jax.training.loop import train_and_evaluate
     from mixer_jax.visualization.curves import plot_curves
 
     with propagate_failure():
-        result = train_and_evaluate(config, workdir)
+        result = train_and_evaluate(config, resolved_workdir)
         if is_primary_process():
-            plot_curves(workdir)
-            print(format_summary(result, known.workdir or default, config), flush=True)
+            plot_curves(resolved_workdir)
+            print(format_summary(result, workdir, config), flush=True)
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0
 
 
 def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> str:
-    """Returns what a run ends with: its scores, where things lie, and what to do next."""
-    place = f"{workdir}/checkpoints/{result.step}"
-    score = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
-    by_head = [entry for entry in config.evals.values() if entry.type == "classify"]
-    for entry in by_head[:1]:
-        score += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
-        score += [f"--data_dir={config.dataset.data_dir}"] if config.dataset.data_dir else []
+    """Formats what a run ends with: metrics, files, and the commands to run next."""
+    checkpoint = f"{workdir}/checkpoints/{result.step}"
     if result.step < result.num_steps:
         return (
-            f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {place}; "
-            "the same command goes on from there"
+            f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {checkpoint}; "
+            "the same command resumes"
         )
-    board = f"{_program('tensorboard')} --logdir={workdir}/{EVENTS_FOLDER}"
-    lines = [f"{name}: {scores.summary()}" for name, scores in result.scores.items()]
-    return "\n".join(
-        [
-            "",
-            *lines,
-            f"checkpoint  {place}",
-            f"curves      {workdir}/curves.png",
-            f"metrics     {workdir}/{METRICS_FILE}",
-            *([f"events      {workdir}/{EVENTS_FOLDER}"] if config.tensorboard else []),
-            "",
-            "next:",
-            *([f"  {shlex.join(score)}"] if by_head else []),
-            *([f"  {board}"] if config.tensorboard else []),
-        ]
-    )
+    classified = [entry for entry in config.evals.values() if entry.type == "classify"]
+    evaluate = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
+    for entry in classified[:1]:
+        evaluate += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
+        if config.dataset.data_dir:
+            evaluate += [f"--data_dir={config.dataset.data_dir}"]
+    events = f"{workdir}/{EVENTS_FOLDER}"
+    lines = ["", *(f"{name}: {scores.summary()}" for name, scores in result.scores.items())]
+    lines += [
+        f"checkpoint  {checkpoint}",
+        f"curves      {workdir}/curves.png",
+        f"metrics     {workdir}/{METRICS_FILE}",
+    ]
+    lines += [f"events      {events}"] if config.tensorboard else []
+    lines += ["", "next:"]
+    lines += [f"  {shlex.join(evaluate)}"] if classified else []
+    lines += [f"  {_program('tensorboard')} --logdir={events}"] if config.tensorboard else []
+    return "\n".join(lines)
 
 
 def _program(name: str) -> str:
-    """Returns how the user would call a program of this Python: from a .venv here, by its path."""
+    """Returns how to call a program of this Python: by its path if it is in a .venv here."""
     folder = Path(sys.executable).parent
     if "VIRTUAL_ENV" in os.environ or not folder.is_relative_to(Path.cwd()):
         return name

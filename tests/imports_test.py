@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A package imports from lower levels, and from its own level where LEVELS orders
 # packages within it from left to right.
 LEVELS = [
-    ["errors", "locks"],
+    ["errors", "files"],
     ["model", "models", "kernels", "config", "data", "distributed"],
     ["checkpoints", "evaluation"],
     ["cli", "inference", "training"],

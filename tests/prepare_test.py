@@ -1,4 +1,4 @@
-"""Tests of the door `prepare`, as real processes."""
+"""Tests of the command `prepare`, run as a process."""
 
 import contextlib
 import os
@@ -18,21 +18,22 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-import mixer_jax.data.builders.digits  # noqa: F401  Importing it makes TFDS know digits.
+import mixer_jax.data.builders.digits  # noqa: F401  Registers digits with TFDS.
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 
 
-def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_prepare_prints_a_table_and_the_flags_to_use(tmp_path: Path) -> None:
     folder = tmp_path / "my data"
     done = run_cli("prepare", "digits/low", f"--data_dir={folder}")
     again = run_cli("prepare", "digits/low", f"--data_dir={folder}")
-    # Nothing but the table on standard output, and the same one for what is there already.
-    note, _, rest = again.stdout.partition("\n")
+    # Standard output contains only the table, which is the same for a prepared dataset.
+    note, _, table = again.stdout.partition("\n")
     assert mentions(note, "digits/low/1.0.0")
-    assert rest == done.stdout
+    assert table == done.stdout
     assert mentions(done.stdout.splitlines()[0], "split")
     words = shlex.split(done.stdout.splitlines()[-1])
     options = dict(word.split("=") for word in words if word.startswith("--"))
@@ -40,7 +41,7 @@ def test_the_table_ends_with_what_to_type_next(tmp_path: Path) -> None:
     assert len(open_dataset(*("digits/low", "train"), options["--config.dataset.data_dir"])) > 600
 
 
-def test_relative_folders_are_told_as_absolute(
+def test_prepare_prints_absolute_data_dirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,7 +50,7 @@ def test_relative_folders_are_told_as_absolute(
     assert f"--config.dataset.data_dir={tmp_path}/data\n" in done.stdout
 
 
-def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+def test_prepare_prints_usage_errors_on_one_line(tmp_path: Path) -> None:
     done = run_cli("prepare", "imagenet2012", f"--data_dir={tmp_path}", code=2)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -57,30 +58,34 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_following_the_advice_helps(tmp_path: Path, digits_dir: str) -> None:
+@pytest.mark.slow
+def test_the_command_suggested_by_open_dataset_converts_the_dataset(
+    tmp_path: Path, digits_dir: str
+) -> None:
     folder = tmp_path / "my data"
-    # Unlike tfrecord it is written without TensorFlow; TFDS 4.9.10 loses examples of shards with
-    # more than a hundred.
+    # Unlike tfrecord, parquet is written without TensorFlow. TFDS 4.9.10 loses examples of parquet
+    # shards with more than a hundred.
     builder = tfds.builder("digits/low", data_dir=folder, file_format="parquet")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=10))
     with pytest.raises(UserError) as caught:
         open_dataset("digits/low", "train", str(folder))
     command = r"python -m mixer_jax\.prepare digits/low(?: (?:'--[^']*'|--\S+))+"
-    advice = re.search(command, str(caught.value))
-    assert advice
-    python, *arguments = shlex.split(advice[0])
+    match = re.search(command, str(caught.value))
+    assert match
+    python, *argv = shlex.split(match[0])
     assert python == "python"
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, *argv], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    # It is converted, example by example, and not made again.
+    # It is converted example by example, and not generated again.
     total = sum(split.num_examples for split in builder.info.splits.values())
     assert mentions(done.stderr.decode(), f"{total}/{total}")
-    train, same = (open_dataset("digits/low", "train", str(path)) for path in (folder, digits_dir))
-    assert len(train) == len(same)
-    assert all(train.examples[i] == same.examples[i] for i in range(len(train)))
+    converted, expected = (
+        open_dataset("digits/low", "train", str(path)) for path in (folder, digits_dir)
+    )
+    assert list(converted.examples) == list(expected.examples)
 
 
-SHOW_LIMIT = """
+PRINT_LIMIT = """
 import resource
 from mixer_jax import errors, prepare
 try:
@@ -92,18 +97,18 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 @pytest.mark.parametrize(("hard", "expected"), [(8000, "4096 8000"), (2000, "2000 2000")])
-def test_many_files_may_be_open(hard: int, expected: str) -> None:
-    command = shlex.join([sys.executable, "-c", SHOW_LIMIT])
+def test_prepare_raises_the_limit_of_open_files(hard: int, expected: str) -> None:
+    command = shlex.join([sys.executable, "-c", PRINT_LIMIT])
     limited = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {command}"
     done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
 
 
-def stuck(data_dir: Path, members: dict[str, bytes]) -> Path:
-    """Lays out ImageNet-21k so that preparing it waits, half-way, for bytes that never come.
+def write_blocking_download(data_dir: Path, members: dict[str, bytes]) -> Path:
+    """Writes an ImageNet-21k download whose preparation blocks at the second of three classes.
 
     Returns:
-        What it waits for, and waits to be opened for writing: the second of three classes.
+        The pipe from which the preparation reads.
     """
     manual = data_dir / "downloads" / "manual"
     for synset in ("n00000003", "n00000001"):
@@ -115,11 +120,11 @@ def stuck(data_dir: Path, members: dict[str, bytes]) -> Path:
 
 
 @contextlib.contextmanager
-def reached(pipe: Path, process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Waits until the process reads the pipe, and keeps it waiting."""
+def blocked_at(pipe: Path, process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Waits until the process reads the pipe, and keeps it blocked."""
     while True:
         assert process.poll() is None
-        # There is nothing to open before there is a reader.
+        # Opening a pipe for writing fails until it has a reader.
         with contextlib.suppress(OSError):
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             break
@@ -128,15 +133,16 @@ def reached(pipe: Path, process: subprocess.Popen[Any]) -> Iterator[None]:
     os.close(writer)
 
 
-def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_preparation_starts_over(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     images = {
         f"{i}.JPEG": cv2.imencode(".jpg", image)[1].tobytes() for i, image in enumerate(noise)
     }
-    pipe = stuck(tmp_path, images | {"bad.JPEG": b"no image"})
+    pipe = write_blocking_download(tmp_path, images | {"bad.JPEG": b"not an image"})
     command = [sys.executable, "-m", "mixer_jax.prepare", "imagenet21k", f"--data_dir={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with reached(pipe, process):
+    with blocked_at(pipe, process):
         (unfinished,) = tmp_path.glob("imagenet21k/all/incomplete.*")
         second = run_cli("prepare", "imagenet21k", f"--data_dir={tmp_path}", code=2)
         (line,) = second.stderr.splitlines()
@@ -147,13 +153,13 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
     with raises(UserError, "imagenet21k", str(tmp_path), "python -m mixer_jax.prepare imagenet21k"):
         open_dataset("imagenet21k", "train", str(tmp_path))
     pipe.unlink()
-    with tarfile.open(pipe, "w") as whole:
+    with tarfile.open(pipe, "w") as archive:
         for path in sorted((pipe.parent / "n00000001").iterdir()):
-            whole.add(path, path.name)
+            archive.add(path, path.name)
 
     again = run_cli("prepare", "imagenet21k", f"--data_dir={tmp_path}")
     assert mentions(again.stderr, str(unfinished))
-    # Those that cannot be decoded.
+    # Undecodable files are counted.
     assert any(mentions(line, "3", "files") for line in again.stdout.splitlines())
     assert [path.name for path in unfinished.parent.iterdir()] == ["1.0.0"]
     source = open_dataset("imagenet21k", "train", str(tmp_path))
@@ -163,11 +169,12 @@ def test_a_killed_preparation_begins_again(tmp_path: Path) -> None:
     assert sorted((e["labels"], e["image"]) for e in examples) == sorted(expected)
 
 
-def test_ctrl_c_cleans_up(tmp_path: Path) -> None:
-    pipe = stuck(tmp_path, {})
+@pytest.mark.slow
+def test_ctrl_c_removes_temporary_files(tmp_path: Path) -> None:
+    pipe = write_blocking_download(tmp_path, {})
     command = [sys.executable, "-m", "mixer_jax.prepare", "imagenet21k", f"--data_dir={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with reached(pipe, process):
+    with blocked_at(pipe, process):
         assert list(tmp_path.rglob("incomplete.*"))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

@@ -13,6 +13,7 @@ from mixer_jax.planning.aot_compile import Compiled, OutOfMemory, compile_functi
 from mixer_jax.planning.hlo.attribution import sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
+from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.topology import GIB, Topology
 
 
@@ -38,7 +39,7 @@ def compile_step(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=lies),
         (jax.eval_shape(work.make_state), batch),
     )
-    return compile_function(work.function, state, batch, quick=quick)
+    return compile_function(work.function, state, batch, fast_compile=quick)
 
 
 def read_step(
@@ -56,21 +57,21 @@ def read_step(
         return _too_large(name, compiled, topology)
     program = compiled.program
     num_bytes, flops = (
-        sum_by_region(program, iter_hbm_bytes(program)),
-        sum_by_region(program, iter_matmul_flops(program)),
+        sum_by_region(program, iter_hbm_bytes(program), REGIONS),
+        sum_by_region(program, iter_matmul_flops(program), REGIONS),
     )
     return make_step(name, num_bytes, flops, setting.batch_size, topology)._replace(
-        temporary_bytes=compiled.temporaries,
-        compile_seconds=compiled.seconds,
-        uncounted_loops=len(program.uncounted()),
+        temporary_bytes=compiled.temporary_bytes,
+        compile_seconds=compiled.compile_seconds,
+        uncounted_loops=len(program.unknown_trip_count_loops()),
     )
 
 
 def _too_large(name: str, refused: OutOfMemory, topology: Topology) -> Step:
-    said = refused.said
-    if refused.needed is not None:
-        allowed = (refused.allowed or topology.allowed) / GIB
-        what = ", without state and batch" if refused.only_temporaries else ""
-        said = f"{refused.needed / GIB:.2f} GiB of {allowed:.2f}{what}"
+    said = refused.message
+    if refused.needed_bytes is not None:
+        allowed = (refused.available_bytes or topology.hbm_bytes) / GIB
+        what = ", without state and batch" if refused.excludes_arguments else ""
+        said = f"{refused.needed_bytes / GIB:.2f} GiB of {allowed:.2f}{what}"
     failed = f"too large, {said}"
-    return Step(name, failed, {}, {}, 0.0, 0.0, compile_seconds=refused.seconds)
+    return Step(name, failed, {}, {}, 0.0, 0.0, compile_seconds=refused.compile_seconds)

@@ -107,15 +107,15 @@ def _compile_for(
             if isinstance(step, OutOfMemory):
                 rows[name] = Row(name, "the step does not fit into the device's memory")
                 continue
-            seconds[name].append(step.seconds)
-            memory = step.arguments + step.outputs + step.temporaries
+            seconds[name].append(step.compile_seconds)
+            memory = step.argument_bytes + step.output_bytes + step.temporary_bytes
             rows[name] = Row(
                 name, memory_bytes=memory, compile_seconds=statistics.median(seconds[name])
             )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "libtpu")}
     return {
         **versions,
-        "topology": topology.text,
+        "topology": topology.name,
         "rounds": num_rounds,
         **setting._asdict(),
         "contestants": [row._asdict() for row in rows.values()],

@@ -18,7 +18,7 @@ def add_model_keys(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every key of the model that has none of its own."""
     for name, key in _keys().items():
         parser.add_argument(
-            f"--model.{name}", metavar="VALUE[,VALUE]", help=f"of ours, to compare: {key.meaning}"
+            f"--model.{name}", metavar="VALUE[,VALUE]", help=f"of ours, to compare: {key.help}"
         )
 
 
@@ -55,6 +55,6 @@ def _read(name: str, key: Field, text: str) -> Any:
         raise UserError(
             f"--model.{name}={text}: {text!r} is unknown; choose of {', '.join(key.choices)}"
         )
-    if value is None or (isinstance(value, (int, float)) and not key.low <= value <= key.high):
-        raise UserError(f"--model.{name}={text} is no value of this key: {key.meaning}")
+    if value is None or (isinstance(value, (int, float)) and not key.min <= value <= key.max):
+        raise UserError(f"--model.{name}={text} is no value of this key: {key.help}")
     return value

@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import os
 import re
+import sys
 from pathlib import Path
 
 from mixer_jax.benchmarks.asked import add_work, read_ours
@@ -72,14 +73,13 @@ def run(known: argparse.Namespace) -> None:
     check_device(contestants, device.platform)
     from mixer_jax.benchmarks.compiled_steps import compile_step, read_step
     from mixer_jax.planning.aot_compile import Compiled
-    from mixer_jax.planning.planner import say
 
     dtype = "bfloat16" if known.dtype == "auto" else known.dtype
     sizes = (known.image_size, known.num_classes, dtype, known.batch_size)
     setting = Setting(known.step, known.variant, *sizes)
     steps = []
     for contestant in contestants:
-        say(f"compiling {contestant.name}")
+        print(f"compiling {contestant.name}", file=sys.stderr, flush=True)
         compiled = compile_step(contestant, setting, device, quick=known.quick)
         if known.dump and isinstance(compiled, Compiled):
             _write(known.dump, contestant.name, compiled.text)
@@ -87,7 +87,7 @@ def run(known: argparse.Namespace) -> None:
     steps += floors(setting, topology)
     report = {
         **setting._asdict(),
-        "topology": topology.text,
+        "topology": topology.name,
         "jax": importlib.metadata.version("jax"),
         "libtpu": importlib.metadata.version("libtpu"),
         "quick": known.quick,
@@ -99,7 +99,7 @@ def run(known: argparse.Namespace) -> None:
         print(
             f"{what} of Mixer-{known.variant}, {known.image_size} px, {known.num_classes:,} "
             f"classes, {known.batch_size} images a device, {dtype}\n"
-            f"compiled for a device of {topology.text}, not run; jax {report['jax']}, "
+            f"compiled for a device of {topology.name}, not run; jax {report['jax']}, "
             f"libtpu {report['libtpu']}\n"
         )
         print_steps(report["steps"])

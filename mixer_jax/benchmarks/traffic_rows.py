@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from mixer_jax.benchmarks.contestants import Setting
 from mixer_jax.benchmarks.table import Column, print_rows
 from mixer_jax.models.mixer_config import get_config
-from mixer_jax.planning.hlo.attribution import REGIONS
+from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
+from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.roofline import roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
@@ -89,10 +90,10 @@ def floors(setting: Setting, topology: Topology) -> list[Step]:
         setting.mode == "train",
     )
     needs = estimate_traffic(work)
-    apart = {part: need.apart for part, need in needs.items()}
+    apart = {part: need.unfused_bytes for part, need in needs.items()}
     flops = {part: need.flops for part, need in needs.items()}
-    fused = {part: need.fused for part, need in needs.items()}
-    flops_fused = {part: need.flops_fused for part, need in needs.items()}
+    fused = {part: need.fused_bytes for part, need in needs.items()}
+    flops_fused = {part: need.fused_flops for part, need in needs.items()}
     return [
         make_step("formula: products apart", apart, flops, 1, topology),
         make_step("formula: MLPs fused", fused, flops_fused, 1, topology),
@@ -121,7 +122,10 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
     """Prints steps, as `as_json` returns them, in two tables: bytes by part, and all else."""
     parts: list[Column] = [
         ("MB in all", "num_bytes", lambda v: f"{v / _MB:.1f}"),
-        *[(part.split()[0], part, lambda v: f"{v / _MB:.1f}") for part in REGIONS],
+        *[
+            (part.split()[0], part, lambda v: f"{v / _MB:.1f}")
+            for part in [*REGIONS, OPTIMIZER, OTHER]
+        ],
     ]
     print_rows([row | row.get("bytes_by_part", {}) for row in rows], parts)
     print()

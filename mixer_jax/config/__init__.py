@@ -1,15 +1,22 @@
-"""Configuration: schema, defaults, overrides and validation.
+"""Configuration: schema, building, overriding, validation and parsing.
 
-Config files use `get_default`, `evals` and `mixture`. Names are imported when first used, so that
-the schema can be read without ml_collections.
+Config files use `get_default`, `evals` and `mixture`. Names are imported on first use, so that the
+schema can be read without ml_collections.
 """
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["evals", "fill_defaults", "get_default", "mixture", "validate"]
+__all__ = ["evals", "fill_defaults", "get_default", "mixture", "parse", "validate"]
 
 if TYPE_CHECKING:
-    from mixer_jax.config.config import evals, fill_defaults, get_default, mixture, validate
+    from mixer_jax.config.config import (
+        evals,
+        fill_defaults,
+        get_default,
+        mixture,
+        parse,
+        validate,
+    )
 
 
 def __getattr__(name: str) -> Any:

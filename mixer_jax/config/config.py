@@ -1,246 +1,306 @@
-"""Configurations: made from the keys of keys.py, flattened, described, and checked.
+"""Building, validating and parsing configurations.
 
-A file in configs/ starts from `get_default()` and changes what differs; `--config.KEY=VALUE` on the
-command line (see command_line.py) changes it once more; `validate()` then checks the whole before a
-device is touched.
+A file in configs/ starts from `get_default()` and changes what differs; the command line changes it
+once more (see loading.py). `parse` then checks the whole, before a device is touched, and converts
+it to a `RunConfig`.
 """
 
+import dataclasses
 import math
+import shutil
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mixer_jax.config.compat import RENAMED_VALUES, upgrade_config, upgrade_key
-from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
+from mixer_jax.config.schema import (
+    ENTRY_TYPES,
+    FIELDS,
+    NAMED_SECTIONS,
+    SECTION_TYPES,
+    Field,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+)
 from mixer_jax.errors import UserError, suggest
 from mixer_jax.models.family import INIT_FROM
-from mixer_jax.models.mixer_config import MixerConfig, check_image_size, get_config
+from mixer_jax.models.registry import get_family
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def get_default() -> ConfigDict:
-    """Returns a locked config with every key at its default, no evaluations and no mixture."""
+    """Builds a locked config with every key at its default, without evaluations and mixture."""
     return ConfigDict(fill_defaults({}) | {section: {} for section in NAMED_SECTIONS}).lock()
 
 
 def fill_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a saved config with every key that it lacks at its default.
+    """Copies a saved config, adding the default of every missing key.
 
-    Before a key existed, runs did what is its default now. Old spellings of keys and values are
-    translated. No entry is added to evals or mixture.
+    The default of a key is what runs did before the key existed. Old spellings of keys and values
+    are translated. No entry is added to evals or mixture.
     """
     tree = upgrade_config(saved)
-    for path, key in FIELDS.items():
+    for path, field in FIELDS.items():
         *sections, name = path.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node.setdefault(name, key.default)
-    for section, declared in NAMED_SECTIONS.items():
+        node.setdefault(name, field.default)
+    for section, fields in NAMED_SECTIONS.items():
         for entry in tree.get(section, {}).values():
-            for name, key in declared.items():
-                entry.setdefault(name, key.default)
+            for name, field in fields.items():
+                entry.setdefault(name, field.default)
     return tree
 
 
-def evals(**splits: dict[str, Any]) -> ConfigDict:
-    """Returns a value for `config.evals`, e.g. `evals(test=dict(split="test", every_steps=100))`.
+def evals(**entries: dict[str, Any]) -> ConfigDict:
+    """Builds a value for `config.evals`, e.g. `evals(test=dict(split="test", every_steps=100))`.
 
     Raises:
-        UserError: an entry has a key that `EVAL_KEYS` lacks.
+        UserError: A key of an entry does not exist.
     """
-    return _entries("evals", splits)
+    return _build_entries("evals", entries)
 
 
-def mixture(**parts: dict[str, Any]) -> ConfigDict:
-    """Returns a value for `config.mixture`, e.g. `mixture(i1k=dict(dataset="imagenet2012"), …)`.
+def mixture(**entries: dict[str, Any]) -> ConfigDict:
+    """Builds a value for `config.mixture`, e.g. `mixture(i1k=dict(dataset="imagenet2012"), …)`.
 
     Raises:
-        UserError: an entry has a key that `MIXTURE_KEYS` lacks.
+        UserError: A key of an entry does not exist.
     """
-    return _entries("mixture", parts)
+    return _build_entries("mixture", entries)
 
 
-def _entries(section: str, given: dict[str, dict[str, Any]]) -> ConfigDict:
-    declared = NAMED_SECTIONS[section]
-    entries = {}
-    for name, values in given.items():
+def _build_entries(section: str, entries: dict[str, dict[str, Any]]) -> ConfigDict:
+    fields = NAMED_SECTIONS[section]
+    for name, values in entries.items():
         for key in values:
-            check_key_exists(f"{section}.{name}.{key}", [f"{section}.{name}.{k}" for k in declared])
-        entries[name] = {key: values.get(key, spec.default) for key, spec in declared.items()}
-    return ConfigDict(entries).lock()
+            check_key_exists(f"{section}.{name}.{key}", [f"{section}.{name}.{k}" for k in fields])
+    defaults = {name: field.default for name, field in fields.items()}
+    return ConfigDict({name: defaults | values for name, values in entries.items()}).lock()
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks types, ranges and the rules between keys; touches no device and no disk.
+def parse(config: ConfigDict) -> RunConfig:
+    """Validates a config and converts it to dataclasses; touches no device and no disk.
 
     Raises:
-        UserError: the first rule broken, naming key, value and fix.
+        UserError: The first rule that is broken, with key, value and fix.
     """
     values = flatten(config)
-    for section in NAMED_SECTIONS:
-        if section not in config:
-            raise UserError(f"config.{section} is missing; start from config.get_default()")
     for path, value in values.items():
         _check_value(path, value)
-    entries = [
+    for section in NAMED_SECTIONS:
+        if section not in config:
+            raise UserError(f"config.{section} is missing. Start from config.get_default().")
+    entries = (
         f"{section}.{name}.{key}"
-        for section, declared in NAMED_SECTIONS.items()
+        for section, fields in NAMED_SECTIONS.items()
         for name in config[section]
-        for key in declared
-    ]
+        for key in fields
+    )
     for path in [*FIELDS, *entries]:
         if path not in values:
             raise UserError(
-                f"config.{path} is missing; start from config.get_default(), config.evals() and "
-                "config.mixture()"
+                f"config.{path} is missing. Start from config.get_default(), config.evals() and "
+                "config.mixture()."
             )
+    run = from_dict(config.to_dict())
+    _check_rules(run)
+    return run
+
+
+def validate(config: ConfigDict) -> None:
+    """Validates a config like `parse`."""
+    parse(config)
+
+
+def _check_value(path: str, value: Any) -> None:
+    """Checks that a key exists, and the type and range of its value."""
+    fields, prefix = FIELDS, ""
+    if (section := path.partition(".")[0]) in NAMED_SECTIONS:
+        fields, prefix = NAMED_SECTIONS[section], f"{path.rpartition('.')[0]}."
+    check_key_exists(path, [prefix + name for name in fields])
+    check_value(f"config.{path}", fields[path.removeprefix(prefix)], value)
+
+
+def check_value(name: str, field: Field, value: Any) -> None:
+    """Raises UserError unless a value has the type, the choices and the range of a field.
+
+    Args:
+        name: Name of the value for messages, e.g. "config.optimizer.b1".
+        field: Declaration.
+        value: Value to check.
+    """
+    got = f"got {value!r}."
+    if type(value) is not field.type:
+        raise UserError(f"{name} must be {TYPE_NAMES[field.type]}, {got}")
+    if field.choices and value not in field.choices:
+        renamed = RENAMED_VALUES.get(name.removeprefix("config."), {})
+        hint = f" It is now {renamed[value]!r}." if value in renamed else ""
+        raise UserError(f"{name} must be one of {', '.join(field.choices)}, {got}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be finite, {got}")
+    if isinstance(value, int | float) and not field.min <= value <= field.max:
+        limits = (
+            f"between {field.min:g} and {field.max:.10g}"
+            if field.max < math.inf
+            else f"at least {field.min:g}"
+        )
+        raise UserError(f"{name} must be {limits}, {got}")
+
+
+def check_key_exists(path: str, keys: list[str]) -> None:
+    """Raises UserError, with the nearest of `keys`, if `path` is not one of them."""
+    if path in keys:
+        return
+    if (renamed := upgrade_key(path)) != path:
+        raise UserError(f"config.{path} is now config.{renamed}.")
+    hint = suggest(path, keys, fallback="; --help lists all keys.")
+    section = path.partition(".")[0]
+    if section in NAMED_SECTIONS and not any(key.startswith(f"{section}.") for key in keys):
+        hint = f": entries of {section} are declared in a config file, and this one has none."
+    raise UserError(f"config.{path} is not a configuration key{hint}")
+
+
+def _check_rules(config: RunConfig) -> None:
+    """Checks the rules between keys."""
     for name, entry in config.evals.items():
-        parse_shots(f"evals.{name}.shots", entry.shots)
+        parse_shots(f"config.evals.{name}.shots", entry.shots)
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
-        raise UserError("config.num_steps=0 and config.num_epochs=0; set one of them")
+        raise UserError("config.num_steps or config.num_epochs must be set, got 0 for both.")
     if config.batch_size % config.recipe.grad_accum_steps:
         raise UserError(
-            f"config.batch_size={config.batch_size} is not divisible by "
-            f"config.recipe.grad_accum_steps={config.recipe.grad_accum_steps}; "
-            "choose a divisor of the batch"
+            "config.batch_size must be divisible by config.recipe.grad_accum_steps "
+            f"({config.recipe.grad_accum_steps}), got {config.batch_size}."
         )
     if config.preprocess.max_shift >= config.image_size:
         raise UserError(
-            f"config.preprocess.max_shift={config.preprocess.max_shift} moves the whole image out "
-            f"of sight; pass less than config.image_size={config.image_size}"
+            f"config.preprocess.max_shift must be less than config.image_size "
+            f"({config.image_size}), got {config.preprocess.max_shift}."
         )
     if config.recipe.mixup and config.batch_size < 2:
-        raise UserError("config.recipe.mixup needs a partner; set config.batch_size to 2 or more")
+        raise UserError(
+            f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
+        )
     if config.num_steps or config.dataset.num_examples:
         check_warmup(config, resolve_num_steps(config, config.dataset.num_examples))
 
 
-def parse_shots(path: str, text: str) -> tuple[int, ...]:
-    """Returns the numbers of images a class that a key such as "1,5,10,25" lists.
+def _check_model(config: RunConfig) -> None:
+    overrides = architecture_overrides(config.model)
+    if config.model.variant == INIT_FROM:
+        if not config.init_from:
+            raise UserError(
+                f"config.init_from must be set with config.model.variant={INIT_FROM!r}, got ''. "
+                "Name a checkpoint, e.g. --config.init_from=Mixer-B_16.npz."
+            )
+        for name, value in overrides.items():
+            if value:
+                raise UserError(
+                    f"config.model.{name} must be 0 with config.model.variant={INIT_FROM!r}, "
+                    f"got {value}."
+                )
+        return
+    family = get_family(config.model.family)
+    architecture = family.get_config(config.model.variant, **overrides)
+    family.check_image_size(architecture, config.image_size, config.image_size)
+    check_scan_unroll(config.model.scan_unroll, family.num_blocks(architecture))
+
+
+def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
+    """Raises UserError if more blocks are to be unrolled than the model has."""
+    if scan_unroll > num_blocks:
+        raise UserError(
+            f"config.model.scan_unroll must be at most the number of blocks ({num_blocks}), "
+            f"got {scan_unroll}. 0 unrolls all blocks."
+        )
+
+
+def check_warmup(config: RunConfig | ConfigDict, num_steps: int) -> None:
+    """Raises UserError if warmup is longer than the run."""
+    warmup_steps = config.optimizer.warmup_steps
+    if warmup_steps > num_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
+            f"got {warmup_steps}. Lower it or train for longer."
+        )
+
+
+def parse_shots(name: str, text: str) -> tuple[int, ...]:
+    """Parses a list of numbers of images per class, such as "1,5,10,25".
 
     Args:
-        path: of the key, for the error.
-        text: its value.
+        name: Name of the value for messages.
+        text: Integers separated by commas; brackets around them are ignored.
 
     Raises:
-        UserError: it is no such list.
+        UserError: The text is not a list of positive integers.
     """
-    numbers = [number.strip() for number in text.split(",")]
+    numbers = [number.strip() for number in text.strip("()[] ").split(",")]
     if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
-        raise UserError(
-            f"config.{path}={text!r} is no list of whole numbers above zero; pass e.g. 1,5,10,25"
-        )
+        raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
     return tuple(dict.fromkeys(map(int, numbers)))
 
 
-def resolve_num_steps(config: ConfigDict, num_examples: int) -> int:
-    """Returns the number of training steps: `num_steps`, or whole batches in `num_epochs`."""
+def resolve_num_steps(config: RunConfig | ConfigDict, num_examples: int) -> int:
+    """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`."""
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
 
-def check_warmup(config: ConfigDict, num_steps: int) -> None:
-    """Raises UserError if warmup would outlast the run."""
-    warmup = config.optimizer.warmup_steps
-    if warmup > num_steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps={warmup} is more than the run's {num_steps} steps; "
-            "lower it or train for longer"
-        )
-
-
-def architecture_overrides(model: ConfigDict) -> dict[str, int]:
-    """Returns the five width keys of the model section, as `get_config` takes them."""
-    names = ("num_blocks", "patch_size", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
-    return {name: model[name] for name in names}
+def architecture_overrides(model: ModelConfig | ConfigDict) -> dict[str, Any]:
+    """Returns the keys of the model section that override fields of the variant's config."""
+    fields = dataclasses.fields(get_family(model.family).config_class)
+    return {field.name: getattr(model, field.name) for field in fields}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Returns every leaf by its dotted path, in the config's order."""
 
-    def leaves(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+    def iter_leaves(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
             if isinstance(value, ConfigDict):
-                yield from leaves(value, f"{prefix}{name}.")
+                yield from iter_leaves(value, f"{prefix}{name}.")
             else:
                 yield prefix + name, value
 
-    return dict(leaves(config, ""))
+    return dict(iter_leaves(config, ""))
+
+
+_PATH_WIDTH, _DEFAULT_WIDTH = 35, 14
 
 
 def format_help() -> str:
-    """Returns every key with default and meaning, for `--help`."""
-    lines = [f"  {path}={key.default!r:<22} {key.meaning}" for path, key in FIELDS.items()]
-    lines += [
-        f"  {section}.NAME.{name}={key.default!r:<9} {key.meaning}"
-        for section, declared in NAMED_SECTIONS.items()
-        for name, key in declared.items()
-    ]
+    """Formats every key with default, unit, help and choices, by section, for `--help`."""
+    width = max(100, shutil.get_terminal_size().columns)
+    lines = [f"  {'KEY':<{_PATH_WIDTH - 2}}{'DEFAULT':<{_DEFAULT_WIDTH}}MEANING"]
+    top_level = {path: field for path, field in FIELDS.items() if "." not in path}
+    lines += ["", "run:"] + [_format_field(*item, width) for item in top_level.items()]
+    for name, section in SECTION_TYPES.items():
+        lines += ["", f"{name}: {_title(section)}"]
+        keys = {path: field for path, field in FIELDS.items() if path.startswith(f"{name}.")}
+        lines += [_format_field(path, field, width) for path, field in keys.items()]
+    for name, entry in ENTRY_TYPES.items():
+        lines += ["", f"{name}: {_title(entry)}"]
+        for key, field in NAMED_SECTIONS[name].items():
+            lines.append(_format_field(f"{name}.NAME.{key}", field, width))
     return "\n".join(lines)
 
 
-def check_key_exists(path: str, known: list[str]) -> None:
-    """Raises UserError, with the nearest known key, if `path` is not one of `known`."""
-    if path not in known:
-        if (renamed := upgrade_key(path)) != path:
-            raise UserError(f"config.{path} is now config.{renamed}")
-        hint = suggest(path, known, otherwise="; --help lists them all")
-        section = path.partition(".")[0]
-        if section in NAMED_SECTIONS and not any(key.startswith(f"{section}.") for key in known):
-            hint = f"; a config file declares its {section}, and this one has none"
-        raise UserError(f"config.{path} is no configuration key{hint}")
+def _format_field(path: str, field: Field, width: int) -> str:
+    indent = _PATH_WIDTH + _DEFAULT_WIDTH
+    default = str(field.default).lower() if field.type is bool else str(field.default) or '""'
+    start = f"  {path:<{_PATH_WIDTH - 2}}{default} {field.unit}".rstrip()
+    choices = f" [{'|'.join(field.choices)}]" if len(field.choices) > 1 else ""
+    lines = textwrap.wrap(field.help + choices, width - indent, break_on_hyphens=False)
+    if len(start) >= indent:
+        lines.insert(0, "")
+    return f"\n{' ' * indent}".join([f"{start:<{indent}}{lines[0]}".rstrip(), *lines[1:]])
 
 
-def _check_model(config: ConfigDict) -> None:
-    overrides = architecture_overrides(config.model)
-    if config.model.variant == INIT_FROM:
-        if not config.init_from:
-            raise UserError(
-                f"config.model.variant={INIT_FROM!r} takes the model from config.init_from, which "
-                "is empty; name weights, e.g. --config.init_from=Mixer-B_16.npz"
-            )
-        for name, value in overrides.items():
-            if value:
-                raise UserError(
-                    f"config.model.{name}={value} has no say with config.model.variant="
-                    f"{INIT_FROM!r}; leave it 0"
-                )
-        return
-    widths = get_config(config.model.variant, **overrides)
-    check_image_size(config.image_size, config.image_size, widths.patch_size)
-    check_unroll(config, widths)
-
-
-def check_unroll(config: ConfigDict, widths: MixerConfig) -> None:
-    """Raises UserError if the model has fewer blocks than are to be laid out."""
-    if config.model.scan_unroll > widths.num_blocks:
-        raise UserError(
-            f"config.model.scan_unroll={config.model.scan_unroll} is more than the model's "
-            f"{widths.num_blocks} blocks; pass 1 to {widths.num_blocks}, or 0 for all"
-        )
-
-
-def _check_value(path: str, value: Any) -> None:
-    declared, prefix = FIELDS, ""
-    if (section := path.partition(".")[0]) in NAMED_SECTIONS:
-        declared, prefix = NAMED_SECTIONS[section], f"{path.rpartition('.')[0]}."
-    check_key_exists(path, [prefix + name for name in declared])
-    key = declared[path.removeprefix(prefix)]
-    kind = type(key.default)
-    if type(value) is not kind:
-        raise UserError(f"config.{path}={value!r} is not {TYPE_NAMES[kind]}; change it to one")
-    if key.choices and value not in key.choices:
-        if renamed := RENAMED_VALUES.get(path, {}).get(value):
-            raise UserError(f"config.{path}={value!r} is now {renamed!r}")
-        raise UserError(f"config.{path}={value!r} is unknown; choose {' or '.join(key.choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"config.{path}={value} is not finite; pass a finite number")
-    if isinstance(value, int | float) and not key.low <= value <= key.high:
-        raise UserError(
-            f"config.{path}={value!r} is out of range; pass {key.low:g} to {key.high:.10g}"
-            if key.high < math.inf
-            else f"config.{path}={value!r} is out of range; pass {key.low:g} or more"
-        )
+def _title(section: type) -> str:
+    return str(section.__doc__).partition("\n")[0].rstrip(".")

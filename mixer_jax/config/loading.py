@@ -1,6 +1,12 @@
-"""Configs from Python files, and keys that the command line changes."""
+"""Config files, and overrides on the command line.
+
+The syntax is that of ml_collections.config_flags: `--config=FILE:ARGUMENT`, `--config.KEY=VALUE`,
+`--config.KEY VALUE`, and for booleans `--config.KEY` and `--noconfig.KEY`. The parser is our own:
+errors are one line, with the nearest key, and commands need neither absl's flags nor its app.
+"""
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,62 +16,77 @@ from ml_collections import ConfigDict
 
 from mixer_jax.config.compat import renamed_key_hint
 from mixer_jax.config.config import TYPE_NAMES, check_key_exists, flatten
-from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS
+from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError, suggest
 
-# Keys by dotted path, each with the value that a text spells.
+# Dotted paths of keys, each with its value as text.
 Overrides = tuple[tuple[str, str], ...]
 
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
-def load_config_with_overrides(config_spec: str, arguments: Sequence[str]) -> ConfigDict:
-    """Returns the config of a file with the overrides of the command line applied.
+
+def load_config_with_overrides(config_spec: str, argv: Sequence[str]) -> ConfigDict:
+    """Loads a config file and applies the overrides of the command line.
 
     Args:
-        config_spec: as `load_config` takes it.
-        arguments: as `parse_overrides` takes them.
+        config_spec: See `load_config`.
+        argv: See `parse_overrides`.
 
     Raises:
-        UserError: an argument is none, or names no key, or gives no value of its type.
+        UserError: The file or an override is invalid.
     """
     config = load_config(config_spec)
-    for path, text in parse_overrides(arguments):
+    for path, text in parse_overrides(argv):
         set_override(config, path, text)
     return config
 
 
-def parse_overrides(arguments: Sequence[str]) -> Overrides:
-    """Returns the keys that a command line changes.
+def parse_overrides(argv: Sequence[str]) -> Overrides:
+    """Parses the arguments that change keys.
 
     Args:
-        arguments: that the door itself did not know; each `--config.KEY=VALUE`, or `--config.KEY`
-            followed by `VALUE`.
+        argv: Arguments that the command did not recognize: `--config.KEY=VALUE`, `--config.KEY
+            VALUE`, or for booleans `--config.KEY` and `--noconfig.KEY`.
 
     Raises:
-        UserError: an argument is not of this form.
+        UserError: An argument has another form.
     """
     overrides = []
-    rest = list(arguments)
+    rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--config."):
-            raise UserError(f"argument {argument!r} is unknown; see --help")
-        path, equals, text = argument.removeprefix("--config.").partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"argument {argument!r} has no value; write {argument}=VALUE")
-            text = rest.pop(0)
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            raise UserError(f"unknown argument {argument!r}; see --help")
+        negated, path, text = match.groups()
+        field = get_field(path)
+        is_boolean = field is not None and field.type is bool
+        if negated:
+            if not is_boolean or text is not None:
+                raise UserError(
+                    f"argument {argument!r} must name a true-or-false key, without a value."
+                )
+            text = "false"
+        elif text is None:
+            if is_boolean and (not rest or rest[0].lower() not in _BOOLEANS):
+                text = "true"
+            elif rest:
+                text = rest.pop(0)
+            else:
+                raise UserError(f"argument {argument!r} has no value. Write {argument}=VALUE.")
         overrides.append((path, text))
     return tuple(overrides)
 
 
 def load_config(config_spec: str) -> ConfigDict:
-    """Returns what `get_config` of a config file gives.
+    """Calls `get_config` of a config file.
 
     Args:
         config_spec: `PATH.py`, or `PATH.py:ARGUMENT` to call `get_config(ARGUMENT)`.
 
     Raises:
-        UserError: no such file, no `get_config` in it, or it does not take this argument.
+        UserError: The file does not exist or fails, has no `get_config`, or the latter does not
+            take the argument.
     """
     path, argument = _split_config_spec(config_spec)
 
@@ -74,76 +95,84 @@ def load_config(config_spec: str) -> ConfigDict:
 
     config = exec_config_file(path, get_config, "config", config_spec)
     if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {config_spec!r}: get_config() must return a ConfigDict")
+        raise UserError(f"config file {config_spec!r}: get_config() must return a ConfigDict.")
     return config
 
 
 def exec_config_file(
-    path: Path, use: Callable[[ModuleType], Any], kind: str, name: str = ""
+    path: Path, extract: Callable[[ModuleType], Any], file_type: str, name: str = ""
 ) -> Any:
-    """Runs a user's Python file; returns what `use` makes of it.
+    """Executes a user's Python file and extracts a value from it.
 
     Args:
-        path: of the file.
-        use: from the module that the file is.
-        kind: of file, for messages: "config", "suite".
-        name: for messages; empty: the path.
+        path: Python file.
+        extract: Function from the module to the value.
+        file_type: Type of file for messages: "config" or "suite".
+        name: Name for messages; the path by default.
 
     Raises:
-        UserError: no such file, or it fails.
+        UserError: The file does not exist, or it fails.
     """
-    what = f"{kind} file {(name or str(path))!r}"
+    source = f"{file_type} file {(name or str(path))!r}"
     if not path.is_file():
         siblings = sorted(str(p) for p in path.parent.glob("*.py"))
         hint = suggest(str(path), siblings)
-        raise UserError(f"{kind} file {str(path)!r} does not exist{hint}")
+        raise UserError(f"{file_type} file {str(path)!r} does not exist{hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{kind} file {str(path)!r} is no Python file; name one ending in .py")
+        raise UserError(f"{file_type} file must be a Python file ending in .py, got {str(path)!r}.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return use(module)
+        return extract(module)
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     except (Exception, SystemExit) as error:
-        # It is the user's code: whatever it raises is theirs to read, in one line.
+        # The user's code may raise anything; all of it becomes one line.
         reason = str(error).partition("\n")[0] or "no reason given"
         hint = renamed_key_hint(reason)
-        raise UserError(f"{what} fails: {type(error).__name__}: {reason}{hint}") from error
+        raise UserError(f"{source} fails: {type(error).__name__}: {reason}{hint}") from error
 
 
 def default_run_name(config_spec: str) -> str:
-    """Returns the name of a config: `configs/digits.py:low` is "digits_low"."""
+    """Returns the name of a run: that of `configs/digits.py:low` is "digits_low"."""
     path, argument = _split_config_spec(config_spec)
     return f"{path.stem}_{argument}" if argument else path.stem
 
 
 def set_override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets the key `path`, e.g. "optimizer.learning_rate", to the value that `text` spells.
+    """Sets a key, such as "optimizer.learning_rate", to the value in `text`.
 
     Raises:
-        UserError: the key does not exist, or the text is not of the key's type.
+        UserError: The key does not exist, or the text does not have its type.
     """
     present = flatten(config)
     entries = [key for key in present if key.partition(".")[0] in NAMED_SECTIONS]
     check_key_exists(path, [*FIELDS, *entries])
     if path not in present:
-        raise UserError(f"config.{path} is missing; start from config.get_default()")
+        raise UserError(f"config.{path} is missing. Start from config.get_default().")
     *sections, name = path.split(".")
     node = config
     for section in sections:
         node = node[section]
-    node[name] = _parse_value(path, text, type(node[name]))
+    node[name] = parse_value(f"config.{path}", text, type(node[name]))
 
 
-def _parse_value(path: str, text: str, kind: type) -> Any:
+def parse_value(name: str, text: str, value_type: type) -> Any:
+    """Parses the value of a key.
+
+    Args:
+        name: Name of the value for messages.
+        text: Value as text.
+        value_type: int, float, bool or str.
+
+    Raises:
+        UserError: The text does not have this type.
+    """
     try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        return _BOOLEANS[text.lower()] if value_type is bool else value_type(text)
     except (ValueError, KeyError):
-        raise UserError(f"config.{path}={text!r} is not {TYPE_NAMES[kind]}; pass one") from None
+        raise UserError(f"{name} must be {TYPE_NAMES[value_type]}, got {text!r}.") from None
 
 
 def _split_config_spec(config_spec: str) -> tuple[Path, str]:

@@ -1,217 +1,361 @@
-"""Every configuration key, once: its default, its meaning, its range."""
+"""Every configuration key, declared once: type, default, unit, range, choices and help.
+
+The dataclasses below are the parsed form of a config: `config.parse` builds a `RunConfig` once, and
+all code below the commands reads that. `FIELDS` lists the same keys by their dotted paths, for
+building, overriding and validating a ConfigDict. Imports nothing heavy.
+"""
 
 import dataclasses
 import math
-from typing import Any
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One configuration key.
+    """Declaration of one configuration key.
 
     Attributes:
-        default: its value where a config says nothing; its type is the key's type.
-        meaning: one line for people, with the unit.
-        choices: the values allowed, if they can be listed.
-        low: smallest value allowed.
-        high: largest value allowed.
-        resumable: whether a run may be resumed with another value without harm to its result.
+        type: int, float, bool or str.
+        default: Value where a config does not set the key.
+        help: One line, without the unit.
+        unit: Unit of the value, e.g. "px"; empty for plain numbers and text.
+        choices: Allowed values, if they can be listed.
+        min: Smallest value allowed.
+        max: Largest value allowed.
+        resumable: Whether a resumed run may change the key without affecting its result.
     """
 
+    type: type
     default: Any
-    meaning: str
+    help: str
+    unit: str = ""
     choices: tuple[str, ...] = ()
-    low: float = -math.inf
-    high: float = math.inf
+    min: float = -math.inf
+    max: float = math.inf
     resumable: bool = False
 
 
-FIELDS: dict[str, Field] = {
-    "seed": Field(
-        0,
-        "the one source of randomness: weights, order, augmentation, masks",
-        low=0,
-        high=2**32 - 1,
-    ),
-    "num_steps": Field(0, "training steps; 0: as many as num_epochs makes", low=0),
-    "num_epochs": Field(0.0, "passes over the training split, where num_steps is 0", low=0),
-    "batch_size": Field(4096, "training images a step, over all devices and hosts", low=1),
-    "eval_batch_size": Field(1024, "evaluation images a step, likewise", low=1, resumable=True),
-    "image_size": Field(224, "side of the square image the model sees, pixels", low=1),
-    "init_from": Field("", "weights to begin with: a run, a file, or hf:NAME, as --checkpoint"),
-    "init_head": Field(
-        "auto",
-        "of these: keep, new (zeros); auto: keep if their class names are the data's",
-        ("auto", "keep", "new"),
-    ),
-    # Model (Section 2, Table 1).
-    "model.family": Field("mixer", "family of models", ("mixer",)),
-    "model.variant": Field(
-        "B/16", 'S/32 S/16 B/32 B/16 L/32 L/16 H/14, "custom", or "init_from": that of the weights'
-    ),
-    "model.num_blocks": Field(0, "0: the variant's own, as for the four keys below", low=0),
-    "model.patch_size": Field(0, "side of a patch, pixels", low=0),
-    "model.hidden_dim": Field(0, "channels of a token", low=0),
-    "model.tokens_mlp_dim": Field(0, "hidden units of the token-mixing MLPs", low=0),
-    "model.channels_mlp_dim": Field(0, "hidden units of the channel-mixing MLPs", low=0),
-    "model.gelu": Field("tanh", "tanh as the authors, exact as timm", ("tanh", "exact")),
-    "model.stochastic_depth": Field(0.0, "drop probability of the last block", low=0, high=0.999),
-    "model.dropout": Field(0.0, "probability, in both MLPs", low=0, high=0.999),
-    "model.head_bias": Field(0.0, "initial bias of the head"),
-    "model.dtype": Field(
-        "auto",
-        "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
-        ("auto", "float32", "bfloat16"),
-    ),
-    "model.scan_unroll": Field(
+def key(default: Any, help_text: str, **declaration: Any) -> Any:
+    """Declares a key as a dataclass field; the type and any choices follow from its annotation.
+
+    Args:
+        default: Default value.
+        help_text: `Field.help`.
+        **declaration: Other attributes of `Field`.
+    """
+    metadata = {"help": help_text, **declaration}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Model (Section 2, Table 1), and how it is executed."""
+
+    family: str = key(DEFAULT_FAMILY, "model family", choices=tuple(FAMILIES))
+    variant: str = key(
+        "B/16",
+        "; ".join(f"{f.display_name}: {' '.join(f.variants)}" for f in FAMILIES.values())
+        + '; "custom"; or "init_from": the architecture of the checkpoint in init_from',
+    )
+    num_blocks: int = key(
+        0, "number of blocks; here and in the next four keys, 0 keeps the variant's value", min=0
+    )
+    patch_size: int = key(0, "side of a square patch", unit="px", min=0)
+    hidden_dim: int = key(0, "channels per token", min=0)
+    tokens_mlp_dim: int = key(0, "hidden units of the token-mixing MLPs", min=0)
+    channels_mlp_dim: int = key(0, "hidden units of the channel-mixing MLPs", min=0)
+    gelu: Literal["tanh", "exact"] = key("tanh", "tanh approximation (authors), exact (timm)")
+    stochastic_depth: float = key(
+        0.0, "drop probability of the last block; grows linearly with depth", min=0, max=0.999
+    )
+    dropout: float = key(0.0, "dropout probability in both MLPs", min=0, max=0.999)
+    head_bias: float = key(0.0, "initial bias of the head")
+    dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "activations and matmuls; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+    scan_unroll: int = key(
         -1,
-        "blocks per iteration of the loop over them; 0: all, no loop; -1: 0 on GPUs and with "
-        "kernels of our own, else 1",
-        low=-1,
+        "blocks per scan iteration; 0 unrolls all; -1: 0 on GPUs and with custom kernels, else 1",
+        unit="blocks",
+        min=-1,
         resumable=True,
-    ),
-    "model.remat": Field(
+    )
+    remat: Literal["auto", "none", "dots", "mlp_hidden", "full"] = key(
         "auto",
-        "what the backward pass recomputes: none, dots (all but products), mlp_hidden, full; auto: "
-        "dots in a loop of XLA's, else none",
-        ("auto", "none", "dots", "mlp_hidden", "full"),
+        "recomputed in the backward pass: all but matmuls (dots), hidden activations of MLPs, or "
+        "whole blocks (full); auto: dots if XLA scans over the blocks, else none",
         resumable=True,
-    ),
-    "model.backend": Field(
+    )
+    backend: Literal["auto", "xla", "triton", "mosaic"] = key(
         "auto",
-        "xla; hand-written ones: triton on GPUs, mosaic on TPUs; auto: triton on GPUs, else xla",
-        ("auto", "xla", "triton", "mosaic"),
+        "computes the blocks: XLA, or custom kernels for GPUs (triton) or TPUs (mosaic); auto: "
+        "triton on GPUs, else xla",
         resumable=True,
-    ),
-    # Data.
-    "dataset.name": Field(
-        "imagenet2012", 'TFDS name, perhaps NAME@LABEL; folder:PATH; "digits"; "synthetic"'
-    ),
-    "dataset.data_dir": Field("", "where TFDS keeps data; empty: TFDS's default", resumable=True),
-    "dataset.train_split": Field("train", "split to train on, in TFDS syntax"),
-    "dataset.num_classes": Field(0, "nominal; used by synthetic data, 0: 1000", low=0),
-    "dataset.num_examples": Field(
-        0, "nominal; used by synthetic data, 0: 1024", low=0, resumable=True
-    ),
-    "preprocess.train_crop": Field(
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Training data."""
+
+    name: str = key(
+        "imagenet2012", 'TFDS name, optionally NAME@LABEL; folder:PATH; "digits"; "synthetic"'
+    )
+    data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
+    train_split: str = key("train", "training split, in TFDS syntax")
+    num_classes: int = key(0, "classes of synthetic data (0: 1000), and for `plan`", min=0)
+    num_examples: int = key(
+        0, "size of synthetic data (0: 1024), and for `plan`", unit="images", min=0, resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """Cropping and augmentation of images."""
+
+    train_crop: Literal["inception", "random_crop", "random_shift", "resize"] = key(
         "inception",
-        "inception (random area, aspect), random_crop (resize to 8/7), random_shift (of resize), "
-        "resize",
-        ("inception", "random_crop", "random_shift", "resize"),
-    ),
-    "preprocess.min_area": Field(
-        0.05, "smallest inception crop, share of the image", low=0.0001, high=1
-    ),
-    "preprocess.max_shift": Field(4, "largest shift of train_crop=random_shift, pixels", low=0),
-    "preprocess.flip": Field(True, "flip half of the training images left to right"),
-    "preprocess.randaugment_layers": Field(0, "operations an image; 0: off", low=0),
-    "preprocess.randaugment_magnitude": Field(10.0, "on the scale 0-10; more extrapolates", low=0),
-    "preprocess.eval_crop": Field(
+        "inception: random area and aspect; random_crop: resize to 8/7, then crop; random_shift: "
+        "resize, then shift",
+    )
+    min_area: float = key(
+        0.05, "smallest Inception crop, as a fraction of the image", min=0.0001, max=1
+    )
+    max_shift: int = key(4, "largest shift of train_crop=random_shift", unit="px", min=0)
+    flip: bool = key(True, "mirror half of the training images")
+    randaugment_layers: int = key(0, "RandAugment operations per image; 0 disables it", min=0)
+    randaugment_magnitude: float = key(
+        10.0, "RandAugment magnitude, on a scale of 0 to 10; larger values extrapolate", min=0
+    )
+    eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
-        "shorter_side, square, timm's bicubic, bilinear: resize to 8/7, crop; resize: no crop",
-        ("shorter_side", "square", "bicubic", "bilinear", "resize"),
-    ),
-    "preprocess.exif_orientation": Field(
-        False, "turn images as their camera says, which TFDS and TensorFlow never do"
-    ),
-    "loader.num_threads": Field(
-        0, "that prepare images, in each process; 0: by the machine", low=0, resumable=True
-    ),
-    "loader.num_workers": Field(
+        "resize the shorter side, or both (square), to 8/7, then center-crop; bicubic, bilinear: "
+        "as timm; resize: no crop",
+    )
+    exif_orientation: bool = key(
+        False, "apply the EXIF orientation of images, which TFDS and TensorFlow ignore"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """Input pipeline."""
+
+    num_threads: int = key(
+        0, "threads per worker process; 0: the cores, shared among workers", min=0, resumable=True
+    )
+    num_workers: int = key(
         0,
-        "that prepare training images; 1: the main one; 0: one for every 8 cores",
-        low=0,
+        "processes that load training images; 1: the main process; 0: one per 8 cores",
+        min=0,
         resumable=True,
-    ),
-    "loader.prefetch_batches": Field(2, "batches kept ready on the host", low=1, resumable=True),
-    "bad_images.max_fraction": Field(
+    )
+    prefetch_batches: int = key(
+        2, "batches prefetched on each host", unit="batches", min=1, resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BadImagesConfig:
+    """Images that cannot be decoded."""
+
+    max_fraction: float = key(
         0.001,
-        "of the training images that may be unusable before the run stops",
-        low=0,
-        high=1,
+        "fraction of the training images that may be unusable before the run stops",
+        min=0,
+        max=1,
         resumable=True,
-    ),
-    "bad_images.skip_in_evaluation": Field(
-        False, "leave them out of evaluations and count them, rather than stop", resumable=True
-    ),
-    # Recipe (Section 3, Appendix B).
-    "recipe.loss": Field("sigmoid", "cross-entropy", ("sigmoid", "softmax")),
-    "recipe.label_smoothing": Field(
-        0.0, "share of a label spread over all classes", low=0, high=0.999
-    ),
-    "recipe.mixup": Field(0.0, "parameter of Beta(p, p); 0: off", low=0),
-    "recipe.grad_accum_steps": Field(
-        1, "pieces a batch is computed in, one after the other", low=1, resumable=True
-    ),
-    "recipe.ema_decay": Field(
-        0.0, "of averaged parameters, used in evaluation; 0: off", low=0, high=0.999999
-    ),
-    "optimizer.name": Field("adam", "adam or momentum (SGD)", ("adam", "momentum")),
-    "optimizer.learning_rate": Field(1e-3, "at the end of warmup", low=0),
-    "optimizer.warmup_steps": Field(10_000, "linear from zero", low=0),
-    "optimizer.decay_type": Field("linear", "after warmup", ("linear", "cosine", "none")),
-    "optimizer.end_learning_rate": Field(0.0, "at the last step", low=0),
-    "optimizer.weight_decay": Field(0.0, "decoupled, times the learning rate, kernels only", low=0),
-    "optimizer.b1": Field(0.9, "Adam's first moment", low=0, high=0.999999),
-    "optimizer.b2": Field(0.999, "Adam's second moment", low=0, high=0.999999),
-    "optimizer.eps": Field(1e-8, "Adam's epsilon", low=0),
-    "optimizer.momentum": Field(0.9, "of momentum SGD", low=0, high=0.999999),
-    "optimizer.clip_norm": Field(1.0, "largest global gradient norm; 0: no clipping", low=0),
-    # Run.
-    "mesh.data": Field(
-        0, "devices along the data axis; 0: all that fsdp leaves", low=0, resumable=True
-    ),
-    "mesh.fsdp": Field(1, "devices the kernels are split over", low=1, resumable=True),
-    "distributed": Field(
-        "auto", "join a multi-host run: auto detects one", ("auto", "yes", "no"), resumable=True
-    ),
-    "distributed_timeout": Field(
-        300, "seconds to wait for the other hosts to join", low=1, high=86_400, resumable=True
-    ),
-    "checkpoint.every_steps": Field(1000, "0: only by time and at the end", low=0, resumable=True),
-    "checkpoint.every_minutes": Field(
-        0.0, "0: only by steps and at the end", low=0, resumable=True
-    ),
-    "checkpoint.keep": Field(2, "checkpoints kept, the newest", low=1, resumable=True),
-    "log_every_steps": Field(50, "metrics are written this often", low=1, resumable=True),
-    "log_update_norm": Field(
+    )
+    skip_in_evaluation: bool = key(
+        False, "skip and count them in evaluations instead of stopping", resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """Loss, regularization and averaging (Section 3, Appendix B)."""
+
+    loss: Literal["sigmoid", "softmax"] = key("sigmoid", "cross-entropy")
+    label_smoothing: float = key(0.0, "probability mass spread over all classes", min=0, max=0.999)
+    mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
+    grad_accum_steps: int = key(
+        1, "microbatches that each batch is split into", min=1, resumable=True
+    )
+    ema_decay: float = key(
+        0.0,
+        "decay of averaged parameters, which evaluation uses; 0 disables averaging",
+        min=0,
+        max=0.999999,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adam", "momentum"] = key("adam", "Adam, or SGD with momentum")
+    learning_rate: float = key(1e-3, "peak learning rate, at the end of warmup", min=0)
+    warmup_steps: int = key(10_000, "length of linear warmup from zero", unit="steps", min=0)
+    decay_type: Literal["linear", "cosine", "none"] = key("linear", "decay after warmup")
+    end_learning_rate: float = key(0.0, "learning rate at the last step", min=0)
+    weight_decay: float = key(
+        0.0, "decoupled; multiplied by the learning rate; weight matrices only", min=0
+    )
+    b1: float = key(0.9, "Adam's decay of the first moment", min=0, max=0.999999)
+    b2: float = key(0.999, "Adam's decay of the second moment", min=0, max=0.999999)
+    eps: float = key(1e-8, "Adam's epsilon", min=0)
+    momentum: float = key(0.9, "momentum of SGD", min=0, max=0.999999)
+    clip_norm: float = key(1.0, "largest global gradient norm; 0 disables clipping", min=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh."""
+
+    data: int = key(
+        0,
+        "size of the data axis; 0: all devices, divided by fsdp",
+        unit="devices",
+        min=0,
+        resumable=True,
+    )
+    fsdp: int = key(
+        1, "devices that weight matrices are sharded over", unit="devices", min=1, resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of a run; one is always saved at the end."""
+
+    every_steps: int = key(1000, "interval; 0: none", unit="steps", min=0, resumable=True)
+    every_minutes: float = key(0.0, "interval; 0: none", unit="min", min=0, resumable=True)
+    keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
+
+    type: Literal["classify", "few_shot", "linear", "knn"] = key(
+        "classify", "the model's head, or a probe of frozen features", resumable=True
+    )
+    dataset: str = key("", "data set; empty: the training one", resumable=True)
+    split: str = key("test", "evaluation split, in TFDS syntax", resumable=True)
+    train_split: str = key("train", "split that a probe is fitted on", resumable=True)
+    shots: str = key(
+        "1,5,10,25", "few_shot: training images per class", unit="images", resumable=True
+    )
+    num_seeds: int = key(3, "few_shot: random draws of these images", min=1, resumable=True)
+    every_steps: int = key(0, "interval; 0: only at the end", unit="steps", min=0, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """An entry of `config.mixture`: one of several data sets to train on instead of one."""
+
+    dataset: str = key("", "data set; empty: dataset.name")
+    split: str = key("train", "training split, in TFDS syntax")
+    weight: float = key(
+        1.0, "sampling weight, relative to the other entries; precise to 1 %", min=1e-6
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    seed: int = key(
+        0,
+        "root of all randomness: initialization, data order, augmentation, drop masks",
+        min=0,
+        max=2**32 - 1,
+    )
+    num_steps: int = key(0, "training steps; 0: num_epochs", unit="steps", min=0)
+    num_epochs: float = key(
+        0.0, "passes over the training split if num_steps is 0", unit="epochs", min=0
+    )
+    batch_size: int = key(4096, "training batch over all devices and hosts", unit="images", min=1)
+    eval_batch_size: int = key(
+        1024, "evaluation batch over all devices and hosts", unit="images", min=1, resumable=True
+    )
+    image_size: int = key(224, "side of the square images that the model sees", unit="px", min=1)
+    init_from: str = key(
+        "", "checkpoint to fine-tune: a workdir, a file or hf:OWNER/NAME, as --checkpoint"
+    )
+    init_head: Literal["auto", "keep", "new"] = key(
+        "auto",
+        "keep the pretrained head, or start from zeros (new); auto keeps it if the class names "
+        "match",
+    )
+    model: ModelConfig = ModelConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    loader: LoaderConfig = LoaderConfig()
+    bad_images: BadImagesConfig = BadImagesConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: Literal["auto", "yes", "no"] = key(
+        "auto", "multi-host run; auto detects a cluster", resumable=True
+    )
+    distributed_timeout: int = key(
+        300,
+        "time to wait for the other hosts at start-up",
+        unit="s",
+        min=1,
+        max=86_400,
+        resumable=True,
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
+    log_update_norm: bool = key(
         False,
-        "write the norm of the update, too, for which the parameters are copied before the step",
+        "log the norm of updates, for which parameters are copied before a step",
         resumable=True,
-    ),
-    "tensorboard": Field(
-        True, "write TensorBoard events too, which takes TensorFlow", resumable=True
-    ),
-    "compilation_cache": Field(
-        "~/.cache/mixer_jax", "folder of compiled programs; empty: off", resumable=True
-    ),
-}
+    )
+    tensorboard: bool = key(True, "write TensorBoard events", resumable=True)
+    compilation_cache: str = key(
+        "~/.cache/mixer_jax", "folder of compiled programs; empty: no cache", resumable=True
+    )
+    evals: Mapping[str, EvalConfig] = dataclasses.field(default_factory=dict)
+    mixture: Mapping[str, MixtureConfig] = dataclasses.field(default_factory=dict)
 
-# Every entry of `config.evals`, a named split scored exactly, has these keys.
-EVAL_FIELDS: dict[str, Field] = {
-    "type": Field(
-        "classify",
-        "classify by the head, or a probe of the features before it: few_shot, linear, knn",
-        ("classify", "few_shot", "linear", "knn"),
-        resumable=True,
-    ),
-    "dataset": Field("", "data set; empty: the one trained on", resumable=True),
-    "split": Field("test", "in TFDS syntax", resumable=True),
-    "train_split": Field("train", "likewise; what a probe learns from", resumable=True),
-    "shots": Field("1,5,10,25", "of few_shot: training images a class", resumable=True),
-    "num_seeds": Field(3, "of few_shot: draws of these images", low=1, resumable=True),
-    "every_steps": Field(0, "0: only at the end", low=0, resumable=True),
-}
+    def to_dict(self) -> dict[str, Any]:
+        """Converts the config to nested dicts, as `ConfigDict.to_dict` does."""
+        return dataclasses.asdict(self)
 
-# Likewise of `config.mixture`, data sets to train on together in place of one.
-MIXTURE_FIELDS: dict[str, Field] = {
-    "dataset": Field("", "data set; empty: config.dataset.name"),
-    "split": Field("train", "in TFDS syntax"),
-    "weight": Field(1.0, "share of the images, to 1 % of the smallest weight", low=1e-6),
-}
 
-# The sections that a config fills with entries of its own names.
+def _declared_fields(section: type, prefix: str = "") -> dict[str, Field]:
+    """Collects the keys of a dataclass and of its sections, in order, by dotted path."""
+    hints = typing.get_type_hints(section)
+    found: dict[str, Field] = {}
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hint := hints[field.name]):
+            found |= _declared_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
+        elif field.metadata:
+            declaration = dict(field.metadata)
+            if typing.get_origin(hint) is Literal:
+                declaration["choices"] = typing.get_args(hint)
+            found[prefix + field.name] = Field(type(field.default), field.default, **declaration)
+    return found
+
+
+FIELDS = _declared_fields(RunConfig)
+EVAL_FIELDS = _declared_fields(EvalConfig)
+MIXTURE_FIELDS = _declared_fields(MixtureConfig)
+# Sections whose entries a config names itself.
 NAMED_SECTIONS = {"evals": EVAL_FIELDS, "mixture": MIXTURE_FIELDS}
+SECTION_TYPES: dict[str, type] = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(RunConfig)
+    if dataclasses.is_dataclass(field.default)
+}
+ENTRY_TYPES: dict[str, type] = {"evals": EvalConfig, "mixture": MixtureConfig}
 
 
 def get_field(path: str) -> Field | None:
@@ -220,3 +364,13 @@ def get_field(path: str) -> Field | None:
     if section in NAMED_SECTIONS:
         return NAMED_SECTIONS[section].get(rest.rpartition(".")[2])
     return FIELDS.get(path)
+
+
+def from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Builds a `RunConfig` from nested dicts with every key, as `fill_defaults` returns them."""
+    values = dict(data)
+    for name, section in SECTION_TYPES.items():
+        values[name] = section(**values[name])
+    for name, entry in ENTRY_TYPES.items():
+        values[name] = {k: entry(**v) for k, v in values.get(name, {}).items()}
+    return RunConfig(**values)

@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixer_jax import locks
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.files import file_lock
 
 FORMAT = "array_record"
 # File next to the prepared data that lists files left out because they cannot be decoded.
@@ -65,7 +65,7 @@ def preparation_lock(builder: Any, *, wait: bool = False) -> Iterator[None]:
     path = Path(builder.data_path.parent, f".{builder.data_path.name}.lock")
     with contextlib.ExitStack() as stack:
         try:
-            locked = stack.enter_context(locks.locked(path, wait=wait))
+            locked = stack.enter_context(file_lock(path, wait=wait))
         except BlockingIOError:
             raise UserError(
                 f"dataset {builder.info.full_name} is being prepared in "

@@ -186,7 +186,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         use_array_record(builder)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
-        hint = suggest(bare_name, _dataset_names(), otherwise=".")
+        hint = suggest(bare_name, _dataset_names(), fallback=".")
         raise UserError(
             f"dataset {name!r} is neither prepared in {searched} nor known to TFDS{hint} Put it "
             f"into {searched}/{name} in TFDS's array_record format, set "

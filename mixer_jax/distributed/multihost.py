@@ -87,8 +87,8 @@ def _read_int(variable: str) -> int | None:
 def propagate_failure() -> Iterator[None]:
     """Ends all hosts when this one raises, for commands, around all of their work.
 
-    A process that ends waits for all others, which may wait for its part of a computation. So it
-    exits after a few seconds even if they have not ended; JAX then ends the others.
+    At exit, JAX waits until all processes exit, but the others may still expect this one to join a
+    collective. After a few seconds the process therefore exits anyway, and JAX ends the others.
     """
     try:
         yield

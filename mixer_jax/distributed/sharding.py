@@ -1,4 +1,4 @@
-"""The device mesh and where arrays lie on it: batches, parameters and their moments."""
+"""The device mesh and the sharding of batches, parameters and optimizer moments."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,38 +7,82 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh ("data", "fsdp"), laid out so that neighbours on it are neighbours indeed.
+    """Creates a mesh ("data", "fsdp") whose neighbors are neighbors in the hardware.
 
-    Of several TPU slices each takes a part of the data axis, so that only gradients cross the
-    slow network between them.
+    With several TPU slices, the data axis is split over the slices, so only gradients cross the
+    slower network between them.
 
     Args:
-        data: devices along the data axis; 0 takes all that `fsdp` leaves.
-        fsdp: devices that the kernels are split over.
-        devices: to use; None: all of all hosts.
+        data: Size of the data axis; 0: all devices that remain after `fsdp`.
+        fsdp: Size of the axis over which weight matrices are sharded.
+        devices: Devices of the mesh; None: the devices of all hosts.
 
     Raises:
-        UserError: data × fsdp is not the number of devices, or fsdp does not divide a slice.
+        UserError: The number of devices is not data × fsdp, or fsdp does not divide a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    check_mesh(data, fsdp, count, slices)
-    # Such as 8 of 4 × 4 × 4 chips: no product of whole sides, so that a side is divided.
-    split = {"allow_split_physical_axes": True}
-    if slices == 1:
-        shape = (count // fsdp, fsdp)
-        laid_out = mesh_utils.create_device_mesh(shape, devices, **split)
+    num_devices = len(devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    check_mesh(data, fsdp, num_devices, num_slices)
+    # A mesh axis of 8 on 4×4×4 chips is no product of torus dimensions: one of them is split.
+    kwargs = {"allow_split_physical_axes": True}
+    if num_slices == 1:
+        shape = (num_devices // fsdp, fsdp)
+        grid = mesh_utils.create_device_mesh(shape, devices, **kwargs)
     else:
-        shape = (count // slices // fsdp, fsdp)
-        laid_out = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1), devices, **split)
-    return Mesh(laid_out, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+        shape = (num_devices // num_slices // fsdp, fsdp)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1), devices, **kwargs)
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_mesh(data: int, fsdp: int, num_devices: int, num_slices: int = 1) -> None:
+    """Checks the axis sizes of a mesh, as `make_mesh` takes them.
+
+    Raises:
+        UserError: The number of devices is not data × fsdp, or fsdp does not divide a slice.
+    """
+    if num_devices % fsdp or (data and data * fsdp != num_devices):
+        raise UserError(
+            f"mesh.data × mesh.fsdp must be the number of devices ({num_devices}), got data={data} "
+            f"and fsdp={fsdp}. Set mesh.fsdp to a divisor of {num_devices} and mesh.data to 0"
+        )
+    slice_size = num_devices // num_slices
+    if slice_size % fsdp:
+        raise UserError(
+            f"mesh.fsdp must divide the {slice_size} devices of a slice, got {fsdp}. "
+            f"Set it to a divisor of {slice_size}"
+        )
+
+
+def check_divisible(key: str, batch_size: int, num_devices: int, num_microbatches: int = 1) -> None:
+    """Checks that every microbatch can be split evenly over the devices.
+
+    Args:
+        key: Configuration key of the batch size, for the message.
+        batch_size: Images per batch.
+        num_devices: Size of the mesh.
+        num_microbatches: Parts of a batch that are computed one after the other.
+
+    Raises:
+        UserError: The batch size is not a multiple of devices × microbatches.
+    """
+    unit = num_devices * num_microbatches
+    if batch_size % unit:
+        lower = batch_size // unit * unit
+        nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
+        rule = f"the {num_devices} devices"
+        if num_microbatches > 1:
+            rule += f" × {num_microbatches} accumulation steps"
+        raise UserError(
+            f"{key} must be a multiple of {rule}, got {batch_size}. "
+            f"The nearest valid sizes: {nearest}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -47,25 +91,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of an array of which every device stores a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns arrays, in a compiled function, that every device is to hold whole."""
+    """Replicates arrays over all devices, inside a compiled function."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Returns a sharding for each array: kernels lie split over "fsdp", all else on every device.
+    """Returns the shardings of a tree: weight matrices over "fsdp", all other arrays replicated.
 
-    Kernels are all but a thousandth of a Mixer; splitting the rest would save nothing and send
-    many small messages.
+    Weight matrices are all but a thousandth of a Mixer's parameters. Sharding the rest would save
+    no memory and send many small messages.
 
     Args:
-        tree: arrays or their shapes; optimizer moments have their parameter's name and shape and
-            so fall where their parameter does.
-        mesh: from `make_mesh`.
+        tree: Arrays or their shapes. Optimizer moments have the name and shape of their parameter,
+            and so the same sharding.
+        mesh: Mesh of `make_mesh`.
+
+    Returns:
+        A `NamedSharding` per array.
     """
 
     def shard(path: Any, array: Any) -> NamedSharding:
@@ -79,14 +126,9 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
 
 def fsdp_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
-    """Returns the axis that a kernel is split along: the largest divisible one, if there is one."""
-    width = mesh.shape[FSDP]
-    divisible = [axis for axis, size in enumerate(shape) if size and size % width == 0]
-    if width == 1 or not divisible:
+    """Returns the largest axis that "fsdp" divides, or None if there is none."""
+    fsdp = mesh.shape[FSDP]
+    divisible = [axis for axis, size in enumerate(shape) if size and size % fsdp == 0]
+    if fsdp == 1 or not divisible:
         return None
     return max(divisible, key=lambda axis: shape[axis])
-
-
-def check_batch_size(key: str, batch_size: int, mesh: Mesh, pieces: int = 1) -> None:
-    """Raises UserError unless each of `pieces` parts of a batch divides over the devices."""
-    check_divisible(key, batch_size, mesh.size, pieces)

@@ -1,9 +1,9 @@
-"""What this machine has, as far as can be said before JAX is imported."""
+"""TPU detection and libtpu settings that must be known before JAX is imported."""
 
 import glob
 import os
 
-# What libtpu asks the metadata server of a TPU VM for.
+# What libtpu would otherwise request from the metadata server of a TPU VM.
 _LIBTPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -17,9 +17,9 @@ def has_tpu() -> bool:
 
 
 def silence_libtpu() -> None:
-    """Keeps libtpu, which `plan` needs without a TPU, from complaining that there is none.
+    """Prevents warnings of libtpu on a machine without a TPU, where `plan` uses it as a compiler.
 
-    To be called before JAX is imported. JAX then finds the devices that there are, as ever.
+    Must be called before JAX is imported. JAX detects the available devices as usual.
     """
     if not has_tpu():
         for name, value in _LIBTPU_ENV.items():

@@ -1,52 +1,51 @@
-"""What the XLA compiler is asked for, by platform: the one place of such options."""
+"""XLA compiler options per platform and block backend: the only place that sets them."""
 
 import functools
 from typing import Any
 
 import jax
 
-# By `Device.platform`. Not in XLA_FLAGS, where a name that a version of XLA does not know ends the
-# process.
+# By `jax.Device.platform`. Not set through XLA_FLAGS, where an unknown name ends the process.
 PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
-        # Orders a program so that it computes while collectives are under way: gradients that are
-        # ready are summed while the backward pass goes on. Recommended by JAX's "GPU performance
-        # tips"; not the default of every version. Without effect on one GPU.
+        # Overlaps collectives with computation: gradients are summed while the backward pass
+        # continues. Recommended by JAX's "GPU performance tips", and not the default of every
+        # version. Has no effect on one GPU.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Products by cuBLAS, whose epilogues add biases and take the GELU. Fused by XLA's own
-        # compiler of products instead, the same programs ran up to 1.18 times longer on an H200.
+        # Uses cuBLAS for matmuls, whose epilogues add biases and apply the GELU. With XLA's Triton
+        # matmuls, the same programs took up to 1.18 times as long on an H200.
         "xla_gpu_enable_triton_gemm": False,
     },
-    # The TPU compiler overlaps by default, and the CPU's has nothing to overlap.
+    # The TPU compiler overlaps collectives by default; on CPUs there is nothing to overlap.
 }
 
-# Further ones, by what computes the blocks (`model.backend`).
+# Additional options by block backend (`model.backend`).
 BACKEND_OPTIONS: dict[str, dict[str, Any]] = {
     "triton": {
-        # The pass pads every side of a product to a multiple of 8, such as 196 tokens, and copies
-        # the operands for it, so that rows begin where fast products want them. Ours do anyway.
-        # Seen to work with jax 0.11.2; a name that a version of XLA does not know does nothing.
+        # The pass pads every dimension of a matmul, such as 196 tokens, to a multiple of 8, and
+        # copies the operands to align rows for fast matmuls. The rows of this backend are aligned
+        # anyway. Verified with jax 0.11.2; XLA ignores unknown pass names.
         "xla_disable_hlo_passes": "cublas-pad-for-gemms",
     },
 }
 
 
-def compiler_options(platform: str, kernels: str) -> dict[str, Any]:
-    """Returns the options for the steps of training and inference, as `jax.jit` takes them.
+def compiler_options(platform: str, backend: str) -> dict[str, Any]:
+    """Returns the `jax.jit` compiler options of the training and inference steps.
 
-    Options that this version of XLA does not know are left out.
+    Leaves out options that this version of XLA does not support.
 
     Args:
-        platform: of the devices.
-        kernels: what computes the blocks, as `MlpMixer` takes it.
+        platform: `jax.Device.platform` of the devices.
+        backend: Block backend that the step uses.
     """
-    options = PLATFORM_OPTIONS.get(platform, {}) | BACKEND_OPTIONS.get(kernels, {})
+    options = PLATFORM_OPTIONS.get(platform, {}) | BACKEND_OPTIONS.get(backend, {})
     return {name: value for name, value in options.items() if is_supported(name, value)}
 
 
 @functools.cache
 def is_supported(name: str, value: Any) -> bool:
-    """Returns whether this version of XLA takes an option."""
+    """Returns whether this version of XLA accepts a compiler option."""
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
     except jax.errors.JaxRuntimeError:

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not here, the real training and evaluation step first."""
+"""Ahead-of-time compilation of a run's training and evaluation step for absent TPUs."""
 
 import re
 import time
@@ -13,164 +13,173 @@ from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import summarize_error
 from mixer_jax.evaluation.classification import make_eval_step
 from mixer_jax.planning.dataset_specs import placeholder_datasets
-from mixer_jax.planning.hlo.program import Program, read_program
+from mixer_jax.planning.hlo.program import Program, parse_program
 from mixer_jax.training.setup import Experiment, build_experiment
 
 _SIZE = r"(\d+(?:\.\d+)?)([KMGT])"
-_SCALES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What the compiler says of a program that does not fit: its temporaries alone, or all of it. It
-# may run out of on-chip memory (vmem), too, which says nothing of how much a run needs.
-_TOO_LARGE = (
-    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
-    re.compile(rf"Used {_SIZE}i?B? of {_SIZE}i?B? hbm"),
-)
-# The least optimization: it takes most of the time.
-_QUICK = "O1"
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Compiler messages about a program that does not fit into HBM: its temporaries, or all of it. The
+# compiler may also run out of on-chip memory (VMEM), which says nothing about the HBM of the run.
+_TEMPORARIES_EXCEED_HBM = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_PROGRAM_EXCEEDS_HBM = re.compile(rf"Used {_SIZE}i?B? of {_SIZE}i?B? hbm")
+_FAST_OPTIMIZATION_LEVEL = "O1"
 
 
 class Compiled(NamedTuple):
-    """A compiled program; bytes are those of one device.
+    """A compiled program.
 
     Attributes:
-        seconds: that compiling took.
-        arguments: bytes of state and batch.
-        outputs: bytes of results that do not take the place of arguments.
-        temporaries: bytes of activations, gradients and the like.
-        code: bytes.
-        text: what the compiler made.
-        program: the same, read.
+        compile_seconds: Seconds of compilation.
+        argument_bytes: Bytes of state and batch, per device.
+        output_bytes: Bytes of results that do not alias arguments, per device.
+        temporary_bytes: Bytes of activations, gradients and other temporaries, per device.
+        code_bytes: Bytes of code, per device.
+        text: Text of the program.
+        program: Parsed program.
     """
 
-    seconds: float
-    arguments: int
-    outputs: int
-    temporaries: int
-    code: int
+    compile_seconds: float
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    code_bytes: int
     text: str
     program: Program
 
     @property
-    def total(self) -> int:
-        """Bytes of all."""
-        return self.arguments + self.outputs + self.temporaries + self.code
+    def total_bytes(self) -> int:
+        """Bytes of memory, per device."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes + self.code_bytes
 
 
 class OutOfMemory(NamedTuple):
     """A program that does not fit into a device's memory.
 
     Attributes:
-        seconds: that compiling took.
-        needed: bytes that the compiler says it needs, at the least; None: it does not say.
-        allowed: bytes that it may have; 0: it does not say.
-        said: by the compiler instead, in one line; empty where `needed` is known.
-        only_temporaries: whether `needed` leaves out state and batch.
+        compile_seconds: Seconds until the compiler gave up.
+        needed_bytes: Lower bound on the bytes that the program needs; None if unknown.
+        available_bytes: Bytes available to the program; 0 if unknown.
+        message: Message of the compiler if `needed_bytes` is None, in one line.
+        excludes_arguments: Whether `needed_bytes` leaves out state and batch.
     """
 
-    seconds: float
-    needed: float | None
-    allowed: float
-    said: str
-    only_temporaries: bool
+    compile_seconds: float
+    needed_bytes: float | None
+    available_bytes: float
+    message: str
+    excludes_arguments: bool
 
 
 def build_for_topology(config: ConfigDict, devices: Sequence[Any]) -> Experiment:
-    """Returns the parts of a run on these devices, with as much data as the config says.
+    """Builds model, mesh and step functions of a run, with placeholder datasets.
 
     Args:
-        config: as `plannable` returns it.
-        devices: from `tpu_devices`.
+        config: Config from `resolve_for_platform`.
+        devices: Devices from `tpu_devices`.
 
     Raises:
-        UserError: as `build_experiment` and `placeholder_datasets`.
+        UserError: The config does not fit the devices or leaves the dataset's size open.
     """
     return build_experiment(config, placeholder_datasets(config), devices=list(devices))
 
 
-def compile_train_step(experiment: Experiment, quick: bool = False) -> Compiled | OutOfMemory:
+def compile_train_step(
+    experiment: Experiment, fast_compile: bool = False
+) -> Compiled | OutOfMemory:
     """Compiles the training step.
 
     Args:
-        experiment: from `build_for_topology`.
-        quick: whether to compile for less long and so to a somewhat slower program.
+        experiment: Run from `build_for_topology`.
+        fast_compile: Whether to compile in less time to a less optimized program.
     """
-    batch = _batch(experiment, experiment.config.batch_size)
-    return compile_function(experiment.train_step, experiment.state_shape, batch, quick=quick)
+    batch = _batch_shapes(experiment, experiment.config.batch_size)
+    return compile_function(
+        experiment.train_step, experiment.state_shape, batch, fast_compile=fast_compile
+    )
 
 
-def compile_eval_step(experiment: Experiment, quick: bool = False) -> Compiled | OutOfMemory:
-    """Compiles the step that scores a batch of `config.eval_batch_size`.
+def compile_eval_step(experiment: Experiment, fast_compile: bool = False) -> Compiled | OutOfMemory:
+    """Compiles the evaluation step for a batch of `config.eval_batch_size`.
 
     Args:
-        experiment: from `build_for_topology`.
-        quick: as for `compile_train_step`.
+        experiment: Run from `build_for_topology`.
+        fast_compile: Whether to compile in less time to a less optimized program.
     """
     size = experiment.config.eval_batch_size
-    judge = make_eval_step(experiment.model, experiment.mesh)
-    lies = batch_sharding(experiment.mesh)
-    mask = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=lies)
-    batch = _batch(experiment, size) | {"mask": mask}
-    return compile_function(judge, experiment.state_shape.eval_params, batch, quick=quick)
+    sharding = batch_sharding(experiment.mesh)
+    mask = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=sharding)
+    batch = _batch_shapes(experiment, size) | {"mask": mask}
+    eval_step = make_eval_step(experiment.model, experiment.mesh)
+    params = experiment.state_shape.eval_params
+    return compile_function(eval_step, params, batch, fast_compile=fast_compile)
 
 
-def _batch(experiment: Experiment, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-    side, lies = experiment.config.image_size, batch_sharding(experiment.mesh)
+def _batch_shapes(experiment: Experiment, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    image_shape = (batch_size, *[experiment.config.image_size] * 2, 3)
+    sharding = batch_sharding(experiment.mesh)
     return {
-        "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8, sharding=lies),
-        "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=lies),
+        "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
     }
 
 
-def compile_function(function: Any, *shapes: Any, quick: bool = False) -> Compiled | OutOfMemory:
-    """Compiles a function for the TPU devices that its arguments lie on.
+def compile_function(
+    function: Any, *shapes: Any, fast_compile: bool = False
+) -> Compiled | OutOfMemory:
+    """Compiles a function for the TPU devices of its arguments' shardings.
 
     Args:
-        function: as `jax.jit` returns it.
-        *shapes: of its arguments, with their shardings.
-        quick: whether to compile for less long and so to a somewhat slower program.
+        function: Function returned by `jax.jit`.
+        *shapes: Shapes of its arguments, with shardings.
+        fast_compile: Whether to compile in less time to a less optimized program.
     """
     lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))
-    usual: Any = jax.config.values["jax_optimization_level"]
+    default_level: Any = jax.config.values["jax_optimization_level"]
+    level = _FAST_OPTIMIZATION_LEVEL if fast_compile else default_level
     start = time.perf_counter()
     try:
-        jax.config.update("jax_optimization_level", _QUICK if quick else usual)
+        jax.config.update("jax_optimization_level", level)
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return parse_oom(error, time.perf_counter() - start)
     finally:
-        jax.config.update("jax_optimization_level", usual)
-    seconds, size = time.perf_counter() - start, compiled.memory_analysis()
+        jax.config.update("jax_optimization_level", default_level)
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     text = compiled.as_text()
     return Compiled(
         seconds,
-        size.argument_size_in_bytes,
-        size.output_size_in_bytes - size.alias_size_in_bytes,
-        size.temp_size_in_bytes,
-        size.generated_code_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
         text,
-        read_program(text),
+        parse_program(text),
     )
 
 
-def parse_oom(error: Exception, seconds: float) -> OutOfMemory:
-    """Returns what a compiler's error says of a program that does not fit.
+def parse_oom(error: Exception, compile_seconds: float) -> OutOfMemory:
+    """Parses a compiler error about a program that does not fit into memory.
 
     Args:
-        error: that was raised.
-        seconds: after which.
+        error: Error of the compiler.
+        compile_seconds: Seconds until it was raised.
 
     Raises:
-        Exception: the error itself, where it is another.
+        Exception: The error itself, if it is about something else.
     """
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
         raise error
-    for number, pattern in enumerate(_TOO_LARGE):
-        if found := pattern.search(str(error)):
-            needed, unit, allowed, allowed_unit = found.groups()
-            return OutOfMemory(
-                seconds,
-                float(needed) * _SCALES[unit],
-                float(allowed) * _SCALES[allowed_unit],
-                said="",
-                only_temporaries=number == 0,
-            )
-    return OutOfMemory(seconds, None, 0.0, summarize_error(error), only_temporaries=False)
+    temporaries = _TEMPORARIES_EXCEED_HBM.search(text)
+    match = temporaries or _PROGRAM_EXCEEDS_HBM.search(text)
+    if match is None:
+        message = summarize_error(error)
+        return OutOfMemory(compile_seconds, None, 0.0, message, excludes_arguments=False)
+    needed, unit, available, available_unit = match.groups()
+    return OutOfMemory(
+        compile_seconds,
+        float(needed) * _UNITS[unit],
+        float(available) * _UNITS[available_unit],
+        message="",
+        excludes_arguments=temporaries is not None,
+    )

@@ -1,6 +1,5 @@
-"""What a training step costs by formula: memory, recomputed FLOPs, what devices send."""
+"""Analytic cost model of a training run: memory, recomputed FLOPs, collectives."""
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -14,89 +13,120 @@ from mixer_jax.models.mixer_config import (
     num_tokens,
     param_shapes,
 )
-from mixer_jax.planning.hlo.collectives import Collective
-from mixer_jax.planning.hlo.replica_groups import Groups
-from mixer_jax.planning.hlo.tensor_roles import GRADIENTS, MIXUP_ROWS, PARAMETERS, SCALARS
+from mixer_jax.planning import mixer_costs
+from mixer_jax.planning.hlo.collectives import (
+    GRADIENTS,
+    MIXUP_EXAMPLES,
+    PARAMETERS,
+    SCALARS,
+    Collective,
+    ReplicaGroups,
+)
 
 _FLOAT32 = 4
+# Rematerialization policies, from the least to the most recomputation.
+REMAT_POLICIES = ("none", "dots", "mlp_hidden", "full")
 
 
 class RunSpec(NamedTuple):
     """A training run in numbers.
 
     Attributes:
-        widths: of the model.
-        image_size: pixels.
-        num_classes: of the head.
-        itemsize: bytes of a number of the computation.
-        batch_size: images a step.
-        pieces: that a batch is computed in.
-        fsdp: devices that parameters are split over.
-        devices: in all.
-        remat: policy.
-        unroll: blocks an iteration; 0: all.
-        moments: arrays of the optimizer, and averages, for each parameter.
-        mixup: whether rows are mixed.
-        num_steps: of the run.
+        architecture: Architecture config of the model.
+        image_size: Side of the square input, in pixels.
+        num_classes: Outputs of the head.
+        itemsize: Bytes per element of the computation's dtype.
+        batch_size: Images per step.
+        num_microbatches: Microbatches per batch (gradient accumulation).
+        fsdp: Devices that parameters are sharded over.
+        num_devices: Number of devices.
+        remat: Rematerialization policy.
+        scan_unroll: Blocks per iteration of the scan; 0 unrolls all.
+        num_moments: Float32 arrays per parameter besides the parameter itself: optimizer moments
+            and averaged parameters.
+        mixup: Whether mixup is used.
+        num_steps: Length of the run.
     """
 
-    widths: MixerConfig
+    architecture: MixerConfig
     image_size: int
     num_classes: int
     itemsize: int
     batch_size: int
-    pieces: int
+    num_microbatches: int
     fsdp: int
-    devices: int
+    num_devices: int
     remat: str
-    unroll: int
-    moments: int
+    scan_unroll: int
+    num_moments: int
     mixup: bool
     num_steps: int
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by path."""
-        tokens = num_tokens(self.widths, self.image_size)
-        return param_shapes(self.widths, tokens, self.num_classes)
+        tokens = num_tokens(self.architecture, self.image_size)
+        return param_shapes(self.architecture, tokens, self.num_classes)
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters."""
-        return sum(map(math.prod, self.shapes.values()))
+        return sum(map(math.prod, self.param_shapes.values()))
 
     @property
-    def rows(self) -> float:
-        """Images that a device computes at once."""
-        return self.batch_size / self.devices / self.pieces
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return self.architecture.num_blocks
+
+    @property
+    def images_per_device(self) -> float:
+        """Images per device and step."""
+        return self.batch_size / self.num_devices
+
+    @property
+    def microbatch_per_device(self) -> float:
+        """Images that a device processes at once."""
+        return self.images_per_device / self.num_microbatches
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of a step over all devices that the model asks for: three forward passes."""
-        return 3 * self.batch_size * forward_flops(self.widths, self.image_size, self.num_classes)
+        """FLOPs of the model per step, over all devices: three forward passes."""
+        flops = forward_flops(self.architecture, self.image_size, self.num_classes)
+        return 3 * self.batch_size * flops
 
     @property
     def recomputed_flops(self) -> int:
-        """FLOPs of a step over all devices that the remat policy adds, in matrix products."""
-        whole = forward_flops(self.widths, self.image_size, 0)
-        bare = dataclasses.replace(self.widths, num_blocks=0)
-        blocks = whole - forward_flops(bare, self.image_size, 0)
-        tokens, channels = self.widths.tokens_mlp_dim, self.widths.channels_mlp_dim
-        # An MLP has two products of the same size. The outputs of the second are kept, or all is
-        # recomputed but the last, whose output only the next block needs, which has it.
-        again = {"mlp_hidden": tokens + channels, "full": 2 * tokens + channels}
-        return self.batch_size * blocks * again.get(self.remat, 0) // (2 * (tokens + channels))
+        """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
+        flops = mixer_costs.recomputed_flops(self.architecture, self.image_size, self.remat)
+        return self.batch_size * flops
+
+    @property
+    def executed_flops(self) -> float:
+        """FLOPs per step and device, including recomputation."""
+        return (self.model_flops + self.recomputed_flops) / self.num_devices
+
+    @property
+    def saved_activation_bytes(self) -> float:
+        """Bytes of residuals saved for the backward pass, per image, in all blocks."""
+        return mixer_costs.saved_activation_bytes(
+            self.architecture, self.image_size, self.remat, self.itemsize
+        )
+
+    @property
+    def live_block_bytes(self) -> float:
+        """Bytes that are live in the middle of one block, per image."""
+        return mixer_costs.live_block_bytes(self.architecture, self.image_size, self.itemsize)
 
 
 class Memory(NamedTuple):
-    """Bytes on a device.
+    """Bytes of memory on a device.
 
     Attributes:
-        parameters: float32.
-        moments: of the optimizer, and averaged parameters.
-        batch: of images and labels.
-        activations: kept for the backward pass, and the largest that are not.
-        gradients: float32, and parameters in the type of the computation.
+        parameters: Float32 parameters.
+        moments: Optimizer moments and averaged parameters.
+        batch: Images and labels.
+        activations: Residuals saved for the backward pass, and live activations of one block.
+        gradients: Float32 gradients, and parameters cast to the computation's dtype.
     """
 
     parameters: float
@@ -110,152 +140,122 @@ class Memory(NamedTuple):
         """Sum of all."""
         return sum(self)
 
+    @property
+    def arguments(self) -> float:
+        """Arguments of the training step: state and batch."""
+        return self.parameters + self.moments + self.batch
 
-def run_spec(config: ConfigDict, num_classes: int, num_steps: int, devices: int) -> RunSpec:
-    """Returns a config in numbers.
+
+def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
+    """Extracts the numbers of a run from its config.
 
     Args:
-        config: valid, as `plannable` returns it.
-        num_classes: of its data.
-        num_steps: of its run.
-        devices: to run on.
+        config: Config from `resolve_for_platform`.
+        num_classes: Classes of the dataset.
+        num_steps: Length of the run.
+        num_devices: Number of devices.
     """
-    moments = 2 if config.optimizer.name == "adam" else 1
+    adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
-        get_config(config.model.variant, **architecture_overrides(config.model)),
-        config.image_size,
-        num_classes,
-        4 if config.model.dtype == "float32" else 2,
-        config.batch_size,
-        config.recipe.grad_accum_steps,
-        config.mesh.fsdp,
-        devices,
-        config.model.remat,
-        config.model.scan_unroll,
-        moments + (config.recipe.ema_decay > 0),
-        config.recipe.mixup > 0,
-        num_steps,
+        architecture=get_config(config.model.variant, **architecture_overrides(config.model)),
+        image_size=config.image_size,
+        num_classes=num_classes,
+        itemsize=4 if config.model.dtype == "float32" else 2,
+        batch_size=config.batch_size,
+        num_microbatches=config.recipe.grad_accum_steps,
+        fsdp=config.mesh.fsdp,
+        num_devices=num_devices,
+        remat=config.model.remat,
+        scan_unroll=config.model.scan_unroll,
+        num_moments=adam_moments + (config.recipe.ema_decay > 0),
+        mixup=config.recipe.mixup > 0,
+        num_steps=num_steps,
     )
 
 
-def estimate_memory(work: RunSpec) -> Memory:
-    """Returns an estimate of what lies on a device at most; compilers may do better or worse."""
-    split = sum(
-        math.prod(shape) / (work.fsdp if is_fsdp_sharded(path, shape, work.fsdp) else 1)
-        for path, shape in work.shapes.items()
+def estimate_memory(run: RunSpec) -> Memory:
+    """Estimates the peak memory of a training step; compilers may do better or worse."""
+    sharded = sum(
+        math.prod(shape) / (run.fsdp if is_fsdp_sharded(path, shape, run.fsdp) else 1)
+        for path, shape in run.param_shapes.items()
     )
-    whole = work.num_parameters
-    # Gradients of every piece are added up whole; kernels are gathered in the computation's type.
-    sums = _FLOAT32 * whole * (2 if work.pieces > 1 else 1)
+    # Microbatches' gradients are summed unsharded; kernels are gathered in the computation's dtype.
+    gradients = _FLOAT32 * run.num_parameters * (2 if run.num_microbatches > 1 else 1)
     return Memory(
-        _FLOAT32 * split,
-        _FLOAT32 * split * work.moments,
-        work.batch_size / work.devices * (3 * work.image_size**2 + _FLOAT32),
-        work.rows
-        * (work.widths.num_blocks * saved_activation_bytes(work) + live_block_bytes(work)),
-        sums + work.itemsize * whole,
+        parameters=_FLOAT32 * sharded,
+        moments=_FLOAT32 * sharded * run.num_moments,
+        batch=run.images_per_device * _example_bytes(run),
+        activations=run.microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
+        gradients=gradients + run.itemsize * run.num_parameters,
     )
 
 
-def estimate_eval_memory(work: RunSpec, batch_size: int) -> float:
-    """Returns an estimate of the bytes on a device where a batch is only scored.
+def estimate_eval_memory(run: RunSpec, batch_size: int) -> float:
+    """Estimates the bytes on a device in an evaluation step.
 
     Args:
-        work: the training run.
-        batch_size: images of all devices that are scored at once.
+        run: Training run.
+        batch_size: Images per evaluation step, over all devices.
     """
-    lies = estimate_memory(work)
-    rows = batch_size / work.devices
-    images = rows * (3 * work.image_size**2 + _FLOAT32)
+    images = batch_size / run.num_devices
     return (
-        lies.parameters
-        + work.itemsize * work.num_parameters
-        + images
-        + rows * live_block_bytes(work)
+        estimate_memory(run).parameters
+        + run.itemsize * run.num_parameters
+        + images * (_example_bytes(run) + run.live_block_bytes)
     )
 
 
-def saved_activation_bytes(work: RunSpec) -> float:
-    """Returns the bytes that the backward pass keeps of a block, for one image."""
-    x, hidden = _sizes(work)
-    arrays = {
-        # x before and after both LayerNorms, hidden layers before and after GELU.
-        "none": 4 * x + 2 * hidden,
-        # The block's input and the outputs of its four products.
-        "dots": 3 * x + hidden,
-        "mlp_hidden": 3 * x,
-        "full": x,
-    }[work.remat]
-    return work.itemsize * arrays
-
-
-def live_block_bytes(work: RunSpec) -> float:
-    """Returns the bytes that are live in the middle of one block, for one image."""
-    x, hidden = _sizes(work)
-    return work.itemsize * (4 * x + 3 * hidden) + _FLOAT32 * 2 * x
-
-
-def _sizes(work: RunSpec) -> tuple[int, int]:
-    """Returns the numbers of an image's tokens, and of the hidden layers of both MLPs."""
-    tokens, widths = num_tokens(work.widths, work.image_size), work.widths
-    hidden = widths.hidden_dim * widths.tokens_mlp_dim + tokens * widths.channels_mlp_dim
-    return tokens * widths.hidden_dim, hidden
+def _example_bytes(run: RunSpec) -> int:
+    return 3 * run.image_size**2 + _FLOAT32
 
 
 def is_fsdp_sharded(path: str, shape: tuple[int, ...], fsdp: int) -> bool:
-    """Returns whether a parameter is split over `fsdp` devices; see `state_sharding`."""
-    is_kernel = path.endswith("kernel")
-    return is_kernel and fsdp > 1 and any(side % fsdp == 0 for side in shape)
+    """Returns whether a parameter is sharded over `fsdp` devices; see `state_sharding`."""
+    return path.endswith("kernel") and fsdp > 1 and any(size % fsdp == 0 for size in shape)
 
 
-def min_hbm_bytes(work: RunSpec) -> float:
-    """Returns bytes that a device moves at the least to and from its memory in a step.
+def min_hbm_bytes(run: RunSpec) -> float:
+    """Returns a lower bound on a device's memory traffic per training step, in bytes.
 
-    The optimizer reads parameters, moments and gradients and writes all but the gradients;
-    what is kept of activations is written and read; kernels are read forward and backward.
+    The optimizer reads parameters, moments and gradients, and writes all but the gradients. Saved
+    activations are written and read. Kernels are read in the forward and the backward pass.
     """
-    lies = estimate_memory(work)
-    update = 2 * (lies.parameters + lies.moments) + lies.parameters
-    kept_bytes = (
-        work.batch_size / work.devices * work.widths.num_blocks * saved_activation_bytes(work)
-    )
-    return update + 2 * kept_bytes + 2 * work.pieces * work.itemsize * work.num_parameters
+    memory = estimate_memory(run)
+    update = 2 * (memory.parameters + memory.moments) + memory.parameters
+    activations = 2 * run.images_per_device * run.saved_activation_bytes
+    return update + activations + 2 * run.num_microbatches * run.itemsize * run.num_parameters
 
 
-def estimate_collectives(work: RunSpec) -> list[Collective]:
-    """Returns what the devices send each other in a step; see `parallel/gradients.py`."""
-    data = work.devices // work.fsdp
-    everyone: Groups = (tuple(range(work.devices)),)
-    ring: Groups = tuple((at, (at + 1) % work.devices) for at in range(work.devices))
-    along_fsdp: Groups = tuple(
-        tuple(range(first, first + work.fsdp)) for first in range(0, work.devices, work.fsdp)
-    )
-    along_data: Groups = tuple(
-        tuple(range(first, work.devices, work.fsdp)) for first in range(work.fsdp)
-    )
-    kernels = head = rest = 0
-    for path, shape in work.shapes.items():
+def estimate_collectives(run: RunSpec) -> list[Collective]:
+    """Estimates the collectives of a training step; see `distributed/gradients.py`."""
+    if run.num_devices == 1:
+        return []
+    data, fsdp = run.num_devices // run.fsdp, run.fsdp
+    devices = range(run.num_devices)
+    world: ReplicaGroups = (tuple(devices),)
+    ring: ReplicaGroups = tuple((n, (n + 1) % run.num_devices) for n in devices)
+    fsdp_groups: ReplicaGroups = tuple(tuple(devices[n : n + fsdp]) for n in devices[::fsdp])
+    data_groups: ReplicaGroups = tuple(tuple(devices[n::fsdp]) for n in range(fsdp))
+    kernels = head = replicated = 0
+    for path, shape in run.param_shapes.items():
         size = math.prod(shape)
-        if not is_fsdp_sharded(path, shape, work.fsdp):
-            rest += size
+        if not is_fsdp_sharded(path, shape, fsdp):
+            replicated += size
         elif path.startswith("head"):
-            head += size  # It computes, and so travels, in float32.
+            head += size  # Computed, and therefore gathered, in float32.
         else:
             kernels += size
-    low = "bf16" if work.itemsize == 2 else "f32"
-    every = "all" if data > 1 and work.fsdp > 1 else "fsdp" if work.fsdp > 1 else "data"
-    split, sums = kernels + head, _FLOAT32 * rest
-    row = 3 * work.image_size**2 + _FLOAT32 * work.num_classes
-    found = [
-        Collective("all-reduce", "f32", every, GRADIENTS, 1, sums, everyone),
-        Collective("all-gather", low, "fsdp", PARAMETERS, 1, work.itemsize * kernels, along_fsdp),
-        Collective("all-gather", "f32", "fsdp", PARAMETERS, 1, _FLOAT32 * head, along_fsdp),
-        Collective("reduce-scatter", "f32", "fsdp", GRADIENTS, 1, _FLOAT32 * split, along_fsdp),
-        Collective(
-            "all-reduce", "f32", "data", GRADIENTS, 1, _FLOAT32 * split / work.fsdp, along_data
-        ),
-        Collective("collective-permute", "u8", every, MIXUP_ROWS, 1, row * work.mixup, ring),
-        Collective("all-reduce", "f32", every, SCALARS, 1, _FLOAT32, everyone),
+    dtype = "bf16" if run.itemsize == 2 else "f32"
+    axis = "all" if data > 1 and fsdp > 1 else "fsdp" if fsdp > 1 else "data"
+    sharded = _FLOAT32 * (kernels + head)
+    example = 3 * run.image_size**2 + _FLOAT32 * run.num_classes
+    collectives = [
+        Collective("all-reduce", "f32", axis, GRADIENTS, 1, _FLOAT32 * replicated, world),
+        Collective("all-gather", dtype, "fsdp", PARAMETERS, 1, run.itemsize * kernels, fsdp_groups),
+        Collective("all-gather", "f32", "fsdp", PARAMETERS, 1, _FLOAT32 * head, fsdp_groups),
+        Collective("reduce-scatter", "f32", "fsdp", GRADIENTS, 1, sharded, fsdp_groups),
+        Collective("all-reduce", "f32", "data", GRADIENTS, 1, sharded / fsdp, data_groups),
+        Collective("collective-permute", "u8", axis, MIXUP_EXAMPLES, 1, example * run.mixup, ring),
+        Collective("all-reduce", "f32", axis, SCALARS, 1, _FLOAT32, world),
     ]
-    alone = work.devices == 1
-    return [] if alone else [t for t in found if t.num_bytes and len(t.groups[0]) > 1]
+    return [c for c in collectives if c.num_bytes and len(c.replica_groups[0]) > 1]

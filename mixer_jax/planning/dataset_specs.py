@@ -1,4 +1,4 @@
-"""Data sets that are only numbers: what a run has to know of its data before it reads any."""
+"""Placeholder datasets with the number of examples and classes of a run, but no images."""
 
 import re
 
@@ -10,8 +10,8 @@ from mixer_jax.models.family import INIT_FROM
 from mixer_jax.models.registry import resolve_auto
 from mixer_jax.training.datasets import RunDatasets
 
-# Classes and training images, as TFDS has them.
-_KNOWN = {
+# Classes and training examples, from TFDS.
+_KNOWN_DATASETS = {
     "imagenet2012": (1_000, 1_281_167),
     "cifar10": (10, 50_000),
     "cifar100": (100, 50_000),
@@ -19,60 +19,60 @@ _KNOWN = {
     "digits/low": (5, 708),
     "digits/high": (5, 729),
 }
-_SLICE = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
+_SPLIT = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
 
 
 def placeholder_datasets(config: ConfigDict) -> RunDatasets:
-    """Returns sources of as many examples and classes as a config says; they hold no images.
+    """Creates datasets with the number of examples and classes in a config.
 
     Raises:
-        UserError: the config does not say, and the data set is none of those known by name.
+        UserError: The config leaves a number open, and the dataset is not a known one.
     """
     dataset = config.dataset
-    classes, examples = dataset.num_classes, dataset.num_examples
-    known = _KNOWN.get(dataset.name)
+    num_classes, num_examples = dataset.num_classes, dataset.num_examples
+    known = _KNOWN_DATASETS.get(dataset.name)
     if known is not None:
-        classes = classes or known[0]
-        examples = examples or _count(dataset.train_split, known[1])
-    for key, value in (("num_classes", classes), ("num_examples", examples)):
+        num_classes = num_classes or known[0]
+        num_examples = num_examples or _count_examples(dataset.train_split, known[1])
+    for key, value in (("num_classes", num_classes), ("num_examples", num_examples)):
         if not value:
             raise UserError(
-                f"config.dataset.{key}=0: no data are read for a plan, so say how many "
-                f"{dataset.name!r} has, e.g. --config.dataset.{key}=1000"
+                f"config.dataset.{key} must be set, because planning does not read "
+                f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
             )
-    names = tuple(map(str, range(classes)))
-    return RunDatasets(Source(dataset.name, range(examples), names), {}, {})
+    class_names = tuple(map(str, range(num_classes)))
+    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
 
 
 def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy of a config as an accelerator would run it, with nothing left open.
+    """Returns a copy of a config with every `auto` setting resolved for an accelerator.
 
     Args:
-        config: valid by `config.validate`.
-        platform: of the devices, as JAX names it.
+        config: Config that passed `validate`.
+        platform: Platform of the devices, as JAX names it.
 
     Raises:
-        UserError: its widths are those of weights, which are not read for a plan.
+        UserError: The architecture is that of a checkpoint, which planning does not read.
     """
     if config.model.variant == INIT_FROM:
         raise UserError(
-            f"config.model.variant={INIT_FROM!r}: no weights are read for a plan; name the "
-            "variant, e.g. --config.model.variant=B/16"
+            "config.model.variant must name an architecture, because planning does not read "
+            f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
         )
-    plain = config.copy_and_resolve_references()
-    plain.model.update(resolve_auto(plain.model.to_dict(), platform))
-    plain.compilation_cache = ""
-    return plain
+    resolved = config.copy_and_resolve_references()
+    resolved.model.update(resolve_auto(resolved.model.to_dict(), platform))
+    resolved.compilation_cache = ""
+    return resolved
 
 
-def _count(split: str, whole: int) -> int:
-    """Returns the examples of a part of the training split such as train[:99%], 0: not known."""
-    found = _SLICE.fullmatch(split.replace(" ", ""))
-    if not found:
+def _count_examples(split: str, total: int) -> int:
+    """Returns the number of examples of a split such as "train[:99%]"; 0 if it is not known."""
+    match = _SPLIT.fullmatch(split.replace(" ", ""))
+    if not match:
         return 0
-    first, first_percent, last, last_percent = found.groups()
-    ends = [
-        round(int(text) / 100 * whole) if percent else int(text)
-        for text, percent in ((first or "0", first_percent), (last or f"{whole}", last_percent))
+    start, start_percent, stop, stop_percent = match.groups()
+    bounds = [
+        round(int(text) / 100 * total) if percent else int(text)
+        for text, percent in ((start or "0", start_percent), (stop or f"{total}", stop_percent))
     ]
-    return max(0, min(ends[1], whole) - ends[0])
+    return max(0, min(bounds[1], total) - bounds[0])

@@ -1,12 +1,12 @@
-"""From a configuration and a topology to a plan: what fits, what moves, how long it takes."""
+"""Plans a run on a topology: memory fit, communication, bound on the step time, cost."""
 
-import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from mixer_jax.config.config import check_warmup, resolve_num_steps
-from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.planning.cost_model import (
     Memory,
     RunSpec,
@@ -17,89 +17,94 @@ from mixer_jax.planning.cost_model import (
     run_spec,
 )
 from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
-from mixer_jax.planning.hlo.collectives import Collective, find_collectives
+from mixer_jax.planning.hlo.collectives import Collective, TensorRoles, find_collectives
 from mixer_jax.planning.hlo.program import Program
-from mixer_jax.planning.hlo.tensor_roles import tensor_roles
-from mixer_jax.planning.hlo.traffic import traffic
+from mixer_jax.planning.hlo.traffic import hbm_bytes_by_opcode
 from mixer_jax.planning.roofline import RooflineBound, RunCost, roofline_bound, run_cost
 from mixer_jax.planning.topology import DeviceLocation, Topology, device_locations, tpu_devices
 
 
 class CompiledStep(NamedTuple):
-    """One step on one device, as compiled.
+    """Memory of a compiled step on one device.
 
     Attributes:
-        fits: into the memory that the compiler allows.
-        seconds: that compiling took.
-        arguments: bytes of state and batch; 0 where it does not fit.
-        temporaries: bytes of activations, gradients and the like, and of results.
-        code: bytes.
-        needed: bytes in all; where it does not fit, at the least; None: the compiler does not say.
-        allowed: bytes.
-        said: by the compiler where it does not say what is needed.
+        fits: Whether the compiler accepts the step.
+        compile_seconds: Seconds of compilation.
+        argument_bytes: Bytes of state and batch; 0 if the step does not fit.
+        temporary_bytes: Bytes of activations, gradients, other temporaries and results.
+        code_bytes: Bytes of code.
+        needed_bytes: Bytes in total; a lower bound if the step does not fit; None if unknown.
+        available_bytes: Bytes available to the program.
+        message: Message of the compiler if `needed_bytes` is None.
     """
 
     fits: bool
-    seconds: float
-    arguments: float
-    temporaries: float
-    code: float
-    needed: float | None
-    allowed: float
-    said: str = ""
+    compile_seconds: float
+    argument_bytes: float
+    temporary_bytes: float
+    code_bytes: float
+    needed_bytes: float | None
+    available_bytes: float
+    message: str = ""
 
 
 class Plan(NamedTuple):
-    """What a run would be on a topology.
+    """Plan of a run on a topology.
 
     Attributes:
-        config: as it would run there.
-        topology: that.
-        work: the run in numbers.
-        estimate: of the training step's memory, by formula.
-        scoring: bytes of the evaluation step, likewise.
-        training: the training step as compiled; None: not compiled.
-        evaluation: likewise, of the step that scores.
-        memory_bytes: moved by a device in a training step.
-        transfers: between devices in a training step.
-        bound: on the time of a training step; None: there is none, it does not fit.
-        cost: of the run at that bound.
-        quick: whether it was compiled for less long than a run's programs are.
-        uncounted: loops of the training step with products or collectives in them that count as
-            if they ran once, because it is not known how often they run.
+        config: Config with every `auto` setting resolved.
+        topology: Topology to run on.
+        run: Numbers of the run.
+        memory_estimate: Estimated memory of the training step.
+        eval_memory_estimate: Estimated bytes of the evaluation step.
+        train_step: Compiled training step; None if it was not compiled.
+        eval_step: Compiled evaluation step; None if it was not compiled.
+        hbm_bytes: Memory traffic per training step and device.
+        collectives: Communication between devices in a training step.
+        bound: Bound on the time of a training step; None if the step does not fit.
+        cost: Cost of the run if its steps take as long as the bound.
+        fast_compile: Whether the steps were compiled to less optimized programs.
+        num_unknown_loops: Loops of the training step with matmuls or collectives whose trip count
+            is unknown, and which are counted as if they ran once.
     """
 
     config: ConfigDict
     topology: Topology
-    work: RunSpec
-    estimate: Memory
-    scoring: float
-    training: CompiledStep | None
-    evaluation: CompiledStep | None
-    memory_bytes: float
-    transfers: list[Collective]
-    bound: RooflineBound | None
-    cost: RunCost | None
-    quick: bool = False
-    uncounted: int = 0
+    run: RunSpec
+    memory_estimate: Memory
+    eval_memory_estimate: float
+    train_step: CompiledStep | None = None
+    eval_step: CompiledStep | None = None
+    hbm_bytes: float = 0.0
+    collectives: Sequence[Collective] = ()
+    bound: RooflineBound | None = None
+    cost: RunCost | None = None
+    fast_compile: bool = False
+    num_unknown_loops: int = 0
 
     @property
-    def allowed(self) -> float:
-        """Bytes of memory that programs may use on a device."""
-        return self.training.allowed if self.training else self.topology.allowed
+    def available_bytes(self) -> float:
+        """Bytes of memory available to programs, per device."""
+        return self.train_step.available_bytes if self.train_step else self.topology.hbm_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether all steps fit, as compiled or, where they are not, as estimated."""
-        steps = [step for step in (self.training, self.evaluation) if step]
-        if steps:
-            return all(step.fits for step in steps)
-        return max(self.estimate.total, self.scoring) <= self.allowed
+        """Whether all steps fit into memory, as compiled or else as estimated."""
+        return self.train_step_fits and self.eval_step_fits
 
     @property
     def train_step_fits(self) -> bool:
-        """Whether the training step does, whatever the evaluation step."""
-        return self.training.fits if self.training else self.estimate.total <= self.allowed
+        """Whether the training step fits into memory."""
+        if self.train_step:
+            return self.train_step.fits
+        return self.memory_estimate.total <= self.available_bytes
+
+    @property
+    def eval_step_fits(self) -> bool:
+        """Whether the evaluation step fits into memory; true if only training was compiled."""
+        if self.eval_step:
+            return self.eval_step.fits
+        return self.train_step is not None or self.eval_memory_estimate <= self.available_bytes
 
 
 def make_plan(
@@ -107,144 +112,133 @@ def make_plan(
     topology: Topology,
     *,
     devices: list[Any] | None = None,
-    evaluation: bool = True,
-    quick: bool = False,
+    with_eval: bool = True,
+    fast_compile: bool = False,
 ) -> Plan:
-    """Returns the plan of a run: compiled for TPUs, by formulas alone for GPUs.
+    """Plans a run: by compiling its steps for TPUs, by formulas alone for GPUs.
 
     Args:
-        config: valid by `config.validate`.
-        topology: from `parse_topology`.
-        devices: of it, where they are made already.
-        evaluation: whether to compile the step that scores, too.
-        quick: whether to compile for less long and so to somewhat slower programs.
+        config: Config that passed `validate`.
+        topology: Topology from `parse_topology`.
+        devices: Devices of the topology, if they exist already.
+        with_eval: Whether to compile the evaluation step, too.
+        fast_compile: Whether to compile in less time to less optimized programs.
 
     Raises:
-        UserError: the config does not fit the topology, in number of devices or in what it says
-            of its data.
+        UserError: The config does not fit the devices or leaves the dataset's size open.
     """
     config = resolve_for_platform(config, topology.chip.platform)
     if not topology.chip.is_tpu:
-        return _by_formula(config, topology)
-    # From here on the heavy libraries are needed.
+        return _plan_by_formula(config, topology)
+    # Imports JAX.
     from mixer_jax.planning.aot_compile import OutOfMemory, build_for_topology, compile_train_step
 
     devices = devices or tpu_devices(topology)
     experiment = build_for_topology(config, devices)
-    work = run_spec(config, experiment.about.num_classes, experiment.num_steps, len(devices))
-    if evaluation:
+    run = run_spec(config, experiment.about.num_classes, experiment.num_steps, len(devices))
+    if with_eval:
         check_divisible("config.eval_batch_size", config.eval_batch_size, len(devices))
-    compiled = compile_train_step(experiment, quick)
-    plan = _uncompiled(config, topology, work)
-    lies = plan.estimate
-    state = lies.parameters + lies.moments + lies.batch
-    plan = plan._replace(training=to_compiled_step(compiled, topology, state), quick=quick)
-    if evaluation:
-        plan = with_eval_step(plan, experiment)
+    compiled = compile_train_step(experiment, fast_compile)
+    plan = _estimate_plan(config, topology, run)
+    train_step = to_compiled_step(compiled, topology, plan.memory_estimate.arguments)
+    plan = plan._replace(train_step=train_step, fast_compile=fast_compile)
+    if with_eval:
+        plan = add_eval_step(plan, experiment)
     if isinstance(compiled, OutOfMemory):
         return plan
-    sent = collectives_of(compiled.program, work, topology, dict(experiment.mesh.shape))
+    program = compiled.program
     plan = plan._replace(
-        memory_bytes=traffic(compiled.program).total(),
-        transfers=sent,
-        uncounted=len(compiled.program.uncounted()),
+        hbm_bytes=hbm_bytes_by_opcode(program).total(),
+        collectives=_collectives_of(program, run, topology, dict(experiment.mesh.shape)),
+        num_unknown_loops=len(program.unknown_trip_count_loops()),
     )
-    return _with_bound(plan, device_locations(topology, list(experiment.mesh.devices.flat)))
+    return _add_bound(plan, device_locations(topology, list(experiment.mesh.devices.flat)))
 
 
-def with_eval_step(plan: Plan, experiment: Any = None) -> Plan:
-    """Returns a plan for TPUs with the evaluation step compiled, too; one for GPUs as it is.
+def add_eval_step(plan: Plan, experiment: Any = None) -> Plan:
+    """Compiles the evaluation step of a plan for TPUs; returns a plan for GPUs unchanged.
 
     Args:
-        plan: from `make_plan`.
-        experiment: what it is made of; None: it is made once more.
+        plan: Plan from `make_plan`.
+        experiment: Run from `build_for_topology`; None builds it again.
     """
     if not plan.topology.chip.is_tpu:
         return plan
     from mixer_jax.planning.aot_compile import build_for_topology, compile_eval_step
 
     experiment = experiment or build_for_topology(plan.config, tpu_devices(plan.topology))
-    compiled = compile_eval_step(experiment, plan.quick)
-    step = to_compiled_step(compiled, plan.topology, plan.estimate.parameters)
-    return plan._replace(evaluation=step)
+    compiled = compile_eval_step(experiment, plan.fast_compile)
+    eval_step = to_compiled_step(compiled, plan.topology, plan.memory_estimate.parameters)
+    return plan._replace(eval_step=eval_step)
 
 
-def collectives_of(
-    program: Program, work: RunSpec, topology: Topology, mesh: dict[str, int]
+def _collectives_of(
+    program: Program, run: RunSpec, topology: Topology, mesh: dict[str, int]
 ) -> list[Collective]:
-    """Returns what the devices of a compiled training step send each other.
-
-    Args:
-        program: that.
-        work: the run in numbers.
-        topology: it is compiled for.
-        mesh: sizes of its axes by name.
-    """
-    rows = [(work.image_size, work.image_size, 3), (work.num_classes,)]
-    several = topology.slices > 1
-    known = tensor_roles(work.shapes, work.fsdp, rows, in_slices=several)
-    return find_collectives(program, mesh, known, topology.slices)
+    example_shapes = [(run.image_size, run.image_size, 3), (run.num_classes,)]
+    roles = TensorRoles.from_shapes(
+        run.param_shapes, run.fsdp, example_shapes, multi_slice=topology.num_slices > 1
+    )
+    return find_collectives(program, mesh, roles, topology.num_slices)
 
 
-def _by_formula(config: ConfigDict, topology: Topology) -> Plan:
-    source = placeholder_datasets(config).train
-    num_steps = resolve_num_steps(config, len(source))
+def _plan_by_formula(config: ConfigDict, topology: Topology) -> Plan:
+    dataset = placeholder_datasets(config).train
+    num_steps = resolve_num_steps(config, len(dataset))
     check_warmup(config, num_steps)
-    work = run_spec(config, source.num_classes, num_steps, topology.num_devices)
-    check_mesh(config.mesh.data, config.mesh.fsdp, topology.num_devices)
-    check_divisible(
-        "config.batch_size", work.batch_size, work.devices, config.recipe.grad_accum_steps
+    run = run_spec(config, dataset.num_classes, num_steps, topology.num_devices)
+    check_mesh(config.mesh.data, run.fsdp, run.num_devices)
+    check_divisible("config.batch_size", run.batch_size, run.num_devices, run.num_microbatches)
+    check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
+    plan = _estimate_plan(config, topology, run)._replace(
+        hbm_bytes=min_hbm_bytes(run), collectives=estimate_collectives(run)
     )
-    check_divisible("config.eval_batch_size", config.eval_batch_size, work.devices)
-    plan = _uncompiled(config, topology, work)._replace(
-        memory_bytes=min_hbm_bytes(work), transfers=estimate_collectives(work)
-    )
-    return _with_bound(plan, device_locations(topology, None))
+    return _add_bound(plan, device_locations(topology, None))
 
 
-def _uncompiled(config: ConfigDict, topology: Topology, work: RunSpec) -> Plan:
+def _estimate_plan(config: ConfigDict, topology: Topology, run: RunSpec) -> Plan:
     """Returns a plan with estimates of memory alone."""
-    scoring = estimate_eval_memory(work, config.eval_batch_size)
-    return Plan(
-        config, topology, work, estimate_memory(work), scoring, None, None, 0.0, [], None, None
+    eval_memory = estimate_eval_memory(run, config.eval_batch_size)
+    return Plan(config, topology, run, estimate_memory(run), eval_memory)
+
+
+def _add_bound(plan: Plan, locations: list[DeviceLocation]) -> Plan:
+    run, topology = plan.run, plan.topology
+    bound = roofline_bound(
+        topology, locations, run.executed_flops, plan.hbm_bytes, plan.collectives
     )
+    cost = run_cost(topology, run.batch_size, run.num_steps, run.model_flops, bound.seconds)
+    return plan._replace(bound=bound, cost=cost)
 
 
-def _with_bound(plan: Plan, places: list[DeviceLocation]) -> Plan:
-    work, topology = plan.work, plan.topology
-    executed = (work.model_flops + work.recomputed_flops) / work.devices
-    least = roofline_bound(topology, places, executed, plan.memory_bytes, plan.transfers)
-    return plan._replace(
-        bound=least,
-        cost=run_cost(topology, work.batch_size, work.num_steps, work.model_flops, least.seconds),
-    )
-
-
-def to_compiled_step(compiled: Any, topology: Topology, state: float) -> CompiledStep:
-    """Returns a step from what compiling it gave.
+def to_compiled_step(compiled: Any, topology: Topology, argument_bytes: float) -> CompiledStep:
+    """Converts the result of a compilation.
 
     Args:
-        compiled: a `Compiled` or a `OutOfMemory`.
-        topology: it is for.
-        state: bytes of a device that its arguments take by formula.
+        compiled: A `Compiled` or an `OutOfMemory`.
+        topology: Topology that it was compiled for.
+        argument_bytes: Estimated bytes of its arguments, per device.
     """
     if hasattr(compiled, "program"):
         return CompiledStep(
-            True,
-            compiled.seconds,
-            compiled.arguments,
-            compiled.temporaries + compiled.outputs,
-            compiled.code,
-            compiled.total,
-            topology.allowed,
+            fits=True,
+            compile_seconds=compiled.compile_seconds,
+            argument_bytes=compiled.argument_bytes,
+            temporary_bytes=compiled.temporary_bytes + compiled.output_bytes,
+            code_bytes=compiled.code_bytes,
+            needed_bytes=compiled.total_bytes,
+            available_bytes=topology.hbm_bytes,
         )
-    needed = compiled.needed
-    if needed is not None and compiled.only_temporaries:
-        needed += state
-    allowed = compiled.allowed or topology.allowed
-    return CompiledStep(False, compiled.seconds, 0, 0, 0, needed, allowed, compiled.said)
-
-
-def say(text: str) -> None:
-    """Tells on standard error how far the work is."""
-    print(text, file=sys.stderr, flush=True)
+    needed = compiled.needed_bytes
+    if needed is not None and compiled.excludes_arguments:
+        needed += argument_bytes
+    return CompiledStep(
+        fits=False,
+        compile_seconds=compiled.compile_seconds,
+        argument_bytes=0,
+        temporary_bytes=0,
+        code_bytes=0,
+        needed_bytes=needed,
+        available_bytes=compiled.available_bytes or topology.hbm_bytes,
+        message=compiled.message,
+    )

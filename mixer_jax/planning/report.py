@@ -1,255 +1,295 @@
-"""A plan for people, on one screen, and for programs, as JSON."""
+"""Report of a plan as text, with suggestions if the run does not fit, or as a JSON object."""
 
 import textwrap
 from typing import Any
 
+from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory
 from mixer_jax.planning.planner import CompiledStep, Plan
-from mixer_jax.planning.suggestions import suggest_flags
-from mixer_jax.planning.topology import GIB
+from mixer_jax.planning.topology import GIB, larger_topologies
 
 _WIDTH = 100
 _MB, _GB, _TERA = 1e6, 1e9, 1e12
-_ASSUMED = (
-    "The bound is a floor, not a forecast: peak rates, and arithmetic, memory and network at the "
-    "same\ntime. Steps measured on hardware take longer; reading and decoding images is not in it."
+_BOUND_NOTE = (
+    "The bound is not a forecast. It assumes peak rates, and that arithmetic, memory traffic and\n"
+    "communication overlap. Measured steps take longer. Loading images is not included."
 )
-
-
-_QUICK = (
-    "Compiled quickly: a run's own program is optimized for longer, keeps more on chip, and may "
-    "move\nhalf as many bytes to and from memory."
+_FAST_COMPILE_NOTE = (
+    "Compiled with --quick. The program of the run is better optimized, keeps more data on-chip,\n"
+    "and may have half as much memory traffic."
 )
 
 
 def format_plan(plan: Plan) -> str:
-    """Returns a plan as text of at most 100 columns."""
-    parts = [_head(plan), _memory(plan)]
-    if plan.bound is None:
-        return "\n\n".join([*parts, _too_large(plan)])
-    parts += [_moved(plan), _collectives(plan)]
-    if plan.uncounted:
-        parts.append(_uncounted(plan.uncounted))
-    if plan.fits:
-        notes = [_ASSUMED, _QUICK] if plan.quick else [_ASSUMED]
-        return "\n\n".join([*parts, _cost(plan), "\n".join(notes)])
-    return "\n\n".join([*parts, _too_large(plan)])
+    """Formats a plan as text of at most 100 columns."""
+    sections = [_format_header(plan), _format_memory(plan)]
+    if plan.bound is not None:
+        sections += [_format_bounds(plan), _format_collectives(plan)]
+    if plan.num_unknown_loops:
+        sections.append(_format_unknown_loops(plan.num_unknown_loops))
+    if not plan.fits:
+        sections.append(_format_misfit(plan))
+    else:
+        notes = [_BOUND_NOTE, _FAST_COMPILE_NOTE] if plan.fast_compile else [_BOUND_NOTE]
+        sections += [_format_cost(plan), "\n".join(notes)]
+    return "\n\n".join(sections)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """Returns a plan as what JSON can hold; bytes, seconds and FLOPs, no rounding."""
-    config, topology = plan.config, plan.topology
+    """Converts a plan to a JSON object, in bytes, seconds and FLOPs, without rounding."""
+    config, topology, run, bound = plan.config, plan.topology, plan.run, plan.bound
     return {
         "variant": config.model.variant,
-        "topology": topology.text,
-        "slices": topology.slices,
-        "chips": topology.num_chips,
-        "devices": topology.num_devices,
-        "compiled": plan.training is not None,
-        "quick": plan.quick,
+        "topology": topology.name,
+        "num_slices": topology.num_slices,
+        "num_chips": topology.num_chips,
+        "num_devices": topology.num_devices,
+        "compiled": plan.train_step is not None,
+        "fast_compile": plan.fast_compile,
         "fits": plan.fits,
         "settings": {
-            "batch_size": config.batch_size,
-            "accumulation_steps": config.recipe.grad_accum_steps,
-            "fsdp": config.mesh.fsdp,
-            "remat": config.model.remat,
-            "unroll": config.model.scan_unroll,
+            "batch_size": run.batch_size,
+            "num_microbatches": run.num_microbatches,
+            "fsdp": run.fsdp,
+            "remat": run.remat,
+            "scan_unroll": run.scan_unroll,
         },
-        "num_steps": plan.work.num_steps,
-        "num_parameters": plan.work.num_parameters,
-        "allowed_bytes": plan.allowed,
-        "estimate": plan.estimate._asdict(),
-        "evaluation_estimate": plan.scoring,
-        "training": plan.training._asdict() if plan.training else None,
-        "evaluation": plan.evaluation._asdict() if plan.evaluation else None,
-        "model_flops": plan.work.model_flops,
-        "recomputed_flops": plan.work.recomputed_flops,
-        "memory_bytes": plan.memory_bytes,
-        "uncounted_loops": plan.uncounted,
+        "num_steps": run.num_steps,
+        "num_parameters": run.num_parameters,
+        "available_bytes": plan.available_bytes,
+        "memory_estimate": plan.memory_estimate._asdict(),
+        "eval_memory_estimate": plan.eval_memory_estimate,
+        "train_step": plan.train_step._asdict() if plan.train_step else None,
+        "eval_step": plan.eval_step._asdict() if plan.eval_step else None,
+        "model_flops": run.model_flops,
+        "recomputed_flops": run.recomputed_flops,
+        "hbm_bytes": plan.hbm_bytes,
+        "num_unknown_loops": plan.num_unknown_loops,
         "collectives": [
-            {name: value for name, value in sent._asdict().items() if name != "groups"}
-            for sent in plan.transfers
+            {name: value for name, value in c._asdict().items() if name != "replica_groups"}
+            for c in plan.collectives
         ],
-        "bound": plan.bound._asdict() | {"seconds": plan.bound.seconds, "limit": plan.bound.limit}
-        if plan.bound
+        "bound": bound._asdict() | {"seconds": bound.seconds, "limit": bound.limit}
+        if bound
         else None,
         "cost": plan.cost._asdict() if plan.cost else None,
     }
 
 
-def _head(plan: Plan) -> str:
-    config, work = plan.config, plan.work
-    unroll = config.model.scan_unroll or "all"
-    pieces = f" in {work.pieces} pieces" if work.pieces > 1 else ""
-    how = "by formula alone: nothing is compiled for GPUs"
-    if plan.training:
-        seconds = f"{plan.training.seconds:.0f} s"
-        if plan.evaluation:
-            seconds += f" and {plan.evaluation.seconds:.0f} s"
-        how = f"compiled in {seconds}"
+def _format_header(plan: Plan) -> str:
+    config, run = plan.config, plan.run
+    microbatches = f" in {run.num_microbatches} microbatches" if run.num_microbatches > 1 else ""
+    method = "estimated by formula (steps are only compiled for TPUs)"
+    if plan.train_step:
+        seconds = f"{plan.train_step.compile_seconds:.0f} s"
+        if plan.eval_step:
+            seconds += f" + {plan.eval_step.compile_seconds:.0f} s"
+        method = f"compiled in {seconds}"
     return (
-        f"Mixer-{config.model.variant}, {config.image_size} px, {work.num_classes:,} classes, "
-        f"{work.num_parameters:,} parameters\n"
-        f"batch {work.batch_size:,}, {work.batch_size / work.devices:g} a device{pieces}; "
-        f"remat {work.remat}, unroll {unroll}, fsdp {work.fsdp}\n"
-        f"{plan.topology.describe()}; {how}"
+        f"Mixer-{config.model.variant}, {config.image_size} px, {run.num_classes:,} classes, "
+        f"{run.num_parameters:,} parameters\n"
+        f"batch size {run.batch_size:,}, {run.images_per_device:g} per device{microbatches}; "
+        f"remat {run.remat}, unroll {run.scan_unroll or 'all'}, fsdp {run.fsdp}\n"
+        f"{plan.topology.describe()}; {method}"
     )
 
 
-def _memory(plan: Plan) -> str:
-    lies = plan.estimate
-    steps: list[CompiledStep | None] = [plan.training, plan.evaluation]
-    columns = [step for step in steps if step is not None]
-    titles = ["training", "evaluation"][: len(columns)]
-    head = f"memory of a device, GiB ({plan.allowed / GIB:.2f} allowed)"
-    titles_text = "".join(f"{t:>13}" for t in [*titles, "by formula"])
-    lines = [f"{head:<46}" + titles_text]
-    blank: list[float | None] = [None] * len(columns)
-    rows: list[tuple[str, list[float | None], float | None]] = [
-        ("parameters", blank, lies.parameters),
-        ("moments and averages", blank, lies.moments),
-        ("batch", blank, lies.batch),
-        ("state and batch", [s.arguments if s.fits else None for s in columns], None),
-        ("activations", blank, lies.activations),
-        ("gradients, parameters as computed with", blank, lies.gradients),
-        ("all temporaries", [s.temporaries if s.fits else None for s in columns], None),
-        ("code", [s.code if s.fits else None for s in columns], None),
-        ("in all", [s.needed for s in columns], lies.total),
-    ]
-    for name, compiled, estimate in rows:
-        if columns or estimate is not None:
-            numbers = "".join(f"{_gib(number):>13}" for number in [*compiled, estimate])
-            lines.append(f"  {name:<44}" + numbers)
-    verdicts = "".join(f"{'fits' if step.fits else 'TOO LARGE':>13}" for step in columns)
-    expected = "fits" if lies.total <= plan.allowed else "too large"
-    lines.append(f"  {'':<44}{verdicts}{expected:>13}")
-    if not columns:
-        expected = "fits" if plan.scoring <= plan.allowed else "too large"
-        lines.append(f"  {'in all, where a batch is only scored':<44}{_gib(plan.scoring):>13}")
-        lines.append(f"  {'':<44}{expected:>13}")
+def _format_memory(plan: Plan) -> str:
+    estimate = plan.memory_estimate
+    steps = {"train step": plan.train_step, "eval step": plan.eval_step}
+    compiled = {name: step for name, step in steps.items() if step is not None}
+    title = f"memory per device, GiB ({plan.available_bytes / GIB:.2f} available)"
+    lines = [f"{title:<46}" + "".join(f"{name:>13}" for name in [*compiled, "estimate"])]
+
+    def add_row(name: str, values: list[float | None], estimated: float | None) -> None:
+        if compiled or estimated is not None:
+            cells = [*values, estimated] if values else [*[None] * len(compiled), estimated]
+            lines.append(f"  {name:<44}" + "".join(f"{_format_gib(cell):>13}" for cell in cells))
+
+    fitting = [step if step.fits else None for step in compiled.values()]
+    add_row("parameters", [], estimate.parameters)
+    add_row("optimizer moments, averaged parameters", [], estimate.moments)
+    add_row("batch", [], estimate.batch)
+    add_row("arguments: state and batch", [step and step.argument_bytes for step in fitting], None)
+    add_row("activations", [], estimate.activations)
+    add_row("gradients, cast parameters", [], estimate.gradients)
+    add_row("all temporaries", [step and step.temporary_bytes for step in fitting], None)
+    add_row("code", [step and step.code_bytes for step in fitting], None)
+    add_row("total", [step.needed_bytes for step in compiled.values()], estimate.total)
+    verdicts = [step.fits for step in compiled.values()] + [estimate.total <= plan.available_bytes]
+    lines.append(f"  {'':<44}" + "".join(map(_format_verdict, verdicts)))
+    if not compiled:
+        add_row("total of the evaluation step", [], plan.eval_memory_estimate)
+        lines.append(f"  {'':<44}{_format_verdict(plan.eval_step_fits)}")
     return "\n".join(lines)
 
 
-def _gib(number: float | None) -> str:
-    return "" if number is None else f"{number / GIB:.2f}"
+def _format_gib(num_bytes: float | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / GIB:.2f}"
 
 
-def _moved(plan: Plan) -> str:
+def _format_verdict(fits: bool) -> str:
+    return f"{'fits' if fits else 'TOO LARGE':>13}"
+
+
+def _format_bounds(plan: Plan) -> str:
     assert plan.bound is not None
-    chip, work, least = plan.topology.chip, plan.work, plan.bound
-    executed = (work.model_flops + work.recomputed_flops) / work.devices
-    again = work.recomputed_flops / (work.model_flops + work.recomputed_flops)
-    sent = sum(transfer.num_bytes for transfer in plan.transfers)
-    speed = f"{plan.topology.egress / _GB:.0f} GB/s a chip"
-    beyond = plan.topology.slices > 1 or bool(
+    chip, run, bound = plan.topology.chip, plan.run, plan.bound
+    recomputed = run.recomputed_flops / (run.model_flops + run.recomputed_flops)
+    sent = sum(collective.num_bytes for collective in plan.collectives)
+    bandwidth = f"{plan.topology.ici_bandwidth / _GB:.0f} GB/s per chip"
+    leaves_domain = plan.topology.num_slices > 1 or bool(
         chip.nvlink_domain and plan.topology.num_chips > chip.nvlink_domain
     )
-    if beyond and chip.network_bandwidth:
-        speed += f", {chip.network_bandwidth / _GB:g} beyond"
-    elif beyond:
-        speed += ", ? beyond"
+    if leaves_domain and chip.network_bandwidth:
+        bandwidth += f", network {chip.network_bandwidth / _GB:g}"
+    elif leaves_domain:
+        bandwidth += ", network unknown"
     rows = [
         (
             "arithmetic",
-            f"{executed / _TERA:.2f} TFLOP, {again:.0%} of it recomputed",
-            least.arithmetic,
+            f"{run.executed_flops / _TERA:.2f} TFLOP, {recomputed:.0%} recomputed",
+            bound.arithmetic,
             f"{chip.flops / chip.devices_per_chip / _TERA:.0f} TFLOP/s",
         ),
         (
             "memory",
-            f"{plan.memory_bytes / _GB:.2f} GB" + ("" if plan.training else " at the least"),
-            least.memory,
+            f"{plan.hbm_bytes / _GB:.2f} GB" + ("" if plan.train_step else " or more"),
+            bound.memory,
             f"{chip.memory_bandwidth / chip.devices_per_chip / _GB:.0f} GB/s",
         ),
-        ("network", f"{sent / _GB:.3f} GB", least.network, speed),
+        ("network", f"{sent / _GB:.3f} GB", bound.network, bandwidth),
     ]
-    lines = ["a step on a device" + " " * 42 + "at the least"]
+    lines = [f"{'per step and device':<46}{'lower bound':>15}"]
     lines += [
-        f"  {name:<12}{what:<42}{seconds * 1e3:>12.2f} ms   {rate}"
-        for name, what, seconds, rate in rows
+        f"  {name:<12}{amount:<32}{seconds * 1e3:>12.2f} ms   {rate}"
+        for name, amount, seconds, rate in rows
     ]
     return "\n".join(lines)
 
 
-def _collectives(plan: Plan) -> str:
-    if not plan.transfers:
+def _format_collectives(plan: Plan) -> str:
+    if not plan.collectives:
         return "collectives: none"
-    head = f"{'collectives of a step':<24}{'type':<6}{'along':<8}{'times':>6}{'MB':>12}   carries"
-    lines = [head]
+    lines = [f"{'collectives per step':<24}{'dtype':<6}{'axis':<8}{'count':>6}{'MB':>12}   tensors"]
     lines += [
-        f"  {sent.kind:<22}{sent.dtype:<6}{sent.axis:<8}{sent.times:>6,}"
-        f"{sent.num_bytes / _MB:>12,.3f}   {sent.carries}"
-        for sent in plan.transfers
+        f"  {c.op:<22}{c.dtype:<6}{c.mesh_axis:<8}{c.num_executions:>6,}"
+        f"{c.num_bytes / _MB:>12,.3f}   {c.tensor_role}"
+        for c in plan.collectives
     ]
-    wrong = sum(sent.num_bytes for sent in plan.transfers if sent.is_unexpected)
-    if wrong:
+    unexpected = sum(c.num_bytes for c in plan.collectives if c.is_unexpected)
+    if unexpected:
         lines.append(
-            f"  WARNING: {wrong / _MB:,.1f} MB are activations, which a data-parallel step need "
-            "not send"
+            f"  WARNING: {unexpected / _MB:,.1f} MB are activations, which a data-parallel step "
+            "should not send"
         )
     return "\n".join(lines)
 
 
-def _uncounted(number: int) -> str:
-    what = (
-        f"{number} loops with products or collectives run"
-        if number > 1
-        else ("a loop with products or collectives runs")
+def _format_unknown_loops(number: int) -> str:
+    loops = (
+        "1 loop with matmuls or collectives is"
+        if number == 1
+        else f"{number} loops with matmuls or collectives are"
     )
     return (
-        f"WARNING: how often {what} is not known; counted as once,\n"
-        "so the step may take longer, and send and move more, than is told here"
+        f"WARNING: the trip count of {loops} unknown and counted as 1,\n"
+        "so the step may take longer, and move and send more, than this plan says"
     )
 
 
-def _cost(plan: Plan) -> str:
+def _format_cost(plan: Plan) -> str:
     assert plan.bound is not None
     assert plan.cost is not None
-    least, run = plan.bound, plan.cost
+    bound, cost = plan.bound, plan.cost
     return (
-        f"bound: {least.seconds * 1e3:.1f} ms a step, set by {least.limit} "
-        f"({least.serial_seconds * 1e3:.1f} ms if nothing overlapped)\n"
-        f"  {run.images_per_second:,.0f} images/s, {run.images_per_second_per_chip:,.0f} a chip; "
-        f"model FLOP utilisation {run.model_flops_utilization:.1%}\n"
-        f"  {plan.work.num_steps:,} steps: {run.days:.2f} days, {run.core_days:,.1f} core-days "
+        f"bound: {bound.seconds * 1e3:.1f} ms per step, limited by {bound.limit} "
+        f"({bound.serial_seconds * 1e3:.1f} ms without overlap)\n"
+        f"  {cost.images_per_second:,.0f} images/s, {cost.images_per_second_per_chip:,.0f} per "
+        f"chip; model FLOPs utilization {cost.model_flops_utilization:.1%}\n"
+        f"  {plan.run.num_steps:,} steps: {cost.days:.2f} days, {cost.core_days:,.1f} core-days "
         f"({plan.topology.num_devices:,} devices × days)"
     )
 
 
-def _too_large(plan: Plan) -> str:
+def _format_misfit(plan: Plan) -> str:
     lines = []
-    steps = [("training", plan.training), ("evaluation", plan.evaluation)]
-    for name, step in steps:
+    for name, step in (("training", plan.train_step), ("evaluation", plan.eval_step)):
         if step and not step.fits:
-            lines.append(_refused(name, step))
-    if plan.training is None:
-        estimates = [("training", plan.estimate.total), ("evaluation", plan.scoring)]
+            lines.append(_format_compiled_misfit(name, step))
+    if plan.train_step is None:
+        estimates = {
+            "training": plan.memory_estimate.total,
+            "evaluation": plan.eval_memory_estimate,
+        }
         lines += [
-            f"by estimate the {name} step does not fit: about "
-            f"{(size - plan.allowed) / GIB:.1f} GiB too much a device"
-            for name, size in estimates
-            if size > plan.allowed
+            f"the {name} step exceeds the memory of a device by about "
+            f"{(num_bytes - plan.available_bytes) / GIB:.1f} GiB, according to the estimate"
+            for name, num_bytes in estimates.items()
+            if num_bytes > plan.available_bytes
         ]
-    if not _evaluation_fits(plan):
+    if not plan.eval_step_fits:
         lines.append(f"  lower config.eval_batch_size={plan.config.eval_batch_size}")
-    if plan.train_step_fits or (plan.training and plan.training.needed is None):
+    if plan.train_step_fits or (plan.train_step and plan.train_step.needed_bytes is None):
         return "\n".join(lines)
-    flags = suggest_flags(plan)
-    if flags:
-        lines += ["by estimate, any one of these would fit:", *(f"  {flag}" for flag in flags)]
+    if suggestions := suggest_flags(plan):
+        lines.append("according to estimates, each of these flags makes it fit:")
+        lines += [f"  {suggestion}" for suggestion in suggestions]
     else:
-        lines.append("none of the settings that save memory is enough alone; combine them: --sweep")
+        lines.append("no single setting saves enough memory; try combinations with --sweep")
     return "\n".join(lines)
 
 
-def _refused(name: str, step: CompiledStep) -> str:
-    if step.needed is None:
-        text = f"the {name} step does not fit, and the compiler does not say by how much: "
-        return textwrap.fill(text + step.said, _WIDTH)
-    over = (step.needed - step.allowed) / GIB
-    return f"the {name} step does not fit: about {over:.1f} GiB too much a device"
+def _format_compiled_misfit(name: str, step: CompiledStep) -> str:
+    if step.needed_bytes is None:
+        text = f"the {name} step does not fit, by an unknown amount: {step.message}"
+        return textwrap.fill(text, _WIDTH)
+    excess = (step.needed_bytes - step.available_bytes) / GIB
+    return f"the {name} step exceeds the memory of a device by about {excess:.1f} GiB"
 
 
-def _evaluation_fits(plan: Plan) -> bool:
-    if plan.training is None:
-        return plan.scoring <= plan.allowed
-    return plan.evaluation is None or plan.evaluation.fits
+def suggest_flags(plan: Plan) -> list[str]:
+    """Suggests flags that make a run fit according to estimates, one change each, cheapest first.
+
+    If the compiler needs more memory than estimated, estimates are scaled by its ratio.
+    """
+    run, config = plan.run, plan.config
+    needed = None
+    if plan.train_step and not plan.train_step.fits:
+        needed = plan.train_step.needed_bytes
+    scale = max(1.0, (needed or 0.0) / plan.memory_estimate.total)
+    # With a fixed data axis, the mesh would not fit another number of devices.
+    infer_data = " --config.mesh.data=0" if config.mesh.data else ""
+    candidates: list[tuple[str, str, RunSpec]] = []
+    for remat in REMAT_POLICIES[REMAT_POLICIES.index(run.remat) + 1 :]:
+        flag = f"--config.model.remat={remat}"
+        candidates.append(("remat", flag, run._replace(remat=remat)))
+    for number in _doubled(run.num_microbatches):
+        flag = f"--config.recipe.grad_accum_steps={number}"
+        candidates.append(("num_microbatches", flag, run._replace(num_microbatches=number)))
+    for fsdp in _doubled(run.fsdp):
+        flag = f"--config.mesh.fsdp={fsdp}{infer_data}"
+        candidates.append(("fsdp", flag, run._replace(fsdp=fsdp)))
+    for topology in larger_topologies(plan.topology):
+        flag = f"--topology={topology.name}{infer_data}"
+        candidates.append(("topology", flag, run._replace(num_devices=topology.num_devices)))
+    found: dict[str, str] = {}
+    for setting, flag, changed in candidates:
+        size = estimate_memory(changed).total * scale
+        if size <= plan.available_bytes and _is_divisible(
+            changed, plan.topology.num_slices, config.eval_batch_size
+        ):
+            found.setdefault(setting, f"{flag:<40} about {size / GIB:.1f} GiB")
+    return list(found.values())
+
+
+def _is_divisible(run: RunSpec, num_slices: int, eval_batch_size: int) -> bool:
+    """Returns whether a run's parameters and batches divide evenly over its devices."""
+    return not (
+        (run.num_devices // num_slices) % run.fsdp
+        or run.batch_size % (run.num_devices * run.num_microbatches)
+        or eval_batch_size % run.num_devices
+    )
+
+
+def _doubled(number: int) -> list[int]:
+    return [number * 2**power for power in range(1, 8)]

@@ -1,4 +1,4 @@
-"""The least time that a step can take: by its arithmetic, its memory traffic, and the network."""
+"""Roofline bound on the time of a step: peak arithmetic, memory bandwidth and network bandwidth."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,16 +6,16 @@ from typing import NamedTuple
 from mixer_jax.planning.hlo.collectives import Collective
 from mixer_jax.planning.topology import DeviceLocation, Topology
 
-_DAY = 86_400
+_SECONDS_PER_DAY = 86_400
 
 
 class RooflineBound(NamedTuple):
-    """Seconds that a step takes at the least, if each part ran at the peak of the hardware.
+    """Lower bounds on the seconds of a step, each at the peak rate of the hardware.
 
     Attributes:
-        arithmetic: executed FLOPs over the peak.
-        memory: bytes over the bandwidth of the main memory.
-        network: what collectives move over the links that they use.
+        arithmetic: Executed FLOPs over peak FLOP/s.
+        memory: Bytes over the bandwidth of main memory.
+        network: Bytes that collectives send over the bandwidth of the links that they use.
     """
 
     arithmetic: float
@@ -24,29 +24,29 @@ class RooflineBound(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Where all three overlap perfectly: the longest."""
+        """Bound with perfect overlap: the maximum."""
         return max(self)
 
     @property
     def serial_seconds(self) -> float:
-        """Where nothing overlaps: the sum."""
+        """Bound without overlap: the sum."""
         return sum(self)
 
     @property
     def limit(self) -> str:
-        """Which part is the longest."""
+        """Name of the largest bound."""
         return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
 class RunCost(NamedTuple):
-    """A run at the bound of its step.
+    """Throughput and cost of a run whose steps take as long as their bound.
 
     Attributes:
-        images_per_second: of all chips.
-        images_per_second_per_chip: of each.
-        days: of the whole run.
-        core_days: days times devices as JAX counts them: of TPU v3 its cores, as in the paper.
-        model_flops_utilization: the model's FLOP/s, without what is recomputed, over the peak.
+        images_per_second: Throughput of all chips.
+        images_per_second_per_chip: Throughput per chip.
+        days: Duration of the run.
+        core_days: Days times JAX devices; for TPU v3 these are cores, as in the paper.
+        model_flops_utilization: FLOP/s of the model, without recomputation, over peak FLOP/s.
     """
 
     images_per_second: float
@@ -58,80 +58,86 @@ class RunCost(NamedTuple):
 
 def roofline_bound(
     topology: Topology,
-    places: Sequence[DeviceLocation],
+    locations: Sequence[DeviceLocation],
     executed_flops: float,
-    memory_bytes: float,
-    transfers: Sequence[Collective],
+    hbm_bytes: float,
+    collectives: Sequence[Collective],
 ) -> RooflineBound:
-    """Returns the bound of a step.
+    """Computes the bound of a step.
 
     Args:
-        topology: it runs on.
-        places: of the devices, in the order of the mesh.
-        executed_flops: of a step on one device.
-        memory_bytes: that one device moves in a step.
-        transfers: between devices.
+        topology: Topology that the step runs on.
+        locations: Locations of the devices, in mesh order.
+        executed_flops: FLOPs per step and device.
+        hbm_bytes: Bytes of memory traffic per step and device.
+        collectives: Communication between devices.
     """
     chip = topology.chip
     return RooflineBound(
         executed_flops / (chip.flops / chip.devices_per_chip),
-        memory_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
-        sum(network_seconds(topology, places, transfer) for transfer in transfers),
+        hbm_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
+        sum(network_seconds(topology, locations, collective) for collective in collectives),
     )
 
 
 def run_cost(
-    topology: Topology, batch_size: int, num_steps: int, model_flops: float, seconds: float
+    topology: Topology, batch_size: int, num_steps: int, model_flops: float, step_seconds: float
 ) -> RunCost:
-    """Returns what a run costs whose steps take this long.
+    """Computes throughput and cost of a run.
 
     Args:
-        topology: it runs on.
-        batch_size: images a step.
-        num_steps: of the run.
-        model_flops: of a step, over all devices.
-        seconds: of a step.
+        topology: Topology that the run uses.
+        batch_size: Images per step.
+        num_steps: Length of the run.
+        model_flops: FLOPs of the model per step, over all devices.
+        step_seconds: Seconds per step.
     """
-    days = num_steps * seconds / _DAY
+    days = num_steps * step_seconds / _SECONDS_PER_DAY
     return RunCost(
-        batch_size / seconds,
-        batch_size / seconds / topology.num_chips,
+        batch_size / step_seconds,
+        batch_size / step_seconds / topology.num_chips,
         days,
         days * topology.num_devices,
-        model_flops / seconds / (topology.chip.flops * topology.num_chips),
+        model_flops / step_seconds / (topology.chip.flops * topology.num_chips),
     )
 
 
 def network_seconds(
-    topology: Topology, places: Sequence[DeviceLocation], transfer: Collective
+    topology: Topology, locations: Sequence[DeviceLocation], collective: Collective
 ) -> float:
-    """Returns the least time of collectives: rings over links, and between neighbourhoods.
+    """Returns a lower bound on the seconds of a collective: rings over links, then the network.
 
-    An all-reduce over n chips sends 2(n−1)/n of the payload from each, a gather or a scatter
-    (n−1)/n (Patarasuk and Yuan, 2009). Chips are taken to use all links they have at once. Between
-    neighbourhoods each chip sends only its share. Exchange within a chip is taken to be free.
+    An all-reduce over n chips sends 2(n−1)/n of the payload from each chip, a gather or a scatter
+    (n−1)/n (Patarasuk and Yuan, 2009). Chips are assumed to use all their links at once. Between
+    ICI domains, each chip sends only its own shard. Communication within a chip is free.
     """
     chip = topology.chip
-    if transfer.kind == "collective-permute":
-        pairs = [(places[a], places[b]) for a, b, *_ in transfer.groups]
-        crosses = any(a.neighbourhood != b.neighbourhood for a, b in pairs)
-        leaves = any(a.chip != b.chip for a, b in pairs)
-        speed = chip.network_bandwidth if crosses else topology.egress if leaves else None
-        return transfer.num_bytes / speed if speed else 0.0
-    group = [places[device] for device in transfer.groups[0]]
-    chips = len({place.chip for place in group})
-    hoods = len({place.neighbourhood for place in group})
-    nearby = chips // hoods
-    # The devices of a chip that are in other groups send over the same links.
-    at_once = chip.devices_per_chip * chips / len(group)
-    payload = transfer.num_bytes * at_once
-    inside = _sent(transfer.kind, nearby) * payload / topology.egress if nearby > 1 else 0.0
-    between = _sent(transfer.kind, hoods) * payload / nearby if hoods > 1 else 0.0
-    if between and chip.network_bandwidth:
-        return max(inside, between / chip.network_bandwidth)
-    return inside
+    if collective.op == "collective-permute":
+        pairs = [(locations[a], locations[b]) for a, b, *_ in collective.replica_groups]
+        if any(a.ici_domain != b.ici_domain for a, b in pairs):
+            bandwidth = chip.network_bandwidth
+        elif any(a.chip != b.chip for a, b in pairs):
+            bandwidth = topology.ici_bandwidth
+        else:
+            bandwidth = None
+        return collective.num_bytes / bandwidth if bandwidth else 0.0
+    group = [locations[device] for device in collective.replica_groups[0]]
+    num_chips = len({location.chip for location in group})
+    num_domains = len({location.ici_domain for location in group})
+    chips_per_domain = num_chips // num_domains
+    # Devices of the same chip in other groups send over the same links.
+    concurrent_groups = chip.devices_per_chip * num_chips / len(group)
+    payload = collective.num_bytes * concurrent_groups
+    inside = between = 0.0
+    if chips_per_domain > 1:
+        sent = _sent_fraction(collective.op, chips_per_domain) * payload
+        inside = sent / topology.ici_bandwidth
+    if num_domains > 1 and chip.network_bandwidth:
+        sent = _sent_fraction(collective.op, num_domains) * payload / chips_per_domain
+        between = sent / chip.network_bandwidth
+    return max(inside, between)
 
 
-def _sent(kind: str, count: int) -> float:
-    """Returns the share of the payload that each of `count` members sends."""
-    return (2 if kind == "all-reduce" else 1) * (count - 1) / count
+def _sent_fraction(op: str, num_members: int) -> float:
+    """Returns the fraction of the payload that each member of a group sends."""
+    return (2 if op == "all-reduce" else 1) * (num_members - 1) / num_members

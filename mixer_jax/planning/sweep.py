@@ -1,7 +1,8 @@
-"""Many plans of one run: settings that change nothing but speed and memory, ranked."""
+"""Sweep over settings that change only speed and memory, ranked by the bound on the step time."""
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,285 +10,295 @@ from ml_collections import ConfigDict
 
 from mixer_jax.config.config import resolve_num_steps
 from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.divisibility import check_divisible, check_mesh
+from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.planning.cost_model import RunSpec, estimate_memory, run_spec
+from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory, run_spec
 from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
-from mixer_jax.planning.planner import Plan, make_plan, say, with_eval_step
+from mixer_jax.planning.planner import Plan, add_eval_step, make_plan
 from mixer_jax.planning.report import plan_to_dict
-from mixer_jax.planning.suggestions import REMAT
 from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
-# Estimates are good to about this factor; what needs more is not compiled.
-_TOLERANCE = 1.5
-_LARGEST_FSDP = 8
-_MOST_PIECES = 8
-_FEWEST_ROWS = 8
-# Seconds that compiling takes on two cores: a block laid out adds to the rest.
-_SECONDS, _SECONDS_A_BLOCK = 60, 12
-_QUICKER = 5
+# Estimates are accurate to about this factor; anything that exceeds memory by more is not compiled.
+_ESTIMATE_TOLERANCE = 1.5
+_MAX_FSDP = 8
+_MAX_MICROBATCHES = 8
+_MIN_MICROBATCH_PER_DEVICE = 8
+# Compile time on two cores, in seconds: per program, and per unrolled block.
+_PROGRAM_SECONDS, _BLOCK_SECONDS = 60, 12
+_FAST_COMPILE_SPEEDUP = 5
 
 
 class SweepPoint(NamedTuple):
-    """What a sweep changes.
+    """Settings that a sweep changes.
 
     Attributes:
-        pieces: recipe.grad_accum_steps.
-        fsdp: mesh.fsdp.
-        remat: model.remat.
-        unroll: model.scan_unroll.
+        num_microbatches: Value of `recipe.grad_accum_steps`.
+        fsdp: Value of `mesh.fsdp`.
+        remat: Value of `model.remat`.
+        scan_unroll: Value of `model.scan_unroll`.
     """
 
-    pieces: int
+    num_microbatches: int
     fsdp: int
     remat: str
-    unroll: int
+    scan_unroll: int
 
     def flags(self) -> str:
-        """Returns it as flags of the command line."""
+        """Formats the settings as command-line flags."""
         return (
-            f"--config.recipe.grad_accum_steps={self.pieces} --config.mesh.data=0 "
+            f"--config.recipe.grad_accum_steps={self.num_microbatches} --config.mesh.data=0 "
             f"--config.mesh.fsdp={self.fsdp} --config.model.remat={self.remat} "
-            f"--config.model.scan_unroll={self.unroll}"
+            f"--config.model.scan_unroll={self.scan_unroll}"
         )
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        """Returns a copy of a config with these settings."""
+        changed = config.copy_and_resolve_references()
+        changed.recipe.grad_accum_steps = self.num_microbatches
+        changed.mesh.data, changed.mesh.fsdp = 0, self.fsdp
+        changed.model.remat, changed.model.scan_unroll = self.remat, self.scan_unroll
+        return changed
 
 
 class SweepResult(NamedTuple):
-    """A setting, and what a run with it would be.
+    """Settings and the plan of a run with them.
 
     Attributes:
-        setting: that.
-        estimate: bytes of the training step on a device.
-        plan: of the run; None: the estimate rules it out.
-        is_present: whether the run is configured so.
+        point: Settings.
+        estimated_bytes: Estimated bytes of the training step, per device.
+        plan: Plan of the run; None if the estimate rules it out.
+        is_current: Whether the config has these settings.
     """
 
-    setting: SweepPoint
-    estimate: float
+    point: SweepPoint
+    estimated_bytes: float
     plan: Plan | None
-    is_present: bool = False
+    is_current: bool = False
 
     @property
     def fits(self) -> bool:
-        """Whether it fits, as far as is known: the evaluation step may not be compiled."""
+        """Whether the compiled steps fit into memory; the evaluation step may be missing."""
         return self.plan is not None and self.plan.fits
 
     @property
-    def rank(self) -> tuple[bool, float, float, float]:
-        """Sorts what fits first, then by the bound, then by what is sent and moved beside it.
+    def sort_key(self) -> tuple[bool, float, float, float]:
+        """Key that sorts fitting results first, then by bound, bound without overlap, compile time.
 
-        Where both are equal: by what compiling takes.
+        Bounds that differ by less than a microsecond are equal.
         """
         bound = self.plan.bound if self.plan else None
-        training = self.plan.training if self.plan else None
+        train_step = self.plan.train_step if self.plan else None
         return (
             not (self.plan and self.plan.train_step_fits),
             round(bound.seconds, 6) if bound else math.inf,
             bound.serial_seconds if bound else math.inf,
-            training.seconds if training else self.estimate,
+            train_step.compile_seconds if train_step else self.estimated_bytes,
         )
 
 
 def sweep(
-    config: ConfigDict, topology: Topology, dimensions: str, *, quick: bool = False
+    config: ConfigDict, topology: Topology, dimensions: str, *, fast_compile: bool = False
 ) -> list[SweepResult]:
-    """Returns plans for settings of a run, the best first; tells on standard error how it goes.
+    """Plans a run with different settings and ranks them, the best first.
 
-    What cannot fit by estimate is not compiled, nor what computes a batch in more pieces than is
-    needed: that only adds traffic. Of TPUs, only the best's evaluation step is compiled. Ctrl-C
-    ends it with what was tried.
+    Settings are skipped if they cannot fit according to the estimate, or if a result with fewer
+    microbatches fits, since more only add traffic. For TPUs, the evaluation step is compiled for
+    the best result only. Progress is logged to stderr. Ctrl-C ranks the results so far.
 
     Args:
-        config: valid by `config.validate`.
-        topology: from `parse_topology`.
-        dimensions: "all", or some of `DIMENSIONS`, separated by commas.
-        quick: as for `make_plan`.
+        config: Config that passed `validate`.
+        topology: Topology from `parse_topology`.
+        dimensions: "all", or a comma-separated list of `DIMENSIONS`.
+        fast_compile: Whether to compile in less time to less optimized programs.
 
     Raises:
-        UserError: a dimension is unknown, or the mesh or a batch does not divide.
+        UserError: A dimension is unknown, or a mesh axis or a batch is not divisible.
     """
     config = resolve_for_platform(config, topology.chip.platform)
-    chosen = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
-    for name in chosen:
-        if name not in DIMENSIONS:
-            known = ", ".join(DIMENSIONS)
-            raise UserError(f"--sweep={dimensions}: {name!r} is unknown; choose of {known}")
-    source = placeholder_datasets(config).train
-    num_steps = resolve_num_steps(config, len(source))
-    work = run_spec(config, source.num_classes, num_steps, topology.num_devices)
-    check_mesh(config.mesh.data, work.fsdp, work.devices, topology.slices)
-    pieces = 1 if "accumulation" in chosen else work.pieces
-    check_divisible("config.batch_size", work.batch_size, work.devices, pieces)
-    check_divisible("config.eval_batch_size", config.eval_batch_size, work.devices)
-    now = current_point(work)
-    settings = list(candidates(work, chosen, topology))
-    estimates = {setting: estimate_memory(_with(work, setting)).total for setting in settings}
-    possible = [s for s in settings if estimates[s] <= topology.allowed * _TOLERANCE]
-    minutes = _minutes(work, possible, quick) if topology.chip.is_tpu else ""
-    say(f"{len(possible)} of {len(settings)} settings may fit{minutes}")
+    names = _parse_dimensions(dimensions)
+    dataset = placeholder_datasets(config).train
+    num_steps = resolve_num_steps(config, len(dataset))
+    run = run_spec(config, dataset.num_classes, num_steps, topology.num_devices)
+    check_mesh(config.mesh.data, run.fsdp, run.num_devices, topology.num_slices)
+    min_microbatches = 1 if "accumulation" in names else run.num_microbatches
+    check_divisible("config.batch_size", run.batch_size, run.num_devices, min_microbatches)
+    check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
+
+    current = current_point(run)
+    points = list(candidates(run, names, topology))
+    estimates = {p: estimate_memory(run._replace(**p._asdict())).total for p in points}
+    limit = topology.hbm_bytes * _ESTIMATE_TOLERANCE
+    results = [
+        SweepResult(p, estimates[p], None, p == current) for p in points if estimates[p] > limit
+    ]
+    possible = [p for p in points if estimates[p] <= limit]
+    duration = _format_duration(run, possible, fast_compile) if topology.chip.is_tpu else ""
+    _log(f"{len(possible)} of {len(points)} settings may fit into memory{duration}")
     devices = tpu_devices(topology) if topology.chip.is_tpu else None
-    results = [SweepResult(s, estimates[s], None, s == now) for s in settings if s not in possible]
-    done: list[SweepResult] = []
-    for number, setting in enumerate(possible, start=1):
-        if any(_fits_with_less(result, setting) for result in done):
+    planned: list[SweepResult] = []
+    for number, point in enumerate(possible, start=1):
+        if any(_fits_with_fewer_microbatches(result, point) for result in planned):
             continue
         try:
             plan = make_plan(
-                _changed(config, setting), topology, devices=devices, evaluation=False, quick=quick
+                point.apply(config),
+                topology,
+                devices=devices,
+                with_eval=False,
+                fast_compile=fast_compile,
             )
         except KeyboardInterrupt:
-            if not done:
+            if not planned:
                 raise
-            say("interrupted; what was tried is ranked, its evaluation step not tried")
-            return sorted(results + done, key=lambda result: result.rank)
-        done.append(SweepResult(setting, estimates[setting], plan, setting == now))
-        say(f"[{number}/{len(possible)}] {_line(done[-1])}")
-    best, *others = sorted(results + done, key=lambda result: result.rank)
+            _log("interrupted; ranking the results so far, without an evaluation step")
+            return sorted(results + planned, key=lambda result: result.sort_key)
+        planned.append(SweepResult(point, estimates[point], plan, point == current))
+        _log(f"[{number}/{len(possible)}] {_format_progress(point, plan)}")
+    best, *others = sorted(results + planned, key=lambda result: result.sort_key)
     if best.fits and best.plan:
-        best = best._replace(plan=with_eval_step(best.plan))
+        best = best._replace(plan=add_eval_step(best.plan))
     return [best, *others]
 
 
-def current_point(work: RunSpec) -> SweepPoint:
-    """Returns the setting that a run has."""
-    return SweepPoint(work.pieces, work.fsdp, work.remat, work.unroll)
+def _parse_dimensions(dimensions: str) -> tuple[str, ...]:
+    names = DIMENSIONS if dimensions == "all" else tuple(dimensions.split(","))
+    for name in names:
+        if name not in DIMENSIONS:
+            raise UserError(
+                f"--sweep must be all or a list of {', '.join(DIMENSIONS)}, got {name!r}."
+            )
+    return names
 
 
-def _fits_with_less(result: SweepResult, setting: SweepPoint) -> bool:
-    """Returns whether a result fits that differs from a setting only by fewer pieces."""
-    fewer = result.setting.pieces < setting.pieces
-    return (
-        fewer and result.fits and result.setting == setting._replace(pieces=result.setting.pieces)
-    )
+def current_point(run: RunSpec) -> SweepPoint:
+    """Returns the settings of a run."""
+    return SweepPoint(run.num_microbatches, run.fsdp, run.remat, run.scan_unroll)
 
 
-def candidates(work: RunSpec, chosen: Sequence[str], topology: Topology) -> Iterator[SweepPoint]:
-    """Yields settings to try: the present one, then those first that compile fast.
+def _fits_with_fewer_microbatches(result: SweepResult, point: SweepPoint) -> bool:
+    """Returns whether a result fits that differs from a point only in fewer microbatches."""
+    same_otherwise = result.point._replace(num_microbatches=point.num_microbatches) == point
+    fewer = result.point.num_microbatches < point.num_microbatches
+    return fewer and result.fits and same_otherwise
+
+
+def candidates(run: RunSpec, dimensions: Sequence[str], topology: Topology) -> Iterator[SweepPoint]:
+    """Yields settings to try: the current ones, then those first that compile fast.
 
     Args:
-        work: the run as it is configured.
-        chosen: dimensions to change.
-        topology: to run on.
+        run: Run as it is configured.
+        dimensions: Dimensions to change.
+        topology: Topology to run on.
     """
-    now = current_point(work)
-    rows = work.batch_size // work.devices
-    blocks = work.widths.num_blocks
-    pieces = [
+    current, num_blocks = current_point(run), run.num_blocks
+    images = run.batch_size // run.num_devices
+    microbatches = [
         n
-        for n in (2**power for power in range(_MOST_PIECES.bit_length()))
-        if n == 1 or (rows % n == 0 and rows // n >= _FEWEST_ROWS)
+        for n in (2**power for power in range(_MAX_MICROBATCHES.bit_length()))
+        if n == 1 or (images % n == 0 and images // n >= _MIN_MICROBATCH_PER_DEVICE)
     ]
-    in_slice = topology.num_devices // topology.slices
-    splits = [n for n in range(1, _LARGEST_FSDP + 1) if in_slice % n == 0 and n & (n - 1) == 0]
-    policies = [name for name in REMAT if name in FIELDS["model.remat"].choices]
-    # Formulas do not tell what unrolling does.
-    groups = sorted({1, 4 if blocks % 4 == 0 else min(2, blocks)})
-    groups = groups if topology.chip.is_tpu else [work.unroll]
-    by_name: dict[str, list[Any]] = {
-        "accumulation": pieces,
-        "fsdp": sorted({1, max(splits)}),
-        "remat": policies,
-        "unroll": groups,
+    slice_devices = topology.num_devices // topology.num_slices
+    powers_of_2 = (n for n in range(1, _MAX_FSDP + 1) if n & (n - 1) == 0)
+    max_fsdp = max(n for n in powers_of_2 if slice_devices % n == 0)
+    unrolls = {1, 4 if num_blocks % 4 == 0 else min(2, num_blocks)}
+    values: dict[str, list[Any]] = {
+        "accumulation": microbatches,
+        "fsdp": sorted({1, max_fsdp}),
+        "remat": [name for name in REMAT_POLICIES if name in FIELDS["model.remat"].choices],
+        # Formulas do not depend on unrolling.
+        "unroll": sorted(unrolls) if topology.chip.is_tpu else [run.scan_unroll],
     }
     choices = [
-        by_name[name] if name in chosen else [value]
-        for name, value in zip(DIMENSIONS, now, strict=True)
+        values[name] if name in dimensions else [value]
+        for name, value in zip(DIMENSIONS, current, strict=True)
     ]
-    made = {SweepPoint(*values) for values in itertools.product(*choices)} - {now}
-    if rows % now.pieces == 0:
-        yield now
-    yield from sorted(
-        made, key=lambda s: (s.unroll or blocks, s.fsdp, REMAT.index(s.remat), s.pieces)
-    )
+    points = {SweepPoint(*point) for point in itertools.product(*choices)} - {current}
+    if images % current.num_microbatches == 0:
+        yield current
+
+    def compile_order(point: SweepPoint) -> tuple[int, int, int, int]:
+        unroll = point.scan_unroll or num_blocks
+        return unroll, point.fsdp, REMAT_POLICIES.index(point.remat), point.num_microbatches
+
+    yield from sorted(points, key=compile_order)
 
 
 def format_ranking(results: list[SweepResult]) -> str:
-    """Returns the results of a sweep as text, with the flags of the best; * marks the present."""
-    lines = [
-        f"{'pieces':>6} {'fsdp':>5} {'remat':>11} {'unroll':>7} {'GiB':>8} {'':>10} {'ms':>9} "
-        f"{'limit':>11} {'images/s':>10} {'compile s':>10}"
-    ]
-    for result in results:
-        plan, setting = result.plan, result.setting
-        size, verdict = f"~{result.estimate / GIB:.1f}", "ruled out"
-        numbers = f"{'':>9} {'':>11} {'':>10} {'':>10}"
-        if plan is not None:
-            verdict = "fits" if plan.train_step_fits else "too large"
-            step = plan.training
-            needed = step.needed if step else plan.estimate.total
-            size = "?" if needed is None else f"{needed / GIB:.1f}"
-            seconds = f"{step.seconds:.0f}" if step else ""
-            if plan.bound and plan.cost:
-                numbers = (
-                    f"{plan.bound.seconds * 1e3:>9.1f} {plan.bound.limit:>11} "
-                    f"{plan.cost.images_per_second:>10,.0f} {seconds:>10}"
-                )
-            else:
-                numbers = f"{'':>9} {'':>11} {'':>10} {seconds:>10}"
-        lines.append(
-            f"{setting.pieces:>6} {setting.fsdp:>5} {setting.remat:>11} "
-            f"{setting.unroll or 'all':>7} {size:>8} {verdict:>10} {numbers}"
-            + (" *" if result.is_present else "")
-        )
-    notes = ["", *(["* as configured"] if any(result.is_present for result in results) else [])]
-    lines += [*notes, "fits: the training step; of the best, its evaluation step is tried, too"]
-    lines += _verdict(results[0])
+    """Formats the results of a sweep as a table, with the flags of the best."""
+    header = (
+        f"{'microbatches':>12} {'fsdp':>4} {'remat':>10} {'unroll':>6} {'GiB':>6} {'':>9} "
+        f"{'bound, ms':>9} {'limit':>10} {'images/s':>9} {'compile, s':>10}"
+    )
+    lines = [header, *map(_format_row, results), ""]
+    if any(result.is_current for result in results):
+        lines.append("* current settings")
+    lines.append("fits: the training step; the evaluation step is compiled for the best only")
+    best = results[0]
+    if best.plan is None or not best.plan.train_step_fits:
+        lines.append("no setting fits; use more chips")
+    else:
+        lines.append(f"best: {best.point.flags()}")
+        if not best.fits:
+            size = best.plan.config.eval_batch_size
+            lines.append(f"its evaluation step does not fit; lower config.eval_batch_size={size}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _verdict(best: SweepResult) -> list[str]:
-    if best.plan is None or not best.plan.train_step_fits:
-        return ["none fits: take more chips"]
-    lines = [f"best: {best.setting.flags()}"]
-    if not best.fits:
-        size = best.plan.config.eval_batch_size
-        lines.append(f"its evaluation step does not fit; lower config.eval_batch_size={size}")
-    return lines
+def _format_row(result: SweepResult) -> str:
+    plan, point = result.plan, result.point
+    memory, verdict, compile_time = f"~{result.estimated_bytes / GIB:.1f}", "ruled out", ""
+    bound, limit, throughput = "", "", ""
+    if plan is not None:
+        verdict = "fits" if plan.train_step_fits else "too large"
+        step = plan.train_step
+        needed = step.needed_bytes if step else plan.memory_estimate.total
+        memory = "?" if needed is None else f"{needed / GIB:.1f}"
+        compile_time = f"{step.compile_seconds:.0f}" if step else ""
+        if plan.bound and plan.cost:
+            bound, limit = f"{plan.bound.seconds * 1e3:.1f}", plan.bound.limit
+            throughput = f"{plan.cost.images_per_second:,.0f}"
+    return (
+        f"{point.num_microbatches:>12} {point.fsdp:>4} {point.remat:>10} "
+        f"{point.scan_unroll or 'all':>6} {memory:>6} {verdict:>9} "
+        f"{bound:>9} {limit:>10} {throughput:>9} {compile_time:>10}"
+        + (" *" if result.is_current else "")
+    )
 
 
 def ranking_to_dict(results: list[SweepResult]) -> dict[str, Any]:
-    """Returns the results of a sweep as what JSON can hold."""
+    """Converts the results of a sweep to a JSON object."""
     rows = [
         {
-            "settings": result.setting._asdict(),
-            "estimated_bytes": result.estimate,
-            "present": result.is_present,
+            "settings": result.point._asdict(),
+            "estimated_bytes": result.estimated_bytes,
+            "is_current": result.is_current,
             "fits": result.fits,
             "plan": plan_to_dict(result.plan) if result.plan else None,
         }
         for result in results
     ]
-    best = results[0].setting.flags() if results[0].fits else None
+    best = results[0].point.flags() if results[0].fits else None
     return {"best": best, "results": rows}
 
 
-def _with(work: RunSpec, setting: SweepPoint) -> RunSpec:
-    return work._replace(**setting._asdict())
-
-
-def _changed(config: ConfigDict, setting: SweepPoint) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
-    changed.recipe.grad_accum_steps = setting.pieces
-    changed.mesh.data, changed.mesh.fsdp = 0, setting.fsdp
-    changed.model.remat, changed.model.scan_unroll = setting.remat, setting.unroll
-    return changed
-
-
-def _minutes(work: RunSpec, settings: list[SweepPoint], quick: bool) -> str:
-    """Returns what compiling these settings takes, roughly."""
-    blocks = sum(setting.unroll or work.widths.num_blocks for setting in settings)
-    seconds = _SECONDS * len(settings) + _SECONDS_A_BLOCK * blocks
-    minutes = math.ceil(seconds / (_QUICKER if quick else 1) / 60)
+def _format_duration(run: RunSpec, points: list[SweepPoint], fast_compile: bool) -> str:
+    """Formats a rough upper bound on the time to compile all points."""
+    num_blocks = sum(point.scan_unroll or run.num_blocks for point in points)
+    seconds = _PROGRAM_SECONDS * len(points) + _BLOCK_SECONDS * num_blocks
+    minutes = math.ceil(seconds / (_FAST_COMPILE_SPEEDUP if fast_compile else 1) / 60)
     return f"; compiling them takes up to {minutes} minutes on two cores"
 
 
-def _line(result: SweepResult) -> str:
-    plan, setting = result.plan, result.setting
-    assert plan is not None
-    seconds = f", compiled in {plan.training.seconds:.0f} s" if plan.training else ""
-    verdict = f"{plan.bound.seconds * 1e3:.1f} ms" if plan.bound else "too large"
+def _format_progress(point: SweepPoint, plan: Plan) -> str:
+    step, bound = plan.train_step, plan.bound
+    verdict = f"{bound.seconds * 1e3:.1f} ms" if bound else "too large"
+    seconds = f", compiled in {step.compile_seconds:.0f} s" if step else ""
     return (
-        f"pieces {setting.pieces}, fsdp {setting.fsdp}, remat {setting.remat}, unroll "
-        f"{setting.unroll or 'all'}: {verdict}{seconds}"
+        f"{point.num_microbatches} microbatches, fsdp {point.fsdp}, remat {point.remat}, "
+        f"unroll {point.scan_unroll or 'all'}: {verdict}{seconds}"
     )
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Accelerators that need not be here: what `--topology` names, and TPU devices to compile for."""
+"""Accelerator topologies named by `--topology`, and TPU devices to compile for without a TPU."""
 
 import importlib.util
 import math
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from mixer_jax.distributed.hardware import CHIPS, ChipSpec
 from mixer_jax.errors import UserError, summarize_error
 
-# Before JAX is imported: devices of this machine have no say, another process may be planning, and
-# programs for devices that are not here cannot be read back from a cache.
+# To be set before JAX is imported. Devices of this machine are not used, another process may be
+# compiling, and the compilation cache cannot load programs for devices that are not present.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -22,24 +22,24 @@ _SIZES = {
 
 
 class Topology(NamedTuple):
-    """Chips and how they are linked.
+    """Chips and the links between them.
 
     Attributes:
-        text: as it was named.
-        chip: which kind.
-        grid: chips along each axis of a slice; of GPUs their number.
-        slices: of that size, which a slower network joins.
+        name: Chip and size, e.g. "v5e:8x8".
+        chip: Type of chip.
+        grid: Chips along each axis of a slice; for GPUs, their number.
+        num_slices: Number of slices of this size, connected by a slower network.
     """
 
-    text: str
+    name: str
     chip: ChipSpec
     grid: tuple[int, ...]
-    slices: int
+    num_slices: int
 
     @property
     def num_chips(self) -> int:
-        """Number of chips of all slices."""
-        return self.slices * math.prod(self.grid)
+        """Number of chips in all slices."""
+        return self.num_slices * math.prod(self.grid)
 
     @property
     def num_devices(self) -> int:
@@ -47,125 +47,142 @@ class Topology(NamedTuple):
         return self.num_chips * self.chip.devices_per_chip
 
     @property
-    def allowed(self) -> float:
-        """Bytes of memory that programs may use on a device."""
+    def hbm_bytes(self) -> float:
+        """Bytes of memory available to programs, per device."""
         return self.chip.memory_gib * GIB
 
     @property
-    def egress(self) -> float:
-        """Bytes/s that a chip can send to its neighbours over all its links together."""
+    def ici_bandwidth(self) -> float:
+        """Bytes/s that a chip can send over all its links (ICI or NVLink) together."""
         if not self.chip.is_tpu:
             return self.chip.link_bandwidth
-        links = sum(min(side - 1, 2) for side in self.grid)
+        links = sum(min(size - 1, 2) for size in self.grid)
         return self.chip.link_bandwidth * links
 
     def describe(self) -> str:
-        """Returns what it is, for people."""
+        """Formats name, slices, chips and devices for people."""
         chips = f"{self.num_chips:,} chip{'s' if self.num_chips > 1 else ''}"
         devices = f", {self.num_devices:,} devices" if self.chip.devices_per_chip > 1 else ""
-        slices = f" in {self.slices} slices" if self.slices > 1 else ""
-        return f"{self.text}{slices}: {chips}{devices}"
+        slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
+        return f"{self.name}{slices}: {chips}{devices}"
 
 
 class DeviceLocation(NamedTuple):
-    """Where a device is: its chip, and the neighbourhood of chips that links join."""
+    """Location of a device.
+
+    Attributes:
+        chip: Identifier of its chip.
+        ici_domain: Index of the group of chips connected by links: a slice, or a GPU machine.
+    """
 
     chip: Any
-    neighbourhood: int
+    ici_domain: int
 
 
-def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Returns the topology that a text such as "v5e:8x8" or "h100:16" names.
+def parse_topology(name: str, num_slices: int = 1) -> Topology:
+    """Parses a topology such as "v5e:8x8" or "h100:16".
 
     Args:
-        text: a chip of `CHIPS`, a colon, and how many: sides for TPUs, a number for GPUs.
-        slices: how many of these.
+        name: Chip of `CHIPS` and size, separated by a colon: the sides of a slice for TPUs, the
+            number of chips for GPUs.
+        num_slices: Number of slices.
 
     Raises:
-        UserError: the chip is unknown, or there cannot be so many.
+        UserError: The chip is unknown or the size is not possible.
     """
-    name, _, size = text.partition(":")
-    chip = CHIPS.get(name)
+    chip_name, _, size = name.partition(":")
+    chip = CHIPS.get(chip_name)
     if chip is None:
         raise UserError(
-            f"--topology={text}: there is no chip {name!r}; choose of {', '.join(CHIPS)}, "
-            "e.g. v5e:8x8 or h100:16"
+            f"--topology must name one of the chips {', '.join(CHIPS)}, got {name}. "
+            "Pass, for example, v5e:8x8 or h100:16."
         )
-    if slices < 1 or (slices > 1 and not chip.is_tpu):
-        rule = "pass 1 or more" if slices < 1 else "GPUs have none; give their number in all"
-        raise UserError(f"--slices={slices} is out of range; {rule}")
+    if num_slices < 1:
+        raise UserError(f"--slices must be at least 1, got {num_slices}.")
+    if num_slices > 1 and not chip.is_tpu:
+        raise UserError(
+            f"--slices must be 1 for GPUs, got {num_slices}. "
+            f"Pass the total number of GPUs, for example --topology={chip_name}:16."
+        )
     sides = size.split("x")
-    wanted = chip.torus_dims or 1
     grid = tuple(int(side) for side in sides if side.isascii() and side.isdecimal())
-    if len(grid) != len(sides) or len(grid) != wanted or 0 in grid:
-        example = _SIZES[chip.torus_dims] if chip.is_tpu else "8, 16 or 64"
-        what = f"{chip.torus_dims} sides, e.g." if chip.is_tpu else "how many, e.g."
-        raise UserError(f"--topology={text}: {name} takes {what} {name}:{example}")
+    if len(grid) != len(sides) or len(grid) != (chip.torus_dims or 1) or 0 in grid:
+        rule = f"{chip.torus_dims} sides" if chip.is_tpu else "the number of GPUs"
+        sizes = _SIZES[chip.torus_dims] if chip.is_tpu else "8, 16 or 64"
+        raise UserError(
+            f"--topology must give {rule} for {chip_name}, got {name}. "
+            f"Pass, for example, {chip_name}:{sizes}."
+        )
     if chip.nvlink_domain and grid[0] > chip.nvlink_domain and grid[0] % chip.nvlink_domain:
         raise UserError(
-            f"--topology={text}: {name} come in machines of {chip.nvlink_domain}; pass up to "
-            f"{chip.nvlink_domain}, or a multiple"
+            f"--topology must have up to {chip.nvlink_domain} {chip_name}, one machine, or a "
+            f"multiple of {chip.nvlink_domain}, got {name}."
         )
-    return Topology(text, chip, grid, slices)
+    return Topology(name, chip, grid, num_slices)
 
 
 def larger_topologies(topology: Topology) -> list[Topology]:
-    """Returns topologies of the same chip with more of them, the smallest first."""
-    chip, slices = topology.chip, topology.slices
+    """Returns topologies with more of the same chips, the smallest first."""
+    chip = topology.chip
     if chip.is_tpu:
         sizes = _SIZES[chip.torus_dims].split(", ")
     else:
         numbers = [topology.num_chips * 2**power for power in range(1, 8)]
-        whole = [n for n in numbers if n <= chip.nvlink_domain or n % chip.nvlink_domain == 0]
-        sizes = list(map(str, whole))
-    made = [parse_topology(f"{chip.name}:{size}", slices) for size in sizes]
-    return [other for other in made if other.num_chips > topology.num_chips]
+        sizes = [str(n) for n in numbers if n <= chip.nvlink_domain or n % chip.nvlink_domain == 0]
+    topologies = [parse_topology(f"{chip.name}:{size}", topology.num_slices) for size in sizes]
+    return [other for other in topologies if other.num_chips > topology.num_chips]
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
-    """Returns TPU devices to compile for, none of which is here.
+    """Returns TPU devices to compile for, without a TPU.
 
     Raises:
-        UserError: libtpu, the compiler, is not installed, or it does not know the size.
+        UserError: The compiler, libtpu, is not installed, or does not support the size.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "planning for TPUs needs their compiler, which is not installed: "
-            'pip install "jax[tpu]" (Linux on x86-64)'
+            "Planning for TPUs needs libtpu, the TPU compiler, which is not installed. "
+            'Run pip install "jax[tpu]" (Linux on x86-64).'
         )
     import jax
     from jax.experimental import topologies
 
-    settings: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {}
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
     if topology.chip.name in {"v4", "v5p"}:
-        settings["chip_config_name"] = "megacore"  # One device a chip.
+        options["chip_config_name"] = "megacore"  # One device per chip.
     if math.prod(topology.grid) == 1:
-        settings["chips_per_host_bounds"] = topology.grid + (1,) * (3 - len(topology.grid))
+        options["chips_per_host_bounds"] = topology.grid + (1,) * (3 - len(topology.grid))
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.text, **settings
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
         )
     except jax.errors.JaxRuntimeError as error:
-        sizes = _SIZES[topology.chip.torus_dims]
         raise UserError(
-            f"--topology={topology.text}: the compiler does not take this size "
-            f"({summarize_error(error)}); try one of {sizes}"
+            f"--topology must have a size that the compiler supports, got {topology.name} "
+            f"({summarize_error(error)}). Try one of {_SIZES[topology.chip.torus_dims]}."
         ) from error
-    return list(described.devices)
+    return list(description.devices)
 
 
 def device_locations(topology: Topology, devices: list[Any] | None) -> list[DeviceLocation]:
-    """Returns where each device is, in the order of the mesh.
+    """Returns the location of each device, in mesh order.
 
     Args:
-        topology: of all.
-        devices: in that order; None for GPUs, which lie machine by machine.
+        topology: Topology of the devices.
+        devices: Devices in mesh order; None numbers them chip by chip and slice by slice, or
+            machine by machine.
     """
+    chip = topology.chip
     if devices is None:
-        size = topology.chip.nvlink_domain
-        return [DeviceLocation(n, n // size) for n in range(topology.num_devices)]
+        domain_size = chip.nvlink_domain or topology.num_devices // topology.num_slices
+        return [
+            DeviceLocation(n // chip.devices_per_chip, n // domain_size)
+            for n in range(topology.num_devices)
+        ]
     slices = [getattr(device, "slice_index", 0) for device in devices]
     return [
-        DeviceLocation((number, tuple(device.coords)), number)
-        for device, number in zip(devices, slices, strict=True)
+        DeviceLocation((slice_index, tuple(device.coords)), slice_index)
+        for device, slice_index in zip(devices, slices, strict=True)
     ]

@@ -80,7 +80,7 @@ def open_task_data(tasks: Sequence[Task], data_dir: str) -> SuiteData:
                 sources.append(open_dataset(dataset, split, data_dir))
             except UserError as error:
                 data.missing.setdefault(task.name, str(error))
-                advice = error.advice if isinstance(error, DatasetNotPreparedError) else str(error)
+                advice = error.hint if isinstance(error, DatasetNotPreparedError) else str(error)
                 if advice not in data.advice:
                     data.advice.append(advice)
         if task.name not in data.missing:

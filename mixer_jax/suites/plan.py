@@ -16,10 +16,11 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import UserError
+from mixer_jax.files import atomic_write
 from mixer_jax.suites import tasks as tasks_lib
 from mixer_jax.suites.run_configs import Run, SuiteSettings, final_runs, is_resumable, sweep_runs
 from mixer_jax.suites.tasks import FineTuneTask, Suite, Task
-from mixer_jax.training.workdir import CONFIG_FILE, atomic_write
+from mixer_jax.training.workdir import CONFIG_FILE
 
 SUITE_FILE = "suite.json"
 _OVERRIDES = "overrides."
@@ -197,7 +198,7 @@ def _text(plan: TransferPlan) -> str:
 
 def _create(path: epath.Path, text: str) -> None:
     """Writes a file, whole, unless there is one: of several programs the first has its way."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     if "://" in str(path):
         # An object store has no links; there the last has its way.
         atomic_write(path, text)

@@ -16,7 +16,7 @@ import jax
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.distributed.multihost import any_host, is_primary_process
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
-from mixer_jax.locks import locked
+from mixer_jax.files import file_lock
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.probe_tasks import run_probe_task
 from mixer_jax.suites.results import (
@@ -111,7 +111,7 @@ def _lock(workdir: str, name: str) -> Iterator[bool]:
         if is_primary_process() and "://" not in workdir:
             with output_errors(f"{workdir}/{name}"):
                 try:
-                    stack.enter_context(locked(Path(workdir, name, _LOCK_FILE)))
+                    stack.enter_context(file_lock(Path(workdir, name, _LOCK_FILE)))
                 except BlockingIOError:
                     taken = True
         yield not any_host(taken)

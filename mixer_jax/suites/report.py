@@ -5,11 +5,11 @@ import json
 from etils import epath
 
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.files import atomic_write
 from mixer_jax.suites import table as tables
 from mixer_jax.suites.picture import plot_table
 from mixer_jax.suites.plan import SUITE_FILE, read_plan
 from mixer_jax.suites.throughput import Throughput
-from mixer_jax.training.workdir import atomic_write
 
 THROUGHPUT_FILE = "throughput.json"
 _PICTURE = "results.png"

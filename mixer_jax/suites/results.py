@@ -11,9 +11,9 @@ from etils import epath
 
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import OutputWriteError, UserError, summarize_error
+from mixer_jax.files import atomic_write
 from mixer_jax.suites.run_configs import TEST, VALIDATION
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
-from mixer_jax.training.workdir import atomic_write
 
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.txt"

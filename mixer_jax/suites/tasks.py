@@ -224,7 +224,7 @@ def _check_both(task: Task, where: str) -> None:
         value = getattr(task, name)
         _check(isinstance(value, str) and value, where, task, name, "pass a name")
     _check(_is_whole(task.num_classes, 0), where, task, "num_classes", "pass a whole number")
-    seeds = _is_all(task.seeds, lambda seed: _is_whole(seed, 0) and seed <= FIELDS["seed"].high)
+    seeds = _is_all(task.seeds, lambda seed: _is_whole(seed, 0) and seed <= FIELDS["seed"].max)
     _check(seeds, where, task, "seeds", "list whole numbers from 0, each once")
     counts = task.num_examples
     counted = _is_all(counts, _is_whole, once=False) and len(counts) == len(splits)

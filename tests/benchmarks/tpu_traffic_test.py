@@ -14,7 +14,8 @@ from mixer_jax.benchmarks.traffic_rows import as_json, floors, print_steps
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.planning.aot_compile import OutOfMemory
-from mixer_jax.planning.hlo.attribution import REGIONS
+from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
+from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
@@ -45,7 +46,7 @@ def test_training_beside_the_reference(capsys: pytest.CaptureFixture[str], tmp_p
     assert names[:2] == ["reference", "mixer_jax"]
     assert len(set(names)) == 4
     for row in (reference, ours):
-        assert list(row["bytes_by_part"]) == list(REGIONS)
+        assert list(row["bytes_by_part"]) == [*REGIONS, OPTIMIZER, OTHER]
         assert row["num_bytes"] == pytest.approx(sum(row["bytes_by_part"].values()))
         assert row["num_bytes"] > fused["num_bytes"]
         assert sum(row["flops_by_part"].values()) == sum(apart["flops_by_part"].values())

@@ -1,82 +1,70 @@
-"""Tests of the configuration: its rules, its files, and what may change when a run is resumed."""
+"""Tests of building, validating and parsing configurations."""
 
-import ast
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixer_jax.config import config as config_lib
-from mixer_jax.config.loading import load_config, set_override
-from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
-from mixer_jax.data.preprocess import train_image
+from mixer_jax import config as config_lib
+from mixer_jax.config.config import (
+    architecture_overrides,
+    check_value,
+    fill_defaults,
+    flatten,
+    format_help,
+    get_default,
+    parse,
+    parse_shots,
+    resolve_num_steps,
+    validate,
+)
+from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS, Field
 from mixer_jax.errors import UserError
-from mixer_jax.models.execution import Execution
-from mixer_jax.models.mixer import MlpMixer
-from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
-from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.setup import build_experiment, make_train_batches
-from tests.helpers.messages import mentions, raises
-
-# Those that begin with weights are in finetune_configs_test.py.
-FILES = [
-    path
-    for path in sorted(Path(__file__).parent.parent.parent.glob("configs/*.py"))
-    if not path.stem.startswith("finetune_")
-]
-ARGUMENTS = {"digits": ["low", "high"], "folder": ["photos"]}
-CONFIGS = [str(path) for path in FILES] + [
-    f"{path}:{argument}" for path in FILES for argument in ARGUMENTS.get(path.stem, [])
-]
-PAPER_FILES = {path.stem for path in FILES if path.stem.startswith("mixer_")}
+from tests.helpers.lines import some_line_mentions
+from tests.helpers.messages import raises
 
 
 @pytest.fixture
 def config() -> ConfigDict:
-    config = config_lib.get_default()
+    config = get_default()
     config.num_steps = 20_000
     config.evals = config_lib.evals(test={"split": "test"})
     return config
 
 
-def test_every_key_has_a_meaning_and_a_default_that_is_valid(config: ConfigDict) -> None:
-    config_lib.validate(config)
-    assert all(key.meaning for key in FIELDS.values())
-    help_text = config_lib.format_help()
-    for path in config_lib.flatten(config_lib.get_default()):
-        assert mentions(help_text, f"{path}=")
+def set_key(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets a key to a value that may have another type."""
+    *sections, name = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    with node.unlocked(), node.ignore_type():
+        node[name] = value
 
 
-def read_names() -> set[str]:
-    """Returns every attribute, parameter and keyword argument in the package's code."""
-    names: set[str] = set()
-    for path in Path("mixer_jax").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                names.add(node.attr)
-            elif isinstance(node, ast.arg | ast.keyword):
-                names.add(str(node.arg))
-    # A model's settings are the fields of its class.
-    return names | set(MlpMixer.__dataclass_fields__) | {"family", "backend"}
-
-
-def test_every_key_is_read_somewhere() -> None:
-    used = read_names()
-    unread = [path for path in FIELDS if path.split(".")[-1] not in used]
-    assert unread == []
+def test_parse_keeps_every_value(config: ConfigDict) -> None:
+    config.optimizer.learning_rate = 0.5
+    config.mixture = config_lib.mixture(a={"dataset": "cifar10"}, b={"weight": 2.0})
+    run = parse(config)
+    assert run.to_dict() == config.to_dict()
+    assert run.optimizer.learning_rate == 0.5
+    assert run.evals["test"].split == "test"
+    assert (run.mixture["a"].dataset, run.mixture["b"].weight) == ("cifar10", 2.0)
+    # Later changes of the ConfigDict do not reach it.
+    config.evals.test.split = "train"
+    assert run.evals["test"].split == "test"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "parts"),
+    ("path", "value", "parts"),
     [
         ("seed", -1, ["seed", "0", "4294967295"]),
-        ("seed", 1.5, ["seed"]),
+        ("seed", 1.5, ["seed", "integer"]),
         ("batch_size", True, ["batch_size"]),
+        ("preprocess.flip", 1, ["preprocess.flip"]),
+        ("dataset.name", 7, ["dataset.name"]),
+        ("model.family", "resnet", ["model.family", "mixer"]),
         ("model.variant", "B/17", ["model.variant", "S/32", "B/16", "H/14"]),
         ("model.gelu", "relu", ["model.gelu", "tanh", "exact"]),
         ("model.dropout", 1.0, ["model.dropout", "0", "0.999"]),
@@ -88,220 +76,153 @@ def test_every_key_is_read_somewhere() -> None:
         ("recipe.grad_accum_steps", 3, ["batch_size", "4096"]),
         ("optimizer.learning_rate", float("nan"), ["optimizer.learning_rate"]),
         ("num_epochs", float("inf"), ["num_epochs"]),
-        ("preprocess.max_shift", 224, ["preprocess.max_shift"]),
+        ("preprocess.max_shift", 224, ["preprocess.max_shift", "image_size"]),
         ("optimizer.name", "sgd", ["optimizer.name", "adam", "momentum"]),
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
+        ("evals.test.shots", "1,zero", ["evals.test.shots"]),
     ],
 )
-def test_rules(config: ConfigDict, key: str, value: Any, parts: list[str]) -> None:
-    *sections, name = key.split(".")
-    node = config
-    for section in sections:
-        node = node[section]
-    with node.unlocked(), node.ignore_type():
-        node[name] = value
-    with raises(UserError, str(value), *parts):
-        config_lib.validate(config)
+def test_parse_names_the_key_and_the_value(
+    config: ConfigDict, path: str, value: Any, parts: list[str]
+) -> None:
+    set_key(config, path, value)
+    with raises(UserError, str(value), *parts) as caught:
+        parse(config)
+    assert "\n" not in str(caught.value)
 
 
-def test_keys_that_nobody_declared_are_errors(config: ConfigDict) -> None:
+def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:
+    config.recipe.mixup, config.batch_size = 0.5, 1
+    with raises(UserError, "batch_size", "1", "2", "mixup"):
+        parse(config)
+    config.batch_size = 2
+    parse(config)
+
+
+def test_parse_takes_the_architecture_of_a_checkpoint(config: ConfigDict) -> None:
+    config.model.variant = "init_from"
+    with raises(UserError, "config.init_from", "model.variant"):
+        parse(config)
+    config.init_from = "a.npz"
+    # Any image size may fit.
+    config.image_size = 230
+    assert parse(config).model.variant == "init_from"
+    config.model.hidden_dim = 8
+    with raises(UserError, "model.hidden_dim", "8", "init_from"):
+        parse(config)
+
+
+def test_parse_rejects_unknown_keys(config: ConfigDict) -> None:
     with config.unlocked():
         config.optimizer.learning_rat = 1.0
     with raises(UserError, "optimizer.learning_rat", "optimizer.learning_rate"):
-        config_lib.validate(config)
+        parse(config)
+
+
+@pytest.mark.parametrize("path", ["seed", "optimizer.b1", "evals.test.split", "mixture"])
+def test_parse_rejects_missing_keys(config: ConfigDict, path: str) -> None:
+    *sections, name = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    with node.unlocked():
+        del node[name]
+    with raises(UserError, f"config.{path}"):
+        parse(config)
+
+
+def test_validate_raises_as_parse(config: ConfigDict) -> None:
+    validate(config)
+    config.image_size = 230
+    with raises(UserError, "image_size", "230"):
+        validate(config)
+
+
+def test_check_value_accepts_the_limits_of_a_field() -> None:
+    field = Field(float, 0.5, "a fraction", min=0, max=1)
+    for value in (0.0, 1.0):
+        check_value("fraction", field, value)
+    for value in (-0.1, 1.1):
+        with raises(UserError, "fraction", str(value), "0", "1"):
+            check_value("fraction", field, value)
+
+
+def test_evals_fills_in_defaults() -> None:
+    config = config_lib.evals(
+        val={"split": "validation", "every_steps": 10}, real={"dataset": "cifar10"}
+    )
+    defaults = {name: field.default for name, field in EVAL_FIELDS.items()}
+    assert config.val.to_dict() == defaults | {"split": "validation", "every_steps": 10}
+    assert config.real.to_dict() == defaults | {"dataset": "cifar10"}
+    assert (defaults["type"], defaults["split"], defaults["every_steps"]) == ("classify", "test", 0)
     with raises(UserError, "evals.test.splt", "evals.test.split"):
         config_lib.evals(test={"splt": "test"})
 
 
-@pytest.mark.parametrize(
-    ("path", "hints"),
-    [
-        ("learning_rate", ["optimizer.learning_rate"]),
-        ("optimizr.learning_rate", ["optimizer.learning_rate"]),
-        ("optimizer.warmup_step", ["optimizer.warmup_steps"]),
-        ("optimizer.lr", ["name", "learning_rate", "warmup_steps"]),
-        ("zzz", ["--help"]),
-        ("evals.val.split", ["evals.test.split"]),
-    ],
-)
-def test_unknown_keys_get_a_hint(config: ConfigDict, path: str, hints: list[str]) -> None:
-    with raises(UserError, path, *hints):
-        set_override(config, path, "1")
+def test_mixture_fills_in_defaults() -> None:
+    config = config_lib.mixture(a={"dataset": "cifar10"})
+    defaults = {name: field.default for name, field in MIXTURE_FIELDS.items()}
+    assert config.a.to_dict() == defaults | {"dataset": "cifar10"}
+    with raises(UserError, "mixture.a.wait", "mixture.a.weight"):
+        config_lib.mixture(a={"wait": 1.0})
 
 
-def test_overrides_take_the_type_of_the_key(config: ConfigDict) -> None:
-    for path, text in [
-        ("optimizer.learning_rate", "3e-3"),
-        ("batch_size", "512"),
-        ("preprocess.flip", "False"),
-        ("dataset.name", "cifar10"),
-        ("evals.test.every_steps", "10"),
-    ]:
-        set_override(config, path, text)
-    values = config_lib.flatten(config)
-    assert values["optimizer.learning_rate"] == 3e-3
-    assert values["batch_size"] == 512
-    assert values["preprocess.flip"] is False
-    assert values["dataset.name"] == "cifar10"
-    assert values["evals.test.every_steps"] == 10
-    for path, text in [("batch_size", "1.5"), ("preprocess.flip", "maybe"), ("image_size", "")]:
-        with raises(UserError, path, repr(text)):
-            set_override(config, path, text)
+def test_fill_defaults_adds_missing_keys_only() -> None:
+    saved: dict[str, Any] = {"seed": 3, "optimizer": {"b1": 0.5}, "evals": {"a": {"split": "x"}}}
+    filled = fill_defaults(saved)
+    assert saved == {"seed": 3, "optimizer": {"b1": 0.5}, "evals": {"a": {"split": "x"}}}
+    assert (filled["seed"], filled["optimizer"]["b1"]) == (3, 0.5)
+    assert filled["optimizer"]["b2"] == FIELDS["optimizer.b2"].default
+    assert filled["evals"] == {"a": {n: f.default for n, f in EVAL_FIELDS.items()} | {"split": "x"}}
+    assert "mixture" not in filled
 
 
-def test_epochs_make_whole_steps(config: ConfigDict) -> None:
+def test_resolve_num_steps_counts_whole_batches(config: ConfigDict) -> None:
     config.num_steps, config.num_epochs, config.batch_size = 0, 300.0, 4096
-    assert config_lib.resolve_num_steps(config, 1_268_355) == 92_897
-    config.num_steps = 7
-    assert config_lib.resolve_num_steps(config, 1_268_355) == 7
+    assert resolve_num_steps(parse(config), 1_268_355) == 92_897
+    assert resolve_num_steps(dataclasses.replace(parse(config), num_epochs=0.001), 10) == 1
+    config.num_steps = 10_000
+    assert resolve_num_steps(parse(config), 1_268_355) == 10_000
 
 
-def test_the_papers_table_is_complete() -> None:
-    expected = {f"mixer_{m}_{d}" for m in ("b16", "l16") for d in ("i1k", "i21k")}
-    expected |= {f"mixer_{m}_jft" for m in ("s32", "s16", "b32", "b16", "l32", "l16", "h14")}
-    assert expected == PAPER_FILES
-
-
-# PAPER: section 2: learning rate, weight decay, RandAugment, mixup, stochastic depth, epochs.
-I1K = (1e-3, 0.1, 2, 15.0, 0.5, 0.1, 300.0)
-TABLE = {
-    "mixer_b16_i1k": I1K,
-    "mixer_l16_i1k": I1K,
-    "mixer_b16_i21k": (1e-3, 0.1, 2, 10.0, 0.2, 0.1, 300.0),
-    "mixer_l16_i21k": (1e-3, 0.1, 2, 20.0, 0.5, 0.1, 300.0),
-    "mixer_s32_jft": (3e-3, 0.03, 0, 10.0, 0.0, 0.0, 5.0),
-    "mixer_s16_jft": (3e-3, 0.03, 0, 10.0, 0.0, 0.0, 5.0),
-    "mixer_b32_jft": (3e-3, 0.03, 0, 10.0, 0.0, 0.0, 7.0),
-    "mixer_b16_jft": (3e-3, 0.03, 0, 10.0, 0.0, 0.0, 7.0),
-    "mixer_l32_jft": (1e-3, 0.03, 0, 10.0, 0.0, 0.0, 7.0),
-    "mixer_l16_jft": (1e-3, 0.03, 0, 10.0, 0.0, 0.0, 14.0),
-    "mixer_h14_jft": (1e-3, 0.03, 0, 10.0, 0.0, 0.0, 14.0),
-}
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_configs_are_the_papers_rows(name: str) -> None:
-    config = load_config(f"configs/{name}.py")
-    values = config_lib.flatten(config)
-    keys = (
-        "optimizer.learning_rate",
-        "optimizer.weight_decay",
-        "preprocess.randaugment_layers",
-        "preprocess.randaugment_magnitude",
-        "recipe.mixup",
-        "model.stochastic_depth",
-        "num_epochs",
-    )
-    assert tuple(values[key] for key in keys) == TABLE[name]
-    letter, patch = name.split("_")[1][0].upper(), name.split("_")[1][1:]
-    assert config.model.variant == f"{letter}/{patch}"
-    assert (config.batch_size, config.image_size, config.num_steps) == (4096, 224, 0)
-    assert config.optimizer.name == "adam"
-    assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
-    assert (config.optimizer.warmup_steps, config.optimizer.decay_type) == (10_000, "linear")
-    assert (config.optimizer.clip_norm, config.optimizer.end_learning_rate) == (1.0, 0.0)
-    assert (config.recipe.loss, config.recipe.label_smoothing) == ("sigmoid", 0.0)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_valid_and_has_the_models_shapes(name: str) -> None:
-    config = load_config(name)
-    config_lib.validate(config)
-    config.dataset.name = "synthetic"
-    config.dataset.num_examples = max(config.dataset.num_examples, 10_000)
-    experiment = build_experiment(config, open_datasets(config))
-    widths = get_config(config.model.variant, **config_lib.architecture_overrides(config.model))
-    expected = num_params(widths, config.image_size, experiment.model.num_classes)
-    params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
-    # Adam holds two moments of every parameter, momentum one; and there are one or two counters.
-    held = (2 if config.optimizer.name == "adam" else 1) * expected
-    assert sum(leaf.size for leaf in jax.tree.leaves(moments)) in (held + 1, held + 2)
-
-
-def shrink(config: ConfigDict) -> None:
-    """Makes a config small enough for two quick steps, and leaves its recipe alone."""
-    config.dataset.name = "synthetic"
-    config.dataset.num_classes = min(config.dataset.num_classes or 10, 50)
-    config.dataset.num_examples = 64
-    config.num_steps, config.batch_size = 20_000, 16
-    config.model.variant = "custom"
-    config.model.num_blocks, config.model.patch_size, config.model.hidden_dim = 2, 8, 16
-    config.model.tokens_mlp_dim, config.model.channels_mlp_dim = 8, 32
-    config.image_size = 16
-    config.model.scan_unroll = 1
-
-
-# Numbers that make no other program, unless they are zero, and what only reading data asks for.
-SWITCHES = {
-    "model.head_bias",
-    "model.stochastic_depth",
-    "optimizer.learning_rate",
-    "optimizer.weight_decay",
-    "preprocess.randaugment_magnitude",
-    "recipe.mixup",
-}
-UNCOMPILED = ("checkpoint.", "dataset.", "evals.", "loader.", "bad_images.", "num_epochs", "log_")
-
-
-def of_each_program() -> list[str]:
-    """Returns a config for each program that the shrunken ones make: the first of those alike."""
-    found: dict[Any, str] = {}
-    for name in CONFIGS:
-        config = load_config(name)
-        shrink(config)
-        values = config_lib.flatten(config).items()
-        program = tuple(
-            (path, bool(value) if path in SWITCHES else value)
-            for path, value in values
-            if not path.startswith(UNCOMPILED)
-        )
-        found.setdefault(program, name)
-    return list(found.values())
-
-
-def test_alike_configs_are_found() -> None:
-    assert len(of_each_program()) < len(CONFIGS) / 2
-
-
-@pytest.mark.parametrize("name", of_each_program())
-def test_configs_run_two_steps_on_eight_devices(name: str) -> None:
-    config = load_config(name)
-    shrink(config)
-    config_lib.validate(config)
-    experiment = build_experiment(config, open_datasets(config))
-    assert experiment.mesh.size == 8
-    state, losses = experiment.create_state(), []
-    batches = make_train_batches(experiment, 0, print)
-    for _ in range(2):
-        state, metrics = experiment.train_step(state, next(batches))
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all()
-    assert int(state.step) == 2
-    first = experiment.create_state()
-    # The first step has learning rate 0 and a zero head lets no gradient through: the second step
-    # moves the head.
-    assert (first.params["head"]["kernel"] != state.params["head"]["kernel"]).any()
-
-
-def test_choices_are_what_the_code_knows() -> None:
-    accepted = train_image.__annotations__
-    assert {key.split(".")[1] for key in FIELDS if key.startswith("preprocess.")} == (
-        accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
-    ) | {"eval_crop"}
-    model_keys = {key.split(".")[1] for key in FIELDS if key.startswith("model.")}
-    fields = {
-        field.name
-        for dataclass in (MixerConfig, Execution, MlpMixer)
-        for field in dataclasses.fields(dataclass)
+def test_architecture_overrides_are_the_keys_of_the_family(config: ConfigDict) -> None:
+    config.model.hidden_dim = 8
+    assert architecture_overrides(parse(config).model) == {
+        "num_blocks": 0,
+        "patch_size": 0,
+        "hidden_dim": 8,
+        "tokens_mlp_dim": 0,
+        "channels_mlp_dim": 0,
     }
-    assert model_keys - {"family", "variant"} <= fields
 
 
-def test_evaluations_are_entries_of_their_own() -> None:
-    made: Callable[..., ConfigDict] = config_lib.evals
-    config = made(val={"split": "validation", "every_steps": 10}, real={"dataset": "cifar10"})
-    defaults = {name: key.default for name, key in EVAL_FIELDS.items()}
-    assert config.val.to_dict() == defaults | {"split": "validation", "every_steps": 10}
-    assert config.real.to_dict() == defaults | {"dataset": "cifar10"}
-    assert (defaults["type"], defaults["split"], defaults["every_steps"]) == ("classify", "test", 0)
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5", (5,)), ("1, 5,10", (1, 5, 10)), ("(2,2,1)", (2, 1))]
+)
+def test_parse_shots_reads_lists(text: str, expected: tuple[int, ...]) -> None:
+    assert parse_shots("shots", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,2", "1.5", "-1", "a", "²"])
+def test_parse_shots_rejects_other_text(text: str) -> None:
+    with raises(UserError, "shots", repr(text)):
+        parse_shots("shots", text)
+
+
+def test_flatten_lists_the_leaves_by_path(config: ConfigDict) -> None:
+    values = flatten(config)
+    assert values.keys() == FIELDS.keys() | {f"evals.test.{name}" for name in EVAL_FIELDS}
+    assert (values["num_steps"], values["evals.test.split"]) == (20_000, "test")
+
+
+def test_format_help_has_a_line_for_every_key() -> None:
+    text = format_help()
+    assert max(map(len, text.splitlines())) <= 100
+    columns = [line.split()[:2] for line in text.splitlines()]
+    for path, field in FIELDS.items():
+        default = str(field.default).lower() if field.type is bool else str(field.default)
+        assert [path, default or '""'] in columns
+    for name in EVAL_FIELDS:
+        assert some_line_mentions(text, f"evals.NAME.{name}")
+    assert some_line_mentions(text, "image_size", "224", "px")
+    assert some_line_mentions(text, "recipe.loss", "[sigmoid|softmax]")

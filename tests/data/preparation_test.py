@@ -149,6 +149,7 @@ def test_conversion_rejects_damaged_shards(damage: Any, unconverted: Path) -> No
     assert snapshot(unconverted) == before
 
 
+@pytest.mark.slow
 def test_killed_conversion_starts_over(unconverted: Path, digits_dir: str) -> None:
     temp_dir = dataset_dir(unconverted) / "incomplete.array_record"
     command = [sys.executable, "-m", "mixer_jax.prepare", "digits", f"--data_dir={unconverted}"]

@@ -13,7 +13,7 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.tfds import prepare_tfds
 from mixer_jax.data.tfds_labels import LabelSpec, get_label_spec, image_fixup, parse_dataset_name
 from mixer_jax.errors import DatasetNotPreparedError, UserError
-from tests.helpers.fake_vtab import real_features, write_copy
+from tests.helpers.fake_vtab import real_features, write_fake_dataset
 from tests.helpers.messages import raises
 
 CAR, VAN, TRUCK, PEDESTRIAN, TRAM = 0, 1, 2, 3, 6
@@ -30,7 +30,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data_dir with small fakes of real datasets."""
     folder = tmp_path_factory.mktemp("copies")
     for name, sizes in SIZES.items():
-        write_copy(name, sizes, folder)
+        write_fake_dataset(name, sizes, folder)
     return str(folder)
 
 

@@ -1,49 +1,42 @@
-"""Tests of what devices send each other: exact sums, and the collectives of compiled programs."""
+"""Tests of sharded gradients: exact sums, and the collectives of compiled programs."""
 
-import functools
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from mixer_jax.checkpoints.manager import abstract_state
+from mixer_jax.data.source import Source
 from mixer_jax.distributed.gradients import sharded_value_and_grad
-from mixer_jax.distributed.sharding import batch_sharding, replicated, state_sharding
+from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.evaluation.classification import make_eval_step
-from mixer_jax.models.mixer import MlpMixer
-from mixer_jax.models.mixer_config import get_config, num_params
-from mixer_jax.models.registry import create_model
-from mixer_jax.training.step import create_state, train_step
+from mixer_jax.training.datasets import RunDatasets
+from mixer_jax.training.setup import Experiment, build_experiment
 from tests.helpers.batches import mesh_of
+from tests.helpers.tiny_run import small_config
 
-WIDTHS = {
-    "num_blocks": 3,
-    "patch_size": 4,
-    "hidden_dim": 32,
-    "tokens_mlp_dim": 16,
-    "channels_mlp_dim": 64,
-}
-NUM_CLASSES, SIZE, BATCH = 24, 16, 16
+NUM_CLASSES, IMAGE_SIZE, BATCH_SIZE = 24, 16, 16
 COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
+# Type and number of elements of each array, by collective.
+Collectives = dict[str, list[tuple[str, int]]]
 
 
 def test_small_gradients_are_summed_in_float32() -> None:
-    """Seven gradients that vanish beside the eighth in bfloat16."""
+    """Seven gradients that would vanish next to the eighth in bfloat16."""
 
-    def value_and_grad(params: Any, rows: jax.Array, common: jax.Array) -> Any:
-        grad = jnp.where(rows[0] == 0, jnp.bfloat16(1), jnp.bfloat16(2**-10))
-        return rows[0] * common, {"kernel": jnp.full_like(params["kernel"], grad)}
+    def value_and_grad(params: Any, examples: jax.Array, shared: jax.Array) -> Any:
+        grad = jnp.where(examples[0] == 0, jnp.bfloat16(1), jnp.bfloat16(2**-10))
+        return examples[0] * shared, {"kernel": jnp.full_like(params["kernel"], grad)}
 
-    for layout in ((8, 1), (1, 8), (2, 4)):
-        mesh = mesh_of(*layout)
+    for shape in ((8, 1), (1, 8), (2, 4)):
         mean = sharded_value_and_grad(
-            value_and_grad, mesh, lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+            value_and_grad,
+            mesh_of(*shape),
+            lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
         )
         params = {"kernel": jnp.zeros((8, 2))}
         value, grads = jax.jit(mean)(params, jnp.arange(8.0), jnp.float32(2))
@@ -52,113 +45,107 @@ def test_small_gradients_are_summed_in_float32() -> None:
         np.testing.assert_allclose(grads["kernel"], (1 + 7 * 2**-10) / 8, rtol=1e-6)
 
 
-def sent_by(compiled: Any) -> dict[str, list[tuple[str, int]]]:
-    """Returns, by kind, type and number of values of each array that a compiled program sends."""
-    found: dict[str, list[tuple[str, int]]] = {}
-    for arrays, kind in COLLECTIVE.findall(compiled.as_text()):
+def find_collectives(lowered: Any) -> Collectives:
+    """Compiles a program and lists the arrays that it communicates."""
+    found: Collectives = {}
+    for arrays, collective in COLLECTIVE.findall(lowered.compile().as_text()):
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", arrays):
             size = int(np.prod([int(n) for n in dims.split(",") if n], dtype=int))
-            found.setdefault(kind, []).append((dtype, size))
+            found.setdefault(collective, []).append((dtype, size))
     return found
 
 
-def make_model() -> MlpMixer:
-    dtype = jnp.dtype("bfloat16")
-    return create_model("custom", NUM_CLASSES, **WIDTHS, stochastic_depth=0.1, dtype=dtype)
-
-
-def batch_shape() -> dict[str, jax.ShapeDtypeStruct]:
-    image = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.uint8)
-    return {"image": image, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
-
-
-def sent_by_step(data: int, fsdp: int, pieces: int = 1) -> dict[str, list[tuple[str, int]]]:
-    mesh, model = mesh_of(data, fsdp), make_model()
-    schedule = optax.constant_schedule(0.1)
-    tx = optax.adam(schedule)
-    make_state = functools.partial(create_state, jax.random.key(0), model, tx, SIZE, ema=False)
-    shape = jax.eval_shape(make_state)
-    sharding = state_sharding(shape, mesh)
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        mesh=mesh,
-        num_classes=NUM_CLASSES,
-        seed=0,
-        loss="sigmoid",
-        label_smoothing=0.0,
-        mixup=0.5,
-        grad_accum_steps=pieces,
-        ema_decay=0.0,
+def build(fsdp: int, num_devices: int = 8, **overrides: Any) -> Experiment:
+    """Builds a run of three blocks in bfloat16, with mixup and stochastic depth."""
+    config = small_config(
+        "",
+        image_size=IMAGE_SIZE,
+        batch_size=BATCH_SIZE,
+        mesh__fsdp=fsdp,
+        model__num_blocks=3,
+        model__hidden_dim=32,
+        model__tokens_mlp_dim=16,
+        model__channels_mlp_dim=64,
+        model__dtype="bfloat16",
+        recipe__mixup=0.5,
+        recipe__ema_decay=0.0,
+        **overrides,
     )
-    compiled = jax.jit(
-        step,
-        in_shardings=(sharding, batch_sharding(mesh)),
-        out_shardings=(sharding, replicated(mesh)),
-    )
-    return sent_by(compiled.lower(shape, batch_shape()).compile())
+    source = Source("toy", range(100), tuple(map(str, range(NUM_CLASSES))))
+    return build_experiment(config, RunDatasets(source, {}, {}), jax.devices()[:num_devices])
 
 
-def counted(pieces: list[tuple[str, int]], dtype: str) -> int:
-    return sum(size for kind, size in pieces if kind == dtype and size > 1)
+def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(experiment.mesh)
+    image = (BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32, sharding=sharding),
+    }
 
 
-def param_shapes() -> Any:
-    images = jnp.zeros((1, SIZE, SIZE, 3))
-    return jax.eval_shape(lambda: make_model().init(jax.random.key(0), images))["params"]
+def lower_train_step(experiment: Experiment) -> Any:
+    train_step: Any = experiment.train_step
+    return train_step.lower(experiment.state_shape, batch_shapes(experiment))
 
 
-def num_kernel_parameters() -> int:
-    leaves = jax.tree_util.tree_leaves_with_path(param_shapes())
-    return sum(x.size for path, x in leaves if path[-1].key == "kernel")
+def train_collectives(fsdp: int, **overrides: Any) -> tuple[Collectives, int, int]:
+    """Returns the collectives of a training step, and the sizes of all parameters and kernels."""
+    experiment = build(fsdp, **overrides)
+    params = experiment.state_shape.params
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return find_collectives(lower_train_step(experiment)), total, num_kernel_parameters(params)
 
 
-TOTAL = num_params(get_config("custom", **WIDTHS), SIZE, NUM_CLASSES)
+def num_kernel_parameters(params: Any) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_without_fsdp_gradients_are_reduced_once_and_nothing_else_is_sent(pieces: int) -> None:
-    found = sent_by_step(8, 1, pieces)
+def num_elements(arrays: list[tuple[str, int]], dtype: str) -> int:
+    """Sums the sizes of arrays of a type, without scalars."""
+    return sum(size for found, size in arrays if found == dtype and size > 1)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_without_fsdp_gradients_are_reduced_once(num_microbatches: int) -> None:
+    found, total, _ = train_collectives(1, recipe__grad_accum_steps=num_microbatches)
     assert set(found) == {"all-reduce", "collective-permute"}
-    assert counted(found["all-reduce"], "f32") == TOTAL
+    assert num_elements(found["all-reduce"], "f32") == total
     assert {dtype for dtype, _ in found["all-reduce"]} == {"f32"}
-    # Mixup: each device's first image and label have their partners on the device before.
-    sent = {("u8", SIZE * SIZE * 3), ("f32", NUM_CLASSES)}
-    assert set(found["collective-permute"]) == sent
+    # Mixup: the partners of each device's first image and label are on the previous device.
+    partners = {("u8", IMAGE_SIZE * IMAGE_SIZE * 3), ("f32", NUM_CLASSES)}
+    assert set(found["collective-permute"]) == partners
 
 
 def test_with_fsdp_parameters_are_gathered_and_gradients_scattered() -> None:
-    found = sent_by_step(1, 8)
-    kernels = num_kernel_parameters()
+    found, total, kernels = train_collectives(8)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
-    assert counted(found["all-gather"], "bf16") + counted(found["all-gather"], "f32") == kernels
-    assert counted(found["reduce-scatter"], "f32") == kernels // 8
-    assert counted(found["all-reduce"], "f32") == TOTAL - kernels
+    gathered = found["all-gather"]
+    assert num_elements(gathered, "bf16") + num_elements(gathered, "f32") == kernels
+    assert num_elements(found["reduce-scatter"], "f32") == kernels // 8
+    assert num_elements(found["all-reduce"], "f32") == total - kernels
 
 
-def test_with_both_the_parts_of_gradients_are_reduced_over_data() -> None:
-    found = sent_by_step(2, 4)
-    kernels = num_kernel_parameters()
-    assert counted(found["reduce-scatter"], "f32") == kernels // 4
-    assert counted(found["all-reduce"], "f32") == kernels // 4 + TOTAL - kernels
+def test_with_both_axes_gradient_shards_are_reduced_over_data() -> None:
+    found, total, kernels = train_collectives(4)
+    assert num_elements(found["reduce-scatter"], "f32") == kernels // 4
+    assert num_elements(found["all-reduce"], "f32") == kernels // 4 + total - kernels
 
 
-def test_an_evaluation_gathers_parameters_and_answers_and_nothing_else() -> None:
-    mesh = mesh_of(2, 4)
-    params = param_shapes()
-    split = abstract_state(params, state_sharding(params, mesh))
-    batch = batch_shape() | {"mask": jax.ShapeDtypeStruct((BATCH,), jnp.bool_)}
-    spread = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-        for name, x in batch.items()
-    }
-    eval_step: Any = make_eval_step(make_model(), mesh)
-    found = sent_by(eval_step.lower(split, spread).compile())
+def test_one_device_communicates_nothing() -> None:
+    assert find_collectives(lower_train_step(build(1, num_devices=1))) == {}
+
+
+def test_evaluation_gathers_parameters_and_results_only() -> None:
+    experiment = build(4)
+    params = experiment.state_shape.params
+    mask = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.bool_, sharding=batch_sharding(experiment.mesh))
+    batch = batch_shapes(experiment) | {"mask": mask}
+    eval_step: Any = make_eval_step(experiment.model, experiment.mesh)
+    found = find_collectives(eval_step.lower(params, batch))
     assert set(found) == {"all-gather"}
-    answers = [("f32", BATCH), ("f32", BATCH), ("pred", BATCH), ("s32", BATCH)]
-    rest = sorted(found["all-gather"])
-    for answer in answers:
-        rest.remove(answer)
-    assert sum(size for _, size in rest) == num_kernel_parameters()
+    arrays = sorted(found["all-gather"])
+    for result in ("f32", "f32", "pred", "s32"):
+        arrays.remove((result, BATCH_SIZE))
+    assert sum(size for _, size in arrays) == num_kernel_parameters(params)

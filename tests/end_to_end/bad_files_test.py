@@ -1,4 +1,4 @@
-"""Tests of training and evaluation on all that a crawler may leave behind."""
+"""Tests of training and evaluation on damaged, hostile and unusual image files."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.cli import run_cli
@@ -23,22 +24,24 @@ from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, start
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
+pytestmark = pytest.mark.slow
 
-def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
-    """Writes all that a crawler may leave behind; returns of what kind each bad file is."""
+
+def write_mixed_images(folder: Path, images: list[bytes]) -> dict[str, str]:
+    """Writes good, unusual and bad files; returns the cause of each bad one."""
     photo = encode(photograph(), "JPEG", quality=85)
     good = {
         "cmyk.jpg": encode(photograph(), "JPEG", "CMYK"),
         "sixteen_bits.png": cv2.imencode(".png", np.full((9, 9), 40_000, np.uint16))[1].tobytes(),
         "animation.gif": encode(smooth(20, 30), "GIF"),
         "png_in_name_jpg.jpg": encode(smooth(20, 30), "PNG"),
-        "turned.jpg": encode_with_orientation(smooth(30, 20), 6),
+        "rotated.jpg": encode_with_orientation(smooth(30, 20), 6),
         "one_pixel.png": encode(noise(1, 1), "PNG"),
-        **{f"whole_{index}.png": encoded for index, encoded in enumerate(whole)},
+        **{f"good_{index}.png": encoded for index, encoded in enumerate(images)},
     }
     bad = {
         "empty.jpg": (b"", "empty"),
-        "text.jpg": (b"<html>404</html>", "no image"),
+        "text.jpg": (b"<html>404</html>", "not an image"),
         "bomb.png": (png_with_header_size(20_000, 20_000), "too many pixels"),
         **{f"tenths_{n}.jpg": (photo[: len(photo) * n // 10], "incomplete") for n in range(1, 10)},
     }
@@ -46,7 +49,7 @@ def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
         (folder / "a").mkdir(parents=True, exist_ok=True)
         (folder / "a" / name).write_bytes(encoded)
     (folder / "b").mkdir()
-    (folder / "b" / "whole.png").write_bytes(whole[0])
+    (folder / "b" / "good.png").write_bytes(images[0])
     (folder / "a" / "loop.png").symlink_to(folder / "a" / "loop.png")
     (folder / "a" / "circle").symlink_to(folder / "a")
     os.mkfifo(folder / "a" / "pipe.jpg")
@@ -57,15 +60,15 @@ def write_hostile_images(folder: Path, whole: list[bytes]) -> dict[str, str]:
     return {
         "loop.png": "cannot be read",
         **forbidden,
-        **{n: kind for n, (_, kind) in bad.items()},
+        **{name: cause for name, (_, cause) in bad.items()},
     }
 
 
-def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path: Path) -> None:
-    whole = [encode(noise(8, 8), "PNG")] * 30
-    kinds = write_hostile_images(tmp_path / "images" / "train", whole)
-    write_hostile_images(tmp_path / "images" / "test", whole)
-    # Several epochs, so that every file has been met.
+def test_bad_files_are_logged_in_training_and_named_in_evaluation(tmp_path: Path) -> None:
+    images = [encode(noise(8, 8), "PNG")] * 30
+    causes = write_mixed_images(tmp_path / "images" / "train", images)
+    write_mixed_images(tmp_path / "images" / "test", images)
+    # Several epochs, so that every file is read.
     changes: dict[str, Any] = NO_REGULARIZATION | {
         "bad_images__max_fraction": 0.5,
         "dataset__name": f"folder:{tmp_path}/images",
@@ -74,24 +77,24 @@ def test_hostile_files_are_counted_in_training_and_named_in_evaluation(tmp_path:
     }
     out = finish(start("", tmp_path / "run", **changes))
     lines = (tmp_path / "run" / "bad_images_0.jsonl").read_text().splitlines()
-    met = {Path(line["name"]).name: line["reason"] for line in map(json.loads, lines)}
-    assert met.keys() == kinds.keys()
-    # One reason for each kind, and another for each other one.
-    pairs = {(kinds[name], reason) for name, reason in met.items()}
-    assert len(pairs) == len(set(kinds.values())) == len(set(met.values()))
-    incomplete = met["tenths_1.jpg"]
-    assert any(mentions(line, str(len(kinds)), f"9 {incomplete}") for line in out.splitlines())
+    reasons = {Path(line["name"]).name: line["reason"] for line in map(json.loads, lines)}
+    assert reasons.keys() == causes.keys()
+    # Causes and reasons correspond one to one.
+    pairs = {(causes[name], reason) for name, reason in reasons.items()}
+    assert len(pairs) == len(set(causes.values())) == len(set(reasons.values()))
+    incomplete = reasons["tenths_1.jpg"]
+    assert any(mentions(line, str(len(causes)), f"9 {incomplete}") for line in out.splitlines())
     last = read_metrics(str(tmp_path / "run"))[-1]
-    assert (last["test/num_examples"], last["test/num_bad"]) == (37, len(kinds))
+    assert (last["test/num_examples"], last["test/num_bad"]) == (37, len(causes))
     data = [f"--checkpoint={tmp_path}/run", "--split=test"]
     named = run_cli("evaluate", *data, code=2)
     assert named.stdout == ""
     (line,) = named.stderr.strip().splitlines()
-    assert mentions(line, str(len(kinds)), "--skip_bad_images")
+    assert mentions(line, str(len(causes)), "--skip_bad_images")
     named_with_reason = (
         re.search(rf"images/test/a/{re.escape(name)}\W+{re.escape(reason)}", line)
-        for name, reason in met.items()
+        for name, reason in reasons.items()
     )
     assert sum(map(bool, named_with_reason)) == 5
     scores = json.loads(run_cli("evaluate", *data, "--skip_bad_images", "--json").stdout)
-    assert (scores["num_examples"], scores["num_bad"]) == (37, len(kinds))
+    assert (scores["num_examples"], scores["num_bad"]) == (37, len(causes))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.locks import locked
+from mixer_jax.files import file_lock
 from tests.helpers.processes import finish, start
 
 
@@ -16,7 +16,7 @@ def uninterrupted(
     place = tmp_path_factory.getbasetemp()
     place = place if worker_id == "master" else place.parent
     workdir, done = place / "uninterrupted", place / "uninterrupted.done"
-    with locked(place / "uninterrupted.lock", wait=True):
+    with file_lock(place / "uninterrupted.lock", wait=True):
         if not done.exists():
             finish(start(digits_dir, workdir, as_users=True))
             done.touch()

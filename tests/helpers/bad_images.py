@@ -1,4 +1,4 @@
-"""What the decoder says of an image that it refuses."""
+"""Reasons of the decoder for rejecting images."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mixer_jax.data.decode import BadImageError, decode
 
 
 def reason_of(encoded: bytes) -> str:
-    """Returns why these bytes are refused."""
+    """Finds the reason for which the decoder rejects these bytes."""
     with pytest.raises(BadImageError) as caught:
         decode(encoded)
     return caught.value.reason

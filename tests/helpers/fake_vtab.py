@@ -1,6 +1,6 @@
-"""Small copies of the data sets of VTAB-1k and of the paper's average of five.
+"""Small fakes of the datasets of VTAB-1k and of the paper's average of five.
 
-Each has the features that TFDS gives the real one, and is written by TFDS's own code.
+Each has the features of the real dataset and is written by TFDS.
 """
 
 import contextlib
@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-# Numbers of examples as the catalog of TFDS has them (tensorflow.org/datasets/catalog).
+from mixer_jax.data.tfds_labels import bare_dataset_name
+
+# Numbers of examples according to the TFDS catalog (tensorflow.org/datasets/catalog).
 COUNTS = {
     "caltech101": {"train": 3060, "test": 6084},
     "cifar10": {"train": 50_000, "test": 10_000},
@@ -42,7 +44,7 @@ COUNTS = {
     "sun397": {"train": 76_128, "validation": 10_875, "test": 21_750},
     "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
 }
-# Of which the real data set has photographs' files; the others are of pixels without loss.
+# Datasets of JPEG files; the others are stored losslessly.
 _JPEG = {
     "caltech101",
     "diabetic_retinopathy_detection",
@@ -56,78 +58,77 @@ _JPEG = {
     "resisc45",
     "sun397",
 }
-# What a copy has of each piece between two bounds of slices.
-PIECE = 5
-
-
-def base_of(dataset: str) -> str:
-    return re.split("[/@]", dataset)[0]
+# Number of examples in each segment between two slice bounds.
+SEGMENT_SIZE = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Scale:
-    """Translates slices of a data set to slices of its copy.
+class SliceMap:
+    """Maps slices of a dataset to slices of its fake.
 
-    Every piece of a split between two bounds of slices has the same, small size in the copy, so
-    that what is empty, whole, apart or overlapping stays so.
+    Every segment of a split between two slice bounds has the same small size in the fake, so that
+    disjoint slices stay disjoint, overlapping slices overlap, and empty slices are empty.
 
     Attributes:
-        bounds: of all slices, 0 and the number of examples, ascending, by split.
+        bounds: Sorted bounds of all slices, 0 and the number of examples, by split.
     """
 
     bounds: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, dataset: str, splits: Iterable[str]) -> "Scale":
-        found = {name: {0, count} for name, count in COUNTS[base_of(dataset)].items()}
+    def from_splits(cls, dataset: str, splits: Iterable[str]) -> "SliceMap":
+        bounds = {name: {0, count} for name, count in COUNTS[bare_dataset_name(dataset)].items()}
         for split in splits:
             for name, slice_ in re.findall(r"(\w+)(?:\[(.*?)\])?", split):
-                found[name] |= {int(bound) for bound in slice_.split(":") if bound}
-        return cls({name: tuple(sorted(bounds)) for name, bounds in found.items()})
+                bounds[name] |= {int(bound) for bound in slice_.split(":") if bound}
+        return cls({name: tuple(sorted(values)) for name, values in bounds.items()})
 
     def sizes(self) -> dict[str, int]:
-        """Returns how many examples the copy has, by split."""
-        return {name: PIECE * (len(bounds) - 1) for name, bounds in self.bounds.items()}
+        """Computes the number of examples of the fake by split."""
+        return {name: SEGMENT_SIZE * (len(bounds) - 1) for name, bounds in self.bounds.items()}
 
     def translate(self, split: str) -> str:
-        def part(match: re.Match[str]) -> str:
+        def map_slice(match: re.Match[str]) -> str:
             bounds = self.bounds[match[1]]
             slices = [
-                str(PIECE * bounds.index(int(bound))) if bound else ""
+                str(SEGMENT_SIZE * bounds.index(int(bound))) if bound else ""
                 for bound in match[2].split(":")
             ]
             return f"{match[1]}[{':'.join(slices)}]"
 
-        return re.sub(r"(\w+)\[(.*?)\]", part, split)
+        return re.sub(r"(\w+)\[(.*?)\]", map_slice, split)
 
 
 def real_features(dataset: str, folder: Path) -> Any:
-    """Returns the features of the real data set."""
+    """Looks up the features of the real dataset."""
     return tfds.builder(dataset.partition("@")[0], data_dir=folder).info.features
 
 
-def write_copy(dataset: str, sizes: dict[str, int], folder: Path) -> dict[str, list[Any]]:
-    """Prepares a copy with examples of chance as array_record.
+def write_fake_dataset(dataset: str, sizes: dict[str, int], folder: Path) -> dict[str, list[Any]]:
+    """Prepares a fake with random examples as array_record.
 
     Args:
-        dataset: in TFDS syntax, without a label.
-        sizes: number of examples, by split.
-        folder: the data_dir.
+        dataset: Dataset in TFDS syntax, without a label.
+        sizes: Number of examples by split.
+        folder: The data_dir.
 
     Returns:
-        The examples as TFDS's code was given them, by split.
+        The examples passed to TFDS, by split.
     """
     builder = tfds.builder(dataset, data_dir=folder, file_format="array_record")
     rng = np.random.default_rng(0)
     examples = {
-        split: [_example(base_of(dataset), split, builder.info.features, rng) for _ in range(size)]
+        split: [
+            _example(bare_dataset_name(dataset), split, builder.info.features, rng)
+            for _ in range(size)
+        ]
         for split, size in sizes.items()
     }
 
     def generate(split: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(examples[split])
 
-    # In place of downloading; all that follows is the real builder's.
+    # Replaces the download; everything else is the real builder.
     builder._split_generators = lambda dl_manager: {split: generate(split) for split in examples}
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -136,39 +137,39 @@ def write_copy(dataset: str, sizes: dict[str, int], folder: Path) -> dict[str, l
 
 
 def _example(base: str, split: str, features: Any, rng: np.random.Generator) -> dict[str, Any]:
-    example = {name: _value(base, kind, rng) for name, kind in features.items()}
+    example = {name: _value(base, feature, rng) for name, feature in features.items()}
     if base in _OBJECTS:
         example["objects"] = _OBJECTS[base](example["objects"], rng)
     if (base, split) == ("clevr", "test"):
-        example["objects"] = []  # Nobody knows them.
+        example["objects"] = []  # Hidden in the real dataset too.
     return example
 
 
-def _value(base: str, kind: Any, rng: np.random.Generator) -> Any:
-    """Returns a value of chance that a feature of this kind may have."""
-    match kind:
+def _value(base: str, feature: Any, rng: np.random.Generator) -> Any:
+    """Samples a random value of a feature."""
+    match feature:
         case tfds.features.Image():
-            shape = [side or int(rng.integers(20, 40)) for side in kind.shape]
+            shape = [length or int(rng.integers(20, 40)) for length in feature.shape]
             pixels = rng.integers(2 if base == "dsprites" else 256, size=shape, dtype=np.uint8)
             jpeg = base in _JPEG and shape[-1] == 3
-            # Encoded here, since TFDS would import TensorFlow for it, which takes seconds.
+            # TFDS would import TensorFlow to encode it, which takes seconds.
             return cv2.imencode(".jpg" if jpeg else ".png", pixels)[1].tobytes()
         case tfds.features.ClassLabel():
-            return int(rng.integers(kind.num_classes))
+            return int(rng.integers(feature.num_classes))
         case tfds.features.BBoxFeature():
             return tfds.features.BBox(0.1, 0.2, 0.3, 0.4)
         case tfds.features.Text():
             return f"text {rng.integers(10**9)}"
         case tfds.features.Sequence():
-            return [_value(base, kind.feature, rng) for _ in range(rng.integers(5))]
+            return [_value(base, feature.feature, rng) for _ in range(rng.integers(5))]
         case tfds.features.FeaturesDict():
-            return {name: _value(base, part, rng) for name, part in kind.items()}
+            return {name: _value(base, part, rng) for name, part in feature.items()}
         case _:
-            return rng.normal(size=kind.shape).astype(np.float32)
+            return rng.normal(size=feature.shape).astype(np.float32)
 
 
 def _clevr_objects(objects: list[Any], rng: np.random.Generator) -> list[Any]:
-    """Returns 3 to 10 objects with distances as CLEVR has them."""
+    """Samples 3 to 10 objects with distances as in CLEVR."""
     template = {
         "color": 0,
         "material": 0,
@@ -185,9 +186,9 @@ def _clevr_objects(objects: list[Any], rng: np.random.Generator) -> list[Any]:
 
 
 def _kitti_objects(objects: list[Any], rng: np.random.Generator) -> list[Any]:
-    """Returns the same objects, or none, 1 to 40 m in front of the camera."""
+    """Places the objects 1 to 40 m in front of the camera."""
     return [
-        {**one, "location": np.array([-50, 0, rng.uniform(1, 40)], np.float32)} for one in objects
+        {**item, "location": np.array([-50, 0, rng.uniform(1, 40)], np.float32)} for item in objects
     ]
 
 

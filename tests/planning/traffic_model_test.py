@@ -1,78 +1,86 @@
-"""Tests of the budget of a step: B/16 worked out by hand, and how parts depend on the work."""
+"""Traffic model: B/16 by hand, and how regions depend on the step."""
 
 import pytest
 
 from mixer_jax.models.mixer_config import VARIANTS, forward_flops
-from mixer_jax.planning.hlo.attribution import REGIONS
 from mixer_jax.planning.traffic_model import StepSpec, Traffic, estimate_traffic
 
 B16 = StepSpec(VARIANTS["B/16"], image_size=224, num_classes=1000, batch_size=128)
-# Of one image: its tokens, 196 × 768, and the hidden units of a token-mixing MLP, 768 × 384, and of
-# one of channel mixing, 196 × 3072, in bfloat16; and kernels of 12 blocks and two products each.
+# Bytes per image, in bfloat16, of the tokens, 196 × 768, and of the hidden units of a token-mixing
+# MLP, 768 × 384, and of a channel-mixing MLP, 196 × 3072.
 X, TOKENS_HIDDEN, CHANNELS_HIDDEN = 301_056, 589_824, 1_204_224
+# Elements of the kernels of 12 blocks with two matmuls each.
 TOKENS_KERNELS, CHANNELS_KERNELS = 12 * 2 * 196 * 384, 12 * 2 * 768 * 3072
 
 
-def total(needs: dict[str, Traffic]) -> Traffic:
-    return Traffic(*map(sum, zip(*needs.values(), strict=True)))
+def total(traffic: dict[str, Traffic]) -> Traffic:
+    return Traffic(*map(sum, zip(*traffic.values(), strict=True)))
 
 
-def test_b16_training_by_hand() -> None:
-    needs = estimate_traffic(B16)
-    assert list(needs) == list(REGIONS)
-    # A kernel is read twice in bfloat16, forward and for the gradient of what goes in; its own
-    # gradient is float32. All images share that.
-    share = 8 / 128
-    tokens, channels = needs["token mixing"], needs["channel mixing"]
+def test_estimate_traffic_of_training_step() -> None:
+    traffic = estimate_traffic(B16)
+    assert list(traffic) == [
+        *("stem", "token mixing", "channel mixing", "LayerNorm", "head and loss"),
+        *("optimizer", "other"),
+    ]
+    # Each weight is read twice in bfloat16, forward and for the gradient of the input, and its
+    # gradient is written in float32. All images share these bytes.
+    per_weight = 8 / 128
+    tokens, channels = traffic["token mixing"], traffic["channel mixing"]
     assert tokens.flops == 3 * 2 * TOKENS_KERNELS * 768
     assert channels.flops == 3 * 2 * CHANNELS_KERNELS * 196
-    assert tokens.apart == 12 * (9 * X + 7 * TOKENS_HIDDEN) + share * TOKENS_KERNELS
-    assert channels.apart == 12 * (9 * X + 7 * CHANNELS_HIDDEN) + share * CHANNELS_KERNELS
-    assert tokens.fused == 12 * 5 * X + share * TOKENS_KERNELS
-    assert channels.fused == 12 * 5 * X + share * CHANNELS_KERNELS
-    # Pixels are bytes; the stem's kernel is read once, of 16 × 16 × 3 × 768.
-    assert needs["stem"].apart == 2 * (150_528 + X) + 6 * 589_824 / 128
-    # The head's kernel is float32: read twice, its gradient written.
-    assert needs["head and loss"].apart == 3 * X + 12 * 768_000 / 128
-    assert needs["optimizer"].apart == 8 * 4 * 59_880_472 / 128
-    assert needs["LayerNorm"] == needs["other"] == Traffic(0, 0, 0, 0)
+    tokens_weights, channels_weights = per_weight * TOKENS_KERNELS, per_weight * CHANNELS_KERNELS
+    assert tokens.unfused_bytes == 12 * (9 * X + 7 * TOKENS_HIDDEN) + tokens_weights
+    assert channels.unfused_bytes == 12 * (9 * X + 7 * CHANNELS_HIDDEN) + channels_weights
+    assert tokens.fused_bytes == 12 * 5 * X + tokens_weights
+    assert channels.fused_bytes == 12 * 5 * X + channels_weights
+    # The image is uint8. The stem's kernel, 16 × 16 × 3 × 768, is read once.
+    assert traffic["stem"].unfused_bytes == 2 * (150_528 + X) + 6 * 589_824 / 128
+    # The head's kernel is read twice in float32, and its gradient is written.
+    assert traffic["head and loss"].unfused_bytes == 3 * X + 12 * 768_000 / 128
+    assert traffic["optimizer"].unfused_bytes == 8 * 4 * 59_880_472 / 128
+    assert traffic["LayerNorm"] == traffic["other"] == Traffic(0, 0, 0, 0)
 
 
-def test_b16_in_round_numbers() -> None:
-    everything = total(estimate_traffic(B16))
-    assert everything.flops / 1e9 == pytest.approx(75.4, abs=0.05)
-    assert everything.apart / 1e6 == pytest.approx(236, abs=0.5)
-    assert everything.fused / 1e6 == pytest.approx(57, abs=0.5)
-    assert everything.flops_fused / everything.flops == pytest.approx(7 / 6, abs=0.002)
-    assert estimate_traffic(B16)["optimizer"].apart / 1e6 == pytest.approx(15, abs=0.05)
+def test_estimate_traffic_in_round_numbers() -> None:
+    step = total(estimate_traffic(B16))
+    assert step.flops / 1e9 == pytest.approx(75.4, abs=0.05)
+    assert step.unfused_bytes / 1e6 == pytest.approx(236, abs=0.5)
+    assert step.fused_bytes / 1e6 == pytest.approx(57, abs=0.5)
+    assert step.fused_flops / step.flops == pytest.approx(7 / 6, abs=0.002)
+    optimizer = estimate_traffic(B16)["optimizer"]
+    assert optimizer.unfused_bytes / 1e6 == pytest.approx(15, abs=0.05)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_inference_is_a_forward_pass(variant: str) -> None:
-    work = B16._replace(widths=VARIANTS[variant], training=False)
-    needs = estimate_traffic(work)
-    everything = total(needs)
-    assert everything.flops == everything.flops_fused
-    assert everything.flops == forward_flops(VARIANTS[variant], 224, 1000)
-    assert needs["optimizer"].apart == 0
-    trained = total(estimate_traffic(work._replace(training=True)))
-    # All but the gradient of pixels.
-    assert trained.flops == 3 * everything.flops - needs["stem"].flops
-    assert everything.fused < everything.apart < trained.apart
-    assert everything.fused < trained.fused < trained.apart
+def test_estimate_traffic_of_inference(variant: str) -> None:
+    infer_step = B16._replace(architecture=VARIANTS[variant], train=False)
+    by_region = estimate_traffic(infer_step)
+    infer = total(by_region)
+    assert infer.flops == infer.fused_flops == forward_flops(VARIANTS[variant], 224, 1000)
+    assert by_region["optimizer"].unfused_bytes == 0
+    train = total(estimate_traffic(infer_step._replace(train=True)))
+    # The gradient of the image is not computed.
+    assert train.flops == 3 * infer.flops - by_region["stem"].flops
+    assert infer.fused_bytes < infer.unfused_bytes < train.unfused_bytes
+    assert infer.fused_bytes < train.fused_bytes < train.unfused_bytes
 
 
-def test_what_images_share() -> None:
-    one, many = (total(estimate_traffic(B16._replace(batch_size=size))) for size in (1, 1_000_000))
-    assert one.flops == many.flops
-    # Of a single image, parameters are most: all but the head's and those without a kernel.
-    assert one.apart - many.apart > (32 + 8) * 59_000_000
-    assert many.apart == pytest.approx(
-        12 * (18 * X + 7 * (TOKENS_HIDDEN + CHANNELS_HIDDEN)), rel=0.02
+def test_estimate_traffic_shares_parameters_among_images() -> None:
+    small, large = (
+        total(estimate_traffic(B16._replace(batch_size=batch_size)))
+        for batch_size in (1, 1_000_000)
     )
+    assert small.flops == large.flops
+    # For one image, most bytes are of parameters: all but those of the head and of biases.
+    assert small.unfused_bytes - large.unfused_bytes > (32 + 8) * 59_000_000
+    activations = 12 * (18 * X + 7 * (TOKENS_HIDDEN + CHANNELS_HIDDEN))
+    assert large.unfused_bytes == pytest.approx(activations, rel=0.02)
 
 
-def test_float32_is_twice_as_much() -> None:
-    many = B16._replace(batch_size=1_000_000)
-    low, high = total(estimate_traffic(many)), total(estimate_traffic(many._replace(itemsize=4)))
-    assert high.apart / low.apart == pytest.approx(2, rel=0.01)
+def test_estimate_traffic_doubles_in_float32() -> None:
+    step = B16._replace(batch_size=1_000_000)
+    bfloat16, float32 = (
+        total(estimate_traffic(step._replace(itemsize=itemsize))) for itemsize in (2, 4)
+    )
+    assert float32.unfused_bytes / bfloat16.unfused_bytes == pytest.approx(2, rel=0.01)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from mixer_jax.errors import NonFiniteError, OutputWriteError, UserError
-from mixer_jax.locks import locked
+from mixer_jax.files import file_lock
 from mixer_jax.suites import protocol, results
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
@@ -132,7 +132,7 @@ def test_a_signal_in_the_last_step_stops_all_hosts(
 
 def test_a_task_that_another_program_does_is_left_alone(doing: TaskContext, tmp_path: Path) -> None:
     failed = tmp_path / "low" / "failed.txt"
-    with locked(tmp_path / "low" / ".lock"):
+    with file_lock(tmp_path / "low" / ".lock"):
         failed.write_text("the other's\n")
         failures = run_tasks(doing, SUITE.tasks)
         assert list(failures) == ["low"]

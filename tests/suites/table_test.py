@@ -209,7 +209,7 @@ def test_the_table_is_told_where_it_cannot_be_written(
     with raises(UserError, "--workdir", f"{tmp_path}/results.csv", "--report"):
         report(str(tmp_path))
     assert some_line_mentions(capsys.readouterr().out, "avg5", "93.91")
-    assert not list(tmp_path.glob("*.draft"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_minutes_are_counted_once(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from mixer_jax.data.loader import eval_batches, train_batches
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
+from mixer_jax.data.tfds_labels import bare_dataset_name
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.suites.tasks import FineTuneTask
 from mixer_jax.suites.vtab import VTAB_1K
 from tests.helpers.batches import UNCHANGED, mesh_of
-from tests.helpers.fake_vtab import COUNTS, Scale, base_of, real_features, write_copy
+from tests.helpers.fake_vtab import COUNTS, SliceMap, real_features, write_fake_dataset
 
 SIZE = 16
 # Classes and splits with labels of the sets that the paper's average of five is of.
@@ -41,7 +42,7 @@ def splits_of(task: FineTuneTask) -> tuple[str, str, str, str]:
 
 def covered(dataset: str, split: str) -> set[tuple[str, int]]:
     """Returns the examples that TFDS itself takes for a split of the real data set."""
-    counts = COUNTS[base_of(dataset)]
+    counts = COUNTS[bare_dataset_name(dataset)]
     template = tfds.core.ShardedFileTemplate(
         data_dir=Path(), dataset_name=dataset, filetype_suffix="array_record"
     )
@@ -101,7 +102,7 @@ class Copy:
     """
 
     folder: str
-    scale: Scale
+    scale: SliceMap
     examples: dict[str, list[Any]]
 
 
@@ -112,9 +113,15 @@ def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Copy]:
     @functools.cache
     def write(dataset: str) -> Copy:
         folder = tmp_path_factory.mktemp("copy")
-        tasks = [task for task in VTAB_1K if base_of(task.dataset) == base_of(dataset)]
-        scale = Scale.of(dataset, [split for task in tasks for split in splits_of(task)])
-        return Copy(str(folder), scale, write_copy(dataset, scale.sizes(), folder))
+        tasks = [
+            task
+            for task in VTAB_1K
+            if bare_dataset_name(task.dataset) == bare_dataset_name(dataset)
+        ]
+        scale = SliceMap.from_splits(
+            dataset, [split for task in tasks for split in splits_of(task)]
+        )
+        return Copy(str(folder), scale, write_fake_dataset(dataset, scale.sizes(), folder))
 
     return lambda dataset: write(dataset.partition("@")[0])
 
@@ -146,7 +153,7 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def pixels(dataset: str, encoded: bytes) -> bytes:
     """Returns what is to be seen of an image that was written, as RGB."""
     # The pixels of dSprites are 0 and 1, and meant to be black and white.
-    return (decode(encoded) * (255 if base_of(dataset) == "dsprites" else 1)).tobytes()
+    return (decode(encoded) * (255 if bare_dataset_name(dataset) == "dsprites" else 1)).tobytes()
 
 
 def check_examples(dataset: str, source: Source, copy: Copy) -> set[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mixer_jax import files
 from mixer_jax.errors import UserError
 
 # NumPy has no bfloat16 of its own: files of Google's hold it as raw pairs of bytes.
@@ -101,16 +102,13 @@ def check_target(path: str, force: bool) -> None:
 
 @contextmanager
 def atomic_target(path: str) -> Iterator[Path]:
-    """Gives the name of a draft, which becomes `path` if all goes well and nothing otherwise."""
-    draft = Path(f"{path}.draft-{os.getpid()}")
+    """Yields a temporary path, which replaces `path` on success.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     try:
-        draft.touch()
-        mode = draft.stat().st_mode
-        yield draft
-        # Who writes it may have made a new file, readable to its owner alone.
-        draft.chmod(mode)
-        draft.replace(path)
+        with files.atomic_target(path) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{path!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Analysis of compiled HLO programs."""
+"""Analysis of compiled XLA programs: memory traffic, matmul FLOPs, collectives, by model region."""

@@ -1,150 +1,158 @@
-"""Which part of a Mixer an instruction of a compiled program belongs to.
+"""Attribution of a compiled program's instructions to regions of the model.
 
-The compiler notes of every instruction which modules and scopes its code stands in, for instance
-`jit(train_step)/jvp(MlpMixer)/MixerBlock/vmap(vmap(token_mixing))/Dense_0/dot_general`. The rule,
-in this order:
+The compiler keeps the JAX name stack of each instruction, for example
+`jit(train_step)/jvp(MlpMixer)/MixerBlock/vmap(vmap(token_mixing))/Dense_0/dot_general`. A region is
+a pattern of such names, which the model family provides. These rules apply in order:
 
-1. A fusion with matrix products belongs where the largest of them does: what else it holds, such as
-   a LayerNorm on the way in or a GELU on the way out, costs no traffic of its own.
-2. Any other fusion belongs where most of the elements that are computed in it do.
-3. Anything else belongs where its own name says.
-4. What has no such name and only brings numbers elsewhere, such as a copy that the compiler adds,
-   belongs to what uses them, where it brings them onto the chip, and else to what made them.
-5. What is left, such as a residual connection that stands alone, is "other".
+1. A fusion with matmuls belongs to the region of the largest. Everything else in it, such as a
+   LayerNorm of the input or a GELU of the output, causes no traffic of its own.
+2. Any other fusion belongs to the region that computes most of its elements.
+3. Any other instruction belongs to the region of its own name.
+4. Data movement without such a name, such as a copy that the compiler inserts, belongs to the
+   region of its consumers if it loads on-chip memory, and otherwise to that of its producers.
+5. Everything else, such as a residual connection that is not fused, is "other".
 """
 
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from mixer_jax.planning.hlo.flops import iter_matmuls
-from mixer_jax.planning.hlo.instruction import Instruction
-from mixer_jax.planning.hlo.program import Computation, ExecutedInstruction, Program
+from mixer_jax.planning.hlo.program import Computation, ExecutedInstruction, Instruction, Program
 from mixer_jax.planning.hlo.traffic import copied_array
 
-TOKEN_MIXING, CHANNEL_MIXING, LAYER_NORM = "token mixing", "channel mixing", "LayerNorm"
-STEM, HEAD, OPTIMIZER, OTHER = "stem", "head and loss", "optimizer", "other"
-REGIONS = (STEM, TOKEN_MIXING, CHANNEL_MIXING, LAYER_NORM, HEAD, OPTIMIZER, OTHER)
-
-# By what a name holds, the first that does: an argument of the optimizer is named after a module,
-# and what a training step does outside of modules and of what it differentiates is the update.
-_NAMES = {
-    OPTIMIZER: re.compile(r"\boptimizer\b|opt_state|^jit\(\w*step\)/(?!.*jvp\()"),
-    # Only token mixing needs its axes in another order.
-    TOKEN_MIXING: re.compile(r"token_mixing|block_\d+/transpose"),
-    CHANNEL_MIXING: re.compile("channel_mixing"),
-    LAYER_NORM: re.compile("LayerNorm|layer_norm"),
-    STEM: re.compile(r"\bstem\b|\bimage\b"),
-    HEAD: re.compile(r"\b(head|loss|label)\b|log_sigmoid|log_softmax"),
-}
-# From an instruction to names of those before, or behind, it.
-_Way = Callable[[Computation, Instruction], Sequence[str]]
-# What only brings numbers elsewhere, or names them.
-_MOVES = re.compile(
+# Regions of every model, besides those of its family.
+OPTIMIZER, OTHER = "optimizer", "other"
+# The optimizer's arguments have the names of modules, so this comes first. What a training step
+# computes outside of modules and of differentiated code is the update.
+_OPTIMIZER_NAME = re.compile(r"\boptimizer\b|opt_state|^jit\(\w*step\)/(?!.*jvp\()")
+# Opcodes that only move or name data.
+_DATA_MOVEMENT = re.compile(
     "(async|bitcast|copy|dynamic-slice|dynamic-update-slice|slice)(-start|-update|-done)?|"
     "constant|custom-call|get-tuple-element|parameter|reshape|transpose|tuple"
 )
+# From an instruction to the names of its producers or consumers.
+_Neighbors = Callable[[Computation, Instruction], Sequence[str]]
 
 
-def region_of_op(op_name: str) -> str:
-    """Returns the part of the model that an instruction's name tells of.
+def region_of_op(op_name: str, regions: Mapping[str, str]) -> str:
+    """Returns the region of an operation.
 
     Args:
-        op_name: of an instruction; empty: "other".
+        op_name: JAX name stack of the operation; an empty one is "other".
+        regions: Patterns of the model's regions, by name; the first match counts.
     """
-    return next((part for part, known in _NAMES.items() if known.search(op_name)), OTHER)
+    if _OPTIMIZER_NAME.search(op_name):
+        return OPTIMIZER
+    return next((name for name, pattern in regions.items() if re.search(pattern, op_name)), OTHER)
 
 
 def sum_by_region(
-    program: Program, counted: Iterable[tuple[ExecutedInstruction, float]]
+    program: Program,
+    costs: Iterable[tuple[ExecutedInstruction, float]],
+    regions: Mapping[str, str],
 ) -> dict[str, float]:
-    """Returns what was counted of a program, summed by part; every part is there.
+    """Sums the costs of a program by region, including regions without any.
 
     Args:
-        program: that.
-        counted: what it runs and a number of each, as from `moved` or `executed`.
+        program: Compiled program.
+        costs: Executed instructions and their costs, as from `iter_hbm_bytes` or
+            `iter_matmul_flops`.
+        regions: Patterns of the model's regions, by name.
     """
-    parts, sums = RegionAttribution(program), dict.fromkeys(REGIONS, 0.0)
-    for run, number in counted:
-        sums[parts.of(run)] += number
-    return sums
+    attribution = RegionAttribution(program, regions)
+    totals = dict.fromkeys([*regions, OPTIMIZER, OTHER], 0.0)
+    for executed, cost in costs:
+        totals[attribution.region_of(executed)] += cost
+    return totals
 
 
 class RegionAttribution:
-    """Tells the part of each instruction that a program, from `read_program`, runs."""
+    """Region of each instruction of a program.
 
-    def __init__(self, program: Program):
-        self._program = program
-        self._users: dict[str, dict[str, list[str]]] = {}
+    Attributes:
+        program: Compiled program.
+        regions: Patterns of the model's regions, by name.
+    """
 
-    def of(self, run: ExecutedInstruction) -> str:
-        """Returns the part of what a program runs."""
-        computation, instruction, _ = run
-        part = self._own(computation, instruction)
-        if part != OTHER or not self._only_moves(instruction):
-            return part
-        ways = [self._used_by, self._made_by]
-        if not (instruction.arrays and copied_array(instruction).space):
-            ways.reverse()
-        found = (self._along(computation, instruction, way) for way in ways)
-        return next((part for part in found if part != OTHER), OTHER)
+    def __init__(self, program: Program, regions: Mapping[str, str]):
+        self.program = program
+        self.regions = regions
+        self._consumers_by_computation: dict[str, dict[str, list[str]]] = {}
 
-    def _own(self, computation: Computation, instruction: Instruction) -> str:
-        """Returns the part that an instruction tells of by itself."""
-        found = list(iter_matmuls(self._program, computation, instruction))
-        if found:
-            largest, _ = max(found, key=lambda item: item[1])
-            if (part := region_of_op(largest.op_name)) != OTHER:
-                return part
+    def region_of(self, executed: ExecutedInstruction) -> str:
+        """Returns the region of an executed instruction."""
+        computation, instruction, _ = executed
+        region = self._own_region(computation, instruction)
+        if region != OTHER or not self._is_data_movement(instruction):
+            return region
+        directions = [self._consumers, self._producers]
+        loads_chip = instruction.outputs and copied_array(instruction).memory_space
+        if not loads_chip:
+            directions.reverse()
+        nearest = (self._nearest_region(computation, instruction, d) for d in directions)
+        return next((region for region in nearest if region != OTHER), OTHER)
+
+    def _own_region(self, computation: Computation, instruction: Instruction) -> str:
+        """Returns the region of an instruction by what it contains and its name."""
+        matmuls = list(iter_matmuls(self.program, computation, instruction))
+        if matmuls:
+            largest, _ = max(matmuls, key=lambda item: item[1])
+            if (region := region_of_op(largest.op_name, self.regions)) != OTHER:
+                return region
         if instruction.opcode == "fusion":
-            votes: Counter[str] = Counter()
-            for inner in self._inside(instruction):
-                if (part := region_of_op(inner.op_name)) != OTHER:
-                    votes[part] += sum(array.size for array in inner.arrays)
-            if votes:
-                return votes.most_common(1)[0][0]
-        return region_of_op(instruction.op_name)
+            elements: Counter[str] = Counter()
+            for inner in self._fused_instructions(instruction):
+                if (region := region_of_op(inner.op_name, self.regions)) != OTHER:
+                    elements[region] += sum(array.size for array in inner.outputs)
+            if elements:
+                return elements.most_common(1)[0][0]
+        return region_of_op(instruction.op_name, self.regions)
 
-    def _inside(self, fusion: Instruction) -> Iterator[Instruction]:
-        """Yields what a fusion computes, without what it is given."""
-        for inner in self._program.computations[fusion.computation("calls")].instructions.values():
+    def _fused_instructions(self, fusion: Instruction) -> Iterator[Instruction]:
+        fused = self.program.computations[fusion.called_computation("calls")]
+        for inner in fused.instructions.values():
             if inner.opcode == "fusion":
-                yield from self._inside(inner)
+                yield from self._fused_instructions(inner)
             elif inner.opcode != "parameter":
                 yield inner
 
-    def _only_moves(self, instruction: Instruction) -> bool:
-        """Returns whether an instruction computes nothing, but perhaps where numbers lie."""
+    def _is_data_movement(self, instruction: Instruction) -> bool:
+        """Returns whether an instruction computes nothing, except perhaps scalars as indices."""
         if instruction.opcode != "fusion":
-            return bool(_MOVES.fullmatch(instruction.opcode))
+            return bool(_DATA_MOVEMENT.fullmatch(instruction.opcode))
         return all(
-            _MOVES.fullmatch(inner.opcode) or all(array.size == 1 for array in inner.arrays)
-            for inner in self._inside(instruction)
+            _DATA_MOVEMENT.fullmatch(inner.opcode)
+            or all(array.size == 1 for array in inner.outputs)
+            for inner in self._fused_instructions(instruction)
         )
 
-    def _along(self, computation: Computation, instruction: Instruction, way: _Way) -> str:
-        """Returns the part of the nearest instruction one way that has one."""
-        seen, due = {instruction.name}, deque(way(computation, instruction))
-        while due:
-            name = due.popleft()
+    def _nearest_region(
+        self, computation: Computation, instruction: Instruction, neighbors: _Neighbors
+    ) -> str:
+        """Returns the region of the nearest instruction that has one, through data movement."""
+        seen, queue = {instruction.name}, deque(neighbors(computation, instruction))
+        while queue:
+            name = queue.popleft()
             if name in seen:
                 continue
             seen.add(name)
-            found = computation.instructions[name]
-            if (part := self._own(computation, found)) != OTHER:
-                return part
-            if self._only_moves(found):
-                due.extend(way(computation, found))
+            neighbor = computation.instructions[name]
+            if (region := self._own_region(computation, neighbor)) != OTHER:
+                return region
+            if self._is_data_movement(neighbor):
+                queue.extend(neighbors(computation, neighbor))
         return OTHER
 
-    def _made_by(self, _: Computation, instruction: Instruction) -> Sequence[str]:
+    def _producers(self, _: Computation, instruction: Instruction) -> Sequence[str]:
         return instruction.operands
 
-    def _used_by(self, computation: Computation, instruction: Instruction) -> Sequence[str]:
-        users = self._users.get(computation.name)
-        if users is None:
-            users = self._users[computation.name] = defaultdict(list)
-            for user in computation.instructions.values():
-                for name in user.operands:
-                    users[name].append(user.name)
-        return users[instruction.name]
+    def _consumers(self, computation: Computation, instruction: Instruction) -> Sequence[str]:
+        consumers = self._consumers_by_computation.get(computation.name)
+        if consumers is None:
+            consumers = defaultdict(list)
+            for consumer in computation.instructions.values():
+                for name in consumer.operands:
+                    consumers[name].append(consumer.name)
+            self._consumers_by_computation[computation.name] = consumers
+        return consumers[instruction.name]

@@ -83,15 +83,15 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data_dir shared by two other processes."""
     return str(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
-def outputs(folder: str, root: Path) -> list[str]:
+def outputs(shared_dir: str, root: Path) -> list[str]:
     """Output of two processes that prepare digits in one folder at the same time."""
-    command, pipe = [sys.executable, "-c", PREPARE, folder], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", PREPARE, shared_dir], subprocess.PIPE
     processes = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) for _ in range(2)
     ]
@@ -105,15 +105,18 @@ def outputs(folder: str, root: Path) -> list[str]:
     return [process.communicate()[0] for process in processes]
 
 
+@pytest.mark.slow
 def test_preparing_digits_does_not_import_tensorflow(outputs: list[str]) -> None:
     assert [output.splitlines()[-1] for output in outputs] == ["False"] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_can_prepare_digits_at_the_same_time(outputs: list[str]) -> None:
     assert [output.splitlines()[0] for output in outputs] == ["1437"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("outputs")
 @pytest.mark.parametrize("split", SIZES)
-def test_concurrent_preparation_is_identical(split: str, folder: str, digits_dir: str) -> None:
-    assert read("digits", split, folder) == read("digits", split, digits_dir)
+def test_concurrent_preparation_is_identical(split: str, shared_dir: str, digits_dir: str) -> None:
+    assert read("digits", split, shared_dir) == read("digits", split, digits_dir)

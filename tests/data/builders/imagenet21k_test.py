@@ -300,6 +300,7 @@ print("tensorflow" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_preparing_imagenet21k_does_not_import_tensorflow(files: Files, tmp_path: Path) -> None:
     write_archives(files, tmp_path / "downloads" / "manual")
     command = [sys.executable, "-c", CODE, str(tmp_path)]

@@ -1,0 +1,172 @@
+"""Tests of atomic writes, and of locks between programs."""
+
+import errno
+import fcntl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+
+from mixer_jax.files import atomic_target, atomic_write, file_lock
+
+HOLD_LOCK = """
+import sys, time
+from pathlib import Path
+from mixer_jax.files import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+APPEND_LINES = """
+import sys
+from pathlib import Path
+from mixer_jax.files import file_lock
+folder = Path(sys.argv[1])
+for _ in range(20):
+    with file_lock(folder / ".lock", wait=True) as held:
+        assert held
+        count = int((folder / "count").read_text())
+        (folder / "count").write_text(str(count + 1))
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("path_type", [Path, epath.Path])
+def test_atomic_write_by_several_threads_leaves_one_whole_file(
+    path_type: Any, tmp_path: Path
+) -> None:
+    path = path_type(tmp_path / "a.json")
+    texts = [str(number) * 50_000 for number in range(8)]
+    failed = []
+
+    def write(text: str) -> None:
+        for _ in range(20):
+            try:
+                atomic_write(path, text)
+            except OSError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    seen = set()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            seen.add(path.read_text())
+    assert failed == []
+    assert path.read_text() in texts
+    assert seen <= set(texts)
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_atomic_write_keeps_the_old_file_on_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = epath.Path(tmp_path / "a.json")
+    atomic_write(path, "old")
+
+    def fail(temporary: Any, target: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        atomic_write(path, "new")
+    assert names(tmp_path) == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_atomic_write_encodes_text_as_utf_8(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "×")
+    atomic_write(tmp_path / "b", b"\xff")
+    assert (tmp_path / "a").read_bytes() == b"\xc3\x97"
+    assert (tmp_path / "b").read_bytes() == b"\xff"
+
+
+def test_atomic_target_replaces_the_file_and_keeps_its_usual_mode(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_text("old")
+    usual = stat.S_IMODE(path.stat().st_mode)
+    with atomic_target(path) as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == usual
+    assert names(tmp_path) == ["weights"]
+
+
+def test_atomic_target_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def fail_half_way() -> None:
+        with atomic_target(path) as temporary:
+            temporary.write_text("ne")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["weights"]
+
+
+def test_file_lock_of_a_killed_program_is_released(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ".lock"
+    command = [sys.executable, "-c", HOLD_LOCK, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        before = time.monotonic()
+        with pytest.raises(BlockingIOError) as caught, file_lock(path):
+            pass
+        assert time.monotonic() - before < 5
+        assert str(path) in str(caught.value)
+        process.kill()
+    with file_lock(path) as held:
+        assert held
+    assert names(path.parent) == []
+
+
+def test_file_lock_lets_programs_take_turns(tmp_path: Path) -> None:
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", APPEND_LINES, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "60"
+    assert names(tmp_path) == ["count"]
+
+
+def test_file_lock_is_released_by_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), file_lock(tmp_path / ".lock"):
+        raise KeyError
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("wait", [False, True])
+def test_file_lock_is_not_held_on_a_file_system_without_locks(
+    code: int, wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(code, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with file_lock(tmp_path / ".lock", wait=wait) as held:
+        assert not held
+
+
+def test_file_lock_in_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), file_lock(tmp_path / "file" / ".lock"):
+        pass
