@@ -25,16 +25,27 @@ from mixer_jax.benchmarks.contestants import (
 from mixer_jax.benchmarks.made_up import make_batch, make_state
 from mixer_jax.benchmarks.reference import ReferenceMixer
 from mixer_jax.benchmarks.side import Costs, Program, Side
-from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from mixer_jax.config.schema import FIELDS, OptimizerConfig, RecipeConfig
+from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.mixer_config import get_config
 from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import from_config, resolve_dtype
-from mixer_jax.models.stack import active_backend
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-from mixer_jax.training.step import create_state, train_step
+from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
+
+# Without warmup, so that parameters change from the first step on.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=LEARNING_RATE,
+    warmup_steps=0,
+    decay_type="none",
+    weight_decay=WEIGHT_DECAY,
+    b1=B1,
+    b2=B2,
+    eps=EPS,
+    clip_norm=CLIP_NORM,
+)
 
 
 class Work(NamedTuple):
@@ -177,33 +188,15 @@ def make_work(contestant: Contestant, setting: Setting, device: Any) -> Work:
 
 def _our_training(model: Any, setting: Setting, device: Any) -> Work:
     """Returns the training step as `training.experiment` builds it, on one device."""
-    schedule, tx = _optimizer()
+    schedule = make_schedule(OPTIMIZER, num_steps=1000)
+    tx = make_optimizer(OPTIMIZER, schedule)
     mesh = make_mesh(1, 1, [device])
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        mesh=mesh,
-        num_classes=setting.num_classes,
-        seed=0,
-        loss="sigmoid",
-        label_smoothing=0.0,
-        mixup=0.0,
-        grad_accum_steps=1,
-        ema_decay=0.0,
-    )
     first_state = functools.partial(
         create_state, jax.random.key(0), model, tx, setting.image_size, ema=False
     )
     sharding = state_sharding(jax.eval_shape(first_state), mesh)
-    function = jax.jit(
-        step,
-        in_shardings=(sharding, batch_sharding(mesh)),
-        out_shardings=(sharding, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
-    )
+    config = TrainStepConfig(RecipeConfig())
+    function = jit_train_step(config, sharding, model, tx, schedule, mesh)
     return Work(function, first_state, True)
 
 
@@ -261,21 +254,3 @@ def _inference(
 def _init(model: Any, setting: Setting) -> Any:
     size = setting.image_size
     return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-
-
-def _optimizer() -> tuple[optax.Schedule, optax.GradientTransformation]:
-    # From the first step on parameters change.
-    schedule = make_schedule(
-        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay_type="none", end_learning_rate=0.0
-    )
-    tx = make_optimizer(
-        schedule,
-        name="adam",
-        weight_decay=WEIGHT_DECAY,
-        b1=B1,
-        b2=B2,
-        eps=EPS,
-        momentum=0.0,
-        clip_norm=CLIP_NORM,
-    )
-    return schedule, tx

@@ -41,7 +41,9 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
     def classify(name: str, params: Any) -> ClassificationMetrics:
         return evaluate(eval_step, params, datasets.evals[name], mesh, input_config)
 
-    def probe(name: str, probe_config: ProbeConfig, labels: LazyLabels, params: Any) -> ProbeMetrics:
+    def probe(
+        name: str, probe_config: ProbeConfig, labels: LazyLabels, params: Any
+    ) -> ProbeMetrics:
         train, test = datasets.probe_train[name], datasets.evals[name]
         return run_probe(feature_fn, params, probe_config, train, test, mesh, input_config, labels)
 

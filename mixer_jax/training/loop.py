@@ -132,7 +132,10 @@ def train_and_evaluate(
                     shutdown.received = signal.SIGTERM
                 is_stopping = signaled or bad_images.too_many
                 is_saving = (
-                    is_last or is_stopping or is_late or _is_due(step, config.checkpoint.every_steps)
+                    is_last
+                    or is_stopping
+                    or is_late
+                    or _is_due(step, config.checkpoint.every_steps)
                 )
                 if due_evals or is_saving:
                     # Only finite parameters are evaluated and saved.

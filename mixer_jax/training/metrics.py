@@ -33,7 +33,9 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines[:-1]]
     except ValueError as error:
-        raise UserError(f"{str(path)!r} has lines that are not JSON. Move the file away.") from error
+        raise UserError(
+            f"{str(path)!r} has lines that are not JSON. Move the file away."
+        ) from error
 
 
 class MetricsLogger:

@@ -1,4 +1,4 @@
-"""The optimizer as an optax chain: clipping, Adam or momentum, weight decay, schedule (Section 3)."""
+"""Optimizer as an optax chain: clipping, Adam or momentum, weight decay (Section 3)."""
 
 import functools
 from typing import Any

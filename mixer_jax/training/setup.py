@@ -197,22 +197,20 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
 def _make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
+    declared = init_info or config.model
     if init_info is None:
-        family, variant, gelu = config.model.family, config.model.variant, config.model.gelu
-        architecture = get_family(family).get_config(
-            variant, **architecture_overrides(config.model)
-        )
+        overrides = architecture_overrides(config.model)
+        architecture = get_family(declared.family).get_config(declared.variant, **overrides)
     else:
-        family, variant, gelu = init_info.family, init_info.variant, init_info.gelu
         architecture = init_info.config
     return ModelInfo(
-        family,
-        variant,
+        declared.family,
+        declared.variant,
         architecture,
         image_size=(config.image_size, config.image_size),
         num_classes=datasets.train.num_classes,
         class_names=tuple(datasets.train.class_names),
-        gelu=gelu,
+        gelu=declared.gelu,
         eval_crop=config.preprocess.eval_crop,
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,

@@ -56,7 +56,7 @@ class TrainStepConfig:
         family: Family of the model.
     """
 
-    recipe: RecipeConfig = RecipeConfig()
+    recipe: RecipeConfig
     seed: int = 0
     family: str = DEFAULT_FAMILY
 

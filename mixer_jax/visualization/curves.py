@@ -27,7 +27,7 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:
     Args:
         lines: Lines of `metrics.jsonl`.
     """
-    figure = make_figure(12, 3.5, layout="constrained")
+    figure = make_figure(12, 3.5, constrained=True)
     panels = {
         "loss": ["loss"],
         "learning rate": ["learning_rate"],

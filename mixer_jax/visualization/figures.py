@@ -6,17 +6,17 @@ from typing import Any
 _DPI = 120
 
 
-def make_figure(width: float, height: float, layout: str = "none") -> Any:
+def make_figure(width: float, height: float, constrained: bool = False) -> Any:
     """Creates an empty figure.
 
     Args:
         width: Width, in inches.
         height: Height, in inches.
-        layout: Layout engine of matplotlib.
+        constrained: Whether matplotlib arranges the axes so that texts do not overlap.
     """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout=layout)
+    return Figure(figsize=(width, height), layout="constrained" if constrained else None)
 
 
 def render_figure(figure: Any, file_format: str) -> bytes:

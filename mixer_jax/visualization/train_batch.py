@@ -93,9 +93,7 @@ def plot_train_batch(
     return render_figure(draw_train_batch(view, class_names, title), file_format)
 
 
-def draw_train_batch(
-    view: TrainBatchView, class_names: Sequence[str], title: Sequence[str]
-) -> Any:
+def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Sequence[str]) -> Any:
     """Draws images in a grid, each above its labels and their targets.
 
     Args:
