@@ -1,13 +1,12 @@
-"""Measure this machine: training, inference, compilation, input and weights, beside their peers.
+"""Benchmark training, inference, compilation, input and checkpoint I/O on this machine.
 
-    python -m mixer_jax.benchmark --mode=train,infer --variant=B/16 --peers=timm,reference
+    python -m mixer_jax.benchmark --mode=train,infer --variant=B/16 --baselines=timm,reference
     python -m mixer_jax.benchmark --mode=compile --variant=L/16
     python -m mixer_jax.benchmark --mode=hbm_traffic --variant=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
     python -m mixer_jax.benchmark --mode=weights
 
-What is compared is timed in turn, round by round, so that a machine that slows down slows all of
-it.
+Candidates are timed in interleaved rounds, so that a machine that slows down slows all of them.
 """
 
 import importlib
@@ -16,49 +15,49 @@ from collections.abc import Sequence
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
-# Imported when asked for; those of the same file can be measured in one run.
+# Module of each mode, imported on demand; modes of one module can be measured in one run.
 MODES = {
-    "train": "speed",
-    "infer": "speed",
-    "compile": "compiling",
-    "hbm_traffic": "tpu_traffic",
+    "train": "throughput",
+    "infer": "throughput",
+    "compile": "compile",
+    "hbm_traffic": "hbm_traffic",
     "input": "input",
-    "weights": "weights",
+    "weights": "checkpoint_io",
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measures as the command line says; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark and returns the exit code."""
     shared = common.ArgumentParser(add_help=False)
     shared.add_argument(
         "--mode",
         default="train",
-        help=f"what to measure: {', '.join(MODES)}, or train,infer; default: train; "
-        "--mode=input --help tells what that takes",
+        help=f"one of {', '.join(MODES)}, or train,infer; default: train. --mode=MODE --help lists "
+        "the arguments of a mode",
     )
-    shared.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    file = _file_of(shared.parse_known_args(arguments)[0].mode)
-    mode = importlib.import_module(f"mixer_jax.benchmarks.{file}")
+    shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    module_name = _module_of(shared.parse_known_args(argv)[0].mode)
+    mode = importlib.import_module(f"mixer_jax.benchmarks.{module_name}")
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.benchmark",
         description=mode.DESCRIPTION,
         parents=[shared],
     )
     mode.add_arguments(parser)
-    mode.run(parser.parse_args(arguments))
+    mode.run(parser.parse_args(argv))
     return 0
 
 
-def _file_of(text: str) -> str:
-    """Returns the file of the modes in a list."""
-    names = text.split(",")
+def _module_of(modes: str) -> str:
+    """Returns the module of a comma-separated list of modes."""
+    names = modes.split(",")
     for name in names:
         if name not in MODES:
-            raise UserError(f"--mode={text}: {name!r} is unknown; choose of {', '.join(MODES)}")
-    files = {MODES[name] for name in names}
-    if len(files) > 1 or len(set(names)) < len(names):
-        raise UserError(f"--mode={text} cannot be measured in one run; pass one, or train,infer")
-    return files.pop()
+            raise UserError(f"--mode must be one of {', '.join(MODES)}, got {name!r}.")
+    modules = {MODES[name] for name in names}
+    if len(modules) > 1 or len(set(names)) < len(names):
+        raise UserError(f"--mode must be a single mode or train,infer, got {modes}.")
+    return modules.pop()
 
 
 if __name__ == "__main__":

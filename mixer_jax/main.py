@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 exit codes:
   0        finished
-  1        failed, or another host was lost
+  1        failed, or another host was lost (then also 134, after a message of JAX)
   2        usage error, in one line; do not retry
   130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
 
@@ -88,7 +88,7 @@ def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> st
         if config.dataset.data_dir:
             evaluate += [f"--data_dir={config.dataset.data_dir}"]
     events = f"{workdir}/{EVENTS_FOLDER}"
-    lines = ["", *(f"{name}: {scores.summary()}" for name, scores in result.scores.items())]
+    lines = ["", *(f"{name}: {scores.format_summary()}" for name, scores in result.scores.items())]
     lines += [
         f"checkpoint  {checkpoint}",
         f"curves      {workdir}/curves.png",

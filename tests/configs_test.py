@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.tree import flatten as flatten_tree
 from mixer_jax.config.config import architecture_overrides, flatten, parse, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
+from mixer_jax.models.mixer_layouts import GOOGLE
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches

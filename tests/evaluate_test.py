@@ -1,4 +1,4 @@
-"""Tests of `python -m mixer_jax.evaluate` with weights and data of every kind."""
+"""Tests of `python -m mixer_jax.evaluate`."""
 
 import json
 from collections.abc import Iterator
@@ -12,18 +12,19 @@ import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
+from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 
 NAMES = ("ant", "bee", "cat", "dog")
 COUNT = 12
-# Several right answers, one, or none.
+# Several correct classes, one, or none.
 REAL = [
     [index % 4, (index + 1) % 4] if index % 3 == 0 else [2][: index % 3 - 1]
     for index in range(COUNT)
@@ -40,7 +41,7 @@ def encoded(index: int) -> bytes:
 
 
 class MixerScored(tfds.core.GeneratorBasedBuilder):
-    """Some images with their labels."""
+    """A few images with one label each."""
 
     VERSION = tfds.core.Version("1.0.0")
     FEATURES: ClassVar[Any] = {"image": tfds.features.Image(shape=(None, None, 3)), "label": LABEL}
@@ -60,7 +61,7 @@ class MixerScored(tfds.core.GeneratorBasedBuilder):
 
 
 class MixerScoredReal(MixerScored):
-    """The same images with ReaL's labels."""
+    """The same images with ReaL labels."""
 
     FEATURES: ClassVar[Any] = {
         "image": tfds.features.Image(shape=(None, None, 3)),
@@ -85,105 +86,109 @@ def weights() -> PretrainedWeights:
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The door in this process keeps the settings of the tests."""
+def keep_jax_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps JAX's settings when the command runs in this process."""
     monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
 
 
-def answers(weights: PretrainedWeights) -> list[int]:
-    """What the model says of each image, without any of the code that scores."""
+def predict(weights: PretrainedWeights) -> list[int]:
+    """Predicts the class of each image without the code under test."""
     height, width = weights.model_info.image_size
     images = [cv2.resize(image(index), (width, height)) for index in range(COUNT)]
     pixels = np.stack(images).astype(np.float32) / 127.5 - 1.0
     return np.asarray(Classifier(weights)(pixels)).argmax(1).tolist()
 
 
-def score(
-    source: str, data_dir: str, capsys: pytest.CaptureFixture[str], *arguments: str
+def evaluate_json(
+    checkpoint: str, data_dir: str, capsys: pytest.CaptureFixture[str], *flags: str
 ) -> dict[str, Any]:
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored", "--split=validation", "--json"]
-    assert evaluate.main([f"--checkpoint={source}", *data, *arguments]) == 0
+    assert evaluate.main([f"--checkpoint={checkpoint}", *data, *flags]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def export(weights: PretrainedWeights, path: Path, said: dict[str, Any]) -> str:
-    write_npz(str(path), layout_views(dict(flatten(weights.params)), GOOGLE), said)
+def export(weights: PretrainedWeights, path: Path, metadata: dict[str, Any]) -> str:
+    write_npz(str(path), layout_views(dict(flatten(weights.params)), GOOGLE), metadata)
     return str(path)
 
 
-def test_real_labels_are_scored_beside_the_first_ones(
+def test_evaluate_with_real_labels(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(weights, tmp_path)
-    told = score(run, data_dir, capsys, "--real")
-    said = answers(weights)
-    right = [answer == index % 4 for index, answer in enumerate(said)]
-    assert told["top1"] == pytest.approx(np.mean(right))
-    assert told["num_examples"] == COUNT
-    labelled = [(answer, real) for answer, real in zip(said, REAL, strict=True) if real]
-    real = told["real"]
-    assert real["top1"] == pytest.approx(np.mean([answer in ok for answer, ok in labelled]))
+    result = evaluate_json(run, data_dir, capsys, "--real")
+    predictions = predict(weights)
+    is_correct = [predicted == index % 4 for index, predicted in enumerate(predictions)]
+    assert result["top1"] == pytest.approx(np.mean(is_correct))
+    assert result["num_examples"] == COUNT
+    labelled = [
+        (predicted, labels) for predicted, labels in zip(predictions, REAL, strict=True) if labels
+    ]
+    real = result["real"]
+    assert real["top1"] == pytest.approx(
+        np.mean([predicted in labels for predicted, labels in labelled])
+    )
     assert real["num_examples"] == len(labelled) < COUNT
     assert real["num_unlabelled"] == COUNT - len(labelled)
-    assert "real" not in score(run, data_dir, capsys)
+    assert "real" not in evaluate_json(run, data_dir, capsys)
 
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored", "--split=validation"]
     assert evaluate.main([f"--checkpoint={run}", *data, "--real"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert any(mentions(line, "ReaL", f"{real['top1']:.2%}") for line in table)
-    # Those that count, and those that are left out.
+    # Examples counted and skipped.
     counts = (str(len(labelled)), str(COUNT - len(labelled)))
     assert any(mentions(line, *counts) for line in table)
 
 
-def test_published_weights_are_scored_as_what_they_are(
+def test_evaluate_published_weights(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = export(weights, tmp_path / "named.npz", weights.model_info.to_dict())
-    told = score(path, data_dir, capsys)
-    assert told["top1"] == pytest.approx(
-        np.mean([answer == index % 4 for index, answer in enumerate(answers(weights))])
+    result = evaluate_json(path, data_dir, capsys)
+    assert result["top1"] == pytest.approx(
+        np.mean([predicted == index % 4 for index, predicted in enumerate(predict(weights))])
     )
-    assert (told["step"], told["image_size"], told["resolution"]) == (None, [16, 16], "")
-    # Without names, classes are taken to be the data's, if they are as many.
+    assert (result["step"], result["image_size"], result["resolution"]) == (None, [16, 16], "")
+    # Without names, the classes are the data set's if their numbers agree.
     nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
-    assert score(nameless, data_dir, capsys)["top1"] == told["top1"]
+    assert evaluate_json(nameless, data_dir, capsys)["top1"] == result["top1"]
     fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
     with pytest.raises(UserError) as caught:
-        score(fewer, data_dir, capsys)
+        evaluate_json(fewer, data_dir, capsys)
     # The path may have numbers in it.
     assert mentions(str(caught.value).replace(str(tmp_path), ""), "fewer.npz", "4", "3")
     headless = export(replace_head(weights, 0), tmp_path / "headless.npz", {})
     with raises(UserError, headless, "head"):
-        score(headless, data_dir, capsys)
+        evaluate_json(headless, data_dir, capsys)
     with raises(UserError, path, "--dataset"):
         evaluate.main([f"--checkpoint={path}"])
 
 
-def test_another_image_size(
+def test_evaluate_at_another_image_size(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = score(save_run(weights, tmp_path), data_dir, capsys, "--image_size=32x48")
-    assert told["image_size"] == [32, 48]
-    assert mentions(told["resolution"], "16")
-    assert "Appendix C" not in told["resolution"]
-    said = answers(resize(weights, (32, 48)))
-    assert told["top1"] == pytest.approx(np.mean([a == i % 4 for i, a in enumerate(said)]))
+    result = evaluate_json(save_run(weights, tmp_path), data_dir, capsys, "--image_size=32x48")
+    assert result["image_size"] == [32, 48]
+    assert mentions(result["resolution"], "16")
+    assert "Appendix C" not in result["resolution"]
+    predictions = predict(resize(weights, (32, 48)))
+    assert result["top1"] == pytest.approx(np.mean([p == i % 4 for i, p in enumerate(predictions)]))
 
 
-def test_in_the_type_that_is_asked_for(
+def test_evaluate_in_the_requested_dtype(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(weights, tmp_path)
     exact, rounded = (
-        score(run, data_dir, capsys, *arguments) for arguments in ([], ["--dtype=bfloat16"])
+        evaluate_json(run, data_dir, capsys, *flags) for flags in ([], ["--dtype=bfloat16"])
     )
-    assert exact == score(run, data_dir, capsys, "--dtype=float32")
+    assert exact == evaluate_json(run, data_dir, capsys, "--dtype=float32")
     assert rounded["log_likelihood"] != exact["log_likelihood"]
     assert rounded["log_likelihood"] == pytest.approx(exact["log_likelihood"], rel=0.02)
 
 
-def test_a_set_without_real_labels_says_so(
+def test_evaluate_names_the_missing_real_data_set(
     weights: PretrainedWeights, digits_dir: str, tmp_path: Path
 ) -> None:
     run = save_run(random_weights(), tmp_path)

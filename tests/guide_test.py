@@ -11,9 +11,10 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.cli_session import run_commands
 from tests.helpers.messages import mentions
 from tests.helpers.random_weights import random_weights

@@ -36,29 +36,28 @@ COMMANDS = [
 
 # Where each heavy library may be imported at all, by path in the package.
 HEAVY = {
-    "flax": {"models/", "training/step.py", "benchmarks/reference.py"},
+    "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
     "orbax": {"checkpoints/manager.py"},
-    "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/weights.py"},
+    "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/checkpoint_io.py"},
     "huggingface_hub": {"checkpoints/hub.py"},
     "torch": {
         "checkpoints/formats/torch.py",
-        "benchmarks/with_torch.py",
-        "benchmarks/timm_library.py",
+        "benchmarks/torch_runner.py",
     },
-    "timm": {"benchmarks/timm_library.py"},
-    "torchvision": {"benchmarks/timm_library.py"},
+    "timm": {"benchmarks/torch_runner.py"},
+    "torchvision": {"benchmarks/torch_runner.py"},
     "grain": {"data/"},
-    "cv2": {"data/", "benchmarks/photographs.py", "benchmarks/pipelines.py"},
-    "simplejpeg": {"data/decode.py", "benchmarks/photographs.py", "benchmarks/pipelines.py"},
+    "cv2": {"data/", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
+    "simplejpeg": {"data/decode.py", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
     "tensorflow_datasets": {"data/"},
     "clu": {"training/metrics.py"},
     "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
     "matplotlib": {
         "visualization/",
         "suites/picture.py",
-        "benchmarks/picture.py",
+        "benchmarks/report.py",
     },
-    "sklearn": {"data/builders/digits.py", "benchmarks/photographs.py"},
+    "sklearn": {"data/builders/digits.py", "benchmarks/sample_jpegs.py"},
 }
 
 
@@ -134,8 +133,8 @@ def test_modules_have_no_import_cycles() -> None:
         ("mixer_jax", {"jax", "flax", "numpy"}),
         ("mixer_jax.main", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
-        ("mixer_jax.benchmarks.speed", {"jax", "flax", "numpy", "torch", "ml_collections"}),
-        ("mixer_jax.benchmarks.compiling", {"jax", "flax", "numpy", "ml_collections"}),
+        ("mixer_jax.benchmarks.throughput", {"jax", "flax", "numpy", "torch", "ml_collections"}),
+        ("mixer_jax.benchmarks.compile", {"jax", "flax", "numpy", "ml_collections"}),
         ("mixer_jax.plan", {"jax", "flax", "numpy"}),
         ("mixer_jax.prepare", {"jax", "numpy", "tensorflow_datasets", "cv2", "sklearn"}),
         ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),

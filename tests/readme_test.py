@@ -51,7 +51,7 @@ def reduce_sizes(command: list[str], data_dir: str) -> list[str]:
     if "mixer_jax.visualize" in command:
         return [*command, f"--config.dataset.data_dir={data_dir}"]
     if "--mode=input" in command:
-        sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_peers"]
+        sizes = ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_baselines"]
         return [*command, *sizes]
     if "--mode=weights" in command:
         return [*command, "--variant=S/32", "--rounds=1"]
@@ -59,8 +59,8 @@ def reduce_sizes(command: list[str], data_dir: str) -> list[str]:
         # Compiling for TPUs is tested elsewhere.
         return [*command, "--help"]
     if "mixer_jax.benchmark" in command:
-        sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--unroll=1"]
-        return [*command, *sizes, "--peers=none", "--rounds=1"]
+        sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
+        return [*command, *sizes, "--baselines=none", "--rounds=1"]
     if "mixer_jax.main" not in command:
         return command
     # The recipe's parts are tested elsewhere; here the commands are.

@@ -1,1 +1,1 @@
-"""What this machine can do, beside peers that do the same work."""
+"""Benchmarks of this machine, with baselines that do the same work."""

@@ -1,7 +1,6 @@
-"""The input pipeline: images a second and memory, beside bare JPEG decoding and tf.data."""
+"""`--mode=input`: speed and memory of the input pipeline, with tf.data. Does not import JAX."""
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -12,126 +11,127 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from mixer_jax.benchmarks.memory import Memory
-    from mixer_jax.benchmarks.pipelines import Measurement
+    from mixer_jax.benchmarks.pipelines import Measurement, MemoryGrowth
 
-DESCRIPTION = "Measure the input pipeline on this machine, beside JPEG decoding and tf.data."
+DESCRIPTION = "Measure the input pipeline on this machine, with JPEG decoding alone and tf.data."
 
-# Made here, where the user has none.
-_FILES = 64
-_LEAST = {
-    "image_size": 1,
-    "batch_size": 1,
-    "threads": 0,
-    "processes": 0,
-    "rounds": 1,
-    "images_per_round": 0,
-    "memory_images": 0,
-}
+# Files that are generated without --images.
+_NUM_FILES = 64
+# Name, default, smallest value and help of each number.
+_NUMBERS = [
+    ("image_size", 224, 1, "in pixels; default: 224"),
+    ("batch_size", 128, 1, "images per batch; default: 128"),
+    ("num_threads", 0, 0, "threads per pipeline; default: one per core"),
+    ("num_workers", 0, 0, "processes of mixer_jax; default: as in training, 1 with --num_threads"),
+    ("rounds", 7, 1, "timed rounds; default: 7"),
+    ("images_per_round", 0, 0, "images timed per round; default: about 512 per thread"),
+    ("memory_images", 0, 0, "images to watch the memory for; default: 0, off"),
+]
+_COLUMNS: list[Column] = [
+    ("images/s", "images_per_second", "{:.0f}".format),
+    ("images/s/core", "images_per_second_per_core", "{:.0f}".format),
+    ("ms/image/core", "milliseconds", "{:.2f}".format),
+    ("relative time", "relative_time", "{:.2f}".format),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what this mode takes to the command line."""
-    number = functools.partial(parser.add_argument, type=int)
-    parser.add_argument("--images", metavar="FOLDER", help="JPEG files to use; default: made here")
-    number("--image_size", default=224, help="pixels; default: 224")
-    number("--batch_size", default=128, help="images a batch; default: 128")
-    number("--threads", default=0, help="of each competitor; default: one a core")
-    number("--processes", default=0, help="of ours; default: as trained, or 1 with --threads")
-    number("--rounds", default=7, help="timed rounds; default: 7")
-    number("--images_per_round", default=0, help="timed in each; default: about 512 a thread")
-    number("--memory_images", default=0, help="to watch the memory for; default: 0, not at all")
-    parser.add_argument("--no_peers", action="store_true", help="leave tf.data out")
+    """Adds the arguments of this mode."""
+    parser.add_argument("--images", metavar="FOLDER", help="JPEG files; default: generated")
+    for name, default, _, text in _NUMBERS:
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--no_baselines", action="store_true", help="leave tf.data out")
 
 
-def run(known: argparse.Namespace) -> None:
-    """Measures as the command line says and prints the result.
+def run(args: argparse.Namespace) -> None:
+    """Measures the pipelines and prints the result.
 
     Raises:
-        UserError: an argument is out of range, or --images has no JPEG files.
+        UserError: An argument is out of range, or --images has no JPEG files.
     """
-    _check(known)
+    _check_args(args)
     common.configure_jax(compilation_cache="")
     import jax
 
-    from mixer_jax.benchmarks import memory, ours, photographs, pipelines
+    from mixer_jax.benchmarks import pipelines, sample_jpegs
     from mixer_jax.data.loader import available_cpus
 
-    # The images stay on the host, whatever else this machine has.
+    # Images stay on the host.
     jax.config.update("jax_platforms", "cpu")
-    folder = known.images
-    files = photographs.read_folder(folder) if folder else photographs.sample_photographs(_FILES)
-    cores = available_cpus()
-    setting = ours.Setting(
+    folder, num_cores = args.images, available_cpus()
+    num_threads = args.num_threads or num_cores
+    files = sample_jpegs.read_jpegs(folder) if folder else sample_jpegs.sample_jpegs(_NUM_FILES)
+    images_per_round = math.ceil(512 * num_threads / args.batch_size) * args.batch_size
+    config = pipelines.PipelineConfig(
         files=files,
-        image_size=known.image_size,
-        batch_size=known.batch_size,
-        threads=known.threads or cores,
-        our_num_threads=known.threads,
-        our_processes=known.processes,
-        timed_images=known.images_per_round
-        or math.ceil(512 * (known.threads or cores) / known.batch_size) * known.batch_size,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        num_threads=num_threads,
+        our_num_threads=args.num_threads,
+        our_num_workers=args.num_workers,
+        images_per_round=args.images_per_round or images_per_round,
     )
-    # Memory first, while no peer is loaded.
-    watched = memory.watch(setting, known.memory_images) if known.memory_images else None
-    peers = None if known.no_peers else _import_peers()
-    measurements = pipelines.measure(setting, known.rounds, peers)
+    # Before TensorFlow is imported, which takes memory of its own.
+    memory = None
+    if args.memory_images:
+        memory = pipelines.measure_memory_growth(config, args.memory_images)
+    tf_data = None if args.no_baselines else _import_tf_data()
+    measurements = pipelines.measure_pipelines(config, args.rounds, tf_data)
 
-    versions = {"jax": jax.__version__}
-    if peers is not None:
-        versions["tensorflow"] = peers.VERSION
-    facts = {
+    versions = {"jax": jax.__version__} | ({"tensorflow": tf_data.VERSION} if tf_data else {})
+    environment = {
         "files": len(files),
         "median_kilobytes": round(statistics.median(len(file) for file in files) / 1000, 1),
-        "image_size": setting.image_size,
-        "batch_size": setting.batch_size,
-        "threads": setting.threads,
-        "cores": cores,
-        "images_per_round": setting.timed_images,
-        "rounds": known.rounds,
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        "num_threads": config.num_threads,
+        "cores": num_cores,
+        "images_per_round": config.images_per_round,
+        "rounds": args.rounds,
         **versions,
     }
-    if known.json:
-        rows = [m._asdict() for m in measurements]
-        print(json.dumps({**facts, "measurements": rows, "memory": watched and watched._asdict()}))
+    if args.json:
+        rows = [measurement._asdict() for measurement in measurements]
+        report = {"measurements": rows, "memory": memory and memory._asdict()}
+        print(json.dumps({**environment, **report}))
         return
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in environment.items()))
     _print_rates(measurements)
-    if watched:
-        _print_memory(watched)
+    if memory:
+        _print_memory(memory)
 
 
-def _check(known: argparse.Namespace) -> None:
-    for name, least in _LEAST.items():
-        value = getattr(known, name)
-        if value < least:
-            raise UserError(f"--{name}={value} is out of range; pass {least} or more")
-    if known.images_per_round % known.batch_size:
+def _check_args(args: argparse.Namespace) -> None:
+    for name, _, least, _ in _NUMBERS:
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.images_per_round % args.batch_size:
         raise UserError(
-            f"--images_per_round={known.images_per_round} is no multiple of "
-            f"--batch_size={known.batch_size}; pass one"
+            f"--images_per_round must be a multiple of --batch_size ({args.batch_size}), "
+            f"got {args.images_per_round}."
         )
-    if known.processes and known.threads % known.processes:
+    if args.num_workers and args.num_threads % args.num_workers:
         raise UserError(
-            f"--threads={known.threads} cannot be shared among --processes={known.processes}; "
-            "pass a multiple of it"
+            f"--num_threads must be a multiple of --num_workers ({args.num_workers}), "
+            f"got {args.num_threads}."
         )
-    if known.images and not Path(known.images).is_dir():
-        raise UserError(f"--images={known.images} is no folder; name one with JPEG files")
-    if 0 < known.memory_images < 10 * known.batch_size:
+    if args.images and not Path(args.images).is_dir():
+        raise UserError(f"--images must be a folder with JPEG files, got {args.images}.")
+    if 0 < args.memory_images < 10 * args.batch_size:
         raise UserError(
-            f"--memory_images={known.memory_images} is too few to read the memory ten times; "
-            f"pass {10 * known.batch_size} or more"
+            f"--memory_images must be at least ten batches ({10 * args.batch_size}), "
+            f"got {args.memory_images}."
         )
-    if known.memory_images and not Path("/proc/self/status").exists():
-        raise UserError("--memory_images needs Linux; leave it out")
+    if args.memory_images and not Path("/proc/self/status").exists():
+        raise UserError("--memory_images needs Linux. Leave it out.")
 
 
-def _import_peers() -> ModuleType | None:
+def _import_tf_data() -> ModuleType | None:
     try:
         from mixer_jax.benchmarks import tf_data
     except ModuleNotFoundError as error:
@@ -139,23 +139,19 @@ def _import_peers() -> ModuleType | None:
             raise
         print("TensorFlow is not installed: tf.data is left out", file=sys.stderr)
         return None
-    tf_data.keep_off_accelerators()
+    tf_data.hide_gpus()
     return tf_data
 
 
 def _print_rates(measurements: Sequence["Measurement"]) -> None:
-    print(f"{'':40}  images/s  images/s/core  ms/image/core  ours to this")
-    for task, rows in itertools.groupby(measurements, key=lambda m: m.task):
-        print(task)
-        for m in rows:
-            print(
-                f"  {m.name:38}  {m.images_per_second:8.0f}  {m.images_per_second_per_core:13.0f}  "
-                f"{m.milliseconds:13.2f}  {m.ratio:13.2f}"
-            )
+    for task, group in itertools.groupby(measurements, key=lambda m: m.task):
+        print()
+        print_table([measurement._asdict() for measurement in group], _COLUMNS, title=task)
 
 
-def _print_memory(memory: "Memory") -> None:
-    print(f"{'resident memory of mixer_jax':40}  MiB")
-    for count, resident in zip(memory.images, memory.mebibytes, strict=True):
-        print(f"  {f'after {count} images':38}  {resident:.0f}")
-    print(f"  {'growth, first to last':38}  {memory.growth_percent:+.1f} %")
+def _print_memory(memory: "MemoryGrowth") -> None:
+    readings = zip(memory.images, memory.mebibytes, strict=True)
+    rows = [{"name": f"after {count} images", "memory": size} for count, size in readings]
+    print()
+    print_table(rows, [("MiB", "memory", "{:.0f}".format)], title="resident memory of mixer_jax")
+    print(f"growth from first to last: {memory.growth_percent:+.1f} %")

@@ -1,69 +1,113 @@
-"""Input pipelines, side by side: JPEG decoding alone, ours, and tf.data.
+"""Input pipelines that do the same work: JPEG decoding alone, mixer_jax's, and tf.data's.
 
-Each one's stream of images is timed between two arrivals in its midst, while the consumer only
-waits: what had been prepared ahead before the clock started is not counted as fast, and nothing of
-a stream is left over to disturb the next.
+The stream of every pipeline is timed between two arrivals in its middle, while the consumer only
+waits: images prepared before the clock starts do not count, and each stream is exhausted before the
+next one starts.
 """
 
 import concurrent.futures
 import functools
 import itertools
+import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import cv2
+import jax
 import numpy as np
 import simplejpeg
 
-from mixer_jax.benchmarks.ours import (
-    LAYERS,
-    MAGNITUDE,
-    MIN_AREA,
-    Setting,
-    our_batches,
-    preprocess,
-)
-from mixer_jax.data.loader import CHUNK_SIZE, available_cpus
+from mixer_jax.data.loader import CHUNK_SIZE, Batch, available_cpus, train_batches
 from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
+from mixer_jax.data.source import Example, Source
+from mixer_jax.distributed.sharding import batch_sharding, make_mesh
 
-DECODING = "JPEG decoding alone"
-CROPPING = "decoding, Inception crop, flip"
-AUGMENTING = "the same with RandAugment"
-AUGMENTING_ALONE = "RandAugment alone, one thread"
-_TASKS = [DECODING, CROPPING, AUGMENTING, AUGMENTING_ALONE]
+DECODE = "JPEG decoding alone"
+CROP = "decoding, Inception crop, flip"
+AUGMENT = "decoding, Inception crop, flip, RandAugment"
+RANDAUGMENT = "RandAugment alone, one thread"
+TASKS = [DECODE, CROP, AUGMENT, RANDAUGMENT]
 OURS = "mixer_jax"
 
+# RandAugment of the paper's ImageNet-1k recipe, and its smallest crop.
+_LAYERS, _MAGNITUDE = 2, 15.0
+_MIN_AREA = 0.05
+# Images of ImageNet-1k. Shuffling costs more for short data sets: 0.01 ms per image at this length,
+# 0.5 ms at 64.
+_NUM_EXAMPLES = 1_281_167
+_NUM_MEMORY_READINGS = 10
 
-class Competitor(NamedTuple):
-    """One way to do one task.
+
+class PipelineConfig(NamedTuple):
+    """Settings of all pipelines.
 
     Attributes:
-        task: what is done.
-        name: who does it.
-        cores: that it may use.
-        open: starts a stream and yields the number of images of every arrival.
+        files: Encoded images, used repeatedly.
+        image_size: Side of the square images, in pixels.
+        batch_size: Images per batch.
+        num_threads: Threads of a pipeline.
+        our_num_threads: Threads of mixer_jax's pipeline; 0 leaves the number to the pipeline.
+        our_num_workers: Processes that share these threads; 0 leaves the number to the pipeline.
+        images_per_round: Images that are timed in a round.
+    """
+
+    files: Sequence[bytes]
+    image_size: int
+    batch_size: int
+    num_threads: int
+    our_num_threads: int
+    our_num_workers: int
+    images_per_round: int
+
+    @property
+    def margin(self) -> int:
+        """Batches that can be in preparation at any time in all threads, and one more."""
+        return math.ceil(CHUNK_SIZE * self.num_threads / self.batch_size) + 1
+
+    @property
+    def num_batches(self) -> int:
+        """Length of a stream: two margins of warmup, the timed part, and one margin after it."""
+        return self.images_per_round // self.batch_size + 3 * self.margin
+
+    @property
+    def num_cores(self) -> int:
+        """Cores that a pipeline can use."""
+        return min(self.num_threads, available_cpus())
+
+
+class Pipeline(NamedTuple):
+    """One implementation of one task.
+
+    Attributes:
+        task: One of `TASKS`.
+        name: Name of the implementation.
+        num_cores: Cores that it can use.
+        open: Starts a stream and yields the number of images of every arrival.
     """
 
     task: str
     name: str
-    cores: int
+    num_cores: int
     open: Callable[[], Iterator[int]]
 
 
 class Measurement(NamedTuple):
-    """How fast one competitor is.
+    """Speed of one pipeline.
 
     Attributes:
-        task: of the competitor.
-        name: of the competitor.
-        images_per_second: median over rounds.
-        images_per_second_per_core: the same, over the cores it may use.
-        milliseconds: that one core takes for one image at that rate.
-        ratio: median over rounds of our rate at the same task to its rate in the same round; of
-            decoding alone, of our decoding, crop and flip to it.
+        task: Task of the pipeline.
+        name: Name of the pipeline.
+        images_per_second: Median over rounds.
+        images_per_second_per_core: Rate divided by the cores that the pipeline can use.
+        milliseconds: Time of one core per image at that rate.
+        relative_time: Time per image relative to mixer_jax's for the same task in the same round,
+            median over rounds; for decoding alone, relative to mixer_jax's decoding, crop and flip.
     """
 
     task: str
@@ -71,125 +115,204 @@ class Measurement(NamedTuple):
     images_per_second: float
     images_per_second_per_core: float
     milliseconds: float
-    ratio: float
+    relative_time: float
 
 
-def measure(setting: Setting, rounds: int, tf_data: ModuleType | None) -> list[Measurement]:
-    """Returns how fast the pipelines are, task by task.
+class MemoryGrowth(NamedTuple):
+    """Resident memory during a long run.
+
+    Attributes:
+        images: Images prepared until each reading; the first tenth of the run is warmup.
+        mebibytes: Memory at each reading, of this process and its workers.
+        growth_percent: Growth from the first reading to the last.
+    """
+
+    images: list[int]
+    mebibytes: list[float]
+    growth_percent: float
+
+
+class _RepeatedFiles(Sequence[Example]):
+    """Data set of the length of ImageNet-1k that repeats a few files."""
+
+    def __init__(self, files: Sequence[bytes]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return _NUM_EXAMPLES
+
+    def __getitem__(self, index: Any) -> Any:
+        file = self._files[index % len(self._files)]
+        return Example(image=file, labels=(0,), name=str(index))
+
+
+def measure_pipelines(
+    config: PipelineConfig, num_rounds: int, tf_data: ModuleType | None
+) -> list[Measurement]:
+    """Measures all pipelines, one after the other in every round.
 
     Args:
-        setting: of the pipelines.
-        rounds: to time; one more warms up.
-        tf_data: our module of that name, or None to leave tf.data out.
+        config: Settings of the pipelines.
+        num_rounds: Rounds to time, after one round of warmup.
+        tf_data: Module `mixer_jax.benchmarks.tf_data`; None leaves tf.data out.
     """
-    # One thread is one thread. Our pipeline sets the same.
+    # A thread is one thread; mixer_jax's pipeline sets the same.
     cv2.setNumThreads(0)
-    images = _cropped(setting)
-    competitors = _limits(setting) + _ours(setting, images)
+    images = _cropped_images(config)
+    pipelines = [*_decoders(config), *_our_pipelines(config, images)]
     if tf_data is not None:
-        competitors += _peers(setting, images, tf_data)
-    competitors.sort(key=lambda competitor: _TASKS.index(competitor.task))
-    rates = [[_rate(c.open(), setting) for c in competitors] for _ in range(rounds + 1)][1:]
-    by_competitor = np.array(rates).T
-    ours = {
-        competitor.task: own
-        for competitor, own in zip(competitors, by_competitor, strict=True)
-        if competitor.name == OURS
-    }
+        pipelines += _tf_data_pipelines(config, images, tf_data)
+    pipelines.sort(key=lambda pipeline: TASKS.index(pipeline.task))
+    rates = np.array(
+        [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)][1:]
+    ).T
+    our_rates = {p.task: r for p, r in zip(pipelines, rates, strict=True) if p.name == OURS}
     measurements = []
-    for (task, name, cores, _), own in zip(competitors, by_competitor, strict=True):
-        rate = float(np.median(own))
-        ratio = float(np.median(ours.get(task, ours[CROPPING]) / own))
-        measurements.append(Measurement(task, name, rate, rate / cores, 1000 * cores / rate, ratio))
+    for (task, name, num_cores, _), by_round in zip(pipelines, rates, strict=True):
+        rate = float(np.median(by_round))
+        relative_time = float(np.median(our_rates.get(task, our_rates[CROP]) / by_round))
+        milliseconds = 1000 * num_cores / rate
+        measurements.append(
+            Measurement(task, name, rate, rate / num_cores, milliseconds, relative_time)
+        )
     return measurements
 
 
-def _limits(setting: Setting) -> list[Competitor]:
+def measure_memory_growth(config: PipelineConfig, num_images: int) -> MemoryGrowth:
+    """Measures the memory of mixer_jax's training pipeline with RandAugment over a long run.
+
+    `num_images` is rounded down to whole batches.
+    """
+    num_batches = num_images // config.batch_size
+    readings = [
+        num_batches * (index + 1) // _NUM_MEMORY_READINGS for index in range(_NUM_MEMORY_READINGS)
+    ]
+    mebibytes = []
+    for count, _ in enumerate(our_batches(config, num_batches, randaugment=True), start=1):
+        if count in readings:
+            mebibytes.append(_resident_bytes() / 2**20)
+    growth = 100 * (mebibytes[-1] / mebibytes[0] - 1)
+    return MemoryGrowth([count * config.batch_size for count in readings], mebibytes, growth)
+
+
+def our_batches(config: PipelineConfig, num_batches: int, *, randaugment: bool) -> Iterator[Batch]:
+    """Yields batches of mixer_jax's training pipeline on the host."""
+    num_threads, num_workers = config.our_num_threads, config.our_num_workers
+    if num_threads:
+        num_workers = num_workers or 1
+        num_threads //= num_workers
+    return train_batches(
+        Source("benchmark", _RepeatedFiles(config.files), ("",)),
+        seed=0,
+        start_step=0,
+        num_steps=num_batches,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        preprocess=_preprocess_args(randaugment=randaugment),
+        num_threads=num_threads,
+        num_workers=num_workers,
+        prefetch_batches=2,
+        sharding=batch_sharding(make_mesh(1, 1, jax.devices()[:1])),
+        on_bad_images=lambda step, bad: None,
+    )
+
+
+def _preprocess_args(*, randaugment: bool) -> dict[str, Any]:
+    """Returns the keyword arguments of `train_image`."""
+    return {
+        "train_crop": "inception",
+        "min_area": _MIN_AREA,
+        "max_shift": 0,
+        "flip": True,
+        "randaugment_layers": _LAYERS if randaugment else 0,
+        "randaugment_magnitude": _MAGNITUDE,
+    }
+
+
+def _decoders(config: PipelineConfig) -> list[Pipeline]:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     decoders: dict[str, Callable[[bytes], Any]] = {
-        # As our pipeline decodes; OpenCV has only the slower, more accurate transform.
+        # As in mixer_jax's pipeline; OpenCV offers only the slower, more accurate transform.
         "simplejpeg": lambda file: simplejpeg.decode_jpeg(file, fastdct=True, strict=False),
         "OpenCV": lambda file: cv2.imdecode(np.frombuffer(file, np.uint8), flags),
     }
-    cores = min(setting.threads, available_cpus())
     return [
-        Competitor(DECODING, name, cores, functools.partial(_decoded, setting, decode))
+        Pipeline(DECODE, name, config.num_cores, functools.partial(_decode, config, decode))
         for name, decode in decoders.items()
     ]
 
 
-def _ours(setting: Setting, images: np.ndarray) -> list[Competitor]:
+def _our_pipelines(config: PipelineConfig, images: np.ndarray) -> list[Pipeline]:
     def stream(randaugment: bool) -> Iterator[int]:
-        for _ in our_batches(setting, setting.num_batches, randaugment=randaugment):
-            yield setting.batch_size
+        for _ in our_batches(config, config.num_batches, randaugment=randaugment):
+            yield config.batch_size
 
-    def augmented() -> Iterator[int]:
+    def augment() -> Iterator[int]:
         rng = np.random.default_rng(0)
-        endless = itertools.cycle(images)
-        for _ in range(setting.num_batches):
-            for image in itertools.islice(endless, setting.batch_size):
-                rand_augment(image, rng, num_layers=LAYERS, magnitude=MAGNITUDE)
-            yield setting.batch_size
+        repeated = itertools.cycle(images)
+        for _ in range(config.num_batches):
+            for image in itertools.islice(repeated, config.batch_size):
+                rand_augment(image, rng, num_layers=_LAYERS, magnitude=_MAGNITUDE)
+            yield config.batch_size
 
-    cores = min(setting.threads, available_cpus())
     return [
-        Competitor(CROPPING, OURS, cores, functools.partial(stream, False)),
-        Competitor(AUGMENTING, OURS, cores, functools.partial(stream, True)),
-        Competitor(AUGMENTING_ALONE, OURS, 1, augmented),
+        Pipeline(CROP, OURS, config.num_cores, functools.partial(stream, False)),
+        Pipeline(AUGMENT, OURS, config.num_cores, functools.partial(stream, True)),
+        Pipeline(RANDAUGMENT, OURS, 1, augment),
     ]
 
 
-def _peers(setting: Setting, images: np.ndarray, tf_data: ModuleType) -> list[Competitor]:
-    size = {"num_batches": setting.num_batches, "batch_size": setting.batch_size}
-    randaugment = {"randaugment_layers": LAYERS, "randaugment_magnitude": MAGNITUDE}
+def _tf_data_pipelines(
+    config: PipelineConfig, images: np.ndarray, tf_data: ModuleType
+) -> list[Pipeline]:
+    size = {"num_batches": config.num_batches, "batch_size": config.batch_size}
+    randaugment = {"randaugment_layers": _LAYERS, "randaugment_magnitude": _MAGNITUDE}
     off = {"randaugment_layers": 0, "randaugment_magnitude": 0.0}
 
     def stream(dataset: Any) -> Iterator[int]:
         for _ in dataset:
-            yield setting.batch_size
+            yield config.batch_size
 
-    cores = min(setting.threads, available_cpus())
-    competitors = []
-    for (task, layers), (name, whole) in itertools.product(
-        [(CROPPING, off), (AUGMENTING, randaugment)],
+    pipelines = []
+    for (task, layers), (name, decode_full_image) in itertools.product(
+        [(CROP, off), (AUGMENT, randaugment)],
         [("tf.data, decode and crop", True), ("tf.data, decode the crop only", False)],
     ):
-        dataset = tf_data.training_batches(
-            setting.files,
-            image_size=setting.image_size,
-            min_area=MIN_AREA,
-            decode_whole=whole,
-            threads=setting.threads,
+        dataset = tf_data.train_batches(
+            config.files,
+            image_size=config.image_size,
+            min_area=_MIN_AREA,
+            decode_full_image=decode_full_image,
+            num_threads=config.num_threads,
             **size,
             **layers,
         )
-        competitors.append(Competitor(task, name, cores, functools.partial(stream, dataset)))
-    alone = tf_data.augmented_batches(images, threads=1, **size, **randaugment)
-    competitors.append(Competitor(AUGMENTING_ALONE, "tf.data", 1, functools.partial(stream, alone)))
-    return competitors
+        open_stream = functools.partial(stream, dataset)
+        pipelines.append(Pipeline(task, name, config.num_cores, open_stream))
+    augmented = tf_data.augmented_batches(images, num_threads=1, **size, **randaugment)
+    pipelines.append(Pipeline(RANDAUGMENT, "tf.data", 1, functools.partial(stream, augmented)))
+    return pipelines
 
 
-def _decoded(setting: Setting, decode: Callable[[bytes], Any]) -> Iterator[int]:
-    def decode_piece(piece: Sequence[bytes]) -> int:
-        for file in piece:
+def _decode(config: PipelineConfig, decode: Callable[[bytes], Any]) -> Iterator[int]:
+    def decode_chunk(chunk: Sequence[bytes]) -> int:
+        for file in chunk:
             decode(file)
-        return len(piece)
+        return len(chunk)
 
-    files = itertools.islice(
-        itertools.cycle(setting.files), setting.num_batches * setting.batch_size
-    )
-    pieces = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
-    with concurrent.futures.ThreadPoolExecutor(setting.threads) as pool:
-        yield from pool.map(decode_piece, pieces)
+    files = itertools.islice(itertools.cycle(config.files), config.num_batches * config.batch_size)
+    chunks = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
+    with concurrent.futures.ThreadPoolExecutor(config.num_threads) as pool:
+        yield from pool.map(decode_chunk, chunks)
 
 
-def _rate(stream: Iterator[int], setting: Setting) -> float:
-    """Returns the images/s of a stream in its midst, and exhausts it."""
+def _measure_rate(stream: Iterator[int], config: PipelineConfig) -> float:
+    """Measures images/s in the middle of a stream, and exhausts the stream."""
     arrived = 0
-    while arrived < 2 * setting.margin * setting.batch_size:
+    while arrived < 2 * config.margin * config.batch_size:
         arrived += next(stream)
     first, start = arrived, time.perf_counter()
-    while arrived < first + setting.timed_images:
+    while arrived < first + config.images_per_round:
         arrived += next(stream)
     rate = (arrived - first) / (time.perf_counter() - start)
     for _ in stream:
@@ -197,8 +320,23 @@ def _rate(stream: Iterator[int], setting: Setting) -> float:
     return rate
 
 
-def _cropped(setting: Setting) -> np.ndarray:
-    """Returns one training image of each file, as RandAugment is given them."""
+def _cropped_images(config: PipelineConfig) -> np.ndarray:
+    """Prepares one training image of each file, as the input of RandAugment."""
     rng = np.random.default_rng(0)
-    settings = {"image_size": setting.image_size, **preprocess(randaugment=False)}
-    return np.stack([train_image(file, rng, **settings) for file in setting.files])
+    settings = {"image_size": config.image_size, **_preprocess_args(randaugment=False)}
+    return np.stack([train_image(file, rng, **settings) for file in config.files])
+
+
+def _resident_bytes() -> int:
+    """Returns the resident memory of this process and its workers."""
+    workers = [child.pid for child in multiprocessing.active_children()]
+    return sum(_resident_bytes_of(pid) for pid in [os.getpid(), *workers] if pid is not None)
+
+
+def _resident_bytes_of(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # A worker that has just finished.
+    resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
+    return 1024 * int(resident[0]) if resident else 0

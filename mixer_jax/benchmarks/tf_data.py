@@ -1,4 +1,4 @@
-"""The peer of our input pipeline: the same work as a tf.data pipeline."""
+"""Baseline of the input pipeline: the same work in tf.data."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,49 +9,49 @@ from mixer_jax.benchmarks.tf_randaugment import rand_augment
 
 VERSION: str = tf.__version__
 
-# TensorFlow's default, and what ours trains with: the pixels are the same.
+# TensorFlow's default, which mixer_jax trains with, too: the pixels are equal.
 _DCT = "INTEGER_FAST"
 
 
-def keep_off_accelerators() -> None:
-    """Leaves the machine's GPUs alone: an input pipeline runs on the host."""
+def hide_gpus() -> None:
+    """Keeps TensorFlow off the GPUs: an input pipeline runs on the host."""
     tf.config.set_visible_devices([], "GPU")
 
 
-def training_batches(
+def train_batches(
     encoded: Sequence[bytes],
     *,
     num_batches: int,
     batch_size: int,
     image_size: int,
     min_area: float,
-    decode_whole: bool,
+    decode_full_image: bool,
     randaugment_layers: int,
     randaugment_magnitude: float,
-    threads: int,
+    num_threads: int,
 ) -> tf.data.Dataset:
-    """Returns a data set of training images: decoded, cropped at random, flipped and augmented.
+    """Creates a data set of training images: decoded, randomly cropped, flipped and augmented.
 
     Args:
-        encoded: JPEG files, used over and over.
-        num_batches: how many it has.
-        batch_size: images a batch.
-        image_size: side of the images, pixels.
-        min_area: of the inception crop, share of the image's area.
-        decode_whole: whether to decode the image and then crop it, or to decode only the crop.
-        randaugment_layers: RandAugment operations an image; 0 is none.
-        randaugment_magnitude: on the scale 0-10.
-        threads: that prepare images.
+        encoded: JPEG files, used repeatedly.
+        num_batches: Length of the data set.
+        batch_size: Images per batch.
+        image_size: Side of the square images, in pixels.
+        min_area: Smallest area of the Inception crop, as a fraction of the image.
+        decode_full_image: Whether to decode the whole image before cropping it, or only the crop.
+        randaugment_layers: RandAugment operations per image; 0 turns it off.
+        randaugment_magnitude: Magnitude on the scale 0-10.
+        num_threads: Threads that prepare images.
     """
 
     def prepare(file: tf.Tensor) -> tf.Tensor:
         shape = tf.io.extract_jpeg_shape(file)
-        image = resize(crop(file, _random_box(shape, min_area), decode_whole), image_size)
+        image = resize(crop(file, _random_box(shape, min_area), decode_full_image), image_size)
         image = tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
         return rand_augment(image, randaugment_layers, randaugment_magnitude)
 
     files = tf.data.Dataset.from_tensor_slices(list(encoded))
-    return _batches(files, prepare, num_batches, batch_size, threads)
+    return _batches(files, prepare, num_batches, batch_size, num_threads)
 
 
 def augmented_batches(
@@ -61,15 +61,15 @@ def augmented_batches(
     batch_size: int,
     randaugment_layers: int,
     randaugment_magnitude: float,
-    threads: int,
+    num_threads: int,
 ) -> tf.data.Dataset:
-    """Returns a data set of images with RandAugment applied; arguments as `training_batches`."""
+    """Creates a data set of images with RandAugment; see `train_batches` for the arguments."""
 
     def prepare(image: tf.Tensor) -> tf.Tensor:
         return rand_augment(image, randaugment_layers, randaugment_magnitude)
 
     arrays = tf.data.Dataset.from_tensor_slices(images)
-    return _batches(arrays, prepare, num_batches, batch_size, threads)
+    return _batches(arrays, prepare, num_batches, batch_size, num_threads)
 
 
 def _batches(
@@ -77,22 +77,22 @@ def _batches(
     prepare: Callable[[tf.Tensor], tf.Tensor],
     num_batches: int,
     batch_size: int,
-    threads: int,
+    num_threads: int,
 ) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = threads
-    # Parallel over images, so that no operation needs to be parallel inside.
+    options.threading.private_threadpool_size = num_threads
+    # Images are prepared in parallel, so that operations need not be.
     options.threading.max_intra_op_parallelism = 1
     images = inputs.repeat().take(num_batches * batch_size)
-    # Nothing in it is Python that depends on an image.
+    # The function has no Python control flow that depends on an image.
     prepare = tf.autograph.experimental.do_not_convert(prepare)
-    images = images.map(prepare, num_parallel_calls=threads, deterministic=True)
+    images = images.map(prepare, num_parallel_calls=num_threads, deterministic=True)
     return images.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
 
 
 def _random_box(shape: tf.Tensor, min_area: float) -> tf.Tensor:
-    """Draws the inception crop: top, left, height, width."""
+    """Samples the Inception crop: top, left, height, width."""
     begin, size, _ = tf.image.sample_distorted_bounding_box(
         shape,
         tf.zeros([1, 0, 4]),
@@ -105,9 +105,9 @@ def _random_box(shape: tf.Tensor, min_area: float) -> tf.Tensor:
     return tf.concat([begin[:2], size[:2]], axis=0)
 
 
-def crop(file: tf.Tensor, box: tf.Tensor, decode_whole: bool) -> tf.Tensor:
-    """Returns the part of a JPEG file in a box (top, left, height, width), uint8."""
-    if not decode_whole:
+def crop(file: tf.Tensor, box: tf.Tensor, decode_full_image: bool) -> tf.Tensor:
+    """Decodes a box (top, left, height, width) of a JPEG file, uint8."""
+    if not decode_full_image:
         return tf.io.decode_and_crop_jpeg(file, box, channels=3, dct_method=_DCT)
     top, left, height, width = tf.unstack(box)
     image = tf.io.decode_jpeg(file, channels=3, dct_method=_DCT)
@@ -115,5 +115,5 @@ def crop(file: tf.Tensor, box: tf.Tensor, decode_whole: bool) -> tf.Tensor:
 
 
 def resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
-    """Resizes to a square without antialiasing, float32."""
+    """Resizes an image to a square without antialiasing, float32."""
     return tf.image.resize(image, [image_size, image_size], antialias=False)

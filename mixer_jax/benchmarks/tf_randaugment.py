@@ -1,7 +1,7 @@
-"""RandAugment in TensorFlow: each operation does what ours of the same name does.
+"""RandAugment in TensorFlow, with the operations of `mixer_jax.data.randaugment`.
 
-Images are uint8 (height, width, 3) of a shape known when the graph is built. The same magnitudes
-as ours, by the same constants, and the same choices: sixteen operations, equally likely.
+Images are uint8 (height, width, 3) of a shape known when the graph is built. Constants, magnitudes
+and the probabilities of the sixteen operations are the same.
 """
 
 import math
@@ -12,12 +12,12 @@ import tensorflow as tf
 
 from mixer_jax.data.randaugment import CUTOUT_PIXELS, FILL, FULL_MAGNITUDE, TRANSLATE_PIXELS
 
-# Pillow's, as in ours: all sums are exact in float32.
+# Pillow's weights: all sums are exact in float32.
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
-    """Stretches each channel linearly to the full range; a constant channel stays."""
+    """Stretches each channel linearly to the full range, except constant channels."""
     # Reducing channel by channel is twice as fast as reducing over the two leading axes.
     channels = tf.unstack(image, axis=-1)
     low = tf.cast(tf.stack([tf.reduce_min(channel) for channel in channels]), tf.float32)
@@ -28,7 +28,7 @@ def auto_contrast(image: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
-    """Flattens each channel's histogram; a channel of too few pixels to do so stays."""
+    """Flattens each channel's histogram, except channels with too few pixels."""
     return tf.stack([_equalize(channel) for channel in tf.unstack(image, axis=-1)], axis=-1)
 
 
@@ -45,12 +45,12 @@ def _equalize(channel: tf.Tensor) -> tf.Tensor:
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
-    """Reflects every value about the middle of the range."""
+    """Inverts every value."""
     return 255 - image
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor | float) -> tf.Tensor:
-    """Rotates about the centre of the image, anticlockwise for positive degrees."""
+    """Rotates about the center of the image, counterclockwise for positive degrees."""
     cosine, sine = tf.cos(degrees * (math.pi / 180)), tf.sin(degrees * (math.pi / 180))
     y, x = image.shape[0] / 2, image.shape[1] / 2
     return _affine(
@@ -59,12 +59,12 @@ def rotate(image: tf.Tensor, degrees: tf.Tensor | float) -> tf.Tensor:
 
 
 def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
-    """Keeps the highest bits of every value, at least 1 and at most 8."""
+    """Keeps the highest bits of every value, from 1 to 8."""
     return tf.bitwise.bitwise_and(image, np.uint8(256 - (1 << 8 - min(max(bits, 1), 8))))
 
 
 def solarize(image: tf.Tensor, threshold: int) -> tf.Tensor:
-    """Inverts the values at or above the threshold; 256 and more changes nothing."""
+    """Inverts the values at or above the threshold; none for 256 and more."""
     return image if threshold > 255 else tf.where(image < threshold, image, 255 - image)
 
 
@@ -75,13 +75,13 @@ def solarize_add(image: tf.Tensor, addition: int) -> tf.Tensor:
 
 
 def color(image: tf.Tensor, factor: float) -> tf.Tensor:
-    """Blends with the greyscale image."""
-    return _blend(_greyscale(image), tf.cast(image, tf.float32), factor)
+    """Blends with the grayscale image."""
+    return _blend(_grayscale(image), tf.cast(image, tf.float32), factor)
 
 
 def contrast(image: tf.Tensor, factor: float) -> tf.Tensor:
-    """Blends with a constant grey, the rounded mean of the greyscale image."""
-    mean = tf.floor(tf.reduce_mean(_greyscale(image)) + 0.5)
+    """Blends with a constant gray, the rounded mean of the grayscale image."""
+    mean = tf.floor(tf.reduce_mean(_grayscale(image)) + 0.5)
     return _blend(mean, tf.cast(image, tf.float32), factor)
 
 
@@ -91,57 +91,57 @@ def brightness(image: tf.Tensor, factor: float) -> tf.Tensor:
 
 
 def sharpness(image: tf.Tensor, factor: float) -> tf.Tensor:
-    """Blends with a smoothed image; the outermost pixels stay."""
+    """Blends with a smoothed image, except at the border."""
     values = tf.cast(image, tf.float32)
     # Sums are as fast as TensorFlow's depthwise convolution with oneDNN, and five times as fast as
-    # the one without.
+    # without it.
     rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
-    centre = values[1:-1, 1:-1]
-    smooth = tf.floor((rows[:-2] + rows[1:-1] + rows[2:] + 4 * centre) / 13 + 0.5)
-    inside = _blend(smooth, centre, factor)
+    center = values[1:-1, 1:-1]
+    smooth = tf.floor((rows[:-2] + rows[1:-1] + rows[2:] + 4 * center) / 13 + 0.5)
+    inside = _blend(smooth, center, factor)
     middle = tf.concat([image[1:-1, :1], inside, image[1:-1, -1:]], axis=1)
     return tf.concat([image[:1], middle, image[-1:]], axis=0)
 
 
 def shear_x(image: tf.Tensor, slope: tf.Tensor | float) -> tf.Tensor:
-    """Shears along x."""
+    """Shears the image along x."""
     return _affine(image, 1.0, slope, 0.0, 0.0, 1.0, 0.0)
 
 
 def shear_y(image: tf.Tensor, slope: tf.Tensor | float) -> tf.Tensor:
-    """Shears along y."""
+    """Shears the image along y."""
     return _affine(image, 1.0, 0.0, 0.0, slope, 1.0, 0.0)
 
 
 def translate_x(image: tf.Tensor, pixels: tf.Tensor | float) -> tf.Tensor:
-    """Moves the image to the left by a number of pixels."""
+    """Shifts the image to the left by a number of pixels."""
     return _affine(image, 1.0, 0.0, pixels, 0.0, 1.0, 0.0)
 
 
 def translate_y(image: tf.Tensor, pixels: tf.Tensor | float) -> tf.Tensor:
-    """Moves the image up by a number of pixels."""
+    """Shifts the image up by a number of pixels."""
     return _affine(image, 1.0, 0.0, 0.0, 0.0, 1.0, pixels)
 
 
 def cutout(image: tf.Tensor, row: tf.Tensor, column: tf.Tensor, half_size: int) -> tf.Tensor:
-    """Paints a grey square of side 2 * half_size about (row, column), cut off at the edges."""
+    """Paints a gray square of side 2 * half_size around (row, column), clipped to the image."""
     height, width = image.shape[:2]
     top, bottom = tf.maximum(row - half_size, 0), tf.minimum(row + half_size, height)
     left, right = tf.maximum(column - half_size, 0), tf.minimum(column + half_size, width)
-    grey = tf.fill([bottom - top, right - left, 3], np.uint8(FILL))
-    middle = tf.concat([image[top:bottom, :left], grey, image[top:bottom, right:]], axis=1)
+    gray = tf.fill([bottom - top, right - left, 3], np.uint8(FILL))
+    middle = tf.concat([image[top:bottom, :left], gray, image[top:bottom, right:]], axis=1)
     return tf.concat([image[:top], middle, image[bottom:]], axis=0)
 
 
-def _greyscale(image: tf.Tensor) -> tf.Tensor:
-    """Returns the luma, whole numbers as float32 (height, width, 1)."""
+def _grayscale(image: tf.Tensor) -> tf.Tensor:
+    """Computes the luma, rounded to integers, float32 (height, width, 1)."""
     channels = tf.unstack(tf.cast(image, tf.float32), axis=-1)
     luma = sum(weight * channel for weight, channel in zip(_LUMA, channels, strict=True))
     return tf.floor(luma + 0.5)[..., None]
 
 
 def _blend(degenerate: tf.Tensor, values: tf.Tensor, factor: float) -> tf.Tensor:
-    """Moves from the degenerate image towards the image and beyond."""
+    """Interpolates between the degenerate image and the image, or extrapolates beyond it."""
     return _as_pixels(degenerate + factor * (values - degenerate))
 
 
@@ -150,15 +150,15 @@ def _as_pixels(values: tf.Tensor) -> tf.Tensor:
 
 
 def _affine(image: tf.Tensor, *matrix: tf.Tensor | float) -> tf.Tensor:
-    """Warps by the nearest pixel, with FILL where there is none.
+    """Warps to the nearest pixel, with FILL outside of the image.
 
     Args:
-        image: the image.
-        *matrix: the six numbers of ours: from a place in the result to its source, in pixels from
-            the corner of the image.
+        image: Image to warp.
+        *matrix: Six numbers of the affine map from a position in the result to its source, in
+            pixels from the corner of the image.
     """
     a, b, c, d, e, f = matrix
-    # TensorFlow counts from the centre of the first pixel.
+    # TensorFlow measures from the center of the first pixel.
     c, f = c + (a + b - 1) / 2, f + (d + e - 1) / 2
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=image[None],
@@ -208,7 +208,7 @@ OPERATIONS: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
 
 
 def rand_augment(image: tf.Tensor, num_layers: int, magnitude: float) -> tf.Tensor:
-    """Applies operations drawn uniformly with replacement, one after the other."""
+    """Applies operations sampled uniformly with replacement, one after the other."""
     strength = magnitude / FULL_MAGNITUDE
     for _ in range(num_layers):
         image = _random_operation(image, strength)

@@ -1,148 +1,246 @@
-"""Processes that measure, one a framework, so that none disturbs another and none outlives us."""
+"""Worker processes, one per framework, in which all programs are built and timed.
 
-import json
+Separate processes keep frameworks from disturbing each other, and crashes from ending the run. The
+caller's process imports neither JAX nor PyTorch.
+"""
+
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from mixer_jax.benchmarks.contestants import Contestant, Setting
+from absl import logging
+
+from mixer_jax.benchmarks.candidates import JAX, Candidate, Workload
+from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner
 from mixer_jax.errors import summarize_error
 
-_PATIENCE = 10.0
-_ROOT = Path(__file__).parent.parent.parent
+# Defaults for what the environment does not set.
 _ENVIRONMENT = {
-    # JAX would take three quarters of a GPU's memory at once, whatever it needs.
+    # By default, JAX takes three quarters of a GPU's memory at once.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
 }
+# What libraries write when memory runs out.
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
+_STOP_SECONDS = 10.0
+_LOG_CHARS = 4000
 
 
-class FailedError(RuntimeError):
-    """What a worker was asked for did not work; the message is its reason, in one line.
+class WorkerError(RuntimeError):
+    """Failure of one call in a worker process; the message is its reason, in one line.
 
     Attributes:
-        out_of_memory: whether memory ran out.
-        trace: where, for those who want to mend it.
+        reason: Message of the original error.
+        out_of_memory: Whether memory ran out.
+        trace: Traceback, or the last output of a process that was lost.
     """
 
     def __init__(self, reason: str, out_of_memory: bool, trace: str):
-        super().__init__("out of memory" if out_of_memory else reason)
-        self.out_of_memory = out_of_memory
-        self.trace = trace
+        super().__init__(reason, out_of_memory, trace)
+        self.reason, self.out_of_memory, self.trace = reason, out_of_memory, trace
+
+    def __str__(self) -> str:
+        return "out of memory" if self.out_of_memory else self.reason
 
 
 class Worker:
-    """A process of one framework; it starts when it is first asked for something."""
+    """Process that holds the runner of one framework; starts at the first call."""
 
     def __init__(
         self,
         framework: str,
-        setting: Setting,
+        workload: Workload,
         platform: str = "",
         environment: Mapping[str, str] | None = None,
     ):
-        """Takes what the process works with.
-
-        Args:
-            framework: "jax" or "torch".
-            setting: the work.
-            platform: as JAX calls it; for "torch" only.
-            environment: variables beside ours.
-        """
-        self._arguments = [framework, json.dumps(setting._asdict()), platform]
-        self._environment = {**_ENVIRONMENT, **os.environ, **(environment or {})}
-        self._process: subprocess.Popen[str] | None = None
-        self._errors: Any = None
+        self._args = (framework, workload, platform, dict(environment or {}))
+        self._process: Any = None
+        self._connection: Any = None
+        self._log: Any = None
 
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     @property
-    def running(self) -> bool:
-        """Whether the process is there."""
-        return self._process is not None
+    def pid(self) -> int | None:
+        """Process id; None if the process is not running."""
+        return self._process and self._process.pid
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Returns what a method of the worker's side returns.
-
-        Args:
-            do: the method.
-            **arguments: that it takes.
+    def call(self, method: str, **kwargs: Any) -> Any:
+        """Calls a method of the `FrameworkRunner` and returns its result.
 
         Raises:
-            FailedError: it failed, or the process is gone.
+            WorkerError: The method failed, or the process was lost.
         """
         if self._process is None:
             self._start()
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        request = {
-            name: value._asdict() if isinstance(value, Contestant) else value
-            for name, value in arguments.items()
-        }
         try:
-            process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise self._is_gone()
-        reply = json.loads(line)
-        if "error" in reply:
-            raise FailedError(reply["error"], reply["out_of_memory"], self._read_errors())
-        return reply["result"]
+            self._connection.send((method, kwargs))
+            reply = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if isinstance(reply, WorkerError):
+            raise reply
+        return reply
 
     def stop(self) -> None:
-        """Ends the process, if it is there, and frees all that it holds."""
+        """Ends the process, if it runs, which frees its memory."""
         if self._process is None:
             return
-        try:
-            # It ends when there are no more requests; so do processes of its own.
-            self._process.communicate(timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
+        self._connection.close()
+        self._process.join(_STOP_SECONDS)
+        if self._process.exitcode is None:
             self._process.kill()
-            self._process.communicate()
-        self._errors.close()
+            self._process.join()
+        self._log.close()
         self._process = None
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # From where the package is, so that it is found there.
-        paths = [str(_ROOT), self._environment.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mixer_jax.benchmarks.worker", *self._arguments],
-            env={**self._environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        context = multiprocessing.get_context("spawn")
+        self._connection, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, self._log.name, *self._args))
+        self._process.start()
+        remote.close()
 
-    def _is_gone(self) -> FailedError:
-        assert self._process is not None
-        code = self._process.wait()
-        trace = self._read_errors()
+    def _lost(self) -> WorkerError:
+        self._process.join()
+        code = self._process.exitcode
+        self._log.seek(0)
+        trace = self._log.read().decode(errors="replace")[-_LOG_CHARS:]
         self.stop()
-        # Killed: where memory is scarce, that is how Linux says so.
         last = trace.strip().splitlines()[-1] if trace.strip() else f"exit code {code}"
-        return FailedError(summarize_error(RuntimeError(last)), code == -9, trace)
+        # Linux kills processes when memory is short.
+        return WorkerError(summarize_error(RuntimeError(last)), code == -9, trace)
 
-    def _read_errors(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")[-4000:]
+
+class WorkerPool:
+    """Worker processes of all frameworks of a comparison, which share one device.
+
+    A process that is lost is started again at the next call and finds its compiled programs in
+    `cache_dir`. If the device has too little memory for two processes, only one of them runs at a
+    time from then on.
+
+    Attributes:
+        isolated: Whether only one process runs at a time.
+    """
+
+    def __init__(
+        self, workload: Workload, frameworks: Sequence[str], platform: str, cache_dir: str
+    ):
+        self.isolated = False
+        self._workload, self._cache_dir = workload, cache_dir
+        environment = _cache_environment(cache_dir)
+        self._workers = {name: Worker(name, workload, platform, environment) for name in frameworks}
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop(self._workers)
+
+    def call(self, framework: str, method: str, **kwargs: Any) -> Any:
+        """Calls a method of a framework's runner; see `Worker.call`."""
+        worker = self._workers[framework]
+        others = [name for name in self._workers if name != framework and self._workers[name].pid]
+        if self.isolated:
+            self._stop(others)
+        try:
+            return worker.call(method, **kwargs)
+        except WorkerError as error:
+            if not (error.out_of_memory and others and not self.isolated):
+                raise
+        print(
+            f"{framework} and {others[0]} do not fit into memory together: from now on, their "
+            "processes take turns",
+            file=sys.stderr,
+        )
+        self.isolated = True
+        self._stop(self._workers)
+        return worker.call(method, **kwargs)
+
+    def measure_cold_start(self, candidate: Candidate) -> CompileCosts:
+        """Measures the costs of a candidate of JAX in a new process with an empty cache.
+
+        In one process, XLA would reuse what it computed for the candidate before, which can even
+        be the same program. The compiled program is added to the cache of the pool.
+        """
+        with tempfile.TemporaryDirectory() as cache_dir:
+            environment = _cache_environment(cache_dir)
+            with Worker(JAX, self._workload, environment=environment) as worker:
+                costs: CompileCosts = worker.call("measure_costs", candidate=candidate)
+            shutil.copytree(cache_dir, self._cache_dir, dirs_exist_ok=True)
+        return costs
+
+    def _stop(self, frameworks: Sequence[str] | Mapping[str, Worker]) -> None:
+        for name in frameworks:
+            self._workers[name].stop()
+
+
+def _cache_environment(folder: str) -> dict[str, str]:
+    """Returns the variables that make JAX and PyTorch keep compiled programs in a folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Whole programs only: cached parts of one program would speed up the compilation of others.
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+        "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+    }
+
+
+def _serve(
+    connection: Connection,
+    log_path: str,
+    framework: str,
+    workload: Workload,
+    platform: str,
+    environment: Mapping[str, str],
+) -> None:
+    """Runs the calls that arrive, until the connection is closed; main function of a process."""
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(environment)
+    logging.set_verbosity(logging.ERROR)
+    runner: Any = None
+    while True:
+        try:
+            method, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            runner = runner or _make_runner(framework, workload, platform)
+            reply = getattr(runner, method)(**kwargs)
+        except Exception as error:
+            out_of_memory = is_out_of_memory(error)
+            reply = WorkerError(summarize_error(error), out_of_memory, traceback.format_exc())
+        connection.send(reply)
+
+
+def _make_runner(framework: str, workload: Workload, platform: str) -> FrameworkRunner:
+    if framework == JAX:
+        from mixer_jax.benchmarks.jax_runner import JaxRunner
+
+        return JaxRunner(workload)
+    from mixer_jax.benchmarks.torch_runner import TorchRunner
+
+    return TorchRunner(workload, platform)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that memory ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)

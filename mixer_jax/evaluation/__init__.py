@@ -1,1 +1,1 @@
-"""Scores of a trained model."""
+"""Evaluation of trained models: exact metrics, feature extraction, probes."""

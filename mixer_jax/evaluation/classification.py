@@ -1,4 +1,4 @@
-"""Scores of a classifier on a whole split, every example counted exactly once."""
+"""Classification metrics over a split, with every example counted exactly once."""
 
 import functools
 import math
@@ -18,23 +18,22 @@ from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
 from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.mixer import MlpMixer
 from mixer_jax.models.stack import use_partitionable_backend
 
 NUM_CALIBRATION_BINS = 15
 
 
 class ClassificationMetrics(NamedTuple):
-    """What a split says of a model; shares lie in [0, 1].
+    """Classification metrics over a split, as fractions.
 
     Attributes:
-        top1: share of examples whose most probable class is right.
-        top5: share whose right class is among the five most probable.
-        log_likelihood: mean log-probability of the right class, nats.
-        calibration_error: expected calibration error, over 15 equal bins of confidence.
-        num_examples: how many were counted.
-        num_bad: how many were left out because their images cannot be used.
-        num_unlabelled: how many were left out because no answer is right.
+        top1: Fraction of examples whose most probable class is correct.
+        top5: Fraction of examples with a correct class among the five most probable ones.
+        log_likelihood: Mean log-probability of the correct class, in nats.
+        calibration_error: Expected calibration error, over 15 equal bins of confidence.
+        num_examples: Examples counted.
+        num_bad: Examples skipped because their images are unusable.
+        num_unlabelled: Examples skipped because they have no correct class.
     """
 
     top1: float
@@ -45,43 +44,43 @@ class ClassificationMetrics(NamedTuple):
     num_bad: int = 0
     num_unlabelled: int = 0
 
-    def counted(self) -> str:
-        """Returns how many were counted and left out, for people."""
+    def format_counts(self) -> str:
+        """Formats the numbers of examples counted and skipped."""
         parts = [f"{self.num_examples:,} images"]
         if self.num_bad:
-            parts.append(f"{self.num_bad:,} left out that cannot be used")
+            parts.append(f"{self.num_bad:,} unusable skipped")
         if self.num_unlabelled:
-            parts.append(f"{self.num_unlabelled:,} left out without a right answer")
+            parts.append(f"{self.num_unlabelled:,} without a label skipped")
         return ", ".join(parts)
 
-    def values(self) -> dict[str, float]:
-        """Returns every number by its name, for files and pictures."""
+    def as_dict(self) -> dict[str, float]:
+        """Returns every metric by name."""
         return {name: float(value) for name, value in self._asdict().items()}
 
-    def told(self) -> str:
-        """Returns what is said of an evaluation while a run goes on."""
+    def format_progress(self) -> str:
+        """Formats the line that is logged during training."""
         return (
             f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, "
-            f"log-likelihood {self.log_likelihood:.4f} on {self.counted()}"
+            f"log-likelihood {self.log_likelihood:.4f} on {self.format_counts()}"
         )
 
-    def summary(self) -> str:
-        """Returns what is said of an evaluation when a run ends."""
+    def format_summary(self) -> str:
+        """Formats the line that is printed at the end of a run."""
         return (
             f"{self.top1:.2%} top-1, {self.top5:.2%} top-5, calibration error "
-            f"{self.calibration_error:.2%}, on {self.counted()}"
+            f"{self.calibration_error:.2%}, on {self.format_counts()}"
         )
 
 
 class ExampleMetrics(NamedTuple):
-    """What is known of each example of a batch.
+    """Metrics of each example of a batch.
 
     Attributes:
-        rank: wrong classes at least as probable as the most probable right one; 0 is best. All
-            classes, where the logits are not numbers.
-        log_likelihood: log-probability that a right class holds.
-        confidence: probability of the likeliest class.
-        mask: false for what does not count.
+        rank: Number of incorrect classes that are at least as probable as the most probable correct
+            one; 0 is best. The number of classes if the logits are NaN.
+        log_likelihood: Log-probability that a correct class holds.
+        confidence: Probability of the most probable class.
+        mask: Whether the example counts.
     """
 
     rank: Int[Array, " n"]
@@ -94,28 +93,30 @@ EvalStep = Callable[[Any, Batch], ExampleMetrics]
 
 
 def per_example_metrics(
-    logits: Float[Array, "n classes"], right: Bool[Array, "n classes"], mask: Bool[Array, " n"]
+    logits: Float[Array, "n classes"],
+    target_mask: Bool[Array, "n classes"],
+    mask: Bool[Array, " n"],
 ) -> ExampleMetrics:
-    """Judges every example of a batch on its own; a tie counts against the model.
+    """Computes the metrics of each example of a batch; a tie counts against the model.
 
     Args:
-        logits: of the model.
-        right: which classes are right: one, or for ReaL labels (arXiv 2006.07159) one or several.
-        mask: which examples count.
+        logits: Output of the model.
+        target_mask: Correct classes: one, or several with ReaL labels (arXiv 2006.07159).
+        mask: Examples that count.
     """
-    # Softmax is right for sigmoid-trained heads as well: given that exactly one of several
+    # Softmax is correct for sigmoid-trained heads too: given that exactly one of several
     # independent classes holds, their probabilities are proportional to their odds, exp(logit).
     log_probs = jax.nn.log_softmax(logits)
-    best = jnp.max(log_probs, axis=1, initial=-jnp.inf, where=right)
-    # Not "count the strictly better": logits that are all alike, or not numbers, would be right.
-    rank = jnp.sum(~right & ~(log_probs < best[:, None]), axis=1)
+    best = jnp.max(log_probs, axis=1, initial=-jnp.inf, where=target_mask)
+    # Counting strictly better classes would make logits correct that are all equal or NaN.
+    rank = jnp.sum(~target_mask & ~(log_probs < best[:, None]), axis=1)
     rank = jnp.where(jnp.isnan(log_probs[:, 0]), logits.shape[1], rank)
-    log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=right)
+    log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=target_mask)
     return ExampleMetrics(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
 
 
-def make_eval_step(model: MlpMixer, mesh: Mesh) -> EvalStep:
-    """Compiles `per_example_metrics` of a model's parameters and a batch of `eval_batches`.
+def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
+    """Compiles `per_example_metrics` as a function of parameters and a batch of `eval_batches`.
 
     The result is replicated, so that every host can read all of it. Nothing is donated:
     parameters outlive an evaluation.
@@ -127,10 +128,10 @@ def make_eval_step(model: MlpMixer, mesh: Mesh) -> EvalStep:
     def eval_step(params: Any, batch: Batch) -> ExampleMetrics:
         params = replicate(params, mesh)
         logits = model.apply({"params": params}, normalize_images(batch["image"]))
-        right = batch["label"]
-        if right.ndim == 1:
-            right = jax.nn.one_hot(right, logits.shape[1], dtype=jnp.bool_)
-        return per_example_metrics(logits, right, batch["mask"])
+        target_mask = batch["label"]
+        if target_mask.ndim == 1:
+            target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
+        return per_example_metrics(logits, target_mask, batch["mask"])
 
     return eval_step
 
@@ -140,63 +141,62 @@ def evaluate(
     params: Any,
     source: Source,
     mesh: Mesh,
-    reading: EvalInputConfig,
+    input_config: EvalInputConfig,
 ) -> ClassificationMetrics:
-    """Scores a model on every example of a source.
+    """Computes classification metrics over every example of a source.
 
     Args:
-        eval_step: from `make_eval_step`.
-        params: of the model.
-        source: what to score on.
-        mesh: of devices.
-        reading: how they are read and prepared.
+        eval_step: Result of `make_eval_step`.
+        params: Parameters of the model.
+        source: Examples to evaluate on.
+        mesh: Mesh of devices.
+        input_config: Input pipeline.
 
     Raises:
-        UserError: images cannot be used and none may be left out; or no example counts.
+        UserError: Images are unusable and must not be skipped, or no example counts.
     """
-    judging = DatasetPass(eval_step, params, source, mesh, reading)
-    finished = list(judging)
-    if not any(metrics_per_example.mask.any() for metrics_per_example in finished):
-        raise UserError(f"{source.name}: there is no example to score")
-    scores = aggregate(jax.tree.map(lambda *batches: np.concatenate(batches), *finished))
-    num_unlabelled = len(source) - scores.num_examples - judging.num_bad
-    return scores._replace(num_bad=judging.num_bad, num_unlabelled=num_unlabelled)
+    dataset_pass = DatasetPass(eval_step, params, source, mesh, input_config)
+    batches = list(dataset_pass)
+    if not any(batch.mask.any() for batch in batches):
+        raise UserError(f"{source.name} has no example to evaluate on. Choose another split.")
+    metrics = aggregate(jax.tree.map(lambda *columns: np.concatenate(columns), *batches))
+    num_bad = dataset_pass.num_bad
+    num_unlabelled = len(source) - metrics.num_examples - num_bad
+    return metrics._replace(num_bad=num_bad, num_unlabelled=num_unlabelled)
 
 
-def aggregate(metrics_per_example: ExampleMetrics) -> ClassificationMetrics:
-    """Returns the scores of examples judged one by one, summed in float64.
+def aggregate(examples: ExampleMetrics) -> ClassificationMetrics:
+    """Aggregates the metrics of examples, with exact sums.
 
     Raises:
-        ValueError: no example counts.
+        ValueError: No example counts.
     """
-    mask = np.asarray(metrics_per_example.mask)
-    rank, log_likelihood, confidence = (
-        np.asarray(column)[mask] for column in metrics_per_example[:3]
-    )
+    mask = np.asarray(examples.mask)
+    rank, log_likelihood, confidence = (np.asarray(column)[mask] for column in examples[:3])
     if not rank.size:
-        raise ValueError("there is no example to score")
-    right = rank == 0
+        raise ValueError("examples.mask must select at least one example")
+    is_correct = rank == 0
     return ClassificationMetrics(
-        top1=float(right.mean()),
+        top1=float(is_correct.mean()),
         top5=float((rank < 5).mean()),
         log_likelihood=math.fsum(log_likelihood.tolist()) / rank.size,
-        calibration_error=calibration_error(confidence, right),
+        calibration_error=calibration_error(confidence, is_correct),
         num_examples=rank.size,
     )
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Returns the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
+def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
+    """Computes the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
     Args:
-        confidence: (n,) probability of the likeliest class.
-        right: (n,) whether that class is the right one.
+        confidence: Probability of the most probable class, (n,).
+        is_correct: Whether that class is correct, (n,).
     """
     if np.isnan(confidence).any():
         return math.nan
     bins = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
     gaps = [
-        abs(math.fsum(confidence[bins == b].tolist()) - int(right[bins == b].sum()))
+        abs(math.fsum(confidence[bins == b].tolist()) - int(is_correct[bins == b].sum()))
         for b in range(NUM_CALIBRATION_BINS)
     ]
     return math.fsum(gaps) / len(confidence)

@@ -1,4 +1,4 @@
-"""Features before the head, of every example of a split, chunk by chunk."""
+"""Feature extraction: the input of the head for every example of a split, in chunks."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +17,16 @@ from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
 from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.mixer import MlpMixer
 from mixer_jax.models.stack import use_partitionable_backend
 
 
 class BatchFeatures(NamedTuple):
-    """The features of a batch, padding and all.
+    """Features of a batch, including padding.
 
     Attributes:
-        features: what the head would see.
-        labels: of the examples.
-        mask: false for what does not count.
+        features: Input of the head.
+        labels: Labels of the examples.
+        mask: Whether the example counts.
     """
 
     features: Float32[Array, "n d"]
@@ -36,27 +35,27 @@ class BatchFeatures(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The features of some examples of a source, on the host.
+    """Features of some examples of a source, on the host.
 
     Attributes:
-        features: one row an example.
-        labels: of the examples.
-        places: of the examples in the source.
+        features: One row per example.
+        labels: Labels of the examples.
+        indices: Indices of the examples in the source.
     """
 
     features: Float32[np.ndarray, "n d"]
     labels: Int[np.ndarray, " n"]
-    places: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
 
 
 FeatureFn = Callable[[Any, Batch], BatchFeatures]
 
 
-def make_feature_fn(model: MlpMixer, mesh: Mesh) -> FeatureFn:
-    """Returns the model without its head, for parameters and a batch of `eval_batches`, compiled.
+def make_feature_fn(model: Any, mesh: Mesh) -> FeatureFn:
+    """Compiles the model without its head, for parameters and a batch of `eval_batches`.
 
-    The features lie whole on every device, so that every host can read all of them. The head's
-    parameters may be there or not; nothing is donated.
+    The result is replicated, so that every host can read all features. Parameters may include the
+    head; nothing is donated.
     """
     headless = use_partitionable_backend(model.clone(num_classes=0), mesh.size)
     options = compiler_options(mesh.devices.flat[0].platform, headless.execution.backend)
@@ -71,9 +70,9 @@ def make_feature_fn(model: MlpMixer, mesh: Mesh) -> FeatureFn:
 
 
 class FeatureExtractor:
-    """The features of every example of a source, once, in order, in chunks without padding.
+    """Features of every example of a source, in order, in chunks without padding.
 
-    It is there to be iterated over once; nothing of a chunk is kept.
+    Iterate over it once. It does not hold on to the chunks.
     """
 
     def __init__(
@@ -82,31 +81,31 @@ class FeatureExtractor:
         params: Any,
         source: Source,
         mesh: Mesh,
-        reading: EvalInputConfig,
+        input_config: EvalInputConfig,
     ):
-        """Takes what is passed over.
+        """Initializes the extractor.
 
         Args:
-            feature_fn: from `make_feature_fn`.
-            params: of the model.
-            source: of the examples, each with one label.
-            mesh: of devices.
-            reading: how they are read.
+            feature_fn: Result of `make_feature_fn`.
+            params: Parameters of the model.
+            source: Examples with one label each.
+            mesh: Mesh of devices.
+            input_config: Input pipeline.
         """
         self._name = source.name
-        self._pass = DatasetPass(feature_fn, params, source, mesh, reading)
+        self._pass = DatasetPass(feature_fn, params, source, mesh, input_config)
 
     @property
     def num_bad(self) -> int:
-        """How many images were left out because they cannot be used, after the last chunk."""
+        """Number of unusable images that were skipped; known after the last chunk."""
         return self._pass.num_bad
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yields the chunks.
 
         Raises:
-            UserError: features are not finite; or at the end, images cannot be used and none may
-                be left out.
+            UserError: Features are not finite; or, at the end, images are unusable and must not be
+                skipped.
         """
         start = 0
         for features, labels, mask in self._pass:
@@ -115,25 +114,20 @@ class FeatureExtractor:
             start += len(mask)
             if not np.isfinite(chunk.features).all():
                 raise UserError(
-                    f"{self._name}: some features are not finite numbers, so the weights are "
-                    "damaged or diverged; choose others"
+                    f"{self._name}: features must be finite, got NaN or infinity. The weights are "
+                    "damaged or diverged; choose another checkpoint."
                 )
             if len(rows):
                 yield chunk
 
 
-def rechunk(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
-    """Yields the same in larger chunks.
-
-    Args:
-        chunks: of one pass.
-        rows: that one has at least, but for the last.
-    """
-    held: list[Chunk] = []
+def rechunk(chunks: Iterable[Chunk], min_rows: int) -> Iterator[Chunk]:
+    """Concatenates chunks until each has at least `min_rows` rows, except for the last one."""
+    buffer: list[Chunk] = []
     for chunk in chunks:
-        held.append(chunk)
-        if sum(len(one.labels) for one in held) >= rows:
-            yield Chunk(*map(np.concatenate, zip(*held, strict=True)))
-            held.clear()
-    if held:
-        yield Chunk(*map(np.concatenate, zip(*held, strict=True)))
+        buffer.append(chunk)
+        if sum(len(c.labels) for c in buffer) >= min_rows:
+            yield Chunk(*map(np.concatenate, zip(*buffer, strict=True)))
+            buffer.clear()
+    if buffer:
+        yield Chunk(*map(np.concatenate, zip(*buffer, strict=True)))

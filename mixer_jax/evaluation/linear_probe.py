@@ -1,10 +1,10 @@
-"""A linear probe on a whole split: least squares whose memory does not grow with the examples.
+"""Linear probe on a whole split: ridge regression whose memory is independent of its size.
 
-The regression is that of few_shot.py. Of the examples it needs only the number and the sum of the
-features of each class, and the covariances of all features. These are gathered chunk by chunk, each
-about its own mean and then moved to the mean of all seen so far (Chan, Golub & LeVeque 1983): one
-pass will do, and nothing is lost to cancellation, however far the features lie from zero.
-Standardised features are orthogonal to the intercept's column, so it is solved by itself.
+The regression is that of few_shot.py. It depends on the examples only through the count and the
+sum of features per class, and the covariance of all features. These are accumulated chunk by chunk,
+each centred on its own mean and then shifted to the mean of all examples so far (Chan, Golub &
+LeVeque 1983): one pass suffices, without cancellation for features far from zero. Standardized
+features are orthogonal to the bias feature, so that the bias is solved separately.
 """
 
 from collections.abc import Sequence
@@ -15,101 +15,101 @@ from jaxtyping import Float, Float64, Int
 
 from mixer_jax.evaluation.few_shot import BIAS_FEATURE, STD_EPS, LinearClassifier
 
-# Penalties to choose among.
+# Regularization strengths to choose among.
 L2_REGS = tuple(2.0**exponent for exponent in range(-10, 21, 2))
 
 
 class SufficientStatistics:
-    """What least squares need to know of examples seen so far."""
+    """Sufficient statistics of ridge regression, accumulated over examples."""
 
     def __init__(self, num_classes: int):
         self._counts = np.zeros(num_classes, np.int64)
         self._mean = np.zeros(0)
-        # Of products of deviations from the mean, (d, d).
+        # Scatter matrix about the mean, (d, d).
         self._scatter = np.zeros((0, 0))
-        # Of the features of each class, (classes, d).
+        # Sum of the features of each class, (classes, d).
         self._class_sums = np.zeros((num_classes, 0))
 
     @property
     def count(self) -> int:
-        """How many examples were added."""
+        """Number of examples added."""
         return int(self._counts.sum())
 
     def add(self, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> None:
-        """Adds some examples, one or more."""
+        """Adds one or more examples."""
         features = features.astype(np.float64)
         if not self.count:
-            width = features.shape[1]
-            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
-            self._class_sums = np.zeros((len(self._counts), width))
-        before, added = self.count, len(features)
+            dim = features.shape[1]
+            self._mean, self._scatter = np.zeros(dim), np.zeros((dim, dim))
+            self._class_sums = np.zeros((len(self._counts), dim))
+        count, added = self.count, len(features)
         mean = features.mean(axis=0)
         centred, gap = features - mean, mean - self._mean
         self._scatter += centred.T @ centred
-        self._scatter += np.outer(gap, gap) * (before * added / (before + added))
-        self._mean += gap * (added / (before + added))
+        self._scatter += np.outer(gap, gap) * (count * added / (count + added))
+        self._mean += gap * (added / (count + added))
         np.add.at(self._class_sums, labels, features)
         self._counts += np.bincount(labels, minlength=len(self._counts))
 
     def solve(self) -> "RidgePath":
-        """Returns the regressions on these examples, for every penalty."""
-        deviation = np.sqrt(np.diag(self._scatter) / self.count) + STD_EPS
-        values, basis = np.linalg.eigh(self._scatter / np.outer(deviation, deviation))
-        # Centred features sum to zero, so that of targets of ±1 only the differences count.
+        """Solves the regression for every regularization strength."""
+        std = np.sqrt(np.diag(self._scatter) / self.count) + STD_EPS
+        eigenvalues, basis = np.linalg.eigh(self._scatter / np.outer(std, std))
+        # Centred features sum to zero, so that only the differences of the ±1 targets count.
         products = 2 * (self._class_sums - self._counts[:, None] * self._mean).T
         return RidgePath(
             self._mean.copy(),
-            deviation,
-            np.maximum(values, 0.0),
+            std,
+            np.maximum(eigenvalues, 0.0),
             basis,
-            basis.T @ (products / deviation[:, None]),
+            basis.T @ (products / std[:, None]),
             self.count,
             2.0 * self._counts - self.count,
         )
 
 
 class RidgePath(NamedTuple):
-    """The ridge regressions on the same examples, by penalty.
+    """Ridge regressions on the same examples, for any regularization strength.
 
     Attributes:
-        mean: of the features.
-        deviation: likewise, population, plus `STD_EPS`.
-        values: eigenvalues of the products of standardised features.
-        basis: eigenvectors, one a column.
-        products: of standardised features and targets, in that basis.
-        num_examples: that were learnt from.
-        target_sums: over the examples.
+        mean: Mean of the features.
+        std: Population standard deviation of the features, plus `STD_EPS`.
+        eigenvalues: Eigenvalues of the Gram matrix of standardized features.
+        basis: Eigenvectors, as columns.
+        products: Products of standardized features and targets, in that basis.
+        num_examples: Number of training examples.
+        target_sums: Sums of the targets over the examples.
     """
 
     mean: Float64[np.ndarray, " d"]
-    deviation: Float64[np.ndarray, " d"]
-    values: Float64[np.ndarray, " d"]
+    std: Float64[np.ndarray, " d"]
+    eigenvalues: Float64[np.ndarray, " d"]
     basis: Float64[np.ndarray, "d d"]
     products: Float64[np.ndarray, "d classes"]
     num_examples: int
     target_sums: Float64[np.ndarray, " classes"]
 
-    def at(self, penalty: float) -> LinearClassifier:
-        """Returns the regression with one penalty."""
-        weights = self.basis @ (self.products / (self.values + penalty)[:, None])
-        weights = np.concatenate([weights, self._intercept(penalty)[None]])
-        return LinearClassifier(self.mean, self.deviation, weights)
+    def classifier(self, l2_reg: float) -> LinearClassifier:
+        """Returns the classifier for one regularization strength."""
+        weights = self.basis @ (self.products / (self.eigenvalues + l2_reg)[:, None])
+        weights = np.concatenate([weights, self._bias(l2_reg)[None]])
+        return LinearClassifier(self.mean, self.std, weights)
 
     def count_correct(
         self,
         features: Float[np.ndarray, "n d"],
         labels: Int[np.ndarray, " n"],
-        penalties: Sequence[float],
-    ) -> Int[np.ndarray, " penalties"]:
-        """Returns how many of some examples the regression with each penalty gets right."""
-        # Turned into the basis once; the regressions differ in how they weigh its axes.
-        turned = ((features - self.mean) / self.deviation) @ self.basis
-        right = []
-        for penalty in penalties:
-            scores = (turned / (self.values + penalty)) @ self.products
-            answers = (scores + BIAS_FEATURE * self._intercept(penalty)).argmax(axis=1)
-            right.append(int((answers == labels).sum()))
-        return np.array(right)
+        l2_regs: Sequence[float],
+    ) -> Int[np.ndarray, " l2_regs"]:
+        """Counts the correct predictions for each regularization strength."""
+        # Rotated into the basis once; the regressions differ only in how they weigh its axes.
+        rotated = ((features - self.mean) / self.std) @ self.basis
+        counts = []
+        for l2_reg in l2_regs:
+            scores = (rotated / (self.eigenvalues + l2_reg)) @ self.products
+            predictions = (scores + BIAS_FEATURE * self._bias(l2_reg)).argmax(axis=1)
+            counts.append(int((predictions == labels).sum()))
+        return np.array(counts)
 
-    def _intercept(self, penalty: float) -> Float64[np.ndarray, " classes"]:
-        return BIAS_FEATURE * self.target_sums / (BIAS_FEATURE**2 * self.num_examples + penalty)
+    def _bias(self, l2_reg: float) -> Float64[np.ndarray, " classes"]:
+        return BIAS_FEATURE * self.target_sums / (BIAS_FEATURE**2 * self.num_examples + l2_reg)

@@ -1,4 +1,4 @@
-"""A pass of a compiled function over a split: every example once, in order, for any batch size."""
+"""Evaluation loop: every example of a split exactly once, in order, for any batch size."""
 
 import contextlib
 import math
@@ -15,23 +15,22 @@ from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import UserError
 
-# Images that an error names.
-_MOST_NAMED = 5
+_MAX_NAMED_IMAGES = 5
 
-Found = TypeVar("Found")
+Output = TypeVar("Output")
 
 
 class EvalInputConfig(NamedTuple):
-    """How the examples of a source are read and prepared.
+    """Input pipeline of an evaluation.
 
     Attributes:
-        batch_size: images at a time over all devices; rounded up to a multiple of their number.
-        image_size: as `eval_batches` takes it, like those below.
-        eval_crop: likewise.
-        exif_orientation: likewise.
-        skip_bad: whether images that cannot be used are left out, or an error.
-        threads: likewise.
-        prefetch_batches: likewise.
+        batch_size: Global batch size; rounded up to a multiple of the number of devices.
+        image_size: Height and width, in pixels.
+        eval_crop: Crop, as in `config.preprocess.eval_crop`.
+        exif_orientation: Whether images are rotated as their EXIF data demand.
+        skip_bad: Whether unusable images are skipped; otherwise they are an error.
+        num_threads: Threads that load images; 0 chooses by the number of cores.
+        prefetch_batches: Batches loaded ahead of the device.
     """
 
     batch_size: int
@@ -39,96 +38,94 @@ class EvalInputConfig(NamedTuple):
     eval_crop: str
     exif_orientation: bool
     skip_bad: bool
-    threads: int
+    num_threads: int
     prefetch_batches: int
 
 
-class DatasetPass(Generic[Found]):
-    """What a compiled function finds in each batch of a source, one after the other, on the host.
-
-    It is there to be iterated over once; nothing of a batch is kept.
+class DatasetPass(Generic[Output]):
+    """One pass of a compiled function over a source. Iterate over it once.
 
     Attributes:
-        num_bad: images that cannot be used, on all hosts; known after the last batch.
+        num_bad: Unusable images on all hosts; known after the last batch.
     """
 
     def __init__(
         self,
-        function: Callable[[Any, Batch], Found],
+        fn: Callable[[Any, Batch], Output],
         params: Any,
         source: Source,
         mesh: Mesh,
-        reading: EvalInputConfig,
+        input_config: EvalInputConfig,
     ):
-        """Takes what is passed over.
+        """Initializes the pass.
 
         Args:
-            function: of parameters and a batch of `eval_batches`, compiled; what it returns lies
-                whole on every device, so that every host can read all of it.
-            params: of the model.
-            source: of the examples.
-            mesh: of devices.
-            reading: how they are read.
+            fn: Compiled function of parameters and a batch of `eval_batches`. Its outputs must be
+                replicated, so that every host can read all of them.
+            params: Parameters of the model.
+            source: Examples to read.
+            mesh: Mesh of devices.
+            input_config: Input pipeline.
         """
-        self._function, self._params = function, params
-        self._source, self._mesh, self._reading = source, mesh, reading
+        self._fn, self._params = fn, params
+        self._source, self._mesh, self._input_config = source, mesh, input_config
         self.num_bad = 0
 
-    def __iter__(self) -> Iterator[Found]:
-        """Yields what is found in each batch.
+    def __iter__(self) -> Iterator[Output]:
+        """Yields the output for each batch, on the host.
 
         Raises:
-            UserError: at the end, images cannot be used, and `skip_bad` is false.
+            UserError: At the end, if images are unusable and `skip_bad` is false.
         """
         bad: list[BadImage] = []
-        running: Found | None = None
+        pending: Output | None = None
         with contextlib.closing(self._batches(bad)) as batches:
             for batch in batches:
-                # Sent off before the last one is read, so that the device need not wait.
-                started = self._function(self._params, batch)
-                if running is not None:
-                    yield jax.device_get(running)
-                running = started
-        if running is not None:
-            yield jax.device_get(running)
-        # Not at once, when an image is met: the other hosts would wait for this one.
+                # Dispatched before the last output is read, so that the device never waits.
+                dispatched = self._fn(self._params, batch)
+                if pending is not None:
+                    yield jax.device_get(pending)
+                pending = dispatched
+        if pending is not None:
+            yield jax.device_get(pending)
+        # Only at the end: if this host raised at the first bad image, the others would hang.
         self.num_bad = multihost.sum_across_hosts(len(bad))
-        if self.num_bad and not self._reading.skip_bad:
+        if self.num_bad and not self._input_config.skip_bad:
             raise bad_images_error(self._source, bad, self.num_bad)
 
     def _batches(self, bad: list[BadImage]) -> Any:
-        reading = self._reading
+        config = self._input_config
         return eval_batches(
             self._source,
-            batch_size=math.ceil(reading.batch_size / self._mesh.size) * self._mesh.size,
-            image_size=reading.image_size,
-            eval_crop=reading.eval_crop,
-            exif_orientation=reading.exif_orientation,
-            num_threads=reading.threads,
-            prefetch_batches=reading.prefetch_batches,
+            batch_size=math.ceil(config.batch_size / self._mesh.size) * self._mesh.size,
+            image_size=config.image_size,
+            eval_crop=config.eval_crop,
+            exif_orientation=config.exif_orientation,
+            num_threads=config.num_threads,
+            prefetch_batches=config.prefetch_batches,
             sharding=batch_sharding(self._mesh),
-            on_bad_images=lambda step, met: bad.extend(met),
+            on_bad_images=lambda step, found: bad.extend(found),
         )
 
 
 def bad_images_error(source: Source, bad: list[BadImage], num_bad: int) -> UserError:
-    """Returns the error about images that cannot be used.
+    """Creates the error about unusable images.
 
     Args:
-        source: that they belong to.
-        bad: those that this host met.
-        num_bad: how many all hosts met.
+        source: Source of the images.
+        bad: Images found on this host.
+        num_bad: Number of images found on all hosts.
     """
     images = "image" if num_bad == 1 else "images"
     return UserError(
-        f"{source.name}: {num_bad:,} {images} cannot be used: {_name_some(bad)}; mend or "
-        "remove them, or leave such images out: --config.bad_images.skip_in_evaluation=true, "
-        "and of evaluate --skip_bad_images"
+        f"{source.name}: {num_bad:,} unusable {images}: {_format_images(bad)}. Fix or remove them, "
+        "or skip unusable images: --config.bad_images.skip_in_evaluation=true, or "
+        "--skip_bad_images for mixer_jax.evaluate."
     )
 
 
-def _name_some(bad: list[BadImage]) -> str:
+def _format_images(bad: list[BadImage]) -> str:
     if not bad:
-        return "another host names them"
-    some = [f"{name} ({reason})" for name, reason in bad[:_MOST_NAMED]]
-    return ", ".join(some) + (", …" if len(bad) > _MOST_NAMED else "")
+        return "listed by another host"
+    named = [f"{name} ({reason})" for name, reason in bad[:_MAX_NAMED_IMAGES]]
+    return ", ".join(named) + (", …" if len(bad) > _MAX_NAMED_IMAGES else "")

@@ -1,6 +1,6 @@
-"""Probes: what frozen features are worth, by a classifier learnt from them without gradients.
+"""Probes: classifiers fitted to frozen features without gradients.
 
-Every probe is learnt first; then the test split is passed over once, and nothing of it is kept.
+Every probe is fitted first; then the test split is read once, and none of its features are stored.
 """
 
 import functools
@@ -19,19 +19,19 @@ from mixer_jax.evaluation.knn import KnnClassifier
 from mixer_jax.evaluation.linear_probe import L2_REGS, SufficientStatistics
 from mixer_jax.evaluation.loop import EvalInputConfig
 
-# Of the training split, where the linear probe's penalty is chosen: its last tenth.
-_HELD_OUT_SHARE = 0.1
-# Of the test split, rows that are scored together.
-_ROWS_TOGETHER = 4096
+# The last tenth of the training split chooses the regularization of the linear probe.
+_HELD_OUT_FRACTION = 0.1
+# Test features classified at a time.
+_TEST_ROWS = 4096
 
 
 class ProbeConfig(NamedTuple):
-    """Which probe.
+    """Configuration of a probe.
 
     Attributes:
         method: "few_shot", "linear" or "knn".
-        shots: of few_shot, training images a class.
-        seeds: of few_shot; each draws other images.
+        shots: Training images per class; few_shot only.
+        seeds: Seeds of the samples; few_shot only.
     """
 
     method: str
@@ -40,64 +40,64 @@ class ProbeConfig(NamedTuple):
 
 
 class ProbeMetrics(NamedTuple):
-    """What a split says of features; shares lie in [0, 1].
+    """Accuracies of a probe over a split, as fractions.
 
     Attributes:
-        method: of the probe.
-        accuracies: by name, "1_shot", "linear" or "knn"; of several seeds, their mean.
-        deviations: sample standard deviation over the seeds, by the same names; 0 for one seed.
-            Empty where there are no seeds.
-        penalty: that the linear probe chose; None for others.
-        num_train: training images learnt from, by all seeds together.
-        num_examples: test images counted.
-        num_bad: of training and test, left out because their images cannot be used.
+        method: Method of the probe.
+        accuracies: Accuracies by name, "1_shot", "linear" or "knn"; means if there are seeds.
+        stds: Sample standard deviations over the seeds, by the same names; 0 for a single seed.
+            Empty for methods without seeds.
+        l2_reg: Regularization chosen by the linear probe; None for other methods.
+        num_train: Training images used by all seeds together.
+        num_examples: Test images counted.
+        num_bad: Training and test images skipped because they are unusable.
     """
 
     method: str
     accuracies: dict[str, float]
-    deviations: dict[str, float]
-    penalty: float | None
+    stds: dict[str, float]
+    l2_reg: float | None
     num_train: int
     num_examples: int
     num_bad: int = 0
 
-    def counted(self) -> str:
-        """Returns how many were counted and left out, for people."""
-        learnt = f"{self.num_examples:,} images, learnt from {self.num_train:,}"
-        return learnt + (f", {self.num_bad:,} left out that cannot be used" if self.num_bad else "")
+    def format_counts(self) -> str:
+        """Formats the numbers of examples counted and skipped."""
+        text = f"{self.num_examples:,} images, trained on {self.num_train:,}"
+        return text + (f", {self.num_bad:,} unusable skipped" if self.num_bad else "")
 
-    def values(self) -> dict[str, float]:
-        """Returns every number by its name, for files and pictures."""
+    def as_dict(self) -> dict[str, float]:
+        """Returns every metric by name, as in metrics.jsonl."""
         values = dict(self.accuracies)
-        values |= {f"{name}_std": deviation for name, deviation in self.deviations.items()}
-        values |= {} if self.penalty is None else {"penalty": self.penalty}
+        values |= {f"{name}_std": std for name, std in self.stds.items()}
+        values |= {} if self.l2_reg is None else {"penalty": self.l2_reg}
         names = ("num_train", "num_examples", "num_bad")
         return values | {name: float(getattr(self, name)) for name in names}
 
-    def told(self) -> str:
-        """Returns what is said of an evaluation, for people."""
+    def format_progress(self) -> str:
+        """Formats the line that is logged during training."""
         parts = []
         for name, accuracy in self.accuracies.items():
-            spread = f" ± {self.deviations[name]:.2%}" if name in self.deviations else ""
-            parts.append(f"{name.replace('_', '-')} {accuracy:.2%}{spread}")
-        parts += [] if self.penalty is None else [f"penalty {self.penalty:g}"]
-        return f"{', '.join(parts)}, on {self.counted()}"
+            std = f" ± {self.stds[name]:.2%}" if name in self.stds else ""
+            parts.append(f"{name.replace('_', '-')} {accuracy:.2%}{std}")
+        parts += [] if self.l2_reg is None else [f"penalty {self.l2_reg:g}"]
+        return f"{', '.join(parts)}, on {self.format_counts()}"
 
-    def summary(self) -> str:
-        """Returns what is said of an evaluation when a run ends: the same."""
-        return self.told()
+    def format_summary(self) -> str:
+        """Formats the line that is printed at the end of a run."""
+        return self.format_progress()
 
 
-_Scorer = LinearClassifier | KnnClassifier
+_Classifier = LinearClassifier | KnnClassifier
 
 
 class _FittedProbe(NamedTuple):
-    """Probes that are ready to be scored: by name, one for every seed."""
+    """Fitted classifiers by name, one per seed."""
 
-    scorers: dict[str, list[_Scorer]]
+    classifiers: dict[str, list[_Classifier]]
     num_train: int
     num_bad: int
-    penalty: float | None = None
+    l2_reg: float | None = None
 
 
 _Extract = Callable[[Source], FeatureExtractor]
@@ -106,167 +106,171 @@ _Extract = Callable[[Source], FeatureExtractor]
 def run_probe(
     feature_fn: FeatureFn,
     params: Any,
-    settings: ProbeConfig,
+    config: ProbeConfig,
     train: Source,
     test: Source,
     mesh: Mesh,
-    reading: EvalInputConfig,
+    input_config: EvalInputConfig,
     labels: LazyLabels | None = None,
 ) -> ProbeMetrics:
-    """Learns a probe from one split's features and scores it on another's.
+    """Fits a probe to the features of one split and evaluates it on another.
 
     Args:
-        feature_fn: from `compile_features`.
-        params: of the model.
-        settings: which probe.
-        train: what it learns from.
-        test: what it is scored on; classes are matched by their names.
-        mesh: of devices.
-        reading: how they are read and prepared.
-        labels: of `train`, kept from an earlier probe, so that few_shot need not read them again.
+        feature_fn: Result of `make_feature_fn`.
+        params: Parameters of the model.
+        config: Configuration of the probe.
+        train: Training split.
+        test: Test split; classes are matched by name.
+        mesh: Mesh of devices.
+        input_config: Input pipeline.
+        labels: Labels of `train` from an earlier probe, so that few_shot does not read them again.
 
     Raises:
-        UserError: the sources do not suit a probe or each other, a class has too few examples,
-            images cannot be used and none may be left out, or there are none.
+        UserError: The sources do not fit a probe or each other, a class has too few examples,
+            images are unusable and must not be skipped, or there are no examples.
     """
     test = align_labels(train, test)
-    look = functools.partial(FeatureExtractor, feature_fn, params, mesh=mesh, reading=reading)
-    if settings.method == "few_shot":
-        labels = LazyLabels(train, reading.skip_bad) if labels is None else labels
-        learnt = _learn_few_shot(look, train, settings, labels)
+    extract = functools.partial(
+        FeatureExtractor, feature_fn, params, mesh=mesh, input_config=input_config
+    )
+    if config.method == "few_shot":
+        labels = LazyLabels(train, input_config.skip_bad) if labels is None else labels
+        probe = _fit_few_shot(extract, train, config, labels)
     else:
-        learnt = {"linear": _learn_linear, "knn": _learn_knn}[settings.method](look, train)
-    return _score(learnt, look(test), settings.method, test.name)
+        probe = {"linear": _fit_linear, "knn": _fit_knn}[config.method](extract, train)
+    return _evaluate(probe, extract(test), config.method, test.name)
 
 
 def align_labels(train: Source, test: Source) -> Source:
-    """Returns the test split with the labels of the training split's classes.
+    """Relabels the test split with the classes of the training split.
 
     Raises:
-        UserError: an example may have several labels, or the test split has a class of its own.
+        UserError: A source has several labels per image, or the test split has a class that the
+            training split lacks.
     """
     for source in (train, test):
         if source.multi_label:
             raise UserError(
-                f"{source.name} has several labels an image, and a probe learns one; name a data "
-                "set with one label an image"
+                f"{source.name} has several labels per image, and a probe needs exactly one. "
+                "Choose a data set with one label per image."
             )
     try:
         return relabel(test, train.class_names)
     except UserError as error:
-        raise UserError(f"{error}; learn from a split that has all classes") from error
+        raise UserError(f"{error}; train on a split that contains all classes") from error
 
 
-def sample_all_shots(settings: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
-    """Draws the training images of each seed, (most shots, classes); the first rows for fewer.
+def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
+    """Samples the training images of each seed, (most shots, classes); fewer shots use a prefix.
 
     Raises:
-        UserError: a class has too few examples.
+        UserError: A class has too few examples.
     """
     return [
         sample_few_shot(
-            labels, train.class_names, shots=max(settings.shots), seed=seed, name=train.name
+            labels, train.class_names, shots=max(config.shots), seed=seed, name=train.name
         )
-        for seed in settings.seeds
+        for seed in config.seeds
     ]
 
 
-def _learn_few_shot(
-    look: _Extract, train: Source, settings: ProbeConfig, labels: LazyLabels
+def _fit_few_shot(
+    extract: _Extract, train: Source, config: ProbeConfig, labels: LazyLabels
 ) -> _FittedProbe:
-    known: dict[int, np.ndarray] = {}
+    features: dict[int, np.ndarray] = {}
     while True:
-        drawn = sample_all_shots(settings, train, labels)
-        wanted = sorted({*np.unique(drawn).tolist()} - known.keys())
-        if not wanted:
+        samples = sample_all_shots(config, train, labels)
+        missing = sorted({*np.unique(samples).tolist()} - features.keys())
+        if not missing:
             break
-        for chunk in look(subset(train, wanted)):
-            for row, place in enumerate(chunk.places.tolist()):
-                known[wanted[place]] = chunk.features[row]
-        # For those that turned out unusable, others are drawn.
-        labels.bad |= {place for place in wanted if place not in known}
-    scorers: dict[str, list[_Scorer]] = {}
-    for shots in settings.shots:
-        places = [rows[:shots].ravel().tolist() for rows in drawn]
-        scorers[f"{shots}_shot"] = [
+        for chunk in extract(subset(train, missing)):
+            for row, index in enumerate(chunk.indices.tolist()):
+                features[missing[index]] = chunk.features[row]
+        # Images that proved unusable are replaced by others in the next round.
+        labels.bad |= {index for index in missing if index not in features}
+    classifiers: dict[str, list[_Classifier]] = {}
+    for shots in config.shots:
+        indices_per_seed = [sample[:shots].ravel().tolist() for sample in samples]
+        classifiers[f"{shots}_shot"] = [
             fit_ridge(
-                np.stack([known[place] for place in one]),
-                np.array([labels[place] for place in one]),
+                np.stack([features[index] for index in indices]),
+                np.array([labels[index] for index in indices]),
                 train.num_classes,
             )
-            for one in places
+            for indices in indices_per_seed
         ]
-    return _FittedProbe(scorers, len(np.unique(drawn)), len(labels.bad))
+    return _FittedProbe(classifiers, len(np.unique(samples)), len(labels.bad))
 
 
-def _learn_linear(look: _Extract, train: Source) -> _FittedProbe:
-    cut = len(train) - max(1, round(_HELD_OUT_SHARE * len(train)))
-    fit, held_out = (look(subset(train, part)) for part in _parts(cut, len(train)))
-    moments = SufficientStatistics(train.num_classes)
+def _fit_linear(extract: _Extract, train: Source) -> _FittedProbe:
+    num_fit = len(train) - max(1, round(_HELD_OUT_FRACTION * len(train)))
+    fit = extract(subset(train, range(num_fit)))
+    held_out = extract(subset(train, range(num_fit, len(train))))
+    stats = SufficientStatistics(train.num_classes)
     for chunk in fit:
-        moments.add(chunk.features, chunk.labels)
-    num_fit = moments.count
-    if num_fit:
-        path, right = moments.solve(), np.zeros(len(L2_REGS), np.int64)
+        stats.add(chunk.features, chunk.labels)
+    num_used = stats.count
+    if num_used:
+        path, num_correct = stats.solve(), np.zeros(len(L2_REGS), np.int64)
         for chunk in held_out:
-            right += path.count_correct(chunk.features, chunk.labels, L2_REGS)
-            moments.add(chunk.features, chunk.labels)
-    if not num_fit or moments.count == num_fit:
+            num_correct += path.count_correct(chunk.features, chunk.labels, L2_REGS)
+            stats.add(chunk.features, chunk.labels)
+    if not num_used or stats.count == num_used:
         raise UserError(
-            f"{train.name}: {moments.count} images are too few to learn a linear probe and to "
-            "choose its penalty; name a larger split"
+            f"{train.name}: a linear probe needs images to train on and images to choose its "
+            f"regularization by, got {stats.count} images. Choose a larger split."
         )
-    # Of equals, the strongest.
-    penalty = max(zip(right.tolist(), L2_REGS, strict=True))[1]
-    num_bad = fit.num_bad + held_out.num_bad
-    scorers: dict[str, list[_Scorer]] = {"linear": [moments.solve().at(penalty)]}
-    return _FittedProbe(scorers, moments.count, num_bad, penalty)
+    # The strongest one among equals.
+    l2_reg = max(zip(num_correct.tolist(), L2_REGS, strict=True))[1]
+    classifiers: dict[str, list[_Classifier]] = {"linear": [stats.solve().classifier(l2_reg)]}
+    return _FittedProbe(classifiers, stats.count, fit.num_bad + held_out.num_bad, l2_reg)
 
 
-def _parts(cut: int, end: int) -> tuple[range, range]:
-    return range(cut), range(cut, end)
-
-
-def _learn_knn(look: _Extract, train: Source) -> _FittedProbe:
-    seen, bank, count = look(train), np.zeros((0, 0), np.float32), 0
+def _fit_knn(extract: _Extract, train: Source) -> _FittedProbe:
+    extractor, bank, count = extract(train), np.zeros((0, 0), np.float32), 0
     labels = np.zeros(len(train), np.int64)
-    for chunk in seen:
+    for chunk in extractor:
         if not count:
-            # Whole from the start: to join chunks at the end would take the memory twice.
+            # Allocated at once: concatenating chunks at the end would double the memory.
             bank = np.zeros((len(train), chunk.features.shape[1]), np.float32)
         rows = slice(count, count + len(chunk.labels))
         bank[rows], labels[rows] = chunk.features, chunk.labels
         count = rows.stop
     if not count:
-        raise UserError(f"{train.name}: there is no example to learn from; name another split")
-    scorer = KnnClassifier(bank[:count], labels[:count], train.num_classes)
-    return _FittedProbe({"knn": [scorer]}, count, seen.num_bad)
+        raise UserError(f"{train.name} has no example to train on. Choose another split.")
+    classifier = KnnClassifier(bank[:count], labels[:count], train.num_classes)
+    return _FittedProbe({"knn": [classifier]}, count, extractor.num_bad)
 
 
-def _score(learnt: _FittedProbe, chunks: FeatureExtractor, method: str, name: str) -> ProbeMetrics:
-    right = {key: np.zeros(len(scorers), np.int64) for key, scorers in learnt.scorers.items()}
+def _evaluate(
+    probe: _FittedProbe, chunks: FeatureExtractor, method: str, test_name: str
+) -> ProbeMetrics:
+    num_correct = {
+        name: np.zeros(len(group), np.int64) for name, group in probe.classifiers.items()
+    }
     count = 0
-    # A neighbour scorer goes through all that it has learnt each time.
-    for chunk in rechunk(chunks, _ROWS_TOGETHER):
+    # In large chunks, because a k-NN classifier reads its whole bank for each of them.
+    for chunk in rechunk(chunks, _TEST_ROWS):
         count += len(chunk.labels)
-        for key, scorers in learnt.scorers.items():
-            for number, scorer in enumerate(scorers):
-                answers = scorer.scores(chunk.features).argmax(axis=1)
-                right[key][number] += int((answers == chunk.labels).sum())
+        for name, group in probe.classifiers.items():
+            for index, classifier in enumerate(group):
+                predictions = classifier.scores(chunk.features).argmax(axis=1)
+                num_correct[name][index] += int((predictions == chunk.labels).sum())
     if not count:
-        raise UserError(f"{name}: there is no example to score")
-    shares = {key: (counts / count).tolist() for key, counts in right.items()}
-    deviations = {}
+        raise UserError(f"{test_name} has no example to evaluate on. Choose another split.")
+    accuracies = {name: (counts / count).tolist() for name, counts in num_correct.items()}
+    stds = {}
     if method == "few_shot":
-        deviations = {
-            key: statistics.stdev(found) if len(found) > 1 else 0.0 for key, found in shares.items()
+        stds = {
+            name: statistics.stdev(values) if len(values) > 1 else 0.0
+            for name, values in accuracies.items()
         }
     return ProbeMetrics(
         method,
-        {key: statistics.fmean(found) for key, found in shares.items()},
-        deviations,
-        learnt.penalty,
-        learnt.num_train,
+        {name: statistics.fmean(values) for name, values in accuracies.items()},
+        stds,
+        probe.l2_reg,
+        probe.num_train,
         count,
-        learnt.num_bad + chunks.num_bad,
+        probe.num_bad + chunks.num_bad,
     )

@@ -1,14 +1,12 @@
 """What a suite would do, before it does anything: every run, the time it takes, what is missing."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.hardware import peak_flops
-from mixer_jax.models.mixer_config import forward_flops
-from mixer_jax.models.mixer_resize import resized_tokens_mlp_dim
+from mixer_jax.models.registry import get_family
 from mixer_jax.suites.datasets import SuiteData, task_splits
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.results import RANDOM_INIT
@@ -110,10 +108,9 @@ def _probing(plan: TransferPlan, task: ProbeTask, data: SuiteData) -> Iterator[t
 
 def _forward(about: ModelInfo, side: int, num_classes: int) -> float:
     """Returns the FLOPs of an image, with weights resized."""
-    grid = (side // about.config.patch_size,) * 2
-    mlp_dim = resized_tokens_mlp_dim(about.config.tokens_mlp_dim, about.grid, grid)
-    widths = dataclasses.replace(about.config, tokens_mlp_dim=mlp_dim)
-    return float(forward_flops(widths, side, num_classes))
+    family = get_family(about.family)
+    resized = family.resize_config(about.config, about.image_size, (side, side))
+    return float(family.forward_flops(resized.config, side, num_classes))
 
 
 def _rate() -> tuple[float, str]:

@@ -59,7 +59,7 @@ def run_probe_task(
         eval_crop=task.eval_crop or weights.model_info.eval_crop,
         exif_orientation=weights.model_info.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
-        threads=config.loader.num_threads,
+        num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
     )
     for name, params in _networks(weights, todo):
@@ -73,9 +73,9 @@ def run_probe_task(
             mesh,
             reading,
         )
-        say(f"{task.name}, {name}: {scores.told()}")
+        say(f"{task.name}, {name}: {scores.format_progress()}")
         if is_primary_process():
-            result = RunResult({TEST: scores.values()}, time.monotonic() - start)
+            result = RunResult({TEST: scores.as_dict()}, time.monotonic() - start)
             save_result(f"{workdir}/{task.name}/{name}", result)
 
 

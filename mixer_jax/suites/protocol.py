@@ -189,7 +189,7 @@ def _train(doing: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal
             plot_curves(folder)
         if ended.step < ended.num_steps:
             raise TaskInterruptedError(stopped_by)
-        scores = {name: one.values() for name, one in ended.scores.items()}
+        scores = {name: one.as_dict() for name, one in ended.scores.items()}
     except NonFiniteError as error:
         # It would diverge again; a rate too high is what choosing is there to find out.
         failed = str(error)

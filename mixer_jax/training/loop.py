@@ -149,7 +149,9 @@ def train_and_evaluate(
                 try:
                     for name in due_evals:
                         scores[name] = evaluators[name](state.eval_params)
-                        logger.log_eval(step, name, scores[name].values(), scores[name].told())
+                        logger.log_eval(
+                            step, name, scores[name].as_dict(), scores[name].format_progress()
+                        )
                 except UserError:
                     # A bad evaluation image must not cost what has been trained.
                     save(experiment, checkpoints, state, step, logger.loss_window)

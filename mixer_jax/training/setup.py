@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,7 +66,7 @@ class Experiment(NamedTuple):
     datasets: RunDatasets
     num_steps: int
     mesh: Mesh
-    model: nn.Module
+    model: Any
     model_info: ModelInfo
     state_shape: TrainState
     create_state: Callable[[], TrainState]
@@ -115,7 +114,7 @@ def build_experiment(
     )
     shape = jax.eval_shape(make_state)
     sharding = state_sharding(shape, mesh)
-    step_config = TrainStepConfig(config.recipe, config.seed, model_info.family)
+    step_config = TrainStepConfig(config.recipe, config.seed)
     return Experiment(
         config,
         datasets,
@@ -218,7 +217,7 @@ def _make_model_info(
     )
 
 
-def _build_model(config: RunConfig, info: ModelInfo, device: jax.Device) -> nn.Module:
+def _build_model(config: RunConfig, info: ModelInfo, device: jax.Device) -> Any:
     check_scan_unroll(config.model.scan_unroll, get_family(info.family).num_blocks(info.config))
     architecture = {"family": info.family, "variant": info.variant, "gelu": info.gelu}
     section = dataclasses.asdict(config.model) | architecture | dataclasses.asdict(info.config)

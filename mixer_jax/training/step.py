@@ -18,7 +18,6 @@ from mixer_jax.distributed.sharding import batch_sharding, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.params import cast_weights
-from mixer_jax.models.registry import DEFAULT_FAMILY
 from mixer_jax.models.stack import active_backend
 
 Params = Any
@@ -53,12 +52,10 @@ class TrainStepConfig:
     Attributes:
         recipe: Loss, regularization and averaging.
         seed: Root of the randomness of all steps.
-        family: Family of the model.
     """
 
     recipe: RecipeConfig
     seed: int = 0
-    family: str = DEFAULT_FAMILY
 
 
 def create_state(
@@ -159,7 +156,7 @@ def train_step(
         jax.value_and_grad(loss_fn),
         num_microbatches=recipe.grad_accum_steps,
     )
-    cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=config.family)
+    cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=model.family)
     loss, grads = sharded_value_and_grad(per_device, mesh, cast)(
         state.params, (arrays, jnp.arange(len(labels))), shared
     )

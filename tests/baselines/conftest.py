@@ -1,4 +1,4 @@
-"""PyTorch and timm, imported only by the tests that compare with them."""
+"""Fixtures that import PyTorch and timm."""
 
 import importlib.util
 from typing import Any
@@ -18,7 +18,7 @@ def torch() -> Any:
 
 @pytest.fixture(scope="session")
 def timm(torch: Any) -> Any:
-    """The library timm."""
-    from mixer_jax.benchmarks.timm_library import import_timm
+    """The timm package."""
+    from mixer_jax.benchmarks.torch_runner import import_timm
 
     return import_timm()

@@ -53,7 +53,7 @@ def test_digits_from_training_to_timm(
     first, tuned = str(tmp_path / "first"), str(tmp_path / "tuned")
     train_and_evaluate(small_config(digits_dir, num_steps=150, **RUN), first)
     config = small_config(digits_dir, num_steps=100, image_size=32, init_from=first, **RUN)
-    scores = train_and_evaluate(config, tuned).scores["test"].values()
+    scores = train_and_evaluate(config, tuned).scores["test"].as_dict()
     assert scores["num_examples"] == 360
     assert scores["top1"] > 0.85
     weights = load_checkpoint(tuned)

@@ -1,4 +1,4 @@
-"""Tests that timm, as the benchmark trains it, does the same work as ours."""
+"""Tests that timm, as the benchmark trains it, does the same work as mixer_jax."""
 
 from pathlib import Path
 from typing import Any
@@ -7,48 +7,47 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.benchmarks.contestants import EAGER, OURS, Contestant, Setting
-from mixer_jax.benchmarks.made_up import make_batch, make_state
-from mixer_jax.benchmarks.with_jax import make_work
+from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Candidate, Workload
+from mixer_jax.benchmarks.jax_runner import make_step, synthetic_batch, synthetic_state
 from mixer_jax.models.mixer_config import VARIANTS, get_config, num_params
 from tests.baselines.timm_test import export
 from tests.helpers.random_weights import random_weights
 
 pytestmark = pytest.mark.baselines
 
-SETTING = Setting("train", "S/32", 64, 10, "float32", 4)
+WORKLOAD = Workload("train", "S/32", 64, 10, "float32", 4)
 
 
-def test_losses_are_ours_over_three_steps(torch: Any, timm: Any, tmp_path: Path) -> None:
-    from mixer_jax.benchmarks.with_torch import TorchSide
+def test_timm_has_the_same_losses_over_three_steps(torch: Any, timm: Any, tmp_path: Path) -> None:
+    from mixer_jax.benchmarks.torch_runner import TorchRunner
 
     weights = random_weights(VARIANTS["S/32"], (64, 64), gelu="exact")
     device = jax.devices()[0]
-    batch = make_batch(SETTING, SETTING.batch_size, device)
-    ours = make_work(Contestant(OURS, OURS, others=[("gelu", "exact")]), SETTING, device)
-    state = make_state(jax.eval_shape(ours.make_state), device)
+    batch = synthetic_batch(WORKLOAD, WORKLOAD.batch_size, device)
+    ours = make_step(Candidate(MIXER_JAX, MIXER_JAX, {"gelu": "exact"}), WORKLOAD, device)
+    state = synthetic_state(jax.eval_shape(ours.init_state), device)
     state = state._replace(params=jax.tree.map(jax.numpy.asarray, weights.params))
 
-    side = TorchSide(SETTING, "cpu")
-    model = side.make_model()
+    runner = TorchRunner(WORKLOAD, "cpu")
+    model = runner.make_model()
     timm.models.load_checkpoint(model, str(export(weights, tmp_path / "ours.safetensors")))
-    step = side.training(model, model)
+    step = runner.make_train_step(model, model)
     images = torch.from_numpy(np.asarray(batch["image"]).transpose(0, 3, 1, 2).copy())
     labels = torch.from_numpy(np.array(batch["label"], np.int64))
 
-    losses, their_losses = [], []
+    losses, timm_losses = [], []
     for _ in range(3):
         state, metrics = ours.function(state, batch)
         losses.append(float(metrics["loss"]))
-        their_losses.append(float(step(images, labels)))
-    print(f"\nours {losses}, timm {their_losses}")
+        timm_losses.append(float(step(images, labels)))
+    print(f"\nmixer_jax {losses}, timm {timm_losses}")
     assert len(set(losses)) == 3
-    np.testing.assert_allclose(their_losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(timm_losses, losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["S/32", "H/14"])
-def test_timms_models_are_the_papers(variant: str, torch: Any, timm: Any) -> None:
-    from mixer_jax.benchmarks.timm_library import create_timm_mixer
+def test_timm_has_the_parameters_of_the_paper(variant: str, torch: Any, timm: Any) -> None:
+    from mixer_jax.benchmarks.torch_runner import create_timm_mixer
 
     with torch.device("meta"):
         model = create_timm_mixer(variant, 224, 1000)
@@ -58,12 +57,12 @@ def test_timms_models_are_the_papers(variant: str, torch: Any, timm: Any) -> Non
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_peer_is_timed(mode: str, dtype: str, torch: Any, timm: Any) -> None:
-    from mixer_jax.benchmarks.with_torch import TorchSide
+def test_runner_times_timm(mode: str, dtype: str, torch: Any, timm: Any) -> None:
+    from mixer_jax.benchmarks.torch_runner import TorchRunner
 
-    side = TorchSide(SETTING._replace(mode=mode, dtype=dtype, batch_size=1), "cpu")
-    assert side.facts()["timm"] == timm.__version__
-    costs = side.prepare(Contestant(EAGER, EAGER))
-    assert costs.first_step_seconds > 0
-    assert side.time(EAGER) > 0
-    assert bool(side.latencies(EAGER)) == (mode == "infer")
+    runner = TorchRunner(WORKLOAD._replace(mode=mode, dtype=dtype, batch_size=1), "cpu")
+    assert runner.environment()["timm"] == timm.__version__
+    candidate = Candidate(TIMM, TIMM)
+    assert runner.prepare(candidate).first_step_seconds > 0
+    assert runner.measure_step(candidate) > 0
+    assert bool(runner.measure_latencies(candidate)) == (mode == "infer")

@@ -1,46 +1,44 @@
-"""Tests of `--mode=compile`: a real process, as a user starts it."""
+"""Tests of `--mode=compile`."""
 
 import argparse
 import json
 
 import pytest
 
-from mixer_jax.benchmarks.compiling import add_arguments
+from mixer_jax import benchmark
+from mixer_jax.benchmarks.compile import add_arguments
+from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
-from tests.helpers.messages import mentions
-
-SMALL = ["--mode=compile", "--variant=S/32", "--image_size=64", "--num_classes=10", "--rounds=1"]
+from tests.helpers.messages import raises
 
 
-def test_json_has_compiling_and_the_first_step() -> None:
-    few = ["--batch_size=1", "--unroll=1", "--peers=none"]
-    done = run_cli("benchmark", *SMALL, *few, "--json")
+@pytest.mark.slow
+def test_json_has_compilation_and_first_step() -> None:
+    workload = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--batch_size=1"]
+    flags = ["--rounds=1", "--scan_unroll=1", "--baselines=none", "--json"]
+    done = run_cli("benchmark", "--mode=compile", *workload, *flags)
     report = json.loads(done.stdout)
     assert (report["mode"], report["batch_size"], report["platform"]) == ("train", 1, "cpu")
-    (row,) = report["contestants"]
+    (row,) = report["candidates"]
     assert (row["name"], row["failed"]) == ("mixer_jax", "")
     assert row["first_step_seconds"] > row["compile_seconds"] > 0
-    # The program is found, and only loaded.
+    # The program is found in the cache.
     assert row["cached_first_step_seconds"] < row["first_step_seconds"]
 
 
-def test_a_loop_is_compared_with_all_blocks_in_a_row() -> None:
+def test_default_compares_with_and_without_a_scan() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert parser.parse_args([]).unroll == "1,0"
+    assert parser.parse_args([]).scan_unroll == "1,0"
 
 
-@pytest.mark.parametrize(
-    ("argument", "parts"),
-    [
+def test_usage_errors() -> None:
+    for argument, parts in [
         ("--topology=v9:2x2", ["--topology", "v9:2x2", "v5e", "v6e"]),
         ("--topology=h100:8", ["--topology", "h100:8"]),
         ("--batch_size=-1", ["--batch_size", "-1", "auto"]),
-        ("--peers=timm", ["--peers", "timm"]),
-    ],
-)
-def test_bad_values(argument: str, parts: list[str]) -> None:
-    done = run_cli("benchmark", "--mode=compile", argument, code=2)
-    (line,) = done.stderr.splitlines()
-    assert mentions(line, *parts)
-    assert not done.stdout
+        ("--baselines=timm", ["--baselines", "timm"]),
+        ("--rounds=0", ["--rounds", "0"]),
+    ]:
+        with raises(UserError, *parts):
+            benchmark.main(["--mode=compile", argument])

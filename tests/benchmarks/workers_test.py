@@ -1,4 +1,4 @@
-"""Tests of the processes that measure: what fails in them, and what that does to the others."""
+"""Tests of worker processes, with real ones."""
 
 import os
 import signal
@@ -6,27 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.benchmarks.contestants import OURS, Contestant, Setting
-from mixer_jax.benchmarks.field import JAX, Field
-from mixer_jax.benchmarks.worker import is_out_of_memory
-from mixer_jax.benchmarks.workers import FailedError, Worker
-from tests.helpers.messages import raises
+from mixer_jax.benchmarks.candidates import JAX, MIXER_JAX, Candidate, Workload
+from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool, is_out_of_memory
 
-SETTING = Setting("infer", "S/32", 32, 2, "float32", 1)
-
-
-def test_a_failure_is_told_and_the_process_goes_on() -> None:
-    with Worker(JAX, SETTING) as worker:
-        with raises(FailedError, "dance") as caught:
-            worker.ask("dance")
-        assert not caught.value.out_of_memory
-        assert "Traceback" in caught.value.trace
-        assert worker.ask("facts")["dtype"] == "float32"
-    assert not worker.running
+WORKLOAD = Workload("infer", "S/32", 32, 2, "float32", 1)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.1GiB",
         "INTERNAL: Error dispatching computation: Out of memory allocating 12288000000000 bytes.",
@@ -34,20 +21,32 @@ def test_a_failure_is_told_and_the_process_goes_on() -> None:
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     ],
 )
-def test_memory_that_runs_out_is_told_apart(said: str) -> None:
-    assert is_out_of_memory(RuntimeError(said))
+def test_is_out_of_memory(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
     assert not is_out_of_memory(RuntimeError("no C++ compiler"))
 
 
-def test_a_process_that_is_killed_starts_anew_with_what_it_had(tmp_path: Path) -> None:
-    ours = Contestant(OURS, OURS, unroll=1)
-    with Field(SETTING, [ours], "cpu", str(tmp_path)) as field:
-        field.prepare()
-        assert not field.failed
-        assert field.ask(JAX, "time", name=OURS) > 0
-        process = field._workers[JAX]._process
-        assert process is not None
-        os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(FailedError):
-            field.ask(JAX, "time", name=OURS)
-        assert field.ask(JAX, "time", name=OURS) > 0
+@pytest.mark.slow
+def test_worker_continues_after_an_error() -> None:
+    with Worker(JAX, WORKLOAD) as worker:
+        with pytest.raises(WorkerError, match="has no attribute 'dance'") as caught:
+            worker.call("dance")
+        assert not caught.value.out_of_memory
+        assert "Traceback" in caught.value.trace
+        assert worker.call("environment")["dtype"] == "float32"
+    assert worker.pid is None
+
+
+@pytest.mark.slow
+def test_pool_restarts_a_killed_process_and_rebuilds_its_programs(tmp_path: Path) -> None:
+    candidate = Candidate(MIXER_JAX, MIXER_JAX, {"scan_unroll": 1})
+    with WorkerPool(WORKLOAD, [JAX], "cpu", str(tmp_path)) as pool:
+        assert pool.measure_cold_start(candidate).first_step_seconds > 0
+        # The compiled program is in the cache of the pool.
+        assert any((tmp_path / "xla").iterdir())
+        assert pool.call(JAX, "measure_step", candidate=candidate) > 0
+        os.kill(pool._workers[JAX].pid or 0, signal.SIGKILL)
+        with pytest.raises(WorkerError) as caught:
+            pool.call(JAX, "measure_step", candidate=candidate)
+        assert caught.value.out_of_memory
+        assert pool.call(JAX, "measure_step", candidate=candidate) > 0

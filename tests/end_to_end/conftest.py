@@ -18,6 +18,6 @@ def uninterrupted(
     workdir, done = place / "uninterrupted", place / "uninterrupted.done"
     with file_lock(place / "uninterrupted.lock", wait=True):
         if not done.exists():
-            finish(start(digits_dir, workdir, as_users=True))
+            finish(start(digits_dir, workdir, optimized=True))
             done.touch()
     return workdir

@@ -1,4 +1,4 @@
-"""Tests of judging logits and of summing up what was judged: by hand, in float64."""
+"""Tests of classification metrics, against definitions in float64."""
 
 from typing import Any
 
@@ -20,15 +20,17 @@ INFINITY = float("inf")
 NAN = float("nan")
 
 
-def on_host(*columns: Any) -> ExampleMetrics:
+def to_example_metrics(*columns: Any) -> ExampleMetrics:
     arrays: list[Any] = [np.asarray(column) for column in columns]
     return ExampleMetrics(*arrays)
 
 
-def judge_all(logits: np.ndarray, labels: list[int]) -> ExampleMetrics:
+def compute_metrics(logits: np.ndarray, labels: list[int]) -> ExampleMetrics:
     mask = np.ones(len(labels), bool)
-    right = np.arange(logits.shape[1]) == np.array(labels)[:, None]
-    return on_host(*jax.jit(per_example_metrics)(logits.astype(np.float32), right, mask))
+    target_mask = np.arange(logits.shape[1]) == np.array(labels)[:, None]
+    return to_example_metrics(
+        *jax.jit(per_example_metrics)(logits.astype(np.float32), target_mask, mask)
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,65 +47,67 @@ def judge_all(logits: np.ndarray, labels: list[int]) -> ExampleMetrics:
         ([INFINITY, 1.0, 2.0], [3, 3, 3]),
     ],
 )
-def test_rank_of_every_label(logits: list[float], ranks: list[int]) -> None:
-    judged = judge_all(np.tile(logits, (3, 1)), [0, 1, 2])
-    assert judged.rank.tolist() == ranks
+def test_per_example_metrics_rank_every_label(logits: list[float], ranks: list[int]) -> None:
+    examples = compute_metrics(np.tile(logits, (3, 1)), [0, 1, 2])
+    assert examples.rank.tolist() == ranks
 
 
 @pytest.mark.parametrize("value", [0.0, -6.9, NAN])
-def test_logits_all_alike_are_wrong_for_every_label(value: float) -> None:
-    judged = judge_all(np.full((10, 10), value), list(range(10)))
-    assert (judged.rank == (10 if np.isnan(value) else 9)).all()
+def test_per_example_metrics_count_equal_logits_as_incorrect(value: float) -> None:
+    examples = compute_metrics(np.full((10, 10), value), list(range(10)))
+    assert (examples.rank == (10 if np.isnan(value) else 9)).all()
 
 
-def test_log_likelihood_and_confidence() -> None:
+def test_per_example_metrics_log_likelihood_and_confidence() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=5, size=(100, 7)).astype(np.float32)
     labels = rng.integers(7, size=100)
-    judged = judge_all(logits, labels.tolist())
+    examples = compute_metrics(logits, labels.tolist())
     expected = log_softmax(logits)
-    np.testing.assert_allclose(judged.log_likelihood, expected[range(100), labels], atol=5e-6)
-    np.testing.assert_allclose(judged.confidence, np.exp(expected.max(1)), atol=1e-6)
-    assert (judged.rank == (expected > expected[range(100), labels][:, None]).sum(1)).all()
+    np.testing.assert_allclose(examples.log_likelihood, expected[range(100), labels], atol=5e-6)
+    np.testing.assert_allclose(examples.confidence, np.exp(expected.max(1)), atol=1e-6)
+    assert (examples.rank == (expected > expected[range(100), labels][:, None]).sum(1)).all()
 
 
-def test_huge_logits_do_not_overflow() -> None:
-    judged = judge_all(np.tile([1e30, 0.0, -1e30], (3, 1)), [0, 0, 1])
-    assert judged.log_likelihood.tolist() == [0, 0, float(np.float32(-1e30))]
-    assert judged.confidence.tolist() == [1, 1, 1]
+def test_per_example_metrics_do_not_overflow() -> None:
+    examples = compute_metrics(np.tile([1e30, 0.0, -1e30], (3, 1)), [0, 0, 1])
+    assert examples.log_likelihood.tolist() == [0, 0, float(np.float32(-1e30))]
+    assert examples.confidence.tolist() == [1, 1, 1]
 
 
 REAL_LOGITS = np.array([[3.0, 1.0, 2.0, 0.0]])
 
 
 @pytest.mark.parametrize(
-    ("right", "rank"),
+    ("correct", "rank"),
     [([0], 0), ([1, 2], 1), ([1, 0], 0), ([3], 3), ([3, 1], 2), ([0, 1, 2, 3], 0), ([2, 3, 0], 0)],
 )
-def test_any_of_several_right_answers_will_do(right: list[int], rank: int) -> None:
-    mask = np.isin(range(4), right)[None]
-    judged = on_host(
-        *jax.jit(per_example_metrics)(REAL_LOGITS.astype(np.float32), mask, np.array([True]))
+def test_per_example_metrics_accept_any_correct_class(correct: list[int], rank: int) -> None:
+    target_mask = np.isin(range(4), correct)[None]
+    examples = to_example_metrics(
+        *jax.jit(per_example_metrics)(REAL_LOGITS.astype(np.float32), target_mask, np.array([True]))
     )
-    assert judged.rank.tolist() == [rank]
-    expected = np.log(np.exp(log_softmax(REAL_LOGITS))[0, right].sum())
-    np.testing.assert_allclose(judged.log_likelihood, [expected], atol=1e-6)
+    assert examples.rank.tolist() == [rank]
+    expected = np.log(np.exp(log_softmax(REAL_LOGITS))[0, correct].sum())
+    np.testing.assert_allclose(examples.log_likelihood, [expected], atol=1e-6)
 
 
-@pytest.mark.parametrize("right", [[0, 1], [0], [1, 2]])
-def test_a_tie_with_a_wrong_answer_counts_against_the_model(right: list[int]) -> None:
+@pytest.mark.parametrize("correct", [[0, 1], [0], [1, 2]])
+def test_per_example_metrics_count_ties_against_the_model(correct: list[int]) -> None:
     logits = np.array([[2.0, 2.0, 2.0, 1.0]], np.float32)
-    judged = jax.jit(per_example_metrics)(logits, np.isin(range(4), right)[None], np.array([True]))
-    # Ties among right answers do no harm.
-    assert judged.rank.tolist() == [3 - len(right)]
+    examples = jax.jit(per_example_metrics)(
+        logits, np.isin(range(4), correct)[None], np.array([True])
+    )
+    # Ties among correct classes do no harm.
+    assert examples.rank.tolist() == [3 - len(correct)]
 
 
-def summary(
+def aggregate_ranks(
     rank: list[int], mask: list[bool] | None = None, **columns: list[float]
 ) -> ClassificationMetrics:
     values = {"log_likelihood": [-1.0] * len(rank), "confidence": [0.5] * len(rank)} | columns
     return aggregate(
-        on_host(
+        to_example_metrics(
             np.array(rank),
             np.array(values["log_likelihood"], np.float32),
             np.array(values["confidence"], np.float32),
@@ -116,14 +120,14 @@ def summary(
     ("rank", "top1", "top5"),
     [([0], 1, 1), ([1], 0, 1), ([4], 0, 1), ([5], 0, 0), ([0, 1, 4, 5, 9, 0, 0, 3], 3 / 8, 6 / 8)],
 )
-def test_top1_and_top5(rank: list[int], top1: float, top5: float) -> None:
-    scores = summary(rank)
-    assert (scores.top1, scores.top5, scores.num_examples) == (top1, top5, len(rank))
+def test_aggregate_top1_and_top5(rank: list[int], top1: float, top5: float) -> None:
+    metrics = aggregate_ranks(rank)
+    assert (metrics.top1, metrics.top5, metrics.num_examples) == (top1, top5, len(rank))
 
 
-def test_padding_does_not_count() -> None:
+def test_aggregate_ignores_padding() -> None:
     padding = [NAN, 1.0]
-    padded = summary(
+    padded = aggregate_ranks(
         [0, 0, 7, 0],
         [True, False, True, False],
         log_likelihood=[-1.0, padding[0], -2.0, padding[1]],
@@ -132,25 +136,25 @@ def test_padding_does_not_count() -> None:
     assert padded == ClassificationMetrics(0.5, 0.5, -1.5, (0.25 + 0.5) / 2, 2)
 
 
-def test_sums_are_exact() -> None:
+def test_aggregate_sums_are_exact() -> None:
     # In float32 a sum of ten million such numbers would be off by a tenth.
     value = float(np.float32(-0.1))
-    scores = summary([0] * 10**6, log_likelihood=[value] * 10**6)
-    assert scores.log_likelihood == pytest.approx(value, rel=1e-15)
+    metrics = aggregate_ranks([0] * 10**6, log_likelihood=[value] * 10**6)
+    assert metrics.log_likelihood == pytest.approx(value, rel=1e-15)
 
 
 @pytest.mark.parametrize("rank", [[], [0, 3]])
-def test_nothing_to_count(rank: list[int]) -> None:
+def test_aggregate_rejects_zero_examples(rank: list[int]) -> None:
     with raises(ValueError):
-        summary(rank, [False] * len(rank))
+        aggregate_ranks(rank, [False] * len(rank))
 
 
 @pytest.mark.parametrize(
-    ("confidence", "right", "expected"),
+    ("confidence", "is_correct", "expected"),
     [
         ([0.9], [True], 0.1),
         ([0.9], [False], 0.9),
-        # Fifteen bins: the first two pairs fall into bins 7 and 13, each judged by its mean.
+        # Fifteen bins: the first two pairs fall into bins 7 and 13, each compared by its mean.
         ([0.5, 0.5, 0.9, 0.9], [True, False, True, True], (0 + 0.2) / 4),
         # One bin, from 3/15 to 4/15: the gaps of its members make up for one another ...
         ([0.21, 0.25], [False, True], (1 - 0.46) / 2),
@@ -163,23 +167,26 @@ def test_nothing_to_count(rank: list[int]) -> None:
         ([0.25] * 4 + [0.5] * 4 + [0.75] * 4, [i % 4 < n for n in (1, 2, 3) for i in range(4)], 0),
     ],
 )
-def test_calibration_error(confidence: list[float], right: list[bool], expected: float) -> None:
-    found = calibration_error(np.array(confidence), np.array(right))
+def test_calibration_error_by_definition(
+    confidence: list[float], is_correct: list[bool], expected: float
+) -> None:
+    found = calibration_error(np.array(confidence), np.array(is_correct))
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_calibration_error_of_many() -> None:
+def test_calibration_error_agrees_with_reference() -> None:
     rng = np.random.default_rng(0)
     confidence = rng.uniform(size=1000)
-    right = rng.uniform(size=1000) < confidence**2
-    found = calibration_error(confidence, right)
-    assert found == pytest.approx(reference_calibration_error(confidence, right), abs=1e-12)
+    is_correct = rng.uniform(size=1000) < confidence**2
+    found = calibration_error(confidence, is_correct)
+    expected = reference_calibration_error(confidence, is_correct)
+    assert found == pytest.approx(expected, abs=1e-12)
     assert 0.1 < found < 0.25
 
 
-def test_scores_of_a_model_that_diverged() -> None:
-    scores = aggregate(judge_all(np.full((10, 10), NAN), list(range(10))))
-    assert (scores.top1, scores.top5, scores.num_examples) == (0, 0, 10)
-    # Not a perfect score for a model that says nothing.
-    assert np.isnan(scores.log_likelihood)
-    assert np.isnan(scores.calibration_error)
+def test_aggregate_counts_nan_logits_as_incorrect() -> None:
+    metrics = aggregate(compute_metrics(np.full((10, 10), NAN), list(range(10))))
+    assert (metrics.top1, metrics.top5, metrics.num_examples) == (0, 0, 10)
+    # Zero would be a perfect calibration error.
+    assert np.isnan(metrics.log_likelihood)
+    assert np.isnan(metrics.calibration_error)

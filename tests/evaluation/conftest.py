@@ -1,4 +1,4 @@
-"""A small Mixer with random weights, and its features of the digits."""
+"""A tiny Mixer with random weights, and its features of the digits."""
 
 from typing import Any
 
@@ -18,20 +18,20 @@ from mixer_jax.models.registry import create_model
 IMAGE_SIZE = (16, 16)
 
 
-def read_by(batch_size: int, skip_bad: bool = False) -> EvalInputConfig:
+def make_input_config(batch_size: int, skip_bad: bool = False) -> EvalInputConfig:
     return EvalInputConfig(
         batch_size=batch_size,
         image_size=IMAGE_SIZE,
         eval_crop="resize",
         exif_orientation=False,
         skip_bad=skip_bad,
-        threads=2,
+        num_threads=2,
         prefetch_batches=2,
     )
 
 
 @pytest.fixture(scope="session")
-def small_model() -> MlpMixer:
+def tiny_model() -> MlpMixer:
     return create_model(
         "custom",
         num_classes=10,
@@ -44,9 +44,9 @@ def small_model() -> MlpMixer:
 
 
 @pytest.fixture(scope="session")
-def small_params(small_model: MlpMixer) -> Any:
+def tiny_params(tiny_model: MlpMixer) -> Any:
     images = np.zeros((1, *IMAGE_SIZE, 3), np.float32)
-    shapes = jax.eval_shape(small_model.init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(tiny_model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(x.dtype), shapes)
 
@@ -64,7 +64,7 @@ def digits_test(digits_dir: str) -> Source:
 def features_and_labels(
     model: MlpMixer, params: Any, source: Source
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features (n, d) and labels (n,) of a source, without batches."""
+    """Computes features (n, d) and labels (n,) of a source, without batches."""
     examples = [source.examples[index] for index in range(len(source))]
     images = np.stack(
         [eval_image(e["image"], image_size=IMAGE_SIZE, eval_crop="resize") for e in examples]
@@ -77,20 +77,20 @@ def features_and_labels(
 
 @pytest.fixture(scope="session")
 def train_features(
-    small_model: MlpMixer, small_params: Any, digits_train: Source
+    tiny_model: MlpMixer, tiny_params: Any, digits_train: Source
 ) -> tuple[np.ndarray, np.ndarray]:
-    return features_and_labels(small_model, small_params, digits_train)
+    return features_and_labels(tiny_model, tiny_params, digits_train)
 
 
 @pytest.fixture(scope="session")
 def test_features(
-    small_model: MlpMixer, small_params: Any, digits_test: Source
+    tiny_model: MlpMixer, tiny_params: Any, digits_test: Source
 ) -> tuple[np.ndarray, np.ndarray]:
-    return features_and_labels(small_model, small_params, digits_test)
+    return features_and_labels(tiny_model, tiny_params, digits_test)
 
 
 def pixels_as_features(params: Any, batch: Batch) -> BatchFeatures:
-    """Stands in for a compiled model: the pixels of the first row and the first channel."""
+    """Substitute for a compiled model: the pixels of the first row and channel."""
     del params
     features = jax.numpy.asarray(batch["image"][:, 0, :, 0], np.float32)
     return BatchFeatures(features, batch["label"], batch["mask"])

@@ -1,4 +1,4 @@
-"""Tests of whole probes: from two sources to accuracies, judged by scikit-learn."""
+"""Tests of probes from two sources to accuracies, against scikit-learn."""
 
 import dataclasses
 import re
@@ -21,89 +21,90 @@ from mixer_jax.evaluation.linear_probe import L2_REGS
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe
 from mixer_jax.models.mixer import MlpMixer
-from tests.evaluation.conftest import pixels_as_features, read_by
-from tests.evaluation.few_shot_test import judge_by_ridge
-from tests.evaluation.knn_test import judge_by_sklearn
+from tests.evaluation.conftest import make_input_config, pixels_as_features
+from tests.evaluation.few_shot_test import reference_ridge_scores
+from tests.evaluation.knn_test import reference_knn_scores
 from tests.helpers.messages import mentions, raises
 
 TEN = tuple("0123456789")
 
 
-def share_right(scores: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((scores.argmax(1) == labels).mean())
 
 
 @pytest.fixture(scope="module")
-def feature_fn(small_model: MlpMixer) -> FeatureFn:
-    return make_feature_fn(small_model, make_mesh(0, 1))
+def feature_fn(tiny_model: MlpMixer) -> FeatureFn:
+    return make_feature_fn(tiny_model, make_mesh(0, 1))
 
 
 @pytest.mark.parametrize("batch_size", [100, 512])
-def test_few_shot_on_digits(
+def test_run_probe_few_shot(
     batch_size: int,
     feature_fn: FeatureFn,
-    small_params: Any,
+    tiny_params: Any,
     digits_train: Source,
     digits_test: Source,
     train_features: tuple[np.ndarray, np.ndarray],
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    settings = ProbeConfig("few_shot", shots=(1, 5, 25), seeds=(0, 7))
-    reading = read_by(batch_size)
+    config = ProbeConfig("few_shot", shots=(1, 5, 25), seeds=(0, 7))
+    input_config = make_input_config(batch_size)
     found = run_probe(
-        feature_fn, small_params, settings, digits_train, digits_test, make_mesh(0, 1), reading
+        feature_fn, tiny_params, config, digits_train, digits_test, make_mesh(0, 1), input_config
     )
     features, labels = train_features
-    everything = set()
-    for shots in settings.shots:
+    all_indices = set()
+    for shots in config.shots:
         expected = []
-        for seed in settings.seeds:
-            drawn = sample_few_shot(labels.tolist(), TEN, shots=shots, seed=seed, name="").ravel()
-            everything |= set(drawn.tolist())
-            scores = judge_by_ridge(features[drawn], labels[drawn], test_features[0], 10)
-            expected.append(share_right(scores, test_features[1]))
+        for seed in config.seeds:
+            sample = sample_few_shot(labels.tolist(), TEN, shots=shots, seed=seed, name="").ravel()
+            all_indices |= set(sample.tolist())
+            scores = reference_ridge_scores(features[sample], labels[sample], test_features[0], 10)
+            expected.append(accuracy(scores, test_features[1]))
         assert found.accuracies[f"{shots}_shot"] == pytest.approx(np.mean(expected), abs=1e-12)
-        spread = np.std(expected, ddof=1)
-        assert found.deviations[f"{shots}_shot"] == pytest.approx(spread, abs=1e-12)
+        std = np.std(expected, ddof=1)
+        assert found.stds[f"{shots}_shot"] == pytest.approx(std, abs=1e-12)
     assert 0.15 < found.accuracies["1_shot"] < found.accuracies["25_shot"] < 0.9
-    assert (found.num_train, found.num_examples, found.num_bad) == (len(everything), 360, 0)
+    assert (found.num_train, found.num_examples, found.num_bad) == (len(all_indices), 360, 0)
 
 
-def test_linear_on_digits(
+def test_run_probe_linear(
     feature_fn: FeatureFn,
-    small_params: Any,
+    tiny_params: Any,
     digits_train: Source,
     digits_test: Source,
     train_features: tuple[np.ndarray, np.ndarray],
     test_features: tuple[np.ndarray, np.ndarray],
 ) -> None:
     train, (features, labels) = subset(digits_train, range(300)), train_features
-    fit, held_out, whole = slice(270), slice(270, 300), slice(300)
+    fit, held_out, both = slice(270), slice(270, 300), slice(300)
     found = run_probe(
         feature_fn,
-        small_params,
+        tiny_params,
         ProbeConfig("linear"),
         train,
         digits_test,
         make_mesh(0, 1),
-        read_by(64),
+        make_input_config(64),
     )
-    chosen_on = {}
-    for penalty in L2_REGS:
-        scores = judge_by_ridge(features[fit], labels[fit], features[held_out], 10, penalty)
-        chosen_on[penalty] = share_right(scores, labels[held_out])
-    # Of equals, the strongest; neither the first nor the last of the list.
-    best = max(p for p in L2_REGS if chosen_on[p] == max(chosen_on.values()))
+    held_out_accuracy = {}
+    for l2_reg in L2_REGS:
+        scores = reference_ridge_scores(features[fit], labels[fit], features[held_out], 10, l2_reg)
+        held_out_accuracy[l2_reg] = accuracy(scores, labels[held_out])
+    # The strongest among equals; neither the first nor the last of the list.
+    highest = max(held_out_accuracy.values())
+    best = max(l2_reg for l2_reg in L2_REGS if held_out_accuracy[l2_reg] == highest)
     assert L2_REGS[0] < best < L2_REGS[-1]
-    scores = judge_by_ridge(features[whole], labels[whole], test_features[0], 10, best)
-    assert found.penalty == best
-    assert found.accuracies == {"linear": share_right(scores, test_features[1])}
-    assert (found.num_train, found.num_examples, found.deviations) == (300, 360, {})
+    scores = reference_ridge_scores(features[both], labels[both], test_features[0], 10, best)
+    assert found.l2_reg == best
+    assert found.accuracies == {"linear": accuracy(scores, test_features[1])}
+    assert (found.num_train, found.num_examples, found.stds) == (300, 360, {})
 
 
-def test_neighbours_on_digits(
+def test_run_probe_knn(
     feature_fn: FeatureFn,
-    small_params: Any,
+    tiny_params: Any,
     digits_train: Source,
     digits_test: Source,
     train_features: tuple[np.ndarray, np.ndarray],
@@ -111,16 +112,16 @@ def test_neighbours_on_digits(
 ) -> None:
     found = run_probe(
         feature_fn,
-        small_params,
+        tiny_params,
         ProbeConfig("knn"),
         digits_train,
         digits_test,
         make_mesh(0, 1),
-        read_by(256),
+        make_input_config(256),
     )
-    expected = share_right(judge_by_sklearn(*train_features, test_features[0]), test_features[1])
+    expected = accuracy(reference_knn_scores(*train_features, test_features[0]), test_features[1])
     assert found.accuracies == {"knn": expected}
-    assert (found.num_train, found.num_examples, found.penalty) == (1437, 360, None)
+    assert (found.num_train, found.num_examples, found.l2_reg) == (1437, 360, None)
 
 
 def run_on_pixels(
@@ -133,7 +134,7 @@ def run_on_pixels(
         train,
         test,
         make_mesh(0, 1),
-        read_by(64, skip_bad),
+        make_input_config(64, skip_bad),
     )
 
 
@@ -141,13 +142,13 @@ METHODS = ("few_shot", "linear", "knn")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_classes_are_matched_by_name(
+def test_run_probe_matches_classes_by_name(
     method: str, digits_train: Source, digits_test: Source
 ) -> None:
-    backwards = [dict(digits_test.examples[index]) for index in range(100)]
-    for example in backwards:
+    examples = [dict(digits_test.examples[index]) for index in range(100)]
+    for example in examples:
         example["labels"] = (9 - example["labels"][0],)
-    test = Source("backwards", backwards, TEN[::-1])
+    test = Source("reversed", examples, TEN[::-1])
     found = run_on_pixels(method, digits_train, test, shots=(5,), seeds=(0,))
     same = run_on_pixels(
         method, digits_train, subset(digits_test, range(100)), shots=(5,), seeds=(0,)
@@ -157,7 +158,7 @@ def test_classes_are_matched_by_name(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_no_probe_can_learn_from(
+def test_run_probe_rejects_unsuitable_sources(
     method: str, digits_train: Source, digits_test: Source
 ) -> None:
     several = dataclasses.replace(digits_test, multi_label=True, name="several_labels")
@@ -173,7 +174,9 @@ def test_what_no_probe_can_learn_from(
         run_on_pixels(method, digits_train, Source("no_test", [], TEN), shots=(1,))
 
 
-def test_more_shots_than_examples(digits_train: Source, digits_test: Source) -> None:
+def test_run_probe_rejects_more_shots_than_examples(
+    digits_train: Source, digits_test: Source
+) -> None:
     counts = Counter(example["labels"][0] for example in digits_train.examples)
     with raises(UserError, digits_train.name, "200") as caught:
         run_on_pixels("few_shot", digits_train, digits_test, shots=(1, 200))
@@ -182,12 +185,12 @@ def test_more_shots_than_examples(digits_train: Source, digits_test: Source) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_for_images_that_cannot_be_used_others_are_taken(
+def test_run_probe_replaces_bad_images(
     method: str, digits_train: Source, digits_test: Source
 ) -> None:
-    # Every fourth image is broken, which shows when it is decoded and not when its label is read.
+    # Every fourth image is broken, which is found when it is decoded, not when its label is read.
     examples = [dict(digits_train.examples[index]) for index in range(400)]
-    whole = [example for index, example in enumerate(examples) if index % 4]
+    intact = [example for index, example in enumerate(examples) if index % 4]
     broken = [
         example if index % 4 else example | {"image": b"broken"}
         for index, example in enumerate(examples)
@@ -197,10 +200,10 @@ def test_for_images_that_cannot_be_used_others_are_taken(
     )
     if method == "knn":
         assert found._replace(num_bad=0) == run_on_pixels(
-            method, Source("whole", whole, TEN), digits_test
+            method, Source("intact", intact, TEN), digits_test
         )
     if method == "few_shot":
-        # Each seed has its fifty in spite of them.
+        # Each seed has its fifty images nevertheless.
         assert 50 < found.num_train <= 100
         assert 5 < found.num_bad < 50
     else:
@@ -209,8 +212,8 @@ def test_for_images_that_cannot_be_used_others_are_taken(
         run_on_pixels(method, Source("broken", broken, TEN), digits_test, shots=(5,))
 
 
-class Forgetful(FeatureExtractor):
-    """Makes chunks up, and sees that nobody keeps those of the test split."""
+class CheckedExtractor(FeatureExtractor):
+    """Synthetic chunks; asserts that those of the test split are not held on to."""
 
     def __init__(
         self,
@@ -218,54 +221,54 @@ class Forgetful(FeatureExtractor):
         params: Any,
         source: Source,
         mesh: Mesh,
-        reading: EvalInputConfig,
+        input_config: EvalInputConfig,
     ):
-        super().__init__(feature_fn, params, source, mesh, reading)
-        self.source, self.may_keep = source, source.name in params
+        super().__init__(feature_fn, params, source, mesh, input_config)
+        self.source, self.may_hold = source, source.name in params
 
     def __iter__(self) -> Iterator[Chunk]:
-        made: list[weakref.ref[np.ndarray]] = []
+        refs: list[weakref.ref[np.ndarray]] = []
         for start in range(0, len(self.source), 20):
-            places = np.arange(start, min(start + 20, len(self.source)))
-            features = np.random.default_rng(start).normal(size=(len(places), 8))
-            chunk = Chunk(features.astype(np.float32), places % 10, places)
-            made.append(weakref.ref(chunk.features))
+            indices = np.arange(start, min(start + 20, len(self.source)))
+            features = np.random.default_rng(start).normal(size=(len(indices), 8))
+            chunk = Chunk(features.astype(np.float32), indices % 10, indices)
+            refs.append(weakref.ref(chunk.features))
             yield chunk
             del chunk
-            # The consumer still holds the last one until it is given the next.
-            assert self.may_keep or sum(one() is not None for one in made) <= 1
+            # The consumer holds the last chunk until it receives the next one.
+            assert self.may_hold or sum(ref() is not None for ref in refs) <= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_kept_of_images_that_were_looked_at(
+def test_run_probe_does_not_hold_on_to_test_features(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "FeatureExtractor", Forgetful)
-    monkeypatch.setattr(probes, "_ROWS_TOGETHER", 20)
+    monkeypatch.setattr(probes, "FeatureExtractor", CheckedExtractor)
+    monkeypatch.setattr(probes, "_TEST_ROWS", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
     labelled = [example | {"labels": (index % 10,)} for index in range(400)]
     train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)
     found = run_probe(
         pixels_as_features,
-        # Few shots are few, and neighbours copied; a linear probe does not even keep the training.
+        # Few-shot probes hold the few training features; k-NN copies them; linear holds none.
         {"train"} if method == "few_shot" else set(),
         ProbeConfig(method),
         train,
         test,
         make_mesh(0, 1),
-        read_by(20),
+        make_input_config(20),
     )
     assert found.num_examples == 1000
 
 
-def test_what_is_told_and_written() -> None:
+def test_probe_metrics_format_and_as_dict() -> None:
     few = ProbeMetrics(
         "few_shot", {"1_shot": 0.41, "5_shot": 0.5}, {"1_shot": 0.021}, None, 30, 360
     )
-    assert re.search(r"\b1.shot\W+41\.00%\W+2\.10%", few.told())
-    assert re.search(r"\b5.shot\W+50\.00%", few.told())
-    assert mentions(few.told(), "360", "30")
-    assert few.values() == {
+    assert re.search(r"\b1.shot\W+41\.00%\W+2\.10%", few.format_progress())
+    assert re.search(r"\b5.shot\W+50\.00%", few.format_progress())
+    assert mentions(few.format_progress(), "360", "30")
+    assert few.as_dict() == {
         "1_shot": 0.41,
         "5_shot": 0.5,
         "1_shot_std": 0.021,
@@ -274,7 +277,7 @@ def test_what_is_told_and_written() -> None:
         "num_bad": 0.0,
     }
     linear = ProbeMetrics("linear", {"linear": 0.9}, {}, 1024.0, 1437, 360, 2)
-    assert re.search(r"\blinear\W+90\.00%", linear.summary())
-    assert re.search(r"\bpenalty\W+1024\b", linear.summary())
-    assert mentions(linear.summary(), "360", "1437", "2")
-    assert linear.values()["penalty"] == 1024.0
+    assert re.search(r"\blinear\W+90\.00%", linear.format_summary())
+    assert re.search(r"\bpenalty\W+1024\b", linear.format_summary())
+    assert mentions(linear.format_summary(), "360", "1437", "2")
+    assert linear.as_dict()["penalty"] == 1024.0

@@ -28,7 +28,7 @@ SUITE = Suite("two", "two", (LOW, HIGH))
 class FakeScores:
     """Stands in for scores, which only their values matter of."""
 
-    def values(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float]:
         return {"top1": 0.5, "log_likelihood": -1.0, "num_examples": 10.0}
 
 

@@ -45,8 +45,8 @@ def test_what_changes_the_outcome_is_told_apart_from_what_does_not() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ((), {"batch_size": 256, "skip_bad": False, "threads": 0, "prefetch_batches": 2}),
-        (OVERRIDES, {"batch_size": 24, "skip_bad": True, "threads": 3, "prefetch_batches": 5}),
+        ((), {"batch_size": 256, "skip_bad": False, "num_threads": 0, "prefetch_batches": 2}),
+        (OVERRIDES, {"batch_size": 24, "skip_bad": True, "num_threads": 3, "prefetch_batches": 5}),
     ],
 )
 def test_probes_obey_the_keys(
@@ -57,7 +57,7 @@ def test_probes_obey_the_keys(
     def run(feature_fn: Any, params: Any, settings: ProbeConfig, *data: Any) -> Any:
         _, _, mesh, reading = data
         seen.append(reading._asdict() | {"fsdp": mesh.shape["fsdp"]})
-        return SimpleNamespace(told=lambda: "", values=lambda: {"1_shot": 0.5})
+        return SimpleNamespace(format_progress=lambda: "", as_dict=lambda: {"1_shot": 0.5})
 
     monkeypatch.setattr(probe_tasks, "run_probe", run)
     setting = SuiteSettings("runs/a", WEIGHTS.model_info, digits_dir, overrides)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.mixer_layouts import GOOGLE
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import describe_init, find_init_source, restore_or_init
 from mixer_jax.training.setup import Experiment, build_experiment, make_train_batches

@@ -126,7 +126,7 @@ def test_finished_run_evaluates_its_checkpoint_again(
         assert status != other_status
     assert (finished / "metrics.jsonl").read_text() == before
     last = read_metrics(str(finished))[-1]
-    for key, value in result.scores["test"].values().items():
+    for key, value in result.scores["test"].as_dict().items():
         assert value == last[f"test/{key}"]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -41,6 +41,7 @@ NAMES = tuple("0123456789")
 class RecordingModel(nn.Module):
     """Model that records its images and returns its parameter as logits."""
 
+    family: ClassVar[str] = "mixer"
     record: Callable[[Any], None]
     num_classes: int
     execution: Execution = Execution(backend="xla")

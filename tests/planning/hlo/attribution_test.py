@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from mixer_jax.benchmarks.compiled_steps import compile_step
-from mixer_jax.benchmarks.contestants import OURS, REFERENCE, Contestant, Setting
+from mixer_jax.benchmarks.candidates import MIXER_JAX, REFERENCE, Candidate, Workload
+from mixer_jax.benchmarks.compile import compile_step
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_costs import REGIONS
+from mixer_jax.models.registry import get_family
 from mixer_jax.planning.aot_compile import Compiled
 from mixer_jax.planning.hlo.attribution import (
     OTHER,
@@ -20,13 +22,12 @@ from mixer_jax.planning.hlo.attribution import (
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.program import parse_program
 from mixer_jax.planning.hlo.traffic import hbm_bytes_by_opcode, iter_hbm_bytes
-from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 from tests.helpers.hlo_programs import TRAIN_STEP
 from tests.helpers.tpu_compiler import tpu_device
 
 TINY = MixerConfig(2, 16, 128, 64, 256)
-SETTING = Setting("train", "tiny", 64, 10, "bfloat16", 8)
+WORKLOAD = Workload("train", "tiny", 64, 10, "bfloat16", 8)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +131,13 @@ def steps() -> Iterator[dict[str, CompiledStep]]:
         patch.setitem(VARIANTS, "tiny", TINY)
         patch.setattr(jax.stages.Lowered, "compile", compile_and_record)
         compiled_steps = {}
-        for contestant in (
-            Contestant("reference", REFERENCE),
-            Contestant("ours", OURS, unroll=1, remat="dots"),
+        for candidate in (
+            Candidate("reference", REFERENCE),
+            Candidate("ours", MIXER_JAX, {"scan_unroll": 1, "remat": "dots"}),
         ):
-            compiled = compile_step(contestant, SETTING, device, quick=True)
+            compiled = compile_step(candidate, WORKLOAD, device, fast_compile=True)
             assert isinstance(compiled, Compiled)
-            compiled_steps[contestant.name] = CompiledStep(compiled, bytes_accessed[-1])
+            compiled_steps[candidate.name] = CompiledStep(compiled, bytes_accessed[-1])
         yield compiled_steps
 
 
@@ -150,10 +151,12 @@ def test_regions_of_compiled_step(steps: dict[str, CompiledStep], name: str) -> 
     assert all(traffic[region] > 0 for region in traffic if region != OTHER)
     assert traffic[OTHER] < 0.03 * sum(traffic.values())
     # The compiler may transform matmuls, but not add or remove any.
-    step = StepSpec(TINY, SETTING.image_size, SETTING.num_classes, SETTING.batch_size)
+    step = StepSpec(
+        get_family("mixer"), TINY, WORKLOAD.image_size, WORKLOAD.num_classes, WORKLOAD.batch_size
+    )
     flops = sum_by_region(program, iter_matmul_flops(program), REGIONS)
     assert flops == {
-        region: SETTING.batch_size * estimate.flops
+        region: WORKLOAD.batch_size * estimate.flops
         for region, estimate in estimate_traffic(step).items()
     }
 

@@ -1,0 +1,176 @@
+"""`--mode=compile`: compilation time of the training step. Does not import JAX."""
+
+import argparse
+import importlib.metadata
+import os
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixer_jax.benchmarks.args import (
+    add_baselines_arg,
+    add_workload_args,
+    parse_candidates,
+    parse_workload,
+)
+from mixer_jax.benchmarks.candidates import REFERENCE, Candidate, Workload, check_backends
+from mixer_jax.benchmarks.compare import Result, compare, query_environment
+from mixer_jax.benchmarks.report import (
+    add_output_args,
+    check_outputs,
+    print_compilation,
+    write_report,
+)
+from mixer_jax.cli import common
+from mixer_jax.errors import UserError
+from mixer_jax.planning.topology import ENVIRONMENT, Topology, parse_topology, tpu_devices
+
+if TYPE_CHECKING:
+    from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
+
+DESCRIPTION = "Measure how long the training step of a Mixer takes to compile, with a baseline."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of this mode."""
+    add_workload_args(parser)
+    # With a scan and without one: the default is one or the other.
+    parser.set_defaults(scan_unroll="1,0")
+    parser.add_argument(
+        "--batch_size",
+        default="auto",
+        help="images per step; default: auto, 8 on CPUs and 64 on other devices",
+    )
+    add_baselines_arg(parser)
+    parser.add_argument(
+        "--topology", metavar="CHIP:SIZE", help="compile for TPUs that need not be attached"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of compilation and timing; default: 3"
+    )
+    add_output_args(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures all candidates and prints the result.
+
+    Raises:
+        UserError: An argument is out of range, or the compiler for the topology is missing.
+        RunError: mixer_jax cannot be measured.
+    """
+    workload = parse_workload(args, "train")
+    common.check_positive(args, "rounds")
+    candidates = parse_candidates(args, "train")
+    if args.baselines == REFERENCE:
+        candidates.append(Candidate(REFERENCE, REFERENCE))
+    check_outputs(args)
+    if args.topology:
+        topology = parse_tpu_topology(args.topology)
+        report = _compile_ahead_of_time(topology, workload, candidates, args.rounds)
+    else:
+        report = _compile_here(workload, candidates, args.rounds)
+    write_report(args, report)
+    if not args.json:
+        print_compilation(report)
+
+
+def _compile_here(
+    workload: Workload, candidates: Sequence[Candidate], num_rounds: int
+) -> dict[str, Any]:
+    environment = query_environment(workload, candidates)
+    platform = environment["platform"]
+    batch_size = workload.batch_size or (8 if platform == "cpu" else 64)
+    workload = workload._replace(dtype=environment["dtype"], batch_size=batch_size)
+    comparison = compare(workload, candidates, num_rounds, platform, num_compilations=num_rounds)
+    rows = [result._asdict() for result in comparison.results]
+    return {**environment, "rounds": num_rounds, **workload._asdict(), "candidates": rows}
+
+
+def _compile_ahead_of_time(
+    topology: Topology, workload: Workload, candidates: Sequence[Candidate], num_rounds: int
+) -> dict[str, Any]:
+    """Compiles for a TPU that is not attached, without running anything."""
+    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
+    workload = workload._replace(dtype=dtype, batch_size=workload.batch_size or 64)
+    device = open_tpu_device(topology, candidates)
+    from mixer_jax.planning.aot_compile import OutOfMemory
+
+    results = {candidate.name: Result(candidate.name) for candidate in candidates}
+    seconds: dict[str, list[float]] = {name: [] for name in results}
+    for _ in range(num_rounds):
+        for candidate in candidates:
+            name = candidate.name
+            if results[name].failed:
+                continue
+            step = compile_step(candidate, workload, device)
+            if isinstance(step, OutOfMemory):
+                results[name] = Result(name, "the step does not fit into the device's memory")
+                continue
+            seconds[name].append(step.compile_seconds)
+            memory = step.argument_bytes + step.output_bytes + step.temporary_bytes
+            results[name] = Result(
+                name, memory_bytes=memory, compile_seconds=statistics.median(seconds[name])
+            )
+    return {
+        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "libtpu")},
+        "topology": topology.name,
+        "rounds": num_rounds,
+        **workload._asdict(),
+        "candidates": [result._asdict() for result in results.values()],
+    }
+
+
+def parse_tpu_topology(text: str) -> Topology:
+    """Parses --topology, which must name TPUs.
+
+    Raises:
+        UserError: The text is not a topology of TPUs.
+    """
+    topology = parse_topology(text)
+    if not topology.chip.is_tpu:
+        raise UserError(
+            f"--topology must be of TPUs, got {text}. Programs for GPUs are compiled on GPUs only; "
+            "estimates are printed by python -m mixer_jax.plan."
+        )
+    return topology
+
+
+def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
+    """Returns the first device of a topology, to compile for; imports JAX.
+
+    Raises:
+        UserError: The compiler is missing, or a backend does not run on TPUs.
+    """
+    os.environ.update(ENVIRONMENT)
+    common.configure_jax(compilation_cache="")
+    device = tpu_devices(topology)[0]
+    check_backends(candidates, device.platform)
+    return device
+
+
+def compile_step(
+    candidate: Candidate, workload: Workload, device: Any, *, fast_compile: bool = False
+) -> "Compiled | OutOfMemory":
+    """Compiles the step of a candidate for a device from `tpu_devices`.
+
+    `fast_compile` takes less time and makes a somewhat slower program.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from mixer_jax.benchmarks.jax_runner import make_step
+    from mixer_jax.distributed.sharding import make_mesh, replicated
+    from mixer_jax.planning.aot_compile import compile_function
+
+    step = make_step(candidate, workload, device)
+    sharding = replicated(make_mesh(1, 1, [device]))
+    size = workload.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((workload.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((workload.batch_size,), jnp.int32),
+    }
+    state, batch = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        (jax.eval_shape(step.init_state), batch),
+    )
+    return compile_function(step.function, state, batch, fast_compile=fast_compile)

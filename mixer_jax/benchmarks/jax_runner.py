@@ -1,0 +1,275 @@
+"""Candidates in JAX: mixer_jax as `mixer_jax.main` and `Classifier` run it, and the reference."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mixer_jax.benchmarks.candidates import (
+    B1,
+    B2,
+    CLIP_NORM,
+    EPS,
+    LEARNING_RATE,
+    MIXER_JAX,
+    WEIGHT_DECAY,
+    Candidate,
+    Workload,
+)
+from mixer_jax.benchmarks.reference_mixer import ReferenceMixer
+from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
+from mixer_jax.config.schema import ModelConfig, OptimizerConfig, RecipeConfig
+from mixer_jax.distributed.sharding import make_mesh, state_sharding
+from mixer_jax.distributed.xla_options import compiler_options
+from mixer_jax.models.layers import normalize_images, select_dot_general
+from mixer_jax.models.mixer_config import get_config
+from mixer_jax.models.params import cast_weights, prepare_inference_params
+from mixer_jax.models.registry import from_config, resolve_dtype
+from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
+from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
+
+
+class Step(NamedTuple):
+    """Step of a candidate before it is compiled.
+
+    Attributes:
+        function: Jitted function of state and batch.
+        init_state: Initializes the state; evaluated for its shapes only.
+        updates_state: Whether the function returns the next state as its first result.
+    """
+
+    function: Any
+    init_state: Callable[[], Any]
+    updates_state: bool
+
+
+class JaxRunner(FrameworkRunner):
+    """JAX on its first device."""
+
+    def __init__(self, workload: Workload, devices: Sequence[Any] | None = None):
+        self.device = (devices or jax.devices())[0]
+        super().__init__(workload, asynchronous=self.device.platform != "cpu")
+
+    def environment(self) -> dict[str, str]:
+        """Returns the device, the dtype of the workload and the versions of the libraries."""
+        return {
+            "device": self.device.device_kind,
+            "platform": self.device.platform,
+            "dtype": str(resolve_dtype(self.workload.dtype)),
+            "jax": jax.__version__,
+            "flax": metadata.version("flax"),
+        }
+
+    def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
+        """Builds the steps of a candidate and runs them once."""
+        step = make_step(candidate, self.workload, self.device)
+        state = synthetic_state(jax.eval_shape(step.init_state), self.device)
+        # Inference does not donate its parameters, so both programs can share them.
+        single_image_step = self._compile(step, state, 1)[0] if single_image else None
+        batch_step, costs = self._compile(step, state, self.workload.batch_size)
+        return Program(batch_step, single_image_step), costs
+
+    def build_matmul(self) -> tuple[Callable[[], Any], int]:
+        """Builds a matmul of random matrices, in the form that is fastest on this device."""
+        size = 8192 if self.asynchronous else 4096
+        dtype = resolve_dtype(self.workload.dtype)
+        keys = jax.random.split(jax.random.key(2))
+        left, right = (jax.random.normal(key, (size, size), jnp.float32) for key in keys)
+        left, right = left.astype(dtype), right.astype(dtype)
+        # On CPUs as the model computes its matmuls in inference.
+        dot = select_dot_general(self.device.platform == "cpu", train=False) or jax.lax.dot_general
+        dimensions = (((1,), (0,)), ((), ()))
+        matmul = jax.jit(lambda x, y: dot(x, y, dimensions)).lower(left, right).compile()
+        return lambda: matmul(left, right), 2 * size**3
+
+    def wait(self, value: Any) -> None:
+        """Waits until the value returned by a step is computed."""
+        jax.block_until_ready(value)
+
+    def release_memory(self) -> None:
+        """Does nothing: JAX keeps its memory."""
+
+    def write_trace(self, candidate: Candidate, folder: str) -> None:
+        """Writes a profile of three steps of a candidate."""
+        self.measure_step(candidate)
+        step = self._steps[candidate.name].function
+        with jax.profiler.trace(folder):
+            for _ in range(3):
+                with jax.profiler.StepTraceAnnotation(self.workload.mode):
+                    value = step()
+            self.wait(value)
+
+    def _compile(
+        self, step: Step, state: Any, batch_size: int
+    ) -> tuple[Callable[[], Any], CompileCosts]:
+        batch = synthetic_batch(self.workload, batch_size, self.device)
+        self.wait((state, batch))
+        start = time.perf_counter()
+        lowered = step.function.lower(state, batch)
+        lowered_at = time.perf_counter()
+        compiled = lowered.compile()
+        compiled_at = time.perf_counter()
+
+        def run_step() -> Any:
+            nonlocal state
+            if not step.updates_state:
+                return compiled(state, batch)
+            state, value = compiled(state, batch)
+            return value
+
+        self.wait(run_step())
+        first_step_seconds = time.perf_counter() - start
+        memory_bytes = compiled_memory_bytes(compiled)
+        return run_step, CompileCosts(compiled_at - lowered_at, first_step_seconds, memory_bytes)
+
+
+def compiled_memory_bytes(compiled: Any) -> int | None:
+    """Returns the bytes of a program's arguments, results and temporaries, by the compiler."""
+    size = compiled.memory_analysis()
+    if size is None:
+        return None
+    return (
+        size.argument_size_in_bytes
+        + size.output_size_in_bytes
+        - size.alias_size_in_bytes
+        + size.temp_size_in_bytes
+    )
+
+
+def synthetic_batch(workload: Workload, batch_size: int, device: Any) -> dict[str, jax.Array]:
+    """Creates random images and labels on a device."""
+    rng, size = np.random.default_rng(1), workload.image_size
+    images = rng.integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    labels = rng.integers(0, workload.num_classes, (batch_size,), np.int32)
+    return {
+        "image": jax.device_put(images, device),
+        "label": jax.device_put(labels, device),
+    }
+
+
+def synthetic_state(shapes: Any, device: Any) -> Any:
+    """Creates parameters and optimizer moments on a device, faster than the model's initializers.
+
+    All kernels are random, including the head's, so that every parameter changes from the first
+    step on.
+    """
+    rng = np.random.default_rng(0)
+
+    def create(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        values = np.zeros(shape.shape, np.float32)
+        if "mu" not in names and "nu" not in names:
+            if names[-1] == "kernel":
+                fan_in = math.prod(shape.shape[:-1] if "stem" in names else shape.shape[-2:-1])
+                values = rng.standard_normal(shape.shape, np.float32) / math.sqrt(fan_in)
+            elif names[-1] == "scale":
+                values = np.ones(shape.shape, np.float32)
+        return jax.device_put(values.astype(shape.dtype), device)
+
+    return jax.tree_util.tree_map_with_path(create, shapes)
+
+
+def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
+    """Makes the step of a candidate, to be compiled for a device."""
+    if candidate.implementation == MIXER_JAX:
+        model = _our_model(candidate, workload, device)
+        if workload.mode == "train":
+            return _our_train_step(model, workload, device)
+        options = compiler_options(device.platform, model.execution.backend)
+
+        def prepare_params(params: Any) -> Any:
+            return prepare_inference_params(params, model.execution.dtype, device.platform)
+
+        return _infer_step(model, workload, prepare_params, options)
+    config = dataclasses.asdict(get_config(workload.variant))
+    dtype = resolve_dtype(workload.dtype)
+    reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
+    if workload.mode == "train":
+        return _plain_train_step(reference, workload)
+    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype))
+
+
+def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
+    settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
+    section = dataclasses.asdict(ModelConfig(**settings, **candidate.overrides))
+    return from_config(section, workload.num_classes, device.device_kind)
+
+
+def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
+    """Makes the training step as `training.setup` does, on one device."""
+    # Without warmup, parameters change from the first step on.
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        decay_type="none",
+        weight_decay=WEIGHT_DECAY,
+        b1=B1,
+        b2=B2,
+        eps=EPS,
+        clip_norm=CLIP_NORM,
+    )
+    schedule = make_schedule(optimizer, num_steps=1000)
+    tx = make_optimizer(optimizer, schedule)
+    mesh = make_mesh(1, 1, [device])
+    init_state = functools.partial(
+        create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
+    )
+    sharding = state_sharding(jax.eval_shape(init_state), mesh)
+    config = TrainStepConfig(RecipeConfig())
+    function = jit_train_step(config, sharding, model, tx, schedule, mesh)
+    return Step(function, init_state, True)
+
+
+def _plain_train_step(model: Any, workload: Workload) -> Step:
+    """Makes a straightforward training step with optax's own AdamW."""
+    tx = optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=weight_decay_mask),
+    )
+
+    def step(state: Any, batch: dict[str, Any]) -> Any:
+        def loss_fn(params: Any) -> Any:
+            logits = model.apply({"params": params}, normalize_images(batch["image"]))
+            labels = jax.nn.one_hot(batch["label"], workload.num_classes)
+            return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1).mean()
+
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
+
+    def init_state() -> Any:
+        params = _init_params(model, workload)
+        return params, tx.init(params)
+
+    return Step(jax.jit(step, donate_argnums=0), init_state, True)
+
+
+def _infer_step(
+    model: Any,
+    workload: Workload,
+    prepare_params: Callable[[Any], Any],
+    options: dict[str, Any] | None = None,
+) -> Step:
+    """Makes the step from images to logits; parameters are prepared once, as at load."""
+
+    def classify(params: Any, batch: dict[str, Any]) -> Any:
+        return model.apply({"params": params}, normalize_images(batch["image"]))
+
+    def init_params() -> Any:
+        return prepare_params(_init_params(model, workload))
+
+    return Step(jax.jit(classify, compiler_options=options), init_params, False)
+
+
+def _init_params(model: Any, workload: Workload) -> Any:
+    size = workload.image_size
+    return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]

@@ -1,0 +1,222 @@
+"""Candidates in PyTorch: timm's Mixer, eager and compiled, trained as its users train it."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mixer_jax.benchmarks.candidates import (
+    B1,
+    B2,
+    CLIP_NORM,
+    EPS,
+    LEARNING_RATE,
+    TIMM_COMPILED,
+    WEIGHT_DECAY,
+    Candidate,
+    Workload,
+)
+from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
+from mixer_jax.models.mixer_config import VARIANTS
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchRunner(FrameworkRunner):
+    """PyTorch on the first GPU, or on all cores of the CPU."""
+
+    def __init__(self, workload: Workload, platform: str):
+        super().__init__(workload, asynchronous=platform == "gpu")
+        self.device = torch.device("cuda" if self.asynchronous else "cpu")
+        self.dtype = _DTYPES[workload.dtype]
+        # JAX's default in float32, too.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_num_threads(_available_cpus())
+
+    def environment(self) -> dict[str, str]:
+        """Returns the device and the versions of the libraries."""
+        device = torch.cuda.get_device_name() if self.asynchronous else "cpu"
+        return {
+            "device": device,
+            "torch": torch.__version__,
+            "timm": import_timm().__version__,
+        }
+
+    def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
+        """Builds the steps of a candidate and runs them once."""
+        import_timm()
+        allocated = self._reset_peak_memory()
+        step, single_image_step = self._make_step(candidate, self.workload.batch_size), None
+        self.wait(None)
+        start = time.perf_counter()
+        self.wait(step())
+        first_step_seconds = time.perf_counter() - start
+        costs = CompileCosts(None, first_step_seconds, self._peak_memory_since(allocated))
+        if single_image:
+            single_image_step = self._make_step(candidate, 1)
+            self.wait(single_image_step())
+        return Program(step, single_image_step), costs
+
+    def build_matmul(self) -> tuple[Callable[[], Any], int]:
+        """Builds a matmul of random matrices."""
+        size = 8192 if self.asynchronous else 4096
+        left, right = (torch.randn(size, size, device=self.device).to(self.dtype) for _ in "ab")
+        return lambda: left @ right, 2 * size**3
+
+    def wait(self, value: Any) -> None:
+        """Waits until the device is idle."""
+        if self.asynchronous:
+            torch.cuda.synchronize()
+
+    def release_memory(self) -> None:
+        """Returns the allocator's cached memory to the device."""
+        if self.asynchronous:
+            torch.cuda.empty_cache()
+
+    def make_model(self) -> Any:
+        """Creates timm's model on the device."""
+        workload = self.workload
+        model = create_timm_mixer(workload.variant, workload.image_size, workload.num_classes)
+        return model.to(self.device)
+
+    def make_train_step(
+        self, model: Any, forward: Callable[[Any], Any]
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Makes the training step of a model, from images and labels to the loss.
+
+        `forward` is the model itself or the model compiled.
+        """
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": kernels, "weight_decay": WEIGHT_DECAY},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=LEARNING_RATE,
+            betas=(B1, B2),
+            eps=EPS,
+            **({"fused": True} if self.asynchronous else {"foreach": True}),
+        )
+        num_classes = self.workload.num_classes
+        model.train()
+
+        def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            with self._autocast():
+                logits = forward(normalize_images(images))
+            targets = torch.nn.functional.one_hot(labels, num_classes).float()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits.float(), targets, reduction="none"
+            )
+            loss = loss.sum(dim=-1).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM, foreach=True)
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def _make_step(self, candidate: Candidate, batch_size: int) -> Callable[[], Any]:
+        model = self.make_model()
+        images, labels = self._synthetic_batch(batch_size)
+        if self.workload.mode == "train":
+            step = self.make_train_step(model, self._maybe_compile(model, candidate))
+            return lambda: step(images, labels)
+        # Weights in the dtype of the computation, as usual for serving: half the bytes to read.
+        model = model.to(self.dtype).eval()
+        forward = self._maybe_compile(model, candidate)
+
+        @torch.inference_mode()
+        def classify() -> torch.Tensor:
+            return forward(normalize_images(images).to(self.dtype)).float()
+
+        return classify
+
+    def _synthetic_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Creates random images and labels on the device."""
+        workload = self.workload
+        shape = (batch_size, 3, workload.image_size, workload.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+        labels = torch.randint(0, workload.num_classes, (batch_size,), device=self.device)
+        return images, labels
+
+    def _maybe_compile(self, model: Any, candidate: Candidate) -> Callable[[Any], Any]:
+        if candidate.implementation != TIMM_COMPILED:
+            return model
+        # Static shapes: one program per batch size, as with XLA.
+        return torch.compile(model, dynamic=False)
+
+    def _autocast(self) -> Any:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def _reset_peak_memory(self) -> int:
+        if not self.asynchronous:
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def _peak_memory_since(self, allocated: int) -> int | None:
+        return torch.cuda.max_memory_allocated() - allocated if self.asynchronous else None
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def normalize_images(images: torch.Tensor) -> torch.Tensor:
+    """Maps pixels from 0…255 to [-1, 1], on their device."""
+    return images.float() / 127.5 - 1.0
+
+
+def import_timm() -> ModuleType:
+    """Imports timm with its models and transforms, next to any build of PyTorch."""
+    try:
+        import torchvision
+    except RuntimeError:
+        # torchvision's compiled operators load only with the build of PyTorch that they were made
+        # for. At import it looks up just these two, which timm never calls.
+        schemas = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+    import timm
+    import timm.data
+    import timm.models
+
+    return timm
+
+
+def create_timm_mixer(variant: str, image_size: int, num_classes: int) -> Any:
+    """Creates timm's model of a variant, randomly initialized."""
+    timm = import_timm()
+    name = f"mixer_{variant.lower().replace('/', '')}_224"
+    if name in timm.list_models():
+        return timm.create_model(name, img_size=image_size, num_classes=num_classes)
+    from timm.models.mlp_mixer import MlpMixer
+
+    config = VARIANTS[variant]
+    # timm expresses the hidden sizes of the MLPs as multiples of the channels.
+    ratios = (
+        config.tokens_mlp_dim / config.hidden_dim,
+        config.channels_mlp_dim / config.hidden_dim,
+    )
+    return MlpMixer(
+        num_classes=num_classes,
+        img_size=image_size,
+        patch_size=config.patch_size,
+        num_blocks=config.num_blocks,
+        embed_dim=config.hidden_dim,
+        mlp_ratio=ratios,
+    )

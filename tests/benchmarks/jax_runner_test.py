@@ -1,0 +1,69 @@
+"""Tests that mixer_jax and the reference do the same work, and that their programs are timed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixer_jax.benchmarks.candidates import MIXER_JAX, REFERENCE, Candidate, Workload
+from mixer_jax.benchmarks.jax_runner import (
+    JaxRunner,
+    make_step,
+    synthetic_batch,
+    synthetic_state,
+)
+from mixer_jax.benchmarks.reference_mixer import to_reference
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+
+WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adds a small variant."""
+    monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(3, 8, 24, 12, 48))
+
+
+def test_reference_has_the_same_losses_over_three_steps() -> None:
+    device = jax.devices()[0]
+    batch = synthetic_batch(WORKLOAD, WORKLOAD.batch_size, device)
+    ours, reference = (
+        make_step(Candidate(name, name), WORKLOAD, device) for name in (MIXER_JAX, REFERENCE)
+    )
+    state = synthetic_state(jax.eval_shape(ours.init_state), device)
+    _, opt_state = synthetic_state(jax.eval_shape(reference.init_state), device)
+    # A copy, because the step donates its state.
+    reference_state = (jax.tree.map(jnp.copy, to_reference(state.params)), opt_state)
+    losses, reference_losses = [], []
+    for _ in range(3):
+        state, metrics = ours.function(state, batch)
+        losses.append(float(metrics["loss"]))
+        reference_state, metrics = reference.function(reference_state, batch)
+        reference_losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(reference_losses, losses, rtol=1e-5)
+
+
+def test_reference_has_the_same_logits() -> None:
+    device, workload = jax.devices()[0], WORKLOAD._replace(mode="infer")
+    batch = synthetic_batch(workload, workload.batch_size, device)
+    train_state = make_step(Candidate(MIXER_JAX, MIXER_JAX), WORKLOAD, device).init_state
+    params = synthetic_state(jax.eval_shape(train_state), device).params
+    ours = make_step(Candidate(MIXER_JAX, MIXER_JAX), workload, device)
+    reference = make_step(Candidate(REFERENCE, REFERENCE), workload, device)
+    logits = ours.function(params, batch)
+    assert float(jnp.std(logits)) > 0.1
+    reference_logits = reference.function(to_reference(params), batch)
+    np.testing.assert_allclose(reference_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_runner_times_all_candidates(mode: str) -> None:
+    runner = JaxRunner(WORKLOAD._replace(mode=mode), jax.devices()[:1])
+    for name in (MIXER_JAX, REFERENCE):
+        candidate = Candidate(name, name)
+        costs = runner.prepare(candidate)
+        assert costs.first_step_seconds > (costs.compile_seconds or 0) > 0
+        assert runner.measure_step(candidate) > 0
+        assert bool(runner.measure_latencies(candidate)) == (mode == "infer")
+    assert runner.images_per_second(Candidate(MIXER_JAX, MIXER_JAX), 2) > 0
