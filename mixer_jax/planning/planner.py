@@ -135,7 +135,7 @@ def make_plan(
 
     devices = devices or tpu_devices(topology)
     experiment = build_for_topology(config, devices)
-    run = run_spec(config, experiment.about.num_classes, experiment.num_steps, len(devices))
+    run = run_spec(config, experiment.model_info.num_classes, experiment.num_steps, len(devices))
     if with_eval:
         check_divisible("config.eval_batch_size", config.eval_batch_size, len(devices))
     compiled = compile_train_step(experiment, fast_compile)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from mixer_jax.checkpoints.load import PretrainedWeights
+from mixer_jax.config.config import parse
 from mixer_jax.distributed.multihost import any_host, is_primary_process
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.files import file_lock
@@ -176,12 +177,13 @@ def _train(doing: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal
     Raises:
         StoppedError: the signal came before the end.
     """
-    for change in workdirs.check_workdir(folder, run.config):
+    config = parse(run.config)
+    for change in workdirs.check_workdir(folder, config):
         doing.say(f"changed since this run was last started: {change}")
     scores: dict[str, dict[str, float]] = {}
     failed, stopped_by = "", None
     try:
-        ended = train_and_evaluate(run.config, folder, doing.weights)
+        ended = train_and_evaluate(config, folder, doing.weights)
         stopped_by = ended.stopped_by
         if is_primary_process():
             plot_curves(folder)
@@ -192,5 +194,5 @@ def _train(doing: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal
         # It would diverge again; a rate too high is what choosing is there to find out.
         failed = str(error)
         doing.say(f"{run.folder} failed: {failed}")
-    seconds = training_seconds(read_metrics(folder), run.config.batch_size)
+    seconds = training_seconds(read_metrics(folder), config.batch_size)
     return RunResult(scores, seconds, failed), stopped_by

@@ -167,7 +167,7 @@ def save_tiny_run(data_dir: str, workdir: Path, metadata: dict[str, Any] | None 
 def resume(experiment: Experiment, workdir: Path) -> tuple[TrainState, list[float]]:
     init = find_init_source(experiment.config, str(workdir))
     assert init is not None
-    assert init.about.config == experiment.about.config
+    assert init.model_info.config == experiment.model_info.config
     return restore_or_init(experiment, CheckpointManager(str(workdir)), 4, init)
 
 

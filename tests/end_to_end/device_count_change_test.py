@@ -45,7 +45,7 @@ def run(data_dir: str, workdir: Path, layouts: list[tuple[int, int, range]]) -> 
             state, metrics = experiment.train_step(state, batch)
             history.append((hashlib.sha256(examples).hexdigest(), float(metrics["loss"])))
         batches.close()
-        save(experiment, checkpoints, state, steps.stop, window=[0.1, steps.stop])
+        save(experiment, checkpoints, state, steps.stop, loss_window=[0.1, steps.stop])
         checkpoints.close()
     return history
 
