@@ -76,9 +76,10 @@ def test_fsdp_shards_kernels_moments_and_averages(digits_dir: str) -> None:
 def event_losses(workdir: Path) -> list[tuple[int, float]]:
     """Reads the losses of the first three steps from TensorBoard events."""
     loader = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
+    tensor_util = importlib.import_module("tensorboard.util.tensor_util")
     (path,) = (workdir / "events").iterdir()
     return [
-        (event.step, value.tensor.float_val[0])
+        (event.step, tensor_util.make_ndarray(value.tensor).item())
         for event in loader.EventFileLoader(str(path)).Load()
         for value in event.summary.value
         if value.tag == "loss" and event.step <= 3
