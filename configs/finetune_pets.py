@@ -1,16 +1,16 @@
-"""Oxford-IIIT Pets, from trained weights (paper, Section 3; arXiv 2010.11929, B.1.1).
-
-Expected: the paper gives the mean over five tasks, of which this is one: 93.91 % for L/16 at 448 px
-from ImageNet-21k, 92.50 % for B/16 at 224 px. Not measured here.
+"""Fine-tuning on Oxford-IIIT Pets (Section 3; arXiv 2010.11929, B.1.1).
 
     python -m mixer_jax.main --config=configs/finetune_pets.py:448
     python -m mixer_jax.main --config=configs/finetune_pets.py --config.init_from=Mixer-B_16.npz
 
-`:448` is the resolution of the paper's Table 2; without it the images have 224 px, as in Table 3.
-init_from may name a run of yours, a file, or hf:OWNER/NAME instead; the model is that of the
-weights, which are grown where the images are larger. The paper chose the learning rate among 0.003,
-0.01, 0.03 and 0.06 on 10 % of the training images: to choose, train on `train[:90%]` and score on
-`train[90%:]`.
+Paper:    Mean over five tasks, including this one: 93.91 % for L/16 at 448 px from ImageNet-21k,
+          92.50 % for B/16 at 224 px.
+Here:     Not reproduced.
+Size:     `:448` is the image size of Table 2; without it, 224 px as in Table 3.
+Weights:  init_from names a workdir, a file or hf:OWNER/NAME and sets the architecture. Weights are
+          tiled for larger images (Appendix C).
+Tuning:   The paper chose the learning rate from 0.003, 0.01, 0.03 and 0.06 on 10 % of the training
+          images: train on `train[:90%]` and evaluate on `train[90%:]`.
 """
 
 from ml_collections import ConfigDict
@@ -22,9 +22,13 @@ SIZES = ("224", "448")
 
 
 def get_config(size: str = "224") -> ConfigDict:
-    """Returns the config; `size` is "224" or "448"."""
+    """Builds the config.
+
+    Args:
+        size: "224" or "448".
+    """
     if size not in SIZES:
-        raise UserError(f"size {size!r} is unknown; choose {' or '.join(SIZES)}")
+        raise UserError(f"size must be {' or '.join(SIZES)}, got {size!r}.")
     config = config_lib.get_default()
     config.num_steps = 500
     config.batch_size = 512

@@ -1,19 +1,17 @@
-"""Your own folder of images, one directory a class.
+"""Training on your own folder of images, with one directory per class.
 
-python -m mixer_jax.main --config=configs/folder.py --config.dataset.name=folder:PATH
-python -m mixer_jax.main --config=configs/folder.py:photos --config.dataset.name=folder:PATH
+    python -m mixer_jax.main --config=configs/folder.py --config.dataset.name=folder:PATH
+    python -m mixer_jax.main --config=configs/folder.py:photos --config.dataset.name=folder:PATH
 
-PATH holds train/ and validation/ (or val/, or test/), and each of these a directory for every
-class. Where it holds the directories of the classes itself, a tenth of every class is held out.
-
-The first is for small pictures such as letters and symbols: 32 px, a small Mixer, minutes on a
-laptop. Expected, on the digits of configs/digits.py written out as PNG files: 99.4 % top-1 (358 of
-360), as with configs/digits.py itself. Measured here.
-
-The second is for photographs: 224 px, Mixer-S/16, an accelerator; its recipe is the paper's for
-ImageNet-1k, and it is not measured here. With fewer than 100,000 photographs, start from trained
-weights by --config.init_from; below 1,700 or so, its 300 epochs are fewer steps than its warmup,
-and --config.optimizer.warmup_steps must be lowered too.
+Data:   PATH has train/ and validation/ (or val/, or test/), each with one directory per class. If
+        PATH has the class directories themselves, a tenth of every class is held out.
+small:  For small pictures such as letters and symbols: 32 px, a small Mixer, minutes on a laptop.
+        Measured on the digits of configs/digits.py as PNG files: 99.4 % top-1 (358 of 360), as with
+        configs/digits.py itself.
+photos: For photographs: 224 px, Mixer-S/16, on an accelerator, with the paper's recipe for
+        ImageNet-1k. Not measured. With fewer than 100,000 photographs, start from pretrained
+        weights with --config.init_from. With fewer than about 1,700, 300 epochs are shorter than
+        the warmup: lower --config.optimizer.warmup_steps as well.
 """
 
 from ml_collections import ConfigDict
@@ -21,17 +19,21 @@ from ml_collections import ConfigDict
 from mixer_jax import config as config_lib
 from mixer_jax.errors import UserError
 
-KINDS = ("small", "photos")
+PRESETS = ("small", "photos")
 
 
-def get_config(kind: str = "small") -> ConfigDict:
-    """Returns the config; `kind` is "small" or "photos"."""
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r} is unknown; choose {' or '.join(KINDS)}")
+def get_config(preset: str = "small") -> ConfigDict:
+    """Builds the config.
+
+    Args:
+        preset: "small" or "photos".
+    """
+    if preset not in PRESETS:
+        raise UserError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}.")
     config = config_lib.get_default()
     config.dataset.name = "folder:images"
     config.optimizer.weight_decay = 0.1
-    if kind == "small":
+    if preset == "small":
         config.num_steps = 1_200
         config.batch_size = 128
         config.eval_batch_size = 512

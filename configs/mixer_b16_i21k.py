@@ -1,14 +1,13 @@
-"""Mixer-B/16, pre-trained on ImageNet-21k for 300 epochs at 224 px (paper, Section 3, Appendix B).
-
-Expected, from the paper: 80.64 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
-Not measured here.
+"""Mixer-B/16 on ImageNet-21k: 300 epochs at 224 px (Section 3, Appendix B).
 
     python -m mixer_jax.main --config=configs/mixer_b16_i21k.py --workdir=gs://BUCKET/mixer_b16_i21k
 
+Paper:    80.64 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
+Here:     Not reproduced.
 Hardware: 0.15k TPU v3 core-days (paper, extrapolated).
-Data: put the download of ImageNet-21k into DATA_DIR/downloads/manual, then once
-python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
-Without the data, to try or to time it: --config.dataset.name=synthetic
+Data:     Download ImageNet-21k to DATA_DIR/downloads/manual, then run once
+          python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
+          Without data, to try or time the config: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from mixer_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Builds the config."""
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "B/16"

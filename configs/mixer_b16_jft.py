@@ -1,14 +1,13 @@
-"""Mixer-B/16, pre-trained on JFT-300M for 7 epochs at 224 px (paper, Section 3, Appendix B).
-
-Expected, from the paper: 80.00 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
-Not measured here.
+"""Mixer-B/16 on JFT-300M: 7 epochs at 224 px (Section 3, Appendix B).
 
     python -m mixer_jax.main --config=configs/mixer_b16_jft.py --config.dataset.name=YOUR_DATA
 
-Hardware: 0.08k TPU v3 core-days (paper); slices of TPUs: docs/plan_results.md.
-JFT-300M is private to Google: this is its recipe for a large data set of your own, prepared for
-TFDS as array_record. Number of classes and examples come from the data; those below are JFT-300M's.
-Without data, to try or to time it: --config.dataset.name=synthetic
+Paper:    80.00 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
+Here:     Not reproduced.
+Hardware: 0.08k TPU v3 core-days (paper); TPU slices: docs/plan_results.md.
+Data:     JFT-300M is private to Google. Use this recipe for a large data set of your own, prepared
+          for TFDS as array_record; its numbers of classes and examples replace those below.
+          Without data, to try or time the config: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from mixer_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Builds the config."""
     config = config_lib.get_default()
     config.num_epochs = 7.0
     config.model.variant = "B/16"

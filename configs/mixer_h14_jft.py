@@ -1,16 +1,15 @@
-"""Mixer-H/14, pre-trained on JFT-300M for 14 epochs at 224 px (paper, Section 3, Appendix B).
-
-Expected, from the paper: 86.32 % ImageNet top-1 after fine-tuning at 224 px (Table 3),
-87.94 % at 448 px (Table 2).
-Not measured here.
+"""Mixer-H/14 on JFT-300M: 14 epochs at 224 px (Section 3, Appendix B).
 
     python -m mixer_jax.main --config=configs/mixer_h14_jft.py --config.dataset.name=YOUR_DATA
 
-Hardware: 1.01k TPU v3 core-days (paper); slices of TPUs: docs/plan_results.md.
-On 16 GPUs of 80 GB: with --config.recipe.grad_accum_steps=2.
-JFT-300M is private to Google: this is its recipe for a large data set of your own, prepared for
-TFDS as array_record. Number of classes and examples come from the data; those below are JFT-300M's.
-Without data, to try or to time it: --config.dataset.name=synthetic
+Paper:    86.32 % ImageNet top-1 after fine-tuning at 224 px (Table 3),
+          87.94 % at 448 px (Table 2).
+Here:     Not reproduced.
+Hardware: 1.01k TPU v3 core-days (paper); TPU slices: docs/plan_results.md.
+          16 GPUs with 80 GB: add --config.recipe.grad_accum_steps=2
+Data:     JFT-300M is private to Google. Use this recipe for a large data set of your own, prepared
+          for TFDS as array_record; its numbers of classes and examples replace those below.
+          Without data, to try or time the config: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +18,7 @@ from mixer_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Builds the config."""
     config = config_lib.get_default()
     config.num_epochs = 14.0
     config.model.variant = "H/14"

@@ -1,14 +1,14 @@
-"""Mixer-L/16, pre-trained on ImageNet-21k for 300 epochs at 224 px (paper, Section 3, Appendix B).
-
-Expected, from the paper: 84.15 % ImageNet top-1 after fine-tuning at 448 px (Table 2),
-82.89 % at 224 px (Table 3). Not measured here.
+"""Mixer-L/16 on ImageNet-21k: 300 epochs at 224 px (Section 3, Appendix B).
 
     python -m mixer_jax.main --config=configs/mixer_l16_i21k.py --workdir=gs://BUCKET/mixer_l16_i21k
 
-Hardware: 0.41k TPU v3 core-days (paper, extrapolated); slices of TPUs: docs/plan_results.md.
-Data: put the download of ImageNet-21k into DATA_DIR/downloads/manual, then once
-python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
-Without the data, to try or to time it: --config.dataset.name=synthetic
+Paper:    84.15 % ImageNet top-1 after fine-tuning at 448 px (Table 2),
+          82.89 % at 224 px (Table 3).
+Here:     Not reproduced.
+Hardware: 0.41k TPU v3 core-days (paper, extrapolated); TPU slices: docs/plan_results.md.
+Data:     Download ImageNet-21k to DATA_DIR/downloads/manual, then run once
+          python -m mixer_jax.prepare imagenet21k --data_dir=DATA_DIR
+          Without data, to try or time the config: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from mixer_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Builds the config."""
     config = config_lib.get_default()
     config.num_epochs = 300.0
     config.model.variant = "L/16"
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.preprocess.randaugment_layers = 2
     config.preprocess.randaugment_magnitude = 20.0
     config.recipe.mixup = 0.5
-    # Half of the activations at a time; no product is recomputed and nothing sent twice.
+    # Halves the memory of activations without recomputing matmuls or sending gradients twice.
     config.recipe.grad_accum_steps = 2
 
     config.optimizer.learning_rate = 1e-3

@@ -1,15 +1,14 @@
-"""Mixer-L/16, pre-trained on JFT-300M for 14 epochs at 224 px (paper, Section 3, Appendix B).
-
-Expected, from the paper: 84.82 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
-Not measured here.
-The paper also trained it for 7 epochs: --config.num_epochs=7
+"""Mixer-L/16 on JFT-300M: 14 epochs at 224 px (Section 3, Appendix B).
 
     python -m mixer_jax.main --config=configs/mixer_l16_jft.py --config.dataset.name=YOUR_DATA
 
+Paper:    84.82 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
+          The paper also reports 7 epochs: --config.num_epochs=7
+Here:     Not reproduced.
 Hardware: 0.45k TPU v3 core-days (paper).
-JFT-300M is private to Google: this is its recipe for a large data set of your own, prepared for
-TFDS as array_record. Number of classes and examples come from the data; those below are JFT-300M's.
-Without data, to try or to time it: --config.dataset.name=synthetic
+Data:     JFT-300M is private to Google. Use this recipe for a large data set of your own, prepared
+          for TFDS as array_record; its numbers of classes and examples replace those below.
+          Without data, to try or time the config: --config.dataset.name=synthetic
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ from mixer_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Builds the config."""
     config = config_lib.get_default()
     config.num_epochs = 14.0
     config.model.variant = "L/16"
@@ -28,7 +27,7 @@ def get_config() -> ConfigDict:
     config.dataset.name = "jft300m"
     config.dataset.num_classes = 18_291
     config.dataset.num_examples = 300_000_000
-    # Half of the activations at a time; no product is recomputed and nothing sent twice.
+    # Halves the memory of activations without recomputing matmuls or sending gradients twice.
     config.recipe.grad_accum_steps = 2
 
     config.optimizer.learning_rate = 1e-3

@@ -222,7 +222,8 @@ def _configured(config: ConfigDict) -> dict[str, Any]:
     """Returns the numbers that a row depends on, for any number of devices."""
     numbers = _run_spec(config, num_devices=1)._asdict()
     del numbers["num_devices"]
-    return numbers | {"architecture": dataclasses.asdict(numbers["architecture"])}
+    family, architecture = numbers["family"], numbers["architecture"]
+    return numbers | {"family": family.name, "architecture": dataclasses.asdict(architecture)}
 
 
 def _result_row(name: str, topology_name: str) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# One training run by several processes on this machine, as if each were a host: for trying and
-# debugging what runs on many. Needs bash 3.2 or newer.
+# Runs one training run as several processes on this machine, as if each were a host: for trying
+# and debugging multi-host runs. Needs bash 3.2 or newer.
 #
 #   launch/local_multiprocess.sh 2 --config=configs/digits.py
 #   launch/local_multiprocess.sh 4 --devices=2 --config=configs/digits.py --config.mesh.fsdp=2
 #
-#   N               processes
-#   --devices=K     simulated CPU devices of each; default 1
-#   --grace=SECONDS how long the others have to end by themselves after one has failed; default 60
-#   all else        arguments of python -m mixer_jax.main
+#   N               number of processes
+#   --devices=K     simulated CPU devices per process; default: 1
+#   --grace=SECONDS time for the other processes to exit after one has failed; default: 60
+#   other arguments are passed to python -m mixer_jax.main
 #
-# Ctrl-C and SIGTERM reach all of them: they save and stop. Exits with the code of the first that
-# failed. Environment: PYTHON, the Python to use; default: .venv/bin/python if there, else python3.
+# Ctrl-C and SIGTERM are forwarded to all processes, which save and stop. Exits with the code of the
+# first process that failed. Environment: PYTHON, the Python interpreter; default: .venv/bin/python
+# if it exists, else python3.
 set -euo pipefail
 
 fail() {
@@ -19,15 +20,15 @@ fail() {
   exit 2
 }
 
-# A whole number above zero.
-is_count() { [[ "$1" =~ ^[1-9][0-9]*$ ]]; }
+is_positive_integer() { [[ "$1" =~ ^[1-9][0-9]*$ ]]; }
 
-read_arguments() {
+parse_arguments() {
   case "${1:-}" in
     --help) sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' && exit ;;
-    "") fail "the number of processes is missing; pass it first, e.g. 2" ;;
+    "") fail "the number of processes is missing. Pass it first, e.g. 2" ;;
   esac
-  is_count "$1" || fail "'$1' is no number of processes; pass 1 or more, first of all"
+  is_positive_integer "$1" ||
+    fail "the number of processes must be 1 or more, got '$1'. Pass it as the first argument"
   count=$1 devices=1 grace=60 arguments=()
   shift
   for argument; do
@@ -37,37 +38,40 @@ read_arguments() {
       *) arguments[${#arguments[@]}]=$argument ;;
     esac
   done
-  is_count "$devices" || fail "--devices=$devices is no number of devices; pass 1 or more"
-  is_count "$grace" || fail "--grace=$grace is no number of seconds; pass 1 or more"
-  [[ ${#arguments[@]} -gt 0 ]] || fail "there is nothing to run; pass e.g. --config=configs/digits.py"
+  is_positive_integer "$devices" || fail "--devices must be 1 or more, got '$devices'"
+  is_positive_integer "$grace" || fail "--grace must be 1 second or more, got '$grace'"
+  [[ ${#arguments[@]} -gt 0 ]] ||
+    fail "the arguments of the run are missing. Pass e.g. --config=configs/digits.py"
 }
 
 find_python() {
   PYTHON=${PYTHON:-python3}
   if [[ "$PYTHON" == python3 && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-  command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no program; run make demo, or set it"
+  command -v "$PYTHON" >/dev/null ||
+    fail "PYTHON must be a Python interpreter, got $PYTHON. Run make demo, or set PYTHON"
 }
 
-# Fails where this Python has not what a run needs, and says so once instead of once a process.
-free_port() {
+# Also fails if this Python lacks the packages, so that the error is printed once, not per process.
+find_free_port() {
   "$PYTHON" -c 'import importlib.util, socket, sys
 importlib.util.find_spec("ml_collections") or sys.exit(1)
 s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Every process leads a group of what it has started; the group's number is the name of a file.
-kill_what_is_left() {
+# Each process has its own process group, which includes its children; files are named by group.
+kill_process_groups() {
   local file
   for file in "$1"/groups/*; do
     kill -KILL -- "-${file##*/}" 2>/dev/null || true
   done
 }
 
-# Runs beside this script and ends when it does, by SIGKILL too: then its end of the pipe is closed.
-clean_up_after() {
+# Runs in the background and cleans up when this script ends, even by SIGKILL, which closes the
+# script's end of the pipe.
+clean_up_at_exit() {
   trap '' HUP INT TERM
   read -r _ || true
-  kill_what_is_left "$1"
+  kill_process_groups "$1"
   rm -rf "$1"
 }
 
@@ -78,75 +82,77 @@ prefix_lines() {
 }
 
 start_process() {
-  local number=$1
-  mkfifo "$folder/output.$number"
-  prefix_lines "$number" <"$folder/output.$number" 9>&- &
-  readers[number]=$!
-  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$number \
+  local index=$1
+  mkfifo "$folder/output.$index"
+  prefix_lines "$index" <"$folder/output.$index" 9>&- &
+  readers[index]=$!
+  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$index \
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices \
     "$PYTHON" -u -m mixer_jax.main "${arguments[@]}" \
-    >"$folder/output.$number" 2>&1 </dev/null 9>&- &
-  processes[number]=$!
+    >"$folder/output.$index" 2>&1 </dev/null 9>&- &
+  processes[index]=$!
   touch "$folder/groups/$!"
 }
 
 signal_all() {
   local process
-  # bash 3.2 takes an empty list for an unknown name.
+  # In bash 3.2, an empty array counts as unset.
   for process in ${processes[@]+"${processes[@]}"}; do kill "-$1" "$process" 2>/dev/null || true; done
 }
 
-# Sets `failed` to the code of the first process that fails. The others should notice by themselves;
-# those that have not after the grace period are told so, and killed if that does not help either.
+# Sets `exit_code` to the code of the first process that fails. JAX ends the others; those still
+# running after the grace period get SIGTERM, and SIGKILL if that does not help.
 wait_for_all() {
-  local number running told=""
-  local failed_at=0 last=$((grace < 10 ? grace : 10))
-  failed=0
+  local index running terminated=""
+  local failed_at=0 kill_delay=$((grace < 10 ? grace : 10))
+  exit_code=0
   while :; do
     running=0
-    for ((number = 0; number < count; number++)); do
-      [[ -n "${processes[number]:-}" ]] || continue
-      if kill -0 "${processes[number]}" 2>/dev/null; then
+    for ((index = 0; index < count; index++)); do
+      [[ -n "${processes[index]:-}" ]] || continue
+      if kill -0 "${processes[index]}" 2>/dev/null; then
         running=$((running + 1))
         continue
       fi
       local code=0
-      wait "${processes[number]}" 2>/dev/null || code=$?
-      unset "processes[number]"
-      if [[ $code != 0 && $failed == 0 ]]; then
-        failed=$code failed_at=$SECONDS
-        [[ -n "$asked" ]] || echo "process $number ended with code $code; the others have ${grace} s to end" >&2
+      wait "${processes[index]}" 2>/dev/null || code=$?
+      unset "processes[index]"
+      if [[ $code != 0 && $exit_code == 0 ]]; then
+        exit_code=$code failed_at=$SECONDS
+        [[ -n "$stop_requested" ]] ||
+          echo "process $index exited with code $code; the others have ${grace} s to exit" >&2
       fi
     done
     [[ $running == 0 ]] && return
-    if [[ $failed != 0 && $SECONDS -ge $((failed_at + grace)) && -z "$told" ]]; then
-      told=yes
+    if [[ $exit_code != 0 && $SECONDS -ge $((failed_at + grace)) && -z "$terminated" ]]; then
+      terminated=yes
       signal_all TERM
-    elif [[ -n "$told" && $SECONDS -ge $((failed_at + grace + last)) ]]; then
+    elif [[ -n "$terminated" && $SECONDS -ge $((failed_at + grace + kill_delay)) ]]; then
       signal_all KILL
     fi
     sleep 0.1
   done
 }
 
-read_arguments "$@"
+parse_arguments "$@"
 cd "$(dirname "$0")/.."
 find_python
-port=$(free_port) || fail "PYTHON=$PYTHON has not the packages of requirements.txt; run make demo, or set it to a Python that has"
+port=$(find_free_port) ||
+  fail "PYTHON=$PYTHON must have the packages of requirements.txt. Run make demo, or set PYTHON"
 folder=$(mktemp -d)
 mkdir "$folder/groups"
 mkfifo "$folder/alive"
-# Every process in the background gets a group of its own: Ctrl-C comes to this script, which
-# passes it on once, and a whole group can be ended.
+# Every background process gets its own process group: Ctrl-C reaches only this script, which
+# forwards it once, and a group can be killed as a whole.
 set -m
-clean_up_after "$folder" <"$folder/alive" &
+clean_up_at_exit "$folder" <"$folder/alive" &
 exec 9>"$folder/alive"
 
-processes=() readers=() asked=""
-trap 'asked=yes; signal_all INT' INT
-trap 'asked=yes; signal_all TERM' TERM HUP
+processes=() readers=() stop_requested=""
+trap 'stop_requested=yes; signal_all INT' INT
+trap 'stop_requested=yes; signal_all TERM' TERM HUP
 for ((i = 0; i < count; i++)); do start_process "$i"; done
 wait_for_all
-kill_what_is_left "$folder" # Else what holds the output open is waited for.
+kill_process_groups "$folder" # Remaining children would keep the output open.
 for ((i = 0; i < count; i++)); do wait "${readers[i]}" 2>/dev/null || true; done
-exit "$failed"
+exit "$exit_code"

@@ -1,5 +1,5 @@
-# The arguments of tpu_vm.sh, checked. Sourced.
-# shellcheck shell=bash disable=SC2034  # The names set here are read there.
+# Parses and checks the arguments of tpu_vm.sh. Sourced.
+# shellcheck shell=bash disable=SC2034  # tpu_vm.sh and tpu_commands.sh read the names set here.
 
 readonly STEPS="create wait setup run logs status stop delete"
 
@@ -13,7 +13,7 @@ show_help() {
   exit
 }
 
-read_arguments() {
+parse_arguments() {
   step="" name="" type="" zone="" project="" version="" slices="" spot="" keep="" dry_run=""
   max_restarts=100 environment=() arguments=() create_flags=()
   poll_seconds=${MIXER_POLL_SECONDS:-30}
@@ -28,7 +28,7 @@ read_arguments() {
       --create_flag=*) create_flags[${#create_flags[@]}]=${1#*=} ;;
       --env=*) environment[${#environment[@]}]=${1#*=} ;;
       --env)
-        [[ $# -gt 1 ]] || fail "--env is followed by nothing; pass --env KEY=VALUE"
+        [[ $# -gt 1 ]] || fail "--env must be followed by KEY=VALUE"
         environment[${#environment[@]}]=$2
         shift
         ;;
@@ -37,11 +37,11 @@ read_arguments() {
         arguments=("$@")
         break
         ;;
-      --config* | --workdir*) fail "$1 is for the run; put it after --" ;;
-      -*) fail "$1 is no option; see --help" ;;
+      --config* | --workdir*) fail "$1 is an argument of the run. Pass it after --" ;;
+      -*) fail "unknown option $1. See --help" ;;
       *)
-        [[ -z "$step" ]] || fail "'$1' follows the step '$step'; pass one step"
-        [[ " $STEPS " == *" $1 "* ]] || fail "'$1' is no step; choose $STEPS, or none for all"
+        [[ -z "$step" ]] || fail "there must be one step, got '$step' and '$1'"
+        [[ " $STEPS " == *" $1 "* ]] || fail "the step must be one of $STEPS, got '$1'. Leave it out to run all"
         step=$1
         ;;
     esac
@@ -53,36 +53,37 @@ read_arguments() {
 }
 
 check_machines() {
-  [[ -n "$name" ]] || fail "--name is missing; pass e.g. --name=mixer"
+  [[ -n "$name" ]] || fail "--name is missing. Pass e.g. --name=mixer"
   [[ "$name" =~ ^[a-z]([a-z0-9-]{0,58}[a-z0-9])?$ ]] ||
-    fail "--name=$name is no name of a machine; pass up to 60 of a-z, 0-9 and -, a letter first"
-  [[ -n "$zone" ]] || fail "--zone is missing; pass e.g. --zone=us-west4-a"
+    fail "--name must be up to 60 of a-z, 0-9 and -, starting with a letter, got '$name'"
+  [[ -n "$zone" ]] || fail "--zone is missing. Pass e.g. --zone=us-west4-a"
   [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] ||
-    fail "--zone=$zone is no zone; pass e.g. us-west4-a, with the letter at its end"
+    fail "--zone must be a zone with its letter, such as us-west4-a, got '$zone'"
   [[ -z "$slices" || "$slices" =~ ^[1-9][0-9]*$ ]] ||
-    fail "--slices=$slices is no number of slices; pass 1 or more"
+    fail "--slices must be 1 or more, got '$slices'"
   [[ "$max_restarts" =~ ^[0-9]+$ ]] ||
-    fail "--max_restarts=$max_restarts is no number of restarts; pass 0 or more"
+    fail "--max_restarts must be 0 or more, got '$max_restarts'"
   case "$step" in "" | create) check_type ;; esac
 }
 
-# Sets `version` by the type, unless it is given. The versions are those that Google's page on TPU
-# software names for JAX.
+# Sets `version` for the type, unless --version sets it. The versions are those that Google's page on
+# TPU software versions lists for JAX.
 check_type() {
   local default
-  [[ -n "$type" ]] || fail "--type is missing; pass e.g. --type=v5litepod-64"
+  [[ -n "$type" ]] || fail "--type is missing. Pass e.g. --type=v5litepod-64"
   case "$type" in
     v2-* | v3-* | v4-*) default=tpu-ubuntu2204-base ;;
     v5litepod-*) default=v2-alpha-tpuv5-lite ;;
     v5p-*) default=v2-alpha-tpuv5 ;;
     v6e-*) default=v2-alpha-tpuv6e ;;
-    v5e-*) fail "--type=$type is called v5litepod-${type#v5e-} by this API; pass that" ;;
-    tpu7x* | v7*) fail "--type=$type is not served by the Cloud TPU API; use launch/gke/tpu7x.yaml" ;;
-    *) fail "--type=$type is unknown; pass v2-, v3-, v4-, v5litepod-, v5p- or v6e- and a size" ;;
+    v5e-*) fail "--type=$type is v5litepod-${type#v5e-} in this API. Pass that" ;;
+    tpu7x* | v7*) fail "--type=$type is not in the Cloud TPU API. Use launch/gke/tpu7x.yaml" ;;
+    *) fail "--type must be v2-, v3-, v4-, v5litepod-, v5p- or v6e- and a size, got '$type'" ;;
   esac
-  [[ "${type#*-}" =~ ^[1-9][0-9]*$ ]] || fail "--type=$type has no size; pass e.g. ${type%%-*}-8"
+  [[ "${type#*-}" =~ ^[1-9][0-9]*$ ]] ||
+    fail "--type must end with a size, such as ${type%%-*}-8, got '$type'"
   case "$type" in
-    v2-* | v3-*) [[ ${slices:-1} == 1 ]] || fail "--slices=$slices needs v4 or newer, not $type" ;;
+    v2-* | v3-*) [[ ${slices:-1} == 1 ]] || fail "--slices=$slices needs v4 or newer, got $type" ;;
   esac
   version=${version:-$default}
 }
@@ -91,24 +92,25 @@ check_environment() {
   local setting
   for setting in ${environment[@]+"${environment[@]}"}; do
     [[ "$setting" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
-      fail "--env $setting is no setting; pass KEY=VALUE"
+      fail "--env must be KEY=VALUE, got '$setting'"
   done
 }
 
-# The run must be able to go on elsewhere.
+# Checks that the run can be resumed on other machines.
 check_run() {
-  local config="" workdir="" before="" argument
+  local config="" workdir="" previous="" argument
   for argument in ${arguments[@]+"${arguments[@]}"}; do
-    case "$before" in --config) config=$argument ;; --workdir) workdir=$argument ;; esac
+    case "$previous" in --config) config=$argument ;; --workdir) workdir=$argument ;; esac
     case "$argument" in
       --config=*) config=${argument#*=} ;;
       --workdir=*) workdir=${argument#*=} ;;
     esac
-    before=$argument
+    previous=$argument
   done
   [[ -n "$config" ]] ||
-    fail "there is no --config after --; pass e.g. -- --config=configs/mixer_b16_i1k.py"
-  [[ -n "$workdir" ]] || fail "there is no --workdir after --; pass e.g. --workdir=gs://BUCKET/run"
+    fail "--config is missing after --. Pass e.g. -- --config=configs/mixer_b16_i1k.py"
+  [[ -n "$workdir" ]] ||
+    fail "--workdir is missing after --. Pass e.g. --workdir=gs://BUCKET/run"
   [[ "$workdir" == gs://?* ]] ||
-    fail "--workdir=$workdir is on the machines, which vanish with what is on them; pass gs://..."
+    fail "--workdir must be a gs:// URL, because the disks of the machines are deleted, got $workdir"
 }

@@ -1,12 +1,12 @@
-# What tpu_vm.sh asks of gcloud, one function a command. Sourced.
-# shellcheck shell=bash disable=SC2154  # The names read here are set there.
+# The gcloud commands of tpu_vm.sh, one function per command. Sourced.
+# shellcheck shell=bash disable=SC2154  # tpu_vm.sh and tpu_arguments.sh set these names.
 
 readonly REMOTE=mixer_jax
-# What the hosts need of this checkout.
+# Parts of this checkout that hosts need.
 readonly CODE="mixer_jax configs launch requirements.txt"
 
-# Writes its arguments as a line that a shell would read as the same arguments.
-quoted() {
+# Prints its arguments, quoted so that a shell parses them into the same arguments.
+quote() {
   local word line=""
   for word; do
     if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=,@%+-]* ]]; then
@@ -18,50 +18,51 @@ quoted() {
 }
 
 # Runs a command; with --dry_run prints it instead.
-do_it() {
+execute() {
   if [[ -n "$dry_run" ]]; then
-    quoted "$@" >&3
+    quote "$@" >&3
   else
     "$@"
   fi
 }
 
-# Says once that WHO does not answer, and why: say_why WHO FILE, of what gcloud wrote. Questions are
-# asked in $(...), which can remember by a file alone.
-say_why() {
-  local why
-  # What comes before a line that gcloud or ssh marks is chatter.
-  why=$(sed -n -e '/^ERROR/,$p' -e '/^ssh: /,/^ERROR/p' "$2")
-  why=$(tr -s '[:space:]' ' ' <<<"${why:-$(<"$2")}")
-  why=${why:0:300} why="$1 does not answer: ${why% }"
-  grep -q -x -F -e "$why" "$notes/said" 2>/dev/null && return
-  echo "$why" >>"$notes/said"
-  say "$why"
+# Logs once that WHO does not answer, and why: log_failure WHO FILE_WITH_ERRORS. Queries run in
+# subshells, $(...), so what has been logged is remembered in a file.
+log_failure() {
+  local reason
+  # Skips what precedes an error of gcloud or ssh.
+  reason=$(sed -n -e '/^ERROR/,$p' -e '/^ssh: /,/^ERROR/p' "$2")
+  reason=$(tr -s '[:space:]' ' ' <<<"${reason:-$(<"$2")}")
+  reason=${reason:0:300} reason="$1 does not answer: ${reason% }"
+  grep -q -x -F -e "$reason" "$tmp_dir/logged" 2>/dev/null && return
+  echo "$reason" >>"$tmp_dir/logged"
+  log "$reason"
 }
 
-# Prints what a gcloud command answers: ABSENT if there is no such thing, UNKNOWN if it does not
-# answer; then says why. With --dry_run prints the command, and answers with the first argument.
-ask() {
-  local assumed=$1 answer problems=$notes/problems who=gcloud
+# Prints the last line that a gcloud command prints, ABSENT if the resource does not exist, or
+# UNKNOWN and logs why if gcloud does not answer. With --dry_run prints the command to the script's
+# output, and its first argument as the answer.
+query() {
+  local assumed=$1 answer errors=$tmp_dir/errors who=gcloud
   shift
   if [[ -n "$dry_run" ]]; then
-    quoted "$@" >&3
+    quote "$@" >&3
     echo "$assumed"
     return
   fi
-  if answer=$("$@" 2>"$problems"); then
-    # What a host greets with comes first.
+  if answer=$("$@" 2>"$errors"); then
+    # A host may print a greeting first.
     echo "${answer##*$'\n'}"
-  elif grep -q -e NOT_FOUND -e "not found" "$problems"; then
+  elif grep -q -e NOT_FOUND -e "not found" "$errors"; then
     echo ABSENT
   else
     [[ "$*" != *" ssh "* ]] || who="the host"
-    say_why "$who" "$problems"
+    log_failure "$who" "$errors"
     echo UNKNOWN
   fi
 }
 
-place() { echo "--zone=$zone${project:+ --project=$project}"; }
+location() { echo "--zone=$zone${project:+ --project=$project}"; }
 
 nodes() {
   local index
@@ -77,26 +78,26 @@ first_node() { if [[ $slices == 1 ]]; then echo "$name"; else echo "$name-0"; fi
 create_machines() {
   local count=(--node-id="$name")
   [[ $slices == 1 ]] || count=(--node-count="$slices" --node-prefix="$name")
-  # shellcheck disable=SC2046  # The place is words without spaces.
-  do_it gcloud compute tpus queued-resources create "$name" $(place) --quiet "${count[@]}" \
+  # shellcheck disable=SC2046  # The location is words without spaces.
+  execute gcloud compute tpus queued-resources create "$name" $(location) --quiet "${count[@]}" \
     --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot} \
     ${create_flags[@]+"${create_flags[@]}"}
 }
 
 request_state() {
   # shellcheck disable=SC2046
-  ask "$1" gcloud compute tpus queued-resources describe "$name" $(place) \
+  query "$1" gcloud compute tpus queued-resources describe "$name" $(location) \
     "--format=value(state.state)"
 }
 
-# How many nodes the request is for, if more than one.
+# Prints the number of slices of the request; nothing if it is one.
 request_slices() {
   # shellcheck disable=SC2046
-  ask "" gcloud compute tpus queued-resources describe "$name" $(place) \
+  query "" gcloud compute tpus queued-resources describe "$name" $(location) \
     "--format=value(tpu.nodeSpec[0].multisliceParams.nodeCount)"
 }
 
-# Sets `slices` to what was asked for, where the number was not given.
+# Sets `slices` to the number of slices of the request.
 find_slices() {
   local answer
   answer=$(request_slices)
@@ -107,101 +108,102 @@ find_slices() {
   esac
 }
 
-request_problem() {
+request_error() {
   # shellcheck disable=SC2046
-  ask "" gcloud compute tpus queued-resources describe "$name" $(place) \
+  query "" gcloud compute tpus queued-resources describe "$name" $(location) \
     "--format=value(state.failedData.error.message)"
 }
 
 node_state() {
   # shellcheck disable=SC2046
-  ask READY gcloud compute tpus tpu-vm describe "$1" $(place) "--format=value(state)"
+  query READY gcloud compute tpus tpu-vm describe "$1" $(location) "--format=value(state)"
 }
 
-# Runs a command line on workers of a node: on_node NODE WORKERS COMMAND
-on_node() {
+# Runs a command line on workers of a node: ssh_node NODE WORKERS COMMAND
+ssh_node() {
   # shellcheck disable=SC2046
-  do_it gcloud compute tpus tpu-vm ssh "$1" $(place) --quiet --worker="$2" --command="$3"
+  execute gcloud compute tpus tpu-vm ssh "$1" $(location) --quiet --worker="$2" --command="$3"
 }
 
-# Starts a command in the background, in a group of its own that `interrupted` can end as a whole.
-in_background() {
+# Starts a command in the background, in its own process group, which `interrupt` can end.
+run_in_background() {
   set -m
   "$@" </dev/null &
   set +m
 }
 
-# Calls a function for every node, at once, and fails if one of them fails.
+# Calls a function for all nodes concurrently, and fails if one of the calls fails.
 for_each_node() {
-  local node process processes=() bad=0
+  local node process processes=() status=0
   for node in $(nodes); do
     if [[ -n "$dry_run" ]]; then
       "$@" "$node"
       continue
     fi
-    in_background "$@" "$node"
+    run_in_background "$@" "$node"
     processes[${#processes[@]}]=$!
   done
-  for process in ${processes[@]+"${processes[@]}"}; do wait "$process" || bad=1; done
-  return "$bad"
+  for process in ${processes[@]+"${processes[@]}"}; do wait "$process" || status=1; done
+  return "$status"
 }
 
 pack_code() {
   # shellcheck disable=SC2086  # Names without spaces.
-  do_it tar -czf "$1" --exclude=__pycache__ -C "$here/.." $CODE
+  execute tar -czf "$1" --exclude=__pycache__ -C "$here/.." $CODE
 }
 
 set_up_node() {
   # shellcheck disable=SC2046
-  do_it gcloud compute tpus tpu-vm scp "$1" "$2:$REMOTE.tgz" $(place) --quiet --worker=all &&
-    on_node "$2" all "mkdir -p $REMOTE && tar -xzf $REMOTE.tgz -C $REMOTE && bash $REMOTE/launch/setup_host.sh --accelerator=tpu"
+  execute gcloud compute tpus tpu-vm scp "$1" "$2:$REMOTE.tgz" $(location) --quiet --worker=all &&
+    ssh_node "$2" all "mkdir -p $REMOTE && tar -xzf $REMOTE.tgz -C $REMOTE && bash $REMOTE/launch/setup_host.sh --accelerator=tpu"
 }
 
 set_up_machines() {
   local archive=${TMPDIR:-/tmp}/$name-$REMOTE.tgz code=0
   pack_code "$archive" && for_each_node set_up_node "$archive" || code=1
-  do_it rm -f "$archive"
+  execute rm -f "$archive"
   return "$code"
 }
 
 start_node() {
-  on_node "$1" all "$(quoted ${environment[@]+env "${environment[@]}"} \
+  ssh_node "$1" all "$(quote ${environment[@]+env "${environment[@]}"} \
     bash "$REMOTE/launch/on_host.sh" start ${arguments[@]+"${arguments[@]}"})"
 }
 
 start_run() { for_each_node start_node; }
 
-stop_node() { on_node "$1" all "bash $REMOTE/launch/on_host.sh stop"; }
+stop_node() { ssh_node "$1" all "bash $REMOTE/launch/on_host.sh stop"; }
 
 stop_run() { for_each_node stop_node; }
 
-# In the background, so that a signal to this script is not kept waiting for hours.
+# In the background, because bash handles a signal only after a foreground command has ended.
 follow_log() {
-  in_background on_node "$(first_node)" 0 "bash $REMOTE/launch/on_host.sh follow $1"
+  run_in_background ssh_node "$(first_node)" 0 "bash $REMOTE/launch/on_host.sh follow $1"
   wait "$!"
 }
 
-# Says what has become of the run on worker 0: running, rc=CODE, none, or UNKNOWN.
+# Prints the result of the run on worker 0: running, rc=CODE, none, or UNKNOWN.
 run_result() {
   # shellcheck disable=SC2046
-  ask "$1" gcloud compute tpus tpu-vm ssh "$(first_node)" $(place) --quiet --worker=0 \
+  query "$1" gcloud compute tpus tpu-vm ssh "$(first_node)" $(location) --quiet --worker=0 \
     --command="if [ -e $REMOTE/launch/on_host.sh ]; then bash $REMOTE/launch/on_host.sh result; else echo none; fi"
 }
 
-show_tails_of_node() { on_node "$1" all "tail -n 20 mixer_run/log"; }
+print_log_tail() { ssh_node "$1" all "tail -n 20 mixer_run/log"; }
 
-show_tails() { for_each_node show_tails_of_node; }
+print_log_tails() { for_each_node print_log_tail; }
 
-# Without --quiet gcloud would ask; without --force it would refuse while there are machines.
+# Without --quiet, gcloud would ask for confirmation; without --force, it refuses to delete a
+# request that has machines.
 delete_machines() {
   # shellcheck disable=SC2046
-  do_it gcloud compute tpus queued-resources delete "$name" $(place) --force --quiet
+  execute gcloud compute tpus queued-resources delete "$name" $(location) --force --quiet
 }
 
-# Prints the command of a step, for these machines.
-hint() {
-  local several=""
-  [[ ${slices:-1} == 1 ]] || several=yes
-  quoted launch/tpu_vm.sh "$1" --name="$name" --zone="$zone" ${project:+--project="$project"} \
-    ${several:+--slices="$slices"}
+# Prints the command line of a step for these machines.
+step_command() {
+  local multislice=""
+  [[ ${slices:-1} == 1 ]] || multislice=yes
+  quote launch/tpu_vm.sh "$1" --name="$name" --zone="$zone" ${project:+--project="$project"} \
+    ${multislice:+--slices="$slices"}
 }

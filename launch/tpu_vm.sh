@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, through preemptions, to the end; then deletes them.
+# Trains on Cloud TPU VMs until the run has finished, through preemptions; then deletes the VMs.
 #
 #   launch/tpu_vm.sh --name=mixer --type=v5litepod-64 --zone=us-west4-a --spot \
 #     -- --config=configs/mixer_l16_i21k.py --workdir=gs://BUCKET/run
 #   launch/tpu_vm.sh STEP --name=mixer --zone=us-west4-a [...]
 #
-# Steps, all of them in this order if none is named:
-#   create  ask for the machines (a queued resource)      run     begin the run on every worker
-#   wait    until they are there                          logs    show worker 0 until the run ends
-#   setup   copy the code, install Python and packages    delete  the machines
-# and beside them: status; stop (save and stop the run; the machines stay).
+# Steps; without STEP all of them, in this order:
+#   create  request the machines (a queued resource)      run     start the run on every worker
+#   wait    wait until they are ready                     logs    follow worker 0 until the run ends
+#   setup   copy the code, install Python and packages    delete  delete the machines
+# and separately: status; stop (save and stop the run; the machines remain).
 #
-#   --name=NAME           of the queued resource and its machines
+#   --name=NAME           name of the queued resource and its machines
 #   --zone=ZONE           e.g. us-west4-a
 #   --type=TYPE           e.g. v4-32, v5litepod-64, v5p-128, v6e-64
-#   --slices=N            so many of that type joined over the network (multislice); setup, run,
-#                         logs, status and stop ask the cloud for the number if it is not given
-#   --spot                cheaper; may be taken away at any time
-#   --version=VERSION     of the TPU software; default: the one for --type
+#   --slices=N            number of slices of that type (multislice); default: 1; setup, run, logs,
+#                         status and stop ask gcloud
+#   --spot                cheaper; may be preempted at any time
+#   --version=VERSION     TPU software version; default: by --type
 #   --project=PROJECT     default: gcloud's
 #   --create_flag=FLAG    passed to `queued-resources create`, e.g. --create_flag=--reserved
 #   --env KEY=VALUE       environment of the run, e.g. --env TFDS_DATA_DIR=gs://BUCKET/tfds
-#   --max_restarts=N      how often the machines are asked for again; default 100
-#   --keep                do not delete the machines at the end
+#   --max_restarts=N      number of times that lost machines are requested again; default: 100
+#   --keep                keep the machines at the end
 #   --dry_run             print every command, run none
 #   -- ...                arguments of python -m mixer_jax.main
 #
-# Start the same command again and it goes on where it was: machines that are there are used, a run
-# that is going on is followed. Exits with the run's code (0 finished, 1 failed, 2 wrongly asked
-# for, 143 stopped by `stop`), with 2 for a mistake in the arguments, 130 after Ctrl-C.
-# Environment: MIXER_POLL_SECONDS, between two questions to the cloud; default 30.
+# Run the same command again to continue: it uses existing machines and follows a run in progress.
+# Exits with the run's code (0 finished, 1 failed, 2 usage error, 143 stopped by `stop`), with 2
+# after a usage error of its own, and with 130 after Ctrl-C.
+# Environment: MIXER_POLL_SECONDS, interval between queries; default: 30.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=tpu_arguments.sh
@@ -37,23 +37,23 @@ source "$here/tpu_arguments.sh"
 # shellcheck source-path=SCRIPTDIR source=tpu_commands.sh
 source "$here/tpu_commands.sh"
 
-# A run that lasted LONG seconds was well: crashes before it do not count.
-readonly STOPPED=143 MAX_CRASHES=3 LONG=3600
-# Questions to the cloud: until machines that do not answer are given up; until healthy ones are
-# believed to be so.
-readonly PATIENCE=20 LOOKS=4
+# Crashes before a run that lasted STABLE_SECONDS are not counted.
+readonly STOPPED=143 MAX_CRASHES=3 STABLE_SECONDS=3600
+# Number of queries before machines that do not answer are given up, and of healthy answers before
+# machines count as healthy.
+readonly MAX_QUERIES=20 HEALTHY_ANSWERS=4
 
-say() { echo "tpu_vm: $*" >&2; }
+log() { echo "tpu_vm: $*" >&2; }
 pause() { [[ -n "$dry_run" ]] || sleep "$poll_seconds"; }
 
-# Sets `state` to the request's. If the cloud does not answer it is asked again: a connection comes
-# back. What has never answered is not logged in, or not allowed.
-ask_for_state() {
-  local questions=0
+# Sets `state` to the state of the request. Repeats the query while gcloud does not answer, because
+# connections recover; but if gcloud has never answered, it is not logged in or lacks permissions.
+read_state() {
+  local queries=0
   while state=$(request_state "$1") && [[ $state == UNKNOWN ]]; do
-    questions=$((questions + 1))
-    if [[ -z "$answered" && $questions -ge $PATIENCE ]]; then
-      say "given up after $PATIENCE questions without an answer"
+    queries=$((queries + 1))
+    if [[ -z "$answered" && $queries -ge $MAX_QUERIES ]]; then
+      log "giving up after $MAX_QUERIES queries without an answer"
       exit 1
     fi
     pause
@@ -61,24 +61,24 @@ ask_for_state() {
   answered=yes
 }
 
-# Asks for the machines unless they are there; what was taken away is cleared first.
+# Requests the machines unless they exist; deletes a request whose machines were lost first.
 create() {
   local state
-  ask_for_state ABSENT
+  read_state ABSENT
   case "$state" in
     SUSPENDING | SUSPENDED | FAILED | DELETING) delete_machines && create_machines ;;
     ABSENT) create_machines ;;
-    *) say "$name is there already ($state)" ;;
+    *) log "$name already exists ($state)" ;;
   esac
 }
 
-# Succeeds when the machines can be used, fails when they will not come.
+# Succeeds when the machines are ready, and fails when they cannot be provided.
 wait_for_machines() {
-  local state="" before=""
+  local state="" previous=""
   while :; do
-    ask_for_state ACTIVE
-    [[ $state == "$before" ]] || say "$name is $state"
-    before=$state
+    read_state ACTIVE
+    [[ $state == "$previous" ]] || log "$name is $state"
+    previous=$state
     case "$state" in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDING | SUSPENDED | ABSENT) return 1 ;;
@@ -87,8 +87,8 @@ wait_for_machines() {
   done
 }
 
-# Says whether the machines are healthy, lost, or neither for now.
-health() {
+# Prints whether the machines are healthy, lost, or unknown.
+machine_health() {
   local node state
   state=$(request_state ACTIVE)
   case "$state" in
@@ -107,27 +107,28 @@ health() {
   echo healthy
 }
 
-# Says whether the machines are lost, some time after a run has ended on them: a preemption may be
-# told later than the hosts that remain notice it.
-are_lost() {
-  local look healthy=0
-  for ((look = 0; look < PATIENCE; look++)); do
-    case "$(health)" in
+# Succeeds if the machines are lost. Queries several times, because Google may report a preemption
+# later than the remaining hosts notice it.
+machines_are_lost() {
+  local attempt healthy=0
+  for ((attempt = 0; attempt < MAX_QUERIES; attempt++)); do
+    case "$(machine_health)" in
       lost) return 0 ;;
       healthy) healthy=$((healthy + 1)) ;;
     esac
-    [[ $healthy -lt $LOOKS ]] || return 1
+    [[ $healthy -lt $HEALTHY_ANSWERS ]] || return 1
     pause
   done
-  return 0 # Neither: whatever they are, nobody can train on them.
+  return 0 # Unknown for this long: not usable.
 }
 
-# Shows worker 0 until its run has ended. Sets `outcome`: rc=CODE, "rc=CODE by hand", lost, or crash.
+# Follows worker 0 until its run has ended. Sets `outcome` to rc=CODE, "rc=CODE (stop requested)",
+# lost, or crash.
 follow_run() {
-  local from=+1 misses=0
+  local lines=+1 misses=0
   while :; do
-    follow_log "$from" || true
-    from=5 # After a lost connection: enough to see where it was.
+    follow_log "$lines" || true
+    lines=5 # After a lost connection, enough to see the progress.
     outcome=$(run_result rc=0)
     case "$outcome" in
       rc=*) return ;;
@@ -135,89 +136,89 @@ follow_run() {
       none) outcome=crash && return ;;
       *)
         outcome=lost
-        case "$(health)" in
+        case "$(machine_health)" in
           lost) return ;;
-          # The cloud answers, and the host does not. Where neither does, it is our connection.
+          # gcloud answers but the host does not. If neither does, the connection from here is lost.
           healthy) misses=$((misses + 1)) ;;
         esac
         ;;
     esac
-    [[ $misses -lt $PATIENCE ]] || return 0
+    [[ $misses -lt $MAX_QUERIES ]] || return 0
     pause
   done
 }
 
-# Sets `outcome` as follow_run does, and `lasted`, in seconds; goes on with a run that is there.
+# Sets `outcome` as follow_run does, and `run_seconds`; follows a run that is in progress.
 run_once() {
-  local begun
+  local start_time
   if [[ $(run_result none) != running ]]; then
-    say "setting up $(nodes | wc -w | tr -d ' ') node(s) and beginning the run"
+    log "setting up $(nodes | wc -w | tr -d ' ') node(s) and starting the run"
     if ! { set_up_machines && start_run; }; then
       outcome=crash
       return
     fi
   fi
-  begun=$(date +%s)
+  start_time=$(date +%s)
   follow_run
-  lasted=$(($(date +%s) - begun))
+  run_seconds=$(($(date +%s) - start_time))
 }
 
-# What an outcome means: finish (sets `code`), lost, again, or crash, in `verdict`.
-judge() {
-  code=1 verdict=finish
+# Sets `action` to what follows from an outcome: finish (sets `code`), lost, restart, or crash.
+choose_action() {
+  code=1 action=finish
   if [[ $outcome == rc=* ]]; then code=${outcome#rc=} code=${code%% *}; fi
   case "$outcome" in
-    "rc=0" | "rc=0 "*) ;; # A run that has finished before it was stopped has finished.
-    *" by hand") keep=yes ;;
-    lost) verdict=lost ;;
-    # A host that was lost ends the run on the others, as an error of its own does.
+    "rc=0" | "rc=0 "*) ;; # Also if it finished before it could be stopped.
+    *"(stop requested)") keep=yes ;;
+    lost) action=lost ;;
+    # A lost host ends the run on the other hosts, with 1 or JAX's SIGABRT (134). 1 and 2 may also be
+    # errors of the run itself. Codes above 128 are signals that this script did not send; after
+    # SIGTERM, for example during host maintenance, the run has saved.
     *)
-      # 1 and 2 are the run's own, or tell of a host that is gone or did not come. Above 128 is a
-      # signal that nobody here has sent; SIGTERM, of a host in maintenance say, has saved the run.
-      if are_lost; then
-        verdict=lost
+      if machines_are_lost; then
+        action=lost
       elif [[ $code == "$STOPPED" ]]; then
-        verdict=again
+        action=restart
       elif [[ $outcome == crash || $code -gt 128 ]]; then
-        verdict=crash
+        action=crash
       fi
       ;;
   esac
 }
 
-train_to_the_end() {
+train_until_finished() {
   local restarts=0 crashes=0
   while :; do
-    lasted=0
+    run_seconds=0
     if ! create; then
-      [[ -n "$were_there" ]] || exit 1 # gcloud has said why.
+      [[ -n "$had_machines" ]] || exit 1 # gcloud has printed why.
       outcome=lost
     elif wait_for_machines; then
-      were_there=yes
+      had_machines=yes
       run_once
-    elif [[ -z "$were_there" ]]; then
-      say "the machines did not come: $(request_problem)"
+    elif [[ -z "$had_machines" ]]; then
+      log "the machines could not be created: $(request_error)"
       finish 1
     else
       outcome=lost
     fi
-    judge
-    [[ $lasted -lt $LONG ]] || crashes=0
-    case "$verdict" in
+    choose_action
+    [[ $run_seconds -lt $STABLE_SECONDS ]] || crashes=0
+    case "$action" in
       finish) finish "$code" ;;
-      again) say "the run was stopped by SIGTERM, and has saved; beginning it again" ;;
+      restart) log "SIGTERM stopped the run after it had saved; restarting it" ;;
       crash)
         crashes=$((crashes + 1))
         [[ $crashes -le $MAX_CRASHES ]] || finish "$code"
-        say "the run broke off ($outcome); beginning it again on the same machines"
+        log "the run crashed ($outcome); restarting it on the same machines"
         ;;
       lost)
         crashes=0 restarts=$((restarts + 1))
         if [[ $restarts -gt $max_restarts ]]; then
-          say "the machines were lost more than $max_restarts times"
+          log "the machines were lost more than $max_restarts times"
           finish 1
         fi
-        say "the machines were lost; asking for new ones: the run goes on from its newest checkpoint"
+        log "the machines were lost; requesting new ones to resume from the newest checkpoint"
         delete_machines || true
         ;;
     esac
@@ -225,39 +226,39 @@ train_to_the_end() {
   done
 }
 
-# Ends this script with a code, and the machines with it.
+# Deletes the machines, unless --keep, and exits with a code.
 finish() {
   trap - INT TERM
-  if [[ $1 != 0 && -n "$were_there" ]]; then
-    say "the run ended with code $1; the last lines of every worker:"
-    show_tails || true
+  if [[ $1 != 0 && -n "$had_machines" ]]; then
+    log "the run ended with code $1; last lines of every worker:"
+    print_log_tails || true
   fi
   if [[ -n "$keep" ]]; then
-    say "the machines are kept, and cost; to delete them: $(hint delete)"
+    log "the machines are kept and billed; delete them with: $(step_command delete)"
   else
-    delete_machines || say "the machines could NOT be deleted; do it by: $(hint delete)"
+    delete_machines || log "the machines could NOT be deleted; delete them with: $(step_command delete)"
   fi
   exit "$1"
 }
 
-interrupted() {
+interrupt() {
   trap - INT TERM
   local group
   for group in $(jobs -p); do kill -TERM -- "-$group" 2>/dev/null || true; done
-  say "interrupted; machines and run go on, and cost. The same command follows them again."
-  say "To delete them: $(hint delete)"
+  log "interrupted; the run continues and the machines are billed. Run the same command to follow it"
+  log "delete the machines with: $(step_command delete)"
   exit "$1"
 }
 
-begin_run() {
+run_step() {
   if [[ $(run_result none) == running ]]; then
-    say "a run is going on on $name already; to end it first: $(hint stop)"
+    log "$name already has a run in progress; stop it first with: $(step_command stop)"
     exit 1
   fi
   start_run
 }
 
-status() {
+print_status() {
   local node state
   state=$(request_state ACTIVE)
   echo "request  $state"
@@ -266,28 +267,28 @@ status() {
   echo "run      $(run_result none)"
 }
 
-read_arguments "$@"
-# Commands are shown where the script's output goes, also from inside $(...).
+parse_arguments "$@"
+# Commands of --dry_run are printed to the script's output, also from inside $(...).
 exec 3>&1
-trap 'interrupted 130' INT
-trap 'interrupted 143' TERM
+trap 'interrupt 130' INT
+trap 'interrupt 143' TERM
 [[ -n "$dry_run" ]] || command -v gcloud >/dev/null ||
-  fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
-notes=$(mktemp -d)
-trap 'rm -rf "$notes"' EXIT
-were_there="" answered=""
+  fail "gcloud is not installed. See https://cloud.google.com/sdk/docs/install"
+tmp_dir=$(mktemp -d)
+trap 'rm -rf "$tmp_dir"' EXIT
+had_machines="" answered=""
 case "$step" in
   setup | run | logs | status | stop) [[ -n "$slices" ]] || find_slices ;;
   *) slices=${slices:-1} ;;
 esac
 case "$step" in
-  "") train_to_the_end ;;
+  "") train_until_finished ;;
   create) create ;;
   wait) wait_for_machines ;;
   setup) set_up_machines ;;
-  run) begin_run ;;
+  run) run_step ;;
   logs) follow_log +1 ;;
-  status) status ;;
+  status) print_status ;;
   stop) stop_run ;;
   delete) delete_machines ;;
 esac

@@ -1,33 +1,46 @@
 """MLP-Mixer in JAX and Flax: pre-train, fine-tune, evaluate and use (arXiv 2105.01601).
 
-The public face. Names are imported when first used, so that `import mixer_jax` costs nothing:
+The public API. Names are imported on first use, so that `import mixer_jax` is instant:
 
-- `create_model(variant, num_classes, **overrides)`: a Flax module, ready to `init` and `apply`.
-- `load_pretrained(source, …)`: weights of a run, of Google, of timm or of the Hugging Face Hub, at
-  any image size, as a `Classifier`: from images to logits, from files to named classes.
-- `VARIANTS`: the widths of the paper's seven models (Table 1).
+- `list_models()`: names of all models, e.g. "Mixer-B/16".
+- `create_model(name, num_classes, **overrides)`: Flax module, ready to `init` and `apply`.
+- `load_pretrained(source, …)`: `Classifier` with the weights of a workdir, of Google, timm or the
+  Hugging Face Hub, at any image size: images in, logits or named classes out.
+- `VARIANTS`: architectures of the paper's seven models (Table 1).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["VARIANTS", "Classifier", "__version__", "create_model", "load_pretrained"]
+__all__ = [
+    "VARIANTS",
+    "Classifier",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_pretrained",
+]
 
 if TYPE_CHECKING:
     from mixer_jax.inference import Classifier, load_pretrained
     from mixer_jax.models.mixer_config import VARIANTS
-    from mixer_jax.models.registry import create_model
+    from mixer_jax.models.registry import create_model, list_models
 
-_HOMES = {
+_MODULES = {
     "VARIANTS": "mixer_jax.models.mixer_config",
     "create_model": "mixer_jax.models.registry",
+    "list_models": "mixer_jax.models.registry",
     "Classifier": "mixer_jax.inference",
     "load_pretrained": "mixer_jax.inference",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -30,17 +30,17 @@ from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.mixer_config import check_image_size
+from mixer_jax.models.registry import get_family
 from mixer_jax.models.stack import use_partitionable_backend
 
 
 class ClassProbability(NamedTuple):
-    """A class and how probable it is.
+    """Probability of one class.
 
     Attributes:
-        class_index: its number.
-        name: its name, or its number as text where names are not known.
-        probability: in [0, 1].
+        class_index: Index of the class.
+        name: Name of the class, or its index as text if names are unknown.
+        probability: Number in [0, 1].
     """
 
     class_index: int
@@ -49,12 +49,12 @@ class ClassProbability(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What an image shows.
+    """Prediction for one image.
 
     Attributes:
-        image: what a person finds it by.
-        classes: the most probable ones, in falling order; none where the image cannot be used.
-        error: why it cannot be used; empty if it can.
+        image: Name of the image.
+        classes: Most probable classes in descending order; empty if the image is unreadable.
+        error: Why the image is unreadable; empty if it is not.
     """
 
     image: str
@@ -74,37 +74,39 @@ def load_pretrained(
     eval_crop: str = "",
     dtype: str = "",
 ) -> "Classifier":
-    """Loads weights of any kind, at any image size, as a model ready to use.
+    """Loads weights of any format, at any image size, as a model that is ready to use.
 
     Args:
-        source: a run's folder or RUN/checkpoints/STEP; Google's .npz; timm's .safetensors or .pth;
-            "hf:OWNER/NAME" of the Hugging Face Hub; or a URL such as gs://BUCKET/Mixer-B_16.npz.
-        step: which checkpoint of a run; None: the newest.
-        image_size: side, or height and width, of the images, pixels; None: what the weights are
-            for. Whole multiples are grown as in the paper's Appendix C, others interpolated.
-        pretrain_image_size: size of the images that the weights were trained on, where it is
-            neither stored nor inferred from the number of tokens; None: as stored.
-        num_classes: of a new head of zeros, unless the weights have just as many; 0: no head, the
-            model returns features; None: the weights' own.
-        class_names: in place of those that come with the weights; empty: those.
-        gelu: "tanh" or "exact", in place of what the weights tell.
-        eval_crop: of images that are classified, in place of what the weights tell.
-        dtype: "float32" or "bfloat16"; empty: as the weights say, or by the device.
+        source: A run's workdir or WORKDIR/checkpoints/STEP; Google's .npz; timm's .safetensors or
+            .pth; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL such as
+            gs://BUCKET/Mixer-B_16.npz.
+        step: Step of a run's checkpoint; None: the newest.
+        image_size: Side, or height and width, of the images in pixels. Weights are tiled for
+            integer multiples of their own size (the paper's Appendix C) and interpolated for
+            others. None: their own size.
+        pretrain_image_size: Size of the images that the weights were trained on, if it is neither
+            stored nor inferred from the number of tokens; None: as stored.
+        num_classes: Outputs of a new zero-initialized head, unless the weights have the same
+            number; 0: no head, the model returns features; None: the head of the weights.
+        class_names: Overrides the names of classes; empty keeps them.
+        gelu: Overrides the GELU, "tanh" or "exact"; empty keeps it.
+        eval_crop: Overrides the crop of images that are classified; empty keeps it.
+        dtype: "float32" or "bfloat16"; empty: that of the checkpoint, or by device.
 
     Raises:
-        UserError: an argument is wrong; there are no such weights, they are damaged, or do not tell
-            what is needed.
+        UserError: An argument is invalid, or the weights do not exist, are damaged, or lack
+            something needed to use them.
     """
-    # All is checked before the weights are fetched, which may take long.
+    # Checked before the weights are downloaded, which can take long.
     names = collect_overrides(class_names=class_names, dtype=dtype).get("class_names", ())
     if not isinstance(num_classes, int | np.integer | None) or (num_classes or 0) < 0:
-        raise UserError(f"num_classes={num_classes!r} is no number of classes; pass 0 or more")
+        raise UserError(f"num_classes must be an integer >= 0, got {num_classes!r}.")
     weights = load_checkpoint(
         source,
         step=step,
         image_size=image_size,
         pretrain_image_size=pretrain_image_size,
-        # Those of a new head are given to it below.
+        # Those of a new head are set below.
         class_names=names if num_classes is None else (),
         gelu=gelu,
         eval_crop=eval_crop,
@@ -121,59 +123,65 @@ class Classifier:
     """A model with its parameters on this host's devices.
 
     Attributes:
-        model_info: what the weights say of themselves.
-        model: the Flax module, from images in [-1, 1] to logits.
+        model_info: Description of the model.
+        model: Flax module, from images in [-1, 1] to logits.
     """
 
     def __init__(self, weights: PretrainedWeights, dtype: str = ""):
-        """Puts weights on the devices; `dtype` as `load_pretrained` takes it."""
+        """Transfers weights to the devices.
+
+        Args:
+            weights: Weights on the host.
+            dtype: Dtype of the computation; see `load_pretrained`.
+        """
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        self.model = use_partitionable_backend(
-            model_from_info(weights.model_info, dtype), self._mesh.size
-        )
-        self._whole = weights.params
+        model = model_from_info(weights.model_info, dtype)
+        self.model = use_partitionable_backend(model, self._mesh.size)
+        self._host_params = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
         options = compiler_options(platform, self.model.execution.backend)
-        compiled = functools.partial(jax.jit, compiler_options=options)
-        self._logits = compiled(lambda params, x: self.model.apply({"params": params}, x))
-        self._top = compiled(self._top_classes, static_argnums=2)
+        jit = functools.partial(jax.jit, compiler_options=options)
+        self._logits = jit(lambda params, x: self.model.apply({"params": params}, x))
+        self._top_k = jit(self._top_classes, static_argnums=2)
 
     @property
     def params(self) -> Any:
-        """The parameters as `model` has them, float32, whatever it computes in."""
-        return shard_params(self._whole, self._mesh)
+        """Parameters as `model` takes them, float32 whatever the dtype of the computation."""
+        return shard_params(self._host_params, self._mesh)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
-        """Returns logits, float32; features where the model has no head.
+        """Computes float32 logits, or features if the model has no head.
 
         Args:
-            images: floating-point array (n, height, width, 3) of pixels in [-1, 1], of the size
-                that `model_info.image_size` says. They are divided over the devices if n allows.
+            images: Floating-point array (n, height, width, 3) of pixels in [-1, 1], with the height
+                and width of `model_info.image_size`. It is divided among the devices if n is a
+                multiple of their number, and replicated otherwise.
 
         Raises:
-            UserError: they are of another size or kind.
+            UserError: The images have another shape or dtype.
         """
         if images.ndim != 4 or images.shape[3] != 3:
             raise UserError(
-                f"images of shape {tuple(images.shape)} are not (n, height, width, 3); give even a "
-                "single one an axis in front: images[None]"
+                f"images must have shape (n, height, width, 3), got {tuple(images.shape)}. For a "
+                "single image, pass images[None]."
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
-                f"images are of type {images.dtype}, not floating-point numbers in [-1, 1]; pass "
-                "images / 127.5 - 1"
+                f"images must be floating-point numbers in [-1, 1], got {images.dtype}. Pass "
+                "images / 127.5 - 1."
             )
         size = tuple(images.shape[1:3])
         if size != self.model_info.image_size:
-            check_image_size(size[0], size[1], self.model_info.config.patch_size)
+            family = get_family(self.model_info.family)
+            family.check_image_size(self.model_info.config, *size)
             raise UserError(
-                f"images of {size[0]} × {size[1]} px do not fit {self.model_info.name}; load the "
-                f"weights with image_size={size}"
+                f"images must have the size of {self.model_info.name}, got {size[0]} × {size[1]} "
+                f"px. Load the weights with image_size={size}."
             )
-        divides = len(images) % self._mesh.size == 0
-        sharding = batch_sharding(self._mesh) if divides else replicated(self._mesh)
+        is_divisible = len(images) % self._mesh.size == 0
+        sharding = batch_sharding(self._mesh) if is_divisible else replicated(self._mesh)
         return self._logits(self._params, jax.device_put(images, sharding))
 
     def predict(
@@ -182,26 +190,25 @@ class Classifier:
         """Classifies images.
 
         Args:
-            images: paths of files, or their bytes.
-            topk: classes returned of each.
-            batch_size: images at a time.
+            images: Paths of image files, or their bytes.
+            topk: Number of classes per image.
+            batch_size: Images per batch.
 
         Raises:
-            BadImageError: an image cannot be used.
-            UserError: the model has no head, or `images` is one image, not several.
+            BadImageError: An image is unreadable.
+            UserError: The model has no head, or `images` is not a list.
         """
         if isinstance(images, str | bytes | os.PathLike):
-            raise UserError("predict takes a list of images; pass [image] for a single one")
+            raise UserError("images must be a list, got a single image. Pass [image].")
 
-        def named(number: int, image: str | os.PathLike | bytes) -> NamedImage:
+        def named(index: int, image: str | os.PathLike | bytes) -> NamedImage:
             if isinstance(image, bytes):
-                return f"image {number}", lambda: image
+                return f"image {index}", lambda: image
             return display_path(Path(image)), lambda: read_image(Path(image))
 
-        found = [named(number, image) for number, image in enumerate(images)]
-        predictions = list(
-            self.iter_predictions(found, topk=topk, batch_size=min(batch_size, len(found)))
-        )
+        named_images = [named(index, image) for index, image in enumerate(images)]
+        batch_size = min(batch_size, len(named_images))
+        predictions = list(self.iter_predictions(named_images, topk=topk, batch_size=batch_size))
         for prediction in predictions:
             if prediction.error:
                 raise BadImageError(prediction.error, name=prediction.image)
@@ -215,96 +222,99 @@ class Classifier:
         batch_size: int,
         exif_orientation: bool | None = None,
     ) -> Iterator[Prediction]:
-        """Returns what images show, one by one, in their order; if one cannot be used, it says why.
+        """Classifies images and yields their predictions in order, those of bad images included.
 
         Args:
-            images: names, and how to read the bytes.
-            topk: classes yielded of each.
-            batch_size: images at a time over all devices; rounded up to a multiple of their number,
-                and to a power of two, so that few programs are compiled.
-            exif_orientation: whether images are turned as their cameras say; None: as the weights
-                were trained.
+            images: Names, and functions that read the bytes.
+            topk: Number of classes per image.
+            batch_size: Images per batch on all devices. It is rounded up to a power of two, so that
+                few programs are compiled, and to a multiple of the number of devices.
+            exif_orientation: Whether images are rotated by their EXIF orientation; None: as in
+                training.
 
         Raises:
-            UserError: the model has no head.
+            UserError: The model has no head, or an argument is out of range.
         """
         if not self.model_info.num_classes:
-            raise UserError("these weights have no head and give features; name some with classes")
+            raise UserError("model must have a head to classify images; this one gives features.")
         if topk < 1 or batch_size < 0:
-            raise UserError(f"topk={topk} and batch_size={batch_size}; pass 1 or more of each")
+            raise UserError(
+                f"topk and batch_size must be positive, got topk={topk} and "
+                f"batch_size={batch_size}."
+            )
         topk = min(topk, self.model_info.num_classes)
-        rows = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
-        rows = -(-(2**rows) // self._mesh.size) * self._mesh.size
+        power = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
+        batch_size = -(-(2**power) // self._mesh.size) * self._mesh.size
         if exif_orientation is None:
             exif_orientation = self.model_info.exif_orientation
-        return self._classify(self._prepare(images, rows, exif_orientation), rows, topk)
+        batches = self._load_batches(images, batch_size, exif_orientation)
+        return self._classify_batches(batches, batch_size, topk)
 
-    def _classify(
-        self, batches: Iterable[list["_Prepared"]], rows: int, topk: int
+    def _classify_batches(
+        self, batches: Iterable[list["_LoadedImage"]], batch_size: int, topk: int
     ) -> Iterator[Prediction]:
-        running: tuple[list[_Prepared], Any] | None = None
+        pending: tuple[list[_LoadedImage], Any] | None = None
         for batch in batches:
-            pixels = np.zeros((rows, *self.model_info.image_size, 3), np.uint8)
-            for row, prepared in enumerate(batch):
-                if prepared.pixels is not None:
-                    pixels[row] = prepared.pixels
-            placed = jax.device_put(pixels, batch_sharding(self._mesh))
-            # Sent off before the last one is read, so that the device need not wait for the host.
-            started = (batch, self._top(self._params, placed, topk))
-            if running is not None:
-                yield from self._name(*running)
-            running = started
-        if running is not None:
-            yield from self._name(*running)
+            pixels = np.zeros((batch_size, *self.model_info.image_size, 3), np.uint8)
+            for row, image in enumerate(batch):
+                if image.pixels is not None:
+                    pixels[row] = image.pixels
+            on_device = jax.device_put(pixels, batch_sharding(self._mesh))
+            # Dispatched before the last result is read, so that devices do not wait for the host.
+            dispatched = (batch, self._top_k(self._params, on_device, topk))
+            if pending is not None:
+                yield from self._name_classes(*pending)
+            pending = dispatched
+        if pending is not None:
+            yield from self._name_classes(*pending)
 
-    def _prepare(
-        self, images: Iterable[NamedImage], rows: int, exif_orientation: bool
-    ) -> Iterator[list["_Prepared"]]:
-        """Yields images in batches, prepared by threads one batch ahead."""
-        waiting: collections.deque[concurrent.futures.Future[_Prepared]] = collections.deque()
-        rest = iter(images)
+    def _load_batches(
+        self, images: Iterable[NamedImage], batch_size: int, exif_orientation: bool
+    ) -> Iterator[list["_LoadedImage"]]:
+        """Yields batches of images, loaded by threads one batch ahead."""
+        futures: collections.deque[concurrent.futures.Future[_LoadedImage]] = collections.deque()
+        remaining = iter(images)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             while True:
-                for image in itertools.islice(rest, 2 * rows - len(waiting)):
-                    waiting.append(pool.submit(self._prepare_one, *image, exif_orientation))
-                if not waiting:
+                for image in itertools.islice(remaining, 2 * batch_size - len(futures)):
+                    futures.append(pool.submit(self._load_image, *image, exif_orientation))
+                if not futures:
                     return
-                yield [waiting.popleft().result() for _ in range(min(rows, len(waiting)))]
+                yield [futures.popleft().result() for _ in range(min(batch_size, len(futures)))]
 
-    def _prepare_one(self, name: str, read: Any, exif_orientation: bool) -> "_Prepared":
-        about = self.model_info
+    def _load_image(self, name: str, read: Any, exif_orientation: bool) -> "_LoadedImage":
         try:
             pixels = eval_image(
                 read(),
-                image_size=about.image_size,
-                eval_crop=about.eval_crop,
+                image_size=self.model_info.image_size,
+                eval_crop=self.model_info.eval_crop,
                 exif_orientation=exif_orientation,
             )
         except BadImageError as error:
-            return _Prepared(name, None, error.reason)
-        return _Prepared(name, pixels)
+            return _LoadedImage(name, None, error.reason)
+        return _LoadedImage(name, pixels)
 
     def _top_classes(
         self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
     ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         logits = self.model.apply({"params": params}, normalize_images(images))
         activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
-        probabilities, labels = jax.lax.top_k(activation(logits), topk)
-        return probabilities, labels
+        probabilities, classes = jax.lax.top_k(activation(logits), topk)
+        return probabilities, classes
 
-    def _name(self, batch: list["_Prepared"], top: Any) -> Iterator[Prediction]:
-        probabilities, labels = (np.asarray(array) for array in top)
+    def _name_classes(self, batch: list["_LoadedImage"], top_k: Any) -> Iterator[Prediction]:
+        probabilities, classes = (np.asarray(array) for array in top_k)
         names = self.model_info.class_names
-        for row, prepared in enumerate(batch):
-            if prepared.pixels is None:
-                yield Prediction(prepared.name, [], prepared.error)
+        for row, image in enumerate(batch):
+            if image.pixels is None:
+                yield Prediction(image.name, [], image.error)
                 continue
-            pairs = zip(labels[row].tolist(), probabilities[row].tolist(), strict=True)
-            classes = [ClassProbability(k, names[k] if names else str(k), p) for k, p in pairs]
-            yield Prediction(prepared.name, classes)
+            pairs = zip(classes[row].tolist(), probabilities[row].tolist(), strict=True)
+            named = [ClassProbability(k, names[k] if names else str(k), p) for k, p in pairs]
+            yield Prediction(image.name, named)
 
 
-class _Prepared(NamedTuple):
+class _LoadedImage(NamedTuple):
     name: str
     pixels: np.ndarray | None
     error: str = ""

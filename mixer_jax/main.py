@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml_collections import ConfigDict
-
 from mixer_jax.checkpoints.resolve import list_steps, resolve_checkpoint
 from mixer_jax.cli import common
-from mixer_jax.config.config import format_help, validate
+from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 exit codes:
   0        finished
-  1        failed, or another host was lost
+  1        failed, or another host was lost (then also 134, after a message of JAX)
   2        usage error, in one line; do not retry
   130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
 
@@ -50,8 +49,7 @@ def main(argv: Sequence[str]) -> int:
         help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     args, overrides = parser.parse_known_args(argv)
-    config = load_config_with_overrides(args.config, overrides)
-    validate(config)
+    config = parse(load_config_with_overrides(args.config, overrides))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
     for change in workdirs.check_workdir(resolved_workdir, config):
@@ -75,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def format_summary(result: "TrainResult", workdir: str, config: ConfigDict) -> str:
+def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:
     """Formats what a run ends with: metrics, files, and the commands to run next."""
     checkpoint = f"{workdir}/checkpoints/{result.step}"
     if result.step < result.num_steps:

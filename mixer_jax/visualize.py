@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixer_jax.cli import common
-from mixer_jax.config.config import resolve_num_steps, validate
+from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import atomic_write
@@ -37,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args, overrides = parser.parse_known_args(argv)
     _check_out(args.out)
-    config = load_config_with_overrides(args.config, overrides)
-    validate(config)
+    config = parse(load_config_with_overrides(args.config, overrides))
     max_images = min(config.batch_size, _MAX_IMAGES)
     if not 1 <= args.num_images <= max_images:
         raise UserError(

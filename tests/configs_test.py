@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.tree import flatten as flatten_tree
-from mixer_jax.config.config import architecture_overrides, flatten, validate
+from mixer_jax.config.config import architecture_overrides, flatten, parse, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
+from mixer_jax.models.mixer_layouts import GOOGLE
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -90,10 +91,11 @@ def test_pretraining_config_has_the_papers_values(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_valid_and_has_the_models_shapes(name: str) -> None:
-    config = load_config(name)
-    validate(config)
-    config.dataset.name = "synthetic"
-    config.dataset.num_examples = max(config.dataset.num_examples, 10_000)
+    unparsed = load_config(name)
+    validate(unparsed)
+    unparsed.dataset.name = "synthetic"
+    unparsed.dataset.num_examples = max(unparsed.dataset.num_examples, 10_000)
+    config = parse(unparsed)
     experiment = build_experiment(config, open_datasets(config))
     architecture = get_config(config.model.variant, **architecture_overrides(config.model))
     expected = num_params(architecture, config.image_size, experiment.model.num_classes)
@@ -151,9 +153,9 @@ def test_most_configs_share_a_program() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", configs_with_distinct_programs())
 def test_config_trains_two_steps_on_eight_devices(name: str) -> None:
-    config = load_config(name)
-    shrink(config)
-    validate(config)
+    unparsed = load_config(name)
+    shrink(unparsed)
+    config = parse(unparsed)
     experiment = build_experiment(config, open_datasets(config))
     assert experiment.mesh.size == 8
     state, losses = experiment.create_state(), []
@@ -230,14 +232,15 @@ def test_fine_tuning_config_starts_from_a_pretrained_file(
     # The tasks differ in numbers only: half of them use each size, and one per size trains.
     index = list(FINE_TUNING).index(task)
     size = ("224", "448")[index % 2]
-    config = load_fine_tuning(task, size)
-    config.init_from = pretrained_file
-    config.dataset.name = "synthetic"
-    config.dataset.num_examples, config.batch_size = 64, 8
+    unparsed = load_fine_tuning(task, size)
+    unparsed.init_from = pretrained_file
+    unparsed.dataset.name = "synthetic"
+    unparsed.dataset.num_examples, unparsed.batch_size = 64, 8
+    config = parse(unparsed)
     datasets = open_datasets(config)
     source = find_init_source(config, str(tmp_path))
     assert source is not None
-    experiment = build_experiment(config, datasets, init_info=source.about)
+    experiment = build_experiment(config, datasets, init_info=source.model_info)
     tiled = MixerConfig(1, 32, 16, 8 * (int(size) // 224) ** 2, 16)
     params = experiment.state_shape.params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

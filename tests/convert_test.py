@@ -48,7 +48,7 @@ def code_to_use(out: str) -> list[str]:
 
 def test_files_are_converted_without_jax_and_said_how_to_use(place: Path, tmp_path: Path) -> None:
     target = f"{tmp_path}/t.safetensors"
-    done = run_cli("convert", f"{place}/w.npz", target, before=WITHOUT_JAX)
+    done = run_cli("convert", f"{place}/w.npz", target, preamble=WITHOUT_JAX)
     size = f"{Path(target).stat().st_size / 1e6:,.1f} MB"
     wanted = [["Mixer-custom", "16", "tanh"], ["3290"], ["10"], [target, size, "timm"]]
     told = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
@@ -158,7 +158,7 @@ def test_mistakes_are_told_and_nothing_is_written(
 
 def test_a_mistake_is_one_line_before_anything_heavy(place: Path, tmp_path: Path) -> None:
     without = f"{WITHOUT_JAX}; sys.modules['mixer_jax.inference'] = None"
-    done = run_cli("convert", f"{place}/w.npz", f"{tmp_path}/t.pth", code=2, before=without)
+    done = run_cli("convert", f"{place}/w.npz", f"{tmp_path}/t.pth", code=2, preamble=without)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not done.stdout
@@ -167,12 +167,12 @@ def test_a_mistake_is_one_line_before_anything_heavy(place: Path, tmp_path: Path
 def test_a_wrong_copy_is_a_failure(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = export._FILES["timm"]
+    right = export._FILE_FORMATS["timm"]
 
     def write(path: str, tensors: Iterable[tuple[str, np.ndarray]], said: object) -> None:
         right.write(path, ((n, t + np.float32(1e-3)) for n, t in tensors), said)
 
-    monkeypatch.setitem(export._FILES, "timm", right._replace(write=write))
+    monkeypatch.setitem(export._FILE_FORMATS, "timm", right._replace(write=write))
     with raises(RunError, "t.safetensors"):
         convert.main([f"{place}/w.npz", f"{tmp_path}/t.safetensors"])
     assert not any(tmp_path.iterdir())
@@ -180,7 +180,7 @@ def test_a_wrong_copy_is_a_failure(
 
 
 def test_the_list_says_what_to_pass() -> None:
-    done = run_cli("convert", "--list", before=WITHOUT_JAX)
+    done = run_cli("convert", "--list", preamble=WITHOUT_JAX)
     header, *lines = done.stdout.splitlines()
     assert mentions(header, "--checkpoint")
     table, rest = lines[: len(MODEL_ZOO)], lines[len(MODEL_ZOO) :]
@@ -202,7 +202,7 @@ def test_known_weights_can_be_asked_for() -> None:
             assert Path(one.source).suffix in FORMATS
         # Of 32-bit numbers, and a few headers.
         if one.mebibytes and one.num_classes:
-            count = num_params(VARIANTS[one.model], 224, one.num_classes)
+            count = num_params(VARIANTS[one.model.removeprefix("Mixer-")], 224, one.num_classes)
             size = 4 * count / 2**20
             assert size < one.mebibytes < size + 0.1
 

@@ -12,12 +12,13 @@ import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
+from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 

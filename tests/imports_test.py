@@ -1,4 +1,4 @@
-"""Imports: one way between packages, no cycles, heavy libraries only where they belong."""
+"""Tests of imports: one way between packages, no cycles, heavy libraries only where allowed."""
 
 import ast
 import subprocess
@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mixer_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Lowest first. A package imports from lower levels, and from its own level where LEVELS orders
-# packages within it from left to right.
+# Lowest first. A package imports from lower levels, and from packages to its left in its own
+# level.
 LEVELS = [
     ["errors", "files"],
     ["model", "models", "kernels", "config", "data", "distributed"],
@@ -34,7 +34,7 @@ COMMANDS = [
     "visualize",
 ]
 
-# Where each heavy library may be imported at all, by path in the package.
+# Paths in the package that may import each heavy library.
 HEAVY = {
     "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
     "orbax": {"checkpoints/manager.py"},
@@ -66,7 +66,7 @@ def relative(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yields the dotted names that a file imports, wherever in it."""
+    """Yields the dotted names that a file imports, at the top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,7 +77,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def rank(package: str) -> tuple[int, int]:
-    """Level of a package and its place within the level; commands come last."""
+    """Returns the level of a package and its position within; commands come last."""
     for level, packages in enumerate(LEVELS):
         if package in packages:
             return level, packages.index(package)
@@ -102,7 +102,7 @@ def test_imports_between_packages_go_one_way() -> None:
     assert not wrong
 
 
-def test_heavy_libraries_are_imported_only_where_they_belong() -> None:
+def test_heavy_libraries_are_imported_only_where_allowed() -> None:
     wrong = [
         f"{relative(path)} imports {name}"
         for path in FILES

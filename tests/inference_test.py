@@ -82,7 +82,7 @@ def test_arrays_of_another_kind_are_refused(
 
 
 def test_one_image_is_not_a_list(classifier: Classifier, photos: list[Path]) -> None:
-    with raises(UserError, "predict", "[image]"):
+    with raises(UserError, "images", "[image]"):
         classifier.predict(str(photos[0]))
     with raises(UserError, "topk", "-1"):
         classifier.predict(photos, topk=-1)

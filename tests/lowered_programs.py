@@ -117,14 +117,14 @@ def train_calls(run: Any) -> dict[str, Call]:
     """Returns the functions of training."""
     params = run.state_shape.params
     batch = {
-        "image": batch_shape(run, (*run.about.image_size, 3), jnp.uint8),
+        "image": batch_shape(run, (*run.model_info.image_size, 3), jnp.uint8),
         "label": batch_shape(run, (), jnp.int32),
     }
     return {
         "step": Call(run.train_step, (run.state_shape, batch)),
         "init": Call(run.create_state, ()),
-        "update_norm": Call(run.change_norm, (params, params)),
-        "param_norm": Call(run.parameter_norm, (params,)),
+        "update_norm": Call(run.update_norm, (params, params)),
+        "param_norm": Call(run.param_norm, (params,)),
     }
 
 
@@ -135,11 +135,11 @@ def eval_calls(run: Any) -> dict[str, Call]:
 
     params = run.state_shape.eval_params
     batch = {
-        "image": batch_shape(run, (*run.about.image_size, 3), jnp.uint8),
+        "image": batch_shape(run, (*run.model_info.image_size, 3), jnp.uint8),
         "label": batch_shape(run, (), jnp.int32),
         "mask": batch_shape(run, (), jnp.bool_),
     }
-    labels = batch_shape(run, (run.about.num_classes,), jnp.bool_)
+    labels = batch_shape(run, (run.model_info.num_classes,), jnp.bool_)
     step = make_eval_step(run.model, run.mesh)
     return {
         "step": Call(step, (params, batch)),
@@ -176,7 +176,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
                 patches.enter_context(patch)
             return inference.Classifier(PretrainedWeights(params, about))
 
-    params, about = run.state_shape.params, run.about
+    params, about = run.state_shape.params, run.model_info
     classifier = load(params, about)
     headless = load(
         {name: array for name, array in params.items() if name != "head"},

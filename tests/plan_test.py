@@ -28,7 +28,7 @@ def test_plan_for_gpus_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([L16, "--topology=h100:64", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["fits"], result["compiled"], result["num_devices"]) == (True, False, 64)
-    assert sum(c["num_bytes"] for c in result["collectives"]) > 4 * result["num_parameters"]
+    assert sum(c["num_bytes"] for c in result["collectives"]) > 4 * result["num_params"]
 
 
 @pytest.mark.usefixtures("restore_env")

@@ -16,13 +16,14 @@ import pytest
 
 from mixer_jax import predict
 from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import GOOGLE, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.errors import UserError
 from mixer_jax.inference import load_pretrained
+from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.cli import run_cli
 from tests.helpers.images import encode_with_orientation, smooth
 from tests.helpers.messages import mentions

@@ -1,4 +1,4 @@
-"""Tests of the door that draws: what it writes, where, and how it tells mistakes."""
+"""Tests of the command `visualize`: the plot, where it is written, and usage errors."""
 
 import sys
 from pathlib import Path
@@ -17,47 +17,47 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config, to_flags
 
 
-def arguments(data_dir: str, out: Path, **changes: Any) -> list[str]:
-    options = ["--config=configs/digits.py", f"--out={out}", "--num_images=4"]
-    return ["data", *options, *to_flags(data_dir, **changes)]
+def make_argv(data_dir: str, out: Path, **changes: Any) -> list[str]:
+    flags = ["--config=configs/digits.py", f"--out={out}", "--num_images=4"]
+    return ["data", *flags, *to_flags(data_dir, **changes)]
 
 
-def test_the_door_as_a_process(digits_dir: str, tmp_path: Path) -> None:
+def exit_code_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command as from the command line."""
+    monkeypatch.setattr(sys, "argv", ["visualize", *argv])
+    with pytest.raises(SystemExit) as stop:
+        common.run_cli(visualize.main)
+    return stop.value.code
+
+
+@pytest.mark.slow
+def test_visualize_data_plots_the_requested_step(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
-    done = run_cli("visualize", *arguments(digits_dir, out), "--step=3")
+    done = run_cli("visualize", *make_argv(digits_dir, out), "--step=3")
     (line,) = done.stdout.splitlines()
     assert mentions(line.replace(str(out), "OUT"), "OUT", "configs/digits.py", "3", "4", "16")
     config = small_config(digits_dir)
     source = open_datasets(config).train
-    shown = load_train_batch(config, source, 3, 4)
-    title = format_caption("configs/digits.py", config, source, 3, shown)
-    expected = plot_train_batch(shown, source.class_names, title, "png")
-    assert out.read_bytes() == expected
+    batch = load_train_batch(config, source, 3, 4)
+    caption = format_caption("configs/digits.py", config, source, 3, batch)
+    assert out.read_bytes() == plot_train_batch(batch, source.class_names, caption, "png")
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
 
 
 @pytest.mark.parametrize(
     ("suffix", "magic"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".jpg", b"\xff\xd8\xff")]
 )
-def test_the_suffix_chooses_the_format(
+def test_visualize_data_replaces_a_file_in_the_format_of_its_suffix(
     digits_dir: str, tmp_path: Path, suffix: str, magic: bytes
 ) -> None:
     out = tmp_path / f"batch{suffix}"
-    out.write_bytes(b"an older picture")
-    assert visualize.main(arguments(digits_dir, out)) == 0
+    out.write_bytes(b"an older plot")
+    assert visualize.main(make_argv(digits_dir, out)) == 0
     assert out.read_bytes().startswith(magic)
 
 
-def end(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> Any:
-    """Runs the door as from the command line; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["visualize", *given])
-    with pytest.raises(SystemExit) as stop:
-        common.run_cli(visualize.main)
-    return stop.value.code
-
-
 @pytest.mark.parametrize(
-    ("given", "parts"),
+    ("argv", "parts"),
     [
         (["--out=batch.gif"], ["--out", "batch.gif", ".png", ".pdf"]),
         (["--out=batch"], ["--out", "batch", ".png", ".pdf"]),
@@ -74,16 +74,16 @@ def end(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> Any:
         (["--steps=1"], ["--steps", "--help"]),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_visualize_data_reports_usage_errors_in_one_line(
     digits_dir: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    given: list[str],
+    argv: list[str],
     parts: list[str],
 ) -> None:
     out = tmp_path / "batch.png"
-    assert end(monkeypatch, [*arguments(digits_dir, out), *given]) == 2
+    assert exit_code_of([*make_argv(digits_dir, out), *argv], monkeypatch) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert mentions(error, *parts)
@@ -91,39 +91,39 @@ def test_mistakes_are_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("given", "parts"),
+    ("argv", "parts"),
     [
         ([], ["COMMAND", "--help"]),
         (["date"], ["'date'", "data"]),
         (["data"], ["--config", "--out", "--help"]),
     ],
 )
-def test_commands_that_are_none(
+def test_visualize_rejects_unknown_commands(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    given: list[str],
+    argv: list[str],
     parts: list[str],
 ) -> None:
-    assert end(monkeypatch, given) == 2
+    assert exit_code_of(argv, monkeypatch) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert mentions(error, *parts)
 
 
-def test_what_is_scored_need_not_be_there(digits_dir: str, tmp_path: Path) -> None:
+def test_visualize_data_does_not_open_evaluation_data(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
     missing = "--config.evals.test.dataset=folder:/nowhere"
-    assert visualize.main([*arguments(digits_dir, out), missing]) == 0
+    assert visualize.main([*make_argv(digits_dir, out), missing]) == 0
     assert out.exists()
 
 
-def test_a_folder_is_no_picture(digits_dir: str, tmp_path: Path) -> None:
+def test_visualize_data_rejects_a_folder(digits_dir: str, tmp_path: Path) -> None:
     (tmp_path / "batch.png").mkdir()
     with raises(UserError, str(tmp_path / "batch.png")):
-        visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
+        visualize.main(make_argv(digits_dir, tmp_path / "batch.png"))
 
 
-def test_whether_it_can_be_written_is_asked_first(
+def test_visualize_data_checks_the_folder_before_it_loads_images(
     digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: Any) -> None:
@@ -132,21 +132,21 @@ def test_whether_it_can_be_written_is_asked_first(
     monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(train_batch, "load_train_batch", None)
     with raises(UserError, str(tmp_path), "Permission denied"):
-        visualize.main(arguments(digits_dir, tmp_path / "batch.png"))
+        visualize.main(make_argv(digits_dir, tmp_path / "batch.png"))
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(
+def test_visualize_data_keeps_the_old_file_if_the_disk_is_full(
     digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_up(self: Path, content: bytes) -> None:
+    def fill_disk(self: Path, content: bytes) -> None:
         with self.open("wb") as file:
             file.write(content[:100])
         raise OSError(28, "No space left on device")
 
     out = tmp_path / "batch.png"
-    out.write_bytes(b"an older picture")
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    out.write_bytes(b"an older plot")
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
     with raises(RunError, str(out), "No space left on device"):
-        visualize.main(arguments(digits_dir, out))
-    assert out.read_bytes() == b"an older picture"
+        visualize.main(make_argv(digits_dir, out))
+    assert out.read_bytes() == b"an older plot"
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]

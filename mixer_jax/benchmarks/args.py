@@ -142,24 +142,11 @@ def _check_scan_unroll(args: argparse.Namespace, values: list[int]) -> None:
 
 
 def _parse_list(flag: str, text: str, field: Field) -> list[Any]:
-    values = [_parse_value(flag, part, field) for part in text.split(",")]
+    values = [field.parse(flag, part) for part in text.split(",")]
+    for value in values:
+        field.check(flag, value)
     _check_distinct(flag, text, values)
     return values
-
-
-def _parse_value(flag: str, text: str, field: Field) -> Any:
-    value_type = type(field.default)
-    try:
-        value = {"true": True, "false": False}[text] if value_type is bool else value_type(text)
-    except (ValueError, KeyError):
-        value = None
-    if field.choices and value not in field.choices:
-        raise UserError(f"{flag} must be one of {', '.join(field.choices)}, got {text!r}.")
-    is_number = isinstance(value, (int, float))
-    if value is None or (is_number and not field.min <= value <= field.max):
-        limits = f" from {field.min} to {field.max}" if is_number else ""
-        raise UserError(f"{flag} must be of type {value_type.__name__}{limits}, got {text}.")
-    return value
 
 
 def _check_distinct(flag: str, text: str, values: Sequence[Any]) -> None:

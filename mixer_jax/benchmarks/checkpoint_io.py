@@ -97,7 +97,8 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
 
     from mixer_jax.checkpoints.formats.npz import write_npz
     from mixer_jax.checkpoints.formats.safetensors import write_safetensors
-    from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
+    from mixer_jax.checkpoints.layouts import layout_views
+    from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
 
     config, rng = VARIANTS[variant], np.random.default_rng(0)
     shapes = param_shapes(config, num_tokens(config, _IMAGE_SIZE), _NUM_CLASSES)

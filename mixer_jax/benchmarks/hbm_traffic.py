@@ -29,11 +29,10 @@ from mixer_jax.benchmarks.report import (
     write_report,
 )
 from mixer_jax.errors import RunError
-from mixer_jax.models.mixer_config import get_config
-from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER, sum_by_region
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.planning.hlo.attribution import sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
-from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.roofline import roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
@@ -175,8 +174,9 @@ def measure_traffic(
         failed = f"too large, {_format_memory(compiled, topology)}"
         return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.compile_seconds)
     program = compiled.program
-    num_bytes = sum_by_region(program, iter_hbm_bytes(program), REGIONS)
-    flops = sum_by_region(program, iter_matmul_flops(program), REGIONS)
+    regions = get_family(DEFAULT_FAMILY).regions
+    num_bytes = sum_by_region(program, iter_hbm_bytes(program), regions)
+    flops = sum_by_region(program, iter_matmul_flops(program), regions)
     step = _traffic_per_image(name, num_bytes, flops, workload.batch_size, topology)
     return step._replace(
         temporary_bytes=compiled.temporary_bytes,
@@ -208,8 +208,10 @@ def _traffic_per_image(
 
 def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
     """Computes lower bounds of a step by formula, with and without fused MLPs."""
+    family = get_family(DEFAULT_FAMILY)
     spec = StepSpec(
-        get_config(workload.variant),
+        family,
+        family.get_config(workload.variant),
         workload.image_size,
         workload.num_classes,
         workload.batch_size,
@@ -251,7 +253,7 @@ def print_traffic(rows: list[dict[str, Any]]) -> None:
         ("MB in total", "num_bytes", lambda v: f"{v / _MB:.1f}"),
         *[
             (region.split()[0], region, lambda v: f"{v / _MB:.1f}")
-            for region in [*REGIONS, OPTIMIZER, OTHER]
+            for region in next(row["bytes_by_region"] for row in rows if not row["failed"])
         ],
     ]
     print_table([row | row.get("bytes_by_region", {}) for row in rows], regions)

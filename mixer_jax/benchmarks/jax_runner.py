@@ -26,16 +26,15 @@ from mixer_jax.benchmarks.candidates import (
 )
 from mixer_jax.benchmarks.reference_mixer import ReferenceMixer
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
-from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from mixer_jax.config.schema import ModelConfig, OptimizerConfig, RecipeConfig
+from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.mixer_config import get_config
 from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import from_config, resolve_dtype
-from mixer_jax.models.stack import active_backend
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-from mixer_jax.training.step import create_state, train_step
+from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
 
 class Step(NamedTuple):
@@ -199,44 +198,33 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
-    section = {
-        path.removeprefix("model."): field.default
-        for path, field in FIELDS.items()
-        if path.startswith("model.")
-    }
-    section |= {"variant": workload.variant, "dtype": workload.dtype, **candidate.overrides}
+    settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
+    section = dataclasses.asdict(ModelConfig(**settings, **candidate.overrides))
     return from_config(section, workload.num_classes, device.device_kind)
 
 
 def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
     """Makes the training step as `training.setup` does, on one device."""
-    schedule, tx = _make_optimizer()
-    mesh = make_mesh(1, 1, [device])
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        mesh=mesh,
-        num_classes=workload.num_classes,
-        seed=0,
-        loss="sigmoid",
-        label_smoothing=0.0,
-        mixup=0.0,
-        grad_accum_steps=1,
-        ema_decay=0.0,
+    # Without warmup, parameters change from the first step on.
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        decay_type="none",
+        weight_decay=WEIGHT_DECAY,
+        b1=B1,
+        b2=B2,
+        eps=EPS,
+        clip_norm=CLIP_NORM,
     )
+    schedule = make_schedule(optimizer, num_steps=1000)
+    tx = make_optimizer(optimizer, schedule)
+    mesh = make_mesh(1, 1, [device])
     init_state = functools.partial(
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
     sharding = state_sharding(jax.eval_shape(init_state), mesh)
-    function = jax.jit(
-        step,
-        in_shardings=(sharding, batch_sharding(mesh)),
-        out_shardings=(sharding, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(device.platform, active_backend(model, train=True)),
-    )
+    config = TrainStepConfig(RecipeConfig())
+    function = jit_train_step(config, sharding, model, tx, schedule, mesh)
     return Step(function, init_state, True)
 
 
@@ -285,21 +273,3 @@ def _infer_step(
 def _init_params(model: Any, workload: Workload) -> Any:
     size = workload.image_size
     return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-
-
-def _make_optimizer() -> tuple[optax.Schedule, optax.GradientTransformation]:
-    # Without warmup, parameters change from the first step on.
-    schedule = make_schedule(
-        1000, learning_rate=LEARNING_RATE, warmup_steps=0, decay_type="none", end_learning_rate=0.0
-    )
-    tx = make_optimizer(
-        schedule,
-        name="adam",
-        weight_decay=WEIGHT_DECAY,
-        b1=B1,
-        b2=B2,
-        eps=EPS,
-        momentum=0.0,
-        clip_norm=CLIP_NORM,
-    )
-    return schedule, tx

@@ -274,7 +274,7 @@ def _tf_data_pipelines(
             yield config.batch_size
 
     pipelines = []
-    for (task, layers), (name, decode_whole) in itertools.product(
+    for (task, layers), (name, decode_full_image) in itertools.product(
         [(CROP, off), (AUGMENT, randaugment)],
         [("tf.data, decode and crop", True), ("tf.data, decode the crop only", False)],
     ):
@@ -282,7 +282,7 @@ def _tf_data_pipelines(
             config.files,
             image_size=config.image_size,
             min_area=_MIN_AREA,
-            decode_whole=decode_whole,
+            decode_full_image=decode_full_image,
             num_threads=config.num_threads,
             **size,
             **layers,

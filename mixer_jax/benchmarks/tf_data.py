@@ -25,7 +25,7 @@ def train_batches(
     batch_size: int,
     image_size: int,
     min_area: float,
-    decode_whole: bool,
+    decode_full_image: bool,
     randaugment_layers: int,
     randaugment_magnitude: float,
     num_threads: int,
@@ -38,7 +38,7 @@ def train_batches(
         batch_size: Images per batch.
         image_size: Side of the square images, in pixels.
         min_area: Smallest area of the Inception crop, as a fraction of the image.
-        decode_whole: Whether to decode the whole image before cropping it, or only the crop.
+        decode_full_image: Whether to decode the whole image before cropping it, or only the crop.
         randaugment_layers: RandAugment operations per image; 0 turns it off.
         randaugment_magnitude: Magnitude on the scale 0-10.
         num_threads: Threads that prepare images.
@@ -46,7 +46,7 @@ def train_batches(
 
     def prepare(file: tf.Tensor) -> tf.Tensor:
         shape = tf.io.extract_jpeg_shape(file)
-        image = resize(crop(file, _random_box(shape, min_area), decode_whole), image_size)
+        image = resize(crop(file, _random_box(shape, min_area), decode_full_image), image_size)
         image = tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
         return rand_augment(image, randaugment_layers, randaugment_magnitude)
 
@@ -105,9 +105,9 @@ def _random_box(shape: tf.Tensor, min_area: float) -> tf.Tensor:
     return tf.concat([begin[:2], size[:2]], axis=0)
 
 
-def crop(file: tf.Tensor, box: tf.Tensor, decode_whole: bool) -> tf.Tensor:
+def crop(file: tf.Tensor, box: tf.Tensor, decode_full_image: bool) -> tf.Tensor:
     """Decodes a box (top, left, height, width) of a JPEG file, uint8."""
-    if not decode_whole:
+    if not decode_full_image:
         return tf.io.decode_and_crop_jpeg(file, box, channels=3, dct_method=_DCT)
     top, left, height, width = tf.unstack(box)
     image = tf.io.decode_jpeg(file, channels=3, dct_method=_DCT)

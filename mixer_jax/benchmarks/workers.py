@@ -1,7 +1,7 @@
 """Worker processes, one per framework, in which all programs are built and timed.
 
-A process of its own keeps frameworks from disturbing each other and its crashes from ending the
-run. Does not import JAX or PyTorch in the process of the caller.
+Separate processes keep frameworks from disturbing each other, and crashes from ending the run. The
+caller's process imports neither JAX nor PyTorch.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ class WorkerError(RuntimeError):
     Attributes:
         reason: Message of the original error.
         out_of_memory: Whether memory ran out.
-        trace: Traceback, or the end of what a process wrote that is lost.
+        trace: Traceback, or the last output of a process that was lost.
     """
 
     def __init__(self, reason: str, out_of_memory: bool, trace: str):
@@ -77,7 +77,7 @@ class Worker:
         return self._process and self._process.pid
 
     def call(self, method: str, **kwargs: Any) -> Any:
-        """Calls a method of the runner and returns its result.
+        """Calls a method of the `FrameworkRunner` and returns its result.
 
         Raises:
             WorkerError: The method failed, or the process was lost.

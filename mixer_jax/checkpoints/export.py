@@ -1,5 +1,6 @@
-"""Weights into files of other formats, each read back and compared before it gets its name."""
+"""Exports weights to other formats; each file is read back and compared before it gets its name."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,163 +11,186 @@ from typing import NamedTuple
 import numpy as np
 
 from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.base import TensorFile, check_target
+from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile, write_npz
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile, write_safetensors
-from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, WeightLayout, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.registry import get_family
+from mixer_jax.models.weight_layout import WeightLayout
 
-# Formats, and how the names of their files end; a run is a folder.
+# Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
-# Of a format's file, how another beside it ends: what says of weights what they are, or the weights
-# that a program takes.
+# Suffix that is added to a file's name for a second file: of metadata, or of a program's weights.
 SIDECAR_SUFFIXES = {"google": METADATA_SUFFIX, "stablehlo": ".safetensors"}
 _STEP = 0
 
 
-class _File(NamedTuple):
-    layout: WeightLayout
+class _FileFormat(NamedTuple):
+    layout: str
     write: Callable[..., None]
     open: Callable[[str], TensorFile]
 
 
-_FILES = {
-    "google": _File(GOOGLE, write_npz, NpzFile),
-    "timm": _File(TIMM, write_safetensors, SafetensorsFile),
+_FILE_FORMATS = {
+    "google": _FileFormat("Google", write_npz, NpzFile),
+    "timm": _FileFormat("timm", write_safetensors, SafetensorsFile),
 }
 
 
-def choose_format(to: str, target: str) -> str:
-    """Returns the format of a target.
+def choose_format(format: str, target: str) -> str:
+    """Chooses the format of a target.
 
     Args:
-        to: a name of `SUFFIXES`; empty: as the target's ending tells.
-        target: path of a file or folder.
+        format: A key of `SUFFIXES`; empty infers it from the target's suffix.
+        target: Path of a file or folder.
 
     Raises:
-        UserError: the ending tells no format, or another one.
+        UserError: The suffix belongs to no format, or to another one.
     """
     if "://" in target:
-        raise UserError(f"{target!r} is a URL; name a local file or folder, and copy it there")
+        raise UserError(f"target must be a local path, got {target!r}. Copy the result afterwards.")
     if Path(target).name in SUFFIXES.values():
-        raise UserError(f"{target!r} is an ending without a name; put a name before it")
-    ending = Path(target).suffix
-    told = {end: name for name, end in SUFFIXES.items()}.get(ending)
-    known = ", ".join(f"{end} for {name}" for name, end in SUFFIXES.items() if end)
-    if not to and told is None:
+        raise UserError(f"target must have a name before its suffix, got {target!r}.")
+    suffix = Path(target).suffix
+    inferred = {end: name for name, end in SUFFIXES.items()}.get(suffix)
+    if not format and inferred is None:
+        suffixes = ", ".join(f"{end} ({name})" for name, end in SUFFIXES.items() if end)
         raise UserError(
-            f"{target!r} ends in {ending}, which tells no format; endings are {known}, and none "
-            "for orbax: or pass --to=orbax"
+            f"target must end in one of {suffixes} or have no suffix (orbax), got {target!r}. Pass "
+            "--to=orbax for a folder with a dot in its name."
         )
-    # A folder may have a dot in its name.
-    if to and told != to and not (to == "orbax" and told is None):
-        wanted = f"a name ending in {SUFFIXES[to]}" if SUFFIXES[to] else "a folder's name"
-        raise UserError(f"--to={to} contradicts the name {target!r}; give it {wanted}")
-    return to or str(told)
+    # The name of a folder can contain a dot.
+    if format and inferred != format and not (format == "orbax" and inferred is None):
+        rule = f"end in {SUFFIXES[format]}" if SUFFIXES[format] else "be a folder"
+        raise UserError(f"target must {rule} for --to={format}, got {target!r}.")
+    return format or str(inferred)
 
 
-def check_target_available(to: str, target: str, force: bool) -> None:
-    """Raises UserError if something is in the way of a target, or it cannot be written.
+def check_target_available(format: str, target: str, force: bool) -> None:
+    """Raises UserError if a target exists or cannot be written.
 
     Args:
-        to: its format.
-        target: path of a file or folder.
-        force: whether a file may be replaced; a folder never is.
+        format: Format of the target.
+        target: Path of a file or folder.
+        force: Whether a file can be replaced; a folder never is.
     """
-    if to != "orbax":
-        check_target(target, force)
-        if to in SIDECAR_SUFFIXES:
-            check_target(target + SIDECAR_SUFFIXES[to], force)
+    if format != "orbax":
+        for suffix in ("", SIDECAR_SUFFIXES.get(format, "")):
+            _check_file_available(target + suffix, force)
         return
     folder = Path(target).absolute()
     if folder.name == CHECKPOINT_DIR:
-        raise UserError(
-            f"{target!r}: a run holds a folder {CHECKPOINT_DIR!r} and cannot be called so"
-        )
+        raise UserError(f"target must not be named {CHECKPOINT_DIR!r}, got {target!r}.")
     if folder.is_dir() and not any(folder.iterdir()):
-        # It is moved into place, as a file is: of it, too, the folder above must be writable.
-        folder = folder / folder.name
+        # An empty folder is replaced.
+        _check_folder_writable(folder.parent)
+        return
     if folder.exists():
-        replaced = ", which --force does not replace" if force else ""
-        raise UserError(f"{target!r} exists{replaced}; name a new folder, or remove this one")
-    check_target(str(folder), force=False)
+        note = " --force does not replace folders." if force else ""
+        raise UserError(f"target {target!r} exists.{note} Name a new folder, or delete this one.")
+    _check_folder_writable(folder.parent)
 
 
-def export_weights(weights: PretrainedWeights, to: str, target: str) -> str:
+def _check_file_available(path: str, force: bool) -> None:
+    _check_folder_writable(Path(path).parent)
+    if Path(path).is_dir():
+        raise UserError(f"target must be a file, got the folder {path!r}.")
+    if Path(path).exists() and not force:
+        raise UserError(f"target {path!r} exists. Name another file, or pass --force.")
+
+
+def _check_folder_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"target must be in an existing folder, got {str(folder)!r}.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"target must be in a writable folder, got {str(folder)!r}.")
+
+
+def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
     """Writes weights in another format.
 
-    The target is there only if all is well, and whole: it is written in a folder beside it, read
+    The target appears complete or not at all: it is written to a temporary folder next to it, read
     back, compared, and moved.
 
     Args:
-        weights: to write.
-        to: a name of `SUFFIXES`.
-        target: path of a file or folder that `check_target_available` accepted.
+        weights: Weights to write.
+        format: A key of `SUFFIXES`.
+        target: Path of a file or folder that `check_target_available` accepted.
 
     Returns:
-        What was compared, for people.
+        Description of the checks that passed.
 
     Raises:
-        UserError: it cannot be written, or the weights are damaged.
-        RunFailedError: what was written is not what is read back.
+        UserError: The target cannot be written, or the weights are not finite.
+        RunError: The target differs from the weights when it is read back.
     """
     for path, array in tree.flatten(weights.params):
         with np.errstate(invalid="ignore"):
-            finite = np.isfinite(array.sum(dtype=np.float64))
-        if not finite:
-            raise UserError(f"{path} has numbers that are not finite; the run went wrong")
-    with _staged(target) as draft:
-        if to == "stablehlo":
+            is_finite = np.isfinite(array.sum(dtype=np.float64))
+        if not is_finite:
+            raise UserError(f"{path} must be finite. The run that trained it has diverged.")
+    flat = dict(tree.flatten(weights.params))
+    with _staged(target) as staged:
+        if format == "stablehlo":
             # Imported here: files of tensors need neither JAX nor Flax.
             from mixer_jax.checkpoints.stablehlo import check_stablehlo, write_stablehlo
 
-            beside = Path(f"{draft}{SIDECAR_SUFFIXES[to]}")
-            write_stablehlo(str(draft), str(beside), weights)
-            _compare_file(beside, SafetensorsFile, dict(tree.flatten(weights.params)), weights)
-            check_stablehlo(str(draft), weights)
+            sidecar = Path(f"{staged}{SIDECAR_SUFFIXES[format]}")
+            write_stablehlo(str(staged), str(sidecar), weights)
+            _compare_file(sidecar, SafetensorsFile, flat, weights.model_info)
+            check_stablehlo(str(staged), weights)
             return (
-                "weights read back, the same bit for bit; program run beside the model on 1 and on "
-                "3 random images, the same to 1e-4 of the spread"
+                "read the weights back, bit-identical; ran the program on batches of 1 and 3 "
+                "random images, equal to the model within 1e-4 of the spread of the logits"
             )
-        if to == "orbax":
-            _write_run(draft, weights)
-            _compare_run(draft, weights)
+        if format == "orbax":
+            _write_run(staged, weights)
+            _compare_run(staged, weights)
         else:
-            layout, write, open_file = _FILES[to]
-            flat = dict(tree.flatten(weights.params))
-            views = dict(layout_views(flat, layout))
-            write(str(draft), views.items(), weights.model_info.to_dict())
-            _compare_file(draft, open_file, views, weights)
-        return "read back, the same bit for bit"
+            layout, write, open_file = _FILE_FORMATS[format]
+            views = dict(layout_views(flat, _find_layout(weights.model_info.family, layout)))
+            write(str(staged), views.items(), weights.model_info.to_dict())
+            _compare_file(staged, open_file, views, weights.model_info)
+        return "read back, bit-identical"
 
 
-def written_size(to: str, target: str) -> int:
-    """Returns the bytes of a written target."""
-    if to != "orbax":
-        beside = Path(target + SIDECAR_SUFFIXES.get(to, ""))
-        return sum(path.stat().st_size for path in {Path(target), beside})
-    return sum(path.stat().st_size for path in Path(target).rglob("*") if path.is_file())
+def _find_layout(family: str, name: str) -> WeightLayout:
+    layouts = {layout.name: layout for layout in get_family(family).weight_layouts()}
+    if name not in layouts:
+        raise UserError(f"weights of family {family!r} have no {name} layout.")
+    return layouts[name]
+
+
+def written_size(format: str, target: str) -> int:
+    """Returns the size of a written target, in bytes."""
+    if format == "orbax":
+        return sum(path.stat().st_size for path in Path(target).rglob("*") if path.is_file())
+    paths = {Path(target), Path(target + SIDECAR_SUFFIXES.get(format, ""))}
+    return sum(path.stat().st_size for path in paths)
 
 
 @contextmanager
 def _staged(target: str) -> Iterator[Path]:
-    """Gives a path in a new folder; what is there in the end is moved beside `target` and to it."""
+    """Yields a path in a temporary folder, whose files are then moved next to `target`."""
     final = Path(target).absolute()
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.draft-", dir=final.parent))
         yield folder / final.name
-        # What tells of a file, of a longer name, comes before it.
+        # Sidecars, whose names are longer, come before the file itself.
         for path in sorted(folder.iterdir(), reverse=True):
             path.replace(final.with_name(path.name))
     except (UserError, RunError) as error:
-        # People know the target, and not the folder that is about to be gone.
+        # Users know the target, not the temporary folder.
         raise type(error)(str(error).replace(str(folder), str(final.parent))) from error
     except OSError as error:
-        raise UserError(f"{target!r} cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"target {target!r} cannot be written: {error.strerror or error}"
+        ) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -182,65 +206,62 @@ def _write_run(path: Path, weights: PretrainedWeights) -> None:
 
 
 def _compare_run(path: Path, weights: PretrainedWeights) -> None:
-    """Compares a run with weights, array by array, for both need not be in memory whole."""
+    """Compares a written run with weights, array by array to save memory."""
     from mixer_jax.checkpoints.manager import CheckpointManager
 
-    wanted = dict(tree.flatten(weights.params))
+    expected = dict(tree.flatten(weights.params))
     checkpoints = CheckpointManager(str(path))
     try:
         metadata = checkpoints.metadata(_STEP)
-        _compare_about(path.name, ModelInfo.from_metadata(metadata, str(path)), weights.model_info)
-        if metadata.get("config") != weights.train_config:
-            raise _differ(path.name, "it says that another run trained its weights")
+        model_info = ModelInfo.from_metadata(metadata, str(path))
+        if model_info != weights.model_info or metadata.get("config") != weights.train_config:
+            raise _mismatch(path, "it has other metadata")
         for name, array in checkpoints.iter_restore(_STEP, "params"):
-            if name not in wanted:
-                raise _differ(path.name, "it has other parameters")
-            _compare_bits(path.name, name, array, wanted.pop(name))
+            if name not in expected:
+                raise _mismatch(path, f"{name!r} is unexpected")
+            _compare_bits(path, name, array, expected.pop(name))
     except UserError as error:
-        raise _differ(path.name, str(error)) from error
+        raise _mismatch(path, str(error)) from error
     finally:
         checkpoints.close()
-    if wanted:
-        raise _differ(path.name, "it lacks parameters")
+    if expected:
+        raise _mismatch(path, f"{next(iter(expected))!r} is missing")
 
 
 def _compare_file(
     path: Path,
     open_file: Callable[[str], TensorFile],
     views: dict[str, np.ndarray],
-    weights: PretrainedWeights,
+    model_info: ModelInfo,
 ) -> None:
-    """Compares a file with weights, tensor by tensor, for both need not be in memory whole."""
+    """Compares a written file with weights, tensor by tensor to save memory."""
     try:
         with open_file(str(path)) as file:
-            _compare_about(path.name, ModelInfo.from_dict(file.said, str(path)), weights.model_info)
-            if file.shapes != {tensor: view.shape for tensor, view in views.items()}:
-                raise _differ(path.name, "it has other tensors, or tensors of other shapes")
-            for tensor, view in views.items():
-                # Of the same order in memory as the view.
+            if ModelInfo.from_dict(file.metadata, str(path)) != model_info:
+                raise _mismatch(path, "it has other metadata")
+            if file.shapes != {name: view.shape for name, view in views.items()}:
+                raise _mismatch(path, "it has other tensors or shapes")
+            for name, view in views.items():
+                # Like the view, in the same order in memory.
                 found = np.empty_like(view)
-                file.read(tensor, found)
-                _compare_bits(path.name, tensor, found, view)
+                file.read(name, found)
+                _compare_bits(path, name, found, view)
     except UserError as error:
-        raise _differ(path.name, str(error)) from error
+        raise _mismatch(path, str(error)) from error
 
 
-def _compare_about(where: str, found: ModelInfo, wanted: ModelInfo) -> None:
-    if found != wanted:
-        raise _differ(where, "it says other things of its weights")
-
-
-def _compare_bits(where: str, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
-    # As whole numbers: −0 is not 0 here.
+def _compare_bits(path: Path, name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    # As integers, so that −0 differs from 0.
     if (
-        found.shape != wanted.shape
-        or found.dtype != wanted.dtype
-        or not np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
+        found.shape != expected.shape
+        or found.dtype != expected.dtype
+        or not np.array_equal(found.view(np.uint32), expected.view(np.uint32))
     ):
-        raise _differ(where, f"{name!r} has other numbers")
+        raise _mismatch(path, f"{name!r} has other values")
 
 
-def _differ(where: str, what: str) -> RunError:
+def _mismatch(path: Path, difference: str) -> RunError:
     return RunError(
-        f"{where} is not what was written: {what}; it is removed, and the disk may be failing"
+        f"{path.name} differs from the weights when read back: {difference}. It was deleted; the "
+        "disk may be failing."
     )

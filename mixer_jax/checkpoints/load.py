@@ -1,4 +1,4 @@
-"""From the name of a checkpoint, whoever made it, to its weights on the host."""
+"""Loads weights of any format into memory of the host, at any image size."""
 
 import dataclasses
 import math
@@ -10,53 +10,50 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from mixer_jax.checkpoints import hub, timm_config, tree
+from mixer_jax.checkpoints import hub, tree
 from mixer_jax.checkpoints.formats.base import TensorFile
 from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile
 from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
 from mixer_jax.checkpoints.formats.torch import TorchFile
-from mixer_jax.checkpoints.layouts import TIMM, LoadedWeights, read_pretrained
+from mixer_jax.checkpoints.layouts import LoadedWeights, read_pretrained
 from mixer_jax.checkpoints.model_info import (
     METADATA_FIELDS,
     ModelInfo,
     format_image_size,
     get_metadata,
-    infer_variant,
     upgrade_metadata,
     validate_metadata,
 )
-from mixer_jax.checkpoints.resolve import HUB, CheckpointRef, local_copy, resolve_checkpoint
+from mixer_jax.checkpoints.resolve import HUB, RUN, CheckpointRef, local_copy, resolve_checkpoint
 from mixer_jax.config.config import fill_defaults
 from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM
-from mixer_jax.models.mixer_config import param_shapes
 from mixer_jax.models.registry import get_family
+
+ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 _OPEN: dict[str, Callable[[str], TensorFile]] = {
     "npz": NpzFile,
     "safetensors": SafetensorsFile,
     "torch": TorchFile,
 }
-# A head trained by softmax keeps the mean of its bias, for that loss's gradients sum to zero over
-# the classes. One trained by sigmoid starts at or drifts to a rare class's log-odds.
-_SIGMOID_BELOW = -2.0
-
-
-ImageSize = SupportsIndex | Sequence[SupportsIndex]
-# Weights may be resized to at most so many bytes, where the machine's memory is not known.
-_MOST_BYTES = 64 * 2**30
+# Mean bias of a head below which it was trained with the sigmoid loss. Softmax keeps the mean, as
+# its gradients sum to zero over classes. Sigmoid starts at, or drifts to, the log-odds of a rare
+# class.
+_SIGMOID_MEAN_BIAS = -2.0
+# Largest weights, in bytes, on a machine that does not report its memory.
+_DEFAULT_MEMORY = 64 * 2**30
 
 
 class PretrainedWeights(NamedTuple):
     """Weights on the host.
 
     Attributes:
-        params: nested dictionaries of float32 NumPy arrays, as our model has them.
-        model_info: what they say of themselves.
-        train_config: of the run that trained them, keys that it lacks at their defaults; None:
-            unknown.
-        step: they were saved at; None: unknown.
+        params: Nested dictionaries of float32 NumPy arrays.
+        model_info: Description of the model.
+        train_config: Config of the run that trained them, with defaults filled in; None if unknown.
+        step: Step at which they were saved; None if unknown.
     """
 
     params: tree.Tree
@@ -75,95 +72,68 @@ def load_checkpoint(
     gelu: str = "",
     eval_crop: str = "",
 ) -> PretrainedWeights:
-    """Loads weights of any kind, at any image size.
+    """Loads weights of any format, at any image size.
 
     Args:
-        source: as `resolve_checkpoint` takes it.
-        step: which checkpoint of a run; None: the newest.
-        image_size: side, or height and width, that they are wanted for, pixels; None: their own.
-            Whole multiples are grown as in Appendix C, others interpolated.
-        pretrain_image_size: overrides the size that they were trained at; None: as stored, or
-            inferred from the number of tokens.
-        class_names: in place of what they say; empty: that.
-        gelu: in place of what they say or their layout tells; empty: that.
-        eval_crop: likewise.
+        source: Name of the checkpoint; see `resolve_checkpoint`.
+        step: Step of a run's checkpoint; None: the newest.
+        image_size: Image size to resize the weights to, in pixels: a side, or height and width.
+            Weights are tiled for integer multiples (Appendix C) and interpolated for others. None:
+            no resizing.
+        pretrain_image_size: Overrides the image size that the weights were trained at. None: as
+            stored, or inferred from the number of tokens.
+        class_names: Overrides the checkpoint's names; empty keeps them.
+        gelu: Overrides the checkpoint's GELU; empty keeps it.
+        eval_crop: Overrides the checkpoint's crop; empty keeps it.
 
     Raises:
-        UserError: an argument is wrong; there are no weights, they are damaged, or they do not tell
-            all that is needed.
+        UserError: An argument is invalid, or the weights do not exist, are damaged, or lack
+            something needed to use them.
     """
     if not isinstance(source, str | os.PathLike):
-        raise UserError(f"source={source!r} names no weights; pass a path, a URL or hf:OWNER/NAME")
+        raise UserError(f"source must be a path, a URL or hf:OWNER/NAME, got {source!r}.")
     source = os.fspath(source)
-    wanted, trained = (
-        parse_image_size("image_size", image_size),
-        parse_image_size("pretrain_image_size", pretrain_image_size),
-    )
-    said = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
-    if trained is not None:
-        said["image_size"] = trained
-    place = resolve_checkpoint(source, step)
-    if place.format == "run":
-        weights = _load_run(place)
-        if trained not in (None, weights.model_info.image_size):
-            size = format_image_size(weights.model_info.image_size)
-            raise UserError(
-                f"{source} was trained at {size}; leave out pretrain_image_size={trained}"
-            )
-        weights = weights._replace(model_info=dataclasses.replace(weights.model_info, **said))
-        check_class_names(weights.model_info, source)
-    elif place.format == "hub":
-        weights = _load_file(
-            hub.download(place.path), "safetensors", HUB + place.path, said, wanted
-        )
+    requested_size = parse_image_size("image_size", image_size)
+    pretrain_size = parse_image_size("pretrain_image_size", pretrain_image_size)
+    overrides = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
+    if pretrain_size is not None:
+        overrides["image_size"] = pretrain_size
+    ref = resolve_checkpoint(source, step)
+    if ref.format == RUN:
+        weights = _load_run(ref, overrides)
+    elif ref.format == "hub":
+        path = hub.download(ref.path)
+        weights = _load_file(path, "safetensors", HUB + ref.path, overrides, requested_size)
     else:
-        companions = (hub.CONFIG_FILE, Path(place.path).name + METADATA_SUFFIX)
-        with local_copy(place.path, companions) as path:
-            weights = _load_file(path, place.format, place.path, said, wanted)
-    return weights if wanted is None else resize(weights, wanted)
+        sidecars = (hub.CONFIG_FILE, Path(ref.path).name + METADATA_SUFFIX)
+        with local_copy(ref.path, sidecars) as path:
+            weights = _load_file(path, ref.format, ref.path, overrides, requested_size)
+    return weights if requested_size is None else resize(weights, requested_size)
 
 
 def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> PretrainedWeights:
-    """Returns the same weights for images of another height and width, pixels.
+    """Adapts weights to another image size, height and width in pixels.
 
     Raises:
-        UserError: a side is no multiple of the patch size, or the weights would not fit into the
-            machine's memory; of a machine that does not tell, 64 GiB.
+        UserError: A side is not a multiple of the patch size, or the weights do not fit in the
+            machine's memory.
     """
-    about = weights.model_info
-    family = get_family(about.family)
-    family.check_image_size(about.config, *image_size)
-    config, method, note = family.resize_config(about.config, about.image_size, image_size)
+    old = weights.model_info
+    family = get_family(old.family)
+    family.check_image_size(old.config, *image_size)
+    config, method, note = family.resize_config(old.config, old.image_size, image_size)
     if method == "identity":
         return weights
-    note = note.format(format_image_size(about.image_size))
-    resized = dataclasses.replace(
-        about,
-        image_size=image_size,
+    note = note.format(format_image_size(old.image_size))
+    new = dataclasses.replace(
+        old,
         config=config,
-        resize_note="; ".join(filter(None, [about.resize_note, note])),
+        image_size=image_size,
+        resize_note="; ".join(filter(None, [old.resize_note, note])),
     )
-    check_fits_in_ram(resized)
-    params = family.resize_params(weights.params, about.config, about.image_size, image_size)
-    return weights._replace(params=params, model_info=resized)
-
-
-def collect_overrides(**given: Any) -> dict[str, Any]:
-    """Returns arguments as fields of `ModelInfo`, without empty ones.
-
-    Args:
-        given: fields of `METADATA_FIELDS`; names of classes may be any sequence but one text.
-
-    Raises:
-        UserError: a field has a value that it cannot have.
-    """
-    names = given.get("class_names")
-    if isinstance(names, Iterable) and not isinstance(names, str | bytes):
-        given["class_names"] = list(names)
-    said = {
-        name: value for name, value in given.items() if value is not None and value not in ("", [])
-    }
-    return validate_metadata(said, "the caller")
+    check_fits_in_ram(new)
+    params = family.resize_params(weights.params, old.config, old.image_size, image_size)
+    return weights._replace(params=params, model_info=new)
 
 
 def replace_head(
@@ -172,232 +142,303 @@ def replace_head(
     bias: float = 0.0,
     loss: str = "softmax",
 ) -> PretrainedWeights:
-    """Returns weights with a head of zeros, as fine-tuning begins (Section 3).
+    """Replaces the head by a zero-initialized one, as for fine-tuning (Section 3).
 
     Args:
-        weights: whose head, if they have one, is dropped.
-        class_names: of the new head, or their number; 0: no head.
-        bias: of every class.
-        loss: it will be trained by.
+        weights: Weights with or without a head.
+        class_names: Names of the new head's classes, or their number; 0 means no head.
+        bias: Bias of all classes.
+        loss: Loss that the head will be trained with.
     """
     names = () if isinstance(class_names, int) else tuple(class_names)
-    count = class_names if isinstance(class_names, int) else len(names)
+    num_classes = class_names if isinstance(class_names, int) else len(names)
+    model_info = dataclasses.replace(
+        weights.model_info, num_classes=num_classes, class_names=names, loss=loss
+    )
     params = {name: value for name, value in weights.params.items() if name != "head"}
-    if count:
-        kernel = np.zeros((weights.model_info.config.hidden_dim, count), np.float32)
-        params["head"] = {"kernel": kernel, "bias": np.full(count, bias, np.float32)}
-    about = dataclasses.replace(weights.model_info, num_classes=count, class_names=names, loss=loss)
-    return weights._replace(params=params, model_info=about)
+    if num_classes:
+        shape = _param_shapes(model_info)["head/kernel"]
+        params["head"] = {
+            "kernel": np.zeros(shape, np.float32),
+            "bias": np.full(num_classes, bias, np.float32),
+        }
+    return weights._replace(params=params, model_info=model_info)
 
 
 def set_class_names(
     weights: PretrainedWeights, class_names: Sequence[str], source: str
 ) -> PretrainedWeights:
-    """Returns weights with other names for their classes.
+    """Replaces the names of classes.
 
     Args:
-        weights: to name the classes of.
-        class_names: a name for each.
-        source: of the weights, for messages.
+        weights: Weights with a head.
+        class_names: One name per class.
+        source: Name of the checkpoint for messages.
 
     Raises:
-        UserError: there are more or fewer names than classes.
+        UserError: The number of names is not the number of classes.
     """
-    about = dataclasses.replace(weights.model_info, class_names=tuple(class_names))
-    check_class_names(about, source)
-    return weights._replace(model_info=about)
+    model_info = dataclasses.replace(weights.model_info, class_names=tuple(class_names))
+    check_class_names(model_info, source)
+    return weights._replace(model_info=model_info)
 
 
-def check_class_names(about: ModelInfo, source: str) -> None:
-    """Raises UserError unless every class of weights has a name, or none has."""
-    if about.class_names and len(about.class_names) != about.num_classes:
+def check_class_names(model_info: ModelInfo, source: str) -> None:
+    """Raises UserError unless there is one name per class, or none."""
+    num_names = len(model_info.class_names)
+    if num_names not in (0, model_info.num_classes):
         raise UserError(
-            f"{source} has {about.num_classes:,} classes, and {len(about.class_names):,} names are "
-            "given for them; give one name for every class"
+            f"class_names of {source} must have one name for each of its "
+            f"{model_info.num_classes:,} classes, got {num_names:,} names."
         )
 
 
-def _load_run(place: CheckpointRef) -> PretrainedWeights:
-    # Imported here: orbax takes a second, which files of published weights need not pay.
+def collect_overrides(**arguments: Any) -> dict[str, Any]:
+    """Collects arguments of a function that override fields of `ModelInfo`.
+
+    Args:
+        **arguments: Fields of `METADATA_FIELDS`; None, "" and empty sequences are dropped. Class
+            names can be in any iterable.
+
+    Raises:
+        UserError: A field has an invalid value.
+    """
+    names = arguments.get("class_names")
+    if isinstance(names, Iterable) and not isinstance(names, str | bytes):
+        arguments["class_names"] = list(names)
+    fields = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and value not in ("", [])
+    }
+    return validate_metadata(fields)
+
+
+def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
+    """Parses an image size given as one side or as height and width; None stays None.
+
+    Args:
+        name: Name of the argument for messages.
+        size: Value of the argument.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if size is None:
+        return None
+    try:
+        pair = size if isinstance(size, list | tuple) else (size, size)
+        lengths = [operator.index(length) for length in pair]
+    except TypeError:
+        lengths = []
+    if len(lengths) != 2 or min(lengths) < 1:
+        raise UserError(f"{name} must be a side or (height, width) in pixels, got {size!r}.")
+    return lengths[0], lengths[1]
+
+
+def check_fits_in_ram(model_info: ModelInfo) -> None:
+    """Raises UserError if the weights are larger than the machine's memory."""
+    family = get_family(model_info.family)
+    num_params = family.num_params(model_info.config, model_info.image_size, model_info.num_classes)
+    needed = num_params * np.dtype(np.float32).itemsize
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        memory = _DEFAULT_MEMORY
+    if needed > memory:
+        raise UserError(
+            f"image_size is too large: the weights of {model_info.name} take "
+            f"{needed // 10**9:,} GB, and this machine has {memory // 10**9:,} GB of memory."
+        )
+
+
+def _param_shapes(model_info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    family = get_family(model_info.family)
+    return family.param_shapes(model_info.config, model_info.image_size, model_info.num_classes)
+
+
+def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeights:
+    # Imported here: the import of orbax takes a second that files of weights need not.
     from mixer_jax.checkpoints.manager import CheckpointManager
 
-    assert place.step is not None
-    where = f"checkpoint {place.path}/checkpoints/{place.step}"
-    checkpoints = CheckpointManager(place.path)
+    assert ref.step is not None
+    source = f"checkpoint {ref.path}/checkpoints/{ref.step}"
+    checkpoints = CheckpointManager(ref.path)
     try:
-        metadata = checkpoints.metadata(place.step)
-        about = ModelInfo.from_metadata(metadata, where)
-        item = "ema_params" if get_metadata(metadata, "ema", where) else "params"
-        rows, columns = about.grid
-        shapes = param_shapes(about.config, rows * columns, about.num_classes)
+        metadata = checkpoints.metadata(ref.step)
+        model_info = ModelInfo.from_metadata(metadata, source)
+        item = "ema_params" if get_metadata(metadata, "ema", source) else "params"
+        shapes = _param_shapes(model_info)
         target = tree.unflatten(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
-        params = checkpoints.restore(place.step, {item: target})[item]
+        params = checkpoints.restore(ref.step, {item: target})[item]
     finally:
         checkpoints.close()
+    if overrides.get("image_size", model_info.image_size) != model_info.image_size:
+        raise UserError(
+            f"pretrain_image_size of {source} must be omitted or "
+            f"{format_image_size(model_info.image_size)}, got {overrides['image_size']}."
+        )
+    model_info = dataclasses.replace(model_info, **overrides)
+    check_class_names(model_info, source)
     config = metadata.get("config")
-    return PretrainedWeights(params, about, config and fill_defaults(config), place.step)
+    return PretrainedWeights(params, model_info, config and fill_defaults(config), ref.step)
 
 
 def _load_file(
-    path: str, kind: str, source: str, given: dict[str, Any], wanted: tuple[int, int] | None
+    path: str,
+    format: str,
+    source: str,
+    overrides: dict[str, Any],
+    requested_size: tuple[int, int] | None,
 ) -> PretrainedWeights:
-    """Loads published weights.
+    """Loads a file of weights.
 
     Args:
-        path: of a file on this machine.
-        kind: of it.
-        source: what a person knows it by.
-        given: fields of `ModelInfo` that the caller says.
-        wanted: height and width.
+        path: Local path.
+        format: Format of the file.
+        source: Name of the checkpoint for messages.
+        overrides: Fields of `ModelInfo` set by the caller.
+        requested_size: Image size that the weights will be resized to.
     """
-    with _OPEN[kind](path) as file:
-        read = read_pretrained(file)
-        metadata = upgrade_metadata(file.said)
-        _check_seen(metadata, read, source)
-        said = {name: metadata[name] for name in METADATA_FIELDS if name in metadata}
-        says_nothing = not said
-        said = validate_metadata({name: said[name] for name in said.keys() - given.keys()}, source)
-    if "image_size" in given and not matches_num_tokens(given["image_size"], read):
+    with _OPEN[format](path) as file:
+        loaded = read_pretrained(file)
+        metadata = upgrade_metadata(file.metadata)
+    _check_metadata(metadata, loaded, source)
+    fields = {name: metadata[name] for name in METADATA_FIELDS if name in metadata}
+    has_metadata = bool(fields)
+    fields = validate_metadata(
+        {name: value for name, value in fields.items() if name not in overrides}, source
+    )
+    if "image_size" in overrides and not _matches_num_tokens(overrides["image_size"], loaded):
         raise UserError(
-            f"pretrain_image_size={given['image_size']} does not fit {source}, which has "
-            f"{read.num_tokens} tokens of {read.config.patch_size} px"
+            f"pretrain_image_size must match {_describe_tokens(source, loaded)}, got "
+            f"{overrides['image_size']}."
         )
-    if read.layout is TIMM and says_nothing:
-        config = hub.read_timm_config(path) or timm_config.guess_timm_config(*_names(source))
-        where = f"{hub.CONFIG_FILE} of {source}"
-        said = validate_metadata(timm_config.parse_timm_metadata(config, where, given), where)
-        fitting = [
-            size
-            for size in timm_config.candidate_image_sizes(config)
-            if matches_num_tokens(size, read)
-        ]
-        said |= {"image_size": fitting[0]} if fitting else {}
-        timm_config.fold_normalization(read.params, config, where)
-    said |= given
-    if "class_names" not in said and read.num_classes == len(imagenet1k_wnids()):
-        said["class_names"] = imagenet1k_wnids()
+    if loaded.layout.name == "timm" and not has_metadata:
+        fields = _read_timm_fields(path, source, loaded, overrides)
+    fields |= overrides
+    if "class_names" not in fields and loaded.num_classes == len(imagenet1k_wnids()):
+        fields["class_names"] = imagenet1k_wnids()
     defaults: dict[str, Any] = {
         "class_names": (),
-        "gelu": read.layout.gelu,
-        "eval_crop": read.layout.eval_crop,
+        "gelu": loaded.layout.gelu,
+        "eval_crop": loaded.layout.eval_crop,
         "exif_orientation": False,
-        "loss": _tell_loss(read),
-        "image_size": infer_image_size(read, said.get("image_size"), wanted, source),
+        "loss": _infer_loss(loaded),
+        "image_size": _infer_image_size(loaded, fields.get("image_size"), requested_size, source),
     }
-    about = ModelInfo(
-        "mixer",
-        infer_variant(read.config),
-        read.config,
-        num_classes=read.num_classes,
-        **(defaults | said),
+    model_info = ModelInfo(
+        loaded.family,
+        get_family(loaded.family).infer_variant(loaded.config),
+        loaded.config,
+        num_classes=loaded.num_classes,
+        **(defaults | fields),
     )
-    check_class_names(about, source)
-    return PretrainedWeights(read.params, about)
+    check_class_names(model_info, source)
+    return PretrainedWeights(loaded.params, model_info)
 
 
-def _names(source: str) -> tuple[str, str]:
-    """Returns the names of a file and of its folder, as a person named it."""
-    # Not resolved: a link may be named after the weights, and what it leads to need not be.
+def _read_timm_fields(
+    path: str, source: str, loaded: LoadedWeights, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Reads fields of `ModelInfo` from timm's config, and folds its normalization into the stem."""
+    config = hub.read_timm_config(path) or hub.guess_timm_config(*_file_and_folder(source))
+    config_source = f"{hub.CONFIG_FILE} of {source}"
+    fields = validate_metadata(
+        hub.parse_timm_metadata(config, config_source, overrides), config_source
+    )
+    for size in hub.candidate_image_sizes(config):
+        if _matches_num_tokens(size, loaded):
+            fields["image_size"] = size
+            break
+    stem = loaded.params[get_family(loaded.family).stem]
+    hub.fold_normalization(stem, config, config_source)
+    return fields
+
+
+def _file_and_folder(source: str) -> tuple[str, str]:
+    """Returns the names of a file and of its folder, as the user wrote them."""
+    # Links are not resolved: their names can be more telling than those of their targets.
     path = source if "://" in source or source.startswith(HUB) else os.path.abspath(source)
     return Path(path).name, Path(path).parent.name
 
 
-def _check_seen(said: dict[str, Any], read: LoadedWeights, source: str) -> None:
-    """Raises UserError if what a file says of its tensors is not what they are."""
-    config = dataclasses.asdict(read.config)
-    seen = {"num_classes": read.num_classes, "config": config}
-    # A run may have a variant's name with other widths; it says these too.
-    if "config" not in said and said.get("variant") != CUSTOM:
-        seen["variant"] = infer_variant(read.config)
-    for name, value in seen.items():
-        if name in said and said[name] != value:
+def _check_metadata(metadata: dict[str, Any], loaded: LoadedWeights, source: str) -> None:
+    """Raises UserError if a file's metadata contradicts its tensors."""
+    inferred = {"num_classes": loaded.num_classes, "config": dataclasses.asdict(loaded.config)}
+    # A run can have a variant's name with another config, which it then stores.
+    if "config" not in metadata and metadata.get("variant") != CUSTOM:
+        inferred["variant"] = get_family(loaded.family).infer_variant(loaded.config)
+    for name, value in inferred.items():
+        if name in metadata and metadata[name] != value:
             raise UserError(
-                f"{source} says {name}={said[name]!r}, but its tensors are of {name}={value!r}"
+                f"{source}: {name} must be {value!r}, as its tensors are, got {metadata[name]!r}."
             )
 
 
-def _tell_loss(read: LoadedWeights) -> str:
-    if not read.num_classes:
+def _infer_loss(loaded: LoadedWeights) -> str:
+    if not loaded.num_classes:
         return "softmax"
-    return "sigmoid" if read.params["head"]["bias"].mean() < _SIGMOID_BELOW else "softmax"
+    mean_bias = loaded.params["head"]["bias"].mean()
+    return "sigmoid" if mean_bias < _SIGMOID_MEAN_BIAS else "softmax"
 
 
-def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
-    """Returns an argument that is a size as height and width."""
-    if size is None:
-        return None
-    try:
-        given = size if isinstance(size, list | tuple) else (size, size)
-        sides = [operator.index(side) for side in given]
-    except TypeError:
-        sides = []
-    if len(sides) != 2 or min(sides) < 1:
-        raise UserError(f"{name}={size!r} is no size; pass a side or (height, width), whole pixels")
-    return sides[0], sides[1]
+def _matches_num_tokens(size: tuple[int, int], loaded: LoadedWeights) -> bool:
+    """Returns whether images of this size have as many tokens as the weights."""
+    patch = _patch_size(loaded)
+    num_tokens = math.prod(length // patch for length in size)
+    return not any(length % patch for length in size) and num_tokens == loaded.num_tokens
 
 
-def check_fits_in_ram(about: ModelInfo) -> None:
-    """Raises UserError if weights are larger than the machine's memory."""
-    rows, columns = about.grid
-    shapes = param_shapes(about.config, rows * columns, about.num_classes)
-    needed = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(np.float32).itemsize
-    try:
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        most = _MOST_BYTES
-    if needed > most:
-        raise UserError(
-            f"{about.name} would take {needed // 10**9:,} GB for its weights alone, and this "
-            f"machine has {most // 10**9:,} GB; pass a smaller image_size"
-        )
+def _patch_size(loaded: LoadedWeights) -> int:
+    return get_family(loaded.family).image_size_multiple(loaded.config)
 
 
-def matches_num_tokens(size: tuple[int, int], read: LoadedWeights) -> bool:
-    """Returns whether an image of this height and width has as many tokens as weights are for."""
-    patch = read.config.patch_size
-    tokens = math.prod(side // patch for side in size)
-    return not any(side % patch for side in size) and tokens == read.num_tokens
+def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
+    return f"{source}, which has {loaded.num_tokens} tokens of {_patch_size(loaded)} px"
 
 
-def infer_image_size(
-    read: LoadedWeights, said: tuple[int, int] | None, wanted: tuple[int, int] | None, source: str
+def _infer_image_size(
+    loaded: LoadedWeights,
+    stored: tuple[int, int] | None,
+    requested: tuple[int, int] | None,
+    source: str,
 ) -> tuple[int, int]:
-    """Returns the image size that published weights are for.
+    """Infers the image size that weights were trained at.
 
     Args:
-        read: the weights.
-        said: by their file or the caller.
-        wanted: by the caller.
-        source: of the weights, for messages.
+        loaded: Weights.
+        stored: Image size in the metadata or set by the caller.
+        requested: Image size that the weights will be resized to.
+        source: Name of the checkpoint for messages.
 
     Raises:
-        UserError: it cannot be told, or what is said does not fit the tokens.
+        UserError: The image size is ambiguous, or the stored one does not match the tokens.
     """
-    patch = read.config.patch_size
-    have = f"{read.num_tokens} tokens of {patch} px"
-    if said is not None:
-        if not matches_num_tokens(said, read):
-            raise UserError(f"{source} says image_size={list(said)}, but has {have}")
-        return said
-    side = math.isqrt(read.num_tokens)
-    square = (side * patch, side * patch) if side**2 == read.num_tokens else None
-    fitting = wanted if wanted is not None and matches_num_tokens(wanted, read) else None
-    if square and fitting not in (None, square):
-        beside = f"{Path(source).name}{METADATA_SUFFIX}", '{"image_size": [height, width]}'
-        if read.layout is TIMM:
-            beside = hub.CONFIG_FILE, '{"input_size": [3, height, width]}'
+    tokens = _describe_tokens(source, loaded)
+    if stored is not None:
+        if not _matches_num_tokens(stored, loaded):
+            raise UserError(f"image_size must match {tokens}, got {list(stored)}.")
+        return stored
+    patch, side = _patch_size(loaded), math.isqrt(loaded.num_tokens)
+    square = (side * patch, side * patch) if side**2 == loaded.num_tokens else None
+    if requested is not None and not _matches_num_tokens(requested, loaded):
+        requested = None
+    if square and requested not in (None, square):
+        entry, file = '"image_size": [height, width]', f"{Path(source).name}{METADATA_SUFFIX}"
+        if loaded.layout.name == "timm":
+            entry, file = '"input_size": [3, height, width]', hub.CONFIG_FILE
         raise UserError(
-            f"{source} has {have}, which may be {format_image_size(square)} or "
-            f"{format_image_size(fitting)} alike; "
-            "pass pretrain_image_size=(height, width) in Python, or write "
-            f"{beside[1]} into {beside[0]} beside it"
+            f"image size is ambiguous for {tokens}: {format_image_size(square)} or "
+            f"{format_image_size(requested)}. Set pretrain_image_size=(height, width) in Python, "
+            f"or write {{{entry}}} to {file} next to the weights."
         )
-    size = square or fitting
+    size = square or requested
     if size is None:
         raise UserError(
-            f"{source} has {have}, which make no square image; pass image_size=(height, width) or "
-            "pretrain_image_size=(height, width) that the weights were trained at"
+            f"image size is unknown for {tokens}, which is not a square. Set image_size or "
+            "pretrain_image_size to the (height, width) that the weights were trained at."
         )
     return size

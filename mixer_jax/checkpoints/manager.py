@@ -1,8 +1,9 @@
-"""Checkpoints of a run, by orbax: save, keep, restore, and what a checkpoint says of itself.
+"""Checkpoints of a run, saved and restored by orbax.
 
-A checkpoint `WORKDIR/checkpoints/STEP` holds `params`, `ema_params` (where the recipe averages),
-`optimizer`, and `metadata`: a small JSON with all that is needed to use the weights later. A step's
-folder gets its name only when it is complete, so an interrupted save is never taken for one.
+A checkpoint `WORKDIR/checkpoints/STEP` contains `params`, `ema_params` (if the recipe averages
+weights), `optimizer`, and `metadata`, a small JSON file with everything needed to use the weights.
+The folder of a step gets its name only when it is complete, so an interrupted save is never
+mistaken for a checkpoint.
 """
 
 import sys
@@ -22,64 +23,69 @@ from mixer_jax.errors import UserError, summarize_error
 
 Tree = Any
 
-# Chunk and file size of `save_params_streaming`, in bytes; each writer thread holds some chunks.
-_PIECE, _FILE = 2**22, 2**25
+# Sizes of chunks and of files of `save_params_streaming`, in bytes. Each writer thread holds a few
+# chunks in memory.
+_CHUNK_SIZE, _FILE_SIZE = 2**22, 2**25
 
 
 class CheckpointManager:
-    """The checkpoints of one run."""
+    """Checkpoints of one run."""
 
     def __init__(self, workdir: str, max_to_keep: int | None = None):
-        """Opens `workdir`/checkpoints; to write, makes it and clears unfinished saves away.
+        """Opens the checkpoints of a run.
 
         Args:
-            workdir: absolute path or URL of the run.
-            max_to_keep: number of checkpoints kept, the newest; None: only reads.
+            workdir: Absolute path or URL of the run.
+            max_to_keep: Number of checkpoints to keep, the newest. The folder is created if needed,
+                and unfinished saves are deleted. None: open for reading only.
         """
-        reading = max_to_keep is None
+        is_reader = max_to_keep is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
-            create=not reading,
-            read_only=reading,
-            cleanup_tmp_directories=not reading,
+            create=not is_reader,
+            read_only=is_reader,
+            cleanup_tmp_directories=not is_reader,
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
-        """Returns the newest complete checkpoint's step, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, items: dict[str, Tree], metadata: dict[str, Any]) -> None:
-        """Begins to save; returns when the arrays are copied, and writes in the background.
+        """Starts a save; returns once the arrays are copied, and writes them in the background.
 
         Args:
-            step: name of the checkpoint.
-            items: trees of arrays by name.
-            metadata: plain data, saved beside them as JSON.
+            step: Step of the checkpoint.
+            items: Trees of arrays by name.
+            metadata: JSON-serializable metadata.
         """
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **trees)
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
         self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, targets: dict[str, Tree]) -> dict[str, Tree]:
-        """Returns the items that `targets` names, with its shapes, types and shardings.
+        """Restores items with the shapes, dtypes and shardings of `targets`.
 
         Raises:
-            UserError: the checkpoint is incomplete or damaged.
+            UserError: The checkpoint is incomplete or damaged.
         """
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        with self._telling_damage(step):
+        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+        with self._damage_errors(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             return {name: restored[name] for name in targets}
 
     def iter_restore(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields every array of an item by its path, to have one of them in memory at a time.
+        """Restores the arrays of an item one by one, to hold only one in memory.
+
+        Yields:
+            Path and array.
 
         Raises:
-            UserError: the checkpoint is incomplete or damaged.
+            UserError: The checkpoint is incomplete or damaged.
         """
-        with self._telling_damage(step):
+        with self._damage_errors(step):
             saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / str(step) / item).tree
             leaves = dict(trees.flatten(saved))
         for path, leaf in leaves.items():
@@ -88,71 +94,72 @@ class CheckpointManager:
                 restore_args=trees.unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)}),
                 partial_restore=True,
             )
-            with self._telling_damage(step):
+            with self._damage_errors(step):
                 restored = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))
             yield from trees.flatten(restored[item])
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what the checkpoint says of itself.
+        """Restores the metadata of a checkpoint.
 
         Raises:
-            UserError: the checkpoint is incomplete or damaged.
+            UserError: The checkpoint is incomplete or damaged.
         """
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        with self._telling_damage(step):
+        with self._damage_errors(step):
             metadata = self._manager.restore(step, args=args)["metadata"]
             if not isinstance(metadata, dict):
-                raise TypeError("its metadata are no JSON object")
+                raise TypeError("its metadata is not a JSON object")
             return metadata
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until all saves are written."""
         self._manager.close()
 
     @contextmanager
-    def _telling_damage(self, step: int) -> Iterator[None]:
+    def _damage_errors(self, step: int) -> Iterator[None]:
+        """Raises UserError if a checkpoint cannot be read."""
         hook = sys.unraisablehook
-        sys.unraisablehook = _without_abandoned_reads(hook)
+        sys.unraisablehook = _ignore_abandoned_reads(hook)
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
-            # Devices that fail or are full: the checkpoint may be all right.
+            # A device failed or is out of memory; the checkpoint may be intact.
             raise
         except Exception as error:
-            # What orbax stumbles over is no closed list. The hook stays: reads may still end.
+            # orbax raises errors of many types. The hook stays, because reads may still be ending.
             warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
             raise UserError(
                 f"checkpoint {self._folder / str(step)} is incomplete or damaged "
-                f"({summarize_error(error)}); name an older step, or move this one's folder away"
+                f"({summarize_error(error)}). Pass an older step, or move its folder elsewhere."
             ) from error
         sys.unraisablehook = hook
 
 
-def _without_abandoned_reads(then: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Returns a hook for errors that nobody catches, without those of orbax's abandoned reads.
+def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Wraps a `sys.unraisablehook` to ignore reads that orbax abandoned.
 
-    After one array that cannot be read, orbax does not wait for the others, and each of them prints
-    a stack trace when it ends.
+    After the first array that it cannot read, orbax does not wait for the others, and each of them
+    would print a stack trace when it ends.
     """
 
-    def hook(unraisable: Any) -> None:
-        said = str(unraisable.exc_value)
-        if said != "Event loop is closed" and not said.endswith("was never awaited"):
-            then(unraisable)
+    def filtered_hook(unraisable: Any) -> None:
+        message = str(unraisable.exc_value)
+        if message != "Event loop is closed" and not message.endswith("was never awaited"):
+            hook(unraisable)
 
-    return hook
+    return filtered_hook
 
 
 def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:
-    """Writes a checkpoint of `params` alone, with little memory beside them.
+    """Saves a checkpoint of `params` only, in chunks.
 
-    `CheckpointManager.save` copies them, to write in the background, all at once.
+    `CheckpointManager.save` instead copies all parameters, to write them in the background.
 
     Args:
-        workdir: absolute path, of a folder that holds no checkpoints.
-        step: name of the checkpoint.
-        params: tree of NumPy arrays.
-        metadata: plain data, saved beside them as JSON.
+        workdir: Absolute path of a folder without checkpoints.
+        step: Step of the checkpoint.
+        params: Tree of NumPy arrays.
+        metadata: JSON-serializable metadata.
     """
     handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
@@ -163,18 +170,18 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
             "metadata": ocp.JsonCheckpointHandler(),
         },
     )
-    in_pieces = ocp.args.PyTreeSave(
+    chunked_save = ocp.args.PyTreeSave(
         params,
-        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params),
-        ocdbt_target_data_file_size=_FILE,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_SIZE), params),
+        ocdbt_target_data_file_size=_FILE_SIZE,
     )
-    args = ocp.args.Composite(params=in_pieces, metadata=ocp.args.JsonSave(metadata))
+    args = ocp.args.Composite(params=chunked_save, metadata=ocp.args.JsonSave(metadata))
     manager.save(step, args=args)
     manager.close()
 
 
 def abstract_state(tree: Tree, sharding: Tree) -> Tree:
-    """Returns shapes and types of `tree` with the shardings of a like tree, as restore wants it."""
+    """Returns the shapes and dtypes of `tree` with shardings, as `restore` takes them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
     )

@@ -1,4 +1,4 @@
-"""What weights say of themselves: all that is needed to use them, and cannot be seen in them."""
+"""Checkpoint metadata: what is needed to use weights but cannot be inferred from their tensors."""
 
 import dataclasses
 import json
@@ -10,10 +10,9 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.models.family import CUSTOM
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 
-# The fields that a file may say for itself; the others are seen in its tensors.
+# Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
 METADATA_FIELDS = (
     "image_size",
     "class_names",
@@ -24,30 +23,33 @@ METADATA_FIELDS = (
     "dtype",
     "resize_note",
 )
+# Present names of fields in metadata of older checkpoints.
+_OLD_FIELDS = {"widths": "config", "resolution": "resize_note"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What weights say of themselves.
+    """Description of a pretrained model.
 
     Attributes:
-        family: of the model, "mixer".
-        variant: a name of `VARIANTS`, or "custom".
-        config: of the model; wider than the variant's own if the weights were grown.
-        image_size: height and width that the weights are for, pixels.
-        num_classes: outputs of the head; 0: there is none.
-        class_names: a name for each class; empty: not known.
+        family: Model family, such as "mixer".
+        variant: Name of a variant of the family, or "custom".
+        config: Architecture config. It differs from the variant's if weights were tiled.
+        image_size: Height and width of the input, in pixels.
+        num_classes: Outputs of the head; 0 means no head.
+        class_names: One name per class; empty if unknown.
         gelu: "tanh" or "exact".
-        eval_crop: of an image that is classified, as `data.preprocess.eval_image` takes it.
-        exif_orientation: likewise.
-        loss: the head was trained by, "sigmoid" or "softmax".
-        dtype: of the computation, as `model.dtype` in keys.py.
-        resize_note: how the weights came to their image size, if not by training; empty otherwise.
+        eval_crop: Crop of images that are classified; see `data.preprocess.eval_image`.
+        exif_orientation: Whether such images are rotated by their EXIF orientation.
+        loss: Loss that the head was trained with, "sigmoid" or "softmax".
+        dtype: Dtype of the computation, as the config key `model.dtype`.
+        resize_note: How the weights were adapted to the image size; empty if they were trained
+            at it.
     """
 
     family: str
     variant: str
-    config: MixerConfig
+    config: Any
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
@@ -59,42 +61,57 @@ class ModelInfo:
     resize_note: str = ""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width = self.image_size
-        return height // self.config.patch_size, width // self.config.patch_size
-
-    @property
     def name(self) -> str:
-        """The model and its image size, for people: "Mixer-B/16 at 224 px"."""
-        return f"Mixer-{self.variant} at {format_image_size(self.image_size)}"
+        """Name of the model and its image size: "Mixer-B/16 at 224 px"."""
+        full_name = get_family(self.family).full_name(self.variant)
+        return f"{full_name} at {format_image_size(self.image_size)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as plain data."""
+        """Converts to JSON-serializable metadata."""
         return dataclasses.asdict(self) | {
             "image_size": list(self.image_size),
             "class_names": list(self.class_names),
         }
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, Any], where: str) -> "ModelInfo":
-        """Returns what a checkpoint's metadata say of its weights.
+    def from_dict(cls, data: Any, source: str) -> "ModelInfo":
+        """Converts from the result of `to_dict`.
 
         Args:
-            metadata: all that the checkpoint says of itself.
-            where: it is, for messages.
+            data: Metadata of a model.
+            source: Name of the checkpoint for messages.
 
         Raises:
-            UserError: something lacks, or is impossible.
+            UserError: A field is missing or has an invalid value.
+        """
+        with _metadata_errors(source):
+            data = upgrade_metadata(data)
+            return cls(
+                data["family"],
+                data["variant"],
+                get_family(data["family"]).config_class(**data["config"]),
+                num_classes=data["num_classes"],
+                **validate_metadata(data, source),
+            )
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], source: str) -> "ModelInfo":
+        """Extracts the description of the model from a checkpoint's metadata.
+
+        Args:
+            metadata: Metadata of a run's checkpoint.
+            source: Name of the checkpoint for messages.
+
+        Raises:
+            UserError: A field is missing or has an invalid value.
         """
         if "model_info" in metadata or "about" in metadata or "widths" not in metadata:
-            return cls.from_dict(metadata.get("model_info", metadata.get("about")), where)
-        # Here, for the doors import this file, and not all of them need ml_collections.
+            return cls.from_dict(metadata.get("model_info", metadata.get("about")), source)
+        # Imported here: commands import this module before their arguments are checked.
         from mixer_jax.config.config import fill_defaults
 
-        # Of a run from before `ModelInfo` was saved; the rest stood in its config, or was the
-        # default.
-        with _telling_what_lacks(where):
+        # The oldest checkpoints have no `ModelInfo`, but some of its fields and the run's config.
+        with _metadata_errors(source):
             config = fill_defaults(metadata["config"])
             data = metadata | {
                 "config": metadata["widths"],
@@ -103,79 +120,61 @@ class ModelInfo:
                 "exif_orientation": config["preprocess"]["exif_orientation"],
                 "dtype": config["model"]["dtype"],
             }
-        return cls.from_dict(data, where)
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str) -> "ModelInfo":
-        """Returns what `to_dict` gave.
-
-        Args:
-            data: from a checkpoint.
-            where: it comes from, for messages.
-
-        Raises:
-            UserError: it lacks something, or says something impossible.
-        """
-        with _telling_what_lacks(where):
-            data = upgrade_metadata(data)
-            return cls(
-                data["family"],
-                data["variant"],
-                MixerConfig(**data["config"]),
-                num_classes=data["num_classes"],
-                **validate_metadata(data, where),
-            )
+            del data["widths"]
+        return cls.from_dict(data, source)
 
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns metadata of a model with the names that fields have now."""
-    old_names = {"widths": "config", "resolution": "resize_note"}
-    old = {old_names[name]: value for name, value in data.items() if name in old_names}
-    new = {name: value for name, value in data.items() if name not in old_names}
-    return {"family": "mixer", **old, **new}
+    """Translates metadata of a model that an older version saved to the present spellings."""
+    upgraded = {"family": DEFAULT_FAMILY}
+    upgraded |= {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
+    if "eval_crop" in upgraded:
+        crop = upgraded["eval_crop"]
+        upgraded["eval_crop"] = upgrade_value("preprocess.eval_crop", crop)
+    return upgraded
 
 
 def format_image_size(image_size: tuple[int, int]) -> str:
-    """Returns height and width for people: "224 px", "224 × 320 px"."""
+    """Formats height and width: "224 px", "224 × 320 px"."""
     height, width = image_size
     return f"{height} px" if height == width else f"{height} × {width} px"
 
 
-def get_metadata(metadata: dict[str, Any], name: str, where: str) -> Any:
-    """Returns what a checkpoint's metadata say under a name.
+def get_metadata(metadata: dict[str, Any], name: str, source: str) -> Any:
+    """Returns an entry of a checkpoint's metadata.
 
     Args:
-        metadata: all that the checkpoint says of itself.
-        name: of what is wanted.
-        where: it is, for messages.
+        metadata: Metadata of a run's checkpoint.
+        name: Key of the entry.
+        source: Name of the checkpoint for messages.
 
     Raises:
-        UserError: they do not say it.
+        UserError: There is no such entry.
     """
-    with _telling_what_lacks(where):
+    with _metadata_errors(source):
         return metadata[name]
 
 
 @contextmanager
-def _telling_what_lacks(where: str) -> Iterator[None]:
+def _metadata_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{where} does not say what its weights are ({type(error).__name__}: {error}); it was "
-            "saved by another version, or is damaged"
+            f"{source} has incomplete metadata ({type(error).__name__}: {error}). It is damaged "
+            "or was saved by another version."
         ) from error
 
 
-def validate_metadata(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns what `data` says of the fields of `METADATA_FIELDS`, with the types of `ModelInfo`.
+def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
+    """Extracts the fields of `METADATA_FIELDS` and converts them to the types of `ModelInfo`.
 
     Args:
-        data: plain data, from a file that people may have written.
-        where: it comes from, for messages.
+        data: Untrusted metadata, of which any field may be missing.
+        source: Name of the checkpoint for messages; empty for arguments of a function.
 
     Raises:
-        UserError: a field has a value that it cannot have.
+        UserError: A field has an invalid value.
     """
     choices = {
         "gelu": FIELDS["model.gelu"].choices,
@@ -184,52 +183,43 @@ def validate_metadata(data: dict[str, Any], where: str) -> dict[str, Any]:
         "loss": FIELDS["recipe.loss"].choices,
         "dtype": FIELDS["model.dtype"].choices,
     }
-    said: dict[str, Any] = {name: data[name] for name in METADATA_FIELDS if name in data}
-    if "eval_crop" in said:
-        said["eval_crop"] = upgrade_value("preprocess.eval_crop", said["eval_crop"])
-    for name, value in said.items():
-        known = choices.get(name)
-        if known and value not in known:
-            allowed = " or ".join(map(str, known))
-            raise UserError(f"{where} says {name}={value!r}; it can be {allowed}")
-    if "image_size" in said:
-        size = said["image_size"]
-        sides = size if isinstance(size, list | tuple) else [size, size]
-        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-            raise UserError(f"{where} says image_size={size!r}; it is two whole numbers of pixels")
-        said["image_size"] = tuple(sides)
-    if "class_names" in said:
-        names = said["class_names"]
+
+    def error(name: str, rule: str) -> UserError:
+        prefix = f"{source}: " if source else ""
+        return UserError(f"{prefix}{name} must be {rule}, got {data[name]!r}.")
+
+    fields: dict[str, Any] = {name: data[name] for name in METADATA_FIELDS if name in data}
+    for name, value in fields.items():
+        if name in choices and value not in choices[name]:
+            raise error(name, " or ".join(map(str, choices[name])))
+    if "image_size" in fields:
+        size = fields["image_size"]
+        pair = size if isinstance(size, list | tuple) else [size, size]
+        if len(pair) != 2 or not all(type(length) is int and length > 0 for length in pair):
+            raise error("image_size", "height and width in pixels")
+        fields["image_size"] = tuple(pair)
+    if "class_names" in fields:
+        names = fields["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{where} says class_names that are no list of texts")
-        said["class_names"] = tuple(names)
-    if not isinstance(said.get("resize_note", ""), str):
-        raise UserError(f"{where} says resize_note={said['resize_note']!r}; it is a text")
-    return said
+            raise error("class_names", "a list of strings")
+        fields["class_names"] = tuple(names)
+    if not isinstance(fields.get("resize_note", ""), str):
+        raise error("resize_note", "a string")
+    return fields
 
 
 def read_metadata_json(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file beside weights says of them; nothing if there is none.
+    """Reads a JSON file of metadata; returns {} if there is none.
 
     Raises:
-        UserError: it holds no JSON object.
+        UserError: It is not a JSON object.
     """
     if not path.exists():
         return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON; mend it, or move it away") from error
-    if not isinstance(said, dict):
-        raise UserError(f"{path} holds no JSON object; mend it, or move it away")
-    return said
-
-
-def infer_variant(config: MixerConfig) -> str:
-    """Returns the variant of these widths, grown (Appendix C) or not, or "custom"."""
-    for name, known in VARIANTS.items():
-        factor, rest = divmod(config.tokens_mlp_dim, known.tokens_mlp_dim)
-        same = dataclasses.replace(config, tokens_mlp_dim=known.tokens_mlp_dim) == known
-        if same and not rest and round(factor**0.5) ** 2 == factor:
-            return name
-    return CUSTOM
+        raise UserError(f"{path} is not JSON. Fix or move it.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must be a JSON object, got {type(data).__name__}. Fix or move it.")
+    return data

@@ -1,4 +1,7 @@
-"""Where weights lie: what the name of a checkpoint means; reads names only, so it costs nothing."""
+"""Resolves the name of a checkpoint to a run's step, a file or a Hub repository.
+
+Reads names only, and needs neither JAX nor orbax.
+"""
 
 import contextlib
 import shutil
@@ -13,35 +16,35 @@ from mixer_jax.errors import UserError, summarize_error
 
 HUB = "hf:"
 RUN = "run"
-# Kinds of files, by the end of their names.
+# Format of a file by its suffix. timm's training checkpoints end in .pth.tar but are not archives.
 FORMATS = {
     ".npz": "npz",
     ".safetensors": "safetensors",
     ".pth": "torch",
     ".pt": "torch",
     ".bin": "torch",
-    # timm's training checkpoints; they are no tar archives.
     ".pth.tar": "torch",
 }
-# Of URLs that epath reads, either through TensorFlow or through a library of their own.
+# URL schemes that epath reads, through TensorFlow or a library of their own.
 _SCHEMES = ("gs", "s3", "az")
-# How the latter is installed, where it is asked for.
-_EXTRAS = {"gcsfs": 'pip install "mixer-jax[gcs]"'}
-# What the Hugging Face Hub, and folders saved from it, call the file of weights.
+# How to install such a library, by its name in error messages.
+_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
+# Name of the weights in a Hub repository, and in folders saved from it.
 HUB_FILE = "model.safetensors"
-# In a run's folder, and in that of a checkpoint which is complete.
+# Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
-COMMITTED = "commit_success.txt"
+# A checkpoint is complete once its folder has this file: on disks and in object stores.
 INDEX = "_CHECKPOINT_METADATA"
+COMMITTED = "commit_success.txt"
 
 
 class CheckpointRef(NamedTuple):
-    """Where weights lie.
+    """Location of weights.
 
     Attributes:
-        format: "run", "hub", or one of the kinds of files.
-        path: of the run or the file; of the Hub, the repository's name.
-        step: of a run.
+        format: "run", "hub", or a value of `FORMATS`.
+        path: Workdir of the run, path of the file, or name of the Hub repository.
+        step: Step of the run's checkpoint; None for files and the Hub.
     """
 
     format: str
@@ -50,103 +53,69 @@ class CheckpointRef(NamedTuple):
 
 
 def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
-    """Returns where weights lie.
+    """Resolves the name of a checkpoint.
 
     Args:
-        source: a run's folder or one of its checkpoints; a file of published weights; a folder that
-            holds model.safetensors; or "hf:OWNER/NAME" of the Hugging Face Hub. Folders and files
-            may lie at a URL, gs://BUCKET/PATH or s3://BUCKET/PATH.
-        step: which checkpoint of a run; None: the newest.
+        source: A run's workdir or one of its checkpoints; a file of weights; a folder with
+            model.safetensors; or "hf:OWNER/NAME" for the Hugging Face Hub. Folders and files can be
+            URLs, such as gs://BUCKET/PATH.
+        step: Step of a run's checkpoint; None: the newest.
 
     Raises:
-        UserError: there is nothing, or nothing that is known.
+        UserError: There is no such checkpoint, or its format is unknown.
     """
     scheme, separator, _ = source.partition("://")
     if separator and scheme not in _SCHEMES and not source.startswith(HUB):
-        known = ", ".join(f"{known}://" for known in _SCHEMES)
+        schemes = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise UserError(
-            f"checkpoint {source!r} is at a URL that is not read; download the file and name it, "
-            f"or name a place at one of {known}"
+            f"checkpoint must be a path or a URL that starts with one of {schemes}, got "
+            f"{source!r}. Download the file and pass its path."
         )
-    with _reaching(source):
-        return _find(source, step)
+    with _access_errors(source):
+        return _resolve(source, step)
 
 
-def _find(source: str, step: int | None) -> CheckpointRef:
+def _resolve(source: str, step: int | None) -> CheckpointRef:
+    path = epath.Path(source).expanduser()
+    format = next((name for suffix, name in FORMATS.items() if path.name.endswith(suffix)), None)
     if source.startswith(HUB):
         name = source.removeprefix(HUB)
-        # The revision, if any, may have more of them: refs/pr/1.
+        # A revision can contain slashes: refs/pr/1.
         parts = name.partition("@")[0].split("/")
         if len(parts) != 2 or not all(parts):
-            raise UserError(f"checkpoint {source!r} is no name on the Hub; write hf:OWNER/NAME")
-        place = CheckpointRef("hub", name)
-    elif (kind := _kind(source)) and not _path(source).is_dir():
-        if not _path(source).exists():
-            raise UserError(f"checkpoint {source!r} does not exist; name a file or a run's folder")
-        place = CheckpointRef(kind, str(_path(source)))
-    elif _path(source).is_file():
-        known = ", ".join(FORMATS)
-        raise UserError(f"checkpoint {source!r} is of no known kind; files end in {known}")
-    elif (_path(source) / HUB_FILE).exists():
-        place = CheckpointRef(FORMATS[Path(HUB_FILE).suffix], str(_path(source) / HUB_FILE))
+            raise UserError(f"checkpoint on the Hub must be hf:OWNER/NAME, got {source!r}.")
+        ref = CheckpointRef("hub", name)
+    elif format and not path.is_dir():
+        if not path.exists():
+            raise UserError(f"checkpoint {source!r} does not exist. Pass a file or a workdir.")
+        ref = CheckpointRef(format, str(path))
+    elif path.is_file():
+        raise UserError(f"checkpoint file must end in {', '.join(FORMATS)}, got {source!r}.")
+    elif (path / HUB_FILE).exists():
+        ref = CheckpointRef(FORMATS[Path(HUB_FILE).suffix], str(path / HUB_FILE))
     else:
         return CheckpointRef(RUN, *find_checkpoint(source, step))
     if step is not None:
-        raise UserError(f"checkpoint {source!r} has no steps, for it is no run; leave out the step")
-    return place
-
-
-def _kind(source: str) -> str | None:
-    name = epath.Path(source).name
-    return next((kind for end, kind in FORMATS.items() if name.endswith(end)), None)
+        raise UserError(f"checkpoint {source!r} has no steps. Omit the step, or pass a workdir.")
+    return ref
 
 
 @contextlib.contextmanager
-def _reaching(source: str) -> Iterator[None]:
-    """Tells what goes wrong on the way to a file or a URL as a user's error."""
+def _access_errors(source: str) -> Iterator[None]:
+    """Raises UserError if a file or a URL cannot be accessed."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Behind a URL is a library of its own, with errors of its own.
+        # Libraries that read URLs raise errors of many types.
         if not isinstance(error, OSError) and "://" not in source:
             raise
         reason = summarize_error(error)
-        fixes = [f"; {fix}" for library, fix in _EXTRAS.items() if library in reason]
+        fixes = [f". {fix}" for library, fix in _EXTRAS.items() if library in reason]
         raise UserError(
-            f"checkpoint {source!r} cannot be reached: {reason}{''.join(fixes)}"
+            f"checkpoint {source!r} cannot be accessed: {reason}{''.join(fixes)}"
         ) from error
-
-
-def _path(source: str) -> epath.Path:
-    return epath.Path(source).expanduser()
-
-
-@contextlib.contextmanager
-def local_copy(path: str, companions: tuple[str, ...]) -> Iterator[str]:
-    """Gives the path itself, or where it is a URL that of a copy, for as long as it is used.
-
-    Args:
-        path: of a file.
-        companions: names of files beside it, copied too where they exist.
-    """
-    if "://" not in path:
-        yield path
-        return
-    remote = epath.Path(path)
-    with tempfile.TemporaryDirectory() as folder:
-        with _reaching(path):
-            for name in (remote.name, *companions):
-                source = remote.parent / name
-                if name == remote.name or source.exists():
-                    with source.open("rb") as from_, open(f"{folder}/{name}", "wb") as to:
-                        shutil.copyfileobj(from_, to, 2**22)
-        try:
-            yield f"{folder}/{remote.name}"
-        except UserError as error:
-            # The copy is gone when this is read.
-            raise UserError(str(error).replace(folder, str(remote.parent))) from error
 
 
 def list_steps(workdir: str) -> list[int]:
@@ -154,36 +123,65 @@ def list_steps(workdir: str) -> list[int]:
     folder = epath.Path(workdir) / CHECKPOINT_DIR
     if not folder.is_dir():
         return []
-    complete = (
+    # On a disk, a complete save is renamed, and a partial copy lacks orbax's index. An object store
+    # cannot rename, and orbax marks complete saves instead.
+    mark = COMMITTED if "://" in workdir else INDEX
+    return sorted(
         int(entry.name)
         for entry in folder.iterdir()
-        # A disk renames a finished save, and what was copied half lacks orbax's index; an object
-        # store cannot rename, and gets a mark.
-        if entry.name.isdecimal() and (entry / (COMMITTED if "://" in workdir else INDEX)).exists()
+        if entry.name.isdecimal() and (entry / mark).exists()
     )
-    return sorted(complete)
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
-    """Returns a checkpoint as (run, step).
+    """Finds a checkpoint of a run.
 
     Args:
-        path: of a run, of its `checkpoints` folder, or of one checkpoint in it.
-        step: which checkpoint of a run; None: the newest.
+        path: A workdir, its `checkpoints` folder, or one checkpoint in it.
+        step: Step of the checkpoint; None: the newest.
+
+    Returns:
+        Workdir and step.
 
     Raises:
-        UserError: nothing there, or not this step.
+        UserError: There is no checkpoint, or none of this step.
     """
-    place = epath.Path(path).expanduser()
-    place = place if "://" in path else place.resolve()
-    if place.name.isdecimal() and place.parent.name == CHECKPOINT_DIR:
-        step = int(place.name) if step is None else step
-        place = place.parent
-    run = str(place.parent if place.name == CHECKPOINT_DIR else place)
-    steps = list_steps(run)
+    folder = epath.Path(path).expanduser()
+    folder = folder if "://" in path else folder.resolve()
+    if folder.name.isdecimal() and folder.parent.name == CHECKPOINT_DIR:
+        step = int(folder.name) if step is None else step
+        folder = folder.parent
+    workdir = str(folder.parent if folder.name == CHECKPOINT_DIR else folder)
+    steps = list_steps(workdir)
     if not steps:
-        raise UserError(f"checkpoint {path!r} holds no checkpoint; name a run's folder")
+        raise UserError(f"{path!r} contains no checkpoint. Pass a workdir or a file of weights.")
     if step is not None and step not in steps:
-        known = ", ".join(map(str, steps))
-        raise UserError(f"checkpoint {path!r} has no step {step}; it has {known}")
-    return run, steps[-1] if step is None else step
+        available = ", ".join(map(str, steps))
+        raise UserError(f"step of checkpoint {path!r} must be one of {available}, got {step}.")
+    return workdir, steps[-1] if step is None else step
+
+
+@contextlib.contextmanager
+def local_copy(path: str, sidecars: tuple[str, ...]) -> Iterator[str]:
+    """Downloads a file for the time of the context, if it is at a URL; yields its local path.
+
+    Args:
+        path: Path or URL of the file.
+        sidecars: Names of files next to it that are also needed, where they exist.
+    """
+    if "://" not in path:
+        yield path
+        return
+    remote = epath.Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        with _access_errors(path):
+            for name in (remote.name, *sidecars):
+                source = remote.parent / name
+                if name == remote.name or source.exists():
+                    with source.open("rb") as reader, open(f"{folder}/{name}", "wb") as writer:
+                        shutil.copyfileobj(reader, writer, 2**22)
+        try:
+            yield f"{folder}/{remote.name}"
+        except UserError as error:
+            # Users know the URL; the copy is already deleted when they read the message.
+            raise UserError(str(error).replace(folder, str(remote.parent))) from error

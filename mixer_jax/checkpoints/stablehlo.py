@@ -1,13 +1,14 @@
-"""A model as a StableHLO program and its weights beside it, to run without this library and Flax.
+"""A model as a StableHLO program and a file of weights, to run without this library and Flax.
 
-The program is what `jax.export` serializes, a few kilobytes. It takes the arrays of the file of
-weights by their names, and float32 images (n, height, width, 3) in [-1, 1], for any n; it returns
-float32 logits, or features where there is no head. Weights inside the program would be simpler to
-pass on, but compilers keep several copies of them: more than their size times 5 to convert L/16.
+The program, serialized by `jax.export`, has a few kilobytes. It takes the tensors in the file of
+weights by name, and float32 images (n, height, width, 3) in [-1, 1], for any n. It returns float32
+logits, or features if there is no head. Weights as constants of the program would be simpler to
+distribute, but compilers keep several copies of them: converting L/16 took over 5 times its size.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -15,89 +16,83 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.base import atomic_target
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.to_device import model_from_info
 from mixer_jax.errors import RunError, summarize_error
 from mixer_jax.models.execution import Execution
-from mixer_jax.models.mixer import MlpMixer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# By which a written program's logits may differ from the model's: of their spread, and of the
-# largest, for logits that are all but equal have no spread to speak of.
-_OF_SPREAD, _OF_LARGEST = 1e-4, 1e-6
-_CHECKED_BATCHES = (1, 3)
+# Tolerance of a program's logits: of the spread of the model's logits, and of the largest, as
+# logits of a new head have almost no spread.
+_SPREAD_TOLERANCE, _ABSOLUTE_TOLERANCE = 1e-4, 1e-6
+_CHECKED_BATCH_SIZES = (1, 3)
 
 
 def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) -> None:
-    """Writes a program, and the weights that it takes with what they say of themselves.
+    """Writes a program and its weights.
 
     Args:
-        path: of the program.
-        weights_path: of the safetensors file.
-        weights: of the model.
-
-    Raises:
-        UserError: they cannot be written.
+        path: Path of the program.
+        weights_path: Path of the safetensors file of weights.
+        weights: Weights to write.
     """
-    model, flat = _make_model(weights.model_info), dict(tree.flatten(weights.params))
+    model, flat = _build_model(weights.model_info), dict(tree.flatten(weights.params))
 
-    def logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-        # Said in the program, for accelerators compute float32 products from fewer bits otherwise.
+    def compute_logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        # In the program, because accelerators use fewer bits for float32 matmuls by default.
         with jax.default_matmul_precision("highest"):
             return model.apply({"params": tree.unflatten(params)}, images)
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *weights.model_info.image_size, 3), jnp.float32)
     arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in flat.items()}
-    program = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(arrays, images)
-    with atomic_target(path) as draft:
-        write_safetensors(weights_path, flat.items(), weights.model_info.to_dict())
-        draft.write_bytes(program.serialize())
+    program = jax.export.export(jax.jit(compute_logits), platforms=PLATFORMS)(arrays, images)
+    write_safetensors(weights_path, flat.items(), weights.model_info.to_dict())
+    Path(path).write_bytes(program.serialize())
 
 
 def check_stablehlo(path: str, weights: PretrainedWeights) -> None:
-    """Runs a written program beside the model that it was made of, on the same weights.
+    """Compares a written program with the model, on the same weights and random images.
 
     Args:
-        path: of the program.
-        weights: of the model.
+        path: Path of the program.
+        weights: Weights of the model.
 
     Raises:
-        RunFailedError: it cannot be run, or its logits are others.
+        RunError: The program cannot be run, or its logits differ.
     """
-    model = _make_model(weights.model_info)
+    model = _build_model(weights.model_info)
     rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (max(_CHECKED_BATCHES), *weights.model_info.image_size, 3))
+    images = rng.uniform(-1, 1, (max(_CHECKED_BATCH_SIZES), *weights.model_info.image_size, 3))
     images = images.astype(np.float32)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(jax.jit(model.apply)({"params": weights.params}, images))
-    allowed = _OF_SPREAD * np.ptp(logits) + _OF_LARGEST * np.abs(logits).max()
+    tolerance = _SPREAD_TOLERANCE * np.ptp(logits) + _ABSOLUTE_TOLERANCE * np.abs(logits).max()
     flat = dict(tree.flatten(weights.params))
-    for size in _CHECKED_BATCHES:
+    for batch_size in _CHECKED_BATCH_SIZES:
         try:
             program = jax.export.deserialize(bytearray(Path(path).read_bytes()))
-            found = np.asarray(program.call(flat, images[:size]))
-        except Exception as error:
-            # A damaged file: whatever the parser or the compiler stumbles over first.
-            raise RunError(_differs(path, f"cannot be run: {summarize_error(error)}")) from error
-        wanted = logits[:size]
-        difference = np.abs(found - wanted).max() if found.shape == wanted.shape else math.inf
-        # Not the other way round: a difference may be no number.
-        if not difference <= allowed:
-            raise RunError(
-                _differs(path, f"gives logits that differ by {difference:.3g}, not {allowed:.3g}")
+            found = np.asarray(program.call(flat, images[:batch_size]))
+        except Exception as error:  # Parser and compiler raise errors of many types.
+            raise _mismatch(path, f"cannot be run: {summarize_error(error)}") from error
+        expected = logits[:batch_size]
+        difference = np.abs(found - expected).max() if found.shape == expected.shape else math.inf
+        if not difference <= tolerance:  # Also if it is NaN.
+            raise _mismatch(
+                path,
+                f"has logits that differ from the model's by {difference:.3g}, more than "
+                f"{tolerance:.3g}",
             )
 
 
-def _make_model(about: ModelInfo) -> MlpMixer:
-    # Independent of the device that the program is written on. A scan over the blocks runs as fast
-    # as unrolled blocks and compiles in half the time.
+def _build_model(model_info: ModelInfo) -> Any:
+    # The program must not depend on the device it is written on. A scan over blocks compiles in
+    # half the time of unrolled blocks and runs as fast.
     execution = Execution("float32", backend="xla", scan_unroll=1, flatten_batch=False)
-    return model_from_info(about, "float32").clone(execution=execution)
+    return model_from_info(model_info, "float32").clone(execution=execution)
 
 
-def _differs(path: str, what: str) -> str:
-    return f"{Path(path).name} {what}; it is removed, for it is not the model it was made of"
+def _mismatch(path: str, problem: str) -> RunError:
+    return RunError(f"{Path(path).name} {problem}. It was deleted.")

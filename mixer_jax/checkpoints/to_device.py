@@ -1,4 +1,4 @@
-"""From weights on the host to a model and its parameters on devices."""
+"""Model and device-resident parameters of weights on the host."""
 
 import dataclasses
 from typing import Any
@@ -9,49 +9,50 @@ from jax.sharding import Mesh
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
-from mixer_jax.models.mixer import MlpMixer
 from mixer_jax.models.params import prepare_inference_params
 from mixer_jax.models.registry import from_config
 
 
-def model_from_info(about: ModelInfo, dtype: str = "") -> MlpMixer:
-    """Returns the model of weights, from images in [-1, 1] to logits.
+def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
+    """Builds the Flax module of weights, from images in [-1, 1] to logits.
 
     Args:
-        about: what the weights say of themselves.
-        dtype: of the computation; empty: as they say.
+        model_info: Description of the model.
+        dtype: Dtype of the computation; empty: that of `model_info`.
     """
     section = {
-        "variant": about.variant,
-        **dataclasses.asdict(about.config),
-        "gelu": about.gelu,
+        "family": model_info.family,
+        "variant": model_info.variant,
+        **dataclasses.asdict(model_info.config),
+        "gelu": model_info.gelu,
         "dropout": 0.0,
-        "dtype": dtype or about.dtype,
+        "dtype": dtype or model_info.dtype,
         "backend": AUTO,
         "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
-    return from_config(section, about.num_classes)
+    return from_config(section, model_info.num_classes)
 
 
-def shard_inference_params(params: Any, model: MlpMixer, mesh: Mesh) -> Any:
-    """Returns parameters laid out over a mesh, as they predict fastest there.
+def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
+    """Shards parameters over a mesh, in the form that predicts fastest.
 
     Args:
-        params: of the model, float32, the whole of them, the same on every host.
-        model: to predict with.
-        mesh: of devices of all hosts.
+        params: Unsharded float32 parameters, the same on every host.
+        model: Model to predict with.
+        mesh: Devices of all hosts.
     """
     platform = mesh.devices.flat[0].platform
-    return shard_params(prepare_inference_params(params, model.execution.dtype, platform), mesh)
+    dtype = model.execution.dtype
+    return shard_params(prepare_inference_params(params, dtype, platform, model.family), mesh)
 
 
 def shard_params(params: Any, mesh: Mesh) -> Any:
-    """Returns parameters laid out over a mesh, as in training.
+    """Shards parameters over a mesh, as in training.
 
     Args:
-        params: the whole of them, the same on every host.
-        mesh: of devices of all hosts.
+        params: Unsharded parameters, the same on every host.
+        mesh: Devices of all hosts.
     """
 
     def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:

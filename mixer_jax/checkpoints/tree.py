@@ -1,4 +1,4 @@
-"""Trees of parameters on the host: nested dictionaries of arrays, as Flax has them."""
+"""Parameter trees on the host: nested dictionaries of arrays, as in Flax."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,11 @@ import numpy as np
 
 Tree = dict[str, Any]
 
-# Bytes; XLA on the CPU copies an array whose address is no multiple of this.
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # Bytes. On the CPU, XLA copies arrays that are not aligned to this.
 
 
 def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every leaf by its path, e.g. "stem/kernel"."""
+    """Yields each leaf with its slash-separated path, such as "stem/kernel"."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")
@@ -21,7 +20,7 @@ def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """Returns the tree whose `flatten` are these."""
+    """Builds a tree from leaves by slash-separated path."""
     tree: Tree = {}
     for path, value in flat.items():
         *sections, name = path.split("/")
@@ -32,12 +31,8 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def empty_aligned(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Returns float32 arrays of these shapes, not yet filled, where JAX need not copy them."""
-    return {path: _empty(shape) for path, shape in shapes.items()}
-
-
-def _empty(shape: tuple[int, ...]) -> np.ndarray:
+def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Allocates an uninitialized float32 array that JAX on the CPU can use without a copy."""
     size = 4 * int(np.prod(shape))
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -6,7 +6,6 @@ it to a `RunConfig`.
 """
 
 import dataclasses
-import math
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mixer_jax.config.compat import RENAMED_VALUES, upgrade_config, upgrade_key
+from mixer_jax.config.compat import upgrade_config, upgrade_key
 from mixer_jax.config.schema import (
     ENTRY_TYPES,
     FIELDS,
@@ -28,8 +27,6 @@ from mixer_jax.config.schema import (
 from mixer_jax.errors import UserError, suggest
 from mixer_jax.models.family import INIT_FROM
 from mixer_jax.models.registry import get_family
-
-TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def get_default() -> ConfigDict:
@@ -124,33 +121,7 @@ def _check_value(path: str, value: Any) -> None:
     if (section := path.partition(".")[0]) in NAMED_SECTIONS:
         fields, prefix = NAMED_SECTIONS[section], f"{path.rpartition('.')[0]}."
     check_key_exists(path, [prefix + name for name in fields])
-    check_value(f"config.{path}", fields[path.removeprefix(prefix)], value)
-
-
-def check_value(name: str, field: Field, value: Any) -> None:
-    """Raises UserError unless a value has the type, the choices and the range of a field.
-
-    Args:
-        name: Name of the value for messages, e.g. "config.optimizer.b1".
-        field: Declaration.
-        value: Value to check.
-    """
-    got = f"got {value!r}."
-    if type(value) is not field.type:
-        raise UserError(f"{name} must be {TYPE_NAMES[field.type]}, {got}")
-    if field.choices and value not in field.choices:
-        renamed = RENAMED_VALUES.get(name.removeprefix("config."), {})
-        hint = f" It is now {renamed[value]!r}." if value in renamed else ""
-        raise UserError(f"{name} must be one of {', '.join(field.choices)}, {got}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be finite, {got}")
-    if isinstance(value, int | float) and not field.min <= value <= field.max:
-        limits = (
-            f"between {field.min:g} and {field.max:.10g}"
-            if field.max < math.inf
-            else f"at least {field.min:g}"
-        )
-        raise UserError(f"{name} must be {limits}, {got}")
+    fields[path.removeprefix(prefix)].check(f"config.{path}", value)
 
 
 def check_key_exists(path: str, keys: list[str]) -> None:

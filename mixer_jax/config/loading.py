@@ -15,14 +15,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mixer_jax.config.compat import renamed_key_hint
-from mixer_jax.config.config import TYPE_NAMES, check_key_exists, flatten
-from mixer_jax.config.schema import FIELDS, NAMED_SECTIONS, get_field
+from mixer_jax.config.config import check_key_exists, flatten
+from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError, suggest
 
 # Dotted paths of keys, each with its value as text.
 Overrides = tuple[tuple[str, str], ...]
-
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def load_config_with_overrides(config_spec: str, argv: Sequence[str]) -> ConfigDict:
@@ -68,7 +66,7 @@ def parse_overrides(argv: Sequence[str]) -> Overrides:
                 )
             text = "false"
         elif text is None:
-            if is_boolean and (not rest or rest[0].lower() not in _BOOLEANS):
+            if is_boolean and (not rest or rest[0].lower() not in BOOLEANS):
                 text = "true"
             elif rest:
                 text = rest.pop(0)
@@ -155,24 +153,9 @@ def set_override(config: ConfigDict, path: str, text: str) -> None:
     node = config
     for section in sections:
         node = node[section]
-    node[name] = parse_value(f"config.{path}", text, type(node[name]))
-
-
-def parse_value(name: str, text: str, value_type: type) -> Any:
-    """Parses the value of a key.
-
-    Args:
-        name: Name of the value for messages.
-        text: Value as text.
-        value_type: int, float, bool or str.
-
-    Raises:
-        UserError: The text does not have this type.
-    """
-    try:
-        return _BOOLEANS[text.lower()] if value_type is bool else value_type(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{name} must be {TYPE_NAMES[value_type]}, got {text!r}.") from None
+    field = get_field(path)
+    assert field is not None
+    node[name] = field.parse(f"config.{path}", text)
 
 
 def _split_config_spec(config_spec: str) -> tuple[Path, str]:

@@ -11,7 +11,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mixer_jax.config.compat import RENAMED_VALUES
+from mixer_jax.errors import UserError
 from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,45 @@ class Field:
     min: float = -math.inf
     max: float = math.inf
     resumable: bool = False
+
+    def parse(self, name: str, text: str) -> Any:
+        """Parses a value of this type; ranges and choices are left to `check`.
+
+        Args:
+            name: Name of the value for messages, e.g. "config.optimizer.b1".
+            text: Value as text.
+
+        Raises:
+            UserError: The text does not have this type.
+        """
+        try:
+            return BOOLEANS[text.lower()] if self.type is bool else self.type(text)
+        except (ValueError, KeyError):
+            raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, got {text!r}.") from None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError unless a value has the type, and is in the choices and the range.
+
+        Args:
+            name: Name of the value for messages, e.g. "config.optimizer.b1".
+            value: Value to check.
+        """
+        got = f"got {value!r}."
+        if type(value) is not self.type:
+            raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, {got}")
+        if self.choices and value not in self.choices:
+            renamed = RENAMED_VALUES.get(name.removeprefix("config."), {})
+            hint = f" It is now {renamed[value]!r}." if value in renamed else ""
+            raise UserError(f"{name} must be one of {', '.join(self.choices)}, {got}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be finite, {got}")
+        if isinstance(value, int | float) and not self.min <= value <= self.max:
+            limits = (
+                f"between {self.min:g} and {self.max:.10g}"
+                if self.max < math.inf
+                else f"at least {self.min:g}"
+            )
+            raise UserError(f"{name} must be {limits}, {got}")
 
 
 def key(default: Any, help_text: str, **declaration: Any) -> Any:

@@ -40,7 +40,7 @@ class ChipSpec:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether this is a TPU, for which programs can be compiled without the hardware."""
+        """True for TPUs, for which programs can be compiled without the hardware."""
         return self.torus_dims > 0
 
     @property

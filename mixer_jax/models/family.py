@@ -45,6 +45,22 @@ class InferredConfig(NamedTuple):
     num_tokens: int
 
 
+class Traffic(NamedTuple):
+    """Lower bounds on the FLOPs and memory traffic of a region of the model, per image.
+
+    Attributes:
+        flops: FLOPs of matmuls; a multiply-add is two.
+        unfused_bytes: Bytes if each matmul is a kernel of its own.
+        fused_flops: FLOPs, including recomputation, if each residual branch is one kernel.
+        fused_bytes: Bytes if each residual branch is one kernel, which keeps hidden units on-chip.
+    """
+
+    flops: float
+    unfused_bytes: float
+    fused_flops: float
+    fused_bytes: float
+
+
 class ModelFamily(abc.ABC):
     """A family of models: its variants, their sizes and costs, and rules for their parameters.
 
@@ -58,7 +74,9 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
-    # Regions of a compiled program, matched in this order against the names of its operations.
+    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    stem: ClassVar[str] = "stem"
+    # Regions of compiled programs: patterns of operations' names, of which the first match counts.
     regions: ClassVar[Mapping[str, str]]
 
     def get_config(self, variant: str, **overrides: Any) -> Any:
@@ -95,6 +113,49 @@ class ModelFamily(abc.ABC):
     def forward_flops(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
         """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only."""
 
+    @abc.abstractmethod
+    def recomputed_flops(self, config: Any, image_size: int, remat: str) -> int:
+        """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
+
+    @abc.abstractmethod
+    def saved_activation_bytes(
+        self, config: Any, image_size: int, remat: str, itemsize: int
+    ) -> float:
+        """Returns the bytes of residuals saved for the backward pass, per image, in all blocks.
+
+        Args:
+            config: Architecture config.
+            image_size: Side of the square input, in pixels.
+            remat: Rematerialization policy.
+            itemsize: Bytes per element of the computation's dtype.
+        """
+
+    @abc.abstractmethod
+    def live_block_bytes(self, config: Any, image_size: int, itemsize: int) -> float:
+        """Returns the bytes that are live in the middle of one block, per image."""
+
+    @abc.abstractmethod
+    def estimate_traffic(
+        self,
+        config: Any,
+        image_size: int,
+        num_classes: int,
+        *,
+        batch_size: int,
+        itemsize: int,
+        train: bool,
+    ) -> dict[str, Traffic]:
+        """Estimates the traffic of each region of a step, per image, without the optimizer.
+
+        Args:
+            config: Architecture config.
+            image_size: Side of the square input, in pixels.
+            num_classes: Outputs of the head.
+            batch_size: Images that share the traffic of parameters.
+            itemsize: Bytes per element of the computation's dtype.
+            train: Whether the step trains, or only infers.
+        """
+
     def image_size_multiple(self, config: Any) -> int:
         """Returns the number of pixels that both sides of an image must be a multiple of."""
         del config
@@ -115,6 +176,27 @@ class ModelFamily(abc.ABC):
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns the layouts that weights of this family are published in."""
         return ()
+
+    def timm_code(
+        self,
+        variant: str,
+        config: Any,
+        image_size: ImageSize,
+        num_classes: int,
+        gelu: str,
+        path: str,
+    ) -> list[str]:
+        """Returns lines of Python that load weights in timm's layout into a timm model.
+
+        Args:
+            variant: Name of a variant, or "custom".
+            config: Architecture config.
+            image_size: Height and width, in pixels.
+            num_classes: Outputs of the head; 0 means no head.
+            gelu: "tanh" or "exact".
+            path: Path of the file of weights.
+        """
+        raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
     @abc.abstractmethod
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:

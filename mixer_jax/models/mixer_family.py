@@ -1,16 +1,19 @@
 """Mixer as a model family. Does not import JAX until a model is built."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from mixer_jax.models import mixer_config
+from mixer_jax.models import mixer_config, mixer_costs
 from mixer_jax.models.family import (
+    CUSTOM,
     ImageSize,
     InferredConfig,
     ModelFamily,
     ResizedConfig,
     Shape,
+    Traffic,
 )
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.weight_layout import WeightLayout
@@ -23,14 +26,17 @@ class MixerFamily(ModelFamily):
     display_name = "Mixer"
     config_class = MixerConfig
     variants = VARIANTS
-    regions: ClassVar[Mapping[str, str]] = {
-        # Only token mixing needs its axes in another order.
-        "token mixing": r"token_mixing|block_\d+/transpose",
-        "channel mixing": "channel_mixing",
-        "LayerNorm": "LayerNorm|layer_norm",
-        "stem": r"\bstem\b|\bimage\b",
-        "head and loss": r"\b(head|loss|label)\b|log_sigmoid|log_softmax",
-    }
+    regions: ClassVar[Mapping[str, str]] = mixer_costs.REGIONS
+
+    def infer_variant(self, config: MixerConfig) -> str:
+        """Returns the name of the variant with this config, tiled (Appendix C) or not."""
+        for name, variant in VARIANTS.items():
+            factor, rest = divmod(config.tokens_mlp_dim, variant.tokens_mlp_dim)
+            is_same = dataclasses.replace(config, tokens_mlp_dim=variant.tokens_mlp_dim) == variant
+            # K × K copies of token mixing.
+            if is_same and not rest and math.isqrt(factor) ** 2 == factor:
+                return name
+        return CUSTOM
 
     def build(self, config: MixerConfig, num_classes: int, **attributes: Any) -> Any:
         """Builds an `MlpMixer`."""
@@ -50,6 +56,40 @@ class MixerFamily(ModelFamily):
     ) -> int:
         """Returns the FLOPs of one image's forward pass, counting matmuls only."""
         return mixer_config.forward_flops(config, image_size, num_classes)
+
+    def recomputed_flops(self, config: MixerConfig, image_size: int, remat: str) -> int:
+        """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
+        return mixer_costs.recomputed_flops(config, image_size, remat)
+
+    def saved_activation_bytes(
+        self, config: MixerConfig, image_size: int, remat: str, itemsize: int
+    ) -> float:
+        """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
+        return mixer_costs.saved_activation_bytes(config, image_size, remat, itemsize)
+
+    def live_block_bytes(self, config: MixerConfig, image_size: int, itemsize: int) -> float:
+        """Returns the bytes that are live in the middle of one block, per image."""
+        return mixer_costs.live_block_bytes(config, image_size, itemsize)
+
+    def estimate_traffic(
+        self,
+        config: MixerConfig,
+        image_size: int,
+        num_classes: int,
+        *,
+        batch_size: int,
+        itemsize: int,
+        train: bool,
+    ) -> dict[str, Traffic]:
+        """Estimates the traffic of each region of a step, per image, without the optimizer."""
+        return mixer_costs.estimate_traffic(
+            config,
+            image_size,
+            num_classes,
+            batch_size=batch_size,
+            itemsize=itemsize,
+            train=train,
+        )
 
     def image_size_multiple(self, config: MixerConfig) -> int:
         """Returns the patch size."""
@@ -86,6 +126,20 @@ class MixerFamily(ModelFamily):
         from mixer_jax.models.mixer_layouts import LAYOUTS
 
         return LAYOUTS
+
+    def timm_code(
+        self,
+        variant: str,
+        config: MixerConfig,
+        image_size: ImageSize,
+        num_classes: int,
+        gelu: str,
+        path: str,
+    ) -> list[str]:
+        """Returns lines that create timm's model by name if it has one, or else its class."""
+        from mixer_jax.models.mixer_layouts import timm_code
+
+        return timm_code(variant, config, image_size, num_classes, gelu, path)
 
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""

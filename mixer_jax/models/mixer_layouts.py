@@ -1,10 +1,15 @@
 """Published layouts of Mixer weights: Google's npz files, and timm."""
 
+import json
+import math
 from collections.abc import Iterator
 
-from mixer_jax.models.mixer_config import MixerConfig, param_shapes
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, param_shapes
 from mixer_jax.models.weight_layout import TensorMapping, WeightLayout
 
+# timm's named models have this image size; it has none of H/14.
+_TIMM_IMAGE_SIZE = (224, 224)
+_NOT_IN_TIMM = "H/14"
 # Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
 
@@ -66,3 +71,44 @@ GOOGLE_LEGACY = WeightLayout(
 )
 TIMM = WeightLayout("timm", tuple(_timm()), ("stem.proj.weight",), "exact", "bicubic")
 LAYOUTS = (GOOGLE, GOOGLE_LEGACY, TIMM)
+
+
+def timm_code(
+    variant: str,
+    config: MixerConfig,
+    image_size: tuple[int, int],
+    num_classes: int,
+    gelu: str,
+    path: str,
+) -> list[str]:
+    """Returns lines of Python that load weights in timm's layout; see `ModelFamily.timm_code`."""
+    file = json.dumps(path, ensure_ascii=False)
+    # timm's default GELU is exact.
+    act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
+    is_named = variant != _NOT_IN_TIMM and VARIANTS.get(variant) == config
+    if is_named and image_size == _TIMM_IMAGE_SIZE:
+        name = f"mixer_{variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
+        args = [f'"{name}"', f"num_classes={num_classes}", f"checkpoint_path={file}", *act_layer]
+        return ["import timm", f"model = timm.create_model({', '.join(args)})"]
+    height, width = image_size
+    mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
+    args = [
+        f"num_classes={num_classes}",
+        f"img_size={height if height == width else (height, width)}",
+        f"patch_size={config.patch_size}",
+        f"num_blocks={config.num_blocks}",
+        f"embed_dim={config.hidden_dim}",
+        f"mlp_ratio=({', '.join(_timm_mlp_ratio(dim, config.hidden_dim) for dim in mlp_dims)})",
+        *act_layer,
+    ]
+    return [
+        "import timm",
+        f"model = timm.models.mlp_mixer.MlpMixer({', '.join(args)})",
+        f"timm.models.load_checkpoint(model, {file})",
+    ]
+
+
+def _timm_mlp_ratio(mlp_dim: int, hidden_dim: int) -> str:
+    """Returns an expression that timm multiplies by `hidden_dim` and truncates to `mlp_dim`."""
+    is_exact = math.floor(mlp_dim / hidden_dim * hidden_dim) == mlp_dim
+    return f"{mlp_dim if is_exact else mlp_dim + 0.5} / {hidden_dim}"

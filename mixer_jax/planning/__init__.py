@@ -1,1 +1,1 @@
-"""What a run would take on accelerators that are not here: memory, traffic, time, cost."""
+"""Plans of runs on absent accelerators: memory, traffic, communication, time and cost."""

@@ -1,19 +1,13 @@
 """Analytic cost model of a training run: memory, recomputed FLOPs, collectives."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from mixer_jax.config.config import architecture_overrides
-from mixer_jax.models.mixer_config import (
-    MixerConfig,
-    forward_flops,
-    get_config,
-    num_tokens,
-    param_shapes,
-)
-from mixer_jax.planning import mixer_costs
+from mixer_jax.models.family import ModelFamily
+from mixer_jax.models.registry import get_family
 from mixer_jax.planning.hlo.collectives import (
     GRADIENTS,
     MIXUP_EXAMPLES,
@@ -32,6 +26,7 @@ class RunSpec(NamedTuple):
     """A training run in numbers.
 
     Attributes:
+        family: Model family.
         architecture: Architecture config of the model.
         image_size: Side of the square input, in pixels.
         num_classes: Outputs of the head.
@@ -48,7 +43,8 @@ class RunSpec(NamedTuple):
         num_steps: Length of the run.
     """
 
-    architecture: MixerConfig
+    family: ModelFamily
+    architecture: Any
     image_size: int
     num_classes: int
     itemsize: int
@@ -65,18 +61,17 @@ class RunSpec(NamedTuple):
     @property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by path."""
-        tokens = num_tokens(self.architecture, self.image_size)
-        return param_shapes(self.architecture, tokens, self.num_classes)
+        return self.family.param_shapes(self.architecture, self.image_size, self.num_classes)
 
     @property
-    def num_parameters(self) -> int:
+    def num_params(self) -> int:
         """Number of parameters."""
-        return sum(map(math.prod, self.param_shapes.values()))
+        return self.family.num_params(self.architecture, self.image_size, self.num_classes)
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks."""
-        return self.architecture.num_blocks
+        """Number of blocks that can be scanned over."""
+        return self.family.num_blocks(self.architecture)
 
     @property
     def images_per_device(self) -> float:
@@ -91,13 +86,13 @@ class RunSpec(NamedTuple):
     @property
     def model_flops(self) -> int:
         """FLOPs of the model per step, over all devices: three forward passes."""
-        flops = forward_flops(self.architecture, self.image_size, self.num_classes)
+        flops = self.family.forward_flops(self.architecture, self.image_size, self.num_classes)
         return 3 * self.batch_size * flops
 
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
-        flops = mixer_costs.recomputed_flops(self.architecture, self.image_size, self.remat)
+        flops = self.family.recomputed_flops(self.architecture, self.image_size, self.remat)
         return self.batch_size * flops
 
     @property
@@ -108,14 +103,14 @@ class RunSpec(NamedTuple):
     @property
     def saved_activation_bytes(self) -> float:
         """Bytes of residuals saved for the backward pass, per image, in all blocks."""
-        return mixer_costs.saved_activation_bytes(
+        return self.family.saved_activation_bytes(
             self.architecture, self.image_size, self.remat, self.itemsize
         )
 
     @property
     def live_block_bytes(self) -> float:
         """Bytes that are live in the middle of one block, per image."""
-        return mixer_costs.live_block_bytes(self.architecture, self.image_size, self.itemsize)
+        return self.family.live_block_bytes(self.architecture, self.image_size, self.itemsize)
 
 
 class Memory(NamedTuple):
@@ -155,9 +150,13 @@ def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: 
         num_steps: Length of the run.
         num_devices: Number of devices.
     """
+    family = get_family(config.model.family)
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
-        architecture=get_config(config.model.variant, **architecture_overrides(config.model)),
+        family=family,
+        architecture=family.get_config(
+            config.model.variant, **architecture_overrides(config.model)
+        ),
         image_size=config.image_size,
         num_classes=num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,
@@ -176,17 +175,17 @@ def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: 
 def estimate_memory(run: RunSpec) -> Memory:
     """Estimates the peak memory of a training step; compilers may do better or worse."""
     sharded = sum(
-        math.prod(shape) / (run.fsdp if is_fsdp_sharded(path, shape, run.fsdp) else 1)
+        math.prod(shape) / (run.fsdp if _is_fsdp_sharded(run, path, shape) else 1)
         for path, shape in run.param_shapes.items()
     )
     # Microbatches' gradients are summed unsharded; kernels are gathered in the computation's dtype.
-    gradients = _FLOAT32 * run.num_parameters * (2 if run.num_microbatches > 1 else 1)
+    gradients = _FLOAT32 * run.num_params * (2 if run.num_microbatches > 1 else 1)
     return Memory(
         parameters=_FLOAT32 * sharded,
         moments=_FLOAT32 * sharded * run.num_moments,
         batch=run.images_per_device * _example_bytes(run),
         activations=run.microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
-        gradients=gradients + run.itemsize * run.num_parameters,
+        gradients=gradients + run.itemsize * run.num_params,
     )
 
 
@@ -200,7 +199,7 @@ def estimate_eval_memory(run: RunSpec, batch_size: int) -> float:
     images = batch_size / run.num_devices
     return (
         estimate_memory(run).parameters
-        + run.itemsize * run.num_parameters
+        + run.itemsize * run.num_params
         + images * (_example_bytes(run) + run.live_block_bytes)
     )
 
@@ -209,9 +208,10 @@ def _example_bytes(run: RunSpec) -> int:
     return 3 * run.image_size**2 + _FLOAT32
 
 
-def is_fsdp_sharded(path: str, shape: tuple[int, ...], fsdp: int) -> bool:
+def _is_fsdp_sharded(run: RunSpec, path: str, shape: tuple[int, ...]) -> bool:
     """Returns whether a parameter is sharded over `fsdp` devices; see `state_sharding`."""
-    return path.endswith("kernel") and fsdp > 1 and any(size % fsdp == 0 for size in shape)
+    is_divisible = any(size % run.fsdp == 0 for size in shape)
+    return run.fsdp > 1 and is_divisible and run.family.is_fsdp_sharded(tuple(path.split("/")))
 
 
 def min_hbm_bytes(run: RunSpec) -> float:
@@ -223,7 +223,7 @@ def min_hbm_bytes(run: RunSpec) -> float:
     memory = estimate_memory(run)
     update = 2 * (memory.parameters + memory.moments) + memory.parameters
     activations = 2 * run.images_per_device * run.saved_activation_bytes
-    return update + activations + 2 * run.num_microbatches * run.itemsize * run.num_parameters
+    return update + activations + 2 * run.num_microbatches * run.itemsize * run.num_params
 
 
 def estimate_collectives(run: RunSpec) -> list[Collective]:
@@ -236,23 +236,23 @@ def estimate_collectives(run: RunSpec) -> list[Collective]:
     ring: ReplicaGroups = tuple((n, (n + 1) % run.num_devices) for n in devices)
     fsdp_groups: ReplicaGroups = tuple(tuple(devices[n : n + fsdp]) for n in devices[::fsdp])
     data_groups: ReplicaGroups = tuple(tuple(devices[n::fsdp]) for n in range(fsdp))
-    kernels = head = replicated = 0
+    cast = not_cast = replicated = 0
     for path, shape in run.param_shapes.items():
         size = math.prod(shape)
-        if not is_fsdp_sharded(path, shape, fsdp):
+        if not _is_fsdp_sharded(run, path, shape):
             replicated += size
-        elif path.startswith("head"):
-            head += size  # Computed, and therefore gathered, in float32.
+        elif run.family.is_cast(tuple(path.split("/"))):
+            cast += size  # Gathered in the computation's dtype.
         else:
-            kernels += size
+            not_cast += size
     dtype = "bf16" if run.itemsize == 2 else "f32"
     axis = "all" if data > 1 and fsdp > 1 else "fsdp" if fsdp > 1 else "data"
-    sharded = _FLOAT32 * (kernels + head)
+    sharded = _FLOAT32 * (cast + not_cast)
     example = 3 * run.image_size**2 + _FLOAT32 * run.num_classes
     collectives = [
         Collective("all-reduce", "f32", axis, GRADIENTS, 1, _FLOAT32 * replicated, world),
-        Collective("all-gather", dtype, "fsdp", PARAMETERS, 1, run.itemsize * kernels, fsdp_groups),
-        Collective("all-gather", "f32", "fsdp", PARAMETERS, 1, _FLOAT32 * head, fsdp_groups),
+        Collective("all-gather", dtype, "fsdp", PARAMETERS, 1, run.itemsize * cast, fsdp_groups),
+        Collective("all-gather", "f32", "fsdp", PARAMETERS, 1, _FLOAT32 * not_cast, fsdp_groups),
         Collective("reduce-scatter", "f32", "fsdp", GRADIENTS, 1, sharded, fsdp_groups),
         Collective("all-reduce", "f32", "data", GRADIENTS, 1, sharded / fsdp, data_groups),
         Collective("collective-permute", "u8", axis, MIXUP_EXAMPLES, 1, example * run.mixup, ring),

@@ -89,19 +89,19 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether all steps fit into memory, as compiled or else as estimated."""
+        """True if all steps fit into memory, as compiled or, if they are not, as estimated."""
         return self.train_step_fits and self.eval_step_fits
 
     @property
     def train_step_fits(self) -> bool:
-        """Whether the training step fits into memory."""
+        """True if the training step fits into memory."""
         if self.train_step:
             return self.train_step.fits
         return self.memory_estimate.total <= self.available_bytes
 
     @property
     def eval_step_fits(self) -> bool:
-        """Whether the evaluation step fits into memory; true if only training was compiled."""
+        """True if the evaluation step fits into memory, or only the training step was compiled."""
         if self.eval_step:
             return self.eval_step.fits
         return self.train_step is not None or self.eval_memory_estimate <= self.available_bytes
@@ -135,7 +135,7 @@ def make_plan(
 
     devices = devices or tpu_devices(topology)
     experiment = build_for_topology(config, devices)
-    run = run_spec(config, experiment.about.num_classes, experiment.num_steps, len(devices))
+    run = run_spec(config, experiment.model_info.num_classes, experiment.num_steps, len(devices))
     if with_eval:
         check_divisible("config.eval_batch_size", config.eval_batch_size, len(devices))
     compiled = compile_train_step(experiment, fast_compile)

@@ -38,6 +38,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """Converts a plan to a JSON object, in bytes, seconds and FLOPs, without rounding."""
     config, topology, run, bound = plan.config, plan.topology, plan.run, plan.bound
     return {
+        "family": run.family.name,
         "variant": config.model.variant,
         "topology": topology.name,
         "num_slices": topology.num_slices,
@@ -54,7 +55,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "scan_unroll": run.scan_unroll,
         },
         "num_steps": run.num_steps,
-        "num_parameters": run.num_parameters,
+        "num_params": run.num_params,
         "available_bytes": plan.available_bytes,
         "memory_estimate": plan.memory_estimate._asdict(),
         "eval_memory_estimate": plan.eval_memory_estimate,
@@ -85,8 +86,8 @@ def _format_header(plan: Plan) -> str:
             seconds += f" + {plan.eval_step.compile_seconds:.0f} s"
         method = f"compiled in {seconds}"
     return (
-        f"Mixer-{config.model.variant}, {config.image_size} px, {run.num_classes:,} classes, "
-        f"{run.num_parameters:,} parameters\n"
+        f"{run.family.full_name(config.model.variant)}, {run.image_size} px, "
+        f"{run.num_classes:,} classes, {run.num_params:,} parameters\n"
         f"batch size {run.batch_size:,}, {run.images_per_device:g} per device{microbatches}; "
         f"remat {run.remat}, unroll {run.scan_unroll or 'all'}, fsdp {run.fsdp}\n"
         f"{plan.topology.describe()}; {method}"

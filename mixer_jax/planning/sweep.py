@@ -78,7 +78,7 @@ class SweepResult(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the compiled steps fit into memory; the evaluation step may be missing."""
+        """True if the planned steps fit into memory; the evaluation step may not be planned."""
         return self.plan is not None and self.plan.fits
 
     @property
@@ -207,7 +207,7 @@ def candidates(run: RunSpec, dimensions: Sequence[str], topology: Topology) -> I
         "fsdp": sorted({1, max_fsdp}),
         "remat": [name for name in REMAT_POLICIES if name in FIELDS["model.remat"].choices],
         # Formulas do not depend on unrolling.
-        "unroll": sorted(unrolls) if topology.chip.is_tpu else [run.scan_unroll],
+        "unroll": sorted(unrolls) if topology.chip.is_tpu and num_blocks else [run.scan_unroll],
     }
     choices = [
         values[name] if name in dimensions else [value]

@@ -10,13 +10,10 @@ The traffic depends on what a kernel fuses, so there are two bounds:
   recomputes the hidden units for all four gradients: seven matmuls instead of six.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
-from mixer_jax.planning import mixer_costs
+from mixer_jax.models.family import ModelFamily, Traffic
 from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
-from mixer_jax.planning.mixer_costs import Traffic
 
 _FLOAT32 = 4
 # Adam reads parameters, two moments and gradients, these twice because of clipping by their norm,
@@ -28,6 +25,7 @@ class StepSpec(NamedTuple):
     """A step on one device.
 
     Attributes:
+        family: Model family.
         architecture: Architecture config of the model.
         image_size: Side of the square input, in pixels.
         num_classes: Outputs of the head.
@@ -36,7 +34,8 @@ class StepSpec(NamedTuple):
         train: Whether the step trains, with Adam and clipping, or only infers.
     """
 
-    architecture: MixerConfig
+    family: ModelFamily
+    architecture: Any
     image_size: int
     num_classes: int
     batch_size: int
@@ -46,20 +45,14 @@ class StepSpec(NamedTuple):
 
 def estimate_traffic(step: StepSpec) -> dict[str, Traffic]:
     """Estimates the traffic of each region of a step, per image."""
-    config, image_size = step.architecture, step.image_size
-    traffic = mixer_costs.estimate_traffic(
-        config,
-        image_size,
-        step.num_classes,
-        batch_size=step.batch_size,
-        itemsize=step.itemsize,
-        train=step.train,
+    model = (step.architecture, step.image_size, step.num_classes)
+    traffic = step.family.estimate_traffic(
+        *model, batch_size=step.batch_size, itemsize=step.itemsize, train=step.train
     )
     update = 0.0
     if step.train:
-        shapes = param_shapes(config, num_tokens(config, image_size), step.num_classes)
-        num_parameters = sum(map(math.prod, shapes.values()))
-        update = _ADAM_ACCESSES * _FLOAT32 * num_parameters / step.batch_size
+        num_params = step.family.num_params(*model)
+        update = _ADAM_ACCESSES * _FLOAT32 * num_params / step.batch_size
     no_traffic = Traffic(0.0, 0.0, 0.0, 0.0)
     optimizer = no_traffic._replace(unfused_bytes=update, fused_bytes=update)
     return {**traffic, OPTIMIZER: optimizer, OTHER: no_traffic}

@@ -6,9 +6,9 @@ from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.config.config import validate
+from mixer_jax.config.config import parse, validate
 from mixer_jax.config.loading import Overrides, set_override
-from mixer_jax.config.schema import NAMED_SECTIONS, get_field
+from mixer_jax.config.schema import NAMED_SECTIONS, RunConfig, get_field
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import INIT_FROM
 from mixer_jax.suites.tasks import FineTuneTask, Suite
@@ -67,7 +67,7 @@ class Run(NamedTuple):
     """
 
     folder: str
-    config: ConfigDict
+    config: RunConfig
 
 
 def sweep_folder(task: FineTuneTask, learning_rate: float) -> str:
@@ -226,7 +226,7 @@ def _make_config(
     learning_rate: float,
     seed: int,
     evals: dict[str, dict[str, str]],
-) -> ConfigDict:
+) -> RunConfig:
     config = config_lib.get_default()
     config.seed = seed
     config.num_steps = task.num_steps
@@ -259,5 +259,4 @@ def _make_config(
         set_override(config, path, str(value))
     for path, text in settings.overrides:
         set_override(config, path, text)
-    validate(config)
-    return config
+    return parse(config)

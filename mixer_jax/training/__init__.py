@@ -1,1 +1,1 @@
-"""The recipe, the step and the loop."""
+"""Training: data sets, initialization, optimizer, step and loop."""

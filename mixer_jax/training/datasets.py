@@ -1,9 +1,8 @@
-"""From a configuration to the data of a run."""
+"""Data sets of a run, opened from its config."""
 
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
+from mixer_jax.config.schema import EvalConfig, RunConfig
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.errors import UserError
@@ -11,12 +10,12 @@ from mixer_jax.evaluation.probes import align_labels
 
 
 class RunDatasets(NamedTuple):
-    """The data of a run.
+    """Data sets of a run.
 
     Attributes:
-        train: what it trains on.
-        evals: by name, what it is scored on.
-        probe_train: by name of those that are probes, what they learn from.
+        train: Training examples.
+        evals: Evaluation examples by the name of the evaluation.
+        probe_train: Examples that probes are fitted on, by the name of the evaluation.
     """
 
     train: Source
@@ -24,37 +23,65 @@ class RunDatasets(NamedTuple):
     probe_train: dict[str, Source]
 
 
-def open_datasets(config: ConfigDict) -> RunDatasets:
+def open_datasets(config: RunConfig) -> RunDatasets:
     """Opens the training and evaluation data; uses no device.
 
     Raises:
-        UserError: as `open_train_dataset`; or an evaluation's data set or split is missing, or it
-            has a class that training lacks, or for a probe, that the split it learns from lacks.
+        UserError: A data set or split does not exist, the training data has several labels per
+            image, or an evaluation has a class that its training split lacks.
     """
     train = open_train_dataset(config)
     evals, probe_train = {}, {}
-    for key, entry in config.evals.items():
-        source = _open_eval(config, entry, entry.split)
+    for name, entry in config.evals.items():
+        source = _open_eval_split(config, entry, entry.split)
         if entry.type != "classify":
-            probe_train[key] = _open_eval(config, entry, entry.train_split)
+            probe_train[name] = _open_eval_split(config, entry, entry.train_split)
         try:
-            if key in probe_train:
-                evals[key] = align_labels(probe_train[key], source)
+            if name in probe_train:
+                evals[name] = align_labels(probe_train[name], source)
             else:
-                evals[key] = _known_to(train, source)
+                evals[name] = _relabel(source, train)
         except UserError as error:
-            raise UserError(f"config.evals.{key}: {error}") from error
+            raise UserError(f"config.evals.{name}: {error}") from error
     return RunDatasets(train, evals, probe_train)
 
 
-def _known_to(train: Source, source: Source) -> Source:
-    try:
-        return relabel(source, train.class_names)
-    except UserError as error:
-        raise UserError(f"{error}; score on classes trained on") from error
+def open_train_dataset(config: RunConfig) -> Source:
+    """Opens the training data; uses no device.
+
+    Raises:
+        UserError: A data set or split does not exist, or has several labels per image.
+    """
+    train = _open_train_source(config)
+    if train.multi_label:
+        raise UserError(
+            f"config.dataset.name must have one label per image, got {train.name}, which has "
+            "several and can only be evaluated on."
+        )
+    return train
 
 
-def _open_eval(config: ConfigDict, entry: ConfigDict, split: str) -> Source:
+def _open_train_source(config: RunConfig) -> Source:
+    """Opens one data set, or mixes those of `config.mixture`."""
+    dataset = config.dataset
+
+    def open_split(name: str, split: str) -> Source:
+        return open_dataset(
+            name,
+            split,
+            dataset.data_dir,
+            num_classes=dataset.num_classes,
+            num_examples=dataset.num_examples,
+        )
+
+    if not config.mixture:
+        return open_split(dataset.name, dataset.train_split)
+    entries = config.mixture.values()
+    sources = [open_split(entry.dataset or dataset.name, entry.split) for entry in entries]
+    return mix_sources(sources, [entry.weight for entry in entries])
+
+
+def _open_eval_split(config: RunConfig, entry: EvalConfig, split: str) -> Source:
     return open_dataset(
         entry.dataset or config.dataset.name,
         split,
@@ -63,31 +90,9 @@ def _open_eval(config: ConfigDict, entry: ConfigDict, split: str) -> Source:
     )
 
 
-def open_train_dataset(config: ConfigDict) -> Source:
-    """Opens the training data alone; uses no device.
-
-    Raises:
-        UserError: a data set or split is missing, or has several labels an image.
-    """
-    train = _one_or_mixed(config)
-    if train.multi_label:
-        raise UserError(
-            f"{train.name} has several labels an image and is for evaluation; name another in "
-            "config.dataset.name"
-        )
-    return train
-
-
-def _one_or_mixed(config: ConfigDict) -> Source:
-    nominal = {
-        "num_classes": config.dataset.num_classes,
-        "num_examples": config.dataset.num_examples,
-    }
-    name, data_dir = config.dataset.name, config.dataset.data_dir
-    if not config.mixture:
-        return open_dataset(name, config.dataset.train_split, data_dir, **nominal)
-    entries = config.mixture.values()
-    sources = [
-        open_dataset(entry.dataset or name, entry.split, data_dir, **nominal) for entry in entries
-    ]
-    return mix_sources(sources, [entry.weight for entry in entries])
+def _relabel(source: Source, train: Source) -> Source:
+    """Maps the labels of an evaluation split to the classes of the training data."""
+    try:
+        return relabel(source, train.class_names)
+    except UserError as error:
+        raise UserError(f"{error}. Evaluate on classes that the training data has.") from error

@@ -1,11 +1,11 @@
-"""What a run begins with: fresh weights, those of `config.init_from`, or its own checkpoint."""
+"""Start of a run: random initialization, a pretrained checkpoint, or the run's own checkpoint."""
 
+import contextlib
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
 from mixer_jax.checkpoints.manager import CheckpointManager
@@ -13,38 +13,38 @@ from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.to_device import shard_params
 from mixer_jax.config.config import architecture_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
-from mixer_jax.models.mixer_config import get_config
-from mixer_jax.models.mixer_resize import resized_tokens_mlp_dim
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
 
 
 class InitSource(NamedTuple):
-    """What a run begins with, if it does not begin afresh.
+    """Checkpoint that a run starts or resumes from.
 
     Attributes:
-        about: the weights, at the run's image size.
-        weights: those of `config.init_from`; None: the run goes on from its own checkpoint.
+        model_info: Metadata of the model, at the image size of the run.
+        weights: Weights of `config.init_from`; None: the run resumes from its own checkpoint.
     """
 
-    about: ModelInfo
+    model_info: ModelInfo
     weights: PretrainedWeights | None
 
 
 def find_init_source(
-    config: ConfigDict, workdir: str, weights: PretrainedWeights | None = None
+    config: RunConfig, workdir: str, weights: PretrainedWeights | None = None
 ) -> InitSource | None:
-    """Returns what a run begins with; None: weights drawn at random.
+    """Finds the checkpoint that a run starts or resumes from; None: random initialization.
 
     Args:
-        config: of the run.
-        workdir: absolute path or URL of the run; nothing is changed in it.
-        weights: those of `config.init_from`, where they are loaded already.
+        config: Config of the run.
+        workdir: Absolute path or URL of the run; only read.
+        weights: Weights of `config.init_from`, if already loaded.
 
     Raises:
-        UserError: the weights of `config.init_from` cannot be had, or are of another model.
+        UserError: `config.init_from` cannot be loaded, or is another model than the config's.
     """
     steps = list_steps(workdir)
     if steps:
@@ -53,65 +53,56 @@ def find_init_source(
             metadata = checkpoints.metadata(steps[-1])
         finally:
             checkpoints.close()
-        where = f"checkpoint {workdir}/{CHECKPOINT_DIR}/{steps[-1]}"
-        return InitSource(ModelInfo.from_metadata(metadata, where), None)
+        source = f"checkpoint {workdir}/{CHECKPOINT_DIR}/{steps[-1]}"
+        return InitSource(ModelInfo.from_metadata(metadata, source), None)
     if not config.init_from:
         return None
     weights = weights or load_checkpoint(config.init_from)
     if config.model.variant != INIT_FROM:
-        _check_model(config, weights.model_info)
+        _check_same_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))
     return InitSource(weights.model_info, weights)
 
 
 def restore_or_init(
-    experiment: Experiment, checkpoints: CheckpointManager, step: int, beginning: InitSource | None
+    experiment: Experiment, checkpoints: CheckpointManager, step: int, init: InitSource | None
 ) -> tuple[TrainState, list[float]]:
-    """Returns what was saved at `step`; for step 0 the initial state and an empty window.
+    """Restores state and loss window of a step, or initializes them at step 0.
 
     Args:
-        experiment: that is run.
-        checkpoints: of the run.
-        step: it goes on from; 0: none.
-        beginning: from `find_init_source`.
+        experiment: Experiment of the run.
+        checkpoints: Checkpoints of the run.
+        step: Step to resume from; 0 initializes.
+        init: Result of `find_init_source`.
 
     Raises:
-        UserError: the checkpoint was trained on other data, or for another number of steps; or
-            the head that is to be kept is of other classes.
+        UserError: The checkpoint was trained on other data or for another number of steps, or the
+            head to keep has other classes.
     """
     if step == 0:
-        return init_state(experiment, beginning and beginning.weights), []
-    metadata, where = checkpoints.metadata(step), f"the checkpoint of step {step}"
-    theirs = metadata | {"class_names": list(ModelInfo.from_metadata(metadata, where).class_names)}
-    ours = experiment.metadata | {"class_names": list(experiment.about.class_names)}
-    for key in ("num_train_examples", "num_steps", "class_names"):
-        was, now = get_metadata(theirs, key, where), ours[key]
-        if was != now:
-            raise UserError(
-                f"{where} was made with {key}={was}, not {now}: the data are "
-                "others than the run began with; point --config.dataset.data_dir at those, or put "
-                "the folder's images back, or choose another --workdir"
-            )
+        return init_state(experiment, init and init.weights), []
+    metadata, source = checkpoints.metadata(step), f"the checkpoint of step {step}"
+    _check_same_data(experiment, metadata, source)
     shape = experiment.state_shape
     targets = {"params": shape.params, "optimizer": shape.opt_state}
     if shape.ema_params is not None:
         targets["ema_params"] = shape.ema_params
     items = checkpoints.restore(step, targets)
-    steps_done = jax.device_put(jnp.int32(step), shape.step.sharding)
-    state = TrainState(steps_done, items["params"], items["optimizer"], items.get("ema_params"))
-    return state, get_metadata(metadata, "loss_window", where)
+    steps_taken = jax.device_put(jnp.int32(step), shape.step.sharding)
+    state = TrainState(steps_taken, items["params"], items["optimizer"], items.get("ema_params"))
+    return state, get_metadata(metadata, "loss_window", source)
 
 
 def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:
-    """Returns the state before the first step.
+    """Creates the state before the first step.
 
     Args:
-        experiment: that is run.
-        weights: for the run's image size, of which all but the head is taken, and the head too if
-            `should_keep_head`; None: weights drawn at random.
+        experiment: Experiment of the run.
+        weights: Pretrained weights at the image size of the run; the head is kept if
+            `should_keep_head`. None: random initialization.
 
     Raises:
-        UserError: as `should_keep_head`.
+        UserError: The head to keep has other classes.
     """
     state = experiment.create_state()
     if weights is None:
@@ -123,50 +114,74 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     return state._replace(params=params, ema_params=ema_params)
 
 
-def should_keep_head(experiment: Experiment, about: ModelInfo) -> bool:
-    """Says whether a run begins with the head of the weights it begins with.
+def should_keep_head(experiment: Experiment, pretrained: ModelInfo) -> bool:
+    """Returns whether the run keeps the head of its pretrained weights.
 
     Raises:
-        UserError: it is told to, and they are of other classes.
+        UserError: `config.init_head` is "keep", but the head has other classes.
     """
-    wish, ours = experiment.config.init_head, experiment.about.class_names
-    same = about.class_names == ours
-    if wish == "keep" and not (same or (not about.class_names and about.num_classes == len(ours))):
+    config, classes = experiment.config, experiment.model_info.class_names
+    is_same = pretrained.class_names == classes
+    fits = is_same or (not pretrained.class_names and pretrained.num_classes == len(classes))
+    if config.init_head == "keep" and not fits:
         raise UserError(
-            f"config.init_head='keep', but config.init_from={experiment.config.init_from!r} has "
-            f"{about.num_classes} classes that are not the {len(ours)} of the data; set it to new"
+            f"config.init_head must be 'new' or 'auto', got 'keep': the {pretrained.num_classes} "
+            f"classes of config.init_from={config.init_from!r} are not the {len(classes)} classes "
+            "of the data."
         )
-    return wish == "keep" or (wish == "auto" and same)
+    return config.init_head == "keep" or (config.init_head == "auto" and is_same)
 
 
-def describe_init(experiment: Experiment, beginning: InitSource | None) -> str:
-    """Returns a line for people on the weights a run begins with; empty where there is no news."""
-    if beginning is None or beginning.weights is None:
+def describe_init(experiment: Experiment, init: InitSource | None) -> str:
+    """Formats a line about the pretrained weights of a new run; empty for any other run."""
+    if init is None or init.weights is None:
         return ""
-    about = beginning.about
-    how = f", {about.resize_note}" if about.resize_note else ""
-    head = "with their head" if should_keep_head(experiment, about) else "with a new head"
-    return f"weights of {experiment.config.init_from}{how}, {head}\n"
+    info = init.model_info
+    resized = f", {info.resize_note}" if info.resize_note else ""
+    head = "pretrained head" if should_keep_head(experiment, info) else "new head"
+    return f"initialized from {experiment.config.init_from}{resized}, {head}\n"
 
 
-def _check_model(config: ConfigDict, trained: ModelInfo) -> None:
-    """Raises UserError if weights are not of the model that the config declares."""
-    widths = get_config(config.model.variant, **architecture_overrides(config.model))
-    side = config.image_size // trained.config.patch_size
-    mlp_dim = trained.config.tokens_mlp_dim
-    if side:
-        mlp_dim = resized_tokens_mlp_dim(mlp_dim, trained.grid, (side, side))
-    # A config may name the widths before growing, as the paper does, or after it.
-    if widths not in (trained.config, dataclasses.replace(trained.config, tokens_mlp_dim=mlp_dim)):
-        found = trained.variant
-        if found in (CUSTOM, config.model.variant):
-            found = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(trained.config).items())
+def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: str) -> None:
+    saved = metadata | {"class_names": list(ModelInfo.from_metadata(metadata, source).class_names)}
+    current = experiment.metadata | {"class_names": list(experiment.model_info.class_names)}
+    for key in ("num_train_examples", "num_steps", "class_names"):
+        was, now = get_metadata(saved, key, source), current[key]
+        if was != now:
+            raise UserError(
+                f"{key} must be as in {source}, {was}, got {now}: the run was started with other "
+                "data. Point --config.dataset.data_dir to that data, restore the images of the "
+                "folder, or choose another --workdir."
+            )
+
+
+def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
+    """Raises UserError if weights are for another model than the config declares."""
+    family = get_family(config.model.family)
+    source = f"config.init_from={config.init_from!r}"
+    if pretrained.family != config.model.family:
         raise UserError(
-            f"config.init_from={config.init_from!r} is of another model, {found}; set "
-            f"--config.model.variant={INIT_FROM} to take its"
+            f"config.model.family must be that of {source}, {pretrained.family}, "
+            f"got {config.model.family}."
         )
-    if config.model.gelu != trained.gelu:
+    declared = family.get_config(config.model.variant, **architecture_overrides(config.model))
+    # A config may declare the architecture before or after adapting it to another image size.
+    accepted = [pretrained.config]
+    size = (config.image_size, config.image_size)
+    with contextlib.suppress(UserError):
+        family.check_image_size(pretrained.config, *size)
+        accepted.append(family.resize_config(pretrained.config, pretrained.image_size, size).config)
+    if declared not in accepted:
+        found = pretrained.variant
+        if found in (CUSTOM, config.model.variant):
+            fields = dataclasses.asdict(pretrained.config)
+            found = ", ".join(f"{name}={value}" for name, value in fields.items())
         raise UserError(
-            f"config.init_from={config.init_from!r} was trained with gelu={trained.gelu}; set "
-            f"--config.model.gelu={trained.gelu}, or --config.model.variant={INIT_FROM}"
+            f"config.model must be the model of {source}, {found}. Set "
+            f"--config.model.variant={INIT_FROM} to use it."
+        )
+    if config.model.gelu != pretrained.gelu:
+        raise UserError(
+            f"config.model.gelu must be that of {source}, got {config.model.gelu}. Set "
+            f"--config.model.gelu={pretrained.gelu}, or --config.model.variant={INIT_FROM}."
         )

@@ -1,169 +1,193 @@
-"""The map of a whole run: `train_and_evaluate`."""
+"""The training loop: `train_and_evaluate`."""
 
 import contextlib
+import functools
 import signal
 import time
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.evaluators import EvalMetrics, make_evaluators
 from mixer_jax.training.initialize import (
     InitSource,
     describe_init,
     find_init_source,
     restore_or_init,
 )
-from mixer_jax.training.journal import MetricsLogger
+from mixer_jax.training.metrics import MetricsLogger
 from mixer_jax.training.setup import (
-    AnyScores,
     Experiment,
     build_experiment,
-    make_evaluators,
     make_train_batches,
+    throughput_metrics,
 )
 from mixer_jax.training.step import Metrics, TrainState
 from mixer_jax.training.workdir import save_config
 
-# Steps between exchanges of bad images, for which the devices of several hosts wait a moment.
+# Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
 
 
 class TrainResult(NamedTuple):
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        step: steps done.
-        num_steps: steps the run has in all.
-        scores: at the last step, by evaluation name; empty if the run was stopped before it.
-        stopped_by: the signal that came, or None; SIGTERM where it came to another host.
+        step: Steps taken.
+        num_steps: Steps of the whole run.
+        scores: Metrics at the last step by evaluation; empty if the run stopped before it.
+        stopped_by: Signal that was received, or None; SIGTERM if another host received one.
     """
 
     step: int
     num_steps: int
-    scores: dict[str, AnyScores]
+    scores: dict[str, EvalMetrics]
     stopped_by: signal.Signals | None
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str, weights: PretrainedWeights | None = None
+    config: RunConfig, workdir: str, weights: PretrainedWeights | None = None
 ) -> TrainResult:
-    """Trains a Mixer from the start, or from the newest checkpoint in `workdir`, to the end.
+    """Trains a model to the end of the run, resuming from the newest checkpoint in `workdir`.
 
     Args:
-        config: valid by `config.validate`.
-        workdir: absolute path or URL of the run, checked by `workdir.check`.
-        weights: those of `config.init_from`, where they are loaded already.
+        config: Config of the run.
+        workdir: Absolute path or URL of the run, checked by `check_workdir`.
+        weights: Weights of `config.init_from`, if already loaded.
 
     Raises:
-        UserError: data are missing, or the batch does not divide over the devices.
-        RunFailedError: loss, gradients or parameters are no longer finite numbers, or too many
-            images cannot be used.
+        UserError: Data is missing, or the batch cannot be split over the devices.
+        RunError: Loss, gradients or parameters are not finite, or too many images are bad.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(multihost.GracefulShutdown())
-        sources = open_datasets(config)
+        shutdown = stack.enter_context(multihost.GracefulShutdown())
+        datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
-        leader = multihost.is_primary_process()
-        beginning = find_init_source(config, workdir, weights)
-        experiment = build_experiment(config, sources, init_info=beginning and beginning.about)
+        is_primary = multihost.is_primary_process()
+        init = find_init_source(config, workdir, weights)
+        experiment = build_experiment(config, datasets, init_info=init and init.model_info)
+        num_steps = experiment.num_steps
         checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        first_step = checkpoints.latest_step() or 0
-        state, window = restore_or_init(experiment, checkpoints, first_step, beginning)
-        if leader:
+        start_step = checkpoints.latest_step() or 0
+        state, loss_window = restore_or_init(experiment, checkpoints, start_step, init)
+        if is_primary:
             save_config(workdir, config)
-        journal = MetricsLogger(workdir, experiment, first_step, leader, window)
-        stack.callback(journal.close)
-        journal.progress.say(_describe(experiment, first_step, beginning))
+        logger = MetricsLogger(
+            workdir,
+            start_step,
+            num_steps,
+            batch_size=config.batch_size,
+            log_every_steps=config.log_every_steps,
+            throughput_metrics=functools.partial(throughput_metrics, experiment),
+            loss_window=loss_window,
+            is_primary=is_primary,
+            tensorboard=config.tensorboard,
+        )
+        stack.callback(logger.close)
+        logger.progress.print(_describe_run(experiment, start_step, init))
         bad_images = BadImageLog(
             workdir,
-            first_step,
-            num_examples=len(sources.train),
+            start_step,
+            num_examples=len(datasets.train),
+            batch_size=config.batch_size,
             max_fraction=config.bad_images.max_fraction,
-            say=journal.progress.say,
+            log=logger.progress.print,
         )
 
-        evals = make_evaluators(experiment)
+        evaluators = make_evaluators(experiment)
         shared_flags = multihost.SharedFlags()
-        step = saved_step = first_step
+        step = saved_step = start_step
         saved_at = time.monotonic()
-        scores: dict[str, AnyScores] = {}
-        if first_step == experiment.num_steps:
-            scores = {name: evaluate(state.eval_params) for name, evaluate in evals.items()}
-        batches = make_train_batches(experiment, first_step, bad_images.record)
+        scores: dict[str, EvalMetrics] = {}
+        if start_step == num_steps:
+            scores = {name: evaluate(state.eval_params) for name, evaluate in evaluators.items()}
+        batches = make_train_batches(experiment, start_step, bad_images.record)
         stack.callback(batches.close)
-        for step, batch in enumerate(batches, first_step + 1):
-            state, metrics = _take_step(experiment, state, batch, journal.is_due(step))
-            last = step == experiment.num_steps
+        for step, batch in enumerate(batches, start_step + 1):
+            state, metrics = _take_step(experiment, state, batch, logger.should_log(step))
+            is_last = step == num_steps
             try:
-                journal.record(step, metrics)
+                logger.record(step, metrics)
                 if _is_sync_step(step):
-                    bad_images.share()
-                due = [name for name in evals if last or _due(step, config.evals[name].every_steps)]
-                late = 0 < config.checkpoint.every_minutes * 60 < time.monotonic() - saved_at
-                signalled, late = shared_flags.exchange(stop.received is not None, late)
-                if signalled and stop.received is None:
-                    stop.received = signal.SIGTERM
-                stopping = signalled or bad_images.too_many
-                saving = last or stopping or late or _due(step, config.checkpoint.every_steps)
-                if due or saving:
-                    # What is scored and saved is known to be finite.
-                    journal.settle()
-                    if not journal.is_due(step):
-                        norm = experiment.parameter_norm(state.params)
-                        journal.check(step, {"parameter_norm": float(norm)})
+                    bad_images.sync_hosts(step)
+                due_evals = [
+                    name
+                    for name, entry in config.evals.items()
+                    if is_last or _is_due(step, entry.every_steps)
+                ]
+                seconds = time.monotonic() - saved_at
+                is_late = 0 < config.checkpoint.every_minutes * 60 < seconds
+                signaled, is_late = shared_flags.exchange(shutdown.received is not None, is_late)
+                if signaled and shutdown.received is None:
+                    shutdown.received = signal.SIGTERM
+                is_stopping = signaled or bad_images.too_many
+                is_saving = (
+                    is_last
+                    or is_stopping
+                    or is_late
+                    or _is_due(step, config.checkpoint.every_steps)
+                )
+                if due_evals or is_saving:
+                    # Only finite parameters are evaluated and saved.
+                    logger.flush_pending()
+                    if not logger.should_log(step):
+                        norm = float(experiment.param_norm(state.params))
+                        logger.check_finite(step, {"parameter_norm": norm})
             except RunError as error:
-                raise _with_last_checkpoint(error, workdir, saved_step) from error
-            with journal.progress.pause():
+                raise _with_resume_hint(error, workdir, saved_step) from error
+            with logger.progress.pause():
                 try:
-                    for name in due:
-                        scores[name] = evals[name](state.eval_params)
-                        journal.log_eval(step, name, scores[name])
+                    for name in due_evals:
+                        scores[name] = evaluators[name](state.eval_params)
+                        logger.log_eval(
+                            step, name, scores[name].as_dict(), scores[name].format_progress()
+                        )
                 except UserError:
-                    # What has been trained is not lost over an image that cannot be scored.
-                    save(experiment, checkpoints, state, step, journal.window)
+                    # A bad evaluation image must not cost what has been trained.
+                    save(experiment, checkpoints, state, step, logger.loss_window)
                     raise
-                if saving:
-                    save(experiment, checkpoints, state, step, journal.window)
+                if is_saving:
+                    save(experiment, checkpoints, state, step, logger.loss_window)
                     saved_step, saved_at = step, time.monotonic()
-                    # A request that was sent before this save would cause another one.
+                    # A request sent before this save would cause another one.
                     shared_flags.clear()
-            if stopping and stop.received is not None and not last:
-                # Callers other than `mixer_jax.main` would otherwise see a run end without a word.
-                journal.progress.say(f"{stop.received.name} received: stopped after step {step:,}")
-            if stopping:
+            if is_stopping and shutdown.received is not None and not is_last:
+                # Callers other than `mixer_jax.main` print nothing else about it.
+                logger.progress.print(f"{shutdown.received.name}: stopped after step {step:,}")
+            if is_stopping:
                 break
         bad_images.close()
-    if bad_images.too_many and step < experiment.num_steps:
-        raise RunError(bad_images.verdict(saved_step))
-    finished = step == experiment.num_steps
-    return TrainResult(step, experiment.num_steps, scores if finished else {}, stop.received)
+    if bad_images.too_many and step < num_steps:
+        raise RunError(bad_images.stop_message(saved_step))
+    return TrainResult(step, num_steps, scores if step == num_steps else {}, shutdown.received)
 
 
 def _take_step(
-    experiment: Experiment, state: TrainState, batch: Batch, measured: bool
+    experiment: Experiment, state: TrainState, batch: Batch, should_log: bool
 ) -> tuple[TrainState, Metrics]:
-    """Takes a training step; where it is measured, norms are among its metrics.
+    """Takes a training step, and computes norms of parameters and update if it is logged.
 
-    They are no part of the step: XLA would copy parameters and moments for the one, and change them
-    at half the memory's speed for the other.
+    The norms are not part of the step: for the norm of the update, XLA would copy parameters and
+    moments, and with the norm of the parameters, it would update them at half the memory bandwidth.
     """
-    if not measured:
+    if not should_log:
         return experiment.train_step(state, batch)
-    with_update = experiment.config.log_update_norm
-    before = experiment.copy_params(state.params) if with_update else None
+    has_update_norm = experiment.config.log_update_norm
+    before = experiment.copy_params(state.params) if has_update_norm else None
     state, metrics = experiment.train_step(state, batch)
-    metrics = metrics | {"parameter_norm": experiment.parameter_norm(state.params)}
+    metrics = metrics | {"parameter_norm": experiment.param_norm(state.params)}
     if before is not None:
-        metrics["update_norm"] = experiment.change_norm(before, state.params)
+        metrics["update_norm"] = experiment.update_norm(before, state.params)
     return state, metrics
 
 
@@ -172,16 +196,16 @@ def save(
     checkpoints: CheckpointManager,
     state: TrainState,
     step: int,
-    window: list[float],
+    loss_window: list[float],
 ) -> None:
-    """Begins to save a state, and the journal's open window, in the background."""
+    """Starts saving a state, and the losses not logged yet, in the background."""
     items = {"params": state.params, "optimizer": state.opt_state}
     if state.ema_params is not None:
         items["ema_params"] = state.ema_params
-    checkpoints.save(step, items, experiment.metadata | {"loss_window": list(window)})
+    checkpoints.save(step, items, experiment.metadata | {"loss_window": list(loss_window)})
 
 
-def _due(step: int, every_steps: int) -> bool:
+def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
@@ -189,28 +213,32 @@ def _is_sync_step(step: int) -> bool:
     return jax.process_count() == 1 or step % _SYNC_EVERY_STEPS == 0
 
 
-def _with_last_checkpoint(error: RunError, workdir: str, step: int) -> RunError:
-    kept = f"the last good checkpoint is {workdir}/checkpoints/{step}" if step else "none was saved"
-    return type(error)(f"{error}; {kept}; try a lower learning rate or a longer warmup")
+def _with_resume_hint(error: RunError, workdir: str, step: int) -> RunError:
+    saved = f"{workdir}/checkpoints/{step}" if step else "none"
+    return type(error)(
+        f"{error}. Last good checkpoint: {saved}. Try a lower learning rate or a longer warmup"
+    )
 
 
-def _describe(experiment: Experiment, first_step: int, beginning: InitSource | None) -> str:
-    config, mesh, train = experiment.config, experiment.mesh, experiment.sources.train
-    count = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
-    device = jax.devices()[0]
-    if first_step == experiment.num_steps:
-        status = "training is finished: scoring the last checkpoint"
+def _describe_run(experiment: Experiment, start_step: int, init: InitSource | None) -> str:
+    """Formats model, data, devices and, in the last line, the status of a run."""
+    config, info, mesh = experiment.config, experiment.model_info, experiment.mesh
+    train, num_steps = experiment.datasets.train, experiment.num_steps
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
+    if start_step == num_steps:
+        status = "training is finished: evaluating the last checkpoint"
     else:
-        begins = f"goes on after step {first_step:,}" if first_step else "begins"
+        start = f"resuming after step {start_step:,}" if start_step else "starting training"
         status = (
-            f"training {begins}: {experiment.num_steps:,} steps of {config.batch_size:,} images; "
-            "the first compiles the program"
+            f"{start}: {num_steps:,} steps of {config.batch_size:,} images; "
+            "the first step includes compilation"
         )
     return (
-        f"Mixer {experiment.about.variant}, {count:,} parameters, {config.image_size} px\n"
-        f"{describe_init(experiment, beginning)}"
+        f"{get_family(info.family).full_name(info.variant)}, {num_params:,} parameters, "
+        f"{config.image_size} px\n"
+        f"{describe_init(experiment, init)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
-        f"{mesh.size} × {device.device_kind}, mesh data={mesh.shape['data']} "
+        f"{mesh.size} × {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )

@@ -1,63 +1,185 @@
-"""Where a run's numbers go: `metrics.jsonl` at once, and TensorBoard events behind it."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events, and progress on the terminal."""
 
+import contextlib
 import json
+import math
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
-# Measured by the clock, so different each time a run is repeated; all else repeats to the bit.
+# Measured by the clock, so they differ between repetitions of a run; everything else is identical.
 TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`; one cut off by a crash is left out."""
+    """Reads the lines of a run's `metrics.jsonl`, except one that a crash cut off.
+
+    Raises:
+        UserError: A line is not JSON.
+    """
     path = epath.Path(workdir) / METRICS_FILE
     lines = path.read_text().split("\n") if path.exists() else []
-    # A whole line ends in a newline, so what follows the last one is empty or cut off.
+    # Complete lines end in a newline: what follows the last newline is empty or cut off.
     try:
         return [json.loads(line) for line in lines[:-1]]
     except ValueError as error:
-        raise UserError(f"{str(path)!r} has lines that are no JSON; move it away") from error
+        raise UserError(
+            f"{str(path)!r} has lines that are not JSON. Move the file away."
+        ) from error
+
+
+class MetricsLogger:
+    """Reads the metrics of each step, one step late, and checks, writes and prints them.
+
+    A step's metrics are read after the next step has been dispatched. So the device never waits for
+    the host, and the host is never more than one step ahead.
+
+    Attributes:
+        progress: Progress report on the terminal.
+        loss_window: Losses since the last line was written; the next line has their mean. It is
+            saved with every checkpoint, so that a resumed run writes the same means.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        start_step: int,
+        num_steps: int,
+        *,
+        batch_size: int,
+        log_every_steps: int,
+        throughput_metrics: Callable[[float], dict[str, float]],
+        loss_window: list[float],
+        is_primary: bool,
+        tensorboard: bool,
+    ):
+        """Opens the metrics of a run.
+
+        Args:
+            workdir: Absolute path or URL of the run.
+            start_step: Steps taken when the run starts or resumes.
+            num_steps: Steps of the whole run.
+            batch_size: Images per step.
+            log_every_steps: Interval of lines; the last step is always written.
+            throughput_metrics: Function from images per second to the metrics of throughput.
+            loss_window: Saved `loss_window`; empty for a new run.
+            is_primary: Whether this process writes and prints.
+            tensorboard: Whether to write TensorBoard events.
+        """
+        self.progress = Progress(start_step, num_steps, is_primary)
+        self.loss_window = list(loss_window)
+        self._writer = MetricsWriter(workdir, start_step, is_primary, tensorboard)
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._log_every_steps = log_every_steps
+        self._throughput_metrics = throughput_metrics
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._has_compiled = False
+
+    def should_log(self, step: int) -> bool:
+        """Returns whether the metrics of a step are written."""
+        return step % self._log_every_steps == 0 or step == self._num_steps
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Stores the scalar arrays of a dispatched step, after flushing those of the previous one.
+
+        Raises:
+            NonFiniteError: A metric of the previous step is not finite.
+        """
+        self.flush_pending()
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self._pending = (step, metrics)
+
+    def flush_pending(self) -> None:
+        """Waits for the recorded step, checks its metrics, and writes them if they are due.
+
+        Raises:
+            NonFiniteError: A metric is not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}
+        self.check_finite(step, values)
+        self.progress.advance()
+        self.loss_window.append(values["loss"])
+        is_due = self.should_log(step)
+        if is_due:
+            values["loss"] = math.fsum(self.loss_window) / len(self.loss_window)
+            self.loss_window.clear()
+        if not self._has_compiled:
+            # The first step includes compilation: the clock starts after it.
+            self.progress.restart_clock(step)
+            self._has_compiled = True
+        elif is_due:
+            steps_per_second = self.progress.lap(step)
+            throughput = self._throughput_metrics(steps_per_second * self._batch_size)
+            self.progress.report(
+                step, values["loss"], steps_per_second, throughput["images_per_second"]
+            )
+            values |= throughput
+        if is_due:
+            self._writer.write(step, values)
+
+    def check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises NonFiniteError unless all values of a step are finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {step}")
+
+    def log_eval(self, step: int, name: str, values: Mapping[str, float], text: str) -> None:
+        """Writes the metrics of an evaluation, and prints `text`."""
+        self._writer.write(step, {f"{name}/{key}": value for key, value in values.items()})
+        self.progress.print(f"step {step:,}: {name} {text}")
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self.progress.close()
+        self._writer.close()
 
 
 class MetricsWriter:
-    """Writes the metrics of a run. One host of several writes; the others' writers do nothing."""
+    """Writer of metrics. Only the primary process writes; in others it does nothing."""
 
-    def __init__(self, workdir: str, first_step: int, active: bool, tensorboard: bool = True):
-        """Opens a run's metrics; a resumed run forgets what it wrote after its checkpoint.
+    def __init__(self, workdir: str, start_step: int, is_primary: bool, tensorboard: bool = True):
+        """Opens the files of a run, dropping what was written after its checkpoint.
 
         Args:
-            workdir: absolute path or URL of the run.
-            first_step: steps done when the run begins or is resumed.
-            active: whether this host is the one that writes.
-            tensorboard: whether it writes events too.
+            workdir: Absolute path or URL of the run.
+            start_step: Steps taken when the run starts or resumes.
+            is_primary: Whether this process writes.
+            tensorboard: Whether to write TensorBoard events.
         """
-        self._active = active
-        if not active:
+        self._is_primary = is_primary
+        if not is_primary:
             return
         self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
         self._path = epath.Path(workdir) / METRICS_FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         atomic_write(self._path, self._text)
         self._background = ThreadPoolExecutor(max_workers=1)
-        # Opened with the first values; False: there are none, or no more.
+        # Opened with the first values; False: disabled.
         self._events: Any = None if tensorboard else False
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of one step."""
-        if not self._active:
+        if not self._is_primary:
             return
         line = json.dumps({"step": step, **values}) + "\n"
         if "://" in str(self._path):
-            # Object stores cannot append; a run's metrics are small enough to be written anew.
+            # Object stores cannot append; the metrics of a run are small enough to rewrite.
             self._text += line
             atomic_write(self._path, self._text)
         else:
@@ -67,7 +189,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        if not self._active:
+        if not self._is_primary:
             return
         self._background.shutdown(wait=True)
         if self._events:
@@ -76,14 +198,81 @@ class MetricsWriter:
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         if self._events is False:
             return
-        # clu brings TensorFlow, which takes seconds: in this thread, while the device works.
         try:
             if self._events is None:
+                # Imports TensorFlow, which takes seconds: in this thread, while the device works.
                 from clu import metric_writers
 
                 self._events = metric_writers.SummaryWriter(self._events_folder)
             self._events.write_scalars(step, values)
         except Exception as error:
-            # A picture less is no reason to lose a run: metrics.jsonl has the same numbers.
+            # Not worth ending a run for: metrics.jsonl has the same values.
             self._events = False
             print(f"no TensorBoard events from here on: {error}", file=sys.stderr)
+
+
+class Progress:
+    """Progress of a run: a bar on a terminal, lines elsewhere; throughput excludes pauses."""
+
+    def __init__(self, start_step: int, num_steps: int, is_primary: bool):
+        """Starts at `start_step` of `num_steps`; prints only in the primary process."""
+        self._num_steps, self._is_primary = num_steps, is_primary
+        self._bar: tqdm | None = None
+        if is_primary and sys.stderr.isatty():
+            self._bar = tqdm(initial=start_step, total=num_steps, unit="step", dynamic_ncols=True)
+        self.restart_clock(start_step)
+
+    def restart_clock(self, step: int) -> None:
+        """Starts measuring the throughput from this step on."""
+        self._lap_step, self._lap_start, self._paused = step, time.perf_counter(), 0.0
+
+    def advance(self) -> None:
+        """Counts one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Excludes the time of a block from the throughput."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def lap(self, step: int) -> float:
+        """Computes the steps per second since the last lap, and starts a new one."""
+        seconds = time.perf_counter() - self._lap_start - self._paused
+        steps_per_second = (step - self._lap_step) / seconds
+        self.restart_clock(step)
+        return steps_per_second
+
+    def report(
+        self, step: int, loss: float, steps_per_second: float, images_per_second: float
+    ) -> None:
+        """Prints step, loss, throughput and remaining time."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {images_per_second:,.0f} images/s")
+        elif self._is_primary:
+            remaining = _format_duration((self._num_steps - step) / steps_per_second)
+            print(
+                f"step {step:,}/{self._num_steps:,}  loss {loss:.4g}  "
+                f"{images_per_second:,.0f} images/s  {remaining} left",
+                flush=True,
+            )
+
+    def print(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        elif self._is_primary:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

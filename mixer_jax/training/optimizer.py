@@ -1,85 +1,71 @@
-"""The optimizer as an optax chain: clip, Adam or momentum, decay, schedule (Section 3)."""
+"""Optimizer as an optax chain: clipping, Adam or momentum, weight decay (Section 3)."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mixer_jax.config.schema import OptimizerConfig
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 
-def make_schedule(
-    num_steps: int,
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    decay_type: str,
-    end_learning_rate: float,
-) -> optax.Schedule:
-    """Returns the learning rate as a function of the step, counted from 0.
 
-    It rises linearly from 0 at step 0 to `learning_rate` at step `warmup_steps`, then decays so
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Creates the learning-rate schedule, a function of the step, counted from 0.
+
+    The rate rises linearly from 0 at step 0 to its peak at step `warmup_steps`, and then decays so
     that it would reach `end_learning_rate` at step `num_steps`, one after the last (Appendix B).
 
     Args:
-        num_steps: of the run.
-        learning_rate: at the end of warmup.
-        warmup_steps: length of the warmup.
-        decay_type: "linear", "cosine" or "none".
-        end_learning_rate: at the end of the run; unused by decay_type "none".
+        config: Optimizer section of the config.
+        num_steps: Number of steps of the run.
     """
-    decay_steps = max(num_steps - warmup_steps, 1)
-    if decay_type == "linear":
-        after = optax.linear_schedule(learning_rate, end_learning_rate, decay_steps)
-    elif decay_type == "cosine":
-        share = end_learning_rate / learning_rate if learning_rate else 0.0
-        after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=share)
+    peak, end = config.learning_rate, config.end_learning_rate
+    decay_steps = max(num_steps - config.warmup_steps, 1)
+    if config.decay_type == "linear":
+        decay = optax.linear_schedule(peak, end, decay_steps)
+    elif config.decay_type == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak if peak else 0.0)
     else:
-        after = optax.constant_schedule(learning_rate)
-    if not warmup_steps:
-        return after
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, after], [warmup_steps])
+        decay = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
 def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    name: str,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    momentum: float,
-    clip_norm: float,
+    config: OptimizerConfig, schedule: optax.Schedule, family: str = DEFAULT_FAMILY
 ) -> optax.GradientTransformation:
-    """Returns the optax chain of a recipe.
+    """Creates the optax chain.
+
+    Weight decay is multiplied by the scheduled learning rate (AdamW's convention).
 
     Args:
-        schedule: learning rate by step.
-        name: "adam" or "momentum".
-        weight_decay: times the scheduled learning rate, taken off kernels (AdamW's convention).
-        b1: Adam's decay of the first moment.
-        b2: Adam's decay of the second moment.
-        eps: Adam's epsilon.
-        momentum: of SGD.
-        clip_norm: largest global norm of the gradients; 0 does not clip.
+        config: Optimizer section of the config.
+        schedule: Learning rate by step.
+        family: Family of the model.
     """
-    moments = (
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps) if name == "adam" else optax.trace(momentum)
-    )
+    if config.name == "adam":
+        moments = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    else:
+        moments = optax.trace(config.momentum)
+    mask = functools.partial(weight_decay_mask, family=family)
     return optax.chain(
-        clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         moments,
-        optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
     )
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns what makes gradients smaller, where their global norm is above `max_norm`.
+    """Creates a transformation that scales gradients down to a global norm of at most `max_norm`.
 
-    It is optax's, but for the order: there every number is divided by the norm, which CPUs write to
-    memory before they go on; here one factor is, and multiplies them where they are used.
+    It equals optax's except for rounding. Optax divides every gradient by the norm, which CPUs
+    write to memory before the next operation; here, gradients are multiplied by one factor, which
+    fuses with their use.
     """
 
     def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
@@ -90,9 +76,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def weight_decay_mask(params: Any) -> Any:
-    """Returns a tree like `params`, true where weight decay applies: at kernels only.
+def weight_decay_mask(params: Any, family: str = DEFAULT_FAMILY) -> Any:
+    """Builds a tree like `params` that is True where weight decay applies.
 
-    Biases and LayerNorm are spared; the kernels of stem and head are not (the authors' code).
+    For Mixer that is at all kernels, including those of stem and head (the authors' code).
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    is_decayed = get_family(family).is_weight_decayed
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: is_decayed(tuple(key.key for key in path)), params
+    )

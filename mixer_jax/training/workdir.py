@@ -1,4 +1,4 @@
-"""The folder of a run: which config it belongs to, and whether that may go on in it."""
+"""Folder of a run: its config, and whether a run may start or resume in it."""
 
 import json
 import os
@@ -10,82 +10,83 @@ from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
-from mixer_jax.config.schema import get_field
+from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.errors import UserError
 from mixer_jax.files import atomic_write
 
 CONFIG_FILE = "config.json"
+_OTHER_WORKDIR = "Choose another --workdir"
 
 
 def resolve_workdir(workdir: str) -> str:
-    """Returns the folder as an absolute path, or as the URL it is."""
+    """Makes a path absolute, and leaves URLs as they are."""
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
 
 
-def check_workdir(workdir: str, config: ConfigDict) -> list[str]:
-    """Makes the folder and checks that a run of `config` may begin or go on in it.
+def check_workdir(workdir: str, config: RunConfig) -> list[str]:
+    """Creates the folder and checks that a run of `config` may start or resume in it.
 
     Args:
-        workdir: absolute path or URL.
-        config: of the run.
+        workdir: Absolute path or URL.
+        config: Config of the run.
 
     Returns:
-        What is set differently from before but does no harm, one line a key.
+        A line per key that has changed since the run was last started.
 
     Raises:
-        UserError: the folder cannot be written, or holds checkpoints of another experiment.
+        UserError: The folder cannot be written, or has checkpoints of another experiment.
     """
     _check_writable(workdir)
-    saved = epath.Path(workdir) / CONFIG_FILE
-    if not saved.exists():
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
         if list_steps(workdir):
             raise UserError(
-                f"workdir {workdir!r} holds checkpoints but no {CONFIG_FILE}; "
-                "choose another --workdir"
+                f"workdir {workdir!r} has checkpoints but no {CONFIG_FILE}. {_OTHER_WORKDIR}."
             )
         return []
     try:
-        old = json.loads(saved.read_text())
-        harmless, harmful = config_diff(old, config)
+        resumable, incompatible = config_diff(json.loads(path.read_text()), config)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read; choose another --workdir"
+            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
         ) from error
-    if harmful and list_steps(workdir):
+    if incompatible and list_steps(workdir):
         raise UserError(
-            f"workdir {workdir!r} belongs to another experiment ({'; '.join(harmful)}); "
-            "choose another --workdir, or take the change back to resume"
+            f"workdir {workdir!r} belongs to another experiment ({'; '.join(incompatible)}). "
+            f"{_OTHER_WORKDIR}, or undo the change to resume."
         )
-    return harmless + harmful
+    return resumable + incompatible
 
 
-def save_config(workdir: str, config: ConfigDict) -> None:
-    """Writes the config as `workdir`/config.json."""
+def save_config(workdir: str, config: RunConfig) -> None:
+    """Writes the config to `workdir`/config.json."""
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
 
 
-def to_json(config: ConfigDict) -> str:
-    """Returns the config as JSON for people and for `config_diff`."""
+def to_json(config: RunConfig) -> str:
+    """Formats a config as JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def config_diff(old: dict[str, Any], new: ConfigDict) -> tuple[list[str], list[str]]:
-    """Compares a config saved as JSON with one about to be used.
+def config_diff(old: dict[str, Any], new: RunConfig) -> tuple[list[str], list[str]]:
+    """Compares a config saved as JSON with a new one.
 
     Returns:
-        Two lists of lines "key: old -> new": those harmless to a resumed run, and those that would
-        make it another experiment.
+        Two lists of lines "key: old -> new": keys that a resumed run may change, and keys that make
+        it another experiment.
     """
-    before, after = flatten(ConfigDict(fill_defaults(old))), flatten(new)
-    harmless: list[str] = []
-    harmful: list[str] = []
+    before = flatten(ConfigDict(fill_defaults(old)))
+    after = flatten(ConfigDict(new.to_dict()))
+    resumable: list[str] = []
+    incompatible: list[str] = []
     for path in sorted({*before, *after}):
         was, now = before.get(path, "(absent)"), after.get(path, "(absent)")
         if was != now:
-            key = get_field(path)
-            # An entry of evals that was added or taken out has all its keys changed.
-            (harmless if key and key.resumable else harmful).append(f"{path}: {was!r} -> {now!r}")
-    return harmless, harmful
+            # All keys of an entry of evals that was added or removed have changed.
+            field = get_field(path)
+            changes = resumable if field and field.resumable else incompatible
+            changes.append(f"{path}: {was!r} -> {now!r}")
+    return resumable, incompatible
 
 
 def _check_writable(workdir: str) -> None:
@@ -95,11 +96,11 @@ def _check_writable(workdir: str) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:
-        # Each kind of file system raises its own.
+        # Every file system raises its own exceptions.
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"workdir {workdir!r} cannot be written ({reason}); choose another --workdir"
+            f"workdir {workdir!r} cannot be written ({reason}). {_OTHER_WORKDIR}."
         ) from error
     folder = epath.Path(workdir) / CHECKPOINT_DIR
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is no folder; choose another --workdir")
+        raise UserError(f"{str(folder)!r} must be a folder. {_OTHER_WORKDIR}.")

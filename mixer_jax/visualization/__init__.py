@@ -1,1 +1,1 @@
-"""Plots and pictures."""
+"""Plots of runs and of their training data."""

@@ -1,43 +1,50 @@
-"""The picture of a run: loss, learning rate and accuracy by step."""
+"""Plot of a run: loss, learning rate and accuracy by step."""
 
-import io
+from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
 from mixer_jax.training.metrics import read_metrics
+from mixer_jax.visualization.figures import make_figure, render_figure
 
 CURVES_FILE = "curves.png"
 
 
 def plot_curves(workdir: str) -> None:
-    """Draws a run's `metrics.jsonl` as `curves.png` beside it.
+    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder.
 
     Args:
-        workdir: absolute path or URL of the run.
+        workdir: Absolute path or URL of the run.
     """
-    # Drawn without pyplot, which would choose a window system and keep the figure.
-    from matplotlib.figure import Figure
+    figure = draw_curves(read_metrics(workdir))
+    (epath.Path(workdir) / CURVES_FILE).write_bytes(render_figure(figure, "png"))
 
-    lines = read_metrics(workdir)
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
+
+def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:
+    """Draws the metrics of a run as a figure of three panels.
+
+    Args:
+        lines: Lines of `metrics.jsonl`.
+    """
+    figure = make_figure(12, 3.5, constrained=True)
     panels = {
         "loss": ["loss"],
         "learning rate": ["learning_rate"],
-        "top-1 accuracy (%)": sorted({key for line in lines for key in line if _is_accuracy(key)}),
+        "accuracy (%)": sorted({key for line in lines for key in line if is_accuracy(key)}),
     }
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
-            scale = 100 if _is_accuracy(key) else 1
-            marker = "o" if len(points) < 30 else ""
+            scale = 100 if is_accuracy(key) else 1
             axes.plot(
                 [step for step, _ in points],
                 [value * scale for _, value in points],
-                marker=marker,
+                marker="o" if len(points) < 30 else "",
                 markersize=3,
                 label=key.removesuffix("/top1"),
             )
-        # With a single class the loss is zero.
+        # With a single class, the loss is zero.
         if title == "loss" and any(line.get("loss", 0) > 0 for line in lines):
             axes.set_yscale("log")
         if len(keys) > 1:
@@ -45,12 +52,10 @@ def plot_curves(workdir: str) -> None:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    (epath.Path(workdir) / CURVES_FILE).write_bytes(picture.getvalue())
+    return figure
 
 
-def _is_accuracy(key: str) -> bool:
-    """Says whether a metric is a share of right answers: of the head, or of a probe."""
+def is_accuracy(key: str) -> bool:
+    """Returns whether a metric is an accuracy: of the head, or of a probe."""
     evaluation, _, name = key.rpartition("/")
     return bool(evaluation) and (name in ("top1", "linear", "knn") or name.endswith("_shot"))

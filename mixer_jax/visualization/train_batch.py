@@ -1,6 +1,5 @@
-"""The picture of a training batch: its images and labels, as the model will see them."""
+"""Plot of a training batch: its images and labels as the model sees them."""
 
-import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -10,35 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
-from ml_collections import ConfigDict
 
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Source
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
 from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
+from mixer_jax.visualization.figures import make_figure, render_figure
 
-# Lengths in the drawing, in pixels; an image smaller than a cell is enlarged by a whole number.
-_DPI = 100
-_CELL = 160
-_GAP = 10
-_MARGIN = 24
-_NARROWEST = 960
-# Sizes of text in points; then the pixels a line and a letter take at these sizes.
-_POINTS, _LINE, _LETTER = 9, 16, 8
-_HEADING_POINTS, _HEADING_LINE, _HEADING_LETTER = 13, 26, 12
+# Sizes in inches, and characters per inch.
+_CELL_SIZE, _LABEL_HEIGHT, _LINE_HEIGHT = 1.8, 0.5, 0.2
+_MIN_WIDTH = 9.6
+_TITLE_CHARS, _LABEL_CHARS = 12, 11
 
 
 class TrainBatchView(NamedTuple):
-    """The first images of a step's batch, after crop, augmentation and mixup.
+    """First images of a training batch, after crop, augmentation and mixup.
 
     Attributes:
-        images: as the model takes them, in [-1, 1].
-        targets: what the loss compares the model's answers with.
-        labels: indices of the images' own classes.
-        partner_labels: of the images mixed into them; their own where nothing is mixed.
-        weight: share of the own image and label; 1 where nothing is mixed.
-        bad: images that could not be used, so that others stand in their place.
+        images: Inputs of the model, in [-1, 1].
+        targets: Targets of the loss.
+        labels: Classes of the images.
+        partner_labels: Classes of the images mixed into them; without mixup, equal to `labels`.
+        weight: Weight of each image and its label against those of its partner; 1 without mixup.
+        bad: Bad images, which other images replace.
     """
 
     images: Float32[np.ndarray, "n s s 3"]
@@ -50,21 +45,22 @@ class TrainBatchView(NamedTuple):
 
 
 def load_train_batch(
-    config: ConfigDict, source: Source, step: int, num_images: int
+    config: RunConfig, source: Source, step: int, num_images: int
 ) -> TrainBatchView:
-    """Prepares the first images of a training batch, and no others, as the run would.
+    """Loads the first images of a training batch, and no others, as the run would.
 
     Args:
-        config: of the run, valid by `config.validate`.
-        source: that the run trains on.
-        step: steps done before it: 0 for the first batch.
-        num_images: at most the batch.
+        config: Config of the run.
+        source: Training data of the run.
+        step: Index of the batch, from 0.
+        num_images: Number of images, at most the batch size.
     """
     mixup = config.recipe.mixup
-    # An image's partner is the one before it, and the first one's is the last of the batch: with
-    # that in front, rolling these few by one pairs them as rolling the whole batch would.
+    # The partner of an image is the one before it, and that of the first image is the last of the
+    # batch. With that one in front, rolling these few by one pairs them as rolling the batch does.
     rows = np.arange(-1 if mixup else 0, num_images) % config.batch_size
-    reader = TrainReader(source, config.seed, config.image_size, train_preprocess_args(config))
+    preprocess = train_preprocess_args(config.preprocess)
+    reader = TrainReader(source, config.seed, config.image_size, preprocess)
     arrays, bad = reader(step * config.batch_size + rows)
 
     def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,7 +71,7 @@ def load_train_batch(
         pairs = sample_mixup(mixup_rng, images, targets, mixup)
         return *apply_mixup(pairs.arrays, pairs.weight), pairs.weight
 
-    # Compiled, as the training step is, so that the compiler rounds alike.
+    # Compiled, like the training step, so that the compiler rounds in the same way.
     images, targets, weight = jax.jit(finish)(arrays["image"], arrays["label"])
     labels = arrays["label"]
     partner_labels = np.roll(labels, 1) if mixup else labels
@@ -91,83 +87,71 @@ def load_train_batch(
 
 
 def plot_train_batch(
-    shown: TrainBatchView, class_names: Sequence[str], title: Sequence[str], file_format: str
+    view: TrainBatchView, class_names: Sequence[str], title: Sequence[str], file_format: str
 ) -> bytes:
-    """Returns a picture file of images in a grid, each over its label.
+    """Renders `draw_train_batch` as "png", "jpg" or "pdf"."""
+    return render_figure(draw_train_batch(view, class_names, title), file_format)
+
+
+def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Sequence[str]) -> Any:
+    """Draws images in a grid, each above its labels and their targets.
 
     Args:
-        shown: from `load_train_batch`.
-        class_names: a name for each class.
-        title: a heading, then paragraphs in smaller letters, as `format_caption` makes them.
-        file_format: "png", "jpg" or "pdf".
+        view: Images from `load_train_batch`.
+        class_names: Name of each class.
+        title: Paragraphs above the images, from `format_caption`.
     """
-    # Drawn without pyplot, which would choose a window system and keep the figure.
-    from matplotlib.figure import Figure
-
-    count, side = shown.images.shape[:2]
-    zoom = math.ceil(_CELL / side)
-    cell = side * zoom
+    count = len(view.images)
     columns = math.ceil(math.sqrt(2 * count))
-    width = max(2 * _MARGIN + columns * (cell + _GAP) - _GAP, _NARROWEST)
-    text_width = width - 2 * _MARGIN
-    heading = textwrap.wrap(title[0], text_width // _HEADING_LETTER)
-    details = [line for text in title[1:] for line in textwrap.wrap(text, text_width // _LETTER)]
-    captions = [_caption(shown, row, class_names, cell // _LETTER) for row in range(count)]
-    row_height = cell + 2 * _GAP + _LINE * max(len(caption) for caption in captions)
-    top = _MARGIN + len(heading) * _HEADING_LINE + len(details) * _LINE + _GAP
-    height = top + math.ceil(count / columns) * row_height + _MARGIN
+    rows = math.ceil(count / columns)
+    width = max(columns * _CELL_SIZE, _MIN_WIDTH)
+    lines = [line for text in title for line in textwrap.wrap(text, int(width * _TITLE_CHARS))]
+    title_height = (len(lines) + 2) * _LINE_HEIGHT
+    height = rows * (_CELL_SIZE + _LABEL_HEIGHT) + title_height
 
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-
-    def write(x: float, y: int, line: str, **style: Any) -> None:
-        # A dollar in the name of a class begins no formula.
-        figure.text(x / width, 1 - y / height, line, va="top", parse_math=False, **style)
-
-    y = _MARGIN
-    for line in heading:
-        write(_MARGIN, y, line, fontsize=_HEADING_POINTS)
-        y += _HEADING_LINE
-    for line in details:
-        write(_MARGIN, y, line, fontsize=_POINTS)
-        y += _LINE
-    canvas = np.full((height, width, 3), 255, np.uint8)
-    for index, image in enumerate(denormalize(shown.images)):
-        row, column = divmod(index, columns)
-        x, y = _MARGIN + column * (cell + _GAP), top + row * row_height
-        canvas[y : y + cell, x : x + cell] = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-        caption = "\n".join(captions[index])
-        write(
-            x + cell / 2, y + cell + 4, caption, ha="center", fontsize=_POINTS, family="monospace"
-        )
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    # Pixel for pixel: what is looked at must be what the model gets.
-    axes.imshow(canvas, interpolation="none", aspect="auto")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=file_format)
-    return picture.getvalue()
+    figure = make_figure(width, height)
+    # A dollar sign in the name of a class does not start a formula.
+    figure.suptitle(
+        "\n".join(lines),
+        x=0.01,
+        y=1 - _LINE_HEIGHT / height,
+        ha="left",
+        va="top",
+        fontsize="medium",
+        parse_math=False,
+    )
+    figure.subplots_adjust(0.01, _LABEL_HEIGHT / height, 0.99, 1 - title_height / height, 0.1, 0.3)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for row, (axes, pixels) in enumerate(zip(grid, denormalize(view.images), strict=False)):
+        axes.imshow(pixels, interpolation="none")
+        axes.set(xticks=[], yticks=[])
+        label = _format_label(view, row, class_names, int(_CELL_SIZE * _LABEL_CHARS))
+        axes.set_xlabel(label, fontsize="small", family="monospace", parse_math=False)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure
 
 
 def format_caption(
-    name: str, config: ConfigDict, source: Source, step: int, shown: TrainBatchView
+    name: str, config: RunConfig, source: Source, step: int, view: TrainBatchView
 ) -> list[str]:
-    """Returns a picture's title: which images it shows, then how they and their labels were made.
+    """Formats the title: which images are shown, and how images and labels were made.
 
     Args:
-        name: of the config, for people.
-        config: as `load_train_batch` took it.
-        source: likewise.
-        step: likewise.
-        shown: what it returned.
+        name: Name of the config.
+        config: Config of the run.
+        source: Training data of the run.
+        step: Index of the batch, from 0.
+        view: Images from `load_train_batch`.
     """
     preprocess, recipe = config.preprocess, config.recipe
     crop = {
-        "inception": f"inception crop of {preprocess.min_area:.0%} or more of the image",
-        "random_crop": "random crop of 7/8 of each side",
-        "random_shift": f"the whole image, shifted by up to {preprocess.max_shift} pixels",
-        "resize": "the whole image",
+        "inception": f"Inception crops of at least {preprocess.min_area:.0%} of the image",
+        "random_crop": "random crops of 7/8 of each side",
+        "random_shift": f"whole images, shifted by up to {preprocess.max_shift} pixels",
+        "resize": "whole images",
     }[preprocess.train_crop]
-    flip = "half are flipped" if preprocess.flip else "none is flipped"
+    flip = "half of them flipped" if preprocess.flip else "none of them flipped"
     augment = "no RandAugment"
     if preprocess.randaugment_layers:
         augment = (
@@ -177,42 +161,38 @@ def format_caption(
     labels = "no mixup"
     if recipe.mixup:
         labels = (
-            f"mixup {recipe.mixup:g}: at this step {shown.weight:.3f} of each image and "
-            f"{1 - shown.weight:.3f} of the one before it"
+            f"mixup {recipe.mixup:g}: {view.weight:.3f} of each image and {1 - view.weight:.3f} of "
+            "the image before it"
         )
     if recipe.label_smoothing:
         labels += f"; label smoothing {recipe.label_smoothing:g}"
+    size = config.image_size
     title = [
-        f"{name}, step {step:,}: {len(shown.images):,} of {config.batch_size:,} images",
-        f"{source.name}; {config.image_size} × {config.image_size} pixels; {crop}; {flip}; "
-        f"{augment}",
+        f"{name}, step {step:,}: {len(view.images):,} of {config.batch_size:,} images",
+        f"{source.name}; {size} × {size} pixels; {crop}; {flip}; {augment}",
         f"{labels}; seed {config.seed}",
     ]
-    if shown.bad:
-        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in shown.bad)
-        title.append(f"replaced by others, for they cannot be used: {names}")
+    if view.bad:
+        names = ", ".join(f"{bad.name} ({bad.reason})" for bad in view.bad)
+        title.append(f"bad images, replaced by others: {names}")
     return title
 
 
 def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Returns the grey levels 0 to 255 nearest to what the model takes in [-1, 1]."""
+    """Converts inputs of the model in [-1, 1] to the nearest pixel values."""
     return np.rint((images + 1.0) * 127.5).astype(np.uint8)
 
 
-def _caption(
-    shown: TrainBatchView, row: int, class_names: Sequence[str], letters: int
-) -> list[str]:
-    """Returns the classes of an image with their targets, in lines of at most `letters`."""
-    labels = dict.fromkeys((int(shown.labels[row]), int(shown.partner_labels[row])))
-    shares = [f" {shown.targets[row, label]:.2f}" for label in labels]
-    if shares == [" 1.00"]:
-        shares = [""]
-    names = [class_names[label] for label in labels]
-    line = " + ".join(name + share for name, share in zip(names, shares, strict=True))
-    if len(line) <= letters:
-        return [line]
+def _format_label(
+    view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int
+) -> str:
+    """Formats the classes of an image and their targets, a line for each."""
+    labels = list(dict.fromkeys((int(view.labels[row]), int(view.partner_labels[row]))))
+    targets = [f" {view.targets[row, label]:.2f}" for label in labels]
+    if targets == [" 1.00"]:
+        targets = [""]
     lines = []
-    for plus, name, share in zip(("", "+ "), names, shares, strict=False):
-        room = letters - len(plus + share)
-        lines.append(plus + (name if len(name) <= room else f"{name[: room - 1]}…") + share)
-    return lines
+    for prefix, label, target in zip(("", "+ "), labels, targets, strict=False):
+        name, room = class_names[label], max_chars - len(prefix + target)
+        lines.append(prefix + (name if len(name) <= room else f"{name[: room - 1]}…") + target)
+    return "\n".join(lines)

@@ -12,11 +12,12 @@ import pytest
 
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
-from mixer_jax.checkpoints.layouts import TIMM, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
+from mixer_jax.models.mixer_layouts import TIMM
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import assert_params_equal
 

@@ -62,7 +62,7 @@ def test_json_has_every_pipeline(folder: str) -> None:
 @pytest.mark.slow
 def test_tables_without_tensorflow(folder: str) -> None:
     hide = "import sys; sys.modules['tensorflow'] = None"
-    done = run_cli("benchmark", *SMALL, f"--images={folder}", "--memory_images=50", before=hide)
+    done = run_cli("benchmark", *SMALL, f"--images={folder}", "--memory_images=50", preamble=hide)
     (line,) = done.stderr.splitlines()
     assert mentions(line, "TensorFlow", "tf.data")
     environment, *tables = done.stdout.split("\n\n")

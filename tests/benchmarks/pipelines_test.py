@@ -167,10 +167,10 @@ def test_tf_data_pipelines() -> None:
     # The paper's.
     on = {"randaugment_layers": 2, "randaugment_magnitude": 15.0}
     expected: list[tuple[str, int, dict[str, Any]]] = [
-        (CROP, 3, {**train, "num_threads": 3, "decode_whole": True, **off}),
-        (CROP, 3, {**train, "num_threads": 3, "decode_whole": False, **off}),
-        (AUGMENT, 3, {**train, "num_threads": 3, "decode_whole": True, **on}),
-        (AUGMENT, 3, {**train, "num_threads": 3, "decode_whole": False, **on}),
+        (CROP, 3, {**train, "num_threads": 3, "decode_full_image": True, **off}),
+        (CROP, 3, {**train, "num_threads": 3, "decode_full_image": False, **off}),
+        (AUGMENT, 3, {**train, "num_threads": 3, "decode_full_image": True, **on}),
+        (AUGMENT, 3, {**train, "num_threads": 3, "decode_full_image": False, **on}),
         (RANDAUGMENT, 1, {**augmented, **on}),
     ]
     candidates = pipelines._tf_data_pipelines(CONFIG, IMAGES, tf_data)

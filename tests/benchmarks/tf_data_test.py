@@ -110,8 +110,8 @@ def test_rand_augment_samples_every_operation(monkeypatch: pytest.MonkeyPatch) -
 def test_crop_and_resize_agree(box: tuple[int, int, int, int]) -> None:
     file = sample_jpegs(1)[0]
     ours = decode(file, lambda height, width: box)
-    whole = tf_data.crop(tf.constant(file), tf.constant(box), decode_whole=True)
-    part = tf_data.crop(tf.constant(file), tf.constant(box), decode_whole=False)
+    whole = tf_data.crop(tf.constant(file), tf.constant(box), decode_full_image=True)
+    part = tf_data.crop(tf.constant(file), tf.constant(box), decode_full_image=False)
     np.testing.assert_array_equal(whole, ours)
     # Without pixels outside of the crop, colors at its edges are interpolated differently.
     np.testing.assert_array_equal(part[2:-2, 2:-2], ours[2:-2, 2:-2])
@@ -134,15 +134,15 @@ def add_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tf_randaugment, "OPERATIONS", added)
 
 
-@pytest.mark.parametrize(("decode_whole", "num_threads"), [(True, 1), (False, 3)])
-def test_train_batches(decode_whole: bool, num_threads: int) -> None:
+@pytest.mark.parametrize(("decode_full_image", "num_threads"), [(True, 1), (False, 3)])
+def test_train_batches(decode_full_image: bool, num_threads: int) -> None:
     batches = tf_data.train_batches(
         sample_jpegs(2),
         num_batches=2,
         batch_size=3,
         image_size=32,
         min_area=0.05,
-        decode_whole=decode_whole,
+        decode_full_image=decode_full_image,
         randaugment_layers=0,
         randaugment_magnitude=0.0,
         num_threads=num_threads,
@@ -157,9 +157,9 @@ def test_train_batches(decode_whole: bool, num_threads: int) -> None:
 
 
 @pytest.mark.usefixtures("add_strength")
-@pytest.mark.parametrize("decode_whole", [True, False])
+@pytest.mark.parametrize("decode_full_image", [True, False])
 @pytest.mark.parametrize(("layers", "total"), [(0, 0), (1, 6), (2, 12)])
-def test_train_batches_are_augmented(decode_whole: bool, layers: int, total: int) -> None:
+def test_train_batches_are_augmented(decode_full_image: bool, layers: int, total: int) -> None:
     black = cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
     batches = tf_data.train_batches(
         [black],
@@ -167,7 +167,7 @@ def test_train_batches_are_augmented(decode_whole: bool, layers: int, total: int
         batch_size=2,
         image_size=8,
         min_area=0.05,
-        decode_whole=decode_whole,
+        decode_full_image=decode_full_image,
         randaugment_layers=layers,
         randaugment_magnitude=15.0,
         num_threads=1,

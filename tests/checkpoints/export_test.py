@@ -31,12 +31,12 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from mixer_jax.checkpoints.export import export_weights
-from mixer_jax.checkpoints.load import load_weights
+from mixer_jax.checkpoints.load import load_checkpoint
 source, to, target = sys.argv[1:]
 # getrusage would tell the peak of the process that started this one.
 def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
-export_weights(load_weights(source), to, target)
+export_weights(load_checkpoint(source), to, target)
 print((peak() - before) * 1024 / Path(source).stat().st_size)
 """
 
@@ -142,12 +142,12 @@ def test_a_file_that_is_not_what_was_written_is_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = export._FILES[to]
+    right = export._FILE_FORMATS[to]
 
     def write(path: str, tensors: Any, said: Any) -> None:
         right.write(path, *change(tensors, said))
 
-    monkeypatch.setitem(export._FILES, to, right._replace(write=write))
+    monkeypatch.setitem(export._FILE_FORMATS, to, right._replace(write=write))
     target = Path(target_of(to, tmp_path))
     if exists:
         target.write_text("older")
@@ -161,13 +161,13 @@ def test_a_file_that_is_not_what_was_written_is_removed(
 def test_a_file_that_is_cut_off_is_removed(
     to: str, weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export._FILES[to]
+    right = export._FILE_FORMATS[to]
 
     def write(path: str, tensors: Any, said: Any) -> None:
         right.write(path, tensors, said)
         Path(path).write_bytes(Path(path).read_bytes()[:-100])
 
-    monkeypatch.setitem(export._FILES, to, right._replace(write=write))
+    monkeypatch.setitem(export._FILE_FORMATS, to, right._replace(write=write))
     # Told is the file that was asked for, not the draft.
     with raises(RunError, target_of(to, tmp_path)) as caught:
         export_weights(weights, to, target_of(to, tmp_path))
@@ -226,12 +226,13 @@ def change_a_bias(
 def compute_roughly(
     path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]
 ) -> None:
-    right = stablehlo._make_model
-    stablehlo._make_model = lambda about: right(about).clone(execution=Execution("bfloat16"))
+    right = stablehlo._build_model
+    rough = Execution("bfloat16")
+    stablehlo._build_model = lambda model_info: right(model_info).clone(execution=rough)
     try:
         write(path, beside, weights)
     finally:
-        stablehlo._make_model = right
+        stablehlo._build_model = right
 
 
 def cut_off(path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]) -> None:
@@ -270,8 +271,8 @@ def test_nothing_is_left_of_what_was_not_written_whole(
         Path(path).write_text("half")
         raise error
 
-    right = export._FILES["google"]
-    monkeypatch.setitem(export._FILES, "google", right._replace(write=write))
+    right = export._FILE_FORMATS["google"]
+    monkeypatch.setitem(export._FILE_FORMATS, "google", right._replace(write=write))
     target = target_of("google", tmp_path)
     is_full = isinstance(error, OSError)
     kind = UserError if is_full else KeyboardInterrupt

@@ -13,11 +13,12 @@ import pytest
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.formats.npz import write_npz
 from mixer_jax.checkpoints.formats.safetensors import write_safetensors
-from mixer_jax.checkpoints.layouts import GOOGLE, TIMM, layout_views
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, replace_head, resize
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.models.mixer_config import VARIANTS
+from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
 from tests.helpers import pretrained_files
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import TINY, assert_params_equal, random_weights

@@ -150,7 +150,7 @@ def save_small_run(
 def resume(experiment: Experiment, workdir: Path) -> tuple[TrainState, list[float]]:
     beginning = find_init_source(experiment.config, str(workdir))
     assert beginning is not None
-    assert beginning.about.config == experiment.about.config
+    assert beginning.model_info.config == experiment.model_info.config
     return restore_or_init(experiment, CheckpointManager(str(workdir)), 4, beginning)
 
 

@@ -114,7 +114,7 @@ def test_it_says_what_it_takes_and_computes(tmp_path: Path) -> None:
     # The program is small, and the same whatever the numbers are.
     assert path.stat().st_size < 100_000
     with SafetensorsFile(f"{path}.safetensors") as file:
-        assert ModelInfo.from_dict(file.said, "here") == weights.model_info
+        assert ModelInfo.from_dict(file.metadata, "here") == weights.model_info
 
 
 def test_an_untrained_head_passes_the_check(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_program_is_for_any_weights_of_the_same_model_and_no_other(
     with raises(RunError, "w.stablehlo"):
         check_stablehlo(program, random_weights(image_size=(8, 8)))
     with monkeypatch.context() as patch:
-        patch.setattr(stablehlo, "_make_model", lambda about: model_from_info(about, "bfloat16"))
+        patch.setattr(stablehlo, "_build_model", lambda about: model_from_info(about, "bfloat16"))
         write_stablehlo(program, file, weights)
     with raises(RunError, "w.stablehlo", "logits"):
         check_stablehlo(program, weights)

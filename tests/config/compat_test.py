@@ -104,10 +104,10 @@ def test_fill_defaults_translates_a_saved_config() -> None:
 
 def test_config_diff_of_an_old_run_names_only_what_changed() -> None:
     current = load_config_with_overrides("configs/digits.py:low", SAME_RUN)
-    assert config_diff(OLD_CONFIG, current) == ([], [])
+    assert config_diff(OLD_CONFIG, config_lib.parse(current)) == ([], [])
     current.loader.num_threads = 3
     current.optimizer.decay_type = "linear"
-    assert config_diff(OLD_CONFIG, current) == (
+    assert config_diff(OLD_CONFIG, config_lib.parse(current)) == (
         ["loader.num_threads: 0 -> 3"],
         ["optimizer.decay_type: 'cosine' -> 'linear'"],
     )
@@ -117,7 +117,7 @@ def test_check_workdir_accepts_an_old_run(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(json.dumps(OLD_CONFIG))
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     current = load_config_with_overrides("configs/digits.py:low", SAME_RUN)
-    assert check_workdir(str(tmp_path), current) == []
+    assert check_workdir(str(tmp_path), config_lib.parse(current)) == []
 
 
 def test_from_metadata_reads_an_old_checkpoint() -> None:

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from mixer_jax import config as config_lib
 from mixer_jax.config.config import (
     architecture_overrides,
-    check_value,
     fill_defaults,
     flatten,
     format_help,
@@ -19,7 +18,7 @@ from mixer_jax.config.config import (
     resolve_num_steps,
     validate,
 )
-from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS, Field
+from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS
 from mixer_jax.errors import UserError
 from tests.helpers.lines import some_line_mentions
 from tests.helpers.messages import raises
@@ -136,15 +135,6 @@ def test_validate_raises_as_parse(config: ConfigDict) -> None:
     config.image_size = 230
     with raises(UserError, "image_size", "230"):
         validate(config)
-
-
-def test_check_value_accepts_the_limits_of_a_field() -> None:
-    field = Field(float, 0.5, "a fraction", min=0, max=1)
-    for value in (0.0, 1.0):
-        check_value("fraction", field, value)
-    for value in (-0.1, 1.1):
-        with raises(UserError, "fraction", str(value), "0", "1"):
-            check_value("fraction", field, value)
 
 
 def test_evals_fills_in_defaults() -> None:

@@ -7,21 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.config.config import check_value, fill_defaults, get_default
+from mixer_jax.config.config import fill_defaults, get_default
 from mixer_jax.config.schema import (
     ENTRY_TYPES,
     EVAL_FIELDS,
     FIELDS,
     MIXTURE_FIELDS,
     SECTION_TYPES,
+    Field,
     RunConfig,
     from_dict,
     get_field,
 )
 from mixer_jax.data.preprocess import train_image
+from mixer_jax.errors import UserError
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer import MlpMixer
 from mixer_jax.models.registry import FAMILIES
+from tests.helpers.messages import raises
 
 DECLARED = {
     **FIELDS,
@@ -34,7 +37,7 @@ def test_fields_have_help_and_a_valid_default() -> None:
     for path, field in DECLARED.items():
         assert field.help
         assert "\n" not in field.help
-        check_value(path, field, field.default)
+        field.check(path, field.default)
         assert field.min <= field.max
 
 
@@ -46,6 +49,22 @@ def test_fields_have_the_type_of_their_annotation() -> None:
                 hint = hints[field.name]
                 literal = typing.get_origin(hint) is typing.Literal
                 assert (str if literal else hint) is type(field.default), field.name
+
+
+def test_check_accepts_the_limits_of_a_field() -> None:
+    field = Field(float, 0.5, "a fraction", min=0, max=1)
+    for value in (0.0, 1.0):
+        field.check("fraction", value)
+    for value in (-0.1, 1.1):
+        with raises(UserError, "fraction", str(value), "0", "1"):
+            field.check("fraction", value)
+
+
+def test_parse_takes_the_type_of_the_field() -> None:
+    assert Field(bool, False, "a switch").parse("switch", "True") is True
+    assert Field(float, 0.5, "a rate").parse("rate", "3e-3") == 3e-3
+    with raises(UserError, "switch", "'yes'"):
+        Field(bool, False, "a switch").parse("switch", "yes")
 
 
 def test_sections_are_all_fields_of_a_run() -> None:

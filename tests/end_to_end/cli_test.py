@@ -1,4 +1,4 @@
-"""Tests of what the doors print, and of what they refuse in one line."""
+"""Tests of the output of `main` and `evaluate`, and of their usage errors."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,12 @@ from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, start
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run from start to end."""
+    """Workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("finished")
     finish(start(digits_dir, workdir, **NO_REGULARIZATION, num_steps=20))
     return workdir
@@ -24,15 +26,15 @@ def test_evaluate_prints_a_table_or_json(finished: Path, digits_dir: str) -> Non
     arguments = [f"--checkpoint={finished}", "--dataset=digits", f"--data_dir={digits_dir}"]
     table = run_cli("evaluate", *arguments, "--split=test")
     assert table.stderr == ""
-    done = run_cli("evaluate", *arguments, "--split=test", "--json", "--batch_size=50")
-    scores = json.loads(done.stdout)
-    assert scores["num_examples"] == 360
-    top1 = f"{scores['top1']:.2%}"
+    result = run_cli("evaluate", *arguments, "--split=test", "--json", "--batch_size=50")
+    metrics = json.loads(result.stdout)
+    assert metrics["num_examples"] == 360
+    top1 = f"{metrics['top1']:.2%}"
     assert any(mentions(line, "top-1", top1) for line in table.stdout.splitlines())
-    # The run's own last evaluation, with other batches, says the same.
+    # The last evaluation of the run had the same result, with another batch size.
     last = read_metrics(str(finished))[-1]
-    assert scores["top1"] == last["test/top1"]
-    assert scores["log_likelihood"] == pytest.approx(last["test/log_likelihood"], rel=1e-5)
+    assert metrics["top1"] == last["test/top1"]
+    assert metrics["log_likelihood"] == pytest.approx(last["test/log_likelihood"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +48,15 @@ def test_evaluate_prints_a_table_or_json(finished: Path, digits_dir: str) -> Non
         (["--checkpoint=RUN", "--batch_size=0"], ["--batch_size", "0"]),
     ],
 )
-def test_evaluate_refuses(
+def test_evaluate_reports_usage_errors(
     finished: Path, digits_dir: str, arguments: list[str], parts: list[str]
 ) -> None:
     arguments = [argument.replace("RUN", str(finished)) for argument in arguments]
-    done = run_cli("evaluate", *arguments, f"--data_dir={digits_dir}", code=2)
-    assert done.stdout == ""
-    # The path may have numbers in it.
-    assert mentions(done.stderr.replace(str(finished), ""), *parts)
-    assert "Traceback" not in done.stderr
+    result = run_cli("evaluate", *arguments, f"--data_dir={digits_dir}", code=2)
+    assert result.stdout == ""
+    # The path may contain the numbers.
+    assert mentions(result.stderr.replace(str(finished), ""), *parts)
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -81,21 +83,21 @@ def test_evaluate_refuses(
         ),
     ],
 )
-def test_main_refuses(
+def test_main_reports_usage_errors_in_one_line(
     arguments: list[str], parts: list[str], digits_dir: str, tmp_path: Path
 ) -> None:
     if arguments[:1] == ["--config=configs/digits.py"]:
         arguments = [arguments[0], f"--config.dataset.data_dir={digits_dir}", *arguments[1:]]
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path}/run"]
-    done = run_cli("main", *arguments, code=2)
-    assert done.stdout == ""
-    (line,) = done.stderr.strip().splitlines()
+    result = run_cli("main", *arguments, code=2)
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
     assert mentions(line, *parts)
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_another_experiments_workdir_is_refused(finished: Path, digits_dir: str) -> None:
+def test_main_rejects_the_workdir_of_another_experiment(finished: Path, digits_dir: str) -> None:
     before = (finished / "config.json").read_text()
     process = start(
         digits_dir, finished, **NO_REGULARIZATION, num_steps=20, optimizer__learning_rate=0.5
@@ -106,23 +108,27 @@ def test_another_experiments_workdir_is_refused(finished: Path, digits_dir: str)
     assert (finished / "config.json").read_text() == before
 
 
-def test_missing_data_names_the_way_to_get_them(tmp_path: Path) -> None:
+def test_main_prints_how_to_prepare_missing_data(tmp_path: Path) -> None:
     data_dir, workdir = tmp_path / "data", tmp_path / "run"
-    done = run_cli(
+    result = run_cli(
         "main",
         "--config=configs/mixer_l16_i21k.py",
         f"--workdir={workdir}",
         f"--config.dataset.data_dir={data_dir}",
         code=2,
     )
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = result.stderr.strip().splitlines()
     assert mentions(line, "imagenet21k", str(data_dir))
     assert mentions(line, "python -m mixer_jax.prepare imagenet21k")
     assert mentions(line, "--config.dataset.name=synthetic")
     assert list(workdir.iterdir()) == []
 
 
-def test_help_lists_every_key() -> None:
-    done = run_cli("main", "--help")
-    for key in ("optimizer.learning_rate=0.001", "mesh.fsdp=1", "evals.NAME.split='test'"):
-        assert key in done.stdout
+def test_main_help_lists_config_keys_with_defaults() -> None:
+    lines = run_cli("main", "--help").stdout.splitlines()
+    for key, default in (
+        ("optimizer.learning_rate", "0.001"),
+        ("mesh.fsdp", "1"),
+        ("evals.NAME.split", "test"),
+    ):
+        assert any(line.split()[:2] == [key, default] for line in lines), key

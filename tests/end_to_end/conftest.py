@@ -1,4 +1,4 @@
-"""What tests of real processes share."""
+"""Fixtures of the end-to-end tests."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from tests.helpers.processes import finish, start
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, worker_id: str, digits_dir: str
 ) -> Path:
-    """The folder of a run from start to end, for tests that only look at it, of all workers."""
-    place = tmp_path_factory.getbasetemp()
-    place = place if worker_id == "master" else place.parent
-    workdir, done = place / "uninterrupted", place / "uninterrupted.done"
-    with file_lock(place / "uninterrupted.lock", wait=True):
+    """Workdir of a finished run, which all workers share and must not change."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    workdir, done = folder / "uninterrupted", folder / "uninterrupted.done"
+    with file_lock(folder / "uninterrupted.lock", wait=True):
         if not done.exists():
-            finish(start(digits_dir, workdir, as_users=True))
+            finish(start(digits_dir, workdir, optimized=True))
             done.touch()
     return workdir

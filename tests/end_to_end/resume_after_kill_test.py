@@ -20,10 +20,10 @@ from tests.helpers.processes import (
     STEPS,
     final_arrays,
     finish,
-    first_step_told,
+    first_reported_step,
     has_reached,
     last_step,
-    says_where_it_stopped,
+    reports_stop,
     start,
     untimed_metrics,
     wait_until,
@@ -44,7 +44,7 @@ def test_killed_and_resumed_equals_never_interrupted(
 ) -> None:
     # At a random step, between two checkpoints or on one.
     step = random.SystemRandom().randint(11, 25)
-    process = start(digits_dir, tmp_path, as_users=True)
+    process = start(digits_dir, tmp_path, optimized=True)
     wait_until(lambda: last_step(tmp_path) >= step, process)
     process.kill()
     process.communicate()
@@ -53,7 +53,7 @@ def test_killed_and_resumed_equals_never_interrupted(
 
     # While a checkpoint is being written: a save may end just before the kill, so try again then.
     for done in (20, 25, 30):
-        process = start(digits_dir, tmp_path, as_users=True)
+        process = start(digits_dir, tmp_path, optimized=True)
         wait_until(functools.partial(is_saving, tmp_path, done), process)
         process.kill()
         process.communicate()
@@ -63,17 +63,17 @@ def test_killed_and_resumed_equals_never_interrupted(
     assert list_steps(str(tmp_path))[-1] < STEPS
 
     # By a scheduler, which is polite.
-    process = start(digits_dir, tmp_path, as_users=True)
+    process = start(digits_dir, tmp_path, optimized=True)
     wait_until(lambda: last_step(tmp_path) >= 45, process)
     process.send_signal(signal.SIGTERM)
     out = finish(process, code=143)
     saved = list_steps(str(tmp_path))[-1]
     assert 45 <= saved < STEPS
-    assert says_where_it_stopped(out, tmp_path, saved, STEPS)
+    assert reports_stop(out, tmp_path, saved, STEPS)
 
     # And to the end.
-    out = finish(start(digits_dir, tmp_path, as_users=True))
-    assert first_step_told(out) == saved
+    out = finish(start(digits_dir, tmp_path, optimized=True))
+    assert first_reported_step(out) == saved
     assert unfinished_saves(tmp_path) == []
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
     expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
@@ -89,7 +89,7 @@ def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
     (saved,) = list_steps(str(tmp_path))
-    assert says_where_it_stopped(out, tmp_path, saved, STEPS)
+    assert reports_stop(out, tmp_path, saved, STEPS)
 
 
 def processes_of_group(group: int) -> list[int]:
@@ -129,7 +129,7 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
         assert err == "" or "resource_tracker.py" in err
         if code >= 0:
             (*_, steps) = list_steps(str(tmp_path / "run"))
-            assert says_where_it_stopped(out, tmp_path / "run", steps, 1000)
+            assert reports_stop(out, tmp_path / "run", steps, 1000)
         deadline = time.monotonic() + 20
         while processes_of_group(process.pid):
             assert time.monotonic() < deadline, "workers are left"
@@ -140,7 +140,7 @@ def test_a_finished_run_says_so_and_is_scored(
     uninterrupted: Path, digits_dir: str, tmp_path: Path
 ) -> None:
     workdir = shutil.copytree(uninterrupted, tmp_path / "copy")
-    out = finish(start(digits_dir, workdir, as_users=True))
+    out = finish(start(digits_dir, workdir, optimized=True))
     assert last_step(workdir) == STEPS
     # All of it was done before; what is scored is told.
     assert untimed_metrics(workdir) == untimed_metrics(uninterrupted)

@@ -1,4 +1,4 @@
-"""Tests of runs on two hosts: two real processes that meet, and what ends one of them or both."""
+"""Tests of runs on two hosts, which are real processes, and of how one host ends both."""
 
 import collections
 import functools
@@ -18,9 +18,9 @@ from tests.helpers.messages import mentions
 from tests.helpers.processes import (
     final_arrays,
     finish,
-    first_step_told,
+    first_reported_step,
     has_reached,
-    says_where_it_stopped,
+    reports_stop,
     start,
     start_two_hosts,
     two_host_env,
@@ -30,15 +30,17 @@ from tests.helpers.processes import (
 from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
-# Exit codes after the loss of a host: of a failed collective, and of JAX's abort. Not 2, which
-# would mean that the command is not to be repeated.
+# Exit codes after the loss of a host, of a failed collective and of JAX's abort. Not 2, which would
+# mean that a retry is useless.
 LOST_HOST = (1, -signal.SIGABRT)
 Runs = dict[str, Path]
 
 
 def write_images(folder: Path, train: int, bad: int) -> str:
-    """Writes images of two classes, every `bad`-th of them empty; returns the data set's name."""
+    """Writes images of two classes, one of `bad` of them empty, and returns the data set's name."""
     for split, count in (("train", train), ("test", 40)):
         for index in range(count):
             path = folder / split / f"{index % 2}" / f"{index}.png"
@@ -49,7 +51,7 @@ def write_images(folder: Path, train: int, bad: int) -> str:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a run whose bad images tell which examples make which step: it meets each of them once."""
+    """Settings of a run of one epoch, whose logs of bad images show which step reads an image."""
     return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
         "bad_images__max_fraction": 1.0,
@@ -66,24 +68,23 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Runs:
-    """The folders of the same run on one host of four devices, and on two hosts of two."""
-    place = tmp_path_factory.mktemp("runs")
-    finish(start("", place / "one", {"JAX_NUM_CPU_DEVICES": "4"}, **settings))
+    """Workdirs of the same run on one host with four devices and on two hosts with two each."""
+    folder = tmp_path_factory.mktemp("runs")
+    finish(start("", folder / "one", {"JAX_NUM_CPU_DEVICES": "4"}, **settings))
     for name, fsdp in (("two", 1), ("split", 2)):
-        both = start_two_hosts("", place / name, **settings, mesh__fsdp=fsdp)
+        both = start_two_hosts("", folder / name, **settings, mesh__fsdp=fsdp)
         outs = [finish(process) for process in both]
-        # What all share, one host says and writes.
+        # Only the primary process prints.
         assert ("checkpoint" in outs[0], "checkpoint" in outs[1]) == (True, False)
-    return {name: place / name for name in ("one", "two", "split")}
+    return {name: folder / name for name in ("one", "two", "split")}
 
 
-def met(workdir: Path) -> dict[str, int]:
-    """Returns the step that met each bad image first, from the books of all hosts."""
-    books = workdir.glob("bad_images_*.jsonl")
-    lines = [json.loads(line) for book in books for line in book.read_text().splitlines()]
+def bad_image_steps(workdir: Path) -> dict[str, int]:
+    """Returns the first step of each bad image, from the logs of all hosts."""
     steps = collections.defaultdict[str, list[int]](list)
-    for line in lines:
-        steps[line["name"]].append(line["step"])
+    for log in workdir.glob("bad_images_*.jsonl"):
+        for line in map(json.loads, log.read_text().splitlines()):
+            steps[line["name"]].append(line["step"])
     return {name: min(found) for name, found in steps.items()}
 
 
@@ -92,14 +93,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", ["two", "split"])
-def test_two_hosts_do_as_one(runs: Runs, name: str) -> None:
+def test_two_hosts_compute_the_same_as_one(runs: Runs, name: str) -> None:
     expected, actual = losses(runs["one"]), losses(runs[name])
     assert [*actual] == [*expected] == [*range(1, STEPS + 1)]
     np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-6)
-    examples = met(runs["one"])
+    examples = bad_image_steps(runs["one"])
     assert len(examples) > 80
-    assert met(runs[name]) == examples
-    # Both hosts had a part in it.
+    assert bad_image_steps(runs[name]) == examples
+    # Both hosts read a part of the images.
     assert (runs[name] / "bad_images_1.jsonl").stat().st_size > 0
     one, two = (read_metrics(str(runs[which]))[-1] for which in ("one", name))
     for key in ("test/num_examples", "test/num_bad", "test/top1", "test/top5"):
@@ -121,9 +122,9 @@ def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
     assert saved in ([], [6], [6, 12], [12, 18])
 
     outs = [finish(process) for process in start_two_hosts("", tmp_path, **settings)]
-    assert first_step_told(outs[0]) == max(saved, default=1)
+    assert first_reported_step(outs[0]) == max(saved, default=1)
     assert untimed_metrics(tmp_path) == untimed_metrics(runs["two"])
-    assert met(tmp_path) == met(runs["two"])
+    assert bad_image_steps(tmp_path) == bad_image_steps(runs["two"])
     expected, actual = final_arrays(runs["two"], STEPS), final_arrays(tmp_path, STEPS)
     assert expected.keys() == actual.keys() == {"params", "optimizer"}
     for item, arrays in expected.items():
@@ -132,8 +133,8 @@ def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
 
 
 def test_a_usage_error_on_one_host_ends_the_other(settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "bad_images_1.jsonl").write_text("not ours\n")
-    both = start_two_hosts("", tmp_path, devices=1, **settings)
+    (tmp_path / "bad_images_1.jsonl").write_text("no log\n")
+    both = start_two_hosts("", tmp_path, num_devices=1, **settings)
     errors = [process.communicate(timeout=90)[1] for process in both]
     assert both[1].returncode == 2, errors
     assert both[0].returncode in LOST_HOST, errors
@@ -141,8 +142,8 @@ def test_a_usage_error_on_one_host_ends_the_other(settings: dict[str, Any], tmp_
 
 
 def test_a_host_whose_peer_never_joins_ends(settings: dict[str, Any], tmp_path: Path) -> None:
-    # Each waits for a run of its own.
-    envs = [two_host_env(devices=1)[process_id] for process_id in range(2)]
+    # Each waits for the other process of a different run.
+    envs = [two_host_env(num_devices=1)[process_id] for process_id in range(2)]
     waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in envs]
     for process in waiting:
         _, errors = process.communicate(timeout=60)
@@ -153,26 +154,26 @@ def test_a_host_whose_peer_never_joins_ends(settings: dict[str, Any], tmp_path: 
 def test_a_signal_to_one_host_stops_both_at_one_step(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    # Too long to end before it is stopped.
+    # Does not end before it is stopped.
     endless = settings | {"num_steps": 100_000, "checkpoint__every_steps": 0}
     both = start_two_hosts("", tmp_path, **endless)
     wait_until(functools.partial(has_reached, tmp_path, 3), both[0])
     both[1].send_signal(signal.SIGTERM)
     outs = [finish(process, 143) for process in both]
     (saved,) = list_steps(str(tmp_path))
-    assert says_where_it_stopped(outs[0], tmp_path, saved, 100_000)
+    assert reports_stop(outs[0], tmp_path, saved, 100_000)
     assert "checkpoint" not in outs[1]
     assert max(losses(tmp_path)) == saved
-    # One host of one device takes it from there.
+    # A single host with one device resumes the run.
     alone = start("", tmp_path, **endless)
     wait_until(functools.partial(has_reached, tmp_path, saved + 3), alone)
     alone.send_signal(signal.SIGTERM)
-    assert first_step_told(finish(alone, 143)) == saved
+    assert first_reported_step(finish(alone, 143)) == saved
     assert [*losses(tmp_path)] == [*range(1, max(losses(tmp_path)) + 1)]
 
 
-def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
-    """One bad image of 40, which one host or the other meets, is too many for both."""
+def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path) -> None:
+    """One bad image of 40, which only one host reads, is too many for both."""
     weights = random_weights(MixerConfig(1, 4, 16, 8, 16), (8, 8))
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
@@ -180,19 +181,18 @@ def test_two_hosts_begin_with_the_same_weights_and_agree_on_bad_images(tmp_path:
         "num_steps": 20,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
-    told = [process.communicate(timeout=180) for process in both]
-    errors = [error for _, error in told]
+    outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)
     assert [process.returncode for process in both] == [1, 1], errors
-    # Both hosts take the weights to begin with, and one says so.
+    # Both hosts load the pretrained weights, and the primary process reports it.
     init_info = (settings["init_from"], "8", "Appendix C", "head")
-    assert any(mentions(line, *init_info) for line in told[0][0].splitlines())
+    assert any(mentions(line, *init_info) for line in outs[0].splitlines())
     for error in errors:
         assert mentions(error, "1", "40", "max_fraction")
     assert list_steps(str(tmp_path / "run")) == [10]
-    # The run can go on, to its evaluation, of which the same is true.
+    # With a higher limit the run resumes, until the evaluation finds a bad image.
     both = start_two_hosts("", tmp_path / "run", bad_images__max_fraction=0.1, **settings)
-    errors = [process.communicate(timeout=180)[1] for process in both]
+    errors = tuple(process.communicate(timeout=180)[1] for process in both)
     assert [process.returncode for process in both] == [2, 2], errors
-    # The host that met it names it.
+    # The host that read it names it.
     assert sum("test/1/7.png" in error for error in errors) == 1
     assert all(mentions(error, "1", "skip_in_evaluation") for error in errors)

@@ -6,7 +6,7 @@ from mixer_jax.data.decode import BadImageError, decode
 
 
 def reason_of(encoded: bytes) -> str:
-    """Finds the reason for which the decoder rejects these bytes."""
+    """Returns the reason for which the decoder rejects an encoded image."""
     with pytest.raises(BadImageError) as caught:
         decode(encoded)
     return caught.value.reason

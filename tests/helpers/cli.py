@@ -1,28 +1,33 @@
-"""A door of the package as a real process, as a user starts it."""
+"""A command of the package as a real process, as a user starts it."""
 
 import subprocess
 import sys
 
 
 def run_cli(
-    door: str, *arguments: str, code: int = 0, before: str = ""
+    command: str, *arguments: str, code: int = 0, preamble: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a door with arguments, and checks its exit code; a warning is an error.
+    """Runs `python -m mixer_jax.COMMAND` and checks its exit code; a warning is an error.
 
     Args:
-        door: its name.
-        *arguments: of the command line.
-        code: that it must exit with.
-        before: Python to run in the process first; empty: the door is started as a user does.
+        command: Name of the module.
+        *arguments: Arguments of the command line.
+        code: Expected exit code.
+        preamble: Python code that runs in the process first.
     """
-    program = ["-m", f"mixer_jax.{door}"]
-    if before:
+    program = ["-m", f"mixer_jax.{command}"]
+    if preamble:
         program = [
             "-c",
-            f"{before}\nimport runpy; runpy.run_module('mixer_jax.{door}', "
+            f"{preamble}\nimport runpy; runpy.run_module('mixer_jax.{command}', "
             "run_name='__main__', alter_sys=True)",
         ]
-    command = [sys.executable, "-W", "error", *program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == code, done.stderr
-    return done
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == code, result.stderr
+    return result

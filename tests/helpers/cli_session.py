@@ -1,4 +1,4 @@
-"""Doors one after the other in one real process, which pays for starting and importing once."""
+"""Several commands in one real process, which starts and imports the libraries only once."""
 
 import io
 import json
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class CliResult(NamedTuple):
-    """What a door left.
+    """Result of a command.
 
     Attributes:
-        code: its exit code.
-        out: what it wrote to standard output.
-        err: what it wrote to standard error.
+        code: Exit code.
+        out: Standard output.
+        err: Standard error.
     """
 
     code: int
@@ -27,11 +27,11 @@ class CliResult(NamedTuple):
 
 
 def run_commands(commands: list[list[str]], folder: Path) -> list[CliResult]:
-    """Runs commands `python -m mixer_jax.DOOR …` in a folder; a warning is an error.
+    """Runs commands `python -m mixer_jax.COMMAND …` in a folder, up to the first that fails.
 
-    They stop after the first that fails.
+    A warning is an error.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.helpers.cli_session"],
         input=json.dumps(commands),
         capture_output=True,
@@ -41,30 +41,30 @@ def run_commands(commands: list[list[str]], folder: Path) -> list[CliResult]:
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr
-    # Nothing goes past a door's own streams.
-    assert done.stderr == ""
-    return [CliResult(*told) for told in json.loads(done.stdout)]
+    assert process.returncode == 0, process.stderr
+    # Commands write only to their own streams.
+    assert process.stderr == ""
+    return [CliResult(*result) for result in json.loads(process.stdout)]
 
 
 def _run(command: list[str]) -> CliResult:
     python, option, module, *arguments = command
     assert (python, option) == ("python", "-m")
-    own = sys.argv, sys.stdout, sys.stderr
+    original = sys.argv, sys.stdout, sys.stderr
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     sys.argv, sys.stdout, sys.stderr = [module, *arguments], out, err
-    # As where it was not imported before.
+    # As if the module had not been imported before.
     sys.modules.pop(module, None)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-        raise AssertionError("a door ends with an exit code")
+        raise AssertionError("a command must end with an exit code")
     except SystemExit as end:
         code = end.code
     finally:
-        # Those of the door close ours when they go.
-        theirs = sys.stdout, sys.stderr
-        sys.argv, sys.stdout, sys.stderr = own
-    for stream in theirs:
+        # The command may have wrapped our streams; its wrappers close them when they are deleted.
+        wrappers = sys.stdout, sys.stderr
+        sys.argv, sys.stdout, sys.stderr = original
+    for stream in wrappers:
         stream.flush()
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
     assert isinstance(code, int)
@@ -72,12 +72,12 @@ def _run(command: list[str]) -> CliResult:
 
 
 def _main() -> None:
-    told: list[CliResult] = []
+    results: list[CliResult] = []
     for command in json.load(sys.stdin):
-        told.append(_run(command))
-        if told[-1].code:
+        results.append(_run(command))
+        if results[-1].code:
             break
-    json.dump(told, sys.stdout)
+    json.dump(results, sys.stdout)
 
 
 if __name__ == "__main__":

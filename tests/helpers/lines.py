@@ -6,12 +6,12 @@ from tests.helpers.messages import mentions
 
 
 def some_line_mentions(text: str, *parts: str) -> bool:
-    """Returns whether all parts occur in one and the same line."""
+    """Returns whether some line mentions all parts."""
     return any(mentions(line, *parts) for line in text.splitlines())
 
 
 def each_mentions(lines: Sequence[str], *parts_of_each: tuple[str, ...]) -> bool:
-    """Returns whether there are as many lines as expected, and each mentions its own parts."""
+    """Returns whether there are as many lines as lists of parts, and each mentions its parts."""
     return len(lines) == len(parts_of_each) and all(map(_mentions_all, lines, parts_of_each))
 
 

@@ -1,4 +1,4 @@
-"""Training runs as real processes, as a user starts them, to be watched and stopped."""
+"""Training runs as real processes, started as users start them, to watch and to stop."""
 
 import os
 import re
@@ -22,11 +22,11 @@ from tests.helpers.tiny_run import to_flags
 STEPS = 60
 RUN = {
     "num_steps": STEPS,
-    # Large enough that saving it takes a moment in which to be killed.
+    # Large enough that a save takes long enough to be killed during it.
     "model__channels_mlp_dim": 256,
     "model__dropout": 0.1,
     "recipe__ema_decay": 0.9,
-    # Not a divisor of the checkpoints' interval: a mean over steps outlives a kill.
+    # Does not divide the checkpoint interval: a mean of losses must survive a kill.
     "log_every_steps": 4,
     "checkpoint__every_steps": 10,
     "evals__test__every_steps": 30,
@@ -39,68 +39,69 @@ def start(
     workdir: Path,
     env: dict[str, str] | None = None,
     new_group: bool = False,
-    as_users: bool = False,
-    **changes: Any,
+    optimized: bool = False,
+    **overrides: Any,
 ) -> subprocess.Popen[str]:
-    """Starts a run of `RUN`.
+    """Starts a run with the settings of `RUN`.
 
     Args:
-        data_dir: where digits are prepared.
-        workdir: of the run.
-        env: changes of the environment.
-        new_group: as a shell does, for signals to all of its processes.
-        as_users: with all optimizations of XLA.
-        **changes: of `RUN`.
+        data_dir: TFDS directory with the digits data set.
+        workdir: Workdir of the run.
+        env: Additional environment variables.
+        new_group: Whether to start a process group, as shells do, for signals to all processes.
+        optimized: Whether XLA optimizes the program, as it does for users.
+        **overrides: Changes of `RUN`.
     """
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
-    arguments = to_flags(data_dir, **{**RUN, **changes})
-    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if as_users else quick}
+    optimizations = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if optimized else {}
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *arguments],
+        [*command, f"--workdir={workdir}", *to_flags(data_dir, **{**RUN, **overrides})],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**environment, "JAX_PLATFORMS": "cpu", **(env or {})},
+        env={**os.environ, **optimizations, "JAX_PLATFORMS": "cpu", **(env or {})},
         start_new_session=new_group,
     )
 
 
-def two_host_env(devices: int) -> list[dict[str, str]]:
-    """Returns the environments of two hosts, of so many devices each, that meet at a free port."""
+def two_host_env(num_devices: int) -> list[dict[str, str]]:
+    """Returns the environment variables of two processes with `num_devices` each, for one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    common = {
+    shared = {
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": f"{devices}",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
     }
-    return [common | {"JAX_PROCESS_ID": f"{number}"} for number in range(2)]
+    return [shared | {"JAX_PROCESS_ID": str(process_id)} for process_id in range(2)]
 
 
 def start_two_hosts(
-    data_dir: str, workdir: Path, devices: int = 2, **changes: Any
+    data_dir: str, workdir: Path, num_devices: int = 2, **overrides: Any
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """Starts one run on two hosts: processes of so many devices each."""
-    first, second = (start(data_dir, workdir, env, **changes) for env in two_host_env(devices))
+    """Starts one run on two hosts: processes with `num_devices` each."""
+    first, second = (
+        start(data_dir, workdir, env, **overrides) for env in two_host_env(num_devices)
+    )
     return first, second
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Waits for a process, checks its exit code and returns its standard output."""
     out, err = process.communicate(timeout=180)
     assert process.returncode == code, f"{out}\n{err}"
     return out
 
 
-def says_where_it_stopped(out: str, workdir: Path, step: int, num_steps: int) -> bool:
-    """Returns whether a run's last line tells the step, of how many, and the checkpoint."""
+def reports_stop(out: str, workdir: Path, step: int, num_steps: int) -> bool:
+    """Returns whether the last line names the step, the number of steps and the checkpoint."""
     last = out.splitlines()[-1].replace(f"{workdir}/checkpoints/{step}", "CHECKPOINT")
     return mentions(last, "CHECKPOINT", str(step), str(num_steps))
 
 
-def first_step_told(out: str) -> int:
-    """Returns the first step that a run names: the one it was resumed at, if it was."""
+def first_reported_step(out: str) -> int:
+    """Returns the first step in the output of a run: a resumed run starts by naming it."""
     found = re.search(r"\bstep\W{1,2}(\d[\d,]*)", out)
     assert found is not None, out
     return int(found[1].replace(",", ""))
@@ -110,7 +111,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it took too long"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.0005)
 
 
@@ -128,7 +129,7 @@ def untimed_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def final_arrays(workdir: Path, step: int) -> dict[str, list[np.ndarray]]:
-    """Returns all that the checkpoint of the last step holds, by item, wherever it was made."""
+    """Restores all arrays of the last checkpoint by item, on whatever devices it was saved."""
     assert list_steps(str(workdir))[-1] == step
     folder = workdir / "checkpoints" / f"{step}"
     arrays = {}

@@ -9,8 +9,9 @@ import numpy as np
 from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.model_info import ModelInfo, infer_variant
+from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.models.mixer_config import MixerConfig, param_shapes
+from mixer_jax.models.registry import get_family
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -28,7 +29,7 @@ def random_weights(
     told = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
     made = ModelInfo(
         "mixer",
-        infer_variant(widths),
+        get_family("mixer").infer_variant(widths),
         widths,
         image_size=image_size,
         **{"num_classes": len(class_names), "class_names": class_names, **told, **about},

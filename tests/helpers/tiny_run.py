@@ -1,11 +1,10 @@
-"""A real run of the real config, small enough for tests."""
+"""configs/digits.py made small enough for tests."""
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from mixer_jax.config.config import validate
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 
 OVERRIDES: dict[str, Any] = {
     "num_steps": 20,
@@ -24,7 +23,7 @@ OVERRIDES: dict[str, Any] = {
     "checkpoint.every_steps": 5,
     "evals.test.every_steps": 10,
 }
-# As changes: without the recipe's parts, which make a program that takes longer to compile.
+# Changes that make the program faster to compile.
 NO_REGULARIZATION: dict[str, Any] = {
     "model__num_blocks": 1,
     "model__channels_mlp_dim": 16,
@@ -32,20 +31,18 @@ NO_REGULARIZATION: dict[str, Any] = {
     "model__dropout": 0.0,
     "recipe__mixup": 0.0,
     "recipe__ema_decay": 0.0,
-    # TensorFlow takes longer to import than all else of a small run.
+    # Importing TensorFlow takes longer than the rest of a small run.
     "tensorboard": False,
 }
 
 
 def to_flags(data_dir: str, **changes: Any) -> list[str]:
-    """Returns the command-line overrides; a key's dot is written as two underscores."""
+    """Formats command-line overrides; `changes` are keys with two underscores for a dot."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     values = {**OVERRIDES, "dataset.data_dir": data_dir, **changes}
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-def small_config(data_dir: str, file: str = "configs/digits.py", **changes: Any) -> ConfigDict:
-    """Returns configs/digits.py made small."""
-    config = load_config_with_overrides(file, to_flags(data_dir, **changes))
-    validate(config)
-    return config
+def small_config(data_dir: str, file: str = "configs/digits.py", **changes: Any) -> RunConfig:
+    """Loads a config file with `OVERRIDES` and the changes of `to_flags`."""
+    return parse(load_config_with_overrides(file, to_flags(data_dir, **changes)))

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Plays Google's cloud for the tests of tpu_vm.sh, in the folder $CLOUD:
-#   calls     the commands it was given, a line each
-#   request   the state of the queued resource; no file: there is none
-#   node      the state of its machines
-#   created   what a new request becomes; default: ACTIVE
-#   run       what has become of the run, a line for every time that it is asked; "preempt" before
-#             an answer takes the machines away, and "later" does so when they are next looked at
-#   fails     what ends a command with an error that has this in it, once; fails_later: a command
-#             after the machines were taken away
-#   denied    what it says instead of answering anything
-#   slices    how many nodes the request is for; no file: one
-#   clock     the time, if it is played too; every run that is followed lasts an hour and a half
+# Fake gcloud for the tests of tpu_vm.sh. Files in $CLOUD control it:
+#   calls     log of the commands, one per line
+#   request   state of the queued resource; absent: it does not exist
+#   node      state of its machines
+#   created   state after `create`; default: ACTIVE
+#   run       results of the run, one line per query; a line that starts with "preempt" preempts
+#             the machines before the answer, "later" when their state is queried next
+#   fails     the next command that contains this text fails
+#   fails_later  the same, after a preemption
+#   denied    error message of every command
+#   slices    number of nodes of the request; absent: one
+#   clock     fake time; following a run advances it by an hour and a half
+#   endless   if it exists, following a run takes a minute
 set -euo pipefail
 cd "$CLOUD"
 printf '%s\n' "$*" >>calls
 
-take_away() {
+preempt() {
   echo SUSPENDED >request
   echo PREEMPTED >node
   if [[ -e fails_later ]]; then mv fails_later fails; fi
@@ -27,14 +28,14 @@ if [[ -e denied ]]; then
 fi
 if [[ -e fails && "$*" == *"$(cat fails)"* ]]; then
   rm fails
-  echo "it does not work" >&2
+  echo "fake failure" >&2
   exit 1
 fi
 case "$*" in
   *"tpu-vm describe"* | *"queued-resources describe"*"(state.state)"*)
     if [[ -e later && "$*" == *tpu-vm* ]]; then
       rm later
-      take_away
+      preempt
     fi
     ;;
 esac
@@ -58,7 +59,7 @@ case "$*" in
     answer=$(head -n 1 run)
     sed -i 1d run
     case "$answer" in
-      preempt*) take_away ;;
+      preempt*) preempt ;;
       later*) touch later ;;
     esac
     answer=${answer#preempt} answer=${answer#later}

@@ -1,4 +1,4 @@
-"""Tests of launch/README.md: what it names is there; its commands, and README's, are understood."""
+"""Tests of launch/README.md: its files exist, and scripts accept its and README.md's commands."""
 
 import re
 import shlex
@@ -9,8 +9,8 @@ from tests.helpers import launch_scripts
 TEXT = Path("launch/README.md").read_text()
 
 
-def commands(script: str) -> list[list[str]]:
-    """Returns the words after `launch/SCRIPT` in every command block that calls it."""
+def script_commands(script: str) -> list[list[str]]:
+    """Returns the arguments of every command in a code block that calls a script."""
     text = TEXT + Path("README.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -19,39 +19,38 @@ def commands(script: str) -> list[list[str]]:
     return [words[1:] for words in found]
 
 
-def test_every_file_that_is_named_is_there() -> None:
+def test_readme_lists_every_file_of_launch() -> None:
     table = TEXT.partition("|---|---|")[2].partition("\n\n")[0]
-    named = set(re.findall(r"`([\w/]+\.?\w*)`", table))
-    there = {
+    listed = set(re.findall(r"`([\w/]+\.?\w*)`", table))
+    sourced = ("tpu_arguments.sh", "tpu_commands.sh")
+    files = {
         str(path.relative_to("launch"))
         for path in Path("launch").rglob("*")
-        if path.is_file() and path.name not in ("README.md", "tpu_arguments.sh", "tpu_commands.sh")
+        if path.is_file() and path.name not in ("README.md", *sourced)
     }
-    assert named == there
+    assert listed == files
     for path in re.findall(r"(?:configs|launch)/[\w/]+\.\w+", TEXT):
         assert Path(path).exists(), path
 
 
-def test_its_commands_are_understood() -> None:
-    for arguments in commands("tpu_vm.sh"):
+def test_scripts_accept_the_commands_of_the_readme() -> None:
+    for arguments in script_commands("tpu_vm.sh"):
         position = arguments.index("--")
-        dry = [*arguments[:position], "--dry_run", *arguments[position:]]
-        result = launch_scripts.run("tpu_vm.sh", *dry)
+        dry_run = [*arguments[:position], "--dry_run", *arguments[position:]]
+        result = launch_scripts.run("tpu_vm.sh", *dry_run)
         assert result.returncode == 0, result.stderr
-        given = "TFDS_DATA_DIR=gs://BUCKET/tfds"
-        assert (given in result.stdout) == (given in arguments)
+        setting = "TFDS_DATA_DIR=gs://BUCKET/tfds"
+        assert (setting in result.stdout) == (setting in arguments)
         assert "--workdir=gs://BUCKET/" in result.stdout
-    for arguments in commands("setup_host.sh"):
+    for arguments in script_commands("setup_host.sh"):
         assert launch_scripts.run("setup_host.sh", *arguments, "--dry_run").returncode == 0
-    for arguments in commands("local_multiprocess.sh"):
-        # Stands for the run: it has been understood if it comes to be started.
-        python = "true"
-        assert (
-            launch_scripts.run("local_multiprocess.sh", *arguments, PYTHON=python).returncode == 0
-        )
+    for arguments in script_commands("local_multiprocess.sh"):
+        # `true` stands in for Python: the arguments are accepted if it is started.
+        result = launch_scripts.run("local_multiprocess.sh", *arguments, PYTHON="true")
+        assert result.returncode == 0
 
 
-def test_its_codes_are_those_that_the_scripts_act_on() -> None:
+def test_readme_lists_the_exit_code_that_scripts_restart_after() -> None:
     stopped = {
         line.partition("STOPPED=")[2].split()[0]
         for script in ("tpu_vm.sh", "slurm.sbatch")

@@ -1,4 +1,4 @@
-"""Tests of launch/setup_host.sh: what it would do, where, and what it refuses."""
+"""Tests of launch/setup_host.sh: its commands, repeated runs, invalid arguments."""
 
 import shlex
 from pathlib import Path
@@ -9,11 +9,11 @@ from tests.helpers import launch_scripts
 from tests.helpers.messages import mentions
 
 
-def dry(folder: Path, *arguments: str, with_uv: bool) -> list[list[str]]:
-    """Returns the commands of a dry run on a host that has uv or not."""
+def dry_run(folder: Path, *arguments: str, with_uv: bool) -> list[list[str]]:
+    """Returns the commands of a dry run on a host with or without uv."""
     path = "/usr/bin:/bin"
     if with_uv:
-        launch_scripts.program(folder / "bin" / "uv", "exit 99")
+        launch_scripts.write_program(folder / "bin" / "uv", "exit 99")
         path = f"{folder}/bin:{path}"
     arguments = (*arguments, f"--venv={folder}/env", "--dry_run")
     result = launch_scripts.run("setup_host.sh", *arguments, PATH=path)
@@ -26,50 +26,51 @@ def dry(folder: Path, *arguments: str, with_uv: bool) -> list[list[str]]:
     ("accelerator", "extra"),
     [("tpu", ["jax[tpu]"]), ("cuda12", ["jax[cuda12]"]), ("none", [])],
 )
-def test_the_packages_fit_the_accelerator(
+def test_setup_installs_jax_for_the_accelerator(
     accelerator: str, extra: list[str], tmp_path: Path
 ) -> None:
     python = f"{tmp_path}/env/bin/python"
-    venv, install, show = dry(tmp_path, f"--accelerator={accelerator}", with_uv=True)
+    venv, install, show = dry_run(tmp_path, f"--accelerator={accelerator}", with_uv=True)
     assert venv == ["uv", "venv", "--quiet", "--python", ">=3.11,<3.14", f"{tmp_path}/env"]
-    into = ["uv", "pip", "install", "--quiet", "--python", python]
-    assert install == [*into, "--requirement", "requirements.txt", *extra]
+    uv_install = ["uv", "pip", "install", "--quiet", "--python", python]
+    assert install == [*uv_install, "--requirement", "requirements.txt", *extra]
     assert show[0] == python
-    compile(show[2], "shown", "exec")
-    # On one of many TPU hosts asking for the devices would wait for all of them.
+    compile(show[2], "show", "exec")
+    # On one of many TPU hosts, listing the devices would wait for all hosts.
     assert ("jax.devices()" in show[2]) == (accelerator != "tpu")
 
 
-def test_uv_comes_with_it_where_it_is_missing(tmp_path: Path) -> None:
-    commands = dry(tmp_path, "--accelerator=none", with_uv=False)
-    # Where Python has no venv, as on Ubuntu, two commands of apt come before.
-    make, install, *_ = (line for line in commands if line[0] != "sudo")
-    assert make[-3:] == ["-m", "venv", f"{tmp_path}/env-uv"]
+def test_setup_detects_the_accelerator(tmp_path: Path) -> None:
+    assert dry_run(tmp_path, with_uv=True)[0][0] == "uv"
+
+
+def test_setup_installs_uv_if_missing(tmp_path: Path) -> None:
+    commands = dry_run(tmp_path, "--accelerator=none", with_uv=False)
+    # If Python has no venv module, as on Ubuntu, two apt commands come first.
+    venv, install, *_ = (line for line in commands if line[0] != "sudo")
+    assert venv[-3:] == ["-m", "venv", f"{tmp_path}/env-uv"]
     assert install[0] == f"{tmp_path}/env-uv/bin/python"
     assert install[-1].startswith("uv==")
 
 
-def test_the_second_time_nothing_is_installed(tmp_path: Path) -> None:
-    said = "jax.devices()"
-    launch_scripts.program(
-        tmp_path / "env" / "bin" / "python", f'[[ "$*" == *"{said}"* ]] && echo seen'
+def test_setup_installs_only_once_per_accelerator(tmp_path: Path) -> None:
+    launch_scripts.write_program(
+        tmp_path / "env" / "bin" / "python", '[[ "$*" == *"jax.devices()"* ]] && echo devices'
     )
-    requirements = launch_scripts.run("setup_host.sh", f"--venv={tmp_path}/none", "--dry_run")
-    assert requirements.returncode == 0
     calls = tmp_path / "calls"
-    launch_scripts.program(tmp_path / "bin" / "uv", f'echo "$1" >>{calls}')
+    launch_scripts.write_program(tmp_path / "bin" / "uv", f'echo "$1" >>{calls}')
     arguments = ("--accelerator=none", f"--venv={tmp_path}/env")
-    for is_there in (False, True):
+    for is_installed in (False, True):
         result = launch_scripts.run(
             "setup_host.sh", *arguments, PATH=f"{tmp_path}/bin:/usr/bin:/bin"
         )
         assert result.returncode == 0
-        *notes, last = result.stdout.splitlines()
-        assert last == "seen"
-        # That everything is there already.
-        assert [mentions(note, f"{tmp_path}/env") for note in notes] == [True] * is_there
+        *messages, last = result.stdout.splitlines()
+        assert last == "devices"
+        # It prints that the environment is up to date.
+        assert [mentions(line, f"{tmp_path}/env") for line in messages] == [True] * is_installed
     assert calls.read_text() == "pip\n"
-    # Another accelerator needs other packages.
+    # Another accelerator needs a different package.
     arguments = ("--accelerator=cuda12", f"--venv={tmp_path}/env")
     launch_scripts.run("setup_host.sh", *arguments, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
     assert calls.read_text() == "pip\npip\n"
@@ -83,5 +84,6 @@ def test_the_second_time_nothing_is_installed(tmp_path: Path) -> None:
         ("tpu", ("tpu",)),
     ],
 )
-def test_wrong_arguments_of_setup(argument: str, words: tuple[str, ...]) -> None:
-    launch_scripts.refuses(launch_scripts.run("setup_host.sh", argument), *words)
+def test_invalid_arguments_are_rejected(argument: str, words: tuple[str, ...]) -> None:
+    result = launch_scripts.run("setup_host.sh", argument)
+    launch_scripts.assert_usage_error(result, *words)

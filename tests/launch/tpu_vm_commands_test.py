@@ -1,4 +1,4 @@
-"""Tests of launch/tpu_vm.sh: the commands that it gives, and what it refuses."""
+"""Tests of launch/tpu_vm.sh: its commands in a dry run, invalid arguments."""
 
 import re
 import shlex
@@ -7,38 +7,40 @@ import pytest
 
 from tests.helpers import launch_scripts
 
-WHERE = ("--name=mixer", "--zone=us-west4-a")
-MACHINES = (*WHERE, "--type=v5litepod-64")
-RUN = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
+LOCATION = ("--name=mixer", "--zone=us-west4-a")
+MACHINES = (*LOCATION, "--type=v5litepod-64")
+RUN_ARGUMENTS = ("--", "--config=configs/mixer_b16_i1k.py", "--workdir=gs://BUCKET/run")
 
 
-def dry(*arguments: str) -> list[list[str]]:
-    """Returns the words of every command that a dry run prints."""
-    result = launch_scripts.run("tpu_vm.sh", *arguments, "--dry_run", *RUN)
+def dry_run(*arguments: str) -> list[list[str]]:
+    """Returns the arguments of every command that a dry run prints."""
+    result = launch_scripts.run("tpu_vm.sh", *arguments, "--dry_run", *RUN_ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def tpus(*words: str) -> list[str]:
+def gcloud_tpus(*words: str) -> list[str]:
     return ["gcloud", "compute", "tpus", *words]
 
 
 def ssh(command: str, worker: str = "all", node: str = "mixer") -> list[str]:
-    place = ("--zone=us-west4-a", "--quiet", f"--worker={worker}")
-    return tpus("tpu-vm", "ssh", node, *place, f"--command={command}")
+    options = ("--zone=us-west4-a", "--quiet", f"--worker={worker}")
+    return gcloud_tpus("tpu-vm", "ssh", node, *options, f"--command={command}")
 
 
-START = f"bash mixer_jax/launch/on_host.sh start {' '.join(RUN[1:])}"
-DELETE = tpus("queued-resources", "delete", "mixer", "--zone=us-west4-a", "--force", "--quiet")
+START = f"bash mixer_jax/launch/on_host.sh start {' '.join(RUN_ARGUMENTS[1:])}"
+DELETE = gcloud_tpus(
+    "queued-resources", "delete", "mixer", "--zone=us-west4-a", "--force", "--quiet"
+)
 
 
-def test_a_dry_run_prints_every_command_in_its_order() -> None:
-    state = tpus("queued-resources", "describe", "mixer", "--zone=us-west4-a")
+def test_dry_run_prints_every_command_in_order() -> None:
+    state = gcloud_tpus("queued-resources", "describe", "mixer", "--zone=us-west4-a")
     state.append("--format=value(state.state)")
-    create = tpus("queued-resources", "create", "mixer", "--zone=us-west4-a", "--quiet")
+    create = gcloud_tpus("queued-resources", "create", "mixer", "--zone=us-west4-a", "--quiet")
     create += ["--node-id=mixer", "--accelerator-type=v5litepod-64"]
     create += ["--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
-    lines = dry(*MACHINES, "--spot", "--env", "NOTE=it's here")
+    lines = dry_run(*MACHINES, "--spot", "--env", "NOTE=it's here")
     assert lines[:3] == [state, create, state]
     result, tar, scp, setup, rm, start, follow = lines[3:10]
     assert "--worker=0" in result
@@ -46,12 +48,12 @@ def test_a_dry_run_prints_every_command_in_its_order() -> None:
     archive = tar[2]
     assert tar[:2] == ["tar", "-czf"]
     assert tar[-4:] == ["mixer_jax", "configs", "launch", "requirements.txt"]
-    to_all = ("--zone=us-west4-a", "--quiet", "--worker=all")
-    assert scp == tpus("tpu-vm", "scp", archive, "mixer:mixer_jax.tgz", *to_all)
+    all_workers = ("--zone=us-west4-a", "--quiet", "--worker=all")
+    assert scp == gcloud_tpus("tpu-vm", "scp", archive, "mixer:mixer_jax.tgz", *all_workers)
     assert "tar -xzf mixer_jax.tgz -C mixer_jax" in setup[-1]
     assert setup[-1].endswith("bash mixer_jax/launch/setup_host.sh --accelerator=tpu")
     assert rm == ["rm", "-f", archive]
-    # What the host's shell will read is quoted once more.
+    # The command is quoted once more for the shell of the host.
     assert start[:-1] == ssh("")[:-1]
     remote = shlex.split(start[-1].removeprefix("--command="))
     assert remote == ["env", "NOTE=it's here", *START.split()]
@@ -72,8 +74,8 @@ def test_a_dry_run_prints_every_command_in_its_order() -> None:
         ("delete", ["queued-resources delete mixer"]),
     ],
 )
-def test_each_step_alone(step: str, expected: list[str | None]) -> None:
-    result = launch_scripts.run("tpu_vm.sh", step, *MACHINES, "--dry_run", *RUN)
+def test_step_prints_only_its_commands(step: str, expected: list[str | None]) -> None:
+    result = launch_scripts.run("tpu_vm.sh", step, *MACHINES, "--dry_run", *RUN_ARGUMENTS)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if re.match("gcloud|tar|rm", line)]
     assert len(lines) == len(expected)
@@ -82,7 +84,7 @@ def test_each_step_alone(step: str, expected: list[str | None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "version"),
+    ("tpu_type", "version"),
     [
         ("v3-32", "tpu-ubuntu2204-base"),
         ("v4-8", "tpu-ubuntu2204-base"),
@@ -90,17 +92,19 @@ def test_each_step_alone(step: str, expected: list[str | None]) -> None:
         ("v6e-256", "v2-alpha-tpuv6e"),
     ],
 )
-def test_the_software_fits_the_type(kind: str, version: str) -> None:
-    create = dry("create", *WHERE, f"--type={kind}")[1]
-    assert f"--accelerator-type={kind}" in create
+def test_software_version_follows_the_type(tpu_type: str, version: str) -> None:
+    create = dry_run("create", *LOCATION, f"--type={tpu_type}")[1]
+    assert f"--accelerator-type={tpu_type}" in create
     assert f"--runtime-version={version}" in create
     assert "--spot" not in create
-    other = dry("create", *WHERE, f"--type={kind}", "--version=mine", "--create_flag=--reserved")
-    assert other[1][-2:] == ["--runtime-version=mine", "--reserved"]
+    custom = dry_run(
+        "create", *LOCATION, f"--type={tpu_type}", "--version=mine", "--create_flag=--reserved"
+    )
+    assert custom[1][-2:] == ["--runtime-version=mine", "--reserved"]
 
 
-def test_slices_are_nodes_of_one_request() -> None:
-    lines = dry(*MACHINES, "--slices=2", "--project=mine")
+def test_slices_become_nodes_of_one_request() -> None:
+    lines = dry_run(*MACHINES, "--slices=2", "--project=mine")
     assert all("--project=mine" in line for line in lines if line[0] == "gcloud")
     assert {"--node-count=2", "--node-prefix=mixer"} < set(lines[1])
     starts = [line for line in lines if "on_host.sh start" in line[-1]]
@@ -112,12 +116,12 @@ def test_slices_are_nodes_of_one_request() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*WHERE, "--type=tpu7x-64"), ("tpu7x", "launch/gke/tpu7x.yaml")),
-        ((*WHERE, "--type=v5e-64"), ("v5litepod-64",)),
-        ((*WHERE, "--type=h100"), ("--type", "h100")),
-        ((*WHERE, "--type=v4-"), ("--type", "v4-")),
-        (WHERE, ("--type",)),
-        ((*WHERE, "--type=v3-32", "--slices=2"), ("--slices", "2", "v4")),
+        ((*LOCATION, "--type=tpu7x-64"), ("tpu7x", "launch/gke/tpu7x.yaml")),
+        ((*LOCATION, "--type=v5e-64"), ("v5litepod-64",)),
+        ((*LOCATION, "--type=h100"), ("--type", "h100")),
+        ((*LOCATION, "--type=v4-"), ("--type", "v4-")),
+        (LOCATION, ("--type",)),
+        ((*LOCATION, "--type=v3-32", "--slices=2"), ("--slices", "2", "v4")),
         ((*MACHINES, "--slices=0"), ("--slices", "0")),
         (("--name=Mixer", "--zone=us-west4-a"), ("--name", "Mixer")),
         (("--name=mixer", "--zone=us-west4"), ("--zone", "us-west4", "us-west4-a")),
@@ -129,22 +133,22 @@ def test_slices_are_nodes_of_one_request() -> None:
         ((*MACHINES, "--max_restarts=-1"), ("--max_restarts", "-1")),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(
-    arguments: tuple[str, ...], words: tuple[str, ...]
-) -> None:
-    launch_scripts.refuses(launch_scripts.run("tpu_vm.sh", *arguments, *RUN), *words)
+def test_invalid_arguments_are_rejected(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    result = launch_scripts.run("tpu_vm.sh", *arguments, *RUN_ARGUMENTS)
+    launch_scripts.assert_usage_error(result, *words)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), ("--config",)),
-        (RUN[1:2], ("--workdir", "gs://")),
-        ((RUN[1], "--workdir=/tmp/run"), ("--workdir", "/tmp/run", "gs://")),
-        ((RUN[1], "--workdir", "runs/x"), ("--workdir", "runs/x")),
+        (RUN_ARGUMENTS[1:2], ("--workdir", "gs://")),
+        ((RUN_ARGUMENTS[1], "--workdir=/tmp/run"), ("--workdir", "/tmp/run", "gs://")),
+        ((RUN_ARGUMENTS[1], "--workdir", "runs/x"), ("--workdir", "runs/x")),
     ],
 )
-def test_a_run_that_could_not_go_on_is_refused(
+def test_run_without_a_gcs_workdir_is_rejected(
     arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    launch_scripts.refuses(launch_scripts.run("tpu_vm.sh", *MACHINES, "--", *arguments), *words)
+    result = launch_scripts.run("tpu_vm.sh", *MACHINES, "--", *arguments)
+    launch_scripts.assert_usage_error(result, *words)

@@ -1,4 +1,4 @@
-"""Cost model: by hand, and against the model itself."""
+"""Cost model: worked examples, and comparisons with the model itself."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
-from mixer_jax.models.registry import create_model
+from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.planning.cost_model import (
     REMAT_POLICIES,
     RunSpec,
@@ -31,6 +31,7 @@ NUM_BLOCKS = 8
 def make_run(**changes: Any) -> RunSpec:
     """Returns a run of Mixer-S/16 on JFT-300M on 16 devices."""
     run = RunSpec(
+        family=get_family("mixer"),
         architecture=VARIANTS["S/16"],
         image_size=224,
         num_classes=18_291,
@@ -50,7 +51,7 @@ def make_run(**changes: Any) -> RunSpec:
 
 def test_estimate_memory() -> None:
     run = make_run()
-    assert run.num_parameters == S16
+    assert run.num_params == S16
     memory = estimate_memory(run)
     assert memory.parameters == 4 * S16
     assert memory.moments == 8 * S16
@@ -180,6 +181,6 @@ def test_run_spec_of_config() -> None:
     dataset = placeholder_datasets(config).train
     assert (len(dataset), dataset.num_classes) == (14_055_151, 21_843)
     run = run_spec(config, dataset.num_classes, 10, num_devices=64)
-    assert run.num_parameters == 229_560_243
+    assert run.num_params == 229_560_243
     assert run.mixup
     assert (run.microbatch_per_device, run.itemsize, run.num_moments) == (64, 2, 2)

@@ -58,7 +58,7 @@ def test_compiled_memory_matches_estimates(plan: Plan) -> None:
 def test_compiled_step_sends_gradients_once(plan: Plan) -> None:
     sent = {(c.op, c.dtype, c.tensor_role): c.num_bytes for c in plan.collectives}
     gradients = {key: num_bytes for key, num_bytes in sent.items() if key[2] == "gradients"}
-    assert gradients == {("all-reduce", "f32", "gradients"): 4 * plan.run.num_parameters}
+    assert gradients == {("all-reduce", "f32", "gradients"): 4 * plan.run.num_params}
     assert not any(c.is_unexpected for c in plan.collectives)
     examples = sum(
         num_bytes for (_, _, role), num_bytes in sent.items() if role == "mixup examples"

@@ -33,7 +33,7 @@ def plan_with_oom(oom: OutOfMemory) -> Plan:
 
 
 def mentions_excess(text: str, step: str, num_bytes: float) -> bool:
-    """Returns whether a line of a report says by how much a step does not fit."""
+    """Returns whether a line of a report mentions the excess of a step."""
     excess = f"{num_bytes / GIB:.1f}"
     return any(mentions(line, step, excess, "GiB") for line in text.splitlines())
 

@@ -1,4 +1,4 @@
-"""Roofline bound and run cost, by hand."""
+"""Roofline bound and run cost: worked examples."""
 
 import pytest
 

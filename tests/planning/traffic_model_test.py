@@ -1,11 +1,15 @@
-"""Traffic model: B/16 by hand, and how regions depend on the step."""
+"""Traffic model: a worked example of B/16, and comparisons of steps."""
 
 import pytest
 
+from mixer_jax.models.family import Traffic
 from mixer_jax.models.mixer_config import VARIANTS, forward_flops
-from mixer_jax.planning.traffic_model import StepSpec, Traffic, estimate_traffic
+from mixer_jax.models.registry import get_family
+from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 
-B16 = StepSpec(VARIANTS["B/16"], image_size=224, num_classes=1000, batch_size=128)
+B16 = StepSpec(
+    get_family("mixer"), VARIANTS["B/16"], image_size=224, num_classes=1000, batch_size=128
+)
 # Bytes per image, in bfloat16, of the tokens, 196 × 768, and of the hidden units of a token-mixing
 # MLP, 768 × 384, and of a channel-mixing MLP, 196 × 3072.
 X, TOKENS_HIDDEN, CHANNELS_HIDDEN = 301_056, 589_824, 1_204_224

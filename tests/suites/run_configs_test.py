@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 from mixer_jax.config.config import flatten
 from mixer_jax.config.loading import load_config
@@ -52,7 +53,8 @@ def test_final_runs_equal_the_fine_tuning_configs() -> None:
             assert config.dataset.num_classes == task.num_classes
             assert config.dataset.num_examples == task.num_examples[2]
             plan = make_plan(SUITES["avg5"], size, model_info=LARGE_INFO)
-            expected, found = flatten(config), flatten(plan.final_runs(task, 0.01)[0].config)
+            run = plan.final_runs(task, 0.01)[0]
+            expected, found = flatten(config), flatten(ConfigDict(run.config.to_dict()))
             differing = {key for key in expected.keys() & found if expected[key] != found[key]}
             assert differing <= {
                 "init_from",

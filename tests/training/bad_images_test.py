@@ -1,12 +1,14 @@
-"""Tests of the book of bad images: each once, forgotten on resume, and when they are too many."""
+"""Tests of the log of bad images."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixer_jax.data.readers import BadImage
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.training.bad_images import BadImageLog
 from tests.helpers.lines import each_mentions
@@ -15,97 +17,131 @@ from tests.helpers.messages import mentions, raises
 FILE = "bad_images_0.jsonl"
 
 
-def open_log(workdir: Path, first_step: int = 0, **changes: Any) -> tuple[BadImageLog, list[str]]:
-    said: list[str] = []
+def open_log(workdir: Path, start_step: int = 0, **changes: Any) -> tuple[BadImageLog, list[str]]:
+    """Opens a log for 1000 images of which two may be bad; returns it and what it prints."""
+    printed: list[str] = []
     settings: dict[str, Any] = {
         "num_examples": 1000,
+        "batch_size": 10,
         "max_fraction": 0.002,
-        "say": said.append,
+        "log": printed.append,
     } | changes
-    return BadImageLog(str(workdir), first_step, **settings), said
+    return BadImageLog(str(workdir), start_step, **settings), printed
 
 
-def lines(workdir: Path) -> list[dict[str, Any]]:
+def record(log: BadImageLog, step: int, *names: str, reason: str = "incomplete") -> None:
+    log.record(step, [BadImage(name, reason) for name in names])
+    log.sync_hosts(step)
+
+
+def read_entries(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / FILE).read_text().splitlines()]
 
 
-def bad(*names: str, reason: str = "incomplete") -> list[BadImage]:
-    return [BadImage(name, reason) for name in names]
-
-
-def test_every_image_is_written_once_with_its_first_step(tmp_path: Path) -> None:
-    log, said = open_log(tmp_path)
-    log.record(3, bad("a.png", "b.png", "a.png"))
-    log.record(4, bad("b.png"))
-    log.record(9, bad("c.png", reason="empty file"))
-    assert lines(tmp_path) == [
+def test_record_writes_every_image_once_with_its_first_step(tmp_path: Path) -> None:
+    log, printed = open_log(tmp_path)
+    record(log, 3, "a.png", "b.png", "a.png")
+    record(log, 4, "b.png")
+    record(log, 9, "c.png", reason="empty file")
+    assert read_entries(tmp_path) == [
         {"step": 3, "name": "a.png", "reason": "incomplete"},
         {"step": 3, "name": "b.png", "reason": "incomplete"},
         {"step": 9, "name": "c.png", "reason": "empty file"},
     ]
     log.close()
-    book = f"{tmp_path}/{FILE}"
+    path = f"{tmp_path}/{FILE}"
     assert each_mentions(
-        said,
-        ("3", "a.png", "incomplete", book),
-        ("3", "2", "incomplete", "1", "empty file", book),
+        printed,
+        ("3", "a.png", "incomplete", path),
+        ("3", "2", "incomplete", "1", "empty file", path),
     )
 
 
-def test_nothing_bad_is_nothing_said_and_no_file(tmp_path: Path) -> None:
-    log, said = open_log(tmp_path, max_fraction=0.0)
+def test_log_without_bad_images_prints_and_writes_nothing(tmp_path: Path) -> None:
+    log, printed = open_log(tmp_path, max_fraction=0.0)
+    log.sync_hosts(1)
     log.close()
-    assert (said, list(tmp_path.iterdir()), log.too_many) == ([], [], False)
+    assert (printed, list(tmp_path.iterdir()), log.too_many) == ([], [], False)
 
 
 @pytest.mark.parametrize(
     ("max_fraction", "allowed"), [(0.002, 2), (0.0029, 2), (0.003, 3), (0.0, 0), (1.0, 1000)]
 )
-def test_too_many_is_more_than_the_share(max_fraction: float, allowed: int, tmp_path: Path) -> None:
+def test_too_many_is_more_than_the_fraction(
+    max_fraction: float, allowed: int, tmp_path: Path
+) -> None:
     log, _ = open_log(tmp_path, max_fraction=max_fraction)
-    log.record(1, bad(*map(str, range(allowed))))
+    record(log, 1, *map(str, range(allowed)))
     assert not log.too_many
-    log.record(2, bad("0"))
+    record(log, 2, "0")
     assert log.too_many == (allowed == 0)
-    log.record(3, bad("one more"))
+    record(log, 3, "one more")
     assert log.too_many
 
 
-def test_the_verdict_says_how_to_go_on(tmp_path: Path) -> None:
+def test_too_many_counts_every_epoch_separately(tmp_path: Path) -> None:
+    """In every epoch of 100 steps, the same two images are bad."""
     log, _ = open_log(tmp_path)
-    log.record(1, bad("a", "b", "c"))
-    books = f"{tmp_path}/bad_images_*.jsonl"
-    share = ("config.bad_images.max_fraction", "0.002")
-    assert mentions(log.verdict(1200), "3", "1000", *share, books, "1200")
+    for epoch in range(3):
+        record(log, 100 * epoch + 30, "a")
+        record(log, 100 * epoch + 60, "b")
+    assert not log.too_many
+    # A third one in one epoch, of which the last steps are counted in the next one.
+    log.record(399, [BadImage(name, "incomplete") for name in ("a", "b", "c")])
+    assert not log.too_many
+    log.sync_hosts(410)
+    assert log.too_many
 
 
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_sync_hosts_sums_the_counts_of_all_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, _ = open_log(tmp_path)
+    record(log, 1, "a")
+    monkeypatch.setattr(multihost, "all_gather", lambda counts: np.stack([counts, [0, 1]]))
+    log.sync_hosts(2)
+    assert not log.too_many
+    monkeypatch.setattr(multihost, "all_gather", lambda counts: np.stack([counts, [0, 2]]))
+    log.sync_hosts(3)
+    assert log.too_many
+    assert mentions(log.stop_message(0), "3", "1000")
+
+
+def test_stop_message_names_key_count_files_and_step(tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path)
+    record(log, 1, "a", "b", "c")
+    files = f"{tmp_path}/bad_images_*.jsonl"
+    key = ("config.bad_images.max_fraction", "0.002")
+    assert mentions(log.stop_message(1200), "3", "1000", *key, files, "1200")
+
+
+def test_resumed_log_drops_entries_after_the_checkpoint(tmp_path: Path) -> None:
     log, _ = open_log(tmp_path)
     for step, name in ((5, "a"), (10, "b"), (11, "c")):
-        log.record(step, bad(name))
+        record(log, step, name)
     assert log.too_many
-    resumed, _ = open_log(tmp_path, first_step=10)
+    resumed, _ = open_log(tmp_path, start_step=10)
     assert not resumed.too_many
-    assert [line["name"] for line in lines(tmp_path)] == ["a", "b"]
-    resumed.record(11, bad("c", "a"))
-    assert [line["name"] for line in lines(tmp_path)] == ["a", "b", "c"]
-    # Two that are met again count; the third may have been mended, and is met again if not.
+    assert [entry["name"] for entry in read_entries(tmp_path)] == ["a", "b"]
+    record(resumed, 11, "c", "a")
+    assert [entry["name"] for entry in read_entries(tmp_path)] == ["a", "b", "c"]
+    # Two were seen again; the third may have been repaired, and is seen again if it was not.
     assert not resumed.too_many
-    resumed.record(12, bad("b"))
+    record(resumed, 12, "b")
     assert resumed.too_many
-    assert [line["name"] for line in lines(tmp_path)] == ["a", "b", "c"]
+    assert [entry["name"] for entry in read_entries(tmp_path)] == ["a", "b", "c"]
 
 
-def test_the_books_of_hosts_that_are_gone_forget_as_well(tmp_path: Path) -> None:
+def test_resumed_log_truncates_the_logs_of_hosts_that_left(tmp_path: Path) -> None:
     entries = [{"step": step, "name": f"{step}", "reason": "incomplete"} for step in (5, 10, 11)]
     (tmp_path / "bad_images_3.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in entries))
-    open_log(tmp_path, first_step=10)
+    open_log(tmp_path, start_step=10)
     kept = (tmp_path / "bad_images_3.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [5, 10]
 
 
 @pytest.mark.parametrize("text", ["my notes\n", "5\n", '{"step": 1}\n'])
-def test_a_file_that_is_no_book_is_left_alone(text: str, tmp_path: Path) -> None:
+def test_log_rejects_and_keeps_a_file_of_another_kind(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(text)
     with raises(UserError, f"{tmp_path}/{FILE}"):
         open_log(tmp_path)

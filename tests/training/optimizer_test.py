@@ -1,4 +1,4 @@
-"""Tests of the recipe's optimizer against arithmetic by hand."""
+"""Tests of schedule and optimizer against formulas in NumPy."""
 
 from typing import Any
 
@@ -7,41 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-
-SETTINGS: dict[str, Any] = {
-    "weight_decay": 0.1,
-    "b1": 0.9,
-    "b2": 0.999,
-    "eps": 1e-8,
-    "momentum": 0.9,
-    "clip_norm": 1.0,
-}
 
 
 def paper_schedule(step: int, num_steps: int) -> float:
-    """PAPER: linear warmup over 10,000 steps, then linear decay to zero."""
+    """Computes the schedule of the paper: 10,000 steps of warmup, then linear decay to zero."""
     if step < 10_000:
         return 1e-3 * step / 10_000
     return 1e-3 * (num_steps - step) / (num_steps - 10_000)
 
 
 @pytest.mark.parametrize("step", [0, 1, 9_999, 10_000, 10_001, 51_448, 92_895, 92_896])
-def test_schedule_is_the_papers(step: int) -> None:
+def test_make_schedule_equals_the_papers(step: int) -> None:
     num_steps = 92_897
-    schedule = make_schedule(
-        num_steps,
-        learning_rate=1e-3,
-        warmup_steps=10_000,
-        decay_type="linear",
-        end_learning_rate=0.0,
-    )
+    schedule = make_schedule(OptimizerConfig(learning_rate=1e-3), num_steps)
     expected = paper_schedule(step, num_steps)
     assert float(schedule(jnp.int32(step))) == pytest.approx(expected, rel=1e-5, abs=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("decay", "end", "at"),
+    ("decay_type", "end", "expected"),
     [
         ("cosine", 0.0, {0: 0.0, 5: 0.005, 10: 0.01, 60: 0.005, 110: 0.0}),
         ("cosine", 0.002, {10: 0.01, 60: 0.006, 110: 0.002}),
@@ -49,18 +35,19 @@ def test_schedule_is_the_papers(step: int) -> None:
         ("none", 0.0, {0: 0.0, 10: 0.01, 109: 0.01}),
     ],
 )
-def test_decays_reach_their_stated_end(decay: str, end: float, at: dict[int, float]) -> None:
-    schedule = make_schedule(
-        110, learning_rate=0.01, warmup_steps=10, decay_type=decay, end_learning_rate=end
+def test_make_schedule_decays_to_its_end(
+    decay_type: Any, end: float, expected: dict[int, float]
+) -> None:
+    config = OptimizerConfig(
+        learning_rate=0.01, warmup_steps=10, decay_type=decay_type, end_learning_rate=end
     )
-    for step, expected in at.items():
-        assert float(schedule(jnp.int32(step))) == pytest.approx(expected, abs=1e-7)
+    schedule = make_schedule(config, num_steps=110)
+    for step, rate in expected.items():
+        assert float(schedule(jnp.int32(step))) == pytest.approx(rate, abs=1e-7)
 
 
-def test_no_warmup_begins_at_the_full_rate() -> None:
-    schedule = make_schedule(
-        100, learning_rate=0.01, warmup_steps=0, decay_type="linear", end_learning_rate=0.0
-    )
+def test_make_schedule_without_warmup_starts_at_the_peak() -> None:
+    schedule = make_schedule(OptimizerConfig(learning_rate=0.01, warmup_steps=0), num_steps=100)
     assert float(schedule(jnp.int32(0))) == pytest.approx(0.01)
 
 
@@ -70,7 +57,7 @@ def params_and_grads() -> tuple[Any, list[Any]]:
         "stem": {"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3)},
         "LayerNorm_0": {"scale": rng.normal(size=3)},
     }
-    # The first gradient is longer than 1 and is clipped, the second is not.
+    # The first gradients have a norm above 1 and are clipped, the second are not.
     grads = [
         {"stem": {"kernel": rng.normal(size=(2, 3)) * s, "bias": rng.normal(size=3) * s},
          "LayerNorm_0": {"scale": rng.normal(size=3) * s}}
@@ -90,8 +77,8 @@ def clip(grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: g * min(1.0, 1.0 / norm) for name, g in grads.items()}
 
 
-def hand_written(name: str, params: Any, all_grads: list[Any], rates: list[float]) -> Any:
-    """Adam with decoupled decay (arXiv 1711.05101), or momentum SGD, in float64 NumPy."""
+def numpy_optimizer(name: str, params: Any, all_grads: list[Any], rates: list[float]) -> Any:
+    """Computes Adam with decoupled decay (arXiv 1711.05101), or momentum SGD, in float64."""
     p = flat(params)
     m = {k: np.zeros_like(v) for k, v in p.items()}
     v = {k: np.zeros_like(x) for k, x in p.items()}
@@ -110,31 +97,31 @@ def hand_written(name: str, params: Any, all_grads: list[Any], rates: list[float
 
 
 @pytest.mark.parametrize("name", ["adam", "momentum"])
-def test_two_steps_equal_a_computation_by_hand(name: str) -> None:
+def test_make_optimizer_equals_numpy_over_two_steps(name: Any) -> None:
     params, all_grads = params_and_grads()
     rates = [0.01, 0.02]
-    tx = make_optimizer(lambda step: 0.01 * (step + 1), name=name, **SETTINGS)
+    config = OptimizerConfig(name=name, weight_decay=0.1)
+    tx = make_optimizer(config, lambda step: 0.01 * (step + 1))
     actual = jax.tree.map(jnp.float32, params)
     state = tx.init(actual)
     for grads in all_grads:
         updates, state = tx.update(jax.tree.map(jnp.float32, grads), state, actual)
         actual = {a: {b: actual[a][b] + updates[a][b] for b in actual[a]} for a in actual}
-    expected = hand_written(name, params, all_grads, rates)
+    expected = numpy_optimizer(name, params, all_grads, rates)
     for key, value in flat(actual).items():
         np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=1e-7, err_msg=key)
 
 
-def test_no_clipping_when_the_norm_is_zero() -> None:
+def test_make_optimizer_with_clip_norm_zero_does_not_clip() -> None:
     params, all_grads = params_and_grads()
-    settings = {**SETTINGS, "clip_norm": 0.0, "weight_decay": 0.0}
-    tx = make_optimizer(lambda step: 1.0, name="momentum", **settings)
+    tx = make_optimizer(OptimizerConfig(name="momentum", clip_norm=0.0), lambda step: 1.0)
     updates, _ = tx.update(all_grads[0], tx.init(params), params)
     np.testing.assert_allclose(
         flat(updates)["stem/bias"], -flat(all_grads[0])["stem/bias"], rtol=1e-6
     )
 
 
-def test_decay_spares_biases_and_layer_norms() -> None:
+def test_weight_decay_mask_is_true_for_kernels() -> None:
     params, _ = params_and_grads()
     mask = weight_decay_mask({**params, "head": {"kernel": 0, "bias": 0}})
     assert mask == {

@@ -1,10 +1,9 @@
-"""Tests of the picture of a batch: it shows what the training step gives its model, and how."""
+"""Tests of the plot of a training batch: it shows what the training step feeds to the model."""
 
 import dataclasses
-import functools
+import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,17 +12,20 @@ import numpy as np
 import optax
 import pytest
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 from PIL import Image
 
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Example
 from mixer_jax.data.synthetic import synthetic_source
+from mixer_jax.distributed.sharding import state_sharding
+from mixer_jax.models.execution import Execution
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from mixer_jax.training.step import TrainState, train_step
+from mixer_jax.training.step import TrainState, TrainStepConfig, jit_train_step
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
     denormalize,
+    draw_train_batch,
     format_caption,
     load_train_batch,
     plot_train_batch,
@@ -36,45 +38,41 @@ STEP = 7
 NAMES = tuple("0123456789")
 
 
-class Spy(nn.Module):
-    """A model that keeps the images it is given and answers with its parameter."""
+class RecordingModel(nn.Module):
+    """Model that records its images and returns its parameter as logits."""
 
-    keep: Callable[[Any], None]
+    family: ClassVar[str] = "mixer"
+    record: Callable[[Any], None]
     num_classes: int
-    dtype: Any = jnp.float32
+    execution: Execution = Execution(backend="xla")
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool, places: jax.Array) -> jax.Array:
-        jax.debug.callback(self.keep, images)
+    def __call__(self, images: jax.Array, train: bool, example_index: jax.Array) -> jax.Array:
+        jax.debug.callback(self.record, images)
         logits = self.param("logits", nn.initializers.zeros, (self.num_classes,))
         return jnp.broadcast_to(logits[None], (len(images), self.num_classes))
 
 
-def run_step(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images that the real step gives its model, and its targets summed over them."""
+def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Takes a training step; returns the images of the model, and the sum of their targets."""
     experiment = build_experiment(config, open_datasets(config))
     num_classes = experiment.model.num_classes
     batch = jax.tree.map(np.asarray, next(make_train_batches(experiment, STEP, print)))
-    kept: list[np.ndarray] = []
-    model = Spy(lambda images: kept.append(np.asarray(images)), num_classes)
+    recorded: list[np.ndarray] = []
+    model = RecordingModel(lambda images: recorded.append(np.asarray(images)), num_classes)
     params = {"logits": jnp.zeros(num_classes)}
-    tx = optax.sgd(1.0)
+    schedule, mesh = optax.constant_schedule(1.0), mesh_of(1, 1)
+    tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
-    step = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        schedule=optax.constant_schedule(1.0),
-        mesh=mesh_of(1, 1),
-        num_classes=num_classes,
-        seed=config.seed,
-        **config.recipe,
-    )
-    state, _ = jax.jit(step)(state, batch)
+    step_config = TrainStepConfig(config.recipe, config.seed)
+    sharding = state_sharding(state, mesh)
+    step = jit_train_step(step_config, sharding, model, tx, schedule, mesh)
+    state, _ = step(state, batch)
     jax.effects_barrier()
-    # The gradient of the softmax loss at equal answers is 1 / classes − the mean target.
+    # The gradient of the softmax loss at equal logits is 1 / classes − the mean target.
     targets = (state.params["logits"] + 1 / num_classes) * config.batch_size
-    return np.concatenate(kept), np.asarray(targets)
+    return np.concatenate(recorded), np.asarray(targets)
 
 
 @pytest.mark.parametrize(
@@ -84,147 +82,60 @@ def run_step(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
         {"recipe__mixup": 0.5, "recipe__label_smoothing": 0.1, "seed": 3},
     ],
 )
-def test_shown_is_what_the_training_step_gives_its_model(
+def test_load_train_batch_equals_the_inputs_of_the_training_step(
     digits_dir: str, changes: dict[str, Any]
 ) -> None:
     config = small_config(digits_dir, **changes)
-    expected, total = run_step(config)
-    shown = load_train_batch(config, open_datasets(config).train, STEP, config.batch_size)
-    np.testing.assert_array_equal(shown.images, expected)
-    np.testing.assert_allclose(shown.targets.sum(0), total, atol=1e-5)
-    assert (shown.weight == 1.0) == (config.recipe.mixup == 0.0)
+    images, targets = run_step(config)
+    view = load_train_batch(config, open_datasets(config).train, STEP, config.batch_size)
+    np.testing.assert_array_equal(view.images, images)
+    np.testing.assert_allclose(view.targets.sum(0), targets, atol=1e-5)
+    assert (view.weight == 1.0) == (config.recipe.mixup == 0.0)
 
 
-class Counted(Sequence[Example]):
+class CountingExamples(Sequence[Example]):
     """Examples that count how often they are read."""
 
     def __init__(self, examples: Sequence[Example]):
-        self.examples, self.reads = examples, 0
+        self.examples, self.num_reads = examples, 0
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        self.reads += 1
+        self.num_reads += 1
         return self.examples[index]
 
 
 @pytest.mark.parametrize(("num_images", "mixup"), [(5, 0.0), (3, 0.5)])
-def test_a_part_of_the_batch_is_the_batch_s_beginning(
+def test_load_train_batch_reads_only_the_images_it_returns(
     digits_dir: str, num_images: int, mixup: float
 ) -> None:
     config = small_config(digits_dir, recipe__mixup=mixup)
     source = open_datasets(config).train
-    whole = load_train_batch(config, source, STEP, config.batch_size)
-    examples = Counted(source.examples)
+    batch = load_train_batch(config, source, STEP, config.batch_size)
+    examples = CountingExamples(source.examples)
     counted = dataclasses.replace(source, examples=examples)
-    examples.reads = 0
-    part = load_train_batch(config, counted, STEP, num_images)
+    examples.num_reads = 0
+    view = load_train_batch(config, counted, STEP, num_images)
     for name in ("images", "targets", "labels", "partner_labels"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:num_images])
-    assert part.weight == whole.weight
-    # No others are prepared, but for the partner of the first.
-    assert examples.reads == num_images + (mixup > 0)
+        np.testing.assert_array_equal(getattr(view, name), getattr(batch, name)[:num_images])
+    assert view.weight == batch.weight
+    # With mixup, the partner of the first one, too.
+    assert examples.num_reads == num_images + (mixup > 0)
 
 
-def test_images_that_cannot_be_used_are_named(digits_dir: str) -> None:
+def test_format_caption_names_bad_images(digits_dir: str) -> None:
     config = small_config(digits_dir, recipe__mixup=0.0)
-    whole = synthetic_source("train", num_classes=10, num_examples=8, image_size=16)
-    examples = list(whole.examples)
+    source = synthetic_source("train", num_classes=10, num_examples=8, image_size=16)
+    examples = list(source.examples)
     for i in range(4, 8):
         examples[i] = Example(image=b"none", labels=(0,), name=f"example {i}")
-    shown = load_train_batch(config, dataclasses.replace(whole, examples=examples), 0, 16)
-    assert {bad.name for bad in shown.bad} == {f"example {i}" for i in range(4, 8)}
-    title = format_caption("name", config, whole, 0, shown)
-    for bad in shown.bad:
+    view = load_train_batch(config, dataclasses.replace(source, examples=examples), 0, 16)
+    assert {bad.name for bad in view.bad} == {f"example {i}" for i in range(4, 8)}
+    title = format_caption("name", config, source, 0, view)
+    for bad in view.bad:
         assert mentions(title[-1], bad.name, bad.reason)
-
-
-def find(picture: np.ndarray, image: np.ndarray) -> tuple[int, int]:
-    """Returns where in a picture the first of an image's pixels lies, all of them being there."""
-    height, width = image.shape[:2]
-    room = picture[: len(picture) - height + 1, : picture.shape[1] - width + 1]
-    ends = picture[height - 1 :, width - 1 :]
-    starts = (room == image[0, 0]).all(-1) & (ends == image[-1, -1]).all(-1)
-    for y, x in np.argwhere(starts):
-        if np.array_equal(picture[y : y + height, x : x + width], image):
-            return int(y), int(x)
-    raise AssertionError("the image is not in the picture")
-
-
-def noise_images(count: int, side: int, weight: float = 1.0) -> TrainBatchView:
-    """Images of noise of ten classes, mixed if `weight` is not 1."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, side, side, 3)).astype(np.float32)
-    labels = np.arange(count, dtype=np.int32) % 10
-    partners = (labels + (weight < 1)).astype(np.int32) % 10
-    targets = np.eye(10, dtype=np.float32)
-    targets = np.float32(weight) * targets[labels] + np.float32(1 - weight) * targets[partners]
-    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, [])
-
-
-@pytest.mark.parametrize(("count", "side", "columns"), [(1, 32, 1), (7, 100, 4), (3, 224, 3)])
-def test_the_picture_has_every_pixel_in_order(
-    tmp_path: Path, count: int, side: int, columns: int
-) -> None:
-    shown = noise_images(count, side)
-    drawn = plot_train_batch(shown, NAMES, ["heading", "more of it"], "png")
-    (tmp_path / "a.png").write_bytes(drawn)
-    with Image.open(tmp_path / "a.png") as opened:
-        picture = np.asarray(opened.convert("RGB"))
-    zoom = -(-160 // side)
-    pixels = denormalize(shown.images).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    places = [find(picture, image) for image in pixels]
-    assert places == sorted(places)
-    assert sum(y == places[0][0] for y, _ in places) == columns
-
-
-def test_pixels_are_those_of_the_images() -> None:
-    levels = np.arange(256, dtype=np.float32)
-    np.testing.assert_array_equal(denormalize(levels / np.float32(127.5) - 1), levels)
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts written into figures, in order."""
-    texts: list[str] = []
-    write = Figure.text
-
-    def record(self: Figure, x: float, y: float, text: str, **style: Any) -> Any:
-        texts.append(text)
-        return write(self, x, y, text, **style)
-
-    monkeypatch.setattr(Figure, "text", record)
-    return texts
-
-
-@pytest.mark.parametrize(
-    ("weight", "names", "caption"),
-    [
-        (1.0, NAMES, "0"),
-        (0.83, NAMES, "0 0.83 + 1 0.17"),
-        (0.9999, NAMES, "0 1.00 + 1 0.00"),
-        (1.0, ("a class with too long a name", *NAMES[1:]), "a class with too lo…"),
-        (0.83, ("$5 bill", "$6", *NAMES[2:]), "$5 bill 0.83\n+ $6 0.17"),
-        (
-            0.83,
-            ("great white shark, man-eater", "tiger shark", *NAMES[2:]),
-            "great white sh… 0.83\n+ tiger shark 0.17",
-        ),
-    ],
-)
-def test_captions(written: list[str], weight: float, names: tuple[str, ...], caption: str) -> None:
-    plot_train_batch(noise_images(1, 32, weight), names, ["heading"], "png")
-    assert written == ["heading", caption]
-
-
-def test_an_image_mixed_with_one_of_its_class_has_one_name(written: list[str]) -> None:
-    shown = noise_images(1, 32, 0.83)
-    shown = shown._replace(partner_labels=shown.labels, targets=np.eye(10, dtype=np.float32)[:1])
-    plot_train_batch(shown, NAMES, ["heading"], "png")
-    assert written[-1] == "0"
-    plot_train_batch(shown._replace(targets=shown.targets * 0.91), NAMES, ["heading"], "png")
-    assert written[-1] == "0 0.91"
 
 
 @pytest.mark.parametrize(
@@ -241,16 +152,101 @@ def test_an_image_mixed_with_one_of_its_class_has_one_name(written: list[str]) -
         ({"seed": 77}, ("77",)),
     ],
 )
-def test_the_title_says_how_images_are_made(
+def test_format_caption_describes_images_and_labels(
     digits_dir: str, changes: dict[str, Any], parts: tuple[str, ...]
 ) -> None:
-    config, usual = small_config(digits_dir, **changes), small_config(digits_dir)
+    config, default = small_config(digits_dir, **changes), small_config(digits_dir)
     source = open_datasets(config).train
-    shown = noise_images(4, 16, 0.75)
-    title = format_caption("configs/digits.py", config, source, 1234, shown)
+    view = random_view(4, 16, 0.75)
+    title = format_caption("configs/digits.py", config, source, 1234, view)
     assert mentions(title[0], "configs/digits.py", "1234", "4", "16")
     assert mentions(title[1], source.name, "16")
     assert mentions("\n".join(title), *parts)
-    before = "\n".join(format_caption("configs/digits.py", usual, source, 1234, shown))
-    assert "\n".join(title) != before
-    assert not parts or not mentions(before, *parts)
+    default_title = "\n".join(format_caption("configs/digits.py", default, source, 1234, view))
+    assert "\n".join(title) != default_title
+    assert not parts or not mentions(default_title, *parts)
+
+
+def random_view(count: int, size: int, weight: float = 1.0) -> TrainBatchView:
+    """Creates images of noise of ten classes, with mixup if `weight` is not 1."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, size, size, 3)).astype(np.float32)
+    labels = np.arange(count, dtype=np.int32) % 10
+    partners = (labels + (weight < 1)).astype(np.int32) % 10
+    one_hot = np.eye(10, dtype=np.float32)
+    targets = np.float32(weight) * one_hot[labels] + np.float32(1 - weight) * one_hot[partners]
+    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, [])
+
+
+def labels_of(figure: Figure) -> list[str]:
+    return [axes.get_xlabel() for axes in figure.axes]
+
+
+@pytest.mark.parametrize(("count", "size", "columns"), [(1, 32, 1), (7, 100, 4), (3, 224, 3)])
+def test_draw_train_batch_shows_every_image_in_order(count: int, size: int, columns: int) -> None:
+    view = random_view(count, size)
+    figure = draw_train_batch(view, NAMES, ["heading", "details"])
+    assert len(figure.axes) == count
+    for index, (axes, pixels) in enumerate(zip(figure.axes, denormalize(view.images), strict=True)):
+        (image,) = axes.get_images()
+        np.testing.assert_array_equal(image.get_array(), pixels)
+        position = axes.get_subplotspec()
+        assert (position.rowspan.start, position.colspan.start) == divmod(index, columns)
+
+
+def test_draw_train_batch_writes_the_whole_title() -> None:
+    title = ["heading", "a long paragraph " * 20]
+    figure = draw_train_batch(random_view(2, 16), NAMES, title)
+    lines = figure.get_suptitle().splitlines()
+    assert lines[0] == "heading"
+    assert " ".join(lines[1:]) == title[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("weight", "names", "label"),
+    [
+        (1.0, NAMES, "0"),
+        (0.83, NAMES, "0 0.83\n+ 1 0.17"),
+        (0.9999, NAMES, "0 1.00\n+ 1 0.00"),
+        (1.0, ("a class with too long a name", *NAMES[1:]), "a class with too l…"),
+        (0.83, ("$5 bill", "$6", *NAMES[2:]), "$5 bill 0.83\n+ $6 0.17"),
+        (
+            0.83,
+            ("great white shark, man-eater", "tiger shark", *NAMES[2:]),
+            "great white s… 0.83\n+ tiger shark 0.17",
+        ),
+    ],
+)
+def test_draw_train_batch_labels_images_with_classes_and_targets(
+    weight: float, names: tuple[str, ...], label: str
+) -> None:
+    figure = draw_train_batch(random_view(1, 32, weight), names, ["heading"])
+    assert labels_of(figure) == [label]
+    # A dollar sign starts no formula.
+    figure.savefig(io.BytesIO(), format="png")
+
+
+def test_draw_train_batch_names_the_class_of_both_partners_once() -> None:
+    view = random_view(1, 32, 0.83)
+    view = view._replace(partner_labels=view.labels, targets=np.eye(10, dtype=np.float32)[:1])
+    assert labels_of(draw_train_batch(view, NAMES, ["heading"])) == ["0"]
+    smoothed = view._replace(targets=view.targets * 0.91)
+    assert labels_of(draw_train_batch(smoothed, NAMES, ["heading"])) == ["0 0.91"]
+
+
+def test_plot_train_batch_renders_all_images() -> None:
+    """The plot has the color of every image, and grows with the number of images."""
+    view = random_view(8, 16)
+    colors = np.linspace(-1, 1, 8, dtype=np.float32)
+    images = np.broadcast_to(colors[:, None, None, None], view.images.shape).copy()
+    # Red alone, which nothing else in the plot is.
+    images[..., 1:] = -1
+    rendered = plot_train_batch(view._replace(images=images), NAMES, ["heading"], "png")
+    picture = np.asarray(Image.open(io.BytesIO(rendered)).convert("RGB"))
+    reds = {tuple(color) for color in denormalize(images)[1:, 0, 0].tolist()}
+    assert reds <= {tuple(color) for color in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
+
+
+def test_denormalize_restores_pixel_values() -> None:
+    values = np.arange(256, dtype=np.float32)
+    np.testing.assert_array_equal(denormalize(values / np.float32(127.5) - 1), values)

@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, as timm publishes weights."""
+"""Safetensors files, as timm publishes weights."""
 
 import json
 from collections.abc import Iterable
@@ -8,51 +8,52 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mixer_jax.checkpoints.formats.base import TensorFile, atomic_target, contiguous, copy_into
+from mixer_jax.checkpoints.formats.base import TensorFile, contiguous, copy_into
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.files import atomic_target
 
-# What a file says of its weights stands in its header under this key.
+# Key of the header's metadata that holds the description of the model, as JSON.
 METADATA_KEY = "mixer_jax"
-# The file format's names of the types that weights can have.
-_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 class SafetensorsFile(TensorFile):
     """A safetensors file."""
 
     def __init__(self, path: str):
-        """Reads the header.
+        """Reads and checks the header.
 
         Raises:
-            UserError: it is none, or its header is damaged or announces what it does not hold.
+            UserError: The file is not a safetensors file, is damaged, or has other than
+                floating-point tensors.
         """
         self.path = path
         try:
-            # Not mapped into memory: what has been read would stay there beside the copy.
+            # Memory-mapped pages would stay in memory next to the copies.
             self._file = safetensors.safe_open(path, framework="numpy", backend="pread")
             headers = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             metadata = self._file.metadata() or {}
         except (safetensors.SafetensorError, OSError) as error:
             reason = summarize_error(error)
-            raise UserError(f"{path} is no safetensors file, or is damaged: {reason}") from error
+            raise UserError(f"{path} is not a safetensors file, or is damaged: {reason}") from error
         self.shapes = {}
         for name, header in headers.items():
-            if header.get_dtype() not in _TYPES:
-                raise self.error(name, f"is of type {header.get_dtype()}; weights are floats")
+            if header.get_dtype() not in _FLOATS:
+                raise self.error(name, f"must be floating-point, got {header.get_dtype()}.")
             self.shapes[name] = tuple(header.get_shape())
         try:
-            self.said = json.loads(metadata.get(METADATA_KEY, "{}"))
+            self.metadata = json.loads(metadata.get(METADATA_KEY, "{}"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} has a header whose {METADATA_KEY!r} is no JSON") from error
-        if not isinstance(self.said, dict):
-            raise UserError(f"{path} has a header whose {METADATA_KEY!r} is no JSON object")
+            raise UserError(f"{path}: {METADATA_KEY!r} in its header is not JSON.") from error
+        if not isinstance(self.metadata, dict):
+            raise UserError(f"{path}: {METADATA_KEY!r} in its header is not a JSON object.")
 
     def close(self) -> None:
-        """As `TensorFile`."""
+        """Closes the file."""
         self._file.__exit__(None, None, None)
 
     def read(self, name: str, out: np.ndarray) -> None:
-        """As `TensorFile`."""
+        """Reads one tensor; see `TensorFile`."""
         try:
             tensor = self._file.get_tensor(name)
         except safetensors.SafetensorError as error:
@@ -61,19 +62,16 @@ class SafetensorsFile(TensorFile):
 
 
 def write_safetensors(
-    path: str, tensors: Iterable[tuple[str, np.ndarray]], said: dict[str, Any]
+    path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
     """Writes a safetensors file.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        said: plain data, put into its header.
-
-    Raises:
-        UserError: it cannot be written.
+        path: Path of the file.
+        tensors: Names and tensors.
+        metadata: Description of the model, stored in the header.
     """
     arrays = {name: contiguous(tensor) for name, tensor in tensors}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(said)}
-    with atomic_target(path) as draft:
-        safetensors.numpy.save_file(arrays, draft, metadata=metadata)
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
+    with atomic_target(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, metadata=header)

@@ -1,4 +1,4 @@
-"""PyTorch's files of tensors; they are pickles, of which only tensors are ever loaded."""
+"""PyTorch checkpoints. They are pickles; only tensors are ever loaded from them."""
 
 import argparse
 import importlib.util
@@ -11,73 +11,76 @@ import numpy as np
 from mixer_jax.checkpoints.formats.base import TensorFile, copy_into
 from mixer_jax.errors import UserError, summarize_error
 
-# Where training programs put the weights among other things.
-_WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
-# And what they put before every name, in any order: DistributedDataParallel and torch.compile.
+# Keys under which training programs store the weights, in order of preference.
+_STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model")
+# Prefixes that DistributedDataParallel and torch.compile add to names, in any order.
 _PREFIXES = ("module.", "_orig_mod.")
-# What timm's training checkpoints hold beside tensors: its command line. Nothing runs when one is
-# made: PyTorch's reader of weights alone makes an empty one and sets attributes on it, and those
-# can only be what it reads anyway. timm allows it too.
-_HARMLESS = (argparse.Namespace,)
+# timm's training checkpoints contain their parsed arguments; timm itself allows this class, too.
+# Unpickling it runs no code: PyTorch creates an empty object and sets attributes, whose values can
+# only be what it loads anyway.
+_SAFE_CLASSES = (argparse.Namespace,)
 
 
 class TorchFile(TensorFile):
-    """A state dict saved by `torch.save`."""
+    """A state dict saved by `torch.save`. It has no metadata."""
 
     def __init__(self, path: str):
         """Maps the file into memory.
 
         Raises:
-            UserError: PyTorch is not installed; the file is damaged, or holds other than tensors.
+            UserError: PyTorch is not installed, or the file is damaged or contains anything but
+                floating-point tensors.
         """
-        self.path, self.said = path, {}
+        self.path, self.metadata = path, {}
         if importlib.util.find_spec("torch") is None:
             raise UserError(
-                f"{path} can only be read by PyTorch: pip install torch, or save the weights as "
-                "safetensors"
+                f"{path} can only be read with PyTorch. Run pip install torch, or save the weights "
+                "as safetensors."
             )
         import torch
 
         try:
-            # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
-            # On its way out, `safe_globals` would take back what the user's program has allowed.
+            # Files from before PyTorch 1.6 are not archives and cannot be mapped.
+            is_archive = zipfile.is_zipfile(path)
+            # On exit, safe_globals also removes classes that were allowed before.
             allowed = torch.serialization.get_safe_globals()
-            with torch.serialization.safe_globals([c for c in _HARMLESS if c not in allowed]):
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # What it stumbles over is no closed list.
+            with torch.serialization.safe_globals([c for c in _SAFE_CLASSES if c not in allowed]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        except Exception as error:  # torch.load raises errors of many types.
             reason = summarize_error(error)
-            raise UserError(f"{path} is no file of PyTorch tensors alone: {reason}") from error
-        for wrapper in _WRAPPERS:
-            if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-                loaded = loaded[wrapper]
+            raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}") from error
+        for key in _STATE_DICT_KEYS:
+            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
                 break
         if not isinstance(loaded, dict):
-            raise UserError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+            raise UserError(f"{path} must contain a state dict, got {type(loaded).__name__}.")
         self._tensors: dict[str, Any] = {}
-        for name, tensor in loaded.items():
+        for key, tensor in loaded.items():
+            name = _strip_prefixes(str(key))
             if not isinstance(tensor, torch.Tensor):
-                raise self.error(str(name), f"is a {type(tensor).__name__}; weights are tensors")
+                raise self.error(name, f"must be a tensor, got {type(tensor).__name__}.")
             if not tensor.dtype.is_floating_point:
-                raise self.error(str(name), f"is of type {tensor.dtype}; weights are floats")
+                raise self.error(name, f"must be floating-point, got {tensor.dtype}.")
             if tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise self.error(str(name), f"is {tensor.layout} on {tensor.device}, not plain")
-            bare = _without_prefixes(str(name))
-            if bare in self._tensors:
-                raise self.error(bare, "is there twice, with other prefixes")
-            self._tensors[bare] = tensor.detach()
-        # A tensor may show the same numbers over and over, and so announce what the file lacks.
-        announced = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-        if announced > (size := os.path.getsize(path)):
-            raise UserError(f"{path} announces {announced:,} bytes and has {size:,}: it is damaged")
+                raise self.error(
+                    name, f"must be dense and on the CPU, got {tensor.layout} on {tensor.device}."
+                )
+            if name in self._tensors:
+                raise self.error(name, "occurs twice, with different prefixes.")
+            self._tensors[name] = tensor.detach()
+        # A tensor with stride 0 can be larger than its storage.
+        claimed = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+        if claimed > (size := os.path.getsize(path)):
+            raise UserError(f"{path} claims {claimed:,} bytes but has {size:,}: it is damaged.")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, out: np.ndarray) -> None:
-        """As `TensorFile`."""
+        """Reads one tensor; see `TensorFile`."""
         copy_into(self._tensors[name].float().numpy(), out)
 
 
-def _without_prefixes(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.partition(".")[2]
     return name

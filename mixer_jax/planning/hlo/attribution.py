@@ -1,8 +1,8 @@
 """Attribution of a compiled program's instructions to regions of the model.
 
 The compiler keeps the JAX name stack of each instruction, for example
-`jit(train_step)/jvp(MlpMixer)/MixerBlock/vmap(vmap(token_mixing))/Dense_0/dot_general`. A region is
-a pattern of such names, which the model family provides. These rules apply in order:
+`jit(train_step)/jvp(Model)/while/body/blocks/mlp/Dense_0/dot_general`. A region is a pattern of
+such names, which the model family provides. These rules apply in order:
 
 1. A fusion with matmuls belongs to the region of the largest. Everything else in it, such as a
    LayerNorm of the input or a GELU of the output, causes no traffic of its own.

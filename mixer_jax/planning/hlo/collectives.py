@@ -80,7 +80,7 @@ class Collective(NamedTuple):
 
     @property
     def is_unexpected(self) -> bool:
-        """Whether a data-parallel step should not need this."""
+        """True if a data-parallel step should not need this."""
         return self.tensor_role == ACTIVATIONS
 
 
@@ -234,7 +234,7 @@ def _iter_fused_collectives(
 
 
 def _overlapped_identity(collective: Instruction) -> str:
-    """Returns what the appearances of an overlapped collective have in common."""
+    """Returns an identifier that all appearances of an overlapped collective share."""
     chain = re.search(r'chain_id="(\w+)"', collective.attributes)
     dims = [array.dims for array in collective.outputs]
     return f"{collective.int_attribute('channel_id')} {chain and chain.group(1)} {dims}"

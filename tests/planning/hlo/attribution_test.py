@@ -10,6 +10,8 @@ import pytest
 from mixer_jax.benchmarks.candidates import MIXER_JAX, REFERENCE, Candidate, Workload
 from mixer_jax.benchmarks.compile import compile_step
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_costs import REGIONS
+from mixer_jax.models.registry import get_family
 from mixer_jax.planning.aot_compile import Compiled
 from mixer_jax.planning.hlo.attribution import (
     OTHER,
@@ -20,7 +22,6 @@ from mixer_jax.planning.hlo.attribution import (
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.program import parse_program
 from mixer_jax.planning.hlo.traffic import hbm_bytes_by_opcode, iter_hbm_bytes
-from mixer_jax.planning.mixer_costs import REGIONS
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 from tests.helpers.hlo_programs import TRAIN_STEP
 from tests.helpers.tpu_compiler import tpu_device
@@ -150,7 +151,9 @@ def test_regions_of_compiled_step(steps: dict[str, CompiledStep], name: str) -> 
     assert all(traffic[region] > 0 for region in traffic if region != OTHER)
     assert traffic[OTHER] < 0.03 * sum(traffic.values())
     # The compiler may transform matmuls, but not add or remove any.
-    step = StepSpec(TINY, WORKLOAD.image_size, WORKLOAD.num_classes, WORKLOAD.batch_size)
+    step = StepSpec(
+        get_family("mixer"), TINY, WORKLOAD.image_size, WORKLOAD.num_classes, WORKLOAD.batch_size
+    )
     flops = sum_by_region(program, iter_matmul_flops(program), REGIONS)
     assert flops == {
         region: WORKLOAD.batch_size * estimate.flops

@@ -1,14 +1,15 @@
-"""Memory and compute costs of Mixer: activations, recomputation, memory traffic by region."""
+"""Costs of training a Mixer: activations, recomputation, memory traffic. Does not import JAX."""
 
 import math
 from typing import NamedTuple
 
+from mixer_jax.models.family import Traffic
 from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
 
 _FLOAT32 = 4
 STEM, TOKEN_MIXING, CHANNEL_MIXING = "stem", "token mixing", "channel mixing"
 LAYER_NORM, HEAD = "LayerNorm", "head and loss"
-# Patterns of the regions' operations in a compiled program.
+# Patterns of the regions' operations in compiled programs.
 REGIONS = {
     STEM: r"\bstem\b|\bimage\b",
     # Only token mixing transposes its input.
@@ -17,29 +18,13 @@ REGIONS = {
     LAYER_NORM: "LayerNorm|layer_norm",
     HEAD: r"\b(head|loss|label)\b|log_sigmoid|log_softmax",
 }
-# Patterns of the regions' parameters, in paths.
+# Parts of the paths of the regions' kernels.
 _PARAM_PATHS = {
     STEM: "stem/",
     TOKEN_MIXING: "/token_mixing/",
     CHANNEL_MIXING: "/channel_mixing/",
     HEAD: "head/",
 }
-
-
-class Traffic(NamedTuple):
-    """Lower bounds on FLOPs and memory traffic of a region, per image.
-
-    Attributes:
-        flops: FLOPs of matmuls; a multiply-add is two.
-        unfused_bytes: Bytes if each matmul is a kernel of its own.
-        fused_flops: FLOPs, including recomputation, if each MLP is one kernel.
-        fused_bytes: Bytes if each MLP is one kernel, which keeps its hidden units on-chip.
-    """
-
-    flops: float
-    unfused_bytes: float
-    fused_flops: float
-    fused_bytes: float
 
 
 def recomputed_flops(config: MixerConfig, image_size: int, remat: str) -> int:

@@ -1,0 +1,26 @@
+"""Matplotlib figures without pyplot, which would choose a window system and keep every figure."""
+
+import io
+from typing import Any
+
+_DPI = 120
+
+
+def make_figure(width: float, height: float, constrained: bool = False) -> Any:
+    """Creates an empty figure.
+
+    Args:
+        width: Width, in inches.
+        height: Height, in inches.
+        constrained: Whether matplotlib arranges the axes so that texts do not overlap.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained" if constrained else None)
+
+
+def render_figure(figure: Any, file_format: str) -> bytes:
+    """Renders a figure as "png", "jpg" or "pdf"."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file_format, dpi=_DPI)
+    return buffer.getvalue()

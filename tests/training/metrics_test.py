@@ -1,0 +1,127 @@
+"""Tests of the metrics of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from mixer_jax.errors import NonFiniteError, UserError
+from mixer_jax.training.metrics import MetricsLogger, MetricsWriter, read_metrics
+from tests.helpers.messages import mentions, raises
+
+OpenLogger = Callable[..., MetricsLogger]
+
+
+@pytest.fixture
+def open_logger(tmp_path: Path) -> OpenLogger:
+    """Opens the metrics of a run of ten steps, written every four."""
+
+    def open_logger(start_step: int = 0, loss_window: tuple[float, ...] = ()) -> MetricsLogger:
+        return MetricsLogger(
+            str(tmp_path),
+            start_step,
+            num_steps=10,
+            batch_size=8,
+            log_every_steps=4,
+            throughput_metrics=lambda rate: {"images_per_second": rate},
+            loss_window=list(loss_window),
+            is_primary=True,
+            tensorboard=False,
+        )
+
+    return open_logger
+
+
+def record_losses(logger: MetricsLogger, start_step: int, losses: list[float]) -> None:
+    for step, loss in enumerate(losses, start_step + 1):
+        logger.record(step, {"loss": jnp.float32(loss)})
+
+
+def logged_losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(str(workdir))]
+
+
+def test_read_metrics_skips_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [1, 2]
+
+
+def test_read_metrics_rejects_another_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("hello\n")
+    with raises(UserError, f"{tmp_path}/metrics.jsonl"):
+        read_metrics(str(tmp_path))
+
+
+def test_resumed_writer_drops_lines_after_the_checkpoint(tmp_path: Path) -> None:
+    text = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"ste'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    MetricsWriter(str(tmp_path), start_step=2, is_primary=True).close()
+    assert logged_losses(tmp_path) == [(1, 3.0), (2, 2.0)]
+
+
+def test_writer_of_another_process_writes_nothing(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), start_step=0, is_primary=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logger_writes_mean_losses_and_the_last_step(
+    open_logger: OpenLogger, tmp_path: Path
+) -> None:
+    logger = open_logger()
+    record_losses(logger, 0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    # The metrics of a step are read after the next one was dispatched.
+    assert logged_losses(tmp_path) == [(4, 2.5), (8, 6.5)]
+    logger.flush_pending()
+    assert logged_losses(tmp_path) == [(4, 2.5), (8, 6.5), (10, 9.5)]
+    logger.close()
+
+
+def test_resumed_logger_includes_the_saved_losses(open_logger: OpenLogger, tmp_path: Path) -> None:
+    logger = open_logger()
+    record_losses(logger, 0, [1, 2, 3, 4, 5, 6])
+    logger.flush_pending()
+    assert logger.loss_window == [5, 6]
+    logger.close()
+    resumed = open_logger(6, (5.0, 6.0))
+    record_losses(resumed, 6, [7, 8])
+    resumed.flush_pending()
+    assert logged_losses(tmp_path) == [(4, 2.5), (8, 6.5)]
+    resumed.close()
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_logger_raises_for_metrics_that_are_not_finite(
+    open_logger: OpenLogger, value: float
+) -> None:
+    logger = open_logger()
+    logger.record(1, {"loss": jnp.float32(1), "gradient_norm": jnp.float32(value)})
+    with raises(NonFiniteError, "gradient_norm", str(value), "1"):
+        logger.flush_pending()
+    logger.close()
+
+
+def test_logger_measures_throughput_after_the_first_step(
+    open_logger: OpenLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = open_logger()
+    record_losses(logger, 0, [1] * 10)
+    logger.flush_pending()
+    logger.close()
+    lines: list[dict[str, Any]] = read_metrics(str(tmp_path))
+    assert all(line["images_per_second"] > 0 for line in lines)
+    printed = capsys.readouterr().out.splitlines()
+    assert [mentions(line, "10", f"{step}") for line, step in zip(printed, (4, 8, 10), strict=True)]
+
+
+def test_log_eval_writes_values_and_prints_text(
+    open_logger: OpenLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = open_logger()
+    logger.log_eval(3, "val", {"top1": 0.5}, "top-1 50 %")
+    logger.close()
+    assert read_metrics(str(tmp_path)) == [{"step": 3, "val/top1": 0.5}]
+    assert mentions(capsys.readouterr().out, "3", "val", "top-1 50 %")
