@@ -24,6 +24,7 @@ from mixer_jax.suites.results import (
 )
 from mixer_jax.suites.run_configs import TEST
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
+from mixer_jax.visualization.figures import make_figure, render_figure
 
 # Marks values copied from the paper.
 MARK = "*"
@@ -117,8 +118,8 @@ def report(workdir: str) -> None:
         "results.json": as_json(table),
         "results.md": as_markdown(table),
     }
-    if plot := plot_table(table):
-        files["results.png"] = plot
+    if figure := draw_table(table):
+        files["results.png"] = render_figure(figure, "png")
     try:
         for name, content in files.items():
             atomic_write(epath.Path(workdir) / name, content)
@@ -331,15 +332,12 @@ def as_json(table: Table) -> str:
     return json.dumps(data | {"notes": table.notes}, indent=2) + "\n"
 
 
-def plot_table(table: Table) -> bytes:
-    """Plots a table as a PNG file; empty if it has no scores."""
-    # Without pyplot, which would choose a window system and hold on to the figure.
-    from matplotlib.figure import Figure
-
+def draw_table(table: Table) -> Any:
+    """Draws the accuracies of a table as a figure; returns None if there are none."""
     rows = [row for row in table.rows if row.mean is not None or row.paper is not None]
     if not rows:
-        return b""
-    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), layout="constrained")
+        return None
+    figure = make_figure(8, 1.4 + 0.32 * len(rows), constrained=True)
     axes = figure.subplots()
     for y, row in enumerate(rows):
         if row.paper is not None:
@@ -355,9 +353,7 @@ def plot_table(table: Table) -> bytes:
     axes.set_title(table.title, fontsize=9, wrap=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    return figure
 
 
 def _format_cells(table: Table) -> list[list[str]]:
