@@ -367,7 +367,11 @@ def _file_and_folder(source: str) -> tuple[str, str]:
 
 def _check_metadata(metadata: dict[str, Any], loaded: LoadedWeights, source: str) -> None:
     """Raises UserError if a file's metadata contradicts its tensors."""
-    inferred = {"num_classes": loaded.num_classes, "config": dataclasses.asdict(loaded.config)}
+    inferred = {
+        "family": loaded.family,
+        "config": dataclasses.asdict(loaded.config),
+        "num_classes": loaded.num_classes,
+    }
     # A run can have a variant's name with another config, which it then stores.
     if "config" not in metadata and metadata.get("variant") != CUSTOM:
         inferred["variant"] = get_family(loaded.family).infer_variant(loaded.config)

@@ -113,7 +113,7 @@ def build_experiment(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
     )
     shape = jax.eval_shape(make_state)
-    sharding = state_sharding(shape, mesh)
+    sharding = state_sharding(shape, mesh, model_info.family)
     step_config = TrainStepConfig(config.recipe, config.seed)
     return Experiment(
         config,
