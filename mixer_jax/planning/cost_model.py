@@ -3,9 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from mixer_jax.config.config import architecture_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.models.family import ModelFamily
 from mixer_jax.models.registry import get_family
 from mixer_jax.planning.hlo.collectives import (
@@ -145,7 +144,7 @@ class Memory(NamedTuple):
         return self.parameters + self.moments + self.batch
 
 
-def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
+def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
     """Extracts the numbers of a run from its config.
 
     Args:
