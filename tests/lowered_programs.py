@@ -203,17 +203,18 @@ def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 def built_for(platform: str, device_kind: str) -> Iterator[None]:
     """Makes mixer_jax take the devices that it is given for devices of another kind."""
     from mixer_jax.distributed import xla_options
-    from mixer_jax.models import registry
+    from mixer_jax.models.family import ModelFamily
     from mixer_jax.training import setup
 
-    create_model = registry.create_model
+    build = ModelFamily.build
 
-    def create(*args: Any, **overrides: Any) -> Any:
-        return create_model(*args, **overrides | {"target_device_kind": device_kind})
+    def build_for_kind(family: ModelFamily, *args: Any, execution: Any, **attributes: Any) -> Any:
+        execution = dataclasses.replace(execution, target_device_kind=device_kind)
+        return build(family, *args, execution=execution, **attributes)
 
     options = xla_options.PLATFORM_OPTIONS.get(platform, {})
     with (
-        mock.patch.object(registry, "create_model", create),
+        mock.patch.object(ModelFamily, "build", build_for_kind),
         mock.patch.object(setup, "check_backend"),
         mock.patch.dict(xla_options.PLATFORM_OPTIONS, {"cpu": options}),
     ):

@@ -298,6 +298,17 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
+def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+    """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
+
+    Args:
+        help_text: One line, without the unit.
+        unit: Unit of the value, e.g. "px".
+        min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+    """
+    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+
+
 def resolve_config(
     config_class: type, variants: Mapping[str, Any], variant: str, **overrides: Any
 ) -> Any:
@@ -310,11 +321,18 @@ def resolve_config(
         **overrides: Fields of the config. 0 and "" keep the variant's own value.
 
     Raises:
-        UserError: The variant is unknown, a number is negative, or a field is missing.
+        UserError: The variant is unknown, a number is negative, or a field is missing or belongs to
+            another family.
     """
+    names = [field.name for field in dataclasses.fields(config_class)]
     requested = {name: value for name, value in overrides.items() if value not in (0, "")}
     for name, value in requested.items():
-        if isinstance(value, int) and value < 0:
+        if name not in names:
+            raise UserError(
+                f"model.{name} is not part of this architecture, which has {', '.join(names)}, got "
+                f"{value!r}."
+            )
+        if isinstance(value, int | float) and value < 0:
             raise UserError(f"model.{name} must be positive, got {value}.")
     if variant == CUSTOM:
         required = [
@@ -328,6 +346,6 @@ def resolve_config(
             )
         return config_class(**requested)
     if variant not in variants:
-        names = ", ".join([*variants, CUSTOM])
-        raise UserError(f"model.variant must be one of {names}, got {variant!r}.")
+        known = ", ".join([*variants, CUSTOM])
+        raise UserError(f"model.variant must be one of {known}, got {variant!r}.")
     return dataclasses.replace(variants[variant], **requested)

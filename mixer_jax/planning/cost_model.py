@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import architecture_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.models.family import ModelFamily
 from mixer_jax.models.registry import get_family
@@ -157,9 +156,7 @@ def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: i
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
         family=family,
-        architecture=family.get_config(
-            config.model.variant, **architecture_overrides(config.model)
-        ),
+        architecture=config.model.architecture,
         image_size=config.image_size,
         num_classes=num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,
