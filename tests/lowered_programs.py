@@ -109,8 +109,8 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100
     config.update_from_flattened_dict({CONFIG_KEYS[key]: v for key, v in settings.items()})
-    configuration.validate(config)
-    return build_for_topology(resolve_for_platform(config, platform), devices)
+    run_config = resolve_for_platform(configuration.parse(config), platform)
+    return build_for_topology(run_config, devices)
 
 
 def train_calls(run: Any) -> dict[str, Call]:
@@ -185,7 +185,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     pixels = batch_shape(run, (*about.image_size, 3), jnp.uint8)
     images = batch_shape(run, (*about.image_size, 3), jnp.float32)
     return {
-        "classes": Call(classifier._top, (classifier._params, pixels, 5)),
+        "classes": Call(classifier._top_k, (classifier._params, pixels, 5)),
         "logits": Call(classifier._logits, (classifier._params, images)),
         "features": Call(headless._logits, (headless._params, images)),
     }

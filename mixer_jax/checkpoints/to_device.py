@@ -10,7 +10,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
 from mixer_jax.models.params import prepare_inference_params
-from mixer_jax.models.registry import from_config
+from mixer_jax.models.registry import DEFAULT_FAMILY, from_config
 
 
 def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
@@ -43,19 +43,20 @@ def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
         mesh: Devices of all hosts.
     """
     platform = mesh.devices.flat[0].platform
-    dtype = model.execution.dtype
-    return shard_params(prepare_inference_params(params, dtype, platform, model.family), mesh)
+    prepared = prepare_inference_params(params, model.execution.dtype, platform, model.family)
+    return shard_params(prepared, mesh, model.family)
 
 
-def shard_params(params: Any, mesh: Mesh) -> Any:
+def shard_params(params: Any, mesh: Mesh, family: str = DEFAULT_FAMILY) -> Any:
     """Shards parameters over a mesh, as in training.
 
     Args:
         params: Unsharded parameters, the same on every host.
         mesh: Devices of all hosts.
+        family: Family of the model.
     """
 
     def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, params, state_sharding(params, mesh))
+    return jax.tree.map(put, params, state_sharding(params, mesh, family))

@@ -192,7 +192,7 @@ def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
         )
 
 
-def check_warmup(config: RunConfig | ConfigDict, num_steps: int) -> None:
+def check_warmup(config: RunConfig, num_steps: int) -> None:
     """Raises UserError if warmup is longer than the run."""
     warmup_steps = config.optimizer.warmup_steps
     if warmup_steps > num_steps:
@@ -218,12 +218,12 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, numbers)))
 
 
-def resolve_num_steps(config: RunConfig | ConfigDict, num_examples: int) -> int:
+def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
     """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`."""
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
 
-def architecture_overrides(model: ModelConfig | ConfigDict) -> dict[str, Any]:
+def architecture_overrides(model: ModelConfig) -> dict[str, Any]:
     """Returns the keys of the model section that override fields of the variant's config."""
     fields = dataclasses.fields(get_family(model.family).config_class)
     return {field.name: getattr(model, field.name) for field in fields}

@@ -1,9 +1,9 @@
 """Placeholder datasets with the number of examples and classes of a run, but no images."""
 
+import dataclasses
 import re
 
-from ml_collections import ConfigDict
-
+from mixer_jax.config.schema import ModelConfig, RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import INIT_FROM
@@ -22,7 +22,7 @@ _KNOWN_DATASETS = {
 _SPLIT = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
 
 
-def placeholder_datasets(config: ConfigDict) -> RunDatasets:
+def placeholder_datasets(config: RunConfig) -> RunDatasets:
     """Creates datasets with the number of examples and classes in a config.
 
     Raises:
@@ -44,11 +44,11 @@ def placeholder_datasets(config: ConfigDict) -> RunDatasets:
     return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
 
 
-def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+def resolve_for_platform(config: RunConfig, platform: str) -> RunConfig:
     """Returns a copy of a config with every `auto` setting resolved for an accelerator.
 
     Args:
-        config: Config that passed `validate`.
+        config: Run to plan.
         platform: Platform of the devices, as JAX names it.
 
     Raises:
@@ -59,10 +59,8 @@ def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
             "config.model.variant must name an architecture, because planning does not read "
             f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
         )
-    resolved = config.copy_and_resolve_references()
-    resolved.model.update(resolve_auto(resolved.model.to_dict(), platform))
-    resolved.compilation_cache = ""
-    return resolved
+    model = ModelConfig(**resolve_auto(dataclasses.asdict(config.model), platform))
+    return dataclasses.replace(config, model=model, compilation_cache="")
 
 
 def _count_examples(split: str, total: int) -> int:

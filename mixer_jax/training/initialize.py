@@ -107,7 +107,7 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     state = experiment.create_state()
     if weights is None:
         return state
-    params = shard_params(weights.params, experiment.mesh)
+    params = shard_params(weights.params, experiment.mesh, experiment.model_info.family)
     if not should_keep_head(experiment, weights.model_info):
         params = {**params, "head": state.params["head"]}
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
