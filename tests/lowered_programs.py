@@ -185,7 +185,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     pixels = batch_shape(run, (*about.image_size, 3), jnp.uint8)
     images = batch_shape(run, (*about.image_size, 3), jnp.float32)
     return {
-        "classes": Call(classifier._top, (classifier._params, pixels, 5)),
+        "classes": Call(classifier._top_k, (classifier._params, pixels, 5)),
         "logits": Call(classifier._logits, (classifier._params, images)),
         "features": Call(headless._logits, (headless._params, images)),
     }
