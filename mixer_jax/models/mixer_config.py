@@ -36,6 +36,12 @@ VARIANTS: dict[str, MixerConfig] = {
     "H/14": MixerConfig(32, 14, 1280, 640, 5120),
 }
 
+# Custom kernels that compute a block, as "module:class"; see `ModelFamily.block_backends`.
+BLOCK_BACKENDS = {
+    "triton": "mixer_jax.kernels.triton.mixer_block:TritonMixerBackend",
+    "mosaic": "mixer_jax.kernels.mosaic.mixer_block:MosaicMixerBackend",
+}
+
 
 def get_config(variant: str, **overrides: int) -> MixerConfig:
     """Returns a variant's config with overrides applied.

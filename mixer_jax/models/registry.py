@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax.errors import UserError
-from mixer_jax.models import execution
-from mixer_jax.models.execution import AUTO, Execution
+from mixer_jax.models.execution import AUTO, Execution, default_dtype, resolve_execution
 from mixer_jax.models.family import CUSTOM, ModelFamily
 from mixer_jax.models.mixer_family import MixerFamily
 
@@ -100,7 +99,7 @@ def resolve_auto(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
 
     Args:
         section: Keys under `model` in the config.
-        platform: As JAX names it: cpu, gpu or tpu.
+        platform: Platform of the device, as JAX names it: cpu, gpu or tpu.
     """
     family = get_family(section.get("family", DEFAULT_FAMILY))
     fields = (f.name for f in dataclasses.fields(family.config_class))
@@ -108,7 +107,7 @@ def resolve_auto(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
     num_blocks = overrides.get("num_blocks") or family.num_blocks(
         family.get_config(section["variant"], **overrides)
     )
-    return execution.resolve_auto(section, platform, num_blocks)
+    return resolve_execution(section, platform, num_blocks, family.block_backends)
 
 
 def resolve_dtype(name: str) -> "jnp.dtype":
@@ -116,7 +115,7 @@ def resolve_dtype(name: str) -> "jnp.dtype":
     import jax
     import jax.numpy as jnp
 
-    return jnp.dtype(execution.default_dtype(jax.default_backend()) if name == AUTO else name)
+    return jnp.dtype(default_dtype(jax.default_backend()) if name == AUTO else name)
 
 
 def _take_fields(dataclass: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class RunSpec(NamedTuple):
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
-        flops = self.family.recomputed_flops(self.architecture, self.image_size, self.remat)
+        flops = self.family.cost_model.recomputed_flops(
+            self.architecture, self.image_size, self.remat
+        )
         return self.batch_size * flops
 
     @property
@@ -102,14 +104,16 @@ class RunSpec(NamedTuple):
     @property
     def saved_activation_bytes(self) -> float:
         """Bytes of residuals saved for the backward pass, per image, in all blocks."""
-        return self.family.saved_activation_bytes(
+        return self.family.cost_model.saved_activation_bytes(
             self.architecture, self.image_size, self.remat, self.itemsize
         )
 
     @property
     def live_block_bytes(self) -> float:
         """Bytes that are live in the middle of one block, per image."""
-        return self.family.live_block_bytes(self.architecture, self.image_size, self.itemsize)
+        return self.family.cost_model.live_block_bytes(
+            self.architecture, self.image_size, self.itemsize
+        )
 
 
 class Memory(NamedTuple):

@@ -222,5 +222,6 @@ def _build_model(config: RunConfig, info: ModelInfo, device: jax.Device) -> Any:
     architecture = {"family": info.family, "variant": info.variant, "gelu": info.gelu}
     section = dataclasses.asdict(config.model) | architecture | dataclasses.asdict(info.config)
     model = from_config(section, info.num_classes, device.device_kind)
-    check_backend(model.execution.backend, device.platform)
+    backends = get_family(info.family).block_backends
+    check_backend(model.execution.backend, device.platform, backends)
     return model

@@ -1,5 +1,7 @@
 """Tests of models by name and from configs."""
 
+import dataclasses
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.execution import Execution, check_backend
+from mixer_jax.models.execution import Execution, check_backend, resolve_execution
 from mixer_jax.models.family import ModelFamily
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import (
@@ -22,6 +24,7 @@ from mixer_jax.models.registry import (
     parse_model_name,
     resolve_auto,
 )
+from tests.helpers.messages import raises
 from tests.helpers.models import param_shapes
 
 SECTION: dict[str, Any] = {
@@ -114,10 +117,43 @@ def test_resolve_auto(
 
 
 def test_check_backend() -> None:
-    check_backend("xla", "cpu")
-    check_backend("mosaic", "tpu")
-    with pytest.raises(UserError, match=r"backend=triton .*GPU.* CPU.*xla"):
-        check_backend("triton", "cpu")
+    backends = get_family("mixer").block_backends
+    check_backend("xla", "cpu", backends)
+    check_backend("mosaic", "tpu", backends)
+    with raises(UserError, "backend=triton", "GPU", "CPU", "xla"):
+        check_backend("triton", "cpu", backends)
+    with raises(UserError, "model.backend", "xla", "triton"):
+        check_backend("triton", "gpu", {})
+
+
+def test_auto_is_xla_without_custom_backends() -> None:
+    resolved = resolve_execution(SECTION, "gpu", num_blocks=12, backends={})
+    assert (resolved["backend"], resolved["scan_unroll"], resolved["remat"]) == ("xla", 0, "none")
+    assert resolve_execution(SECTION, "tpu", 12, {}) == resolve_auto(SECTION, "tpu")
+
+
+def test_backends_can_be_imported() -> None:
+    for family in FAMILIES.values():
+        assert family.block_backends == family.get_module_class().block_backends
+        for location in family.block_backends.values():
+            module, _, name = location.partition(":")
+            assert hasattr(getattr(importlib.import_module(module), name), "token_major")
+
+
+def test_unsupported_attribute_is_an_error() -> None:
+    fields = ["config", "num_classes", "execution"]
+
+    class PlainFamily(type(get_family("mixer"))):  # type: ignore[misc]
+        display_name = "Plain"
+
+        def get_module_class(self) -> Any:
+            return dataclasses.make_dataclass("Model", fields)
+
+    family = PlainFamily()
+    model = family.build(None, 3, dropout=0.0, gelu="tanh", execution=Execution())
+    assert model.num_classes == 3
+    with raises(UserError, "model.dropout", "Plain", "0.5"):
+        family.build(None, 3, dropout=0.5, execution=Execution())
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
