@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from mixer_jax.cli import common
-from mixer_jax.config.config import resolve_num_steps, validate
+from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.planning.cost_model import RunSpec, estimate_collectives, estimate_memory, run_spec
 from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
@@ -204,21 +204,19 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 
-def _load_config(name: str, **overrides: Any) -> ConfigDict:
+def _load_config(name: str, **overrides: Any) -> RunConfig:
     flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
-    config = load_config_with_overrides(str(CONFIGS / f"{name}.py"), flags)
-    validate(config)
-    return config
+    return parse(load_config_with_overrides(str(CONFIGS / f"{name}.py"), flags))
 
 
-def _run_spec(config: ConfigDict, num_devices: int) -> RunSpec:
+def _run_spec(config: RunConfig, num_devices: int) -> RunSpec:
     config = resolve_for_platform(config, "tpu")
     dataset = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(dataset))
     return run_spec(config, dataset.num_classes, num_steps, num_devices)
 
 
-def _configured(config: ConfigDict) -> dict[str, Any]:
+def _configured(config: RunConfig) -> dict[str, Any]:
     """Returns the numbers that a row depends on, for any number of devices."""
     numbers = _run_spec(config, num_devices=1)._asdict()
     del numbers["num_devices"]
@@ -289,7 +287,7 @@ def _check_row(topology_name: str, num_slices: int, fsdp: int) -> dict[str, Any]
     return row
 
 
-def _check_config(topology_name: str, num_slices: int, fsdp: int) -> ConfigDict:
+def _check_config(topology_name: str, num_slices: int, fsdp: int) -> RunConfig:
     num_chips = parse_topology(topology_name, num_slices).num_chips
     return _load_config(
         CHECK_CONFIG,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 
 from mixer_jax.cli import common
-from mixer_jax.config.config import validate
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.errors import UserError
 
@@ -25,8 +25,7 @@ def main(argv: Sequence[str]) -> int:
     for flag in ("config", "topology"):
         if getattr(args, flag) is None:
             raise UserError(f"the following arguments are required: --{flag}; see --help")
-    config = load_config_with_overrides(args.config, overrides)
-    validate(config)
+    config = parse(load_config_with_overrides(args.config, overrides))
     from mixer_jax.planning.topology import ENVIRONMENT, parse_topology
 
     topology = parse_topology(args.topology, args.slices)

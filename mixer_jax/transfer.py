@@ -1,4 +1,4 @@
-"""Judge a checkpoint by a suite: `python -m mixer_jax.transfer --checkpoint=… --suite=…`."""
+"""Evaluate a checkpoint by transfer: `python -m mixer_jax.transfer --checkpoint=… --suite=…`."""
 
 import argparse
 import re
@@ -18,14 +18,14 @@ from mixer_jax.config.loading import Overrides, exec_config_file, parse_override
 from mixer_jax.config.schema import EVAL_FIELDS
 from mixer_jax.errors import UserError
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
-from mixer_jax.suites.paper_results import DATA
+from mixer_jax.suites.paper_results import PRETRAIN_DATASETS
 from mixer_jax.suites.run_configs import check_overrides, check_task_overrides, default_config
 from mixer_jax.suites.tasks import AUTO, METHODS, NATIVE, Suite, check_suite
 from mixer_jax.training import workdir as workdirs
 
 _FEW_SHOT = "few_shot"
-# Arguments that judging takes under their own names.
-_AS_THEY_ARE = (
+# Arguments that are fields of `TransferRequest` under the same names.
+_REQUEST_ARGS = (
     "image_size",
     "data_dir",
     "tasks",
@@ -37,174 +37,196 @@ _AS_THEY_ARE = (
 )
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
-  few_shot   probes on the data set that --dataset names
-  FILE.py    your own: a file with SUITE = Suite(...), made of mixer_jax.suites.tasks
+  few_shot   probes on the data set of --dataset
+  FILE.py    a custom suite: a file with SUITE = Suite(...); see mixer_jax.suites.tasks
 
-What has ended is not done again: the same command goes on after it was stopped or killed.
---config.KEY=VALUE changes a key of every fine-tuning run, as of mixer_jax.main, e.g.
---config.recipe.grad_accum_steps=8; the table then says so."""
+Completed runs are skipped: rerun the same command to resume after a stop or kill.
+--config.KEY=VALUE overrides a config key in every fine-tuning run, as in mixer_jax.main, e.g.
+--config.recipe.grad_accum_steps=8. The table lists overrides that differ from the protocol."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Does what the command line says; returns the exit code."""
-    known, overrides = _parse(arguments)
-    if known.report:
-        _check_report(known, arguments)
+def main(argv: Sequence[str]) -> int:
+    """Runs the suite named on the command line; returns the exit code."""
+    args, overrides = _parse_args(argv)
+    if args.report:
+        _check_report_args(args, argv)
         common.configure_jax("")
-        from mixer_jax.suites.report import report
+        from mixer_jax.suites.table import report
 
-        report(workdirs.resolve_workdir(known.workdir))
+        report(workdirs.resolve_workdir(args.workdir))
         return 0
-    if not known.checkpoint or not known.suite:
-        raise UserError("--checkpoint and --suite are needed, or --report with --workdir")
-    suite = _find_suite(known)
+    if not args.checkpoint or not args.suite:
+        raise UserError("Pass --checkpoint and --suite, or --report with --workdir.")
+    suite = _load_suite(args)
     check_suite(suite)
     check_task_overrides(suite)
     check_overrides(overrides)
-    place = resolve_checkpoint(known.checkpoint, known.step)
+    checkpoint = resolve_checkpoint(args.checkpoint, args.step)
 
-    # From here on the heavy libraries are needed.
+    # JAX is imported only after the arguments are valid.
     common.configure_jax(default_config(overrides).compilation_cache)
     from mixer_jax.distributed.multihost import propagate_failure
     from mixer_jax.suites.run import TransferRequest, run_suite
 
-    wish = TransferRequest(
+    request = TransferRequest(
         suite,
-        place,
-        workdirs.resolve_workdir(known.workdir or _default_workdir(place, known)),
+        checkpoint,
+        workdirs.resolve_workdir(args.workdir or _default_workdir(checkpoint, args)),
         overrides,
-        **{name: getattr(known, name) for name in _AS_THEY_ARE},
+        **{name: getattr(args, name) for name in _REQUEST_ARGS},
     )
     with propagate_failure():
-        ended = run_suite(wish)
-    if ended.stopped_by is not None:
-        return 128 + ended.stopped_by
-    return 1 if ended.failures else 0
+        outcome = run_suite(request)
+    if outcome.stopped_by is not None:
+        return 128 + outcome.stopped_by
+    return 1 if outcome.failures else 0
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.transfer",
-        description="Fine-tune and probe a checkpoint on a suite of tasks by the paper's protocol, "
-        "and print the table.",
+        description="Fine-tune and probe a checkpoint on a suite of tasks with the paper's "
+        "protocol, and print a table.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="WEIGHTS", help=common.CHECKPOINT_HELP)
-    add("--step", type=int, help="which checkpoint of a run; default: the newest")
+    add("--checkpoint", metavar="CHECKPOINT", help=common.CHECKPOINT_HELP)
+    add("--step", type=int, help="step of a run's checkpoint; default: the newest")
     add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
     add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE…")
     add(
         "--image_size",
-        type=_image_size,
+        type=_parse_image_size,
         default=NATIVE,
-        help="native: the checkpoint's; auto: that for images under 96 x 96 px, twice that for "
-        "larger ones; or a side, pixels; default: native",
+        help="native: the checkpoint's size; auto: that size for images under 96 x 96 px, and "
+        "twice that for larger ones; or a number of pixels; default: native",
     )
-    add("--data_dir", default="", help="where TFDS keeps data; default: TFDS's own")
-    add("--tasks", type=_names, default=(), help="only these, e.g. cifar10,pets")
-    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N shares")
-    add("--dry_run", action="store_true", help="say what would be done, and what is missing")
-    add("--report", action="store_true", help="only print the table of --workdir, and write it")
-    add("--keep_checkpoints", action="store_true", help="of runs that have ended")
+    add("--data_dir", default="", help="TFDS data directory; default: TFDS's own")
+    add("--tasks", type=_parse_names, default=(), help="run only these tasks, e.g. cifar10,pets")
+    add("--shard", type=_parse_shard, default=(1, 1), metavar="I/N", help="run only shard I of N")
+    add("--dry_run", action="store_true", help="print the runs and missing data, and exit")
+    add("--report", action="store_true", help="only print and write the table of --workdir")
+    add("--keep_checkpoints", action="store_true", help="keep checkpoints of completed runs")
     add("--no_throughput", dest="throughput", action="store_false", help="do not measure images/s")
-    add("--pretrain_dataset", choices=[*DATA, "none"], default="", help="default: as told")
-    few = parser.add_argument_group("of --suite=few_shot")
+    add(
+        "--pretrain_dataset",
+        choices=[*PRETRAIN_DATASETS, "none"],
+        default="",
+        help="pre-training data of the checkpoint; default: inferred",
+    )
+    few = parser.add_argument_group("options for --suite=few_shot")
     few.add_argument("--dataset", help="TFDS name or folder:PATH")
     few.add_argument("--train_split", default="train", help="default: train")
-    few.add_argument("--test_split", default="", help="default: validation of ImageNet, else test")
-    few.add_argument("--shots", type=_numbers, default=EVAL_FIELDS["shots"].default)
-    few.add_argument("--probes", type=_names, default=(_FEW_SHOT,), help="few_shot,linear,knn")
-    known, rest = parser.parse_known_args(arguments)
-    return known, parse_overrides(rest)
+    few.add_argument(
+        "--test_split", default="", help="default: validation for ImageNet, otherwise test"
+    )
+    few.add_argument(
+        "--shots",
+        type=_parse_shots,
+        default=EVAL_FIELDS["shots"].default,
+        help="images per class; default: 1,5,10,25",
+    )
+    few.add_argument(
+        "--probes",
+        type=_parse_names,
+        default=(_FEW_SHOT,),
+        help=f"among {','.join(METHODS)}; default: {_FEW_SHOT}",
+    )
+    args, rest = parser.parse_known_args(argv)
+    return args, parse_overrides(rest)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_shots(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of images a class; pass e.g. 1,5,10")
+        raise argparse.ArgumentTypeError(
+            f"must list numbers of images per class, got {text!r}; pass e.g. 1,5,10"
+        )
     return tuple(sorted({int(number) for number in numbers}))
 
 
-def _image_size(text: str) -> str:
+def _parse_image_size(text: str) -> str:
     if text not in (NATIVE, AUTO) and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {NATIVE}, {AUTO} and a number of pixels; pass one"
+            f"must be {NATIVE}, {AUTO} or a number of pixels, got {text!r}"
         )
     return text
 
 
-def _shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; pass 1/4, 2/4, 3/4 and 4/4")
-    return int(number), int(count)
+def _parse_shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"must be I/N with I from 1 to N, got {text!r}; pass e.g. 1/4"
+        )
+    return int(index), int(count)
 
 
-def _check_report(known: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Raises UserError unless --report comes with --workdir and with nothing else."""
-    if not known.workdir:
-        raise UserError("--report needs --workdir, the folder of a suite")
-    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+def _check_report_args(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Raises UserError unless --report comes with --workdir and nothing else."""
+    if not args.workdir:
+        raise UserError("--report needs --workdir, the workdir of a suite.")
+    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
     others = [flag for flag in flags if flag not in ("--report", "--workdir")]
     if others:
-        raise UserError(f"--report takes only --workdir; leave out {', '.join(others)}")
+        raise UserError(f"--report takes only --workdir. Remove {', '.join(others)}.")
 
 
-def _find_suite(known: argparse.Namespace) -> Suite:
-    """Returns the suite that --suite names.
+def _load_suite(args: argparse.Namespace) -> Suite:
+    """Returns the suite of --suite.
 
     Raises:
-        UserError: there is none, or an argument that it needs lacks or has no say.
+        UserError: There is no such suite, or an argument is missing or has no effect.
     """
-    if known.suite == _FEW_SHOT:
-        if not known.dataset:
-            raise UserError("--suite=few_shot needs --dataset, e.g. --dataset=imagenet2012")
-        for method in known.probes:
+    if args.suite == _FEW_SHOT:
+        if not args.dataset:
+            raise UserError("--suite=few_shot needs --dataset, e.g. --dataset=imagenet2012.")
+        for method in args.probes:
             if method not in METHODS:
-                raise UserError(f"--probes names {method!r}; choose among {', '.join(METHODS)}")
-        usual = "validation" if known.dataset.startswith("imagenet2012") else "test"
-        test_split = known.test_split or usual
-        return few_shot_suite(
-            known.dataset, known.train_split, test_split, known.shots, known.probes
+                raise UserError(f"--probes must be among {', '.join(METHODS)}, got {method!r}.")
+        default_split = "validation" if args.dataset.startswith("imagenet2012") else "test"
+        test_split = args.test_split or default_split
+        return few_shot_suite(args.dataset, args.train_split, test_split, args.shots, args.probes)
+    if args.dataset:
+        raise UserError(
+            "--dataset is only for --suite=few_shot; other suites define their data sets."
         )
-    if known.dataset:
-        raise UserError("--dataset is for --suite=few_shot; a suite names its own data sets")
-    if known.suite.endswith(".py"):
-        suite = exec_config_file(Path(known.suite), lambda module: module.SUITE, "suite")
+    if args.suite.endswith(".py"):
+        suite = exec_config_file(Path(args.suite), lambda module: module.SUITE, "suite")
         if not isinstance(suite, Suite):
             raise UserError(
-                f"suite file {known.suite!r}: SUITE must be a Suite of evaluation.tasks"
+                f"SUITE in {args.suite!r} must be a mixer_jax.suites.tasks.Suite, got {suite!r}."
             )
         return suite
-    if known.suite not in SUITES:
+    if args.suite not in SUITES:
         names = ", ".join([*SUITES, _FEW_SHOT])
-        raise UserError(f"--suite={known.suite} is unknown; choose {names}, or name a .py file")
-    return SUITES[known.suite]
+        raise UserError(f"--suite must be one of {names}, or a .py file, got {args.suite!r}.")
+    return SUITES[args.suite]
 
 
-def _default_workdir(place: CheckpointRef, known: argparse.Namespace) -> str:
-    """Returns the folder of a suite: the names of weights, step, suite and data set."""
-    path = Path(place.path)
-    if place.format == "hub":
-        name = place.path.partition("/")[2]
+def _default_workdir(checkpoint: CheckpointRef, args: argparse.Namespace) -> str:
+    """Returns a workdir named after checkpoint, step, suite and data set."""
+    path = Path(checkpoint.path)
+    if checkpoint.format == "hub":
+        name = checkpoint.path.partition("/")[2]
     elif path.name == HUB_FILE:
-        # All are called so; their folder has the name.
+        # All of them have this name, so that the folder identifies the model.
         name = path.parent.name
     else:
-        ends = [] if place.format == RUN else [end for end in FORMATS if path.name.endswith(end)]
-        name = path.name.removesuffix(ends[0]) if ends else path.name
-    parts = [name, Path(known.suite).stem]
-    asked = Path(known.checkpoint)
-    if known.step is not None or (asked.parent.name == CHECKPOINT_DIR and asked.name.isdecimal()):
-        parts.insert(1, str(place.step))
-    if known.suite == _FEW_SHOT:
-        parts.append(known.dataset)
+        suffixes = [suffix for suffix in FORMATS if path.name.endswith(suffix)]
+        is_file = checkpoint.format != RUN and suffixes
+        name = path.name.removesuffix(suffixes[0]) if is_file else path.name
+    parts = [name, Path(args.suite).stem]
+    given = Path(args.checkpoint)
+    if args.step is not None or (given.parent.name == CHECKPOINT_DIR and given.name.isdecimal()):
+        parts.insert(1, str(checkpoint.step))
+    if args.suite == _FEW_SHOT:
+        parts.append(args.dataset)
     return "runs/" + "_".join(re.sub(r"[^\w.+-]+", "_", part).strip("_") for part in parts)
 
 

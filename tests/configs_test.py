@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import layout_views
-from mixer_jax.checkpoints.tree import flatten as flatten_tree
-from mixer_jax.config.config import architecture_overrides, flatten, parse, validate
+from mixer_jax.config.config import flatten, parse, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
-from mixer_jax.models.mixer_layouts import GOOGLE
+from mixer_jax.models.mixer_config import MixerConfig, num_params
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.messages import raises
-from tests.helpers.random_weights import random_weights
+from tests.helpers.random_weights import random_weights, save_npz
 
 FILES = sorted(path.stem for path in Path(__file__).parent.parent.glob("configs/*.py"))
 ARGUMENTS = {"digits": ["low", "high"], "folder": ["photos"]}
@@ -97,8 +93,9 @@ def test_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     unparsed.dataset.num_examples = max(unparsed.dataset.num_examples, 10_000)
     config = parse(unparsed)
     experiment = build_experiment(config, open_datasets(config))
-    architecture = get_config(config.model.variant, **architecture_overrides(config.model))
-    expected = num_params(architecture, config.image_size, experiment.model.num_classes)
+    expected = num_params(
+        config.model.architecture, config.image_size, experiment.model.num_classes
+    )
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
     # Adam has two moments per parameter, SGD one; and there are one or two counters.
@@ -219,9 +216,7 @@ def pretrained_file(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_blocks=1, patch_size=32, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=16
     )
     weights = random_weights(architecture, (224, 224), class_names=(), num_classes=21)
-    path = str(tmp_path_factory.mktemp("pretrained") / "Mixer-T_32.npz")
-    write_npz(path, layout_views(dict(flatten_tree(weights.params)), GOOGLE), {})
-    return path
+    return save_npz(weights, tmp_path_factory.mktemp("pretrained") / "Mixer-T_32.npz")
 
 
 @pytest.mark.slow

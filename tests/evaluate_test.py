@@ -11,16 +11,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
-from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
-from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
-from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import random_weights, save_run
+from tests.helpers.random_weights import random_weights, save_npz, save_run
 
 NAMES = ("ant", "bee", "cat", "dog")
 COUNT = 12
@@ -107,11 +103,6 @@ def evaluate_json(
     return json.loads(capsys.readouterr().out)
 
 
-def export(weights: PretrainedWeights, path: Path, metadata: dict[str, Any]) -> str:
-    write_npz(str(path), layout_views(dict(flatten(weights.params)), GOOGLE), metadata)
-    return str(path)
-
-
 def test_evaluate_with_real_labels(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,21 +135,21 @@ def test_evaluate_with_real_labels(
 def test_evaluate_published_weights(
     weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = export(weights, tmp_path / "named.npz", weights.model_info.to_dict())
+    path = save_npz(weights, tmp_path / "named.npz", weights.model_info.to_dict())
     result = evaluate_json(path, data_dir, capsys)
     assert result["top1"] == pytest.approx(
         np.mean([predicted == index % 4 for index, predicted in enumerate(predict(weights))])
     )
     assert (result["step"], result["image_size"], result["resolution"]) == (None, [16, 16], "")
     # Without names, the classes are the data set's if their numbers agree.
-    nameless = export(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
+    nameless = save_npz(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
     assert evaluate_json(nameless, data_dir, capsys)["top1"] == result["top1"]
-    fewer = export(replace_head(weights, 3), tmp_path / "fewer.npz", {})
+    fewer = save_npz(replace_head(weights, 3), tmp_path / "fewer.npz", {})
     with pytest.raises(UserError) as caught:
         evaluate_json(fewer, data_dir, capsys)
     # The path may have numbers in it.
     assert mentions(str(caught.value).replace(str(tmp_path), ""), "fewer.npz", "4", "3")
-    headless = export(replace_head(weights, 0), tmp_path / "headless.npz", {})
+    headless = save_npz(replace_head(weights, 0), tmp_path / "headless.npz", {})
     with raises(UserError, headless, "head"):
         evaluate_json(headless, data_dir, capsys)
     with raises(UserError, path, "--dataset"):

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, write_npz
-from mixer_jax.checkpoints.layouts import layout_views
-from mixer_jax.checkpoints.tree import flatten
+from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.mixer_layouts import GOOGLE
 from tests.helpers.cli_session import run_commands
 from tests.helpers.messages import mentions
-from tests.helpers.random_weights import random_weights
+from tests.helpers.random_weights import random_weights, save_npz
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
@@ -40,8 +37,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     (workspace / "configs").symlink_to(root / "configs")
     config = MixerConfig(1, 32, 16, 8, 16)
     weights = random_weights(config, (224, 224), class_names=(), num_classes=1000)
-    npz = str(workspace / "Mixer-B_16.npz")
-    write_npz(npz, layout_views(dict(flatten(weights.params)), GOOGLE), {})
+    npz = save_npz(weights, workspace / "Mixer-B_16.npz")
     Path(npz + METADATA_SUFFIX).unlink()
     rng = np.random.default_rng(0)
     for name, photograph in zip(("cat", "dog"), load_sample_images().images, strict=True):

@@ -54,7 +54,6 @@ HEAVY = {
     "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
     "matplotlib": {
         "visualization/",
-        "suites/picture.py",
         "benchmarks/report.py",
     },
     "sklearn": {"data/builders/digits.py", "benchmarks/sample_jpegs.py"},

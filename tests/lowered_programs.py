@@ -109,8 +109,8 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100
     config.update_from_flattened_dict({CONFIG_KEYS[key]: v for key, v in settings.items()})
-    configuration.validate(config)
-    return build_for_topology(resolve_for_platform(config, platform), devices)
+    run_config = resolve_for_platform(configuration.parse(config), platform)
+    return build_for_topology(run_config, devices)
 
 
 def train_calls(run: Any) -> dict[str, Call]:
@@ -185,7 +185,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     pixels = batch_shape(run, (*about.image_size, 3), jnp.uint8)
     images = batch_shape(run, (*about.image_size, 3), jnp.float32)
     return {
-        "classes": Call(classifier._top, (classifier._params, pixels, 5)),
+        "classes": Call(classifier._top_k, (classifier._params, pixels, 5)),
         "logits": Call(classifier._logits, (classifier._params, images)),
         "features": Call(headless._logits, (headless._params, images)),
     }
@@ -203,17 +203,18 @@ def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 def built_for(platform: str, device_kind: str) -> Iterator[None]:
     """Makes mixer_jax take the devices that it is given for devices of another kind."""
     from mixer_jax.distributed import xla_options
-    from mixer_jax.models import registry
+    from mixer_jax.models.family import ModelFamily
     from mixer_jax.training import setup
 
-    create_model = registry.create_model
+    build = ModelFamily.build
 
-    def create(*args: Any, **overrides: Any) -> Any:
-        return create_model(*args, **overrides | {"target_device_kind": device_kind})
+    def build_for_kind(family: ModelFamily, *args: Any, execution: Any, **attributes: Any) -> Any:
+        execution = dataclasses.replace(execution, target_device_kind=device_kind)
+        return build(family, *args, execution=execution, **attributes)
 
     options = xla_options.PLATFORM_OPTIONS.get(platform, {})
     with (
-        mock.patch.object(registry, "create_model", create),
+        mock.patch.object(ModelFamily, "build", build_for_kind),
         mock.patch.object(setup, "check_backend"),
         mock.patch.dict(xla_options.PLATFORM_OPTIONS, {"cpu": options}),
     ):

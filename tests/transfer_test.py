@@ -1,4 +1,4 @@
-"""Tests of the door `transfer`: its documentation, its arguments, what it says of wrong ones."""
+"""Tests of `python -m mixer_jax.transfer`: documentation, arguments and their errors."""
 
 import json
 import re
@@ -20,16 +20,16 @@ COMMANDS = [line for line in DOCS.splitlines() if line.startswith("python -m mix
 
 
 @pytest.fixture(autouse=True)
-def place(
+def workspace(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, weights: Path
 ) -> Path:
-    """The working folder, with weights in runs/low; libraries stay as the tests set them."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "runs").mkdir()
-    (place / "runs" / "low").symlink_to(weights)
-    monkeypatch.chdir(place)
+    """The current folder, with weights in runs/low; the command keeps JAX's settings."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    (workspace / "runs").mkdir()
+    (workspace / "runs" / "low").symlink_to(weights)
+    monkeypatch.chdir(workspace)
     monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
-    return place
+    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(save_run(random_weights(), tmp_path_factory.mktemp("weights") / "low"))
 
 
-def test_the_documentations_commands_run(
-    digits_dir: str, place: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_commands_of_the_documentation_run(
+    digits_dir: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(COMMANDS) == 4
-    told = []
+    outputs = []
     for line in COMMANDS:
         arguments = shlex.split(line)[3:]
         if "--report" not in arguments:
@@ -49,14 +50,16 @@ def test_the_documentations_commands_run(
         if "--suite=digits" in arguments:
             arguments += ["--tasks=knn_5_to_9,linear_5_to_9"]
         assert transfer.main(arguments) == 0, line
-        told.append(capsys.readouterr().out)
-    dry, digits, few, again = told
+        outputs.append(capsys.readouterr().out)
+    dry, digits, few, report = outputs
     assert any(mentions(line, "19", "114") for line in dry.splitlines())
     assert re.search(r"^knn_5_to_9, .+  +16 +\d+\.\d\d +1 +167", digits, re.MULTILINE)
     for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
         assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
-    assert again in digits
-    rows = json.loads((place / "runs/low_few_shot_digits_high/results.json").read_text())["rows"]
+    assert report in digits
+    rows = json.loads((workspace / "runs/low_few_shot_digits_high/results.json").read_text())[
+        "rows"
+    ]
     assert {row["num_examples"] for row in rows} == {167}
 
 
@@ -87,7 +90,7 @@ def test_the_documentations_commands_run(
         ),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--image_size=x"],
-            ["--image_size", "x", "own", "auto"],
+            ["--image_size", "x", "native", "auto"],
         ),
         (["--suite=digits", "--checkpoint=runs/low", "--step=7"], ["7", "1"]),
         (
@@ -109,7 +112,10 @@ def test_the_documentations_commands_run(
             ["--suite=digits", "--checkpoint=runs/low", "--workdir=runs/low"],
             ["runs/low", "mixer_jax.main", "--workdir"],
         ),
-        (["--suite=wrong.py", "--checkpoint=runs/low"], ["wrong", "tasks", "FineTune", "Probe"]),
+        (
+            ["--suite=wrong.py", "--checkpoint=runs/low"],
+            ["wrong", "tasks", "FineTuneTask", "ProbeTask"],
+        ),
         (
             ["--report", "--workdir=x", "--suite=digits", "--dry_run", "--config.seed=3"],
             ["--report", "--workdir", "--suite", "--dry_run", "--config.seed"],
@@ -118,38 +124,38 @@ def test_the_documentations_commands_run(
         (["--report", "--workdir=runs/low"], ["runs/low", "suite.json"]),
     ],
 )
-def test_wrong_arguments(
-    arguments: list[str], parts: list[str], digits_dir: str, place: Path
+def test_main_rejects_invalid_arguments(
+    arguments: list[str], parts: list[str], digits_dir: str, workspace: Path
 ) -> None:
-    (place / "bad.py").write_text("x")
-    (place / "empty.py").write_text("")
-    (place / "other.py").write_text("SUITE = 3")
+    (workspace / "bad.py").write_text("x")
+    (workspace / "empty.py").write_text("")
+    (workspace / "other.py").write_text("SUITE = 3")
     suite = "from mixer_jax.suites.tasks import Suite\nSUITE = Suite('wrong', '', ())"
-    (place / "wrong.py").write_text(suite)
-    before = sorted(place.iterdir())
+    (workspace / "wrong.py").write_text(suite)
+    before = sorted(workspace.iterdir())
     if "--report" not in arguments:
         arguments = [*arguments, f"--data_dir={digits_dir}"]
     with pytest.raises(UserError) as caught:
         transfer.main(arguments)
     # The path may have numbers in it.
-    message = str(caught.value).replace(f"{place}/", "")
+    message = str(caught.value).replace(f"{workspace}/", "")
     assert mentions(message, *parts)
     assert "\n" not in message
-    assert [path for path in sorted(place.iterdir()) if path.name != "__pycache__"] == before
-    assert [path.name for path in (place / "runs").iterdir()] == ["low"]
+    assert [path for path in sorted(workspace.iterdir()) if path.name != "__pycache__"] == before
+    assert [path.name for path in (workspace / "runs").iterdir()] == ["low"]
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-3", ""])
-def test_sizes_are_told_before_weights_are_looked_for(
+def test_main_rejects_image_sizes_before_resolving_the_checkpoint(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "resolve_checkpoint", lambda *_: pytest.fail("too late"))
-    with raises(UserError, "--image_size", repr(value), "own", "auto"):
+    with raises(UserError, "--image_size", repr(value), "native", "auto"):
         transfer.main(["--suite=digits", "--checkpoint=runs/low", f"--image_size={value}"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "place", "folder"),
+    ("arguments", "checkpoint", "folder"),
     [
         (["--suite=digits"], CheckpointRef("run", "/a/low", 7), "runs/low_digits"),
         (["--suite=digits", "--step=7"], CheckpointRef("run", "/a/low", 7), "runs/low_7_digits"),
@@ -177,35 +183,38 @@ def test_sizes_are_told_before_weights_are_looked_for(
         ),
     ],
 )
-def test_default_folders_differ(arguments: list[str], place: CheckpointRef, folder: str) -> None:
-    known, _ = transfer._parse(["--checkpoint=low", *arguments])
-    assert transfer._default_workdir(place, known).startswith(folder)
-    named, _ = transfer._parse(["--checkpoint=low/checkpoints/7", *arguments])
-    if place.format == "run":
-        assert transfer._default_workdir(place, named).startswith("runs/low_7_")
+def test_default_workdir_is_named_after_its_inputs(
+    arguments: list[str], checkpoint: CheckpointRef, folder: str
+) -> None:
+    args, _ = transfer._parse_args(["--checkpoint=low", *arguments])
+    assert transfer._default_workdir(checkpoint, args).startswith(folder)
+    with_step, _ = transfer._parse_args(["--checkpoint=low/checkpoints/7", *arguments])
+    if checkpoint.format == "run":
+        assert transfer._default_workdir(checkpoint, with_step).startswith("runs/low_7_")
 
 
-def test_programs_are_kept_where_the_key_says(
+def test_main_configures_the_compilation_cache(
     digits_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders: list[str] = []
     monkeypatch.setattr(common, "configure_jax", folders.append)
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--dry_run", "--tasks=knn_5_to_9"]
-    for more in ([], ["--config.compilation_cache=/c"]):
-        assert transfer.main([*arguments, *more]) == 0
+    for overrides in ([], ["--config.compilation_cache=/c"]):
+        assert transfer.main([*arguments, *overrides]) == 0
     assert folders == ["~/.cache/mixer_jax", "/c"]
 
 
 @pytest.mark.parametrize("file", ["suite.json", "result.json", "throughput.json"])
-def test_damaged_files_are_named(
-    file: str, digits_dir: str, place: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_report_names_damaged_files(
+    file: str, digits_dir: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--tasks=knn_5_to_9", "--workdir=here"]
     arguments += [] if file == "throughput.json" else ["--no_throughput"]
     assert transfer.main(arguments) == 0
-    (path,) = [path for path in (place / "here").rglob(file) if "fresh" not in path.parts]
+    (path,) = [path for path in (workspace / "here").rglob(file) if "fresh" not in path.parts]
     path.write_text("{")
     with raises(UserError, file):
         transfer.main(["--report", "--workdir=here"])
@@ -214,19 +223,20 @@ def test_damaged_files_are_named(
         transfer.main(["--report", "--workdir=here"])
 
 
-def test_missing_data_exit_with_2_and_leave_nothing(
-    place: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_missing_data_exit_with_2_and_write_nothing(
+    workspace: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(root))
     arguments = ["--checkpoint=runs/low", "--suite=avg5", "--data_dir=nowhere", "--workdir=here"]
     done = run_cli("transfer", *arguments, code=2)
     (line,) = done.stderr.splitlines()
     assert mentions(line, "5", "imagenet", "cifar10")
-    assert not (place / "here").exists()
+    assert not (workspace / "here").exists()
 
 
 def test_a_failed_task_exits_with_1(
-    digits_dir: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    digits_dir: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("it broke")
@@ -235,5 +245,5 @@ def test_a_failed_task_exits_with_1(
     arguments = ["--suite=digits", "--checkpoint=runs/low", f"--data_dir={digits_dir}"]
     arguments += ["--tasks=knn_5_to_9", "--workdir=here", "--no_throughput"]
     assert transfer.main(arguments) == 1
-    lines = (place / "here/results.txt").read_text().splitlines()
+    lines = (workspace / "here/results.txt").read_text().splitlines()
     assert any(mentions(line, "knn_5_to_9", "RuntimeError", "it broke") for line in lines)

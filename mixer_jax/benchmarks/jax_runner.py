@@ -32,7 +32,7 @@ from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.mixer_config import get_config
 from mixer_jax.models.params import cast_weights, prepare_inference_params
-from mixer_jax.models.registry import from_config, resolve_dtype
+from mixer_jax.models.registry import build_model, get_family, resolve_dtype
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
@@ -199,8 +199,9 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
     settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
-    section = dataclasses.asdict(ModelConfig(**settings, **candidate.overrides))
-    return from_config(section, workload.num_classes, device.device_kind)
+    declared = ModelConfig(**settings, **candidate.overrides)
+    model = (get_family(declared.family), declared.architecture, workload.num_classes)
+    return build_model(*model, declared.settings, device.platform, device.device_kind)
 
 
 def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:

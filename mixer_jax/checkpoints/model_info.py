@@ -10,7 +10,7 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, get_family
 
 # Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
 METADATA_FIELDS = (
@@ -86,10 +86,15 @@ class ModelInfo:
         """
         with _metadata_errors(source):
             data = upgrade_metadata(data)
+            # Older versions had Mixers only.
+            family = data.get("family", DEFAULT_FAMILY)
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise UserError(f"{source}: family must be one of {known}, got {family!r}.")
             return cls(
-                data["family"],
+                family,
                 data["variant"],
-                get_family(data["family"]).config_class(**data["config"]),
+                FAMILIES[family].config_class(**data["config"]),
                 num_classes=data["num_classes"],
                 **validate_metadata(data, source),
             )
@@ -126,8 +131,7 @@ class ModelInfo:
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
     """Translates metadata of a model that an older version saved to the present spellings."""
-    upgraded = {"family": DEFAULT_FAMILY}
-    upgraded |= {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
+    upgraded = {_OLD_FIELDS.get(name, name): value for name, value in data.items()}
     if "eval_crop" in upgraded:
         crop = upgraded["eval_crop"]
         upgraded["eval_crop"] = upgrade_value("preprocess.eval_crop", crop)

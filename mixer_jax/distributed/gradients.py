@@ -9,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from mixer_jax.distributed.sharding import DATA, FSDP, batch_sharding, state_sharding
+from mixer_jax.models.registry import DEFAULT_FAMILY
 
 Tree = Any
 # Maps full parameters, the examples of one device and shared values to a mean and its gradient.
@@ -16,7 +17,10 @@ ValueAndGrad = Callable[[Tree, Tree, Tree], tuple[Array, Tree]]
 
 
 def sharded_value_and_grad(
-    value_and_grad: ValueAndGrad, mesh: Mesh, cast: Callable[[Tree], Tree]
+    value_and_grad: ValueAndGrad,
+    mesh: Mesh,
+    cast: Callable[[Tree], Tree],
+    family: str = DEFAULT_FAMILY,
 ) -> Callable[[Tree, Tree, Tree], tuple[Float[Array, ""], Tree]]:
     """Extends a function of the examples of one device to a batch that is sharded over all.
 
@@ -30,6 +34,7 @@ def sharded_value_and_grad(
             the batch.
         mesh: Mesh of `make_mesh`.
         cast: Conversion of parameters before they are sent.
+        family: Family of the model, as for `state_sharding`.
 
     Returns:
         A function of parameters sharded by `state_sharding`, a batch sharded by `batch_sharding`,
@@ -47,7 +52,7 @@ def sharded_value_and_grad(
             # Not every compiler removes collectives of one device.
             value, grads = value_and_grad(cast(params), batch, shared)
             return value, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
-        specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(params, mesh))
+        specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(params, mesh, family))
         mapped = jax.shard_map(
             lambda shards, examples, shared: per_device(shards, specs, examples, shared),
             mesh=mesh,

@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 
 DATA, FSDP = "data", "fsdp"
 
@@ -100,25 +101,26 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def state_sharding(tree: Any, mesh: Mesh) -> Any:
+def state_sharding(tree: Any, mesh: Mesh, family: str = DEFAULT_FAMILY) -> Any:
     """Returns the shardings of a tree: weight matrices over "fsdp", all other arrays replicated.
 
-    Weight matrices are all but a thousandth of a Mixer's parameters. Sharding the rest would save
-    no memory and send many small messages.
-
     Args:
-        tree: Arrays or their shapes. Optimizer moments have the name and shape of their parameter,
+        tree: Arrays or their shapes. Optimizer moments have the path and shape of their parameter,
             and so the same sharding.
         mesh: Mesh of `make_mesh`.
+        family: Family of the model, which selects the arrays to shard.
 
     Returns:
         A `NamedSharding` per array.
     """
+    is_sharded = get_family(family).is_fsdp_sharded
 
     def shard(path: Any, array: Any) -> NamedSharding:
         spec: list[str | None] = [None] * len(array.shape)
         axis = fsdp_axis(array.shape, mesh)
-        if axis is not None and getattr(path[-1], "key", None) == "kernel":
+        # Without the positions of parameters in the state.
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        if axis is not None and names and is_sharded(names):
             spec[axis] = FSDP
         return NamedSharding(mesh, PartitionSpec(*spec))
 

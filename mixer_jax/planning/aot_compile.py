@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from mixer_jax.config.config import parse
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import summarize_error
 from mixer_jax.evaluation.classification import make_eval_step
@@ -71,7 +70,7 @@ class OutOfMemory(NamedTuple):
     excludes_arguments: bool
 
 
-def build_for_topology(config: ConfigDict, devices: Sequence[Any]) -> Experiment:
+def build_for_topology(config: RunConfig, devices: Sequence[Any]) -> Experiment:
     """Builds model, mesh and step functions of a run, with placeholder datasets.
 
     Args:
@@ -81,7 +80,7 @@ def build_for_topology(config: ConfigDict, devices: Sequence[Any]) -> Experiment
     Raises:
         UserError: The config does not fit the devices or leaves the dataset's size open.
     """
-    return build_experiment(parse(config), placeholder_datasets(config), devices=list(devices))
+    return build_experiment(config, placeholder_datasets(config), devices=list(devices))
 
 
 def compile_train_step(

@@ -3,9 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from mixer_jax.config.config import architecture_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.models.family import ModelFamily
 from mixer_jax.models.registry import get_family
 from mixer_jax.planning.hlo.collectives import (
@@ -92,7 +90,9 @@ class RunSpec(NamedTuple):
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
-        flops = self.family.recomputed_flops(self.architecture, self.image_size, self.remat)
+        flops = self.family.cost_model.recomputed_flops(
+            self.architecture, self.image_size, self.remat
+        )
         return self.batch_size * flops
 
     @property
@@ -103,14 +103,16 @@ class RunSpec(NamedTuple):
     @property
     def saved_activation_bytes(self) -> float:
         """Bytes of residuals saved for the backward pass, per image, in all blocks."""
-        return self.family.saved_activation_bytes(
+        return self.family.cost_model.saved_activation_bytes(
             self.architecture, self.image_size, self.remat, self.itemsize
         )
 
     @property
     def live_block_bytes(self) -> float:
         """Bytes that are live in the middle of one block, per image."""
-        return self.family.live_block_bytes(self.architecture, self.image_size, self.itemsize)
+        return self.family.cost_model.live_block_bytes(
+            self.architecture, self.image_size, self.itemsize
+        )
 
 
 class Memory(NamedTuple):
@@ -141,7 +143,7 @@ class Memory(NamedTuple):
         return self.parameters + self.moments + self.batch
 
 
-def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
+def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
     """Extracts the numbers of a run from its config.
 
     Args:
@@ -154,9 +156,7 @@ def run_spec(config: ConfigDict, num_classes: int, num_steps: int, num_devices: 
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
         family=family,
-        architecture=family.get_config(
-            config.model.variant, **architecture_overrides(config.model)
-        ),
+        architecture=config.model.architecture,
         image_size=config.image_size,
         num_classes=num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,

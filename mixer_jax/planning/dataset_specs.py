@@ -1,13 +1,14 @@
 """Placeholder datasets with the number of examples and classes of a run, but no images."""
 
+import dataclasses
 import re
 
-from ml_collections import ConfigDict
-
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
+from mixer_jax.models.execution import resolve_execution
 from mixer_jax.models.family import INIT_FROM
-from mixer_jax.models.registry import resolve_auto
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import RunDatasets
 
 # Classes and training examples, from TFDS.
@@ -22,7 +23,7 @@ _KNOWN_DATASETS = {
 _SPLIT = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
 
 
-def placeholder_datasets(config: ConfigDict) -> RunDatasets:
+def placeholder_datasets(config: RunConfig) -> RunDatasets:
     """Creates datasets with the number of examples and classes in a config.
 
     Raises:
@@ -44,11 +45,11 @@ def placeholder_datasets(config: ConfigDict) -> RunDatasets:
     return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
 
 
-def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+def resolve_for_platform(config: RunConfig, platform: str) -> RunConfig:
     """Returns a copy of a config with every `auto` setting resolved for an accelerator.
 
     Args:
-        config: Config that passed `validate`.
+        config: Run to plan.
         platform: Platform of the devices, as JAX names it.
 
     Raises:
@@ -59,10 +60,11 @@ def resolve_for_platform(config: ConfigDict, platform: str) -> ConfigDict:
             "config.model.variant must name an architecture, because planning does not read "
             f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
         )
-    resolved = config.copy_and_resolve_references()
-    resolved.model.update(resolve_auto(resolved.model.to_dict(), platform))
-    resolved.compilation_cache = ""
-    return resolved
+    model, family = config.model, get_family(config.model.family)
+    num_blocks = family.num_blocks(model.architecture)
+    resolved = resolve_execution(model.settings, platform, num_blocks, family.block_backends)
+    model = dataclasses.replace(model, **resolved)
+    return dataclasses.replace(config, model=model, compilation_cache="")
 
 
 def _count_examples(split: str, total: int) -> int:

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from mixer_jax.config.config import check_warmup, resolve_num_steps
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.planning.cost_model import (
     Memory,
@@ -68,7 +67,7 @@ class Plan(NamedTuple):
             is unknown, and which are counted as if they ran once.
     """
 
-    config: ConfigDict
+    config: RunConfig
     topology: Topology
     run: RunSpec
     memory_estimate: Memory
@@ -108,7 +107,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    config: ConfigDict,
+    config: RunConfig,
     topology: Topology,
     *,
     devices: list[Any] | None = None,
@@ -118,7 +117,7 @@ def make_plan(
     """Plans a run: by compiling its steps for TPUs, by formulas alone for GPUs.
 
     Args:
-        config: Config that passed `validate`.
+        config: Run to plan.
         topology: Topology from `parse_topology`.
         devices: Devices of the topology, if they exist already.
         with_eval: Whether to compile the evaluation step, too.
@@ -182,7 +181,7 @@ def _collectives_of(
     return find_collectives(program, mesh, roles, topology.num_slices)
 
 
-def _plan_by_formula(config: ConfigDict, topology: Topology) -> Plan:
+def _plan_by_formula(config: RunConfig, topology: Topology) -> Plan:
     dataset = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(dataset))
     check_warmup(config, num_steps)
@@ -196,7 +195,7 @@ def _plan_by_formula(config: ConfigDict, topology: Topology) -> Plan:
     return _add_bound(plan, device_locations(topology, None))
 
 
-def _estimate_plan(config: ConfigDict, topology: Topology, run: RunSpec) -> Plan:
+def _estimate_plan(config: RunConfig, topology: Topology, run: RunSpec) -> Plan:
     """Returns a plan with estimates of memory alone."""
     eval_memory = estimate_eval_memory(run, config.eval_batch_size)
     return Plan(config, topology, run, estimate_memory(run), eval_memory)

@@ -1,15 +1,14 @@
 """Sweep over settings that change only speed and memory, ranked by the bound on the step time."""
 
+import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from mixer_jax.config.config import resolve_num_steps
-from mixer_jax.config.schema import FIELDS
+from mixer_jax.config.schema import FIELDS, RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory, run_spec
@@ -52,13 +51,15 @@ class SweepPoint(NamedTuple):
             f"--config.model.scan_unroll={self.scan_unroll}"
         )
 
-    def apply(self, config: ConfigDict) -> ConfigDict:
+    def apply(self, config: RunConfig) -> RunConfig:
         """Returns a copy of a config with these settings."""
-        changed = config.copy_and_resolve_references()
-        changed.recipe.grad_accum_steps = self.num_microbatches
-        changed.mesh.data, changed.mesh.fsdp = 0, self.fsdp
-        changed.model.remat, changed.model.scan_unroll = self.remat, self.scan_unroll
-        return changed
+        replace = dataclasses.replace
+        return replace(
+            config,
+            recipe=replace(config.recipe, grad_accum_steps=self.num_microbatches),
+            mesh=replace(config.mesh, data=0, fsdp=self.fsdp),
+            model=replace(config.model, remat=self.remat, scan_unroll=self.scan_unroll),
+        )
 
 
 class SweepResult(NamedTuple):
@@ -98,7 +99,7 @@ class SweepResult(NamedTuple):
 
 
 def sweep(
-    config: ConfigDict, topology: Topology, dimensions: str, *, fast_compile: bool = False
+    config: RunConfig, topology: Topology, dimensions: str, *, fast_compile: bool = False
 ) -> list[SweepResult]:
     """Plans a run with different settings and ranks them, the best first.
 
@@ -107,7 +108,7 @@ def sweep(
     the best result only. Progress is logged to stderr. Ctrl-C ranks the results so far.
 
     Args:
-        config: Config that passed `validate`.
+        config: Run to plan.
         topology: Topology from `parse_topology`.
         dimensions: "all", or a comma-separated list of `DIMENSIONS`.
         fast_compile: Whether to compile in less time to less optimized programs.

@@ -46,7 +46,7 @@ class StepSpec(NamedTuple):
 def estimate_traffic(step: StepSpec) -> dict[str, Traffic]:
     """Estimates the traffic of each region of a step, per image."""
     model = (step.architecture, step.image_size, step.num_classes)
-    traffic = step.family.estimate_traffic(
+    traffic = step.family.cost_model.estimate_traffic(
         *model, batch_size=step.batch_size, itemsize=step.itemsize, train=step.train
     )
     update = 0.0

@@ -1,26 +1,40 @@
-"""The suites that judge a checkpoint: the paper's, and one that needs no download.
+"""Built-in suites: the paper's average of five tasks, VTAB-1k, and digits without downloads.
 
 Fine-tuning follows Section 3, Appendix A.2 and the protocol of arXiv 2010.11929, B.1.1, to which
-they refer. A suite of your own is a Python file with a `SUITE` made of the same parts.
+they refer. A custom suite is a Python file that defines `SUITE` with the same classes.
+
+Sources of the VTAB-1k constants, 19 tasks with 1,000 training images each (arXiv 1910.04867):
+
+- Data sets, labels, numbers of classes and splits: the code of VTAB's authors, google-research/
+  task_adaptation, task_adaptation/data/*.py. 800 images train the sweep, 200 validate it, and both
+  train the final run; "validation" is a later part of the training data where TFDS has no such
+  split (for smallnorb, the first half of its test data). The test data are complete.
+- Numbers of examples: the catalog of TFDS (tensorflow.org/datasets/catalog). Slices that VTAB
+  computes from them, such as the last tenth of the training data, are written out.
+- Steps, warmup and learning rates: the Mixer paper, Section 3 and Appendix A.2.
+- Crops and flips: BiT (arXiv 1912.11370), Section 3.3 and Appendix F, which the ViT paper follows
+  for VTAB (arXiv 2010.11929, Appendix B.1.1) and whose protocol the Mixer paper uses: training
+  images are resized, cropped at random and flipped, except where that changes the label; test
+  images are only resized. BiT's list is short: house numbers are flipped too.
+- Large images: BiT, Section 3.3: those with an area of at least 96 × 96 px.
 """
 
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Suite, Task
-from mixer_jax.suites.vtab import VTAB_1K
 
 IMAGENET = FineTuneTask(
     name="imagenet",
     dataset="imagenet2012",
     num_classes=1_000,
-    choose_split="train[:99%]",
-    validation_split="train[99%:]",
+    sweep_train_split="train[:99%]",
+    sweep_val_split="train[99%:]",
     train_split="train",
     test_split="validation",
     num_examples=(1_268_355, 12_812, 1_281_167, 50_000),
     num_steps=20_000,
     warmup_steps=500,
-    large=True,
-    also={"real": ("imagenet2012_real", "validation")},
-    paper="imagenet",
+    is_large_image=True,
+    extra_evals={"real": ("imagenet2012_real", "validation")},
+    paper_column="imagenet",
 )
 
 AVG5 = (
@@ -29,65 +43,65 @@ AVG5 = (
         name="cifar10",
         dataset="cifar10",
         num_classes=10,
-        choose_split="train[:98%]",
-        validation_split="train[98%:]",
+        sweep_train_split="train[:98%]",
+        sweep_val_split="train[98%:]",
         train_split="train",
         test_split="test",
         num_examples=(49_000, 1_000, 50_000, 10_000),
         num_steps=10_000,
         warmup_steps=500,
-        large=False,
+        is_large_image=False,
     ),
     FineTuneTask(
         name="cifar100",
         dataset="cifar100",
         num_classes=100,
-        choose_split="train[:98%]",
-        validation_split="train[98%:]",
+        sweep_train_split="train[:98%]",
+        sweep_val_split="train[98%:]",
         train_split="train",
         test_split="test",
         num_examples=(49_000, 1_000, 50_000, 10_000),
         num_steps=10_000,
         warmup_steps=500,
-        large=False,
+        is_large_image=False,
     ),
     FineTuneTask(
         name="pets",
         dataset="oxford_iiit_pet",
         num_classes=37,
-        choose_split="train[:90%]",
-        validation_split="train[90%:]",
+        sweep_train_split="train[:90%]",
+        sweep_val_split="train[90%:]",
         train_split="train",
         test_split="test",
         num_examples=(3_312, 368, 3_680, 3_669),
         num_steps=500,
         warmup_steps=100,
-        large=True,
+        is_large_image=True,
     ),
     FineTuneTask(
         name="flowers",
         dataset="oxford_flowers102",
         num_classes=102,
-        # A tenth of the 2,040 images of both splits that are trained on in the end.
-        choose_split="train[:90%]+validation[:90%]",
-        validation_split="train[90%:]+validation[90%:]",
+        # A tenth of each of the two splits that train the final runs.
+        sweep_train_split="train[:90%]+validation[:90%]",
+        sweep_val_split="train[90%:]+validation[90%:]",
         train_split="train+validation",
         test_split="test",
         num_examples=(1_836, 204, 2_040, 6_149),
         num_steps=500,
         warmup_steps=100,
-        large=True,
+        is_large_image=True,
     ),
 )
 
-# The digits 5-9 for a model that was trained on 0-4. The protocol is the paper's, in miniature.
+# Digits 5-9, for a model trained on 0-4: the paper's protocol in miniature.
 DIGITS: tuple[Task, ...] = (
     FineTuneTask(
         name="digits_5_to_9",
         dataset="digits/high",
         num_classes=5,
-        choose_split="train[:90%]",
-        validation_split="train[90%:]",
+        sweep_train_split="train[:90%]",
+        sweep_val_split="train[90%:]",
         train_split="train",
         test_split="test",
         num_examples=(656, 73, 729, 167),
@@ -95,7 +109,7 @@ DIGITS: tuple[Task, ...] = (
         warmup_steps=30,
         learning_rates=(0.03, 0.1, 0.3),
         batch_size=64,
-        large=False,
+        is_large_image=False,
         flip=False,
     ),
     *(
@@ -107,20 +121,131 @@ DIGITS: tuple[Task, ...] = (
             test_split="test",
             num_classes=5,
             num_examples=(729, 167),
-            large=False,
+            is_large_image=False,
             eval_crop="resize",
-            beside_fresh=True,
+            compare_random_init=True,
         )
         for method in ("few_shot", "linear", "knn")
     ),
 )
 
+_VTAB_SWEEP_TRAIN = "train[:800]"
+# BiT, Appendix F: labels that flipping, or cropping, would change.
+_NEVER_FLIPPED = {"dsprites_orientation", "dsprites_position", "smallnorb_azimuth"}
+_NEVER_CROPPED = {
+    "clevr_count",
+    "clevr_distance",
+    "dmlab",
+    "dsprites_position",
+    "kitti_distance",
+}
+# Data sets with images of 32 or 64 px.
+_SMALL_IMAGES = {"cifar100", "svhn", "eurosat", "dsprites_orientation", "dsprites_position"}
+
+# Name, data set, classes, sweep validation split, test split, number of test images.
+_VTAB_TASKS = {
+    "natural": (
+        ("caltech101", "caltech101", 102, "train[2754:2954]", "test", 6084),
+        ("cifar100", "cifar100", 100, "train[45000:45200]", "test", 10000),
+        ("dtd", "dtd", 47, "validation[:200]", "test", 1880),
+        ("flowers102", "oxford_flowers102", 102, "validation[:200]", "test", 6149),
+        ("pets", "oxford_iiit_pet", 37, "train[2944:3144]", "test", 3669),
+        ("sun397", "sun397/tfds", 397, "validation[:200]", "test", 21750),
+        ("svhn", "svhn_cropped", 10, "train[65931:66131]", "test", 26032),
+    ),
+    "specialised": (
+        ("patch_camelyon", "patch_camelyon", 2, "validation[:200]", "test", 32768),
+        ("eurosat", "eurosat/rgb", 10, "train[16200:16400]", "train[21600:]", 5400),
+        ("resisc45", "resisc45", 45, "train[18900:19100]", "train[25200:]", 6300),
+        (
+            "diabetic_retinopathy",
+            "diabetic_retinopathy_detection/btgraham-300",
+            5,
+            "validation[:200]",
+            "test",
+            42670,
+        ),
+    ),
+    "structured": (
+        ("clevr_count", "clevr@count_all", 8, "train[63000:63200]", "validation", 15000),
+        (
+            "clevr_distance",
+            "clevr@closest_object_distance",
+            6,
+            "train[63000:63200]",
+            "validation",
+            15000,
+        ),
+        ("dmlab", "dmlab", 6, "validation[:200]", "test", 22735),
+        (
+            "dsprites_position",
+            "dsprites@x_position",
+            16,
+            "train[589824:590024]",
+            "train[663552:]",
+            73728,
+        ),
+        (
+            "dsprites_orientation",
+            "dsprites@orientation",
+            16,
+            "train[589824:590024]",
+            "train[663552:]",
+            73728,
+        ),
+        ("smallnorb_azimuth", "smallnorb@label_azimuth", 18, "test[:200]", "test[12150:]", 12150),
+        (
+            "smallnorb_elevation",
+            "smallnorb@label_elevation",
+            9,
+            "test[:200]",
+            "test[12150:]",
+            12150,
+        ),
+        ("kitti_distance", "kitti@closest_vehicle_distance", 4, "validation[:200]", "test", 711),
+    ),
+}
+
+
+def _vtab_task(
+    group: str,
+    name: str,
+    dataset: str,
+    num_classes: int,
+    val_split: str,
+    test_split: str,
+    num_test: int,
+) -> FineTuneTask:
+    return FineTuneTask(
+        name=name,
+        dataset=dataset,
+        num_classes=num_classes,
+        sweep_train_split=_VTAB_SWEEP_TRAIN,
+        sweep_val_split=val_split,
+        train_split=f"{_VTAB_SWEEP_TRAIN}+{val_split}",
+        test_split=test_split,
+        num_examples=(800, 200, 1000, num_test),
+        num_steps=2500,
+        warmup_steps=500,
+        learning_rates=(0.003, 0.01, 0.03),
+        is_large_image=name not in _SMALL_IMAGES,
+        train_crop="resize" if name in _NEVER_CROPPED else "random_crop",
+        flip=name not in _NEVER_FLIPPED,
+        eval_crop="resize",
+        group=group,
+    )
+
+
+VTAB_1K: tuple[FineTuneTask, ...] = tuple(
+    _vtab_task(group, *row) for group, rows in _VTAB_TASKS.items() for row in rows
+)
+
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("avg5", "the paper's mean over five tasks", AVG5, paper="avg5"),
-        Suite("imagenet", "ImageNet, and ReaL's labels for it", (IMAGENET,)),
-        Suite("vtab1k", "VTAB-1k's nineteen tasks of 1,000 images", VTAB_1K, paper="vtab"),
+        Suite("avg5", "the paper's average of five tasks", AVG5, paper_column="avg5"),
+        Suite("imagenet", "ImageNet, also with ReaL labels", (IMAGENET,)),
+        Suite("vtab1k", "VTAB-1k, nineteen tasks of 1,000 images", VTAB_1K, paper_column="vtab"),
         Suite("digits", "digits 5-9, for a model trained on 0-4", DIGITS),
     )
 }
@@ -133,14 +258,14 @@ def few_shot_suite(
     shots: tuple[int, ...],
     methods: tuple[str, ...],
 ) -> Suite:
-    """Returns a suite of probes on any data set (the paper plots 5 shots of ImageNet).
+    """Creates a suite of probes on any data set (the paper plots 5 shots of ImageNet).
 
     Args:
-        dataset: as `config.dataset.name`.
-        train_split: in TFDS syntax; the probes learn from it.
-        test_split: likewise.
-        shots: images a class.
-        methods: as `ProbeTask` has them.
+        dataset: Data set, as in `config.dataset.name`.
+        train_split: Split to fit the probes on, in TFDS syntax.
+        test_split: Split to evaluate on.
+        shots: Images per class.
+        methods: Methods of `ProbeTask`.
     """
     probes = [
         ProbeTask(method, dataset, method, train_split, test_split, shots=shots)

@@ -1,23 +1,23 @@
-"""What the paper measured with its Mixers (Tables 2 and 3), to stand beside our own results."""
+"""Results of the Mixers in the paper (Tables 2 and 3), for comparison."""
 
 import re
 from typing import NamedTuple
 
 
 class PaperRow(NamedTuple):
-    """A row of the paper's Table 2 or 3; scores in percent.
+    """Row of the paper's Table 2 or 3; accuracies in percent.
 
     Attributes:
-        table: its number.
-        data: pre-training data: "i1k", "i21k", "jft".
-        variant: of the model.
-        image_size: of fine-tuning, pixels.
-        imagenet: top-1 accuracy.
-        real: by the labels of arXiv 2006.07159.
-        avg5: mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
-        vtab: mean over VTAB-1k's 19 tasks; None: not measured.
-        images_per_second: on one core of a TPU v3.
-        core_days: of pre-training, on cores of a TPU v3.
+        table: Number of the table.
+        data: Pre-training data: "i1k", "i21k" or "jft".
+        variant: Mixer variant, such as "B/16".
+        image_size: Image size of fine-tuning, in pixels.
+        imagenet: Top-1 accuracy on ImageNet.
+        real: Accuracy with ReaL labels (arXiv 2006.07159).
+        avg5: Mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
+        vtab: Mean over VTAB-1k's 19 tasks; None if not measured.
+        images_per_second: Throughput of one TPU v3 core.
+        core_days: Pre-training cost, in days of one TPU v3 core.
     """
 
     table: int
@@ -32,9 +32,14 @@ class PaperRow(NamedTuple):
     core_days: int
 
     @property
+    def model(self) -> str:
+        """Full name of the model."""
+        return f"Mixer-{self.variant}"
+
+    @property
     def title(self) -> str:
-        """Which row it is, for people."""
-        return f"Table {self.table}, Mixer-{self.variant} from {self.data} at {self.image_size} px"
+        """Description of the row."""
+        return f"Table {self.table}, {self.model} from {self.data} at {self.image_size} px"
 
 
 # Table 2 comes first: where both have a row, its evaluation crop is the one used at that size.
@@ -55,41 +60,41 @@ PAPER = (
     PaperRow(3, "jft", "H/14", 224, 86.32, 89.14, 95.49, None, 194, 1010),
 )
 
-# Pre-training data, by what their data sets are called.
-_DATA = {"imagenet21k": "i21k", "imagenet2012": "i1k", "jft": "jft"}
-# Of weights that come without a config, told by the number of their classes.
-_CLASSES = {21_843: "i21k", 1_000: "i1k"}
-DATA = tuple(_DATA.values())
+# The paper's names of pre-training data, by names of data sets.
+_PRETRAIN_DATASETS = {"imagenet21k": "i21k", "imagenet2012": "i1k", "jft": "jft"}
+# The same by the number of classes, for weights without a config.
+_BY_NUM_CLASSES = {21_843: "i21k", 1_000: "i1k"}
+PRETRAIN_DATASETS = tuple(_PRETRAIN_DATASETS.values())
 
 
-def find_row(data: str, variant: str, image_size: int) -> PaperRow | None:
-    """Returns the paper's row for a model, if it has one.
+def find_row(pretrain_dataset: str, model: str, image_size: int) -> PaperRow | None:
+    """Returns the paper's row for a model; None if there is none.
 
     Args:
-        data: it was pre-trained on, one of `DATA`; empty: unknown.
-        variant: of the model.
-        image_size: the largest that it is fine-tuned at, pixels.
+        pretrain_dataset: One of `PRETRAIN_DATASETS`; empty if unknown.
+        model: Full name of the model, such as "Mixer-B/16".
+        image_size: Largest image size of fine-tuning, in pixels.
     """
-    wanted = (data, variant, image_size)
-    rows = (row for row in PAPER if (row.data, row.variant, row.image_size) == wanted)
+    key = (pretrain_dataset, model, image_size)
+    rows = (row for row in PAPER if (row.data, row.model, row.image_size) == key)
     return next(rows, None)
 
 
 def infer_pretrain_dataset(
     dataset: str, init_from: str, num_classes: int, mixture: bool = False
 ) -> str:
-    """Returns what weights were pre-trained on, one of `DATA`; empty where it cannot be told.
+    """Returns the pre-training data, one of `PRETRAIN_DATASETS`; empty if unknown.
 
     Args:
-        dataset: of the run that trained them; empty: they are no run's, and the number of classes
-            has to tell.
-        init_from: of that run; weights that began with others were pre-trained on more than it.
-        num_classes: of their head.
-        mixture: whether that run trained on several data sets.
+        dataset: Training data of the run that wrote the checkpoint. Empty if no run did; the number
+            of classes then decides.
+        init_from: Checkpoint that this run started from, which was trained on other data.
+        num_classes: Number of classes of the head.
+        mixture: Whether the run trained on several data sets.
     """
     if init_from or mixture:
         return ""
     if not dataset:
-        return _CLASSES.get(num_classes, "")
+        return _BY_NUM_CLASSES.get(num_classes, "")
     # As in imagenet2012:5.1.0 and NAME/CONFIG@LABEL; imagenet2012_subset is another data set.
-    return _DATA.get(re.split("[/:@]", dataset)[0], "")
+    return _PRETRAIN_DATASETS.get(re.split("[/:@]", dataset)[0], "")

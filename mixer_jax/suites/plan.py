@@ -1,4 +1,4 @@
-"""What a suite is going to do, kept in its folder so that a later start does the same."""
+"""Plan of a suite, stored in its workdir so that a later start runs the same."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from mixer_jax.training.workdir import CONFIG_FILE
 
 SUITE_FILE = "suite.json"
 _OVERRIDES = "overrides."
-# What says nothing of the result: where data lie, what people are told.
+# Fields that do not affect the results.
 _NOT_COMPARED = (
     "data_dir",
     "device_days",
@@ -33,26 +33,25 @@ _NOT_COMPARED = (
     "pretrain_dataset_assumed",
     "suite.title",
 )
-# Differences that an error names.
-_MOST_TOLD = 5
+_MAX_DIFFERENCES = 5
 
 
 class TransferPlan(NamedTuple):
-    """A suite for a checkpoint.
+    """Suite to run for a checkpoint.
 
     Attributes:
-        suite: what is done.
-        setting: with what.
-        image_sizes: of every task by its name, pixels.
-        pretrain_dataset: one of `evaluation.paper.DATA`; empty: unknown.
-        device_days: that pre-training took; None: unknown.
-        digest: of the weights, as `params_digest`.
-        data_notes: of data that are not the protocol's, one line each.
-        pretrain_dataset_assumed: whether that is only assumed, from the number of classes.
+        suite: Tasks to run.
+        settings: Settings that all runs share.
+        image_sizes: Image size of each task by name, in pixels.
+        pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`; empty if unknown.
+        device_days: Days of pre-training times the number of devices; None if unknown.
+        digest: `params_digest` of the checkpoint.
+        data_notes: Data that differ from the protocol, one line each.
+        pretrain_dataset_assumed: Whether `pretrain_dataset` is assumed from the number of classes.
     """
 
     suite: Suite
-    setting: SuiteSettings
+    settings: SuiteSettings
     image_sizes: dict[str, int]
     pretrain_dataset: str = ""
     device_days: float | None = None
@@ -61,21 +60,21 @@ class TransferPlan(NamedTuple):
     pretrain_dataset_assumed: bool = False
 
     @property
-    def about(self) -> ModelInfo:
-        """What the weights say of themselves."""
-        return self.setting.about
+    def model_info(self) -> ModelInfo:
+        """Metadata of the checkpoint."""
+        return self.settings.model_info
 
-    def choosing(self, task: FineTuneTask) -> dict[float, Run]:
-        """Returns the runs that choose a task's learning rate, by that."""
-        return sweep_runs(task, self.image_sizes[task.name], self.setting)
+    def sweep_runs(self, task: FineTuneTask) -> dict[float, Run]:
+        """Returns the runs of a task's sweep by learning rate."""
+        return sweep_runs(task, self.image_sizes[task.name], self.settings)
 
-    def final(self, task: FineTuneTask, learning_rate: float) -> dict[int, Run]:
-        """Returns a task's final runs, by their seeds."""
-        return final_runs(task, self.image_sizes[task.name], self.setting, learning_rate)
+    def final_runs(self, task: FineTuneTask, learning_rate: float) -> dict[int, Run]:
+        """Returns a task's final runs by seed."""
+        return final_runs(task, self.image_sizes[task.name], self.settings, learning_rate)
 
 
 def params_digest(params: tree.Tree) -> str:
-    """Returns the SHA-256 of parameters on the host: of their paths, shapes and bytes."""
+    """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
     digest = hashlib.sha256()
     for path, array in sorted(tree.flatten(params)):
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
@@ -84,33 +83,34 @@ def params_digest(params: tree.Tree) -> str:
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises UserError if a folder is that of a run and not of a suite."""
+    """Raises UserError if a workdir belongs to a run instead of a suite."""
     folder = epath.Path(workdir)
     if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINT_DIR).exists():
         raise UserError(
-            f"workdir {workdir!r} belongs to a run of mixer_jax.main; choose another --workdir"
+            f"--workdir must not be that of a mixer_jax.main run, got {workdir!r}. Choose another "
+            "--workdir."
         )
 
 
 def validate_run_configs(plan: TransferPlan, tasks: Sequence[Task]) -> None:
-    """Raises UserError if a run of a task would break a rule between its keys."""
+    """Raises UserError if the config of a run breaks a rule."""
     for task in tasks:
         if isinstance(task, FineTuneTask):
-            plan.choosing(task)
-            plan.final(task, task.learning_rates[0])
+            plan.sweep_runs(task)
+            plan.final_runs(task, task.learning_rates[0])
 
 
 def to_json(plan: TransferPlan) -> dict[str, Any]:
-    """Returns a plan as plain data."""
-    setting = plan.setting
-    # Names of thousands of classes say nothing here.
-    about = dataclasses.replace(plan.about, class_names=())
+    """Converts a plan to plain data."""
+    settings = plan.settings
+    # Thousands of class names do not affect fine-tuning.
+    model_info = dataclasses.replace(plan.model_info, class_names=())
     return {
         "suite": tasks_lib.to_json(plan.suite),
-        "checkpoint": setting.checkpoint,
-        "about": about.to_dict(),
-        "data_dir": setting.data_dir,
-        "overrides": dict(setting.overrides),
+        "checkpoint": settings.checkpoint,
+        "model_info": model_info.to_dict(),
+        "data_dir": settings.data_dir,
+        "overrides": dict(settings.overrides),
         "image_sizes": plan.image_sizes,
         "pretrain_dataset": plan.pretrain_dataset,
         "device_days": plan.device_days,
@@ -121,21 +121,21 @@ def to_json(plan: TransferPlan) -> dict[str, Any]:
 
 
 def read_plan(workdir: str) -> TransferPlan | None:
-    """Returns the plan that `save_plan` wrote; None: there is none.
+    """Restores the plan saved in a workdir; returns None if there is none.
 
     Raises:
-        UserError: its file is damaged, or of another version.
+        UserError: The file is damaged or has an unknown format.
     """
     path = epath.Path(workdir) / SUITE_FILE
     if not path.exists():
         return None
     try:
         data = _upgrade(json.loads(path.read_text()))
-        about = ModelInfo.from_dict(data["about"], str(path))
+        model_info = ModelInfo.from_dict(data["model_info"], str(path))
         overrides = tuple(upgrade_overrides(data["overrides"]).items())
         return TransferPlan(
             tasks_lib.from_json(data["suite"]),
-            SuiteSettings(data["checkpoint"], about, data["data_dir"], overrides),
+            SuiteSettings(data["checkpoint"], model_info, data["data_dir"], overrides),
             data["image_sizes"],
             data["pretrain_dataset"],
             data["device_days"],
@@ -145,13 +145,15 @@ def read_plan(workdir: str) -> TransferPlan | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged or of another version; choose another --workdir"
+            f"{path} must be a suite's plan, but is damaged or has an unknown format. Choose "
+            "another --workdir."
         ) from error
 
 
 def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
-    """Translates the names of fields of plans that were saved before these were renamed."""
+    """Translates fields of plans that were saved before a rename."""
     names = {
+        "about": "model_info",
         "pretrained_on": "pretrain_dataset",
         "pretrained_on_assumed": "pretrain_dataset_assumed",
     }
@@ -159,123 +161,127 @@ def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
-    """Writes a plan into its folder, or what is new in it.
+    """Saves a plan in its workdir, or merges it with the plan there.
 
     Args:
-        workdir: absolute path or URL of the suite.
-        plan: to keep.
+        workdir: Absolute path or URL of the suite's workdir.
+        plan: Plan to save.
 
     Returns:
-        Keys that are set differently from before but do no harm, one line "KEY: old -> new" each.
+        Resumable keys that have changed, one line "KEY: old -> new" each.
 
     Raises:
-        UserError: the folder holds another suite or other weights' results, or cannot be written.
+        UserError: The workdir holds the results of another suite or checkpoint, or is not writable.
     """
     path = epath.Path(workdir) / SUITE_FILE
     try:
         if read_plan(workdir) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _create(path, _text(plan))
-        # Read back, for another program may have been first.
+            _create(path, _to_text(plan))
+        # Read back, because another process may have been first.
         old = read_plan(workdir) or plan
         changes = _check_same(workdir, old, plan)
-        # A share of the tasks sees only its own data.
+        # Every shard sees only the data of its own tasks.
         notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
         days = old.device_days if plan.device_days is None else plan.device_days
         plan = plan._replace(data_notes=notes, device_days=days)
-        if _text(plan) != _text(old):
-            atomic_write(path, _text(plan))
+        if _to_text(plan) != _to_text(old):
+            atomic_write(path, _to_text(plan))
     except OSError as error:
         raise UserError(
-            f"workdir {workdir!r} cannot be written ({error.strerror}); choose another --workdir"
+            f"--workdir must be writable, got {workdir!r} ({error.strerror}). Choose another "
+            "--workdir."
         ) from error
     return changes
 
 
-def _text(plan: TransferPlan) -> str:
+def _to_text(plan: TransferPlan) -> str:
     return json.dumps(to_json(plan), indent=2) + "\n"
 
 
 def _create(path: epath.Path, text: str) -> None:
-    """Writes a file, whole, unless there is one: of several programs the first has its way."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    """Writes a file atomically unless it exists: among several processes the first one wins."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     if "://" in str(path):
-        # An object store has no links; there the last has its way.
+        # Object stores have no links; there the last one wins.
         atomic_write(path, text)
         return
     try:
-        draft.write_text(text)
-        os.link(draft, path)
+        temporary.write_text(text)
+        os.link(temporary, path)
     except FileExistsError:
         pass
     except OSError:
         # Some file systems have no links either.
         atomic_write(path, text)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]:
-    """Returns the harmless differences between two plans, and raises UserError for others."""
-    before, now = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
-    if before["checkpoint"] == now["checkpoint"] and old.digest != new.digest:
+    """Returns the resumable differences between two plans; raises UserError for others."""
+    before, after = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
+    if before["checkpoint"] == after["checkpoint"] and old.digest != new.digest:
         raise UserError(
-            f"workdir {workdir!r} holds results of other weights: the weights of "
-            f"{now['checkpoint']} have changed since; choose another --workdir"
+            f"--workdir={workdir!r} holds results of other weights: {after['checkpoint']} has "
+            "changed since. Choose another --workdir."
         )
-    harmless, harmful = [], []
-    for path in {**before, **now}:
-        was, is_now = before.get(path, "(absent)"), now.get(path, "(absent)")
-        if was == is_now or path in _NOT_COMPARED:
+    resumable, incompatible = [], []
+    for path in {**before, **after}:
+        old_value, new_value = before.get(path, "(absent)"), after.get(path, "(absent)")
+        if old_value == new_value or path in _NOT_COMPARED:
             continue
         key = path.removeprefix(_OVERRIDES)
         if key != path and is_resumable(key):
-            harmless.append(f"{key}: {was} -> {is_now}")
+            resumable.append(f"{key}: {old_value} -> {new_value}")
         else:
-            harmful.append(f"{path}: {was!r} -> {is_now!r}")
-    if harmful:
-        told = "; ".join(harmful[:_MOST_TOLD]) + ("; …" if harmful[_MOST_TOLD:] else "")
+            incompatible.append(f"{path}: {old_value!r} -> {new_value!r}")
+    if incompatible:
+        differences = "; ".join(incompatible[:_MAX_DIFFERENCES])
+        differences += "; …" if incompatible[_MAX_DIFFERENCES:] else ""
         raise UserError(
-            f"workdir {workdir!r} holds another suite ({told}); choose another --workdir"
+            f"--workdir={workdir!r} holds another suite ({differences}). Choose another --workdir."
         )
-    return harmless
+    return resumable
 
 
 def select_tasks(suite: Suite, names: tuple[str, ...], shard: tuple[int, int]) -> tuple[Task, ...]:
-    """Returns the tasks that this program does.
+    """Selects the tasks that this process runs.
 
     Args:
-        suite: to pick from.
-        names: of tasks; empty: all.
-        shard: i and n, for the i-th of n shares, counted from 1.
+        suite: Suite to select from.
+        names: Names of tasks; empty for all.
+        shard: i and n, for the i-th of n shards, counted from 1.
 
     Raises:
-        UserError: the suite has no task of a name, or no share is left for this program.
+        UserError: The suite has no task with a name, or the shard is empty.
     """
-    known = [task.name for task in suite.tasks]
+    choices = [task.name for task in suite.tasks]
     for name in names:
-        if name not in known:
+        if name not in choices:
             raise UserError(
-                f"--tasks names {name!r}, which suite {suite.name} lacks; it has {', '.join(known)}"
+                f"--tasks must be among the tasks of {suite.name}, {', '.join(choices)}, got "
+                f"{name!r}."
             )
-    picked = [task for task in suite.tasks if not names or task.name in names]
-    number, count = shard
-    share = tuple(picked[number - 1 :: count])
-    if not share:
+    selected = [task for task in suite.tasks if not names or task.name in names]
+    index, count = shard
+    tasks = tuple(selected[index - 1 :: count])
+    if not tasks:
         raise UserError(
-            f"--shard={number}/{count} is empty: there are {len(picked)} tasks; use fewer shares"
+            f"--shard={index}/{count} is empty: there are only {len(selected)} tasks. Use fewer "
+            "shards."
         )
-    return share
+    return tasks
 
 
 def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of plain data by their dotted paths, tasks by their names."""
+    """Yields the leaves of plain data by dotted path, tasks by name."""
     if isinstance(data, dict):
-        parts = data.items()
+        items = data.items()
     elif isinstance(data, list | tuple) and data and isinstance(data[0], dict):
-        parts = {part["name"]: part for part in data}.items()
+        items = {item["name"]: item for item in data}.items()
     else:
         yield path, list(data) if isinstance(data, tuple) else data
         return
-    for name, value in parts:
+    for name, value in items:
         yield from _flatten(value, f"{path}.{name}" if path else name)

@@ -1,26 +1,36 @@
-"""The protocol: choose a learning rate, train with every seed, score; probe; one after the other.
+"""Runs the tasks of a suite one after the other.
 
-What has ended lies in the suite's folder as a small file and is not done again, so a suite that was
-killed goes on where it was.
+A fine-tuning task sweeps learning rates, then trains with every seed and evaluates on the test
+split. A probe task probes the checkpoint and, if asked, a randomly initialized network. Completed
+runs have a small file in the suite's workdir and are skipped, so that a killed suite resumes.
 """
 
 import contextlib
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import PretrainedWeights
-from mixer_jax.config.config import parse
+from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
+from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
+from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, is_primary_process
+from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
+from mixer_jax.evaluation.features import make_feature_fn
+from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.probes import ProbeConfig, run_probe
 from mixer_jax.files import file_lock
 from mixer_jax.suites.plan import TransferPlan
-from mixer_jax.suites.probe_tasks import run_probe_task
 from mixer_jax.suites.results import (
+    CHECKPOINT,
+    NETWORK_TITLES,
+    RANDOM_INIT,
     RunResult,
     clear_failure,
     delete_checkpoints,
@@ -30,8 +40,8 @@ from mixer_jax.suites.results import (
     save_result,
     select_learning_rate,
 )
-from mixer_jax.suites.run_configs import Run
-from mixer_jax.suites.tasks import FineTuneTask, Task
+from mixer_jax.suites.run_configs import TEST, Run
+from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Task
 from mixer_jax.suites.throughput import training_seconds
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.loop import train_and_evaluate
@@ -39,11 +49,12 @@ from mixer_jax.training.metrics import read_metrics
 from mixer_jax.visualization.curves import plot_curves
 
 _LOCK_FILE = ".lock"
-_OTHERS = "another program is doing it in this --workdir; give each its --shard"
+_LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
+_RANDOM_INIT_SEED = 0
 
 
 class TaskInterruptedError(Exception):
-    """A signal has stopped the run under way, which was saved."""
+    """The current run was saved and stopped by a signal."""
 
     def __init__(self, received: signal.Signals | None):
         super().__init__(received)
@@ -51,61 +62,63 @@ class TaskInterruptedError(Exception):
 
 
 class TaskContext(NamedTuple):
-    """What tasks are done with.
+    """Everything that the tasks of a suite share.
 
     Attributes:
-        plan: of the suite.
-        workdir: absolute path or URL of the suite.
-        weights: to judge.
-        keep_checkpoints: of runs that have ended.
-        say: tells people something.
+        plan: Plan of the suite.
+        workdir: Absolute path or URL of the suite's workdir.
+        weights: Checkpoint to evaluate.
+        keep_checkpoints: Whether checkpoints of completed runs are kept.
+        log: Prints a line.
     """
 
     plan: TransferPlan
     workdir: str
     weights: PretrainedWeights
     keep_checkpoints: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
 
-def run_tasks(doing: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
-    """Does tasks, one after the other; returns why some failed, by name.
+def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
+    """Runs tasks one after the other; returns the reasons of failed ones by name.
 
-    Of several hosts, one cannot tell whether the others have met an error too, and those that have
-    not would wait for it for ever. So there all errors are raised but divergence, which all see.
+    On several hosts, a host cannot know whether the others have met an error too; those that have
+    not would wait for it forever. So all errors are raised there, except divergence, which is the
+    same on all hosts.
 
     Raises:
-        StoppedError: the run under way was stopped.
-        UnwritableError: a result cannot be kept.
+        TaskInterruptedError: The current run was stopped.
+        OutputWriteError: A result cannot be written.
     """
     failures = {}
-    for number, task in enumerate(tasks, start=1):
-        doing.say(f"\n[{number}/{len(tasks)}] {task.name}")
+    for index, task in enumerate(tasks, start=1):
+        context.log(f"\n[{index}/{len(tasks)}] {task.name}")
         try:
-            with _lock(doing.workdir, task.name) as ours:
-                if ours:
-                    run_task(doing, task)
+            with _lock(context.workdir, task.name) as locked:
+                if locked:
+                    run_task(context, task)
         except (TaskInterruptedError, OutputWriteError):
             raise
         except Exception as error:
-            # Whatever ends one task, running out of memory too, leaves the others to be done.
+            # Any error, even running out of memory, ends only its own task.
             if jax.process_count() > 1 and not isinstance(error, NonFiniteError):
                 raise
-            failures[task.name] = _reason(error)
+            failures[task.name] = _format_reason(error)
             if is_primary_process():
-                save_failure(doing.workdir, task.name, _reason(error), traceback.format_exc())
-        if not ours:
-            failures[task.name] = _OTHERS
+                reason, trace = _format_reason(error), traceback.format_exc()
+                save_failure(context.workdir, task.name, reason, trace)
+        if not locked:
+            failures[task.name] = _LOCKED
         if task.name in failures:
-            doing.say(f"{task.name} failed: {failures[task.name]}")
+            context.log(f"{task.name} failed: {failures[task.name]}")
     return failures
 
 
 @contextlib.contextmanager
 def _lock(workdir: str, name: str) -> Iterator[bool]:
-    """Keeps other programs from doing a task; yields whether it is this program's, on all hosts.
+    """Locks a task against other processes; yields whether this one may run it, on all hosts.
 
-    Where there are no locks, as behind URLs, it is.
+    Without file locks, as with URLs, it may.
     """
     with contextlib.ExitStack() as stack:
         taken = False
@@ -118,81 +131,138 @@ def _lock(workdir: str, name: str) -> Iterator[bool]:
         yield not any_host(taken)
 
 
-def _reason(error: Exception) -> str:
-    known = isinstance(error, UserError | RunError)
-    return str(error) if known else f"{type(error).__name__}: {summarize_error(error)}"
+def _format_reason(error: Exception) -> str:
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    return f"{type(error).__name__}: {summarize_error(error)}"
 
 
-def run_task(doing: TaskContext, task: Task) -> None:
-    """Does one task, or what is left of it."""
+def run_task(context: TaskContext, task: Task) -> None:
+    """Runs one task, or resumes it."""
     if is_primary_process():
-        clear_failure(doing.workdir, task.name)
-    if not isinstance(task, FineTuneTask):
-        run_probe_task(doing.plan, task, doing.weights, doing.workdir, doing.say)
-        return
-    for seed, run in doing.plan.final(task, _select_learning_rate(doing, task)).items():
-        # Not kept if it diverges: with another number of devices it may not.
-        result = _do_run(doing, run, keep_failure=False)
+        clear_failure(context.workdir, task.name)
+    if isinstance(task, ProbeTask):
+        run_probe_task(context, task)
+    else:
+        run_fine_tune_task(context, task)
+
+
+def run_fine_tune_task(context: TaskContext, task: FineTuneTask) -> None:
+    """Runs the sweep and the final runs of a fine-tuning task, or what is left of them."""
+    learning_rate = _select_learning_rate(context, task)
+    for seed, run in context.plan.final_runs(task, learning_rate).items():
+        # A divergence is not recorded: with another number of devices the run may converge.
+        result = _complete_run(context, run, record_failure=False)
         if result.failed:
             raise NonFiniteError(f"the final run with seed {seed} failed: {result.failed}")
 
 
-def _select_learning_rate(doing: TaskContext, task: FineTuneTask) -> float:
-    """Returns the learning rate of the final runs, after those that choose it."""
-    choosing = doing.plan.choosing(task)
-    if not choosing:
+def _select_learning_rate(context: TaskContext, task: FineTuneTask) -> float:
+    sweep = context.plan.sweep_runs(task)
+    if not sweep:
         return task.learning_rates[0]
-    results = {rate: _do_run(doing, run, keep_failure=True) for rate, run in choosing.items()}
-    chosen = select_learning_rate(results)
-    if chosen is None:
-        raise NonFiniteError(
-            "no learning rate could be trained with: "
-            + "; ".join(f"{rate:g}: {run.failed}" for rate, run in results.items())
-        )
-    doing.say(f"{task.name}: learning rate {chosen:g} is chosen")
-    return chosen
+    results = {
+        rate: _complete_run(context, run, record_failure=True) for rate, run in sweep.items()
+    }
+    selected = select_learning_rate(results)
+    if selected is None:
+        reasons = "; ".join(f"{rate:g}: {run.failed}" for rate, run in results.items())
+        raise NonFiniteError(f"training failed with every learning rate: {reasons}")
+    context.log(f"{task.name}: selected learning rate {selected:g}")
+    return selected
 
 
-def _do_run(doing: TaskContext, run: Run, keep_failure: bool) -> RunResult:
-    """Runs what is left of a run; returns what came of it, now or before."""
-    folder = f"{doing.workdir}/{run.folder}"
-    result, stopping = read_result(folder, [*run.config.evals]), False
-    if result is None or (result.failed and not keep_failure):
-        doing.say(f"\n{run.folder}")
-        result, received = _train(doing, run, folder)
-        if is_primary_process() and (keep_failure or not result.failed):
+def _complete_run(context: TaskContext, run: Run, record_failure: bool) -> RunResult:
+    """Returns the result of a run, which is trained to the end if it is not complete."""
+    folder = f"{context.workdir}/{run.folder}"
+    result, is_stopping = read_result(folder, [*run.config.evals]), False
+    if result is None or (result.failed and not record_failure):
+        context.log(f"\n{run.folder}")
+        result, received = _train(context, run, folder)
+        if is_primary_process() and (record_failure or not result.failed):
             save_result(folder, result)
-        # The signal may have reached one host alone, after the last step at which they asked.
-        stopping = any_host(received is not None)
-    if is_primary_process() and not doing.keep_checkpoints:
+        # The signal may have reached a single host after the last step at which hosts synchronize.
+        is_stopping = any_host(received is not None)
+    if is_primary_process() and not context.keep_checkpoints:
         delete_checkpoints(folder)
-    if stopping:
+    if is_stopping:
         raise TaskInterruptedError(received)
     return result
 
 
-def _train(doing: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal.Signals | None]:
-    """Trains to the end; returns what came of it, and the signal that came meanwhile, if one did.
+def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, signal.Signals | None]:
+    """Trains to the end; returns the result and the signal received meanwhile, if any.
 
     Raises:
-        StoppedError: the signal came before the end.
+        TaskInterruptedError: The signal came before the end.
     """
-    config = parse(run.config)
-    for change in workdirs.check_workdir(folder, config):
-        doing.say(f"changed since this run was last started: {change}")
+    for change in workdirs.check_workdir(folder, run.config):
+        context.log(f"changed since this run was last started: {change}")
     scores: dict[str, dict[str, float]] = {}
     failed, stopped_by = "", None
     try:
-        ended = train_and_evaluate(config, folder, doing.weights)
-        stopped_by = ended.stopped_by
+        result = train_and_evaluate(run.config, folder, context.weights)
+        stopped_by = result.stopped_by
         if is_primary_process():
             plot_curves(folder)
-        if ended.step < ended.num_steps:
+        if result.step < result.num_steps:
             raise TaskInterruptedError(stopped_by)
-        scores = {name: one.as_dict() for name, one in ended.scores.items()}
+        scores = {name: metrics.as_dict() for name, metrics in result.scores.items()}
     except NonFiniteError as error:
-        # It would diverge again; a rate too high is what choosing is there to find out.
+        # It would diverge again; the sweep is there to find such learning rates.
         failed = str(error)
-        doing.say(f"{run.folder} failed: {failed}")
-    seconds = training_seconds(read_metrics(folder), config.batch_size)
+        context.log(f"{run.folder} failed: {failed}")
+    seconds = training_seconds(read_metrics(folder), run.config.batch_size)
     return RunResult(scores, seconds, failed), stopped_by
+
+
+def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
+    """Probes the networks of a probe task that have no result yet."""
+    networks = [CHECKPOINT, RANDOM_INIT] if task.compare_random_init else [CHECKPOINT]
+    folders = {network: f"{context.workdir}/{task.name}/{network}" for network in networks}
+    networks = [network for network in networks if read_result(folders[network]) is None]
+    if not networks:
+        return
+    plan, size = context.plan, context.plan.image_sizes[task.name]
+    weights = replace_head(resize(context.weights, (size, size)), 0)
+    info = weights.model_info
+    train, test = (
+        open_dataset(task.dataset, split, plan.settings.data_dir)
+        for split in (task.train_split, task.test_split)
+    )
+    config = plan.settings.default_config()
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    model = model_from_info(info)
+    feature_fn = make_feature_fn(model, mesh)
+    input_config = EvalInputConfig(
+        batch_size=config.eval_batch_size,
+        image_size=info.image_size,
+        eval_crop=task.eval_crop or info.eval_crop,
+        exif_orientation=info.exif_orientation,
+        skip_bad=config.bad_images.skip_in_evaluation,
+        num_threads=config.loader.num_threads,
+        prefetch_batches=config.loader.prefetch_batches,
+    )
+    for network in networks:
+        params = weights.params if network == CHECKPOINT else _init_params(model, info.image_size)
+        start = time.monotonic()
+        metrics = run_probe(
+            feature_fn,
+            shard_inference_params(params, model, mesh),
+            ProbeConfig(task.method, task.shots, task.seeds),
+            train,
+            test,
+            mesh,
+            input_config,
+        )
+        context.log(f"{task.name}, {NETWORK_TITLES[network]}: {metrics.format_progress()}")
+        if is_primary_process():
+            result = RunResult({TEST: metrics.as_dict()}, time.monotonic() - start)
+            save_result(folders[network], result)
+
+
+def _init_params(model: Any, image_size: tuple[int, int]) -> Any:
+    """Initializes parameters at random, on the host."""
+    rng = jax.random.key(_RANDOM_INIT_SEED)
+    images = jnp.zeros((1, *image_size, 3))
+    return jax.device_get(jax.jit(model.init)(rng, images)["params"])

@@ -1,4 +1,4 @@
-"""The map of a whole suite: `run_suite`."""
+"""Entry point of transfer suites: `run_suite`."""
 
 import os
 import signal
@@ -11,7 +11,6 @@ from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.suites import datasets, dry_run
 from mixer_jax.suites.datasets import SuiteData
-from mixer_jax.suites.notes import largest_image_size
 from mixer_jax.suites.paper_results import infer_pretrain_dataset
 from mixer_jax.suites.plan import (
     TransferPlan,
@@ -22,33 +21,34 @@ from mixer_jax.suites.plan import (
     validate_run_configs,
 )
 from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
-from mixer_jax.suites.report import read_throughput, report, save_throughput
+from mixer_jax.suites.results import read_throughput, save_throughput
 from mixer_jax.suites.run_configs import SuiteSettings, default_config
+from mixer_jax.suites.table import largest_image_size, report
 from mixer_jax.suites.tasks import AUTO, Suite
 from mixer_jax.suites.throughput import device_days, measure_throughput
 from mixer_jax.training.metrics import read_metrics
 
 
 class TransferRequest(NamedTuple):
-    """What is to be judged, and how.
+    """Suite to run, and how.
 
     Attributes:
-        suite: of tasks, checked by `check_suite`.
-        place: of the weights.
-        workdir: absolute path or URL of the suite.
-        overrides: keys that the user changes, checked by `check_overrides`.
-        image_size: as `data_sets.choose_image_size` takes it.
-        data_dir: where TFDS keeps its data sets; empty: TFDS's default.
-        tasks: names of those to do; empty: all.
-        shard: i and n, for the i-th of n shares of them.
-        dry_run: whether only to say what would be done.
-        keep_checkpoints: of runs that have ended.
-        throughput: whether to measure it.
-        pretrain_dataset: one of `evaluation.paper.DATA`, or "none"; empty: as the weights tell.
+        suite: Suite, validated by `check_suite`.
+        checkpoint: Checkpoint to evaluate.
+        workdir: Absolute path or URL of the suite's workdir.
+        overrides: Config overrides, validated by `check_overrides`.
+        image_size: Image size, as in `datasets.choose_image_size`.
+        data_dir: TFDS data directory; empty for TFDS's default.
+        tasks: Names of the tasks to run; empty for all.
+        shard: i and n, for the i-th of n shards of them.
+        dry_run: Whether to only print what would run.
+        keep_checkpoints: Whether checkpoints of completed runs are kept.
+        throughput: Whether to measure the throughput.
+        pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`, or "none"; empty to infer it.
     """
 
     suite: Suite
-    place: CheckpointRef
+    checkpoint: CheckpointRef
     workdir: str
     overrides: Overrides
     image_size: str
@@ -62,127 +62,137 @@ class TransferRequest(NamedTuple):
 
 
 class TransferOutcome(NamedTuple):
-    """How judging ended.
+    """Outcome of a suite.
 
     Attributes:
-        failures: of tasks, by name: why.
-        stopped_by: the signal that stopped it, or None.
+        failures: Reasons of failed tasks, by name.
+        stopped_by: Signal that stopped the suite, or None.
     """
 
     failures: dict[str, str]
     stopped_by: signal.Signals | None = None
 
 
-def run_suite(wish: TransferRequest) -> TransferOutcome:
-    """Does a suite's tasks, or what is left of them, and prints the table.
+def run_suite(request: TransferRequest) -> TransferOutcome:
+    """Runs the tasks of a suite, or what is left of them, and prints the table.
 
     Raises:
-        UserError: data are missing, the folder holds another suite, or an argument is wrong.
+        UserError: Data are missing, the workdir holds another suite, or an argument is invalid.
     """
-    check_workdir(wish.workdir)
-    config = default_config(wish.overrides)
-    wish = wish._replace(suite=datasets.resolve_folders(wish.suite))
-    tasks = select_tasks(wish.suite, wish.tasks, wish.shard)
-    data = datasets.open_task_data(tasks, wish.data_dir)
-    if not wish.dry_run:
+    check_workdir(request.workdir)
+    config = default_config(request.overrides)
+    request = request._replace(suite=datasets.resolve_folders(request.suite))
+    tasks = select_tasks(request.suite, request.tasks, request.shard)
+    data = datasets.open_task_data(tasks, request.data_dir)
+    if not request.dry_run:
         datasets.check_available(tasks, data)
     datasets.check_probe_data(tasks, data, config.bad_images.skip_in_evaluation)
-    if not wish.dry_run:
-        # Before weights are loaded, which may use devices.
+    if not request.dry_run:
+        # Before loading the checkpoint, which may use devices.
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
-    weights = load_checkpoint(_name(wish.place))
-    plan = _make_plan(wish, weights, data)
+    weights = load_checkpoint(_absolute_name(request.checkpoint))
+    plan = make_plan(request, weights, data)
     validate_run_configs(plan, tasks)
-    if wish.dry_run:
+    if request.dry_run:
         print(dry_run.format_dry_run(plan, tasks, data))
         return TransferOutcome({})
-    leader = multihost.is_primary_process()
-    say = _say if leader else _say_nothing
-    for change in _keep(plan, wish.workdir, weights):
-        say(f"changed since this suite was last started: {change}")
+    is_primary = multihost.is_primary_process()
+    log = _log if is_primary else _ignore
+    for change in save_plan_on_primary(plan, request.workdir, weights):
+        log(f"changed since this suite was last started: {change}")
     for note in data.notes:
-        say(note)
+        log(note)
     try:
-        doing = TaskContext(plan, wish.workdir, weights, wish.keep_checkpoints, say)
-        failures = run_tasks(doing, tasks)
+        context = TaskContext(plan, request.workdir, weights, request.keep_checkpoints, log)
+        failures = run_tasks(context, tasks)
     except TaskInterruptedError as stopped:
-        say("\nstopped; the same command goes on from there")
+        log("\nstopped; rerun the same command to resume")
         return TransferOutcome({}, stopped.received)
-    if leader:
-        if wish.throughput and read_throughput(wish.workdir) is None:
-            side = largest_image_size(plan)
-            save_throughput(wish.workdir, measure_throughput(resize(weights, (side, side))))
-        report(wish.workdir)
+    if is_primary:
+        if request.throughput and read_throughput(request.workdir) is None:
+            size = largest_image_size(plan)
+            throughput = measure_throughput(resize(weights, (size, size)))
+            save_throughput(request.workdir, throughput)
+        report(request.workdir)
     return TransferOutcome(failures)
 
 
-def _keep(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[str]:
-    """Keeps the plan in its folder, on one host for all; returns what `save_plan` does.
+def save_plan_on_primary(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[str]:
+    """Saves the plan from the primary process; returns the result of `save_plan`.
 
     Raises:
-        UserError: as `save_plan`, on every host, so that none waits for one that has ended.
+        UserError: As `save_plan`, on every host, so that none waits for one that has ended.
     """
-    changes, refused = [], None
+    changes, refusal = [], None
     if multihost.is_primary_process():
         try:
             changes = save_plan(workdir, plan._replace(digest=params_digest(weights.params)))
         except UserError as error:
-            refused = error
-    if multihost.any_host(refused is not None):
-        raise refused or UserError("the first host refuses this suite; see what it says")
+            refusal = error
+    if multihost.any_host(refusal is not None):
+        raise refusal or UserError("the primary process rejects this suite; see its message")
     return changes
 
 
-def _make_plan(wish: TransferRequest, weights: PretrainedWeights, data: SuiteData) -> TransferPlan:
-    about, config = weights.model_info, weights.train_config
+def make_plan(
+    request: TransferRequest, weights: PretrainedWeights, data: SuiteData
+) -> TransferPlan:
+    """Plans a suite: image sizes, pre-training data and cost.
+
+    Raises:
+        UserError: The model does not accept the requested image size.
+    """
+    info, config = weights.model_info, weights.train_config
     notes = tuple(data.notes)
-    # Those of other shares must get the same sizes there and here.
-    unknown = [task for task in wish.suite.tasks if task.large is None]
-    if wish.image_size == AUTO and unknown:
-        data = datasets.open_task_data(unknown, wish.data_dir)
+    # Tasks of other shards must get the same sizes here and there.
+    unmeasured = [task for task in request.suite.tasks if task.is_large_image is None]
+    if request.image_size == AUTO and unmeasured:
+        data = datasets.open_task_data(unmeasured, request.data_dir)
     sizes = {
         task.name: datasets.choose_image_size(
-            task, wish.image_size, about, data.sources.get(task.name, [])
+            task, request.image_size, info, data.sources.get(task.name, [])
         )
-        for task in wish.suite.tasks
+        for task in request.suite.tasks
     }
     dataset, init_from, mixture = "", "", False
     if config is not None:
         dataset, init_from = config["dataset"]["name"], config["init_from"]
-        # A run from before there were mixtures has no such section.
+        # Runs from before there were mixtures have no such section.
         mixture = bool(config.get("mixture"))
-    told = infer_pretrain_dataset(dataset, init_from, about.num_classes, mixture)
+    inferred = infer_pretrain_dataset(dataset, init_from, info.num_classes, mixture)
     return TransferPlan(
-        wish.suite,
-        SuiteSettings(_name(wish.place), about, wish.data_dir, wish.overrides),
+        request.suite,
+        SuiteSettings(
+            _absolute_name(request.checkpoint), info, request.data_dir, request.overrides
+        ),
         sizes,
-        {"": told, "none": ""}.get(wish.pretrain_dataset, wish.pretrain_dataset),
-        _pretraining(wish.place, weights),
+        {"": inferred, "none": ""}.get(request.pretrain_dataset, request.pretrain_dataset),
+        _pretraining_device_days(request.checkpoint, weights),
         data_notes=notes,
-        pretrain_dataset_assumed=bool(told) and not (dataset or wish.pretrain_dataset),
+        pretrain_dataset_assumed=bool(inferred) and not (dataset or request.pretrain_dataset),
     )
 
 
-def _pretraining(place: CheckpointRef, weights: PretrainedWeights) -> float | None:
-    """Returns the device-days of the run that weights come from; None: not known."""
-    if place.format != RUN or weights.train_config is None:
+def _pretraining_device_days(checkpoint: CheckpointRef, weights: PretrainedWeights) -> float | None:
+    if checkpoint.format != RUN or weights.train_config is None:
         return None
-    lines = [line for line in read_metrics(place.path) if line["step"] <= (weights.step or 0)]
+    lines = [line for line in read_metrics(checkpoint.path) if line["step"] <= (weights.step or 0)]
     return device_days(lines, weights.train_config["batch_size"]) or None
 
 
-def _name(place: CheckpointRef) -> str:
-    """Returns a checkpoint's name that means the same from anywhere, and later."""
-    if place.format == RUN:
-        return f"{place.path}/{CHECKPOINT_DIR}/{place.step}"
-    if place.format == "hub":
-        return HUB + place.path
-    return place.path if "://" in place.path else os.path.abspath(place.path)
+def _absolute_name(checkpoint: CheckpointRef) -> str:
+    """Returns a name of the checkpoint that is valid in any folder, and later."""
+    path = checkpoint.path
+    if checkpoint.format == RUN:
+        return f"{path}/{CHECKPOINT_DIR}/{checkpoint.step}"
+    if checkpoint.format == "hub":
+        return HUB + path
+    return path if "://" in path else os.path.abspath(path)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, flush=True)
 
 
-def _say_nothing(text: str) -> None:
+def _ignore(text: str) -> None:
     del text

@@ -1,4 +1,4 @@
-"""What a suite is made of, as plain data: tasks that a checkpoint is judged by."""
+"""Tasks and suites as plain data, their validation, and their JSON form."""
 
 import dataclasses
 import math
@@ -10,59 +10,59 @@ from mixer_jax.config.compat import upgrade_overrides, upgrade_value
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.errors import UserError
 
-# Learning rates that the paper chose among (Section 3; arXiv 2010.11929, B.1.1).
+# The paper's sweep (Section 3; arXiv 2010.11929, B.1.1).
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.06)
-# Image sizes that are no number of pixels: the weights' own, and that by the size of the images.
+# Values of --image_size: the checkpoint's own size, or a size chosen per task.
 NATIVE, AUTO = "native", "auto"
 METHODS = EVAL_FIELDS["type"].choices[1:]
-# What a suite's folder holds beside its tasks, and what that of a run is known by.
-_TAKEN = re.compile(r"(suite|results|throughput|config)\..*|checkpoints")
-# Of the paper's tables, those with scores.
-_COLUMNS = ("imagenet", "real", "avg5", "vtab")
-# Splits that a task scores itself.
-_OWN_SCORES = ("validation", "test")
+# Files in the workdir of a suite or a run, which no task may be named like.
+_RESERVED_NAME = re.compile(r"(suite|results|throughput|config)\..*|checkpoints")
+# Columns of the paper's tables that contain accuracies.
+_PAPER_COLUMNS = ("imagenet", "real", "avg5", "vtab")
+# Names of a task's own evaluations.
+_OWN_EVALS = ("validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneTask:
-    """A data set to fine-tune on, and the protocol for it.
+    """Data set to fine-tune on, and its protocol.
 
-    Every learning rate is trained on `choose_split` and scored on `validation_split`; the best one
-    is trained on `train_split` with every seed and scored on `test_split`.
+    Each learning rate is trained on `sweep_train_split` and evaluated on `sweep_val_split`. The
+    best one is trained on `train_split` with every seed and evaluated on `test_split`.
 
     Attributes:
-        name: of the task, unique in its suite; a folder of that name holds its runs.
-        dataset: as `config.dataset.name`.
-        num_classes: of the data set.
-        choose_split: in TFDS syntax.
-        validation_split: likewise.
-        train_split: likewise.
-        test_split: likewise.
-        num_examples: of these four splits, in their order, as TFDS's metadata have them; checked
-            where the data are there. Empty: not known before.
-        num_steps: of every run.
-        warmup_steps: of these.
-        learning_rates: to choose among.
-        batch_size: images a step.
-        seeds: of the final runs; the first is that of the choosing ones.
-        large: whether the images are 96 × 96 px or more, which `--image_size=auto` asks; None: it
-            looks at some of them.
-        train_crop: as `config.preprocess.train_crop`.
-        flip: whether half of the training images are mirrored.
-        eval_crop: as `config.preprocess.eval_crop`; empty: of the paper's tables, "shorter_side"
-            at the size of the checkpoint and "square" at a larger one.
-        also: other data sets to score the final runs on, by name: data set and split; ReaL.
-        paper: the column of the paper's tables that has this score; empty: none. What stands in
-            `also` is compared with the column of its name.
-        group: of tasks that are averaged by themselves too; empty: none.
-        changes: further keys of the configuration, by dotted path.
+        name: Name, unique in the suite; also the folder of its runs.
+        dataset: Data set, as in `config.dataset.name`.
+        num_classes: Number of classes.
+        sweep_train_split: Training split of the sweep, in TFDS syntax.
+        sweep_val_split: Validation split of the sweep.
+        train_split: Training split of the final runs.
+        test_split: Test split of the final runs.
+        num_examples: Sizes of these four splits, in this order, according to TFDS. They are checked
+            where the data are available. Empty if unknown.
+        num_steps: Steps of every run.
+        warmup_steps: Warmup steps.
+        learning_rates: Learning rates of the sweep.
+        batch_size: Images per step.
+        seeds: Seeds of the final runs; the sweep uses the first one.
+        is_large_image: Whether images have 96 × 96 px or more, for `--image_size=auto`. None
+            measures some of them.
+        train_crop: Training crop, as in `config.preprocess.train_crop`.
+        flip: Whether half of the training images are flipped.
+        eval_crop: Evaluation crop, as in `config.preprocess.eval_crop`. Empty for that of the
+            paper's tables: "shorter_side" at the checkpoint's size, "square" at a larger one.
+        extra_evals: Other data sets to evaluate the final runs on, as (data set, split) by name,
+            such as ReaL. A name of a column of the paper's tables is compared with it.
+        paper_column: Column of the paper's tables with this accuracy; empty if there is none.
+        group: Name of a group of tasks with a mean of its own; empty if there is none.
+        config_overrides: Values of other config keys, by dotted path.
     """
 
     name: str
     dataset: str
     num_classes: int
-    choose_split: str
-    validation_split: str
+    sweep_train_split: str
+    sweep_val_split: str
     train_split: str
     test_split: str
     num_examples: Sequence[int]
@@ -71,36 +71,36 @@ class FineTuneTask:
     learning_rates: Sequence[float] = LEARNING_RATES
     batch_size: int = 512
     seeds: Sequence[int] = (0, 1, 2)
-    large: bool | None = None
+    is_large_image: bool | None = None
     train_crop: str = "random_crop"
     flip: bool = True
     eval_crop: str = ""
-    also: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    paper: str = ""
+    extra_evals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    paper_column: str = ""
     group: str = ""
-    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _make_tuples(self)
+        _convert_to_tuples(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeTask:
-    """A data set on which the features are judged as they are; nothing is trained by gradients.
+    """Data set to probe frozen features on.
 
     Attributes:
-        name: of the task, unique in its suite.
-        dataset: as `config.dataset.name`.
-        method: "few_shot", "linear" or "knn", as `evaluation.probes` has them.
-        train_split: in TFDS syntax; the probe learns from it.
-        test_split: likewise.
-        num_classes: of the data set; 0: not known before.
-        num_examples: of these two splits, as of `FineTuneTask`.
-        shots: of few_shot, images a class.
-        seeds: of few_shot.
-        large: as of `FineTuneTask`.
-        eval_crop: as `config.preprocess.eval_crop`; empty: the weights' own.
-        beside_fresh: whether the same is done with a freshly initialised network, to compare.
+        name: Name, unique in the suite.
+        dataset: Data set, as in `config.dataset.name`.
+        method: "few_shot", "linear" or "knn"; see `evaluation.probes`.
+        train_split: Split to fit the probe on, in TFDS syntax.
+        test_split: Split to evaluate on.
+        num_classes: Number of classes; 0 if unknown.
+        num_examples: Sizes of these two splits, as in `FineTuneTask`.
+        shots: Images per class; few_shot only.
+        seeds: Seeds of the samples; few_shot only.
+        is_large_image: Whether images are large, as in `FineTuneTask`.
+        eval_crop: Evaluation crop, as in `config.preprocess.eval_crop`. Empty for the checkpoint's.
+        compare_random_init: Whether to also probe a randomly initialized network.
     """
 
     name: str
@@ -112,12 +112,12 @@ class ProbeTask:
     num_examples: Sequence[int] = ()
     shots: Sequence[int] = (1, 5, 10, 25)
     seeds: Sequence[int] = (0, 1, 2)
-    large: bool | None = None
+    is_large_image: bool | None = None
     eval_crop: str = ""
-    beside_fresh: bool = False
+    compare_random_init: bool = False
 
     def __post_init__(self) -> None:
-        _make_tuples(self)
+        _convert_to_tuples(self)
 
 
 Task = FineTuneTask | ProbeTask
@@ -125,166 +125,214 @@ Task = FineTuneTask | ProbeTask
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tasks whose mean judges a checkpoint.
+    """Tasks that a checkpoint is evaluated on.
 
     Attributes:
-        name: of the suite.
-        title: one line for people.
-        tasks: in the order of the table.
-        paper: the column of the paper's tables that has the mean of the fine-tuned tasks; empty:
-            none.
+        name: Name of the suite.
+        title: One-line description.
+        tasks: Tasks, in the order of the table.
+        paper_column: Column of the paper's tables with the mean of the fine-tuned tasks; empty if
+            there is none.
     """
 
     name: str
     title: str
     tasks: Sequence[Task]
-    paper: str = ""
+    paper_column: str = ""
 
     def __post_init__(self) -> None:
-        _make_tuples(self)
+        _convert_to_tuples(self)
 
 
-def _make_tuples(made: Any) -> None:
-    """Makes tuples of the lists and ranges that a suite may be written with."""
-    for field in dataclasses.fields(made):
-        value = getattr(made, field.name)
+def _convert_to_tuples(record: Any) -> None:
+    """Converts the lists and ranges that a suite file may contain to tuples."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
         if isinstance(value, list | range):
-            object.__setattr__(made, field.name, tuple(value))
-        elif field.name == "also" and isinstance(value, dict):
-            places = {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
-            object.__setattr__(made, field.name, places)
+            object.__setattr__(record, field.name, tuple(value))
+        elif field.name == "extra_evals" and isinstance(value, dict):
+            evals = {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+            object.__setattr__(record, field.name, evals)
 
 
-_KINDS: dict[str, type[FineTuneTask] | type[ProbeTask]] = {
+_TASK_TYPES: dict[str, type[FineTuneTask] | type[ProbeTask]] = {
     "fine_tune": FineTuneTask,
     "probe": ProbeTask,
 }
 
 
 def to_json(suite: Suite) -> dict[str, Any]:
-    """Returns a suite as plain data."""
-    names = {kind: name for name, kind in _KINDS.items()}
-    tasks = [{"kind": names[type(task)], **dataclasses.asdict(task)} for task in suite.tasks]
-    return {"name": suite.name, "title": suite.title, "tasks": tasks, "paper": suite.paper}
+    """Converts a suite to plain data."""
+    names = {task_type: name for name, task_type in _TASK_TYPES.items()}
+    tasks = [{"type": names[type(task)], **dataclasses.asdict(task)} for task in suite.tasks]
+    return {
+        "name": suite.name,
+        "title": suite.title,
+        "tasks": tasks,
+        "paper_column": suite.paper_column,
+    }
 
 
 def from_json(data: dict[str, Any]) -> Suite:
-    """Returns what `to_json` gave, after a way through a file."""
+    """Restores a suite from the result of `to_json`, or of an earlier version of it."""
+    data = _rename_keys(data, {"paper": "paper_column"})
     tasks = []
     for saved in data["tasks"]:
-        fields = dict(saved)
-        for crop in ("train_crop", "eval_crop"):
-            if crop in fields:
-                fields[crop] = upgrade_value(f"preprocess.{crop}", fields[crop])
-        if "changes" in fields:
-            fields["changes"] = upgrade_overrides(fields["changes"])
-        if "also" in fields:
-            fields["also"] = {name: tuple(place) for name, place in fields["also"].items()}
-        tasks.append(_KINDS[fields.pop("kind")](**fields))
-    return Suite(data["name"], data["title"], tuple(tasks), data["paper"])
+        fields = _upgrade_task(saved)
+        if "extra_evals" in fields:
+            extra_evals = fields["extra_evals"].items()
+            fields["extra_evals"] = {name: tuple(entry) for name, entry in extra_evals}
+        tasks.append(_TASK_TYPES[fields.pop("type")](**fields))
+    return Suite(data["name"], data["title"], tuple(tasks), data["paper_column"])
+
+
+# Old spellings in files that were saved before a rename.
+_RENAMED_TASK_FIELDS = {
+    "kind": "type",
+    "choose_split": "sweep_train_split",
+    "validation_split": "sweep_val_split",
+    "large": "is_large_image",
+    "also": "extra_evals",
+    "paper": "paper_column",
+    "changes": "config_overrides",
+    "beside_fresh": "compare_random_init",
+}
+
+
+def _upgrade_task(saved: dict[str, Any]) -> dict[str, Any]:
+    fields = _rename_keys(saved, _RENAMED_TASK_FIELDS)
+    for crop in ("train_crop", "eval_crop"):
+        if crop in fields:
+            fields[crop] = upgrade_value(f"preprocess.{crop}", fields[crop])
+    if "config_overrides" in fields:
+        fields["config_overrides"] = upgrade_overrides(fields["config_overrides"])
+    return fields
+
+
+def _rename_keys(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in data.items()}
 
 
 def check_suite(suite: Suite) -> None:
-    """Checks what a person may have got wrong in a suite; looks at no data.
+    """Validates a suite without looking at data.
 
     Raises:
-        UserError: the first rule broken, naming the task, the field and its value.
+        UserError: The first rule that is broken, naming the task, the field and its value.
     """
     _check_name("suite", suite.name)
-    where = f"suite {suite.name}"
-    _check(isinstance(suite.title, str), where, suite, "title", "pass a text")
-    _check(_is_column(suite.paper), where, suite, "paper", f"choose {', '.join(_COLUMNS)}, or ''")
-    kinds = tuple(_KINDS.values())
-    if not _is_all(suite.tasks, lambda task: isinstance(task, kinds), once=False):
-        raise UserError(f"{where}: tasks is no list of FineTune and Probe; give at least one")
+    source = f"suite {suite.name}"
+    _check(isinstance(suite.title, str), source, suite, "title", "be a string")
+    _check_paper_column(source, suite)
+    types = tuple(_TASK_TYPES.values())
+    if not _is_list(suite.tasks, lambda task: isinstance(task, types), unique=False):
+        raise UserError(
+            f"{source}: tasks must be a non-empty list of FineTuneTask and ProbeTask, got "
+            f"{suite.tasks!r}."
+        )
     names = [task.name for task in suite.tasks]
     for task in suite.tasks:
         _check_name("task", task.name)
+        source = f"task {task.name}"
         if names.count(task.name) > 1:
-            raise UserError(f"{where} has several tasks {task.name!r}; give each its own name")
-        if _TAKEN.fullmatch(task.name):
-            raise UserError(f"task {task.name}: files of a suite are called so; choose another")
-        _check_both(task, f"task {task.name}")
-        check = _check_fine_tune if isinstance(task, FineTuneTask) else _check_probe
-        check(task, f"task {task.name}")
+            raise UserError(
+                f"suite {suite.name}: names of tasks must be unique, got several {task.name!r}."
+            )
+        if _RESERVED_NAME.fullmatch(task.name):
+            raise UserError(f"{source}: the name is reserved for a file. Choose another name.")
+        _check_shared_fields(task, source)
+        if isinstance(task, FineTuneTask):
+            _check_fine_tune(task, source)
+        else:
+            _check_probe(task, source)
 
 
 def _check_name(what: str, name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
         raise UserError(
-            f"{what} {name!r} cannot be the name of a folder; use letters, digits, _, . and -, and "
-            "no dot at the beginning"
+            f"{what} name must consist of letters, digits, _, . and -, and not start with a dot, "
+            f"got {name!r}."
         )
 
 
-def _check_both(task: Task, where: str) -> None:
-    """Checks what both kinds of task have."""
+def _check_shared_fields(task: Task, source: str) -> None:
     splits = [f.name for f in dataclasses.fields(task) if f.name.endswith("_split")]
     for name in ("dataset", *splits):
         value = getattr(task, name)
-        _check(isinstance(value, str) and value, where, task, name, "pass a name")
-    _check(_is_whole(task.num_classes, 0), where, task, "num_classes", "pass a whole number")
-    seeds = _is_all(task.seeds, lambda seed: _is_whole(seed, 0) and seed <= FIELDS["seed"].max)
-    _check(seeds, where, task, "seeds", "list whole numbers from 0, each once")
+        _check(isinstance(value, str) and value, source, task, name, "be a non-empty string")
+    _check(_is_int(task.num_classes, 0), source, task, "num_classes", "be an integer >= 0")
+    seeds = _is_list(task.seeds, lambda seed: _is_int(seed, 0) and seed <= FIELDS["seed"].max)
+    _check(seeds, source, task, "seeds", "list distinct integers >= 0")
     counts = task.num_examples
-    counted = _is_all(counts, _is_whole, once=False) and len(counts) == len(splits)
-    fix = f"list one for each of {', '.join(splits)}, or none"
-    _check(counted or counts == (), where, task, "num_examples", fix)
+    is_complete = _is_list(counts, _is_int, unique=False) and len(counts) == len(splits)
+    rule = f"be empty or have one number for each of {', '.join(splits)}"
+    _check(is_complete or counts == (), source, task, "num_examples", rule)
     crops = FIELDS["preprocess.eval_crop"].choices
-    fix = f"choose {', '.join(crops)}, or ''"
-    _check(task.eval_crop in ("", *crops), where, task, "eval_crop", fix)
+    rule = f"be one of {', '.join(crops)}, or ''"
+    _check(task.eval_crop in ("", *crops), source, task, "eval_crop", rule)
 
 
-def _check_fine_tune(task: Any, where: str) -> None:
+def _check_fine_tune(task: Any, source: str) -> None:
     for name in ("num_steps", "batch_size"):
-        _check(_is_whole(getattr(task, name)), where, task, name, "pass 1 or more")
-    warmup = _is_whole(task.warmup_steps, 0) and task.warmup_steps <= task.num_steps
-    _check(warmup, where, task, "warmup_steps", "pass 0 to num_steps")
-    rates = _is_all(task.learning_rates, _is_rate)
-    fix = "list numbers above 0, each once, that differ in six digits"
-    # Folders are called by the rates as text.
+        _check(_is_int(getattr(task, name)), source, task, name, "be an integer >= 1")
+    warmup = _is_int(task.warmup_steps, 0) and task.warmup_steps <= task.num_steps
+    _check(warmup, source, task, "warmup_steps", "be an integer from 0 to num_steps")
+    rates = _is_list(task.learning_rates, _is_learning_rate)
+    # Folders are named by the formatted learning rate.
     rates = rates and len({f"{rate:g}" for rate in task.learning_rates}) == len(task.learning_rates)
-    _check(rates, where, task, "learning_rates", fix)
-    _check(_is_column(task.paper), where, task, "paper", f"choose {', '.join(_COLUMNS)}, or ''")
-    _check(isinstance(task.group, str), where, task, "group", "pass a text")
-    _check(isinstance(task.changes, dict), where, task, "changes", "pass keys and values")
-    _check(isinstance(task.also, dict), where, task, "also", "pass names, each with a place")
-    for name, place in task.also.items():
-        # A key of the configuration, so without dots.
+    rule = "list positive numbers that differ in their first six digits"
+    _check(rates, source, task, "learning_rates", rule)
+    _check_paper_column(source, task)
+    _check(isinstance(task.group, str), source, task, "group", "be a string")
+    overrides = isinstance(task.config_overrides, dict)
+    _check(overrides, source, task, "config_overrides", "be a dict of config keys and values")
+    evals = isinstance(task.extra_evals, dict)
+    _check(evals, source, task, "extra_evals", "be a dict of names and (data set, split)")
+    for name, entry in task.extra_evals.items():
+        # The name becomes a config key, so it must not contain dots.
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"{where}: also has {name!r}; use letters, digits, _ and -")
-        if name in _OWN_SCORES:
-            raise UserError(f"{where}: also has {name!r}, as a split of its own; name it otherwise")
-        if not _is_all(place, lambda text: isinstance(text, str), once=False) or len(place) != 2:
-            raise UserError(f"{where}: also has {name}={place!r}; pass (data set, split)")
+            raise UserError(
+                f"{source}: names in extra_evals must consist of letters, digits, _ and -, got "
+                f"{name!r}."
+            )
+        if name in _OWN_EVALS:
+            raise UserError(
+                f"{source}: names in extra_evals must not be {' or '.join(_OWN_EVALS)}, got "
+                f"{name!r}."
+            )
+        if not _is_list(entry, lambda x: isinstance(x, str), unique=False) or len(entry) != 2:
+            raise UserError(
+                f"{source}: values in extra_evals must be (data set, split), got {name}={entry!r}."
+            )
 
 
-def _check_probe(task: Any, where: str) -> None:
-    known = ", ".join(METHODS)
-    _check(task.method in METHODS, where, task, "method", f"choose {known}")
-    _check(_is_all(task.shots, _is_whole), where, task, "shots", "list numbers from 1, each once")
+def _check_probe(task: Any, source: str) -> None:
+    rule = f"be one of {', '.join(METHODS)}"
+    _check(task.method in METHODS, source, task, "method", rule)
+    _check(_is_list(task.shots, _is_int), source, task, "shots", "list distinct integers >= 1")
 
 
-def _check(fine: Any, where: str, of: Any, name: str, fix: str) -> None:
-    if not fine:
-        raise UserError(f"{where}: {name}={getattr(of, name)!r} cannot be; {fix}")
+def _check_paper_column(source: str, record: Any) -> None:
+    rule = f"be one of {', '.join(_PAPER_COLUMNS)}, or ''"
+    is_valid = record.paper_column in ("", *_PAPER_COLUMNS)
+    _check(is_valid, source, record, "paper_column", rule)
 
 
-def _is_all(values: Any, fits: Callable[[Any], bool], *, once: bool = True) -> bool:
-    """Returns whether this is a tuple, not empty, of what fits, and nothing twice."""
-    if not isinstance(values, tuple) or not values or not all(map(fits, values)):
+def _check(is_valid: Any, source: str, record: Any, name: str, rule: str) -> None:
+    if not is_valid:
+        raise UserError(f"{source}: {name} must {rule}, got {getattr(record, name)!r}.")
+
+
+def _is_list(values: Any, is_valid: Callable[[Any], bool], *, unique: bool = True) -> bool:
+    """Returns whether `values` is a non-empty tuple of valid items, all different if `unique`."""
+    if not isinstance(values, tuple) or not values or not all(map(is_valid, values)):
         return False
-    return not once or len(set(values)) == len(values)
+    return not unique or len(set(values)) == len(values)
 
 
-def _is_whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: Any, minimum: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _is_rate(value: Any) -> bool:
+def _is_learning_rate(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value > 0
-
-
-def _is_column(name: Any) -> bool:
-    return name in ("", *_COLUMNS)

@@ -12,7 +12,6 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.to_device import shard_params
-from mixer_jax.config.config import architecture_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
@@ -107,7 +106,7 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     state = experiment.create_state()
     if weights is None:
         return state
-    params = shard_params(weights.params, experiment.mesh)
+    params = shard_params(weights.params, experiment.mesh, experiment.model_info.family)
     if not should_keep_head(experiment, weights.model_info):
         params = {**params, "head": state.params["head"]}
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
@@ -164,14 +163,13 @@ def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
             f"config.model.family must be that of {source}, {pretrained.family}, "
             f"got {config.model.family}."
         )
-    declared = family.get_config(config.model.variant, **architecture_overrides(config.model))
     # A config may declare the architecture before or after adapting it to another image size.
     accepted = [pretrained.config]
     size = (config.image_size, config.image_size)
     with contextlib.suppress(UserError):
         family.check_image_size(pretrained.config, *size)
         accepted.append(family.resize_config(pretrained.config, pretrained.image_size, size).config)
-    if declared not in accepted:
+    if config.model.architecture not in accepted:
         found = pretrained.variant
         if found in (CUSTOM, config.model.variant):
             fields = dataclasses.asdict(pretrained.config)

@@ -157,7 +157,7 @@ def train_step(
         num_microbatches=recipe.grad_accum_steps,
     )
     cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=model.family)
-    loss, grads = sharded_value_and_grad(per_device, mesh, cast)(
+    loss, grads = sharded_value_and_grad(per_device, mesh, cast, model.family)(
         state.params, (arrays, jnp.arange(len(labels))), shared
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -10,8 +10,7 @@ import pytest
 from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Candidate, Workload
 from mixer_jax.benchmarks.jax_runner import make_step, synthetic_batch, synthetic_state
 from mixer_jax.models.mixer_config import VARIANTS, get_config, num_params
-from tests.baselines.timm_test import export
-from tests.helpers.random_weights import random_weights
+from tests.helpers.random_weights import random_weights, save_safetensors
 
 pytestmark = pytest.mark.baselines
 
@@ -30,7 +29,7 @@ def test_timm_has_the_same_losses_over_three_steps(torch: Any, timm: Any, tmp_pa
 
     runner = TorchRunner(WORKLOAD, "cpu")
     model = runner.make_model()
-    timm.models.load_checkpoint(model, str(export(weights, tmp_path / "ours.safetensors")))
+    timm.models.load_checkpoint(model, save_safetensors(weights, tmp_path / "ours.safetensors"))
     step = runner.make_train_step(model, model)
     images = torch.from_numpy(np.asarray(batch["image"]).transpose(0, 3, 1, 2).copy())
     labels = torch.from_numpy(np.array(batch["label"], np.int64))

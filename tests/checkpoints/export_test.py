@@ -1,4 +1,4 @@
-"""Tests of writing weights in other formats: nothing is lost, and nothing wrong is left behind."""
+"""Tests of exports: nothing is lost between formats, and no wrong or partial file remains."""
 
 import itertools
 import subprocess
@@ -25,26 +25,27 @@ from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
-OF_TENSORS = ("google", "timm", "orbax")
-# How many times the size of a file its conversion adds to what the process had at most.
-MEASURE = """
+WEIGHT_FORMATS = ("google", "timm", "orbax")
+# Prints by how much converting a file grows the peak memory, in units of the file's size.
+MEASURE_MEMORY = """
 import re, sys
 from pathlib import Path
 from mixer_jax.checkpoints.export import export_weights
 from mixer_jax.checkpoints.load import load_checkpoint
-source, to, target = sys.argv[1:]
-# getrusage would tell the peak of the process that started this one.
+source, format, target = sys.argv[1:]
+# getrusage includes the peak of the parent process.
 def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
-export_weights(load_checkpoint(source), to, target)
+export_weights(load_checkpoint(source), format, target)
 print((peak() - before) * 1024 / Path(source).stat().st_size)
 """
+Tensors = Iterator[tuple[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
 def weights() -> PretrainedWeights:
-    """Of which nothing is as it would be guessed, and some numbers are special."""
-    made = random_weights(
+    """Weights with no default metadata, and with unusual numbers."""
+    weights = random_weights(
         image_size=(16, 24),
         class_names=("one", "zwei", "трий"),
         gelu="exact",
@@ -52,55 +53,62 @@ def weights() -> PretrainedWeights:
         exif_orientation=True,
         loss="sigmoid",
         dtype="float32",
-        resize_note="grown from 8 px",
+        resize_note="tiled from 8 px",
     )
-    made.params["stem"]["bias"][:4] = (-0.0, 0.0, 1e-42, 3e38)
-    return made
+    weights.params["stem"]["bias"][:4] = (-0.0, 0.0, 1e-42, 3e38)
+    return weights
 
 
 @pytest.fixture(scope="module")
-def targets(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("targets")
-    made = {to: f"{folder}/w{export.SUFFIXES[to]}" for to in OF_TENSORS}
-    for to, target in made.items():
-        export_weights(weights, to, target)
-    return made
+def exported(
+    weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Paths of the weights by format."""
+    folder = tmp_path_factory.mktemp("exported")
+    targets = {format: target_of(format, folder) for format in WEIGHT_FORMATS}
+    for format, target in targets.items():
+        export_weights(weights, format, target)
+    return targets
+
+
+def target_of(format: str, folder: Path) -> str:
+    return f"{folder}/t{export.SUFFIXES[format]}"
 
 
 def bits(weights: PretrainedWeights) -> dict[str, bytes]:
     return {name: np.asarray(array).tobytes() for name, array in tree.flatten(weights.params)}
 
 
-def target_of(to: str, folder: Path) -> str:
-    return f"{folder}/t{export.SUFFIXES[to]}"
-
-
-@pytest.mark.parametrize(("source", "to"), [*itertools.product(OF_TENSORS, repeat=2)])
-def test_nothing_is_lost_between_any_two_formats(
-    source: str, to: str, weights: PretrainedWeights, targets: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(("source", "format"), [*itertools.product(WEIGHT_FORMATS, repeat=2)])
+def test_export_weights_between_any_two_formats_is_lossless(
+    source: str,
+    format: str,
+    weights: PretrainedWeights,
+    exported: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    target = target_of(to, tmp_path)
-    checked = export_weights(load_checkpoint(targets[source]), to, target)
-    assert checked
-    assert "\n" not in checked
-    found = load_checkpoint(target)
-    assert bits(found) == bits(weights)
-    assert found.model_info == weights.model_info
-    beside = [f"t{export.SUFFIXES[to]}.json"] if to == "google" else []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(target).name, *beside]
+    target = target_of(format, tmp_path)
+    checks = export_weights(load_checkpoint(exported[source]), format, target)
+    assert checks
+    assert "\n" not in checks
+    loaded = load_checkpoint(target)
+    assert bits(loaded) == bits(weights)
+    assert loaded.model_info == weights.model_info
+    sidecars = [f"{Path(target).name}.json"] if format == "google" else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(target).name, *sidecars]
     size = sum(len(array) for array in bits(weights).values())
-    assert written_size(to, target) > (size / 2 if to == "orbax" else size)
+    assert written_size(format, target) > (size / 2 if format == "orbax" else size)
 
 
-def test_a_model_without_a_head(tmp_path: Path) -> None:
+def test_export_weights_without_a_head(tmp_path: Path) -> None:
     weights = random_weights(class_names=())
-    for to in OF_TENSORS:
-        export_weights(weights, to, target_of(to, tmp_path))
-        found = load_checkpoint(target_of(to, tmp_path))
-        assert (bits(found), found.model_info) == (bits(weights), weights.model_info)
+    for format in WEIGHT_FORMATS:
+        export_weights(weights, format, target_of(format, tmp_path))
+        loaded = load_checkpoint(target_of(format, tmp_path))
+        assert (bits(loaded), loaded.model_info) == (bits(weights), weights.model_info)
 
 
-# What `flip` changes, by the names of each format.
+# Name of the tensor that `flip_bit` changes, by format.
 FLIPPED = {
     "google": "head/bias",
     "timm": "blocks.1.norm1.bias",
@@ -108,152 +116,153 @@ FLIPPED = {
 }
 
 
-def flip(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Changes the lowest bit of one number."""
-    for number, (name, tensor) in enumerate(tensors):
-        if number == 5:
+def flip_bit(tensors: Tensors) -> Tensors:
+    """Flips the lowest bit of one number."""
+    for index, (name, tensor) in enumerate(tensors):
+        if index == 5:
             tensor = tensor.copy()
             tensor.view(np.uint32).flat[0] ^= 1
         yield name, tensor
 
 
-def lose(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def drop_first(tensors: Tensors) -> Tensors:
     return itertools.islice(tensors, 1, None)
 
 
-@pytest.mark.parametrize("to", ["google", "timm"])
+@pytest.mark.parametrize("format", ["google", "timm"])
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("corrupt", "named"),
     [
-        (lambda tensors, said: (flip(tensors), said), FLIPPED),
-        (lambda tensors, said: (lose(tensors), said), {}),
-        (lambda tensors, said: (tensors, said | {"gelu": "tanh"}), {}),
-        (lambda tensors, said: (tensors, said | {"image_size": [24, 16]}), {}),
-        (lambda tensors, said: (tensors, {}), {}),
+        (lambda tensors, metadata: (flip_bit(tensors), metadata), FLIPPED),
+        (lambda tensors, metadata: (drop_first(tensors), metadata), {}),
+        (lambda tensors, metadata: (tensors, metadata | {"gelu": "tanh"}), {}),
+        (lambda tensors, metadata: (tensors, metadata | {"image_size": [24, 16]}), {}),
+        (lambda tensors, metadata: (tensors, {}), {}),
     ],
+    ids=["bit", "tensor", "gelu", "image size", "no metadata"],
 )
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_file_that_is_not_what_was_written_is_removed(
-    to: str,
-    change: Callable[..., Any],
+def test_export_weights_deletes_a_file_that_differs(
+    format: str,
+    corrupt: Callable[..., Any],
     named: dict[str, str],
     exists: bool,
     weights: PretrainedWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = export._FILE_FORMATS[to]
+    file_format = export._FILE_FORMATS[format]
 
-    def write(path: str, tensors: Any, said: Any) -> None:
-        right.write(path, *change(tensors, said))
+    def write(path: str, tensors: Any, metadata: Any) -> None:
+        file_format.write(path, *corrupt(tensors, metadata))
 
-    monkeypatch.setitem(export._FILE_FORMATS, to, right._replace(write=write))
-    target = Path(target_of(to, tmp_path))
+    monkeypatch.setitem(export._FILE_FORMATS, format, file_format._replace(write=write))
+    target = Path(target_of(format, tmp_path))
     if exists:
         target.write_text("older")
-    with raises(RunError, target.name, *([named[to]] if named else [])):
-        export_weights(weights, to, str(target))
-    # What was there before still is.
+    with raises(RunError, target.name, *([named[format]] if named else [])):
+        export_weights(weights, format, str(target))
+    # An older file is unchanged.
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"] * exists
 
 
-@pytest.mark.parametrize("to", ["google", "timm"])
-def test_a_file_that_is_cut_off_is_removed(
-    to: str, weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("format", ["google", "timm"])
+def test_export_weights_deletes_a_truncated_file(
+    format: str, weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export._FILE_FORMATS[to]
+    file_format = export._FILE_FORMATS[format]
 
-    def write(path: str, tensors: Any, said: Any) -> None:
-        right.write(path, tensors, said)
+    def write(path: str, tensors: Any, metadata: Any) -> None:
+        file_format.write(path, tensors, metadata)
         Path(path).write_bytes(Path(path).read_bytes()[:-100])
 
-    monkeypatch.setitem(export._FILE_FORMATS, to, right._replace(write=write))
-    # Told is the file that was asked for, not the draft.
-    with raises(RunError, target_of(to, tmp_path)) as caught:
-        export_weights(weights, to, target_of(to, tmp_path))
+    monkeypatch.setitem(export._FILE_FORMATS, format, file_format._replace(write=write))
+    # The message names the target, not the temporary file.
+    with raises(RunError, target_of(format, tmp_path)) as caught:
+        export_weights(weights, format, target_of(format, tmp_path))
     assert ".draft" not in str(caught.value)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("corrupt", "named"),
     [
-        (lambda tensors, said: (flip(tensors), said), [FLIPPED["orbax"]]),
-        (lambda tensors, said: (lose(tensors), said), []),
-        (lambda tensors, said: ([*tensors, ("more", np.zeros(3))], said), []),
-        (lambda tensors, said: (tensors, said | {"model_info": {}}), []),
-        (lambda tensors, said: (tensors, said | {"config": {}}), []),
+        (lambda tensors, metadata: (flip_bit(tensors), metadata), [FLIPPED["orbax"]]),
+        (lambda tensors, metadata: (drop_first(tensors), metadata), ["stem/kernel"]),
+        (lambda tensors, metadata: ([*tensors, ("more", np.zeros(3))], metadata), ["more"]),
+        (lambda tensors, metadata: (tensors, metadata | {"model_info": {}}), []),
+        (lambda tensors, metadata: (tensors, metadata | {"config": {}}), []),
     ],
+    ids=["bit", "missing", "unexpected", "no model info", "config"],
 )
-def test_a_run_that_is_not_what_was_written_is_removed(
-    change: Callable[..., Any],
+def test_export_weights_deletes_a_run_that_differs(
+    corrupt: Callable[..., Any],
     named: list[str],
     weights: PretrainedWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = manager.save_params_streaming
+    save = manager.save_params_streaming
 
-    def write(workdir: str, step: int, params: Any, metadata: Any) -> None:
-        tensors, metadata = change(tree.flatten(params), metadata)
-        right(workdir, step, tree.unflatten(dict(tensors)), metadata)
+    def corrupt_and_save(workdir: str, step: int, params: Any, metadata: Any) -> None:
+        tensors, metadata = corrupt(tree.flatten(params), metadata)
+        save(workdir, step, tree.unflatten(dict(tensors)), metadata)
 
-    monkeypatch.setattr(manager, "save_params_streaming", write)
+    monkeypatch.setattr(manager, "save_params_streaming", corrupt_and_save)
     target = target_of("orbax", tmp_path)
     with raises(RunError, Path(target).name, *named):
         export_weights(weights, "orbax", target)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_converted_run_knows_the_config_it_was_trained_by(
+def test_export_weights_keeps_the_train_config_of_a_run(
     weights: PretrainedWeights, tmp_path: Path
 ) -> None:
-    trained = weights._replace(train_config=config.get_default().to_dict())
-    export_weights(trained, "orbax", target_of("orbax", tmp_path))
-    found = load_checkpoint(target_of("orbax", tmp_path))
-    assert found.train_config == trained.train_config
-    assert (found.model_info, bits(found)) == (weights.model_info, bits(weights))
+    weights = weights._replace(train_config=config.get_default().to_dict())
+    export_weights(weights, "orbax", target_of("orbax", tmp_path))
+    loaded = load_checkpoint(target_of("orbax", tmp_path))
+    assert loaded.train_config == weights.train_config
+    assert (loaded.model_info, bits(loaded)) == (weights.model_info, bits(weights))
 
 
-def change_a_bias(
-    path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]
-) -> None:
+Write = Callable[[str, str, PretrainedWeights], None]
+
+
+def change_bias(write: Write, path: str, weights_path: str, weights: PretrainedWeights) -> None:
     params = {**weights.params, "head": dict(weights.params["head"])}
     params["head"]["bias"] = params["head"]["bias"] + np.array([0.0, 0.01, 0.0], np.float32)
-    write(path, beside, weights._replace(params=params))
+    write(path, weights_path, weights._replace(params=params))
 
 
-def compute_roughly(
-    path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]
-) -> None:
-    right = stablehlo._build_model
-    rough = Execution("bfloat16")
-    stablehlo._build_model = lambda model_info: right(model_info).clone(execution=rough)
+def use_bfloat16(write: Write, path: str, weights_path: str, weights: PretrainedWeights) -> None:
+    build_model = stablehlo._build_model
+    execution = Execution("bfloat16")
+    stablehlo._build_model = lambda model_info: build_model(model_info).clone(execution=execution)
     try:
-        write(path, beside, weights)
+        write(path, weights_path, weights)
     finally:
-        stablehlo._build_model = right
+        stablehlo._build_model = build_model
 
 
-def cut_off(path: str, beside: str, weights: PretrainedWeights, write: Callable[..., None]) -> None:
-    write(path, beside, weights)
+def truncate(write: Write, path: str, weights_path: str, weights: PretrainedWeights) -> None:
+    write(path, weights_path, weights)
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
-    [(change_a_bias, ["head/bias"]), (compute_roughly, ["logits"]), (cut_off, [])],
+    ("corrupt", "named"),
+    [(change_bias, ["head/bias"]), (use_bfloat16, ["logits"]), (truncate, [])],
 )
-def test_a_program_that_is_not_the_model_is_removed(
-    wrong: Callable[..., None],
+def test_export_weights_deletes_a_program_that_differs(
+    corrupt: Callable[..., None],
     named: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = random_weights(class_names=("one", "two", "three"))
     write = stablehlo.write_stablehlo
-    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *arguments: wrong(*arguments, write))
+    monkeypatch.setattr(stablehlo, "write_stablehlo", lambda *args: corrupt(write, *args))
     target = target_of("stablehlo", tmp_path)
     with raises(RunError, Path(target).stem, *named):
         export_weights(weights, "stablehlo", target)
@@ -261,28 +270,28 @@ def test_a_program_that_is_not_the_model_is_removed(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
-def test_nothing_is_left_of_what_was_not_written_whole(
+def test_export_weights_leaves_nothing_if_interrupted(
     error: BaseException,
     weights: PretrainedWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def write(path: str, tensors: Any, said: Any) -> None:
+    def write(path: str, tensors: Any, metadata: Any) -> None:
         Path(path).write_text("half")
         raise error
 
-    right = export._FILE_FORMATS["google"]
-    monkeypatch.setitem(export._FILE_FORMATS, "google", right._replace(write=write))
+    file_format = export._FILE_FORMATS["google"]
+    monkeypatch.setitem(export._FILE_FORMATS, "google", file_format._replace(write=write))
     target = target_of("google", tmp_path)
     is_full = isinstance(error, OSError)
-    kind = UserError if is_full else KeyboardInterrupt
-    with raises(kind, *([target, "No space left"] if is_full else [])):
+    expected = UserError if is_full else KeyboardInterrupt
+    with raises(expected, *([target, "No space left"] if is_full else [])):
         export_weights(weights, "google", target)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_damaged_weights_are_not_written(number: float, tmp_path: Path) -> None:
+def test_export_weights_rejects_weights_that_are_not_finite(number: float, tmp_path: Path) -> None:
     weights = random_weights()
     weights.params["blocks"]["LayerNorm_1"]["bias"][1, 3] = number
     with raises(UserError, "blocks/LayerNorm_1/bias"):
@@ -290,15 +299,8 @@ def test_damaged_weights_are_not_written(number: float, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_an_empty_folder_becomes_a_run(weights: PretrainedWeights, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    check_target_available("orbax", f"{tmp_path}/run", force=False)
-    export_weights(weights, "orbax", f"{tmp_path}/run")
-    assert load_checkpoint(f"{tmp_path}/run").step == 0
-
-
 @pytest.mark.parametrize(
-    ("to", "target", "wanted"),
+    ("format", "target", "expected"),
     [
         ("", "w.npz", "google"),
         ("", "w.safetensors", "timm"),
@@ -308,12 +310,12 @@ def test_an_empty_folder_becomes_a_run(weights: PretrainedWeights, tmp_path: Pat
         ("orbax", "run.v2", "orbax"),
     ],
 )
-def test_a_format_is_told_by_the_ending(to: str, target: str, wanted: str) -> None:
-    assert choose_format(to, target) == wanted
+def test_choose_format_by_the_suffix(format: str, target: str, expected: str) -> None:
+    assert choose_format(format, target) == expected
 
 
 @pytest.mark.parametrize(
-    ("to", "target", "parts"),
+    ("format", "target", "parts"),
     [
         ("", "w.pth", [".npz", ".safetensors", ".stablehlo", "--to=orbax"]),
         ("google", "w.safetensors", ["google", ".npz"]),
@@ -325,32 +327,39 @@ def test_a_format_is_told_by_the_ending(to: str, target: str, wanted: str) -> No
         ("orbax", "folder/.stablehlo", []),
     ],
 )
-def test_endings_that_contradict(to: str, target: str, parts: list[str]) -> None:
+def test_choose_format_rejects_other_suffixes(format: str, target: str, parts: list[str]) -> None:
     with raises(UserError, target, *parts):
-        choose_format(to, target)
+        choose_format(format, target)
 
 
-@pytest.mark.parametrize("to", list(export.SUFFIXES))
-def test_what_is_in_the_way_is_told(to: str, tmp_path: Path) -> None:
-    target = Path(target_of(to, tmp_path))
-    check_target_available(to, str(target), force=False)
-    with raises(UserError, str(tmp_path / "lacks")):
-        check_target_available(to, str(tmp_path / "lacks" / target.name), force=True)
+@pytest.mark.parametrize("format", list(export.SUFFIXES))
+def test_check_target_available_rejects_existing_targets(format: str, tmp_path: Path) -> None:
+    target = Path(target_of(format, tmp_path))
+    check_target_available(format, str(target), force=False)
+    with raises(UserError, str(tmp_path / "missing")):
+        check_target_available(format, str(tmp_path / "missing" / target.name), force=True)
     target.write_text("older")
-    with raises(UserError, str(target), *([] if to == "orbax" else ["--force"])):
-        check_target_available(to, str(target), force=False)
-    if to == "orbax":
+    with raises(UserError, str(target), *([] if format == "orbax" else ["--force"])):
+        check_target_available(format, str(target), force=False)
+    if format == "orbax":
         with raises(UserError, str(target), "--force"):
-            check_target_available(to, str(target), force=True)
+            check_target_available(format, str(target), force=True)
     else:
-        check_target_available(to, str(target), force=True)
+        check_target_available(format, str(target), force=True)
         target.unlink()
         target.mkdir()
         with raises(UserError, str(target)):
-            check_target_available(to, str(target), force=True)
+            check_target_available(format, str(target), force=True)
 
 
-def test_a_folder_with_something_in_it_is_never_replaced(tmp_path: Path) -> None:
+def test_an_empty_folder_can_become_a_run(weights: PretrainedWeights, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_target_available("orbax", f"{tmp_path}/run", force=False)
+    export_weights(weights, "orbax", f"{tmp_path}/run")
+    assert load_checkpoint(f"{tmp_path}/run").step == 0
+
+
+def test_check_target_available_never_replaces_a_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with raises(UserError, f"{tmp_path}/run", "--force"):
@@ -359,30 +368,33 @@ def test_a_folder_with_something_in_it_is_never_replaced(tmp_path: Path) -> None
         check_target_available("orbax", f"{tmp_path}/checkpoints", force=False)
 
 
-@pytest.mark.parametrize("to", ["google", "stablehlo"])
-def test_what_would_lie_beside_a_file_is_in_the_way_too(to: str, tmp_path: Path) -> None:
-    target = target_of(to, tmp_path)
-    beside = {"google": f"{target}.json", "stablehlo": f"{target}.safetensors"}[to]
-    Path(beside).write_text("{}")
-    with raises(UserError, beside):
-        check_target_available(to, target, force=False)
+@pytest.mark.parametrize(("format", "suffix"), [("google", "json"), ("stablehlo", "safetensors")])
+def test_check_target_available_checks_sidecars(format: str, suffix: str, tmp_path: Path) -> None:
+    target = target_of(format, tmp_path)
+    sidecar = f"{target}.{suffix}"
+    Path(sidecar).write_text("{}")
+    with raises(UserError, sidecar):
+        check_target_available(format, target, force=False)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
-@pytest.mark.parametrize("to", ["google", "timm"])
-def test_memory_is_at_most_two_and_a_half_times_the_weights(to: str, tmp_path: Path) -> None:
-    large = MixerConfig(12, 16, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048)
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs Linux")
+@pytest.mark.parametrize("format", ["google", "timm"])
+def test_export_weights_needs_at_most_two_and_a_half_times_the_memory(
+    format: str, tmp_path: Path
+) -> None:
+    config = MixerConfig(12, 16, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048)
     source = str(tmp_path / "large.npz")
-    export_weights(random_weights(large, image_size=(224, 224)), "google", source)
-    arguments = [sys.executable, "-c", MEASURE, source, to, target_of(to, tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) < 2.5
+    export_weights(random_weights(config, image_size=(224, 224)), "google", source)
+    command = [sys.executable, "-c", MEASURE_MEMORY, source, format, target_of(format, tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 1 < float(process.stdout) < 2.5
 
 
-def test_about_may_be_of_any_size(tmp_path: Path) -> None:
-    # Names that JSON escapes, and more of them than a header's first guess.
-    names = tuple(f'"{number}" \\ 日本\n' for number in range(21_843))
+def test_export_weights_keeps_many_unusual_class_names(tmp_path: Path) -> None:
+    # JSON escapes these names, and they exceed any small buffer.
+    names = tuple(f'"{index}" \\ 日本\n' for index in range(21_843))
     weights = random_weights(class_names=names)
-    for to in ("google", "timm"):
-        export_weights(weights, to, target_of(to, tmp_path))
-        assert load_checkpoint(target_of(to, tmp_path)).model_info == weights.model_info
+    for format in ("google", "timm"):
+        export_weights(weights, format, target_of(format, tmp_path))
+        assert load_checkpoint(target_of(format, tmp_path)).model_info == weights.model_info

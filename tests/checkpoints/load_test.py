@@ -1,4 +1,4 @@
-"""Tests of loading a run's checkpoint: what it lacks, what it says, and at another image size."""
+"""Tests of loading checkpoints of runs: metadata, overrides, other image sizes, other heads."""
 
 import inspect
 import json
@@ -24,8 +24,6 @@ from mixer_jax.inference import load_pretrained
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
 
-NEW, OLD = 1, 2
-
 
 @pytest.fixture(scope="module")
 def weights() -> PretrainedWeights:
@@ -33,46 +31,51 @@ def weights() -> PretrainedWeights:
 
 
 @pytest.fixture(scope="module")
-def runs(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """The same weights twice: saved with all keys, and when there were fewer."""
-    made = config.get_default()
-    made.preprocess.eval_crop = "resize"
-    new, old = made.to_dict(), made.to_dict()
+def run(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Workdir of a run that saved its whole config."""
+    saved = config.get_default()
+    saved.preprocess.eval_crop = "resize"
+    return save_run(weights, tmp_path_factory.mktemp("run"), config=saved.to_dict())
+
+
+@pytest.fixture(scope="module")
+def old_run(weights: PretrainedWeights, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Workdir of the same run, saved by a version with fewer config keys."""
+    saved = config.get_default()
+    saved.preprocess.eval_crop = "resize"
+    saved = saved.to_dict()
     for section, key in (("preprocess", "exif_orientation"), ("model", "dtype")):
-        del old[section][key]
-    del old["loader"]
-    return {
-        kind: save_run(weights, tmp_path_factory.mktemp("run"), config=saved)
-        for kind, saved in ((NEW, new), (OLD, old))
-    }
+        del saved[section][key]
+    del saved["loader"]
+    return save_run(weights, tmp_path_factory.mktemp("old_run"), config=saved)
 
 
-def test_a_checkpoint_says_the_defaults_of_keys_that_it_lacks(runs: dict[int, str]) -> None:
-    new, old = (load_checkpoint(runs[kind]) for kind in (NEW, OLD))
-    assert old.train_config == new.train_config
-    assert old.train_config is not None
-    # What it does say stands.
-    assert old.train_config["preprocess"]["eval_crop"] == "resize"
+def test_missing_config_keys_get_their_defaults(run: str, old_run: str) -> None:
+    old_config = load_checkpoint(old_run).train_config
+    assert old_config is not None
+    assert old_config == load_checkpoint(run).train_config
+    assert old_config["preprocess"]["eval_crop"] == "resize"
 
 
-def test_a_checkpoint_of_before_a_key_existed_is_scored(
-    runs: dict[int, str],
+def test_a_checkpoint_with_fewer_config_keys_can_be_evaluated(
+    run: str,
+    old_run: str,
     digits_dir: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
 
-    def scores(run: str) -> dict[str, Any]:
+    def metrics(workdir: str) -> dict[str, Any]:
         data = ["--dataset=digits", f"--data_dir={digits_dir}"]
-        assert evaluate.main([f"--checkpoint={run}", "--json", *data]) == 0
+        assert evaluate.main([f"--checkpoint={workdir}", "--json", *data]) == 0
         return json.loads(capsys.readouterr().out)
 
-    assert scores(runs[OLD]) == scores(runs[NEW]) | {"checkpoint": runs[OLD]}
-    assert scores(runs[OLD])["num_examples"] == 360
+    assert metrics(old_run) == metrics(run) | {"checkpoint": old_run}
+    assert metrics(old_run)["num_examples"] == 360
 
 
-def test_the_saved_config_itself_is_not_changed() -> None:
+def test_fill_defaults_does_not_change_its_argument() -> None:
     saved: dict[str, Any] = {"model": {"variant": "S/16"}, "mixture": {"a": {"weight": 2.0}}}
     filled = config.fill_defaults(saved)
     assert saved == {"model": {"variant": "S/16"}, "mixture": {"a": {"weight": 2.0}}}
@@ -82,7 +85,7 @@ def test_the_saved_config_itself_is_not_changed() -> None:
     assert "evals" not in filled
 
 
-def test_what_a_run_says_comes_back(tmp_path: Path) -> None:
+def test_load_checkpoint_restores_model_info_and_params(tmp_path: Path) -> None:
     weights = random_weights(
         image_size=(8, 20), gelu="exact", loss="sigmoid", exif_orientation=True, dtype="bfloat16"
     )
@@ -93,65 +96,61 @@ def test_what_a_run_says_comes_back(tmp_path: Path) -> None:
     assert_params_equal(loaded.params, weights.params)
 
 
-def test_the_caller_has_the_last_word(runs: dict[int, str]) -> None:
-    about = load_checkpoint(runs[NEW], gelu="exact", eval_crop="square").model_info
-    assert (about.gelu, about.eval_crop) == ("exact", "square")
+def test_arguments_override_metadata(run: str) -> None:
+    info = load_checkpoint(run, gelu="exact", eval_crop="square").model_info
+    assert (info.gelu, info.eval_crop) == ("exact", "square")
     names = tuple("abcdefghij")
-    assert (
-        load_checkpoint(runs[NEW], class_names=names, pretrain_image_size=16).model_info.class_names
-        == names
-    )
+    info = load_checkpoint(run, class_names=names, pretrain_image_size=16).model_info
+    assert info.class_names == names
 
 
 @pytest.mark.parametrize(
-    ("about", "parts"),
+    ("fields", "parts"),
     [
         ({}, []),
         ({"gelu": "relu"}, ["gelu", "relu", "tanh", "exact"]),
         ({"image_size": [16]}, ["image_size", "[16]"]),
         ({"class_names": "abc"}, ["class_names"]),
         ({"resize_note": 3}, ["resize_note", "3"]),
+        ({"family": "resnet"}, ["family", "resnet", "mixer"]),
+        ({"config": {"num_blocks": 2}}, ["patch_size"]),
     ],
 )
-def test_a_run_that_says_nonsense_is_refused(
-    weights: PretrainedWeights, tmp_path: Path, about: dict[str, Any], parts: list[str]
+def test_invalid_model_info_is_rejected(
+    weights: PretrainedWeights, tmp_path: Path, fields: dict[str, Any], parts: list[str]
 ) -> None:
-    told = weights.model_info.to_dict() | about if about else {}
-    run = save_run(weights, tmp_path / "other", model_info=told)
-    with raises(UserError, run) as caught:
-        load_checkpoint(run)
-    assert mentions(str(caught.value).replace(run, ""), *parts)
+    model_info = weights.model_info.to_dict() | fields if fields else {}
+    workdir = save_run(weights, tmp_path / "other", model_info=model_info)
+    with raises(UserError, workdir) as caught:
+        load_checkpoint(workdir)
+    assert mentions(str(caught.value).replace(workdir, ""), *parts)
 
 
-def test_an_image_size_resizes_and_says_so(
-    runs: dict[int, str], weights: PretrainedWeights
-) -> None:
-    grown = load_checkpoint(runs[NEW], image_size=32)
-    assert grown.model_info.image_size == (32, 32)
-    assert mentions(grown.model_info.resize_note, "16", "Appendix C")
-    other = load_checkpoint(runs[NEW], image_size=(20, 16))
-    assert mentions(other.model_info.resize_note, "16")
-    assert "Appendix C" not in other.model_info.resize_note
-    assert mentions(other.model_info.name, "Mixer-custom", "20", "16")
-    # From the first size, and from the second.
-    again = resize(other, (32, 16)).model_info.resize_note
-    assert sorted(re.findall(r"\d+", again)) == ["16", "16", "20"]
-    assert load_checkpoint(runs[NEW], image_size=16).model_info == weights.model_info
+def test_resize_changes_model_info(run: str, weights: PretrainedWeights) -> None:
+    tiled = load_checkpoint(run, image_size=32)
+    assert tiled.model_info.image_size == (32, 32)
+    assert mentions(tiled.model_info.resize_note, "16", "Appendix C")
+    interpolated = load_checkpoint(run, image_size=(20, 16))
+    assert mentions(interpolated.model_info.resize_note, "16")
+    assert "Appendix C" not in interpolated.model_info.resize_note
+    assert mentions(interpolated.model_info.name, "Mixer-custom", "20", "16")
+    # Resized twice: from the first size, and from the second.
+    note = resize(interpolated, (32, 16)).model_info.resize_note
+    assert sorted(re.findall(r"\d+", note)) == ["16", "16", "20"]
+    assert load_checkpoint(run, image_size=16).model_info == weights.model_info
     with raises(UserError, "image_size", "18", "patch_size", "4"):
-        load_checkpoint(runs[NEW], image_size=18)
+        load_checkpoint(run, image_size=18)
 
 
-@pytest.mark.parametrize("side", [100_000, 100_001 * 4], ids=["grown", "interpolated"])
-def test_a_size_beyond_the_machines_memory_is_refused_before_any_is_taken(
-    side: int, weights: PretrainedWeights
-) -> None:
+@pytest.mark.parametrize("side", [100_000, 100_001 * 4], ids=["tiled", "interpolated"])
+def test_resize_checks_memory_before_it_allocates(side: int, weights: PretrainedWeights) -> None:
     with raises(UserError, str(side), "image_size") as caught:
         resize(weights, (side, side))
-    # What it would take, and what there is.
+    # What is needed, and what the machine has.
     assert len(re.findall(r"\d Gi?B\b", str(caught.value))) == 2
 
 
-def test_a_machine_that_does_not_tell_its_memory_is_taken_to_have_64_gib(
+def test_memory_limit_defaults_to_64_gib(
     weights: PretrainedWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("os.sysconf")
@@ -163,10 +162,15 @@ def test_a_machine_that_does_not_tell_its_memory_is_taken_to_have_64_gib(
 @pytest.mark.parametrize(
     "size", [32, [32, 32], (np.int64(32), 32), np.int32(32)], ids=lambda size: type(size).__name__
 )
-def test_an_image_size_may_be_of_any_whole_type(size: Any, runs: dict[int, str]) -> None:
-    about = load_checkpoint(runs[NEW], image_size=size).model_info
-    assert about.image_size == (32, 32)
-    assert {type(side) for side in about.image_size} == {int}
+def test_image_size_can_have_any_integer_type(size: Any, run: str) -> None:
+    image_size = load_checkpoint(run, image_size=size).model_info.image_size
+    assert image_size == (32, 32)
+    assert {type(length) for length in image_size} == {int}
+
+
+def unchecked(function: Callable) -> Callable:
+    """Returns a function without the type checks of the test suite, as users call it."""
+    return inspect.unwrap(function)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +191,12 @@ def test_an_image_size_may_be_of_any_whole_type(size: Any, runs: dict[int, str])
         ({"gelu": "fast"}, ["gelu", "fast", "tanh", "exact"]),
     ],
 )
-def test_a_wrong_argument_is_told_in_one_line(
-    arguments: dict[str, Any], parts: list[str], runs: dict[int, str]
+def test_load_checkpoint_rejects_invalid_arguments(
+    arguments: dict[str, Any], parts: list[str], run: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        unchecked(load_checkpoint)(**{"source": runs[NEW], **arguments})
-    # The path may have numbers in it.
-    message = str(caught.value).replace(runs[NEW], "")
+        unchecked(load_checkpoint)(**{"source": run, **arguments})
+    message = str(caught.value).replace(run, "")  # Its path can contain numbers.
     assert mentions(message, *parts)
     assert "\n" not in message
 
@@ -210,7 +213,7 @@ def test_a_wrong_argument_is_told_in_one_line(
         ({"image_size": (3, 32, 32)}, ["image_size", "(3, 32, 32)"]),
     ],
 )
-def test_a_wrong_argument_of_load_pretrained_is_told_before_anything_is_read(
+def test_load_pretrained_checks_arguments_before_it_reads(
     arguments: dict[str, Any], parts: list[str]
 ) -> None:
     with raises(UserError, *parts) as caught:
@@ -218,27 +221,28 @@ def test_a_wrong_argument_of_load_pretrained_is_told_before_anything_is_read(
     assert "\n" not in str(caught.value)
 
 
-def unchecked(function: Callable) -> Callable:
-    """A function without the types that tests check at every call, as users call it."""
-    return inspect.unwrap(function)
-
-
-def test_a_source_may_be_a_path(runs: dict[int, str], weights: PretrainedWeights) -> None:
-    assert_params_equal(load_checkpoint(Path(runs[NEW])).params, weights.params)
+def test_source_can_be_a_path(run: str, weights: PretrainedWeights) -> None:
+    assert_params_equal(load_checkpoint(Path(run)).params, weights.params)
     names = list("abcdefghij")
-    classifier = load_pretrained(Path(runs[NEW]), class_names=names, num_classes=10)
+    classifier = load_pretrained(Path(run), class_names=names, num_classes=10)
     assert classifier.model_info.class_names == tuple(names)
 
 
-def test_heads_and_names(weights: PretrainedWeights) -> None:
-    new = replace_head(weights, 3, bias=-2.0, loss="sigmoid")
-    assert new.model_info.num_classes == 3
-    assert (new.model_info.class_names, new.model_info.loss) == ((), "sigmoid")
-    assert not new.params["head"]["kernel"].any()
-    np.testing.assert_array_equal(new.params["head"]["bias"], np.full(3, -2.0, np.float32))
+def test_replace_head_starts_from_zeros(weights: PretrainedWeights) -> None:
+    replaced = replace_head(weights, 3, bias=-2.0, loss="sigmoid")
+    info = replaced.model_info
+    assert (info.num_classes, info.class_names, info.loss) == (3, (), "sigmoid")
+    assert replaced.params["head"]["kernel"].shape == (16, 3)
+    assert not replaced.params["head"]["kernel"].any()
+    np.testing.assert_array_equal(replaced.params["head"]["bias"], np.full(3, -2.0, np.float32))
     assert "head" not in replace_head(weights, 0).params
+    # The argument is unchanged.
     assert weights.model_info.class_names == DIGITS
-    named = set_class_names(new, ["a", "b", "c"], "x")
-    assert named.model_info.class_names == ("a", "b", "c")
+    assert weights.params["head"]["kernel"].any()
+
+
+def test_set_class_names_needs_one_name_per_class(weights: PretrainedWeights) -> None:
+    weights = replace_head(weights, 3)
+    assert set_class_names(weights, ["a", "b", "c"], "x").model_info.class_names == ("a", "b", "c")
     with raises(UserError, "x", "3", "2"):
-        set_class_names(new, ["a", "b"], "x")
+        set_class_names(weights, ["a", "b"], "x")

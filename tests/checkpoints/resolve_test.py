@@ -1,4 +1,4 @@
-"""Tests of what the name of a checkpoint means, on this machine and behind a URL."""
+"""Tests of names of checkpoints: files, runs, the Hub, and URLs."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath.testing import mock_epath
+from safetensors.numpy import save_file
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
@@ -22,12 +23,8 @@ from tests.helpers.random_weights import assert_params_equal, random_weights, sa
 BUCKET = "gs://some_bucket/"
 
 
-def test_a_name_tells_its_kind(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    files = ("a.npz", "a.safetensors", "a.pth", "a.pt", "a.bin", "model_best.pth.tar")
-    for name in (*files, "folder/model.safetensors"):
-        (tmp_path / name).touch()
-    kinds = {
+def test_resolve_checkpoint_finds_the_format(tmp_path: Path) -> None:
+    formats = {
         "a.npz": "npz",
         "a.safetensors": "safetensors",
         "a.pth": "torch",
@@ -35,21 +32,26 @@ def test_a_name_tells_its_kind(tmp_path: Path) -> None:
         "a.bin": "torch",
         "model_best.pth.tar": "torch",
     }
-    for name, kind in kinds.items():
-        assert resolve_checkpoint(str(tmp_path / name)) == (kind, str(tmp_path / name), None)
-    inside = str(tmp_path / "folder/model.safetensors")
-    assert resolve_checkpoint(str(tmp_path / "folder")) == ("safetensors", inside, None)
+    (tmp_path / "folder").mkdir()
+    for name in (*formats, "folder/model.safetensors"):
+        (tmp_path / name).touch()
+    for name, format in formats.items():
+        assert resolve_checkpoint(str(tmp_path / name)) == (format, str(tmp_path / name), None)
+    file = str(tmp_path / "folder/model.safetensors")
+    assert resolve_checkpoint(str(tmp_path / "folder")) == ("safetensors", file, None)
     for name in ("timm/mixer_b16_224.goog_in21k", "a/b@v1.0", "a/b@refs/pr/1"):
         assert resolve_checkpoint(f"hf:{name}") == ("hub", name, None)
 
 
-def test_a_run_is_known_by_its_folder_and_by_its_steps(tmp_path: Path) -> None:
+def test_resolve_checkpoint_finds_runs_by_any_of_their_folders(tmp_path: Path) -> None:
     run = save_run(random_weights(), tmp_path / "run.npz", step=7)
     for name in (run, f"{run}/checkpoints", f"{run}/checkpoints/7"):
         assert resolve_checkpoint(name) == ("run", run, 7)
 
 
-def test_a_name_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_checkpoint_expands_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.npz").touch()
     assert resolve_checkpoint("~/a.npz").path == str(tmp_path / "a.npz")
@@ -79,7 +81,7 @@ def test_a_name_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("two\nlines.npz", []),
     ],
 )
-def test_what_is_nowhere_is_told_in_one_line(
+def test_resolve_checkpoint_fails_with_one_line(
     source: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,19 +103,19 @@ def test_only_runs_have_steps(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def bucket(folder: Path) -> Iterator[None]:
-    """Makes a folder the contents of `BUCKET`; all but the way to it is real."""
+    """Makes a folder the contents of `BUCKET`, by replacing what epath calls."""
 
-    def local(original: Any, path: Any, *rest: Any, **named: Any) -> Any:
-        return original(os.fspath(path).replace(BUCKET, f"{folder}/"), *rest, **named)
+    def local(original: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(os.fspath(path).replace(BUCKET, f"{folder}/"), *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        # Where TensorFlow is installed, epath would ask it.
+        # Otherwise epath would use TensorFlow if it is installed.
         patch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
         with mock_epath(open=local, exists=local, isdir=local, listdir=local, stat=local):
             yield
 
 
-def test_weights_behind_a_url_are_read_with_what_is_beside_them(tmp_path: Path) -> None:
+def test_files_at_urls_are_loaded_with_their_metadata(tmp_path: Path) -> None:
     weights = random_weights(image_size=(16, 32))
     np.savez(tmp_path / "Mixer.npz", **pretrained_files.google(weights.params))
     (tmp_path / "Mixer.npz.json").write_text('{"image_size": [32, 16]}')
@@ -124,27 +126,25 @@ def test_weights_behind_a_url_are_read_with_what_is_beside_them(tmp_path: Path) 
     assert loaded.model_info.image_size == (32, 16)
 
 
-def test_a_folder_behind_a_url_is_read_with_its_config(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
+def test_folders_at_urls_are_loaded_with_their_config(tmp_path: Path) -> None:
     save_file(pretrained_files.timm(random_weights().params), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"interpolation": "bilinear"}')
     with bucket(tmp_path):
         assert load_checkpoint(BUCKET.rstrip("/")).model_info.eval_crop == "bilinear"
 
 
-def test_errors_behind_a_url_name_the_url_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "text.npz").write_text("no weights")
+def test_errors_name_the_url(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("not weights")
     with bucket(tmp_path):
-        with raises(UserError, f"{BUCKET}text.npz"):
-            load_checkpoint(f"{BUCKET}text.npz")
-        with raises(UserError, f"{BUCKET}nothing.npz"):
-            load_checkpoint(f"{BUCKET}nothing.npz")
+        for name in ("text.npz", "nothing.npz"):
+            with raises(UserError, f"{BUCKET}{name}"):
+                load_checkpoint(f"{BUCKET}{name}")
 
+
+def test_errors_of_url_libraries_are_reported_in_one_line(tmp_path: Path) -> None:
     def unreachable(original: Any, path: Any) -> bool:
         raise RuntimeError(f"no credentials\n for {path}")
 
-    # The cause's own words, in one line.
     cause = f"no credentials for {BUCKET}text.npz"
     with (
         bucket(tmp_path),
@@ -155,10 +155,9 @@ def test_errors_behind_a_url_name_the_url_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_bucket_without_a_library_to_read_it_names_the_extra(
+def test_a_missing_url_library_is_reported_with_the_extra_to_install(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    # As without TensorFlow.
     monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with raises(UserError, f"{BUCKET}Mixer.npz", "gcsfs", 'pip install "mixer-jax[gcs]"'):

@@ -1,4 +1,4 @@
-"""Tests of the StableHLO program: it is the model, and runs where neither it nor Flax is there."""
+"""Tests of StableHLO programs: they equal the model, and run without this library and Flax."""
 
 import subprocess
 import sys
@@ -20,57 +20,55 @@ from mixer_jax.models.execution import Execution
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
-BATCHES = (1, 3, 64)
-# As a user has it: neither this library nor Flax, and the two lines that the door prints.
-PROGRAM = """
+BATCH_SIZES = (1, 3, 64)
+# Runs a program as users do, with the lines that the convert command prints.
+USER_SCRIPT = """
 import sys
 sys.modules["flax"] = sys.modules["mixer_jax"] = None
 import numpy as np
 from pathlib import Path; from jax import export
-with np.load(sys.argv[2]) as given:
-    images = dict(given)
+with np.load(sys.argv[2]) as archive:
+    batches = dict(archive)
 from safetensors.numpy import load_file
 weights = load_file(sys.argv[1] + ".safetensors")
 call = export.deserialize(Path(sys.argv[1]).read_bytes()).call
-np.savez(sys.argv[3], **{name: call(weights, images) for name, images in images.items()})
+np.savez(sys.argv[3], **{name: call(weights, images) for name, images in batches.items()})
 """
 
 
-def test_it_does_not_depend_on_the_device_it_is_written_on(
+def test_program_does_not_depend_on_the_device_it_is_written_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = random_weights()
-
     path = tmp_path / "w.stablehlo"
 
     def program() -> str:
         write_stablehlo(str(path), f"{path}.safetensors", weights)
         text = jax.export.deserialize(bytearray(path.read_bytes())).mlir_module()
-        # But for the lines of this file that it was called from.
+        # Locations include the lines of this file.
         return "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
 
-    here = program()
-    right = stablehlo.model_from_info
+    expected = program()
     for settings in ({"backend": "triton"}, {"target_device_kind": "TPU v6 lite"}):
-        # What a machine with an accelerator would choose.
+        # As on a machine with an accelerator.
         monkeypatch.setattr(
             stablehlo,
             "model_from_info",
-            lambda *args, s=settings: right(*args).clone(execution=Execution(**s)),
+            lambda *args, s=settings: model_from_info(*args).clone(execution=Execution(**s)),
         )
-        assert program() == here
+        assert program() == expected
 
 
 @pytest.mark.parametrize(
     "weights",
     [
-        # It is computed in float32 whatever the weights say.
+        # The program is float32 whatever the dtype of the weights.
         random_weights(gelu="tanh", dtype="bfloat16"),
         random_weights(gelu="exact", image_size=(8, 24), class_names=()),
     ],
     ids=["logits", "features"],
 )
-def test_it_is_the_model_in_a_process_without_flax(
+def test_program_equals_the_model_in_a_process_without_flax(
     weights: PretrainedWeights, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "w.stablehlo")
@@ -78,46 +76,46 @@ def test_it_is_the_model_in_a_process_without_flax(
     check_stablehlo(path, weights)
     rng = np.random.default_rng(1)
     size = (*weights.model_info.image_size, 3)
-    images = {str(n): rng.uniform(-1, 1, (n, *size)).astype(np.float32) for n in BATCHES}
+    images = {str(n): rng.uniform(-1, 1, (n, *size)).astype(np.float32) for n in BATCH_SIZES}
     np.savez(tmp_path / "images.npz", **images)  # type: ignore[arg-type]
     arguments = [path, f"{tmp_path}/images.npz", f"{tmp_path}/logits.npz"]
-    subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM, *arguments], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", USER_SCRIPT, *arguments], check=True)
     model = model_from_info(weights.model_info, "float32")
-    with np.load(tmp_path / "logits.npz") as found:
-        for n in BATCHES:
+    with np.load(tmp_path / "logits.npz") as logits:
+        for n in BATCH_SIZES:
             batch = jnp.asarray(images[str(n)])
-            wanted = np.asarray(model.apply({"params": weights.params}, batch))
-            assert found[str(n)].dtype == np.float32
-            assert found[str(n)].shape == (n, weights.model_info.num_classes or 16)
-            difference = np.abs(found[str(n)] - wanted).max()
-            assert difference < 1e-4 * np.ptp(wanted)
-            # The two images are told apart by far more than the tolerance.
-            assert n == 1 or np.abs(wanted[0] - wanted[1]).max() > 0.01 * np.ptp(wanted)
+            expected = np.asarray(model.apply({"params": weights.params}, batch))
+            assert logits[str(n)].dtype == np.float32
+            assert logits[str(n)].shape == (n, weights.model_info.num_classes or 16)
+            difference = np.abs(logits[str(n)] - expected).max()
+            assert difference < 1e-4 * np.ptp(expected)
+            # Two images differ by far more than the tolerance.
+            assert n == 1 or np.abs(expected[0] - expected[1]).max() > 0.01 * np.ptp(expected)
 
 
-def test_it_says_what_it_takes_and_computes(tmp_path: Path) -> None:
+def test_program_has_the_documented_signature_and_precision(tmp_path: Path) -> None:
     weights = random_weights(dtype="bfloat16")
     path = tmp_path / "w.stablehlo"
     write_stablehlo(str(path), f"{path}.safetensors", weights)
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    (*arrays, taken), (given,) = program.in_avals, program.out_avals
+    (*arrays, images), (logits,) = program.in_avals, program.out_avals
     assert len(arrays) == len(dict(tree.flatten(weights.params)))
-    assert (str(taken.shape), taken.dtype) == ("(batch, 16, 16, 3)", np.float32)
-    assert (str(given.shape), given.dtype) == ("(batch, 10)", np.float32)
+    assert (str(images.shape), images.dtype) == ("(batch, 16, 16, 3)", np.float32)
+    assert (str(logits.shape), logits.dtype) == ("(batch, 10)", np.float32)
     text = program.mlir_module()
     assert "bf16" not in text
     operations = ("stablehlo.dot_general ", "stablehlo.convolution(")
-    products = [line for line in text.splitlines() if any(name in line for name in operations)]
-    assert products
-    assert all("HIGHEST" in line for line in products)
-    # The program is small, and the same whatever the numbers are.
+    matmuls = [line for line in text.splitlines() if any(name in line for name in operations)]
+    assert matmuls
+    assert all("HIGHEST" in line for line in matmuls)
+    # Weights are not part of the program.
     assert path.stat().st_size < 100_000
     with SafetensorsFile(f"{path}.safetensors") as file:
         assert ModelInfo.from_dict(file.metadata, "here") == weights.model_info
 
 
-def test_an_untrained_head_passes_the_check(tmp_path: Path) -> None:
+def test_check_stablehlo_accepts_a_zero_head(tmp_path: Path) -> None:
     weights = random_weights()
     weights.params["head"]["kernel"][...] = 0
     weights.params["head"]["bias"][...] = -7.5
@@ -126,7 +124,7 @@ def test_an_untrained_head_passes_the_check(tmp_path: Path) -> None:
     check_stablehlo(program, weights)
 
 
-def test_the_program_is_for_any_weights_of_the_same_model_and_no_other(
+def test_check_stablehlo_accepts_other_weights_and_rejects_other_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, file = str(tmp_path / "w.stablehlo"), str(tmp_path / "w.safetensors")
@@ -136,7 +134,7 @@ def test_the_program_is_for_any_weights_of_the_same_model_and_no_other(
     with raises(RunError, "w.stablehlo"):
         check_stablehlo(program, random_weights(image_size=(8, 8)))
     with monkeypatch.context() as patch:
-        patch.setattr(stablehlo, "_build_model", lambda about: model_from_info(about, "bfloat16"))
+        patch.setattr(stablehlo, "_build_model", lambda info: model_from_info(info, "bfloat16"))
         write_stablehlo(program, file, weights)
     with raises(RunError, "w.stablehlo", "logits"):
         check_stablehlo(program, weights)

@@ -1,4 +1,4 @@
-"""Tests of runs that are killed, interrupted and resumed, as real processes."""
+"""Tests of runs as real processes that are killed, interrupted and resumed."""
 
 import contextlib
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from mixer_jax.checkpoints.resolve import list_steps
 from tests.helpers.images import encode, photograph
@@ -30,31 +31,34 @@ from tests.helpers.processes import (
 )
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
+pytestmark = pytest.mark.slow
+
 
 def unfinished_saves(workdir: Path) -> list[Path]:
     return list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
 
 
-def is_saving(workdir: Path, done: int) -> bool:
-    return last_step(workdir) > done and unfinished_saves(workdir) != []
+def is_saving_after(workdir: Path, step: int) -> bool:
+    return last_step(workdir) > step and unfinished_saves(workdir) != []
 
 
-def test_killed_and_resumed_equals_never_interrupted(
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(
     uninterrupted: Path, digits_dir: str, tmp_path: Path
 ) -> None:
-    # At a random step, between two checkpoints or on one.
+    # Killed at a random step, at a checkpoint or between two. A failure shows the output.
     step = random.SystemRandom().randint(11, 25)
+    print(f"killed at step {step}")
     process = start(digits_dir, tmp_path, optimized=True)
     wait_until(lambda: last_step(tmp_path) >= step, process)
     process.kill()
     process.communicate()
-    # Saving is asynchronous: the newest save may not have been finished.
-    assert set(list_steps(str(tmp_path))) <= {10, 20}, step
+    # Saving is asynchronous: the newest save may be unfinished.
+    assert set(list_steps(str(tmp_path))) <= {10, 20}
 
-    # While a checkpoint is being written: a save may end just before the kill, so try again then.
-    for done in (20, 25, 30):
+    # Killed during a save, which may end just before the kill: then once more.
+    for after_step in (20, 25, 30):
         process = start(digits_dir, tmp_path, optimized=True)
-        wait_until(functools.partial(is_saving, tmp_path, done), process)
+        wait_until(functools.partial(is_saving_after, tmp_path, after_step), process)
         process.kill()
         process.communicate()
         if unfinished_saves(tmp_path):
@@ -62,7 +66,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     assert unfinished_saves(tmp_path)
     assert list_steps(str(tmp_path))[-1] < STEPS
 
-    # By a scheduler, which is polite.
+    # Stopped by SIGTERM, as schedulers do.
     process = start(digits_dir, tmp_path, optimized=True)
     wait_until(lambda: last_step(tmp_path) >= 45, process)
     process.send_signal(signal.SIGTERM)
@@ -71,7 +75,7 @@ def test_killed_and_resumed_equals_never_interrupted(
     assert 45 <= saved < STEPS
     assert reports_stop(out, tmp_path, saved, STEPS)
 
-    # And to the end.
+    # Resumed to the end.
     out = finish(start(digits_dir, tmp_path, optimized=True))
     assert first_reported_step(out) == saved
     assert unfinished_saves(tmp_path) == []
@@ -79,12 +83,12 @@ def test_killed_and_resumed_equals_never_interrupted(
     expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
     for item, arrays in expected.items():
         for a, b in zip(arrays, actual[item], strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=f"{item} (killed at step {step})")
+            np.testing.assert_array_equal(a, b, err_msg=item)
 
 
 def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
-    process = start(digits_dir, tmp_path, **changes)
+    overrides: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
+    process = start(digits_dir, tmp_path, **overrides)
     wait_until(lambda: last_step(tmp_path) >= 3, process)
     process.send_signal(signal.SIGINT)
     out = finish(process, code=130)
@@ -102,8 +106,8 @@ def processes_of_group(group: int) -> list[int]:
     return found
 
 
-def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> None:
-    """Ctrl-C to the whole group, as of a terminal; to a run that waits for its images."""
+def test_loader_processes_end_with_the_run(tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group, as from a terminal, while the run waits for its images."""
     large = cv2.resize(photograph(), (1600, 1200))
     for index in range(20):
         path = tmp_path / "images" / f"{index % 2}" / f"{index}.jpg"
@@ -124,24 +128,24 @@ def test_worker_processes_end_with_the_run_however_it_ends(tmp_path: Path) -> No
             os.killpg(process.pid, stop)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code, err
-        # A worker of Grain that is ended while it removes shared memory has removed it without
-        # telling Python's resource tracker, which then looks for it in vain.
+        # A Grain worker that is killed while it removes shared memory does not unregister it, and
+        # Python's resource tracker warns that it cannot find it.
         assert err == "" or "resource_tracker.py" in err
         if code >= 0:
             (*_, steps) = list_steps(str(tmp_path / "run"))
             assert reports_stop(out, tmp_path / "run", steps, 1000)
         deadline = time.monotonic() + 20
         while processes_of_group(process.pid):
-            assert time.monotonic() < deadline, "workers are left"
+            assert time.monotonic() < deadline, "worker processes are left"
             time.sleep(0.1)
 
 
-def test_a_finished_run_says_so_and_is_scored(
+def test_finished_run_is_evaluated_again(
     uninterrupted: Path, digits_dir: str, tmp_path: Path
 ) -> None:
     workdir = shutil.copytree(uninterrupted, tmp_path / "copy")
     out = finish(start(digits_dir, workdir, optimized=True))
     assert last_step(workdir) == STEPS
-    # All of it was done before; what is scored is told.
+    # Nothing is trained or logged again; the metrics are printed.
     assert untimed_metrics(workdir) == untimed_metrics(uninterrupted)
     assert mentions(out, "360")

@@ -1,4 +1,4 @@
-"""Weights drawn at random, biases and norms too, for tests of what is done with weights."""
+"""Random weights, biases and scales included, in memory and in files."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,14 @@ import jax
 import numpy as np
 
 from mixer_jax.checkpoints import tree
+from mixer_jax.checkpoints.formats.npz import write_npz
+from mixer_jax.checkpoints.formats.safetensors import write_safetensors
+from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.models.mixer_config import MixerConfig, param_shapes
+from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
 from mixer_jax.models.registry import get_family
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
@@ -18,47 +22,65 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def random_weights(
-    widths: MixerConfig = TINY,
+    config: MixerConfig = TINY,
     image_size: tuple[int, int] = (16, 16),
     class_names: tuple[str, ...] = DIGITS,
     seed: int = 0,
-    **about: Any,
+    **fields: Any,
 ) -> PretrainedWeights:
-    """Weights of a small Mixer; `about` in place of fields of `ModelInfo`."""
-    height, width = image_size
-    told = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
-    made = ModelInfo(
-        "mixer",
-        get_family("mixer").infer_variant(widths),
-        widths,
+    """Creates random weights of a small Mixer; `fields` override those of `ModelInfo`."""
+    family = get_family("mixer")
+    defaults = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
+    defaults |= {"num_classes": len(class_names), "class_names": class_names}
+    model_info = ModelInfo(
+        family.name,
+        family.infer_variant(config),
+        config,
         image_size=image_size,
-        **{"num_classes": len(class_names), "class_names": class_names, **told, **about},
+        **{**defaults, **fields},
     )
-    tokens = (height // widths.patch_size) * (width // widths.patch_size)
     rng = np.random.default_rng(seed)
-    shapes = param_shapes(widths, tokens, made.num_classes)
+    shapes = family.param_shapes(config, image_size, model_info.num_classes)
     flat = {
         path: (rng.normal(0.0, 0.3, shape) + path.endswith("scale")).astype(np.float32)
         for path, shape in shapes.items()
     }
-    return PretrainedWeights(tree.unflatten(flat), made)
+    return PretrainedWeights(tree.unflatten(flat), model_info)
 
 
 def save_run(weights: PretrainedWeights, workdir: Path, step: int = 1, **metadata: Any) -> str:
-    """Saves weights as a run would, and returns its name."""
+    """Saves weights as a checkpoint of a run, and returns its workdir."""
     checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
-    about = {"model_info": weights.model_info.to_dict(), "ema": False, **metadata}
-    checkpoints.save(step, {"params": weights.params}, about)
+    metadata = {"model_info": weights.model_info.to_dict(), "ema": False, **metadata}
+    checkpoints.save(step, {"params": weights.params}, metadata)
     checkpoints.close()
     return str(workdir)
 
 
-def assert_params_equal(ours: Any, theirs: Any) -> None:
+def save_npz(
+    weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
+) -> str:
+    """Saves weights with Google's names, and returns the path. By default without metadata."""
+    views = layout_views(dict(tree.flatten(weights.params)), GOOGLE)
+    write_npz(str(path), views, metadata or {})
+    return str(path)
+
+
+def save_safetensors(
+    weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
+) -> str:
+    """Saves weights with timm's names, and returns the path. By default without metadata."""
+    views = layout_views(dict(tree.flatten(weights.params)), TIMM)
+    write_safetensors(str(path), views, metadata or {})
+    return str(path)
+
+
+def assert_params_equal(actual: Any, expected: Any) -> None:
     """Asserts that two trees have the same arrays, bit for bit."""
-    ours, theirs = dict(tree.flatten(ours)), dict(tree.flatten(theirs))
-    assert ours.keys() == theirs.keys()
-    for path, array in ours.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[path]), err_msg=path)
+    actual, expected = dict(tree.flatten(actual)), dict(tree.flatten(expected))
+    assert actual.keys() == expected.keys()
+    for path, array in actual.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)
 
 
 def tree_norm(tree: Any) -> float:

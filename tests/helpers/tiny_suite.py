@@ -1,8 +1,12 @@
-"""A suite that takes seconds, and weights to judge by it."""
+"""A suite that takes seconds, plans of suites, and a checkpoint to evaluate."""
 
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.models.registry import get_family
+from mixer_jax.suites.plan import TransferPlan
+from mixer_jax.suites.run_configs import SuiteSettings
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Suite
 from tests.helpers.random_weights import random_weights, save_run
 
@@ -12,11 +16,11 @@ SETTINGS: dict[str, Any] = {
     "learning_rates": (0.01, 0.1),
     "batch_size": 32,
     "seeds": (0, 1),
-    "large": False,
+    "is_large_image": False,
     "train_crop": "random_shift",
     "flip": False,
     "eval_crop": "resize",
-    "changes": {"preprocess.max_shift": 1},
+    "config_overrides": {"preprocess.max_shift": 1},
 }
 HIGH = FineTuneTask(
     "high",
@@ -41,11 +45,49 @@ LOW = FineTuneTask(
     **{**SETTINGS, "seeds": (0,), "learning_rates": (0.03,)},
 )
 PROBE = ProbeTask(
-    "probe", "digits/high", "few_shot", "train", "test", shots=(1, 5), seeds=(0, 1), large=False
+    "probe",
+    "digits/high",
+    "few_shot",
+    "train",
+    "test",
+    shots=(1, 5),
+    seeds=(0, 1),
+    is_large_image=False,
 )
-SUITE = Suite("small", "digits, quickly", (HIGH, LOW, PROBE))
+SUITE = Suite("tiny", "digits, quickly", (HIGH, LOW, PROBE))
+
+# Metadata of a published checkpoint.
+LARGE_INFO = ModelInfo(
+    "mixer",
+    "L/16",
+    get_family("mixer").get_config("L/16"),
+    (224, 224),
+    21_843,
+    (),
+    gelu="tanh",
+    eval_crop="shorter_side",
+    exif_orientation=False,
+    loss="sigmoid",
+)
+TINY_INFO = random_weights().model_info
+
+
+def make_plan(
+    suite: Suite = SUITE,
+    image_size: int = 16,
+    *,
+    model_info: ModelInfo = TINY_INFO,
+    checkpoint: str = "runs/a",
+    data_dir: str = "",
+    overrides: tuple[tuple[str, str], ...] = (),
+    **fields: Any,
+) -> TransferPlan:
+    """Creates a plan with one image size for all tasks; `fields` as in `TransferPlan`."""
+    settings = SuiteSettings(checkpoint, model_info, data_dir, overrides)
+    sizes = {task.name: image_size for task in suite.tasks}
+    return TransferPlan(suite, settings, sizes, **fields)
 
 
 def save_weights(folder: Path) -> str:
-    """Saves a tiny model's weights as a run, and returns its name."""
+    """Saves a tiny model's weights as a run; returns its workdir."""
     return save_run(random_weights(), folder / "weights")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
@@ -175,7 +176,7 @@ def test_estimate_collectives_of_fsdp_run() -> None:
 def test_run_spec_of_config() -> None:
     flags = ["--config.recipe.grad_accum_steps=1"]
     config = resolve_for_platform(
-        load_config_with_overrides("configs/mixer_l16_i21k.py", flags), "tpu"
+        parse(load_config_with_overrides("configs/mixer_l16_i21k.py", flags)), "tpu"
     )
     assert config.model.dtype == "bfloat16"
     dataset = placeholder_datasets(config).train

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
@@ -9,7 +10,7 @@ from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_p
 
 @pytest.mark.parametrize(("classes", "num_classes"), [("all", 10), ("low", 5), ("high", 5)])
 def test_placeholder_datasets_match_digits(classes: str, num_classes: int, digits_dir: str) -> None:
-    config = load_config_with_overrides(f"configs/digits.py:{classes}", [])
+    config = parse(load_config_with_overrides(f"configs/digits.py:{classes}", []))
     placeholder = placeholder_datasets(resolve_for_platform(config, "tpu")).train
     dataset = open_dataset(f"digits/{classes}", "train", digits_dir)
     assert (len(placeholder), placeholder.num_classes) == (len(dataset), num_classes)
@@ -28,6 +29,6 @@ def test_placeholder_datasets_match_digits(classes: str, num_classes: int, digit
 def test_resolve_for_platform_resolves_unroll_and_remat(
     platform: str, flags: list[str], expected: tuple[int, str]
 ) -> None:
-    config = load_config_with_overrides("configs/mixer_l16_i21k.py", flags)
+    config = parse(load_config_with_overrides("configs/mixer_l16_i21k.py", flags))
     model = resolve_for_platform(config, platform).model
     assert (model.scan_unroll, model.remat) == expected

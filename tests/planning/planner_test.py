@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mixer_jax.config.config import validate
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.planning.planner import Plan, make_plan
 from mixer_jax.planning.report import format_plan, plan_to_dict
@@ -37,8 +37,7 @@ def compiler() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def plan(compiler: None) -> Plan:
     """Plan of Mixer-S/16 on JFT-300M, compiled for four chips."""
-    config = load_config_with_overrides("configs/mixer_s16_jft.py", FLAGS)
-    validate(config)
+    config = parse(load_config_with_overrides("configs/mixer_s16_jft.py", FLAGS))
     return make_plan(config, parse_topology("v5e:2x2"), fast_compile=True)
 
 
@@ -94,7 +93,7 @@ def test_format_plan_and_plan_to_dict(plan: Plan) -> None:
 
 def test_train_step_that_exceeds_memory() -> None:
     flags = [*FLAGS, "--config.batch_size=3072", "--config.model.remat=none"]
-    config = load_config_with_overrides("configs/mixer_s16_jft.py", flags)
+    config = parse(load_config_with_overrides("configs/mixer_s16_jft.py", flags))
     plan = make_plan(config, parse_topology("v5e:2x2"), with_eval=False, fast_compile=True)
     assert not plan.fits
     assert plan.train_step is not None

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
-from ml_collections import ConfigDict
 
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.planning.aot_compile import OutOfMemory
 from mixer_jax.planning.cost_model import estimate_memory
 from mixer_jax.planning.planner import Plan, make_plan, to_compiled_step
@@ -21,8 +22,8 @@ FLAGS = [
 ]
 
 
-def load_config(*flags: str) -> ConfigDict:
-    return load_config_with_overrides("configs/mixer_h14_jft.py", [*FLAGS, *flags])
+def load_config(*flags: str) -> RunConfig:
+    return parse(load_config_with_overrides("configs/mixer_h14_jft.py", [*FLAGS, *flags]))
 
 
 def plan_with_oom(oom: OutOfMemory) -> Plan:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
 
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.planning import sweep as sweep_module
 from mixer_jax.planning.planner import Plan, make_plan
@@ -29,8 +30,8 @@ FLAGS = [
 ]
 
 
-def load_config(*flags: str) -> ConfigDict:
-    return load_config_with_overrides("configs/mixer_h14_jft.py", [*FLAGS, *flags])
+def load_config(*flags: str) -> RunConfig:
+    return parse(load_config_with_overrides("configs/mixer_h14_jft.py", [*FLAGS, *flags]))
 
 
 def test_sweep_ranks_fitting_settings_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,41 @@
-"""Tests of what weights were pre-trained on, as their runs and classes tell."""
+"""Tests of the paper's results and of inferring the pre-training data."""
 
 import pytest
 
-from mixer_jax.suites.paper_results import infer_pretrain_dataset
+from mixer_jax.suites.paper_results import PAPER, find_row, infer_pretrain_dataset
+
+
+def test_find_row_prefers_table_2() -> None:
+    row = find_row("i21k", "Mixer-L/16", 448)
+    assert row is not None
+    # VTAB-1k was measured for Table 2 only.
+    assert (row.table, row.imagenet, row.avg5, row.vtab) == (2, 84.15, 93.91, 74.95)
+
+
+def test_find_row_of_table_3() -> None:
+    row = find_row("i21k", "Mixer-B/16", 224)
+    assert row is not None
+    assert (row.table, row.imagenet, row.real, row.avg5, row.vtab) == (3, 80.64, 85.8, 92.5, None)
+    assert (row.images_per_second, row.core_days) == (1384, 150)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "image_size"),
+    [
+        ("i21k", "Mixer-S/16", 224),
+        ("", "Mixer-B/16", 224),
+        ("i21k", "Mixer-B/16", 448),
+        ("i21k", "ViT-B/16", 224),
+    ],
+)
+def test_find_row_of_other_models(dataset: str, model: str, image_size: int) -> None:
+    assert find_row(dataset, model, image_size) is None
+
+
+def test_paper_rows_are_unique() -> None:
+    keys = [(row.table, row.data, row.variant, row.image_size) for row in PAPER]
+    assert len(set(keys)) == len(keys) == 14
+    assert all(row.real > row.imagenet for row in PAPER)
 
 
 @pytest.mark.parametrize(
@@ -15,10 +48,16 @@ from mixer_jax.suites.paper_results import infer_pretrain_dataset
         ("imagenet2012_subset/1pct:5.0.0", ""),
         ("imagenet2012_real", ""),
         ("folder:/data/imagenet2012", ""),
+        ("digits/low", ""),
     ],
 )
-def test_data_sets_are_known_by_their_whole_name(dataset: str, expected: str) -> None:
+def test_infer_pretrain_dataset_by_name(dataset: str, expected: str) -> None:
     assert infer_pretrain_dataset(dataset, "", 1_000) == expected
-    # Not that alone.
+    # Trained on other data as well.
     assert infer_pretrain_dataset(dataset, "", 1_000, mixture=True) == ""
-    assert infer_pretrain_dataset(dataset, "weights", 1_000) == ""
+    assert infer_pretrain_dataset(dataset, "Mixer-L_16.npz", 1_000) == ""
+
+
+@pytest.mark.parametrize(("num_classes", "expected"), [(21_843, "i21k"), (1_000, "i1k"), (37, "")])
+def test_infer_pretrain_dataset_by_number_of_classes(num_classes: int, expected: str) -> None:
+    assert infer_pretrain_dataset("", "", num_classes) == expected

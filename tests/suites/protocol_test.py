@@ -1,6 +1,5 @@
-"""Tests of what ends a suite, or a task alone: errors, locks, signals, on one host and several."""
+"""Tests of running tasks: errors, locks and signals on one host and several; probe inputs."""
 
-import json
 import re
 import signal
 from pathlib import Path
@@ -10,161 +9,190 @@ import jax
 import pytest
 
 from mixer_jax.errors import NonFiniteError, OutputWriteError, UserError
+from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.files import file_lock
 from mixer_jax.suites import protocol, results
-from mixer_jax.suites.plan import TransferPlan
-from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
+from mixer_jax.suites.protocol import (
+    TaskContext,
+    TaskInterruptedError,
+    run_probe_task,
+    run_tasks,
+)
 from mixer_jax.suites.results import read_result, save_result
-from mixer_jax.suites.run_configs import SuiteSettings
 from mixer_jax.suites.tasks import Suite
 from mixer_jax.training.loop import TrainResult
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights
-from tests.helpers.tiny_suite import HIGH, LOW
+from tests.helpers.tiny_suite import HIGH, LOW, PROBE, make_plan
 
 SUITE = Suite("two", "two", (LOW, HIGH))
 
 
-class FakeScores:
-    """Stands in for scores, which only their values matter of."""
+class FakeMetrics:
+    """Substitute for metrics, with the values that tasks need."""
 
     def as_dict(self) -> dict[str, float]:
         return {"top1": 0.5, "log_likelihood": -1.0, "num_examples": 10.0}
 
 
 def train(config: Any, workdir: str, weights: Any) -> TrainResult:
-    scores: Any = {name: FakeScores() for name in config.evals}
+    scores: Any = {name: FakeMetrics() for name in config.evals}
     return TrainResult(6, 6, scores, None)
 
 
 @pytest.fixture
-def doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskContext:
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskContext:
     weights = random_weights()
-    sizes = {task.name: 16 for task in SUITE.tasks}
-    plan = TransferPlan(SUITE, SuiteSettings("weights", weights.model_info), sizes)
     monkeypatch.setattr(protocol, "train_and_evaluate", train)
-    return TaskContext(plan, str(tmp_path), weights, False, lambda text: None)
+    return TaskContext(make_plan(SUITE), str(tmp_path), weights, False, lambda text: None)
 
 
-def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch, of: str = "") -> None:
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch, folder: str = "") -> None:
     def fail(config: Any, workdir: str, weights: Any) -> TrainResult:
-        if of in workdir:
+        if folder in workdir:
             raise error
         return train(config, workdir, weights)
 
     monkeypatch.setattr(protocol, "train_and_evaluate", fail)
 
 
-def be_one_of_two(monkeypatch: pytest.MonkeyPatch, other: bool = False) -> None:
-    """Makes this process the first of two hosts, whose second answers `other`."""
+def simulate_two_hosts(monkeypatch: pytest.MonkeyPatch, other: bool = False) -> None:
+    """Makes this process the first of two hosts, the second of which answers `other`."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(protocol, "any_host", lambda flag: flag or other)
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), UserError("bad image")])
-def test_an_error_that_other_hosts_may_not_have_met_ends_the_program(
-    error: Exception, doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_raises_errors_that_may_be_local_to_a_host(
+    error: Exception, context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_with(error, monkeypatch, of="/low/")
-    assert list(run_tasks(doing, SUITE.tasks)) == ["low"]
-    be_one_of_two(monkeypatch)
+    fail_with(error, monkeypatch, folder="/low/")
+    assert list(run_tasks(context, SUITE.tasks)) == ["low"]
+    simulate_two_hosts(monkeypatch)
     with pytest.raises(type(error), match=str(error)):
-        run_tasks(doing, SUITE.tasks)
+        run_tasks(context, SUITE.tasks)
 
 
-def test_divergence_is_known_to_all_hosts(
-    doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_continues_after_divergence_on_several_hosts(
+    context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    be_one_of_two(monkeypatch)
-    fail_with(NonFiniteError("loss is nan"), monkeypatch, of="/low/")
-    failures = run_tasks(doing, SUITE.tasks)
+    simulate_two_hosts(monkeypatch)
+    fail_with(NonFiniteError("loss is nan"), monkeypatch, folder="/low/")
+    failures = run_tasks(context, SUITE.tasks)
     assert list(failures) == ["low"]
     assert re.search(r"\bseed\W*0\b", failures["low"])
     assert mentions(failures["low"], "loss is nan")
-    assert read_result(f"{doing.workdir}/high/final/seed=1") is not None
+    assert read_result(f"{context.workdir}/high/final/seed=1") is not None
 
 
-def test_a_final_run_that_diverged_is_tried_again(
-    doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_retries_a_diverged_final_run(
+    context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_with(NonFiniteError("loss is nan"), monkeypatch, of="/final/")
-    assert set(run_tasks(doing, SUITE.tasks)) == {"low", "high"}
-    assert read_result(f"{doing.workdir}/low/final/seed=0") is None
-    # As an earlier version kept it.
-    save_result(f"{doing.workdir}/low/final/seed=0", results.RunResult({}, 1.0, "loss is nan"))
+    fail_with(NonFiniteError("loss is nan"), monkeypatch, folder="/final/")
+    assert set(run_tasks(context, SUITE.tasks)) == {"low", "high"}
+    assert read_result(f"{context.workdir}/low/final/seed=0") is None
+    # Earlier versions recorded it.
+    save_result(f"{context.workdir}/low/final/seed=0", results.RunResult({}, 1.0, "loss is nan"))
     monkeypatch.setattr(protocol, "train_and_evaluate", train)
-    assert run_tasks(doing, SUITE.tasks) == {}
+    assert run_tasks(context, SUITE.tasks) == {}
 
 
-def test_a_result_that_cannot_be_written_ends_the_program(
-    doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_raises_if_a_result_cannot_be_written(
+    context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Any, text: str) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(results, "atomic_write", refuse)
-    with raises(OutputWriteError, f"{doing.workdir}/low/final/seed=0", "No space left on device"):
-        run_tasks(doing, SUITE.tasks)
+    with raises(OutputWriteError, f"{context.workdir}/low/final/seed=0", "No space left on device"):
+        run_tasks(context, SUITE.tasks)
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_signal_in_the_last_step_stops_all_hosts(
-    other: bool, doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_stops_all_hosts_after_a_signal_in_the_last_step(
+    other: bool, context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first run of the second task is ended by it, here or on the other host."""
+    """The signal arrives during the first run of the second task, here or on the other host."""
 
-    def hear(config: Any, workdir: str, weights: Any) -> TrainResult:
-        ended = train(config, workdir, weights)
-        heard = "learning_rate=0.01" in workdir
-        if other and heard:
+    def receive(config: Any, workdir: str, weights: Any) -> TrainResult:
+        result = train(config, workdir, weights)
+        received = "learning_rate=0.01" in workdir
+        if other and received:
             monkeypatch.setattr(protocol, "any_host", lambda flag: True)
-        return ended._replace(stopped_by=signal.SIGTERM if heard and not other else None)
+        return result._replace(stopped_by=signal.SIGTERM if received and not other else None)
 
-    be_one_of_two(monkeypatch)
-    monkeypatch.setattr(protocol, "train_and_evaluate", hear)
+    simulate_two_hosts(monkeypatch)
+    monkeypatch.setattr(protocol, "train_and_evaluate", receive)
     with pytest.raises(TaskInterruptedError) as stopped:
-        run_tasks(doing, SUITE.tasks)
+        run_tasks(context, SUITE.tasks)
     assert stopped.value.received == (None if other else signal.SIGTERM)
-    # What had ended stays, and nothing else was begun.
-    done = sorted(path.parent.name for path in Path(doing.workdir).rglob("result.json"))
+    # Completed runs are recorded, and no other run was started.
+    done = sorted(path.parent.name for path in Path(context.workdir).rglob("result.json"))
     assert done == ["learning_rate=0.01", "seed=0"]
 
 
-def test_a_task_that_another_program_does_is_left_alone(doing: TaskContext, tmp_path: Path) -> None:
+def test_run_tasks_skips_a_task_locked_by_another_process(
+    context: TaskContext, tmp_path: Path
+) -> None:
     failed = tmp_path / "low" / "failed.txt"
     with file_lock(tmp_path / "low" / ".lock"):
-        failed.write_text("the other's\n")
-        failures = run_tasks(doing, SUITE.tasks)
+        failed.write_text("other process\n")
+        failures = run_tasks(context, SUITE.tasks)
         assert list(failures) == ["low"]
         assert mentions(failures["low"], "--workdir", "--shard")
-        assert failed.read_text() == "the other's\n"
+        assert failed.read_text() == "other process\n"
         assert not (tmp_path / "low" / "final").exists()
-    assert run_tasks(doing, SUITE.tasks) == {}
+    assert run_tasks(context, SUITE.tasks) == {}
     assert not failed.exists()
     assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_task_that_is_locked_on_the_first_host_is_left_by_all(
-    doing: TaskContext, monkeypatch: pytest.MonkeyPatch
+def test_run_tasks_skips_a_task_on_all_hosts_if_it_is_locked(
+    context: TaskContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    be_one_of_two(monkeypatch, other=True)
+    simulate_two_hosts(monkeypatch, other=True)
     monkeypatch.setattr(protocol, "is_primary_process", lambda: False)
-    assert set(run_tasks(doing, SUITE.tasks)) == {"low", "high"}
+    assert set(run_tasks(context, SUITE.tasks)) == {"low", "high"}
+
+
+OVERRIDES = (
+    ("loader.num_threads", "3"),
+    ("loader.prefetch_batches", "5"),
+    ("eval_batch_size", "24"),
+    ("bad_images.skip_in_evaluation", "true"),
+    ("mesh.fsdp", "2"),
+)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("overrides", "expected", "fsdp"),
     [
-        "{",
-        "[]",
-        json.dumps({"scores": {}, "seconds": 1.0}),
-        json.dumps({"scores": {"test": {"top1": 0.5}}, "seconds": 1.0}),
-        json.dumps({"scores": {"test": 0.5}, "seconds": 1.0}),
-        json.dumps({"scores": {"test": {"top1": "a"}}, "seconds": 1.0}),
-        json.dumps({"scores": {}, "seconds": None, "failed": "loss is nan"}),
+        ((), {"batch_size": 256, "skip_bad": False, "num_threads": 0, "prefetch_batches": 2}, 1),
+        (
+            OVERRIDES,
+            {"batch_size": 24, "skip_bad": True, "num_threads": 3, "prefetch_batches": 5},
+            2,
+        ),
     ],
 )
-def test_a_result_without_what_is_needed(text: str, tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text(text)
-    with raises(UserError, f"{tmp_path}/result.json"):
-        read_result(str(tmp_path), ["test"])
+def test_run_probe_task_obeys_overrides(
+    overrides: Any,
+    expected: Any,
+    fsdp: int,
+    digits_dir: str,
+    context: TaskContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def run_probe(*args: Any) -> ProbeMetrics:
+        calls.append(args)
+        return ProbeMetrics("few_shot", {"1_shot": 0.5}, {}, None, 10, 20)
+
+    monkeypatch.setattr(protocol, "run_probe", run_probe)
+    plan = make_plan(data_dir=digits_dir, overrides=overrides)
+    run_probe_task(context._replace(plan=plan), PROBE)
+    ((*_, mesh, input_config),) = calls
+    found = input_config._asdict()
+    assert {name: found[name] for name in expected} == expected
+    assert mesh.shape["fsdp"] == fsdp

@@ -1,4 +1,4 @@
-"""Tests of VTAB-1k: splits add up with the real counts, and copies of the real sets are read."""
+"""Tests of VTAB-1k: splits with the real counts, and reading of small copies of the data sets."""
 
 import dataclasses
 import functools
@@ -18,13 +18,14 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.data.tfds_labels import bare_dataset_name
 from mixer_jax.distributed.sharding import batch_sharding
+from mixer_jax.suites.builtin import VTAB_1K
+from mixer_jax.suites.datasets import task_splits
 from mixer_jax.suites.tasks import FineTuneTask
-from mixer_jax.suites.vtab import VTAB_1K
 from tests.helpers.batches import UNCHANGED, mesh_of
 from tests.helpers.fake_vtab import COUNTS, SliceMap, real_features, write_fake_dataset
 
 SIZE = 16
-# Classes and splits with labels of the sets that the paper's average of five is of.
+# Classes and labelled splits of the data sets in the paper's average of five.
 AVERAGE_OF_FIVE = {
     "imagenet2012": (1000, ("train", "validation")),
     "imagenet2012_real": (1000, ("validation",)),
@@ -36,12 +37,8 @@ AVERAGE_OF_FIVE = {
 all_tasks = pytest.mark.parametrize("task", VTAB_1K, ids=lambda task: task.name)
 
 
-def splits_of(task: FineTuneTask) -> tuple[str, str, str, str]:
-    return (task.choose_split, task.validation_split, task.train_split, task.test_split)
-
-
-def covered(dataset: str, split: str) -> set[tuple[str, int]]:
-    """Returns the examples that TFDS itself takes for a split of the real data set."""
+def examples_of_split(dataset: str, split: str) -> set[tuple[str, int]]:
+    """Returns the examples in a split of the real data set, according to TFDS."""
     counts = COUNTS[bare_dataset_name(dataset)]
     template = tfds.core.ShardedFileTemplate(
         data_dir=Path(), dataset_name=dataset, filetype_suffix="array_record"
@@ -67,38 +64,38 @@ def covered(dataset: str, split: str) -> set[tuple[str, int]]:
 
 
 @all_tasks
-def test_splits_have_the_sizes_that_the_task_says_and_do_not_overlap(task: FineTuneTask) -> None:
-    choose, validation, train, test = (covered(task.dataset, split) for split in splits_of(task))
-    assert task.num_examples == (len(choose), len(validation), len(train), len(test))
+def test_splits_have_the_declared_sizes_and_do_not_overlap(task: FineTuneTask) -> None:
+    sweep_train, sweep_val, train, test = (
+        examples_of_split(task.dataset, split) for split in task_splits(task)
+    )
+    assert task.num_examples == tuple(map(len, (sweep_train, sweep_val, train, test)))
     assert task.num_examples[:3] == (800, 200, 1000)
-    assert not choose & validation
-    assert choose | validation == train
+    assert not sweep_train & sweep_val
+    assert sweep_train | sweep_val == train
     assert not train & test
 
 
-def test_the_suite_is_that_of_the_paper() -> None:
+def test_vtab_1k_has_nineteen_tasks_in_three_groups() -> None:
     groups = [task.group for task in VTAB_1K]
     assert groups == ["natural"] * 7 + ["specialised"] * 4 + ["structured"] * 8
     assert len({task.name for task in VTAB_1K}) == len({task.dataset for task in VTAB_1K}) == 19
 
 
 @all_tasks
-def test_small_are_images_of_less_than_96_times_96_pixels(
-    task: FineTuneTask, tmp_path: Path
-) -> None:
+def test_is_large_image_agrees_with_tfds(task: FineTuneTask, tmp_path: Path) -> None:
     height, width, _ = real_features(task.dataset, tmp_path)["image"].shape
-    # Those without a size of their own are photographs.
-    assert task.large == (height is None or height * width >= 96**2)
+    # Data sets without a fixed size contain photographs.
+    assert task.is_large_image == (height is None or height * width >= 96**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A small data set in the place of a real one.
+    """Small substitute for a real data set.
 
     Attributes:
-        folder: the data_dir.
-        scale: translates slices of the real one.
-        examples: as TFDS's code was given them, by split.
+        folder: TFDS data directory.
+        scale: Translation of slices of the real data set.
+        examples: Examples before they were written by TFDS, by split.
     """
 
     folder: str
@@ -108,7 +105,7 @@ class Copy:
 
 @pytest.fixture(scope="module")
 def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Copy]:
-    """Writes the copy of a data set when it is first asked for."""
+    """Function that writes the copy of a data set on first use."""
 
     @functools.cache
     def write(dataset: str) -> Copy:
@@ -119,7 +116,7 @@ def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Copy]:
             if bare_dataset_name(task.dataset) == bare_dataset_name(dataset)
         ]
         scale = SliceMap.from_splits(
-            dataset, [split for task in tasks for split in splits_of(task)]
+            dataset, [split for task in tasks for split in task_splits(task)]
         )
         return Copy(str(folder), scale, write_fake_dataset(dataset, scale.sizes(), folder))
 
@@ -131,7 +128,7 @@ def distance_class(distance: float, *thresholds: float) -> int:
 
 
 def vehicle_class(example: dict[str, Any]) -> int:
-    # As `kitti` has them: car 0, van 1, truck 2.
+    # Object types of `kitti`: car 0, van 1, truck 2.
     ahead = [float(o["location"][2]) for o in example["objects"] if o["type"] <= 2]
     return distance_class(min(ahead), 8, 20) if ahead else 3
 
@@ -151,13 +148,13 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def pixels(dataset: str, encoded: bytes) -> bytes:
-    """Returns what is to be seen of an image that was written, as RGB."""
-    # The pixels of dSprites are 0 and 1, and meant to be black and white.
+    """Returns the expected RGB pixels of an encoded image."""
+    # The pixels of dSprites are 0 and 1, for black and white.
     return (decode(encoded) * (255 if bare_dataset_name(dataset) == "dsprites" else 1)).tobytes()
 
 
 def check_examples(dataset: str, source: Source, copy: Copy) -> set[int]:
-    """Asserts that images and labels are what was written; returns the labels."""
+    """Asserts that images and labels equal those written; returns the labels."""
     answer = ANSWERS.get(dataset, lambda e: e["label"])
     written = {
         pixels(dataset, example["image"]): example
@@ -173,12 +170,12 @@ def check_examples(dataset: str, source: Source, copy: Copy) -> set[int]:
     return {label for example in found for label in example["labels"]}
 
 
-def refuse(step: int, bad: list[BadImage]) -> None:
+def raise_on_bad_images(step: int, bad: list[BadImage]) -> None:
     raise AssertionError(f"at step {step}: {bad}")
 
 
 def check_evaluation(source: Source) -> None:
-    """Asserts that one pass through the pipeline has every example once, in order."""
+    """Asserts that one pass of the pipeline yields every example once, in order."""
     batches = eval_batches(
         source,
         batch_size=8,
@@ -188,7 +185,7 @@ def check_evaluation(source: Source) -> None:
         num_threads=1,
         prefetch_batches=1,
         sharding=batch_sharding(mesh_of(1, 1)),
-        on_bad_images=refuse,
+        on_bad_images=raise_on_bad_images,
     )
     arrays = jax.tree.map(lambda *rows: np.concatenate(rows), *map(jax.device_get, batches))
     expected = [source.examples[index]["labels"] for index in range(len(source))]
@@ -217,7 +214,7 @@ def check_training(source: Source, crop: str, flip: bool, labels: set[int]) -> N
             num_workers=1,
             prefetch_batches=1,
             sharding=batch_sharding(mesh_of(1, 1)),
-            on_bad_images=refuse,
+            on_bad_images=raise_on_bad_images,
         )
     )
     assert batch["image"].shape == (8, SIZE, SIZE, 3)
@@ -225,13 +222,11 @@ def check_training(source: Source, crop: str, flip: bool, labels: set[int]) -> N
 
 
 @all_tasks
-def test_every_task_is_read_as_it_was_written(
-    task: FineTuneTask, copy_of: Callable[[str], Copy]
-) -> None:
+def test_tasks_read_images_and_labels(task: FineTuneTask, copy_of: Callable[[str], Copy]) -> None:
     copy = copy_of(task.dataset)
     sources = [
         open_dataset(task.dataset, copy.scale.translate(split), copy.folder)
-        for split in splits_of(task)
+        for split in task_splits(task)
     ]
     labels = [check_examples(task.dataset, source, copy) for source in sources]
     assert {source.num_classes for source in sources} == {task.num_classes}
@@ -242,7 +237,7 @@ def test_every_task_is_read_as_it_was_written(
 
 
 @pytest.mark.parametrize("dataset", AVERAGE_OF_FIVE)
-def test_the_data_sets_of_the_average_of_five_are_read_as_they_were_written(
+def test_data_sets_of_avg5_read_images_and_labels(
     dataset: str, copy_of: Callable[[str], Copy]
 ) -> None:
     copy = copy_of(dataset)

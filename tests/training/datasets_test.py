@@ -79,6 +79,7 @@ def test_training_replaces_bad_images_and_logs_them(
     assert sum(some_line_mentions(out, name, reason, log) for name in names) == 1
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
     folder_with_bad_images: str, tmp_path: Path
 ) -> None:

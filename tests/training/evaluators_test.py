@@ -77,6 +77,7 @@ def test_result_has_the_metrics_of_the_last_step(finished: tuple[Path, TrainResu
         assert {"step": 8, **values} in lines
 
 
+@pytest.mark.slow
 def test_resumed_run_writes_the_same_metrics(
     finished: tuple[Path, TrainResult],
     digits_dir: str,

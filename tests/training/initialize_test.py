@@ -9,21 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
-from mixer_jax.checkpoints.tree import flatten
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.mixer_layouts import GOOGLE
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import describe_init, find_init_source, restore_or_init
 from mixer_jax.training.setup import Experiment, build_experiment, make_train_batches
 from mixer_jax.training.step import TrainState
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import TINY, assert_params_equal, random_weights, save_run
+from tests.helpers.random_weights import (
+    TINY,
+    assert_params_equal,
+    random_weights,
+    save_npz,
+    save_run,
+)
 from tests.helpers.tiny_run import small_config
 
 LOW = tuple(str(digit) for digit in range(5))
@@ -110,8 +112,7 @@ def test_init_head_keep_rejects_other_classes(run: str, digits_dir: str, tmp_pat
 def test_init_keeps_a_head_without_class_names_only_on_request(
     weights: PretrainedWeights, digits_dir: str, tmp_path: Path
 ) -> None:
-    path = str(tmp_path / "published.npz")
-    write_npz(path, layout_views(dict(flatten(weights.params)), GOOGLE), {})
+    path = save_npz(weights, tmp_path / "published.npz")
     pretrained = weights.params["head"]["kernel"]
     for init_head, is_kept in (("auto", False), ("keep", True)):
         config = small_config(digits_dir, init_from=path, init_head=init_head, **FROM_WEIGHTS)

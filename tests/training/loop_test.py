@@ -43,6 +43,7 @@ def train_losses(experiment: Experiment, count: int) -> list[float]:
     return history
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_have_the_same_losses(digits_dir: str) -> None:
     runs = {}
     for devices, fsdp in [(1, 1), (8, 1), (8, 8)]:
@@ -76,9 +77,10 @@ def test_fsdp_shards_kernels_moments_and_averages(digits_dir: str) -> None:
 def event_losses(workdir: Path) -> list[tuple[int, float]]:
     """Reads the losses of the first three steps from TensorBoard events."""
     loader = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
+    tensor_util = importlib.import_module("tensorboard.util.tensor_util")
     (path,) = (workdir / "events").iterdir()
     return [
-        (event.step, value.tensor.float_val[0])
+        (event.step, tensor_util.make_ndarray(value.tensor).item())
         for event in loader.EventFileLoader(str(path)).Load()
         for value in event.summary.value
         if value.tag == "loss" and event.step <= 3
@@ -148,6 +150,7 @@ def without_timings(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
+@pytest.mark.slow
 def test_run_repeats_bit_identically_with_the_same_seed_only(
     finished: Path, digits_dir: str, tmp_path: Path
 ) -> None:
@@ -180,6 +183,7 @@ def test_run_logs_the_last_step_whatever_the_interval(digits_dir: str, tmp_path:
     assert [line["step"] for line in lines if "loss" in line] == [3, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_logged_norms_are_those_of_their_step(fsdp: int, digits_dir: str, tmp_path: Path) -> None:
     config = small_config(
