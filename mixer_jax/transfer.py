@@ -145,7 +145,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers):
         raise argparse.ArgumentTypeError(
-            f"must list numbers of images per class, got {text!r}. Pass e.g. 1,5,10."
+            f"must list numbers of images per class, got {text!r}; pass e.g. 1,5,10"
         )
     return tuple(sorted({int(number) for number in numbers}))
 
@@ -153,7 +153,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
 def _parse_image_size(text: str) -> str:
     if text not in (NATIVE, AUTO) and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(
-            f"must be {NATIVE}, {AUTO} or a number of pixels, got {text!r}."
+            f"must be {NATIVE}, {AUTO} or a number of pixels, got {text!r}"
         )
     return text
 
@@ -162,7 +162,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(
-            f"must be I/N with I from 1 to N, got {text!r}. Pass e.g. 1/4."
+            f"must be I/N with I from 1 to N, got {text!r}; pass e.g. 1/4"
         )
     return int(index), int(count)
 

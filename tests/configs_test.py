@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixer_jax.config.config import architecture_overrides, flatten, parse, validate
+from mixer_jax.config.config import flatten, parse, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import MixerConfig, get_config, num_params
+from mixer_jax.models.mixer_config import MixerConfig, num_params
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -93,8 +93,9 @@ def test_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     unparsed.dataset.num_examples = max(unparsed.dataset.num_examples, 10_000)
     config = parse(unparsed)
     experiment = build_experiment(config, open_datasets(config))
-    architecture = get_config(config.model.variant, **architecture_overrides(config.model))
-    expected = num_params(architecture, config.image_size, experiment.model.num_classes)
+    expected = num_params(
+        config.model.architecture, config.image_size, experiment.model.num_classes
+    )
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
     # Adam has two moments per parameter, SGD one; and there are one or two counters.

@@ -155,7 +155,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     from mixer_jax.distributed.sharding import state_sharding
     from mixer_jax.models.params import prepare_inference_params
 
-    def place_shapes(params: Any, model: Any, mesh: Any) -> Any:
+    def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
         shapes = jax.eval_shape(
             lambda: prepare_inference_params(params, model.execution.dtype, platform)
         )
@@ -172,7 +172,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
                 patches.enter_context(mock.patch.object(jax, name, return_value=value))
             if platform != "cpu":
                 # Arrays cannot be placed on devices that are not attached.
-                patch = mock.patch.object(inference, "shard_inference_params", place_shapes)
+                patch = mock.patch.object(inference, "shard_inference_params", shard_shapes)
                 patches.enter_context(patch)
             return inference.Classifier(PretrainedWeights(params, about))
 
@@ -185,7 +185,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     pixels = batch_shape(run, (*about.image_size, 3), jnp.uint8)
     images = batch_shape(run, (*about.image_size, 3), jnp.float32)
     return {
-        "classes": Call(classifier._top, (classifier._params, pixels, 5)),
+        "classes": Call(classifier._top_k, (classifier._params, pixels, 5)),
         "logits": Call(classifier._logits, (classifier._params, images)),
         "features": Call(headless._logits, (headless._params, images)),
     }
@@ -203,17 +203,18 @@ def batch_shape(run: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeS
 def built_for(platform: str, device_kind: str) -> Iterator[None]:
     """Makes mixer_jax take the devices that it is given for devices of another kind."""
     from mixer_jax.distributed import xla_options
-    from mixer_jax.models import registry
+    from mixer_jax.models.family import ModelFamily
     from mixer_jax.training import setup
 
-    create_model = registry.create_model
+    build = ModelFamily.build
 
-    def create(*args: Any, **overrides: Any) -> Any:
-        return create_model(*args, **overrides | {"target_device_kind": device_kind})
+    def build_for_kind(family: ModelFamily, *args: Any, execution: Any, **attributes: Any) -> Any:
+        execution = dataclasses.replace(execution, target_device_kind=device_kind)
+        return build(family, *args, execution=execution, **attributes)
 
     options = xla_options.PLATFORM_OPTIONS.get(platform, {})
     with (
-        mock.patch.object(registry, "create_model", create),
+        mock.patch.object(ModelFamily, "build", build_for_kind),
         mock.patch.object(setup, "check_backend"),
         mock.patch.dict(xla_options.PLATFORM_OPTIONS, {"cpu": options}),
     ):
@@ -224,13 +225,13 @@ def built_for(platform: str, device_kind: str) -> Iterator[None]:
 
 
 class Target(NamedTuple):
-    """What programs are lowered for.
+    """Target that programs are lowered for.
 
     Attributes:
         platform: Name of the platform in JAX.
         lowering_platform: Its name in `jax.stages.Traced.lower`.
         topology: Topology of the ahead-of-time TPU compiler; empty: attached CPU devices.
-        device_kind: Kind of the device that CPU devices stand for.
+        device_kind: Kind of device that CPU devices represent.
     """
 
     platform: str
@@ -574,7 +575,7 @@ def compare(old: Path, new: Path, pattern: str = "*") -> int:
 
 
 def describe_difference(old: str, new: str, context: int = 3) -> str:
-    """Returns where two texts begin to differ, and the first lines there; empty if they do not."""
+    """Finds where two texts begin to differ, and the first lines there; empty if they are equal."""
     if old == new:
         return ""
     before, after = old.split("\n"), new.split("\n")
@@ -590,7 +591,7 @@ def describe_difference(old: str, new: str, context: int = 3) -> str:
 
 
 def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Returns how many elements two sequences have in common at their beginning."""
+    """Counts the elements of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 

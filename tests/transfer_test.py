@@ -37,6 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(save_run(random_weights(), tmp_path_factory.mktemp("weights") / "low"))
 
 
+@pytest.mark.slow
 def test_commands_of_the_documentation_run(
     digits_dir: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_main_configures_the_compilation_cache(
 
 
 @pytest.mark.parametrize("file", ["suite.json", "result.json", "throughput.json"])
+@pytest.mark.slow
 def test_report_names_damaged_files(
     file: str, digits_dir: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +223,7 @@ def test_report_names_damaged_files(
         transfer.main(["--report", "--workdir=here"])
 
 
+@pytest.mark.slow
 def test_missing_data_exit_with_2_and_write_nothing(
     workspace: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.models.execution import check_backend
-from mixer_jax.models.mixer_config import forward_flops, get_config
+from mixer_jax.models.mixer_config import BLOCK_BACKENDS, forward_flops, get_config
 
 # Frameworks, each measured in a process of its own.
 JAX, TORCH = "jax", "torch"
@@ -108,4 +108,4 @@ def _varied_settings(
 def check_backends(candidates: Sequence[Candidate], platform: str) -> None:
     """Raises UserError unless all backends run on a platform, as JAX names it."""
     for candidate in candidates:
-        check_backend(candidate.overrides.get("backend", "auto"), platform)
+        check_backend(candidate.overrides.get("backend", "auto"), platform, BLOCK_BACKENDS)

@@ -32,7 +32,7 @@ class LoadedWeights(NamedTuple):
         params: Float32 parameters.
         family: Model family.
         config: Architecture config.
-        num_tokens: Number of tokens that the weights are for.
+        num_tokens: Number of tokens that the weights are for; 0 if they fit any image size.
         num_classes: Outputs of the head; 0 means no head.
         layout: Layout of the file.
     """
@@ -60,9 +60,9 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
             raise file.error(name, f"must not be empty, got shape {shape}.")
     family, layout = find_layout(file)
     (config, num_tokens), num_classes = infer_config(file, family, layout)
-    # Shapes depend on the number of tokens only, so any image size with this number does.
-    patch_size = family.image_size_multiple(config)
-    shapes = family.param_shapes(config, (patch_size, patch_size * num_tokens), num_classes)
+    # Shapes depend on the number of tokens at most, so any image size with this number does.
+    side = family.image_size_multiple(config)
+    shapes = family.param_shapes(config, (side, side * max(num_tokens, 1)), num_classes)
     _check_names_and_shapes(file, shapes, layout)
     flat = {path: tree.empty_aligned(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))

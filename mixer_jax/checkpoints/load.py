@@ -390,10 +390,11 @@ def _infer_loss(loaded: LoadedWeights) -> str:
 
 
 def _matches_num_tokens(size: tuple[int, int], loaded: LoadedWeights) -> bool:
-    """Returns whether images of this size have as many tokens as the weights."""
+    """Returns whether the weights fit images of this size."""
     patch = _patch_size(loaded)
     num_tokens = math.prod(length // patch for length in size)
-    return not any(length % patch for length in size) and num_tokens == loaded.num_tokens
+    is_valid = not any(length % patch for length in size)
+    return is_valid and loaded.num_tokens in (0, num_tokens)
 
 
 def _patch_size(loaded: LoadedWeights) -> int:
@@ -401,6 +402,8 @@ def _patch_size(loaded: LoadedWeights) -> int:
 
 
 def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
+    if not loaded.num_tokens:
+        return f"{source}, whose image sizes are multiples of {_patch_size(loaded)} px"
     return f"{source}, which has {loaded.num_tokens} tokens of {_patch_size(loaded)} px"
 
 
@@ -426,6 +429,8 @@ def _infer_image_size(
         if not _matches_num_tokens(stored, loaded):
             raise UserError(f"image_size must match {tokens}, got {list(stored)}.")
         return stored
+    if not loaded.num_tokens:
+        return requested or (get_family(loaded.family).default_image_size,) * 2
     patch, side = _patch_size(loaded), math.isqrt(loaded.num_tokens)
     square = (side * patch, side * patch) if side**2 == loaded.num_tokens else None
     if requested is not None and not _matches_num_tokens(requested, loaded):

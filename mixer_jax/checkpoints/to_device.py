@@ -1,6 +1,5 @@
 """Model and device-resident parameters of weights on the host."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
 from mixer_jax.models.params import prepare_inference_params
-from mixer_jax.models.registry import DEFAULT_FAMILY, from_config
+from mixer_jax.models.registry import DEFAULT_FAMILY, build_model, get_family
 
 
 def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
@@ -20,10 +19,7 @@ def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
         model_info: Description of the model.
         dtype: Dtype of the computation; empty: that of `model_info`.
     """
-    section = {
-        "family": model_info.family,
-        "variant": model_info.variant,
-        **dataclasses.asdict(model_info.config),
+    settings = {
         "gelu": model_info.gelu,
         "dropout": 0.0,
         "dtype": dtype or model_info.dtype,
@@ -31,7 +27,8 @@ def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
         "scan_unroll": AUTO_UNROLL,
         "remat": "none",
     }
-    return from_config(section, model_info.num_classes)
+    model = (get_family(model_info.family), model_info.config, model_info.num_classes)
+    return build_model(*model, settings, jax.default_backend())
 
 
 def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:

@@ -1,11 +1,10 @@
 """Building, validating and parsing configurations.
 
 A file in configs/ starts from `get_default()` and changes what differs; the command line changes it
-once more (see loading.py). `parse` then checks the whole, before a device is touched, and converts
-it to a `RunConfig`.
+once more (see loading.py). `parse` then checks the whole, before any device is touched, and
+converts it to a `RunConfig`.
 """
 
-import dataclasses
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from mixer_jax.config.schema import (
     NAMED_SECTIONS,
     SECTION_TYPES,
     Field,
-    ModelConfig,
     RunConfig,
     from_dict,
 )
@@ -163,24 +161,23 @@ def _check_rules(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    overrides = architecture_overrides(config.model)
-    if config.model.variant == INIT_FROM:
+    model = config.model
+    if model.variant == INIT_FROM:
         if not config.init_from:
             raise UserError(
                 f"config.init_from must be set with config.model.variant={INIT_FROM!r}, got ''. "
                 "Name a checkpoint, e.g. --config.init_from=Mixer-B_16.npz."
             )
-        for name, value in overrides.items():
+        for name, value in model.overrides.items():
             if value:
                 raise UserError(
                     f"config.model.{name} must be 0 with config.model.variant={INIT_FROM!r}, "
                     f"got {value}."
                 )
         return
-    family = get_family(config.model.family)
-    architecture = family.get_config(config.model.variant, **overrides)
-    family.check_image_size(architecture, config.image_size, config.image_size)
-    check_scan_unroll(config.model.scan_unroll, family.num_blocks(architecture))
+    family = get_family(model.family)
+    family.check_image_size(model.architecture, config.image_size, config.image_size)
+    check_scan_unroll(model.scan_unroll, family.num_blocks(model.architecture))
 
 
 def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
@@ -221,12 +218,6 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
 def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
     """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`."""
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
-
-
-def architecture_overrides(model: ModelConfig) -> dict[str, Any]:
-    """Returns the keys of the model section that override fields of the variant's config."""
-    fields = dataclasses.fields(get_family(model.family).config_class)
-    return {field.name: getattr(model, field.name) for field in fields}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Every configuration key, declared once: type, default, unit, range, choices and help.
 
+Keys of the architecture are declared by the model families, as fields of their configs.
+
 The dataclasses below are the parsed form of a config: `config.parse` builds a `RunConfig` once, and
 all code below the commands reads that. `FIELDS` lists the same keys by their dotted paths, for
 building, overriding and validating a ConfigDict. Imports nothing heavy.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -13,7 +16,8 @@ from typing import Any, Literal
 
 from mixer_jax.config.compat import RENAMED_VALUES
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, get_family
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -95,6 +99,26 @@ def key(default: Any, help_text: str, **declaration: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _architecture_fields() -> dict[str, Field]:
+    """Collects the fields of the architecture configs of all families."""
+    found: dict[str, Field] = {}
+    for family in FAMILIES.values():
+        hints = typing.get_type_hints(family.config_class)
+        for field in dataclasses.fields(family.config_class):
+            hint, declaration = hints[field.name], dict(field.metadata)
+            if typing.get_origin(hint) is Literal:
+                hint, declaration["choices"] = str, ("", *typing.get_args(hint))
+            found.setdefault(field.name, Field(hint, hint(), **declaration))
+    return found
+
+
+ARCHITECTURE_FIELDS = _architecture_fields()
+
+
+def _architecture_defaults() -> dict[str, Any]:
+    return {name: field.default for name, field in ARCHITECTURE_FIELDS.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Model (Section 2, Table 1), and how it is executed."""
@@ -103,15 +127,14 @@ class ModelConfig:
     variant: str = key(
         "B/16",
         "; ".join(f"{f.display_name}: {' '.join(f.variants)}" for f in FAMILIES.values())
-        + '; "custom"; or "init_from": the architecture of the checkpoint in init_from',
+        + '; "custom"; or "init_from": the architecture of the checkpoint in init_from. The keys '
+        f"from {next(iter(ARCHITECTURE_FIELDS))} to {list(ARCHITECTURE_FIELDS)[-1]} override it "
+        "unless they are 0",
     )
-    num_blocks: int = key(
-        0, "number of blocks; here and in the next four keys, 0 keeps the variant's value", min=0
+    # Keys of all families, in their place among the others. 0 and "" keep the variant's value.
+    overrides: Mapping[str, Any] = dataclasses.field(
+        default_factory=_architecture_defaults, metadata={"keys": ARCHITECTURE_FIELDS}
     )
-    patch_size: int = key(0, "side of a square patch", unit="px", min=0)
-    hidden_dim: int = key(0, "channels per token", min=0)
-    tokens_mlp_dim: int = key(0, "hidden units of the token-mixing MLPs", min=0)
-    channels_mlp_dim: int = key(0, "hidden units of the channel-mixing MLPs", min=0)
     gelu: Literal["tanh", "exact"] = key("tanh", "tanh approximation (authors), exact (timm)")
     stochastic_depth: float = key(
         0.0, "drop probability of the last block; grows linearly with depth", min=0, max=0.999
@@ -140,6 +163,38 @@ class ModelConfig:
         "triton on GPUs, else xla",
         resumable=True,
     )
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> "ModelConfig":
+        """Builds a model section from the values of its keys."""
+        values = dict(section)
+        overrides = {name: values.pop(name) for name in ARCHITECTURE_FIELDS if name in values}
+        return cls(overrides=overrides, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values of all keys, in their order."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            values |= value if field.name == "overrides" else {field.name: value}
+        return values
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values of the keys that do not belong to the architecture."""
+        excluded = {"family", "variant", *self.overrides}
+        return {name: value for name, value in self.to_dict().items() if name not in excluded}
+
+    @functools.cached_property
+    def architecture(self) -> Any:
+        """Architecture config of the family; None for "init_from".
+
+        Raises:
+            UserError: The variant is unknown, or an override is invalid.
+        """
+        if self.variant == INIT_FROM:
+            return None
+        return get_family(self.family).get_config(self.variant, **self.overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +414,7 @@ class RunConfig:
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,
-        "log the norm of updates, for which parameters are copied before a step",
+        "log the norm of updates, for which parameters are copied before each step",
         resumable=True,
     )
     tensorboard: bool = key(True, "write TensorBoard events", resumable=True)
@@ -371,7 +426,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the config to nested dicts, as `ConfigDict.to_dict` does."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"model": self.model.to_dict()}
 
 
 def _declared_fields(section: type, prefix: str = "") -> dict[str, Field]:
@@ -381,6 +436,8 @@ def _declared_fields(section: type, prefix: str = "") -> dict[str, Field]:
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(hint := hints[field.name]):
             found |= _declared_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
+        elif keys := field.metadata.get("keys"):
+            found |= {prefix + name: declared for name, declared in keys.items()}
         elif field.metadata:
             declaration = dict(field.metadata)
             if typing.get_origin(hint) is Literal:
@@ -414,7 +471,8 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     """Builds a `RunConfig` from nested dicts with every key, as `fill_defaults` returns them."""
     values = dict(data)
     for name, section in SECTION_TYPES.items():
-        values[name] = section(**values[name])
+        is_model = section is ModelConfig
+        values[name] = ModelConfig.from_dict(data[name]) if is_model else section(**data[name])
     for name, entry in ENTRY_TYPES.items():
         values[name] = {k: entry(**v) for k, v in values.get(name, {}).items()}
     return RunConfig(**values)

@@ -1,7 +1,7 @@
-"""How a model is executed, which never changes the function it computes. Does not import JAX."""
+"""Execution settings of a model, which never change what it computes. Does not import JAX."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from mixer_jax.errors import UserError
@@ -17,14 +17,14 @@ _BACKEND_PLATFORM = {"triton": "gpu", "mosaic": "tpu"}
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is executed.
+    """Execution settings of a model.
 
     Attributes:
         dtype: Dtype of activations and matmuls, by name. Parameters, LayerNorm statistics and the
             head are float32.
-        backend: What computes the blocks: "xla", the compiler alone; "triton", custom kernels for
-            GPUs; "mosaic", custom kernels for TPUs. The last two need all images on one device.
-            Families without such kernels, and training with dropout, use "xla".
+        backend: Implementation of the blocks: "xla", the compiler alone; "triton", custom kernels
+            for GPUs; "mosaic", custom kernels for TPUs. The last two need all images on one device.
+            Training with dropout uses "xla", and so do families without such kernels.
         scan_unroll: Blocks per iteration of a scan over blocks; 0 unrolls all of them.
         remat: Rematerialization policy of the backward pass: "none"; "dots", save matmuls;
             "mlp_hidden", recompute the hidden activations of MLPs; "full", recompute whole blocks.
@@ -51,19 +51,22 @@ class Execution:
             object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
 
 
-def resolve_auto(section: Mapping[str, Any], platform: str, num_blocks: int) -> dict[str, Any]:
+def resolve_execution(
+    section: Mapping[str, Any], platform: str, num_blocks: int, backends: Collection[str]
+) -> dict[str, Any]:
     """Resolves every `auto` setting of a config's model section for a platform.
 
     Args:
         section: Includes dtype, backend, dropout, scan_unroll and remat.
-        platform: As JAX names it: cpu, gpu or tpu.
-        num_blocks: Blocks of the model.
+        platform: Platform of the device, as JAX names it: cpu, gpu or tpu.
+        num_blocks: Blocks of the model that can be scanned over.
+        backends: Custom backends of the family.
     """
     resolved = dict(section)
     if resolved["dtype"] == AUTO:
         resolved["dtype"] = default_dtype(platform)
     if resolved["backend"] == AUTO:
-        resolved["backend"] = default_backend(platform)
+        resolved["backend"] = default_backend(platform, backends)
     uses_xla = resolved["backend"] == "xla" or bool(resolved["dropout"])
     if resolved["scan_unroll"] == AUTO_UNROLL:
         resolved["scan_unroll"] = default_scan_unroll(platform, uses_xla)
@@ -77,12 +80,16 @@ def default_dtype(platform: str) -> str:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def default_backend(platform: str) -> Backend:
+def default_backend(platform: str, backends: Collection[str]) -> Backend:
     """Returns triton on GPUs, where it was measured to be faster, else xla.
 
     The kernels for TPUs have not been timed; only their compiler's estimates are known.
+
+    Args:
+        platform: Platform of the device, as JAX names it.
+        backends: Custom backends of the family.
     """
-    return "triton" if platform == "gpu" else "xla"
+    return "triton" if platform == "gpu" and "triton" in backends else "xla"
 
 
 def default_scan_unroll(platform: str, uses_xla: bool) -> int:
@@ -93,7 +100,7 @@ def default_scan_unroll(platform: str, uses_xla: bool) -> int:
     and compile in half the time.
 
     Args:
-        platform: As JAX names it.
+        platform: Platform of the device, as JAX names it.
         uses_xla: Whether the compiler alone computes the blocks in training, as with dropout.
     """
     return 0 if platform == "gpu" or not uses_xla else 1
@@ -112,8 +119,17 @@ def default_remat(scanned: bool, uses_xla: bool) -> Remat:
     return "dots" if scanned and uses_xla else "none"
 
 
-def check_backend(backend: str, platform: str) -> None:
-    """Raises UserError unless a backend runs on a platform."""
+def check_backend(backend: str, platform: str, backends: Collection[str]) -> None:
+    """Raises UserError unless a family has a backend and it runs on a platform.
+
+    Args:
+        backend: Value of `model.backend`.
+        platform: Platform of the device, as JAX names it.
+        backends: Custom backends of the family.
+    """
+    if backend not in (AUTO, "xla", *backends):
+        names = ", ".join([AUTO, "xla", *backends])
+        raise UserError(f"model.backend must be one of {names} for this model, got {backend!r}.")
     if (needed := _BACKEND_PLATFORM.get(backend, platform)) != platform:
         raise UserError(
             f"model.backend={backend} needs a {needed.upper()}, got a {platform.upper()}. "

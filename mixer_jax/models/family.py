@@ -4,15 +4,18 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
+from mixer_jax.models.execution import Execution
 from mixer_jax.models.weight_layout import WeightLayout
 
 # A variant whose architecture is given in full by overrides.
 CUSTOM = "custom"
 # The architecture and GELU of the checkpoint in config.init_from.
 INIT_FROM = "init_from"
+# Attributes that configs set, and the values that have no effect in a model without them.
+OPTIONAL_ATTRIBUTES = {"gelu": "tanh", "stochastic_depth": 0.0, "dropout": 0.0, "head_bias": 0.0}
 
 Path = tuple[str, ...]  # Names from the root of the parameter tree to one array.
 Shape = tuple[int, ...]
@@ -61,63 +64,42 @@ class Traffic(NamedTuple):
     fused_bytes: float
 
 
-class ModelFamily(abc.ABC):
-    """A family of models: its variants, their sizes and costs, and rules for their parameters.
+class ImageModel(Protocol):
+    """Flax module of a family: what training, evaluation and inference read from a model.
 
-    Configs are frozen dataclasses, one field per architectural choice. Everything but `build` and
-    `resize_params` works without JAX.
+    Its call takes images (n, h, w, 3) with pixels in [-1, 1], whether it trains, and the index of
+    each example in the global batch; it returns float32 logits, or features if `num_classes` is 0.
+    A model that has `dropout` or `stochastic_depth` uses the random stream of that name.
+
+    Attributes:
+        family: Name of its family.
+        config: Architecture config.
+        num_classes: Outputs of the head, whose parameters are under "head"; 0 means no head.
+        execution: How the model is executed.
     """
 
-    # Key in configs and checkpoints, e.g. "mixer".
-    name: ClassVar[str]
-    # Prefix of full names, e.g. "Mixer" in "Mixer-B/16".
-    display_name: ClassVar[str]
-    config_class: ClassVar[type]
-    variants: ClassVar[Mapping[str, Any]]
-    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
-    stem: ClassVar[str] = "stem"
-    # Regions of compiled programs: patterns of operations' names, of which the first match counts.
-    regions: ClassVar[Mapping[str, str]]
+    family: ClassVar[str]
+    config: Any
+    num_classes: int
+    execution: Execution
 
-    def get_config(self, variant: str, **overrides: Any) -> Any:
-        """Returns a variant's config; see `resolve_config`."""
-        return resolve_config(self.config_class, self.variants, variant, **overrides)
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initializes the parameters; see `flax.linen.Module.init`."""
 
-    def infer_variant(self, config: Any) -> str:
-        """Returns the name of the variant with this config, or "custom"."""
-        return next((name for name, known in self.variants.items() if known == config), CUSTOM)
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Computes the outputs; see `flax.linen.Module.apply`."""
 
-    def full_name(self, variant: str) -> str:
-        """Returns a variant's name with that of the family, e.g. "Mixer-B/16"."""
-        return f"{self.display_name}-{variant}"
+    def clone(self, **updates: Any) -> Any:
+        """Copies the module with other attributes; see `flax.linen.Module.clone`."""
 
-    def num_blocks(self, config: Any) -> int:
-        """Returns the number of blocks that can be scanned over; 0 if there is no such stack."""
-        return int(getattr(config, "num_blocks", 0))
 
-    @abc.abstractmethod
-    def build(self, config: Any, num_classes: int, **attributes: Any) -> Any:
-        """Builds the Flax module. `attributes` may include `execution`."""
+@runtime_checkable
+class CostModel(Protocol):
+    """Memory, recomputation and memory traffic of a training step, by formula."""
 
-    @abc.abstractmethod
-    def param_shapes(
-        self, config: Any, image_size: int | ImageSize, num_classes: int
-    ) -> dict[str, Shape]:
-        """Returns the shape of each parameter by its slash-separated path."""
-
-    def num_params(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
-        """Returns the number of parameters; `num_classes` 0 means no head."""
-        return sum(map(math.prod, self.param_shapes(config, image_size, num_classes).values()))
-
-    @abc.abstractmethod
-    def forward_flops(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
-        """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only."""
-
-    @abc.abstractmethod
     def recomputed_flops(self, config: Any, image_size: int, remat: str) -> int:
         """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
 
-    @abc.abstractmethod
     def saved_activation_bytes(
         self, config: Any, image_size: int, remat: str, itemsize: int
     ) -> float:
@@ -130,11 +112,9 @@ class ModelFamily(abc.ABC):
             itemsize: Bytes per element of the computation's dtype.
         """
 
-    @abc.abstractmethod
     def live_block_bytes(self, config: Any, image_size: int, itemsize: int) -> float:
         """Returns the bytes that are live in the middle of one block, per image."""
 
-    @abc.abstractmethod
     def estimate_traffic(
         self,
         config: Any,
@@ -155,6 +135,96 @@ class ModelFamily(abc.ABC):
             itemsize: Bytes per element of the computation's dtype.
             train: Whether the step trains, or only infers.
         """
+
+
+class ModelFamily(abc.ABC):
+    """A family of models: its variants, their sizes and costs, and rules for their parameters.
+
+    Configs are frozen dataclasses, one field per architectural choice. Everything but `build`,
+    `get_module_class` and `resize_params` works without JAX.
+    """
+
+    # Key in configs and checkpoints, e.g. "mixer".
+    name: ClassVar[str]
+    # Prefix of full names, e.g. "Mixer" in "Mixer-B/16".
+    display_name: ClassVar[str]
+    config_class: ClassVar[type]
+    variants: ClassVar[Mapping[str, Any]]
+    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    stem: ClassVar[str] = "stem"
+    # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
+    block_backends: ClassVar[Mapping[str, str]] = {}
+    # Image size of weights that fit any size, if neither they nor the user name one.
+    default_image_size: ClassVar[int] = 224
+    # Regions of compiled programs: patterns of operations' names, of which the first match counts.
+    regions: ClassVar[Mapping[str, str]] = {}
+
+    def get_config(self, variant: str, **overrides: Any) -> Any:
+        """Returns a variant's config; see `resolve_config`."""
+        return resolve_config(self.config_class, self.variants, variant, **overrides)
+
+    def infer_variant(self, config: Any) -> str:
+        """Returns the name of the variant with this config, or "custom"."""
+        return next((name for name, known in self.variants.items() if known == config), CUSTOM)
+
+    def full_name(self, variant: str) -> str:
+        """Returns a variant's name with that of the family, e.g. "Mixer-B/16"."""
+        return f"{self.display_name}-{variant}"
+
+    def num_blocks(self, config: Any) -> int:
+        """Returns the number of blocks that can be scanned over; 0 if there is no such stack."""
+        return int(getattr(config, "num_blocks", 0))
+
+    @abc.abstractmethod
+    def get_module_class(self) -> Any:
+        """Imports and returns the Flax module's class, an `ImageModel`."""
+
+    def build(self, config: Any, num_classes: int, **attributes: Any) -> Any:
+        """Builds the Flax module.
+
+        Args:
+            config: Architecture config.
+            num_classes: Outputs of the head; 0 means no head.
+            **attributes: `execution`, and attributes of the module. Those of `OPTIONAL_ATTRIBUTES`
+                may be missing in a module, if they have no effect.
+
+        Raises:
+            UserError: The family does not support an attribute.
+        """
+        module = self.get_module_class()
+        names = {field.name for field in dataclasses.fields(module)}
+        for name in OPTIONAL_ATTRIBUTES.keys() & attributes.keys() - names:
+            if (value := attributes.pop(name)) != OPTIONAL_ATTRIBUTES[name]:
+                raise UserError(
+                    f"model.{name} must be {OPTIONAL_ATTRIBUTES[name]!r} for {self.display_name}, "
+                    f"got {value!r}."
+                )
+        return module(config, num_classes, **attributes)
+
+    @abc.abstractmethod
+    def param_shapes(
+        self, config: Any, image_size: int | ImageSize, num_classes: int
+    ) -> dict[str, Shape]:
+        """Returns the shape of each parameter by its slash-separated path."""
+
+    def num_params(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
+        """Returns the number of parameters; `num_classes` 0 means no head."""
+        return sum(map(math.prod, self.param_shapes(config, image_size, num_classes).values()))
+
+    @abc.abstractmethod
+    def forward_flops(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
+        """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only."""
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Memory, recomputation and memory traffic of a step, for `plan` and benchmarks.
+
+        Raises:
+            UserError: The family has no cost model.
+        """
+        raise UserError(
+            f"model.family must be one with a cost model, such as mixer, got {self.name!r}."
+        )
 
     def image_size_multiple(self, config: Any) -> int:
         """Returns the number of pixels that both sides of an image must be a multiple of."""
@@ -228,6 +298,17 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
+def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+    """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
+
+    Args:
+        help_text: One line, without the unit.
+        unit: Unit of the value, e.g. "px".
+        min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+    """
+    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+
+
 def resolve_config(
     config_class: type, variants: Mapping[str, Any], variant: str, **overrides: Any
 ) -> Any:
@@ -240,11 +321,18 @@ def resolve_config(
         **overrides: Fields of the config. 0 and "" keep the variant's own value.
 
     Raises:
-        UserError: The variant is unknown, a number is negative, or a field is missing.
+        UserError: The variant is unknown, a number is negative, or a field is missing or belongs to
+            another family.
     """
+    names = [field.name for field in dataclasses.fields(config_class)]
     requested = {name: value for name, value in overrides.items() if value not in (0, "")}
     for name, value in requested.items():
-        if isinstance(value, int) and value < 0:
+        if name not in names:
+            raise UserError(
+                f"model.{name} is not part of this architecture, which has {', '.join(names)}, got "
+                f"{value!r}."
+            )
+        if isinstance(value, int | float) and value < 0:
             raise UserError(f"model.{name} must be positive, got {value}.")
     if variant == CUSTOM:
         required = [
@@ -258,6 +346,6 @@ def resolve_config(
             )
         return config_class(**requested)
     if variant not in variants:
-        names = ", ".join([*variants, CUSTOM])
-        raise UserError(f"model.variant must be one of {names}, got {variant!r}.")
+        known = ", ".join([*variants, CUSTOM])
+        raise UserError(f"model.variant must be one of {known}, got {variant!r}.")
     return dataclasses.replace(variants[variant], **requested)

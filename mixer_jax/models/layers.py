@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,6 +16,8 @@ Gelu = Literal["tanh", "exact"]
 # Which branches of a residual block each example keeps: 1 or 0. None: all of them.
 DropPathMask = Float[Array, " n"] | None
 
+# Tag of activations that rematerialization saves with the policy "mlp_hidden".
+MLP_OUTPUT = "mlp_output"
 # Flax's default, and the authors' value.
 LAYER_NORM_EPSILON = 1e-6
 # Constants of the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415).
@@ -27,7 +28,7 @@ _GPU_ROW_MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Static settings of one call of a model, from which layers take how to compute.
+    """Static settings of one call of a model, read by its layers.
 
     Attributes:
         dtype: Dtype of activations and matmuls.
@@ -53,7 +54,7 @@ def normalize_images(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: Float[Array, "*shape"], approximation: Gelu) -> Float[Array, "*shape"]:
+def apply_gelu(x: Float[Array, "*shape"], approximation: Gelu) -> Float[Array, "*shape"]:
     """Applies GELU. The only residual is `x`; its derivative is computed in float32.
 
     Args:
@@ -75,7 +76,7 @@ def gelu_grad(x: Float[Array, "*shape"], approximation: Gelu) -> Float[Array, "*
 
 
 def _gelu_fwd(x: Array, approximation: Gelu) -> tuple[Array, Array]:
-    return gelu(x, approximation), x
+    return apply_gelu(x, approximation), x
 
 
 def _gelu_bwd(approximation: Gelu, x: Array, cotangent: Array) -> tuple[Array]:
@@ -83,7 +84,7 @@ def _gelu_bwd(approximation: Gelu, x: Array, cotangent: Array) -> tuple[Array]:
     return ((cotangent.astype(jnp.float32) * grad).astype(x.dtype),)
 
 
-gelu.defvjp(_gelu_fwd, _gelu_bwd)
+apply_gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
 @jax.custom_vjp
@@ -182,8 +183,8 @@ class PatchEmbed(nn.Module):
     Attributes:
         hidden_dim: Channels per token.
         patch_size: Side of a patch, in pixels.
-        ctx: How to compute. With `token_major`, rows are also padded to the length that fast GPU
-            matmuls need.
+        ctx: Settings of the call. With `token_major`, rows are also padded to the length that fast
+            GPU matmuls need.
     """
 
     hidden_dim: int
@@ -214,8 +215,13 @@ class PatchEmbed(nn.Module):
 
 
 def map_over_vectors(
-    module: type[nn.Module], over: Literal["tokens", "channels"], ctx: Context, **attributes: Any
-) -> Callable[[Float[Array, "n s c"], Int[Array, " n"]], Float[Array, "n s c"]]:
+    module: type[nn.Module],
+    x: Float[Array, "n s c"],
+    example_index: Int[Array, " n"],
+    over: Literal["tokens", "channels"],
+    ctx: Context,
+    **attributes: Any,
+) -> Float[Array, "n s c"]:
     """Maps a module from vector to vector over all images and an axis, with shared parameters.
 
     With `ctx.flatten_batch`, all vectors are gathered as the rows of one matrix first. That is the
@@ -223,27 +229,22 @@ def map_over_vectors(
 
     Args:
         module: Module whose call takes a vector and its index among those of the global batch.
+        x: Tokens.
+        example_index: Index of each example in the global batch.
         over: "channels" maps over channels, so that the module sees vectors of tokens; "tokens"
             maps over tokens, so that it sees vectors of channels.
-        ctx: How to compute; also an attribute of the module.
+        ctx: Settings of the call; also an attribute of the module.
         **attributes: Other attributes of the module.
-
-    Returns:
-        A function of tokens and the index of each example in the global batch.
     """
     axis = {"tokens": 1, "channels": 2}[over]
-
-    def apply(x: Float[Array, "n s c"], example_index: Int[Array, " n"]) -> Float[Array, "n s c"]:
-        num_vectors = x.shape[axis]
-        index = example_index[:, None] * num_vectors + jnp.arange(num_vectors)[None]
-        if not ctx.flatten_batch:
-            return vmap_vectors(module, axis - 1)(**attributes, ctx=ctx)(x, index)
-        vectors = jnp.moveaxis(x, axis, 1)
-        rows = vectors.reshape(-1, vectors.shape[-1])
-        rows = vmap_vectors(module, None)(**attributes, ctx=ctx)(rows, index.reshape(-1))
-        return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis)
-
-    return apply
+    num_vectors = x.shape[axis]
+    index = example_index[:, None] * num_vectors + jnp.arange(num_vectors)[None]
+    if not ctx.flatten_batch:
+        return vmap_vectors(module, axis - 1)(**attributes, ctx=ctx)(x, index)
+    vectors = jnp.moveaxis(x, axis, 1)
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    rows = vmap_vectors(module, None)(**attributes, ctx=ctx)(rows, index.reshape(-1))
+    return jnp.moveaxis(rows.reshape(vectors.shape), 1, axis)
 
 
 def vmap_vectors(module: type[nn.Module], axis: int | None) -> Any:
@@ -283,20 +284,20 @@ def add_branch(
     branch: Float[Array, "n s c"],
     mask: DropPathMask,
     dtype: Any,
-    name: str = "",
+    save_as: str = "",
 ) -> Float[Array, "n s c"]:
     """Adds a residual branch, zero for examples that drop it.
 
-    The branch is not rescaled, as in the authors' code.
+    The branch is not rescaled in training, as in the authors' code.
 
     Args:
         x: Residual stream.
         branch: Output of the branch.
         mask: Drop-path mask.
         dtype: Dtype of the sum.
-        name: Name of the branch for rematerialization policies.
+        save_as: Tag of the branch for rematerialization policies, e.g. `MLP_OUTPUT`.
     """
-    branch = checkpoint_name(branch, name) if name else branch
+    branch = checkpoint_name(branch, save_as) if save_as else branch
     branch = branch if mask is None else mask[:, None, None] * branch
     return (x + branch).astype(dtype)
 

@@ -1,6 +1,7 @@
 """MLP-Mixer (Section 2 of arXiv 2105.01601): patches, then blocks that mix tokens and channels."""
 
 import functools
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.layers import (
+    MLP_OUTPUT,
     Context,
     DropPathMask,
     Gelu,
@@ -16,12 +18,12 @@ from mixer_jax.models.layers import (
     PatchEmbed,
     add_branch,
     apply_dropout,
+    apply_gelu,
     classifier_head,
     dense,
-    gelu,
     map_over_vectors,
 )
-from mixer_jax.models.mixer_config import MixerConfig, check_image_size
+from mixer_jax.models.mixer_config import BLOCK_BACKENDS, MixerConfig, check_image_size
 from mixer_jax.models.stack import block_stack, make_context
 
 
@@ -38,9 +40,9 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
-        """Applies the MLP to a vector; `index`, its place in the global batch, seeds dropout."""
+        """Applies the MLP to a vector, whose `index` in the global batch seeds dropout."""
         y = dense(self.mlp_dim, self.ctx)(x)
-        y = gelu(y, self.gelu).astype(self.ctx.dtype)
+        y = apply_gelu(y, self.gelu).astype(self.ctx.dtype)
         y = self.drop(y, index)
         y = dense(x.shape[-1], self.ctx)(y)
         return self.drop(y, index)
@@ -53,7 +55,10 @@ class MlpBlock(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing, each after LayerNorm and with a skip connection."""
+    """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
+
+    Stochastic depth drops each branch with a mask of its own, and does not rescale the others.
+    """
 
     num_branches: ClassVar[int] = 2
 
@@ -76,21 +81,20 @@ class MixerBlock(nn.Module):
             masks: Drop-path masks of token mixing and of channel mixing.
             example_index: Index of each image in the global batch; seeds dropout.
         """
-        mlp = functools.partial(
+        config, (token_mask, channel_mask) = self.config, masks
+        apply_mlp = functools.partial(
             map_over_vectors, MlpBlock, ctx=self.ctx, gelu=self.gelu, dropout=self.dropout
         )
         # One MLP, shared by all channels, sees each column of the table (s, c) ...
-        token_mixing = mlp(over="channels", mlp_dim=self.config.tokens_mlp_dim, name="token_mixing")
-        y = token_mixing(LayerNorm()(x), example_index)
+        y, mlp_dim = LayerNorm()(x), config.tokens_mlp_dim
+        y = apply_mlp(y, example_index, over="channels", mlp_dim=mlp_dim, name="token_mixing")
         self.sow("intermediates", "token_mixing_output", y)
-        x = add_branch(x, y, masks[0], self.ctx.dtype, name="mlp_output")
+        x = add_branch(x, y, token_mask, self.ctx.dtype, save_as=MLP_OUTPUT)
         # ... and one, shared by all tokens, sees each row.
-        channel_mixing = mlp(
-            over="tokens", mlp_dim=self.config.channels_mlp_dim, name="channel_mixing"
-        )
-        y = channel_mixing(LayerNorm()(x), example_index)
+        y, mlp_dim = LayerNorm()(x), config.channels_mlp_dim
+        y = apply_mlp(y, example_index, over="tokens", mlp_dim=mlp_dim, name="channel_mixing")
         self.sow("intermediates", "channel_mixing_output", y)
-        return add_branch(x, y, masks[1], self.ctx.dtype)
+        return add_branch(x, y, channel_mask, self.ctx.dtype)
 
 
 class MlpMixer(nn.Module):
@@ -110,6 +114,7 @@ class MlpMixer(nn.Module):
     """
 
     family: ClassVar[str] = "mixer"
+    block_backends: ClassVar[Mapping[str, str]] = BLOCK_BACKENDS
 
     config: MixerConfig
     num_classes: int
@@ -145,6 +150,7 @@ class MlpMixer(nn.Module):
         x = PatchEmbed(config.hidden_dim, config.patch_size, ctx, name="stem")(images)
         self.sow("intermediates", "stem_output", x)
         block = MixerBlock(config, self.gelu, self.dropout, ctx, parent=None)
+        # N blocks, then LayerNorm.
         x = block_stack(self, block, x, example_index, norm_name="pre_head_layer_norm")
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
         self.sow("intermediates", "pre_logits", x)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.family import ImageSize, Shape, resolve_config
+from mixer_jax.models.family import ImageSize, Shape, architecture_key, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class MixerConfig:
         channels_mlp_dim: Hidden units of the channel-mixing MLP, D_C.
     """
 
-    num_blocks: int
-    patch_size: int
-    hidden_dim: int
-    tokens_mlp_dim: int
-    channels_mlp_dim: int
+    num_blocks: int = architecture_key("number of blocks")
+    patch_size: int = architecture_key("side of a square patch", unit="px")
+    hidden_dim: int = architecture_key("channels per token")
+    tokens_mlp_dim: int = architecture_key("hidden units of the token-mixing MLPs")
+    channels_mlp_dim: int = architecture_key("hidden units of the channel-mixing MLPs")
 
 
 # Table 1 of the paper.
@@ -34,6 +34,12 @@ VARIANTS: dict[str, MixerConfig] = {
     "L/32": MixerConfig(24, 32, 1024, 512, 4096),
     "L/16": MixerConfig(24, 16, 1024, 512, 4096),
     "H/14": MixerConfig(32, 14, 1280, 640, 5120),
+}
+
+# Custom kernels that compute a block, as "module:class"; see `ModelFamily.block_backends`.
+BLOCK_BACKENDS = {
+    "triton": "mixer_jax.kernels.triton.mixer_block:TritonMixerBackend",
+    "mosaic": "mixer_jax.kernels.mosaic.mixer_block:MosaicMixerBackend",
 }
 
 

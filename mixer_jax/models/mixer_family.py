@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 from mixer_jax.models import mixer_config, mixer_costs
 from mixer_jax.models.family import (
     CUSTOM,
+    CostModel,
     ImageSize,
     InferredConfig,
     ModelFamily,
     ResizedConfig,
     Shape,
-    Traffic,
 )
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_config import BLOCK_BACKENDS, VARIANTS, MixerConfig
 from mixer_jax.models.weight_layout import WeightLayout
 
 
@@ -26,6 +26,7 @@ class MixerFamily(ModelFamily):
     display_name = "Mixer"
     config_class = MixerConfig
     variants = VARIANTS
+    block_backends: ClassVar[Mapping[str, str]] = BLOCK_BACKENDS
     regions: ClassVar[Mapping[str, str]] = mixer_costs.REGIONS
 
     def infer_variant(self, config: MixerConfig) -> str:
@@ -38,11 +39,11 @@ class MixerFamily(ModelFamily):
                 return name
         return CUSTOM
 
-    def build(self, config: MixerConfig, num_classes: int, **attributes: Any) -> Any:
-        """Builds an `MlpMixer`."""
+    def get_module_class(self) -> Any:
+        """Returns `MlpMixer`."""
         from mixer_jax.models.mixer import MlpMixer
 
-        return MlpMixer(config, num_classes, **attributes)
+        return MlpMixer
 
     def param_shapes(
         self, config: MixerConfig, image_size: int | ImageSize, num_classes: int
@@ -57,39 +58,10 @@ class MixerFamily(ModelFamily):
         """Returns the FLOPs of one image's forward pass, counting matmuls only."""
         return mixer_config.forward_flops(config, image_size, num_classes)
 
-    def recomputed_flops(self, config: MixerConfig, image_size: int, remat: str) -> int:
-        """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
-        return mixer_costs.recomputed_flops(config, image_size, remat)
-
-    def saved_activation_bytes(
-        self, config: MixerConfig, image_size: int, remat: str, itemsize: int
-    ) -> float:
-        """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
-        return mixer_costs.saved_activation_bytes(config, image_size, remat, itemsize)
-
-    def live_block_bytes(self, config: MixerConfig, image_size: int, itemsize: int) -> float:
-        """Returns the bytes that are live in the middle of one block, per image."""
-        return mixer_costs.live_block_bytes(config, image_size, itemsize)
-
-    def estimate_traffic(
-        self,
-        config: MixerConfig,
-        image_size: int,
-        num_classes: int,
-        *,
-        batch_size: int,
-        itemsize: int,
-        train: bool,
-    ) -> dict[str, Traffic]:
-        """Estimates the traffic of each region of a step, per image, without the optimizer."""
-        return mixer_costs.estimate_traffic(
-            config,
-            image_size,
-            num_classes,
-            batch_size=batch_size,
-            itemsize=itemsize,
-            train=train,
-        )
+    @property
+    def cost_model(self) -> CostModel:
+        """Memory, recomputation and memory traffic of a step."""
+        return mixer_costs
 
     def image_size_multiple(self, config: MixerConfig) -> int:
         """Returns the patch size."""

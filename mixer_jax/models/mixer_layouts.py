@@ -60,12 +60,14 @@ def _timm() -> Iterator[TensorMapping]:
     yield TensorMapping("head.bias", "head/bias")
 
 
-GOOGLE = WeightLayout("Google", tuple(_google()), ("stem/kernel",), "tanh", "shorter_side")
+GOOGLE = WeightLayout(
+    "Google", tuple(_google()), ("pre_head_layer_norm/scale",), "tanh", "shorter_side"
+)
 # Some of its tensors have additional axes of length 1, which are dropped.
 GOOGLE_LEGACY = WeightLayout(
     "Google, older names",
     tuple(_google_legacy()),
-    ("embedding/kernel",),
+    ("Mixer/encoder_norm/scale",),
     "tanh",
     "shorter_side",
 )

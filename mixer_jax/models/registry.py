@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax.errors import UserError
-from mixer_jax.models import execution
-from mixer_jax.models.execution import AUTO, Execution
+from mixer_jax.models.execution import AUTO, Execution, default_dtype, resolve_execution
 from mixer_jax.models.family import CUSTOM, ModelFamily
 from mixer_jax.models.mixer_family import MixerFamily
 
@@ -76,39 +75,30 @@ def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> "nn.Mo
     return family.build(config, num_classes, **overrides)
 
 
-def from_config(
-    section: Mapping[str, Any], num_classes: int, target_device_kind: str = ""
+def build_model(
+    family: ModelFamily,
+    config: Any,
+    num_classes: int,
+    settings: Mapping[str, Any],
+    platform: str,
+    target_device_kind: str = "",
 ) -> "nn.Module":
-    """Builds the model of a config's model section.
+    """Builds a model, resolving every `auto` setting.
 
     Args:
-        section: Keys under `model` in the config; `family` defaults to Mixer.
+        family: Model family.
+        config: Architecture config.
         num_classes: Outputs of the head.
+        settings: `dtype`, `backend`, `scan_unroll` and `remat`, each of which may be `auto`, and
+            attributes of the module.
+        platform: Platform of the device, as JAX names it: cpu, gpu or tpu.
         target_device_kind: Device to compile for, as JAX names it; empty: the first one here.
     """
-    import jax
-
-    settings = resolve_auto(section, jax.default_backend())
-    settings["target_device_kind"] = target_device_kind
-    family = get_family(settings.pop("family", DEFAULT_FAMILY))
-    name = family.full_name(settings.pop("variant"))
-    return create_model(name, num_classes, **settings)
-
-
-def resolve_auto(section: Mapping[str, Any], platform: str) -> dict[str, Any]:
-    """Resolves every `auto` setting of a config's model section for a platform.
-
-    Args:
-        section: Keys under `model` in the config.
-        platform: As JAX names it: cpu, gpu or tpu.
-    """
-    family = get_family(section.get("family", DEFAULT_FAMILY))
-    fields = (f.name for f in dataclasses.fields(family.config_class))
-    overrides = {name: section[name] for name in fields if name in section}
-    num_blocks = overrides.get("num_blocks") or family.num_blocks(
-        family.get_config(section["variant"], **overrides)
-    )
-    return execution.resolve_auto(section, platform, num_blocks)
+    num_blocks, backends = family.num_blocks(config), family.block_backends
+    attributes = resolve_execution(settings, platform, num_blocks, backends)
+    fields = _take_fields(Execution, attributes)
+    execution = Execution(**fields, target_device_kind=target_device_kind)
+    return family.build(config, num_classes, execution=execution, **attributes)
 
 
 def resolve_dtype(name: str) -> "jnp.dtype":
@@ -116,7 +106,7 @@ def resolve_dtype(name: str) -> "jnp.dtype":
     import jax
     import jax.numpy as jnp
 
-    return jnp.dtype(execution.default_dtype(jax.default_backend()) if name == AUTO else name)
+    return jnp.dtype(default_dtype(jax.default_backend()) if name == AUTO else name)
 
 
 def _take_fields(dataclass: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Runs a stack of equal residual blocks: scanned or unrolled, rematerialized, on any backend.
+"""Stack of equal residual blocks: scanned or unrolled, rematerialized, on any backend.
 
 Parameters of the blocks are stacked under "blocks" on a leading axis of length `num_blocks`. A list
-with the parameters of each block is accepted, too, and is unrolled.
+with the parameters of each block is accepted as well, and is unrolled.
 """
 
 import dataclasses
@@ -11,26 +11,39 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixer_jax.models.execution import Execution
-from mixer_jax.models.layers import Context, DropPathMask, LayerNorm, bernoulli_per_example
+from mixer_jax.models.family import ImageModel
+from mixer_jax.models.layers import (
+    MLP_OUTPUT,
+    Context,
+    DropPathMask,
+    LayerNorm,
+    bernoulli_per_example,
+)
 
 # Residuals saved for the backward pass besides each block's input.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp_hidden": jax.checkpoint_policies.save_only_these_names("mlp_output"),
+    "mlp_hidden": jax.checkpoint_policies.save_only_these_names(MLP_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# The class of each custom backend, as module and name, by family and backend; imported when used.
-# Families without an entry use "xla".
-_BACKENDS = {
-    ("mixer", "triton"): ("mixer_jax.kernels.triton.block", "TritonMixerBackend"),
-    ("mixer", "mosaic"): ("mixer_jax.kernels.mosaic.block", "MosaicMixerBackend"),
-}
+
+class StackModel(ImageModel, Protocol):
+    """Model with a stack of blocks: what this module reads from it.
+
+    `config` has `num_blocks`. `dropout` and `stochastic_depth` count as 0 if the model lacks them.
+
+    Attributes:
+        block_backends: Custom backends, see `ModelFamily.block_backends`.
+    """
+
+    block_backends: ClassVar[Mapping[str, str]]
 
 
 class BlockBackend(Protocol):
@@ -69,7 +82,7 @@ def active_backend(model: Any, train: bool) -> str:
     """Returns the backend that computes a model's blocks: custom kernels do not support dropout.
 
     Args:
-        model: Model with a stack of blocks.
+        model: An `ImageModel`, with or without a stack of blocks.
         train: Whether dropout and stochastic depth are active.
     """
     return _select_backend(model, train).name
@@ -78,11 +91,15 @@ def active_backend(model: Any, train: bool) -> str:
 def _select_backend(model: Any, train: bool) -> _Backend:
     # Parameters are the same on all backends, and modules initialize them. Kernels do not expose
     # the intermediate activations within a block.
-    needs_modules = _is_initializing(model) or _captures(model) or (train and model.dropout)
-    location = _BACKENDS.get((model.family, model.execution.backend))
+    needs_modules = (
+        _is_initializing(model)
+        or _captures_intermediates(model)
+        or (train and _get_rate(model, "dropout"))
+    )
+    location = getattr(model, "block_backends", {}).get(model.execution.backend)
     if location is None or needs_modules:
         return _Backend("xla", None)
-    module, name = location
+    module, _, name = location.partition(":")
     return _Backend(model.execution.backend, getattr(importlib.import_module(module), name))
 
 
@@ -90,13 +107,17 @@ def _is_initializing(model: nn.Module) -> bool:
     return model.scope is not None and model.is_initializing()
 
 
-def _captures(model: nn.Module) -> bool:
-    """Returns whether intermediate activations are requested."""
+def _captures_intermediates(model: nn.Module) -> bool:
     return model.scope is not None and model.is_mutable_collection("intermediates")
 
 
+def _get_rate(model: Any, name: str) -> float:
+    """Returns `dropout` or `stochastic_depth`, 0 if the model lacks it."""
+    return getattr(model, name, 0.0)
+
+
 def use_partitionable_backend(model: Any, num_devices: int) -> Any:
-    """Returns a model that can be compiled for images sharded over so many devices.
+    """Returns a model that can be compiled for images sharded over `num_devices`.
 
     Custom kernels take the images of one device; the compiler partitions only its own operations.
     """
@@ -114,11 +135,12 @@ def uses_flat_layout(execution: Execution) -> bool:
 
 def stochastic_depth_rates(model: Any) -> Float[Array, " num_blocks"]:
     """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
-    return jnp.linspace(0.0, model.stochastic_depth, model.config.num_blocks, dtype=jnp.float32)
+    rate = _get_rate(model, "stochastic_depth")
+    return jnp.linspace(0.0, rate, model.config.num_blocks, dtype=jnp.float32)
 
 
 def make_context(model: Any, train: bool) -> Context:
-    """Returns how the layers of a model compute in one call."""
+    """Creates the settings that the layers of a model read in one call."""
     backend = _select_backend(model, train).cls
     return Context(
         dtype=jnp.dtype(model.execution.dtype),
@@ -167,11 +189,10 @@ def block_stack(
     depend on `scan_unroll`.
 
     Args:
-        model: Calling module, in its compact method. Has `config.num_blocks`, `stochastic_depth`,
-            `dropout` and `execution`.
+        model: Calling module, a `StackModel`, in its compact method.
         block: Unbound module of (tokens, drop-path masks of its branches, example_index), with
             attributes `num_branches` and `ctx`, from `make_context`.
-        x: Output of the patch embedding, as `ctx.token_major` says.
+        x: Output of the patch embedding: (n, s, c), or (s, n, c) if `ctx.token_major`.
         example_index: Index of each example in the global batch.
         norm_name: Name of the final LayerNorm's parameters.
     """
@@ -188,7 +209,7 @@ def block_stack(
         with jax.named_scope(type(block).__name__):
             return backend.block(params, carry, masks), None
 
-    carry = backend.begin(x, drop_path=train and model.stochastic_depth > 0)
+    carry = backend.begin(x, drop_path=train and _get_rate(model, "stochastic_depth") > 0)
     carry = _apply_blocks(model, block, apply_custom, carry, example_index)
     with jax.named_scope(norm_name):
         return backend.end(model.variables["params"][norm_name], carry)
@@ -216,14 +237,14 @@ def _initialize(model: Any, block: Any, x: Array, example_index: Array) -> Array
 
 def _xla_block(model: Any, block: Any, example_index: Array) -> Any:
     """Returns a function that applies one block's module, and captures its intermediates."""
-    captures = _captures(model)
+    captures = _captures_intermediates(model)
 
     def apply(params: Any, x: Array, masks: Any, rngs: Any) -> tuple[Array, Any]:
         args: Any = ({"params": params}, x, masks, example_index)
         if not captures:
             return block.apply(*args, rngs=rngs), None
         y, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
-        return y, {name: value for name, (value,) in state["intermediates"].items()}
+        return y, _flatten_intermediates(state)
 
     return apply
 
@@ -234,18 +255,18 @@ def _apply_blocks(
     """Applies all blocks to a carry, scanned or unrolled."""
     execution, train = model.execution, block.ctx.train
     num_blocks = model.config.num_blocks
-    rates = {"dropout": model.dropout, "stochastic_depth": model.stochastic_depth}
     keys = {
         name: jax.random.split(model.make_rng(name), num_blocks)
-        for name, rate in rates.items()
-        if train and rate
+        for name in ("dropout", "stochastic_depth")
+        if train and _get_rate(model, name)
     }
+    per_block = (stochastic_depth_rates(model), keys)
     blocks = model.variables["params"]["blocks"]
     scanned = 0 < execution.scan_unroll < num_blocks and not isinstance(blocks, list)
     drop_path = DropPathMasks(block.num_branches, block.ctx.dtype, parent=None)
 
-    def apply(carry: Any, per_block: Any) -> tuple[Any, Any]:
-        params, drop_rate, rngs = per_block
+    def apply(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        params, (drop_rate, rngs) = inputs
         masks: Any = (None,) * block.num_branches
         if "stochastic_depth" in rngs:
             masks = drop_path.apply({}, drop_rate, example_index, rngs=rngs)
@@ -256,18 +277,17 @@ def _apply_blocks(
         policy = REMAT_POLICIES[execution.remat]
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
     if scanned:
-        all_blocks = (blocks, stochastic_depth_rates(model), keys)
-        carry, captured = jax.lax.scan(apply, carry, all_blocks, unroll=execution.scan_unroll)
+        inputs = (blocks, per_block)
+        carry, captured = jax.lax.scan(apply, carry, inputs, unroll=execution.scan_unroll)
     else:
         # Traced and lowered once for all blocks; the compiler inlines it for each.
         apply, outputs = jax.jit(apply), []
         for index, params in enumerate(unstack_blocks(blocks)):
-            stacked = (stochastic_depth_rates(model), keys)
-            drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
-            carry, output = apply(carry, (params, drop_rate, rngs))
+            inputs = (params, jax.tree.map(operator.itemgetter(index), per_block))
+            carry, output = apply(carry, inputs)
             outputs.append(output)
         captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
-    if captured is not None:
+    if captured:
         model.sow("intermediates", "blocks_output", captured)
     return carry
 
@@ -291,16 +311,23 @@ def forward_intermediates(
 ) -> tuple[Float[Array, "n outputs"], dict[str, Array]]:
     """Computes a model's outputs and its intermediate activations.
 
-    Activations are named after what computes them, for a Mixer "stem" (n, s, c), "token_mixing"
-    and "channel_mixing" (num_blocks, n, s, c), the branches before they are added, and
-    "pre_logits" (n, c), the features.
+    Activations are named after the layer that computes them. For a Mixer these are "stem"
+    (n, s, c), "token_mixing" and "channel_mixing" (num_blocks, n, s, c), the branches before they
+    are added, and "pre_logits" (n, c), the features. Those of nested modules have the names of all
+    modules, separated by slashes.
 
     Args:
-        model: Model with a stack of blocks.
+        model: An `ImageModel`, with or without a stack of blocks.
         params: Its parameters.
         images: Pixels in [-1, 1].
     """
     outputs, state = model.apply({"params": params}, images, mutable=["intermediates"])
-    named = {name: value for name, (value,) in state["intermediates"].items()}
-    named |= named.pop("blocks_output")
+    named = _flatten_intermediates(state)
+    named |= named.pop("blocks_output", {})
     return outputs, {name.removesuffix("_output"): value for name, value in named.items()}
+
+
+def _flatten_intermediates(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns sown activations by their slash-separated path."""
+    flat = flax.traverse_util.flatten_dict(state.get("intermediates", {}), sep="/")
+    return {name: value for name, (value,) in flat.items()}

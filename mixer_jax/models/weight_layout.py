@@ -29,7 +29,7 @@ class WeightLayout:
     Attributes:
         name: Name for people.
         tensors: All tensors; those of the head may be absent.
-        signature_keys: Names of tensors that distinguish it from other layouts.
+        signature_keys: Names of tensors that no layout of another family has.
         gelu: GELU that these weights are used with.
         eval_crop: Evaluation crop that these weights are used with.
     """

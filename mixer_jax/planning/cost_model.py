@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import architecture_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.models.family import ModelFamily
 from mixer_jax.models.registry import get_family
@@ -36,7 +35,7 @@ class RunSpec(NamedTuple):
         num_devices: Number of devices.
         remat: Rematerialization policy.
         scan_unroll: Blocks per iteration of the scan; 0 unrolls all.
-        num_moments: Float32 arrays per parameter besides the parameter itself: optimizer moments
+        num_moments: Float32 arrays per parameter, excluding the parameter itself: optimizer moments
             and averaged parameters.
         mixup: Whether mixup is used.
         num_steps: Length of the run.
@@ -79,7 +78,7 @@ class RunSpec(NamedTuple):
 
     @property
     def microbatch_per_device(self) -> float:
-        """Images that a device processes at once."""
+        """Images processed at once per device."""
         return self.images_per_device / self.num_microbatches
 
     @property
@@ -91,7 +90,9 @@ class RunSpec(NamedTuple):
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
-        flops = self.family.recomputed_flops(self.architecture, self.image_size, self.remat)
+        flops = self.family.cost_model.recomputed_flops(
+            self.architecture, self.image_size, self.remat
+        )
         return self.batch_size * flops
 
     @property
@@ -102,18 +103,20 @@ class RunSpec(NamedTuple):
     @property
     def saved_activation_bytes(self) -> float:
         """Bytes of residuals saved for the backward pass, per image, in all blocks."""
-        return self.family.saved_activation_bytes(
+        return self.family.cost_model.saved_activation_bytes(
             self.architecture, self.image_size, self.remat, self.itemsize
         )
 
     @property
     def live_block_bytes(self) -> float:
         """Bytes that are live in the middle of one block, per image."""
-        return self.family.live_block_bytes(self.architecture, self.image_size, self.itemsize)
+        return self.family.cost_model.live_block_bytes(
+            self.architecture, self.image_size, self.itemsize
+        )
 
 
 class Memory(NamedTuple):
-    """Bytes of memory on a device.
+    """Bytes of memory per device.
 
     Attributes:
         parameters: Float32 parameters.
@@ -153,9 +156,7 @@ def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: i
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
         family=family,
-        architecture=family.get_config(
-            config.model.variant, **architecture_overrides(config.model)
-        ),
+        architecture=config.model.architecture,
         image_size=config.image_size,
         num_classes=num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,
@@ -189,7 +190,7 @@ def estimate_memory(run: RunSpec) -> Memory:
 
 
 def estimate_eval_memory(run: RunSpec, batch_size: int) -> float:
-    """Estimates the bytes on a device in an evaluation step.
+    """Estimates the bytes per device in an evaluation step.
 
     Args:
         run: Training run.
@@ -214,7 +215,7 @@ def _is_fsdp_sharded(run: RunSpec, path: str, shape: tuple[int, ...]) -> bool:
 
 
 def min_hbm_bytes(run: RunSpec) -> float:
-    """Returns a lower bound on a device's memory traffic per training step, in bytes.
+    """Returns a lower bound on memory traffic per device per training step, in bytes.
 
     The optimizer reads parameters, moments and gradients, and writes all but the gradients. Saved
     activations are written and read. Kernels are read in the forward and the backward pass.

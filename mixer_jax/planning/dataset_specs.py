@@ -3,11 +3,12 @@
 import dataclasses
 import re
 
-from mixer_jax.config.schema import ModelConfig, RunConfig
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
+from mixer_jax.models.execution import resolve_execution
 from mixer_jax.models.family import INIT_FROM
-from mixer_jax.models.registry import resolve_auto
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import RunDatasets
 
 # Classes and training examples, from TFDS.
@@ -59,7 +60,10 @@ def resolve_for_platform(config: RunConfig, platform: str) -> RunConfig:
             "config.model.variant must name an architecture, because planning does not read "
             f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
         )
-    model = ModelConfig(**resolve_auto(dataclasses.asdict(config.model), platform))
+    model, family = config.model, get_family(config.model.family)
+    num_blocks = family.num_blocks(model.architecture)
+    resolved = resolve_execution(model.settings, platform, num_blocks, family.block_backends)
+    model = dataclasses.replace(model, **resolved)
     return dataclasses.replace(config, model=model, compilation_cache="")
 
 

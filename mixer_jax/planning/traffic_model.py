@@ -1,4 +1,4 @@
-"""Lower bounds on the FLOPs and memory traffic of a step, by region of the model.
+"""Lower bounds on the FLOPs and memory traffic per step, by region of the model.
 
 The traffic depends on what a kernel fuses, so there are two bounds:
 
@@ -22,7 +22,7 @@ _ADAM_ACCESSES = 8
 
 
 class StepSpec(NamedTuple):
-    """A step on one device.
+    """One step on one device.
 
     Attributes:
         family: Model family.
@@ -46,7 +46,7 @@ class StepSpec(NamedTuple):
 def estimate_traffic(step: StepSpec) -> dict[str, Traffic]:
     """Estimates the traffic of each region of a step, per image."""
     model = (step.architecture, step.image_size, step.num_classes)
-    traffic = step.family.estimate_traffic(
+    traffic = step.family.cost_model.estimate_traffic(
         *model, batch_size=step.batch_size, itemsize=step.itemsize, train=step.train
     )
     update = 0.0

@@ -12,7 +12,6 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.to_device import shard_params
-from mixer_jax.config.config import architecture_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
@@ -67,7 +66,7 @@ def find_init_source(
 def restore_or_init(
     experiment: Experiment, checkpoints: CheckpointManager, step: int, init: InitSource | None
 ) -> tuple[TrainState, list[float]]:
-    """Restores state and loss window of a step, or initializes them at step 0.
+    """Restores state and loss window of one step, or initializes them at step 0.
 
     Args:
         experiment: Experiment of the run.
@@ -164,14 +163,13 @@ def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
             f"config.model.family must be that of {source}, {pretrained.family}, "
             f"got {config.model.family}."
         )
-    declared = family.get_config(config.model.variant, **architecture_overrides(config.model))
     # A config may declare the architecture before or after adapting it to another image size.
     accepted = [pretrained.config]
     size = (config.image_size, config.image_size)
     with contextlib.suppress(UserError):
         family.check_image_size(pretrained.config, *size)
         accepted.append(family.resize_config(pretrained.config, pretrained.image_size, size).config)
-    if declared not in accepted:
+    if config.model.architecture not in accepted:
         found = pretrained.variant
         if found in (CUSTOM, config.model.variant):
             fields = dataclasses.asdict(pretrained.config)

@@ -1,4 +1,4 @@
-"""From a config to an experiment: mesh, model, optimizer and compiled functions."""
+"""Builds an experiment from a config: mesh, model, optimizer and compiled functions."""
 
 import dataclasses
 import functools
@@ -14,7 +14,6 @@ import mixer_jax
 from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.config.config import (
-    architecture_overrides,
     check_scan_unroll,
     check_warmup,
     resolve_num_steps,
@@ -30,7 +29,8 @@ from mixer_jax.distributed.sharding import (
     state_sharding,
 )
 from mixer_jax.models.execution import check_backend
-from mixer_jax.models.registry import from_config, get_family
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.registry import build_model, get_family
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.step import (
@@ -197,15 +197,10 @@ def _make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
     declared = init_info or config.model
-    if init_info is None:
-        overrides = architecture_overrides(config.model)
-        architecture = get_family(declared.family).get_config(declared.variant, **overrides)
-    else:
-        architecture = init_info.config
     return ModelInfo(
         declared.family,
         declared.variant,
-        architecture,
+        config.model.architecture if init_info is None else init_info.config,
         image_size=(config.image_size, config.image_size),
         num_classes=datasets.train.num_classes,
         class_names=tuple(datasets.train.class_names),
@@ -218,9 +213,10 @@ def _make_model_info(
 
 
 def _build_model(config: RunConfig, info: ModelInfo, device: jax.Device) -> Any:
-    check_scan_unroll(config.model.scan_unroll, get_family(info.family).num_blocks(info.config))
-    architecture = {"family": info.family, "variant": info.variant, "gelu": info.gelu}
-    section = dataclasses.asdict(config.model) | architecture | dataclasses.asdict(info.config)
-    model = from_config(section, info.num_classes, device.device_kind)
-    check_backend(model.execution.backend, device.platform)
-    return model
+    family = get_family(info.family)
+    check_backend(config.model.backend, device.platform, family.block_backends)
+    if config.model.variant == INIT_FROM:  # `parse` has checked other architectures.
+        check_scan_unroll(config.model.scan_unroll, family.num_blocks(info.config))
+    settings = config.model.settings | {"gelu": info.gelu}
+    model = (family, info.config, info.num_classes)
+    return build_model(*model, settings, device.platform, device.device_kind)

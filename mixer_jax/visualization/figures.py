@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-_DPI = 120
+DPI = 120
 
 
 def make_figure(width: float, height: float, constrained: bool = False) -> Any:
@@ -22,5 +22,5 @@ def make_figure(width: float, height: float, constrained: bool = False) -> Any:
 def render_figure(figure: Any, file_format: str) -> bytes:
     """Renders a figure as "png", "jpg" or "pdf"."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=_DPI)
+    figure.savefig(buffer, format=file_format, dpi=DPI)
     return buffer.getvalue()

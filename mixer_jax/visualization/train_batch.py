@@ -16,11 +16,13 @@ from mixer_jax.data.source import Source
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
 from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
-from mixer_jax.visualization.figures import make_figure, render_figure
+from mixer_jax.visualization.figures import DPI, make_figure, render_figure
 
 # Sizes in inches, and characters per inch.
-_CELL_SIZE, _LABEL_HEIGHT, _LINE_HEIGHT = 1.8, 0.5, 0.2
+_MIN_CELL_SIZE, _LABEL_HEIGHT, _LINE_HEIGHT = 1.8, 0.5, 0.2
 _MIN_WIDTH = 9.6
+# Fraction of a cell's width that its image fills.
+_IMAGE_FRACTION = 0.88
 _TITLE_CHARS, _LABEL_CHARS = 12, 11
 
 
@@ -101,13 +103,15 @@ def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Se
         class_names: Name of each class.
         title: Paragraphs above the images, from `format_caption`.
     """
-    count = len(view.images)
+    count, size = view.images.shape[:2]
+    # Large enough to show every pixel.
+    cell_size = max(_MIN_CELL_SIZE, size / DPI / _IMAGE_FRACTION)
     columns = math.ceil(math.sqrt(2 * count))
     rows = math.ceil(count / columns)
-    width = max(columns * _CELL_SIZE, _MIN_WIDTH)
+    width = max(columns * cell_size, _MIN_WIDTH)
     lines = [line for text in title for line in textwrap.wrap(text, int(width * _TITLE_CHARS))]
     title_height = (len(lines) + 2) * _LINE_HEIGHT
-    height = rows * (_CELL_SIZE + _LABEL_HEIGHT) + title_height
+    height = rows * (cell_size + _LABEL_HEIGHT) + title_height
 
     figure = make_figure(width, height)
     # A dollar sign in the name of a class does not start a formula.
@@ -124,9 +128,11 @@ def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Se
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for row, (axes, pixels) in enumerate(zip(grid, denormalize(view.images), strict=False)):
         axes.imshow(pixels, interpolation="none")
-        axes.set(xticks=[], yticks=[])
-        label = _format_label(view, row, class_names, int(_CELL_SIZE * _LABEL_CHARS))
-        axes.set_xlabel(label, fontsize="small", family="monospace", parse_math=False)
+        axes.set_axis_off()
+        label = _format_label(view, row, class_names, int(cell_size * _LABEL_CHARS))
+        axes.set_title(
+            label, y=0, pad=-4, va="top", fontsize="small", family="monospace", parse_math=False
+        )
     for axes in grid[count:]:
         axes.remove()
     return figure

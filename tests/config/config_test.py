@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
 from mixer_jax.config.config import (
-    architecture_overrides,
     fill_defaults,
     flatten,
     format_help,
@@ -20,6 +19,7 @@ from mixer_jax.config.config import (
 )
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS
 from mixer_jax.errors import UserError
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from tests.helpers.lines import some_line_mentions
 from tests.helpers.messages import raises
 
@@ -175,15 +175,13 @@ def test_resolve_num_steps_counts_whole_batches(config: ConfigDict) -> None:
     assert resolve_num_steps(parse(config), 1_268_355) == 10_000
 
 
-def test_architecture_overrides_are_the_keys_of_the_family(config: ConfigDict) -> None:
-    config.model.hidden_dim = 8
-    assert architecture_overrides(parse(config).model) == {
-        "num_blocks": 0,
-        "patch_size": 0,
-        "hidden_dim": 8,
-        "tokens_mlp_dim": 0,
-        "channels_mlp_dim": 0,
-    }
+def test_parse_resolves_the_architecture(config: ConfigDict) -> None:
+    config.model.variant, config.model.hidden_dim = "B/16", 8
+    model = parse(config).model
+    assert model.architecture == dataclasses.replace(VARIANTS["B/16"], hidden_dim=8)
+    assert model.to_dict() == config.model.to_dict()
+    assert set(model.overrides) == {field.name for field in dataclasses.fields(MixerConfig)}
+    assert model.settings.keys() == model.to_dict().keys() - {"family", "variant", *model.overrides}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_fields_have_the_type_of_their_annotation() -> None:
     for section in (RunConfig, *SECTION_TYPES.values(), *ENTRY_TYPES.values()):
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
-            if field.metadata:
+            if "help" in field.metadata:
                 hint = hints[field.name]
                 literal = typing.get_origin(hint) is typing.Literal
                 assert (str if literal else hint) is type(field.default), field.name

@@ -1,4 +1,4 @@
-"""Tests of transfer suites as real processes: killed at any moment, shared, told in every form."""
+"""Tests of transfer suites as real processes: killed at several moments, stopped, sharded."""
 
 import functools
 import json
@@ -18,6 +18,8 @@ from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, wait_until
 from tests.helpers.tiny_suite import save_weights
 
+pytestmark = pytest.mark.slow
+
 RUNS = [
     "high/choose/learning_rate=0.01",
     "high/choose/learning_rate=0.1",
@@ -29,35 +31,39 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A folder with weights, and the suite of the documentation."""
-    place = tmp_path_factory.mktemp("suites")
+def workspace(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """Folder with weights and the suite of the documentation."""
+    workspace = tmp_path_factory.mktemp("suites")
     (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/transfer.md").read_text(), re.DOTALL)
-    (place / "mine.py").write_text(code)
-    save_weights(place)
-    return place
+    (workspace / "mine.py").write_text(code)
+    save_weights(workspace)
+    return workspace
 
 
-def begin(place: Path, workdir: Path, data_dir: str, *more: str) -> subprocess.Popen[str]:
+def start(workspace: Path, workdir: Path, data_dir: str, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.transfer"]
-    command += [f"--checkpoint={place}/weights", f"--suite={place}/mine.py", "--no_throughput"]
-    command += [f"--workdir={workdir}", f"--data_dir={data_dir}", *more]
+    command += [
+        f"--checkpoint={workspace}/weights",
+        f"--suite={workspace}/mine.py",
+        "--no_throughput",
+    ]
+    command += [f"--workdir={workdir}", f"--data_dir={data_dir}", *flags]
     command += ["--config.log_every_steps=1", "--config.checkpoint.every_steps=5"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def rows(workdir: Path) -> list[dict[str, Any]]:
-    told = json.loads((workdir / "results.json").read_text())["rows"]
-    return [{name: value for name, value in row.items() if name != "minutes"} for row in told]
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "minutes"} for row in rows]
 
 
 @pytest.fixture(scope="module")
-def at_once(place: Path, digits_dir: str) -> Path:
-    """The folder of a suite that nothing interrupted."""
-    workdir = place / "at_once"
-    out = finish(begin(place, workdir, digits_dir))
+def uninterrupted_suite(workspace: Path, digits_dir: str) -> Path:
+    """Workdir of a suite that ran without interruption."""
+    workdir = workspace / "uninterrupted"
+    out = finish(start(workspace, workdir, digits_dir))
     assert mentions(out, "mean", "mine")
     return workdir
 
@@ -71,8 +77,8 @@ def exists(path: Path) -> bool:
     return path.exists()
 
 
-def finished(workdir: Path) -> dict[str, tuple[int, int]]:
-    """When the files of runs that have ended were last changed."""
+def modification_times(workdir: Path) -> dict[str, tuple[int, int]]:
+    """Returns when the files of completed runs were last modified, by run."""
     times = {}
     for run in RUNS:
         result, metrics = workdir / run / "result.json", workdir / run / "metrics.jsonl"
@@ -82,43 +88,43 @@ def finished(workdir: Path) -> dict[str, tuple[int, int]]:
     return times
 
 
-def test_killed_at_several_moments_the_table_is_the_same(
-    place: Path, at_once: Path, digits_dir: str, tmp_path: Path
+def test_kill_and_resume_gives_the_same_table(
+    workspace: Path, uninterrupted_suite: Path, digits_dir: str, tmp_path: Path
 ) -> None:
     first, second, third, last = RUNS[0], RUNS[1], RUNS[2], RUNS[-2]
     moments: list[Callable[[], bool]] = [
         # In the middle of a run, past its first checkpoint.
         functools.partial(reaches, tmp_path, first, 12),
-        # When one has just ended, before or after its checkpoint is dropped.
+        # Just after the end of a run, before or after its checkpoint is deleted.
         functools.partial(exists, tmp_path / second / "result.json"),
-        # In a final run, and between the halves of a probe.
+        # In a final run, and between the two networks of a probe.
         functools.partial(reaches, tmp_path, third, 3),
         functools.partial(exists, tmp_path / last / "result.json"),
     ]
-    done: dict[str, tuple[int, int]] = {}
+    completed: dict[str, tuple[int, int]] = {}
     for moment in moments:
-        process = begin(place, tmp_path, digits_dir)
+        process = start(workspace, tmp_path, digits_dir)
         wait_until(moment, process)
         process.kill()
         process.communicate()
-        now = finished(tmp_path)
-        assert done.items() <= now.items()
-        done = now
-    assert {first, second, third, last} <= done.keys()
-    process = begin(place, tmp_path, digits_dir)
+        now = modification_times(tmp_path)
+        assert completed.items() <= now.items()
+        completed = now
+    assert {first, second, third, last} <= completed.keys()
+    process = start(workspace, tmp_path, digits_dir)
     out = finish(process)
-    assert done.items() <= finished(tmp_path).items()
+    assert completed.items() <= modification_times(tmp_path).items()
     assert f"\n{first}\n" not in out
-    assert rows(tmp_path) == rows(at_once)
+    assert read_rows(tmp_path) == read_rows(uninterrupted_suite)
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-def test_sigterm_saves_the_run_under_way(place: Path, digits_dir: str, tmp_path: Path) -> None:
-    process = begin(place, tmp_path, digits_dir, "--tasks=low")
+def test_sigterm_saves_the_current_run(workspace: Path, digits_dir: str, tmp_path: Path) -> None:
+    process = start(workspace, tmp_path, digits_dir, "--tasks=low")
     wait_until(lambda: reaches(tmp_path, "low/final/seed=0", 3), process)
     process.send_signal(signal.SIGTERM)
     out = finish(process, code=143)
-    # No table, but a line of its own.
+    # One line instead of the table.
     (_,) = out.rpartition("\n\n")[2].splitlines()
     assert not mentions(out, "mean")
     assert not (tmp_path / "low/final/seed=0/result.json").exists()
@@ -126,13 +132,13 @@ def test_sigterm_saves_the_run_under_way(place: Path, digits_dir: str, tmp_path:
     assert max(saved) >= 3
 
 
-def test_two_shares_at_the_same_time_make_the_table_of_one(
-    place: Path, at_once: Path, digits_dir: str, tmp_path: Path
+def test_two_concurrent_shards_give_the_same_table(
+    workspace: Path, uninterrupted_suite: Path, digits_dir: str, tmp_path: Path
 ) -> None:
-    both = [begin(place, tmp_path, digits_dir, f"--shard={number}/2") for number in (1, 2)]
+    both = [start(workspace, tmp_path, digits_dir, f"--shard={index}/2") for index in (1, 2)]
     for process in both:
         finish(process)
     command = [sys.executable, "-m", "mixer_jax.transfer", "--report", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert mentions(done.stdout, "mean", "mine")
-    assert rows(tmp_path) == rows(at_once)
+    report = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert mentions(report.stdout, "mean", "mine")
+    assert read_rows(tmp_path) == read_rows(uninterrupted_suite)

@@ -1,5 +1,7 @@
 """Tests of models by name and from configs."""
 
+import dataclasses
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -10,23 +12,21 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.execution import Execution, check_backend
+from mixer_jax.models.execution import Execution, check_backend, resolve_execution
 from mixer_jax.models.family import ModelFamily
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.models.registry import (
     FAMILIES,
+    build_model,
     create_model,
-    from_config,
     get_family,
     list_models,
     parse_model_name,
-    resolve_auto,
 )
+from tests.helpers.messages import raises
 from tests.helpers.models import param_shapes
 
-SECTION: dict[str, Any] = {
-    "variant": "B/16",
-    **dict.fromkeys(vars(VARIANTS["B/16"]), 0),
+SETTINGS: dict[str, Any] = {
     "gelu": "tanh",
     "stochastic_depth": 0.0,
     "dropout": 0.0,
@@ -75,14 +75,15 @@ def test_create_model_sorts_overrides() -> None:
     assert model.execution == Execution(remat="full", scan_unroll=2)
 
 
-def test_from_config_reads_the_model_section() -> None:
-    model = from_config({**SECTION, "patch_size": 8, "gelu": "exact"}, 7, "TPU v6 lite")
-    assert (model.config.patch_size, model.config.hidden_dim, model.gelu) == (8, 768, "exact")
-    # Resolved for the CPUs that tests run on.
+def test_build_model_resolves_auto() -> None:
+    family, config = get_family("mixer"), MixerConfig(12, 8, 768, 384, 3072)
+    settings = SETTINGS | {"gelu": "exact"}
+    model = build_model(family, config, 7, settings, "cpu", "TPU v6 lite")
+    assert (model.config, model.num_classes, model.gelu) == (config, 7, "exact")
     expected = Execution("float32", "xla", 1, "dots", target_device_kind="TPU v6 lite")
     assert model.execution == expected
-    named = from_config({**SECTION, "family": "mixer", "dtype": "bfloat16"}, 7)
-    assert named.execution.dtype == "bfloat16"
+    model = build_model(family, config, 7, SETTINGS | {"dtype": "bfloat16"}, "cpu")
+    assert model.execution.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -103,10 +104,11 @@ def test_from_config_reads_the_model_section() -> None:
         ("cpu", {"remat": "full"}, 1, "full"),
     ],
 )
-def test_resolve_auto(
+def test_resolve_execution(
     platform: str, settings: dict[str, Any], scan_unroll: int, remat: str
 ) -> None:
-    resolved = resolve_auto(SECTION | settings, platform)
+    num_blocks, backends = settings.pop("num_blocks", 12), ["triton", "mosaic"]
+    resolved = resolve_execution(SETTINGS | settings, platform, num_blocks, backends)
     assert (resolved["scan_unroll"], resolved["remat"]) == (scan_unroll, remat)
     assert resolved["dtype"] == ("float32" if platform == "cpu" else "bfloat16")
     default = "triton" if platform == "gpu" else "xla"
@@ -114,10 +116,43 @@ def test_resolve_auto(
 
 
 def test_check_backend() -> None:
-    check_backend("xla", "cpu")
-    check_backend("mosaic", "tpu")
-    with pytest.raises(UserError, match=r"backend=triton .*GPU.* CPU.*xla"):
-        check_backend("triton", "cpu")
+    backends = get_family("mixer").block_backends
+    check_backend("xla", "cpu", backends)
+    check_backend("mosaic", "tpu", backends)
+    with raises(UserError, "backend=triton", "GPU", "CPU", "xla"):
+        check_backend("triton", "cpu", backends)
+    with raises(UserError, "model.backend", "xla", "triton"):
+        check_backend("triton", "gpu", {})
+
+
+def test_auto_is_xla_without_custom_backends() -> None:
+    resolved = resolve_execution(SETTINGS, "gpu", num_blocks=12, backends={})
+    assert (resolved["backend"], resolved["scan_unroll"], resolved["remat"]) == ("xla", 0, "none")
+    assert resolve_execution(SETTINGS, "tpu", 12, {})["backend"] == "xla"
+
+
+def test_backends_can_be_imported() -> None:
+    for family in FAMILIES.values():
+        assert family.block_backends == family.get_module_class().block_backends
+        for location in family.block_backends.values():
+            module, _, name = location.partition(":")
+            assert hasattr(getattr(importlib.import_module(module), name), "token_major")
+
+
+def test_unsupported_attribute_is_an_error() -> None:
+    fields = ["config", "num_classes", "execution"]
+
+    class PlainFamily(type(get_family("mixer"))):  # type: ignore[misc]
+        display_name = "Plain"
+
+        def get_module_class(self) -> Any:
+            return dataclasses.make_dataclass("Model", fields)
+
+    family = PlainFamily()
+    model = family.build(None, 3, dropout=0.0, gelu="tanh", execution=Execution())
+    assert model.num_classes == 3
+    with raises(UserError, "model.dropout", "Plain", "0.5"):
+        family.build(None, 3, dropout=0.5, execution=Execution())
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -163,7 +198,7 @@ def test_planning_needs_no_jax() -> None:
         "import sys; from mixer_jax.models import registry as r; f = r.get_family('mixer'); "
         "c = f.get_config('B/16'); f.param_shapes(c, 224, 10); f.forward_flops(c, 224, 10); "
         "f.check_image_size(c, 224, 224); r.list_models(); "
-        f"r.resolve_auto({SECTION!r}, 'tpu'); print('jax' in sys.modules)"
+        f"r.resolve_execution({SETTINGS!r}, 'tpu', 12, []); print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -45,7 +45,7 @@ def test_sweep_runs_is_empty_for_a_single_rate() -> None:
 
 
 def test_final_runs_equal_the_fine_tuning_configs() -> None:
-    """The protocol itself is asserted in finetune_configs_test."""
+    """The protocol itself is asserted in configs_test."""
     for task in AVG5:
         for size in (224, 448):
             config = load_config(f"configs/finetune_{task.name}.py:{size}")

@@ -85,6 +85,7 @@ def completed(weights: str, digits_dir: str, tmp_path_factory: pytest.TempPathFa
     return workdir
 
 
+@pytest.mark.slow
 def test_run_suite_selects_the_best_rate_and_evaluates_every_seed(completed: Path) -> None:
     sweep = {}
     for rate in HIGH.learning_rates:
@@ -104,6 +105,7 @@ def test_run_suite_selects_the_best_rate_and_evaluates_every_seed(completed: Pat
     assert accuracies[0] != accuracies[1]
 
 
+@pytest.mark.slow
 def test_run_suite_trains_with_the_protocol(completed: Path) -> None:
     for folder, split, seed in [
         ("high/choose/learning_rate=0.01", "train[:90%]", 0),
@@ -115,6 +117,7 @@ def test_run_suite_trains_with_the_protocol(completed: Path) -> None:
         assert (config["num_steps"], config["init_head"]) == (6, "new")
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_the_evaluate_command(
     completed: Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +130,7 @@ def test_scores_equal_those_of_the_evaluate_command(
     assert evaluated["num_examples"] == 167
 
 
+@pytest.mark.slow
 def test_run_suite_skips_completed_runs_and_deletes_checkpoints(
     weights: str, digits_dir: str, completed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +153,7 @@ def test_run_suite_skips_completed_runs_and_deletes_checkpoints(
     assert not list(copy.rglob("checkpoints"))
 
 
+@pytest.mark.slow
 def test_run_suite_rejects_the_workdir_of_another_suite(
     weights: str, digits_dir: str, completed: Path
 ) -> None:
@@ -164,6 +169,7 @@ def test_run_suite_rejects_the_workdir_of_another_suite(
     assert (completed / "suite.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_run_suite_reports_changes_of_resumable_keys(
     weights: str,
     digits_dir: str,
@@ -182,6 +188,7 @@ def test_run_suite_reports_changes_of_resumable_keys(
     assert rows_without_minutes(copy) == rows_without_minutes(completed)
 
 
+@pytest.mark.slow
 def test_run_suite_does_not_select_a_diverging_rate(
     weights: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +205,7 @@ def test_run_suite_does_not_select_a_diverging_rate(
     assert run(weights, tmp_path, digits_dir, suite=suite) == TransferOutcome({})
 
 
+@pytest.mark.slow
 def test_run_suite_continues_after_a_failed_task_and_retries_it(
     weights: str,
     digits_dir: str,
@@ -230,6 +238,7 @@ def test_run_suite_continues_after_a_failed_task_and_retries_it(
     assert not list(tmp_path.rglob("failed.txt"))
 
 
+@pytest.mark.slow
 def test_run_suite_fails_a_task_if_every_rate_diverges(
     weights: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +254,7 @@ def test_run_suite_fails_a_task_if_every_rate_diverges(
     assert [row["mean"] is None for row in probe] == [False, False]
 
 
+@pytest.mark.slow
 def test_run_suite_applies_overrides_to_one_task(
     weights: str, digits_dir: str, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from mixer_jax.models.execution import Execution
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from mixer_jax.training.step import TrainState, TrainStepConfig, jit_train_step
+from mixer_jax.visualization.figures import DPI
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
     denormalize,
@@ -179,7 +180,7 @@ def random_view(count: int, size: int, weight: float = 1.0) -> TrainBatchView:
 
 
 def labels_of(figure: Figure) -> list[str]:
-    return [axes.get_xlabel() for axes in figure.axes]
+    return [axes.get_title() for axes in figure.axes]
 
 
 @pytest.mark.parametrize(("count", "size", "columns"), [(1, 32, 1), (7, 100, 4), (3, 224, 3)])
@@ -234,8 +235,17 @@ def test_draw_train_batch_names_the_class_of_both_partners_once() -> None:
     assert labels_of(draw_train_batch(smoothed, NAMES, ["heading"])) == ["0 0.91"]
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 224), (6, 300), (32, 100)])
+def test_draw_train_batch_has_room_for_every_pixel(count: int, size: int) -> None:
+    figure = draw_train_batch(random_view(count, size), NAMES, ["heading"])
+    extent = figure.axes[0].get_window_extent()
+    scale = DPI / figure.dpi
+    assert extent.width * scale >= size
+    assert extent.height * scale >= size
+
+
 def test_plot_train_batch_renders_all_images() -> None:
-    """The plot has the color of every image, and grows with the number of images."""
+    """Every image has another shade of red, and the plot has all of them."""
     view = random_view(8, 16)
     colors = np.linspace(-1, 1, 8, dtype=np.float32)
     images = np.broadcast_to(colors[:, None, None, None], view.images.shape).copy()

@@ -95,7 +95,7 @@ NORM = "MixerBlock_1/LayerNorm_1/scale"
 BAD_TENSORS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing": ({NORM: None}, [NORM]),
     "missing head": ({"head/bias": None}, ["head/bias"]),
-    "missing stem": ({"stem/kernel": None}, ["stem/bias"]),
+    "missing stem": ({"stem/kernel": None}, ["stem/kernel"]),
     "missing block": (
         {name: None for name in pretrained_files.google(random_weights().params) if "k_0/" in name},
         ["MixerBlock_0/LayerNorm_0/scale"],

@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from mixer_jax.kernels.triton.ops import add_layer_norm, as_matrix, bias_layer_norm, dense_gelu
-from mixer_jax.models.layers import DropPathMask
+from mixer_jax.models.layers import MLP_OUTPUT, DropPathMask
 
 
 class DeferredBranch(NamedTuple):
@@ -122,7 +122,7 @@ class TritonMixerBackend:
         # need, here and in the backward pass.
         kernel_out = with_layout_constraint(kernel_out.astype(y.dtype).T, Layout((0, 1)))
         branch = lax.dot_general(kernel_out, hidden, (((1,), (1,)), ((), ())))
-        carry = carry.add_branch(branch, None, masks[0]).with_checkpoint_name("mlp_output")
+        carry = carry.add_branch(branch, None, masks[0]).with_checkpoint_name(MLP_OUTPUT)
         carry, y = carry.add_and_normalize(params["LayerNorm_1"], self.interpret)
         (kernel, bias), (kernel_out, bias_out) = _dense_pair(params["channel_mixing"])
         hidden = as_matrix(dense_gelu(y, kernel, bias, "channels", self.gelu, self.interpret))
