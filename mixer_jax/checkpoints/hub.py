@@ -9,6 +9,7 @@ import numpy as np
 from mixer_jax.checkpoints.model_info import read_metadata_json
 from mixer_jax.checkpoints.resolve import HUB, HUB_FILE
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.models.registry import FAMILIES
 
 CONFIG_FILE = "config.json"
 
@@ -22,8 +23,6 @@ _GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}
 # Weights with this tag expect pixels in [0, 1]. It is in the file's name if there is no config.
 _MIIL = "miil"
 MIIL_CONFIG = {"interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
-# A file's name that contains this is the name of a model, and not generic.
-_MODEL = "mixer"
 
 
 def download(name: str) -> str:
@@ -93,7 +92,8 @@ def guess_timm_config(file_name: str, folder_name: str) -> dict[str, Any]:
         file_name: Name of the file of weights.
         folder_name: Name of its folder, which counts if the file's own name is generic.
     """
-    name = file_name if _MODEL in file_name.lower() else f"{folder_name}/{file_name}"
+    is_generic = not any(family in file_name.lower() for family in FAMILIES)
+    name = f"{folder_name}/{file_name}" if is_generic else file_name
     return MIIL_CONFIG if _MIIL in name.lower() else {}
 
 
