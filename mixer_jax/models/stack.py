@@ -313,7 +313,7 @@ def forward_intermediates(
 
     Activations are named after the layer that computes them, such as "stem" (n, s, c), and those of
     nested modules after all modules, separated by slashes. Branches of blocks, before they are
-    added, have a leading axis of blocks (num_blocks, n, s, c). The features are "pre_logits" (n, c).
+    added, have a leading axis of blocks: (num_blocks, n, s, c). Features are "pre_logits" (n, c).
 
     Args:
         model: An `ImageModel`, with or without a stack of blocks.
