@@ -155,7 +155,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     from mixer_jax.distributed.sharding import state_sharding
     from mixer_jax.models.params import prepare_inference_params
 
-    def place_shapes(params: Any, model: Any, mesh: Any) -> Any:
+    def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
         shapes = jax.eval_shape(
             lambda: prepare_inference_params(params, model.execution.dtype, platform, model.family)
         )
@@ -172,7 +172,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
                 patches.enter_context(mock.patch.object(jax, name, return_value=value))
             if platform != "cpu":
                 # Arrays cannot be placed on devices that are not attached.
-                patch = mock.patch.object(inference, "shard_inference_params", place_shapes)
+                patch = mock.patch.object(inference, "shard_inference_params", shard_shapes)
                 patches.enter_context(patch)
             return inference.Classifier(PretrainedWeights(params, about))
 
@@ -225,13 +225,13 @@ def built_for(platform: str, device_kind: str) -> Iterator[None]:
 
 
 class Target(NamedTuple):
-    """What programs are lowered for.
+    """Target that programs are lowered for.
 
     Attributes:
         platform: Name of the platform in JAX.
         lowering_platform: Its name in `jax.stages.Traced.lower`.
         topology: Topology of the ahead-of-time TPU compiler; empty: attached CPU devices.
-        device_kind: Kind of the device that CPU devices stand for.
+        device_kind: Kind of device that CPU devices represent.
     """
 
     platform: str
@@ -575,7 +575,7 @@ def compare(old: Path, new: Path, pattern: str = "*") -> int:
 
 
 def describe_difference(old: str, new: str, context: int = 3) -> str:
-    """Returns where two texts begin to differ, and the first lines there; empty if they do not."""
+    """Finds where two texts begin to differ, and the first lines there; empty if they are equal."""
     if old == new:
         return ""
     before, after = old.split("\n"), new.split("\n")
@@ -591,7 +591,7 @@ def describe_difference(old: str, new: str, context: int = 3) -> str:
 
 
 def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Returns how many elements two sequences have in common at their beginning."""
+    """Counts the elements of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 

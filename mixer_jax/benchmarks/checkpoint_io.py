@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check_positive(args, "rounds")
     if not Path("/proc/self/status").exists():
-        raise UserError("--mode=weights needs Linux, whose /proc reports the memory of a process.")
+        raise UserError("--mode=weights needs Linux, whose /proc reports the memory of processes.")
     with tempfile.TemporaryDirectory() as folder:
         files = _write_files(args.variant, Path(folder))
         size = files["google"].stat().st_size

@@ -31,7 +31,7 @@ class Result(NamedTuple):
         name: Name of the candidate.
         failed: Reason why the candidate was not measured; empty if it was.
         images_per_second: Rate at the median time over rounds.
-        step_seconds: Median time of a step over rounds.
+        step_seconds: Median step time over rounds.
         mfu: Model FLOP/s as a fraction of the FLOP/s of a large matmul in the same round, median
             over rounds.
         memory_bytes: Memory of a step: state, batch, results and temporaries.

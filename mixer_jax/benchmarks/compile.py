@@ -151,7 +151,7 @@ def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
 def compile_step(
     candidate: Candidate, workload: Workload, device: Any, *, fast_compile: bool = False
 ) -> "Compiled | OutOfMemory":
-    """Compiles the step of a candidate for a device from `tpu_devices`.
+    """Compiles a candidate's step for one of `tpu_devices`.
 
     `fast_compile` takes less time and makes a somewhat slower program.
     """

@@ -1,4 +1,4 @@
-"""`--mode=hbm_traffic`: bytes that a step moves to and from a TPU's memory, without a TPU.
+"""`--mode=hbm_traffic`: bytes that each step moves to and from a TPU's memory, without a TPU.
 
 The TPU compiler compiles the step; bytes and FLOPs are counted in the compiled program and
 attributed to regions of the model, next to lower bounds by formula. Bytes show where time goes that
@@ -54,7 +54,7 @@ _ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
 
 class StepTraffic(NamedTuple):
-    """Costs of a step on one device; bytes, FLOPs and seconds are per image.
+    """Costs of one step on one device; bytes, FLOPs and seconds are per image.
 
     Attributes:
         name: Name of the candidate or of the lower bound.
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         step = "training step" if args.step == "train" else "inference"
         print(
             f"{step}: {workload.format()}\n"
-            f"compiled for a device of {topology.name}, not run; jax {report['jax']}, "
+            f"compiled for one device of {topology.name}, not run; jax {report['jax']}, "
             f"libtpu {report['libtpu']}\n"
         )
         print_traffic(report["steps"])
@@ -206,7 +206,7 @@ def _traffic_per_image(
 
 
 def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
-    """Computes lower bounds of a step by formula, with and without fused MLPs."""
+    """Computes lower bounds per step by formula, with and without fused MLPs."""
     family = FAMILY
     spec = StepSpec(
         family,

@@ -91,7 +91,7 @@ class JaxRunner(FrameworkRunner):
         return lambda: matmul(left, right), 2 * size**3
 
     def wait(self, value: Any) -> None:
-        """Waits until the value returned by a step is computed."""
+        """Waits until the step's result is computed."""
         jax.block_until_ready(value)
 
     def release_memory(self) -> None:
@@ -145,7 +145,7 @@ def compiled_memory_bytes(compiled: Any) -> int | None:
 
 
 def synthetic_batch(workload: Workload, batch_size: int, device: Any) -> dict[str, jax.Array]:
-    """Creates random images and labels on a device."""
+    """Creates random images and labels on one device."""
     rng, size = np.random.default_rng(1), workload.image_size
     images = rng.integers(0, 256, (batch_size, size, size, 3), np.uint8)
     labels = rng.integers(0, workload.num_classes, (batch_size,), np.int32)
@@ -156,7 +156,7 @@ def synthetic_batch(workload: Workload, batch_size: int, device: Any) -> dict[st
 
 
 def synthetic_state(shapes: Any, device: Any) -> Any:
-    """Creates parameters and optimizer moments on a device, faster than the model's initializers.
+    """Creates parameters and optimizer moments on one device, faster than the model's initializers.
 
     All kernels are random, including the head's, so that every parameter changes from the first
     step on.
@@ -178,7 +178,7 @@ def synthetic_state(shapes: Any, device: Any) -> Any:
 
 
 def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
-    """Makes the step of a candidate, to be compiled for a device."""
+    """Makes the step of a candidate, to be compiled for one device."""
     if candidate.implementation == MIXER_JAX:
         model = _our_model(candidate, workload, device)
         if workload.mode == "train":

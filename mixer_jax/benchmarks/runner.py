@@ -32,7 +32,7 @@ class CompileCosts(NamedTuple):
     Attributes:
         compile_seconds: Time from lowered program to executable; None if it cannot be separated.
         first_step_seconds: Time from the function to the end of its first step.
-        memory_bytes: Memory of a step: state, batch, results and temporaries; None if unknown.
+        memory_bytes: Memory per step: state, batch, results and temporaries; None if unknown.
     """
 
     compile_seconds: float | None
@@ -79,7 +79,7 @@ class FrameworkRunner(abc.ABC):
 
     @abc.abstractmethod
     def wait(self, value: Any) -> None:
-        """Waits until the value returned by a step is computed."""
+        """Waits until the step's result is computed."""
 
     @abc.abstractmethod
     def release_memory(self) -> None:

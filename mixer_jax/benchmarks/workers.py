@@ -39,7 +39,7 @@ class WorkerError(RuntimeError):
     Attributes:
         reason: Message of the original error.
         out_of_memory: Whether memory ran out.
-        trace: Traceback, or the last output of a process that was lost.
+        trace: Traceback, or the last output of the lost process.
     """
 
     def __init__(self, reason: str, out_of_memory: bool, trace: str):
@@ -127,7 +127,7 @@ class Worker:
 class WorkerPool:
     """Worker processes of all frameworks of a comparison, which share one device.
 
-    A process that is lost is started again at the next call and finds its compiled programs in
+    Lost processes are started again at the next call and finds its compiled programs in
     `cache_dir`. If the device has too little memory for two processes, only one of them runs at a
     time from then on.
 
@@ -207,7 +207,7 @@ def _serve(
     platform: str,
     environment: Mapping[str, str],
 ) -> None:
-    """Runs the calls that arrive, until the connection is closed; main function of a process."""
+    """Runs the calls that arrive until the connection is closed, as a worker's main function."""
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)

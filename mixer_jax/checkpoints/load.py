@@ -123,7 +123,7 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
     family.check_image_size(old.config, *image_size)
     config, method, note = family.resize_config(old.config, old.image_size, image_size)
     if method == "identity":
-        return weights
+        return weights._replace(model_info=dataclasses.replace(old, image_size=image_size))
     note = note.format(format_image_size(old.image_size))
     new = dataclasses.replace(
         old,

@@ -36,8 +36,8 @@ _HUB = "hf:timm"
 _I1K, _I21K = "ImageNet-1k", "ImageNet-21k"
 _I21KP_I1K = f"{_I21K}-P, then -1k"
 
-# Sizes, tags and accuracies: Section 6 of PAPER. Classes: of ImageNet-21k, its Section 1; of miil,
-# the configs in timm 1.0.31.
+# Sizes are those in the bucket, accuracies those in timm's results. The paper has 21,843 classes of
+# ImageNet-21k; the classes of miil are those in the configs of timm 1.0.31.
 MODEL_ZOO = (
     PretrainedModel(f"{_BUCKET}/imagenet1k/Mixer-B_16.npz", "Mixer-B/16", _I1K, 1_000, 228.47),
     PretrainedModel(f"{_BUCKET}/imagenet1k/Mixer-L_16.npz", "Mixer-L/16", _I1K, 1_000, 794.29),

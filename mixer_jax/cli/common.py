@@ -152,7 +152,7 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
 
 
 def add_checkpoint_override_args(parser: ArgumentParser) -> None:
-    """Adds the arguments that select a step of a run and override a checkpoint's metadata."""
+    """Adds the arguments that select one step of a run and override a checkpoint's metadata."""
     parser.add_argument("--step", type=int, help="step of a run; default: the newest")
     parser.add_argument(
         "--image_size",

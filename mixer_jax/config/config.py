@@ -1,8 +1,8 @@
 """Building, validating and parsing configurations.
 
 A file in configs/ starts from `get_default()` and changes what differs; the command line changes it
-once more (see loading.py). `parse` then checks the whole, before a device is touched, and converts
-it to a `RunConfig`.
+once more (see loading.py). `parse` then checks the whole, before any device is touched, and
+converts it to a `RunConfig`.
 """
 
 import shutil

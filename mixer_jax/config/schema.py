@@ -414,7 +414,7 @@ class RunConfig:
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,
-        "log the norm of updates, for which parameters are copied before a step",
+        "log the norm of updates, for which parameters are copied before each step",
         resumable=True,
     )
     tensorboard: bool = key(True, "write TensorBoard events", resumable=True)

@@ -56,7 +56,7 @@ def decode(
     exif_orientation: bool = False,
     accurate_dct: bool = False,
 ) -> np.ndarray:
-    """Decodes an image, or a crop of it, to uint8 RGB (height, width, 3).
+    """Decodes the whole image, or a crop, to uint8 RGB (height, width, 3).
 
     Grey, palette and CMYK images are converted to RGB, 16-bit values are reduced to their upper 8
     bits, and transparency is dropped, as in Pillow and TensorFlow.
@@ -92,7 +92,7 @@ def decode(
 
 
 def check_image_area(height: int, width: int) -> None:
-    """Raises BadImageError if an image has more than `MAX_PIXELS`."""
+    """Raises BadImageError for more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
         raise BadImageError("too many pixels", f"{width} × {height}")
 
@@ -112,7 +112,7 @@ def _read_orientation(encoded: bytes) -> int:
 
 
 def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Transposes and flips an image so that it is upright."""
+    """Transposes and flips pixels so that they are upright."""
     if orientation > 4:
         image = image.swapaxes(0, 1)
     row_step, column_step = {

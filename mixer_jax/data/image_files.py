@@ -27,7 +27,7 @@ _MAX_BYTES = 8 * MAX_PIXELS
 
 
 def has_image_suffix(name: str) -> bool:
-    """Checks whether a file name ends in the suffix of an image format."""
+    """Checks whether a file name has the suffix of some image format."""
     return _SUFFIXES.fullmatch(Path(name).suffix) is not None
 
 
@@ -37,7 +37,7 @@ def display_path(path: str | Path) -> str:
 
 
 def read_image(path: Path) -> bytes:
-    """Reads the bytes of an image file.
+    """Reads the bytes of one image file.
 
     Raises:
         BadImageError: The file cannot be read, or is larger than any image that may be decoded.
@@ -130,7 +130,7 @@ def _expand(pattern: str) -> list[Path]:
     """Expands one path or pattern.
 
     Raises:
-        BadImageError: There is no match.
+        BadImageError: Nothing matches.
     """
     # Functions of os.path rather than pathlib: expanduser leaves unknown users unexpanded, and
     # isdir and lexists return False for paths that cannot be looked up.

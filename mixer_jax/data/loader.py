@@ -110,7 +110,7 @@ def eval_batches(
         image_size: Height and width of the images, in pixels.
         eval_crop: Evaluation crop; see `eval_image`.
         exif_orientation: Whether to apply the EXIF orientation.
-        num_threads: Threads that load images; 0: one per CPU core. There are no worker processes.
+        num_threads: Threads that load images; 0: one per CPU core. Worker processes are not used.
         prefetch_batches: Number of batches loaded ahead on this host.
         sharding: Sharding of the batch axis.
         on_bad_images: Callback for the bad images among this host's rows of a batch.
@@ -183,7 +183,7 @@ class BatchAssembler(abc.ABC):
 
     @abc.abstractmethod
     def assemble(self, step: int, loaded_chunks: Sequence[Any]) -> LoadedBatch:
-        """Assembles all chunks of a step's batch."""
+        """Assembles all chunks of one batch."""
 
 
 class ThreadAssembler(BatchAssembler):

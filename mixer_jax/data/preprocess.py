@@ -42,7 +42,7 @@ def train_image(
     """Decodes, randomly crops, flips and augments one training image.
 
     Args:
-        encoded: Bytes of an image file.
+        encoded: Bytes of one image file.
         rng: The only source of randomness.
         image_size: Side of the result, in pixels.
         train_crop: "inception", "random_crop", "random_shift" or "resize".
@@ -93,7 +93,7 @@ def eval_image(
     """Decodes one evaluation image and takes the paper's or timm's evaluation crop.
 
     Args:
-        encoded: Bytes of an image file.
+        encoded: Bytes of one image file.
         image_size: Height and width of the result, in pixels.
         eval_crop: "shorter_side" resizes the image by area, keeping its aspect ratio, until it just
             covers 8/7 of the result's height and width, and takes the center crop (Table 3:
@@ -158,7 +158,7 @@ def _covering_size(
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resizes by bilinear interpolation without antialiasing, into `out` if it is given.
 
-    An image of this size is returned unchanged.
+    Images of this size are returned unchanged.
     """
     if image.shape[:2] == (height, width):
         return image

@@ -1,6 +1,6 @@
 """RandAugment with the sixteen operations of the Mixer authors' training code.
 
-Every operation takes an image and returns a new one. Operations that Pillow has as well are
+Every operation maps one image to a new one. Operations that Pillow has as well are
 bit-identical to Pillow's.
 
 References:
@@ -200,11 +200,11 @@ def _translation_slices(length: int, pixels: float) -> tuple[slice, slice]:
 
 
 def _gather_pixels(image: RGBImage, sources: np.ndarray) -> RGBImage:
-    """Gathers pixels of an image.
+    """Gathers pixels by their coordinates.
 
     Args:
         image: Image (height, width, 3).
-        sources: Flat index of each pixel's source, (height, width); height * width stands for
+        sources: Flat index of each pixel's source, (height, width); height * width means
             `FILL`.
     """
     height, width = image.shape[:2]

@@ -101,7 +101,7 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
         class_names: Name of each class of the result.
 
     Raises:
-        UserError: A class of the source is missing from `class_names`.
+        UserError: `source` has a class that is missing from `class_names`.
     """
     if source.class_names == class_names:
         return source

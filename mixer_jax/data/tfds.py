@@ -171,7 +171,7 @@ def find_builder(name: str, data_dir: str) -> Any:
     """Finds the TFDS builder of a dataset, from code or from prepared files.
 
     Raises:
-        UserError: There is no such dataset.
+        UserError: No such dataset exists.
     """
     import tensorflow_datasets as tfds
 

@@ -46,7 +46,7 @@ class LabelSpec:
 
 
 def parse_dataset_name(name: str) -> tuple[str, str | None]:
-    """Splits NAME@LABEL into name and label; the label is None if there is no @."""
+    """Splits NAME@LABEL into name and label; the label is None without an @."""
     name, separator, label = name.partition(LABEL_SEPARATOR)
     return name, label if separator else None
 

@@ -1,8 +1,8 @@
 """Multi-host runs: joining one, agreeing across hosts, and stopping together.
 
 JAX detects lost hosts by itself. Every process sends heartbeats to the coordinator, which is part
-of process 0. When a process is lost, the collectives of the others fail, or JAX aborts them with a
-message and SIGABRT. The same happens to a process whose peers do not join in time.
+of process 0. When any process is lost, the collectives of the others fail, or JAX aborts them with
+a message and SIGABRT. The same happens to a process whose peers do not join in time.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
-    """Joins the other hosts of a run; does nothing in a process that has already joined.
+    """Joins the other hosts of a run; does nothing in processes that have already joined.
 
     Must be called before any device is used. JAX aborts the process if not all hosts join in time.
 
@@ -130,7 +130,7 @@ class SharedFlags:
     """Flags that take effect on all hosts at the same step, whichever host sets them.
 
     Hosts exchange them on the devices after every step and read them after the next one, so no
-    device ever waits for a host.
+    device ever waits for hosts.
     """
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ class Compiled(NamedTuple):
 
 
 class OutOfMemory(NamedTuple):
-    """A program that does not fit into a device's memory.
+    """A program that does not fit into device memory.
 
     Attributes:
         compile_seconds: Seconds until the compiler gave up.

@@ -35,7 +35,7 @@ class RunSpec(NamedTuple):
         num_devices: Number of devices.
         remat: Rematerialization policy.
         scan_unroll: Blocks per iteration of the scan; 0 unrolls all.
-        num_moments: Float32 arrays per parameter besides the parameter itself: optimizer moments
+        num_moments: Float32 arrays per parameter, excluding the parameter itself: optimizer moments
             and averaged parameters.
         mixup: Whether mixup is used.
         num_steps: Length of the run.
@@ -78,7 +78,7 @@ class RunSpec(NamedTuple):
 
     @property
     def microbatch_per_device(self) -> float:
-        """Images that a device processes at once."""
+        """Images processed at once per device."""
         return self.images_per_device / self.num_microbatches
 
     @property
@@ -116,7 +116,7 @@ class RunSpec(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of memory on a device.
+    """Bytes of memory per device.
 
     Attributes:
         parameters: Float32 parameters.
@@ -190,7 +190,7 @@ def estimate_memory(run: RunSpec) -> Memory:
 
 
 def estimate_eval_memory(run: RunSpec, batch_size: int) -> float:
-    """Estimates the bytes on a device in an evaluation step.
+    """Estimates the bytes per device in an evaluation step.
 
     Args:
         run: Training run.
@@ -215,7 +215,7 @@ def _is_fsdp_sharded(run: RunSpec, path: str, shape: tuple[int, ...]) -> bool:
 
 
 def min_hbm_bytes(run: RunSpec) -> float:
-    """Returns a lower bound on a device's memory traffic per training step, in bytes.
+    """Returns a lower bound on memory traffic per device per training step, in bytes.
 
     The optimizer reads parameters, moments and gradients, and writes all but the gradients. Saved
     activations are written and read. Kernels are read in the forward and the backward pass.

@@ -223,7 +223,7 @@ def _format_misfit(plan: Plan) -> str:
             "evaluation": plan.eval_memory_estimate,
         }
         lines += [
-            f"the {name} step exceeds the memory of a device by about "
+            f"the {name} step exceeds device memory by about "
             f"{(num_bytes - plan.available_bytes) / GIB:.1f} GiB, according to the estimate"
             for name, num_bytes in estimates.items()
             if num_bytes > plan.available_bytes
@@ -245,7 +245,7 @@ def _format_compiled_misfit(name: str, step: CompiledStep) -> str:
         text = f"the {name} step does not fit, by an unknown amount: {step.message}"
         return textwrap.fill(text, _WIDTH)
     excess = (step.needed_bytes - step.available_bytes) / GIB
-    return f"the {name} step exceeds the memory of a device by about {excess:.1f} GiB"
+    return f"the {name} step exceeds device memory by about {excess:.1f} GiB"
 
 
 def suggest_flags(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""Roofline bound on the time of a step: peak arithmetic, memory bandwidth and network bandwidth."""
+"""Roofline bound on the step time: peak arithmetic, memory bandwidth and network bandwidth."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ _SECONDS_PER_DAY = 86_400
 
 
 class RooflineBound(NamedTuple):
-    """Lower bounds on the seconds of a step, each at the peak rate of the hardware.
+    """Lower bounds on the step time in seconds, each at the peak rate of the hardware.
 
     Attributes:
         arithmetic: Executed FLOPs over peak FLOP/s.
@@ -63,7 +63,7 @@ def roofline_bound(
     hbm_bytes: float,
     collectives: Sequence[Collective],
 ) -> RooflineBound:
-    """Computes the bound of a step.
+    """Computes the bound of one step.
 
     Args:
         topology: Topology that the step runs on.

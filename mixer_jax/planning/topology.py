@@ -68,7 +68,7 @@ class Topology(NamedTuple):
 
 
 class DeviceLocation(NamedTuple):
-    """Location of a device.
+    """Location of one device.
 
     Attributes:
         chip: Identifier of its chip.

@@ -1,4 +1,4 @@
-"""Lower bounds on the FLOPs and memory traffic of a step, by region of the model.
+"""Lower bounds on the FLOPs and memory traffic per step, by region of the model.
 
 The traffic depends on what a kernel fuses, so there are two bounds:
 
@@ -22,7 +22,7 @@ _ADAM_ACCESSES = 8
 
 
 class StepSpec(NamedTuple):
-    """A step on one device.
+    """One step on one device.
 
     Attributes:
         family: Model family.

@@ -21,7 +21,7 @@ class BadImageLog:
     """Log that names every bad image once, and detects when there are too many of them.
 
     Each host logs the images that it has seen. The number of bad images is the largest sum over all
-    hosts in one epoch, in which every image is seen by one host; a step that spans two epochs
+    hosts in one epoch, in which every image is seen by one host; steps that span two epochs
     counts for the first. A resumed run drops entries after its checkpoint and counts from zero, so
     images that were repaired in the meantime no longer count.
     """
@@ -72,7 +72,7 @@ class BadImageLog:
         return self._num_bad > self._max_fraction * self._num_examples
 
     def record(self, step: int, bad_images: list[BadImage]) -> None:
-        """Logs the bad images of a step that are not in the log yet."""
+        """Logs the bad images of one step that are not in the log yet."""
         new = {bad.name: bad.reason for bad in bad_images if bad.name not in self._reasons}
         if new and not self._reasons:
             self._log(

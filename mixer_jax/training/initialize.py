@@ -66,7 +66,7 @@ def find_init_source(
 def restore_or_init(
     experiment: Experiment, checkpoints: CheckpointManager, step: int, init: InitSource | None
 ) -> tuple[TrainState, list[float]]:
-    """Restores state and loss window of a step, or initializes them at step 0.
+    """Restores state and loss window of one step, or initializes them at step 0.
 
     Args:
         experiment: Experiment of the run.

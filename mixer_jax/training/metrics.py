@@ -41,8 +41,8 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 class MetricsLogger:
     """Reads the metrics of each step, one step late, and checks, writes and prints them.
 
-    A step's metrics are read after the next step has been dispatched. So the device never waits for
-    the host, and the host is never more than one step ahead.
+    Metrics of each step are read after the next step has been dispatched. So the device never waits
+    for the host, and the host is never more than one step ahead.
 
     Attributes:
         progress: Progress report on the terminal.
@@ -86,7 +86,7 @@ class MetricsLogger:
         self._has_compiled = False
 
     def should_log(self, step: int) -> bool:
-        """Returns whether the metrics of a step are written."""
+        """Returns whether the metrics of this step are written."""
         return step % self._log_every_steps == 0 or step == self._num_steps
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ class MetricsLogger:
             self._writer.write(step, values)
 
     def check_finite(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises NonFiniteError unless all values of a step are finite."""
+        """Raises NonFiniteError unless all values of the step are finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value} at step {step}")

@@ -1,4 +1,4 @@
-"""From a config to an experiment: mesh, model, optimizer and compiled functions."""
+"""Builds an experiment from a config: mesh, model, optimizer and compiled functions."""
 
 import dataclasses
 import functools

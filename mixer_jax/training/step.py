@@ -25,7 +25,7 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. Randomness follows from the seed and the step.
+    """Everything that training steps change. Randomness follows from the seed and the step.
 
     Attributes:
         step: Number of steps taken.
@@ -174,12 +174,12 @@ def train_step(
 
 
 def update_norm(before: Params, after: Params) -> Float[Array, ""]:
-    """Computes the norm of a step's change of the parameters, including its rounding."""
+    """Computes the norm of the parameter update, including its rounding."""
     return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 
 def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Derives the random keys of a step: for mixup, and for dropout and stochastic depth.
+    """Derives the random keys of one step: for mixup, and for dropout and stochastic depth.
 
     Args:
         seed: Seed of the run.

@@ -115,7 +115,7 @@ def test_compare_measures_all_candidates() -> None:
     assert not FakeWorker.running
 
 
-def test_compare_isolates_frameworks_that_do_not_fit_together(
+def test_compare_isolates_frameworks_that_exceed_device_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(FakeWorker, "shares_memory", False)

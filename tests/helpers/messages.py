@@ -1,4 +1,4 @@
-"""Checks of messages by the names and values they mention, whatever their wording."""
+"""Checks of messages by the names and values they mention, not by their wording."""
 
 import re
 from collections.abc import Iterator

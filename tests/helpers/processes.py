@@ -129,7 +129,7 @@ def untimed_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def final_arrays(workdir: Path, step: int) -> dict[str, list[np.ndarray]]:
-    """Restores all arrays of the last checkpoint by item, on whatever devices it was saved."""
+    """Restores all arrays of the last checkpoint by item, on any devices it was saved from."""
     assert list_steps(str(workdir))[-1] == step
     folder = workdir / "checkpoints" / f"{step}"
     arrays = {}

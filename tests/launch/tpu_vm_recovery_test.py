@@ -1,6 +1,6 @@
 """Tests of launch/tpu_vm.sh: recovery from preemptions, crashes and lost connections.
 
-A fake gcloud, fake_gcloud.sh, stands in for the cloud; the script is real.
+A fake gcloud, fake_gcloud.sh, replaces the cloud; the script is real.
 """
 
 import collections

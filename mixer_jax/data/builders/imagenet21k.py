@@ -171,7 +171,7 @@ def _contains_synsets(folder: Path) -> bool:
 
 
 def _is_archive_of_archives(path: Path) -> bool:
-    """Checks whether the first file in an archive is the archive of a class."""
+    """Checks whether the first file in an archive is a class archive."""
     if not path.name.endswith((".tar", ".tar.gz", ".tgz")) or _archive_synset(path.name):
         return False
     try:

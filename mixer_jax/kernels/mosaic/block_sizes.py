@@ -173,7 +173,7 @@ def _channel_vmem(shape: _BranchShape, size: BlockSize, backward: bool) -> int:
 
 
 def padded_rows(tokens: int, itemsize: int) -> int:
-    """Returns the rows of the whole tiles that hold an image's tokens."""
+    """Returns the rows of the tiles that hold all tokens of one image."""
     tile = 32 // itemsize
     return math.ceil(tokens / tile) * tile
 

@@ -69,8 +69,8 @@ def token_mixing(
 ) -> Float[Array, "n s c"]:
     """Applies LayerNorm over channels, mixes the tokens of each channel, and adds the result.
 
-    The compiler does not partition a kernel over devices: call it on a device's own images, inside
-    `jax.shard_map(..., check_vma=False)`.
+    The compiler does not partition a kernel over devices: call it on the images of each device,
+    inside `jax.shard_map(..., check_vma=False)`.
 
     Args:
         x: Tokens of a batch of images, float32 or bfloat16.

@@ -20,7 +20,7 @@ from mixer_jax.models.layers import LAYER_NORM_EPSILON, Gelu
 
 
 class ResidualInput(NamedTuple):
-    """What is added to the residual stream before LayerNorm: `bias`, or `mask * (branch + bias)`.
+    """Addend of the residual stream before LayerNorm: `bias`, or `mask * (branch + bias)`.
 
     Attributes:
         branch: (rows, columns), or None.
@@ -50,7 +50,7 @@ def layer_norm_fwd(
         **kwargs: Further arguments of `pallas_call`.
 
     Returns:
-        The sum, or None if there is no branch; its LayerNorm; the mean of each row; and the inverse
+        The sum, or None without a branch; its LayerNorm; the mean of each row; and the inverse
         standard deviation of each row.
     """
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -106,7 +106,7 @@ class LayerNormGrads(NamedTuple):
 
     Attributes:
         x: Gradient of the residual stream, (rows, columns).
-        branch: Gradient of the branch; None if there is no branch, or if it equals that of x.
+        branch: Gradient of the branch; None without a branch, or if it equals that of x.
         col_sums: Gradients of scale, bias and, if there is one, of the added bias: (2 or 3,
             columns).
     """
@@ -125,7 +125,7 @@ def layer_norm_bwd(
     Args:
         dx: Cotangent of its first result; None if there is none.
         dy: Cotangent of its second result.
-        x: Its first result, or its argument x if there was no branch.
+        x: Its first result, or its argument x without a branch.
         mean: Its third result.
         rstd: Its fourth result.
         scale: Its argument.

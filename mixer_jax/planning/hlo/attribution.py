@@ -5,7 +5,7 @@ The compiler keeps the JAX name stack of each instruction, for example
 such names, which the model family provides. These rules apply in order:
 
 1. A fusion with matmuls belongs to the region of the largest. Everything else in it, such as a
-   LayerNorm of the input or a GELU of the output, causes no traffic of its own.
+   LayerNorm of the input or a GELU of the output, causes no additional traffic.
 2. Any other fusion belongs to the region that computes most of its elements.
 3. Any other instruction belongs to the region of its own name.
 4. Data movement without such a name, such as a copy that the compiler inserts, belongs to the

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program reads from and writes to a device's main memory (HBM)."""
+"""Bytes that a compiled program reads from and writes to main memory (HBM)."""
 
 import re
 from collections import Counter
