@@ -6,7 +6,6 @@ The public API. Names are imported on first use, so that `import mixer_jax` is i
 - `create_model(name, num_classes, **overrides)`: Flax module, ready to `init` and `apply`.
 - `load_pretrained(source, …)`: `Classifier` with the weights of a workdir, of Google, timm or the
   Hugging Face Hub, at any image size: images in, logits or named classes out.
-- `VARIANTS`: architectures of the paper's seven models (Table 1).
 """
 
 import importlib
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "VARIANTS",
     "Classifier",
     "__version__",
     "create_model",
@@ -24,11 +22,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mixer_jax.inference import Classifier, load_pretrained
-    from mixer_jax.models.mixer_config import VARIANTS
     from mixer_jax.models.registry import create_model, list_models
 
 _MODULES = {
-    "VARIANTS": "mixer_jax.models.mixer_config",
     "create_model": "mixer_jax.models.registry",
     "list_models": "mixer_jax.models.registry",
     "Classifier": "mixer_jax.inference",

@@ -149,7 +149,7 @@ class Classifier:
     @property
     def params(self) -> Any:
         """Parameters as `model` takes them, float32 whatever the dtype of the computation."""
-        return shard_params(self._host_params, self._mesh)
+        return shard_params(self._host_params, self._mesh, self.model_info.family)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Computes float32 logits, or features if the model has no head.

@@ -157,12 +157,12 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
 
     def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
         shapes = jax.eval_shape(
-            lambda: prepare_inference_params(params, model.execution.dtype, platform)
+            lambda: prepare_inference_params(params, model.execution.dtype, platform, model.family)
         )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            state_sharding(shapes, mesh),
+            state_sharding(shapes, mesh, model.family),
         )
 
     def load(params: Any, about: Any) -> Any:

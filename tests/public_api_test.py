@@ -3,6 +3,7 @@
 import pytest
 
 import mixer_jax
+from mixer_jax.models.mixer_config import VARIANTS
 
 
 def test_public_names_exist_and_are_listed() -> None:
@@ -17,6 +18,6 @@ def test_unknown_names_raise_attribute_error() -> None:
 
 
 def test_list_models_has_the_papers_models() -> None:
-    assert {f"Mixer-{variant}" for variant in mixer_jax.VARIANTS} <= set(mixer_jax.list_models())
+    assert {f"Mixer-{variant}" for variant in VARIANTS} <= set(mixer_jax.list_models())
     model = mixer_jax.create_model("Mixer-S/32", num_classes=3)
     assert model.num_classes == 3

@@ -1,12 +1,12 @@
 """Command-line arguments of the modes that measure models. Does not import JAX."""
 
 import argparse
-import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 from mixer_jax.benchmarks.candidates import (
+    FAMILY,
     REFERENCE,
     TIMM,
     TIMM_COMPILED,
@@ -15,9 +15,8 @@ from mixer_jax.benchmarks.candidates import (
     our_candidates,
 )
 from mixer_jax.cli.common import check_positive
-from mixer_jax.config.schema import FIELDS, Field
+from mixer_jax.config.schema import ARCHITECTURE_FIELDS, FIELDS, Field
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, check_image_size
 
 _AUTO, _NONE = "auto", "none"
 # Settings that have flags of their own; their values can be compared, too.
@@ -25,12 +24,14 @@ _SHORT_FLAGS = {
     "scan_unroll": "blocks per iteration of the scan, e.g. 1,12; 0: no scan; -1: auto",
     "remat": "rematerialization policies, e.g. none,dots,mlp_hidden,full",
 }
-_EXCLUDED = {"family", "variant", "dtype"} | {f.name for f in dataclasses.fields(MixerConfig)}
+_EXCLUDED = {"family", "variant", "dtype"} | ARCHITECTURE_FIELDS.keys()
 
 
 def add_workload_args(parser: argparse.ArgumentParser) -> None:
     """Adds the workload except its batch size, and the settings of mixer_jax to compare."""
-    parser.add_argument("--variant", default="B/16", choices=list(VARIANTS), help="default: B/16")
+    parser.add_argument(
+        "--variant", default="B/16", choices=list(FAMILY.variants), help="default: B/16"
+    )
     parser.add_argument("--image_size", type=int, default=224, help="in pixels; default: 224")
     parser.add_argument("--num_classes", type=int, default=1000, help="default: 1000")
     parser.add_argument("--dtype", default=_AUTO, choices=FIELDS["model.dtype"].choices)
@@ -57,7 +58,8 @@ def parse_workload(args: argparse.Namespace, mode: str) -> Workload:
     Raises:
         UserError: A value is out of range.
     """
-    check_image_size(args.image_size, args.image_size, VARIANTS[args.variant].patch_size)
+    config = FAMILY.get_config(args.variant)
+    FAMILY.check_image_size(config, args.image_size, args.image_size)
     check_positive(args, "num_classes")
     text = str(args.batch_size)
     if text != _AUTO and not (text.isdecimal() and int(text)):
@@ -132,7 +134,7 @@ def _model_fields() -> dict[str, Field]:
 
 
 def _check_scan_unroll(args: argparse.Namespace, values: list[int]) -> None:
-    num_blocks = VARIANTS[args.variant].num_blocks
+    num_blocks = FAMILY.num_blocks(FAMILY.get_config(args.variant))
     if max(values) > num_blocks:
         raise UserError(
             f"--scan_unroll must be a list of numbers from -1 to {num_blocks}, got {max(values)}."

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.models.execution import check_backend
-from mixer_jax.models.mixer_config import BLOCK_BACKENDS, forward_flops, get_config
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 
 # Frameworks, each measured in a process of its own.
 JAX, TORCH = "jax", "torch"
+# Family that is measured.
+FAMILY = get_family(DEFAULT_FAMILY)
 # Implementations of a Mixer.
 MIXER_JAX, REFERENCE, TIMM, TIMM_COMPILED = "mixer_jax", "reference", "timm", "timm, torch.compile"
 
@@ -26,7 +28,7 @@ class Workload(NamedTuple):
 
     Attributes:
         mode: "train", a training step, or "infer", from images to logits.
-        variant: Key of `VARIANTS`.
+        variant: Variant of `FAMILY`.
         image_size: Side of the square images, in pixels.
         num_classes: Outputs of the head.
         dtype: Dtype of activations and matmuls, "float32" or "bfloat16".
@@ -43,15 +45,15 @@ class Workload(NamedTuple):
     @property
     def flops(self) -> int:
         """Model FLOPs per step: one forward pass per image, or three of them in training."""
-        config = get_config(self.variant)
-        forward = forward_flops(config, self.image_size, self.num_classes)
+        config = FAMILY.get_config(self.variant)
+        forward = FAMILY.forward_flops(config, self.image_size, self.num_classes)
         return forward * self.batch_size * (3 if self.mode == "train" else 1)
 
     def format(self) -> str:
         """Formats everything but the mode."""
         return (
-            f"Mixer-{self.variant}, {self.image_size} px, {self.num_classes:,} classes, "
-            f"{self.batch_size} images per step, {self.dtype}"
+            f"{FAMILY.full_name(self.variant)}, {self.image_size} px, "
+            f"{self.num_classes:,} classes, {self.batch_size} images per step, {self.dtype}"
         )
 
 
@@ -108,4 +110,4 @@ def _varied_settings(
 def check_backends(candidates: Sequence[Candidate], platform: str) -> None:
     """Raises UserError unless all backends run on a platform, as JAX names it."""
     for candidate in candidates:
-        check_backend(candidate.overrides.get("backend", "auto"), platform, BLOCK_BACKENDS)
+        check_backend(candidate.overrides.get("backend", "auto"), platform, FAMILY.block_backends)

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixer_jax.benchmarks.candidates import FAMILY
 from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import VARIANTS, num_tokens, param_shapes
 
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
@@ -57,7 +57,9 @@ class Measurement(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this mode."""
-    parser.add_argument("--variant", default="L/16", choices=list(VARIANTS), help="default: L/16")
+    parser.add_argument(
+        "--variant", default="L/16", choices=list(FAMILY.variants), help="default: L/16"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default: 7")
 
 
@@ -98,14 +100,14 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     from mixer_jax.checkpoints.formats.npz import write_npz
     from mixer_jax.checkpoints.formats.safetensors import write_safetensors
     from mixer_jax.checkpoints.layouts import layout_views
-    from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
 
-    config, rng = VARIANTS[variant], np.random.default_rng(0)
-    shapes = param_shapes(config, num_tokens(config, _IMAGE_SIZE), _NUM_CLASSES)
+    config, rng = FAMILY.get_config(variant), np.random.default_rng(0)
+    shapes = FAMILY.param_shapes(config, _IMAGE_SIZE, _NUM_CLASSES)
+    layouts = {layout.name.lower(): layout for layout in FAMILY.weight_layouts()}
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     files = {layout: folder / f"weights{suffix}" for layout, suffix in _SUFFIXES.items()}
-    write_npz(str(files["google"]), layout_views(flat, GOOGLE), {})
-    write_safetensors(str(files["timm"]), layout_views(flat, TIMM), {})
+    write_npz(str(files["google"]), layout_views(flat, layouts["google"]), {})
+    write_safetensors(str(files["timm"]), layout_views(flat, layouts["timm"]), {})
     return files
 
 

@@ -19,7 +19,7 @@ from mixer_jax.benchmarks.args import (
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import REFERENCE, Candidate, Workload
+from mixer_jax.benchmarks.candidates import FAMILY, REFERENCE, Candidate, Workload
 from mixer_jax.benchmarks.compile import compile_step, open_tpu_device, parse_tpu_topology
 from mixer_jax.benchmarks.report import (
     Column,
@@ -29,7 +29,6 @@ from mixer_jax.benchmarks.report import (
     write_report,
 )
 from mixer_jax.errors import RunError
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 from mixer_jax.planning.hlo.attribution import sum_by_region
 from mixer_jax.planning.hlo.flops import iter_matmul_flops
 from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
@@ -174,7 +173,7 @@ def measure_traffic(
         failed = f"too large, {_format_memory(compiled, topology)}"
         return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.compile_seconds)
     program = compiled.program
-    regions = get_family(DEFAULT_FAMILY).regions
+    regions = FAMILY.regions
     num_bytes = sum_by_region(program, iter_hbm_bytes(program), regions)
     flops = sum_by_region(program, iter_matmul_flops(program), regions)
     step = _traffic_per_image(name, num_bytes, flops, workload.batch_size, topology)
@@ -208,7 +207,7 @@ def _traffic_per_image(
 
 def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
     """Computes lower bounds per step by formula, with and without fused MLPs."""
-    family = get_family(DEFAULT_FAMILY)
+    family = FAMILY
     spec = StepSpec(
         family,
         family.get_config(workload.variant),

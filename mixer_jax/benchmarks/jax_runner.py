@@ -18,6 +18,7 @@ from mixer_jax.benchmarks.candidates import (
     B2,
     CLIP_NORM,
     EPS,
+    FAMILY,
     LEARNING_RATE,
     MIXER_JAX,
     WEIGHT_DECAY,
@@ -30,9 +31,8 @@ from mixer_jax.config.schema import ModelConfig, OptimizerConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
-from mixer_jax.models.mixer_config import get_config
 from mixer_jax.models.params import cast_weights, prepare_inference_params
-from mixer_jax.models.registry import build_model, get_family, resolve_dtype
+from mixer_jax.models.registry import build_model, resolve_dtype
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
@@ -186,21 +186,23 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
         options = compiler_options(device.platform, model.execution.backend)
 
         def prepare_params(params: Any) -> Any:
-            return prepare_inference_params(params, model.execution.dtype, device.platform)
+            return prepare_inference_params(
+                params, model.execution.dtype, device.platform, model.family
+            )
 
         return _infer_step(model, workload, prepare_params, options)
-    config = dataclasses.asdict(get_config(workload.variant))
+    config = dataclasses.asdict(FAMILY.get_config(workload.variant))
     dtype = resolve_dtype(workload.dtype)
     reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype))
+    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype, FAMILY.name))
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
     settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
     declared = ModelConfig(**settings, **candidate.overrides)
-    model = (get_family(declared.family), declared.architecture, workload.num_classes)
+    model = (FAMILY, declared.architecture, workload.num_classes)
     return build_model(*model, declared.settings, device.platform, device.device_kind)
 
 
@@ -218,12 +220,12 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
         clip_norm=CLIP_NORM,
     )
     schedule = make_schedule(optimizer, num_steps=1000)
-    tx = make_optimizer(optimizer, schedule)
+    tx = make_optimizer(optimizer, schedule, model.family)
     mesh = make_mesh(1, 1, [device])
     init_state = functools.partial(
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
-    sharding = state_sharding(jax.eval_shape(init_state), mesh)
+    sharding = state_sharding(jax.eval_shape(init_state), mesh, model.family)
     config = TrainStepConfig(RecipeConfig())
     function = jit_train_step(config, sharding, model, tx, schedule, mesh)
     return Step(function, init_state, True)
@@ -233,7 +235,14 @@ def _plain_train_step(model: Any, workload: Workload) -> Step:
     """Makes a straightforward training step with optax's own AdamW."""
     tx = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(LEARNING_RATE, B1, B2, EPS, weight_decay=WEIGHT_DECAY, mask=weight_decay_mask),
+        optax.adamw(
+            LEARNING_RATE,
+            B1,
+            B2,
+            EPS,
+            weight_decay=WEIGHT_DECAY,
+            mask=functools.partial(weight_decay_mask, family=FAMILY.name),
+        ),
     )
 
     def step(state: Any, batch: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from mixer_jax.benchmarks.candidates import (
     B2,
     CLIP_NORM,
     EPS,
+    FAMILY,
     LEARNING_RATE,
     TIMM_COMPILED,
     WEIGHT_DECAY,
@@ -21,7 +22,6 @@ from mixer_jax.benchmarks.candidates import (
     Workload,
 )
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
-from mixer_jax.models.mixer_config import VARIANTS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -206,7 +206,7 @@ def create_timm_mixer(variant: str, image_size: int, num_classes: int) -> Any:
         return timm.create_model(name, img_size=image_size, num_classes=num_classes)
     from timm.models.mlp_mixer import MlpMixer
 
-    config = VARIANTS[variant]
+    config = FAMILY.get_config(variant)
     # timm expresses the hidden sizes of the MLPs as multiples of the channels.
     ratios = (
         config.tokens_mlp_dim / config.hidden_dim,

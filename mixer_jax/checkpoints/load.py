@@ -391,20 +391,20 @@ def _infer_loss(loaded: LoadedWeights) -> str:
 
 def _matches_num_tokens(size: tuple[int, int], loaded: LoadedWeights) -> bool:
     """Returns whether the weights fit images of this size."""
-    patch = _patch_size(loaded)
-    num_tokens = math.prod(length // patch for length in size)
-    is_valid = not any(length % patch for length in size)
+    multiple = _size_multiple(loaded)
+    num_tokens = math.prod(length // multiple for length in size)
+    is_valid = not any(length % multiple for length in size)
     return is_valid and loaded.num_tokens in (0, num_tokens)
 
 
-def _patch_size(loaded: LoadedWeights) -> int:
+def _size_multiple(loaded: LoadedWeights) -> int:
     return get_family(loaded.family).image_size_multiple(loaded.config)
 
 
 def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
     if not loaded.num_tokens:
-        return f"{source}, whose image sizes are multiples of {_patch_size(loaded)} px"
-    return f"{source}, which has {loaded.num_tokens} tokens of {_patch_size(loaded)} px"
+        return f"{source}, whose image sizes are multiples of {_size_multiple(loaded)} px"
+    return f"{source}, which has {loaded.num_tokens} tokens of {_size_multiple(loaded)} px"
 
 
 def _infer_image_size(
@@ -431,8 +431,8 @@ def _infer_image_size(
         return stored
     if not loaded.num_tokens:
         return requested or (get_family(loaded.family).default_image_size,) * 2
-    patch, side = _patch_size(loaded), math.isqrt(loaded.num_tokens)
-    square = (side * patch, side * patch) if side**2 == loaded.num_tokens else None
+    multiple, side = _size_multiple(loaded), math.isqrt(loaded.num_tokens)
+    square = (side * multiple, side * multiple) if side**2 == loaded.num_tokens else None
     if requested is not None and not _matches_num_tokens(requested, loaded):
         requested = None
     if square and requested not in (None, square):

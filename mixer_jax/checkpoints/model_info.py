@@ -32,7 +32,7 @@ class ModelInfo:
     """Description of a pretrained model.
 
     Attributes:
-        family: Model family, such as "mixer".
+        family: Name of the model family.
         variant: Name of a variant of the family, or "custom".
         config: Architecture config. It differs from the variant's if weights were tiled.
         image_size: Height and width of the input, in pixels.

@@ -9,7 +9,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
 from mixer_jax.models.params import prepare_inference_params
-from mixer_jax.models.registry import DEFAULT_FAMILY, build_model, get_family
+from mixer_jax.models.registry import build_model, get_family
 
 
 def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
@@ -44,7 +44,7 @@ def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
     return shard_params(prepared, mesh, model.family)
 
 
-def shard_params(params: Any, mesh: Mesh, family: str = DEFAULT_FAMILY) -> Any:
+def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
     """Shards parameters over a mesh, as in training.
 
     Args:

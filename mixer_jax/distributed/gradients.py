@@ -9,7 +9,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from mixer_jax.distributed.sharding import DATA, FSDP, batch_sharding, state_sharding
-from mixer_jax.models.registry import DEFAULT_FAMILY
 
 Tree = Any
 # Maps full parameters, the examples of one device and shared values to a mean and its gradient.
@@ -20,7 +19,7 @@ def sharded_value_and_grad(
     value_and_grad: ValueAndGrad,
     mesh: Mesh,
     cast: Callable[[Tree], Tree],
-    family: str = DEFAULT_FAMILY,
+    family: str,
 ) -> Callable[[Tree, Tree, Tree], tuple[Float[Array, ""], Tree]]:
     """Extends a function of the examples of one device to a batch that is sharded over all.
 

@@ -8,7 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.registry import get_family
 
 DATA, FSDP = "data", "fsdp"
 
@@ -101,7 +101,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def state_sharding(tree: Any, mesh: Mesh, family: str = DEFAULT_FAMILY) -> Any:
+def state_sharding(tree: Any, mesh: Mesh, family: str) -> Any:
     """Returns the shardings of a tree: weight matrices over "fsdp", all other arrays replicated.
 
     Args:

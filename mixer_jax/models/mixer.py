@@ -1,7 +1,6 @@
 """MLP-Mixer (Section 2 of arXiv 2105.01601): patches, then blocks that mix tokens and channels."""
 
 import functools
-from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -28,10 +27,7 @@ from mixer_jax.models.stack import block_stack, make_context
 
 
 class MlpBlock(nn.Module):
-    """Dense, GELU, dense: maps a vector to one of the same width.
-
-    The block knows nothing of images, tokens or channels: it is mapped over them.
-    """
+    """Dense, GELU, dense on one vector; mapped over channels and over tokens."""
 
     mlp_dim: int
     gelu: Gelu = "tanh"
@@ -49,9 +45,8 @@ class MlpBlock(nn.Module):
 
     def drop(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
         """Applies dropout in training."""
-        if not (self.ctx.train and self.dropout):
-            return x
-        return apply_dropout(x, self.dropout, self.make_rng("dropout"), index)
+        is_active = self.ctx.train and self.dropout
+        return apply_dropout(x, self.dropout, self.make_rng("dropout"), index) if is_active else x
 
 
 class MixerBlock(nn.Module):
@@ -114,7 +109,7 @@ class MlpMixer(nn.Module):
     """
 
     family: ClassVar[str] = "mixer"
-    block_backends: ClassVar[Mapping[str, str]] = BLOCK_BACKENDS
+    block_backends: ClassVar[dict[str, str]] = BLOCK_BACKENDS
 
     config: MixerConfig
     num_classes: int
@@ -134,17 +129,13 @@ class MlpMixer(nn.Module):
         """Computes float32 logits, or features of `hidden_dim` channels if `num_classes` is 0.
 
         Args:
-            images: Pixels in [-1, 1].
+            images: Pixels in [-1, 1]; height and width must be multiples of the patch size.
             train: Whether dropout and stochastic depth are active.
             example_index: Index of each image in the global batch; seeds its dropout and
                 drop-path masks. None: 0 to n − 1.
-
-        Raises:
-            UserError: Height or width is not a multiple of the patch size.
         """
         config = self.config
-        _, height, width, _ = images.shape
-        check_image_size(height, width, config.patch_size)
+        check_image_size(images.shape[1], images.shape[2], config.patch_size)
         example_index = jnp.arange(images.shape[0]) if example_index is None else example_index
         ctx = make_context(self, train)
         x = PatchEmbed(config.hidden_dim, config.patch_size, ctx, name="stem")(images)

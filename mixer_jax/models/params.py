@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.registry import get_family
 
 
-def prepare_inference_params(
-    params: Any, dtype: Any, platform: str, family: str = DEFAULT_FAMILY
-) -> Any:
-    """Returns parameters in the form that predicts fastest.
+def prepare_inference_params(params: Any, dtype: Any, platform: str, family: str) -> Any:
+    """Converts parameters to the form that predicts fastest.
 
     Weights are cast to the computation's dtype once, instead of in every call. On CPUs, stacked
     blocks become a list, which models accept as well and unroll: out of a stack, a CPU would copy
@@ -32,7 +30,7 @@ def prepare_inference_params(
     return {**params, "blocks": blocks}
 
 
-def cast_weights(params: Any, dtype: Any, family: str = DEFAULT_FAMILY) -> Any:
+def cast_weights(params: Any, dtype: Any, family: str) -> Any:
     """Casts the parameters that the model itself would cast.
 
     In bfloat16 this halves the bytes that are sent to other devices.

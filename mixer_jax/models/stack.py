@@ -311,10 +311,9 @@ def forward_intermediates(
 ) -> tuple[Float[Array, "n outputs"], dict[str, Array]]:
     """Computes a model's outputs and its intermediate activations.
 
-    Activations are named after the layer that computes them. For a Mixer these are "stem"
-    (n, s, c), "token_mixing" and "channel_mixing" (num_blocks, n, s, c), the branches before they
-    are added, and "pre_logits" (n, c), the features. Those of nested modules have the names of all
-    modules, separated by slashes.
+    Activations are named after the layer that computes them, such as "stem" (n, s, c), and those of
+    nested modules after all modules, separated by slashes. Branches of blocks, before they are
+    added, have a leading axis of blocks: (num_blocks, n, s, c). Features are "pre_logits" (n, c).
 
     Args:
         model: An `ImageModel`, with or without a stack of blocks.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mixer_jax.config.schema import OptimizerConfig
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.registry import get_family
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -36,7 +36,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, family: str = DEFAULT_FAMILY
+    config: OptimizerConfig, schedule: optax.Schedule, family: str
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
@@ -76,7 +76,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def weight_decay_mask(params: Any, family: str = DEFAULT_FAMILY) -> Any:
+def weight_decay_mask(params: Any, family: str) -> Any:
     """Builds a tree like `params` that is True where weight decay applies.
 
     For Mixer that is at all kernels, including those of stem and head (the authors' code).

@@ -106,7 +106,7 @@ def test_save_keeps_the_newest_and_restore_is_bit_identical(run: str) -> None:
 
 def test_restore_shards_arrays_as_requested(run: str) -> None:
     tree = make_tree(0)
-    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8)))
+    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8), "mixer"))
     restored = CheckpointManager(run).restore(100, {"params": target})["params"]
     assert restored["kernel"].sharding == target["kernel"].sharding
     np.testing.assert_array_equal(restored["kernel"], make_tree(100)["kernel"])

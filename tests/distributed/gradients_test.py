@@ -37,6 +37,7 @@ def test_small_gradients_are_summed_in_float32() -> None:
             value_and_grad,
             mesh_of(*shape),
             lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
+            "mixer",
         )
         params = {"kernel": jnp.zeros((8, 2))}
         value, grads = jax.jit(mean)(params, jnp.arange(8.0), jnp.float32(2))

@@ -92,7 +92,7 @@ def test_state_sharding_splits_kernels_along_their_largest_divisible_axis(
     shape: tuple[int, ...], spec: Any
 ) -> None:
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert state_sharding({"kernel": array}, make_mesh(1, 8))["kernel"].spec == spec
+    assert state_sharding({"kernel": array}, make_mesh(1, 8), "mixer")["kernel"].spec == spec
     unsharded = PartitionSpec(*[None] * len(shape))
-    assert state_sharding({"bias": array}, make_mesh(1, 8))["bias"].spec == unsharded
-    assert state_sharding({"kernel": array}, make_mesh(8, 1))["kernel"].spec == unsharded
+    assert state_sharding({"bias": array}, make_mesh(1, 8), "mixer")["bias"].spec == unsharded
+    assert state_sharding({"kernel": array}, make_mesh(8, 1), "mixer")["kernel"].spec == unsharded

@@ -148,8 +148,10 @@ def test_no_classes_returns_features(images: jax.Array) -> None:
 
 def test_unstacked_params_give_the_same_outputs(images: jax.Array) -> None:
     params = random_params(tiny_mixer())
-    assert not isinstance(prepare_inference_params(params, "float32", "tpu")["blocks"], list)
-    unstacked = prepare_inference_params(params, "float32", "cpu")
+    assert not isinstance(
+        prepare_inference_params(params, "float32", "tpu", "mixer")["blocks"], list
+    )
+    unstacked = prepare_inference_params(params, "float32", "cpu", "mixer")
     assert isinstance(unstacked["blocks"], list)
     expected = apply(tiny_mixer(), params, images)
     for scan_unroll in (0, 1):
@@ -160,7 +162,7 @@ def test_unstacked_params_give_the_same_outputs(images: jax.Array) -> None:
 def test_prepare_inference_params_casts_weights_once(images: jax.Array) -> None:
     model = tiny_mixer(dtype=jnp.bfloat16)
     params = random_params(tiny_mixer())
-    prepared = prepare_inference_params(params, model.execution.dtype, "cpu")
+    prepared = prepare_inference_params(params, model.execution.dtype, "cpu", "mixer")
     kernels = [leaf for leaf in jax.tree.leaves(prepared["blocks"]) if leaf.ndim == 2]
     assert len(kernels) == 4 * len(prepared["blocks"])
     assert {leaf.dtype for leaf in kernels} == {jnp.dtype("bfloat16")}

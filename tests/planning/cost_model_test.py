@@ -83,7 +83,7 @@ def test_estimate_memory_parameters_match_mesh() -> None:
     shard_bytes = jax.tree.map(
         lambda x, sharding: 4 * math.prod(sharding.shard_shape(x.shape)),
         tree,
-        state_sharding(tree, mesh),
+        state_sharding(tree, mesh, "mixer"),
     )
     estimate = estimate_memory(make_run(fsdp=4, num_devices=8)).parameters
     assert estimate == sum(jax.tree.leaves(shard_bytes))

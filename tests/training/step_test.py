@@ -57,7 +57,7 @@ def take_steps(
     config = TrainStepConfig(RecipeConfig(**{"loss": "softmax", **recipe}), seed)
     has_ema = config.recipe.ema_decay > 0
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
-    sharding = state_sharding(state, mesh)
+    sharding = state_sharding(state, mesh, "mixer")
     state = jax.device_put(state, sharding)
     step = jit_train_step(config, sharding, model, tx, schedule, mesh)
     history = []

@@ -67,7 +67,7 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
     step_config = TrainStepConfig(config.recipe, config.seed)
-    sharding = state_sharding(state, mesh)
+    sharding = state_sharding(state, mesh, "mixer")
     step = jit_train_step(step_config, sharding, model, tx, schedule, mesh)
     state, _ = step(state, batch)
     jax.effects_barrier()
