@@ -33,7 +33,7 @@ METADATA_SUFFIX = ".json"
 _MAX_COMPRESSION = 10
 _SLACK = 2**20
 _MAX_HEADER = 10_000  # Usual headers have 128 bytes.
-_CHUNK_SIZE = 2**18
+_CHUNK_SIZE = 2**20
 # NumPy has no bfloat16 and stores it as pairs of bytes.
 _RAW_BFLOAT16 = np.dtype("V2")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
