@@ -248,13 +248,12 @@ def _apply_blocks(
         for name in ("dropout", "stochastic_depth")
         if train and _get_rate(model, name)
     }
-    per_block = (stochastic_depth_rates(model), keys)
     blocks = model.variables["params"]["blocks"]
     scanned = 0 < execution.scan_unroll < num_blocks and not isinstance(blocks, list)
     drop_path = DropPathMasks(block.num_branches, block.ctx.dtype, parent=None)
 
     def apply(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        params, (drop_rate, rngs) = inputs
+        params, drop_rate, rngs = inputs
         masks: Any = (None,) * block.num_branches
         if "stochastic_depth" in rngs:
             masks = drop_path.apply({}, drop_rate, example_index, rngs=rngs)
@@ -265,14 +264,15 @@ def _apply_blocks(
         policy = REMAT_POLICIES[execution.remat]
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
     if scanned:
-        inputs = (blocks, per_block)
+        inputs = (blocks, stochastic_depth_rates(model), keys)
         carry, captured = jax.lax.scan(apply, carry, inputs, unroll=execution.scan_unroll)
     else:
         # Traced and lowered once for all blocks; the compiler inlines it for each.
         apply, outputs = jax.jit(apply), []
         for index, params in enumerate(unstack_blocks(blocks)):
-            inputs = (params, jax.tree.map(operator.itemgetter(index), per_block))
-            carry, output = apply(carry, inputs)
+            stacked = (stochastic_depth_rates(model), keys)
+            drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
+            carry, output = apply(carry, (params, drop_rate, rngs))
             outputs.append(output)
         captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
     if captured:
