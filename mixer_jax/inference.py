@@ -54,7 +54,7 @@ class Prediction(NamedTuple):
     Attributes:
         image: Name of the image.
         classes: Most probable classes in descending order; empty if the image is unreadable.
-        error: Why the image is unreadable; empty if it is not.
+        error: Reason why the image is unreadable; empty if it is readable.
     """
 
     image: str

@@ -157,7 +157,7 @@ def align_labels(train: Source, test: Source) -> Source:
     try:
         return relabel(test, train.class_names)
     except UserError as error:
-        raise UserError(f"{error}; train on a split that contains all classes") from error
+        raise UserError(f"{error} Train on a split that contains all classes.") from error
 
 
 def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:

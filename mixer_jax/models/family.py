@@ -27,7 +27,7 @@ class ResizedConfig(NamedTuple):
 
     Attributes:
         config: Architecture config of the resized model.
-        method: How parameters are adapted; "identity" leaves them as they are.
+        method: Method of adapting parameters; "identity" leaves them as they are.
         note: Description of a lossy or unusual method, with {} for the old size; may be empty.
     """
 
@@ -77,7 +77,7 @@ class ImageModel(Protocol):
         family: Name of its family.
         config: Architecture config.
         num_classes: Outputs of the head, whose parameters are under "head"; 0 means no head.
-        execution: How the model is executed.
+        execution: Execution settings.
     """
 
     family: ClassVar[str]

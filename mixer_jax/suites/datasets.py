@@ -28,7 +28,7 @@ class SuiteData(NamedTuple):
     Attributes:
         sources: Splits of every task whose data are available, by task name.
         missing: One-line errors of the other tasks, by task name.
-        hints: How to prepare the missing data, one line per data set.
+        hints: Commands that prepare the missing data, one line per dataset.
         notes: Splits that differ from TFDS's metadata, one line each.
     """
 

@@ -36,7 +36,7 @@ class RunResult:
     Attributes:
         scores: Metrics by name, for each evaluation.
         seconds: Duration of training, or of the probe.
-        failed: Why the run has no scores; empty if it has.
+        failed: Reason why the run has no scores; empty if it has scores.
     """
 
     scores: dict[str, dict[str, float]]
@@ -56,7 +56,7 @@ class TaskScore:
         seconds: Duration of the runs, including the sweep; 0 for further evaluations of the same
             runs.
         learning_rate: Learning rate selected; None if there is none.
-        failed: Why there is no mean; empty if runs are only missing.
+        failed: Reason why there is no mean; empty if runs are only missing.
     """
 
     mean: float | None = None
@@ -72,7 +72,7 @@ class Throughput(NamedTuple):
     """Inference throughput on one device.
 
     Attributes:
-        images_per_second: Throughput at the best batch size; 0 if not even one image fits.
+        images_per_second: Throughput at the best batch size; 0 if batch size 1 does not fit.
         batch_size: Best batch size.
         device: Device kind.
         image_size: Height and width, in pixels.

@@ -56,7 +56,7 @@ class Row(NamedTuple):
         paper: Result of the paper, if any.
         num_examples: Number of test examples.
         minutes: Duration of training.
-        failed: Why there is no mean.
+        failed: Reason why there is no mean.
     """
 
     task: str

@@ -238,7 +238,10 @@ def check_suite(suite: Suite) -> None:
                 f"suite {suite.name}: names of tasks must be unique, got several {task.name!r}."
             )
         if _RESERVED_NAME.fullmatch(task.name):
-            raise UserError(f"{source}: the name is reserved for a file. Choose another name.")
+            raise UserError(
+                f"{source}: name must not be that of a file in the workdir of a suite, got "
+                f"{task.name!r}. Choose another name."
+            )
         _check_shared_fields(task, source)
         if isinstance(task, FineTuneTask):
             _check_fine_tune(task, source)

@@ -207,7 +207,7 @@ def gelu_bwd(
     Args:
         da: Cotangent of GELU's result, (rows, columns).
         hidden: GELU's argument.
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
         config: Tile configuration.
         **kwargs: Further arguments of `pallas_call`.
     """
