@@ -1,4 +1,4 @@
-r"""Fine-tuning on a folder of your own photographs, by the paper's recipe for small data sets.
+r"""Fine-tuning on a folder of your own photographs, by the paper's recipe for small datasets.
 
     python -m mixer_jax.main --config=configs/finetune_folder.py \
         --config.init_from=Mixer-B_16.npz --config.dataset.name=folder:PATH

@@ -7,7 +7,7 @@ Paper:    86.32 % ImageNet top-1 after fine-tuning at 224 px (Table 3),
 Here:     Not reproduced.
 Hardware: 1.01k TPU v3 core-days (paper); TPU slices: docs/plan_results.md.
           16 GPUs with 80 GB: add --config.recipe.grad_accum_steps=2
-Data:     JFT-300M is private to Google. Use this recipe for a large data set of your own, prepared
+Data:     JFT-300M is private to Google. Use this recipe for a large dataset of your own, prepared
           for TFDS as array_record; its numbers of classes and examples replace those below.
           Without data, to try or time the config: --config.dataset.name=synthetic
 """

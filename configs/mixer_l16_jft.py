@@ -6,7 +6,7 @@ Paper:    84.82 % ImageNet top-1 after fine-tuning at 224 px (Table 3).
           The paper also reports 7 epochs: --config.num_epochs=7
 Here:     Not reproduced.
 Hardware: 0.45k TPU v3 core-days (paper).
-Data:     JFT-300M is private to Google. Use this recipe for a large data set of your own, prepared
+Data:     JFT-300M is private to Google. Use this recipe for a large dataset of your own, prepared
           for TFDS as array_record; its numbers of classes and examples replace those below.
           Without data, to try or time the config: --config.dataset.name=synthetic
 """

@@ -49,7 +49,8 @@ def exit_code(error: BaseException) -> int:
 
 def summarize_error(error: Exception) -> str:
     """Shortens the message of another library's exception to one line of moderate length."""
-    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+    text = " ".join(str(error).split())[:_MAX_REASON]
+    return text.rstrip(".") or type(error).__name__
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
 
-# Suffix of the data set with the same images and ReaL labels (arXiv 2006.07159).
+# Suffix of the dataset with the same images and ReaL labels (arXiv 2006.07159).
 _REAL = "_real"
 
 
@@ -64,15 +64,13 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description="Evaluate a checkpoint on every example of a split, each counted once.",
     )
     common.add_checkpoint_args(parser)
-    parser.add_argument(
-        "--dataset", help="TFDS name or folder:PATH; default: the training data set"
-    )
+    parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the training dataset")
     parser.add_argument("--split", default="test", help="split in TFDS syntax; default: test")
     parser.add_argument("--data_dir", default="", help="TFDS data directory; default: TFDS's own")
     parser.add_argument(
         "--real",
         action="store_true",
-        help="also evaluate with ReaL labels (arXiv 2006.07159), of the data set DATASET_real",
+        help="also evaluate with ReaL labels (arXiv 2006.07159), of the dataset DATASET_real",
     )
     parser.add_argument("--batch_size", type=int, default=256, help="batch size; default: 256")
     parser.add_argument(
@@ -87,7 +85,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _open_source(name: str, weights: "PretrainedWeights", args: argparse.Namespace) -> "Source":
-    """Opens a data set with the checkpoint's class indices as labels."""
+    """Opens a dataset with the checkpoint's class indices as labels."""
     from mixer_jax.data.registry import open_dataset
     from mixer_jax.data.source import relabel
 
@@ -99,7 +97,7 @@ def _open_source(name: str, weights: "PretrainedWeights", args: argparse.Namespa
             raise UserError(
                 f"--dataset must have the {info.num_classes:,} classes of --checkpoint="
                 f"{args.checkpoint}, got {name} with {source.num_classes:,}. Evaluate on the "
-                "training data set, or store class names in the checkpoint."
+                "training dataset, or store class names in the checkpoint."
             )
         return source
     try:

@@ -37,7 +37,7 @@ _REQUEST_ARGS = (
 )
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
-  few_shot   probes on the data set of --dataset
+  few_shot   probes on the dataset of --dataset
   FILE.py    a custom suite: a file with SUITE = Suite(...); see mixer_jax.suites.tasks
 
 Completed runs are skipped: rerun the same command to resume after a stop or kill.
@@ -194,7 +194,7 @@ def _load_suite(args: argparse.Namespace) -> Suite:
         return few_shot_suite(args.dataset, args.train_split, test_split, args.shots, args.probes)
     if args.dataset:
         raise UserError(
-            "--dataset is only for --suite=few_shot; other suites define their data sets."
+            "--dataset is only for --suite=few_shot; other suites define their datasets."
         )
     if args.suite.endswith(".py"):
         suite = exec_config_file(Path(args.suite), lambda module: module.SUITE, "suite")
@@ -213,7 +213,7 @@ def _load_suite(args: argparse.Namespace) -> Suite:
 
 
 def _default_workdir(checkpoint: CheckpointRef, args: argparse.Namespace) -> str:
-    """Returns a workdir named after checkpoint, step, suite and data set."""
+    """Returns a workdir named after checkpoint, step, suite and dataset."""
     path = Path(checkpoint.path)
     if checkpoint.format == "hub":
         name = checkpoint.path.partition("/")[2]

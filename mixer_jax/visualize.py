@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         atomic_write(args.out, plot)
     except OSError as error:
-        raise RunError(f"--out={args.out} cannot be written ({error.strerror})") from error
+        raise RunError(f"--out={args.out} cannot be written ({error.strerror}).") from error
     print(f"{args.out}: {caption[0]}")
     return 0
 

@@ -44,7 +44,7 @@ PRETRAINING = {
     "mixer_l16_jft": (1e-3, 0.03, 0, 10.0, 0.0, 0.0, 14.0),
     "mixer_h14_jft": (1e-3, 0.03, 0, 10.0, 0.0, 0.0, 14.0),
 }
-# PAPER, Section 3: steps, warmup, data set, training split, classes, evaluation split.
+# PAPER, Section 3: steps, warmup, dataset, training split, classes, evaluation split.
 FINE_TUNING: dict[str, tuple[Any, ...]] = {
     "imagenet": (20_000, 500, "imagenet2012", "train", 1_000, "validation"),
     "cifar10": (10_000, 500, "cifar10", "train", 10, "test"),

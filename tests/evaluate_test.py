@@ -141,7 +141,7 @@ def test_evaluate_published_weights(
         np.mean([predicted == index % 4 for index, predicted in enumerate(predict(weights))])
     )
     assert (result["step"], result["image_size"], result["resolution"]) == (None, [16, 16], "")
-    # Without names, the classes are the data set's if their numbers agree.
+    # Without names, the classes are the dataset's if their numbers agree.
     nameless = save_npz(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
     assert evaluate_json(nameless, data_dir, capsys)["top1"] == result["top1"]
     fewer = save_npz(replace_head(weights, 3), tmp_path / "fewer.npz", {})

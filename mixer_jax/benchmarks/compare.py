@@ -315,7 +315,7 @@ def find_batch_size(
 
         batch_size, trials = search_batch_size(measure, 8 if platform == "cpu" else 64)
     if not batch_size:
-        raise RunError("batch size 1 does not fit into the device's memory")
+        raise RunError("batch size 1 does not fit into the device's memory.")
     return workload._replace(batch_size=batch_size), trials
 
 

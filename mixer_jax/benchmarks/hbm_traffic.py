@@ -160,7 +160,7 @@ def _write_program(folder: Path, name: str, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror})") from error
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def measure_traffic(

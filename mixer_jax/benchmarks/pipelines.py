@@ -38,7 +38,7 @@ OURS = "mixer_jax"
 # RandAugment of the paper's ImageNet-1k recipe, and its smallest crop.
 _LAYERS, _MAGNITUDE = 2, 15.0
 _MIN_AREA = 0.05
-# Images of ImageNet-1k. Shuffling costs more for short data sets: 0.01 ms per image at this length,
+# Images of ImageNet-1k. Shuffling costs more for short datasets: 0.01 ms per image at this length,
 # 0.5 ms at 64.
 _NUM_EXAMPLES = 1_281_167
 _NUM_MEMORY_READINGS = 10
@@ -133,7 +133,7 @@ class MemoryGrowth(NamedTuple):
 
 
 class _RepeatedFiles(Sequence[Example]):
-    """Data set of the length of ImageNet-1k that repeats a few files."""
+    """Dataset of the length of ImageNet-1k that repeats a few files."""
 
     def __init__(self, files: Sequence[bytes]):
         self._files = files

@@ -117,7 +117,7 @@ def _write(name: str, path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise RunError(f"--{name}={path} cannot be written ({error.strerror})") from error
+        raise RunError(f"--{name}={path} cannot be written ({error.strerror}).") from error
 
 
 def print_throughput(report: dict[str, Any]) -> None:

@@ -30,11 +30,11 @@ def train_batches(
     randaugment_magnitude: float,
     num_threads: int,
 ) -> tf.data.Dataset:
-    """Creates a data set of training images: decoded, randomly cropped, flipped and augmented.
+    """Creates a dataset of training images: decoded, randomly cropped, flipped and augmented.
 
     Args:
         encoded: JPEG files, used repeatedly.
-        num_batches: Length of the data set.
+        num_batches: Length of the dataset.
         batch_size: Images per batch.
         image_size: Side of the square images, in pixels.
         min_area: Smallest area of the Inception crop, as a fraction of the image.
@@ -63,7 +63,7 @@ def augmented_batches(
     randaugment_magnitude: float,
     num_threads: int,
 ) -> tf.data.Dataset:
-    """Creates a data set of images with RandAugment; see `train_batches` for the arguments."""
+    """Creates a dataset of images with RandAugment; see `train_batches` for the arguments."""
 
     def prepare(image: tf.Tensor) -> tf.Tensor:
         return rand_augment(image, randaugment_layers, randaugment_magnitude)

@@ -73,7 +73,7 @@ def download(name: str) -> str:
     except errors.EntryNotFoundError as error:
         raise UserError(f"{HUB}{name} must contain {HUB_FILE} and {CONFIG_FILE}.") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}") from error
+        raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error
 
 
 def read_timm_config(weights_path: str) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def _access_errors(source: str) -> Iterator[None]:
         if not isinstance(error, OSError) and "://" not in source:
             raise
         reason = summarize_error(error)
-        fixes = [f". {fix}" for library, fix in _EXTRAS.items() if library in reason]
+        fixes = [f" {fix}" for library, fix in _EXTRAS.items() if library in reason]
         raise UserError(
-            f"checkpoint {source!r} cannot be accessed: {reason}{''.join(fixes)}"
+            f"checkpoint {source!r} cannot be accessed: {reason}.{''.join(fixes)}"
         ) from error
 
 

@@ -58,7 +58,7 @@ def decode(
 ) -> np.ndarray:
     """Decodes the whole image, or a crop, to uint8 RGB (height, width, 3).
 
-    Grey, palette and CMYK images are converted to RGB, 16-bit values are reduced to their upper 8
+    Gray, palette and CMYK images are converted to RGB, 16-bit values are reduced to their upper 8
     bits, and transparency is dropped, as in Pillow and TensorFlow.
 
     Args:
@@ -169,7 +169,7 @@ class _JpegHeader:
     Attributes:
         height: Height in pixels.
         width: Width in pixels.
-        channels: Number of channels: 1 grey, 3 color, 4 CMYK.
+        channels: Number of channels: 1 gray, 3 color, 4 CMYK.
         block_rows: Height of one row of minimum coded units, in pixels.
         sequential: Whether the image is stored from top to bottom.
         height_offset: Position in the file of the height, which is two bytes long.
@@ -187,7 +187,7 @@ def _read_jpeg_header(encoded: bytes) -> _JpegHeader | None:
     """Reads the frame header of a JPEG; None for other formats and unusual JPEGs.
 
     Raises:
-        BadImageError: The JPEG is truncated. Decoders would fill the missing part with grey.
+        BadImageError: The JPEG is truncated. Decoders would fill the missing part with gray.
     """
     if not encoded.startswith(_JPEG_SIGNATURE):
         return None

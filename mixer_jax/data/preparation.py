@@ -119,7 +119,7 @@ def check_manual_download(builder: Any, manual_dir: str) -> Path:
     if instructions and not (manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f"dataset {builder.info.full_name} must be downloaded manually, but {manual} is "
-            f"missing or empty (use --manual_dir for another folder): {instructions}"
+            f"missing or empty (use --manual_dir for another folder): {instructions}."
         )
     return manual
 
@@ -238,7 +238,7 @@ def _register_format(temp_dir: Path, info_path: Path) -> None:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return " ".join(str(text).split()).rstrip(".")
 
 
 def format_splits(builder: Any) -> str:

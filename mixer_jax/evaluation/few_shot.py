@@ -128,14 +128,14 @@ def sample_few_shot(
     """Samples examples of every class; a pure function of labels and seed.
 
     The first n rows are the sample for n shots. Labels are read in a random order until every class
-    has enough, so that only a part of a large data set is read.
+    has enough, so that only a part of a large dataset is read.
 
     Args:
         labels: Labels of all examples; `UNUSABLE` excludes an example.
         class_names: Name of each class.
         shots: Examples per class.
         seed: Seed of the order.
-        name: Data set and split, for the error.
+        name: Dataset and split, for the error.
 
     Returns:
         Indices of the examples.

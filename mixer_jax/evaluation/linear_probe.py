@@ -2,7 +2,7 @@
 
 The regression is that of few_shot.py. It depends on the examples only through the count and the
 sum of features per class, and the covariance of all features. These are accumulated chunk by chunk,
-each centred on its own mean and then shifted to the mean of all examples so far (Chan, Golub &
+each centered on its own mean and then shifted to the mean of all examples so far (Chan, Golub &
 LeVeque 1983): one pass suffices, without cancellation for features far from zero. Standardized
 features are orthogonal to the bias feature, so that the bias is solved separately.
 """
@@ -44,8 +44,8 @@ class SufficientStatistics:
             self._class_sums = np.zeros((len(self._counts), dim))
         count, added = self.count, len(features)
         mean = features.mean(axis=0)
-        centred, gap = features - mean, mean - self._mean
-        self._scatter += centred.T @ centred
+        centered, gap = features - mean, mean - self._mean
+        self._scatter += centered.T @ centered
         self._scatter += np.outer(gap, gap) * (count * added / (count + added))
         self._mean += gap * (added / (count + added))
         np.add.at(self._class_sums, labels, features)
@@ -55,7 +55,7 @@ class SufficientStatistics:
         """Solves the regression for every regularization strength."""
         std = np.sqrt(np.diag(self._scatter) / self.count) + STD_EPS
         eigenvalues, basis = np.linalg.eigh(self._scatter / np.outer(std, std))
-        # Centred features sum to zero, so that only the differences of the ±1 targets count.
+        # Centered features sum to zero, so that only the differences of the ±1 targets count.
         products = 2 * (self._class_sums - self._counts[:, None] * self._mean).T
         return RidgePath(
             self._mean.copy(),

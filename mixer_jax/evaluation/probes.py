@@ -152,7 +152,7 @@ def align_labels(train: Source, test: Source) -> Source:
         if source.multi_label:
             raise UserError(
                 f"{source.name} has several labels per image, and a probe needs exactly one. "
-                "Choose a data set with one label per image."
+                "Choose a dataset with one label per image."
             )
     try:
         return relabel(test, train.class_names)

@@ -5,7 +5,7 @@ they refer. A custom suite is a Python file that defines `SUITE` with the same c
 
 Sources of the VTAB-1k constants, 19 tasks with 1,000 training images each (arXiv 1910.04867):
 
-- Data sets, labels, numbers of classes and splits: the code of VTAB's authors, google-research/
+- Datasets, labels, numbers of classes and splits: the code of VTAB's authors, google-research/
   task_adaptation, task_adaptation/data/*.py. 800 images train the sweep, 200 validate it, and both
   train the final run; "validation" is a later part of the training data where TFDS has no such
   split (for smallnorb, the first half of its test data). The test data are complete.
@@ -139,10 +139,10 @@ _NEVER_CROPPED = {
     "dsprites_position",
     "kitti_distance",
 }
-# Data sets with images of 32 or 64 px.
+# Datasets with images of 32 or 64 px.
 _SMALL_IMAGES = {"cifar100", "svhn", "eurosat", "dsprites_orientation", "dsprites_position"}
 
-# Name, data set, classes, sweep validation split, test split, number of test images.
+# Name, dataset, classes, sweep validation split, test split, number of test images.
 _VTAB_TASKS = {
     "natural": (
         ("caltech101", "caltech101", 102, "train[2754:2954]", "test", 6084),
@@ -258,10 +258,10 @@ def few_shot_suite(
     shots: tuple[int, ...],
     methods: tuple[str, ...],
 ) -> Suite:
-    """Creates a suite of probes on any data set (the paper plots 5 shots of ImageNet).
+    """Creates a suite of probes on any dataset (the paper plots 5 shots of ImageNet).
 
     Args:
-        dataset: Data set, as in `config.dataset.name`.
+        dataset: Dataset, as in `config.dataset.name`.
         train_split: Split to fit the probes on, in TFDS syntax.
         test_split: Split to evaluate on.
         shots: Images per class.

@@ -1,4 +1,4 @@
-"""Data of a suite: available splits, missing data sets, image sizes."""
+"""Data of a suite: available splits, missing datasets, image sizes."""
 
 import dataclasses
 import os
@@ -46,7 +46,7 @@ def task_splits(task: Task) -> tuple[str, ...]:
 
 
 def resolve_folders(suite: Suite) -> Suite:
-    """Makes the paths of "folder:PATH" data sets absolute and expands ~."""
+    """Makes the paths of "folder:PATH" datasets absolute and expands ~."""
     tasks: list[Task] = []
     for task in suite.tasks:
         fields: dict[str, Any] = {"dataset": _resolve_folder(task.dataset)}
@@ -67,7 +67,7 @@ def open_task_data(tasks: Sequence[Task], data_dir: str) -> SuiteData:
         data_dir: TFDS data directory; empty for TFDS's default.
 
     Raises:
-        UserError: A data set does not have the number of classes that its task declares.
+        UserError: A dataset does not have the number of classes that its task declares.
     """
     data = SuiteData({}, {}, [], [])
     for task in tasks:
@@ -175,7 +175,7 @@ def _check_sizes(task: Task, sources: list[Source], data: SuiteData) -> None:
     if task.num_classes and num_classes != task.num_classes:
         raise UserError(
             f"task {task.name}: {task.dataset} must have {task.num_classes:,} classes, got "
-            f"{num_classes:,}. It is a different data set with the same name."
+            f"{num_classes:,}. It is a different dataset with the same name."
         )
     for split, source, expected in zip(
         task_splits(task), sources, task.num_examples or map(len, sources), strict=True

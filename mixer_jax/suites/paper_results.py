@@ -60,7 +60,7 @@ PAPER = (
     PaperRow(3, "jft", "H/14", 224, 86.32, 89.14, 95.49, None, 194, 1010),
 )
 
-# The paper's names of pre-training data, by names of data sets.
+# The paper's names of pre-training data, by names of datasets.
 _PRETRAIN_DATASETS = {"imagenet21k": "i21k", "imagenet2012": "i1k", "jft": "jft"}
 # The same by the number of classes, for weights without a config.
 _BY_NUM_CLASSES = {21_843: "i21k", 1_000: "i1k"}
@@ -90,11 +90,11 @@ def infer_pretrain_dataset(
             of classes then decides.
         init_from: Checkpoint that this run started from, which was trained on other data.
         num_classes: Number of classes of the head.
-        mixture: Whether the run trained on several data sets.
+        mixture: Whether the run trained on several datasets.
     """
     if init_from or mixture:
         return ""
     if not dataset:
         return _BY_NUM_CLASSES.get(num_classes, "")
-    # As in imagenet2012:5.1.0 and NAME/CONFIG@LABEL; imagenet2012_subset is another data set.
+    # As in imagenet2012:5.1.0 and NAME/CONFIG@LABEL; imagenet2012_subset is another dataset.
     return _PRETRAIN_DATASETS.get(re.split("[/:@]", dataset)[0], "")

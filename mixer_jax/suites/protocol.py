@@ -148,7 +148,7 @@ def run_task(context: TaskContext, task: Task) -> None:
 
 
 def run_fine_tune_task(context: TaskContext, task: FineTuneTask) -> None:
-    """Runs the sweep and the final runs of a fine-tuning task, or what is left of them."""
+    """Runs the remaining sweep and final runs of a fine-tuning task."""
     learning_rate = _select_learning_rate(context, task)
     for seed, run in context.plan.final_runs(task, learning_rate).items():
         # A divergence is not recorded: with another number of devices the run may converge.

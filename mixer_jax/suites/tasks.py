@@ -25,14 +25,14 @@ _OWN_EVALS = ("validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneTask:
-    """Data set to fine-tune on, and its protocol.
+    """Dataset to fine-tune on, and its protocol.
 
     Each learning rate is trained on `sweep_train_split` and evaluated on `sweep_val_split`. The
     best one is trained on `train_split` with every seed and evaluated on `test_split`.
 
     Attributes:
         name: Name, unique in the suite; also the folder of its runs.
-        dataset: Data set, as in `config.dataset.name`.
+        dataset: Dataset, as in `config.dataset.name`.
         num_classes: Number of classes.
         sweep_train_split: Training split of the sweep, in TFDS syntax.
         sweep_val_split: Validation split of the sweep.
@@ -51,7 +51,7 @@ class FineTuneTask:
         flip: Whether half of the training images are flipped.
         eval_crop: Evaluation crop, as in `config.preprocess.eval_crop`. Empty for that of the
             paper's tables: "shorter_side" at the checkpoint's size, "square" at a larger one.
-        extra_evals: Other data sets to evaluate the final runs on, as (data set, split) by name,
+        extra_evals: Other datasets to evaluate the final runs on, as (dataset, split) by name,
             such as ReaL. A name of a column of the paper's tables is compared with it.
         paper_column: Column of the paper's tables with this accuracy; empty if there is none.
         group: Name of a group of tasks with a mean of its own; empty if there is none.
@@ -86,11 +86,11 @@ class FineTuneTask:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeTask:
-    """Data set to probe frozen features on.
+    """Dataset to probe frozen features on.
 
     Attributes:
         name: Name, unique in the suite.
-        dataset: Data set, as in `config.dataset.name`.
+        dataset: Dataset, as in `config.dataset.name`.
         method: "few_shot", "linear" or "knn"; see `evaluation.probes`.
         train_split: Split to fit the probe on, in TFDS syntax.
         test_split: Split to evaluate on.
@@ -289,7 +289,7 @@ def _check_fine_tune(task: Any, source: str) -> None:
     overrides = isinstance(task.config_overrides, dict)
     _check(overrides, source, task, "config_overrides", "be a dict of config keys and values")
     evals = isinstance(task.extra_evals, dict)
-    _check(evals, source, task, "extra_evals", "be a dict of names and (data set, split)")
+    _check(evals, source, task, "extra_evals", "be a dict of names and (dataset, split)")
     for name, entry in task.extra_evals.items():
         # The name becomes a config key, so it must not contain dots.
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -304,7 +304,7 @@ def _check_fine_tune(task: Any, source: str) -> None:
             )
         if not _is_list(entry, lambda x: isinstance(x, str), unique=False) or len(entry) != 2:
             raise UserError(
-                f"{source}: values in extra_evals must be (data set, split), got {name}={entry!r}."
+                f"{source}: values in extra_evals must be (dataset, split), got {name}={entry!r}."
             )
 
 

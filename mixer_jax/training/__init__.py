@@ -1,1 +1,1 @@
-"""Training: data sets, initialization, optimizer, step and loop."""
+"""Training: datasets, initialization, optimizer, step and loop."""

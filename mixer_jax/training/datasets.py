@@ -1,4 +1,4 @@
-"""Data sets of a run, opened from its config."""
+"""Datasets of a run, opened from its config."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mixer_jax.evaluation.probes import align_labels
 
 
 class RunDatasets(NamedTuple):
-    """Data sets of a run.
+    """Datasets of a run.
 
     Attributes:
         train: Training examples.
@@ -27,7 +27,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
     """Opens the training and evaluation data; uses no device.
 
     Raises:
-        UserError: A data set or split does not exist, the training data has several labels per
+        UserError: A dataset or split does not exist, the training data has several labels per
             image, or an evaluation has a class that its training split lacks.
     """
     train = open_train_dataset(config)
@@ -50,7 +50,7 @@ def open_train_dataset(config: RunConfig) -> Source:
     """Opens the training data; uses no device.
 
     Raises:
-        UserError: A data set or split does not exist, or has several labels per image.
+        UserError: A dataset or split does not exist, or has several labels per image.
     """
     train = _open_train_source(config)
     if train.multi_label:
@@ -62,7 +62,7 @@ def open_train_dataset(config: RunConfig) -> Source:
 
 
 def _open_train_source(config: RunConfig) -> Source:
-    """Opens one data set, or mixes those of `config.mixture`."""
+    """Opens one dataset, or mixes those of `config.mixture`."""
     dataset = config.dataset
 
     def open_split(name: str, split: str) -> Source:

@@ -48,7 +48,7 @@ class Experiment(NamedTuple):
 
     Attributes:
         config: Config of the run.
-        datasets: Data sets.
+        datasets: Datasets.
         num_steps: Number of steps of the whole run.
         mesh: Mesh of the devices of all hosts.
         model: Model, from images to logits.
@@ -87,7 +87,7 @@ def build_experiment(
 
     Args:
         config: Config of the run.
-        datasets: Data sets of the run.
+        datasets: Datasets of the run.
         devices: Devices to run on; None: the devices of all hosts.
         init_info: Metadata of the checkpoint that the run starts or resumes from, whose
             architecture it takes; None: the architecture of the config.

@@ -40,7 +40,7 @@ Runs = dict[str, Path]
 
 
 def write_images(folder: Path, train: int, bad: int) -> str:
-    """Writes images of two classes, one of `bad` of them empty, and returns the data set's name."""
+    """Writes images of two classes, one of `bad` of them empty, and returns the dataset's name."""
     for split, count in (("train", train), ("test", 40)):
         for index in range(count):
             path = folder / split / f"{index % 2}" / f"{index}.png"

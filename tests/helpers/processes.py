@@ -45,7 +45,7 @@ def start(
     """Starts a run with the settings of `RUN`.
 
     Args:
-        data_dir: TFDS directory with the digits data set.
+        data_dir: TFDS directory with the digits dataset.
         workdir: Workdir of the run.
         env: Additional environment variables.
         new_group: Whether to start a process group, as shells do, for signals to all processes.

@@ -25,7 +25,7 @@ from tests.helpers.tiny_suite import HIGH, LARGE_INFO, LOW, PROBE, SUITE, TINY_I
 
 
 def make_folder(root: Path, counts: dict[str, int], size: int = 16) -> str:
-    """Writes images of each class into the splits train and test; returns the data set's name."""
+    """Writes images of each class into the splits train and test; returns the dataset's name."""
     for split in ("train", "test"):
         for name, count in counts.items():
             (root / split / name).mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_check_probe_data_rejects_too_few_images_per_class(
         check_probe_data((task,), data, skip_bad=False)
     for valid in (dataclasses.replace(task, shots=(1, 3)), dataclasses.replace(task, method="knn")):
         check_probe_data((valid,), data, skip_bad=False)
-    # Labels of large data sets are not read in advance.
+    # Labels of large datasets are not read in advance.
     monkeypatch.setattr(datasets, "_MAX_LABELS", 7)
     check_probe_data((task,), data, skip_bad=False)
 

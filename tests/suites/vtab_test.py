@@ -1,4 +1,4 @@
-"""Tests of VTAB-1k: splits with the real counts, and reading of small copies of the data sets."""
+"""Tests of VTAB-1k: splits with the real counts, and reading of small copies of the datasets."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tests.helpers.batches import UNCHANGED, mesh_of
 from tests.helpers.fake_vtab import COUNTS, SliceMap, real_features, write_fake_dataset
 
 SIZE = 16
-# Classes and labelled splits of the data sets in the paper's average of five.
+# Classes and labelled splits of the datasets in the paper's average of five.
 AVERAGE_OF_FIVE = {
     "imagenet2012": (1000, ("train", "validation")),
     "imagenet2012_real": (1000, ("validation",)),
@@ -38,7 +38,7 @@ all_tasks = pytest.mark.parametrize("task", VTAB_1K, ids=lambda task: task.name)
 
 
 def examples_of_split(dataset: str, split: str) -> set[tuple[str, int]]:
-    """Returns the examples in a split of the real data set, according to TFDS."""
+    """Returns the examples in a split of the real dataset, according to TFDS."""
     counts = COUNTS[bare_dataset_name(dataset)]
     template = tfds.core.ShardedFileTemplate(
         data_dir=Path(), dataset_name=dataset, filetype_suffix="array_record"
@@ -84,17 +84,17 @@ def test_vtab_1k_has_nineteen_tasks_in_three_groups() -> None:
 @all_tasks
 def test_is_large_image_agrees_with_tfds(task: FineTuneTask, tmp_path: Path) -> None:
     height, width, _ = real_features(task.dataset, tmp_path)["image"].shape
-    # Data sets without a fixed size contain photographs.
+    # Datasets without a fixed size contain photographs.
     assert task.is_large_image == (height is None or height * width >= 96**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """Small substitute for a real data set.
+    """Small substitute for a real dataset.
 
     Attributes:
         folder: TFDS data directory.
-        scale: Translation of slices of the real data set.
+        scale: Translation of slices of the real dataset.
         examples: Examples before they were written by TFDS, by split.
     """
 
@@ -105,7 +105,7 @@ class Copy:
 
 @pytest.fixture(scope="module")
 def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Copy]:
-    """Function that writes the copy of a data set on first use."""
+    """Function that writes the copy of a dataset on first use."""
 
     @functools.cache
     def write(dataset: str) -> Copy:

@@ -1,4 +1,4 @@
-"""Tests of the data sets of a run: mixtures, and runs with bad images."""
+"""Tests of the datasets of a run: mixtures, and runs with bad images."""
 
 import dataclasses
 import json

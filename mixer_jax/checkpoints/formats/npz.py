@@ -63,7 +63,9 @@ class NpzFile(TensorFile):
                 file = stack.enter_context(open(path, "rb"))
                 self._archive = stack.enter_context(zipfile.ZipFile(file))
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                raise UserError(f"{path} is not an npz archive or is truncated: {error}") from error
+                raise UserError(
+                    f"{path} is not an npz archive or is truncated: {error}."
+                ) from error
             self._check_size(os.fstat(file.fileno()).st_size)
             self._members: dict[str, _Member] = {}
             for info in self._archive.infolist():

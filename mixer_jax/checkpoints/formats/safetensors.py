@@ -35,7 +35,9 @@ class SafetensorsFile(TensorFile):
             metadata = self._file.metadata() or {}
         except (safetensors.SafetensorError, OSError) as error:
             reason = summarize_error(error)
-            raise UserError(f"{path} is not a safetensors file, or is damaged: {reason}") from error
+            raise UserError(
+                f"{path} is not a safetensors file, or is damaged: {reason}."
+            ) from error
         self.shapes = {}
         for name, header in headers.items():
             if header.get_dtype() not in _FLOATS:

@@ -48,7 +48,7 @@ class TorchFile(TensorFile):
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         except Exception as error:  # torch.load raises errors of many types.
             reason = summarize_error(error)
-            raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}") from error
+            raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}.") from error
         for key in _STATE_DICT_KEYS:
             if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
                 loaded = loaded[key]
