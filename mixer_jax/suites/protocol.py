@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
 from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
@@ -198,6 +199,7 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
     """
     for change in workdirs.check_workdir(folder, run.config):
         context.log(f"changed since this run was last started: {change}")
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, float]] = {}
     failed, stopped_by = "", None
     try:
