@@ -64,12 +64,14 @@ class Traffic(NamedTuple):
     fused_bytes: float
 
 
+@runtime_checkable
 class ImageModel(Protocol):
     """Flax module of a family: what training, evaluation and inference read from a model.
 
     Its call takes images (n, h, w, 3) with pixels in [-1, 1], whether it trains, and the index of
     each example in the global batch; it returns float32 logits, or features if `num_classes` is 0.
-    A model that has `dropout` or `stochastic_depth` uses the random stream of that name.
+    A model may also have `dropout` and `stochastic_depth`, which count as 0 otherwise and use the
+    random stream of that name, and `block_backends`, those of its family.
 
     Attributes:
         family: Name of its family.

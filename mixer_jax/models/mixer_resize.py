@@ -26,7 +26,7 @@ def integer_scale(old: Grid, new: Grid) -> int:
 
 
 def resize_method(old: Grid, new: Grid) -> ResizeMethod:
-    """Returns how `resize_token_mixing` adapts one grid to another. Raises as `integer_scale`."""
+    """Returns the method of `resize_token_mixing` for two grids. Raises as `integer_scale`."""
     scale = integer_scale(old, new)
     if scale == 1:
         return "identity"

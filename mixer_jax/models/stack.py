@@ -34,18 +34,6 @@ REMAT_POLICIES = {
 }
 
 
-class StackModel(ImageModel, Protocol):
-    """Model with a stack of blocks: what this module reads from it.
-
-    `config` has `num_blocks`. `dropout` and `stochastic_depth` count as 0 if the model lacks them.
-
-    Attributes:
-        block_backends: Custom backends, see `ModelFamily.block_backends`.
-    """
-
-    block_backends: ClassVar[Mapping[str, str]]
-
-
 class BlockBackend(Protocol):
     """Another way to compute a stack of blocks: the same function of the same parameters.
 
@@ -78,11 +66,11 @@ class _Backend(NamedTuple):
     cls: Any
 
 
-def active_backend(model: Any, train: bool) -> str:
+def active_backend(model: ImageModel, train: bool) -> str:
     """Returns the backend that computes a model's blocks: custom kernels do not support dropout.
 
     Args:
-        model: An `ImageModel`, with or without a stack of blocks.
+        model: Model with or without a stack of blocks.
         train: Whether dropout and stochastic depth are active.
     """
     return _select_backend(model, train).name
@@ -116,7 +104,7 @@ def _get_rate(model: Any, name: str) -> float:
     return getattr(model, name, 0.0)
 
 
-def use_partitionable_backend(model: Any, num_devices: int) -> Any:
+def use_partitionable_backend(model: ImageModel, num_devices: int) -> Any:
     """Returns a model that can be compiled for images sharded over `num_devices`.
 
     Custom kernels take the images of one device; the compiler partitions only its own operations.
@@ -189,7 +177,7 @@ def block_stack(
     depend on `scan_unroll`.
 
     Args:
-        model: Calling module, a `StackModel`, in its compact method.
+        model: Calling module, in its compact method: an `ImageModel` with `config.num_blocks`.
         block: Unbound module of (tokens, drop-path masks of its branches, example_index), with
             attributes `num_branches` and `ctx`, from `make_context`.
         x: Output of the patch embedding: (n, s, c), or (s, n, c) if `ctx.token_major`.
@@ -260,13 +248,12 @@ def _apply_blocks(
         for name in ("dropout", "stochastic_depth")
         if train and _get_rate(model, name)
     }
-    per_block = (stochastic_depth_rates(model), keys)
     blocks = model.variables["params"]["blocks"]
     scanned = 0 < execution.scan_unroll < num_blocks and not isinstance(blocks, list)
     drop_path = DropPathMasks(block.num_branches, block.ctx.dtype, parent=None)
 
     def apply(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        params, (drop_rate, rngs) = inputs
+        params, drop_rate, rngs = inputs
         masks: Any = (None,) * block.num_branches
         if "stochastic_depth" in rngs:
             masks = drop_path.apply({}, drop_rate, example_index, rngs=rngs)
@@ -277,14 +264,15 @@ def _apply_blocks(
         policy = REMAT_POLICIES[execution.remat]
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
     if scanned:
-        inputs = (blocks, per_block)
+        inputs = (blocks, stochastic_depth_rates(model), keys)
         carry, captured = jax.lax.scan(apply, carry, inputs, unroll=execution.scan_unroll)
     else:
         # Traced and lowered once for all blocks; the compiler inlines it for each.
         apply, outputs = jax.jit(apply), []
         for index, params in enumerate(unstack_blocks(blocks)):
-            inputs = (params, jax.tree.map(operator.itemgetter(index), per_block))
-            carry, output = apply(carry, inputs)
+            stacked = (stochastic_depth_rates(model), keys)
+            drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
+            carry, output = apply(carry, (params, drop_rate, rngs))
             outputs.append(output)
         captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
     if captured:
@@ -307,7 +295,7 @@ def unstack_blocks(blocks: Any) -> list[Any]:
 
 
 def forward_intermediates(
-    model: Any, params: Any, images: Float[Array, "n h w 3"]
+    model: ImageModel, params: Any, images: Float[Array, "n h w 3"]
 ) -> tuple[Float[Array, "n outputs"], dict[str, Array]]:
     """Computes a model's outputs and its intermediate activations.
 
@@ -316,7 +304,7 @@ def forward_intermediates(
     added, have a leading axis of blocks: (num_blocks, n, s, c). Features are "pre_logits" (n, c).
 
     Args:
-        model: An `ImageModel`, with or without a stack of blocks.
+        model: Model with or without a stack of blocks.
         params: Its parameters.
         images: Pixels in [-1, 1].
     """

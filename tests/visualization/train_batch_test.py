@@ -45,8 +45,8 @@ class RecordingModel(nn.Module):
     family: ClassVar[str] = "mixer"
     record: Callable[[Any], None]
     num_classes: int
+    config: None = None
     execution: Execution = Execution(backend="xla")
-    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool, example_index: jax.Array) -> jax.Array:

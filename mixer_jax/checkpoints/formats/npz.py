@@ -85,7 +85,9 @@ class NpzFile(TensorFile):
         `numpy.lib.format.read_array` would parse the header again, which is not thread-safe.
         """
         info, shape, is_fortran_order, dtype, header_size = self._members[name]
-        array = np.empty(math.prod(shape), dtype)
+        # Usual tensors are read straight into `out`.
+        is_direct = dtype == np.float32 and out.flags.c_contiguous and not is_fortran_order
+        array = out.reshape(-1) if is_direct else np.empty(math.prod(shape), dtype)
         view = array.view(np.uint8).data
         # zipfile can read several members in parallel, but must not open or close them in parallel.
         with self._lock:
@@ -103,8 +105,9 @@ class NpzFile(TensorFile):
                 member.close()
         if position < len(view):
             raise self.error(name, "is truncated.")
-        array = array.view(_BFLOAT16) if dtype == _RAW_BFLOAT16 else array
-        copy_into(array.reshape(shape, order="F" if is_fortran_order else "C"), out)
+        if not is_direct:
+            array = array.view(_BFLOAT16) if dtype == _RAW_BFLOAT16 else array
+            copy_into(array.reshape(shape, order="F" if is_fortran_order else "C"), out)
 
     def _check_size(self, file_size: int) -> None:
         """Raises UserError if the directory claims far more than the file can hold."""
