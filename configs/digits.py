@@ -23,7 +23,7 @@ def get_config(classes: str = "all") -> ConfigDict:
         classes: "all", "low" (0-4) or "high" (5-9).
     """
     if classes not in CLASSES:
-        raise UserError(f"classes must be {' or '.join(CLASSES)}, got {classes!r}.")
+        raise UserError(f"argument must be all, low or high, got {classes!r}.")
     config = config_lib.get_default()
     config.num_steps = 1_200
     config.batch_size = 128

@@ -28,7 +28,7 @@ def get_config(size: str = "224") -> ConfigDict:
         size: "224" or "448".
     """
     if size not in SIZES:
-        raise UserError(f"size must be {' or '.join(SIZES)}, got {size!r}.")
+        raise UserError(f"argument must be {' or '.join(SIZES)}, got {size!r}.")
     config = config_lib.get_default()
     config.num_steps = 500
     config.batch_size = 512

@@ -29,7 +29,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         preset: "small" or "photos".
     """
     if preset not in PRESETS:
-        raise UserError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}.")
+        raise UserError(f"argument must be {' or '.join(PRESETS)}, got {preset!r}.")
     config = config_lib.get_default()
     config.dataset.name = "folder:images"
     config.optimizer.weight_decay = 0.1

@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     shared.add_argument(
         "--mode",
         default="train",
-        help=f"one of {', '.join(MODES)}, or train,infer; default: train. --mode=MODE --help lists "
-        "the arguments of a mode",
+        help=f"one of {', '.join(MODES)}; train and infer can be combined: train,infer; default: "
+        "train. --mode=MODE --help lists the arguments of a mode",
     )
     shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
     module_name = _module_of(shared.parse_known_args(argv)[0].mode)

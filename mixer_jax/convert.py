@@ -1,4 +1,4 @@
-"""Converts weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
+"""Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
 import json
 import shlex
@@ -29,9 +29,14 @@ def main(argv: Sequence[str]) -> int:
         description="Write weights in another format, read them back and compare.",
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=common.CHECKPOINT_HELP)
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="file, or folder of a run")
     parser.add_argument(
-        "--to", choices=tuple(SUFFIXES), default="", help="format; default: by TARGET's suffix"
+        "target", nargs="?", metavar="TARGET", help="output file, or output workdir for --to=orbax"
+    )
+    parser.add_argument(
+        "--to",
+        choices=tuple(SUFFIXES),
+        default="",
+        help="output format; default: inferred from the suffix of TARGET",
     )
     common.add_checkpoint_override_args(parser)
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one per line")

@@ -2,6 +2,7 @@
 
 import difflib
 import signal
+from collections.abc import Iterable
 
 _MAX_REASON = 200
 
@@ -14,10 +15,10 @@ class UserError(ValueError):
 
 
 class DatasetNotPreparedError(UserError):
-    """A data set that has not been prepared.
+    """A dataset that has not been prepared.
 
     Attributes:
-        hint: How to prepare it, in one line.
+        hint: Command that prepares it, in one line.
     """
 
     def __init__(self, message: str, hint: str):
@@ -34,7 +35,7 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """Loss or parameters are no longer finite, on every host; a retry fails as well."""
+    """Loss or parameters are no longer finite on all hosts; a retry fails as well."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -51,24 +52,26 @@ def summarize_error(error: Exception) -> str:
     return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
-def suggest(value: str, choices: list[str], fallback: str = "") -> str:
-    """Formats the end of a message about an unknown name: the most similar choice, if any.
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Finds the choice that is most similar to an unknown name, ignoring case, if any is.
 
     Args:
-        value: Unknown name; the parts of a key are separated by dots.
+        name: Unknown name.
         choices: Known names.
-        fallback: Result if no choice is similar.
+        cutoff: Smallest similarity, between 0 and 1.
     """
-    section, _, name = value.rpartition(".")
-    # A forgotten section is as common as a typing error: a key of the same name comes first.
-    nearest = [path for path in choices if path.split(".")[-1] == name]
-    siblings = [path for path in choices if path.rpartition(".")[0] == section]
-    if not nearest and section and siblings:
-        names = [path.rpartition(".")[2] for path in siblings]
-        nearest = [f"{section}.{match}" for match in difflib.get_close_matches(name, names, n=1)]
-        if not nearest:
-            return f"; keys of {section} are {', '.join(names)}"
-    nearest = nearest or difflib.get_close_matches(value, choices, n=1, cutoff=0.8)
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
-    return fallback
+    folded = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
+    return folded[matches[0]] if matches else None
+
+
+def suggest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """Formats the question that ends a message about an unknown name; empty if none is similar.
+
+    Args:
+        name: Unknown name.
+        choices: Known names.
+        cutoff: Smallest similarity, between 0 and 1.
+    """
+    match = nearest(name, choices, cutoff)
+    return f" Did you mean {match}?" if match else ""

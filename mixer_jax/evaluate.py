@@ -106,7 +106,7 @@ def _open_source(name: str, weights: "PretrainedWeights", args: argparse.Namespa
         return relabel(source, info.class_names)
     except UserError as error:
         raise UserError(
-            f"--dataset={name}: {error}; choose a data set with classes of the checkpoint"
+            f"--dataset={name}: {error} Choose a dataset with classes of the checkpoint."
         ) from error
 
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 _EPILOG = """\
 exit codes:
   0        finished
-  1        failed, or another host was lost (then also 134, after a message of JAX)
+  1        failed, or another host was lost (JAX may abort with 134 instead)
   2        usage error, in one line; do not retry
   130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
 
-configuration keys, for --config.KEY=VALUE (true-or-false keys also: --config.KEY, --noconfig.KEY):
+configuration keys, for --config.KEY=VALUE
+(Boolean keys also accept --config.KEY and --noconfig.KEY):
 """
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/digits.py"
     )
-    parser.add_argument("--workdir", help="folder or gs:// URL; default: runs/CONFIG_NAME")
+    common.add_workdir_arg(parser, "runs/CONFIG_NAME")
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",

@@ -1,4 +1,4 @@
-"""Plan a run for absent accelerators: memory fit, communication, step-time bound, cost.
+"""Plan a run for accelerators that are not attached: memory fit, communication, time and cost.
 
     python -m mixer_jax.plan --config=configs/mixer_l16_i21k.py --topology=v5e:8x8
     python -m mixer_jax.plan --config=configs/mixer_h14_jft.py --topology=v4:4x4x4 --sweep
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from mixer_jax.cli import common
 from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
-from mixer_jax.errors import UserError
 
 _FITS, _DOES_NOT_FIT = 0, 1
 
@@ -22,9 +21,6 @@ _FITS, _DOES_NOT_FIT = 0, 1
 def main(argv: Sequence[str]) -> int:
     """Prints a plan; returns 0 if the run fits into memory and 1 if not."""
     args, overrides = _make_parser().parse_known_args(argv)
-    for flag in ("config", "topology"):
-        if getattr(args, flag) is None:
-            raise UserError(f"the following arguments are required: --{flag}; see --help")
     config = parse(load_config_with_overrides(args.config, overrides))
     from mixer_jax.planning.topology import ENVIRONMENT, parse_topology
 
@@ -51,16 +47,19 @@ def _make_parser() -> common.ArgumentParser:
 
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.plan",
-        description="Plan a run for absent accelerators. Exits with 0 if it fits into their memory "
-        "and with 1 if not.",
+        description="Plan a run for accelerators that are not attached. Exits with 0 if it fits "
+        "into their memory and with 1 if not.",
     )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="e.g. configs/mixer_l16_i21k.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/mixer_l16_i21k.py"
+    )
     parser.add_argument(
         "--topology",
+        required=True,
         metavar="CHIP:SIZE",
         help=f"e.g. v5e:8x8, v4:4x4x4, h100:16; chips: {', '.join(CHIPS)}",
     )
-    parser.add_argument("--slices", type=int, default=1, help="number of TPU slices (default: 1)")
+    parser.add_argument("--slices", type=int, default=1, help="number of TPU slices; default: 1")
     parser.add_argument(
         "--sweep",
         nargs="?",
@@ -72,7 +71,7 @@ def _make_parser() -> common.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="compile several times faster, to less optimized programs than those of a run",
+        help="compile several times faster, with fewer optimizations than a run",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object, not a table")
     parser.add_argument("--config.KEY", metavar="VALUE", dest="unused", help="override a key")

@@ -1,4 +1,4 @@
-"""Classifies image files: `python -m mixer_jax.predict --checkpoint=WEIGHTS photo.jpg folder/`."""
+"""Classify image files: `python -m mixer_jax.predict --checkpoint=WEIGHTS photo.jpg folder/`."""
 
 import csv
 import json

@@ -12,10 +12,12 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m mixer_jax.prepare",
         description="Prepare a dataset in TFDS's array_record format, which has random access: "
         "download and write it, or convert a dataset that TFDS has prepared in another format.",
-        epilog="A killed preparation never looks finished. Run the same command again.",
+        epilog="An interrupted preparation is never mistaken for a complete one. Run the same "
+        "command again to restart it.",
     )
     parser.add_argument(
         "name",
+        metavar="NAME",
         help="dataset of TFDS or mixer_jax, e.g. cifar10, imagenet2012:5.1.0, imagenet21k; a label "
         "after an @ is ignored",
     )

@@ -16,7 +16,7 @@ from mixer_jax.checkpoints.resolve import (
 from mixer_jax.cli import common
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
 from mixer_jax.config.schema import EVAL_FIELDS
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, suggest
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
 from mixer_jax.suites.paper_results import PRETRAIN_DATASETS
 from mixer_jax.suites.run_configs import check_overrides, check_task_overrides, default_config
@@ -92,9 +92,9 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     )
     add = parser.add_argument
     add("--checkpoint", metavar="CHECKPOINT", help=common.CHECKPOINT_HELP)
-    add("--step", type=int, help="step of a run's checkpoint; default: the newest")
+    add("--step", type=int, help="checkpoint step in a workdir; default: the newest")
     add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
-    add("--workdir", help="folder or gs:// URL; default: runs/CHECKPOINT_SUITE…")
+    common.add_workdir_arg(parser, "runs/CHECKPOINT_SUITE")
     add(
         "--image_size",
         type=_parse_image_size,
@@ -106,7 +106,7 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     add("--tasks", type=_parse_names, default=(), help="run only these tasks, e.g. cifar10,pets")
     add("--shard", type=_parse_shard, default=(1, 1), metavar="I/N", help="run only shard I of N")
     add("--dry_run", action="store_true", help="print the runs and missing data, and exit")
-    add("--report", action="store_true", help="only print and write the table of --workdir")
+    add("--report", action="store_true", help="print and write the table of --workdir; run nothing")
     add("--keep_checkpoints", action="store_true", help="keep checkpoints of completed runs")
     add("--no_throughput", dest="throughput", action="store_false", help="do not measure images/s")
     add(
@@ -145,7 +145,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers):
         raise argparse.ArgumentTypeError(
-            f"must list numbers of images per class, got {text!r}; pass e.g. 1,5,10"
+            f"must list numbers of images per class, got {text!r}. Pass e.g. 1,5,10."
         )
     return tuple(sorted({int(number) for number in numbers}))
 
@@ -153,7 +153,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
 def _parse_image_size(text: str) -> str:
     if text not in (NATIVE, AUTO) and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(
-            f"must be {NATIVE}, {AUTO} or a number of pixels, got {text!r}"
+            f"must be {NATIVE}, {AUTO} or a number of pixels, got {text!r}."
         )
     return text
 
@@ -162,7 +162,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(
-            f"must be I/N with I from 1 to N, got {text!r}; pass e.g. 1/4"
+            f"must be I/N with I from 1 to N, got {text!r}. Pass e.g. 1/4."
         )
     return int(index), int(count)
 
@@ -181,7 +181,7 @@ def _load_suite(args: argparse.Namespace) -> Suite:
     """Returns the suite of --suite.
 
     Raises:
-        UserError: There is no such suite, or an argument is missing or has no effect.
+        UserError: No such suite exists, or an argument is missing or has no effect.
     """
     if args.suite == _FEW_SHOT:
         if not args.dataset:
@@ -205,7 +205,10 @@ def _load_suite(args: argparse.Namespace) -> Suite:
         return suite
     if args.suite not in SUITES:
         names = ", ".join([*SUITES, _FEW_SHOT])
-        raise UserError(f"--suite must be one of {names}, or a .py file, got {args.suite!r}.")
+        raise UserError(
+            f"--suite must be one of {names}, or a .py file, got {args.suite!r}."
+            f"{suggest(args.suite, [*SUITES, _FEW_SHOT])}"
+        )
     return SUITES[args.suite]
 
 

@@ -19,14 +19,14 @@ def main(argv: Sequence[str]) -> int:
     """Plots what the arguments request; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.visualize",
-        description="Plot the inputs of a run.",
+        description="Plot training batches.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data = commands.add_parser(
         "data",
         help="images and labels of a training step",
         description="Plot the first images of a training batch, cropped, augmented, mixed and "
-        "labelled as the model sees them. Runs on the CPU and loads only these images.",
+        "labeled as the model sees them. Runs on the CPU and loads only these images.",
     )
     data.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as for training")
     data.add_argument("--out", required=True, type=Path, help=f"a file: {' '.join(_SUFFIXES)}")

@@ -65,7 +65,7 @@ def test_visualize_data_replaces_a_file_in_the_format_of_its_suffix(
         (["--out=tests.png/a.png"], ["--out", "tests.png/a.png"]),
         (["--step=20"], ["--step", "20", "0", "19"]),
         (["--step=-1"], ["--step", "-1", "0", "19"]),
-        (["--step=one"], ["--step", "'one'", "--help"]),
+        (["--step=one"], ["--step", "'one'"]),
         (["--num_images=0"], ["--num_images", "0", "1", "16"]),
         (["--num_images=17"], ["--num_images", "17", "1", "16"]),
         (["--num_images=513", "--config.batch_size=4096"], ["513", "1", "512", "4096"]),

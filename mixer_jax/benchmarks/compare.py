@@ -62,7 +62,8 @@ class Comparison(NamedTuple):
     Attributes:
         workload: Work of all candidates.
         matmul_flops_per_second: FLOP/s of a large matmul by framework, median over rounds.
-        isolated: Whether the frameworks' processes took turns for lack of memory.
+        isolated: Whether the frameworks' processes ran one at a time, because both do not fit into
+            memory.
         results: Results in the order of the candidates.
     """
 
@@ -139,7 +140,7 @@ def compare(
 
 
 class _Measurements:
-    """Measurements so far; a candidate that fails is left out from then on.
+    """Measurements so far; a candidate that fails is skipped from then on.
 
     Attributes:
         matmuls: FLOP/s of a large matmul in every round, by framework.
@@ -292,7 +293,7 @@ def find_batch_size(
     """Searches for a good batch size; returns the workload with it, and all trials.
 
     Raises:
-        RunError: The candidate fails, or not even one image fits into memory.
+        RunError: The candidate fails, or batch size 1 does not fit into memory.
     """
     with Worker(JAX, workload) as worker:
 
@@ -314,7 +315,7 @@ def find_batch_size(
 
         batch_size, trials = search_batch_size(measure, 8 if platform == "cpu" else 64)
     if not batch_size:
-        raise RunError("not even one image fits into the device's memory")
+        raise RunError("batch size 1 does not fit into the device's memory")
     return workload._replace(batch_size=batch_size), trials
 
 
@@ -328,7 +329,7 @@ def search_batch_size(
         start: First batch size; doubled while it pays, halved while it does not fit.
 
     Returns:
-        The batch size, 0 if not even one image fits, and all trials in order.
+        The batch size, 0 if batch size 1 does not fit, and all trials in order.
     """
     size, rate = start, measure(start)
     trials = [Trial(size, rate)]

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="FOLDER", help="JPEG files; default: generated")
     for name, default, _, text in _NUMBERS:
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--no_baselines", action="store_true", help="leave tf.data out")
+    parser.add_argument(
+        "--no_baselines", action="store_true", help="skip tf.data, which needs TensorFlow"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,7 +139,7 @@ def _import_tf_data() -> ModuleType | None:
     except ModuleNotFoundError as error:
         if error.name != "tensorflow":
             raise
-        print("TensorFlow is not installed: tf.data is left out", file=sys.stderr)
+        print("TensorFlow is not installed: tf.data is skipped", file=sys.stderr)
         return None
     tf_data.hide_gpus()
     return tf_data

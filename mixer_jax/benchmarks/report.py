@@ -130,7 +130,7 @@ def print_throughput(report: dict[str, Any]) -> None:
         print(f"\n{mode['mode']}: {_format_workload(mode)}")
         print(f"GFLOP/s of a large matmul: {', '.join(rates)}")
         if mode["isolated"]:
-            print("processes of JAX and PyTorch took turns, for lack of memory")
+            print("JAX and PyTorch ran one at a time, because both do not fit into memory")
         print_table(mode["candidates"], _THROUGHPUT_COLUMNS)
 
 
@@ -151,7 +151,7 @@ def _format_workload(report: dict[str, Any]) -> str:
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], title: str = "") -> None:
-    """Prints one line per row; columns without any value are left out, "-" marks a missing value.
+    """Prints one line per row; columns without any value are skipped, "-" marks a missing value.
 
     Args:
         rows: Values by key; `name` is the first column, a non-empty `failed` replaces the others.

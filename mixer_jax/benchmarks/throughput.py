@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
     platform = environment["platform"]
     # Printed only now, so that a usage error is one line.
     if args.baselines is None and (missing := missing_timm_package()):
-        print(f"{missing} is not installed: timm is left out", file=sys.stderr)
+        print(f"{missing} is not installed: timm is skipped", file=sys.stderr)
     if platform not in ("cpu", "gpu") and any(b.framework == TORCH for b in baselines):
-        print(f"timm does not run on {platform}: it is left out", file=sys.stderr)
+        print(f"timm does not run on {platform}: it is skipped", file=sys.stderr)
         baselines = [baseline for baseline in baselines if baseline.framework == JAX]
     if any(baseline.framework == TORCH for baseline in baselines):
         environment |= {name: metadata.version(name) for name in ("torch", "timm")}

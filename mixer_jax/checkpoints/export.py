@@ -1,4 +1,4 @@
-"""Exports weights to other formats; each file is read back and compared before it gets its name."""
+"""Export of weights to other formats; each file is read back and compared before it is renamed."""
 
 import os
 import shutil
@@ -189,7 +189,7 @@ def _staged(target: str) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(folder), str(final.parent))) from error
     except OSError as error:
         raise UserError(
-            f"target {target!r} cannot be written: {error.strerror or error}"
+            f"target {target!r} cannot be written: {error.strerror or error}."
         ) from error
     finally:
         if folder is not None:
@@ -215,7 +215,7 @@ def _compare_run(path: Path, weights: PretrainedWeights) -> None:
         metadata = checkpoints.metadata(_STEP)
         model_info = ModelInfo.from_metadata(metadata, str(path))
         if model_info != weights.model_info or metadata.get("config") != weights.train_config:
-            raise _mismatch(path, "it has other metadata")
+            raise _mismatch(path, "different metadata")
         for name, array in checkpoints.iter_restore(_STEP, "params"):
             if name not in expected:
                 raise _mismatch(path, f"{name!r} is unexpected")
@@ -238,9 +238,9 @@ def _compare_file(
     try:
         with open_file(str(path)) as file:
             if ModelInfo.from_dict(file.metadata, str(path)) != model_info:
-                raise _mismatch(path, "it has other metadata")
+                raise _mismatch(path, "different metadata")
             if file.shapes != {name: view.shape for name, view in views.items()}:
-                raise _mismatch(path, "it has other tensors or shapes")
+                raise _mismatch(path, "different tensors or shapes")
             for name, view in views.items():
                 # Like the view, in the same order in memory.
                 found = np.empty_like(view)
@@ -257,7 +257,7 @@ def _compare_bits(path: Path, name: str, found: np.ndarray, expected: np.ndarray
         or found.dtype != expected.dtype
         or not np.array_equal(found.view(np.uint32), expected.view(np.uint32))
     ):
-        raise _mismatch(path, f"{name!r} has other values")
+        raise _mismatch(path, f"different values of {name!r}")
 
 
 def _mismatch(path: Path, difference: str) -> RunError:

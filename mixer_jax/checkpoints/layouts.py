@@ -1,4 +1,4 @@
-"""Reads and writes parameters in the layouts that weights are published in.
+"""Reading and writing of parameters in the layouts that weights are published in.
 
 A file is read into, or written from, views of parameters: every tensor of a layout is a part of one
 parameter, with its axes in another order. Model families declare their layouts.

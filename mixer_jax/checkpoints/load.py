@@ -1,4 +1,4 @@
-"""Loads weights of any format into memory of the host, at any image size."""
+"""Loading of weights of any format into host memory, at any image size."""
 
 import dataclasses
 import math

@@ -43,7 +43,7 @@ class ModelInfo:
         exif_orientation: Whether such images are rotated by their EXIF orientation.
         loss: Loss that the head was trained with, "sigmoid" or "softmax".
         dtype: Dtype of the computation, as the config key `model.dtype`.
-        resize_note: How the weights were adapted to the image size; empty if they were trained
+        resize_note: Adaptation of the weights to the image size; empty if they were trained
             at it.
     """
 
@@ -153,7 +153,7 @@ def get_metadata(metadata: dict[str, Any], name: str, source: str) -> Any:
         source: Name of the checkpoint for messages.
 
     Raises:
-        UserError: There is no such entry.
+        UserError: No such entry exists.
     """
     with _metadata_errors(source):
         return metadata[name]

@@ -1,6 +1,6 @@
-"""Resolves the name of a checkpoint to a run's step, a file or a Hub repository.
+"""Resolution of checkpoint names to a run's step, a file or a Hub repository.
 
-Reads names only, and needs neither JAX nor orbax.
+Only names are read, which needs neither JAX nor orbax.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
         step: Step of a run's checkpoint; None: the newest.
 
     Raises:
-        UserError: There is no such checkpoint, or its format is unknown.
+        UserError: No such checkpoint exists, or its format is unknown.
     """
     scheme, separator, _ = source.partition("://")
     if separator and scheme not in _SCHEMES and not source.startswith(HUB):
@@ -144,7 +144,7 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
         Workdir and step.
 
     Raises:
-        UserError: There is no checkpoint, or none of this step.
+        UserError: The workdir contains no checkpoint of this step.
     """
     folder = epath.Path(path).expanduser()
     folder = folder if "://" in path else folder.resolve()
@@ -154,7 +154,8 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
     workdir = str(folder.parent if folder.name == CHECKPOINT_DIR else folder)
     steps = list_steps(workdir)
     if not steps:
-        raise UserError(f"{path!r} contains no checkpoint. Pass a workdir or a file of weights.")
+        problem = "contains no checkpoint" if epath.Path(workdir).exists() else "does not exist"
+        raise UserError(f"{path!r} {problem}. Pass a workdir or a file of weights.")
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise UserError(f"step of checkpoint {path!r} must be one of {available}, got {step}.")

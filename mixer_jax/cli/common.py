@@ -4,6 +4,7 @@ import argparse
 import codecs
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,23 @@ CHECKPOINT_HELP = (
     "hf:OWNER/NAME"
 )
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
+# Messages of argparse and their replacements, the first that matches.
+_ARGPARSE_MESSAGES = {
+    r"argument (?P<name>\S+): invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)": (
+        "{name} must be one of {choices}, got '{value}'."
+    ),
+    r"argument (?P<name>\S+): invalid int value: (?P<value>.*)": (
+        "{name} must be an integer, got '{value}'."
+    ),
+    r"argument (?P<name>\S+): expected (one|at least one) argument": "{name} must have a value.",
+    r"argument (?P<name>\S+): ignored explicit argument (?P<value>.*)": (
+        "{name} must not have a value, got '{value}'."
+    ),
+    r"argument (?P<name>\S+): (?P<rule>must .*)": "{name} {rule}",
+    r"the following arguments are required: (?P<name>[^,]*)": "{name} is required. See --help.",
+    r"the following arguments are required: (?P<names>.*)": "{names} are required. See --help.",
+    r"unrecognized arguments: (?P<names>.*)": "unknown argument {names}. See --help.",
+}
 
 
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
@@ -124,7 +142,7 @@ class _OutputStream(io.TextIOWrapper):
         if self._exits and isinstance(error, BrokenPipeError):
             sys.exit(_EXIT_SIGPIPE)
         if self._exits:
-            raise RunError(f"cannot write to standard output: {error.strerror}") from error
+            raise RunError(f"cannot write to standard output: {error.strerror}.") from error
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -134,8 +152,17 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; see --help")
+        """Raises UserError, with argparse's commonest messages in the form of the others."""
+        for pattern, template in _ARGPARSE_MESSAGES.items():
+            if match := re.fullmatch(pattern, message, re.DOTALL):
+                parts = match.groupdict()
+                # Python versions differ in the quotes around choices.
+                unquoted = {
+                    name: parts[name].replace("'", "")
+                    for name in ("value", "choices") & parts.keys()
+                }
+                raise UserError(template.format(**parts | unquoted))
+        raise UserError(f"{message.rstrip('.')}. See --help.")
 
 
 def add_checkpoint_args(parser: ArgumentParser) -> None:
@@ -153,7 +180,9 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
 
 def add_checkpoint_override_args(parser: ArgumentParser) -> None:
     """Adds the arguments that select one step of a run and override a checkpoint's metadata."""
-    parser.add_argument("--step", type=int, help="step of a run; default: the newest")
+    parser.add_argument(
+        "--step", type=int, help="checkpoint step in a workdir; default: the newest"
+    )
     parser.add_argument(
         "--image_size",
         type=parse_image_size,
@@ -170,7 +199,25 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
         "--eval_crop",
         choices=FIELDS["preprocess.eval_crop"].choices,
         default="",
-        help="cropping of images; default: that of the checkpoint",
+        help="evaluation crop; default: that of the checkpoint",
+    )
+
+
+def add_workdir_arg(parser: ArgumentParser, default: str) -> None:
+    """Adds --workdir.
+
+    Args:
+        parser: Parser to add to.
+        default: Pattern of the workdir without the argument, for help and messages.
+    """
+
+    def parse_workdir(text: str) -> str:
+        if not text:
+            raise argparse.ArgumentTypeError(f"must not be empty. Leave it out for {default}.")
+        return text
+
+    parser.add_argument(
+        "--workdir", type=parse_workdir, help=f"folder or gs:// URL; default: {default}"
     )
 
 
@@ -182,7 +229,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}.")
     return int(sides[0]), int(sides[-1])
 
 
@@ -244,5 +291,5 @@ def _read_bytes(path: str, flag: str) -> bytes:
         file = Path(os.path.expanduser(path))
         encoded = sys.stdin.buffer.read() if path == "-" else file.read_bytes()
     except OSError as error:
-        raise UserError(f"{flag}={path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{flag}={path} cannot be read: {error.strerror}.") from error
     return encoded.removeprefix(codecs.BOM_UTF8)

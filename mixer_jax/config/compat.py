@@ -6,7 +6,7 @@ the new one.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # An asterisk stands for the name of an entry of `config.evals`.
@@ -70,10 +70,21 @@ def upgrade_config(saved: Mapping[str, Any]) -> dict[str, Any]:
     return upgrade_section(saved, "")
 
 
+def old_spellings(keys: Iterable[str]) -> dict[str, str]:
+    """Returns the present spelling of each old key whose present spelling is among `keys`."""
+    old_names = [path.rpartition(".")[2] for path in RENAMED_KEYS]
+    return {
+        old: key
+        for key in keys
+        for name in old_names
+        if (old := f"{key.rpartition('.')[0]}.{name}") != key and upgrade_key(old) == key
+    }
+
+
 def renamed_key_hint(message: str) -> str:
     """Formats the end of an error in which ConfigDict quotes an old key; empty for other errors."""
     quoted = set(re.findall(r"""['"](\w+)['"]""", message))
     for old, new in RENAMED_KEYS.items():
         if old.rpartition(".")[2] in quoted:
-            return f"; config.{old} is now config.{new}"
+            return f" config.{old} is now config.{new}."
     return ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mixer_jax.config.compat import upgrade_config, upgrade_key
+from mixer_jax.config.compat import old_spellings, upgrade_config, upgrade_key
 from mixer_jax.config.schema import (
     ENTRY_TYPES,
     FIELDS,
@@ -22,8 +22,8 @@ from mixer_jax.config.schema import (
     RunConfig,
     from_dict,
 )
-from mixer_jax.errors import UserError, suggest
-from mixer_jax.models.family import INIT_FROM
+from mixer_jax.errors import UserError, nearest, suggest
+from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 
 
@@ -128,11 +128,29 @@ def check_key_exists(path: str, keys: list[str]) -> None:
         return
     if (renamed := upgrade_key(path)) != path:
         raise UserError(f"config.{path} is now config.{renamed}.")
-    hint = suggest(path, keys, fallback="; --help lists all keys.")
+    hint = _suggest_key(path, keys)
     section = path.partition(".")[0]
     if section in NAMED_SECTIONS and not any(key.startswith(f"{section}.") for key in keys):
-        hint = f": entries of {section} are declared in a config file, and this one has none."
-    raise UserError(f"config.{path} is not a configuration key{hint}")
+        hint = f"Entries of {section} are declared in a config file, and this one has none."
+    raise UserError(f"config.{path} is not a configuration key. {hint}")
+
+
+def _suggest_key(path: str, keys: list[str]) -> str:
+    """Formats the hint of a message about an unknown key, by the similarity of the last parts."""
+    section, _, name = path.rpartition(".")
+    spellings = {key: key for key in keys} | old_spellings(keys)
+    siblings = [key for key in spellings if section and key.rpartition(".")[0] == section]
+    # A forgotten section is as common as a typing error: a key of the same name comes first.
+    for candidates, cutoff in ((list(spellings), 1.0), (siblings, 0.6), (list(spellings), 0.8)):
+        by_name: dict[str, str] = {}
+        for key in candidates:
+            by_name.setdefault(key.rpartition(".")[2], key)
+        if match := nearest(name, by_name, cutoff):
+            return f"Did you mean config.{spellings[by_name[match]]}?"
+    names = [key.rpartition(".")[2] for key in siblings if key in keys]
+    if names:
+        return f"The keys of config.{section} are {', '.join(names)}."
+    return "--help lists all keys."
 
 
 def _check_rules(config: RunConfig) -> None:
@@ -176,6 +194,12 @@ def _check_model(config: RunConfig) -> None:
                 )
         return
     family = get_family(model.family)
+    if model.variant not in (*family.variants, CUSTOM):
+        choices = (*family.variants, CUSTOM, INIT_FROM)
+        raise UserError(
+            f"config.model.variant must be one of {', '.join(choices)}, got {model.variant!r}."
+            f"{suggest(model.variant, choices)}"
+        )
     family.check_image_size(model.architecture, config.image_size, config.image_size)
     check_scan_unroll(model.scan_unroll, family.num_blocks(model.architecture))
 

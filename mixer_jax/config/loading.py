@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mixer_jax.config.compat import renamed_key_hint
 from mixer_jax.config.config import check_key_exists, flatten
 from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, get_field
-from mixer_jax.errors import UserError, suggest
+from mixer_jax.errors import UserError, nearest
 
 # Dotted paths of keys, each with its value as text.
 Overrides = tuple[tuple[str, str], ...]
@@ -55,15 +55,13 @@ def parse_overrides(argv: Sequence[str]) -> Overrides:
         argument = rest.pop(0)
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:
-            raise UserError(f"unknown argument {argument!r}; see --help")
+            raise UserError(f"unknown argument {argument!r}. See --help.")
         negated, path, text = match.groups()
         field = get_field(path)
         is_boolean = field is not None and field.type is bool
         if negated:
             if not is_boolean or text is not None:
-                raise UserError(
-                    f"argument {argument!r} must name a true-or-false key, without a value."
-                )
+                raise UserError(f"argument {argument!r} must name a boolean key, without a value.")
             text = "false"
         elif text is None:
             if is_boolean and (not rest or rest[0].lower() not in BOOLEANS):
@@ -113,9 +111,11 @@ def exec_config_file(
     """
     source = f"{file_type} file {(name or str(path))!r}"
     if not path.is_file():
-        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
-        hint = suggest(str(path), siblings)
-        raise UserError(f"{file_type} file {str(path)!r} does not exist{hint}")
+        # By name: a long path of the folder would make all of its files similar.
+        siblings = sorted(sibling.name for sibling in path.parent.glob("*.py"))
+        match = nearest(path.name, siblings, cutoff=0.7)
+        hint = f" Did you mean {path.with_name(match)}?" if match else ""
+        raise UserError(f"{file_type} file {str(path)!r} does not exist.{hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{file_type} file must be a Python file ending in .py, got {str(path)!r}.")
@@ -129,7 +129,9 @@ def exec_config_file(
         # The user's code may raise anything; all of it becomes one line.
         reason = str(error).partition("\n")[0] or "no reason given"
         hint = renamed_key_hint(reason)
-        raise UserError(f"{source} fails: {type(error).__name__}: {reason}{hint}") from error
+        raise UserError(
+            f"{source} fails: {type(error).__name__}: {reason.rstrip('.')}.{hint}"
+        ) from error
 
 
 def default_run_name(config_spec: str) -> str:

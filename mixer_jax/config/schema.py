@@ -147,7 +147,6 @@ class ModelConfig:
     scan_unroll: int = key(
         -1,
         "blocks per scan iteration; 0 unrolls all; -1: 0 on GPUs and with custom kernels, else 1",
-        unit="blocks",
         min=-1,
         resumable=True,
     )
@@ -206,9 +205,13 @@ class DatasetConfig:
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")
-    num_classes: int = key(0, "classes of synthetic data (0: 1000), and for `plan`", min=0)
+    num_classes: int = key(0, "classes of synthetic data (0: 1000), and for mixer_jax.plan", min=0)
     num_examples: int = key(
-        0, "size of synthetic data (0: 1024), and for `plan`", unit="images", min=0, resumable=True
+        0,
+        "size of synthetic data (0: 1024), and for mixer_jax.plan",
+        unit="images",
+        min=0,
+        resumable=True,
     )
 
 
@@ -232,8 +235,8 @@ class PreprocessConfig:
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
-        "resize the shorter side, or both (square), to 8/7, then center-crop; bicubic, bilinear: "
-        "as timm; resize: no crop",
+        "shorter_side, square: resize to 8/7 of image_size, then center-crop; bicubic, bilinear: "
+        "timm's crop; resize: no crop",
     )
     exif_orientation: bool = key(
         False, "apply the EXIF orientation of images, which TFDS and TensorFlow ignore"
@@ -343,7 +346,7 @@ class EvalConfig:
     type: Literal["classify", "few_shot", "linear", "knn"] = key(
         "classify", "the model's head, or a probe of frozen features", resumable=True
     )
-    dataset: str = key("", "data set; empty: the training one", resumable=True)
+    dataset: str = key("", "dataset; empty: the training dataset", resumable=True)
     split: str = key("test", "evaluation split, in TFDS syntax", resumable=True)
     train_split: str = key("train", "split that a probe is fitted on", resumable=True)
     shots: str = key(
@@ -355,12 +358,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """An entry of `config.mixture`: one of several data sets to train on instead of one."""
+    """An entry of `config.mixture`: one of several datasets to train on instead of one."""
 
-    dataset: str = key("", "data set; empty: dataset.name")
+    dataset: str = key("", "dataset; empty: dataset.name")
     split: str = key("train", "training split, in TFDS syntax")
     weight: float = key(
-        1.0, "sampling weight, relative to the other entries; precise to 1 %", min=1e-6
+        1.0, "sampling weight, relative to the other entries; rounded to 1 %", min=1e-6
     )
 
 
@@ -374,7 +377,7 @@ class RunConfig:
         min=0,
         max=2**32 - 1,
     )
-    num_steps: int = key(0, "training steps; 0: num_epochs", unit="steps", min=0)
+    num_steps: int = key(0, "training steps; 0 computes them from num_epochs", unit="steps", min=0)
     num_epochs: float = key(
         0.0, "passes over the training split if num_steps is 0", unit="epochs", min=0
     )
@@ -414,7 +417,7 @@ class RunConfig:
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,
-        "log the norm of updates, for which parameters are copied before each step",
+        "log the norm of the parameter update; copies the parameters before each step",
         resumable=True,
     )
     tensorboard: bool = key(True, "write TensorBoard events", resumable=True)

@@ -48,7 +48,7 @@ def open_folder(path: str, split: str) -> Source:
     if not path or "://" in path or not root.is_dir():
         raise UserError(
             f"dataset 'folder:{path}' must be a local folder. Write folder:PATH, where PATH "
-            "contains train/ and validation/, each with one directory of images per class"
+            "contains train/ and validation/, each with one directory of images per class."
         )
     root = root.absolute()
     directories = _subdirectories(root)
@@ -69,7 +69,7 @@ def open_folder(path: str, split: str) -> Source:
         spec = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
     files = [file for part in _slice_splits(spec, splits, root) for file in part]
     if not files:
-        raise UserError(f"split {split!r} of folder {str(root)!r} contains no images")
+        raise UserError(f"split {split!r} of folder {str(root)!r} contains no images.")
     names = tuple(map(display_path, class_names))
     return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
 
@@ -97,12 +97,14 @@ class _FolderExamples(Sequence[Example]):
 
 def _check_classes(folder: Path, class_names: list[str]) -> None:
     if not class_names:
-        raise UserError(f"folder {str(folder)!r} must contain directories, one per class, got none")
+        raise UserError(
+            f"folder {str(folder)!r} must contain directories, one per class, got none."
+        )
     if {name.casefold() for name in class_names} <= _SPLIT_LIKE:
         raise UserError(
             f"folder {str(folder)!r} must contain {_TRAIN} with one directory per class, got "
             f"{', '.join(class_names)}. Rename the training split to {_TRAIN}, and others to one "
-            f"of {', '.join(_HELD_OUT)}"
+            f"of {', '.join(_HELD_OUT)}."
         )
 
 
@@ -117,7 +119,8 @@ def _list_files(root: Path, split: str, class_names: list[str]) -> list[_Labeled
     unknown = sorted(set(_subdirectories(root / split)) - set(class_names))
     if unknown:
         raise UserError(
-            f"directories of {str(root / split)!r} must be classes of {_TRAIN}/, got {unknown[0]!r}"
+            f"directories of {str(root / split)!r} must be classes of {_TRAIN}/, got "
+            f"{unknown[0]!r}."
         )
     files = []
     for label, name in enumerate(class_names):
@@ -134,7 +137,7 @@ def _path_hash(file: _LabeledFile) -> bytes:
 
 def _raise_unreadable(error: OSError) -> NoReturn:
     reason = error.strerror
-    raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}") from error
+    raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}.") from error
 
 
 def _hold_out(files: list[_LabeledFile]) -> dict[str, list[_LabeledFile]]:
@@ -164,6 +167,6 @@ def _slice_splits(
             yield splits[part.splitname][part.from_ : part.to]
     except ValueError as error:
         raise UserError(
-            f"split {spec!r} of folder {str(root)!r} does not exist; available are "
-            f'{", ".join(splits)} (and slices such as "train[:99%]")'
+            f"split of folder {str(root)!r} must be one of {', '.join(splits)}, or slices such as "
+            f'"train[:99%]", got {spec!r}.'
         ) from error

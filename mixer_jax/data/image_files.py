@@ -106,7 +106,7 @@ def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
     failures: list[str] = []
     for pattern in patterns:
         if not pattern:
-            raise UserError("image paths must not be empty; name a file, a folder or a pattern")
+            raise UserError("image paths must not be empty. Name a file, a folder or a pattern.")
         if pattern == STDIN:
             images.append(("standard input", _read_stdin))
             continue
@@ -121,7 +121,7 @@ def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
     if failures and len(failures) == len(images):
         others = f", nor does any of the other {len(failures) - 1:,} paths match an image"
         raise UserError(
-            f"{failures[0]}{others if failures[1:] else ''}; name images, folders or patterns"
+            f"{failures[0]}{others if failures[1:] else ''}. Name images, folders or patterns."
         )
     return images
 

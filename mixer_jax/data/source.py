@@ -109,8 +109,8 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
     if any(name not in index_of for name in source.class_names):
         raise UserError(
             f"classes of {source.name} must be among these {len(class_names)}: "
-            f"{_abbreviate(class_names)}; got {source.num_classes}: "
-            f"{_abbreviate(source.class_names)}"
+            f"{_abbreviate(class_names)}, got {source.num_classes}: "
+            f"{_abbreviate(source.class_names)}."
         )
     label_map = tuple(index_of[name] for name in source.class_names)
     examples = _RelabeledExamples(source.examples, label_map)

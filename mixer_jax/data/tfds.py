@@ -105,7 +105,7 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Source:
             prepare it.
     """
     dataset, _ = parse_dataset_name(name)
-    builder = find_builder(dataset, data_dir)
+    builder = find_builder(dataset, data_dir, for_training=True)
     # Checked first, because preparing the dataset may take hours.
     get_label_spec(name, builder.info.features)
     if not has_random_access(builder):
@@ -133,11 +133,11 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
         RunError: The code of the dataset's builder fails.
     """
     if name == SYNTHETIC or name.startswith(FOLDER):
-        raise UserError(f"dataset {name!r} does not need preparation; train on it directly")
+        raise UserError(f"dataset {name!r} does not need preparation. Train on it directly.")
     if "://" in data_dir:
         raise UserError(
             f"--data_dir must be a local folder, got {data_dir}. Prepare in a local folder and "
-            "copy it there"
+            "copy it there."
         )
     data_dir = data_dir and os.path.abspath(os.path.expanduser(data_dir))
     dataset, label = parse_dataset_name(name)
@@ -158,7 +158,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             elif not has_random_access(builder):
                 convert_to_array_record(builder)
     except OSError as error:
-        raise UserError(f"dataset {dataset!r} cannot be written: {error}") from error
+        raise UserError(f"dataset {dataset!r} cannot be written: {error}.") from error
     return find_builder(dataset, data_dir), False
 
 
@@ -167,8 +167,13 @@ def data_dir_of(builder: Any) -> str:
     return str(builder.data_dir).removesuffix(str(builder.info.full_name)).rstrip("/")
 
 
-def find_builder(name: str, data_dir: str) -> Any:
+def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any:
     """Finds the TFDS builder of a dataset, from code or from prepared files.
+
+    Args:
+        name: Dataset in TFDS syntax, without a label.
+        data_dir: Directory of the TFDS datasets; empty: TFDS's default.
+        for_training: Whether messages also suggest configuration keys.
 
     Raises:
         UserError: No such dataset exists.
@@ -186,12 +191,15 @@ def find_builder(name: str, data_dir: str) -> Any:
         use_array_record(builder)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
-        hint = suggest(bare_name, _dataset_names(), fallback=".")
+        hint = suggest(bare_name, _dataset_names())
+        if for_training:
+            hint += (
+                f" Put it into {searched}/{name} in TFDS's array_record format, set "
+                "--config.dataset.data_dir to the directory that contains it, or run without data "
+                f"by --config.dataset.name={SYNTHETIC}."
+            )
         raise UserError(
-            f"dataset {name!r} is neither prepared in {searched} nor known to TFDS{hint} Put it "
-            f"into {searched}/{name} in TFDS's array_record format, set "
-            f"--config.dataset.data_dir to the directory that contains it, or run without data by "
-            f"--config.dataset.name={SYNTHETIC}"
+            f"dataset {name!r} is neither prepared in {searched} nor known to TFDS.{hint}"
         ) from error
     except (ValueError, AssertionError) as error:
         reason = re.split(" Here are | The builder name string ", " ".join(str(error).split()))[0]
@@ -201,7 +209,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         names = _dataset_names()
         hint = "" if bare_name in names else suggest(bare_name, names)
         raise UserError(
-            f"dataset {name!r} cannot be opened from {searched}: {reason}{hint}"
+            f"dataset {name!r} cannot be opened from {searched}: {reason.rstrip('.')}.{hint}"
         ) from error
 
 
@@ -226,7 +234,7 @@ def _prepare_small_dataset(name: str, builder: Any) -> None:
     except OSError as error:
         raise UserError(
             f"dataset {name!r} cannot be written to {builder.data_path}: {error}. Set "
-            "--config.dataset.data_dir to a writable folder"
+            "--config.dataset.data_dir to a writable folder."
         ) from error
 
 
@@ -243,9 +251,9 @@ def _not_prepared_error(name: str, builder: Any) -> DatasetNotPreparedError:
     if instructions := format_manual_instructions(builder):
         hint = f"download manually to {root}/downloads/manual: {instructions} Then run: {command}"
     return DatasetNotPreparedError(
-        f"dataset {name!r} {status}. Prepare it by: {command} (manual downloads belong into "
+        f"dataset {name!r} {status}. Prepare it by: {command} (manual downloads belong in "
         f"{root}/downloads/manual) and set --config.dataset.data_dir={shlex.quote(root)}, or run "
-        f"without data by --config.dataset.name={SYNTHETIC}",
+        f"without data by --config.dataset.name={SYNTHETIC}.",
         hint,
     )
 
@@ -259,12 +267,12 @@ def _make_source(builder: Any, name: str, split: str) -> Source:
         records = builder.as_data_source(split=split, deserialize_method=raw_bytes)
     except ValueError as error:
         raise UserError(
-            f"split {split!r} of dataset {name!r} does not exist or is empty; available are "
-            f'{", ".join(builder.info.splits)} (and slices such as "train[:99%]")'
+            f"split of dataset {name!r} must be one of {', '.join(builder.info.splits)}, or "
+            f'slices such as "train[:99%]", and not empty, got {split!r}.'
         ) from error
     examples = _TfdsExamples(records, builder.info.features, label, name, split)
     if min(examples[0]["labels"], default=0) < 0:
         raise UserError(
-            f"labels of split {split!r} of dataset {name!r} must not be hidden. Use another split"
+            f"labels of split {split!r} of dataset {name!r} must not be hidden. Use another split."
         )
     return Source(f"{name} {split}", examples, label.class_names, label.multi_label)

@@ -74,13 +74,15 @@ def get_label_spec(name: str, features: Any) -> LabelSpec:
         return specs[requested]
     choices = ", ".join(f"{dataset}{LABEL_SEPARATOR}{label}" for label in sorted(specs))
     if requested is not None and specs:
-        raise UserError(f"label of dataset {dataset!r} must be one of {choices}, got {requested!r}")
+        raise UserError(
+            f"label of dataset {dataset!r} must be one of {choices}, got {requested!r}."
+        )
     not_classes = [label for label in _DEFAULT_LABELS if label in features and "image" in features]
     problem = f"{not_classes[0]} is not a class label" if not_classes else ""
-    hint = f". Name one of its labels: {choices}" if specs else ""
+    hint = f" Name one of its labels: {choices}." if specs else ""
     raise UserError(
         f"dataset {dataset!r} must have an image and a class label, got features "
-        f"{', '.join(features)}{f' ({problem})' if problem else ''}{hint}"
+        f"{', '.join(features)}{f' ({problem})' if problem else ''}.{hint}"
     )
 
 

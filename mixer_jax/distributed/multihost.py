@@ -63,10 +63,10 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         raise UserError(
             f"config.distributed={mode} needs the other hosts, which JAX cannot detect "
             f"({summarize_error(error)}). Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-            "JAX_PROCESS_ID on every host, or --config.distributed=no to run on one host"
+            "JAX_PROCESS_ID on every host, or --config.distributed=no to run on one host."
         ) from error
     except RuntimeError as error:
-        raise RunError(f"cannot join the other hosts: {summarize_error(error)}") from error
+        raise RunError(f"cannot join the other hosts: {summarize_error(error)}.") from error
 
 
 def _in_cluster() -> bool:

@@ -31,7 +31,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
     num_devices = len(devices)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     check_mesh(data, fsdp, num_devices, num_slices)
-    # A mesh axis of 8 on 4×4×4 chips is no product of torus dimensions: one of them is split.
+    # A mesh axis of 8 on 4×4×4 chips is not a product of torus dimensions: one of them is split.
     kwargs = {"allow_split_physical_axes": True}
     if num_slices == 1:
         shape = (num_devices // fsdp, fsdp)
@@ -49,15 +49,20 @@ def check_mesh(data: int, fsdp: int, num_devices: int, num_slices: int = 1) -> N
         UserError: The number of devices is not data × fsdp, or fsdp does not divide a slice.
     """
     if num_devices % fsdp or (data and data * fsdp != num_devices):
+        fix = f"Set mesh.fsdp to a divisor of {num_devices} and mesh.data to 0."
+        if num_devices == 1:
+            sizes = {"data": data, "fsdp": fsdp}
+            flags = [f"--config.mesh.{name}" for name, size in sizes.items() if size > 1]
+            fix = f"Remove {' and '.join(flags)}."
         raise UserError(
             f"mesh.data × mesh.fsdp must be the number of devices ({num_devices}), got data={data} "
-            f"and fsdp={fsdp}. Set mesh.fsdp to a divisor of {num_devices} and mesh.data to 0"
+            f"and fsdp={fsdp}. {fix}"
         )
     slice_size = num_devices // num_slices
     if slice_size % fsdp:
         raise UserError(
             f"mesh.fsdp must divide the {slice_size} devices of a slice, got {fsdp}. "
-            f"Set it to a divisor of {slice_size}"
+            f"Set it to a divisor of {slice_size}."
         )
 
 
@@ -76,14 +81,12 @@ def check_divisible(key: str, batch_size: int, num_devices: int, num_microbatche
     unit = num_devices * num_microbatches
     if batch_size % unit:
         lower = batch_size // unit * unit
-        nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
+        sizes = f"nearest valid sizes are {lower} and {lower + unit}"
+        fix = sizes if lower else f"smallest valid size is {unit}"
         rule = f"the {num_devices} devices"
         if num_microbatches > 1:
             rule += f" × {num_microbatches} accumulation steps"
-        raise UserError(
-            f"{key} must be a multiple of {rule}, got {batch_size}. "
-            f"The nearest valid sizes: {nearest}"
-        )
+        raise UserError(f"{key} must be a multiple of {rule}, got {batch_size}. The {fix}.")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

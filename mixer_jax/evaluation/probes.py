@@ -127,7 +127,7 @@ def run_probe(
 
     Raises:
         UserError: The sources do not fit a probe or each other, a class has too few examples,
-            images are unusable and must not be skipped, or there are no examples.
+            images are unusable and must not be skipped, or the split is empty.
     """
     test = align_labels(train, test)
     extract = functools.partial(
@@ -157,14 +157,14 @@ def align_labels(train: Source, test: Source) -> Source:
     try:
         return relabel(test, train.class_names)
     except UserError as error:
-        raise UserError(f"{error}; train on a split that contains all classes") from error
+        raise UserError(f"{error} Train on a split that contains all classes.") from error
 
 
 def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
     """Samples the training images of each seed, (most shots, classes); fewer shots use a prefix.
 
     Raises:
-        UserError: A class has too few examples.
+        UserError: Some class has too few examples.
     """
     return [
         sample_few_shot(

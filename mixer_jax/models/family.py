@@ -27,7 +27,7 @@ class ResizedConfig(NamedTuple):
 
     Attributes:
         config: Architecture config of the resized model.
-        method: How parameters are adapted; "identity" leaves them as they are.
+        method: Method of adapting parameters; "identity" leaves them as they are.
         note: Description of a lossy or unusual method, with {} for the old size; may be empty.
     """
 
@@ -53,7 +53,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         flops: FLOPs of matmuls; a multiply-add is two.
-        unfused_bytes: Bytes if each matmul is a kernel of its own.
+        unfused_bytes: Bytes if each matmul is a separate kernel.
         fused_flops: FLOPs, including recomputation, if each residual branch is one kernel.
         fused_bytes: Bytes if each residual branch is one kernel, which keeps hidden units on-chip.
     """
@@ -77,7 +77,7 @@ class ImageModel(Protocol):
         family: Name of its family.
         config: Architecture config.
         num_classes: Outputs of the head, whose parameters are under "head"; 0 means no head.
-        execution: How the model is executed.
+        execution: Execution settings.
     """
 
     family: ClassVar[str]

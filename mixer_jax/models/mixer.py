@@ -52,7 +52,7 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
 
-    Stochastic depth drops each branch with a mask of its own, and does not rescale the others.
+    Stochastic depth drops each branch with a separate mask, and does not rescale the others.
     """
 
     num_branches: ClassVar[int] = 2
@@ -105,7 +105,7 @@ class MlpMixer(nn.Module):
         stochastic_depth: Drop probability p of the last block; block i has p·i/(N−1).
         dropout: Dropout rate after each dense layer of the MLPs.
         head_bias: Initial value of the head's bias.
-        execution: How the model is executed, which does not change what it computes.
+        execution: Execution settings, which do not change what the model computes.
     """
 
     family: ClassVar[str] = "mixer"

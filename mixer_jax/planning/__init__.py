@@ -1,1 +1,1 @@
-"""Plans of runs on absent accelerators: memory, traffic, communication, time and cost."""
+"""Plans of runs on accelerators that are not attached: memory, communication, time and cost."""

@@ -1,4 +1,4 @@
-"""Plans a run on a topology: memory fit, communication, bound on the step time, cost."""
+"""Plan of a run on a topology: memory fit, communication, bound on the step time, cost."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -28,7 +28,7 @@ class SuiteData(NamedTuple):
     Attributes:
         sources: Splits of every task whose data are available, by task name.
         missing: One-line errors of the other tasks, by task name.
-        hints: How to prepare the missing data, one line per data set.
+        hints: Commands that prepare the missing data, one line per dataset.
         notes: Splits that differ from TFDS's metadata, one line each.
     """
 
@@ -105,8 +105,8 @@ def check_available(tasks: Sequence[Task], data: SuiteData) -> None:
 def check_probe_data(tasks: Sequence[Task], data: SuiteData, skip_bad: bool) -> None:
     """Checks that the available data suit their probes.
 
-    Few-shot probes need enough images of every class; this is checked unless there are so many
-    images that reading their labels takes long.
+    Few-shot probes need enough images of every class; this is checked unless there are too many
+    images to read their labels.
 
     Args:
         tasks: Tasks of a suite.

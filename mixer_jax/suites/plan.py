@@ -171,7 +171,8 @@ def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
         Resumable keys that have changed, one line "KEY: old -> new" each.
 
     Raises:
-        UserError: The workdir holds the results of another suite or checkpoint, or is not writable.
+        UserError: The workdir contains results of a different suite or checkpoint, or is not
+            writable.
     """
     path = epath.Path(workdir) / SUITE_FILE
     try:
@@ -223,7 +224,7 @@ def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]
     before, after = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
     if before["checkpoint"] == after["checkpoint"] and old.digest != new.digest:
         raise UserError(
-            f"--workdir={workdir!r} holds results of other weights: {after['checkpoint']} has "
+            f"--workdir={workdir!r} contains results of other weights: {after['checkpoint']} has "
             "changed since. Choose another --workdir."
         )
     resumable, incompatible = [], []
@@ -240,7 +241,8 @@ def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]
         differences = "; ".join(incompatible[:_MAX_DIFFERENCES])
         differences += "; …" if incompatible[_MAX_DIFFERENCES:] else ""
         raise UserError(
-            f"--workdir={workdir!r} holds another suite ({differences}). Choose another --workdir."
+            f"--workdir={workdir!r} contains a different suite ({differences}). Choose "
+            "another --workdir."
         )
     return resumable
 

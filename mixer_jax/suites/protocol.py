@@ -1,4 +1,4 @@
-"""Runs the tasks of a suite one after the other.
+"""Sequential execution of the tasks of a suite.
 
 A fine-tuning task sweeps learning rates, then trains with every seed and evaluates on the test
 split. A probe task probes the checkpoint and, if asked, a randomly initialized network. Completed

@@ -36,7 +36,7 @@ class RunResult:
     Attributes:
         scores: Metrics by name, for each evaluation.
         seconds: Duration of training, or of the probe.
-        failed: Why the run has no scores; empty if it has.
+        failed: Reason why the run has no scores; empty if it has scores.
     """
 
     scores: dict[str, dict[str, float]]
@@ -51,12 +51,12 @@ class TaskScore:
     Attributes:
         mean: Mean top-1 accuracy over the runs, as a fraction; None if there is none yet.
         std: Sample standard deviation over the runs; None for a single run.
-        runs: Number of completed runs; some are missing if there is no mean.
+        runs: Number of completed runs; some are missing without a mean.
         num_examples: Number of test examples of each run.
         seconds: Duration of the runs, including the sweep; 0 for further evaluations of the same
             runs.
         learning_rate: Learning rate selected; None if there is none.
-        failed: Why there is no mean; empty if runs are only missing.
+        failed: Reason why there is no mean; empty if runs are only missing.
     """
 
     mean: float | None = None
@@ -72,7 +72,7 @@ class Throughput(NamedTuple):
     """Inference throughput on one device.
 
     Attributes:
-        images_per_second: Throughput at the best batch size; 0 if not even one image fits.
+        images_per_second: Throughput at the best batch size; 0 if batch size 1 does not fit.
         batch_size: Best batch size.
         device: Device kind.
         image_size: Height and width, in pixels.

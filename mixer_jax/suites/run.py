@@ -74,10 +74,11 @@ class TransferOutcome(NamedTuple):
 
 
 def run_suite(request: TransferRequest) -> TransferOutcome:
-    """Runs the tasks of a suite, or what is left of them, and prints the table.
+    """Runs the remaining tasks of a suite, and prints the table.
 
     Raises:
-        UserError: Data are missing, the workdir holds another suite, or an argument is invalid.
+        UserError: Data is missing, the workdir contains a different suite, or an argument is
+            invalid.
     """
     check_workdir(request.workdir)
     config = default_config(request.overrides)

@@ -54,7 +54,7 @@ class FineTuneTask:
         extra_evals: Other data sets to evaluate the final runs on, as (data set, split) by name,
             such as ReaL. A name of a column of the paper's tables is compared with it.
         paper_column: Column of the paper's tables with this accuracy; empty if there is none.
-        group: Name of a group of tasks with a mean of its own; empty if there is none.
+        group: Name of a group of tasks with a separate mean; empty for no group.
         config_overrides: Values of other config keys, by dotted path.
     """
 
@@ -238,7 +238,10 @@ def check_suite(suite: Suite) -> None:
                 f"suite {suite.name}: names of tasks must be unique, got several {task.name!r}."
             )
         if _RESERVED_NAME.fullmatch(task.name):
-            raise UserError(f"{source}: the name is reserved for a file. Choose another name.")
+            raise UserError(
+                f"{source}: name must not be that of a file in the workdir of a suite, got "
+                f"{task.name!r}. Choose another name."
+            )
         _check_shared_fields(task, source)
         if isinstance(task, FineTuneTask):
             _check_fine_tune(task, source)

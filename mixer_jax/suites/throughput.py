@@ -47,7 +47,7 @@ def search_batch_size(seconds_per_batch: Callable[[int], float]) -> tuple[float,
         seconds_per_batch: Measures a batch size.
 
     Returns:
-        Images per second and the best batch size; zeros if not even one image fits.
+        Images per second and the best batch size; zeros if batch size 1 does not fit.
     """
     best_rate, best_size = 0.0, 0
     batch_size, end = 1, time.monotonic() + _SEARCH_SECONDS

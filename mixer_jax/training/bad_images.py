@@ -68,7 +68,7 @@ class BadImageLog:
 
     @property
     def too_many(self) -> bool:
-        """Whether more images than allowed are bad; equal on all hosts."""
+        """Whether too many images are bad; equal on all hosts."""
         return self._num_bad > self._max_fraction * self._num_examples
 
     def record(self, step: int, bad_images: list[BadImage]) -> None:
@@ -107,7 +107,7 @@ class BadImageLog:
             )
 
     def stop_message(self, saved_step: int) -> str:
-        """Formats why the run stops and how to resume it.
+        """Formats the reason for stopping the run, and how to resume it.
 
         Args:
             saved_step: Step of the newest checkpoint.
@@ -116,7 +116,7 @@ class BadImageLog:
             f"config.bad_images.max_fraction={self._max_fraction:g} allows fewer bad images than "
             f"{self._num_bad:,} of {self._num_examples:,}, listed in "
             f"{self._path.parent}/bad_images_*.jsonl. Repair them or raise it, and run the same "
-            f"command to resume from step {saved_step:,}"
+            f"command to resume from step {saved_step:,}."
         )
 
     def _epoch(self, step: int) -> int:

@@ -95,4 +95,4 @@ def _relabel(source: Source, train: Source) -> Source:
     try:
         return relabel(source, train.class_names)
     except UserError as error:
-        raise UserError(f"{error}. Evaluate on classes that the training data has.") from error
+        raise UserError(f"{error} Evaluate on classes that the training data has.") from error

@@ -216,7 +216,7 @@ def _is_sync_step(step: int) -> bool:
 def _with_resume_hint(error: RunError, workdir: str, step: int) -> RunError:
     saved = f"{workdir}/checkpoints/{step}" if step else "none"
     return type(error)(
-        f"{error}. Last good checkpoint: {saved}. Try a lower learning rate or a longer warmup"
+        f"{error} Last good checkpoint: {saved}. Try a lower learning rate or a longer warmup."
     )
 
 

@@ -136,7 +136,7 @@ class MetricsLogger:
         """Raises NonFiniteError unless all values of the step are finite."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"{name} is {value} at step {step}")
+                raise NonFiniteError(f"{name} must be finite, got {value} at step {step}.")
 
     def log_eval(self, step: int, name: str, values: Mapping[str, float], text: str) -> None:
         """Writes the metrics of an evaluation, and prints `text`."""
@@ -208,7 +208,7 @@ class MetricsWriter:
         except Exception as error:
             # Not worth ending a run for: metrics.jsonl has the same values.
             self._events = False
-            print(f"no TensorBoard events from here on: {error}", file=sys.stderr)
+            print(f"TensorBoard events are disabled: {error}", file=sys.stderr)
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Builds an experiment from a config: mesh, model, optimizer and compiled functions."""
+"""Setup of an experiment from a config: mesh, model, optimizer and compiled functions."""
 
 import dataclasses
 import functools

@@ -24,7 +24,7 @@ def resolve_workdir(workdir: str) -> str:
 
 
 def check_workdir(workdir: str, config: RunConfig) -> list[str]:
-    """Creates the folder and checks that a run of `config` may start or resume in it.
+    """Checks that a run of `config` may start or resume in a folder, without creating it.
 
     Args:
         workdir: Absolute path or URL.
@@ -91,8 +91,11 @@ def config_diff(old: dict[str, Any], new: RunConfig) -> tuple[list[str], list[st
 
 def _check_writable(workdir: str) -> None:
     try:
-        probe = epath.Path(workdir) / f".probe-{uuid.uuid4().hex}"
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        folder = epath.Path(workdir)
+        # Object stores have no folders. Elsewhere a usage error must not leave an empty one behind.
+        while "://" not in workdir and not folder.exists():
+            folder = folder.parent
+        probe = folder / f".probe-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.unlink()
     except Exception as error:

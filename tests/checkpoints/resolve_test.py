@@ -170,3 +170,11 @@ def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with raises(UserError, str(tmp_path / "model.pth"), "pip install torch"):
         load_checkpoint(str(tmp_path / "model.pth"))
+
+
+def test_a_workdir_that_does_not_exist_differs_from_one_without_checkpoints(tmp_path: Path) -> None:
+    with raises(UserError, f"{tmp_path}/nope", "exist"):
+        resolve_checkpoint(f"{tmp_path}/nope")
+    with raises(UserError, str(tmp_path)) as caught:
+        resolve_checkpoint(str(tmp_path))
+    assert not mentions(str(caught.value), "exist")

@@ -165,13 +165,39 @@ def is_command(path: Path) -> bool:
     return "def main(" in path.read_text()
 
 
-def test_argument_parser_raises_one_line_and_takes_no_abbreviations() -> None:
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--name=a", "--number=x"], ["--number", "integer", "'x'"]),
+        (["--name=a", "--num=1"], ["--num=1", "--help"]),
+        (["--name=Q/16"], ["--name", "a, b/c", "'Q/16'"]),
+        (["--name"], ["--name"]),
+        (["--name=a", "--size=1x2x3"], ["--size", "SIDE", "'1x2x3'"]),
+        (["--name=a", "--flag=1"], ["--flag", "'1'"]),
+        ([], ["--name", "--help"]),
+    ],
+)
+def test_argument_parser_raises_one_line_and_takes_no_abbreviations(
+    argv: list[str], parts: list[str]
+) -> None:
     parser = common.ArgumentParser(prog="test")
     parser.add_argument("--number", type=int)
-    with raises(UserError, "--number", "'x'", "--help"):
-        parser.parse_args(["--number=x"])
-    with raises(UserError, "--num"):
-        parser.parse_args(["--num=1"])
+    parser.add_argument("--name", required=True, choices=["a", "b/c"])
+    parser.add_argument("--size", type=common.parse_image_size)
+    parser.add_argument("--flag", action="store_true")
+    with raises(UserError, *parts) as caught:
+        parser.parse_args(argv)
+    assert not mentions(str(caught.value), "argument") or "unknown argument" in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_add_workdir_arg_rejects_an_empty_workdir() -> None:
+    parser = common.ArgumentParser(prog="test")
+    common.add_workdir_arg(parser, "runs/NAME")
+    assert parser.parse_args([]).workdir is None
+    assert parser.parse_args(["--workdir=a"]).workdir == "a"
+    with raises(UserError, "--workdir", "runs/NAME"):
+        parser.parse_args(["--workdir="])
 
 
 def test_add_checkpoint_args_leaves_the_metadata_of_the_checkpoint_by_default() -> None:

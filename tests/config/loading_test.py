@@ -95,6 +95,10 @@ def test_set_override_rejects_other_types(config: ConfigDict, path: str, text: s
         ("learning_rate", ["optimizer.learning_rate"]),
         ("optimizr.learning_rate", ["optimizer.learning_rate"]),
         ("optimizer.warmup_step", ["optimizer.warmup_steps"]),
+        ("lerning_rate", ["config.optimizer.learning_rate"]),
+        ("optimzer.lerning_rate", ["config.optimizer.learning_rate"]),
+        ("model.kernel", ["config.model.backend"]),
+        ("evals.test.knd", ["config.evals.test.type"]),
         ("optimizer.lr", ["name", "learning_rate", "warmup_steps"]),
         ("zzz", ["--help"]),
         ("evals.val.split", ["evals.test.split"]),
@@ -124,6 +128,7 @@ def test_load_config_calls_get_config_with_the_argument() -> None:
     ("spec", "parts"),
     [
         ("configs/digit.py", ["configs/digit.py", "configs/digits.py"]),
+        ("configs/mixer_b16_i1kk.py", ["configs/mixer_b16_i1kk.py", "configs/mixer_b16_i1k.py"]),
         ("README.md", ["README.md"]),
         ("configs/digits.py:medium", ["medium", "low", "high"]),
         ("configs/mixer_b16_i1k.py:low", ["configs/mixer_b16_i1k.py:low", "TypeError"]),
@@ -158,3 +163,10 @@ def test_load_config_turns_failures_into_one_line(
 def test_default_run_name_has_file_and_argument() -> None:
     assert default_run_name("configs/digits.py") == "digits"
     assert default_run_name("configs/digits.py:low") == "digits_low"
+
+
+def test_load_config_does_not_suggest_a_file_of_another_name(tmp_path: Path) -> None:
+    (tmp_path / "digits.py").touch()
+    with raises(UserError, "vit.py") as caught:
+        load_config(str(tmp_path / "vit.py"))
+    assert "digits.py" not in str(caught.value)

@@ -254,6 +254,8 @@ def test_misspelled_names_get_a_suggestion(name: str, hint: str, tmp_path: Path)
     with raises(UserError, name, hint) as caught:
         prepare_tfds(name, str(tmp_path))
     assert "\n" not in str(caught.value)
+    # A preparation has no configuration.
+    assert "--config" not in str(caught.value)
 
 
 def test_remote_data_dirs_are_rejected() -> None:

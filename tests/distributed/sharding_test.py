@@ -44,6 +44,14 @@ def test_check_mesh_accepts(data: int, fsdp: int, num_devices: int, num_slices: 
     check_mesh(data, fsdp, num_devices, num_slices)
 
 
+@pytest.mark.parametrize(("data", "fsdp", "flag"), [(0, 2, "fsdp"), (4, 1, "data")])
+def test_check_mesh_of_one_device_names_the_flag_to_remove(data: int, fsdp: int, flag: str) -> None:
+    with raises(UserError, f"--config.mesh.{flag}") as caught:
+        check_mesh(data, fsdp, 1)
+    other = {"fsdp": "data", "data": "fsdp"}[flag]
+    assert not mentions(str(caught.value), f"--config.mesh.{other}")
+
+
 def test_check_mesh_keeps_fsdp_within_a_slice() -> None:
     with raises(UserError, "mesh.fsdp", "8", "4"):
         check_mesh(0, 8, 16, 4)

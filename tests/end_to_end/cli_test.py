@@ -94,7 +94,7 @@ def test_main_reports_usage_errors_in_one_line(
     assert result.stdout == ""
     (line,) = result.stderr.strip().splitlines()
     assert mentions(line, *parts)
-    assert not list(tmp_path.glob("run/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_main_rejects_the_workdir_of_another_experiment(finished: Path, digits_dir: str) -> None:
@@ -121,7 +121,7 @@ def test_main_prints_how_to_prepare_missing_data(tmp_path: Path) -> None:
     assert mentions(line, "imagenet21k", str(data_dir))
     assert mentions(line, "python -m mixer_jax.prepare imagenet21k")
     assert mentions(line, "--config.dataset.name=synthetic")
-    assert list(workdir.iterdir()) == []
+    assert not workdir.exists()
 
 
 def test_main_help_lists_config_keys_with_defaults() -> None:

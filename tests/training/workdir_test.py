@@ -83,11 +83,9 @@ def test_config_diff_of_entries_is_resumable_for_evals_only(config: RunConfig) -
     assert each_mentions(incompatible, *((f"mixture.more.{key}",) for key in sorted(values)))
 
 
-def test_check_workdir_creates_a_folder(tmp_path: Path, config: RunConfig) -> None:
-    workdir = tmp_path / "a" / "b"
-    assert check_workdir(str(workdir), config) == []
-    assert workdir.is_dir()
-    assert list(workdir.iterdir()) == []
+def test_check_workdir_creates_no_folder(tmp_path: Path, config: RunConfig) -> None:
+    assert check_workdir(str(tmp_path / "a" / "b"), config) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_workdir_returns_resumable_changes(tmp_path: Path, config: RunConfig) -> None:

@@ -157,11 +157,11 @@ def _find_download(manual_dir: Path) -> Path:
             raise UserError(
                 f"{folder} must contain one download of ImageNet-21k, got "
                 f"{', '.join(map(str, candidates))}. Keep one, or move one to "
-                f"{manual_dir / 'imagenet21k'}"
+                f"{manual_dir / 'imagenet21k'}."
             )
         if candidates:
             return candidates[0]
-    raise UserError(f"{manual_dir} must contain ImageNet-21k: {_LAYOUTS}")
+    raise UserError(f"{manual_dir} must contain ImageNet-21k: {_LAYOUTS}.")
 
 
 def _contains_synsets(folder: Path) -> bool:
@@ -198,7 +198,7 @@ def _list_synsets(download: Path) -> list[str]:
     duplicates = [synset for synset, count in collections.Counter(synsets).items() if count > 1]
     if duplicates:
         raise UserError(
-            f"{download} contains {duplicates[0]}.tar more than once. Download it again"
+            f"{download} contains {duplicates[0]}.tar more than once. Download it again."
         )
     return sorted(synsets)
 
@@ -266,4 +266,4 @@ def _reporting_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged or truncated ({error}). Download it again") from error
+        raise UserError(f"{path} is damaged or truncated ({error}). Download it again.") from error

@@ -43,7 +43,7 @@ def token_fwd_kernel(
         kernel2_t: Second kernel, transposed, (s, h).
         bias2: Second bias, (s, 1).
         out: Result, (images, s, c).
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
     """
     images = x.shape[0]
     first = pl.program_id(0) * images
@@ -95,7 +95,7 @@ def token_bwd_kernel(
         dbias1: Gradient of `bias1`.
         dkernel2_t: Gradient of `kernel2`, transposed, (s, h).
         dbias2: Gradient of the second bias, (s, 1).
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
     """
     sums = [dscale, dbias, dkernel1, dbias1, dkernel2_t, dbias2]
     _on_first_step(lambda: _zero(*sums))
@@ -155,7 +155,7 @@ def channel_fwd_kernel(
         out: Result, (images, s, c).
         normed: Scratch for normalized rows, (rows, c).
         accum: Scratch for sums, (rows, c), float32.
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
         hidden_block: Hidden units at a time.
     """
     images = x.shape[0]
@@ -224,7 +224,7 @@ def channel_bwd_kernel(
         dbranch: Scratch for the cotangent of the MLP's output, (rows, c).
         dbranch_t: Scratch for the same, transposed, (c, rows).
         dnormed: Scratch for sums, (rows, c), float32.
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
         hidden_block: Hidden units at a time.
     """
     sums = [dscale, dbias, dkernel1, dbias1, dkernel2_t, dbias2]

@@ -99,7 +99,7 @@ def channel_mixing(
         mask: Drop-path mask.
         params: Parameters with d = c.
         sizes: Block sizes from `choose_block_sizes`, for channel mixing.
-        gelu: Which GELU.
+        gelu: GELU variant, "tanh" or "exact".
         interpret: Whether to run without a TPU.
     """
     return _fused_branch(_BranchSpec(False, sizes, gelu, interpret), x, mask, params)
