@@ -82,7 +82,7 @@ def load_pretrained(
             gs://BUCKET/Mixer-B_16.npz.
         step: Step of a run's checkpoint; None: the newest.
         image_size: Side, or height and width, of the images in pixels. Weights are tiled for
-            integer multiples of their own size (the paper's Appendix C) and interpolated for
+            integer multiples of their size (the paper's Appendix C) and interpolated for
             others. None: their own size.
         pretrain_image_size: Size of the images that the weights were trained on, if it is neither
             stored nor inferred from the number of tokens; None: as stored.
@@ -148,7 +148,7 @@ class Classifier:
 
     @property
     def params(self) -> Any:
-        """Parameters as `model` takes them, float32 whatever the dtype of the computation."""
+        """Parameters as `model` takes them, float32 for any dtype of the computation."""
         return shard_params(self._host_params, self._mesh, self.model_info.family)
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
@@ -195,7 +195,7 @@ class Classifier:
             batch_size: Images per batch.
 
         Raises:
-            BadImageError: An image is unreadable.
+            BadImageError: An input image is unreadable.
             UserError: The model has no head, or `images` is not a list.
         """
         if isinstance(images, str | bytes | os.PathLike):

@@ -181,7 +181,7 @@ def _load_suite(args: argparse.Namespace) -> Suite:
     """Returns the suite of --suite.
 
     Raises:
-        UserError: There is no such suite, or an argument is missing or has no effect.
+        UserError: No such suite exists, or an argument is missing or has no effect.
     """
     if args.suite == _FEW_SHOT:
         if not args.dataset:

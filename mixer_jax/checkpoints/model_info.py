@@ -153,7 +153,7 @@ def get_metadata(metadata: dict[str, Any], name: str, source: str) -> Any:
         source: Name of the checkpoint for messages.
 
     Raises:
-        UserError: There is no such entry.
+        UserError: No such entry exists.
     """
     with _metadata_errors(source):
         return metadata[name]

@@ -62,7 +62,7 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
         step: Step of a run's checkpoint; None: the newest.
 
     Raises:
-        UserError: There is no such checkpoint, or its format is unknown.
+        UserError: No such checkpoint exists, or its format is unknown.
     """
     scheme, separator, _ = source.partition("://")
     if separator and scheme not in _SCHEMES and not source.startswith(HUB):
@@ -144,7 +144,7 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
         Workdir and step.
 
     Raises:
-        UserError: There is no checkpoint, or none of this step.
+        UserError: The workdir contains no checkpoint of this step.
     """
     folder = epath.Path(path).expanduser()
     folder = folder if "://" in path else folder.resolve()

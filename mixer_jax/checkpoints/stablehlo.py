@@ -2,7 +2,7 @@
 
 The program, serialized by `jax.export`, has a few kilobytes. It takes the tensors in the file of
 weights by name, and float32 images (n, height, width, 3) in [-1, 1], for any n. It returns float32
-logits, or features if there is no head. Weights as constants of the program would be simpler to
+logits, or features without a head. Weights as constants of the program would be simpler to
 distribute, but compilers keep several copies of them: converting L/16 took over 5 times its size.
 """
 

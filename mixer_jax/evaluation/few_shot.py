@@ -141,7 +141,7 @@ def sample_few_shot(
         Indices of the examples.
 
     Raises:
-        UserError: A class has too few examples.
+        UserError: Some class has too few examples.
     """
     sampled: list[list[int]] = [[] for _ in class_names]
     num_incomplete = len(class_names)

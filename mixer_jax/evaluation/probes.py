@@ -127,7 +127,7 @@ def run_probe(
 
     Raises:
         UserError: The sources do not fit a probe or each other, a class has too few examples,
-            images are unusable and must not be skipped, or there are no examples.
+            images are unusable and must not be skipped, or the split is empty.
     """
     test = align_labels(train, test)
     extract = functools.partial(
@@ -164,7 +164,7 @@ def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> 
     """Samples the training images of each seed, (most shots, classes); fewer shots use a prefix.
 
     Raises:
-        UserError: A class has too few examples.
+        UserError: Some class has too few examples.
     """
     return [
         sample_few_shot(

@@ -53,7 +53,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         flops: FLOPs of matmuls; a multiply-add is two.
-        unfused_bytes: Bytes if each matmul is a kernel of its own.
+        unfused_bytes: Bytes if each matmul is a separate kernel.
         fused_flops: FLOPs, including recomputation, if each residual branch is one kernel.
         fused_bytes: Bytes if each residual branch is one kernel, which keeps hidden units on-chip.
     """

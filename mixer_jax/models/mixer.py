@@ -52,7 +52,7 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
 
-    Stochastic depth drops each branch with a mask of its own, and does not rescale the others.
+    Stochastic depth drops each branch with a separate mask, and does not rescale the others.
     """
 
     num_branches: ClassVar[int] = 2

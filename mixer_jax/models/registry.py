@@ -21,7 +21,7 @@ def get_family(name: str) -> ModelFamily:
     """Returns the model family of this name.
 
     Raises:
-        UserError: There is no such family.
+        UserError: No such family exists.
     """
     if name not in FAMILIES:
         raise UserError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}.")
@@ -39,7 +39,7 @@ def parse_model_name(name: str) -> tuple[str, str]:
     A bare variant, such as "B/16" or "custom", is a Mixer.
 
     Raises:
-        UserError: There is no such model.
+        UserError: No such model exists.
     """
     for family in FAMILIES.values():
         prefix = f"{family.display_name}-"

@@ -12,7 +12,7 @@ class TensorMapping(NamedTuple):
     """One tensor of a layout, or one per block.
 
     Attributes:
-        name: Name of the tensor; {} stands for the index of its block.
+        name: Name of the tensor; {} is replaced by the index of its block.
         path: Slash-separated path of the parameter.
         axes: Order of the parameter's axes in the tensor; None: the same.
     """

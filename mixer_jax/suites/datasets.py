@@ -105,8 +105,8 @@ def check_available(tasks: Sequence[Task], data: SuiteData) -> None:
 def check_probe_data(tasks: Sequence[Task], data: SuiteData, skip_bad: bool) -> None:
     """Checks that the available data suit their probes.
 
-    Few-shot probes need enough images of every class; this is checked unless there are so many
-    images that reading their labels takes long.
+    Few-shot probes need enough images of every class; this is checked unless there are too many
+    images to read their labels.
 
     Args:
         tasks: Tasks of a suite.

@@ -51,7 +51,7 @@ class TaskScore:
     Attributes:
         mean: Mean top-1 accuracy over the runs, as a fraction; None if there is none yet.
         std: Sample standard deviation over the runs; None for a single run.
-        runs: Number of completed runs; some are missing if there is no mean.
+        runs: Number of completed runs; some are missing without a mean.
         num_examples: Number of test examples of each run.
         seconds: Duration of the runs, including the sweep; 0 for further evaluations of the same
             runs.

@@ -56,7 +56,7 @@ class Row(NamedTuple):
         paper: Result of the paper, if any.
         num_examples: Number of test examples.
         minutes: Duration of training.
-        failed: Reason why there is no mean.
+        failed: Reason for a missing mean.
     """
 
     task: str
@@ -104,7 +104,7 @@ def report(workdir: str) -> None:
         workdir: Absolute path or URL of the suite's workdir.
 
     Raises:
-        UserError: There is no suite in the workdir, a file is damaged, or none can be written.
+        UserError: The workdir contains no suite, a file is damaged, or none can be written.
     """
     plan = read_plan(workdir)
     if plan is None:

@@ -54,7 +54,7 @@ class FineTuneTask:
         extra_evals: Other datasets to evaluate the final runs on, as (dataset, split) by name,
             such as ReaL. A name of a column of the paper's tables is compared with it.
         paper_column: Column of the paper's tables with this accuracy; empty if there is none.
-        group: Name of a group of tasks with a mean of its own; empty if there is none.
+        group: Name of a group of tasks with a separate mean; empty for no group.
         config_overrides: Values of other config keys, by dotted path.
     """
 

@@ -68,7 +68,7 @@ class BadImageLog:
 
     @property
     def too_many(self) -> bool:
-        """Whether more images than allowed are bad; equal on all hosts."""
+        """Whether too many images are bad; equal on all hosts."""
         return self._num_bad > self._max_fraction * self._num_examples
 
     def record(self, step: int, bad_images: list[BadImage]) -> None:

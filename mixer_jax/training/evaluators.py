@@ -22,7 +22,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
     """Creates the evaluations of `config.evals`, by name.
 
     Raises:
-        UserError: A class has too few images for a few-shot probe.
+        UserError: Some class has too few images for a few-shot probe.
     """
     config, mesh, datasets = experiment.config, experiment.mesh, experiment.datasets
     skip_bad = config.bad_images.skip_in_evaluation

@@ -24,6 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(3, 8, 24, 12, 48))
 
 
+@pytest.mark.slow
 def test_reference_has_the_same_losses_over_three_steps() -> None:
     device = jax.devices()[0]
     batch = synthetic_batch(WORKLOAD, WORKLOAD.batch_size, device)

@@ -22,6 +22,7 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 
+@pytest.mark.slow
 def test_mixture_is_trained_on_and_its_parts_are_evaluated(digits_dir: str, tmp_path: Path) -> None:
     config = dataclasses.replace(
         small_config(digits_dir),

@@ -143,6 +143,7 @@ def test_gradient_accumulation_changes_only_rounding(recipe: dict[str, Any]) -> 
             assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_of_4096_images_changes_only_rounding() -> None:
     model = make_model(dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
     settings: dict[str, Any] = {"batch_size": 4096, "mixup": 0.5, "ema_decay": 0.9}

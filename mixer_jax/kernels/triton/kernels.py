@@ -129,7 +129,7 @@ def layer_norm_bwd(
         mean: Its third result.
         rstd: Its fourth result.
         scale: Its argument.
-        added_bias: Bias that was added, if there was no branch; else None.
+        added_bias: Bias that was added without a branch; None otherwise.
         mask: Drop-path mask of the branch.
         num_images: Its argument.
         has_bias: Whether a bias was added.

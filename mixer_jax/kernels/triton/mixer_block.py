@@ -19,7 +19,7 @@ class DeferredBranch(NamedTuple):
     Attributes:
         x: Tokens before that branch, (s, n, c).
         branch: Output of an MLP's last matmul.
-        bias: Bias of that matmul; None stands for zeros.
+        bias: Bias of that matmul; None means zeros.
         mask: Drop-path mask of the branch.
     """
 

@@ -59,7 +59,7 @@ def add_layer_norm(
         x: Residual stream.
         branch: Output of an MLP's last matmul, without its bias.
         branch_bias: Bias of the residual branch; None means zeros.
-        mask: Drop-path mask, which gets no gradient; None stands for ones.
+        mask: Drop-path mask, which gets no gradient; None means ones.
         scale: Scale of LayerNorm.
         bias: Bias of LayerNorm.
         interpret: Whether to run the kernels without a GPU.

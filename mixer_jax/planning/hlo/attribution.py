@@ -7,7 +7,7 @@ such names, which the model family provides. These rules apply in order:
 1. A fusion with matmuls belongs to the region of the largest. Everything else in it, such as a
    LayerNorm of the input or a GELU of the output, causes no additional traffic.
 2. Any other fusion belongs to the region that computes most of its elements.
-3. Any other instruction belongs to the region of its own name.
+3. Any other instruction belongs to the region of its name.
 4. Data movement without such a name, such as a copy that the compiler inserts, belongs to the
    region of its consumers if it loads on-chip memory, and otherwise to that of its producers.
 5. Everything else, such as a residual connection that is not fused, is "other".

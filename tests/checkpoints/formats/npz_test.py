@@ -229,6 +229,7 @@ def test_npz_file_rejects_metadata_that_is_not_a_json_object(
     assert "Mixer.npz.json" in assert_rejected(path)
 
 
+@pytest.mark.slow
 def test_npz_file_loads_exactly_or_fails_with_one_line(tmp_path: Path) -> None:
     weights = random_weights(SMALLEST, (2, 2), ("one", "two"))
     file = io.BytesIO()

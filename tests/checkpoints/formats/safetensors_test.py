@@ -110,6 +110,7 @@ def test_safetensors_file_rejects_metadata_that_is_not_a_json_object(
     assert mentions(assert_rejected(path), "mixer_jax", "JSON")
 
 
+@pytest.mark.slow
 def test_safetensors_file_loads_exactly_or_fails_with_one_line(tmp_path: Path) -> None:
     weights = random_weights(SMALLEST, (2, 2), ("one", "two"))
     data = save(pretrained_files.timm(weights.params), {"mixer_jax": '{"gelu": "exact"}'})

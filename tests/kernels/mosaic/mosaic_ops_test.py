@@ -116,6 +116,7 @@ def test_bfloat16_error_and_gradient_dtypes(name: str) -> None:
         assert error < 2 * jnp.finfo(short).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("topology", "images"), [("v5e:2x2", 2), ("v6e:2x2", 8)])
 def test_compiled_kernels_hold_hidden_units_in_vmem(topology: str, images: int) -> None:
     with tpu_device(topology) as device:
