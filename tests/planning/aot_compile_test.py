@@ -41,7 +41,8 @@ def test_parse_oom(message: str, needed_gib: float, excludes_arguments: bool) ->
 )
 def test_parse_oom_keeps_other_messages(message: str) -> None:
     oom = parse_oom(RuntimeError(PREFIX + message), 3.0)
-    assert oom == OutOfMemory(3.0, None, 0.0, PREFIX + message, False)
+    # Without its full stop, since the message becomes part of a sentence.
+    assert oom == OutOfMemory(3.0, None, 0.0, PREFIX + message.removesuffix("."), False)
 
 
 def test_parse_oom_raises_other_errors() -> None:
