@@ -307,8 +307,8 @@ def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
         is_complete = encoded[-769:-768] == b"\x0c"
     elif image.format == "TIFF":
         # Strips or tiles, of each plane.
-        planes = {tile.args[0] for tile in image.tile}
-        boxes = (tile.extents for tile in image.tile)
+        planes = {tile.args[0] for tile in image.tile if isinstance(tile.args, tuple)}
+        boxes = [tile.extents or (0, 0, 0, 0) for tile in image.tile]
         area = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
         is_complete = area >= len(planes) * image.width * image.height
     else:
