@@ -19,8 +19,8 @@ from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.weight_layout import WeightLayout
 
 # Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}

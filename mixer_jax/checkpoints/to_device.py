@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
-from mixer_jax.models.params import prepare_inference_params
 from mixer_jax.models.registry import build_model, get_family
+from mixer_jax.models.stack import prepare_inference_params
 
 
 def model_from_info(model_info: ModelInfo, dtype: str = "") -> Any:
@@ -39,8 +39,8 @@ def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
         model: Model to predict with.
         mesh: Devices of all hosts.
     """
-    platform = mesh.devices.flat[0].platform
-    prepared = prepare_inference_params(params, model.execution.dtype, platform, model.family)
+    platform, family = mesh.devices.flat[0].platform, get_family(model.family)
+    prepared = prepare_inference_params(params, model.execution.dtype, platform, family)
     return shard_params(prepared, mesh, model.family)
 
 
