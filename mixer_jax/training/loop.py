@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
