@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     names = [dataset, dataset + _REAL] if args.real else [dataset]
     sources = [_open_source(name, weights, args) for name in names]
     common.warn_if_resized(weights.model_info)
+    common.print_notes(sources[0])
     model = weights.model_info.build_model(args.dtype)
     metrics = _evaluate(weights, model, sources, args)
     if args.json:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
+from mixer_jax.data.source import normalize_names
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
 from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, build_model, get_family
@@ -232,7 +233,7 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         names = fields["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise error("class_names", "a list of strings")
-        fields["class_names"] = tuple(names)
+        fields["class_names"] = normalize_names(names)
     if not isinstance(fields.get("resize_note", ""), str):
         raise error("resize_note", "a string")
     return fields
