@@ -151,7 +151,7 @@ def eval_calls(run: Any) -> dict[str, Call]:
 def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, Call]:
     """Returns the functions of a classifier, and of one without a head."""
     from mixer_jax import inference as inference
-    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.distributed.sharding import state_sharding
     from mixer_jax.models.registry import get_family
     from mixer_jax.models.stack import prepare_inference_params
