@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixer_jax.benchmarks.args import (
+from mixer_jax.benchmarks.candidates import (
+    Candidate,
+    Workload,
     add_baselines_arg,
     add_workload_args,
+    check_backends,
+    parse_baselines,
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import REFERENCE, Candidate, Workload, check_backends
 from mixer_jax.benchmarks.compare import Result, compare, query_environment
 from mixer_jax.benchmarks.report import (
     add_output_args,
@@ -60,9 +63,7 @@ def run(args: argparse.Namespace) -> None:
     """
     workload = parse_workload(args, "train")
     common.check_positive(args, "rounds")
-    candidates = parse_candidates(args, "train")
-    if args.baselines == REFERENCE:
-        candidates.append(Candidate(REFERENCE, REFERENCE))
+    candidates = [*parse_candidates(args, "train"), *parse_baselines(args)]
     check_outputs(args)
     if args.topology:
         topology = parse_tpu_topology(args.topology)
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
 def _compile_here(
     workload: Workload, candidates: Sequence[Candidate], num_rounds: int
 ) -> dict[str, Any]:
+    """Compiles for the first device of this machine, and times the steps."""
     environment = query_environment(workload, candidates)
     platform = environment["platform"]
     batch_size = workload.batch_size or (8 if platform == "cpu" else 64)
@@ -90,9 +92,8 @@ def _compile_ahead_of_time(
     topology: Topology, workload: Workload, candidates: Sequence[Candidate], num_rounds: int
 ) -> dict[str, Any]:
     """Compiles for a TPU that is not attached, without running anything."""
-    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
-    workload = workload._replace(dtype=dtype, batch_size=workload.batch_size or 64)
-    device = open_tpu_device(topology, candidates)
+    workload = workload._replace(batch_size=workload.batch_size or 64)
+    device, workload = open_tpu_device(topology, workload, candidates)
     from mixer_jax.planning.aot_compile import OutOfMemory
 
     results = {candidate.name: Result(candidate.name) for candidate in candidates}
@@ -135,8 +136,12 @@ def parse_tpu_topology(text: str) -> Topology:
     return topology
 
 
-def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
-    """Returns the first device of a topology, to compile for; imports JAX.
+def open_tpu_device(
+    topology: Topology, workload: Workload, candidates: Sequence[Candidate]
+) -> tuple[Any, Workload]:
+    """Returns a device of a topology to compile for, and the workload with its dtype.
+
+    Imports JAX.
 
     Raises:
         UserError: The compiler is missing, or a backend does not run on TPUs.
@@ -145,16 +150,14 @@ def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
     common.configure_jax(compilation_cache="")
     device = tpu_devices(topology)[0]
     check_backends(candidates, device.platform)
-    return device
+    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
+    return device, workload._replace(dtype=dtype)
 
 
 def compile_step(
     candidate: Candidate, workload: Workload, device: Any, *, fast_compile: bool = False
 ) -> "Compiled | OutOfMemory":
-    """Compiles a candidate's step for one of `tpu_devices`.
-
-    `fast_compile` takes less time and makes a somewhat slower program.
-    """
+    """Compiles a candidate's step for one of `tpu_devices`; see `compile_function`."""
     import jax
     import jax.numpy as jnp
 

@@ -32,11 +32,11 @@ _NUMBERS = [
     ("images_per_round", 0, 0, "images timed per round; default: about 512 per thread"),
     ("memory_images", 0, 0, "images to watch the memory for; default: 0, off"),
 ]
-_COLUMNS: list[Column] = [
-    ("images/s", "images_per_second", "{:.0f}".format),
-    ("images/s/core", "images_per_second_per_core", "{:.0f}".format),
-    ("ms/image/core", "milliseconds", "{:.2f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
+_COLUMNS = [
+    Column("images/s", "images_per_second", ".0f"),
+    Column("images/s/core", "images_per_second_per_core", ".0f"),
+    Column("ms/image/core", "milliseconds"),
+    Column("relative time", "relative_time"),
 ]
 
 
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> None:
     common.configure_jax(compilation_cache="")
     import jax
 
-    from mixer_jax.benchmarks import pipelines, sample_jpegs
+    from mixer_jax.benchmarks import pipelines
     from mixer_jax.data.loader import available_cpus
 
     # Images stay on the host.
     jax.config.update("jax_platforms", "cpu")
     folder, num_cores = args.images, available_cpus()
     num_threads = args.num_threads or num_cores
-    files = sample_jpegs.read_jpegs(folder) if folder else sample_jpegs.sample_jpegs(_NUM_FILES)
+    files = pipelines.read_jpegs(folder) if folder else pipelines.sample_jpegs(_NUM_FILES)
     images_per_round = math.ceil(512 * num_threads / args.batch_size) * args.batch_size
     config = pipelines.PipelineConfig(
         files=files,
@@ -155,5 +155,5 @@ def _print_memory(memory: "MemoryGrowth") -> None:
     readings = zip(memory.images, memory.mebibytes, strict=True)
     rows = [{"name": f"after {count} images", "memory": size} for count, size in readings]
     print()
-    print_table(rows, [("MiB", "memory", "{:.0f}".format)], title="resident memory of mixer_jax")
+    print_table(rows, [Column("MiB", "memory", ".0f")], title="resident memory of mixer_jax")
     print(f"growth from first to last: {memory.growth_percent:+.1f} %")

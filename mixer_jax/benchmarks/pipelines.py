@@ -1,5 +1,7 @@
 """Input pipelines that do the same work: JPEG decoding alone, mixer_jax's, and tf.data's.
 
+The JPEG files are generated, or read from a folder.
+
 The stream of every pipeline is timed between two arrivals in its middle, while the consumer only
 waits: images prepared before the clock starts do not count, and each stream is exhausted before the
 next one starts.
@@ -27,6 +29,7 @@ from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 from mixer_jax.data.source import Example, Source
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh
+from mixer_jax.errors import UserError
 
 DECODE = "JPEG decoding alone"
 CROP = "decoding, Inception crop, flip"
@@ -42,6 +45,12 @@ _MIN_AREA = 0.05
 # 0.5 ms at 64.
 _NUM_EXAMPLES = 1_281_167
 _NUM_MEMORY_READINGS = 10
+
+# ImageNet's most frequent image size, and about its usual file size: 92 to 115 kB.
+_HEIGHT, _WIDTH = 375, 500
+_MIN_BYTES = 92_000
+# Files of a folder, all of which are held in memory.
+_MAX_FILES = 1024
 
 
 class PipelineConfig(NamedTuple):
@@ -340,3 +349,46 @@ def _resident_bytes_of(pid: int) -> int:
         return 0  # A worker that has just finished.
     resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
     return 1024 * int(resident[0]) if resident else 0
+
+
+def sample_jpegs(count: int, seed: int = 0) -> list[bytes]:
+    """Encodes random 500×375 crops of scikit-learn's two sample photographs as JPEG files."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(seed)
+    photographs = itertools.cycle(load_sample_images().images)
+    files = []
+    for image in itertools.islice(photographs, count):
+        top = rng.integers(image.shape[0] - _HEIGHT + 1)
+        left = rng.integers(image.shape[1] - _WIDTH + 1)
+        files.append(_encode(image[top : top + _HEIGHT, left : left + _WIDTH]))
+    return files
+
+
+def _encode(image: np.ndarray) -> bytes:
+    """Encodes an image at the lowest quality, from 80 on, that exceeds `_MIN_BYTES`."""
+    for quality in range(80, 101):
+        params = [cv2.IMWRITE_JPEG_QUALITY, quality]
+        encoded = cv2.imencode(".jpg", image[..., ::-1], params)[1].tobytes()
+        if len(encoded) > _MIN_BYTES:
+            break
+    return encoded
+
+
+def read_jpegs(folder: str) -> list[bytes]:
+    """Reads the JPEG files in a folder and its subfolders, by name, at most `_MAX_FILES`.
+
+    Raises:
+        UserError: There are none, or one of them is not a JPEG file.
+    """
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise UserError(f"--images must be a folder with .jpg or .jpeg files, got {folder}.")
+    files = []
+    for path in paths[:_MAX_FILES]:
+        files.append(path.read_bytes())
+        try:
+            simplejpeg.decode_jpeg(files[-1], strict=False)
+        except ValueError:
+            raise UserError(f"--images={folder}: {path} is not a readable JPEG file.") from None
+    return files

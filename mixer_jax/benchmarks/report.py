@@ -7,42 +7,47 @@ import json
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.candidates import MIXER_JAX, Workload
 from mixer_jax.errors import RunError, UserError
 
-# Heading, key of a row, and formatting function of a column.
-Column = tuple[str, str, Callable[[Any], str]]
+
+class Column(NamedTuple):
+    """Column of a table.
+
+    Attributes:
+        heading: Heading.
+        key: Key of the value in a row.
+        format: Format specification.
+        scale: Factor from the value in a row to the number that is shown.
+    """
+
+    heading: str
+    key: str
+    format: str = ".2f"
+    scale: float = 1
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:.2f}"
-
-
-_THROUGHPUT_COLUMNS: list[Column] = [
-    ("images/s", "images_per_second", "{:.2f}".format),
-    ("ms/step", "step_seconds", lambda v: f"{1000 * v:.1f}"),
-    ("latency ms", "latency_seconds", lambda v: f"{1000 * v:.2f}"),
-    ("MFU %", "mfu", _percent),
-    ("memory GiB", "memory_bytes", _gib),
-    ("compile s", "compile_seconds", "{:.1f}".format),
-    ("first step s", "first_step_seconds", "{:.1f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
+_THROUGHPUT_COLUMNS = [
+    Column("images/s", "images_per_second"),
+    Column("ms/step", "step_seconds", ".1f", 1000),
+    Column("latency ms", "latency_seconds", ".2f", 1000),
+    Column("MFU %", "mfu", ".1f", 100),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("compile s", "compile_seconds", ".1f"),
+    Column("first step s", "first_step_seconds", ".1f"),
+    Column("relative time", "relative_time"),
 ]
-_COMPILE_COLUMNS: list[Column] = [
-    ("compile s", "compile_seconds", "{:.2f}".format),
-    ("first step s", "first_step_seconds", "{:.2f}".format),
-    ("cached first step s", "cached_first_step_seconds", "{:.2f}".format),
-    ("memory GiB", "memory_bytes", _gib),
-    ("images/s", "images_per_second", "{:.2f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
+_COMPILE_COLUMNS = [
+    Column("compile s", "compile_seconds"),
+    Column("first step s", "first_step_seconds"),
+    Column("cached first step s", "cached_first_step_seconds"),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("images/s", "images_per_second"),
+    Column("relative time", "relative_time"),
 ]
 
 
@@ -63,11 +68,10 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raises UserError if results could not be written, before they are measured."""
     for name in ("out", "plot"):
         path = getattr(args, name, None)
-        if path is None:
-            continue
-        if path.is_dir():
+        if path and path.is_dir():
             raise UserError(f"--{name} must be a file, got the folder {path}.")
-        _check_writable(name, path, path.parent)
+        if path:
+            _check_writable(name, path, path.parent)
     if getattr(args, "plot", None):
         if args.plot.suffix != ".png":
             raise UserError(f"--plot must be a .png file, got {args.plot}.")
@@ -75,13 +79,12 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise UserError("--plot needs matplotlib, which is not installed. Leave it out.")
     for name in ("profile", "dump"):
         folder = getattr(args, name, None)
-        if folder is not None:
+        if folder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(
-                    f"--{name}={folder} cannot be created ({error.strerror})."
-                ) from error
+                reason = error.strerror
+                raise UserError(f"--{name}={folder} cannot be created ({reason}).") from error
             _check_writable(name, folder, folder)
 
 
@@ -89,8 +92,7 @@ def _check_writable(name: str, path: Path, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--{name}={path}: folder {folder} does not exist. Create it first.")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
             f"--{name}={path}: folder {folder} must be writable ({error.strerror})."
@@ -158,9 +160,9 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], title
         columns: Columns after the name.
         title: Heading of the first column.
     """
-    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     names = [title, *(row["name"] for row in rows)]
-    lines = [[heading for heading, _, _ in columns], *(_format_cells(row, columns) for row in rows)]
+    lines = [[column.heading for column in columns], *(_format_cells(row, columns) for row in rows)]
     name_width = max(map(len, names))
     widths = [max(len(line[i]) for line in lines if line) for i in range(len(columns))]
     for name, line, row in zip(names, lines, [{}, *rows], strict=True):
@@ -173,7 +175,11 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], title
 def _format_cells(row: dict[str, Any], columns: Sequence[Column]) -> list[str]:
     if row.get("failed"):
         return []
-    return ["-" if row[key] is None else formatter(row[key]) for _, key, formatter in columns]
+    values = [row[column.key] for column in columns]
+    return [
+        "-" if value is None else f"{value * column.scale:{column.format}}"
+        for value, column in zip(values, columns, strict=True)
+    ]
 
 
 def plot_throughput(report: dict[str, Any]) -> Any:

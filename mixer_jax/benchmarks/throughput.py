@@ -2,27 +2,44 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-from mixer_jax.benchmarks.args import (
+from mixer_jax.benchmarks.candidates import (
+    JAX,
+    TORCH,
+    Candidate,
+    Workload,
     add_workload_args,
     missing_timm_package,
     parse_baselines,
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import JAX, TORCH
-from mixer_jax.benchmarks.compare import Trial, compare, find_batch_size, query_environment
+from mixer_jax.benchmarks.compare import compare, query_environment
 from mixer_jax.benchmarks.report import (
     add_output_args,
     check_outputs,
+    log,
     print_throughput,
     write_report,
 )
+from mixer_jax.benchmarks.workers import Worker, WorkerError
 from mixer_jax.cli.common import check_positive
+from mixer_jax.errors import RunError
 
 DESCRIPTION = "Measure training and inference of a Mixer on this machine, with baselines."
+# A larger batch must be faster by more than this factor to be worth its memory.
+_MIN_GAIN = 1.02
+
+
+class Trial(NamedTuple):
+    """One batch size of a search; the rate is None if it does not fit into memory."""
+
+    batch_size: int
+    images_per_second: float | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     baselines = parse_baselines(args)
     check_outputs(args)
 
-    every_candidate = [c for mode_candidates in candidates.values() for c in mode_candidates]
-    environment = query_environment(workloads[0], every_candidate)
+    # All modes have the same backends.
+    environment = query_environment(workloads[0], candidates[workloads[0].mode])
     platform = environment["platform"]
     # Printed only now, so that a usage error is one line.
     if args.baselines is None and (missing := missing_timm_package()):
@@ -77,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
         trials: list[Trial] = []
         workload = workload._replace(dtype=environment["dtype"])
         if not workload.batch_size:
-            workload, trials = find_batch_size(workload, ours[0], platform)
+            batch_size, trials = find_batch_size(workload, ours[0], platform)
+            workload = workload._replace(batch_size=batch_size)
         profile_dir = str(args.profile / workload.mode) if args.profile else ""
         result = compare(workload, [*ours, *baselines], args.rounds, platform, profile_dir)
         modes.append(
@@ -93,3 +111,64 @@ def run(args: argparse.Namespace) -> None:
     write_report(args, report)
     if not args.json:
         print_throughput(report)
+
+
+def find_batch_size(
+    workload: Workload, candidate: Candidate, platform: str
+) -> tuple[int, list[Trial]]:
+    """Searches for a good batch size; returns it, and all trials in order.
+
+    Raises:
+        RunError: The candidate fails, or batch size 1 does not fit into memory.
+    """
+    with Worker(JAX, workload) as worker:
+
+        def measure(batch_size: int) -> float | None:
+            log(f"{workload.mode}: trying {batch_size} images per step")
+            for _ in range(2):
+                try:
+                    rate: float = worker.call(
+                        "images_per_second", candidate=candidate, batch_size=batch_size
+                    )
+                except WorkerError as error:
+                    if not error.out_of_memory:
+                        raise RunError(f"{candidate.name} failed: {error}") from error
+                    # The second try is in a new process, whose memory is not fragmented.
+                    worker.stop()
+                else:
+                    return rate
+            return None
+
+        batch_size, trials = search_batch_size(measure, 8 if platform == "cpu" else 64)
+    if not batch_size:
+        raise RunError("batch size 1 does not fit into the device's memory.")
+    return batch_size, trials
+
+
+def search_batch_size(
+    measure: Callable[[int], float | None], start: int
+) -> tuple[int, list[Trial]]:
+    """Finds the smallest batch size that twice its size beats by no more than 2 %.
+
+    Args:
+        measure: Function from a batch size to images/s, or None if it does not fit into memory.
+        start: First batch size; doubled while it pays, halved while it does not fit.
+
+    Returns:
+        The batch size, 0 if batch size 1 does not fit, and all trials in order.
+    """
+    size, rate = start, measure(start)
+    trials = [Trial(size, rate)]
+    while rate is None and size > 1:
+        size //= 2
+        rate = measure(size)
+        trials.append(Trial(size, rate))
+    if rate is None:
+        return 0, trials
+    while size >= start:
+        larger = measure(2 * size)
+        trials.append(Trial(2 * size, larger))
+        if larger is None or larger <= _MIN_GAIN * rate:
+            break
+        size, rate = 2 * size, larger
+    return size, trials

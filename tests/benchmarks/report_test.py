@@ -9,7 +9,7 @@ from mixer_jax import benchmark
 from mixer_jax.benchmarks import report
 from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Workload
 from mixer_jax.benchmarks.compare import Result
-from mixer_jax.benchmarks.report import plot_throughput, print_table, print_throughput
+from mixer_jax.benchmarks.report import Column, plot_throughput, print_table, print_throughput
 from mixer_jax.errors import UserError
 from tests.helpers.messages import mentions, raises
 
@@ -44,7 +44,11 @@ def test_print_table_leaves_out_empty_columns(capsys: pytest.CaptureFixture[str]
         {"name": "a", "x": 1.0, "y": None, "z": None},
         {"name": "b", "x": None, "y": 22, "z": None},
     ]
-    print_table(rows, [("long heading", "x", str), ("y", "y", str), ("z", "z", str)], title="name")
+    print_table(
+        rows,
+        [Column("long heading", "x", ""), Column("y", "y", ""), Column("z", "z", "")],
+        title="name",
+    )
     assert capsys.readouterr().out.splitlines() == [
         "name  long heading   y",
         "a              1.0   -",
