@@ -58,8 +58,7 @@ class Workload(NamedTuple):
         variant: Variant of `FAMILY`.
         image_size: Side of the square images, in pixels.
         num_classes: Outputs of the head.
-        dtype: Dtype of activations and matmuls, "float32", "bfloat16", or "auto" until the device
-            is known.
+        dtype: "float32", "bfloat16", or "auto" until the device is known.
         batch_size: Images per step; 0 until it is chosen.
     """
 

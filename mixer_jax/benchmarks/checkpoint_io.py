@@ -5,7 +5,6 @@ Does not import JAX.
 
 import argparse
 import importlib.resources
-import json
 import os
 import statistics
 import subprocess
@@ -60,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default: 7")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all tasks and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all tasks.
 
     Raises:
         UserError: An argument is out of range, or the system is not Linux.
@@ -80,17 +79,18 @@ def run(args: argparse.Namespace) -> None:
             _measure_conversion("timm to google", timm, folder / "converted.npz", size),
             *_measure_prediction(google, folder, args.rounds),
         ]
-    rows = [measurement._asdict() for measurement in measurements]
-    environment = {
+    return {
         "variant": args.variant,
         "mebibytes": round(size / 2**20, 1),
         "rounds": args.rounds,
+        "measurements": [measurement._asdict() for measurement in measurements],
     }
-    if args.json:
-        print(json.dumps({**environment, "measurements": rows}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in environment.items()))
-    print_table(rows, [Column("seconds", "seconds"), Column("ratio", "ratio")])
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table."""
+    print(", ".join(f"{name} {report[name]}" for name in ("variant", "mebibytes", "rounds")))
+    print_table(report["measurements"], [Column("seconds", "seconds"), Column("ratio", "ratio")])
 
 
 def _write_weights(variant: str, google: Path, timm: Path) -> None:

@@ -27,16 +27,13 @@ class Result(NamedTuple):
     """Measurements of one candidate; None if unknown or not measured.
 
     Attributes:
-        name: Name of the candidate.
         failed: Reason why the candidate was not measured; empty if it was.
-        images_per_second: Rate at the median time over rounds.
         step_seconds: Median step time over rounds.
         mfu: Model FLOP/s as a fraction of the FLOP/s of a large matmul in the same round, median
             over rounds.
-        memory_bytes: Memory of a step: state, batch, results and temporaries.
         latency_seconds: Median time from one image to its logits.
-        compile_seconds: Time from lowered program to executable, without a cache.
-        first_step_seconds: Time from the function to the end of its first step, without a cache.
+        compile_seconds: As in `CompileCosts`, without a cache.
+        first_step_seconds: As in `CompileCosts`, without a cache.
         cached_first_step_seconds: The same in a later process that finds the compiled program.
         relative_time: Time of a step relative to that of the first candidate of mixer_jax in the
             same round, median over rounds.
@@ -60,8 +57,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         matmul_flops_per_second: FLOP/s of a large matmul by framework, median over rounds.
-        isolated: Whether the frameworks' processes ran one at a time, because both do not fit into
-            memory.
+        isolated: Whether the frameworks' processes ran one at a time, see `WorkerPool`.
         results: Results in the order of the candidates.
     """
 
@@ -98,7 +94,7 @@ def compare(
 
     Args:
         workload: Work of all candidates.
-        candidates: Candidates to compare.
+        candidates: Candidates, at least one of which is mixer_jax.
         num_rounds: Measurements per candidate.
         platform: Platform as JAX names it.
         profile_dir: Folder for a profile of mixer_jax's first candidate; empty writes none.
@@ -137,13 +133,10 @@ class _Record:
 
 
 class _Measurements:
-    """Measurements of all candidates so far.
-
-    Attributes:
-        matmuls: FLOP/s of a large matmul in every round, by framework.
-    """
+    """Measurements of all candidates so far."""
 
     def __init__(self, pool: WorkerPool, workload: Workload, candidates: Sequence[Candidate]):
+        # FLOP/s of a large matmul in every round, by framework.
         self.matmuls: dict[str, list[float]] = {}
         self._pool, self._workload = pool, workload
         self._records = [_Record(candidate) for candidate in candidates]
@@ -192,12 +185,11 @@ class _Measurements:
         return [self._result(record, base_times, peak) for record in self._records]
 
     def _result(self, record: _Record, base_times: list[float], peak: list[float] | None) -> Result:
-        name = record.candidate.name
         if record.failed:
-            return Result(name, record.failed)
+            return Result(record.candidate.name, record.failed)
         seconds = statistics.median(record.times)
         return Result(
-            name,
+            record.candidate.name,
             images_per_second=self._workload.batch_size / seconds,
             step_seconds=seconds,
             mfu=mfu(self._workload.flops, record.times, peak) if peak else None,

@@ -19,10 +19,12 @@ from mixer_jax.benchmarks.candidates import (
 )
 from mixer_jax.benchmarks.compare import Result, compare, query_environment
 from mixer_jax.benchmarks.report import (
+    Column,
     add_output_args,
     check_outputs,
-    print_compilation,
-    write_report,
+    format_environment,
+    format_workload,
+    print_table,
 )
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
 
 DESCRIPTION = "Measure how long the training step of a Mixer takes to compile, with a baseline."
+_COLUMNS = [
+    Column("compile s", "compile_seconds"),
+    Column("first step s", "first_step_seconds"),
+    Column("cached first step s", "cached_first_step_seconds"),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("images/s", "images_per_second"),
+    Column("relative time", "relative_time"),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all candidates.
 
     Raises:
         UserError: An argument is out of range, or the compiler for the topology is missing.
@@ -67,25 +77,21 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     if args.topology:
         topology = parse_tpu_topology(args.topology)
-        report = _compile_ahead_of_time(topology, workload, candidates, args.rounds)
-    else:
-        report = _compile_here(workload, candidates, args.rounds)
-    write_report(args, report)
-    if not args.json:
-        print_compilation(report)
-
-
-def _compile_here(
-    workload: Workload, candidates: Sequence[Candidate], num_rounds: int
-) -> dict[str, Any]:
-    """Compiles for the first device of this machine, and times the steps."""
+        return _compile_ahead_of_time(topology, workload, candidates, args.rounds)
     environment = query_environment(workload, candidates)
     platform = environment["platform"]
     batch_size = workload.batch_size or (8 if platform == "cpu" else 64)
     workload = workload._replace(dtype=environment["dtype"], batch_size=batch_size)
-    comparison = compare(workload, candidates, num_rounds, platform, num_compilations=num_rounds)
+    comparison = compare(workload, candidates, args.rounds, platform, num_compilations=args.rounds)
     rows = [result._asdict() for result in comparison.results]
-    return {**environment, "rounds": num_rounds, **workload._asdict(), "candidates": rows}
+    return {**environment, "rounds": args.rounds, **workload._asdict(), "candidates": rows}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table."""
+    print(format_environment(report))
+    print(f"\ncompile the training step: {format_workload(report)}")
+    print_table(report["candidates"], _COLUMNS)
 
 
 def _compile_ahead_of_time(

@@ -27,8 +27,8 @@ from mixer_jax.benchmarks.report import (
     Column,
     add_output_args,
     check_outputs,
+    format_workload,
     print_table,
-    write_report,
 )
 from mixer_jax.errors import RunError
 from mixer_jax.planning.hlo.attribution import sum_by_region
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compiles all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles all candidates and counts what their steps move.
 
     Raises:
         UserError: An argument is out of range, or the compiler is missing.
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         steps.append(measure_traffic(candidate.name, compiled, workload, topology))
     steps += lower_bounds(workload, topology)
     add_ratios(steps)
-    report = {
+    return {
         **workload._asdict(),
         "topology": topology.name,
         "jax": importlib.metadata.version("jax"),
@@ -106,15 +106,6 @@ def run(args: argparse.Namespace) -> None:
         "fast_compile": args.quick,
         "steps": steps,
     }
-    write_report(args, report)
-    if not args.json:
-        step = "training step" if args.step == "train" else "inference"
-        print(
-            f"{step}: {workload.format()}\n"
-            f"compiled for one device of {topology.name}, not run; jax {report['jax']}, "
-            f"libtpu {report['libtpu']}\n"
-        )
-        print_traffic(steps)
 
 
 def _write_program(folder: Path, name: str, text: str) -> None:
@@ -222,8 +213,19 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
         row["bound_ratio"] = row["bound_seconds"] / fitting[0]["bound_seconds"]
 
 
-def print_traffic(rows: Sequence[dict[str, Any]]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Prints two tables: bytes by region, and the rest."""
+    step = "training step" if report["mode"] == "train" else "inference"
+    print(
+        f"{step}: {format_workload(report)}\n"
+        f"compiled for one device of {report['topology']}, not run; jax {report['jax']}, "
+        f"libtpu {report['libtpu']}\n"
+    )
+    print_traffic(report["steps"])
+
+
+def print_traffic(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows of a report."""
     fitting = [row for row in rows if not row["failed"]]
     regions = [
         Column("MB in total", "num_bytes", ".1f", _MB),

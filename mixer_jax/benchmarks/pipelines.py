@@ -8,6 +8,7 @@ next one starts.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import math
@@ -91,13 +92,9 @@ class PipelineConfig(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """One implementation of one task.
+    """One implementation of one of the `TASKS`.
 
-    Attributes:
-        task: One of `TASKS`.
-        name: Name of the implementation.
-        num_cores: Cores that it can use.
-        open: Starts a stream and yields the number of images of every arrival.
+    `open` starts a stream, which yields the number of images of every arrival.
     """
 
     task: str
@@ -107,16 +104,16 @@ class Pipeline(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """Speed of one pipeline.
+    """Speed of one pipeline, median over rounds.
 
     Attributes:
         task: Task of the pipeline.
         name: Name of the pipeline.
-        images_per_second: Median over rounds.
+        images_per_second: Rate.
         images_per_second_per_core: Rate divided by the cores that the pipeline can use.
         milliseconds: Time of one core per image at that rate.
-        relative_time: Time per image relative to mixer_jax's for the same task in the same round,
-            median over rounds; for decoding alone, relative to mixer_jax's decoding, crop and flip.
+        relative_time: Time per image relative to mixer_jax's for the same task in the same round;
+            for decoding alone, relative to mixer_jax's decoding, crop and flip.
     """
 
     task: str
@@ -128,11 +125,11 @@ class Measurement(NamedTuple):
 
 
 class MemoryGrowth(NamedTuple):
-    """Resident memory during a long run.
+    """Resident memory of this process and its workers during a long run.
 
     Attributes:
         images: Images prepared until each reading; the first tenth of the run is warmup.
-        mebibytes: Memory at each reading, of this process and its workers.
+        mebibytes: Memory at each reading.
         growth_percent: Growth from the first reading to the last.
     """
 
@@ -158,12 +155,9 @@ class _RepeatedFiles(Sequence[Example]):
 def measure_pipelines(
     config: PipelineConfig, num_rounds: int, tf_data: ModuleType | None
 ) -> list[Measurement]:
-    """Measures all pipelines, one after the other in every round.
+    """Measures all pipelines, one after the other in every round, after a round of warmup.
 
-    Args:
-        config: Settings of the pipelines.
-        num_rounds: Rounds to time, after one round of warmup.
-        tf_data: Module `mixer_jax.benchmarks.tf_data`; None leaves tf.data out.
+    `tf_data` is the module `mixer_jax.benchmarks.tf_data`; None leaves tf.data out.
     """
     # A thread is one thread; mixer_jax's pipeline sets the same.
     cv2.setNumThreads(0)
@@ -172,9 +166,8 @@ def measure_pipelines(
     if tf_data is not None:
         pipelines += _tf_data_pipelines(config, images, tf_data)
     pipelines.sort(key=lambda pipeline: TASKS.index(pipeline.task))
-    rates = np.array(
-        [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)][1:]
-    ).T
+    rounds = [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)]
+    rates = np.array(rounds[1:]).T
     our_rates = {p.task: r for p, r in zip(pipelines, rates, strict=True) if p.name == OURS}
     measurements = []
     for (task, name, num_cores, _), by_round in zip(pipelines, rates, strict=True):
@@ -194,7 +187,7 @@ def measure_memory_growth(config: PipelineConfig, num_images: int) -> MemoryGrow
     """
     num_batches = num_images // config.batch_size
     readings = [
-        num_batches * (index + 1) // _NUM_MEMORY_READINGS for index in range(_NUM_MEMORY_READINGS)
+        num_batches * index // _NUM_MEMORY_READINGS for index in range(1, _NUM_MEMORY_READINGS + 1)
     ]
     mebibytes = []
     for count, _ in enumerate(our_batches(config, num_batches, randaugment=True), start=1):
@@ -251,23 +244,32 @@ def _decoders(config: PipelineConfig) -> list[Pipeline]:
     ]
 
 
-def _our_pipelines(config: PipelineConfig, images: np.ndarray) -> list[Pipeline]:
-    def stream(randaugment: bool) -> Iterator[int]:
-        for _ in our_batches(config, config.num_batches, randaugment=randaugment):
-            yield config.batch_size
+def _decode(config: PipelineConfig, decode: Callable[[bytes], Any]) -> Iterator[int]:
+    def decode_chunk(chunk: Sequence[bytes]) -> int:
+        for file in chunk:
+            decode(file)
+        return len(chunk)
 
-    def augment() -> Iterator[int]:
+    files = itertools.islice(itertools.cycle(config.files), config.num_batches * config.batch_size)
+    chunks = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
+    with concurrent.futures.ThreadPoolExecutor(config.num_threads) as pool:
+        yield from pool.map(decode_chunk, chunks)
+
+
+def _our_pipelines(config: PipelineConfig, images: np.ndarray) -> list[Pipeline]:
+    def augment() -> Iterator[None]:
         rng = np.random.default_rng(0)
         repeated = itertools.cycle(images)
         for _ in range(config.num_batches):
             for image in itertools.islice(repeated, config.batch_size):
                 rand_augment(image, rng, num_layers=_LAYERS, magnitude=_MAGNITUDE)
-            yield config.batch_size
+            yield
 
+    stream = functools.partial(our_batches, config, config.num_batches)
     return [
-        Pipeline(CROP, OURS, config.num_cores, functools.partial(stream, False)),
-        Pipeline(AUGMENT, OURS, config.num_cores, functools.partial(stream, True)),
-        Pipeline(RANDAUGMENT, OURS, 1, augment),
+        _batch_pipeline(CROP, OURS, config, functools.partial(stream, randaugment=False)),
+        _batch_pipeline(AUGMENT, OURS, config, functools.partial(stream, randaugment=True)),
+        _batch_pipeline(RANDAUGMENT, OURS, config, augment),
     ]
 
 
@@ -277,11 +279,6 @@ def _tf_data_pipelines(
     size = {"num_batches": config.num_batches, "batch_size": config.batch_size}
     randaugment = {"randaugment_layers": _LAYERS, "randaugment_magnitude": _MAGNITUDE}
     off = {"randaugment_layers": 0, "randaugment_magnitude": 0.0}
-
-    def stream(dataset: Any) -> Iterator[int]:
-        for _ in dataset:
-            yield config.batch_size
-
     pipelines = []
     for (task, layers), (name, decode_full_image) in itertools.product(
         [(CROP, off), (AUGMENT, randaugment)],
@@ -296,23 +293,16 @@ def _tf_data_pipelines(
             **size,
             **layers,
         )
-        open_stream = functools.partial(stream, dataset)
-        pipelines.append(Pipeline(task, name, config.num_cores, open_stream))
+        pipelines.append(_batch_pipeline(task, name, config, dataset.__iter__))
     augmented = tf_data.augmented_batches(images, num_threads=1, **size, **randaugment)
-    pipelines.append(Pipeline(RANDAUGMENT, "tf.data", 1, functools.partial(stream, augmented)))
-    return pipelines
+    return [*pipelines, _batch_pipeline(RANDAUGMENT, "tf.data", config, augmented.__iter__)]
 
 
-def _decode(config: PipelineConfig, decode: Callable[[bytes], Any]) -> Iterator[int]:
-    def decode_chunk(chunk: Sequence[bytes]) -> int:
-        for file in chunk:
-            decode(file)
-        return len(chunk)
-
-    files = itertools.islice(itertools.cycle(config.files), config.num_batches * config.batch_size)
-    chunks = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
-    with concurrent.futures.ThreadPoolExecutor(config.num_threads) as pool:
-        yield from pool.map(decode_chunk, chunks)
+def _batch_pipeline(
+    task: str, name: str, config: PipelineConfig, open_batches: Callable[[], Iterator[Any]]
+) -> Pipeline:
+    num_cores = 1 if task == RANDAUGMENT else config.num_cores
+    return Pipeline(task, name, num_cores, lambda: (config.batch_size for _ in open_batches()))
 
 
 def _measure_rate(stream: Iterator[int], config: PipelineConfig) -> float:
@@ -338,17 +328,13 @@ def _cropped_images(config: PipelineConfig) -> np.ndarray:
 
 def _resident_bytes() -> int:
     """Returns the resident memory of this process and its workers."""
-    workers = [child.pid for child in multiprocessing.active_children()]
-    return sum(_resident_bytes_of(pid) for pid in [os.getpid(), *workers] if pid is not None)
-
-
-def _resident_bytes_of(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # A worker that has just finished.
-    resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return 1024 * int(resident[0]) if resident else 0
+    resident = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        # A worker may have just finished.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            resident += num_pages * os.sysconf("SC_PAGE_SIZE")
+    return resident
 
 
 def sample_jpegs(count: int, seed: int = 0) -> list[bytes]:

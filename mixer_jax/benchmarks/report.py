@@ -31,26 +31,6 @@ class Column(NamedTuple):
     scale: float = 1
 
 
-_THROUGHPUT_COLUMNS = [
-    Column("images/s", "images_per_second"),
-    Column("ms/step", "step_seconds", ".1f", 1000),
-    Column("latency ms", "latency_seconds", ".2f", 1000),
-    Column("MFU %", "mfu", ".1f", 100),
-    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
-    Column("compile s", "compile_seconds", ".1f"),
-    Column("first step s", "first_step_seconds", ".1f"),
-    Column("relative time", "relative_time"),
-]
-_COMPILE_COLUMNS = [
-    Column("compile s", "compile_seconds"),
-    Column("first step s", "first_step_seconds"),
-    Column("cached first step s", "cached_first_step_seconds"),
-    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
-    Column("images/s", "images_per_second"),
-    Column("relative time", "relative_time"),
-]
-
-
 def log(text: str) -> None:
     """Prints progress on standard error if it is a terminal."""
     if sys.stderr.isatty():
@@ -122,33 +102,14 @@ def _write(name: str, path: Path, content: bytes) -> None:
         raise RunError(f"--{name}={path} cannot be written ({error.strerror}).") from error
 
 
-def print_throughput(report: dict[str, Any]) -> None:
-    """Prints the report of `--mode=train,infer`."""
-    print(_format_environment(report))
-    for mode in report["modes"]:
-        rates = [
-            f"{name} {rate / 1e9:,.0f}" for name, rate in mode["matmul_flops_per_second"].items()
-        ]
-        print(f"\n{mode['mode']}: {_format_workload(mode)}")
-        print(f"GFLOP/s of a large matmul: {', '.join(rates)}")
-        if mode["isolated"]:
-            print("JAX and PyTorch ran one at a time, because both do not fit into memory")
-        print_table(mode["candidates"], _THROUGHPUT_COLUMNS)
-
-
-def print_compilation(report: dict[str, Any]) -> None:
-    """Prints the report of `--mode=compile`."""
-    print(_format_environment(report))
-    print(f"\ncompile the training step: {_format_workload(report)}")
-    print_table(report["candidates"], _COMPILE_COLUMNS)
-
-
-def _format_environment(report: dict[str, Any]) -> str:
+def format_environment(report: dict[str, Any]) -> str:
+    """Formats the device and the versions of the libraries."""
     names = ("device", "topology", "jax", "flax", "libtpu", "torch", "timm")
     return ", ".join(f"{name} {report[name]}" for name in names if name in report)
 
 
-def _format_workload(report: dict[str, Any]) -> str:
+def format_workload(report: dict[str, Any]) -> str:
+    """Formats the workload whose fields a report has."""
     return Workload(*(report[name] for name in Workload._fields)).format()
 
 
@@ -195,7 +156,7 @@ def plot_throughput(report: dict[str, Any]) -> Any:
     for mode, axes in zip(modes, panels, strict=True):
         _plot_mode(axes, mode)
     panels[-1].set_xlabel("images/s")
-    figure.suptitle(_format_environment(report), fontsize=9)
+    figure.suptitle(format_environment(report), fontsize=9)
     return figure
 
 
@@ -209,7 +170,7 @@ def _plot_mode(axes: Any, mode: dict[str, Any]) -> None:
     # Leaves space for the label of the longest bar.
     axes.set_xlim(0, 1.4 * max(rates))
     title = "Training" if mode["mode"] == "train" else "Inference"
-    axes.set_title(f"{title}: {_format_workload(mode)}", fontsize=10, loc="left")
+    axes.set_title(f"{title}: {format_workload(mode)}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

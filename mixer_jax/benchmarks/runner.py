@@ -42,11 +42,7 @@ class FrameworkRunner(abc.ABC):
     """One framework on one device, with the programs built so far.
 
     A program that is measured is built first where it is missing, e.g. because this process had to
-    be started again.
-
-    Attributes:
-        workload: Work of all candidates.
-        asynchronous: Whether steps return before the device has finished.
+    be started again. `asynchronous` steps return before the device has finished.
     """
 
     def __init__(self, workload: Workload, asynchronous: bool):

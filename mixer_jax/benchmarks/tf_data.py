@@ -5,6 +5,7 @@ RandAugment, its magnitudes and the probabilities of the sixteen operations are 
 `mixer_jax.data.randaugment`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -47,7 +48,7 @@ def train_batches(
         image_size: Side of the square images, in pixels.
         min_area: Smallest area of the Inception crop, as a fraction of the image.
         decode_full_image: Whether to decode the whole image before cropping it, or only the crop.
-        randaugment_layers: RandAugment operations per image; 0 turns it off.
+        randaugment_layers: Operations per image; 0 turns RandAugment off.
         randaugment_magnitude: Magnitude on the scale 0-10.
         num_threads: Threads that prepare images.
     """
@@ -263,10 +264,8 @@ def _as_pixels(values: tf.Tensor) -> tf.Tensor:
 def _affine(image: tf.Tensor, *matrix: tf.Tensor | float) -> tf.Tensor:
     """Warps to the nearest pixel, with FILL outside of the image.
 
-    Args:
-        image: Image to warp.
-        *matrix: Six numbers of the affine map from a position in the result to its source, in
-            pixels from the corner of the image.
+    The affine map from a position in the result to its source has six numbers, in pixels from the
+    corner of the image.
     """
     a, b, c, d, e, f = matrix
     # TensorFlow measures from the center of the first pixel.
@@ -320,15 +319,9 @@ OPERATIONS: dict[str, Callable[[tf.Tensor, float], tf.Tensor]] = {
 
 def rand_augment(image: tf.Tensor, num_layers: int, magnitude: float) -> tf.Tensor:
     """Applies operations sampled uniformly with replacement, one after the other."""
-    strength = magnitude / FULL_MAGNITUDE
+    operations, strength = OPERATIONS.values(), magnitude / FULL_MAGNITUDE
     for _ in range(num_layers):
-        image = _random_operation(image, strength)
+        branches = [functools.partial(operation, image, strength) for operation in operations]
+        index = tf.random.uniform([], 0, len(branches), tf.int32)
+        image = tf.ensure_shape(tf.switch_case(index, branches), image.shape)
     return image
-
-
-def _random_operation(image: tf.Tensor, strength: float) -> tf.Tensor:
-    index = tf.random.uniform([], 0, len(OPERATIONS), tf.int32)
-    branches = [
-        lambda operation=operation: operation(image, strength) for operation in OPERATIONS.values()
-    ]
-    return tf.ensure_shape(tf.switch_case(index, branches), image.shape)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.candidates import (
     JAX,
@@ -20,11 +20,13 @@ from mixer_jax.benchmarks.candidates import (
 )
 from mixer_jax.benchmarks.compare import compare, query_environment
 from mixer_jax.benchmarks.report import (
+    Column,
     add_output_args,
     check_outputs,
+    format_environment,
+    format_workload,
     log,
-    print_throughput,
-    write_report,
+    print_table,
 )
 from mixer_jax.benchmarks.workers import Worker, WorkerError
 from mixer_jax.cli.common import check_positive
@@ -33,6 +35,16 @@ from mixer_jax.errors import RunError
 DESCRIPTION = "Measure training and inference of a Mixer on this machine, with baselines."
 # A larger batch must be faster by more than this factor to be worth its memory.
 _MIN_GAIN = 1.02
+_COLUMNS = [
+    Column("images/s", "images_per_second"),
+    Column("ms/step", "step_seconds", ".1f", 1000),
+    Column("latency ms", "latency_seconds", ".2f", 1000),
+    Column("MFU %", "mfu", ".1f", 100),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("compile s", "compile_seconds", ".1f"),
+    Column("first step s", "first_step_seconds", ".1f"),
+    Column("relative time", "relative_time"),
+]
 
 
 class Trial(NamedTuple):
@@ -63,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser, plot=True)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all candidates.
 
     Raises:
         UserError: An argument is out of range.
@@ -107,10 +119,21 @@ def run(args: argparse.Namespace) -> None:
                 "candidates": [row._asdict() for row in result.results],
             }
         )
-    report = {**environment, "rounds": args.rounds, "modes": modes}
-    write_report(args, report)
-    if not args.json:
-        print_throughput(report)
+    return {**environment, "rounds": args.rounds, "modes": modes}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table for each mode."""
+    print(format_environment(report))
+    for mode in report["modes"]:
+        rates = [
+            f"{name} {rate / 1e9:,.0f}" for name, rate in mode["matmul_flops_per_second"].items()
+        ]
+        print(f"\n{mode['mode']}: {format_workload(mode)}")
+        print(f"GFLOP/s of a large matmul: {', '.join(rates)}")
+        if mode["isolated"]:
+            print("JAX and PyTorch ran one at a time, because both do not fit into memory")
+        print_table(mode["candidates"], _COLUMNS)
 
 
 def find_batch_size(
@@ -123,7 +146,7 @@ def find_batch_size(
     """
     with Worker(JAX, workload) as worker:
 
-        def measure(batch_size: int) -> float | None:
+        def try_batch_size(batch_size: int) -> float | None:
             log(f"{workload.mode}: trying {batch_size} images per step")
             for _ in range(2):
                 try:
@@ -139,7 +162,7 @@ def find_batch_size(
                     return rate
             return None
 
-        batch_size, trials = search_batch_size(measure, 8 if platform == "cpu" else 64)
+        batch_size, trials = search_batch_size(try_batch_size, 8 if platform == "cpu" else 64)
     if not batch_size:
         raise RunError("batch size 1 does not fit into the device's memory.")
     return batch_size, trials

@@ -36,10 +36,7 @@ _LOG_CHARS = 4000
 class WorkerError(RuntimeError):
     """Failure of one call in a worker process; the message is its reason, in one line.
 
-    Attributes:
-        reason: Message of the original error.
-        out_of_memory: Whether memory ran out.
-        trace: Traceback, or the last output of the lost process.
+    `trace` is the traceback, or the last output of the lost process.
     """
 
     def __init__(self, reason: str, out_of_memory: bool, trace: str):
@@ -122,11 +119,8 @@ class WorkerPool:
     """Worker processes of all frameworks of a comparison, which share one device.
 
     Lost processes are started again at the next call and find their compiled programs in
-    `cache_dir`. If the device has too little memory for two processes, only one of them runs at a
-    time from then on.
-
-    Attributes:
-        isolated: Whether only one process runs at a time.
+    `cache_dir`. If the device has too little memory for two processes, the pool becomes `isolated`:
+    only one of them runs at a time from then on.
     """
 
     def __init__(
