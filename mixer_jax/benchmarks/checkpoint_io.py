@@ -1,5 +1,11 @@
 """`--mode=weights`: time to load, memory to convert, time to a first prediction.
 
+The ratio of each task is
+
+- loading: time relative to reading the file in the same round, median over rounds;
+- converting: peak memory relative to the size of the weights;
+- predicting: time relative to the first prediction, which compiles.
+
 Does not import JAX.
 """
 
@@ -13,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mixer_jax.benchmarks.candidates import FAMILY
 from mixer_jax.benchmarks.compare import median_ratio
@@ -24,6 +30,8 @@ from mixer_jax.errors import UserError
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
 _IMAGE_SIZE, _NUM_CLASSES = 224, 1000
+# Name, seconds and ratio of a task.
+_Task = tuple[str, float, float]
 # Prints the peak memory of a conversion in bytes, without that of its parent.
 _CONVERT = """
 import contextlib, io, re, sys
@@ -33,22 +41,6 @@ with contextlib.redirect_stdout(io.StringIO()):
 peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
 print(int(peak[1]) * 1024)
 """
-
-
-class Measurement(NamedTuple):
-    """One measured task.
-
-    Attributes:
-        name: Name of the task.
-        seconds: Median over rounds.
-        ratio: Time relative to reading the file in the same round, median over rounds, for loading;
-            peak memory relative to the size of the weights for converting; time relative to the
-            first prediction, which compiles, for predicting.
-    """
-
-    name: str
-    seconds: float
-    ratio: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +60,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_positive(args, "rounds")
     if not Path("/proc/self/status").exists():
         raise UserError("--mode=weights needs Linux, whose /proc reports the memory of processes.")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         google, timm = folder / "google.npz", folder / "timm.safetensors"
         _write_weights(args.variant, google, timm)
         size = google.stat().st_size
@@ -83,7 +75,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "variant": args.variant,
         "mebibytes": round(size / 2**20, 1),
         "rounds": args.rounds,
-        "measurements": [measurement._asdict() for measurement in measurements],
+        "measurements": [
+            {"name": name, "seconds": seconds, "ratio": ratio}
+            for name, seconds, ratio in measurements
+        ],
     }
 
 
@@ -109,7 +104,7 @@ def _write_weights(variant: str, google: Path, timm: Path) -> None:
     write_safetensors(str(timm), layout_views(flat, layouts["timm"]), {})
 
 
-def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[Measurement]:
+def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[_Task]:
     """Times mixer_jax, the format's own reader, and reading the bytes of the file."""
     import numpy as np
     import safetensors.numpy
@@ -139,21 +134,20 @@ def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[Measurem
                 del loaded
         for name, seconds in times.items():
             ratio = median_ratio(seconds, times["read_bytes"])
-            task_name = f"load {path.suffix}: {name}"
-            measurements.append(Measurement(task_name, statistics.median(seconds), ratio))
+            measurements.append((f"load {path.suffix}: {name}", statistics.median(seconds), ratio))
     return measurements
 
 
-def _measure_conversion(direction: str, source: Path, target: Path, size: int) -> Measurement:
+def _measure_conversion(direction: str, source: Path, target: Path, size: int) -> _Task:
     """Converts a file to another layout in a new process."""
     start = time.perf_counter()
     peak = int(_run_python("-c", _CONVERT, str(source), str(target)))
     seconds = time.perf_counter() - start
     target.unlink()
-    return Measurement(f"convert {direction}", seconds, peak / size)
+    return f"convert {direction}", seconds, peak / size
 
 
-def _measure_prediction(weights: Path, folder: Path, num_rounds: int) -> list[Measurement]:
+def _measure_prediction(weights: Path, folder: Path, num_rounds: int) -> list[_Task]:
     """Classifies a photograph in new processes, the first of which finds an empty cache."""
     image = folder / "image.jpg"
     photographs = importlib.resources.files("sklearn.datasets.images")
@@ -165,8 +159,8 @@ def _measure_prediction(weights: Path, folder: Path, num_rounds: int) -> list[Me
         times.append(time.perf_counter() - start)
     first, later = times[0], statistics.median(times[1:])
     return [
-        Measurement("predict one image, empty cache", first, 1.0),
-        Measurement("predict one image, cached program", later, later / first),
+        ("predict one image, empty cache", first, 1.0),
+        ("predict one image, cached program", later, later / first),
     ]
 
 

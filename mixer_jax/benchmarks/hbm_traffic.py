@@ -46,7 +46,6 @@ DESCRIPTION = (
     "and from memory."
 )
 
-_MB = 1e-6
 _NOTE = (
     "MB, GFLOP and µs are per image on one device at its peak rates: lower bounds, not forecasts.\n"
     "By formula, every matmul reads and writes its arrays once (unfused), or hidden activations\n"
@@ -228,8 +227,8 @@ def print_traffic(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the rows of a report."""
     fitting = [row for row in rows if not row["failed"]]
     regions = [
-        Column("MB in total", "num_bytes", ".1f", _MB),
-        *(Column(name.split()[0], name, ".1f", _MB) for name in fitting[0]["bytes_by_region"]),
+        Column("MB in total", "num_bytes", ".1f", 1e-6),
+        *(Column(name.split()[0], name, ".1f", 1e-6) for name in fitting[0]["bytes_by_region"]),
     ]
     print_table([row | row.get("bytes_by_region", {}) for row in rows], regions)
     print()

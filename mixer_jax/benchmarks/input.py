@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         **versions,
         "measurements": [measurement._asdict() for measurement in measurements],
-        "memory": memory and memory._asdict(),
+        "memory": memory,
     }
 
 

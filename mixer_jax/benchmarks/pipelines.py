@@ -124,20 +124,6 @@ class Measurement(NamedTuple):
     relative_time: float
 
 
-class MemoryGrowth(NamedTuple):
-    """Resident memory of this process and its workers during a long run.
-
-    Attributes:
-        images: Images prepared until each reading; the first tenth of the run is warmup.
-        mebibytes: Memory at each reading.
-        growth_percent: Growth from the first reading to the last.
-    """
-
-    images: list[int]
-    mebibytes: list[float]
-    growth_percent: float
-
-
 class _RepeatedFiles(Sequence[Example]):
     """Dataset of the length of ImageNet-1k that repeats a few files."""
 
@@ -180,10 +166,16 @@ def measure_pipelines(
     return measurements
 
 
-def measure_memory_growth(config: PipelineConfig, num_images: int) -> MemoryGrowth:
+def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, Any]:
     """Measures the memory of mixer_jax's training pipeline with RandAugment over a long run.
 
-    `num_images` is rounded down to whole batches.
+    Args:
+        config: Settings of the pipeline.
+        num_images: Images to prepare, rounded down to whole batches.
+
+    Returns:
+        The number of images until each reading, of which the first ends the warmup; the resident
+        memory of this process and its workers at each reading; and its growth.
     """
     num_batches = num_images // config.batch_size
     readings = [
@@ -194,7 +186,11 @@ def measure_memory_growth(config: PipelineConfig, num_images: int) -> MemoryGrow
         if count in readings:
             mebibytes.append(_resident_bytes() / 2**20)
     growth = 100 * (mebibytes[-1] / mebibytes[0] - 1)
-    return MemoryGrowth([count * config.batch_size for count in readings], mebibytes, growth)
+    return {
+        "images": [count * config.batch_size for count in readings],
+        "mebibytes": mebibytes,
+        "growth_percent": growth,
+    }
 
 
 def our_batches(config: PipelineConfig, num_batches: int, *, randaugment: bool) -> Iterator[Batch]:
@@ -337,11 +333,11 @@ def _resident_bytes() -> int:
     return resident
 
 
-def sample_jpegs(count: int, seed: int = 0) -> list[bytes]:
+def sample_jpegs(count: int) -> list[bytes]:
     """Encodes random 500×375 crops of scikit-learn's two sample photographs as JPEG files."""
     from sklearn.datasets import load_sample_images
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     photographs = itertools.cycle(load_sample_images().images)
     files = []
     for image in itertools.islice(photographs, count):
