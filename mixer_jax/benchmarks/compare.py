@@ -92,13 +92,8 @@ def compare(
 ) -> Comparison:
     """Measures all candidates, one after the other in every round.
 
-    Args:
-        workload: Work of all candidates.
-        candidates: Candidates, at least one of which is mixer_jax.
-        num_rounds: Measurements per candidate.
-        platform: Platform as JAX names it.
-        profile_dir: Folder for a profile of mixer_jax's first candidate; empty writes none.
-        num_compilations: Cold starts of each candidate of JAX, whose median is reported.
+    Each candidate of JAX is compiled `num_compilations` times, each time in a new process. A
+    profile of the first candidate of mixer_jax is written to `profile_dir`, unless it is empty.
 
     Raises:
         RunError: No candidate of mixer_jax could be measured.

@@ -169,9 +169,7 @@ def measure_pipelines(
 def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, Any]:
     """Measures the memory of mixer_jax's training pipeline with RandAugment over a long run.
 
-    Args:
-        config: Settings of the pipeline.
-        num_images: Images to prepare, rounded down to whole batches.
+    `num_images` is rounded down to whole batches.
 
     Returns:
         The number of images until each reading, of which the first ends the warmup; the resident

@@ -41,16 +41,9 @@ def train_batches(
 ) -> tf.data.Dataset:
     """Creates a dataset of training images: decoded, randomly cropped, flipped and augmented.
 
-    Args:
-        encoded: JPEG files, used repeatedly.
-        num_batches: Length of the dataset.
-        batch_size: Images per batch.
-        image_size: Side of the square images, in pixels.
-        min_area: Smallest area of the Inception crop, as a fraction of the image.
-        decode_full_image: Whether to decode the whole image before cropping it, or only the crop.
-        randaugment_layers: Operations per image; 0 turns RandAugment off.
-        randaugment_magnitude: Magnitude on the scale 0-10.
-        num_threads: Threads that prepare images.
+    The JPEG files are used repeatedly. `min_area` is the smallest area of the Inception crop, as a
+    fraction of the image; only the crop is decoded unless `decode_full_image` is set. RandAugment
+    has magnitudes on a scale of 0 to 10, and 0 layers turn it off.
     """
 
     def prepare(file: tf.Tensor) -> tf.Tensor:

@@ -173,9 +173,8 @@ def search_batch_size(
 ) -> tuple[int, list[Trial]]:
     """Finds the smallest batch size that twice its size beats by no more than 2 %.
 
-    Args:
-        measure: Function from a batch size to images/s, or None if it does not fit into memory.
-        start: First batch size; doubled while it pays, halved while it does not fit.
+    `measure` returns images/s, or None if a batch does not fit into memory. The first batch size,
+    `start`, is doubled while it pays, and halved while it does not fit.
 
     Returns:
         The batch size, 0 if batch size 1 does not fit, and all trials in order.
