@@ -14,7 +14,7 @@ from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.planning.cost_model import (
     REMAT_POLICIES,
@@ -102,7 +102,7 @@ def test_estimate_eval_memory() -> None:
 
 
 def test_model_flops_are_three_forward_passes() -> None:
-    flops = forward_flops(VARIANTS["S/16"], 224, 18_291)
+    flops = get_family("mixer").forward_flops(VARIANTS["S/16"], 224, 18_291)
     assert make_run().model_flops == 3 * 1024 * flops
 
 

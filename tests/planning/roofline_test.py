@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mixer_jax.models.family import Traffic
-from mixer_jax.models.mixer_config import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.models.registry import get_family
 from mixer_jax.planning.hlo_collectives import GRADIENTS, Collective
 from mixer_jax.planning.roofline import (
@@ -105,7 +105,8 @@ def test_estimate_traffic_in_round_numbers() -> None:
 def test_estimate_traffic_of_inference(variant: str) -> None:
     by_region = estimate(variant, train=False)
     infer = total(by_region)
-    assert infer.flops == infer.fused_flops == forward_flops(VARIANTS[variant], 224, 1000)
+    flops = get_family("mixer").forward_flops(VARIANTS[variant], 224, 1000)
+    assert infer.flops == infer.fused_flops == flops
     assert by_region["optimizer"].unfused_bytes == 0
     train = total(estimate(variant))
     # The gradient of the image is not computed.
