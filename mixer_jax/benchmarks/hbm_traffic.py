@@ -31,12 +31,9 @@ from mixer_jax.benchmarks.report import (
     print_table,
 )
 from mixer_jax.errors import RunError
-from mixer_jax.planning.hlo.attribution import sum_by_region
-from mixer_jax.planning.hlo.flops import iter_matmul_flops
-from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
-from mixer_jax.planning.roofline import roofline_bound
+from mixer_jax.planning.hlo_costs import iter_hbm_bytes, iter_matmul_flops, sum_by_region
+from mixer_jax.planning.roofline import estimate_traffic, roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
-from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 
 if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
@@ -130,8 +127,8 @@ def measure_traffic(
     program = compiled.program
     row = _traffic_per_image(
         name,
-        sum_by_region(program, iter_hbm_bytes(program), FAMILY.regions),
-        sum_by_region(program, iter_matmul_flops(program), FAMILY.regions),
+        sum_by_region(iter_hbm_bytes(program), FAMILY.regions),
+        sum_by_region(iter_matmul_flops(program), FAMILY.regions),
         workload.batch_size,
         topology,
     )
@@ -159,16 +156,15 @@ def lower_bounds(workload: Workload, topology: Topology) -> list[dict[str, Any]]
         bytes in total, the time of all FLOPs and of all bytes at the peak rates of the chip, and
         the longer of the two. Memory and compilation are those of the whole batch, and None here.
     """
-    spec = StepSpec(
+    traffic = estimate_traffic(
         FAMILY,
         FAMILY.get_config(workload.variant),
         workload.image_size,
         workload.num_classes,
-        workload.batch_size,
-        _ITEMSIZES[workload.dtype],
-        workload.mode == "train",
+        batch_size=workload.batch_size,
+        itemsize=_ITEMSIZES[workload.dtype],
+        train=workload.mode == "train",
     )
-    traffic = estimate_traffic(spec)
     unfused = {region: value.unfused_bytes for region, value in traffic.items()}
     flops = {region: value.flops for region, value in traffic.items()}
     fused = {region: value.fused_bytes for region, value in traffic.items()}

@@ -20,8 +20,8 @@ from mixer_jax.config.schema import ModelConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
-from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import build_model, resolve_dtype
+from mixer_jax.models.stack import cast_weights, prepare_inference_params
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
@@ -168,7 +168,7 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> StepFunc
             prepare_inference_params,
             dtype=model.execution.dtype,
             platform=device.platform,
-            family=model.family,
+            family=FAMILY,
         )
         options = compiler_options(device.platform, model.execution.backend)
         return _infer_step(model, workload, prepare_params, options)
@@ -177,7 +177,7 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> StepFunc
     reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    prepare_params = functools.partial(cast_weights, dtype=dtype, family=FAMILY.name)
+    prepare_params = functools.partial(cast_weights, dtype=dtype, family=FAMILY)
     return _infer_step(reference, workload, prepare_params)
 
 

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
+from mixer_jax.models.stack import prepare_inference_params
 
 DATA, FSDP = "data", "fsdp"
 
@@ -137,3 +138,31 @@ def fsdp_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
     if fsdp == 1 or not divisible:
         return None
     return max(divisible, key=lambda axis: shape[axis])
+
+
+def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
+    """Shards parameters over a mesh, as in training.
+
+    Args:
+        params: Unsharded parameters, the same on every host.
+        mesh: Devices of all hosts.
+        family: Family of the model.
+    """
+
+    def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, params, state_sharding(params, mesh, family))
+
+
+def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
+    """Shards parameters over a mesh, in the form that predicts fastest.
+
+    Args:
+        params: Unsharded float32 parameters, the same on every host.
+        model: Model to predict with.
+        mesh: Devices of all hosts.
+    """
+    platform, family = mesh.devices.flat[0].platform, get_family(model.family)
+    prepared = prepare_inference_params(params, model.execution.dtype, platform, family)
+    return shard_params(prepared, mesh, model.family)
