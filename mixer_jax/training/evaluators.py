@@ -8,9 +8,14 @@ from mixer_jax.config.config import parse_shots
 from mixer_jax.config.schema import EvalConfig
 from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
 from mixer_jax.evaluation.features import make_feature_fn
-from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.loop import EvalInputConfig
-from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe, sample_all_shots
+from mixer_jax.evaluation.probes import (
+    LazyLabels,
+    ProbeConfig,
+    ProbeMetrics,
+    run_probe,
+    sample_all_shots,
+)
 from mixer_jax.training.setup import Experiment
 
 EvalMetrics = ClassificationMetrics | ProbeMetrics
