@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import check_warmup, resolve_num_steps
+from mixer_jax.config.config import resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.planning.cost_model import (
@@ -184,7 +184,6 @@ def _collectives_of(
 def _plan_by_formula(config: RunConfig, topology: Topology) -> Plan:
     dataset = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(dataset))
-    check_warmup(config, num_steps)
     run = run_spec(config, dataset.num_classes, num_steps, topology.num_devices)
     check_mesh(config.mesh.data, run.fsdp, run.num_devices)
     check_divisible("config.batch_size", run.batch_size, run.num_devices, run.num_microbatches)
