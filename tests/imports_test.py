@@ -38,10 +38,10 @@ COMMANDS = [
 HEAVY = {
     "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
     "orbax": {"checkpoints/manager.py"},
-    "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/checkpoint_io.py"},
-    "huggingface_hub": {"checkpoints/hub.py"},
+    "safetensors": {"checkpoints/formats.py", "benchmarks/checkpoint_io.py"},
+    "huggingface_hub": {"checkpoints/resolve.py"},
     "torch": {
-        "checkpoints/formats/torch.py",
+        "checkpoints/formats.py",
         "benchmarks/torch_runner.py",
     },
     "timm": {"benchmarks/torch_runner.py"},

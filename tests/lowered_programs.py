@@ -151,14 +151,14 @@ def eval_calls(run: Any) -> dict[str, Call]:
 def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, Call]:
     """Returns the functions of a classifier, and of one without a head."""
     from mixer_jax import inference as inference
-    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.distributed.sharding import state_sharding
-    from mixer_jax.models.params import prepare_inference_params
+    from mixer_jax.models.registry import get_family
+    from mixer_jax.models.stack import prepare_inference_params
 
     def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
-        shapes = jax.eval_shape(
-            lambda: prepare_inference_params(params, model.execution.dtype, platform, model.family)
-        )
+        dtype, family = model.execution.dtype, get_family(model.family)
+        shapes = jax.eval_shape(lambda: prepare_inference_params(params, dtype, platform, family))
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,

@@ -97,8 +97,7 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     """Writes random weights in each of the published layouts."""
     import numpy as np
 
-    from mixer_jax.checkpoints.formats.npz import write_npz
-    from mixer_jax.checkpoints.formats.safetensors import write_safetensors
+    from mixer_jax.checkpoints.formats import write_npz, write_safetensors
     from mixer_jax.checkpoints.layouts import layout_views
 
     config, rng = FAMILY.get_config(variant), np.random.default_rng(0)

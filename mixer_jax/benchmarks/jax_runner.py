@@ -31,8 +31,8 @@ from mixer_jax.config.schema import ModelConfig, OptimizerConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
-from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import build_model, resolve_dtype
+from mixer_jax.models.stack import cast_weights, prepare_inference_params
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
@@ -186,9 +186,7 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
         options = compiler_options(device.platform, model.execution.backend)
 
         def prepare_params(params: Any) -> Any:
-            return prepare_inference_params(
-                params, model.execution.dtype, device.platform, model.family
-            )
+            return prepare_inference_params(params, model.execution.dtype, device.platform, FAMILY)
 
         return _infer_step(model, workload, prepare_params, options)
     config = dataclasses.asdict(FAMILY.get_config(workload.variant))
@@ -196,7 +194,7 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
     reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype, FAMILY.name))
+    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype, FAMILY))
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
+from mixer_jax.models.stack import prepare_inference_params
 
 DATA, FSDP = "data", "fsdp"
 
@@ -208,3 +209,31 @@ def _reduce(grad: Array, spec: PartitionSpec) -> Float[Array, "..."]:
     shard = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=axis, tiled=True)
     # Not every compiler removes an all-reduce over an axis of one device.
     return shard if jax.lax.axis_size(DATA) == 1 else jax.lax.psum(shard, DATA)
+
+
+def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
+    """Shards parameters over a mesh, as in training.
+
+    Args:
+        params: Unsharded parameters, the same on every host.
+        mesh: Devices of all hosts.
+        family: Family of the model.
+    """
+
+    def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, params, state_sharding(params, mesh, family))
+
+
+def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
+    """Shards parameters over a mesh, in the form that predicts fastest.
+
+    Args:
+        params: Unsharded float32 parameters, the same on every host.
+        model: Model to predict with.
+        mesh: Devices of all hosts.
+    """
+    platform, family = mesh.devices.flat[0].platform, get_family(model.family)
+    prepared = prepare_inference_params(params, model.execution.dtype, platform, family)
+    return shard_params(prepared, mesh, model.family)

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
-from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, is_primary_process
-from mixer_jax.distributed.sharding import make_mesh
+from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -234,7 +233,7 @@ def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
     )
     config = plan.settings.default_config()
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    model = model_from_info(info)
+    model = info.build_model()
     feature_fn = make_feature_fn(model, mesh)
     input_config = EvalInputConfig(
         batch_size=config.eval_batch_size,

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
-from mixer_jax.checkpoints.to_device import shard_params
+from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family

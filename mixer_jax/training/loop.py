@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
@@ -244,6 +244,7 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
     """Formats model, data, devices and, in the last line, the status of a run."""
     config, info, mesh = experiment.config, experiment.model_info, experiment.mesh
     train, num_steps = experiment.datasets.train, experiment.num_steps
+    notes = "".join(f"{note}\n" for note in experiment.datasets.notes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
     if start_step == num_steps:
         status = "training is finished: evaluating the last checkpoint"
@@ -258,6 +259,7 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
         f"{config.image_size} px\n"
         f"{describe_init(experiment, init)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
+        f"{notes}"
         f"{mesh.size} × {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"

@@ -9,7 +9,8 @@ import pytest
 
 from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Candidate, Workload
 from mixer_jax.benchmarks.jax_runner import make_step, synthetic_batch, synthetic_state
-from mixer_jax.models.mixer_config import VARIANTS, get_config, num_params
+from mixer_jax.models.mixer_config import VARIANTS
+from mixer_jax.models.registry import get_family
 from tests.helpers.random_weights import random_weights, save_safetensors
 
 pytestmark = pytest.mark.baselines
@@ -51,7 +52,7 @@ def test_timm_has_the_parameters_of_the_paper(variant: str, torch: Any, timm: An
     with torch.device("meta"):
         model = create_timm_mixer(variant, 224, 1000)
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == num_params(get_config(variant), 224, 1000)
+    assert count == get_family("mixer").num_params(VARIANTS[variant], 224, 1000)
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

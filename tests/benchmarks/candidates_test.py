@@ -11,7 +11,8 @@ from mixer_jax.benchmarks.candidates import (
     our_candidates,
 )
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS
+from mixer_jax.models.registry import get_family
 from tests.helpers.messages import mentions, raises
 
 
@@ -39,7 +40,7 @@ def test_remat_auto_is_named_if_scans_differ() -> None:
 
 def test_flops_of_training_are_three_forward_passes() -> None:
     infer = Workload("infer", "S/32", 64, 10, "float32", 2)
-    assert infer.flops == 2 * forward_flops(VARIANTS["S/32"], 64, 10)
+    assert infer.flops == 2 * get_family("mixer").forward_flops(VARIANTS["S/32"], 64, 10)
     assert infer._replace(mode="train").flops == 3 * infer.flops
 
 

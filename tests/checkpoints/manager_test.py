@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state, save_params_streaming
 from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
+from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.errors import UserError
 from mixer_jax.training.datasets import open_datasets
@@ -264,5 +264,5 @@ def test_iter_restore_yields_numpy_arrays(tmp_path: Path) -> None:
     weights = random_weights()
     save_params_streaming(str(tmp_path), 0, weights.params, {})
     arrays = dict(CheckpointManager(str(tmp_path)).iter_restore(0, "params"))
-    assert_params_equal(tree.unflatten(arrays), weights.params)
+    assert_params_equal(unflatten_params(arrays), weights.params)
     assert all(type(array) is np.ndarray for array in arrays.values())

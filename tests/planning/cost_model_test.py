@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.planning.cost_model import (
     REMAT_POLICIES,
@@ -99,7 +99,7 @@ def test_estimate_eval_memory() -> None:
 
 
 def test_model_flops_are_three_forward_passes() -> None:
-    flops = forward_flops(VARIANTS["S/16"], 224, 18_291)
+    flops = get_family("mixer").forward_flops(VARIANTS["S/16"], 224, 18_291)
     assert make_run().model_flops == 3 * 1024 * flops
 
 

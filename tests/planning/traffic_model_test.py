@@ -3,7 +3,7 @@
 import pytest
 
 from mixer_jax.models.family import Traffic
-from mixer_jax.models.mixer_config import VARIANTS, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.models.registry import get_family
 from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 
@@ -61,7 +61,8 @@ def test_estimate_traffic_of_inference(variant: str) -> None:
     infer_step = B16._replace(architecture=VARIANTS[variant], train=False)
     by_region = estimate_traffic(infer_step)
     infer = total(by_region)
-    assert infer.flops == infer.fused_flops == forward_flops(VARIANTS[variant], 224, 1000)
+    flops = get_family("mixer").forward_flops(VARIANTS[variant], 224, 1000)
+    assert infer.flops == infer.fused_flops == flops
     assert by_region["optimizer"].unfused_bytes == 0
     train = total(estimate_traffic(infer_step._replace(train=True)))
     # The gradient of the image is not computed.
