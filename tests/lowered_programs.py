@@ -104,7 +104,7 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     """Builds mesh, model, optimizer and step functions from a configuration."""
     from mixer_jax import config as configuration
     from mixer_jax.planning.aot_compile import build_for_topology
-    from mixer_jax.planning.dataset_specs import resolve_for_platform
+    from mixer_jax.planning.cost_model import resolve_for_platform
 
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100

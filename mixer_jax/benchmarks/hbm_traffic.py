@@ -29,12 +29,9 @@ from mixer_jax.benchmarks.report import (
     write_report,
 )
 from mixer_jax.errors import RunError
-from mixer_jax.planning.hlo.attribution import sum_by_region
-from mixer_jax.planning.hlo.flops import iter_matmul_flops
-from mixer_jax.planning.hlo.traffic import iter_hbm_bytes
-from mixer_jax.planning.roofline import roofline_bound
+from mixer_jax.planning.hlo_costs import iter_hbm_bytes, iter_matmul_flops, sum_by_region
+from mixer_jax.planning.roofline import estimate_traffic, roofline_bound
 from mixer_jax.planning.topology import GIB, Topology
-from mixer_jax.planning.traffic_model import StepSpec, estimate_traffic
 
 if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
@@ -174,8 +171,8 @@ def measure_traffic(
         return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.compile_seconds)
     program = compiled.program
     regions = FAMILY.regions
-    num_bytes = sum_by_region(program, iter_hbm_bytes(program), regions)
-    flops = sum_by_region(program, iter_matmul_flops(program), regions)
+    num_bytes = sum_by_region(iter_hbm_bytes(program), regions)
+    flops = sum_by_region(iter_matmul_flops(program), regions)
     step = _traffic_per_image(name, num_bytes, flops, workload.batch_size, topology)
     return step._replace(
         temporary_bytes=compiled.temporary_bytes,
@@ -207,17 +204,15 @@ def _traffic_per_image(
 
 def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
     """Computes lower bounds per step by formula, with and without fused MLPs."""
-    family = FAMILY
-    spec = StepSpec(
-        family,
-        family.get_config(workload.variant),
+    traffic = estimate_traffic(
+        FAMILY,
+        FAMILY.get_config(workload.variant),
         workload.image_size,
         workload.num_classes,
-        workload.batch_size,
-        _ITEMSIZES[workload.dtype],
-        workload.mode == "train",
+        batch_size=workload.batch_size,
+        itemsize=_ITEMSIZES[workload.dtype],
+        train=workload.mode == "train",
     )
-    traffic = estimate_traffic(spec)
     unfused = {region: value.unfused_bytes for region, value in traffic.items()}
     flops = {region: value.flops for region, value in traffic.items()}
     fused = {region: value.fused_bytes for region, value in traffic.items()}

@@ -19,7 +19,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.mixer_costs import REGIONS
 from mixer_jax.planning.aot_compile import OutOfMemory
-from mixer_jax.planning.hlo.attribution import OPTIMIZER, OTHER
+from mixer_jax.planning.hlo_costs import OPTIMIZER, OTHER
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, parse_topology
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tpu_compiler import tpu_device
