@@ -92,10 +92,10 @@ CONFIG_KEYS = {
 @functools.cache
 def tpu_devices(topology: str) -> list[Any]:
     """Returns TPU devices of the ahead-of-time compiler."""
-    from mixer_jax.distributed import tpu_env
+    from mixer_jax.distributed import hardware
     from mixer_jax.planning import topology as topologies
 
-    tpu_env.silence_libtpu()
+    hardware.silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.tpu_devices(topologies.parse_topology(topology))
 
@@ -104,7 +104,7 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     """Builds mesh, model, optimizer and step functions from a configuration."""
     from mixer_jax import config as configuration
     from mixer_jax.planning.aot_compile import build_for_topology
-    from mixer_jax.planning.dataset_specs import resolve_for_platform
+    from mixer_jax.planning.cost_model import resolve_for_platform
 
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100

@@ -46,7 +46,7 @@ from mixer_jax.suites.throughput import training_seconds
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
-from mixer_jax.visualization.curves import plot_curves
+from mixer_jax.visualization.figures import plot_curves
 
 _LOCK_FILE = ".lock"
 _LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
