@@ -11,8 +11,7 @@ from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError
-from mixer_jax.evaluation.few_shot import LazyLabels
-from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
+from mixer_jax.evaluation.probes import LazyLabels, ProbeConfig, align_labels, sample_all_shots
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task
 

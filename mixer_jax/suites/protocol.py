@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
-from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, is_primary_process
-from mixer_jax.distributed.sharding import make_mesh
+from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -47,7 +46,7 @@ from mixer_jax.suites.throughput import training_seconds
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
-from mixer_jax.visualization.curves import plot_curves
+from mixer_jax.visualization.figures import plot_curves
 
 _LOCK_FILE = ".lock"
 _LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
@@ -234,7 +233,7 @@ def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
     )
     config = plan.settings.default_config()
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    model = model_from_info(info)
+    model = info.build_model()
     feature_fn = make_feature_fn(model, mesh)
     input_config = EvalInputConfig(
         batch_size=config.eval_batch_size,

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.checkpoints.load import PretrainedWeights
-from mixer_jax.checkpoints.to_device import model_from_info
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.suites.results import Throughput
 
@@ -25,7 +24,7 @@ _MAX_BATCH_SIZE = 4_096
 def measure_throughput(weights: PretrainedWeights) -> Throughput:
     """Measures the inference throughput of a model on one device, at its image size."""
     device = jax.local_devices()[0]
-    model = model_from_info(weights.model_info)
+    model = weights.model_info.build_model()
     image_size = weights.model_info.image_size
     classify = jax.jit(lambda params, x: model.apply({"params": params}, normalize_images(x)))
     params = weights.params
