@@ -14,7 +14,14 @@ from mixer_jax.errors import DatasetNotPreparedError, UserError
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
 from mixer_jax.models.registry import get_family
-from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task
+from mixer_jax.suites.tasks import (
+    NATIVE,
+    FineTuneTask,
+    ProbeTask,
+    Suite,
+    Task,
+    task_splits,
+)
 
 # VTAB's rule (arXiv 1912.11370): smaller images are shown at the smaller size.
 _LARGE_AREA = 96 * 96
@@ -38,13 +45,6 @@ class SuiteData(NamedTuple):
     notes: list[str]
 
 
-def task_splits(task: Task) -> tuple[str, ...]:
-    """Returns the splits of a task, in the order of its `num_examples`."""
-    if isinstance(task, FineTuneTask):
-        return task.sweep_train_split, task.sweep_val_split, task.train_split, task.test_split
-    return task.train_split, task.test_split
-
-
 def resolve_folders(suite: Suite) -> Suite:
     """Makes the paths of "folder:PATH" datasets absolute and expands ~."""
     tasks: list[Task] = []
@@ -61,10 +61,6 @@ def resolve_folders(suite: Suite) -> Suite:
 
 def open_task_data(tasks: Sequence[Task], data_dir: str) -> SuiteData:
     """Opens all data of some tasks, without reading images or using a device.
-
-    Args:
-        tasks: Tasks of a suite.
-        data_dir: TFDS data directory; empty for TFDS's default.
 
     Raises:
         UserError: A dataset does not have the number of classes that its task declares.
