@@ -122,13 +122,7 @@ DIGITS: tuple[Task, ...] = (
 _VTAB_SWEEP_TRAIN = "train[:800]"
 # BiT, Appendix F: labels that flipping, or cropping, would change.
 _NEVER_FLIPPED = {"dsprites_orientation", "dsprites_position", "smallnorb_azimuth"}
-_NEVER_CROPPED = {
-    "clevr_count",
-    "clevr_distance",
-    "dmlab",
-    "dsprites_position",
-    "kitti_distance",
-}
+_NEVER_CROPPED = {"clevr_count", "clevr_distance", "dmlab", "dsprites_position", "kitti_distance"}
 # Datasets with images of 32 or 64 px.
 _SMALL_IMAGES = {"cifar100", "svhn", "eurosat", "dsprites_orientation", "dsprites_position"}
 
@@ -155,35 +149,18 @@ _VTAB_SPECIALISED = (
         42670,
     ),
 )
+# Splits that the tasks of a dataset share.
+_CLEVR = ("train[63000:63200]", "validation", 15000)
+_DSPRITES = ("train[589824:590024]", "train[663552:]", 73728)
+_SMALLNORB = ("test[:200]", "test[12150:]", 12150)
 _VTAB_STRUCTURED = (
-    ("clevr_count", "clevr@count_all", 8, "train[63000:63200]", "validation", 15000),
-    (
-        "clevr_distance",
-        "clevr@closest_object_distance",
-        6,
-        "train[63000:63200]",
-        "validation",
-        15000,
-    ),
+    ("clevr_count", "clevr@count_all", 8, *_CLEVR),
+    ("clevr_distance", "clevr@closest_object_distance", 6, *_CLEVR),
     ("dmlab", "dmlab", 6, "validation[:200]", "test", 22735),
-    (
-        "dsprites_position",
-        "dsprites@x_position",
-        16,
-        "train[589824:590024]",
-        "train[663552:]",
-        73728,
-    ),
-    (
-        "dsprites_orientation",
-        "dsprites@orientation",
-        16,
-        "train[589824:590024]",
-        "train[663552:]",
-        73728,
-    ),
-    ("smallnorb_azimuth", "smallnorb@label_azimuth", 18, "test[:200]", "test[12150:]", 12150),
-    ("smallnorb_elevation", "smallnorb@label_elevation", 9, "test[:200]", "test[12150:]", 12150),
+    ("dsprites_position", "dsprites@x_position", 16, *_DSPRITES),
+    ("dsprites_orientation", "dsprites@orientation", 16, *_DSPRITES),
+    ("smallnorb_azimuth", "smallnorb@label_azimuth", 18, *_SMALLNORB),
+    ("smallnorb_elevation", "smallnorb@label_elevation", 9, *_SMALLNORB),
     ("kitti_distance", "kitti@closest_vehicle_distance", 4, "validation[:200]", "test", 711),
 )
 

@@ -81,11 +81,7 @@ class TransferPlan(NamedTuple):
         return max(self.image_sizes[task.name] for task in fine_tuned or self.suite.tasks)
 
     def sweep_runs(self, task: FineTuneTask) -> dict[float, Run]:
-        """Returns the runs of a task's sweep by learning rate; empty if there is a single rate.
-
-        Raises:
-            UserError: An overridden key does not exist, or breaks a rule.
-        """
+        """Returns the runs of a task's sweep by learning rate; empty if there is a single rate."""
         if len(task.learning_rates) == 1:
             return {}
         evals = {VALIDATION: {"split": task.sweep_val_split}}
@@ -96,11 +92,7 @@ class TransferPlan(NamedTuple):
         }
 
     def final_runs(self, task: FineTuneTask, learning_rate: float) -> dict[int, Run]:
-        """Returns the runs that are evaluated on the test split, by seed.
-
-        Raises:
-            UserError: An overridden key does not exist, or breaks a rule.
-        """
+        """Returns the runs that are evaluated on the test split, by seed."""
         evals = {TEST: {"split": task.test_split}}
         for name, (dataset, split) in task.extra_evals.items():
             evals[name] = {"dataset": dataset, "split": split}
@@ -171,7 +163,7 @@ def _make_config(
 
 
 def validate_run_configs(plan: TransferPlan, tasks: Sequence[Task]) -> None:
-    """Raises UserError if the config of a run breaks a rule."""
+    """Raises UserError if the config of a run has an unknown key or breaks a rule."""
     for task in tasks:
         if isinstance(task, FineTuneTask):
             plan.sweep_runs(task)

@@ -37,16 +37,13 @@ class TransferRequest(NamedTuple):
 
     Attributes:
         suite: Suite, validated by `check_suite`.
-        checkpoint: Checkpoint to evaluate.
         workdir: Absolute path or URL of the suite's workdir.
         overrides: Config overrides, validated by `check_overrides`.
         image_size: Image size, as in `datasets.choose_image_size`.
         data_dir: TFDS data directory; empty for TFDS's default.
         tasks: Names of the tasks to run; empty for all.
         shard: i and n, for the i-th of n shards of them.
-        dry_run: Whether to only print what would run.
         keep_checkpoints: Whether checkpoints of completed runs are kept.
-        throughput: Whether to measure the throughput.
         pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`, or "none"; empty to infer it.
     """
 

@@ -43,13 +43,11 @@ class Row(NamedTuple):
 
     Attributes:
         task: Name of the task and evaluation.
-        group: Group of the task.
         image_size: Image size, in pixels; None for a mean.
         learning_rate: Learning rate selected, if any.
         mean: Mean top-1 accuracy over the runs; None if there is none yet.
         std: Sample standard deviation over the runs, if there are several.
         runs: Number of completed runs; for a mean over tasks, the number of tasks.
-        paper: Result of the paper, if any.
         num_examples: Number of test examples of each run.
         minutes: Duration of the runs, including the sweep; 0 for further evaluations of them.
         failed: Reason for a missing mean; empty if runs are only missing.

@@ -8,9 +8,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import OutputWriteError, UserError, summarize_error
-from mixer_jax.files import atomic_write
+from mixer_jax.files import atomic_write, file_lock
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
 from mixer_jax.suites.tasks import VALIDATION
@@ -124,11 +123,7 @@ def to_json(plan: TransferPlan) -> dict[str, Any]:
 
 
 def read_plan(workdir: str) -> TransferPlan | None:
-    """Restores the plan saved in a workdir; returns None if there is none.
-
-    Raises:
-        UserError: The file is damaged or has an unknown format.
-    """
+    """Restores the plan in a workdir, or returns None; raises UserError if it is damaged."""
     path = epath.Path(workdir) / PLAN_FILE
     if not path.exists():
         return None
@@ -160,43 +155,25 @@ def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
     """
     path = epath.Path(workdir) / PLAN_FILE
     try:
-        if read_plan(workdir) is None:
+        with contextlib.ExitStack() as stack:
+            # Object stores have no locks; there the last of several processes wins.
+            if "://" not in workdir:
+                stack.enter_context(file_lock(Path(f"{path}.lock"), wait=True))
+            changes = []
+            if old := read_plan(workdir):
+                changes = _check_same(workdir, old, plan)
+                # Every shard sees only the data of its own tasks.
+                notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
+                days = old.device_days if plan.device_days is None else plan.device_days
+                plan = plan._replace(data_notes=notes, device_days=days)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _create(path, _to_text(to_json(plan)))
-        # Read back, because another process may have been first.
-        old = read_plan(workdir) or plan
-        changes = _check_same(workdir, old, plan)
-        # Every shard sees only the data of its own tasks.
-        notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
-        days = old.device_days if plan.device_days is None else plan.device_days
-        text = _to_text(to_json(plan._replace(data_notes=notes, device_days=days)))
-        if text != _to_text(to_json(old)):
-            atomic_write(path, text)
+            atomic_write(path, _to_text(to_json(plan)))
     except OSError as error:
         raise UserError(
             f"--workdir must be writable, got {workdir!r} ({error.strerror}). Choose another "
             "--workdir."
         ) from error
     return changes
-
-
-def _create(path: epath.Path, text: str) -> None:
-    """Writes a file atomically unless it exists: among several processes the first one wins."""
-    if "://" in str(path):
-        # Object stores have no links; there the last one wins.
-        atomic_write(path, text)
-        return
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:
-        # Some file systems have no links either.
-        atomic_write(path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]:
@@ -239,11 +216,7 @@ def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def save_result(folder: str, result: RunResult) -> None:
-    """Writes the result of the run in `folder` atomically.
-
-    Raises:
-        OutputWriteError: It cannot be written.
-    """
+    """Writes the result of the run in `folder`, or raises OutputWriteError."""
     with output_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         atomic_write(epath.Path(folder) / RESULT_FILE, _to_text(dataclasses.asdict(result)))
@@ -293,11 +266,7 @@ def select_learning_rate(results: dict[float, RunResult]) -> float | None:
 
 
 def delete_checkpoints(folder: str) -> None:
-    """Deletes the checkpoints of the run in `folder`, if there are any.
-
-    Raises:
-        OutputWriteError: They cannot be deleted.
-    """
+    """Deletes the checkpoints of the run in `folder`, or raises OutputWriteError."""
     checkpoints = epath.Path(folder) / CHECKPOINT_DIR
     with output_errors(folder):
         if checkpoints.exists():
@@ -305,22 +274,14 @@ def delete_checkpoints(folder: str) -> None:
 
 
 def save_failure(folder: str, reason: str, traceback: str) -> None:
-    """Records why the task in `folder` failed; the next start retries it.
-
-    Raises:
-        OutputWriteError: It cannot be written.
-    """
+    """Records why the task in `folder` failed, or raises OutputWriteError."""
     with output_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         atomic_write(epath.Path(folder) / FAILED_FILE, f"{reason}\n\n{traceback}")
 
 
 def clear_failure(folder: str) -> None:
-    """Removes the record of `save_failure`.
-
-    Raises:
-        OutputWriteError: It cannot be removed.
-    """
+    """Removes the record of `save_failure`, or raises OutputWriteError."""
     with output_errors(folder):
         (epath.Path(folder) / FAILED_FILE).unlink(missing_ok=True)
 
@@ -337,11 +298,7 @@ def save_throughput(workdir: str, throughput: Throughput) -> None:
 
 
 def read_throughput(workdir: str) -> Throughput | None:
-    """Reads the measured throughput; returns None if it was not measured.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Reads the measured throughput, or returns None; raises UserError if it is damaged."""
     path = epath.Path(workdir) / THROUGHPUT_FILE
     if not path.exists():
         return None

@@ -1,8 +1,10 @@
 """Tests of files in a suite's workdir: plan, results; changes between starts, concurrent writes."""
 
+import contextlib
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
+from mixer_jax.files import file_lock
 from mixer_jax.suites import workdir
 from mixer_jax.suites.builtin import SUITES
-from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
 from mixer_jax.suites.workdir import (
     RunResult,
@@ -146,56 +148,27 @@ def test_save_plan_merges_notes_and_accepts_another_data_dir(tmp_path: Path) -> 
     assert (saved.device_days, saved.data_dir) == (1.0, "/data")
 
 
-OTHER = make_plan(overrides=(("batch_size", "64"),))
-
-
-def overrides_in(folder: Path) -> Any:
-    saved = read_plan(str(folder))
+@pytest.mark.parametrize("locks", [True, False])
+def test_save_plan_waits_for_another_process(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two plans is kept; on file systems without locks, the last one."""
+    other = make_plan(overrides=(("batch_size", "64"),))
+    if not locks:
+        monkeypatch.setattr(workdir, "file_lock", lambda path, wait: contextlib.nullcontext(False))
+    with ThreadPoolExecutor() as pool:
+        with file_lock(tmp_path / "suite.json.lock"):
+            ours = pool.submit(save_plan, str(tmp_path), make_plan())
+            done, _ = wait([ours], timeout=0.5)
+            assert bool(done) != locks
+            (tmp_path / "suite.json").write_text(json.dumps(workdir.to_json(other)))
+        if locks:
+            with raises(UserError, str(tmp_path), "overrides.batch_size", "64", "--workdir"):
+                ours.result()
+    saved = read_plan(str(tmp_path))
     assert saved is not None
-    return saved.overrides
-
-
-def test_save_plan_keeps_the_first_of_two_concurrent_plans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, times = workdir.read_plan, iter([save_plan])
-
-    def read_too_early(folder: str) -> TransferPlan | None:
-        """Finds nothing; then the other process writes."""
-        for save in times:
-            assert save(folder, OTHER) == []
-            return None
-        return read(folder)
-
-    monkeypatch.setattr(workdir, "read_plan", read_too_early)
-    with raises(UserError, str(tmp_path), "overrides.batch_size", "64", "--workdir"):
-        save_plan(str(tmp_path), make_plan())
-    monkeypatch.undo()
-    assert overrides_in(tmp_path) == OTHER.overrides
+    assert saved.overrides == other.overrides
     assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
-
-
-def test_save_plan_keeps_the_last_plan_without_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = workdir.atomic_write
-
-    def refuse(*arguments: Any) -> None:
-        raise PermissionError("no links here")
-
-    def write_first(path: Any, ours: str) -> None:
-        write(path, ours)
-        write(path, json.dumps(workdir.to_json(OTHER)))
-
-    monkeypatch.setattr(workdir.os, "link", refuse)
-    with monkeypatch.context() as context:
-        context.setattr(workdir, "atomic_write", write_first)
-        with raises(UserError, f"{tmp_path}/a", "overrides.batch_size", "64", "--workdir"):
-            save_plan(str(tmp_path / "a"), make_plan())
-    assert overrides_in(tmp_path / "a") == OTHER.overrides
-    assert save_plan(str(tmp_path / "b"), OTHER) == []
-    assert overrides_in(tmp_path / "b") == OTHER.overrides
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["suite.json"]
 
 
 @pytest.mark.parametrize("inside", ["config.json", "checkpoints"])
