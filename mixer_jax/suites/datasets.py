@@ -14,14 +14,7 @@ from mixer_jax.errors import DatasetNotPreparedError, UserError
 from mixer_jax.evaluation.few_shot import LazyLabels
 from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
 from mixer_jax.models.registry import get_family
-from mixer_jax.suites.tasks import (
-    NATIVE,
-    FineTuneTask,
-    ProbeTask,
-    Suite,
-    Task,
-    task_splits,
-)
+from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task, task_splits
 
 # VTAB's rule (arXiv 1912.11370): smaller images are shown at the smaller size.
 _LARGE_AREA = 96 * 96
@@ -102,12 +95,7 @@ def check_probe_data(tasks: Sequence[Task], data: SuiteData, skip_bad: bool) -> 
     """Checks that the available data suit their probes.
 
     Few-shot probes need enough images of every class; this is checked unless there are too many
-    images to read their labels.
-
-    Args:
-        tasks: Tasks of a suite.
-        data: Their data.
-        skip_bad: Whether unreadable examples are skipped; otherwise they are an error.
+    images to read their labels. `skip_bad` skips unreadable examples, which otherwise are an error.
 
     Raises:
         UserError: The data do not suit a probe; the message names the task and the class.
@@ -131,10 +119,8 @@ def choose_image_size(
     """Returns the side of a task's square input images, in pixels.
 
     Args:
-        task: Task of the suite.
         requested: `tasks.NATIVE`, the checkpoint's size; `tasks.AUTO`, the checkpoint's size for
             images smaller than 96 × 96 px and twice that for others; or a number of pixels.
-        model_info: Metadata of the checkpoint.
         sources: Splits of the task, measured if the task does not declare the size of its images.
             Empty if the data are missing; the images then count as large.
 

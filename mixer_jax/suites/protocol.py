@@ -97,9 +97,8 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
             # Any error, even running out of memory, ends only its own task.
             if jax.process_count() > 1 and not isinstance(error, NonFiniteError):
                 raise
-            reason = f"{type(error).__name__}: {summarize_error(error)}"
-            if isinstance(error, UserError | RunError):
-                reason = str(error)
+            is_known = isinstance(error, UserError | RunError)
+            reason = str(error) if is_known else f"{type(error).__name__}: {summarize_error(error)}"
             failures[task.name] = reason
             if is_primary_process():
                 save_failure(f"{context.workdir}/{task.name}", reason, traceback.format_exc())
@@ -166,7 +165,7 @@ def _select_learning_rate(context: TaskContext, task: FineTuneTask) -> float:
 def _complete_run(context: TaskContext, run: Run, record_failure: bool) -> RunResult:
     """Returns the result of a run, which is trained to the end if it is not complete."""
     folder = f"{context.workdir}/{run.folder}"
-    result, is_stopping = read_result(folder, [*run.config.evals]), False
+    result, is_stopping = read_result(folder, run.config.evals), False
     if result is None or (result.failed and not record_failure):
         context.log(f"\n{run.folder}")
         result, received = _train(context, run, folder)

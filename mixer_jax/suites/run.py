@@ -13,12 +13,7 @@ from mixer_jax.suites import datasets
 from mixer_jax.suites.cost import device_days, format_dry_run, measure_throughput
 from mixer_jax.suites.datasets import SuiteData
 from mixer_jax.suites.paper_results import infer_pretrain_dataset
-from mixer_jax.suites.plan import (
-    TransferPlan,
-    default_config,
-    select_tasks,
-    validate_run_configs,
-)
+from mixer_jax.suites.plan import TransferPlan, default_config, select_tasks, validate_run_configs
 from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
 from mixer_jax.suites.table import report
 from mixer_jax.suites.tasks import AUTO, Suite

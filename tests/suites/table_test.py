@@ -25,13 +25,7 @@ from mixer_jax.suites.table import (
     report,
 )
 from mixer_jax.suites.tasks import FineTuneTask, Suite
-from mixer_jax.suites.workdir import (
-    RunResult,
-    Throughput,
-    save_plan,
-    save_result,
-    save_throughput,
-)
+from mixer_jax.suites.workdir import RunResult, Throughput, save_plan, save_result, save_throughput
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_suite import LARGE_INFO, PROBE, make_plan
