@@ -12,11 +12,11 @@ from mixer_jax.checkpoints.export import (
     export_weights,
     written_size,
 )
-from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.model_zoo import format_model_zoo
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
-from mixer_jax.checkpoints.tree import flatten
+from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
@@ -112,7 +112,7 @@ def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
 
 def _print_results(weights: PretrainedWeights, format: str, target: str, checks: str) -> None:
     model_info = weights.model_info
-    num_params = sum(array.size for _, array in flatten(weights.params))
+    num_params = sum(array.size for _, array in flatten_params(weights.params))
     classes = "none (no head)"
     if model_info.num_classes:
         names = "named" if model_info.class_names else "without names"

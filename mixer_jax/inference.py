@@ -14,19 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from mixer_jax.checkpoints.load import (
-    ImageSize,
-    PretrainedWeights,
-    collect_overrides,
-    load_checkpoint,
-    replace_head,
-    set_class_names,
-)
-from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params, shard_params
+from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage, display_path, read_image
 from mixer_jax.data.preprocess import eval_image
-from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated
+from mixer_jax.distributed.sharding import (
+    batch_sharding,
+    make_mesh,
+    replicated,
+    shard_inference_params,
+    shard_params,
+)
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.models.layers import normalize_images
@@ -136,7 +135,7 @@ class Classifier:
         """
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        model = model_from_info(weights.model_info, dtype)
+        model = weights.model_info.build_model(dtype)
         self.model = use_partitionable_backend(model, self._mesh.size)
         self._host_params = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)

@@ -14,9 +14,8 @@ from mixer_jax.checkpoints.resolve import (
     resolve_checkpoint,
 )
 from mixer_jax.cli import common
-from mixer_jax.config.config import parse_shots
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
-from mixer_jax.config.schema import EVAL_FIELDS
+from mixer_jax.config.schema import EVAL_FIELDS, parse_shots
 from mixer_jax.errors import UserError, suggest
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
 from mixer_jax.suites.paper_results import PRETRAIN_DATASETS

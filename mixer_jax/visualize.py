@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     )
 
     source = open_train_dataset(config)
+    common.print_notes(source)
     num_steps = resolve_num_steps(config, len(source))
     if not 0 <= args.step < num_steps:
         raise UserError(

@@ -10,17 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.base import TensorFile
-from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile, write_npz
-from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile, write_safetensors
+from mixer_jax.checkpoints.formats import (
+    NpzFile,
+    SafetensorsFile,
+    TensorFile,
+    write_npz,
+    write_safetensors,
+)
 from mixer_jax.checkpoints.layouts import layout_views
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
+from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.weight_layout import WeightLayout
 
 # Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
@@ -128,12 +131,12 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
         UserError: The target cannot be written, or the weights are not finite.
         RunError: The target differs from the weights when it is read back.
     """
-    for path, array in tree.flatten(weights.params):
+    for path, array in flatten_params(weights.params):
         with np.errstate(invalid="ignore"):
             is_finite = np.isfinite(array.sum(dtype=np.float64))
         if not is_finite:
             raise UserError(f"{path} must be finite. The run that trained it has diverged.")
-    flat = dict(tree.flatten(weights.params))
+    flat = dict(flatten_params(weights.params))
     with _staged(target) as staged:
         if format == "stablehlo":
             # Imported here: files of tensors need neither JAX nor Flax.
@@ -209,7 +212,7 @@ def _compare_run(path: Path, weights: PretrainedWeights) -> None:
     """Compares a written run with weights, array by array to save memory."""
     from mixer_jax.checkpoints.manager import CheckpointManager
 
-    expected = dict(tree.flatten(weights.params))
+    expected = dict(flatten_params(weights.params))
     checkpoints = CheckpointManager(str(path))
     try:
         metadata = checkpoints.metadata(_STEP)

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.base import TensorFile
+from mixer_jax.checkpoints.formats import TensorFile
+from mixer_jax.checkpoints.weights import Tree, empty_aligned, unflatten_params
 from mixer_jax.errors import UserError
-from mixer_jax.models.family import InferredConfig, ModelFamily, Shape
-from mixer_jax.models.registry import FAMILIES
-from mixer_jax.models.weight_layout import WeightLayout
+from mixer_jax.models.family import InferredConfig, ModelFamily, Shape, WeightLayout
+from mixer_jax.models.registry import FAMILIES, get_family
 
 # Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
@@ -37,12 +36,23 @@ class LoadedWeights(NamedTuple):
         layout: Layout of the file.
     """
 
-    params: tree.Tree
+    params: Tree
     family: str
     config: Any
     num_tokens: int
     num_classes: int
     layout: WeightLayout
+
+    @property
+    def size_multiple(self) -> int:
+        """Number of pixels that both sides of an image are a multiple of."""
+        return get_family(self.family).image_size_multiple(self.config)
+
+    def fits_image_size(self, size: tuple[int, int]) -> bool:
+        """Returns whether the weights are for images of this height and width in pixels."""
+        num_tokens = math.prod(length // self.size_multiple for length in size)
+        is_valid = not any(length % self.size_multiple for length in size)
+        return is_valid and self.num_tokens in (0, num_tokens)
 
 
 def read_pretrained(file: TensorFile) -> LoadedWeights:
@@ -64,7 +74,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
     side = family.image_size_multiple(config)
     shapes = family.param_shapes(config, (side, side * max(num_tokens, 1)), num_classes)
     _check_names_and_shapes(file, shapes, layout)
-    flat = {path: tree.empty_aligned(shape) for path, shape in shapes.items()}
+    flat = {path: empty_aligned(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))
 
     def read(name: str) -> None:
@@ -81,7 +91,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
         names = sorted(views, key=lambda name: views[name].size, reverse=True)
         for _ in pool.map(read, names):
             pass
-    params = tree.unflatten(flat)
+    params = unflatten_params(flat)
     return LoadedWeights(params, family.name, config, num_tokens, num_classes, layout)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mixer_jax.checkpoints import tree as trees
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import UserError, summarize_error
 
 Tree = Any
@@ -87,16 +87,16 @@ class CheckpointManager:
         """
         with self._damage_errors(step):
             saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / str(step) / item).tree
-            leaves = dict(trees.flatten(saved))
+            leaves = dict(flatten_params(saved))
         for path, leaf in leaves.items():
             args = ocp.args.PyTreeRestore(
-                trees.unflatten({path: np.empty(leaf.shape, leaf.dtype)}),
-                restore_args=trees.unflatten({path: ocp.RestoreArgs(restore_type=np.ndarray)}),
+                unflatten_params({path: np.empty(leaf.shape, leaf.dtype)}),
+                restore_args=unflatten_params({path: ocp.RestoreArgs(restore_type=np.ndarray)}),
                 partial_restore=True,
             )
             with self._damage_errors(step):
                 restored = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))
-            yield from trees.flatten(restored[item])
+            yield from flatten_params(restored[item])
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Restores the metadata of a checkpoint.

@@ -9,8 +9,10 @@ from typing import Any
 
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
+from mixer_jax.data.source import normalize_names
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, get_family
+from mixer_jax.models.execution import AUTO, AUTO_UNROLL
+from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, build_model, get_family
 
 # Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
 METADATA_FIELDS = (
@@ -65,6 +67,31 @@ class ModelInfo:
         """Name of the model and its image size: "Mixer-B/16 at 224 px"."""
         full_name = get_family(self.family).full_name(self.variant)
         return f"{full_name} at {format_image_size(self.image_size)}"
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each parameter by its slash-separated path."""
+        family = get_family(self.family)
+        return family.param_shapes(self.config, self.image_size, self.num_classes)
+
+    def build_model(self, dtype: str = "") -> Any:
+        """Builds the Flax module, from images in [-1, 1] to logits.
+
+        Args:
+            dtype: Dtype of the computation; empty: that of the checkpoint.
+        """
+        import jax
+
+        settings = {
+            "gelu": self.gelu,
+            "dropout": 0.0,
+            "dtype": dtype or self.dtype,
+            "backend": AUTO,
+            "scan_unroll": AUTO_UNROLL,
+            "remat": "none",
+        }
+        family = get_family(self.family)
+        platform = jax.default_backend()
+        return build_model(family, self.config, self.num_classes, settings, platform)
 
     def to_dict(self) -> dict[str, Any]:
         """Converts to JSON-serializable metadata."""
@@ -206,7 +233,7 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         names = fields["class_names"]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise error("class_names", "a list of strings")
-        fields["class_names"] = tuple(names)
+        fields["class_names"] = normalize_names(names)
     if not isinstance(fields.get("resize_note", ""), str):
         raise error("resize_note", "a string")
     return fields

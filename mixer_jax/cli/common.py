@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.tpu_env import silence_libtpu
+from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import RunError, UserError, exit_code
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.model_info import ModelInfo
+    from mixer_jax.data.source import Source
 
 CHECKPOINT_HELP = (
     "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
@@ -245,6 +246,12 @@ def warn_if_resized(info: "ModelInfo") -> None:
     """Prints a line on standard error if a checkpoint was resized to another image size."""
     if info.resize_note:
         print(f"{info.name}: weights {info.resize_note}", file=sys.stderr)
+
+
+def print_notes(source: "Source") -> None:
+    """Prints what was skipped or chosen when a dataset was opened, on standard error."""
+    for note in source.notes:
+        print(note, file=sys.stderr)
 
 
 def read_class_names(path: str | None) -> list[str]:

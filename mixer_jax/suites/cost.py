@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.to_device import model_from_info
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family
@@ -157,7 +156,7 @@ def measure_matmul_flops() -> float:
 def measure_throughput(weights: PretrainedWeights) -> Throughput:
     """Measures the inference throughput of a model on one device, at its image size."""
     device = jax.local_devices()[0]
-    model = model_from_info(weights.model_info)
+    model = weights.model_info.build_model()
     image_size = weights.model_info.image_size
     classify = jax.jit(lambda params, x: model.apply({"params": params}, normalize_images(x)))
     params = weights.params

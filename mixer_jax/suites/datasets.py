@@ -11,8 +11,7 @@ from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError
-from mixer_jax.evaluation.few_shot import LazyLabels
-from mixer_jax.evaluation.probes import ProbeConfig, align_labels, sample_all_shots
+from mixer_jax.evaluation.probes import LazyLabels, ProbeConfig, align_labels, sample_all_shots
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task, task_splits
 
@@ -118,11 +117,10 @@ def choose_image_size(
 ) -> int:
     """Returns the side of a task's square input images, in pixels.
 
-    Args:
-        requested: `tasks.NATIVE`, the checkpoint's size; `tasks.AUTO`, the checkpoint's size for
-            images smaller than 96 × 96 px and twice that for others; or a number of pixels.
-        sources: Splits of the task, measured if the task does not declare the size of its images.
-            Empty if the data are missing; the images then count as large.
+    `requested` is a number of pixels, `tasks.NATIVE` for the checkpoint's size, or `tasks.AUTO` for
+    that size if images are smaller than 96 × 96 px, and twice that for others. The first of
+    `sources` is measured if the task does not declare the size of its images; without sources,
+    because data are missing, images count as large.
 
     Raises:
         UserError: The model does not accept the size.

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
-from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, is_primary_process
-from mixer_jax.distributed.sharding import make_mesh
+from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
 from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -42,7 +41,7 @@ from mixer_jax.suites.workdir import (
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import check_workdir
-from mixer_jax.visualization.curves import plot_curves
+from mixer_jax.visualization.figures import plot_curves
 
 _LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
 _RANDOM_INIT_SEED = 0
@@ -221,7 +220,7 @@ def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
     )
     config = default_config(plan.overrides)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    model = model_from_info(info)
+    model = info.build_model()
     feature_fn = make_feature_fn(model, mesh)
     input_config = EvalInputConfig(
         batch_size=config.eval_batch_size,

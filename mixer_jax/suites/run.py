@@ -4,8 +4,9 @@ import os
 import signal
 from typing import NamedTuple
 
-from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
+from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from mixer_jax.checkpoints import tree
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.checkpoints.weights import Tree, flatten_params
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import OutputWriteError, UserError, summarize_error
 from mixer_jax.files import atomic_write, file_lock
@@ -102,10 +102,10 @@ def check_workdir(workdir: str) -> None:
         )
 
 
-def params_digest(params: tree.Tree) -> str:
+def params_digest(params: Tree) -> str:
     """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
     digest = hashlib.sha256()
-    for path, array in sorted(tree.flatten(params)):
+    for path, array in sorted(flatten_params(params)):
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mixer_jax.config.schema import RecipeConfig
-from mixer_jax.distributed.gradients import sharded_value_and_grad
-from mixer_jax.distributed.sharding import batch_sharding, replicated
+from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.params import cast_weights
-from mixer_jax.models.stack import active_backend
+from mixer_jax.models.registry import get_family
+from mixer_jax.models.stack import active_backend, cast_weights
 
 Params = Any
 Metrics = dict[str, Array]
@@ -156,7 +155,8 @@ def train_step(
         jax.value_and_grad(loss_fn),
         num_microbatches=recipe.grad_accum_steps,
     )
-    cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=model.family)
+    family = get_family(model.family)
+    cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=family)
     loss, grads = sharded_value_and_grad(per_device, mesh, cast, model.family)(
         state.params, (arrays, jnp.arange(len(labels))), shared
     )

@@ -1,4 +1,4 @@
-"""Tests of weights in the Hugging Face Hub's cache without a network, and of timm's config."""
+"""Tests of timm's config, with weights in the Hugging Face Hub's cache and no network."""
 
 import json
 import time

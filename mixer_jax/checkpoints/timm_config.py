@@ -1,5 +1,6 @@
-"""Hugging Face Hub, and timm's config.json: preprocessing, image size, GELU and class names."""
+"""timm's config.json: preprocessing, image size, GELU and class names of a file of weights."""
 
+import os
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from mixer_jax.checkpoints.model_info import read_metadata_json
-from mixer_jax.checkpoints.resolve import HUB, HUB_FILE
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.checkpoints.resolve import HUB, TIMM_CONFIG_FILE
+from mixer_jax.errors import UserError
 from mixer_jax.models.registry import FAMILIES
-
-CONFIG_FILE = "config.json"
 
 # timm resizes the shorter side of an image to the model's size divided by crop_pct, then crops the
 # center.
@@ -22,82 +21,30 @@ _INTERPOLATIONS = ("bicubic", "bilinear")
 _GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}
 # Weights with this tag expect pixels in [0, 1]. It is in the file's name if there is no config.
 _MIIL = "miil"
-MIIL_CONFIG = {"interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
+_MIIL_CONFIG = {"interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
 
 
-def download(name: str) -> str:
-    """Downloads a repository's weights and config into the local cache; returns the weights' path.
-
-    Cached files are used without asking the Hub.
+def read_timm_config(path: str, source: str) -> dict[str, Any]:
+    """Reads timm's config next to a file of weights, or guesses it from the file's name.
 
     Args:
-        name: "OWNER/NAME" or "OWNER/NAME@REVISION".
+        path: Local path of the weights.
+        source: Name of the checkpoint, as the user wrote it.
 
     Raises:
-        UserError: The repository or one of the files does not exist, or cannot be downloaded.
+        UserError: The config is not a JSON object.
     """
-    # Imported here: the import takes half a second that local files need not.
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    # It would report each retry on standard error.
-    huggingface_hub.logging.set_verbosity_error()
-    repo, _, revision = name.partition("@")
-
-    def get_files(local_files_only: bool) -> str:
-        paths = [
-            huggingface_hub.hf_hub_download(
-                repo, file, revision=revision or None, local_files_only=local_files_only
-            )
-            for file in (CONFIG_FILE, HUB_FILE)
-        ]
-        return paths[-1]
-
-    try:
-        try:
-            return get_files(local_files_only=True)
-        except errors.LocalEntryNotFoundError:
-            # Both are requested again, so that they are of the same revision.
-            return get_files(local_files_only=False)
-    except errors.HFValidationError as error:
-        raise UserError(
-            f"checkpoint on the Hub must be {HUB}OWNER/NAME, got {HUB + name!r}."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{HUB}{name} is not in the local cache, and the Hub cannot be reached. Download its "
-            f"{HUB_FILE} and {CONFIG_FILE} elsewhere, and pass the folder that contains them."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(f"{HUB}{name} does not exist, or is private. Check the name.") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{HUB}{name} must contain {HUB_FILE} and {CONFIG_FILE}.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error
+    config = read_metadata_json(Path(path).with_name(TIMM_CONFIG_FILE))
+    if config:
+        return config
+    # Links are not resolved: their names can be more telling than those of their targets.
+    name = Path(source if "://" in source or source.startswith(HUB) else os.path.abspath(source))
+    is_generic = not any(family in name.name.lower() for family in FAMILIES)
+    telling = f"{name.parent.name}/{name.name}" if is_generic else name.name
+    return _MIIL_CONFIG if _MIIL in telling.lower() else {}
 
 
-def read_timm_config(weights_path: str) -> dict[str, Any]:
-    """Reads timm's config next to a file of weights; returns {} if there is none.
-
-    Raises:
-        UserError: It is not a JSON object.
-    """
-    return read_metadata_json(Path(weights_path).with_name(CONFIG_FILE))
-
-
-def guess_timm_config(file_name: str, folder_name: str) -> dict[str, Any]:
-    """Guesses the config of a file that has none, from its name.
-
-    Args:
-        file_name: Name of the file of weights.
-        folder_name: Name of its folder, which counts if the file's own name is generic.
-    """
-    is_generic = not any(family in file_name.lower() for family in FAMILIES)
-    name = f"{folder_name}/{file_name}" if is_generic else file_name
-    return MIIL_CONFIG if _MIIL in name.lower() else {}
-
-
-def parse_timm_metadata(
+def parse_timm_fields(
     config: dict[str, Any], source: str, overrides: Container[str]
 ) -> dict[str, Any]:
     """Extracts the fields of `ModelInfo` that do not depend on the tensors.
@@ -110,10 +57,13 @@ def parse_timm_metadata(
     Raises:
         UserError: The config has a crop or an activation that is not supported.
     """
-    parsers = {"class_names": _class_names, "eval_crop": _eval_crop, "gelu": _gelu}
-    fields = {
-        name: parse(config, source) for name, parse in parsers.items() if name not in overrides
-    }
+    fields: dict[str, Any] = {}
+    if "class_names" not in overrides:
+        fields["class_names"] = _parse_class_names(config)
+    if "eval_crop" not in overrides:
+        fields["eval_crop"] = _parse_eval_crop(config, source)
+    if "gelu" not in overrides:
+        fields["gelu"] = _parse_gelu(config, source)
     return {name: value for name, value in fields.items() if value}
 
 
@@ -121,9 +71,6 @@ def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
     """Yields the image sizes in a config, height and width, the most reliable first.
 
     When timm saves fine-tuned weights, old versions leave the original `input_size` in the config.
-
-    Args:
-        config: timm's config, or {}.
     """
     img_size = _model_args(config).get("img_size")
     input_size = _pretrained_cfg(config).get("input_size")
@@ -172,7 +119,7 @@ def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str
     stem["kernel"] = (kernel * (0.5 / std)[:, None]).astype(np.float32)
 
 
-def _class_names(config: dict[str, Any], source: str) -> Any:
+def _parse_class_names(config: dict[str, Any]) -> Any:
     names = _pretrained_cfg(config).get("label_names", config.get("label_names"))
     if isinstance(names, dict):
         # By class index, which is a string in JSON.
@@ -180,7 +127,7 @@ def _class_names(config: dict[str, Any], source: str) -> Any:
     return names
 
 
-def _eval_crop(config: dict[str, Any], source: str) -> Any:
+def _parse_eval_crop(config: dict[str, Any], source: str) -> Any:
     settings = _pretrained_cfg(config)
     crop_pct, mode = settings.get("crop_pct"), settings.get("crop_mode")
     interpolation = settings.get("interpolation")
@@ -197,7 +144,7 @@ def _eval_crop(config: dict[str, Any], source: str) -> Any:
     return interpolation
 
 
-def _gelu(config: dict[str, Any], source: str) -> str | None:
+def _parse_gelu(config: dict[str, Any], source: str) -> str | None:
     layer = _model_args(config).get("act_layer")
     if layer is None:
         return None
