@@ -277,7 +277,7 @@ def min_hbm_bytes(run: RunSpec) -> float:
 
 
 def estimate_collectives(run: RunSpec) -> list[Collective]:
-    """Estimates the collectives of a training step; see `distributed/gradients.py`."""
+    """Estimates the collectives of a training step; see `sharded_value_and_grad`."""
     if run.num_devices == 1:
         return []
     data, fsdp = run.num_devices // run.fsdp, run.fsdp
