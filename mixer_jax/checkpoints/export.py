@@ -22,8 +22,8 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.weight_layout import WeightLayout
 
 # Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}

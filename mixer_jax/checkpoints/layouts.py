@@ -17,9 +17,8 @@ import numpy as np
 from mixer_jax.checkpoints.formats import TensorFile
 from mixer_jax.checkpoints.weights import Tree, unflatten_params, zeros_in_pages
 from mixer_jax.errors import UserError
-from mixer_jax.models.family import InferredConfig, ModelFamily, Shape
+from mixer_jax.models.family import InferredConfig, ModelFamily, Shape, WeightLayout
 from mixer_jax.models.registry import FAMILIES, get_family
-from mixer_jax.models.weight_layout import WeightLayout
 
 # Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"

@@ -17,7 +17,7 @@ from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.models.mixer_config import VARIANTS
-from mixer_jax.models.mixer_layouts import TIMM
+from mixer_jax.models.mixer_family import TIMM
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import assert_params_equal, random_weights, save_safetensors
 

@@ -12,7 +12,7 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
+from mixer_jax.models.mixer_family import GOOGLE, TIMM
 from mixer_jax.models.registry import get_family
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)

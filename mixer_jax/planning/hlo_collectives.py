@@ -1,24 +1,19 @@
 """Collectives of a compiled program: payload, mesh axis, and role of the tensors they carry."""
 
-import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from mixer_jax.planning.hlo.program import (
-    ArrayType,
-    Computation,
-    ExecutedInstruction,
-    Instruction,
-    Program,
-)
+import numpy as np
+
+from mixer_jax.planning.hlo import ArrayType, Instruction, Program, parse_ints
 
 # Devices, numbered row by row over the mesh.
 ReplicaGroups = tuple[tuple[int, ...], ...]
 
-OPS = (
+_OPS = (
     "all-reduce",
     "all-gather",
     "reduce-scatter",
@@ -61,10 +56,9 @@ class Collective(NamedTuple):
 
     Attributes:
         op: Operation, e.g. "all-reduce".
-        dtype: Element type.
         mesh_axis: Name of a mesh axis, "all" for both, "slices" between slices, or "other".
         tensor_role: Role of the tensors, one of the constants above.
-        num_executions: Number of executions per step.
+        num_executions: Number per step.
         num_bytes: Payload per step and device: the whole array that is reduced, gathered, scattered
             or sent, not the traffic of the algorithm.
         replica_groups: Groups of communicating devices.
@@ -84,83 +78,68 @@ class Collective(NamedTuple):
         return self.tensor_role == ACTIVATIONS
 
 
-class TensorRoles(NamedTuple):
+class TensorRoles:
     """Roles of tensors in collectives, inferred from their shapes.
 
     An inference can only be wrong if two tensors of a model have the same dimensions.
 
-    Attributes:
-        param_dims: Sorted dimensions, without ones, of parameters, their shards and blocks.
-        param_sizes: Number of elements of the same, for flattened arrays.
-        example_dims: Dimensions of one example of a batch.
+    Args:
+        param_shapes: Shapes of the parameters, by path.
+        fsdp: Number of devices that parameters are sharded over.
+        example_shapes: Shapes of one example's image, label and targets.
         multi_slice: Whether there are several slices. Reductions between slices are cut into
             tiles, whose dimensions say nothing.
     """
 
-    param_dims: frozenset[tuple[int, ...]]
-    param_sizes: frozenset[int]
-    example_dims: frozenset[tuple[int, ...]]
-    multi_slice: bool = False
-
-    @classmethod
-    def from_shapes(
-        cls,
+    def __init__(
+        self,
         param_shapes: Mapping[str, tuple[int, ...]],
         fsdp: int,
         example_shapes: Iterable[tuple[int, ...]],
         *,
         multi_slice: bool = False,
-    ) -> "TensorRoles":
-        """Derives the roles from the shapes of a model and its data.
-
-        Args:
-            param_shapes: Shapes of the parameters, by path.
-            fsdp: Number of devices that parameters are sharded over.
-            example_shapes: Shapes of one example's image, label and targets.
-            multi_slice: Whether there are several slices.
-        """
+    ):
         full: set[tuple[int, ...]] = set()
         for path, shape in param_shapes.items():
-            full |= {_canonical_dims(shape)}
+            full.add(_canonical_dims(shape))
             if path.startswith("blocks/"):
-                full |= {_canonical_dims(shape[1:])}
+                full.add(_canonical_dims(shape[1:]))
                 # An unrolled scan splits its blocks into groups of equal size.
                 groups = [n for n in range(2, shape[0]) if not shape[0] % n]
                 full |= {_canonical_dims((n, shape[0] // n, *shape[1:])) for n in groups}
                 full |= {_canonical_dims((n, *shape[1:])) for n in groups}
             if len(shape) > 2:
-                full |= {_canonical_dims((math.prod(shape[:-1]), shape[-1]))}
+                full.add(_canonical_dims((math.prod(shape[:-1]), shape[-1])))
         shards = {
             _canonical_dims((*dims[:axis], size // fsdp, *dims[axis + 1 :]))
             for dims in full
             for axis, size in enumerate(dims)
             if size % fsdp == 0
         }
-        param_dims = full | shards
+        self._param_dims = full | shards
         total = sum(math.prod(shape) for shape in param_shapes.values())
-        param_sizes = {math.prod(dims) for dims in param_dims} | {total, -(-total // fsdp)}
+        # Parameters may be flattened, also all of them together.
+        self._param_sizes = {math.prod(dims) for dims in self._param_dims}
+        self._param_sizes |= {total, -(-total // fsdp)}
         # An example may be flattened, or have additional axes of size one.
-        example_shapes = list(example_shapes)
-        flat = {(math.prod(shape),) for shape in example_shapes}
-        example_dims = frozenset({*map(_canonical_dims, example_shapes), *flat})
-        return cls(frozenset(param_dims), frozenset(param_sizes), example_dims, multi_slice)
+        self._example_dims = {
+            dims
+            for shape in example_shapes
+            for dims in (_canonical_dims(shape), (math.prod(shape),))
+        }
+        self._multi_slice = multi_slice
 
     def infer(self, op: str, array: ArrayType) -> str:
-        """Infers the role of an array in a collective.
-
-        Args:
-            op: Operation of the collective.
-            array: Operand.
-        """
+        """Infers the role of an operand of a collective."""
         dims = _canonical_dims(array.dims)
         if array.size <= _MAX_SCALARS and op != "collective-permute":
             return SCALARS
-        if op == "collective-permute" and dims in self.example_dims:
+        if op == "collective-permute" and dims in self._example_dims:
             return MIXUP_EXAMPLES
-        if self.multi_slice and array.dims[-2:] == _TILE:
+        if self._multi_slice and array.dims[-2:] == _TILE:
             return GRADIENTS
-        is_param = dims in self.param_dims or (
-            len(dims) <= 1 and array.size in self.param_sizes and op in _REDUCTIONS
+        is_param = dims in self._param_dims or (
+            len(dims) <= 1 and array.size in self._param_sizes and op in _REDUCTIONS
         )
         if not is_param:
             return ACTIVATIONS
@@ -184,53 +163,37 @@ def find_collectives(
     """
     first, *others = mesh
     slice_mesh = {first: mesh[first] // num_slices} | {name: mesh[name] for name in others}
-    totals: dict[tuple[str, str, str, str, ReplicaGroups], tuple[int, float]] = {}
-    for executed in _iter_collectives(program):
-        op = _collective_op(executed.computation, executed.instruction)
-        axis, groups = _mesh_axis_and_groups(executed.instruction, op, slice_mesh, num_slices)
+    found: dict[Any, Collective] = {}
+    for instruction, num_executions in _iter_collectives(program):
+        op = _collective_op(instruction)
+        axis, groups = _mesh_axis_and_groups(instruction, op, slice_mesh, num_slices)
         if axis == "none":
             continue  # Each device communicates with itself alone.
-        for (dtype, role), num_bytes in _payload(executed, op, groups, roles).items():
+        for (dtype, role), num_bytes in _payload(instruction, op, groups, roles).items():
             if not num_bytes:
                 continue  # A token.
             key = (op, dtype, axis, role, groups)
-            count, total = totals.get(key, (0, 0.0))
-            totals[key] = (
-                count + executed.num_executions,
-                total + executed.num_executions * num_bytes,
+            same = found.get(key, Collective(op, dtype, axis, role, 0, 0.0, groups))
+            found[key] = same._replace(
+                num_executions=same.num_executions + num_executions,
+                num_bytes=same.num_bytes + num_executions * num_bytes,
             )
-    found = [
-        Collective(op, dtype, axis, role, count, total, groups)
-        for (op, dtype, axis, role, groups), (count, total) in totals.items()
-    ]
-    return sorted(found, key=lambda collective: -collective.num_bytes)
+    return sorted(found.values(), key=lambda collective: -collective.num_bytes)
 
 
-def _iter_collectives(program: Program) -> Iterator[ExecutedInstruction]:
+def _iter_collectives(program: Program) -> Iterator[tuple[Instruction, int]]:
     """Yields each executed collective once, including those inside fusions."""
     overlapped: set[str] = set()
-    for computation, instruction, count in program.executed_instructions():
-        if _base_op(instruction):
-            yield ExecutedInstruction(computation, instruction, count)
-        elif instruction.opcode == "fusion":
-            for executed in _iter_fused_collectives(program, instruction, count):
-                if _OVERLAPPED in executed.instruction.attributes:
-                    identity = _overlapped_identity(executed.instruction)
-                    if identity in overlapped:
-                        continue
-                    overlapped.add(identity)
-                yield executed
-
-
-def _iter_fused_collectives(
-    program: Program, fusion: Instruction, count: int
-) -> Iterator[ExecutedInstruction]:
-    computation = program.computations[fusion.called_computation("calls")]
-    for instruction in computation.instructions.values():
-        if _base_op(instruction):
-            yield ExecutedInstruction(computation, instruction, count)
-        elif instruction.opcode == "fusion":
-            yield from _iter_fused_collectives(program, instruction, count)
+    for instruction, num_executions in program.executed_instructions():
+        for inner in instruction.leaves():
+            if not _collective_op(inner):
+                continue
+            if inner is not instruction and _OVERLAPPED in inner.attributes:
+                identity = _overlapped_identity(inner)
+                if identity in overlapped:
+                    continue
+                overlapped.add(identity)
+            yield inner, num_executions
 
 
 def _overlapped_identity(collective: Instruction) -> str:
@@ -240,18 +203,15 @@ def _overlapped_identity(collective: Instruction) -> str:
     return f"{collective.int_attribute('channel_id')} {chain and chain.group(1)} {dims}"
 
 
-def _base_op(instruction: Instruction) -> str:
+def _collective_op(instruction: Instruction) -> str:
     """Returns the collective operation that an instruction starts, or ""."""
     if instruction.opcode == "send" and (match := _MEGASCALE_OP.search(instruction.attributes)):
         return match.group(1).lower().replace("_", "-")
-    base = instruction.opcode.removesuffix("-start")
-    return base if base in OPS else ""
-
-
-def _collective_op(computation: Computation, instruction: Instruction) -> str:
-    if computation.name.startswith(_ALL_REDUCE_SCATTER):
-        return "reduce-scatter"
-    return _base_op(instruction)
+    op = instruction.opcode.removesuffix("-start")
+    if op not in _OPS:
+        return ""
+    is_scattered = instruction.computation.name.startswith(_ALL_REDUCE_SCATTER)
+    return "reduce-scatter" if is_scattered else op
 
 
 def _mesh_axis_and_groups(
@@ -261,22 +221,19 @@ def _mesh_axis_and_groups(
     attributes, size = collective.attributes, math.prod(mesh.values())
     if collective.opcode == "send":
         return "slices", (tuple(range(0, size * num_slices, size)),)
-    is_permute = op == "collective-permute"
-    groups = (
-        parse_source_target_pairs(attributes)
-        if is_permute
-        else parse_replica_groups(attributes, size)
-    )
-    return mesh_axis_of(groups, mesh, pairs=is_permute), groups
+    if op == "collective-permute":
+        pairs = parse_source_target_pairs(attributes)
+        return mesh_axis_of(pairs, mesh, pairs=True), pairs
+    groups = parse_replica_groups(attributes, size)
+    return mesh_axis_of(groups, mesh), groups
 
 
 def _payload(
-    executed: ExecutedInstruction, op: str, groups: ReplicaGroups, roles: TensorRoles
+    collective: Instruction, op: str, groups: ReplicaGroups, roles: TensorRoles
 ) -> dict[tuple[str, str], float]:
     """Returns the bytes of one execution of a collective, by dtype and tensor role."""
     num_shards = len(groups[0]) if op == "all-gather" else 1
-    instructions, collective = executed.computation.instructions, executed.instruction
-    arrays = [array for name in collective.operands for array in instructions[name].outputs]
+    arrays = [array for operand in collective.operands for array in operand.outputs]
     if op in _REDUCTIONS and len(collective.outputs) == len(arrays):
         # TPUs reduce in the dtype of the result, not of the operands.
         pairs = zip(arrays, collective.outputs, strict=True)
@@ -297,10 +254,8 @@ def parse_replica_groups(attributes: str, num_devices: int) -> ReplicaGroups:
     if match := _LISTED_GROUPS.search(attributes):
         return _parse_listed_groups(match.group(1)) or (tuple(range(num_devices)),)
     if match := _IOTA_GROUPS.search(attributes):
-        devices = _transposed_iota(match.group(2), match.group(3))
-        size = _parse_ints(match.group(1))[-1]
-        starts = range(0, len(devices), size)
-        return tuple(tuple(devices[start : start + size]) for start in starts)
+        sizes, dims, permutation = match.groups()
+        return _to_groups(_transposed_iota(dims, permutation), parse_ints(sizes)[-1])
     if match := _MESH_GROUPS.search(attributes):
         return _mesh_groups(*match.groups())
     return (tuple(range(num_devices)),)
@@ -320,13 +275,12 @@ def mesh_axis_of(groups: ReplicaGroups, mesh: dict[str, int], *, pairs: bool = F
         mesh: Sizes of the mesh axes by name, the last varying fastest.
         pairs: Whether the groups are pairs; a ring over the whole mesh runs along "all".
     """
-    sizes = list(mesh.values())
+    sizes = tuple(mesh.values())
     crossed = {
         axis
         for group in groups
-        for coordinates in [[_unravel(device, sizes) for device in group]]
-        for axis in range(len(mesh))
-        if len({coordinate[axis] for coordinate in coordinates}) > 1
+        for axis, coordinates in enumerate(np.unravel_index(group, sizes))
+        if np.ptp(coordinates)
     }
     if not crossed:
         return "none"
@@ -338,70 +292,41 @@ def mesh_axis_of(groups: ReplicaGroups, mesh: dict[str, int], *, pairs: bool = F
     return "all"
 
 
-def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    coordinates = []
-    for size in reversed(sizes):
-        index, coordinate = divmod(index, size)
-        coordinates.append(coordinate)
-    return tuple(reversed(coordinates))
-
-
 def _mesh_groups(axes: str, device_ids: str | None, used: str) -> ReplicaGroups:
     """Returns the groups along axes of a mesh, or along parts of axes, `name:(before)size`."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     # Each axis becomes three: before the used part, the used part, and the rest.
-    splits: dict[str, list[int]] = {name: [1, size, 1] for name, size in sizes.items()}
-    used_names = []
+    splits = {name: (1, size, 1) for name, size in sizes.items()}
+    used_axes = []
     for name, before, part in _USED_AXIS.findall(used):
         if before:
-            splits[name] = [int(before), int(part), sizes[name] // int(before) // int(part)]
-        used_names.append(name)
+            splits[name] = (int(before), int(part), sizes[name] // int(before) // int(part))
+        used_axes.append(3 * list(sizes).index(name) + 1)
     shape = [size for name in sizes for size in splits[name]]
-    used_axes = [3 * list(sizes).index(name) + 1 for name in used_names]
     other_axes = [axis for axis in range(len(shape)) if axis not in used_axes]
-    order = _mesh_device_order(device_ids, math.prod(shape))
-
-    def device_at(coordinates: dict[int, int]) -> int:
-        index = 0
-        for axis, size in enumerate(shape):
-            index = index * size + coordinates.get(axis, 0)
-        return order[index]
-
-    def coordinates_along(axes: list[int]) -> list[dict[int, int]]:
-        ranges = [range(shape[axis]) for axis in axes]
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*ranges)]
-
-    return tuple(
-        tuple(device_at(fixed | varying) for varying in coordinates_along(used_axes))
-        for fixed in coordinates_along(other_axes)
-    )
+    devices = _mesh_devices(device_ids, math.prod(shape)).reshape(shape)
+    group_size = math.prod(shape[axis] for axis in used_axes)
+    return _to_groups(devices.transpose(*other_axes, *used_axes), group_size)
 
 
-def _mesh_device_order(device_ids: str | None, num_devices: int) -> list[int]:
+def _mesh_devices(device_ids: str | None, num_devices: int) -> np.ndarray:
     """Returns the devices of a mesh row by row from `[8]`, `[4,2]T(1,0)`, a list, or nothing."""
-    if not device_ids:
-        return list(range(num_devices))
-    if match := re.search(r"\[([\d,]+)\]T\(([\d,]+)", device_ids):
+    if match := re.search(r"\[([\d,]+)\]T\(([\d,]+)", device_ids or ""):
         return _transposed_iota(*match.groups())
-    listed = _parse_ints(device_ids.strip("[]"))
-    return list(listed) if len(listed) == num_devices else list(range(num_devices))
+    listed = parse_ints((device_ids or "").strip("[]"))
+    return np.array(listed) if len(listed) == num_devices else np.arange(num_devices)
 
 
-def _transposed_iota(shape: str, permutation: str | None) -> list[int]:
-    """Returns 0, 1, 2, … reshaped, transposed and read row by row."""
-    sizes = _parse_ints(shape)
-    axes = _parse_ints(permutation) if permutation else tuple(range(len(sizes)))
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    ranges = [range(sizes[axis]) for axis in axes]
-    return [
-        sum(index * strides[axis] for index, axis in zip(indices, axes, strict=True))
-        for indices in itertools.product(*ranges)
-    ]
+def _transposed_iota(shape: str, permutation: str | None) -> np.ndarray:
+    """Returns the numbers 0, 1, 2, … in an array of this shape, transposed."""
+    sizes = parse_ints(shape)
+    iota = np.arange(math.prod(sizes)).reshape(sizes)
+    return iota.transpose(parse_ints(permutation)) if permutation else iota
+
+
+def _to_groups(devices: np.ndarray, group_size: int) -> ReplicaGroups:
+    return tuple(map(tuple, devices.reshape(-1, group_size).tolist()))
 
 
 def _parse_listed_groups(text: str) -> ReplicaGroups:
-    return tuple(_parse_ints(group) for group in re.findall(r"\{([\d,\s]*)\}", text))
-
-
-def _parse_ints(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",") if number.strip())
+    return tuple(parse_ints(group) for group in re.findall(r"\{([\d,\s]*)\}", text))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mixer_jax.planning.hlo.collectives import (
+from mixer_jax.planning.hlo import ArrayType, parse_program
+from mixer_jax.planning.hlo_collectives import (
     ReplicaGroups,
     TensorRoles,
     find_collectives,
@@ -10,7 +11,6 @@ from mixer_jax.planning.hlo.collectives import (
     parse_replica_groups,
     parse_source_target_pairs,
 )
-from mixer_jax.planning.hlo.program import ArrayType, parse_program
 from tests.helpers.hlo_programs import COLLECTIVES, MULTI_SLICE
 
 PARAM_SHAPES = {"blocks/mlp/kernel": (4, 256, 512), "head/kernel": (512, 10)}
@@ -22,7 +22,7 @@ ALL = (tuple(range(8)),)
 
 
 def test_find_collectives_finds_each_form_once() -> None:
-    roles = TensorRoles.from_shapes(PARAM_SHAPES, 4, EXAMPLE_SHAPES)
+    roles = TensorRoles(PARAM_SHAPES, 4, EXAMPLE_SHAPES)
     collectives = find_collectives(parse_program(COLLECTIVES), MESH, roles)
     kernel, head = 4 * 256 * 512, 512 * 10
     found = {
@@ -43,7 +43,7 @@ def test_find_collectives_finds_each_form_once() -> None:
 
 
 def test_find_collectives_between_slices() -> None:
-    roles = TensorRoles.from_shapes(PARAM_SHAPES, 1, EXAMPLE_SHAPES, multi_slice=True)
+    roles = TensorRoles(PARAM_SHAPES, 1, EXAMPLE_SHAPES, multi_slice=True)
     mesh = {"data": 8, "fsdp": 1}
     collectives = find_collectives(parse_program(MULTI_SLICE), mesh, roles, num_slices=2)
     found = {
@@ -70,7 +70,7 @@ def test_find_collectives_between_slices() -> None:
     ],
 )
 def test_tensor_roles(op: str, dims: tuple[int, ...], role: str) -> None:
-    roles = TensorRoles.from_shapes(PARAM_SHAPES, 1, EXAMPLE_SHAPES)
+    roles = TensorRoles(PARAM_SHAPES, 1, EXAMPLE_SHAPES)
     assert roles.infer(op, ArrayType("f32", dims)) == role
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from mixer_jax.planning.hlo.program import ArrayType, Program, parse_program
+from mixer_jax.planning import hlo
+from mixer_jax.planning.hlo import ArrayType, Program, parse_program
 from tests.helpers.hlo_programs import LOOP
 
 
 def trip_count(program: Program) -> int | None:
-    main = program.computations["main"]
-    return program.trip_count(main, main.instructions["while.1"])
+    return hlo.trip_count(program.computations["main"].instructions["while.1"])
 
 
 def test_array_type_sizes() -> None:
@@ -32,7 +32,7 @@ def test_array_type_sizes() -> None:
 def test_executed_instructions_repeat_loop_bodies() -> None:
     program = parse_program(LOOP)
     assert trip_count(program) == 6
-    counts = {e.instruction.name: e.num_executions for e in program.executed_instructions()}
+    counts = {instruction.name: count for instruction, count in program.executed_instructions()}
     assert counts["y"] == counts["updated_residuals"] == 6
     assert counts["on_chip"] == 1
 
@@ -65,7 +65,7 @@ def test_loops_with_unknown_trip_count_run_once_and_are_reported(
 ) -> None:
     program = parse_program(LOOP.replace(before, after))
     executed = program.executed_instructions()
-    assert [e.num_executions for e in executed if e.instruction.name == "y"] == counts
+    assert [count for instruction, count in executed if instruction.name == "y"] == counts
     assert program.unknown_trip_count_loops() == unknown
 
 
