@@ -22,7 +22,7 @@ def atomic_write(path: Any, content: str | bytes) -> None:
 
     Args:
         path: `pathlib.Path`, or `epath.Path` for URLs.
-        content: Bytes, or text that is encoded as UTF-8.
+        content: Bytes, or text to encode as UTF-8.
 
     Raises:
         OSError: The file cannot be written; the old one is unchanged.

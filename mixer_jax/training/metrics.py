@@ -63,11 +63,11 @@ class MetricsLogger:
         is_primary: bool,
         tensorboard: bool,
     ):
-        """Opens the metrics of a run.
+        """Opens the metrics of a run that starts or resumes at `start_step`.
 
         Args:
             workdir: Absolute path or URL of the run.
-            start_step: Steps taken when the run starts or resumes.
+            start_step: Steps taken before.
             num_steps: Steps of the whole run.
             batch_size: Images per step.
             log_every_steps: Interval of lines; the last step is always written.
@@ -157,14 +157,7 @@ class MetricsWriter:
     """Writer of metrics. Only the primary process writes; in others it does nothing."""
 
     def __init__(self, workdir: str, start_step: int, is_primary: bool, tensorboard: bool = True):
-        """Opens the files of a run, dropping what was written after its checkpoint.
-
-        Args:
-            workdir: Absolute path or URL of the run.
-            start_step: Steps taken when the run starts or resumes.
-            is_primary: Whether this process writes.
-            tensorboard: Whether to write TensorBoard events.
-        """
+        """Opens the files of a run, dropping what was written after `start_step`."""
         self._is_primary = is_primary
         if not is_primary:
             return
