@@ -3,8 +3,8 @@
     python -m mixer_jax.main --config=configs/folder.py --config.dataset.name=folder:PATH
     python -m mixer_jax.main --config=configs/folder.py:photos --config.dataset.name=folder:PATH
 
-Data:   PATH has train/ and validation/ (or val/, or test/), each with one directory per class. If
-        PATH has the class directories themselves, a tenth of every class is held out.
+Data:   PATH has train/ and validation/ (or valid/, val/, test/), each with one directory per class.
+        If PATH has the class directories themselves, a tenth of every class is held out.
 small:  For small pictures such as letters and symbols: 32 px, a small Mixer, minutes on a laptop.
         Measured on the digits of configs/digits.py as PNG files: 99.4 % top-1 (358 of 360), as with
         configs/digits.py itself.

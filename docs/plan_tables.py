@@ -20,13 +20,18 @@ from typing import Any, NamedTuple
 import jax
 
 from mixer_jax.cli import common
-from mixer_jax.config.config import parse, resolve_num_steps
+from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError, summarize_error
-from mixer_jax.planning.cost_model import RunSpec, estimate_collectives, estimate_memory, run_spec
-from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
-from mixer_jax.planning.hlo.collectives import GRADIENTS, PARAMETERS
+from mixer_jax.planning.cost_model import (
+    RunSpec,
+    estimate_collectives,
+    estimate_memory,
+    resolve_for_platform,
+    run_spec,
+)
+from mixer_jax.planning.hlo_collectives import GRADIENTS, PARAMETERS
 from mixer_jax.planning.planner import make_plan
 from mixer_jax.planning.report import plan_to_dict
 from mixer_jax.planning.roofline import network_seconds
@@ -210,10 +215,7 @@ def _load_config(name: str, **overrides: Any) -> RunConfig:
 
 
 def _run_spec(config: RunConfig, num_devices: int) -> RunSpec:
-    config = resolve_for_platform(config, "tpu")
-    dataset = placeholder_datasets(config).train
-    num_steps = resolve_num_steps(config, len(dataset))
-    return run_spec(config, dataset.num_classes, num_steps, num_devices)
+    return run_spec(resolve_for_platform(config, "tpu"), num_devices)
 
 
 def _configured(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
 
@@ -27,7 +27,6 @@ def main(argv: Sequence[str]) -> int:
     # JAX is imported only after the arguments are valid.
     common.configure_jax(FIELDS["compilation_cache"].default)
     from mixer_jax.checkpoints.load import load_checkpoint
-    from mixer_jax.checkpoints.to_device import model_from_info
 
     weights = load_checkpoint(
         args.checkpoint,
@@ -49,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
     names = [dataset, dataset + _REAL] if args.real else [dataset]
     sources = [_open_source(name, weights, args) for name in names]
     common.warn_if_resized(weights.model_info)
-    model = model_from_info(weights.model_info, args.dtype)
+    common.print_notes(sources[0])
+    model = weights.model_info.build_model(args.dtype)
     metrics = _evaluate(weights, model, sources, args)
     if args.json:
         _print_json(args, weights, model.execution.dtype, dataset, metrics)
@@ -114,8 +114,7 @@ def _evaluate(
     sources: list["Source"],
     args: argparse.Namespace,
 ) -> list["ClassificationMetrics"]:
-    from mixer_jax.checkpoints.to_device import shard_inference_params
-    from mixer_jax.distributed.sharding import make_mesh
+    from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
     from mixer_jax.evaluation.classification import evaluate, make_eval_step
     from mixer_jax.evaluation.loop import EvalInputConfig
 

@@ -14,19 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from mixer_jax.checkpoints.load import (
-    ImageSize,
-    PretrainedWeights,
-    collect_overrides,
-    load_checkpoint,
-    replace_head,
-    set_class_names,
-)
-from mixer_jax.checkpoints.to_device import model_from_info, shard_inference_params, shard_params
+from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage, display_path, read_image
 from mixer_jax.data.preprocess import eval_image
-from mixer_jax.distributed.sharding import batch_sharding, make_mesh, replicated
+from mixer_jax.distributed.sharding import (
+    batch_sharding,
+    make_mesh,
+    replicated,
+    shard_inference_params,
+    shard_params,
+)
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
 from mixer_jax.models.layers import normalize_images
@@ -35,13 +34,7 @@ from mixer_jax.models.stack import use_partitionable_backend
 
 
 class ClassProbability(NamedTuple):
-    """Probability of one class.
-
-    Attributes:
-        class_index: Index of the class.
-        name: Name of the class, or its index as text if names are unknown.
-        probability: Number in [0, 1].
-    """
+    """Probability of one class, whose name is its index as text if names are unknown."""
 
     class_index: int
     name: str
@@ -52,7 +45,7 @@ class Prediction(NamedTuple):
     """Prediction for one image.
 
     Attributes:
-        image: Name of the image.
+        image: File name or other name.
         classes: Most probable classes in descending order; empty if the image is unreadable.
         error: Reason why the image is unreadable; empty if it is readable.
     """
@@ -128,15 +121,10 @@ class Classifier:
     """
 
     def __init__(self, weights: PretrainedWeights, dtype: str = ""):
-        """Transfers weights to the devices.
-
-        Args:
-            weights: Weights on the host.
-            dtype: Dtype of the computation; see `load_pretrained`.
-        """
+        """Transfers weights to the devices; see `load_pretrained` for `dtype`."""
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
-        model = model_from_info(weights.model_info, dtype)
+        model = weights.model_info.build_model(dtype)
         self.model = use_partitionable_backend(model, self._mesh.size)
         self._host_params = weights.params
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
@@ -191,7 +179,7 @@ class Classifier:
 
         Args:
             images: Paths of image files, or their bytes.
-            topk: Number of classes per image.
+            topk: Classes per image.
             batch_size: Images per batch.
 
         Raises:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from mixer_jax.config.config import flatten, parse, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
-from mixer_jax.models.mixer_config import MixerConfig, num_params
+from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -93,7 +94,7 @@ def test_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     unparsed.dataset.num_examples = max(unparsed.dataset.num_examples, 10_000)
     config = parse(unparsed)
     experiment = build_experiment(config, open_datasets(config))
-    expected = num_params(
+    expected = get_family("mixer").num_params(
         config.model.architecture, config.image_size, experiment.model.num_classes
     )
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
@@ -239,7 +240,8 @@ def test_fine_tuning_config_starts_from_a_pretrained_file(
     tiled = MixerConfig(1, 32, 16, 8 * (int(size) // 224) ** 2, 16)
     params = experiment.state_shape.params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert count == num_params(tiled, int(size), FINE_TUNING[task][4] or 1000)
+    num_classes = FINE_TUNING[task][4] or 1000
+    assert count == get_family("mixer").num_params(tiled, int(size), num_classes)
     state = init_state(experiment, source.weights)
     assert not state.params["head"]["kernel"].any()
     if index >= 2:

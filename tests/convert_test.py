@@ -12,9 +12,10 @@ import pytest
 
 from mixer_jax import convert
 from mixer_jax.checkpoints import export
-from mixer_jax.checkpoints.load import load_checkpoint, resize
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.model_zoo import MODEL_ZOO, NOTES
 from mixer_jax.checkpoints.resolve import FORMATS, HUB, resolve_checkpoint
+from mixer_jax.checkpoints.weights import resize
 from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.mixer_config import VARIANTS

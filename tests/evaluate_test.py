@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mixer_jax import evaluate
-from mixer_jax.checkpoints.load import PretrainedWeights, replace_head, resize
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX
+from mixer_jax.checkpoints.resolve import METADATA_SUFFIX
 from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.cli_session import run_commands
 from tests.helpers.messages import mentions

@@ -38,25 +38,25 @@ COMMANDS = [
 HEAVY = {
     "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
     "orbax": {"checkpoints/manager.py"},
-    "safetensors": {"checkpoints/formats/safetensors.py", "benchmarks/checkpoint_io.py"},
-    "huggingface_hub": {"checkpoints/hub.py"},
+    "safetensors": {"checkpoints/formats.py", "benchmarks/checkpoint_io.py"},
+    "huggingface_hub": {"checkpoints/resolve.py"},
     "torch": {
-        "checkpoints/formats/torch.py",
+        "checkpoints/formats.py",
         "benchmarks/torch_runner.py",
     },
     "timm": {"benchmarks/torch_runner.py"},
     "torchvision": {"benchmarks/torch_runner.py"},
     "grain": {"data/"},
-    "cv2": {"data/", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
-    "simplejpeg": {"data/decode.py", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
+    "cv2": {"data/", "benchmarks/pipelines.py"},
+    "simplejpeg": {"data/decode.py", "benchmarks/pipelines.py"},
     "tensorflow_datasets": {"data/"},
     "clu": {"training/metrics.py"},
-    "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
+    "tensorflow": {"benchmarks/tf_data.py"},
     "matplotlib": {
         "visualization/",
         "benchmarks/report.py",
     },
-    "sklearn": {"data/builders/digits.py", "benchmarks/sample_jpegs.py"},
+    "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
 }
 
 

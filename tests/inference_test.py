@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import mixer_jax
-from mixer_jax.checkpoints.load import PretrainedWeights, replace_head
-from mixer_jax.checkpoints.to_device import model_from_info
+from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.data.preprocess import eval_image
@@ -52,7 +51,7 @@ def reference_probabilities(
     info = weights.model_info
     pixels = eval_image(path.read_bytes(), image_size=info.image_size, eval_crop=info.eval_crop)
     images = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1.0
-    logits = np.asarray(model_from_info(info).apply({"params": weights.params}, images))[0]
+    logits = np.asarray(info.build_model().apply({"params": weights.params}, images))[0]
     if loss == "sigmoid":
         return 1 / (1 + np.exp(-logits))
     odds = np.exp(logits - logits.max())

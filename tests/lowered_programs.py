@@ -92,10 +92,10 @@ CONFIG_KEYS = {
 @functools.cache
 def tpu_devices(topology: str) -> list[Any]:
     """Returns TPU devices of the ahead-of-time compiler."""
-    from mixer_jax.distributed import tpu_env
+    from mixer_jax.distributed import hardware
     from mixer_jax.planning import topology as topologies
 
-    tpu_env.silence_libtpu()
+    hardware.silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.tpu_devices(topologies.parse_topology(topology))
 
@@ -104,7 +104,7 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     """Builds mesh, model, optimizer and step functions from a configuration."""
     from mixer_jax import config as configuration
     from mixer_jax.planning.aot_compile import build_for_topology
-    from mixer_jax.planning.dataset_specs import resolve_for_platform
+    from mixer_jax.planning.cost_model import resolve_for_platform
 
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100
@@ -151,14 +151,14 @@ def eval_calls(run: Any) -> dict[str, Call]:
 def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, Call]:
     """Returns the functions of a classifier, and of one without a head."""
     from mixer_jax import inference as inference
-    from mixer_jax.checkpoints.load import PretrainedWeights
+    from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.distributed.sharding import state_sharding
-    from mixer_jax.models.params import prepare_inference_params
+    from mixer_jax.models.registry import get_family
+    from mixer_jax.models.stack import prepare_inference_params
 
     def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
-        shapes = jax.eval_shape(
-            lambda: prepare_inference_params(params, model.execution.dtype, platform, model.family)
-        )
+        dtype, family = model.execution.dtype, get_family(model.family)
+        shapes = jax.eval_shape(lambda: prepare_inference_params(params, dtype, platform, family))
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,

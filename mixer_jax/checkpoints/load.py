@@ -4,17 +4,13 @@ import dataclasses
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from mixer_jax.checkpoints import hub, tree
-from mixer_jax.checkpoints.formats.base import TensorFile
-from mixer_jax.checkpoints.formats.npz import METADATA_SUFFIX, NpzFile
-from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
-from mixer_jax.checkpoints.formats.torch import TorchFile
+from mixer_jax.checkpoints.formats import READERS
 from mixer_jax.checkpoints.layouts import LoadedWeights, read_pretrained
 from mixer_jax.checkpoints.model_info import (
     METADATA_FIELDS,
@@ -24,7 +20,29 @@ from mixer_jax.checkpoints.model_info import (
     upgrade_metadata,
     validate_metadata,
 )
-from mixer_jax.checkpoints.resolve import HUB, RUN, CheckpointRef, local_copy, resolve_checkpoint
+from mixer_jax.checkpoints.resolve import (
+    FORMATS,
+    HUB,
+    HUB_FILE,
+    METADATA_SUFFIX,
+    RUN,
+    TIMM_CONFIG_FILE,
+    CheckpointRef,
+    local_copy,
+    resolve_checkpoint,
+)
+from mixer_jax.checkpoints.timm_config import (
+    candidate_image_sizes,
+    fold_normalization,
+    parse_timm_fields,
+    read_timm_config,
+)
+from mixer_jax.checkpoints.weights import (
+    PretrainedWeights,
+    check_class_names,
+    resize,
+    unflatten_params,
+)
 from mixer_jax.config.config import fill_defaults
 from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 from mixer_jax.errors import UserError
@@ -33,33 +51,10 @@ from mixer_jax.models.registry import get_family
 
 ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
-_OPEN: dict[str, Callable[[str], TensorFile]] = {
-    "npz": NpzFile,
-    "safetensors": SafetensorsFile,
-    "torch": TorchFile,
-}
 # Mean bias of a head below which it was trained with the sigmoid loss. Softmax keeps the mean, as
 # its gradients sum to zero over classes. Sigmoid starts at, or drifts to, the log-odds of a rare
 # class.
 _SIGMOID_MEAN_BIAS = -2.0
-# Largest weights, in bytes, on a machine that does not report its memory.
-_DEFAULT_MEMORY = 64 * 2**30
-
-
-class PretrainedWeights(NamedTuple):
-    """Weights on the host.
-
-    Attributes:
-        params: Nested dictionaries of float32 NumPy arrays.
-        model_info: Description of the model.
-        train_config: Config of the run that trained them, with defaults filled in; None if unknown.
-        step: Step at which they were saved; None if unknown.
-    """
-
-    params: tree.Tree
-    model_info: ModelInfo
-    train_config: dict[str, Any] | None = None
-    step: int | None = None
 
 
 def load_checkpoint(
@@ -92,105 +87,18 @@ def load_checkpoint(
     """
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"source must be a path, a URL or hf:OWNER/NAME, got {source!r}.")
-    source = os.fspath(source)
     requested_size = parse_image_size("image_size", image_size)
     pretrain_size = parse_image_size("pretrain_image_size", pretrain_image_size)
     overrides = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
     if pretrain_size is not None:
         overrides["image_size"] = pretrain_size
-    ref = resolve_checkpoint(source, step)
+    ref = resolve_checkpoint(os.fspath(source), step)
     if ref.format == RUN:
         weights = _load_run(ref, overrides)
-    elif ref.format == "hub":
-        path = hub.download(ref.path)
-        weights = _load_file(path, "safetensors", HUB + ref.path, overrides, requested_size)
     else:
-        sidecars = (hub.CONFIG_FILE, Path(ref.path).name + METADATA_SUFFIX)
-        with local_copy(ref.path, sidecars) as path:
-            weights = _load_file(path, ref.format, ref.path, overrides, requested_size)
+        with local_copy(ref) as path:
+            weights = _load_file(path, ref, overrides, requested_size)
     return weights if requested_size is None else resize(weights, requested_size)
-
-
-def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> PretrainedWeights:
-    """Adapts weights to another image size, height and width in pixels.
-
-    Raises:
-        UserError: A side is not a multiple of the patch size, or the weights do not fit in the
-            machine's memory.
-    """
-    old = weights.model_info
-    family = get_family(old.family)
-    family.check_image_size(old.config, *image_size)
-    config, method, note = family.resize_config(old.config, old.image_size, image_size)
-    if method == "identity":
-        return weights._replace(model_info=dataclasses.replace(old, image_size=image_size))
-    note = note.format(format_image_size(old.image_size))
-    new = dataclasses.replace(
-        old,
-        config=config,
-        image_size=image_size,
-        resize_note="; ".join(filter(None, [old.resize_note, note])),
-    )
-    check_fits_in_ram(new)
-    params = family.resize_params(weights.params, old.config, old.image_size, image_size)
-    return weights._replace(params=params, model_info=new)
-
-
-def replace_head(
-    weights: PretrainedWeights,
-    class_names: Sequence[str] | int,
-    bias: float = 0.0,
-    loss: str = "softmax",
-) -> PretrainedWeights:
-    """Replaces the head by a zero-initialized one, as for fine-tuning (Section 3).
-
-    Args:
-        weights: Weights with or without a head.
-        class_names: Names of the new head's classes, or their number; 0 means no head.
-        bias: Bias of all classes.
-        loss: Loss that the head will be trained with.
-    """
-    names = () if isinstance(class_names, int) else tuple(class_names)
-    num_classes = class_names if isinstance(class_names, int) else len(names)
-    model_info = dataclasses.replace(
-        weights.model_info, num_classes=num_classes, class_names=names, loss=loss
-    )
-    params = {name: value for name, value in weights.params.items() if name != "head"}
-    if num_classes:
-        shape = _param_shapes(model_info)["head/kernel"]
-        params["head"] = {
-            "kernel": np.zeros(shape, np.float32),
-            "bias": np.full(num_classes, bias, np.float32),
-        }
-    return weights._replace(params=params, model_info=model_info)
-
-
-def set_class_names(
-    weights: PretrainedWeights, class_names: Sequence[str], source: str
-) -> PretrainedWeights:
-    """Replaces the names of classes.
-
-    Args:
-        weights: Weights with a head.
-        class_names: One name per class.
-        source: Name of the checkpoint for messages.
-
-    Raises:
-        UserError: The number of names is not the number of classes.
-    """
-    model_info = dataclasses.replace(weights.model_info, class_names=tuple(class_names))
-    check_class_names(model_info, source)
-    return weights._replace(model_info=model_info)
-
-
-def check_class_names(model_info: ModelInfo, source: str) -> None:
-    """Raises UserError unless there is one name per class, or none."""
-    num_names = len(model_info.class_names)
-    if num_names not in (0, model_info.num_classes):
-        raise UserError(
-            f"class_names of {source} must have one name for each of its "
-            f"{model_info.num_classes:,} classes, got {num_names:,} names."
-        )
 
 
 def collect_overrides(**arguments: Any) -> dict[str, Any]:
@@ -217,12 +125,8 @@ def collect_overrides(**arguments: Any) -> dict[str, Any]:
 def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
     """Parses an image size given as one side or as height and width; None stays None.
 
-    Args:
-        name: Name of the argument for messages.
-        size: Value of the argument.
-
     Raises:
-        UserError: It is neither.
+        UserError: It is neither; the message starts with `name`.
     """
     if size is None:
         return None
@@ -236,27 +140,6 @@ def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
     return lengths[0], lengths[1]
 
 
-def check_fits_in_ram(model_info: ModelInfo) -> None:
-    """Raises UserError if the weights are larger than the machine's memory."""
-    family = get_family(model_info.family)
-    num_params = family.num_params(model_info.config, model_info.image_size, model_info.num_classes)
-    needed = num_params * np.dtype(np.float32).itemsize
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        memory = _DEFAULT_MEMORY
-    if needed > memory:
-        raise UserError(
-            f"image_size is too large: the weights of {model_info.name} take "
-            f"{needed // 10**9:,} GB, and this machine has {memory // 10**9:,} GB of memory."
-        )
-
-
-def _param_shapes(model_info: ModelInfo) -> dict[str, tuple[int, ...]]:
-    family = get_family(model_info.family)
-    return family.param_shapes(model_info.config, model_info.image_size, model_info.num_classes)
-
-
 def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeights:
     # Imported here: the import of orbax takes a second that files of weights need not.
     from mixer_jax.checkpoints.manager import CheckpointManager
@@ -268,8 +151,8 @@ def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeight
         metadata = checkpoints.metadata(ref.step)
         model_info = ModelInfo.from_metadata(metadata, source)
         item = "ema_params" if get_metadata(metadata, "ema", source) else "params"
-        shapes = _param_shapes(model_info)
-        target = tree.unflatten(
+        shapes = model_info.param_shapes()
+        target = unflatten_params(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
         params = checkpoints.restore(ref.step, {item: target})[item]
@@ -288,46 +171,39 @@ def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeight
 
 def _load_file(
     path: str,
-    format: str,
-    source: str,
+    ref: CheckpointRef,
     overrides: dict[str, Any],
     requested_size: tuple[int, int] | None,
 ) -> PretrainedWeights:
-    """Loads a file of weights.
-
-    Args:
-        path: Local path.
-        format: Format of the file.
-        source: Name of the checkpoint for messages.
-        overrides: Fields of `ModelInfo` set by the caller.
-        requested_size: Image size that the weights will be resized to.
-    """
-    with _OPEN[format](path) as file:
+    """Loads a file whose local path is `path`, to be resized to `requested_size`."""
+    is_on_hub = ref.format == "hub"
+    source = HUB + ref.path if is_on_hub else ref.path
+    format = FORMATS[Path(HUB_FILE).suffix] if is_on_hub else ref.format
+    with READERS[format](path) as file:
         loaded = read_pretrained(file)
         metadata = upgrade_metadata(file.metadata)
     _check_metadata(metadata, loaded, source)
-    fields = {name: metadata[name] for name in METADATA_FIELDS if name in metadata}
-    has_metadata = bool(fields)
     fields = validate_metadata(
-        {name: value for name, value in fields.items() if name not in overrides}, source
+        {name: value for name, value in metadata.items() if name not in overrides}, source
     )
-    if "image_size" in overrides and not _matches_num_tokens(overrides["image_size"], loaded):
-        raise UserError(
-            f"pretrain_image_size must match {_describe_tokens(source, loaded)}, got "
-            f"{overrides['image_size']}."
-        )
-    if loaded.layout.name == "timm" and not has_metadata:
+    if loaded.layout.name == "timm" and metadata.keys().isdisjoint(METADATA_FIELDS):
         fields = _read_timm_fields(path, source, loaded, overrides)
     fields |= overrides
     if "class_names" not in fields and loaded.num_classes == len(imagenet1k_wnids()):
         fields["class_names"] = imagenet1k_wnids()
+    if "image_size" not in fields:
+        fields["image_size"] = _infer_image_size(loaded, requested_size, source)
+    elif not loaded.fits_image_size(fields["image_size"]):
+        name = "pretrain_image_size" if "image_size" in overrides else "image_size"
+        raise UserError(
+            f"{name} must match {_describe_tokens(source, loaded)}, got {fields['image_size']}."
+        )
     defaults: dict[str, Any] = {
         "class_names": (),
         "gelu": loaded.layout.gelu,
         "eval_crop": loaded.layout.eval_crop,
         "exif_orientation": False,
         "loss": _infer_loss(loaded),
-        "image_size": _infer_image_size(loaded, fields.get("image_size"), requested_size, source),
     }
     model_info = ModelInfo(
         loaded.family,
@@ -338,31 +214,6 @@ def _load_file(
     )
     check_class_names(model_info, source)
     return PretrainedWeights(loaded.params, model_info)
-
-
-def _read_timm_fields(
-    path: str, source: str, loaded: LoadedWeights, overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """Reads fields of `ModelInfo` from timm's config, and folds its normalization into the stem."""
-    config = hub.read_timm_config(path) or hub.guess_timm_config(*_file_and_folder(source))
-    config_source = f"{hub.CONFIG_FILE} of {source}"
-    fields = validate_metadata(
-        hub.parse_timm_metadata(config, config_source, overrides), config_source
-    )
-    for size in hub.candidate_image_sizes(config):
-        if _matches_num_tokens(size, loaded):
-            fields["image_size"] = size
-            break
-    stem = loaded.params[get_family(loaded.family).stem]
-    hub.fold_normalization(stem, config, config_source)
-    return fields
-
-
-def _file_and_folder(source: str) -> tuple[str, str]:
-    """Returns the names of a file and of its folder, as the user wrote them."""
-    # Links are not resolved: their names can be more telling than those of their targets.
-    path = source if "://" in source or source.startswith(HUB) else os.path.abspath(source)
-    return Path(path).name, Path(path).parent.name
 
 
 def _check_metadata(metadata: dict[str, Any], loaded: LoadedWeights, source: str) -> None:
@@ -382,6 +233,22 @@ def _check_metadata(metadata: dict[str, Any], loaded: LoadedWeights, source: str
             )
 
 
+def _read_timm_fields(
+    path: str, source: str, loaded: LoadedWeights, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Reads fields of `ModelInfo` from timm's config, and folds its normalization into the stem."""
+    config = read_timm_config(path, source)
+    config_source = f"{TIMM_CONFIG_FILE} of {source}"
+    fields = validate_metadata(parse_timm_fields(config, config_source, overrides), config_source)
+    for size in candidate_image_sizes(config):
+        if loaded.fits_image_size(size):
+            fields["image_size"] = size
+            break
+    stem = loaded.params[get_family(loaded.family).stem]
+    fold_normalization(stem, config, config_source)
+    return fields
+
+
 def _infer_loss(loaded: LoadedWeights) -> str:
     if not loaded.num_classes:
         return "softmax"
@@ -389,56 +256,26 @@ def _infer_loss(loaded: LoadedWeights) -> str:
     return "sigmoid" if mean_bias < _SIGMOID_MEAN_BIAS else "softmax"
 
 
-def _matches_num_tokens(size: tuple[int, int], loaded: LoadedWeights) -> bool:
-    """Returns whether the weights fit images of this size."""
-    multiple = _size_multiple(loaded)
-    num_tokens = math.prod(length // multiple for length in size)
-    is_valid = not any(length % multiple for length in size)
-    return is_valid and loaded.num_tokens in (0, num_tokens)
-
-
-def _size_multiple(loaded: LoadedWeights) -> int:
-    return get_family(loaded.family).image_size_multiple(loaded.config)
-
-
-def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
-    if not loaded.num_tokens:
-        return f"{source}, whose image sizes are multiples of {_size_multiple(loaded)} px"
-    return f"{source}, which has {loaded.num_tokens} tokens of {_size_multiple(loaded)} px"
-
-
 def _infer_image_size(
-    loaded: LoadedWeights,
-    stored: tuple[int, int] | None,
-    requested: tuple[int, int] | None,
-    source: str,
+    loaded: LoadedWeights, requested: tuple[int, int] | None, source: str
 ) -> tuple[int, int]:
-    """Infers the image size that weights were trained at.
-
-    Args:
-        loaded: Weights.
-        stored: Image size in the metadata or set by the caller.
-        requested: Image size that the weights will be resized to.
-        source: Name of the checkpoint for messages.
+    """Infers the image size that weights were trained at, if it is stored nowhere.
 
     Raises:
-        UserError: The image size is ambiguous, or the stored one does not match the tokens.
+        UserError: The image size is ambiguous.
     """
-    tokens = _describe_tokens(source, loaded)
-    if stored is not None:
-        if not _matches_num_tokens(stored, loaded):
-            raise UserError(f"image_size must match {tokens}, got {list(stored)}.")
-        return stored
     if not loaded.num_tokens:
         return requested or (get_family(loaded.family).default_image_size,) * 2
-    multiple, side = _size_multiple(loaded), math.isqrt(loaded.num_tokens)
-    square = (side * multiple, side * multiple) if side**2 == loaded.num_tokens else None
-    if requested is not None and not _matches_num_tokens(requested, loaded):
+    tokens = _describe_tokens(source, loaded)
+    side = math.isqrt(loaded.num_tokens)
+    length = side * loaded.size_multiple
+    square = (length, length) if side**2 == loaded.num_tokens else None
+    if requested is not None and not loaded.fits_image_size(requested):
         requested = None
     if square and requested not in (None, square):
         entry, file = '"image_size": [height, width]', f"{Path(source).name}{METADATA_SUFFIX}"
         if loaded.layout.name == "timm":
-            entry, file = '"input_size": [3, height, width]', hub.CONFIG_FILE
+            entry, file = '"input_size": [3, height, width]', TIMM_CONFIG_FILE
         raise UserError(
             f"image size is ambiguous for {tokens}: {format_image_size(square)} or "
             f"{format_image_size(requested)}. Set pretrain_image_size=(height, width) in Python, "
@@ -451,3 +288,9 @@ def _infer_image_size(
             "pretrain_image_size to the (height, width) that the weights were trained at."
         )
     return size
+
+
+def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
+    if not loaded.num_tokens:
+        return f"{source}, whose image sizes are multiples of {loaded.size_multiple} px"
+    return f"{source}, which has {loaded.num_tokens} tokens of {loaded.size_multiple} px"

@@ -1,6 +1,6 @@
-"""Resolution of checkpoint names to a run's step, a file or a Hub repository.
+"""Resolution of checkpoint names to a run's step, a file or a Hub repository, and downloads.
 
-Only names are read, which needs neither JAX nor orbax.
+Resolution reads names only; neither needs JAX or orbax.
 """
 
 import contextlib
@@ -29,8 +29,12 @@ FORMATS = {
 _SCHEMES = ("gs", "s3", "az")
 # How to install such a library, by its name in error messages.
 _EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
-# Name of the weights in a Hub repository, and in folders saved from it.
+# Names of the weights and of timm's config in a Hub repository, and in folders saved from it.
 HUB_FILE = "model.safetensors"
+TIMM_CONFIG_FILE = "config.json"
+# Suffix of the JSON file next to an npz archive that describes its model. Other programs reject an
+# archive with anything but tensors in it.
+METADATA_SUFFIX = ".json"
 # Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
 # A checkpoint is complete once its folder has this file: on disks and in object stores.
@@ -134,14 +138,11 @@ def list_steps(workdir: str) -> list[int]:
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
-    """Finds a checkpoint of a run.
+    """Returns the workdir and the step of a run's checkpoint; step None means the newest.
 
     Args:
         path: A workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: Step of the checkpoint; None: the newest.
-
-    Returns:
-        Workdir and step.
+        step: Step of the checkpoint.
 
     Raises:
         UserError: The workdir contains no checkpoint of this step.
@@ -163,20 +164,24 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def local_copy(path: str, sidecars: tuple[str, ...]) -> Iterator[str]:
-    """Downloads a file for the time of the context, if it is at a URL; yields its local path.
+def local_copy(ref: CheckpointRef) -> Iterator[str]:
+    """Yields a local path of a file of weights, next to which its metadata is.
 
-    Args:
-        path: Path or URL of the file.
-        sidecars: Names of files next to it that are also needed, where they exist.
+    Files at URLs are downloaded for the time of the context, those on the Hub into its cache.
+
+    Raises:
+        UserError: The file cannot be downloaded.
     """
-    if "://" not in path:
-        yield path
+    if ref.format == "hub":
+        yield _download_from_hub(ref.path)
         return
-    remote = epath.Path(path)
+    if "://" not in ref.path:
+        yield ref.path
+        return
+    remote = epath.Path(ref.path)
     with tempfile.TemporaryDirectory() as folder:
-        with _access_errors(path):
-            for name in (remote.name, *sidecars):
+        with _access_errors(ref.path):
+            for name in (remote.name, TIMM_CONFIG_FILE, remote.name + METADATA_SUFFIX):
                 source = remote.parent / name
                 if name == remote.name or source.exists():
                     with source.open("rb") as reader, open(f"{folder}/{name}", "wb") as writer:
@@ -186,3 +191,48 @@ def local_copy(path: str, sidecars: tuple[str, ...]) -> Iterator[str]:
         except UserError as error:
             # Users know the URL; the copy is already deleted when they read the message.
             raise UserError(str(error).replace(folder, str(remote.parent))) from error
+
+
+def _download_from_hub(name: str) -> str:
+    """Downloads a repository's weights and config into the local cache; returns the weights' path.
+
+    Cached files are used without asking the Hub.
+    """
+    # Imported here: the import takes half a second that local files need not.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # It would report each retry on standard error.
+    huggingface_hub.logging.set_verbosity_error()
+    repo, _, revision = name.partition("@")
+
+    def get_files(local_files_only: bool) -> str:
+        paths = [
+            huggingface_hub.hf_hub_download(
+                repo, file, revision=revision or None, local_files_only=local_files_only
+            )
+            for file in (TIMM_CONFIG_FILE, HUB_FILE)
+        ]
+        return paths[-1]
+
+    try:
+        try:
+            return get_files(local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            # Both are requested again, so that they are of the same revision.
+            return get_files(local_files_only=False)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"checkpoint on the Hub must be {HUB}OWNER/NAME, got {HUB + name!r}."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{HUB}{name} is not in the local cache, and the Hub cannot be reached. Download its "
+            f"{HUB_FILE} and {TIMM_CONFIG_FILE} elsewhere, and pass the folder that contains them."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UserError(f"{HUB}{name} does not exist, or is private. Check the name.") from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{HUB}{name} must contain {HUB_FILE} and {TIMM_CONFIG_FILE}.") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error

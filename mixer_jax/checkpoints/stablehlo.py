@@ -15,11 +15,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.safetensors import write_safetensors
-from mixer_jax.checkpoints.load import PretrainedWeights
+from mixer_jax.checkpoints.formats import write_safetensors
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.to_device import model_from_info
+from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.errors import RunError, summarize_error
 from mixer_jax.models.execution import Execution
 
@@ -31,19 +29,13 @@ _CHECKED_BATCH_SIZES = (1, 3)
 
 
 def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) -> None:
-    """Writes a program and its weights.
-
-    Args:
-        path: Path of the program.
-        weights_path: Path of the safetensors file of weights.
-        weights: Weights to write.
-    """
-    model, flat = _build_model(weights.model_info), dict(tree.flatten(weights.params))
+    """Writes a program, and its weights to a safetensors file."""
+    model, flat = _build_model(weights.model_info), dict(flatten_params(weights.params))
 
     def compute_logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         # In the program, because accelerators use fewer bits for float32 matmuls by default.
         with jax.default_matmul_precision("highest"):
-            return model.apply({"params": tree.unflatten(params)}, images)
+            return model.apply({"params": unflatten_params(params)}, images)
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *weights.model_info.image_size, 3), jnp.float32)
@@ -56,10 +48,6 @@ def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) ->
 def check_stablehlo(path: str, weights: PretrainedWeights) -> None:
     """Compares a written program with the model, on the same weights and random images.
 
-    Args:
-        path: Path of the program.
-        weights: Weights of the model.
-
     Raises:
         RunError: The program cannot be run, or its logits differ.
     """
@@ -70,7 +58,7 @@ def check_stablehlo(path: str, weights: PretrainedWeights) -> None:
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(jax.jit(model.apply)({"params": weights.params}, images))
     tolerance = _SPREAD_TOLERANCE * np.ptp(logits) + _ABSOLUTE_TOLERANCE * np.abs(logits).max()
-    flat = dict(tree.flatten(weights.params))
+    flat = dict(flatten_params(weights.params))
     for batch_size in _CHECKED_BATCH_SIZES:
         try:
             program = jax.export.deserialize(bytearray(Path(path).read_bytes()))
@@ -91,7 +79,7 @@ def _build_model(model_info: ModelInfo) -> Any:
     # The program must not depend on the device it is written on. A scan over blocks compiles in
     # half the time of unrolled blocks and runs as fast.
     execution = Execution("float32", backend="xla", scan_unroll=1, flatten_batch=False)
-    return model_from_info(model_info, "float32").clone(execution=execution)
+    return model_info.build_model("float32").clone(execution=execution)
 
 
 def _mismatch(path: str, problem: str) -> RunError:

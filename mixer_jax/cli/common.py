@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.tpu_env import silence_libtpu
+from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import RunError, UserError, exit_code
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.model_info import ModelInfo
+    from mixer_jax.data.source import Source
 
 CHECKPOINT_HELP = (
     "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
@@ -75,11 +76,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
 
 
 def configure_jax(compilation_cache: str) -> None:
-    """Silences libraries and enables JAX's persistent compilation cache.
-
-    Args:
-        compilation_cache: Folder or URL of compiled programs; empty disables the cache.
-    """
+    """Silences libraries and enables JAX's compilation cache, a folder or URL; empty: no cache."""
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
@@ -93,9 +90,8 @@ def configure_jax(compilation_cache: str) -> None:
 def wrap_stdio(needs_output: bool) -> None:
     """Makes the standard streams UTF-8, opens those that are closed, and handles failed writes.
 
-    Args:
-        needs_output: Whether the process exits when standard output fails, see `run_cli`. It never
-            exits when standard error fails.
+    The process exits when standard output fails if `needs_output`, see `run_cli`. It never exits
+    when standard error fails.
     """
     sys.stdin = sys.stdin or _open_devnull("r")
     sys.stdout = _OutputStream(sys.stdout or _open_devnull("w"), needs_output)
@@ -204,12 +200,7 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
 
 
 def add_workdir_arg(parser: ArgumentParser, default: str) -> None:
-    """Adds --workdir.
-
-    Args:
-        parser: Parser to add to.
-        default: Pattern of the workdir without the argument, for help and messages.
-    """
+    """Adds --workdir; `default` describes the workdir without the argument."""
 
     def parse_workdir(text: str) -> str:
         if not text:
@@ -247,11 +238,14 @@ def warn_if_resized(info: "ModelInfo") -> None:
         print(f"{info.name}: weights {info.resize_note}", file=sys.stderr)
 
 
-def read_class_names(path: str | None) -> list[str]:
-    """Reads class names from the file of --labels, one per line.
+def print_notes(source: "Source") -> None:
+    """Prints what was skipped or chosen when a dataset was opened, on standard error."""
+    for note in source.notes:
+        print(note, file=sys.stderr)
 
-    Args:
-        path: Text file, or "-" for standard input; None: no names.
+
+def read_class_names(path: str | None) -> list[str]:
+    """Reads class names from the file of --labels, one per line; "-" reads standard input.
 
     Raises:
         UserError: The file cannot be read, is not UTF-8, or has an empty line.
@@ -271,11 +265,7 @@ def read_class_names(path: str | None) -> list[str]:
 
 
 def read_path_list(path: str, flag: str) -> list[str]:
-    """Reads file names from a text file, one per line; empty lines are skipped.
-
-    Args:
-        path: Text file, or "-" for standard input.
-        flag: Argument that names the file, for messages.
+    """Reads file names from the file of an argument, one per line; "-" reads standard input.
 
     Raises:
         UserError: The file cannot be read.

@@ -50,12 +50,8 @@ class Field:
     def parse(self, name: str, text: str) -> Any:
         """Parses a value of this type; ranges and choices are left to `check`.
 
-        Args:
-            name: Name of the value for messages, e.g. "config.optimizer.b1".
-            text: Value as text.
-
         Raises:
-            UserError: The text does not have this type.
+            UserError: The text does not have this type. Names the value, e.g. "config.seed".
         """
         try:
             return BOOLEANS[text.lower()] if self.type is bool else self.type(text)
@@ -63,12 +59,7 @@ class Field:
             raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, got {text!r}.") from None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises UserError unless a value has the type, and is in the choices and the range.
-
-        Args:
-            name: Name of the value for messages, e.g. "config.optimizer.b1".
-            value: Value to check.
-        """
+        """Raises UserError unless a value has the type, and is in the choices and the range."""
         got = f"got {value!r}."
         if type(value) is not self.type:
             raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, {got}")
@@ -90,13 +81,9 @@ class Field:
 def key(default: Any, help_text: str, **declaration: Any) -> Any:
     """Declares a key as a dataclass field; the type and any choices follow from its annotation.
 
-    Args:
-        default: Default value.
-        help_text: `Field.help`.
-        **declaration: Other attributes of `Field`.
+    `declaration` has other attributes of `Field`.
     """
-    metadata = {"help": help_text, **declaration}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help_text, **declaration})
 
 
 def _architecture_fields() -> dict[str, Field]:
@@ -272,6 +259,13 @@ class BadImagesConfig:
         max=1,
         resumable=True,
     )
+    max_count: int = key(
+        10,
+        "unusable training images that never stop the run, whatever max_fraction is, unless they "
+        "are more than half",
+        min=0,
+        resumable=True,
+    )
     skip_in_evaluation: bool = key(
         False, "skip and count them in evaluations instead of stopping", resumable=True
     )
@@ -339,6 +333,18 @@ class CheckpointConfig:
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
 
 
+def parse_shots(name: str, text: str) -> tuple[int, ...]:
+    """Parses a list of numbers of images per class, such as "1,5,10,25" or "(1, 5)".
+
+    Raises:
+        UserError: The text is not a list of positive integers; `name` is named.
+    """
+    numbers = [number.strip() for number in text.strip("()[] ").split(",")]
+    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
+    return tuple(dict.fromkeys(map(int, numbers)))
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -354,6 +360,11 @@ class EvalConfig:
     )
     num_seeds: int = key(3, "few_shot: random draws of these images", min=1, resumable=True)
     every_steps: int = key(0, "interval; 0: only at the end", unit="steps", min=0, resumable=True)
+
+    @functools.cached_property
+    def shot_counts(self) -> tuple[int, ...]:
+        """Parsed `shots`. Raises UserError if they are not positive integers."""
+        return parse_shots("shots", self.shots)
 
 
 @dataclasses.dataclass(frozen=True)

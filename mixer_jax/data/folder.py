@@ -1,48 +1,83 @@
 """Image folders: user datasets with one directory per class."""
 
+import collections
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from PIL import Image
 
-from mixer_jax.data.image_files import display_path, read_image, walk_images
-from mixer_jax.data.source import Example, Source
+from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.image_files import (
+    display_path,
+    has_image_suffix,
+    is_ignored,
+    read_image,
+    walk_images,
+)
+from mixer_jax.data.source import Example, Source, normalize_names
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
 
-_TRAIN = "train"
-_HELD_OUT = ("validation", "val", "test")
-# Directories with these names, also spelled differently, are likely splits and not classes.
-_SPLIT_LIKE = {_TRAIN, *_HELD_OUT, "training", "valid", "testing"}
+_TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
+# Names of splits, as directories and in split specs, in any capitalization.
+_SPELLINGS = {
+    _TRAIN: (_TRAIN, "training", "train_set", "training_set", "trainset"),
+    _VALIDATION: (_VALIDATION, "valid", "val", "dev", "validation_set", "val_set", "valset"),
+    _TEST: (_TEST, "testing", "test_set", "testset"),
+}
+_SPLIT_OF = {name: split for split, names in _SPELLINGS.items() for name in names}
 # Fraction of every class that is held out if the folder has no split for it.
 _HELD_OUT_FRACTION = 0.1
+# Names listed in a message.
+_MAX_NAMES = 5
 
 # Path of an image relative to the root, and the index of its class.
 _LabeledFile = tuple[str, int]
 
 
+class _Split(NamedTuple):
+    """Files of one split.
+
+    Attributes:
+        directory: Directory relative to the root; the root itself is ".".
+        files: Images ordered by a hash of their paths.
+        skipped: Number of other files of each class, by suffix.
+    """
+
+    directory: str
+    files: list[_LabeledFile]
+    skipped: dict[int, Counter[str]]
+
+
 def open_folder(path: str, split: str) -> Source:
     """Opens one split of an image folder.
 
-    The folder contains `train/` and one or two of `validation/` (or `val/`) and `test/`, each with
-    one directory per class. If it contains only `train/`, or directly the class directories, a
-    tenth of every class is held out as "validation", selected by a hash of the paths. If only one
-    split is held out, it can be called by any of the three names. Examples are ordered by the hash
-    of their paths, so that slices of a split contain all classes. Files without the suffix of an
-    image format are skipped.
+    The folder contains `train/` and one or two of `validation/` and `test/`, each with one
+    directory per class. Other common spellings, such as `valid/` and `Test/`, are accepted. If it
+    contains only `train/`, or directly the class directories, a tenth of every class is held out as
+    "validation", selected by a hash of the paths. If only one split is held out, it can be called
+    by either name. Examples are ordered by the hash of their paths, so that slices of a split
+    contain all classes. Files without the suffix of an image format are skipped and counted in the
+    notes of the source; hidden files and directories, and those of the system, are ignored.
 
     Args:
         path: Local folder.
         split: Split in TFDS syntax, e.g. "train", "train[:99%]", "validation", "train+validation".
 
     Raises:
-        UserError: The folder, split or a class does not exist, or the split has no images.
+        UserError: The folder, split or a class does not exist, a class or the split has no images,
+            or the folder has directories that are neither splits nor classes.
     """
     root = Path(path).expanduser()
     if not path or "://" in path or not root.is_dir():
@@ -51,27 +86,56 @@ def open_folder(path: str, split: str) -> Source:
             "contains train/ and validation/, each with one directory of images per class."
         )
     root = root.absolute()
-    directories = _subdirectories(root)
-    # A class may be called "train" as well; its directory contains images and no directories.
-    has_splits = _TRAIN in directories and bool(_subdirectories(root / _TRAIN))
-    class_parent = root / _TRAIN if has_splits else root
-    class_names = _subdirectories(class_parent)
-    _check_classes(class_parent, class_names)
-    held_out = [name for name in _HELD_OUT if has_splits and name in directories]
-    if held_out:
-        splits = {name: _list_files(root, name, class_names) for name in (_TRAIN, *held_out)}
-    else:
-        relative = class_parent.relative_to(root).as_posix()
-        splits = _hold_out(_list_files(root, relative, class_names))
-        held_out = [_HELD_OUT[0]]
-    spec = split
-    if len(held_out) == 1:
-        spec = re.sub(rf"\b({'|'.join(_HELD_OUT)})\b", held_out[0], split)
-    files = [file for part in _slice_splits(spec, splits, root) for file in part]
+    directories = _find_splits(root)
+    parent = root / directories.get(_TRAIN, "")
+    classes = _class_directories(parent)
+    _check_class_directories(parent, classes)
+    labels = {name: label for label, name in enumerate(classes)}
+    train_directory = directories.pop(_TRAIN, ".")
+    listed = {_TRAIN: _list_files(root, train_directory, labels)}
+    listed |= {name: _list_files(root, path, labels) for name, path in directories.items()}
+    _check_no_class_is_empty(parent, tuple(classes), listed[_TRAIN])
+    # Splits that can be requested, and the directory of each.
+    splits = listed if directories else _hold_out(listed[_TRAIN])
+    spec = _resolve_names(split, tuple(splits))
+    names, slices = _slice_splits(spec, split, splits, root)
+    files = [file for part in slices for file in part]
+    used = {splits[name].directory: splits[name] for name in names}
+    notes = [note for part in used.values() for note in _notes(root, part)]
     if not files:
-        raise UserError(f"split {split!r} of folder {str(root)!r} contains no images.")
-    names = tuple(map(display_path, class_names))
-    return Source(f"folder:{path} {split}", _FolderExamples(root, files), names)
+        raise UserError(
+            " ".join([f"split {split!r} of folder {str(root)!r} contains no images.", *notes])
+        )
+    if len(classes) == 1:
+        notes += _notes_on_one_class(parent, *classes.items())
+    if directories and spec != _resolve_names(split, (_VALIDATION, _TEST)):
+        (held_out,) = directories
+        notes.append(
+            f"{display_path(root)} has one held-out split, {held_out}, which is used for {split!r}"
+        )
+    return Source(
+        f"folder:{path} {split}", _FolderExamples(root, files), tuple(classes), notes=tuple(notes)
+    )
+
+
+def check_readable(source: Source) -> None:
+    """Checks that every class of an opened folder that has images has one that can be decoded.
+
+    Raises:
+        UserError: Every image of some class is bad.
+    """
+    examples = source.examples
+    if not isinstance(examples, _FolderExamples):
+        raise TypeError(f"{source.name} is not a folder")
+    unreadable = [
+        f"{source.class_names[label]!r} (for example {error})"
+        for label, error in examples.find_unreadable_classes()
+    ]
+    if unreadable:
+        raise UserError(
+            f"{source.name} must have images of every class that can be read, got none of "
+            f"{_abbreviate(unreadable)}. Replace the files or remove the directory of the class."
+        )
 
 
 class _FolderExamples(Sequence[Example]):
@@ -89,50 +153,206 @@ class _FolderExamples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        path = self._root / os.fsdecode(self._paths[start : self._ends[index]])
+        path = self._path(index)
         labels = (int(self._labels[index]),)
         return Example(image=read_image(path), labels=labels, name=display_path(path))
 
+    def find_unreadable_classes(self) -> list[tuple[int, str]]:
+        """Returns the labels whose images are all bad, and the error of the first image of each."""
+        order = np.argsort(self._labels, kind="stable")
+        labels, starts = np.unique(self._labels[order], return_index=True)
+        groups = np.split(order, starts[1:])
+        # Threads, because a file of a network file system takes milliseconds to open.
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            errors = list(pool.map(self._find_error, groups))
+        return [
+            (label, error)
+            for label, error in zip(labels.tolist(), errors, strict=True)
+            if error is not None
+        ]
 
-def _check_classes(folder: Path, class_names: list[str]) -> None:
-    if not class_names:
+    def _find_error(self, indices: np.ndarray) -> str | None:
+        first = None
+        for index in indices.tolist():
+            error = _find_error(self._path(index))
+            if error is None:
+                return None
+            first = first or error
+        return first
+
+    def _path(self, index: int) -> Path:
+        start = self._ends[index - 1] if index else 0
+        return self._root / os.fsdecode(self._paths[start : self._ends[index]])
+
+
+def _find_error(path: Path) -> str | None:
+    """Returns why an image is bad, or None; decodes it only if its header cannot be read."""
+    try:
+        with Image.open(path):
+            return None
+    except Exception:  # Pillow raises other exceptions for each format.
+        pass
+    try:
+        decode(read_image(path))
+    except BadImageError as error:
+        return str(error) if error.name else f"{display_path(path)}: {error}"
+    return None
+
+
+def _find_splits(root: Path) -> dict[str, str]:
+    """Returns the directory of each split; empty if the folder contains classes.
+
+    Raises:
+        UserError: Next to the training split, a directory is not a split, or two are the same one.
+    """
+    found = collections.defaultdict[str, list[str]](list)
+    others: list[str] = []
+    for name in _subdirectories(root):
+        split = _SPLIT_OF.get(_normalize_split(name))
+        (others if split is None else found[split]).append(name)
+    # A class may be called "train" as well; its directory contains images and no directories.
+    if not any(_subdirectories(root / name) for name in found[_TRAIN]):
+        return {}
+    train = found[_TRAIN][0]
+    rule = f"folder {str(root)!r} must contain, next to {train!r}, only splits"
+    if others:
+        raise UserError(
+            f"{rule}, got {_abbreviate(map(repr, others))}. Rename it to {_VALIDATION} or {_TEST}, "
+            "or move it away."
+        )
+    for split, names in found.items():
+        if len(names) > 1:
+            raise UserError(
+                f"{rule}, one directory for each, got {' and '.join(map(repr, names))} for "
+                f"{split}. Merge or rename them."
+            )
+    return {split: found[split][0] for split in _SPELLINGS if found[split]}
+
+
+def _normalize_split(name: str) -> str:
+    return re.sub(r"[-\s]", "_", name.casefold())
+
+
+def _resolve_names(spec: str, splits: Sequence[str]) -> str:
+    """Replaces other names of splits in a spec; if one split is held out, it has all names."""
+    held_out = [name for name in splits if name != _TRAIN]
+
+    def resolve(match: re.Match[str]) -> str:
+        split = _SPLIT_OF.get(match[0].casefold(), match[0])
+        return held_out[0] if split in (_VALIDATION, _TEST) and len(held_out) == 1 else split
+
+    return re.sub(r"[^\W\d]\w*", resolve, spec)
+
+
+def _class_directories(folder: Path) -> dict[str, str]:
+    """Returns the directory of each class, sorted by the name of the class.
+
+    Raises:
+        UserError: Two directories have the same name after normalization.
+    """
+    directories: dict[str, str] = {}
+    for directory in _subdirectories(folder):
+        (name,) = normalize_names([display_path(directory)])
+        if name in directories:
+            both = " and ".join(map(_describe_name, (directories[name], directory)))
+            raise UserError(
+                f"directories of {str(folder)!r} must have different names, got two spellings of "
+                f"{name!r}: {both}. Merge or rename them."
+            )
+        directories[name] = directory
+    return dict(sorted(directories.items()))
+
+
+def _describe_name(name: str) -> str:
+    """Formats a name so that other spellings of the same letters look different."""
+    forms = [form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, name)]
+    return f"{name!a} (Unicode form {' and '.join(forms) or 'neither NFC nor NFD'})"
+
+
+def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
+    if not classes:
         raise UserError(
             f"folder {str(folder)!r} must contain directories, one per class, got none."
+            + "".join(f" {note}" for note in _notes_on_loose_images(folder))
         )
-    if {name.casefold() for name in class_names} <= _SPLIT_LIKE:
+    if all(_normalize_split(name) in _SPLIT_OF for name in classes):
         raise UserError(
             f"folder {str(folder)!r} must contain {_TRAIN} with one directory per class, got "
-            f"{', '.join(class_names)}. Rename the training split to {_TRAIN}, and others to one "
-            f"of {', '.join(_HELD_OUT)}."
+            f"{', '.join(classes)}. Rename the training split to {_TRAIN}, and others to "
+            f"{_VALIDATION} or {_TEST}."
+        )
+    nested = [folder / directory for directory in classes.values()]
+    if all(_has_train_split(path) for path in nested):
+        raise UserError(
+            f"folder {str(folder)!r} must contain one directory per class, got directories with a "
+            f"{_TRAIN} split of their own: {_abbreviate(classes)}. Use folder:"
+            f"{display_path(nested[0])}."
+        )
+
+
+def _has_train_split(folder: Path) -> bool:
+    return any(
+        _SPLIT_OF.get(_normalize_split(name)) == _TRAIN and bool(_subdirectories(folder / name))
+        for name in _subdirectories(folder)
+    )
+
+
+def _check_no_class_is_empty(parent: Path, class_names: Sequence[str], train: _Split) -> None:
+    counts = np.bincount([label for _, label in train.files], minlength=len(class_names))
+    empty = [
+        f"{name!r} ({_format_skipped(train.skipped[label]) or 'empty'})"
+        for label, name in enumerate(class_names)
+        if not counts[label]
+    ]
+    if empty:
+        raise UserError(
+            f"folder {str(parent)!r} must have images of each of its {len(class_names):,} classes, "
+            f"got none of {_abbreviate(empty)}. Add JPEG or PNG files, or remove the directories."
         )
 
 
 def _subdirectories(folder: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
-    )
+    try:
+        return sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if not is_ignored(entry.name) and _is_directory(entry)
+        )
+    except OSError as error:
+        _raise_unreadable(error)
 
 
-def _list_files(root: Path, split: str, class_names: list[str]) -> list[_LabeledFile]:
-    """Lists the images of all classes in `root`/`split`, ordered by a hash of their paths."""
-    unknown = sorted(set(_subdirectories(root / split)) - set(class_names))
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # For example a link to itself.
+        return False
+
+
+def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:
+    """Lists the images of all classes in `root`/`directory`, ordered by a hash of their paths."""
+    classes = _class_directories(root / directory)
+    unknown = [name for name in classes if name not in labels]
     if unknown:
         raise UserError(
-            f"directories of {str(root / split)!r} must be classes of {_TRAIN}/, got "
-            f"{unknown[0]!r}."
+            f"directories of {str(root / directory)!r} must be classes of {_TRAIN}/, got "
+            f"{_abbreviate(map(repr, unknown))}."
         )
-    files = []
-    for label, name in enumerate(class_names):
-        folder = root / split / name
-        if folder.is_dir():
-            images = walk_images(folder, on_error=_raise_unreadable)
-            files += [(path.relative_to(root).as_posix(), label) for path in images]
-    return sorted(files, key=_path_hash)
+    files: list[_LabeledFile] = []
+    skipped: dict[int, Counter[str]] = {}
+    for name, class_directory in classes.items():
+        names: list[str] = []
+        folder = root / directory / class_directory
+        images = walk_images(folder, on_error=_raise_unreadable, on_skip=names.append)
+        files += [(path.relative_to(root).as_posix(), labels[name]) for path in images]
+        skipped[labels[name]] = Counter(Path(name).suffix.lower() for name in names)
+    return _Split(directory, sorted(files, key=_path_hash), skipped)
 
 
 def _path_hash(file: _LabeledFile) -> bytes:
-    return hashlib.blake2b(os.fsencode(file[0]), digest_size=8).digest()
+    path = unicodedata.normalize("NFC", file[0])
+    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
@@ -140,33 +360,83 @@ def _raise_unreadable(error: OSError) -> NoReturn:
     raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}.") from error
 
 
-def _hold_out(files: list[_LabeledFile]) -> dict[str, list[_LabeledFile]]:
+def _hold_out(split: _Split) -> dict[str, _Split]:
     """Holds out the first files of every class; a class with one image stays in training."""
-    counts = np.bincount([label for _, label in files], minlength=1)
+    counts = np.bincount([label for _, label in split.files], minlength=1)
     quotas = [max(1, round(_HELD_OUT_FRACTION * count)) if count > 1 else 0 for count in counts]
-    splits: dict[str, list[_LabeledFile]] = {_TRAIN: [], _HELD_OUT[0]: []}
-    for file in files:
+    train: list[_LabeledFile] = []
+    validation: list[_LabeledFile] = []
+    for file in split.files:
         held_out = quotas[file[1]] > 0
         quotas[file[1]] -= held_out
-        splits[_HELD_OUT[0] if held_out else _TRAIN].append(file)
-    return splits
+        (validation if held_out else train).append(file)
+    return {_TRAIN: split._replace(files=train), _VALIDATION: split._replace(files=validation)}
 
 
 def _slice_splits(
-    spec: str, splits: dict[str, list[_LabeledFile]], root: Path
-) -> Iterator[list[_LabeledFile]]:
-    """Yields the slices of `splits` selected by `spec`, a split in TFDS syntax."""
+    spec: str, requested: str, splits: dict[str, _Split], root: Path
+) -> tuple[list[str], list[list[_LabeledFile]]]:
+    """Returns the names of the splits that `spec` selects in TFDS syntax, and the slices."""
     from tensorflow_datasets.core.splits import AbstractSplit
 
     sizes = {
-        name: SimpleNamespace(num_examples=len(files), shard_lengths=[len(files)])
-        for name, files in splits.items()
+        name: SimpleNamespace(num_examples=len(split.files), shard_lengths=[len(split.files)])
+        for name, split in splits.items()
     }
     try:
-        for part in AbstractSplit.from_spec(spec).to_absolute(sizes):
-            yield splits[part.splitname][part.from_ : part.to]
+        parts = list(AbstractSplit.from_spec(spec).to_absolute(sizes))
     except ValueError as error:
         raise UserError(
             f"split of folder {str(root)!r} must be one of {', '.join(splits)}, or slices such as "
-            f'"train[:99%]", got {spec!r}.'
+            f'"train[:99%]", got {requested!r}.'
         ) from error
+    slices = [splits[part.splitname].files[part.from_ : part.to] for part in parts]
+    return [part.splitname for part in parts], slices
+
+
+def _notes(root: Path, split: _Split) -> Iterator[str]:
+    """Yields lines about files of a split that are not used."""
+    folder = root / split.directory
+    skipped = _format_skipped(sum(split.skipped.values(), Counter()))
+    if skipped:
+        yield f"{display_path(folder)}: skipped {skipped}"
+    yield from _notes_on_loose_images(folder)
+
+
+def _notes_on_loose_images(folder: Path) -> Iterator[str]:
+    count = sum(
+        has_image_suffix(entry.name) and not is_ignored(entry.name) and os.path.isfile(entry.path)
+        for entry in os.scandir(folder)
+    )
+    if count:
+        images = "1 image is" if count == 1 else f"{count:,} images are"
+        yield f"{display_path(folder)}: {images} skipped, which must be in a directory per class"
+
+
+def _notes_on_one_class(parent: Path, item: tuple[str, str]) -> Iterator[str]:
+    name, directory = item
+    inner = _subdirectories(parent / directory)
+    if inner:
+        yield (
+            f"{display_path(parent)} has one class, {name!r}, whose directory contains "
+            f"{_abbreviate(map(display_path, inner))}. If these are the classes, use folder:"
+            f"{display_path(parent / directory)}"
+        )
+
+
+def _format_skipped(suffixes: Counter[str]) -> str:
+    """Formats the number of files that are not images, and the number of each suffix."""
+    total = suffixes.total()
+    if not total:
+        return ""
+    counts = (
+        f"{count:,} {display_path(suffix) or 'without suffix'}"
+        for suffix, count in suffixes.most_common()
+    )
+    files = "file" if total == 1 else "files"
+    return f"{total:,} {files} without the suffix of an image: {_abbreviate(counts)}"
+
+
+def _abbreviate(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if names[_MAX_NAMES:] else "")

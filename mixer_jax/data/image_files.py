@@ -23,6 +23,22 @@ _SUFFIXES = re.compile(
     r"|p[bfgnp]m|pcx|png|ras|tga|tiff?|webp)",
     re.IGNORECASE,
 )
+# Directories that systems and archivers create: resource forks, trash, snapshots and thumbnails.
+_SYSTEM_DIRECTORIES = {
+    "$recycle.bin",
+    "#recycle",
+    "#snapshot",
+    "@eadir",
+    "@recycle",
+    "@tmp",
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "network trash folder",
+    "system volume information",
+    "temporary items",
+}
+_SYSTEM_FILES = {"desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"}
 # An uncompressed image of MAX_PIXELS with 16 bits for each of red, green, blue and alpha.
 _MAX_BYTES = 8 * MAX_PIXELS
 
@@ -30,6 +46,11 @@ _MAX_BYTES = 8 * MAX_PIXELS
 def has_image_suffix(name: str) -> bool:
     """Checks whether a file name has the suffix of some image format."""
     return _SUFFIXES.fullmatch(Path(name).suffix) is not None
+
+
+def is_ignored(name: str) -> bool:
+    """Checks whether a file or directory is hidden, or is created by a system or an archiver."""
+    return name.startswith(".") or name.casefold() in _SYSTEM_DIRECTORIES | _SYSTEM_FILES
 
 
 def display_path(path: str | Path) -> str:
@@ -53,15 +74,21 @@ def read_image(path: Path) -> bytes:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
 
 
-def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator[Path]:
+def walk_images(
+    folder: Path,
+    on_error: Callable[[OSError], object],
+    on_skip: Callable[[str], object] = lambda name: None,
+) -> Iterator[Path]:
     """Yields the image files in a folder and its subfolders, selected by suffix.
 
-    Hidden files and folders are skipped. Symbolic links are followed, but each folder is visited
-    only once. Broken links are yielded, so that reading them reports the reason.
+    Hidden files and folders, and those of the system, are skipped. Symbolic links are followed, but
+    each folder is visited only once. Broken links are yielded, so that reading them reports the
+    reason.
 
     Args:
         folder: Root of the walk.
         on_error: Called for every folder that cannot be read; the error's `filename` names it.
+        on_skip: Called with the name of every other file, which lacks the suffix of an image.
     """
     visited = set()
     pending = [folder]
@@ -78,7 +105,7 @@ def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator
             continue
         visited.add((status.st_dev, status.st_ino))
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_ignored(entry.name):
                 continue
             try:
                 mode = entry.stat().st_mode
@@ -86,8 +113,11 @@ def walk_images(folder: Path, on_error: Callable[[OSError], object]) -> Iterator
                 mode = stat.S_IFREG
             if stat.S_ISDIR(mode):
                 pending.append(Path(entry.path))
-            elif stat.S_ISREG(mode) and has_image_suffix(entry.name):
-                yield Path(entry.path)
+            elif stat.S_ISREG(mode):
+                if has_image_suffix(entry.name):
+                    yield Path(entry.path)
+                else:
+                    on_skip(entry.name)
 
 
 def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:

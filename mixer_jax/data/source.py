@@ -3,7 +3,8 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from mixer_jax.errors import UserError
@@ -45,9 +46,10 @@ class Source:
         name: Dataset and split, for messages.
         examples: Random access to every `Example`, in an order that never changes. Reading one may
             raise BadImageError.
-        class_names: Name of each class.
+        class_names: Name of each class, in Unicode normal form NFC.
         multi_label: Whether an example may have any number of labels.
         mixture: Components of a mixture; empty for a single dataset.
+        notes: Lines for the user about what was skipped or chosen when the source was opened.
     """
 
     name: str
@@ -55,6 +57,11 @@ class Source:
     class_names: tuple[str, ...]
     multi_label: bool = False
     mixture: tuple[MixtureComponent, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Normalizes the class names."""
+        object.__setattr__(self, "class_names", normalize_names(self.class_names))
 
     @property
     def num_classes(self) -> int:
@@ -68,6 +75,14 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Converts names to Unicode normal form NFC.
+
+    Systems differ in how they store accented letters, as one or as two characters.
+    """
+    return tuple(unicodedata.normalize("NFC", name) for name in names)
 
 
 def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
@@ -90,6 +105,7 @@ def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
         _ConcatExamples([source.examples for source in relabeled], starts),
         class_names,
         mixture=tuple(map(MixtureComponent, starts, stops, weights)),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
     )
 
 
@@ -103,24 +119,26 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
     Raises:
         UserError: `source` has a class that is missing from `class_names`.
     """
+    class_names = normalize_names(class_names)
     if source.class_names == class_names:
         return source
     index_of = {name: index for index, name in enumerate(class_names)}
-    if any(name not in index_of for name in source.class_names):
+    unknown = [name for name in source.class_names if name not in index_of]
+    if unknown:
         raise UserError(
-            f"classes of {source.name} must be among these {len(class_names)}: "
-            f"{_abbreviate(class_names)}, got {source.num_classes}: "
-            f"{_abbreviate(source.class_names)}."
+            f"classes of {source.name} must be among these {len(class_names):,}: "
+            f"{_abbreviate(class_names)}, got {source.num_classes:,}, of which {len(unknown):,} "
+            f"{'is' if len(unknown) == 1 else 'are'} unknown: {_abbreviate(unknown)}."
         )
     label_map = tuple(index_of[name] for name in source.class_names)
     examples = _RelabeledExamples(source.examples, label_map)
-    return Source(source.name, examples, class_names, source.multi_label, source.mixture)
+    return dataclasses.replace(source, examples=examples, class_names=class_names)
 
 
 def subset(source: Source, indices: Sequence[int]) -> Source:
     """Selects examples of a source by their indices, in the order of `indices`."""
     examples = _ExampleSubset(source.examples, indices)
-    return Source(source.name, examples, source.class_names, source.multi_label)
+    return dataclasses.replace(source, examples=examples, mixture=())
 
 
 class _ConcatExamples(Sequence[Example]):

@@ -66,12 +66,20 @@ def resolve_execution(
     if resolved["dtype"] == AUTO:
         resolved["dtype"] = default_dtype(platform)
     if resolved["backend"] == AUTO:
-        resolved["backend"] = default_backend(platform, backends)
+        # The kernels for GPUs were measured to be faster than XLA. Those for TPUs have not been
+        # timed; only their compiler's estimates are known.
+        resolved["backend"] = "triton" if platform == "gpu" and "triton" in backends else "xla"
     uses_xla = resolved["backend"] == "xla" or bool(resolved["dropout"])
     if resolved["scan_unroll"] == AUTO_UNROLL:
-        resolved["scan_unroll"] = default_scan_unroll(platform, uses_xla)
+        # A scan copies the residuals saved for the backward pass into stacks and out again. That
+        # costs GPUs a third more time, and custom TPU kernels 40 % more bytes. CPUs are as fast
+        # with a scan, and compile in half the time.
+        resolved["scan_unroll"] = 0 if platform == "gpu" or not uses_xla else 1
     if resolved["remat"] == AUTO:
-        resolved["remat"] = default_remat(0 < resolved["scan_unroll"] < num_blocks, uses_xla)
+        # With "dots", a scan copies fewer residuals, which saves memory and, on CPUs, 0 to 14 % of
+        # the time; on a TPU, 3 % of the bytes. Custom kernels would run twice.
+        is_scanned = 0 < resolved["scan_unroll"] < num_blocks
+        resolved["remat"] = "dots" if is_scanned and uses_xla else "none"
     return resolved
 
 
@@ -80,53 +88,8 @@ def default_dtype(platform: str) -> str:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def default_backend(platform: str, backends: Collection[str]) -> Backend:
-    """Returns triton on GPUs, where it was measured to be faster, else xla.
-
-    The kernels for TPUs have not been timed; only their compiler's estimates are known.
-
-    Args:
-        platform: Platform of the device, as JAX names it.
-        backends: Custom backends of the family.
-    """
-    return "triton" if platform == "gpu" and "triton" in backends else "xla"
-
-
-def default_scan_unroll(platform: str, uses_xla: bool) -> int:
-    """Returns blocks per scan iteration: all (0) on GPUs and with custom kernels, else 1.
-
-    A scan copies the residuals saved for the backward pass into stacks and out again. That costs
-    GPUs a third more time, and custom TPU kernels 40 % more bytes. CPUs are as fast with a scan,
-    and compile in half the time.
-
-    Args:
-        platform: Platform of the device, as JAX names it.
-        uses_xla: Whether the compiler alone computes the blocks in training, as with dropout.
-    """
-    return 0 if platform == "gpu" or not uses_xla else 1
-
-
-def default_remat(scanned: bool, uses_xla: bool) -> Remat:
-    """Returns dots if XLA scans over the blocks, else none.
-
-    Fewer residuals are copied into stacks and out again then, which saves memory and, on CPUs, 0
-    to 14 % of the time; on a TPU, 3 % of the bytes. Custom kernels would run twice.
-
-    Args:
-        scanned: Whether blocks are scanned over rather than unrolled.
-        uses_xla: Whether the compiler alone computes the blocks in training.
-    """
-    return "dots" if scanned and uses_xla else "none"
-
-
 def check_backend(backend: str, platform: str, backends: Collection[str]) -> None:
-    """Raises UserError unless a family has a backend and it runs on a platform.
-
-    Args:
-        backend: Value of `model.backend`.
-        platform: Platform of the device, as JAX names it.
-        backends: Custom backends of the family.
-    """
+    """Raises UserError unless a family has a backend, and it runs on a platform."""
     if backend not in (AUTO, "xla", *backends):
         names = ", ".join([AUTO, "xla", *backends])
         raise UserError(f"model.backend must be one of {names} for this model, got {backend!r}.")

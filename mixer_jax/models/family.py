@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import Execution
-from mixer_jax.models.weight_layout import WeightLayout
 
 # A variant whose architecture is given in full by overrides.
 CUSTOM = "custom"
@@ -26,7 +25,7 @@ class ResizedConfig(NamedTuple):
     """Architecture of a model for another image size.
 
     Attributes:
-        config: Architecture config of the resized model.
+        config: Architecture config.
         method: Method of adapting parameters; "identity" leaves them as they are.
         note: Description of a lossy or unusual method, with {} for the old size; may be empty.
     """
@@ -37,15 +36,45 @@ class ResizedConfig(NamedTuple):
 
 
 class InferredConfig(NamedTuple):
-    """Architecture inferred from tensors.
+    """Architecture inferred from tensors, and their number of patches.
 
-    Attributes:
-        config: Architecture config.
-        num_tokens: Number of patches that the tensors are for; 0 if they fit any image size.
+    `num_tokens` is 0 if they fit any image size.
     """
 
     config: Any
     num_tokens: int
+
+
+class TensorMapping(NamedTuple):
+    """One tensor of a weight layout, or one per block: a parameter with its axes reordered.
+
+    Attributes:
+        name: Name of the tensor; {} is replaced by the index of its block.
+        path: Slash-separated path of the parameter.
+        axes: Order of the parameter's axes in the tensor, without that of the blocks; None: the
+            same.
+    """
+
+    name: str
+    path: str
+    axes: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightLayout:
+    """Names and axes of published weights, and the GELU and evaluation crop they are used with.
+
+    Attributes:
+        name: Name for people.
+        tensors: All tensors; those of the head may be absent.
+        signature_keys: Names of tensors that no layout of another family has.
+    """
+
+    name: str
+    tensors: tuple[TensorMapping, ...]
+    signature_keys: tuple[str, ...]
+    gelu: str
+    eval_crop: str
 
 
 class Traffic(NamedTuple):
@@ -70,14 +99,9 @@ class ImageModel(Protocol):
 
     Its call takes images (n, h, w, 3) with pixels in [-1, 1], whether it trains, and the index of
     each example in the global batch; it returns float32 logits, or features if `num_classes` is 0.
-    A model may also have `dropout` and `stochastic_depth`, which count as 0 otherwise and use the
-    random stream of that name, and `block_backends`, those of its family.
-
-    Attributes:
-        family: Name of its family.
-        config: Architecture config.
-        num_classes: Outputs of the head, whose parameters are under "head"; 0 means no head.
-        execution: Execution settings.
+    The head's parameters are under "head". A model may also have `dropout` and `stochastic_depth`,
+    which count as 0 otherwise and use the random stream of that name, and `block_backends`, those
+    of its family.
     """
 
     family: ClassVar[str]
@@ -97,25 +121,21 @@ class ImageModel(Protocol):
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Memory, recomputation and memory traffic of a training step, by formula."""
+    """Memory, recomputation and memory traffic of a training step, per image and by formula.
+
+    Images are squares of `image_size` pixels; activations have `itemsize` bytes per element.
+    """
 
     def recomputed_flops(self, config: Any, image_size: int, remat: str) -> int:
-        """Returns the FLOPs per image that a remat policy recomputes, counting matmuls only."""
+        """Returns the FLOPs that a remat policy recomputes, counting matmuls only."""
 
     def saved_activation_bytes(
         self, config: Any, image_size: int, remat: str, itemsize: int
     ) -> float:
-        """Returns the bytes of residuals saved for the backward pass, per image, in all blocks.
-
-        Args:
-            config: Architecture config.
-            image_size: Side of the square input, in pixels.
-            remat: Rematerialization policy.
-            itemsize: Bytes per element of the computation's dtype.
-        """
+        """Returns the bytes of residuals saved for the backward pass, in all blocks."""
 
     def live_block_bytes(self, config: Any, image_size: int, itemsize: int) -> float:
-        """Returns the bytes that are live in the middle of one block, per image."""
+        """Returns the bytes that are live in the middle of one block."""
 
     def estimate_traffic(
         self,
@@ -127,15 +147,9 @@ class CostModel(Protocol):
         itemsize: int,
         train: bool,
     ) -> dict[str, Traffic]:
-        """Estimates the traffic of each region of a step, per image, without the optimizer.
+        """Estimates the traffic of each region of a step, without the optimizer.
 
-        Args:
-            config: Architecture config.
-            image_size: Side of the square input, in pixels.
-            num_classes: Outputs of the head.
-            batch_size: Images that share the traffic of parameters.
-            itemsize: Bytes per element of the computation's dtype.
-            train: Whether the step trains, or only infers.
+        The images of a batch share the traffic of parameters.
         """
 
 
@@ -162,8 +176,39 @@ class ModelFamily(abc.ABC):
     regions: ClassVar[Mapping[str, str]] = {}
 
     def get_config(self, variant: str, **overrides: Any) -> Any:
-        """Returns a variant's config; see `resolve_config`."""
-        return resolve_config(self.config_class, self.variants, variant, **overrides)
+        """Returns a variant's config with overrides applied.
+
+        Args:
+            variant: Name of a variant, or "custom", which needs every field without a default.
+            **overrides: Fields of the config. 0 and "" keep the variant's own value.
+
+        Raises:
+            UserError: The variant is unknown, a number is negative, or a field is missing or
+                belongs to another family.
+        """
+        fields = dataclasses.fields(self.config_class)
+        names = [field.name for field in fields]
+        requested = {name: value for name, value in overrides.items() if value not in (0, "")}
+        for name, value in requested.items():
+            if name not in names:
+                raise UserError(
+                    f"model.{name} is not part of this architecture, which has {', '.join(names)}, "
+                    f"got {value!r}."
+                )
+            if isinstance(value, int | float) and value < 0:
+                raise UserError(f"model.{name} must be positive, got {value}.")
+        if variant == CUSTOM:
+            required = [f.name for f in fields if f.default is dataclasses.MISSING]
+            if missing := [name for name in required if name not in requested]:
+                raise UserError(
+                    "model.variant='custom' needs the whole architecture. Set "
+                    f"{', '.join(missing)}."
+                )
+            return self.config_class(**requested)
+        if variant not in self.variants:
+            known = ", ".join([*self.variants, CUSTOM])
+            raise UserError(f"model.variant must be one of {known}, got {variant!r}.")
+        return dataclasses.replace(self.variants[variant], **requested)
 
     def infer_variant(self, config: Any) -> str:
         """Returns the name of the variant with this config, or "custom"."""
@@ -215,7 +260,10 @@ class ModelFamily(abc.ABC):
 
     @abc.abstractmethod
     def forward_flops(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
-        """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only."""
+        """Returns the FLOPs of one image's forward pass, counting matmuls and convolutions only.
+
+        A multiply-add is two FLOPs.
+        """
 
     @property
     def cost_model(self) -> CostModel:
@@ -258,7 +306,7 @@ class ModelFamily(abc.ABC):
         gelu: str,
         path: str,
     ) -> list[str]:
-        """Returns lines of Python that load weights in timm's layout into a timm model.
+        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -266,7 +314,7 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file of weights.
+            path: Path of the file.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
@@ -309,45 +357,3 @@ def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
     """
     return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
-
-
-def resolve_config(
-    config_class: type, variants: Mapping[str, Any], variant: str, **overrides: Any
-) -> Any:
-    """Returns a variant's config with overrides applied.
-
-    Args:
-        config_class: Frozen dataclass of the family.
-        variants: Configs by name.
-        variant: One of these names, or "custom", which needs every field that has no default.
-        **overrides: Fields of the config. 0 and "" keep the variant's own value.
-
-    Raises:
-        UserError: The variant is unknown, a number is negative, or a field is missing or belongs to
-            another family.
-    """
-    names = [field.name for field in dataclasses.fields(config_class)]
-    requested = {name: value for name, value in overrides.items() if value not in (0, "")}
-    for name, value in requested.items():
-        if name not in names:
-            raise UserError(
-                f"model.{name} is not part of this architecture, which has {', '.join(names)}, got "
-                f"{value!r}."
-            )
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"model.{name} must be positive, got {value}.")
-    if variant == CUSTOM:
-        required = [
-            f.name
-            for f in dataclasses.fields(config_class)
-            if f.default is dataclasses.MISSING and f.name not in requested
-        ]
-        if required:
-            raise UserError(
-                f"model.variant='custom' needs the whole architecture. Set {', '.join(required)}."
-            )
-        return config_class(**requested)
-    if variant not in variants:
-        known = ", ".join([*variants, CUSTOM])
-        raise UserError(f"model.variant must be one of {known}, got {variant!r}.")
-    return dataclasses.replace(variants[variant], **requested)

@@ -1,9 +1,9 @@
-"""Architecture of the paper's models: dimensions, parameter counts, FLOPs. Does not import JAX."""
+"""Architecture of the paper's models: dimensions and variants. Does not import JAX."""
 
 import dataclasses
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.family import ImageSize, Shape, architecture_key, resolve_config
+from mixer_jax.models.family import ImageSize, architecture_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +36,11 @@ VARIANTS: dict[str, MixerConfig] = {
     "H/14": MixerConfig(32, 14, 1280, 640, 5120),
 }
 
-# Custom kernels that compute a block, as "module:class"; see `ModelFamily.block_backends`.
+# Custom kernels that compute a block; see `ModelFamily.block_backends`.
 BLOCK_BACKENDS = {
     "triton": "mixer_jax.kernels.triton.mixer_block:TritonMixerBackend",
     "mosaic": "mixer_jax.kernels.mosaic.mixer_block:MosaicMixerBackend",
 }
-
-
-def get_config(variant: str, **overrides: int) -> MixerConfig:
-    """Returns a variant's config with overrides applied.
-
-    Args:
-        variant: A name in `VARIANTS`, or "custom", which needs all five dimensions.
-        **overrides: Fields of `MixerConfig`; 0 keeps the variant's own value.
-
-    Raises:
-        UserError: The variant is unknown, a dimension is negative, or one is missing.
-    """
-    config = resolve_config(MixerConfig, VARIANTS, variant, **overrides)
-    assert isinstance(config, MixerConfig)
-    return config
 
 
 def check_image_size(height: int, width: int, patch_size: int) -> None:
@@ -70,69 +55,6 @@ def check_image_size(height: int, width: int, patch_size: int) -> None:
 
 
 def num_tokens(config: MixerConfig, image_size: int | ImageSize) -> int:
-    """Returns the number of tokens, S.
-
-    Args:
-        config: Architecture config.
-        image_size: Height and width in pixels, or the side of a square image.
-    """
+    """Returns the number of tokens, S, of a square image or one of (height, width)."""
     height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
     return (height // config.patch_size) * (width // config.patch_size)
-
-
-def num_params(config: MixerConfig, image_size: int | ImageSize, num_classes: int) -> int:
-    """Returns the number of parameters; `num_classes` 0 means no head."""
-    tokens, channels = num_tokens(config, image_size), config.hidden_dim
-    stem = (3 * config.patch_size**2 + 1) * channels
-    token_mixing = (2 * tokens + 1) * config.tokens_mlp_dim + tokens
-    channel_mixing = (2 * channels + 1) * config.channels_mlp_dim + channels
-    blocks = config.num_blocks * (4 * channels + token_mixing + channel_mixing)
-    return stem + blocks + 2 * channels + (channels + 1) * num_classes
-
-
-def param_shapes(config: MixerConfig, num_tokens: int, num_classes: int) -> dict[str, Shape]:
-    """Returns the shape of each parameter by its slash-separated path.
-
-    Args:
-        config: Architecture config.
-        num_tokens: Number of tokens, S.
-        num_classes: Outputs of the head; 0 means no head.
-    """
-    blocks, patch, channels = config.num_blocks, config.patch_size, config.hidden_dim
-    shapes: dict[str, Shape] = {
-        "stem/kernel": (patch, patch, 3, channels),
-        "stem/bias": (channels,),
-    }
-    mlps = {
-        "token_mixing": (num_tokens, config.tokens_mlp_dim),
-        "channel_mixing": (channels, config.channels_mlp_dim),
-    }
-    for index, (name, (outer, inner)) in enumerate(mlps.items()):
-        shapes |= {
-            f"blocks/LayerNorm_{index}/scale": (blocks, channels),
-            f"blocks/LayerNorm_{index}/bias": (blocks, channels),
-            f"blocks/{name}/Dense_0/kernel": (blocks, outer, inner),
-            f"blocks/{name}/Dense_0/bias": (blocks, inner),
-            f"blocks/{name}/Dense_1/kernel": (blocks, inner, outer),
-            f"blocks/{name}/Dense_1/bias": (blocks, outer),
-        }
-    shapes |= {
-        "pre_head_layer_norm/scale": (channels,),
-        "pre_head_layer_norm/bias": (channels,),
-    }
-    if num_classes:
-        shapes |= {"head/kernel": (channels, num_classes), "head/bias": (num_classes,)}
-    return shapes
-
-
-def forward_flops(config: MixerConfig, image_size: int | ImageSize, num_classes: int) -> int:
-    """Returns the FLOPs of one image's forward pass, counting matmuls only.
-
-    A multiply-add is two FLOPs. A training step costs three forward passes.
-    """
-    tokens, channels = num_tokens(config, image_size), config.hidden_dim
-    stem = tokens * 3 * config.patch_size**2 * channels
-    token_mixing = 2 * tokens * config.tokens_mlp_dim * channels
-    channel_mixing = 2 * tokens * config.channels_mlp_dim * channels
-    blocks = config.num_blocks * (token_mixing + channel_mixing)
-    return 2 * (stem + blocks + channels * num_classes)

@@ -1,10 +1,9 @@
 """Costs of training a Mixer: activations, recomputation, memory traffic. Does not import JAX."""
 
-import math
 from typing import NamedTuple
 
 from mixer_jax.models.family import Traffic
-from mixer_jax.models.mixer_config import MixerConfig, num_tokens, param_shapes
+from mixer_jax.models.mixer_config import MixerConfig, num_tokens
 
 _FLOAT32 = 4
 STEM, TOKEN_MIXING, CHANNEL_MIXING = "stem", "token mixing", "channel mixing"
@@ -17,13 +16,6 @@ REGIONS = {
     CHANNEL_MIXING: "channel_mixing",
     LAYER_NORM: "LayerNorm|layer_norm",
     HEAD: r"\b(head|loss|label)\b|log_sigmoid|log_softmax",
-}
-# Parts of the paths of the regions' kernels.
-_PARAM_PATHS = {
-    STEM: "stem/",
-    TOKEN_MIXING: "/token_mixing/",
-    CHANNEL_MIXING: "/channel_mixing/",
-    HEAD: "head/",
 }
 
 
@@ -93,19 +85,18 @@ class _Step(NamedTuple):
 
     def num_weights(self, region: str) -> int:
         """Returns the number of elements of a region's kernels, in all blocks."""
-        shapes = param_shapes(self.config, self.num_tokens, self.num_classes)
-        return sum(
-            math.prod(shape)
-            for path, shape in shapes.items()
-            if path.endswith("kernel") and _PARAM_PATHS[region] in path
-        )
+        config, channels = self.config, self.config.hidden_dim
+        return {
+            STEM: 3 * config.patch_size**2 * channels,
+            TOKEN_MIXING: config.num_blocks * 2 * self.num_tokens * config.tokens_mlp_dim,
+            CHANNEL_MIXING: config.num_blocks * 2 * channels * config.channels_mlp_dim,
+            HEAD: channels * self.num_classes,
+        }[region]
 
     def weight_bytes(self, region: str, num_reads: int) -> float:
         """Returns the bytes per image of reading a region's kernels and writing their gradients.
 
-        Args:
-            region: Name of the region.
-            num_reads: Number of matmuls that read each kernel.
+        Each kernel is read by `num_reads` matmuls.
         """
         itemsize = _FLOAT32 if region == HEAD else self.itemsize
         per_weight = num_reads * itemsize + (_FLOAT32 if self.train else 0)
@@ -125,14 +116,6 @@ def estimate_traffic(
 
     Kernels are read in the computation's dtype, once per matmul, those of the head in float32.
     Gradients of kernels are written in float32.
-
-    Args:
-        config: Architecture config.
-        image_size: Side of the square input, in pixels.
-        num_classes: Outputs of the head.
-        batch_size: Images that share the traffic of parameters.
-        itemsize: Bytes per element of the computation's dtype.
-        train: Whether the step trains, or only infers.
     """
     step = _Step(config, image_size, num_classes, batch_size, itemsize, train)
     # The gradient of the image, which is uint8, is not computed.

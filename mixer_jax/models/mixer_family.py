@@ -1,11 +1,12 @@
-"""Mixer as a model family. Does not import JAX until a model is built."""
+"""Mixer as a model family, with its published weights. Does not import JAX until it is built."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from mixer_jax.models import mixer_config, mixer_costs
+from mixer_jax.models import mixer_costs
 from mixer_jax.models.family import (
     CUSTOM,
     CostModel,
@@ -14,9 +15,20 @@ from mixer_jax.models.family import (
     ModelFamily,
     ResizedConfig,
     Shape,
+    TensorMapping,
+    WeightLayout,
 )
-from mixer_jax.models.mixer_config import BLOCK_BACKENDS, VARIANTS, MixerConfig
-from mixer_jax.models.weight_layout import WeightLayout
+from mixer_jax.models.mixer_config import (
+    BLOCK_BACKENDS,
+    VARIANTS,
+    MixerConfig,
+    check_image_size,
+    num_tokens,
+)
+
+# timm's named models have this image size; it has none of H/14.
+_TIMM_IMAGE_SIZE = (224, 224)
+_NOT_IN_TIMM = "H/14"
 
 
 class MixerFamily(ModelFamily):
@@ -49,14 +61,42 @@ class MixerFamily(ModelFamily):
         self, config: MixerConfig, image_size: int | ImageSize, num_classes: int
     ) -> dict[str, Shape]:
         """Returns the shape of each parameter by its slash-separated path."""
-        num_tokens = mixer_config.num_tokens(config, image_size)
-        return mixer_config.param_shapes(config, num_tokens, num_classes)
+        blocks, patch, channels = config.num_blocks, config.patch_size, config.hidden_dim
+        shapes: dict[str, Shape] = {
+            "stem/kernel": (patch, patch, 3, channels),
+            "stem/bias": (channels,),
+        }
+        mlps = {
+            "token_mixing": (num_tokens(config, image_size), config.tokens_mlp_dim),
+            "channel_mixing": (channels, config.channels_mlp_dim),
+        }
+        for index, (name, (outer, inner)) in enumerate(mlps.items()):
+            shapes |= {
+                f"blocks/LayerNorm_{index}/scale": (blocks, channels),
+                f"blocks/LayerNorm_{index}/bias": (blocks, channels),
+                f"blocks/{name}/Dense_0/kernel": (blocks, outer, inner),
+                f"blocks/{name}/Dense_0/bias": (blocks, inner),
+                f"blocks/{name}/Dense_1/kernel": (blocks, inner, outer),
+                f"blocks/{name}/Dense_1/bias": (blocks, outer),
+            }
+        shapes |= {
+            "pre_head_layer_norm/scale": (channels,),
+            "pre_head_layer_norm/bias": (channels,),
+        }
+        if num_classes:
+            shapes |= {"head/kernel": (channels, num_classes), "head/bias": (num_classes,)}
+        return shapes
 
     def forward_flops(
         self, config: MixerConfig, image_size: int | ImageSize, num_classes: int
     ) -> int:
         """Returns the FLOPs of one image's forward pass, counting matmuls only."""
-        return mixer_config.forward_flops(config, image_size, num_classes)
+        tokens, channels = num_tokens(config, image_size), config.hidden_dim
+        stem = tokens * 3 * config.patch_size**2 * channels
+        token_mixing = 2 * tokens * config.tokens_mlp_dim * channels
+        channel_mixing = 2 * tokens * config.channels_mlp_dim * channels
+        blocks = config.num_blocks * (token_mixing + channel_mixing)
+        return 2 * (stem + blocks + channels * num_classes)
 
     @property
     def cost_model(self) -> CostModel:
@@ -69,21 +109,20 @@ class MixerFamily(ModelFamily):
 
     def check_image_size(self, config: MixerConfig, height: int, width: int) -> None:
         """Raises UserError, naming the nearest valid sizes, unless patches cover the image."""
-        mixer_config.check_image_size(height, width, config.patch_size)
+        check_image_size(height, width, config.patch_size)
 
     def resize_config(self, config: MixerConfig, old: ImageSize, new: ImageSize) -> ResizedConfig:
         """Returns the config for another image size; D_S grows with tiled weights."""
-        from mixer_jax.models.mixer_resize import resize_method, resized_tokens_mlp_dim
+        from mixer_jax.models.mixer_resize import integer_scale
 
-        grids = _grid(config, old), _grid(config, new)
-        method = resize_method(*grids)
-        mlp_dim = resized_tokens_mlp_dim(config.tokens_mlp_dim, *grids)
-        note = {
-            "identity": "",
-            "tiled": "tiled from {} (the paper's Appendix C)",
-            "interpolated": "interpolated from {}, which the paper does not do",
-        }[method]
-        return ResizedConfig(dataclasses.replace(config, tokens_mlp_dim=mlp_dim), method, note)
+        scale = integer_scale(_grid(config, old), _grid(config, new))
+        if scale == 1:
+            return ResizedConfig(config, "identity", "")
+        if not scale:
+            note = "interpolated from {}, which the paper does not do"
+            return ResizedConfig(config, "interpolated", note)
+        tiled = dataclasses.replace(config, tokens_mlp_dim=scale**2 * config.tokens_mlp_dim)
+        return ResizedConfig(tiled, "tiled", "tiled from {} (the paper's Appendix C)")
 
     def resize_params(
         self, params: Any, config: MixerConfig, old: ImageSize, new: ImageSize
@@ -95,9 +134,7 @@ class MixerFamily(ModelFamily):
 
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns Google's and timm's layouts."""
-        from mixer_jax.models.mixer_layouts import LAYOUTS
-
-        return LAYOUTS
+        return GOOGLE, GOOGLE_LEGACY, TIMM
 
     def timm_code(
         self,
@@ -109,9 +146,29 @@ class MixerFamily(ModelFamily):
         path: str,
     ) -> list[str]:
         """Returns lines that create timm's model by name if it has one, or else its class."""
-        from mixer_jax.models.mixer_layouts import timm_code
-
-        return timm_code(variant, config, image_size, num_classes, gelu, path)
+        file = json.dumps(path, ensure_ascii=False)
+        # timm's default GELU is exact.
+        act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
+        is_named = variant != _NOT_IN_TIMM and VARIANTS.get(variant) == config
+        if is_named and image_size == _TIMM_IMAGE_SIZE:
+            name = f"mixer_{variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
+            args = [f'"{name}"', f"num_classes={num_classes}", f"checkpoint_path={file}"]
+            return ["import timm", f"model = timm.create_model({', '.join(args + act_layer)})"]
+        height, width = image_size
+        mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
+        args = [
+            f"num_classes={num_classes}",
+            f"img_size={height if height == width else (height, width)}",
+            f"patch_size={config.patch_size}",
+            f"num_blocks={config.num_blocks}",
+            f"embed_dim={config.hidden_dim}",
+            f"mlp_ratio=({', '.join(_timm_mlp_ratio(d, config.hidden_dim) for d in mlp_dims)})",
+        ]
+        return [
+            "import timm",
+            f"model = timm.models.mlp_mixer.MlpMixer({', '.join(args + act_layer)})",
+            f"timm.models.load_checkpoint(model, {file})",
+        ]
 
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""
@@ -125,3 +182,83 @@ class MixerFamily(ModelFamily):
 def _grid(config: MixerConfig, image_size: ImageSize) -> tuple[int, int]:
     height, width = image_size
     return height // config.patch_size, width // config.patch_size
+
+
+def _timm_mlp_ratio(mlp_dim: int, hidden_dim: int) -> str:
+    """Returns an expression that timm multiplies by `hidden_dim` and truncates to `mlp_dim`."""
+    is_exact = math.floor(mlp_dim / hidden_dim * hidden_dim) == mlp_dim
+    return f"{mlp_dim if is_exact else mlp_dim + 0.5} / {hidden_dim}"
+
+
+def _map_tensors(
+    renames: Mapping[str, str], axes: Callable[[str], tuple[int, ...] | None] = lambda _: None
+) -> tuple[TensorMapping, ...]:
+    """Maps all tensors of a layout, named after the parameters with parts of their paths renamed.
+
+    Args:
+        renames: Parts of paths, replaced one after another.
+        axes: Function from the path of a parameter to `TensorMapping.axes`.
+    """
+    tensors = []
+    for path in MixerFamily().param_shapes(MixerConfig(1, 1, 1, 1, 1), image_size=1, num_classes=1):
+        name = path
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        tensors.append(TensorMapping(name, path, axes(path)))
+    return tuple(tensors)
+
+
+def _torch_axes(path: str) -> tuple[int, ...] | None:
+    if path == "stem/kernel":
+        return (3, 2, 0, 1)
+    return (1, 0) if path.endswith("/kernel") else None
+
+
+GOOGLE = WeightLayout(
+    "Google",
+    _map_tensors({"blocks": "MixerBlock_{}"}),
+    ("pre_head_layer_norm/scale",),
+    "tanh",
+    "shorter_side",
+)
+# Some of its tensors have additional axes of length 1, which are dropped.
+GOOGLE_LEGACY = WeightLayout(
+    "Google, older names",
+    _map_tensors(
+        {
+            "stem": "embedding",
+            "pre_head_layer_norm": "Mixer/encoder_norm",
+            "blocks": "Mixer/encoderblock_{}",
+            "mixing/Dense_0/kernel": "mixing_phase_0/kernel1",
+            "mixing/Dense_0/bias": "mixing_phase_0/bias1",
+            "mixing/Dense_1/kernel": "mixing_phase_0/kernel2",
+            "mixing/Dense_1/bias": "mixing_phase_0/bias2",
+        }
+    ),
+    ("Mixer/encoder_norm/scale",),
+    "tanh",
+    "shorter_side",
+)
+TIMM = WeightLayout(
+    "timm",
+    _map_tensors(
+        {
+            "stem": "stem.proj",
+            "pre_head_layer_norm": "norm",
+            "blocks": "blocks.{}",
+            "LayerNorm_0": "norm1",
+            "LayerNorm_1": "norm2",
+            "token_mixing": "mlp_tokens",
+            "channel_mixing": "mlp_channels",
+            "Dense_0": "fc1",
+            "Dense_1": "fc2",
+            "kernel": "weight",
+            "scale": "weight",
+            "/": ".",
+        },
+        _torch_axes,
+    ),
+    ("stem.proj.weight",),
+    "exact",
+    "bicubic",
+)

@@ -1,7 +1,7 @@
 """Token mixing for another image size: tiled as in the paper's Appendix C, or interpolated."""
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +9,6 @@ from jaxtyping import Float
 from mixer_jax.errors import UserError
 
 Grid = tuple[int, int]  # Rows and columns of patches.
-ResizeMethod = Literal["identity", "tiled", "interpolated"]
 
 
 def integer_scale(old: Grid, new: Grid) -> int:
@@ -23,19 +22,6 @@ def integer_scale(old: Grid, new: Grid) -> int:
             raise UserError(f"grid must have at least 1 row and 1 column of patches, got {grid}.")
     scale = new[0] // old[0]
     return scale if new == (scale * old[0], scale * old[1]) else 0
-
-
-def resize_method(old: Grid, new: Grid) -> ResizeMethod:
-    """Returns the method of `resize_token_mixing` for two grids. Raises as `integer_scale`."""
-    scale = integer_scale(old, new)
-    if scale == 1:
-        return "identity"
-    return "tiled" if scale else "interpolated"
-
-
-def resized_tokens_mlp_dim(tokens_mlp_dim: int, old: Grid, new: Grid) -> int:
-    """Returns D_S of the resized model: K² times as wide if tiled. Raises as `integer_scale`."""
-    return tokens_mlp_dim * max(integer_scale(old, new), 1) ** 2
 
 
 def resize_token_mixing(params: dict[str, Any], old: Grid, new: Grid) -> dict[str, Any]:
@@ -68,8 +54,8 @@ def resize_token_mixing(params: dict[str, Any], old: Grid, new: Grid) -> dict[st
         new: Requested rows and columns of patches.
 
     Returns:
-        Parameters of the model whose tokens_mlp_dim is `resized_tokens_mlp_dim`; `params` itself
-        if the grid is the same.
+        Parameters of a model whose D_S is K² times as wide if they are tiled; `params` itself if
+        the grid is the same.
 
     Raises:
         UserError: A grid has a side under 1, or `params` are not for the old grid.

@@ -12,8 +12,8 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import summarize_error
 from mixer_jax.evaluation.classification import make_eval_step
-from mixer_jax.planning.dataset_specs import placeholder_datasets
-from mixer_jax.planning.hlo.program import Program, parse_program
+from mixer_jax.planning.cost_model import placeholder_datasets
+from mixer_jax.planning.hlo import Program, parse_program
 from mixer_jax.training.setup import Experiment, build_experiment
 
 _SIZE = r"(\d+(?:\.\d+)?)([KMGT])"
@@ -29,13 +29,12 @@ class Compiled(NamedTuple):
     """A compiled program.
 
     Attributes:
-        compile_seconds: Seconds of compilation.
         argument_bytes: Bytes of state and batch, per device.
         output_bytes: Bytes of results that do not alias arguments, per device.
         temporary_bytes: Bytes of activations, gradients and other temporaries, per device.
         code_bytes: Bytes of code, per device.
         text: Text of the program.
-        program: Parsed program.
+        program: The same, parsed.
     """
 
     compile_seconds: float
@@ -56,7 +55,6 @@ class OutOfMemory(NamedTuple):
     """A program that does not fit into device memory.
 
     Attributes:
-        compile_seconds: Seconds until the compiler gave up.
         needed_bytes: Lower bound on the bytes that the program needs; None if unknown.
         available_bytes: Bytes available to the program; 0 if unknown.
         message: Message of the compiler if `needed_bytes` is None, in one line.
@@ -73,10 +71,6 @@ class OutOfMemory(NamedTuple):
 def build_for_topology(config: RunConfig, devices: Sequence[Any]) -> Experiment:
     """Builds model, mesh and step functions of a run, with placeholder datasets.
 
-    Args:
-        config: Config from `resolve_for_platform`.
-        devices: Devices from `tpu_devices`.
-
     Raises:
         UserError: The config does not fit the devices or leaves the dataset's size open.
     """
@@ -86,12 +80,7 @@ def build_for_topology(config: RunConfig, devices: Sequence[Any]) -> Experiment:
 def compile_train_step(
     experiment: Experiment, fast_compile: bool = False
 ) -> Compiled | OutOfMemory:
-    """Compiles the training step.
-
-    Args:
-        experiment: Run from `build_for_topology`.
-        fast_compile: Whether to compile in less time to a less optimized program.
-    """
+    """Compiles the training step; `fast_compile` takes less time and optimizes less."""
     batch = _batch_shapes(experiment, experiment.config.batch_size)
     return compile_function(
         experiment.train_step, experiment.state_shape, batch, fast_compile=fast_compile
@@ -99,12 +88,7 @@ def compile_train_step(
 
 
 def compile_eval_step(experiment: Experiment, fast_compile: bool = False) -> Compiled | OutOfMemory:
-    """Compiles the evaluation step for a batch of `config.eval_batch_size`.
-
-    Args:
-        experiment: Run from `build_for_topology`.
-        fast_compile: Whether to compile in less time to a less optimized program.
-    """
+    """Compiles the evaluation step; `fast_compile` takes less time and optimizes less."""
     size = experiment.config.eval_batch_size
     sharding = batch_sharding(experiment.mesh)
     mask = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=sharding)
@@ -126,10 +110,10 @@ def _batch_shapes(experiment: Experiment, batch_size: int) -> dict[str, jax.Shap
 def compile_function(
     function: Any, *shapes: Any, fast_compile: bool = False
 ) -> Compiled | OutOfMemory:
-    """Compiles a function for the TPU devices of its arguments' shardings.
+    """Compiles a function returned by `jax.jit` for the TPUs of its arguments' shardings.
 
     Args:
-        function: Function returned by `jax.jit`.
+        function: Function to compile.
         *shapes: Shapes of its arguments, with shardings.
         fast_compile: Whether to compile in less time to a less optimized program.
     """
@@ -159,10 +143,6 @@ def compile_function(
 
 def parse_oom(error: Exception, compile_seconds: float) -> OutOfMemory:
     """Parses a compiler error about a program that does not fit into memory.
-
-    Args:
-        error: Error of the compiler.
-        compile_seconds: Seconds until it was raised.
 
     Raises:
         Exception: The error itself, if it is about something else.

@@ -1,12 +1,18 @@
-"""Analytic cost model of a training run: memory, recomputed FLOPs, collectives."""
+"""Numbers of a training run, and its memory and communication by formula."""
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+import re
+from typing import Any, NamedTuple, get_args
 
+from mixer_jax.config.config import resolve_num_steps
 from mixer_jax.config.schema import RunConfig
-from mixer_jax.models.family import ModelFamily
+from mixer_jax.data.source import Source
+from mixer_jax.errors import UserError
+from mixer_jax.models.execution import Remat, resolve_execution
+from mixer_jax.models.family import INIT_FROM, ModelFamily
 from mixer_jax.models.registry import get_family
-from mixer_jax.planning.hlo.collectives import (
+from mixer_jax.planning.hlo_collectives import (
     GRADIENTS,
     MIXUP_EXAMPLES,
     PARAMETERS,
@@ -14,30 +20,35 @@ from mixer_jax.planning.hlo.collectives import (
     Collective,
     ReplicaGroups,
 )
+from mixer_jax.training.datasets import RunDatasets
 
 _FLOAT32 = 4
-# Rematerialization policies, from the least to the most recomputation.
-REMAT_POLICIES = ("none", "dots", "mlp_hidden", "full")
+# From the least to the most recomputation.
+REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
+# Classes and training examples, from TFDS.
+_KNOWN_DATASETS = {
+    "imagenet2012": (1_000, 1_281_167),
+    "cifar10": (10, 50_000),
+    "cifar100": (100, 50_000),
+    "digits/all": (10, 1_437),
+    "digits/low": (5, 708),
+    "digits/high": (5, 729),
+}
+_SPLIT = re.compile(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?")
 
 
 class RunSpec(NamedTuple):
     """A training run in numbers.
 
     Attributes:
-        family: Model family.
-        architecture: Architecture config of the model.
         image_size: Side of the square input, in pixels.
-        num_classes: Outputs of the head.
         itemsize: Bytes per element of the computation's dtype.
         batch_size: Images per step.
         num_microbatches: Microbatches per batch (gradient accumulation).
         fsdp: Devices that parameters are sharded over.
-        num_devices: Number of devices.
-        remat: Rematerialization policy.
         scan_unroll: Blocks per iteration of the scan; 0 unrolls all.
         num_moments: Float32 arrays per parameter, excluding the parameter itself: optimizer moments
             and averaged parameters.
-        mixup: Whether mixup is used.
         num_steps: Length of the run.
     """
 
@@ -77,11 +88,6 @@ class RunSpec(NamedTuple):
         return self.batch_size / self.num_devices
 
     @property
-    def microbatch_per_device(self) -> float:
-        """Images processed at once per device."""
-        return self.images_per_device / self.num_microbatches
-
-    @property
     def model_flops(self) -> int:
         """FLOPs of the model per step, over all devices: three forward passes."""
         flops = self.family.forward_flops(self.architecture, self.image_size, self.num_classes)
@@ -90,10 +96,10 @@ class RunSpec(NamedTuple):
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
-        flops = self.family.cost_model.recomputed_flops(
+        costs = self.family.cost_model
+        return self.batch_size * costs.recomputed_flops(
             self.architecture, self.image_size, self.remat
         )
-        return self.batch_size * flops
 
     @property
     def executed_flops(self) -> float:
@@ -110,9 +116,8 @@ class RunSpec(NamedTuple):
     @property
     def live_block_bytes(self) -> float:
         """Bytes that are live in the middle of one block, per image."""
-        return self.family.cost_model.live_block_bytes(
-            self.architecture, self.image_size, self.itemsize
-        )
+        costs = self.family.cost_model
+        return costs.live_block_bytes(self.architecture, self.image_size, self.itemsize)
 
 
 class Memory(NamedTuple):
@@ -121,7 +126,6 @@ class Memory(NamedTuple):
     Attributes:
         parameters: Float32 parameters.
         moments: Optimizer moments and averaged parameters.
-        batch: Images and labels.
         activations: Residuals saved for the backward pass, and live activations of one block.
         gradients: Float32 gradients, and parameters cast to the computation's dtype.
     """
@@ -143,22 +147,19 @@ class Memory(NamedTuple):
         return self.parameters + self.moments + self.batch
 
 
-def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: int) -> RunSpec:
-    """Extracts the numbers of a run from its config.
+def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
+    """Extracts the numbers of a run from a config with every `auto` setting resolved.
 
-    Args:
-        config: Config from `resolve_for_platform`.
-        num_classes: Classes of the dataset.
-        num_steps: Length of the run.
-        num_devices: Number of devices.
+    Raises:
+        UserError: The config leaves the dataset's size open.
     """
-    family = get_family(config.model.family)
+    dataset = placeholder_datasets(config).train
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
-        family=family,
+        family=get_family(config.model.family),
         architecture=config.model.architecture,
         image_size=config.image_size,
-        num_classes=num_classes,
+        num_classes=dataset.num_classes,
         itemsize=4 if config.model.dtype == "float32" else 2,
         batch_size=config.batch_size,
         num_microbatches=config.recipe.grad_accum_steps,
@@ -168,8 +169,61 @@ def run_spec(config: RunConfig, num_classes: int, num_steps: int, num_devices: i
         scan_unroll=config.model.scan_unroll,
         num_moments=adam_moments + (config.recipe.ema_decay > 0),
         mixup=config.recipe.mixup > 0,
-        num_steps=num_steps,
+        num_steps=resolve_num_steps(config, len(dataset)),
     )
+
+
+def resolve_for_platform(config: RunConfig, platform: str) -> RunConfig:
+    """Returns a copy of a config with every `auto` setting resolved for a `jax.Device.platform`.
+
+    Raises:
+        UserError: The architecture is that of a checkpoint, which planning does not read.
+    """
+    if config.model.variant == INIT_FROM:
+        raise UserError(
+            "config.model.variant must name an architecture, because planning does not read "
+            f"checkpoints, got {INIT_FROM!r}. Set it, for example --config.model.variant=B/16."
+        )
+    model, family = config.model, get_family(config.model.family)
+    num_blocks = family.num_blocks(model.architecture)
+    resolved = resolve_execution(model.settings, platform, num_blocks, family.block_backends)
+    model = dataclasses.replace(model, **resolved)
+    return dataclasses.replace(config, model=model, compilation_cache="")
+
+
+def placeholder_datasets(config: RunConfig) -> RunDatasets:
+    """Creates datasets with the number of examples and classes in a config.
+
+    Raises:
+        UserError: The config leaves a number open, and the dataset is not a known one.
+    """
+    dataset = config.dataset
+    num_classes, num_examples = dataset.num_classes, dataset.num_examples
+    known = _KNOWN_DATASETS.get(dataset.name)
+    if known is not None:
+        num_classes = num_classes or known[0]
+        num_examples = num_examples or _count_examples(dataset.train_split, known[1])
+    for key, value in (("num_classes", num_classes), ("num_examples", num_examples)):
+        if not value:
+            raise UserError(
+                f"config.dataset.{key} must be set, because planning does not read "
+                f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
+            )
+    class_names = tuple(map(str, range(num_classes)))
+    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
+
+
+def _count_examples(split: str, total: int) -> int:
+    """Returns the number of examples of a split such as "train[:99%]"; 0 if it is not known."""
+    match = _SPLIT.fullmatch(split.replace(" ", ""))
+    if not match:
+        return 0
+    start, start_percent, stop, stop_percent = match.groups()
+    bounds = [
+        round(int(text) / 100 * total) if percent else int(text)
+        for text, percent in ((start or "0", start_percent), (stop or f"{total}", stop_percent))
+    ]
+    return max(0, min(bounds[1], total) - bounds[0])
 
 
 def estimate_memory(run: RunSpec) -> Memory:
@@ -178,24 +232,20 @@ def estimate_memory(run: RunSpec) -> Memory:
         math.prod(shape) / (run.fsdp if _is_fsdp_sharded(run, path, shape) else 1)
         for path, shape in run.param_shapes.items()
     )
+    microbatch_per_device = run.images_per_device / run.num_microbatches
     # Microbatches' gradients are summed unsharded; kernels are gathered in the computation's dtype.
     gradients = _FLOAT32 * run.num_params * (2 if run.num_microbatches > 1 else 1)
     return Memory(
         parameters=_FLOAT32 * sharded,
         moments=_FLOAT32 * sharded * run.num_moments,
         batch=run.images_per_device * _example_bytes(run),
-        activations=run.microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
+        activations=microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
         gradients=gradients + run.itemsize * run.num_params,
     )
 
 
 def estimate_eval_memory(run: RunSpec, batch_size: int) -> float:
-    """Estimates the bytes per device in an evaluation step.
-
-    Args:
-        run: Training run.
-        batch_size: Images per evaluation step, over all devices.
-    """
+    """Estimates the bytes per device in an evaluation step of `batch_size` images in total."""
     images = batch_size / run.num_devices
     return (
         estimate_memory(run).parameters
@@ -227,7 +277,7 @@ def min_hbm_bytes(run: RunSpec) -> float:
 
 
 def estimate_collectives(run: RunSpec) -> list[Collective]:
-    """Estimates the collectives of a training step; see `distributed/gradients.py`."""
+    """Estimates the collectives of a training step; see `sharded_value_and_grad`."""
     if run.num_devices == 1:
         return []
     data, fsdp = run.num_devices // run.fsdp, run.fsdp

@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import check_warmup, resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
+from mixer_jax.planning.aot_compile import (
+    Compiled,
+    OutOfMemory,
+    build_for_topology,
+    compile_eval_step,
+    compile_train_step,
+)
 from mixer_jax.planning.cost_model import (
     Memory,
     RunSpec,
@@ -13,14 +19,14 @@ from mixer_jax.planning.cost_model import (
     estimate_eval_memory,
     estimate_memory,
     min_hbm_bytes,
+    resolve_for_platform,
     run_spec,
 )
-from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
-from mixer_jax.planning.hlo.collectives import Collective, TensorRoles, find_collectives
-from mixer_jax.planning.hlo.program import Program
-from mixer_jax.planning.hlo.traffic import hbm_bytes_by_opcode
+from mixer_jax.planning.hlo_collectives import Collective, TensorRoles, find_collectives
+from mixer_jax.planning.hlo_costs import hbm_bytes_by_opcode
 from mixer_jax.planning.roofline import RooflineBound, RunCost, roofline_bound, run_cost
-from mixer_jax.planning.topology import DeviceLocation, Topology, device_locations, tpu_devices
+from mixer_jax.planning.topology import Topology, device_locations, tpu_devices
+from mixer_jax.training.setup import Experiment
 
 
 class CompiledStep(NamedTuple):
@@ -28,12 +34,9 @@ class CompiledStep(NamedTuple):
 
     Attributes:
         fits: Whether the compiler accepts the step.
-        compile_seconds: Seconds of compilation.
         argument_bytes: Bytes of state and batch; 0 if the step does not fit.
         temporary_bytes: Bytes of activations, gradients, other temporaries and results.
-        code_bytes: Bytes of code.
         needed_bytes: Bytes in total; a lower bound if the step does not fit; None if unknown.
-        available_bytes: Bytes available to the program.
         message: Message of the compiler if `needed_bytes` is None.
     """
 
@@ -52,14 +55,11 @@ class Plan(NamedTuple):
 
     Attributes:
         config: Config with every `auto` setting resolved.
-        topology: Topology to run on.
-        run: Numbers of the run.
         memory_estimate: Estimated memory of the training step.
-        eval_memory_estimate: Estimated bytes of the evaluation step.
+        eval_memory_estimate: Estimated bytes of the evaluation step, per device.
         train_step: Compiled training step; None if it was not compiled.
         eval_step: Compiled evaluation step; None if it was not compiled.
         hbm_bytes: Memory traffic per training step and device.
-        collectives: Communication between devices in a training step.
         bound: Bound on the time of a training step; None if the step does not fit.
         cost: Cost of the run if its steps take as long as the bound.
         fast_compile: Whether the steps were compiled to less optimized programs.
@@ -118,8 +118,8 @@ def make_plan(
 
     Args:
         config: Run to plan.
-        topology: Topology from `parse_topology`.
-        devices: Devices of the topology, if they exist already.
+        topology: Topology to run on.
+        devices: Devices of the topology; None creates them.
         with_eval: Whether to compile the evaluation step, too.
         fast_compile: Whether to compile in less time to less optimized programs.
 
@@ -128,81 +128,58 @@ def make_plan(
     """
     config = resolve_for_platform(config, topology.chip.platform)
     if not topology.chip.is_tpu:
-        return _plan_by_formula(config, topology)
-    # Imports JAX.
-    from mixer_jax.planning.aot_compile import OutOfMemory, build_for_topology, compile_train_step
-
-    devices = devices or tpu_devices(topology)
-    experiment = build_for_topology(config, devices)
-    run = run_spec(config, experiment.model_info.num_classes, experiment.num_steps, len(devices))
+        plan = _estimate_plan(config, topology)
+        run = plan.run
+        check_mesh(config.mesh.data, run.fsdp, run.num_devices)
+        check_divisible("config.batch_size", run.batch_size, run.num_devices, run.num_microbatches)
+        check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
+        plan = plan._replace(hbm_bytes=min_hbm_bytes(run), collectives=estimate_collectives(run))
+        return _add_bound(plan, None)
+    experiment = build_for_topology(config, devices or tpu_devices(topology))
+    plan = _estimate_plan(config, topology)
+    run = plan.run
     if with_eval:
-        check_divisible("config.eval_batch_size", config.eval_batch_size, len(devices))
+        check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
     compiled = compile_train_step(experiment, fast_compile)
-    plan = _estimate_plan(config, topology, run)
     train_step = to_compiled_step(compiled, topology, plan.memory_estimate.arguments)
     plan = plan._replace(train_step=train_step, fast_compile=fast_compile)
     if with_eval:
         plan = add_eval_step(plan, experiment)
     if isinstance(compiled, OutOfMemory):
         return plan
-    program = compiled.program
+    example_shapes = [(run.image_size, run.image_size, 3), (run.num_classes,)]
+    roles = TensorRoles(
+        run.param_shapes, run.fsdp, example_shapes, multi_slice=topology.num_slices > 1
+    )
+    program, mesh = compiled.program, experiment.mesh
     plan = plan._replace(
         hbm_bytes=hbm_bytes_by_opcode(program).total(),
-        collectives=_collectives_of(program, run, topology, dict(experiment.mesh.shape)),
+        collectives=find_collectives(program, dict(mesh.shape), roles, topology.num_slices),
         num_unknown_loops=len(program.unknown_trip_count_loops()),
     )
-    return _add_bound(plan, device_locations(topology, list(experiment.mesh.devices.flat)))
+    return _add_bound(plan, list(mesh.devices.flat))
 
 
-def add_eval_step(plan: Plan, experiment: Any = None) -> Plan:
-    """Compiles the evaluation step of a plan for TPUs; returns a plan for GPUs unchanged.
-
-    Args:
-        plan: Plan from `make_plan`.
-        experiment: Run from `build_for_topology`; None builds it again.
-    """
+def add_eval_step(plan: Plan, experiment: Experiment | None = None) -> Plan:
+    """Compiles the evaluation step of a plan for TPUs; returns a plan for GPUs unchanged."""
     if not plan.topology.chip.is_tpu:
         return plan
-    from mixer_jax.planning.aot_compile import build_for_topology, compile_eval_step
-
     experiment = experiment or build_for_topology(plan.config, tpu_devices(plan.topology))
     compiled = compile_eval_step(experiment, plan.fast_compile)
     eval_step = to_compiled_step(compiled, plan.topology, plan.memory_estimate.parameters)
     return plan._replace(eval_step=eval_step)
 
 
-def _collectives_of(
-    program: Program, run: RunSpec, topology: Topology, mesh: dict[str, int]
-) -> list[Collective]:
-    example_shapes = [(run.image_size, run.image_size, 3), (run.num_classes,)]
-    roles = TensorRoles.from_shapes(
-        run.param_shapes, run.fsdp, example_shapes, multi_slice=topology.num_slices > 1
-    )
-    return find_collectives(program, mesh, roles, topology.num_slices)
-
-
-def _plan_by_formula(config: RunConfig, topology: Topology) -> Plan:
-    dataset = placeholder_datasets(config).train
-    num_steps = resolve_num_steps(config, len(dataset))
-    check_warmup(config, num_steps)
-    run = run_spec(config, dataset.num_classes, num_steps, topology.num_devices)
-    check_mesh(config.mesh.data, run.fsdp, run.num_devices)
-    check_divisible("config.batch_size", run.batch_size, run.num_devices, run.num_microbatches)
-    check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
-    plan = _estimate_plan(config, topology, run)._replace(
-        hbm_bytes=min_hbm_bytes(run), collectives=estimate_collectives(run)
-    )
-    return _add_bound(plan, device_locations(topology, None))
-
-
-def _estimate_plan(config: RunConfig, topology: Topology, run: RunSpec) -> Plan:
+def _estimate_plan(config: RunConfig, topology: Topology) -> Plan:
     """Returns a plan with estimates of memory alone."""
+    run = run_spec(config, topology.num_devices)
     eval_memory = estimate_eval_memory(run, config.eval_batch_size)
     return Plan(config, topology, run, estimate_memory(run), eval_memory)
 
 
-def _add_bound(plan: Plan, locations: list[DeviceLocation]) -> Plan:
+def _add_bound(plan: Plan, devices: list[Any] | None) -> Plan:
     run, topology = plan.run, plan.topology
+    locations = device_locations(topology, devices)
     bound = roofline_bound(
         topology, locations, run.executed_flops, plan.hbm_bytes, plan.collectives
     )
@@ -210,15 +187,11 @@ def _add_bound(plan: Plan, locations: list[DeviceLocation]) -> Plan:
     return plan._replace(bound=bound, cost=cost)
 
 
-def to_compiled_step(compiled: Any, topology: Topology, argument_bytes: float) -> CompiledStep:
-    """Converts the result of a compilation.
-
-    Args:
-        compiled: A `Compiled` or an `OutOfMemory`.
-        topology: Topology that it was compiled for.
-        argument_bytes: Estimated bytes of its arguments, per device.
-    """
-    if hasattr(compiled, "program"):
+def to_compiled_step(
+    compiled: Compiled | OutOfMemory, topology: Topology, argument_bytes: float
+) -> CompiledStep:
+    """Converts the result of a compilation; `argument_bytes` are estimated, per device."""
+    if isinstance(compiled, Compiled):
         return CompiledStep(
             fits=True,
             compile_seconds=compiled.compile_seconds,

@@ -25,7 +25,11 @@ def format_plan(plan: Plan) -> str:
     if plan.bound is not None:
         sections += [_format_bounds(plan), _format_collectives(plan)]
     if plan.num_unknown_loops:
-        sections.append(_format_unknown_loops(plan.num_unknown_loops))
+        loops = "1 loop" if plan.num_unknown_loops == 1 else f"{plan.num_unknown_loops} loops"
+        sections.append(
+            f"WARNING: the trip count of {loops} with matmuls or collectives is unknown and\n"
+            "counted as 1, so the step may take longer, and move and send more, than this plan says"
+        )
     if not plan.fits:
         sections.append(_format_misfit(plan))
     else:
@@ -186,18 +190,6 @@ def _format_collectives(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _format_unknown_loops(number: int) -> str:
-    loops = (
-        "1 loop with matmuls or collectives is"
-        if number == 1
-        else f"{number} loops with matmuls or collectives are"
-    )
-    return (
-        f"WARNING: the trip count of {loops} unknown and counted as 1,\n"
-        "so the step may take longer, and move and send more, than this plan says"
-    )
-
-
 def _format_cost(plan: Plan) -> str:
     assert plan.bound is not None
     assert plan.cost is not None
@@ -254,33 +246,33 @@ def suggest_flags(plan: Plan) -> list[str]:
     If the compiler needs more memory than estimated, estimates are scaled by its ratio.
     """
     run, config = plan.run, plan.config
-    needed = None
-    if plan.train_step and not plan.train_step.fits:
-        needed = plan.train_step.needed_bytes
+    needed = plan.train_step.needed_bytes if plan.train_step else None
     scale = max(1.0, (needed or 0.0) / plan.memory_estimate.total)
-    # With a fixed data axis, the mesh would not fit another number of devices.
-    infer_data = " --config.mesh.data=0" if config.mesh.data else ""
-    candidates: list[tuple[str, str, RunSpec]] = []
-    for remat in REMAT_POLICIES[REMAT_POLICIES.index(run.remat) + 1 :]:
-        flag = f"--config.model.remat={remat}"
-        candidates.append(("remat", flag, run._replace(remat=remat)))
-    for number in _doubled(run.num_microbatches):
-        flag = f"--config.recipe.grad_accum_steps={number}"
-        candidates.append(("num_microbatches", flag, run._replace(num_microbatches=number)))
-    for fsdp in _doubled(run.fsdp):
-        flag = f"--config.mesh.fsdp={fsdp}{infer_data}"
-        candidates.append(("fsdp", flag, run._replace(fsdp=fsdp)))
-    for topology in larger_topologies(plan.topology):
-        flag = f"--topology={topology.name}{infer_data}"
-        candidates.append(("topology", flag, run._replace(num_devices=topology.num_devices)))
-    found: dict[str, str] = {}
-    for setting, flag, changed in candidates:
-        size = estimate_memory(changed).total * scale
-        if size <= plan.available_bytes and _is_divisible(
-            changed, plan.topology.num_slices, config.eval_batch_size
-        ):
-            found.setdefault(setting, f"{flag:<40} about {size / GIB:.1f} GiB")
-    return list(found.values())
+    more_recomputation = REMAT_POLICIES[REMAT_POLICIES.index(run.remat) + 1 :]
+    larger = larger_topologies(plan.topology)
+    variations: dict[str, dict[Any, RunSpec]] = {
+        "--config.model.remat": {name: run._replace(remat=name) for name in more_recomputation},
+        "--config.recipe.grad_accum_steps": {
+            number: run._replace(num_microbatches=number)
+            for number in _doubled(run.num_microbatches)
+        },
+        "--config.mesh.fsdp": {fsdp: run._replace(fsdp=fsdp) for fsdp in _doubled(run.fsdp)},
+        "--topology": {t.name: run._replace(num_devices=t.num_devices) for t in larger},
+    }
+    suggestions = []
+    for flag, runs in variations.items():
+        changes_mesh = flag in ("--config.mesh.fsdp", "--topology")
+        # With a fixed data axis, the mesh would not fit another number of devices.
+        infer_data = " --config.mesh.data=0" if changes_mesh and config.mesh.data else ""
+        for value, changed in runs.items():
+            size = estimate_memory(changed).total * scale
+            if size <= plan.available_bytes and _is_divisible(
+                changed, plan.topology.num_slices, config.eval_batch_size
+            ):
+                setting = f"{flag}={value}{infer_data}"
+                suggestions.append(f"{setting:<40} about {size / GIB:.1f} GiB")
+                break
+    return suggestions
 
 
 def _is_divisible(run: RunSpec, num_slices: int, eval_batch_size: int) -> bool:

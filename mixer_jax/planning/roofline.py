@@ -1,12 +1,18 @@
-"""Roofline bound on the step time: peak arithmetic, memory bandwidth and network bandwidth."""
+"""Lower bounds on the memory traffic of a step and, by the roofline model, on its time."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mixer_jax.planning.hlo.collectives import Collective
+from mixer_jax.models.family import ModelFamily, Traffic
+from mixer_jax.planning.hlo_collectives import Collective
+from mixer_jax.planning.hlo_costs import OPTIMIZER, OTHER
 from mixer_jax.planning.topology import DeviceLocation, Topology
 
 _SECONDS_PER_DAY = 86_400
+_FLOAT32 = 4
+# Adam reads parameters, two moments and gradients, these twice because of clipping by their norm,
+# and writes parameters and moments.
+_ADAM_ACCESSES = 8
 
 
 class RooflineBound(NamedTuple):
@@ -43,8 +49,6 @@ class RunCost(NamedTuple):
 
     Attributes:
         images_per_second: Throughput of all chips.
-        images_per_second_per_chip: Throughput per chip.
-        days: Duration of the run.
         core_days: Days times JAX devices; for TPU v3 these are cores, as in the paper.
         model_flops_utilization: FLOP/s of the model, without recomputation, over peak FLOP/s.
     """
@@ -56,6 +60,45 @@ class RunCost(NamedTuple):
     model_flops_utilization: float
 
 
+def estimate_traffic(
+    family: ModelFamily,
+    architecture: Any,
+    image_size: int,
+    num_classes: int,
+    *,
+    batch_size: int,
+    itemsize: int = 2,
+    train: bool = True,
+) -> dict[str, Traffic]:
+    """Estimates the FLOPs and memory traffic per image of each region of a step on one device.
+
+    The traffic depends on what a kernel fuses, so there are two lower bounds:
+
+    - unfused: Each matmul reads its operands and writes its result once. LayerNorm and GELU are
+      fused into reading operands, additions and multiplications into writing results. Hidden units
+      are written before GELU, and read again for its derivative. A program can do better if a
+      matmul's result is still in on-chip memory when the next one reads it.
+    - fused: Hidden units never leave the chip. The backward pass reads the input of an MLP once and
+      recomputes the hidden units for all four gradients: seven matmuls instead of six.
+
+    Args:
+        family: Model family.
+        architecture: Architecture config.
+        image_size: Side of the square input, in pixels.
+        num_classes: Outputs of the head.
+        batch_size: Images, which share the traffic of parameters and optimizer.
+        itemsize: Bytes per element of the computation's dtype.
+        train: Whether the step trains, with Adam and clipping, or only infers.
+    """
+    model = (architecture, image_size, num_classes)
+    traffic = family.cost_model.estimate_traffic(
+        *model, batch_size=batch_size, itemsize=itemsize, train=train
+    )
+    num_bytes = _ADAM_ACCESSES * _FLOAT32 * family.num_params(*model) / batch_size if train else 0.0
+    optimizer = Traffic(0.0, unfused_bytes=num_bytes, fused_flops=0.0, fused_bytes=num_bytes)
+    return {**traffic, OPTIMIZER: optimizer, OTHER: Traffic(0.0, 0.0, 0.0, 0.0)}
+
+
 def roofline_bound(
     topology: Topology,
     locations: Sequence[DeviceLocation],
@@ -63,15 +106,7 @@ def roofline_bound(
     hbm_bytes: float,
     collectives: Sequence[Collective],
 ) -> RooflineBound:
-    """Computes the bound of one step.
-
-    Args:
-        topology: Topology that the step runs on.
-        locations: Locations of the devices, in mesh order.
-        executed_flops: FLOPs per step and device.
-        hbm_bytes: Bytes of memory traffic per step and device.
-        collectives: Communication between devices.
-    """
+    """Computes the bound of a step from its FLOPs, memory traffic and collectives per device."""
     chip = topology.chip
     return RooflineBound(
         executed_flops / (chip.flops / chip.devices_per_chip),
@@ -83,15 +118,7 @@ def roofline_bound(
 def run_cost(
     topology: Topology, batch_size: int, num_steps: int, model_flops: float, step_seconds: float
 ) -> RunCost:
-    """Computes throughput and cost of a run.
-
-    Args:
-        topology: Topology that the run uses.
-        batch_size: Images per step.
-        num_steps: Length of the run.
-        model_flops: FLOPs of the model per step, over all devices.
-        step_seconds: Seconds per step.
-    """
+    """Computes throughput and cost of a run; `model_flops` are per step, over all devices."""
     days = num_steps * step_seconds / _SECONDS_PER_DAY
     return RunCost(
         batch_size / step_seconds,
@@ -113,13 +140,12 @@ def network_seconds(
     """
     chip = topology.chip
     if collective.op == "collective-permute":
-        pairs = [(locations[a], locations[b]) for a, b, *_ in collective.replica_groups]
+        pairs = [(locations[a], locations[b]) for a, b in collective.replica_groups]
+        bandwidth = None
         if any(a.ici_domain != b.ici_domain for a, b in pairs):
             bandwidth = chip.network_bandwidth
         elif any(a.chip != b.chip for a, b in pairs):
             bandwidth = topology.ici_bandwidth
-        else:
-            bandwidth = None
         return collective.num_bytes / bandwidth if bandwidth else 0.0
     group = [locations[device] for device in collective.replica_groups[0]]
     num_chips = len({location.chip for location in group})

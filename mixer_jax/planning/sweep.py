@@ -7,12 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import resolve_num_steps
-from mixer_jax.config.schema import FIELDS, RunConfig
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory, run_spec
-from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
+from mixer_jax.planning.cost_model import (
+    REMAT_POLICIES,
+    RunSpec,
+    estimate_memory,
+    resolve_for_platform,
+    run_spec,
+)
 from mixer_jax.planning.planner import Plan, add_eval_step, make_plan
 from mixer_jax.planning.report import plan_to_dict
 from mixer_jax.planning.topology import GIB, Topology, tpu_devices
@@ -20,8 +24,8 @@ from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
 # Estimates are accurate to about this factor; anything that exceeds memory by more is not compiled.
 _ESTIMATE_TOLERANCE = 1.5
-_MAX_FSDP = 8
-_MAX_MICROBATCHES = 8
+# Numbers of microbatches, and sizes of the fsdp axis.
+_SIZES = (1, 2, 4, 8)
 _MIN_MICROBATCH_PER_DEVICE = 8
 # Compile time on two cores, in seconds: per program, and per unrolled block.
 _PROGRAM_SECONDS, _BLOCK_SECONDS = 60, 12
@@ -29,14 +33,7 @@ _FAST_COMPILE_SPEEDUP = 5
 
 
 class SweepPoint(NamedTuple):
-    """Settings that a sweep changes.
-
-    Attributes:
-        num_microbatches: Value of `recipe.grad_accum_steps`.
-        fsdp: Value of `mesh.fsdp`.
-        remat: Value of `model.remat`.
-        scan_unroll: Value of `model.scan_unroll`.
-    """
+    """Settings that a sweep changes, named as in `RunSpec`."""
 
     num_microbatches: int
     fsdp: int
@@ -66,7 +63,6 @@ class SweepResult(NamedTuple):
     """Settings and the plan of a run with them.
 
     Attributes:
-        point: Settings.
         estimated_bytes: Estimated bytes of the training step, per device.
         plan: Plan of the run; None if the estimate rules it out.
         is_current: Whether the config has these settings.
@@ -109,7 +105,7 @@ def sweep(
 
     Args:
         config: Run to plan.
-        topology: Topology from `parse_topology`.
+        topology: Topology to run on.
         dimensions: "all", or a comma-separated list of `DIMENSIONS`.
         fast_compile: Whether to compile in less time to less optimized programs.
 
@@ -118,32 +114,32 @@ def sweep(
     """
     config = resolve_for_platform(config, topology.chip.platform)
     names = _parse_dimensions(dimensions)
-    dataset = placeholder_datasets(config).train
-    num_steps = resolve_num_steps(config, len(dataset))
-    run = run_spec(config, dataset.num_classes, num_steps, topology.num_devices)
+    run = run_spec(config, topology.num_devices)
     check_mesh(config.mesh.data, run.fsdp, run.num_devices, topology.num_slices)
     min_microbatches = 1 if "accumulation" in names else run.num_microbatches
     check_divisible("config.batch_size", run.batch_size, run.num_devices, min_microbatches)
     check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)
 
     current = current_point(run)
-    points = list(candidates(run, names, topology))
-    estimates = {p: estimate_memory(run._replace(**p._asdict())).total for p in points}
     limit = topology.hbm_bytes * _ESTIMATE_TOLERANCE
     results = [
-        SweepResult(p, estimates[p], None, p == current) for p in points if estimates[p] > limit
+        SweepResult(
+            point, estimate_memory(run._replace(**point._asdict())).total, None, point == current
+        )
+        for point in candidates(run, names, topology)
     ]
-    possible = [p for p in points if estimates[p] <= limit]
+    possible = [result for result in results if result.estimated_bytes <= limit]
     duration = _format_duration(run, possible, fast_compile) if topology.chip.is_tpu else ""
-    _log(f"{len(possible)} of {len(points)} settings may fit into memory{duration}")
+    _log(f"{len(possible)} of {len(results)} settings may fit into memory{duration}")
     devices = tpu_devices(topology) if topology.chip.is_tpu else None
+    ruled_out = [result for result in results if result.estimated_bytes > limit]
     planned: list[SweepResult] = []
-    for number, point in enumerate(possible, start=1):
-        if any(_fits_with_fewer_microbatches(result, point) for result in planned):
+    for number, result in enumerate(possible, start=1):
+        if any(_fits_with_fewer_microbatches(other, result.point) for other in planned):
             continue
         try:
             plan = make_plan(
-                point.apply(config),
+                result.point.apply(config),
                 topology,
                 devices=devices,
                 with_eval=False,
@@ -153,10 +149,10 @@ def sweep(
             if not planned:
                 raise
             _log("interrupted; ranking the results so far, without an evaluation step")
-            return sorted(results + planned, key=lambda result: result.sort_key)
-        planned.append(SweepResult(point, estimates[point], plan, point == current))
-        _log(f"[{number}/{len(possible)}] {_format_progress(point, plan)}")
-    best, *others = sorted(results + planned, key=lambda result: result.sort_key)
+            return sorted(ruled_out + planned, key=lambda result: result.sort_key)
+        planned.append(result._replace(plan=plan))
+        _log(f"[{number}/{len(possible)}] {_format_progress(result.point, plan)}")
+    best, *others = sorted(ruled_out + planned, key=lambda result: result.sort_key)
     if best.fits and best.plan:
         best = best._replace(plan=add_eval_step(best.plan))
     return [best, *others]
@@ -185,28 +181,21 @@ def _fits_with_fewer_microbatches(result: SweepResult, point: SweepPoint) -> boo
 
 
 def candidates(run: RunSpec, dimensions: Sequence[str], topology: Topology) -> Iterator[SweepPoint]:
-    """Yields settings to try: the current ones, then those first that compile fast.
-
-    Args:
-        run: Run as it is configured.
-        dimensions: Dimensions to change.
-        topology: Topology to run on.
-    """
+    """Yields settings to try: the current ones, then those first that compile fast."""
     current, num_blocks = current_point(run), run.num_blocks
     images = run.batch_size // run.num_devices
     microbatches = [
         n
-        for n in (2**power for power in range(_MAX_MICROBATCHES.bit_length()))
+        for n in _SIZES
         if n == 1 or (images % n == 0 and images // n >= _MIN_MICROBATCH_PER_DEVICE)
     ]
     slice_devices = topology.num_devices // topology.num_slices
-    powers_of_2 = (n for n in range(1, _MAX_FSDP + 1) if n & (n - 1) == 0)
-    max_fsdp = max(n for n in powers_of_2 if slice_devices % n == 0)
+    max_fsdp = max(n for n in _SIZES if slice_devices % n == 0)
     unrolls = {1, 4 if num_blocks % 4 == 0 else min(2, num_blocks)}
-    values: dict[str, list[Any]] = {
+    values: dict[str, Sequence[Any]] = {
         "accumulation": microbatches,
         "fsdp": sorted({1, max_fsdp}),
-        "remat": [name for name in REMAT_POLICIES if name in FIELDS["model.remat"].choices],
+        "remat": REMAT_POLICIES,
         # Formulas do not depend on unrolling.
         "unroll": sorted(unrolls) if topology.chip.is_tpu and num_blocks else [run.scan_unroll],
     }
@@ -283,10 +272,10 @@ def ranking_to_dict(results: list[SweepResult]) -> dict[str, Any]:
     return {"best": best, "results": rows}
 
 
-def _format_duration(run: RunSpec, points: list[SweepPoint], fast_compile: bool) -> str:
-    """Formats a rough upper bound on the time to compile all points."""
-    num_blocks = sum(point.scan_unroll or run.num_blocks for point in points)
-    seconds = _PROGRAM_SECONDS * len(points) + _BLOCK_SECONDS * num_blocks
+def _format_duration(run: RunSpec, results: list[SweepResult], fast_compile: bool) -> str:
+    """Formats a rough upper bound on the time to compile all settings."""
+    num_blocks = sum(result.point.scan_unroll or run.num_blocks for result in results)
+    seconds = _PROGRAM_SECONDS * len(results) + _BLOCK_SECONDS * num_blocks
     minutes = math.ceil(seconds / (_FAST_COMPILE_SPEEDUP if fast_compile else 1) / 60)
     return f"; compiling them takes up to {minutes} minutes on two cores"
 

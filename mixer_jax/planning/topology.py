@@ -26,7 +26,6 @@ class Topology(NamedTuple):
 
     Attributes:
         name: Chip and size, e.g. "v5e:8x8".
-        chip: Type of chip.
         grid: Chips along each axis of a slice; for GPUs, their number.
         num_slices: Number of slices of this size, connected by a slower network.
     """
@@ -68,12 +67,7 @@ class Topology(NamedTuple):
 
 
 class DeviceLocation(NamedTuple):
-    """Location of one device.
-
-    Attributes:
-        chip: Identifier of its chip.
-        ici_domain: Index of the group of chips connected by links: a slice, or a GPU machine.
-    """
+    """Chip of a device, and index of the chips connected by links: a slice, or a GPU machine."""
 
     chip: Any
     ici_domain: int
@@ -167,12 +161,9 @@ def tpu_devices(topology: Topology) -> list[Any]:
 
 
 def device_locations(topology: Topology, devices: list[Any] | None) -> list[DeviceLocation]:
-    """Returns the location of each device, in mesh order.
+    """Returns the location of each device of a mesh.
 
-    Args:
-        topology: Topology of the devices.
-        devices: Devices in mesh order; None numbers them chip by chip and slice by slice, or
-            machine by machine.
+    Without devices, they are numbered chip by chip and slice by slice, or machine by machine.
     """
     chip = topology.chip
     if devices is None:

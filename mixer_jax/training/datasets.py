@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
+from mixer_jax.data.folder import FOLDER, check_readable
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.errors import UserError
@@ -10,17 +11,20 @@ from mixer_jax.evaluation.probes import align_labels
 
 
 class RunDatasets(NamedTuple):
-    """Datasets of a run.
+    """Datasets of a run: for training, and by the name of each evaluation.
 
-    Attributes:
-        train: Training examples.
-        evals: Evaluation examples by the name of the evaluation.
-        probe_train: Examples that probes are fitted on, by the name of the evaluation.
+    `probe_train` has the examples that probes are fitted on.
     """
 
     train: Source
     evals: dict[str, Source]
     probe_train: dict[str, Source]
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes of all sources, without repetitions."""
+        sources = [self.train, *self.evals.values(), *self.probe_train.values()]
+        return list(dict.fromkeys(note for source in sources for note in source.notes))
 
 
 def open_datasets(config: RunConfig) -> RunDatasets:
@@ -50,9 +54,15 @@ def open_train_dataset(config: RunConfig) -> Source:
     """Opens the training data; uses no device.
 
     Raises:
-        UserError: A dataset or split does not exist, or has several labels per image.
+        UserError: A dataset or split does not exist, or has several labels per image, one class, or
+            a class without a readable image.
     """
     train = _open_train_source(config)
+    if train.num_classes < 2:
+        raise UserError(
+            f"config.dataset.name must have at least two classes, got {train.name} with "
+            + ". ".join([", ".join(train.class_names) or "none", *train.notes, ""]).rstrip()
+        )
     if train.multi_label:
         raise UserError(
             f"config.dataset.name must have one label per image, got {train.name}, which has "
@@ -66,13 +76,16 @@ def _open_train_source(config: RunConfig) -> Source:
     dataset = config.dataset
 
     def open_split(name: str, split: str) -> Source:
-        return open_dataset(
+        source = open_dataset(
             name,
             split,
             dataset.data_dir,
             num_classes=dataset.num_classes,
             num_examples=dataset.num_examples,
         )
+        if name.startswith(FOLDER):
+            check_readable(source)
+        return source
 
     if not config.mixture:
         return open_split(dataset.name, dataset.train_split)

@@ -1,4 +1,4 @@
-"""Start of a run: random initialization, a pretrained checkpoint, or the run's own checkpoint."""
+"""State of a run: random, from a pretrained checkpoint, or restored from and saved in its own."""
 
 import contextlib
 import dataclasses
@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint, resize
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
-from mixer_jax.checkpoints.to_device import shard_params
+from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
@@ -21,11 +22,9 @@ from mixer_jax.training.step import TrainState
 
 
 class InitSource(NamedTuple):
-    """Checkpoint that a run starts or resumes from.
+    """Checkpoint that a run starts or resumes from, at the image size of the run.
 
-    Attributes:
-        model_info: Metadata of the model, at the image size of the run.
-        weights: Weights of `config.init_from`; None: the run resumes from its own checkpoint.
+    `weights` are those of `config.init_from`; None if the run resumes from its own checkpoint.
     """
 
     model_info: ModelInfo
@@ -37,10 +36,7 @@ def find_init_source(
 ) -> InitSource | None:
     """Finds the checkpoint that a run starts or resumes from; None: random initialization.
 
-    Args:
-        config: Config of the run.
-        workdir: Absolute path or URL of the run; only read.
-        weights: Weights of `config.init_from`, if already loaded.
+    `weights` are those of `config.init_from`, if already loaded. The workdir is only read.
 
     Raises:
         UserError: `config.init_from` cannot be loaded, or is another model than the config's.
@@ -68,12 +64,6 @@ def restore_or_init(
 ) -> tuple[TrainState, list[float]]:
     """Restores state and loss window of one step, or initializes them at step 0.
 
-    Args:
-        experiment: Experiment of the run.
-        checkpoints: Checkpoints of the run.
-        step: Step to resume from; 0 initializes.
-        init: Result of `find_init_source`.
-
     Raises:
         UserError: The checkpoint was trained on other data or for another number of steps, or the
             head to keep has other classes.
@@ -83,22 +73,33 @@ def restore_or_init(
     metadata, source = checkpoints.metadata(step), f"the checkpoint of step {step}"
     _check_same_data(experiment, metadata, source)
     shape = experiment.state_shape
-    targets = {"params": shape.params, "optimizer": shape.opt_state}
-    if shape.ema_params is not None:
-        targets["ema_params"] = shape.ema_params
-    items = checkpoints.restore(step, targets)
+    items = checkpoints.restore(step, _checkpoint_items(shape))
     steps_taken = jax.device_put(jnp.int32(step), shape.step.sharding)
     state = TrainState(steps_taken, items["params"], items["optimizer"], items.get("ema_params"))
     return state, get_metadata(metadata, "loss_window", source)
 
 
-def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:
-    """Creates the state before the first step.
+def save_state(
+    experiment: Experiment,
+    checkpoints: CheckpointManager,
+    state: TrainState,
+    step: int,
+    loss_window: list[float],
+) -> None:
+    """Starts saving a state, and the losses not logged yet, in the background."""
+    metadata = experiment.metadata | {"loss_window": list(loss_window)}
+    checkpoints.save(step, _checkpoint_items(state), metadata)
 
-    Args:
-        experiment: Experiment of the run.
-        weights: Pretrained weights at the image size of the run; the head is kept if
-            `should_keep_head`. None: random initialization.
+
+def _checkpoint_items(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "optimizer": state.opt_state}
+    return items if state.ema_params is None else items | {"ema_params": state.ema_params}
+
+
+def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:
+    """Creates the state before the first step, from pretrained weights or at random.
+
+    The head of the weights is kept if `should_keep_head`.
 
     Raises:
         UserError: The head to keep has other classes.

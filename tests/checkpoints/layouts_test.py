@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mixer_jax.checkpoints.load import load_checkpoint, replace_head, resize
+from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.weights import replace_head, resize
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.models.mixer_config import VARIANTS
 from tests.helpers import pretrained_files

@@ -17,6 +17,7 @@ from tests.helpers.random_weights import (
     assert_params_equal,
     random_weights,
     save_npz,
+    save_run,
     save_safetensors,
 )
 
@@ -81,6 +82,15 @@ def test_stored_image_size_is_used_unless_overridden(tmp_path: Path) -> None:
     assert load_checkpoint(path, pretrain_image_size=16).model_info.image_size == (16, 16)
     message = assert_rejected(path, pretrain_image_size=(16, 32))
     assert mentions(message, "Mixer.npz", "pretrain_image_size", "16", "32", "4")
+
+
+def test_class_names_are_loaded_in_one_unicode_form(tmp_path: Path) -> None:
+    nfc, nfd = ("caf\xe9", "eau", "th\xe9"), ("cafe\u0301", "eau", "the\u0301")
+    weights = random_weights(class_names=THREE_CLASSES)
+    path = save_npz(weights, tmp_path / "Mixer.npz", {"class_names": nfd})
+    assert load_checkpoint(path).model_info.class_names == nfc
+    run = save_run(random_weights(class_names=nfd), tmp_path / "run")
+    assert load_checkpoint(run).model_info.class_names == nfc
 
 
 @pytest.mark.parametrize("names", [["one", "two"], "one", [1, 2, 3]], ids=str)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mixer_jax import config, evaluate
-from mixer_jax.checkpoints.load import (
+from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.weights import (
     PretrainedWeights,
-    load_checkpoint,
     replace_head,
     resize,
     set_class_names,

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints import stablehlo, tree
-from mixer_jax.checkpoints.formats.safetensors import SafetensorsFile
-from mixer_jax.checkpoints.load import PretrainedWeights
+from mixer_jax.checkpoints import stablehlo
+from mixer_jax.checkpoints.formats import SafetensorsFile
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.stablehlo import check_stablehlo, write_stablehlo
-from mixer_jax.checkpoints.to_device import model_from_info
+from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import RunError
 from mixer_jax.models.execution import Execution
 from tests.helpers.messages import raises
@@ -48,13 +47,13 @@ def test_program_does_not_depend_on_the_device_it_is_written_on(
         # Locations include the lines of this file.
         return "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
 
-    expected = program()
+    expected, build_model = program(), ModelInfo.build_model
     for settings in ({"backend": "triton"}, {"target_device_kind": "TPU v6 lite"}):
         # As on a machine with an accelerator.
         monkeypatch.setattr(
-            stablehlo,
-            "model_from_info",
-            lambda *args, s=settings: model_from_info(*args).clone(execution=Execution(**s)),
+            ModelInfo,
+            "build_model",
+            lambda *args, s=settings: build_model(*args).clone(execution=Execution(**s)),
         )
         assert program() == expected
 
@@ -80,7 +79,7 @@ def test_program_equals_the_model_in_a_process_without_flax(
     np.savez(tmp_path / "images.npz", **images)  # type: ignore[arg-type]
     arguments = [path, f"{tmp_path}/images.npz", f"{tmp_path}/logits.npz"]
     subprocess.run([sys.executable, "-W", "error", "-c", USER_SCRIPT, *arguments], check=True)
-    model = model_from_info(weights.model_info, "float32")
+    model = weights.model_info.build_model("float32")
     with np.load(tmp_path / "logits.npz") as logits:
         for n in BATCH_SIZES:
             batch = jnp.asarray(images[str(n)])
@@ -100,7 +99,7 @@ def test_program_has_the_documented_signature_and_precision(tmp_path: Path) -> N
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     (*arrays, images), (logits,) = program.in_avals, program.out_avals
-    assert len(arrays) == len(dict(tree.flatten(weights.params)))
+    assert len(arrays) == len(dict(flatten_params(weights.params)))
     assert (str(images.shape), images.dtype) == ("(batch, 16, 16, 3)", np.float32)
     assert (str(logits.shape), logits.dtype) == ("(batch, 10)", np.float32)
     text = program.mlir_module()
@@ -134,7 +133,7 @@ def test_check_stablehlo_accepts_other_weights_and_rejects_other_models(
     with raises(RunError, "w.stablehlo"):
         check_stablehlo(program, random_weights(image_size=(8, 8)))
     with monkeypatch.context() as patch:
-        patch.setattr(stablehlo, "_build_model", lambda info: model_from_info(info, "bfloat16"))
+        patch.setattr(stablehlo, "_build_model", lambda info: info.build_model("bfloat16"))
         write_stablehlo(program, file, weights)
     with raises(RunError, "w.stablehlo", "logits"):
         check_stablehlo(program, weights)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.folder import check_readable
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
@@ -74,13 +75,54 @@ def test_a_single_held_out_split_has_three_names(held_out: str, tmp_path: Path) 
     write(tmp_path, *numbered("train/a"), f"{held_out}/a/x.png")
     for split in ("validation", "val", "test"):
         assert names(tmp_path, split) == [f"{held_out}/a/x.png"]
+    # If the other split was requested, the user is told.
+    other = "validation" if held_out == "test" else "test"
+    (note,) = open_folder(tmp_path, other).notes
+    assert mentions(note, other)
+    assert not open_folder(tmp_path, held_out).notes
 
 
-def test_two_held_out_splits_have_their_own_names(tmp_path: Path) -> None:
-    write(tmp_path, *numbered("train/a"), "val/a/x.png", "test/a/y.png")
-    assert names(tmp_path, "val") == ["val/a/x.png"]
-    assert names(tmp_path, "test") == ["test/a/y.png"]
-    assert mentions(error_of(tmp_path, "validation"), "validation", "train", "val", "test")
+@pytest.mark.parametrize(
+    "directories",
+    [
+        ("train", "valid", "test"),
+        ("Train", "Val", "Test"),
+        ("TRAINING", "validation", "TESTING"),
+        ("training_set", "dev", "test_set"),
+        ("Training Set", "Validation-Set", "test"),
+    ],
+)
+def test_splits_may_be_spelled_in_other_ways(directories: tuple[str, ...], tmp_path: Path) -> None:
+    train, validation, test = directories
+    write(tmp_path, *numbered(f"{train}/a"), f"{validation}/a/x.png", f"{test}/a/y.png")
+    assert len(open_folder(tmp_path)) == len(open_folder(tmp_path, "training")) == 20
+    for split in ("validation", "val", "valid", "Valid", "valid[:1]"):
+        assert names(tmp_path, split) == [f"{validation}/a/x.png"]
+    for split in ("test", "testing", "Test"):
+        assert names(tmp_path, split) == [f"{test}/a/y.png"]
+    assert len(open_folder(tmp_path, "train+valid+test")) == len(open_folder(tmp_path, "all")) == 22
+
+
+def test_a_validation_split_is_not_ignored_because_of_its_spelling(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a"), "valid/a/x.png")
+    assert len(open_folder(tmp_path)) == 20
+    assert names(tmp_path, "validation") == ["valid/a/x.png"]
+
+
+@pytest.mark.parametrize(
+    ("directories", "named"),
+    [
+        (("train", "holdout"), ["holdout"]),
+        (("train", "val", "annotations"), ["annotations"]),
+        (("train", "val", "valid"), ["val", "valid"]),
+        (("train", "Train", "val"), ["train", "Train"]),
+    ],
+)
+def test_other_directories_next_to_train_are_rejected(
+    directories: tuple[str, ...], named: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path, *numbered(*(f"{name}/cat" for name in directories)))
+    assert mentions(error_of(tmp_path), str(tmp_path), *named, "train")
 
 
 @pytest.mark.parametrize("parent", ["", "train/"])
@@ -118,7 +160,94 @@ def test_hidden_and_other_files_are_skipped(tmp_path: Path) -> None:
         write(tmp_path, path)
     os.mkfifo(tmp_path / "a" / "pipe.png")
     assert sorted(names(tmp_path, "train+val")) == ["a/x.png", "b/y.png", "b/z.png"]
+    source = open_folder(tmp_path)
+    assert source.class_names == ("a", "b")
+    # Only files that a user may have taken for images are counted.
+    (note,) = source.notes
+    assert mentions(note, str(tmp_path), "1", "1 .txt")
+
+
+def test_skipped_files_are_counted_by_suffix(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a", "train/b", count=3), "test/a/x.png")
+    write(tmp_path, *(f"train/a/{n}.HEIF2" for n in range(4)), "train/a/deep/x.txt", "train/a/raw")
+    (note,) = open_folder(tmp_path).notes
+    assert mentions(note, f"{tmp_path}/train", "6", "4 .heif2", "1 .txt", "1 without suffix")
+    assert open_folder(tmp_path, "test").notes == ()
+
+
+def test_images_outside_of_class_directories_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a"), "train/loose.png", "train/two.jpg", "train/notes.txt")
+    write(tmp_path, "test/x.png", "test/y.png", "test/z.png")
+    (note,) = open_folder(tmp_path).notes
+    assert mentions(note, f"{tmp_path}/train", "2")
+    # A test split without labels is common, and does not prevent training.
+    assert mentions(error_of(tmp_path, "test"), "test", f"{tmp_path}/test", "3")
+    assert mentions(error_of(tmp_path / "test"), f"{tmp_path}/test", "3")
+
+
+SYSTEM_DIRECTORIES = (
+    "__MACOSX",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    ".ipynb_checkpoints",
+)
+
+
+@pytest.mark.parametrize("parent", ["", "train/", "test/", "train/a/", "train/a/deep/"])
+def test_system_directories_are_ignored_at_any_depth(parent: str, tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/a", "train/b", "test/a", count=3))
+    expected = (sorted(names(tmp_path)), names(tmp_path, "test"))
+    # Thumbnails of a NAS, and copies in a trash or an archive, which may be held-out images.
+    write(tmp_path, *(f"{parent}{name}/a/thumbnail.png" for name in SYSTEM_DIRECTORIES))
+    assert (sorted(names(tmp_path)), names(tmp_path, "test")) == expected
     assert open_folder(tmp_path).class_names == ("a", "b")
+    assert open_folder(tmp_path).notes == ()
+
+
+def test_system_directories_next_to_classes_are_ignored(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("a", "b"), *(f"{name}/x.png" for name in SYSTEM_DIRECTORIES))
+    assert open_folder(tmp_path).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("parent", ["", "train/"])
+def test_classes_without_images_are_rejected_with_what_was_skipped(
+    parent: str, tmp_path: Path
+) -> None:
+    write(tmp_path, *numbered(f"{parent}cat"), f"{parent}yellow/.gitkeep")
+    write(tmp_path, *(f"{parent}red/{n}.RAW7" for n in range(3)), f"{parent}red/list.txt")
+    message = error_of(tmp_path)
+    assert mentions(message, "3", "yellow", "red")
+    assert mentions(message, "4", "3 .raw7", "1 .txt")
+    assert "cat" not in message.replace(str(tmp_path), "")
+    # A class that only the held-out split lacks is evaluated as before.
+    write(tmp_path, f"{parent}yellow/x.png", f"{parent}red/x.png")
+    assert open_folder(tmp_path).class_names == ("cat", "red", "yellow")
+
+
+@pytest.mark.parametrize("wrapper", ["photos", "photos/inner"])
+def test_a_folder_above_the_dataset_is_rejected_or_noted(wrapper: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", *numbered(f"{wrapper}/cat", f"{wrapper}/dog"))
+    (note,) = open_folder(tmp_path / "a").notes
+    inner = wrapper.removeprefix("photos/")
+    assert mentions(note, "photos", f"folder:{tmp_path}/a/photos")
+    assert mentions(note, "inner") if inner == "inner" else mentions(note, "cat", "dog")
+    write(tmp_path / "b", *numbered("photos/Train/cat", "photos/Train/dog", "photos/Val/cat"))
+    assert mentions(error_of(tmp_path / "b"), "photos", f"folder:{tmp_path}/b/photos")
+
+
+def test_check_readable_rejects_classes_without_a_readable_image(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("train/cat", "train/dog", count=5), "train/red/9.png")
+    source = open_folder(tmp_path)
+    for number in range(4):
+        (tmp_path / f"train/dog/{number}.png").write_bytes(b"")
+    (tmp_path / "train/cat/0.png").write_bytes(PNG[:40])
+    check_readable(source)
+    (tmp_path / "train/dog/4.png").write_bytes(b"<html>404</html>")
+    (tmp_path / "train/red/9.png").unlink()
+    with raises(UserError, "dog", "red", f"{tmp_path}/train/red/9.png", os.strerror(errno.ENOENT)):
+        check_readable(source)
 
 
 def test_subdirectories_and_links_are_followed(tmp_path: Path) -> None:
@@ -204,6 +333,34 @@ def test_class_names_with_invalid_unicode_are_escaped(tmp_path: Path) -> None:
     assert source.examples[0]["name"].startswith(f"{tmp_path}/H\\xfcndin/")
 
 
+NFC, NFD = "caf\xe9", "cafe\u0301"
+
+
+def test_class_names_of_splits_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
+    write(tmp_path, *numbered(f"train/{NFD}", "train/eau"), f"val/{NFC}/x.png", "val/eau/y.png")
+    assert open_folder(tmp_path).class_names == (NFC, "eau")
+    validation = open_folder(tmp_path, "validation")
+    labels = {
+        Path(e["name"]).parent.name: e["labels"]
+        for e in map(validation.examples.__getitem__, range(2))
+    }
+    assert labels == {NFC: (0,), "eau": (1,)}
+
+
+def test_order_does_not_depend_on_the_unicode_form(tmp_path: Path) -> None:
+    for form, name in (("nfc", NFC), ("nfd", NFD)):
+        write(tmp_path / form, *numbered(name, "eau"))
+    for split in ("train", "validation"):
+        numbers = [[Path(n).name for n in names(tmp_path / form, split)] for form in ("nfc", "nfd")]
+        assert numbers[0] == numbers[1]
+
+
+def test_two_spellings_of_one_class_are_rejected_and_look_different(tmp_path: Path) -> None:
+    write(tmp_path, *numbered(NFC, NFD, "eau"))
+    message = error_of(tmp_path)
+    assert mentions(message, ascii(NFC), ascii(NFD), "NFC", "NFD", str(tmp_path))
+
+
 def test_combined_splits_contain_no_duplicates(tmp_path: Path) -> None:
     write(tmp_path, *numbered("train/a", count=10), *numbered("test/a", count=5))
     assert len(open_folder(tmp_path, "all")) == 15
@@ -214,11 +371,13 @@ def test_combined_splits_contain_no_duplicates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "directories",
-    [("training", "validation"), ("Train", "Val"), ("val", "test"), ("testing",)],
+    [("val", "test"), ("Testing",)],
 )
-def test_unknown_split_names_are_rejected(directories: tuple[str, ...], tmp_path: Path) -> None:
+def test_folders_without_a_training_split_are_rejected(
+    directories: tuple[str, ...], tmp_path: Path
+) -> None:
     write(tmp_path, *numbered(*(f"{name}/cat" for name in directories)))
-    assert mentions(error_of(tmp_path), *directories, "train", "validation", "val", "test")
+    assert mentions(error_of(tmp_path), *directories, "train", "validation", "test")
 
 
 def test_a_class_may_be_named_train(tmp_path: Path) -> None:
@@ -238,7 +397,7 @@ def test_usage_errors_name_the_folder_and_split(tmp_path: Path) -> None:
     assert mentions(error_of(tmp_path / "empty"), f"{tmp_path}/empty")
     assert mentions(error_of(tmp_path / "typo"), f"{tmp_path}/typo", "val", "cta", "train")
     assert mentions(error_of(tmp_path / "no_images"), f"{tmp_path}/no_images", "train")
-    for split in ("valid", "", "train[", "train[:200%]", "train[:99]"):
+    for split in ("holdout", "", "train[", "train[:200%]", "train[:99]"):
         message = error_of(tmp_path / "good", split)
         assert mentions(message, repr(split), f"{tmp_path}/good", "train", "validation")
     assert mentions(error_of(tmp_path / "good", "train[:0]"), "train[:0]", f"{tmp_path}/good")

@@ -1,5 +1,6 @@
 """Tests of sources: mixing proportions, epochs of each component, and classes merged by name."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -94,6 +95,26 @@ def test_relabel_keeps_multiple_labels() -> None:
 def test_relabel_rejects_unknown_classes() -> None:
     with raises(UserError, "x", "2", "dog", "emu", "cat"):
         relabel(make_source("x", 4, ("dog", "emu")), ("cat", "dog"))
+
+
+def test_class_names_are_compared_and_stored_in_one_unicode_form() -> None:
+    nfc, nfd = ("caf\xe9", "eau"), ("cafe\u0301", "eau")
+    assert make_source("x", 4, nfd).class_names == nfc
+    mixed = mix_sources([make_source("x", 2, nfc), make_source("y", 2, nfd)], (1, 1))
+    assert mixed.class_names == nfc
+    assert [mixed.examples[k]["labels"] for k in range(4)] == [(0,), (1,), (0,), (1,)]
+    # Checkpoints of other programs may store the other form.
+    assert relabel(make_source("x", 4, nfc), ("eau", "cafe\u0301")).class_names == nfc[::-1]
+
+
+def test_sources_derived_from_others_keep_their_notes() -> None:
+    sources = [
+        dataclasses.replace(make_source(name, 4), notes=notes)
+        for name, notes in (("x", ("one", "two")), ("y", ("two", "three")))
+    ]
+    assert mix_sources(sources, (1, 1)).notes == ("one", "two", "three")
+    assert relabel(sources[0], ("b", "a")).notes == ("one", "two")
+    assert subset(sources[0], [0]).notes == ("one", "two")
 
 
 def test_subset_selects_examples_in_the_given_order() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.load import PretrainedWeights, load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
 
@@ -21,7 +22,7 @@ SMALLEST = MixerConfig(
 _MEASURE = """
 import json, resource, sys
 from mixer_jax.checkpoints.load import load_checkpoint
-from mixer_jax.checkpoints.formats import safetensors
+from mixer_jax.checkpoints import formats
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 for path in sys.argv[1:]:
     before = peak()

@@ -6,15 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixer_jax.checkpoints import tree
-from mixer_jax.checkpoints.formats.npz import write_npz
-from mixer_jax.checkpoints.formats.safetensors import write_safetensors
+from mixer_jax.checkpoints.formats import write_npz, write_safetensors
 from mixer_jax.checkpoints.layouts import layout_views
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.mixer_layouts import GOOGLE, TIMM
+from mixer_jax.models.mixer_family import GOOGLE, TIMM
 from mixer_jax.models.registry import get_family
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
@@ -45,7 +43,7 @@ def random_weights(
         path: (rng.normal(0.0, 0.3, shape) + path.endswith("scale")).astype(np.float32)
         for path, shape in shapes.items()
     }
-    return PretrainedWeights(tree.unflatten(flat), model_info)
+    return PretrainedWeights(unflatten_params(flat), model_info)
 
 
 def save_run(weights: PretrainedWeights, workdir: Path, step: int = 1, **metadata: Any) -> str:
@@ -61,7 +59,7 @@ def save_npz(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with Google's names, and returns the path. By default without metadata."""
-    views = layout_views(dict(tree.flatten(weights.params)), GOOGLE)
+    views = layout_views(dict(flatten_params(weights.params)), GOOGLE)
     write_npz(str(path), views, metadata or {})
     return str(path)
 
@@ -70,14 +68,14 @@ def save_safetensors(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with timm's names, and returns the path. By default without metadata."""
-    views = layout_views(dict(tree.flatten(weights.params)), TIMM)
+    views = layout_views(dict(flatten_params(weights.params)), TIMM)
     write_safetensors(str(path), views, metadata or {})
     return str(path)
 
 
 def assert_params_equal(actual: Any, expected: Any) -> None:
     """Asserts that two trees have the same arrays, bit for bit."""
-    actual, expected = dict(tree.flatten(actual)), dict(tree.flatten(expected))
+    actual, expected = dict(flatten_params(actual)), dict(flatten_params(expected))
     assert actual.keys() == expected.keys()
     for path, array in actual.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)

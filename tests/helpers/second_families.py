@@ -28,6 +28,8 @@ from mixer_jax.models.family import (
     ModelFamily,
     ResizedConfig,
     Shape,
+    TensorMapping,
+    WeightLayout,
     architecture_key,
 )
 from mixer_jax.models.layers import (
@@ -40,7 +42,6 @@ from mixer_jax.models.layers import (
 )
 from mixer_jax.models.registry import FAMILIES, create_model, get_family, list_models
 from mixer_jax.models.stack import block_stack, forward_intermediates, make_context
-from mixer_jax.models.weight_layout import TensorMapping, WeightLayout
 
 CONFIG_FILE = """
 from mixer_jax import config as config_lib

@@ -13,15 +13,9 @@ import pytest
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer import MlpMixer
-from mixer_jax.models.mixer_config import VARIANTS, num_params
-from mixer_jax.models.mixer_resize import (
-    Grid,
-    integer_scale,
-    resize_method,
-    resize_token_mixing,
-    resized_tokens_mlp_dim,
-)
-from mixer_jax.models.registry import create_model
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.mixer_resize import Grid, integer_scale, resize_token_mixing
+from mixer_jax.models.registry import create_model, get_family
 
 TINY: dict[str, Any] = {
     "num_blocks": 2,
@@ -112,8 +106,7 @@ def test_tiled_features_are_the_mean_over_quadrants(variant: str, grid: Grid, fa
     overrides = TINY if variant == "custom" else {"num_blocks": 2}
     model = build(variant, **overrides)
     larger = (factor * grid[0], factor * grid[1])
-    width = resized_tokens_mlp_dim(model.config.tokens_mlp_dim, grid, larger)
-    assert width == factor**2 * model.config.tokens_mlp_dim
+    width = factor**2 * model.config.tokens_mlp_dim
     tiled_model = build(variant, **{**overrides, "tokens_mlp_dim": width})
     params = random_params(model, grid)
     image = draw_image(model, larger)
@@ -151,15 +144,15 @@ def test_tiled_weights_are_block_diagonal_with_permuted_tokens() -> None:
 def test_parameter_counts_at_448_pixels(variant: str) -> None:
     widths = VARIANTS[variant]
     old, new = ((size // widths.patch_size,) * 2 for size in (224, 448))
-    width = resized_tokens_mlp_dim(widths.tokens_mlp_dim, old, new)
-    larger = dataclasses.replace(widths, tokens_mlp_dim=width)
-    assert num_params(larger, 448, 0) == COUNTS_448[variant]
+    family = get_family("mixer")
+    larger = family.resize_config(widths, (224, 224), (448, 448)).config
+    assert family.num_params(larger, 448, 0) == COUNTS_448[variant]
     # Broadcast zeros, so that the arrays of the old model need no memory.
     params = jax.tree.map(
         lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), param_shapes(build(variant), old)
     )
     shapes = jax.tree.map(np.shape, resize_token_mixing(params, old, new))
-    tiled_model = build(variant, tokens_mlp_dim=width)
+    tiled_model = build(variant, tokens_mlp_dim=larger.tokens_mlp_dim)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, param_shapes(tiled_model, new))
     leaves = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
     assert sum(math.prod(shape) for shape in leaves) == COUNTS_448[variant]
@@ -311,9 +304,7 @@ def test_constant_image_has_the_same_features_at_every_size(new: Grid) -> None:
 
 def test_interpolated_parameters_run_in_the_model() -> None:
     params = resize_token_mixing(random_params(tiny(), (4, 6)), (4, 6), (5, 9))
-    actual = features(
-        tiny(resized_tokens_mlp_dim(6, (4, 6), (5, 9))), params, draw_image(tiny(), (5, 9))
-    )
+    actual = features(tiny(), params, draw_image(tiny(), (5, 9)))
     assert np.isfinite(actual).all()
     assert np.std(actual) > 0.1
 
@@ -364,10 +355,12 @@ def test_unchanged_arrays_are_shared(new: Grid, changed: set[tuple[str, str]]) -
         ((2, 6), (6, 2), 0, "interpolated", 256),
     ],
 )
-def test_resize_method(old: Grid, new: Grid, factor: int, method: str, width: int) -> None:
+def test_resize_config(old: Grid, new: Grid, factor: int, method: str, width: int) -> None:
     assert integer_scale(old, new) == factor
-    assert resize_method(old, new) == method
-    assert resized_tokens_mlp_dim(256, old, new) == width
+    config = MixerConfig(1, 1, 8, 256, 10)
+    resized = get_family("mixer").resize_config(config, old, new)
+    assert resized.method == method
+    assert resized.config == dataclasses.replace(config, tokens_mlp_dim=width)
 
 
 def test_invalid_grids_are_errors() -> None:
@@ -379,6 +372,5 @@ def test_invalid_grids_are_errors() -> None:
     for old, new in (((4, 6), (0, 6)), ((4, -6), (4, 6))):
         with pytest.raises(UserError, match=r"grid .* at least 1.* got \(.*[0-6]\)"):
             resize_token_mixing(params, old, new)
-        for function in (integer_scale, resize_method):
-            with pytest.raises(UserError, match="at least 1"):
-                function(old, new)
+        with pytest.raises(UserError, match="at least 1"):
+            integer_scale(old, new)

@@ -12,10 +12,13 @@ import pytest
 from mixer_jax.errors import UserError
 from mixer_jax.models.layers import Context, vmap_vectors
 from mixer_jax.models.mixer import MixerBlock, MlpBlock, MlpMixer
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops, num_params
-from mixer_jax.models.params import prepare_inference_params
-from mixer_jax.models.registry import create_model
-from mixer_jax.models.stack import forward_intermediates, stochastic_depth_rates
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
+from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.models.stack import (
+    forward_intermediates,
+    prepare_inference_params,
+    stochastic_depth_rates,
+)
 from tests.helpers.models import param_shapes, random_images, random_params, tiny_mixer
 
 # PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).
@@ -49,7 +52,7 @@ def test_num_params(variant: str, column: int, num_classes: int) -> None:
     model = create_model(variant, num_classes)
     count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model, 224)))
     assert count == COUNTS[variant][column]
-    assert num_params(VARIANTS[variant], 224, num_classes) == count
+    assert get_family("mixer").num_params(VARIANTS[variant], 224, num_classes) == count
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,8 @@ def test_num_params(variant: str, column: int, num_classes: int) -> None:
     [("S/32", 2.0), ("S/16", 7.6), ("B/32", 6.5), ("B/16", 25.2), ("L/16", 89.1), ("H/14", 242.0)],
 )
 def test_forward_flops(variant: str, gflop: float) -> None:
-    assert round(forward_flops(VARIANTS[variant], 224, 1000) / 1e9, 1) == gflop
+    flops = get_family("mixer").forward_flops(VARIANTS[variant], 224, 1000)
+    assert round(flops / 1e9, 1) == gflop
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -149,9 +153,9 @@ def test_no_classes_returns_features(images: jax.Array) -> None:
 def test_unstacked_params_give_the_same_outputs(images: jax.Array) -> None:
     params = random_params(tiny_mixer())
     assert not isinstance(
-        prepare_inference_params(params, "float32", "tpu", "mixer")["blocks"], list
+        prepare_inference_params(params, "float32", "tpu", get_family("mixer"))["blocks"], list
     )
-    unstacked = prepare_inference_params(params, "float32", "cpu", "mixer")
+    unstacked = prepare_inference_params(params, "float32", "cpu", get_family("mixer"))
     assert isinstance(unstacked["blocks"], list)
     expected = apply(tiny_mixer(), params, images)
     for scan_unroll in (0, 1):
@@ -162,7 +166,7 @@ def test_unstacked_params_give_the_same_outputs(images: jax.Array) -> None:
 def test_prepare_inference_params_casts_weights_once(images: jax.Array) -> None:
     model = tiny_mixer(dtype=jnp.bfloat16)
     params = random_params(tiny_mixer())
-    prepared = prepare_inference_params(params, model.execution.dtype, "cpu", "mixer")
+    prepared = prepare_inference_params(params, model.execution.dtype, "cpu", get_family("mixer"))
     kernels = [leaf for leaf in jax.tree.leaves(prepared["blocks"]) if leaf.ndim == 2]
     assert len(kernels) == 4 * len(prepared["blocks"])
     assert {leaf.dtype for leaf in kernels} == {jnp.dtype("bfloat16")}

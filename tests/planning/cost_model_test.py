@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from mixer_jax.config.config import parse
+from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.models.mixer_config import VARIANTS, MixerConfig, forward_flops
+from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.planning.cost_model import (
     REMAT_POLICIES,
@@ -20,9 +22,10 @@ from mixer_jax.planning.cost_model import (
     estimate_collectives,
     estimate_eval_memory,
     estimate_memory,
+    placeholder_datasets,
+    resolve_for_platform,
     run_spec,
 )
-from mixer_jax.planning.dataset_specs import placeholder_datasets, resolve_for_platform
 
 # Parameters of Mixer-S/16 with the classes of JFT-300M.
 S16 = 27_398_547
@@ -99,7 +102,7 @@ def test_estimate_eval_memory() -> None:
 
 
 def test_model_flops_are_three_forward_passes() -> None:
-    flops = forward_flops(VARIANTS["S/16"], 224, 18_291)
+    flops = get_family("mixer").forward_flops(VARIANTS["S/16"], 224, 18_291)
     assert make_run().model_flops == 3 * 1024 * flops
 
 
@@ -181,7 +184,37 @@ def test_run_spec_of_config() -> None:
     assert config.model.dtype == "bfloat16"
     dataset = placeholder_datasets(config).train
     assert (len(dataset), dataset.num_classes) == (14_055_151, 21_843)
-    run = run_spec(config, dataset.num_classes, 10, num_devices=64)
+    run = run_spec(config, num_devices=64)
+    assert (run.num_classes, run.num_steps) == (
+        dataset.num_classes,
+        resolve_num_steps(config, len(dataset)),
+    )
     assert run.num_params == 229_560_243
     assert run.mixup
-    assert (run.microbatch_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
+    assert (run.images_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
+
+
+@pytest.mark.parametrize(("classes", "num_classes"), [("all", 10), ("low", 5), ("high", 5)])
+def test_placeholder_datasets_match_digits(classes: str, num_classes: int, digits_dir: str) -> None:
+    config = parse(load_config_with_overrides(f"configs/digits.py:{classes}", []))
+    placeholder = placeholder_datasets(resolve_for_platform(config, "tpu")).train
+    dataset = open_dataset(f"digits/{classes}", "train", digits_dir)
+    assert (len(placeholder), placeholder.num_classes) == (len(dataset), num_classes)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "expected"),
+    [
+        ("tpu", [], (1, "dots")),
+        ("tpu", ["--config.model.backend=mosaic"], (0, "none")),
+        # Custom kernels do not support dropout.
+        ("tpu", ["--config.model.backend=mosaic", "--config.model.dropout=0.1"], (1, "dots")),
+        ("gpu", [], (0, "none")),
+    ],
+)
+def test_resolve_for_platform_resolves_unroll_and_remat(
+    platform: str, flags: list[str], expected: tuple[int, str]
+) -> None:
+    config = parse(load_config_with_overrides("configs/mixer_l16_i21k.py", flags))
+    model = resolve_for_platform(config, platform).model
+    assert (model.scan_unroll, model.remat) == expected

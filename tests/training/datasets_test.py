@@ -12,14 +12,17 @@ from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import BadImagesConfig, EvalConfig, MixtureConfig
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.datasets import open_datasets, open_train_dataset
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.bad_images import reason_of
-from tests.helpers.lines import some_line_mentions
+from tests.helpers.images import encode, noise
+from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
+
+PNG = encode(noise(8, 8), "PNG")
 
 
 @pytest.mark.slow
@@ -39,6 +42,45 @@ def test_mixture_is_trained_on_and_its_parts_are_evaluated(digits_dir: str, tmp_
     assert np.mean(np.asarray(labels) < 5) == 4 / 16
     scores = train_and_evaluate(config, str(tmp_path)).scores
     assert (scores["all"].num_examples, scores["low"].num_examples) == (360, 193)
+
+
+def write_class(folder: Path, count: int, content: bytes, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number}{suffix}").write_bytes(content)
+
+
+def test_a_training_dataset_of_one_class_is_rejected(tmp_path: Path) -> None:
+    write_class(tmp_path / "photos" / "cat", 3, PNG)
+    write_class(tmp_path / "photos" / "dog", 3, PNG)
+    config = small_config("", dataset__name=f"folder:{tmp_path}")
+    with raises(UserError, "config.dataset.name", "photos", "cat, dog", f"{tmp_path}/photos"):
+        open_train_dataset(config)
+    assert open_dataset(config.dataset.name, "train").num_classes == 1
+    config = small_config("", dataset__name=f"folder:{tmp_path}/photos")
+    assert open_train_dataset(config).class_names == ("cat", "dog")
+
+
+def test_a_class_without_a_readable_training_image_is_rejected(tmp_path: Path) -> None:
+    write_class(tmp_path / "cat", 30, PNG)
+    write_class(tmp_path / "dog", 30, b"")
+    for mixture in ({}, {"a": MixtureConfig(f"folder:{tmp_path}"), "b": MixtureConfig("digits")}):
+        config = small_config("", dataset__name=f"folder:{tmp_path}")
+        with raises(UserError, "dog", f"{tmp_path}/dog", reason_of(b"")):
+            open_train_dataset(dataclasses.replace(config, mixture=mixture))
+    assert len(open_dataset(config.dataset.name, "train")) == 54
+
+
+def test_notes_of_all_datasets_are_collected_once(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_class(tmp_path / split / "cat", 3, PNG)
+        write_class(tmp_path / split / "dog", 3, PNG)
+    write_class(tmp_path / "train" / "dog" / "raw", 2, PNG, ".xyz")
+    write_class(tmp_path / "test" / "dog" / "raw", 1, PNG, ".txt")
+    config = small_config("", dataset__name=f"folder:{tmp_path}", evals__test__split="validation")
+    notes = open_datasets(config).notes
+    each = (("train", "2 .xyz"), ("test", "1 .txt"), (f"{tmp_path}", "test", "validation"))
+    assert each_mentions(notes, *each)
 
 
 @pytest.fixture
@@ -88,6 +130,7 @@ def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
         "",
         dataset__name=folder_with_bad_images,
         bad_images__max_fraction=0.01,
+        bad_images__max_count=1,
         **NO_REGULARIZATION,
     )
     with pytest.raises(RunError) as caught:
@@ -96,7 +139,7 @@ def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
     (step,) = list_steps(str(tmp_path / "run"))[-1:]
     assert re.search(rf"\bstep\W*{step}\b", str(caught.value))
     assert step < 20
-    config = dataclasses.replace(config, bad_images=BadImagesConfig(max_fraction=0.02))
+    config = dataclasses.replace(config, bad_images=BadImagesConfig(max_count=3))
     assert train_and_evaluate(config, str(tmp_path / "run")).step == 20
     # A run that was not stopped has the same log and the same result.
     config = dataclasses.replace(config, bad_images=BadImagesConfig(max_fraction=1.0))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.load import PretrainedWeights
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig

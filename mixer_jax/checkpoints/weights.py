@@ -1,0 +1,162 @@
+"""Weights on the host: nested dictionaries of arrays, as in Flax, with a description of the model.
+
+Does not import JAX.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixer_jax.checkpoints.model_info import ModelInfo, format_image_size
+from mixer_jax.errors import UserError
+from mixer_jax.models.registry import get_family
+
+Tree = dict[str, Any]
+
+# Largest weights, in bytes, on a machine that does not report its memory.
+_DEFAULT_MEMORY = 64 * 2**30
+
+
+class PretrainedWeights(NamedTuple):
+    """Weights on the host.
+
+    Attributes:
+        params: Nested dictionaries of float32 NumPy arrays.
+        model_info: Description of the model.
+        train_config: Config of the run that trained them, with defaults filled in; None if unknown.
+        step: Step at which they were saved; None if unknown.
+    """
+
+    params: Tree
+    model_info: ModelInfo
+    train_config: dict[str, Any] | None = None
+    step: int | None = None
+
+
+def flatten_params(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each leaf with its slash-separated path, such as "stem/kernel"."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten_params(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def unflatten_params(flat: dict[str, Any]) -> Tree:
+    """Builds a tree from leaves by slash-separated path."""
+    tree: Tree = {}
+    for path, value in flat.items():
+        *sections, name = path.split("/")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
+
+
+def zeros_in_pages(shape: tuple[int, ...]) -> np.ndarray:
+    """Allocates a float32 array of zeros in pages of its own.
+
+    JAX on the CPU uses it without a copy, as pages are aligned. NumPy would ask for huge pages, for
+    which the system may first compact its memory: loading an L/16 then took 1.3 instead of 0.5 s of
+    system time on a busy machine. Matmuls are as fast with usual pages.
+    """
+    size = math.prod(shape) * np.dtype(np.float32).itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.float32).reshape(shape)
+
+
+def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> PretrainedWeights:
+    """Adapts weights to another image size, height and width in pixels.
+
+    Raises:
+        UserError: A side is not a multiple of the patch size, or the weights do not fit in the
+            machine's memory.
+    """
+    old = weights.model_info
+    family = get_family(old.family)
+    family.check_image_size(old.config, *image_size)
+    config, method, note = family.resize_config(old.config, old.image_size, image_size)
+    if method == "identity":
+        return weights._replace(model_info=dataclasses.replace(old, image_size=image_size))
+    note = note.format(format_image_size(old.image_size))
+    new = dataclasses.replace(
+        old,
+        config=config,
+        image_size=image_size,
+        resize_note="; ".join(filter(None, [old.resize_note, note])),
+    )
+    _check_fits_in_ram(new)
+    params = family.resize_params(weights.params, old.config, old.image_size, image_size)
+    return weights._replace(params=params, model_info=new)
+
+
+def replace_head(
+    weights: PretrainedWeights,
+    class_names: Sequence[str] | int,
+    bias: float = 0.0,
+    loss: str = "softmax",
+) -> PretrainedWeights:
+    """Replaces the head by a zero-initialized one, as for fine-tuning (Section 3).
+
+    Args:
+        weights: With or without a head.
+        class_names: Names of the new head's classes, or their number; 0 means no head.
+        bias: Bias of all classes.
+        loss: Loss that the head will be trained with.
+    """
+    names = () if isinstance(class_names, int) else tuple(class_names)
+    num_classes = class_names if isinstance(class_names, int) else len(names)
+    model_info = dataclasses.replace(
+        weights.model_info, num_classes=num_classes, class_names=names, loss=loss
+    )
+    params = {name: value for name, value in weights.params.items() if name != "head"}
+    if num_classes:
+        params["head"] = {
+            "kernel": np.zeros(model_info.param_shapes()["head/kernel"], np.float32),
+            "bias": np.full(num_classes, bias, np.float32),
+        }
+    return weights._replace(params=params, model_info=model_info)
+
+
+def set_class_names(
+    weights: PretrainedWeights, class_names: Sequence[str], source: str
+) -> PretrainedWeights:
+    """Replaces the names of classes of weights with a head.
+
+    Raises:
+        UserError: The number of names is not the number of classes.
+    """
+    model_info = dataclasses.replace(weights.model_info, class_names=tuple(class_names))
+    check_class_names(model_info, source)
+    return weights._replace(model_info=model_info)
+
+
+def check_class_names(model_info: ModelInfo, source: str) -> None:
+    """Raises UserError unless there is one name per class, or none."""
+    num_names = len(model_info.class_names)
+    if num_names not in (0, model_info.num_classes):
+        raise UserError(
+            f"class_names of {source} must have one name for each of its "
+            f"{model_info.num_classes:,} classes, got {num_names:,} names."
+        )
+
+
+def _check_fits_in_ram(model_info: ModelInfo) -> None:
+    """Raises UserError if the weights are larger than the machine's memory."""
+    num_params = sum(map(math.prod, model_info.param_shapes().values()))
+    needed = num_params * np.dtype(np.float32).itemsize
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        memory = _DEFAULT_MEMORY
+    if needed > memory:
+        raise UserError(
+            f"image_size is too large: the weights of {model_info.name} take "
+            f"{needed // 10**9:,} GB, and this machine has {memory // 10**9:,} GB of memory."
+        )

@@ -1,1 +1,0 @@
-"""Analysis of compiled XLA programs: memory traffic, matmul FLOPs, collectives, by model region."""

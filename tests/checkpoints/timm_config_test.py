@@ -1,0 +1,246 @@
+"""Tests of timm's config, with weights in the Hugging Face Hub's cache and no network."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.errors import UserError
+from mixer_jax.inference import Classifier, load_pretrained
+from tests.helpers import pretrained_files
+from tests.helpers.messages import mentions, raises
+from tests.helpers.random_weights import assert_params_equal, random_weights
+
+NAME = "someone/mixer_tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER_COMMIT = "f" * 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def add_to_cache(cache: Path, params: Any, config: dict[str, Any], commit: str = COMMIT) -> None:
+    """Adds a repository to the cache, in the layout of the Hub's library."""
+    repo = cache / f"models--{NAME.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs/main").write_text(COMMIT)
+    save_file(pretrained_files.timm(params), snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps(config))
+
+
+def timm_config(interpolation: str, mean: list[float], std: list[float]) -> dict[str, Any]:
+    """Returns a config with timm's fields for preprocessing."""
+    preprocessing = {"interpolation": interpolation, "crop_pct": 0.875, "mean": mean, "std": std}
+    return {
+        "architecture": "mixer_tiny",
+        "num_classes": 10,
+        "pretrained_cfg": {"input_size": [3, 16, 16], "crop_mode": "center", **preprocessing},
+    }
+
+
+GOOGLE = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
+MIIL = timm_config("bilinear", [0.0] * 3, [1.0] * 3)
+UNEVEN = timm_config("bilinear", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_load_checkpoint_reads_the_cache(cache: Path) -> None:
+    weights = random_weights()
+    add_to_cache(cache, weights.params, GOOGLE)
+    loaded = load_checkpoint(f"hf:{NAME}")
+    assert_params_equal(loaded.params, weights.params)
+    assert (loaded.model_info.eval_crop, loaded.model_info.gelu) == ("bicubic", "exact")
+    assert loaded.model_info.class_names == ()
+
+
+@pytest.mark.parametrize("config", [MIIL, UNEVEN], ids=["miil", "uneven"])
+def test_normalization_is_folded_into_the_stem(config: dict[str, Any], cache: Path) -> None:
+    weights = random_weights(gelu="exact")
+    add_to_cache(cache, weights.params, config)
+    pixels = np.random.default_rng(0).uniform(0, 1, (3, 16, 16, 3))
+    settings = config["pretrained_cfg"]
+    normalized = (pixels - settings["mean"]) / settings["std"]
+    expected = np.asarray(Classifier(weights)(normalized.astype(np.float32)))
+    classifier = load_pretrained(f"hf:{NAME}")
+    assert classifier.model_info.eval_crop == "bilinear"
+    images = (2 * pixels - 1).astype(np.float32)
+    logits = np.asarray(classifier(images))
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.ptp(expected))
+    # Without folding, logits would differ.
+    not_folded = np.asarray(Classifier(weights)(images))
+    assert np.abs(not_folded - expected).max() > 0.01 * np.ptp(expected)
+
+
+def test_guess_timm_config_from_the_name_of_the_file(tmp_path: Path) -> None:
+    tensors = pretrained_files.timm(random_weights().params)
+    save_file(tensors, tmp_path / "mixer_b16_224_miil.safetensors")
+    save_file(tensors, tmp_path / "mixer_b16_224.safetensors")
+    miil = load_checkpoint(str(tmp_path / "mixer_b16_224_miil.safetensors"))
+    google = load_checkpoint(str(tmp_path / "mixer_b16_224.safetensors"))
+    assert (miil.model_info.eval_crop, google.model_info.eval_crop) == ("bilinear", "bicubic")
+    kernel = google.params["stem"]["kernel"]
+    np.testing.assert_allclose(miil.params["stem"]["kernel"], kernel / 2, rtol=1e-6)
+
+
+def test_guess_timm_config_from_the_name_of_the_folder_if_the_files_is_generic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mixer_b16_224.miil_in21k"
+    folder.mkdir()
+    tensors = pretrained_files.timm(random_weights().params)
+    for name in ("model.safetensors", "mixer_b16_224.goog_in21k.safetensors"):
+        save_file(tensors, folder / name)
+    (tmp_path / "link.goog").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    crops = {
+        str(folder): "bilinear",
+        str(folder / "model.safetensors"): "bilinear",
+        ".": "bilinear",
+        "model.safetensors": "bilinear",
+        # The name of a link counts, not that of its target.
+        str(tmp_path / "link.goog"): "bicubic",
+        "mixer_b16_224.goog_in21k.safetensors": "bicubic",
+    }
+    assert {source: load_checkpoint(source).model_info.eval_crop for source in crops} == crops
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ("{", ["config.json", "JSON"]),
+        ('{"crop_pct": 0.9}', ["crop_pct", "0.9"]),
+        ('{"pretrained_cfg": {"interpolation": "nearest"}}', ["interpolation", "nearest"]),
+        ('{"interpolation": ["bicubic"]}', ["interpolation", "['bicubic']"]),
+        ('{"mean": [0.5, 0.5]}', ["mean", "[0.5, 0.5]"]),
+        ('{"std": [0.5, 0.5, 0]}', ["std", "[0.5, 0.5, 0]"]),
+        ('{"mean": [0, 0, NaN]}', ["mean", "[0, 0, nan]"]),
+        ('{"std": "wide"}', ["std", "wide"]),
+        ('{"label_names": ["one"]}', ["10", "1"]),
+        ('{"label_names": {"0": "one", "7": "two"}}', ["class_names"]),
+    ],
+)
+def test_invalid_timm_config_is_rejected(config: str, parts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(pretrained_files.timm(random_weights().params), path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(str(path))
+    message = str(caught.value).replace(str(tmp_path), "")  # The folder can contain numbers.
+    assert mentions(message, *parts)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("mode", ["squash", "border", ["center"]], ids=str)
+def test_unsupported_crop_needs_an_eval_crop(mode: Any, cache: Path) -> None:
+    config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
+    config["pretrained_cfg"]["crop_mode"] = mode
+    add_to_cache(cache, random_weights().params, config)
+    with raises(UserError, "crop_pct", "0.875", "crop_mode", str(mode), "eval_crop"):
+        load_checkpoint(f"hf:{NAME}")
+    assert load_checkpoint(f"hf:{NAME}", eval_crop="resize").model_info.eval_crop == "resize"
+
+
+def test_eval_crop_overrides_an_unsupported_crop_and_keeps_class_names(cache: Path) -> None:
+    names = [f"class {index}" for index in range(10)]
+    by_index = {str(index): name for index, name in enumerate(names)}
+    for commit, label_names in ((COMMIT, names), (OTHER_COMMIT, by_index)):
+        config = {"pretrained_cfg": {"crop_pct": 0.9}, "label_names": label_names}
+        add_to_cache(cache, random_weights().params, config, commit)
+        info = load_checkpoint(f"hf:{NAME}@{commit}", eval_crop="square").model_info
+        assert (info.eval_crop, list(info.class_names)) == ("square", names)
+
+
+@pytest.mark.parametrize(("layer", "gelu"), [("gelu_tanh", "tanh"), ("gelu", "exact")])
+def test_gelu_is_read_from_the_config(layer: str, gelu: str, cache: Path) -> None:
+    add_to_cache(cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": layer}})
+    assert load_checkpoint(f"hf:{NAME}").model_info.gelu == gelu
+    assert load_checkpoint(f"hf:{NAME}", gelu="tanh").model_info.gelu == "tanh"
+
+
+def test_unsupported_activation_needs_a_gelu(cache: Path) -> None:
+    config = GOOGLE | {"model_args": {"act_layer": "quick_gelu"}}
+    add_to_cache(cache, random_weights().params, config)
+    with raises(UserError, "act_layer", "quick_gelu", "gelu", "gelu_tanh"):
+        load_checkpoint(f"hf:{NAME}")
+    assert load_checkpoint(f"hf:{NAME}", gelu="exact").model_info.gelu == "exact"
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 8, 32]}}, (8, 32)),
+        ({"input_size": [3, 8, 32]}, (8, 32)),
+        ({"model_args": {"img_size": [32, 8]}, "pretrained_cfg": {}}, (32, 8)),
+        ({"model_args": {"img_size": 16}, "input_size": [3, 8, 32]}, (16, 16)),
+        # Sizes that do not match the tokens, or are invalid.
+        ({"pretrained_cfg": {"input_size": [3, 224, 224]}}, (16, 16)),
+        ({"model_args": {"img_size": 224}, "input_size": [3, 8, 32]}, (8, 32)),
+        ({"model_args": 3, "input_size": [3, "8", 32]}, (16, 16)),
+        ({"model_args": {"img_size": [-8, -32]}, "input_size": "large"}, (16, 16)),
+    ],
+)
+def test_image_size_is_read_from_the_config(
+    config: dict[str, Any], size: tuple[int, int], cache: Path
+) -> None:
+    add_to_cache(cache, random_weights().params, config)
+    info = load_checkpoint(f"hf:{NAME}").model_info
+    assert (info.image_size, info.resize_note) == (size, "")
+
+
+def test_a_revision_can_be_named(cache: Path) -> None:
+    add_to_cache(cache, random_weights(seed=0).params, GOOGLE)
+    add_to_cache(cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)
+    for source, seed in ((f"hf:{NAME}", 0), (f"hf:{NAME}@{OTHER_COMMIT}", 1)):
+        assert_params_equal(load_checkpoint(source).params, random_weights(seed=seed).params)
+
+
+@pytest.mark.parametrize("name", ["someone/other", f"{NAME}@no_such_revision"])
+def test_download_fails_fast_without_a_network(name: str, cache: Path) -> None:
+    add_to_cache(cache, random_weights().params, GOOGLE)
+    start = time.monotonic()
+    with raises(UserError, f"hf:{name}", "model.safetensors", "config.json") as caught:
+        load_checkpoint(f"hf:{name}")
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["--/x", "a b/c", "a/b..c", "a/b--c", "a/" + "x" * 200])
+def test_download_rejects_invalid_names(name: str) -> None:
+    with raises(UserError, f"hf:{name}", "hf:OWNER/NAME") as caught:
+        load_checkpoint(f"hf:{name}")
+    assert "\n" not in str(caught.value)
+
+
+def test_download_requests_both_files_if_one_is_missing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of one revision must not be read with the weights of another."""
+    import huggingface_hub
+
+    add_to_cache(cache, random_weights().params, GOOGLE)
+    (model,) = cache.rglob("model.safetensors")
+    model.unlink()
+    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
+
+    def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
+        if not local_files_only:
+            requested.append(file)
+        return hf_hub_download(repo, file, local_files_only=local_files_only, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
+    with raises(UserError, f"hf:{NAME}"):
+        load_checkpoint(f"hf:{NAME}")
+    assert requested == ["config.json", "model.safetensors"]

@@ -1,0 +1,51 @@
+"""Tests of the plot of a run's metrics."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mixer_jax.visualization.figures import draw_curves, is_accuracy, plot_curves
+
+LINES: list[dict[str, Any]] = [
+    {"step": 1, "loss": 2.0, "learning_rate": 0.0},
+    {"step": 2, "loss": 1.0, "learning_rate": 0.1, "gradient_norm": 3.0},
+    {"step": 2, "val/top1": 0.5, "val/top5": 0.75},
+    {"step": 2, "few/5_shot": 0.25, "few/5_shot_std": 0.01},
+    {"step": 3, "loss": 0.5, "learning_rate": 0.2},
+]
+
+
+def test_draw_curves_plots_loss_learning_rate_and_accuracies() -> None:
+    loss, learning_rate, accuracy = draw_curves(LINES).axes
+
+    def curves(axes: Any) -> dict[str, list[tuple[float, float]]]:
+        return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+
+    assert curves(loss) == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
+    assert curves(learning_rate) == {"learning_rate": [(1, 0.0), (2, 0.1), (3, 0.2)]}
+    assert curves(accuracy) == {"few/5_shot": [(2, 25.0)], "val": [(2, 50.0)]}
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["few/5_shot", "val"]
+    assert loss.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 0.0, "learning_rate": 0.0}]])
+def test_draw_curves_of_zero_losses_are_linear(lines: list[dict[str, Any]]) -> None:
+    assert draw_curves(lines).axes[0].get_yscale() == "linear"
+
+
+def test_plot_curves_writes_a_png(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
+    plot_curves(str(tmp_path))
+    with Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())) as image:
+        assert (image.format, image.size) == ("PNG", (1440, 420))
+
+
+def test_is_accuracy_selects_accuracies_of_head_and_probes() -> None:
+    names = ("test/top1", "few/1_shot", "few/25_shot", "line/linear", "near/knn")
+    assert all(is_accuracy(name) for name in names)
+    others = ("loss", "few/1_shot_std", "line/penalty", "test/top5", "near/num_train", "linear")
+    assert not any(is_accuracy(name) for name in others)
