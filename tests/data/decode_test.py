@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import itertools
 import re
 import struct
 import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixer_jax.data.decode import BadImageError, Box, decode
+from mixer_jax.data.decode import MAX_PIXELS, BadImageError, Box, decode
+from mixer_jax.data.image_files import has_image_suffix
 from tests.helpers.bad_images import reason_of
 from tests.helpers.image_formats import (
     encode_heic,
@@ -586,6 +589,58 @@ def test_decode_reads_heic_with_pillow_heif() -> None:
 def test_decode_names_files_that_are_not_images(encoded: bytes, name: str) -> None:
     with raises(BadImageError, name):
         decode(encoded)
+
+
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "image_formats.md").read_text()
+TABLE = {
+    row[0]: row[1:]
+    for row in (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCUMENTATION.splitlines()
+        if line.startswith("|")
+    )
+    if row[0] not in ("format", "---")
+}
+
+
+def test_documentation_lists_the_formats_that_are_read() -> None:
+    pytest.importorskip("pillow_heif")
+    read = {name for name, (_, _, read, _) in TABLE.items() if read}
+    for name in files_of_all_formats():
+        # The longest name of a format, so that JPEG 2000 is not a JPEG.
+        found = max((row for row in read if name.startswith(row)), key=len, default="")
+        assert found, f"{name} is not documented"
+    for row in read:
+        assert any(name.startswith(row) for name in files_of_all_formats()), f"{row} is not tested"
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row[1]])
+def test_documentation_says_which_formats_are_turned(name: str) -> None:
+    files = files_of_all_formats()
+    rule = TABLE[name][1]
+    assert rule in ("no", "on request", "always")
+    if name == "HEIC":
+        pytest.importorskip("pillow_heif")
+    if rule == "no":
+        assert f"{name} orientation" not in files
+        return
+    encoded = files[f"{name} orientation"]
+    shapes = [decode(encoded, exif_orientation=turn).shape for turn in (False, True)]
+    stored, upright = (18, 22, 3), (22, 18, 3)
+    assert shapes == [upright if rule == "always" else stored, upright]
+
+
+def test_documentation_lists_the_file_names_of_images() -> None:
+    documented = {suffix for row in TABLE.values() for suffix in row[0].split()}
+    assert all(has_image_suffix(f"image{suffix.upper()}") for suffix in documented)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    for characters in itertools.product(letters, repeat=3):
+        suffix = "." + "".join(characters)
+        assert has_image_suffix(f"image{suffix}") == (suffix in documented), suffix
+
+
+def test_documentation_names_the_limit_of_pixels() -> None:
+    assert f"{MAX_PIXELS:,} pixels" in " ".join(DOCUMENTATION.split())
 
 
 def test_decode_survives_any_damaged_byte() -> None:

@@ -117,6 +117,7 @@ def files_of_all_formats() -> dict[str, bytes]:
             "HEIC": encode_heic(image),
             "HEIC gray": encode_heic(gray[..., 0]),
             "HEIC alpha": encode_heic(alpha),
+            "HEIC orientation": encode_heic(image, exif=exif.tobytes()),
         }
     return {
         "JPEG 4:4:4": encode(image, "JPEG", subsampling="4:4:4"),
