@@ -153,6 +153,7 @@ def format_caption(
     preprocess, recipe = config.preprocess, config.recipe
     crop = {
         "inception": f"Inception crops of at least {preprocess.min_area:.0%} of the image",
+        "random_resized_crop": f"timm's crops of at least {preprocess.min_area:.0%} of the image",
         "random_crop": "random crops of 7/8 of each side",
         "random_shift": f"whole images, shifted by up to {preprocess.max_shift} pixels",
         "resize": "whole images",
