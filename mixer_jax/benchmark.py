@@ -12,6 +12,7 @@ Candidates are timed in interleaved rounds, so that a machine that slows down sl
 import importlib
 from collections.abc import Sequence
 
+from mixer_jax.benchmarks.report import write_report
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
@@ -44,7 +45,11 @@ def main(argv: Sequence[str]) -> int:
         parents=[shared],
     )
     mode.add_arguments(parser)
-    mode.run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    report = mode.measure(args)
+    write_report(args, report)
+    if not args.json:
+        mode.print_report(report)
     return 0
 
 

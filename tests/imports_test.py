@@ -47,16 +47,16 @@ HEAVY = {
     "timm": {"benchmarks/torch_runner.py"},
     "torchvision": {"benchmarks/torch_runner.py"},
     "grain": {"data/"},
-    "cv2": {"data/", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
-    "simplejpeg": {"data/decode.py", "benchmarks/sample_jpegs.py", "benchmarks/pipelines.py"},
+    "cv2": {"data/", "benchmarks/pipelines.py"},
+    "simplejpeg": {"data/decode.py", "benchmarks/pipelines.py"},
     "tensorflow_datasets": {"data/"},
     "clu": {"training/metrics.py"},
-    "tensorflow": {"benchmarks/tf_data.py", "benchmarks/tf_randaugment.py"},
+    "tensorflow": {"benchmarks/tf_data.py"},
     "matplotlib": {
         "visualization/",
         "benchmarks/report.py",
     },
-    "sklearn": {"data/builders/digits.py", "benchmarks/sample_jpegs.py"},
+    "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
 }
 
 

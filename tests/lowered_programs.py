@@ -92,10 +92,10 @@ CONFIG_KEYS = {
 @functools.cache
 def tpu_devices(topology: str) -> list[Any]:
     """Returns TPU devices of the ahead-of-time compiler."""
-    from mixer_jax.distributed import tpu_env
+    from mixer_jax.distributed import hardware
     from mixer_jax.planning import topology as topologies
 
-    tpu_env.silence_libtpu()
+    hardware.silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.tpu_devices(topologies.parse_topology(topology))
 

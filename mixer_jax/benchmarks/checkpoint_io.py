@@ -1,10 +1,16 @@
 """`--mode=weights`: time to load, memory to convert, time to a first prediction.
 
+The ratio of each task is
+
+- loading: time relative to reading the file in the same round, median over rounds;
+- converting: peak memory relative to the size of the weights;
+- predicting: time relative to the first prediction, which compiles.
+
 Does not import JAX.
 """
 
 import argparse
-import json
+import importlib.resources
 import os
 import statistics
 import subprocess
@@ -13,9 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mixer_jax.benchmarks.candidates import FAMILY
+from mixer_jax.benchmarks.compare import median_ratio
 from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
@@ -23,7 +30,8 @@ from mixer_jax.errors import UserError
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
 _IMAGE_SIZE, _NUM_CLASSES = 224, 1000
-_SUFFIXES = {"google": ".npz", "timm": ".safetensors"}
+# Name, seconds and ratio of a task.
+_Task = tuple[str, float, float]
 # Prints the peak memory of a conversion in bytes, without that of its parent.
 _CONVERT = """
 import contextlib, io, re, sys
@@ -33,26 +41,6 @@ with contextlib.redirect_stdout(io.StringIO()):
 peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
 print(int(peak[1]) * 1024)
 """
-_COLUMNS: list[Column] = [
-    ("seconds", "seconds", "{:.2f}".format),
-    ("ratio", "ratio", "{:.2f}".format),
-]
-
-
-class Measurement(NamedTuple):
-    """One measured task.
-
-    Attributes:
-        name: Name of the task.
-        seconds: Median over rounds.
-        ratio: Time relative to reading the file in the same round, median over rounds, for loading;
-            peak memory relative to the size of the weights for converting; time relative to the
-            first prediction, which compiles, for predicting.
-    """
-
-    name: str
-    seconds: float
-    ratio: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default: 7")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all tasks and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all tasks.
 
     Raises:
         UserError: An argument is out of range, or the system is not Linux.
@@ -72,28 +60,35 @@ def run(args: argparse.Namespace) -> None:
     check_positive(args, "rounds")
     if not Path("/proc/self/status").exists():
         raise UserError("--mode=weights needs Linux, whose /proc reports the memory of processes.")
-    with tempfile.TemporaryDirectory() as folder:
-        files = _write_files(args.variant, Path(folder))
-        size = files["google"].stat().st_size
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        google, timm = folder / "google.npz", folder / "timm.safetensors"
+        _write_weights(args.variant, google, timm)
+        size = google.stat().st_size
         measurements = [
-            *_measure_loading(files, args.rounds),
-            *_measure_conversion(files, size),
-            *_measure_prediction(files["google"], Path(folder), args.rounds),
+            *_measure_loading(google, timm, args.rounds),
+            _measure_conversion("google to timm", google, folder / "converted.safetensors", size),
+            _measure_conversion("timm to google", timm, folder / "converted.npz", size),
+            *_measure_prediction(google, folder, args.rounds),
         ]
-    rows = [measurement._asdict() for measurement in measurements]
-    environment = {
+    return {
         "variant": args.variant,
         "mebibytes": round(size / 2**20, 1),
         "rounds": args.rounds,
+        "measurements": [
+            {"name": name, "seconds": seconds, "ratio": ratio}
+            for name, seconds, ratio in measurements
+        ],
     }
-    if args.json:
-        print(json.dumps({**environment, "measurements": rows}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in environment.items()))
-    print_table(rows, _COLUMNS)
 
 
-def _write_files(variant: str, folder: Path) -> dict[str, Path]:
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table."""
+    print(", ".join(f"{name} {report[name]}" for name in ("variant", "mebibytes", "rounds")))
+    print_table(report["measurements"], [Column("seconds", "seconds"), Column("ratio", "ratio")])
+
+
+def _write_weights(variant: str, google: Path, timm: Path) -> None:
     """Writes random weights in each of the published layouts."""
     import numpy as np
 
@@ -104,13 +99,11 @@ def _write_files(variant: str, folder: Path) -> dict[str, Path]:
     shapes = FAMILY.param_shapes(config, _IMAGE_SIZE, _NUM_CLASSES)
     layouts = {layout.name.lower(): layout for layout in FAMILY.weight_layouts()}
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    files = {layout: folder / f"weights{suffix}" for layout, suffix in _SUFFIXES.items()}
-    write_npz(str(files["google"]), layout_views(flat, layouts["google"]), {})
-    write_safetensors(str(files["timm"]), layout_views(flat, layouts["timm"]), {})
-    return files
+    write_npz(str(google), layout_views(flat, layouts["google"]), {})
+    write_safetensors(str(timm), layout_views(flat, layouts["timm"]), {})
 
 
-def _measure_loading(files: dict[str, Path], num_rounds: int) -> list[Measurement]:
+def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[_Task]:
     """Times mixer_jax, the format's own reader, and reading the bytes of the file."""
     import numpy as np
     import safetensors.numpy
@@ -121,13 +114,11 @@ def _measure_loading(files: dict[str, Path], num_rounds: int) -> list[Measuremen
         with np.load(path) as archive:
             return {name: archive[name] for name in archive.files}
 
-    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "google": ("numpy.load", load_npz),
-        "timm": ("safetensors.numpy.load_file", safetensors.numpy.load_file),
-    }
     measurements = []
-    for layout, path in files.items():
-        reader_name, reader = readers[layout]
+    for path, reader_name, reader in [
+        (google, "numpy.load", load_npz),
+        (timm, "safetensors.numpy.load_file", safetensors.numpy.load_file),
+    ]:
         tasks: dict[str, Callable[[Path], Any]] = {
             "read_bytes": Path.read_bytes,
             "load_checkpoint": lambda path: load_checkpoint(str(path)),
@@ -141,41 +132,34 @@ def _measure_loading(files: dict[str, Path], num_rounds: int) -> list[Measuremen
                 times[name].append(time.perf_counter() - start)
                 del loaded
         for name, seconds in times.items():
-            ratios = [a / b for a, b in zip(seconds, times["read_bytes"], strict=True)]
-            task_name = f"load {path.suffix}: {name}"
-            medians = statistics.median(seconds), statistics.median(ratios)
-            measurements.append(Measurement(task_name, *medians))
+            ratio = median_ratio(seconds, times["read_bytes"])
+            measurements.append((f"load {path.suffix}: {name}", statistics.median(seconds), ratio))
     return measurements
 
 
-def _measure_conversion(files: dict[str, Path], size: int) -> list[Measurement]:
-    """Converts each file to the other layout, each in a new process."""
-    measurements = []
-    for source, target in (("google", "timm"), ("timm", "google")):
-        converted = files[source].with_name(f"converted{_SUFFIXES[target]}")
-        start = time.perf_counter()
-        peak = int(_run_python("-c", _CONVERT, str(files[source]), str(converted)))
-        seconds = time.perf_counter() - start
-        converted.unlink()
-        measurements.append(Measurement(f"convert {source} to {target}", seconds, peak / size))
-    return measurements
+def _measure_conversion(direction: str, source: Path, target: Path, size: int) -> _Task:
+    """Converts a file to another layout in a new process."""
+    start = time.perf_counter()
+    peak = int(_run_python("-c", _CONVERT, str(source), str(target)))
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return f"convert {direction}", seconds, peak / size
 
 
-def _measure_prediction(file: Path, folder: Path, num_rounds: int) -> list[Measurement]:
-    """Classifies one image in new processes, the first of which finds an empty cache."""
-    from mixer_jax.benchmarks.sample_jpegs import sample_jpegs
-
+def _measure_prediction(weights: Path, folder: Path, num_rounds: int) -> list[_Task]:
+    """Classifies a photograph in new processes, the first of which finds an empty cache."""
     image = folder / "image.jpg"
-    image.write_bytes(sample_jpegs(1)[0])
+    photographs = importlib.resources.files("sklearn.datasets.images")
+    image.write_bytes(photographs.joinpath("china.jpg").read_bytes())
     times = []
     for _ in range(num_rounds + 1):
         start = time.perf_counter()
-        _run_python("-m", "mixer_jax.predict", f"--checkpoint={file}", str(image), home=folder)
+        _run_python("-m", "mixer_jax.predict", f"--checkpoint={weights}", str(image), home=folder)
         times.append(time.perf_counter() - start)
     first, later = times[0], statistics.median(times[1:])
     return [
-        Measurement("predict one image, empty cache", first, 1.0),
-        Measurement("predict one image, cached program", later, later / first),
+        ("predict one image, empty cache", first, 1.0),
+        ("predict one image, cached program", later, later / first),
     ]
 
 

@@ -7,19 +7,24 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixer_jax.benchmarks.args import (
+from mixer_jax.benchmarks.candidates import (
+    Candidate,
+    Workload,
     add_baselines_arg,
     add_workload_args,
+    check_backends,
+    parse_baselines,
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import REFERENCE, Candidate, Workload, check_backends
 from mixer_jax.benchmarks.compare import Result, compare, query_environment
 from mixer_jax.benchmarks.report import (
+    Column,
     add_output_args,
     check_outputs,
-    print_compilation,
-    write_report,
+    format_environment,
+    format_workload,
+    print_table,
 )
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
@@ -29,6 +34,14 @@ if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
 
 DESCRIPTION = "Measure how long the training step of a Mixer takes to compile, with a baseline."
+_COLUMNS = [
+    Column("compile s", "compile_seconds"),
+    Column("first step s", "first_step_seconds"),
+    Column("cached first step s", "cached_first_step_seconds"),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("images/s", "images_per_second"),
+    Column("relative time", "relative_time"),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all candidates.
 
     Raises:
         UserError: An argument is out of range, or the compiler for the topology is missing.
@@ -60,39 +73,33 @@ def run(args: argparse.Namespace) -> None:
     """
     workload = parse_workload(args, "train")
     common.check_positive(args, "rounds")
-    candidates = parse_candidates(args, "train")
-    if args.baselines == REFERENCE:
-        candidates.append(Candidate(REFERENCE, REFERENCE))
+    candidates = [*parse_candidates(args, "train"), *parse_baselines(args)]
     check_outputs(args)
     if args.topology:
         topology = parse_tpu_topology(args.topology)
-        report = _compile_ahead_of_time(topology, workload, candidates, args.rounds)
-    else:
-        report = _compile_here(workload, candidates, args.rounds)
-    write_report(args, report)
-    if not args.json:
-        print_compilation(report)
-
-
-def _compile_here(
-    workload: Workload, candidates: Sequence[Candidate], num_rounds: int
-) -> dict[str, Any]:
+        return _compile_ahead_of_time(topology, workload, candidates, args.rounds)
     environment = query_environment(workload, candidates)
     platform = environment["platform"]
     batch_size = workload.batch_size or (8 if platform == "cpu" else 64)
     workload = workload._replace(dtype=environment["dtype"], batch_size=batch_size)
-    comparison = compare(workload, candidates, num_rounds, platform, num_compilations=num_rounds)
+    comparison = compare(workload, candidates, args.rounds, platform, num_compilations=args.rounds)
     rows = [result._asdict() for result in comparison.results]
-    return {**environment, "rounds": num_rounds, **workload._asdict(), "candidates": rows}
+    return {**environment, "rounds": args.rounds, **workload._asdict(), "candidates": rows}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table."""
+    print(format_environment(report))
+    print(f"\ncompile the training step: {format_workload(report)}")
+    print_table(report["candidates"], _COLUMNS)
 
 
 def _compile_ahead_of_time(
     topology: Topology, workload: Workload, candidates: Sequence[Candidate], num_rounds: int
 ) -> dict[str, Any]:
     """Compiles for a TPU that is not attached, without running anything."""
-    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
-    workload = workload._replace(dtype=dtype, batch_size=workload.batch_size or 64)
-    device = open_tpu_device(topology, candidates)
+    workload = workload._replace(batch_size=workload.batch_size or 64)
+    device, workload = open_tpu_device(topology, workload, candidates)
     from mixer_jax.planning.aot_compile import OutOfMemory
 
     results = {candidate.name: Result(candidate.name) for candidate in candidates}
@@ -135,8 +142,12 @@ def parse_tpu_topology(text: str) -> Topology:
     return topology
 
 
-def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
-    """Returns the first device of a topology, to compile for; imports JAX.
+def open_tpu_device(
+    topology: Topology, workload: Workload, candidates: Sequence[Candidate]
+) -> tuple[Any, Workload]:
+    """Returns a device of a topology to compile for, and the workload with its dtype.
+
+    Imports JAX.
 
     Raises:
         UserError: The compiler is missing, or a backend does not run on TPUs.
@@ -145,16 +156,14 @@ def open_tpu_device(topology: Topology, candidates: Sequence[Candidate]) -> Any:
     common.configure_jax(compilation_cache="")
     device = tpu_devices(topology)[0]
     check_backends(candidates, device.platform)
-    return device
+    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
+    return device, workload._replace(dtype=dtype)
 
 
 def compile_step(
     candidate: Candidate, workload: Workload, device: Any, *, fast_compile: bool = False
 ) -> "Compiled | OutOfMemory":
-    """Compiles a candidate's step for one of `tpu_devices`.
-
-    `fast_compile` takes less time and makes a somewhat slower program.
-    """
+    """Compiles a candidate's step for one of `tpu_devices`; see `compile_function`."""
     import jax
     import jax.numpy as jnp
 

@@ -11,22 +11,24 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from mixer_jax.benchmarks.args import (
+from mixer_jax.benchmarks.candidates import (
+    FAMILY,
+    Workload,
     add_baselines_arg,
     add_workload_args,
+    parse_baselines,
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import FAMILY, REFERENCE, Candidate, Workload
 from mixer_jax.benchmarks.compile import compile_step, open_tpu_device, parse_tpu_topology
 from mixer_jax.benchmarks.report import (
     Column,
     add_output_args,
     check_outputs,
+    format_workload,
     print_table,
-    write_report,
 )
 from mixer_jax.errors import RunError
 from mixer_jax.planning.hlo_costs import iter_hbm_bytes, iter_matmul_flops, sum_by_region
@@ -41,50 +43,12 @@ DESCRIPTION = (
     "and from memory."
 )
 
-_MB, _GIGA, _MICRO = 1e6, 1e9, 1e-6
 _NOTE = (
     "MB, GFLOP and µs are per image on one device at its peak rates: lower bounds, not forecasts.\n"
     "By formula, every matmul reads and writes its arrays once (unfused), or hidden activations\n"
     "never leave the chip (fused)."
 )
 _ITEMSIZES = {"bfloat16": 2, "float32": 4}
-
-
-class StepTraffic(NamedTuple):
-    """Costs of one step on one device; bytes, FLOPs and seconds are per image.
-
-    Attributes:
-        name: Name of the candidate or of the lower bound.
-        failed: Reason why the step does not fit into memory; None if it does.
-        bytes_by_region: Bytes moved to and from memory, by region of the model.
-        flops_by_region: FLOPs of the matmuls that are executed, by region of the model.
-        arithmetic_seconds: Time of all FLOPs at the peak rate of the chip.
-        memory_seconds: Time of all bytes at the peak bandwidth of its memory.
-        temporary_bytes: Activations, gradients and the like of the whole batch; None for a bound.
-        compile_seconds: Compilation time; None for a bound.
-        unknown_trip_count_loops: Loops with matmuls whose trip count is unknown; they are counted
-            as if they ran once.
-    """
-
-    name: str
-    failed: str | None
-    bytes_by_region: dict[str, float]
-    flops_by_region: dict[str, float]
-    arithmetic_seconds: float
-    memory_seconds: float
-    temporary_bytes: int | None = None
-    compile_seconds: float | None = None
-    unknown_trip_count_loops: int = 0
-
-    @property
-    def num_bytes(self) -> float:
-        """Bytes of all regions."""
-        return sum(self.bytes_by_region.values())
-
-    @property
-    def bound_seconds(self) -> float:
-        """The longer of arithmetic and memory time."""
-        return max(self.arithmetic_seconds, self.memory_seconds)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compiles all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles all candidates and counts what their steps move.
 
     Raises:
         UserError: An argument is out of range, or the compiler is missing.
@@ -116,13 +80,9 @@ def run(args: argparse.Namespace) -> None:
     """
     topology = parse_tpu_topology(args.topology)
     workload = parse_workload(args, args.step)
-    candidates = [Candidate(REFERENCE, REFERENCE)] if args.baselines == REFERENCE else []
-    candidates += parse_candidates(args, args.step)
+    candidates = [*parse_baselines(args), *parse_candidates(args, args.step)]
     check_outputs(args)
-    dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
-    workload = workload._replace(dtype=dtype)
-
-    device = open_tpu_device(topology, candidates)
+    device, workload = open_tpu_device(topology, workload, candidates)
     from mixer_jax.planning.aot_compile import Compiled
 
     steps = []
@@ -133,23 +93,15 @@ def run(args: argparse.Namespace) -> None:
             _write_program(args.dump, candidate.name, compiled.text)
         steps.append(measure_traffic(candidate.name, compiled, workload, topology))
     steps += lower_bounds(workload, topology)
-    report = {
+    add_ratios(steps)
+    return {
         **workload._asdict(),
         "topology": topology.name,
         "jax": importlib.metadata.version("jax"),
         "libtpu": importlib.metadata.version("libtpu"),
         "fast_compile": args.quick,
-        "steps": traffic_to_dicts(steps),
+        "steps": steps,
     }
-    write_report(args, report)
-    if not args.json:
-        step = "training step" if args.step == "train" else "inference"
-        print(
-            f"{step}: {workload.format()}\n"
-            f"compiled for one device of {topology.name}, not run; jax {report['jax']}, "
-            f"libtpu {report['libtpu']}\n"
-        )
-        print_traffic(report["steps"])
 
 
 def _write_program(folder: Path, name: str, text: str) -> None:
@@ -162,23 +114,30 @@ def _write_program(folder: Path, name: str, text: str) -> None:
 
 def measure_traffic(
     name: str, compiled: "Compiled | OutOfMemory", workload: Workload, topology: Topology
-) -> StepTraffic:
-    """Counts the bytes and FLOPs of a compiled step."""
+) -> dict[str, Any]:
+    """Counts the bytes and FLOPs of a compiled step; returns a row as `lower_bounds` does.
+
+    A step that does not fit into memory has `name`, `failed` and `compile_seconds` only.
+    """
     from mixer_jax.planning.aot_compile import OutOfMemory
 
     if isinstance(compiled, OutOfMemory):
         failed = f"too large, {_format_memory(compiled, topology)}"
-        return StepTraffic(name, failed, {}, {}, 0.0, 0.0, compile_seconds=compiled.compile_seconds)
+        return {"name": name, "failed": failed, "compile_seconds": compiled.compile_seconds}
     program = compiled.program
-    regions = FAMILY.regions
-    num_bytes = sum_by_region(iter_hbm_bytes(program), regions)
-    flops = sum_by_region(iter_matmul_flops(program), regions)
-    step = _traffic_per_image(name, num_bytes, flops, workload.batch_size, topology)
-    return step._replace(
-        temporary_bytes=compiled.temporary_bytes,
-        compile_seconds=compiled.compile_seconds,
-        unknown_trip_count_loops=len(program.unknown_trip_count_loops()),
+    row = _traffic_per_image(
+        name,
+        sum_by_region(iter_hbm_bytes(program), FAMILY.regions),
+        sum_by_region(iter_matmul_flops(program), FAMILY.regions),
+        workload.batch_size,
+        topology,
     )
+    return row | {
+        "temporary_bytes": compiled.temporary_bytes,
+        "compile_seconds": compiled.compile_seconds,
+        # Loops with matmuls that are counted as if they ran once.
+        "unknown_trip_count_loops": len(program.unknown_trip_count_loops()),
+    }
 
 
 def _format_memory(step: "OutOfMemory", topology: Topology) -> str:
@@ -189,21 +148,14 @@ def _format_memory(step: "OutOfMemory", topology: Topology) -> str:
     return f"{step.needed_bytes / GIB:.2f} GiB of {available:.2f}{note}"
 
 
-def _traffic_per_image(
-    name: str,
-    bytes_by_region: dict[str, float],
-    flops_by_region: dict[str, float],
-    num_images: int,
-    topology: Topology,
-) -> StepTraffic:
-    num_bytes = {region: value / num_images for region, value in bytes_by_region.items()}
-    flops = {region: value / num_images for region, value in flops_by_region.items()}
-    bound = roofline_bound(topology, [], sum(flops.values()), sum(num_bytes.values()), [])
-    return StepTraffic(name, None, num_bytes, flops, bound.arithmetic, bound.memory)
+def lower_bounds(workload: Workload, topology: Topology) -> list[dict[str, Any]]:
+    """Computes lower bounds per step by formula, with and without fused MLPs.
 
-
-def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
-    """Computes lower bounds per step by formula, with and without fused MLPs."""
+    Returns:
+        Rows with bytes, FLOPs and seconds per image: bytes and FLOPs by region of the model and
+        bytes in total, the time of all FLOPs and of all bytes at the peak rates of the chip, and
+        the longer of the two. Memory and compilation are those of the whole batch, and None here.
+    """
     traffic = estimate_traffic(
         FAMILY,
         FAMILY.get_config(workload.variant),
@@ -223,44 +175,67 @@ def lower_bounds(workload: Workload, topology: Topology) -> list[StepTraffic]:
     ]
 
 
-def traffic_to_dicts(steps: Sequence[StepTraffic]) -> list[dict[str, Any]]:
-    """Converts steps for JSON, with their ratios to the first that fits into memory."""
-    first = next(step for step in steps if not step.failed)
+def _traffic_per_image(
+    name: str,
+    bytes_by_region: dict[str, float],
+    flops_by_region: dict[str, float],
+    num_images: int,
+    topology: Topology,
+) -> dict[str, Any]:
+    num_bytes = {region: value / num_images for region, value in bytes_by_region.items()}
+    flops = {region: value / num_images for region, value in flops_by_region.items()}
+    bound = roofline_bound(topology, [], sum(flops.values()), sum(num_bytes.values()), [])
+    return {
+        "name": name,
+        "failed": None,
+        "bytes_by_region": num_bytes,
+        "flops_by_region": flops,
+        "arithmetic_seconds": bound.arithmetic,
+        "memory_seconds": bound.memory,
+        "temporary_bytes": None,
+        "compile_seconds": None,
+        "unknown_trip_count_loops": 0,
+        "num_bytes": sum(num_bytes.values()),
+        "bound_seconds": max(bound.arithmetic, bound.memory),
+    }
 
-    def to_dict(step: StepTraffic) -> dict[str, Any]:
-        if step.failed:
-            known = ("name", "failed", "compile_seconds")
-            return {name: value for name, value in step._asdict().items() if name in known}
-        return step._asdict() | {
-            "num_bytes": step.num_bytes,
-            "bytes_ratio": step.num_bytes / first.num_bytes,
-            "bound_seconds": step.bound_seconds,
-            "bound_ratio": step.bound_seconds / first.bound_seconds,
-        }
 
-    return [to_dict(step) for step in steps]
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds the ratios to the first step that fits into memory."""
+    fitting = [row for row in rows if not row["failed"]]
+    for row in fitting:
+        row["bytes_ratio"] = row["num_bytes"] / fitting[0]["num_bytes"]
+        row["bound_ratio"] = row["bound_seconds"] / fitting[0]["bound_seconds"]
 
 
-def print_traffic(rows: list[dict[str, Any]]) -> None:
-    """Prints two tables from the result of `traffic_to_dicts`: bytes by region, and the rest."""
-    regions: list[Column] = [
-        ("MB in total", "num_bytes", lambda v: f"{v / _MB:.1f}"),
-        *[
-            (region.split()[0], region, lambda v: f"{v / _MB:.1f}")
-            for region in next(row["bytes_by_region"] for row in rows if not row["failed"])
-        ],
+def print_report(report: dict[str, Any]) -> None:
+    """Prints two tables: bytes by region, and the rest."""
+    step = "training step" if report["mode"] == "train" else "inference"
+    print(
+        f"{step}: {format_workload(report)}\n"
+        f"compiled for one device of {report['topology']}, not run; jax {report['jax']}, "
+        f"libtpu {report['libtpu']}\n"
+    )
+    print_traffic(report["steps"])
+
+
+def print_traffic(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows of a report."""
+    fitting = [row for row in rows if not row["failed"]]
+    regions = [
+        Column("MB in total", "num_bytes", ".1f", 1e-6),
+        *(Column(name.split()[0], name, ".1f", 1e-6) for name in fitting[0]["bytes_by_region"]),
     ]
     print_table([row | row.get("bytes_by_region", {}) for row in rows], regions)
     print()
-    costs: list[Column] = [
-        ("GFLOP", "flops", lambda v: f"{v / _GIGA:.1f}"),
-        ("arithmetic µs", "arithmetic_seconds", lambda v: f"{v / _MICRO:.1f}"),
-        ("memory µs", "memory_seconds", lambda v: f"{v / _MICRO:.1f}"),
-        ("relative bound", "bound_ratio", lambda v: f"{v:.2f}"),
-        ("temporaries GiB", "temporary_bytes", lambda v: f"{v / GIB:.2f}"),
-        ("compile s", "compile_seconds", lambda v: f"{v:.0f}"),
+    costs = [
+        Column("GFLOP", "flops", ".1f", 1e-9),
+        Column("arithmetic µs", "arithmetic_seconds", ".1f", 1e6),
+        Column("memory µs", "memory_seconds", ".1f", 1e6),
+        Column("relative bound", "bound_ratio"),
+        Column("temporaries GiB", "temporary_bytes", ".2f", 1 / GIB),
+        Column("compile s", "compile_seconds", ".0f"),
     ]
-    fitting = [row for row in rows if not row["failed"]]
     print_table([row | {"flops": sum(row["flops_by_region"].values())} for row in fitting], costs)
     for row in fitting:
         if row["unknown_trip_count_loops"]:

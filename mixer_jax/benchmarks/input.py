@@ -2,21 +2,16 @@
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from mixer_jax.benchmarks.pipelines import Measurement, MemoryGrowth
 
 DESCRIPTION = "Measure the input pipeline on this machine, with JPEG decoding alone and tf.data."
 
@@ -32,11 +27,11 @@ _NUMBERS = [
     ("images_per_round", 0, 0, "images timed per round; default: about 512 per thread"),
     ("memory_images", 0, 0, "images to watch the memory for; default: 0, off"),
 ]
-_COLUMNS: list[Column] = [
-    ("images/s", "images_per_second", "{:.0f}".format),
-    ("images/s/core", "images_per_second_per_core", "{:.0f}".format),
-    ("ms/image/core", "milliseconds", "{:.2f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
+_COLUMNS = [
+    Column("images/s", "images_per_second", ".0f"),
+    Column("images/s/core", "images_per_second_per_core", ".0f"),
+    Column("ms/image/core", "milliseconds"),
+    Column("relative time", "relative_time"),
 ]
 
 
@@ -50,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures the pipelines and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the pipelines.
 
     Raises:
         UserError: An argument is out of range, or --images has no JPEG files.
@@ -60,14 +55,14 @@ def run(args: argparse.Namespace) -> None:
     common.configure_jax(compilation_cache="")
     import jax
 
-    from mixer_jax.benchmarks import pipelines, sample_jpegs
+    from mixer_jax.benchmarks import pipelines
     from mixer_jax.data.loader import available_cpus
 
     # Images stay on the host.
     jax.config.update("jax_platforms", "cpu")
     folder, num_cores = args.images, available_cpus()
     num_threads = args.num_threads or num_cores
-    files = sample_jpegs.read_jpegs(folder) if folder else sample_jpegs.sample_jpegs(_NUM_FILES)
+    files = pipelines.read_jpegs(folder) if folder else pipelines.sample_jpegs(_NUM_FILES)
     images_per_round = math.ceil(512 * num_threads / args.batch_size) * args.batch_size
     config = pipelines.PipelineConfig(
         files=files,
@@ -86,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     measurements = pipelines.measure_pipelines(config, args.rounds, tf_data)
 
     versions = {"jax": jax.__version__} | ({"tensorflow": tf_data.VERSION} if tf_data else {})
-    environment = {
+    return {
         "files": len(files),
         "median_kilobytes": round(statistics.median(len(file) for file in files) / 1000, 1),
         "image_size": config.image_size,
@@ -96,16 +91,28 @@ def run(args: argparse.Namespace) -> None:
         "images_per_round": config.images_per_round,
         "rounds": args.rounds,
         **versions,
+        "measurements": [measurement._asdict() for measurement in measurements],
+        "memory": memory,
     }
-    if args.json:
-        rows = [measurement._asdict() for measurement in measurements]
-        report = {"measurements": rows, "memory": memory and memory._asdict()}
-        print(json.dumps({**environment, **report}))
-        return
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in environment.items()))
-    _print_rates(measurements)
-    if memory:
-        _print_memory(memory)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table for each task, and one of the memory."""
+    environment = {
+        name.replace("_", " "): value
+        for name, value in report.items()
+        if name not in ("measurements", "memory")
+    }
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
+    for task, group in itertools.groupby(report["measurements"], key=lambda row: row["task"]):
+        print()
+        print_table(list(group), _COLUMNS, title=task)
+    if memory := report["memory"]:
+        readings = zip(memory["images"], memory["mebibytes"], strict=True)
+        rows = [{"name": f"after {count} images", "memory": size} for count, size in readings]
+        print()
+        print_table(rows, [Column("MiB", "memory", ".0f")], title="resident memory of mixer_jax")
+        print(f"growth from first to last: {memory['growth_percent']:+.1f} %")
 
 
 def _check_args(args: argparse.Namespace) -> None:
@@ -143,17 +150,3 @@ def _import_tf_data() -> ModuleType | None:
         return None
     tf_data.hide_gpus()
     return tf_data
-
-
-def _print_rates(measurements: Sequence["Measurement"]) -> None:
-    for task, group in itertools.groupby(measurements, key=lambda m: m.task):
-        print()
-        print_table([measurement._asdict() for measurement in group], _COLUMNS, title=task)
-
-
-def _print_memory(memory: "MemoryGrowth") -> None:
-    readings = zip(memory.images, memory.mebibytes, strict=True)
-    rows = [{"name": f"after {count} images", "memory": size} for count, size in readings]
-    print()
-    print_table(rows, [("MiB", "memory", "{:.0f}".format)], title="resident memory of mixer_jax")
-    print(f"growth from first to last: {memory.growth_percent:+.1f} %")

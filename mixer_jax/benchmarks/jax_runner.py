@@ -13,21 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mixer_jax.benchmarks.candidates import (
-    B1,
-    B2,
-    CLIP_NORM,
-    EPS,
-    FAMILY,
-    LEARNING_RATE,
-    MIXER_JAX,
-    WEIGHT_DECAY,
-    Candidate,
-    Workload,
-)
+from mixer_jax.benchmarks.candidates import FAMILY, MIXER_JAX, OPTIMIZER, Candidate, Workload
 from mixer_jax.benchmarks.reference_mixer import ReferenceMixer
-from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
-from mixer_jax.config.schema import ModelConfig, OptimizerConfig, RecipeConfig
+from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Step
+from mixer_jax.config.schema import ModelConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
@@ -37,12 +26,12 @@ from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_d
 from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
 
 
-class Step(NamedTuple):
+class StepFunction(NamedTuple):
     """Step of a candidate before it is compiled.
 
     Attributes:
         function: Jitted function of state and batch.
-        init_state: Initializes the state; evaluated for its shapes only.
+        init_state: Function that is evaluated for the shapes of the state only.
         updates_state: Whether the function returns the next state as its first result.
     """
 
@@ -68,16 +57,17 @@ class JaxRunner(FrameworkRunner):
             "flax": metadata.version("flax"),
         }
 
-    def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
-        """Builds the steps of a candidate and runs them once."""
+    def build(
+        self, candidate: Candidate, batch_sizes: Sequence[int]
+    ) -> tuple[list[Step], CompileCosts]:
+        """Builds a step for each batch size and runs it once; returns the costs of the first."""
         step = make_step(candidate, self.workload, self.device)
+        # Inference does not donate its parameters, so all programs can share them.
         state = synthetic_state(jax.eval_shape(step.init_state), self.device)
-        # Inference does not donate its parameters, so both programs can share them.
-        single_image_step = self._compile(step, state, 1)[0] if single_image else None
-        batch_step, costs = self._compile(step, state, self.workload.batch_size)
-        return Program(batch_step, single_image_step), costs
+        compiled = [self._compile(step, state, batch_size) for batch_size in batch_sizes]
+        return [run_step for run_step, _ in compiled], compiled[0][1]
 
-    def build_matmul(self) -> tuple[Callable[[], Any], int]:
+    def build_matmul(self) -> tuple[Step, int]:
         """Builds a matmul of random matrices, in the form that is fastest on this device."""
         size = 8192 if self.asynchronous else 4096
         dtype = resolve_dtype(self.workload.dtype)
@@ -100,7 +90,7 @@ class JaxRunner(FrameworkRunner):
     def write_trace(self, candidate: Candidate, folder: str) -> None:
         """Writes a profile of three steps of a candidate."""
         self.measure_step(candidate)
-        step = self._steps[candidate.name].function
+        step = self._steps[candidate.name, self.workload.batch_size].step
         with jax.profiler.trace(folder):
             for _ in range(3):
                 with jax.profiler.StepTraceAnnotation(self.workload.mode):
@@ -108,8 +98,8 @@ class JaxRunner(FrameworkRunner):
             self.wait(value)
 
     def _compile(
-        self, step: Step, state: Any, batch_size: int
-    ) -> tuple[Callable[[], Any], CompileCosts]:
+        self, step: StepFunction, state: Any, batch_size: int
+    ) -> tuple[Step, CompileCosts]:
         batch = synthetic_batch(self.workload, batch_size, self.device)
         self.wait((state, batch))
         start = time.perf_counter()
@@ -127,21 +117,15 @@ class JaxRunner(FrameworkRunner):
 
         self.wait(run_step())
         first_step_seconds = time.perf_counter() - start
-        memory_bytes = compiled_memory_bytes(compiled)
+        memory, memory_bytes = compiled.memory_analysis(), None
+        if memory is not None:
+            memory_bytes = (
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+                + memory.temp_size_in_bytes
+            )
         return run_step, CompileCosts(compiled_at - lowered_at, first_step_seconds, memory_bytes)
-
-
-def compiled_memory_bytes(compiled: Any) -> int | None:
-    """Returns the bytes of a program's arguments, results and temporaries, by the compiler."""
-    size = compiled.memory_analysis()
-    if size is None:
-        return None
-    return (
-        size.argument_size_in_bytes
-        + size.output_size_in_bytes
-        - size.alias_size_in_bytes
-        + size.temp_size_in_bytes
-    )
 
 
 def synthetic_batch(workload: Workload, batch_size: int, device: Any) -> dict[str, jax.Array]:
@@ -149,10 +133,7 @@ def synthetic_batch(workload: Workload, batch_size: int, device: Any) -> dict[st
     rng, size = np.random.default_rng(1), workload.image_size
     images = rng.integers(0, 256, (batch_size, size, size, 3), np.uint8)
     labels = rng.integers(0, workload.num_classes, (batch_size,), np.int32)
-    return {
-        "image": jax.device_put(images, device),
-        "label": jax.device_put(labels, device),
-    }
+    return jax.device_put({"image": images, "label": labels}, device)
 
 
 def synthetic_state(shapes: Any, device: Any) -> Any:
@@ -177,24 +158,27 @@ def synthetic_state(shapes: Any, device: Any) -> Any:
     return jax.tree_util.tree_map_with_path(create, shapes)
 
 
-def make_step(candidate: Candidate, workload: Workload, device: Any) -> Step:
+def make_step(candidate: Candidate, workload: Workload, device: Any) -> StepFunction:
     """Makes the step of a candidate, to be compiled for one device."""
     if candidate.implementation == MIXER_JAX:
         model = _our_model(candidate, workload, device)
         if workload.mode == "train":
             return _our_train_step(model, workload, device)
+        prepare_params = functools.partial(
+            prepare_inference_params,
+            dtype=model.execution.dtype,
+            platform=device.platform,
+            family=FAMILY,
+        )
         options = compiler_options(device.platform, model.execution.backend)
-
-        def prepare_params(params: Any) -> Any:
-            return prepare_inference_params(params, model.execution.dtype, device.platform, FAMILY)
-
         return _infer_step(model, workload, prepare_params, options)
     config = dataclasses.asdict(FAMILY.get_config(workload.variant))
     dtype = resolve_dtype(workload.dtype)
     reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    return _infer_step(reference, workload, lambda params: cast_weights(params, dtype, FAMILY))
+    prepare_params = functools.partial(cast_weights, dtype=dtype, family=FAMILY)
+    return _infer_step(reference, workload, prepare_params)
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
@@ -204,21 +188,10 @@ def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
     return build_model(*model, declared.settings, device.platform, device.device_kind)
 
 
-def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
+def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction:
     """Makes the training step as `training.setup` does, on one device."""
-    # Without warmup, parameters change from the first step on.
-    optimizer = OptimizerConfig(
-        learning_rate=LEARNING_RATE,
-        warmup_steps=0,
-        decay_type="none",
-        weight_decay=WEIGHT_DECAY,
-        b1=B1,
-        b2=B2,
-        eps=EPS,
-        clip_norm=CLIP_NORM,
-    )
-    schedule = make_schedule(optimizer, num_steps=1000)
-    tx = make_optimizer(optimizer, schedule, model.family)
+    schedule = make_schedule(OPTIMIZER, num_steps=1000)
+    tx = make_optimizer(OPTIMIZER, schedule, model.family)
     mesh = make_mesh(1, 1, [device])
     init_state = functools.partial(
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
@@ -226,19 +199,19 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> Step:
     sharding = state_sharding(jax.eval_shape(init_state), mesh, model.family)
     config = TrainStepConfig(RecipeConfig())
     function = jit_train_step(config, sharding, model, tx, schedule, mesh)
-    return Step(function, init_state, True)
+    return StepFunction(function, init_state, True)
 
 
-def _plain_train_step(model: Any, workload: Workload) -> Step:
+def _plain_train_step(model: Any, workload: Workload) -> StepFunction:
     """Makes a straightforward training step with optax's own AdamW."""
     tx = optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
+        optax.clip_by_global_norm(OPTIMIZER.clip_norm),
         optax.adamw(
-            LEARNING_RATE,
-            B1,
-            B2,
-            EPS,
-            weight_decay=WEIGHT_DECAY,
+            OPTIMIZER.learning_rate,
+            OPTIMIZER.b1,
+            OPTIMIZER.b2,
+            OPTIMIZER.eps,
+            weight_decay=OPTIMIZER.weight_decay,
             mask=functools.partial(weight_decay_mask, family=FAMILY.name),
         ),
     )
@@ -258,7 +231,7 @@ def _plain_train_step(model: Any, workload: Workload) -> Step:
         params = _init_params(model, workload)
         return params, tx.init(params)
 
-    return Step(jax.jit(step, donate_argnums=0), init_state, True)
+    return StepFunction(jax.jit(step, donate_argnums=0), init_state, True)
 
 
 def _infer_step(
@@ -266,7 +239,7 @@ def _infer_step(
     workload: Workload,
     prepare_params: Callable[[Any], Any],
     options: dict[str, Any] | None = None,
-) -> Step:
+) -> StepFunction:
     """Makes the step from images to logits; parameters are prepared once, as at load."""
 
     def classify(params: Any, batch: dict[str, Any]) -> Any:
@@ -275,7 +248,7 @@ def _infer_step(
     def init_params() -> Any:
         return prepare_params(_init_params(model, workload))
 
-    return Step(jax.jit(classify, compiler_options=options), init_params, False)
+    return StepFunction(jax.jit(classify, compiler_options=options), init_params, False)
 
 
 def _init_params(model: Any, workload: Workload) -> Any:

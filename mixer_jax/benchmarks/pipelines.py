@@ -1,11 +1,14 @@
 """Input pipelines that do the same work: JPEG decoding alone, mixer_jax's, and tf.data's.
 
+The JPEG files are generated, or read from a folder.
+
 The stream of every pipeline is timed between two arrivals in its middle, while the consumer only
 waits: images prepared before the clock starts do not count, and each stream is exhausted before the
 next one starts.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import math
@@ -27,6 +30,7 @@ from mixer_jax.data.preprocess import train_image
 from mixer_jax.data.randaugment import rand_augment
 from mixer_jax.data.source import Example, Source
 from mixer_jax.distributed.sharding import batch_sharding, make_mesh
+from mixer_jax.errors import UserError
 
 DECODE = "JPEG decoding alone"
 CROP = "decoding, Inception crop, flip"
@@ -43,6 +47,12 @@ _MIN_AREA = 0.05
 _NUM_EXAMPLES = 1_281_167
 _NUM_MEMORY_READINGS = 10
 
+# ImageNet's most frequent image size, and about its usual file size: 92 to 115 kB.
+_HEIGHT, _WIDTH = 375, 500
+_MIN_BYTES = 92_000
+# Files of a folder, all of which are held in memory.
+_MAX_FILES = 1024
+
 
 class PipelineConfig(NamedTuple):
     """Settings of all pipelines.
@@ -50,7 +60,6 @@ class PipelineConfig(NamedTuple):
     Attributes:
         files: Encoded images, used repeatedly.
         image_size: Side of the square images, in pixels.
-        batch_size: Images per batch.
         num_threads: Threads of a pipeline.
         our_num_threads: Threads of mixer_jax's pipeline; 0 leaves the number to the pipeline.
         our_num_workers: Processes that share these threads; 0 leaves the number to the pipeline.
@@ -82,13 +91,9 @@ class PipelineConfig(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """One implementation of one task.
+    """One implementation of one of the `TASKS`.
 
-    Attributes:
-        task: One of `TASKS`.
-        name: Name of the implementation.
-        num_cores: Cores that it can use.
-        open: Starts a stream and yields the number of images of every arrival.
+    `open` starts a stream, which yields the number of images of every arrival.
     """
 
     task: str
@@ -98,16 +103,13 @@ class Pipeline(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """Speed of one pipeline.
+    """Speed of one pipeline, median over rounds.
 
     Attributes:
-        task: Task of the pipeline.
-        name: Name of the pipeline.
-        images_per_second: Median over rounds.
         images_per_second_per_core: Rate divided by the cores that the pipeline can use.
         milliseconds: Time of one core per image at that rate.
-        relative_time: Time per image relative to mixer_jax's for the same task in the same round,
-            median over rounds; for decoding alone, relative to mixer_jax's decoding, crop and flip.
+        relative_time: Time per image relative to mixer_jax's for the same task in the same round;
+            for decoding alone, relative to mixer_jax's decoding, crop and flip.
     """
 
     task: str
@@ -116,20 +118,6 @@ class Measurement(NamedTuple):
     images_per_second_per_core: float
     milliseconds: float
     relative_time: float
-
-
-class MemoryGrowth(NamedTuple):
-    """Resident memory during a long run.
-
-    Attributes:
-        images: Images prepared until each reading; the first tenth of the run is warmup.
-        mebibytes: Memory at each reading, of this process and its workers.
-        growth_percent: Growth from the first reading to the last.
-    """
-
-    images: list[int]
-    mebibytes: list[float]
-    growth_percent: float
 
 
 class _RepeatedFiles(Sequence[Example]):
@@ -149,12 +137,9 @@ class _RepeatedFiles(Sequence[Example]):
 def measure_pipelines(
     config: PipelineConfig, num_rounds: int, tf_data: ModuleType | None
 ) -> list[Measurement]:
-    """Measures all pipelines, one after the other in every round.
+    """Measures all pipelines, one after the other in every round, after a round of warmup.
 
-    Args:
-        config: Settings of the pipelines.
-        num_rounds: Rounds to time, after one round of warmup.
-        tf_data: Module `mixer_jax.benchmarks.tf_data`; None leaves tf.data out.
+    `tf_data` is the module `mixer_jax.benchmarks.tf_data`; None leaves tf.data out.
     """
     # A thread is one thread; mixer_jax's pipeline sets the same.
     cv2.setNumThreads(0)
@@ -163,9 +148,8 @@ def measure_pipelines(
     if tf_data is not None:
         pipelines += _tf_data_pipelines(config, images, tf_data)
     pipelines.sort(key=lambda pipeline: TASKS.index(pipeline.task))
-    rates = np.array(
-        [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)][1:]
-    ).T
+    rounds = [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)]
+    rates = np.array(rounds[1:]).T
     our_rates = {p.task: r for p, r in zip(pipelines, rates, strict=True) if p.name == OURS}
     measurements = []
     for (task, name, num_cores, _), by_round in zip(pipelines, rates, strict=True):
@@ -178,21 +162,29 @@ def measure_pipelines(
     return measurements
 
 
-def measure_memory_growth(config: PipelineConfig, num_images: int) -> MemoryGrowth:
+def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, Any]:
     """Measures the memory of mixer_jax's training pipeline with RandAugment over a long run.
 
     `num_images` is rounded down to whole batches.
+
+    Returns:
+        The number of images until each reading, of which the first ends the warmup; the resident
+        memory of this process and its workers at each reading; and its growth.
     """
     num_batches = num_images // config.batch_size
     readings = [
-        num_batches * (index + 1) // _NUM_MEMORY_READINGS for index in range(_NUM_MEMORY_READINGS)
+        num_batches * index // _NUM_MEMORY_READINGS for index in range(1, _NUM_MEMORY_READINGS + 1)
     ]
     mebibytes = []
     for count, _ in enumerate(our_batches(config, num_batches, randaugment=True), start=1):
         if count in readings:
             mebibytes.append(_resident_bytes() / 2**20)
     growth = 100 * (mebibytes[-1] / mebibytes[0] - 1)
-    return MemoryGrowth([count * config.batch_size for count in readings], mebibytes, growth)
+    return {
+        "images": [count * config.batch_size for count in readings],
+        "mebibytes": mebibytes,
+        "growth_percent": growth,
+    }
 
 
 def our_batches(config: PipelineConfig, num_batches: int, *, randaugment: bool) -> Iterator[Batch]:
@@ -242,23 +234,32 @@ def _decoders(config: PipelineConfig) -> list[Pipeline]:
     ]
 
 
-def _our_pipelines(config: PipelineConfig, images: np.ndarray) -> list[Pipeline]:
-    def stream(randaugment: bool) -> Iterator[int]:
-        for _ in our_batches(config, config.num_batches, randaugment=randaugment):
-            yield config.batch_size
+def _decode(config: PipelineConfig, decode: Callable[[bytes], Any]) -> Iterator[int]:
+    def decode_chunk(chunk: Sequence[bytes]) -> int:
+        for file in chunk:
+            decode(file)
+        return len(chunk)
 
-    def augment() -> Iterator[int]:
+    files = itertools.islice(itertools.cycle(config.files), config.num_batches * config.batch_size)
+    chunks = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
+    with concurrent.futures.ThreadPoolExecutor(config.num_threads) as pool:
+        yield from pool.map(decode_chunk, chunks)
+
+
+def _our_pipelines(config: PipelineConfig, images: np.ndarray) -> list[Pipeline]:
+    def augment() -> Iterator[None]:
         rng = np.random.default_rng(0)
         repeated = itertools.cycle(images)
         for _ in range(config.num_batches):
             for image in itertools.islice(repeated, config.batch_size):
                 rand_augment(image, rng, num_layers=_LAYERS, magnitude=_MAGNITUDE)
-            yield config.batch_size
+            yield
 
+    stream = functools.partial(our_batches, config, config.num_batches)
     return [
-        Pipeline(CROP, OURS, config.num_cores, functools.partial(stream, False)),
-        Pipeline(AUGMENT, OURS, config.num_cores, functools.partial(stream, True)),
-        Pipeline(RANDAUGMENT, OURS, 1, augment),
+        _batch_pipeline(CROP, OURS, config, functools.partial(stream, randaugment=False)),
+        _batch_pipeline(AUGMENT, OURS, config, functools.partial(stream, randaugment=True)),
+        _batch_pipeline(RANDAUGMENT, OURS, config, augment),
     ]
 
 
@@ -268,11 +269,6 @@ def _tf_data_pipelines(
     size = {"num_batches": config.num_batches, "batch_size": config.batch_size}
     randaugment = {"randaugment_layers": _LAYERS, "randaugment_magnitude": _MAGNITUDE}
     off = {"randaugment_layers": 0, "randaugment_magnitude": 0.0}
-
-    def stream(dataset: Any) -> Iterator[int]:
-        for _ in dataset:
-            yield config.batch_size
-
     pipelines = []
     for (task, layers), (name, decode_full_image) in itertools.product(
         [(CROP, off), (AUGMENT, randaugment)],
@@ -287,23 +283,16 @@ def _tf_data_pipelines(
             **size,
             **layers,
         )
-        open_stream = functools.partial(stream, dataset)
-        pipelines.append(Pipeline(task, name, config.num_cores, open_stream))
+        pipelines.append(_batch_pipeline(task, name, config, dataset.__iter__))
     augmented = tf_data.augmented_batches(images, num_threads=1, **size, **randaugment)
-    pipelines.append(Pipeline(RANDAUGMENT, "tf.data", 1, functools.partial(stream, augmented)))
-    return pipelines
+    return [*pipelines, _batch_pipeline(RANDAUGMENT, "tf.data", config, augmented.__iter__)]
 
 
-def _decode(config: PipelineConfig, decode: Callable[[bytes], Any]) -> Iterator[int]:
-    def decode_chunk(chunk: Sequence[bytes]) -> int:
-        for file in chunk:
-            decode(file)
-        return len(chunk)
-
-    files = itertools.islice(itertools.cycle(config.files), config.num_batches * config.batch_size)
-    chunks = iter(lambda: list(itertools.islice(files, CHUNK_SIZE)), [])
-    with concurrent.futures.ThreadPoolExecutor(config.num_threads) as pool:
-        yield from pool.map(decode_chunk, chunks)
+def _batch_pipeline(
+    task: str, name: str, config: PipelineConfig, open_batches: Callable[[], Iterator[Any]]
+) -> Pipeline:
+    num_cores = 1 if task == RANDAUGMENT else config.num_cores
+    return Pipeline(task, name, num_cores, lambda: (config.batch_size for _ in open_batches()))
 
 
 def _measure_rate(stream: Iterator[int], config: PipelineConfig) -> float:
@@ -329,14 +318,53 @@ def _cropped_images(config: PipelineConfig) -> np.ndarray:
 
 def _resident_bytes() -> int:
     """Returns the resident memory of this process and its workers."""
-    workers = [child.pid for child in multiprocessing.active_children()]
-    return sum(_resident_bytes_of(pid) for pid in [os.getpid(), *workers] if pid is not None)
+    resident = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        # A worker may have just finished.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            resident += num_pages * os.sysconf("SC_PAGE_SIZE")
+    return resident
 
 
-def _resident_bytes_of(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # A worker that has just finished.
-    resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return 1024 * int(resident[0]) if resident else 0
+def sample_jpegs(count: int) -> list[bytes]:
+    """Encodes random 500×375 crops of scikit-learn's two sample photographs as JPEG files."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = itertools.cycle(load_sample_images().images)
+    files = []
+    for image in itertools.islice(photographs, count):
+        top = rng.integers(image.shape[0] - _HEIGHT + 1)
+        left = rng.integers(image.shape[1] - _WIDTH + 1)
+        files.append(_encode(image[top : top + _HEIGHT, left : left + _WIDTH]))
+    return files
+
+
+def _encode(image: np.ndarray) -> bytes:
+    """Encodes an image at the lowest quality, from 80 on, that exceeds `_MIN_BYTES`."""
+    for quality in range(80, 101):
+        params = [cv2.IMWRITE_JPEG_QUALITY, quality]
+        encoded = cv2.imencode(".jpg", image[..., ::-1], params)[1].tobytes()
+        if len(encoded) > _MIN_BYTES:
+            break
+    return encoded
+
+
+def read_jpegs(folder: str) -> list[bytes]:
+    """Reads the JPEG files in a folder and its subfolders, by name, at most `_MAX_FILES`.
+
+    Raises:
+        UserError: There are none, or one of them is not a JPEG file.
+    """
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise UserError(f"--images must be a folder with .jpg or .jpeg files, got {folder}.")
+    files = []
+    for path in paths[:_MAX_FILES]:
+        files.append(path.read_bytes())
+        try:
+            simplejpeg.decode_jpeg(files[-1], strict=False)
+        except ValueError:
+            raise UserError(f"--images={folder}: {path} is not a readable JPEG file.") from None
+    return files

@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -59,14 +58,3 @@ class ReferenceMixer(nn.Module):
         x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x)
         x = jnp.mean(x, axis=1)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
-
-
-def to_reference(params: dict[str, Any]) -> dict[str, Any]:
-    """Converts parameters of a `MlpMixer` to those of a `ReferenceMixer`."""
-    stacked = params["blocks"]
-    num_blocks = len(jax.tree.leaves(stacked)[0])
-    blocks = {
-        f"block_{index}": jax.tree.map(lambda x, index=index: x[index], stacked)
-        for index in range(num_blocks)
-    }
-    return {name: value for name, value in params.items() if name != "blocks"} | blocks

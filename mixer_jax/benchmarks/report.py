@@ -7,43 +7,28 @@ import json
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.candidates import MIXER_JAX, Workload
 from mixer_jax.errors import RunError, UserError
 
-# Heading, key of a row, and formatting function of a column.
-Column = tuple[str, str, Callable[[Any], str]]
 
+class Column(NamedTuple):
+    """Column of a table.
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    Attributes:
+        heading: Heading.
+        key: Key of the value in a row.
+        format: Format specification.
+        scale: Factor from the value in a row to the number that is shown.
+    """
 
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:.2f}"
-
-
-_THROUGHPUT_COLUMNS: list[Column] = [
-    ("images/s", "images_per_second", "{:.2f}".format),
-    ("ms/step", "step_seconds", lambda v: f"{1000 * v:.1f}"),
-    ("latency ms", "latency_seconds", lambda v: f"{1000 * v:.2f}"),
-    ("MFU %", "mfu", _percent),
-    ("memory GiB", "memory_bytes", _gib),
-    ("compile s", "compile_seconds", "{:.1f}".format),
-    ("first step s", "first_step_seconds", "{:.1f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
-]
-_COMPILE_COLUMNS: list[Column] = [
-    ("compile s", "compile_seconds", "{:.2f}".format),
-    ("first step s", "first_step_seconds", "{:.2f}".format),
-    ("cached first step s", "cached_first_step_seconds", "{:.2f}".format),
-    ("memory GiB", "memory_bytes", _gib),
-    ("images/s", "images_per_second", "{:.2f}".format),
-    ("relative time", "relative_time", "{:.2f}".format),
-]
+    heading: str
+    key: str
+    format: str = ".2f"
+    scale: float = 1
 
 
 def log(text: str) -> None:
@@ -63,11 +48,10 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raises UserError if results could not be written, before they are measured."""
     for name in ("out", "plot"):
         path = getattr(args, name, None)
-        if path is None:
-            continue
-        if path.is_dir():
+        if path and path.is_dir():
             raise UserError(f"--{name} must be a file, got the folder {path}.")
-        _check_writable(name, path, path.parent)
+        if path:
+            _check_writable(name, path, path.parent)
     if getattr(args, "plot", None):
         if args.plot.suffix != ".png":
             raise UserError(f"--plot must be a .png file, got {args.plot}.")
@@ -75,13 +59,12 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise UserError("--plot needs matplotlib, which is not installed. Leave it out.")
     for name in ("profile", "dump"):
         folder = getattr(args, name, None)
-        if folder is not None:
+        if folder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(
-                    f"--{name}={folder} cannot be created ({error.strerror})."
-                ) from error
+                reason = error.strerror
+                raise UserError(f"--{name}={folder} cannot be created ({reason}).") from error
             _check_writable(name, folder, folder)
 
 
@@ -89,8 +72,7 @@ def _check_writable(name: str, path: Path, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--{name}={path}: folder {folder} does not exist. Create it first.")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
             f"--{name}={path}: folder {folder} must be writable ({error.strerror})."
@@ -120,33 +102,14 @@ def _write(name: str, path: Path, content: bytes) -> None:
         raise RunError(f"--{name}={path} cannot be written ({error.strerror}).") from error
 
 
-def print_throughput(report: dict[str, Any]) -> None:
-    """Prints the report of `--mode=train,infer`."""
-    print(_format_environment(report))
-    for mode in report["modes"]:
-        rates = [
-            f"{name} {rate / 1e9:,.0f}" for name, rate in mode["matmul_flops_per_second"].items()
-        ]
-        print(f"\n{mode['mode']}: {_format_workload(mode)}")
-        print(f"GFLOP/s of a large matmul: {', '.join(rates)}")
-        if mode["isolated"]:
-            print("JAX and PyTorch ran one at a time, because both do not fit into memory")
-        print_table(mode["candidates"], _THROUGHPUT_COLUMNS)
-
-
-def print_compilation(report: dict[str, Any]) -> None:
-    """Prints the report of `--mode=compile`."""
-    print(_format_environment(report))
-    print(f"\ncompile the training step: {_format_workload(report)}")
-    print_table(report["candidates"], _COMPILE_COLUMNS)
-
-
-def _format_environment(report: dict[str, Any]) -> str:
+def format_environment(report: dict[str, Any]) -> str:
+    """Formats the device and the versions of the libraries."""
     names = ("device", "topology", "jax", "flax", "libtpu", "torch", "timm")
     return ", ".join(f"{name} {report[name]}" for name in names if name in report)
 
 
-def _format_workload(report: dict[str, Any]) -> str:
+def format_workload(report: dict[str, Any]) -> str:
+    """Formats the workload whose fields a report has."""
     return Workload(*(report[name] for name in Workload._fields)).format()
 
 
@@ -158,9 +121,9 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], title
         columns: Columns after the name.
         title: Heading of the first column.
     """
-    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     names = [title, *(row["name"] for row in rows)]
-    lines = [[heading for heading, _, _ in columns], *(_format_cells(row, columns) for row in rows)]
+    lines = [[column.heading for column in columns], *(_format_cells(row, columns) for row in rows)]
     name_width = max(map(len, names))
     widths = [max(len(line[i]) for line in lines if line) for i in range(len(columns))]
     for name, line, row in zip(names, lines, [{}, *rows], strict=True):
@@ -173,7 +136,11 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column], title
 def _format_cells(row: dict[str, Any], columns: Sequence[Column]) -> list[str]:
     if row.get("failed"):
         return []
-    return ["-" if row[key] is None else formatter(row[key]) for _, key, formatter in columns]
+    values = [row[column.key] for column in columns]
+    return [
+        "-" if value is None else f"{value * column.scale:{column.format}}"
+        for value, column in zip(values, columns, strict=True)
+    ]
 
 
 def plot_throughput(report: dict[str, Any]) -> Any:
@@ -189,7 +156,7 @@ def plot_throughput(report: dict[str, Any]) -> Any:
     for mode, axes in zip(modes, panels, strict=True):
         _plot_mode(axes, mode)
     panels[-1].set_xlabel("images/s")
-    figure.suptitle(_format_environment(report), fontsize=9)
+    figure.suptitle(format_environment(report), fontsize=9)
     return figure
 
 
@@ -203,7 +170,7 @@ def _plot_mode(axes: Any, mode: dict[str, Any]) -> None:
     # Leaves space for the label of the longest bar.
     axes.set_xlim(0, 1.4 * max(rates))
     title = "Training" if mode["mode"] == "train" else "Inference"
-    axes.set_title(f"{title}: {_format_workload(mode)}", fontsize=10, loc="left")
+    axes.set_title(f"{title}: {format_workload(mode)}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -4,7 +4,7 @@ import abc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.benchmarks.candidates import Candidate, Workload
@@ -13,17 +13,8 @@ from mixer_jax.benchmarks.candidates import Candidate, Workload
 _MIN_SECONDS = 0.2
 _MAX_STEPS = 1000
 
-
-class Program(NamedTuple):
-    """Steps of one candidate, ready to run.
-
-    Attributes:
-        step: Starts one step of a whole batch and returns a value to wait for.
-        single_image_step: Starts one step of a single image; None if latency is not measured.
-    """
-
-    step: Callable[[], Any]
-    single_image_step: Callable[[], Any] | None
+# Starts one step and returns a value to wait for.
+Step = Callable[[], Any]
 
 
 class CompileCosts(NamedTuple):
@@ -40,10 +31,10 @@ class CompileCosts(NamedTuple):
     memory_bytes: int | None
 
 
-class _TimedCall(NamedTuple):
-    """Function, and the number of calls that are long enough to time."""
+class _TimedStep(NamedTuple):
+    """Step, and the number of calls that are long enough to time."""
 
-    function: Callable[[], Any]
+    step: Step
     num_calls: int
 
 
@@ -51,30 +42,24 @@ class FrameworkRunner(abc.ABC):
     """One framework on one device, with the programs built so far.
 
     A program that is measured is built first where it is missing, e.g. because this process had to
-    be started again.
-
-    Attributes:
-        workload: Work of all candidates.
-        asynchronous: Whether steps return before the device has finished.
+    be started again. `asynchronous` steps return before the device has finished.
     """
 
     def __init__(self, workload: Workload, asynchronous: bool):
         self.workload = workload
         self.asynchronous = asynchronous
-        self._steps: dict[str, _TimedCall] = {}
-        self._single_image_steps: dict[str, _TimedCall] = {}
-        self._matmul: tuple[_TimedCall, int] | None = None
+        # By candidate and batch size.
+        self._steps: dict[tuple[str, int], _TimedStep] = {}
+        self._matmul: tuple[_TimedStep, int] | None = None
 
     @abc.abstractmethod
-    def environment(self) -> dict[str, str]:
-        """Returns the device and the versions of the libraries."""
+    def build(
+        self, candidate: Candidate, batch_sizes: Sequence[int]
+    ) -> tuple[list[Step], CompileCosts]:
+        """Builds a step for each batch size and runs it once; returns the costs of the first."""
 
     @abc.abstractmethod
-    def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
-        """Builds the steps of a batch and, if requested, of a single image; runs them once."""
-
-    @abc.abstractmethod
-    def build_matmul(self) -> tuple[Callable[[], Any], int]:
+    def build_matmul(self) -> tuple[Step, int]:
         """Builds a large square matmul; returns it with its FLOPs."""
 
     @abc.abstractmethod
@@ -87,73 +72,74 @@ class FrameworkRunner(abc.ABC):
 
     def measure_costs(self, candidate: Candidate) -> CompileCosts:
         """Measures the one-time costs of a candidate without keeping its program."""
-        return self.build(candidate, single_image=False)[1]
+        return self.build(candidate, [self.workload.batch_size])[1]
 
     def prepare(self, candidate: Candidate) -> CompileCosts:
-        """Builds the program of a candidate and keeps it."""
-        program, costs = self.build(candidate, single_image=self.workload.mode == "infer")
-        if program.single_image_step:
-            self._single_image_steps[candidate.name] = self._calibrate(program.single_image_step)
-        self._steps[candidate.name] = self._calibrate(program.step)
+        """Builds the programs of a candidate and keeps them: inference also of a single image."""
+        batch_sizes = [self.workload.batch_size]
+        if self.workload.mode == "infer":
+            batch_sizes.append(1)
+        steps, costs = self.build(candidate, batch_sizes)
+        for batch_size, step in zip(batch_sizes, steps, strict=True):
+            self._steps[candidate.name, batch_size] = self._calibrate(step)
         self.release_memory()
         return costs
 
     def measure_step(self, candidate: Candidate) -> float:
         """Measures the seconds per step over many consecutive steps."""
-        if candidate.name not in self._steps:
-            self.prepare(candidate)
-        return self._measure(self._steps[candidate.name])
+        return self._measure(self._get_step(candidate, self.workload.batch_size))
 
     def measure_latencies(self, candidate: Candidate) -> list[float]:
         """Measures single calls from one image to its logits, in seconds; none in training."""
         if self.workload.mode != "infer":
             return []
-        if candidate.name not in self._single_image_steps:
-            self.prepare(candidate)
-        call, num_calls = self._single_image_steps[candidate.name]
-        self._time(call, 1)
-        latencies = [self._time(call, 1) for _ in range(num_calls)]
+        step, num_calls = self._get_step(candidate, 1)
+        self._time(step, 1)
+        latencies = [self._time(step, 1) for _ in range(num_calls)]
         self.release_memory()
         return latencies
 
     def measure_matmul(self) -> float:
         """Measures the FLOP/s of a large matmul."""
         if self._matmul is None:
-            function, flops = self.build_matmul()
-            self._matmul = self._calibrate(function), flops
-        call, flops = self._matmul
-        return flops / self._measure(call)
+            matmul, flops = self.build_matmul()
+            self._matmul = self._calibrate(matmul), flops
+        timed, flops = self._matmul
+        return flops / self._measure(timed)
 
     def images_per_second(self, candidate: Candidate, batch_size: int) -> float:
         """Measures a candidate at another batch size without keeping its program."""
-        self.workload = self.workload._replace(batch_size=batch_size)
-        self.prepare(candidate)
-        seconds = statistics.median(self.measure_step(candidate) for _ in range(3))
-        self._steps.clear()
-        self._single_image_steps.clear()
-        return batch_size / seconds
+        (step,), _ = self.build(candidate, [batch_size])
+        timed = self._calibrate(step)
+        self.release_memory()
+        return batch_size / statistics.median(self._measure(timed) for _ in range(3))
 
-    def _calibrate(self, function: Callable[[], Any]) -> _TimedCall:
+    def _get_step(self, candidate: Candidate, batch_size: int) -> _TimedStep:
+        if (candidate.name, batch_size) not in self._steps:
+            self.prepare(candidate)
+        return self._steps[candidate.name, batch_size]
+
+    def _calibrate(self, step: Step) -> _TimedStep:
         """Chooses the number of calls that take long enough to time."""
         num_calls = 1
         for _ in range(3 if self.asynchronous else 1):
-            seconds = self._time(function, num_calls)
+            seconds = self._time(step, num_calls)
             num_calls = min(max(math.ceil(_MIN_SECONDS / seconds), 1), _MAX_STEPS)
-        return _TimedCall(function, num_calls)
+        return _TimedStep(step, num_calls)
 
-    def _measure(self, call: _TimedCall) -> float:
+    def _measure(self, timed: _TimedStep) -> float:
         if self.asynchronous:
             # The device may have been idle, and its memory may have been released.
-            self._time(call.function, 1)
-        seconds = self._time(call.function, call.num_calls)
+            self._time(timed.step, 1)
+        seconds = self._time(timed.step, timed.num_calls)
         self.release_memory()
         return seconds
 
-    def _time(self, function: Callable[[], Any], num_calls: int) -> float:
+    def _time(self, step: Step, num_calls: int) -> float:
         """Returns the mean seconds per call."""
         start = time.perf_counter()
         for _ in range(num_calls):
-            value = function()
+            value = step()
             if not self.asynchronous:
                 # Steps of some frameworks on CPUs would not wait for each other.
                 self.wait(value)

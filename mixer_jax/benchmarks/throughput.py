@@ -2,27 +2,56 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from mixer_jax.benchmarks.args import (
+from mixer_jax.benchmarks.candidates import (
+    JAX,
+    TORCH,
+    Candidate,
+    Workload,
     add_workload_args,
     missing_timm_package,
     parse_baselines,
     parse_candidates,
     parse_workload,
 )
-from mixer_jax.benchmarks.candidates import JAX, TORCH
-from mixer_jax.benchmarks.compare import Trial, compare, find_batch_size, query_environment
+from mixer_jax.benchmarks.compare import compare, query_environment
 from mixer_jax.benchmarks.report import (
+    Column,
     add_output_args,
     check_outputs,
-    print_throughput,
-    write_report,
+    format_environment,
+    format_workload,
+    log,
+    print_table,
 )
+from mixer_jax.benchmarks.workers import Worker, WorkerError
 from mixer_jax.cli.common import check_positive
+from mixer_jax.errors import RunError
 
 DESCRIPTION = "Measure training and inference of a Mixer on this machine, with baselines."
+# A larger batch must be faster by more than this factor to be worth its memory.
+_MIN_GAIN = 1.02
+_COLUMNS = [
+    Column("images/s", "images_per_second"),
+    Column("ms/step", "step_seconds", ".1f", 1000),
+    Column("latency ms", "latency_seconds", ".2f", 1000),
+    Column("MFU %", "mfu", ".1f", 100),
+    Column("memory GiB", "memory_bytes", ".2f", 2**-30),
+    Column("compile s", "compile_seconds", ".1f"),
+    Column("first step s", "first_step_seconds", ".1f"),
+    Column("relative time", "relative_time"),
+]
+
+
+class Trial(NamedTuple):
+    """One batch size of a search; the rate is None if it does not fit into memory."""
+
+    batch_size: int
+    images_per_second: float | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser, plot=True)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures all candidates and prints the result.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all candidates.
 
     Raises:
         UserError: An argument is out of range.
@@ -59,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
     baselines = parse_baselines(args)
     check_outputs(args)
 
-    every_candidate = [c for mode_candidates in candidates.values() for c in mode_candidates]
-    environment = query_environment(workloads[0], every_candidate)
+    # All modes have the same backends.
+    environment = query_environment(workloads[0], candidates[workloads[0].mode])
     platform = environment["platform"]
     # Printed only now, so that a usage error is one line.
     if args.baselines is None and (missing := missing_timm_package()):
@@ -77,7 +106,8 @@ def run(args: argparse.Namespace) -> None:
         trials: list[Trial] = []
         workload = workload._replace(dtype=environment["dtype"])
         if not workload.batch_size:
-            workload, trials = find_batch_size(workload, ours[0], platform)
+            batch_size, trials = find_batch_size(workload, ours[0], platform)
+            workload = workload._replace(batch_size=batch_size)
         profile_dir = str(args.profile / workload.mode) if args.profile else ""
         result = compare(workload, [*ours, *baselines], args.rounds, platform, profile_dir)
         modes.append(
@@ -89,7 +119,78 @@ def run(args: argparse.Namespace) -> None:
                 "candidates": [row._asdict() for row in result.results],
             }
         )
-    report = {**environment, "rounds": args.rounds, "modes": modes}
-    write_report(args, report)
-    if not args.json:
-        print_throughput(report)
+    return {**environment, "rounds": args.rounds, "modes": modes}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a table for each mode."""
+    print(format_environment(report))
+    for mode in report["modes"]:
+        rates = [
+            f"{name} {rate / 1e9:,.0f}" for name, rate in mode["matmul_flops_per_second"].items()
+        ]
+        print(f"\n{mode['mode']}: {format_workload(mode)}")
+        print(f"GFLOP/s of a large matmul: {', '.join(rates)}")
+        if mode["isolated"]:
+            print("JAX and PyTorch ran one at a time, because both do not fit into memory")
+        print_table(mode["candidates"], _COLUMNS)
+
+
+def find_batch_size(
+    workload: Workload, candidate: Candidate, platform: str
+) -> tuple[int, list[Trial]]:
+    """Searches for a good batch size; returns it, and all trials in order.
+
+    Raises:
+        RunError: The candidate fails, or batch size 1 does not fit into memory.
+    """
+    with Worker(JAX, workload) as worker:
+
+        def try_batch_size(batch_size: int) -> float | None:
+            log(f"{workload.mode}: trying {batch_size} images per step")
+            for _ in range(2):
+                try:
+                    rate: float = worker.call(
+                        "images_per_second", candidate=candidate, batch_size=batch_size
+                    )
+                except WorkerError as error:
+                    if not error.out_of_memory:
+                        raise RunError(f"{candidate.name} failed: {error}") from error
+                    # The second try is in a new process, whose memory is not fragmented.
+                    worker.stop()
+                else:
+                    return rate
+            return None
+
+        batch_size, trials = search_batch_size(try_batch_size, 8 if platform == "cpu" else 64)
+    if not batch_size:
+        raise RunError("batch size 1 does not fit into the device's memory.")
+    return batch_size, trials
+
+
+def search_batch_size(
+    measure: Callable[[int], float | None], start: int
+) -> tuple[int, list[Trial]]:
+    """Finds the smallest batch size that twice its size beats by no more than 2 %.
+
+    `measure` returns images/s, or None if a batch does not fit into memory. The first batch size,
+    `start`, is doubled while it pays, and halved while it does not fit.
+
+    Returns:
+        The batch size, 0 if batch size 1 does not fit, and all trials in order.
+    """
+    size, rate = start, measure(start)
+    trials = [Trial(size, rate)]
+    while rate is None and size > 1:
+        size //= 2
+        rate = measure(size)
+        trials.append(Trial(size, rate))
+    if rate is None:
+        return 0, trials
+    while size >= start:
+        larger = measure(2 * size)
+        trials.append(Trial(2 * size, larger))
+        if larger is None or larger <= _MIN_GAIN * rate:
+            break
+        size, rate = 2 * size, larger
+    return size, trials

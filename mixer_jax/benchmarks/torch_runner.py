@@ -3,25 +3,14 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from mixer_jax.benchmarks.candidates import (
-    B1,
-    B2,
-    CLIP_NORM,
-    EPS,
-    FAMILY,
-    LEARNING_RATE,
-    TIMM_COMPILED,
-    WEIGHT_DECAY,
-    Candidate,
-    Workload,
-)
-from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Program
+from mixer_jax.benchmarks.candidates import FAMILY, OPTIMIZER, TIMM_COMPILED, Candidate, Workload
+from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,33 +25,34 @@ class TorchRunner(FrameworkRunner):
         # JAX's default in float32, too.
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        torch.set_num_threads(_available_cpus())
+        if hasattr(os, "sched_getaffinity"):
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
 
-    def environment(self) -> dict[str, str]:
-        """Returns the device and the versions of the libraries."""
-        device = torch.cuda.get_device_name() if self.asynchronous else "cpu"
-        return {
-            "device": device,
-            "torch": torch.__version__,
-            "timm": import_timm().__version__,
-        }
-
-    def build(self, candidate: Candidate, single_image: bool) -> tuple[Program, CompileCosts]:
-        """Builds the steps of a candidate and runs them once."""
+    def build(
+        self, candidate: Candidate, batch_sizes: Sequence[int]
+    ) -> tuple[list[Step], CompileCosts]:
+        """Builds a step for each batch size and runs it once; returns the costs of the first."""
         import_timm()
-        allocated = self._reset_peak_memory()
-        step, single_image_step = self._make_step(candidate, self.workload.batch_size), None
-        self.wait(None)
-        start = time.perf_counter()
-        self.wait(step())
-        first_step_seconds = time.perf_counter() - start
-        costs = CompileCosts(None, first_step_seconds, self._peak_memory_since(allocated))
-        if single_image:
-            single_image_step = self._make_step(candidate, 1)
-            self.wait(single_image_step())
-        return Program(step, single_image_step), costs
+        steps, costs = [], []
+        for batch_size in batch_sizes:
+            memory_bytes = None
+            if self.asynchronous:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                allocated = torch.cuda.memory_allocated()
+            step = self._make_step(candidate, batch_size)
+            self.wait(None)
+            start = time.perf_counter()
+            self.wait(step())
+            first_step_seconds = time.perf_counter() - start
+            if self.asynchronous:
+                memory_bytes = torch.cuda.max_memory_allocated() - allocated
+            steps.append(step)
+            costs.append(CompileCosts(None, first_step_seconds, memory_bytes))
+        return steps, costs[0]
 
-    def build_matmul(self) -> tuple[Callable[[], Any], int]:
+    def build_matmul(self) -> tuple[Step, int]:
         """Builds a matmul of random matrices."""
         size = 8192 if self.asynchronous else 4096
         left, right = (torch.randn(size, size, device=self.device).to(self.dtype) for _ in "ab")
@@ -95,19 +85,22 @@ class TorchRunner(FrameworkRunner):
         others = [p for p in model.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
             [
-                {"params": kernels, "weight_decay": WEIGHT_DECAY},
+                {"params": kernels, "weight_decay": OPTIMIZER.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=LEARNING_RATE,
-            betas=(B1, B2),
-            eps=EPS,
+            lr=OPTIMIZER.learning_rate,
+            betas=(OPTIMIZER.b1, OPTIMIZER.b2),
+            eps=OPTIMIZER.eps,
             **({"fused": True} if self.asynchronous else {"foreach": True}),
         )
         num_classes = self.workload.num_classes
+        autocast: Any = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            autocast = torch.autocast(self.device.type, self.dtype)
         model.train()
 
         def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            with self._autocast():
+            with autocast:
                 logits = forward(normalize_images(images))
             targets = torch.nn.functional.one_hot(labels, num_classes).float()
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -116,63 +109,32 @@ class TorchRunner(FrameworkRunner):
             loss = loss.sum(dim=-1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM, foreach=True)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm, foreach=True)
             optimizer.step()
             return loss.detach()
 
         return step
 
-    def _make_step(self, candidate: Candidate, batch_size: int) -> Callable[[], Any]:
-        model = self.make_model()
-        images, labels = self._synthetic_batch(batch_size)
-        if self.workload.mode == "train":
-            step = self.make_train_step(model, self._maybe_compile(model, candidate))
+    def _make_step(self, candidate: Candidate, batch_size: int) -> Step:
+        workload, model = self.workload, self.make_model()
+        shape = (batch_size, 3, workload.image_size, workload.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+        labels = torch.randint(0, workload.num_classes, (batch_size,), device=self.device)
+        if workload.mode == "infer":
+            # Weights in the dtype of the computation, as usual for serving: half the bytes to read.
+            model = model.to(self.dtype).eval()
+        # Static shapes: one program per batch size, as with XLA.
+        compiled = candidate.implementation == TIMM_COMPILED
+        forward = torch.compile(model, dynamic=False) if compiled else model
+        if workload.mode == "train":
+            step = self.make_train_step(model, forward)
             return lambda: step(images, labels)
-        # Weights in the dtype of the computation, as usual for serving: half the bytes to read.
-        model = model.to(self.dtype).eval()
-        forward = self._maybe_compile(model, candidate)
 
         @torch.inference_mode()
         def classify() -> torch.Tensor:
             return forward(normalize_images(images).to(self.dtype)).float()
 
         return classify
-
-    def _synthetic_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Creates random images and labels on the device."""
-        workload = self.workload
-        shape = (batch_size, 3, workload.image_size, workload.image_size)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        labels = torch.randint(0, workload.num_classes, (batch_size,), device=self.device)
-        return images, labels
-
-    def _maybe_compile(self, model: Any, candidate: Candidate) -> Callable[[Any], Any]:
-        if candidate.implementation != TIMM_COMPILED:
-            return model
-        # Static shapes: one program per batch size, as with XLA.
-        return torch.compile(model, dynamic=False)
-
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def _reset_peak_memory(self) -> int:
-        if not self.asynchronous:
-            return 0
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def _peak_memory_since(self, allocated: int) -> int | None:
-        return torch.cuda.max_memory_allocated() - allocated if self.asynchronous else None
-
-
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:
@@ -207,16 +169,13 @@ def create_timm_mixer(variant: str, image_size: int, num_classes: int) -> Any:
     from timm.models.mlp_mixer import MlpMixer
 
     config = FAMILY.get_config(variant)
-    # timm expresses the hidden sizes of the MLPs as multiples of the channels.
-    ratios = (
-        config.tokens_mlp_dim / config.hidden_dim,
-        config.channels_mlp_dim / config.hidden_dim,
-    )
+    mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
     return MlpMixer(
         num_classes=num_classes,
         img_size=image_size,
         patch_size=config.patch_size,
         num_blocks=config.num_blocks,
         embed_dim=config.hidden_dim,
-        mlp_ratio=ratios,
+        # timm expresses the hidden sizes of the MLPs as multiples of the channels.
+        mlp_ratio=tuple(mlp_dim / config.hidden_dim for mlp_dim in mlp_dims),
     )

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,7 @@ _LOG_CHARS = 4000
 class WorkerError(RuntimeError):
     """Failure of one call in a worker process; the message is its reason, in one line.
 
-    Attributes:
-        reason: Message of the original error.
-        out_of_memory: Whether memory ran out.
-        trace: Traceback, or the last output of the lost process.
+    `trace` is the traceback, or the last output of the lost process.
     """
 
     def __init__(self, reason: str, out_of_memory: bool, trace: str):
@@ -53,14 +50,8 @@ class WorkerError(RuntimeError):
 class Worker:
     """Process that holds the runner of one framework; starts at the first call."""
 
-    def __init__(
-        self,
-        framework: str,
-        workload: Workload,
-        platform: str = "",
-        environment: Mapping[str, str] | None = None,
-    ):
-        self._args = (framework, workload, platform, dict(environment or {}))
+    def __init__(self, framework: str, workload: Workload, platform: str = "", cache_dir: str = ""):
+        self._args = (framework, workload, platform, cache_dir)
         self._process: Any = None
         self._connection: Any = None
         self._log: Any = None
@@ -127,12 +118,9 @@ class Worker:
 class WorkerPool:
     """Worker processes of all frameworks of a comparison, which share one device.
 
-    Lost processes are started again at the next call and finds its compiled programs in
-    `cache_dir`. If the device has too little memory for two processes, only one of them runs at a
-    time from then on.
-
-    Attributes:
-        isolated: Whether only one process runs at a time.
+    Lost processes are started again at the next call and find their compiled programs in
+    `cache_dir`. If the device has too little memory for two processes, the pool becomes `isolated`:
+    only one of them runs at a time from then on.
     """
 
     def __init__(
@@ -140,21 +128,21 @@ class WorkerPool:
     ):
         self.isolated = False
         self._workload, self._cache_dir = workload, cache_dir
-        environment = _cache_environment(cache_dir)
-        self._workers = {name: Worker(name, workload, platform, environment) for name in frameworks}
+        self._workers = {name: Worker(name, workload, platform, cache_dir) for name in frameworks}
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop(self._workers)
+        self._stop_all()
 
     def call(self, framework: str, method: str, **kwargs: Any) -> Any:
         """Calls a method of a framework's runner; see `Worker.call`."""
         worker = self._workers[framework]
         others = [name for name in self._workers if name != framework and self._workers[name].pid]
         if self.isolated:
-            self._stop(others)
+            for name in others:
+                self._workers[name].stop()
         try:
             return worker.call(method, **kwargs)
         except WorkerError as error:
@@ -166,7 +154,7 @@ class WorkerPool:
             file=sys.stderr,
         )
         self.isolated = True
-        self._stop(self._workers)
+        self._stop_all()
         return worker.call(method, **kwargs)
 
     def measure_cold_start(self, candidate: Candidate) -> CompileCosts:
@@ -176,15 +164,14 @@ class WorkerPool:
         be the same program. The compiled program is added to the cache of the pool.
         """
         with tempfile.TemporaryDirectory() as cache_dir:
-            environment = _cache_environment(cache_dir)
-            with Worker(JAX, self._workload, environment=environment) as worker:
+            with Worker(JAX, self._workload, cache_dir=cache_dir) as worker:
                 costs: CompileCosts = worker.call("measure_costs", candidate=candidate)
             shutil.copytree(cache_dir, self._cache_dir, dirs_exist_ok=True)
         return costs
 
-    def _stop(self, frameworks: Sequence[str] | Mapping[str, Worker]) -> None:
-        for name in frameworks:
-            self._workers[name].stop()
+    def _stop_all(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
 
 
 def _cache_environment(folder: str) -> dict[str, str]:
@@ -205,7 +192,7 @@ def _serve(
     framework: str,
     workload: Workload,
     platform: str,
-    environment: Mapping[str, str],
+    cache_dir: str,
 ) -> None:
     """Runs the calls that arrive until the connection is closed, as a worker's main function."""
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
@@ -213,7 +200,8 @@ def _serve(
         os.dup2(log, stream)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.update(environment)
+    if cache_dir:
+        os.environ.update(_cache_environment(cache_dir))
     logging.set_verbosity(logging.ERROR)
     runner: Any = None
     while True:

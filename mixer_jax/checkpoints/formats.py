@@ -183,8 +183,8 @@ class NpzFile(TensorFile):
             raise self.error(name, f"is damaged: {summarize_error(error)}.") from error
         if not is_direct:
             array = array.view(_BFLOAT16) if member.dtype == _RAW_BFLOAT16 else array
-            order = "F" if member.is_fortran_order else "C"
-            copy_into(array.reshape(member.shape, order=order), out)
+            array = array.reshape(member.shape, order="F" if member.is_fortran_order else "C")
+            copy_into(array, out)
 
     def _read_stored(self, member: _Member, buffer: memoryview) -> None:
         """Fills a buffer straight from the file; `zipfile` would copy everything twice."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixer_jax.config.schema import FIELDS
-from mixer_jax.distributed.tpu_env import silence_libtpu
+from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import RunError, UserError, exit_code
 
 if TYPE_CHECKING:

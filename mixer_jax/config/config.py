@@ -156,7 +156,10 @@ def _suggest_key(path: str, keys: list[str]) -> str:
 def _check_rules(config: RunConfig) -> None:
     """Checks the rules between keys."""
     for name, entry in config.evals.items():
-        parse_shots(f"config.evals.{name}.shots", entry.shots)
+        try:
+            _ = entry.shot_counts
+        except UserError as error:
+            raise UserError(f"config.evals.{name}.{error}") from None
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps or config.num_epochs must be set, got 0 for both.")
@@ -175,7 +178,7 @@ def _check_rules(config: RunConfig) -> None:
             f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
-        check_warmup(config, resolve_num_steps(config, config.dataset.num_examples))
+        resolve_num_steps(config, config.dataset.num_examples)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -213,35 +216,20 @@ def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
         )
 
 
-def check_warmup(config: RunConfig, num_steps: int) -> None:
-    """Raises UserError if warmup is longer than the run."""
-    warmup_steps = config.optimizer.warmup_steps
-    if warmup_steps > num_steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
-            f"got {warmup_steps}. Lower it or train for longer."
-        )
-
-
-def parse_shots(name: str, text: str) -> tuple[int, ...]:
-    """Parses a list of numbers of images per class, such as "1,5,10,25".
-
-    Args:
-        name: Name of the value for messages.
-        text: Integers separated by commas; brackets around them are ignored.
+def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
+    """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`.
 
     Raises:
-        UserError: The text is not a list of positive integers.
+        UserError: Warmup is longer than the run.
     """
-    numbers = [number.strip() for number in text.strip("()[] ").split(",")]
-    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
-        raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
-    return tuple(dict.fromkeys(map(int, numbers)))
-
-
-def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
-    """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`."""
-    return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
+    num_steps = config.num_steps
+    num_steps = num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
+    if config.optimizer.warmup_steps > num_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
+            f"got {config.optimizer.warmup_steps}. Lower it or train for longer."
+        )
+    return num_steps
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

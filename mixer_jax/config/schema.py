@@ -344,6 +344,18 @@ class CheckpointConfig:
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
 
 
+def parse_shots(name: str, text: str) -> tuple[int, ...]:
+    """Parses a list of numbers of images per class, such as "1,5,10,25" or "(1, 5)".
+
+    Raises:
+        UserError: The text is not a list of positive integers; `name` is named.
+    """
+    numbers = [number.strip() for number in text.strip("()[] ").split(",")]
+    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
+    return tuple(dict.fromkeys(map(int, numbers)))
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -359,6 +371,11 @@ class EvalConfig:
     )
     num_seeds: int = key(3, "few_shot: random draws of these images", min=1, resumable=True)
     every_steps: int = key(0, "interval; 0: only at the end", unit="steps", min=0, resumable=True)
+
+    @functools.cached_property
+    def shot_counts(self) -> tuple[int, ...]:
+        """Parsed `shots`. Raises UserError if they are not positive integers."""
+        return parse_shots("shots", self.shots)
 
 
 @dataclasses.dataclass(frozen=True)

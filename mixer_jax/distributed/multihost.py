@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.distributed.tpu_env import has_tpu
+from mixer_jax.distributed.hardware import has_tpu
 from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
 
 # Set by launchers that start several processes: a JAX coordinator, TPU multislice.

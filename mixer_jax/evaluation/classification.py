@@ -1,6 +1,5 @@
 """Classification metrics over a split, with every example counted exactly once."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixer_jax.data.loader import Batch
 from mixer_jax.data.source import Source
-from mixer_jax.distributed.sharding import replicate, replicated
-from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
-from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.stack import use_partitionable_backend
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
 
 NUM_CALIBRATION_BINS = 15
 
@@ -31,7 +26,6 @@ class ClassificationMetrics(NamedTuple):
         top5: Fraction of examples with a correct class among the five most probable ones.
         log_likelihood: Mean log-probability of the correct class, in nats.
         calibration_error: Expected calibration error, over 15 equal bins of confidence.
-        num_examples: Examples counted.
         num_bad: Examples skipped because their images are unusable.
         num_unlabelled: Examples skipped because they have no correct class.
     """
@@ -80,7 +74,6 @@ class ExampleMetrics(NamedTuple):
             one; 0 is best. The number of classes if the logits are NaN.
         log_likelihood: Log-probability that a correct class holds.
         confidence: Probability of the most probable class.
-        mask: Whether the example counts.
     """
 
     rank: Int[Array, " n"]
@@ -116,24 +109,15 @@ def per_example_metrics(
 
 
 def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
-    """Compiles `per_example_metrics` as a function of parameters and a batch of `eval_batches`.
+    """Jits the model, followed by `per_example_metrics`. See `jit_inference`."""
 
-    The result is replicated, so that every host can read all of it. Nothing is donated:
-    parameters outlive an evaluation.
-    """
-    model = use_partitionable_backend(model, mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform, model.execution.backend)
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
-    def eval_step(params: Any, batch: Batch) -> ExampleMetrics:
-        params = replicate(params, mesh)
-        logits = model.apply({"params": params}, normalize_images(batch["image"]))
+    def select(logits: Array, batch: Batch) -> ExampleMetrics:
         target_mask = batch["label"]
         if target_mask.ndim == 1:
             target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
         return per_example_metrics(logits, target_mask, batch["mask"])
 
-    return eval_step
+    return jit_inference(model, mesh, select)
 
 
 def evaluate(
@@ -144,13 +128,6 @@ def evaluate(
     input_config: EvalInputConfig,
 ) -> ClassificationMetrics:
     """Computes classification metrics over every example of a source.
-
-    Args:
-        eval_step: Result of `make_eval_step`.
-        params: Parameters of the model.
-        source: Examples to evaluate on.
-        mesh: Mesh of devices.
-        input_config: Input pipeline.
 
     Raises:
         UserError: Images are unusable and must not be skipped, or no example counts.
@@ -185,13 +162,10 @@ def aggregate(examples: ExampleMetrics) -> ClassificationMetrics:
     )
 
 
-def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
-    """Computes the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
-
-    Args:
-        confidence: Probability of the most probable class, (n,).
-        is_correct: Whether that class is correct, (n,).
-    """
+def calibration_error(
+    confidence: Float[np.ndarray, " n"], is_correct: Bool[np.ndarray, " n"]
+) -> float:
+    """Computes the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
     if np.isnan(confidence).any():
         return math.nan
     bins = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)

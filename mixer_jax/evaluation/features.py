@@ -1,10 +1,8 @@
 """Feature extraction: the input of the head for every example of a split, in chunks."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -12,22 +10,12 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from mixer_jax.data.loader import Batch
 from mixer_jax.data.source import Source
-from mixer_jax.distributed.sharding import replicate, replicated
-from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig
-from mixer_jax.models.layers import normalize_images
-from mixer_jax.models.stack import use_partitionable_backend
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
 
 
 class BatchFeatures(NamedTuple):
-    """Features of a batch, including padding.
-
-    Attributes:
-        features: Input of the head.
-        labels: Labels of the examples.
-        mask: Whether the example counts.
-    """
+    """Features of a batch, including padding, which `mask` excludes."""
 
     features: Float32[Array, "n d"]
     labels: Int[Array, " n"]
@@ -35,13 +23,7 @@ class BatchFeatures(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Features of some examples of a source, on the host.
-
-    Attributes:
-        features: One row per example.
-        labels: Labels of the examples.
-        indices: Indices of the examples in the source.
-    """
+    """Features of some examples of a source, on the host, and their indices in the source."""
 
     features: Float32[np.ndarray, "n d"]
     labels: Int[np.ndarray, " n"]
@@ -52,21 +34,12 @@ FeatureFn = Callable[[Any, Batch], BatchFeatures]
 
 
 def make_feature_fn(model: Any, mesh: Mesh) -> FeatureFn:
-    """Compiles the model without its head, for parameters and a batch of `eval_batches`.
+    """Jits the model without its head; parameters may include the head. See `jit_inference`."""
 
-    The result is replicated, so that every host can read all features. Parameters may include the
-    head; nothing is donated.
-    """
-    headless = use_partitionable_backend(model.clone(num_classes=0), mesh.size)
-    options = compiler_options(mesh.devices.flat[0].platform, headless.execution.backend)
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
-    def feature_fn(params: Any, batch: Batch) -> BatchFeatures:
-        params = replicate(params, mesh)
-        features = headless.apply({"params": params}, normalize_images(batch["image"]))
+    def select(features: Array, batch: Batch) -> BatchFeatures:
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 
-    return feature_fn
+    return jit_inference(model.clone(num_classes=0), mesh, select)
 
 
 class FeatureExtractor:
@@ -83,15 +56,7 @@ class FeatureExtractor:
         mesh: Mesh,
         input_config: EvalInputConfig,
     ):
-        """Initializes the extractor.
-
-        Args:
-            feature_fn: Result of `make_feature_fn`.
-            params: Parameters of the model.
-            source: Examples with one label each.
-            mesh: Mesh of devices.
-            input_config: Input pipeline.
-        """
+        """Initializes the extractor; examples must have one label each."""
         self._name = source.name
         self._pass = DatasetPass(feature_fn, params, source, mesh, input_config)
 

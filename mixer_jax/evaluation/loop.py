@@ -1,19 +1,24 @@
 """Evaluation loop: every example of a split exactly once, in order, for any batch size."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from mixer_jax.data.loader import Batch, eval_batches
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.distributed import multihost
-from mixer_jax.distributed.sharding import batch_sharding
+from mixer_jax.distributed.sharding import batch_sharding, replicate, replicated
+from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
+from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.stack import use_partitionable_backend
 
 _MAX_NAMED_IMAGES = 5
 
@@ -42,6 +47,30 @@ class EvalInputConfig(NamedTuple):
     prefetch_batches: int
 
 
+def jit_inference(
+    model: Any, mesh: Mesh, select: Callable[[Array, Batch], Output]
+) -> Callable[[Any, Batch], Output]:
+    """Jits a model for parameters and a batch of `eval_batches`.
+
+    The result is replicated, so that every host can read all of it. Nothing is donated:
+    parameters outlive an evaluation.
+
+    Args:
+        model: Flax module.
+        mesh: Device mesh.
+        select: Function from the output of the model and the batch to the result.
+    """
+    model = use_partitionable_backend(model, mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform, model.execution.backend)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
+    def step(params: Any, batch: Batch) -> Output:
+        params = replicate(params, mesh)
+        return select(model.apply({"params": params}, normalize_images(batch["image"])), batch)
+
+    return step
+
+
 class DatasetPass(Generic[Output]):
     """One pass of a compiled function over a source. Iterate over it once.
 
@@ -57,16 +86,7 @@ class DatasetPass(Generic[Output]):
         mesh: Mesh,
         input_config: EvalInputConfig,
     ):
-        """Initializes the pass.
-
-        Args:
-            fn: Compiled function of parameters and a batch of `eval_batches`. Its outputs must be
-                replicated, so that every host can read all of them.
-            params: Parameters of the model.
-            source: Examples to read.
-            mesh: Mesh of devices.
-            input_config: Input pipeline.
-        """
+        """Initializes a pass of `fn`, a result of `jit_inference`, over every example."""
         self._fn, self._params = fn, params
         self._source, self._mesh, self._input_config = source, mesh, input_config
         self.num_bad = 0
@@ -109,23 +129,14 @@ class DatasetPass(Generic[Output]):
 
 
 def bad_images_error(source: Source, bad: list[BadImage], num_bad: int) -> UserError:
-    """Creates the error about unusable images.
-
-    Args:
-        source: Source of the images.
-        bad: Images found on this host.
-        num_bad: Number of images found on all hosts.
-    """
+    """Creates the error about `num_bad` unusable images on all hosts; `bad` are on this one."""
+    named = [f"{name} ({reason})" for name, reason in bad[:_MAX_NAMED_IMAGES]]
+    if len(bad) > _MAX_NAMED_IMAGES:
+        named.append("…")
     images = "image" if num_bad == 1 else "images"
     return UserError(
-        f"{source.name}: {num_bad:,} unusable {images}: {_format_images(bad)}. Fix or remove them, "
-        "or skip unusable images: --config.bad_images.skip_in_evaluation=true, or "
-        "--skip_bad_images for mixer_jax.evaluate."
+        f"{source.name}: {num_bad:,} unusable {images}: "
+        f"{', '.join(named) or 'listed by another host'}. Fix or remove them, or skip unusable "
+        "images: --config.bad_images.skip_in_evaluation=true, or --skip_bad_images for "
+        "mixer_jax.evaluate."
     )
-
-
-def _format_images(bad: list[BadImage]) -> str:
-    if not bad:
-        return "listed by another host"
-    named = [f"{name} ({reason})" for name, reason in bad[:_MAX_NAMED_IMAGES]]
-    return ", ".join(named) + (", …" if len(bad) > _MAX_NAMED_IMAGES else "")

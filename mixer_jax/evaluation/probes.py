@@ -1,4 +1,4 @@
-"""Probes: classifiers fitted to frozen features without gradients.
+"""Probes of frozen features: few-shot (the paper's Section 3), linear and k-nearest neighbors.
 
 Every probe is fitted first; then the test split is read once, and none of its features are stored.
 """
@@ -10,15 +10,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
+from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source, relabel, subset
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.classifiers import (
+    L2_REGS,
+    KnnClassifier,
+    LinearClassifier,
+    SufficientStatistics,
+    fit_ridge,
+)
 from mixer_jax.evaluation.features import FeatureExtractor, FeatureFn, rechunk
-from mixer_jax.evaluation.few_shot import LazyLabels, LinearClassifier, fit_ridge, sample_few_shot
-from mixer_jax.evaluation.knn import KnnClassifier
-from mixer_jax.evaluation.linear_probe import L2_REGS, SufficientStatistics
-from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.loop import EvalInputConfig, bad_images_error
 
+# Label of an unusable example.
+UNUSABLE = -1
 # The last tenth of the training split chooses the regularization of the linear probe.
 _HELD_OUT_FRACTION = 0.1
 # Test features classified at a time.
@@ -26,13 +35,7 @@ _TEST_ROWS = 4096
 
 
 class ProbeConfig(NamedTuple):
-    """Configuration of a probe.
-
-    Attributes:
-        method: "few_shot", "linear" or "knn".
-        shots: Training images per class; few_shot only.
-        seeds: Seeds of the samples; few_shot only.
-    """
+    """Probe by `method`, "few_shot", "linear" or "knn"; shots and seeds are for few_shot only."""
 
     method: str
     shots: Sequence[int] = (1, 5, 10, 25)
@@ -43,7 +46,6 @@ class ProbeMetrics(NamedTuple):
     """Accuracies of a probe over a split, as fractions.
 
     Attributes:
-        method: Method of the probe.
         accuracies: Accuracies by name, "1_shot", "linear" or "knn"; means if there are seeds.
         stds: Sample standard deviations over the seeds, by the same names; 0 for a single seed.
             Empty for methods without seeds.
@@ -88,6 +90,81 @@ class ProbeMetrics(NamedTuple):
         return self.format_progress()
 
 
+class LazyLabels(Sequence[int]):
+    """Labels of the examples of a source, read on first use and cached.
+
+    An example that cannot be read, or that was found unusable, has the label `UNUSABLE`.
+    """
+
+    def __init__(self, source: Source, skip_bad: bool):
+        """Initializes an empty cache; unreadable examples are skipped or an error."""
+        self._source, self._skip_bad = source, skip_bad
+        self._labels: dict[int, int] = {}
+        # Indices of examples found unusable.
+        self.bad: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in self.bad:
+            return UNUSABLE
+        if index not in self._labels:
+            try:
+                self._labels[index] = self._source.examples[index]["labels"][0]
+            except BadImageError as error:
+                if not self._skip_bad:
+                    bad = BadImage(error.name or f"example {index}", error.reason)
+                    raise bad_images_error(self._source, [bad], 1) from error
+                self.bad.add(index)
+                return UNUSABLE
+        return self._labels[index]
+
+
+def sample_few_shot(
+    labels: Sequence[Any],  # Not Sequence[int]: a runtime type checker would read an element.
+    class_names: tuple[str, ...],
+    *,
+    shots: int,
+    seed: int,
+    name: str,
+) -> Int[np.ndarray, "shots classes"]:
+    """Samples examples of every class; a pure function of labels and seed.
+
+    The first n rows are the sample for n shots. Labels are read in a random order until every class
+    has enough, so that only a part of a large dataset is read.
+
+    Args:
+        labels: Labels of all examples; `UNUSABLE` excludes an example.
+        class_names: Name of each class.
+        shots: Examples per class.
+        seed: Seed of the random order.
+        name: Dataset and split, for the error.
+
+    Raises:
+        UserError: Some class has too few examples.
+    """
+    sampled: list[list[int]] = [[] for _ in class_names]
+    num_incomplete = len(class_names)
+    # Sorted raw bits, because NumPy does not promise that a generator's permutation is stable.
+    order = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
+    for index in order.tolist():
+        label = labels[index]
+        if label == UNUSABLE or len(sampled[label]) == shots:
+            continue
+        sampled[label].append(index)
+        num_incomplete -= len(sampled[label]) == shots
+        if not num_incomplete:
+            return np.array(sampled).T
+    fewest = min(range(len(sampled)), key=lambda label: len(sampled[label]))
+    count = len(sampled[fewest])
+    fix = f"Lower shots to {count}" if count else "Train on a split that contains every class"
+    raise UserError(
+        f"{name}: shots must not exceed the examples of any class, got {shots} shots and {count} "
+        f"examples of class {class_names[fewest]!r}. {fix}."
+    )
+
+
 _Classifier = LinearClassifier | KnnClassifier
 
 
@@ -118,11 +195,11 @@ def run_probe(
     Args:
         feature_fn: Result of `make_feature_fn`.
         params: Parameters of the model.
-        config: Configuration of the probe.
-        train: Training split.
-        test: Test split; classes are matched by name.
-        mesh: Mesh of devices.
-        input_config: Input pipeline.
+        config: Method and settings of the probe.
+        train: Split to fit the probe on.
+        test: Split to evaluate on; classes are matched by name.
+        mesh: Device mesh.
+        input_config: Settings of the input pipeline.
         labels: Labels of `train` from an earlier probe, so that few_shot does not read them again.
 
     Raises:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.config.config import check_warmup
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.planning.aot_compile import (
@@ -131,7 +130,6 @@ def make_plan(
     if not topology.chip.is_tpu:
         plan = _estimate_plan(config, topology)
         run = plan.run
-        check_warmup(config, run.num_steps)
         check_mesh(config.mesh.data, run.fsdp, run.num_devices)
         check_divisible("config.batch_size", run.batch_size, run.num_devices, run.num_microbatches)
         check_divisible("config.eval_batch_size", config.eval_batch_size, run.num_devices)

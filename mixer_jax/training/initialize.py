@@ -1,4 +1,4 @@
-"""Start of a run: random initialization, a pretrained checkpoint, or the run's own checkpoint."""
+"""State of a run: random, from a pretrained checkpoint, or restored from and saved in its own."""
 
 import contextlib
 import dataclasses
@@ -84,13 +84,27 @@ def restore_or_init(
     metadata, source = checkpoints.metadata(step), f"the checkpoint of step {step}"
     _check_same_data(experiment, metadata, source)
     shape = experiment.state_shape
-    targets = {"params": shape.params, "optimizer": shape.opt_state}
-    if shape.ema_params is not None:
-        targets["ema_params"] = shape.ema_params
-    items = checkpoints.restore(step, targets)
+    items = checkpoints.restore(step, _checkpoint_items(shape))
     steps_taken = jax.device_put(jnp.int32(step), shape.step.sharding)
     state = TrainState(steps_taken, items["params"], items["optimizer"], items.get("ema_params"))
     return state, get_metadata(metadata, "loss_window", source)
+
+
+def save_state(
+    experiment: Experiment,
+    checkpoints: CheckpointManager,
+    state: TrainState,
+    step: int,
+    loss_window: list[float],
+) -> None:
+    """Starts saving a state, and the losses not logged yet, in the background."""
+    metadata = experiment.metadata | {"loss_window": list(loss_window)}
+    checkpoints.save(step, _checkpoint_items(state), metadata)
+
+
+def _checkpoint_items(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "optimizer": state.opt_state}
+    return items if state.ema_params is None else items | {"ema_params": state.ema_params}
 
 
 def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -13,25 +14,26 @@ from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import NonFiniteError, RunError, UserError
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.evaluators import EvalMetrics, make_evaluators
 from mixer_jax.training.initialize import (
     InitSource,
     describe_init,
     find_init_source,
     restore_or_init,
+    save_state,
 )
 from mixer_jax.training.metrics import MetricsLogger
 from mixer_jax.training.setup import (
+    EvalMetrics,
     Experiment,
     build_experiment,
+    make_evaluators,
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.step import Metrics, TrainState
 from mixer_jax.training.workdir import save_config
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
@@ -69,155 +71,173 @@ def train_and_evaluate(
         RunError: Loss, gradients or parameters are not finite, or too many images are bad.
     """
     with contextlib.ExitStack() as stack:
-        shutdown = stack.enter_context(multihost.GracefulShutdown())
+        loop = _TrainLoop(config, workdir, weights, stack)
+        try:
+            return loop.run()
+        except NonFiniteError as error:
+            saved = f"{workdir}/checkpoints/{loop.saved_step}" if loop.saved_step else "none"
+            raise NonFiniteError(
+                f"{error} Last good checkpoint: {saved}. Try a lower learning rate or a longer "
+                "warmup."
+            ) from error
+
+
+class _TrainLoop:
+    """Everything that the steps of a run share."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: str,
+        weights: PretrainedWeights | None,
+        stack: contextlib.ExitStack,
+    ):
+        """Prepares a run; what it opens is closed with `stack`."""
+        self.config = config
+        self.shutdown = stack.enter_context(multihost.GracefulShutdown())
         datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
-        experiment = build_experiment(config, datasets, init_info=init and init.model_info)
-        num_steps = experiment.num_steps
-        checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
-        stack.callback(checkpoints.close)
-        start_step = checkpoints.latest_step() or 0
-        state, loss_window = restore_or_init(experiment, checkpoints, start_step, init)
+        self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
+        self.num_steps = self.experiment.num_steps
+        self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
+        stack.callback(self.checkpoints.close)
+        self.start_step = self.saved_step = self.checkpoints.latest_step() or 0
+        self.saved_at = time.monotonic()
+        self.state, loss_window = restore_or_init(
+            self.experiment, self.checkpoints, self.start_step, init
+        )
         if is_primary:
             save_config(workdir, config)
-        logger = MetricsLogger(
+        self.logger = MetricsLogger(
             workdir,
-            start_step,
-            num_steps,
+            self.start_step,
+            self.num_steps,
             batch_size=config.batch_size,
             log_every_steps=config.log_every_steps,
-            throughput_metrics=functools.partial(throughput_metrics, experiment),
+            throughput_metrics=functools.partial(throughput_metrics, self.experiment),
             loss_window=loss_window,
             is_primary=is_primary,
             tensorboard=config.tensorboard,
         )
-        stack.callback(logger.close)
-        logger.progress.print(_describe_run(experiment, start_step, init))
-        bad_images = BadImageLog(
+        stack.callback(self.logger.close)
+        self.logger.progress.print(_describe_run(self.experiment, self.start_step, init))
+        self.bad_images = BadImageLog(
             workdir,
-            start_step,
+            self.start_step,
             num_examples=len(datasets.train),
             batch_size=config.batch_size,
             max_fraction=config.bad_images.max_fraction,
-            log=logger.progress.print,
+            log=self.logger.progress.print,
         )
+        self.evaluators = make_evaluators(self.experiment)
+        self.shared_flags = multihost.SharedFlags()
+        self.batches = make_train_batches(self.experiment, self.start_step, self.bad_images.record)
+        stack.callback(self.batches.close)
 
-        evaluators = make_evaluators(experiment)
-        shared_flags = multihost.SharedFlags()
-        step = saved_step = start_step
-        saved_at = time.monotonic()
+    def run(self) -> TrainResult:
+        """Takes all remaining steps, or those until the run is asked to stop."""
+        step = self.start_step
         scores: dict[str, EvalMetrics] = {}
-        if start_step == num_steps:
-            scores = {name: evaluate(state.eval_params) for name, evaluate in evaluators.items()}
-        batches = make_train_batches(experiment, start_step, bad_images.record)
-        stack.callback(batches.close)
-        for step, batch in enumerate(batches, start_step + 1):
-            state, metrics = _take_step(experiment, state, batch, logger.should_log(step))
-            is_last = step == num_steps
-            try:
-                logger.record(step, metrics)
-                if _is_sync_step(step):
-                    bad_images.sync_hosts(step)
-                due_evals = [
-                    name
-                    for name, entry in config.evals.items()
-                    if is_last or _is_due(step, entry.every_steps)
-                ]
-                seconds = time.monotonic() - saved_at
-                is_late = 0 < config.checkpoint.every_minutes * 60 < seconds
-                signaled, is_late = shared_flags.exchange(shutdown.received is not None, is_late)
-                if signaled and shutdown.received is None:
-                    shutdown.received = signal.SIGTERM
-                is_stopping = signaled or bad_images.too_many
-                is_saving = (
-                    is_last
-                    or is_stopping
-                    or is_late
-                    or _is_due(step, config.checkpoint.every_steps)
-                )
-                if due_evals or is_saving:
-                    # Only finite parameters are evaluated and saved.
-                    logger.flush_pending()
-                    if not logger.should_log(step):
-                        norm = float(experiment.param_norm(state.params))
-                        logger.check_finite(step, {"parameter_norm": norm})
-            except RunError as error:
-                raise _with_resume_hint(error, workdir, saved_step) from error
-            with logger.progress.pause():
-                try:
-                    for name in due_evals:
-                        scores[name] = evaluators[name](state.eval_params)
-                        logger.log_eval(
-                            step, name, scores[name].as_dict(), scores[name].format_progress()
-                        )
-                except UserError:
-                    # A bad evaluation image must not cost what has been trained.
-                    save(experiment, checkpoints, state, step, logger.loss_window)
-                    raise
+        if step == self.num_steps:
+            params = self.state.eval_params
+            scores = {name: evaluator(params) for name, evaluator in self.evaluators.items()}
+        for step, batch in enumerate(self.batches, self.start_step + 1):
+            self.take_step(step, batch)
+            is_last = step == self.num_steps
+            is_stopping, is_late = self.sync_hosts(step)
+            is_saving = (
+                is_last
+                or is_stopping
+                or is_late
+                or _is_due(step, self.config.checkpoint.every_steps)
+            )
+            due_evals = [
+                name
+                for name, entry in self.config.evals.items()
+                if is_last or _is_due(step, entry.every_steps)
+            ]
+            if due_evals or is_saving:
+                self.check_finite(step)
+            with self.logger.progress.pause():
+                scores |= self.evaluate(step, due_evals)
                 if is_saving:
-                    save(experiment, checkpoints, state, step, logger.loss_window)
-                    saved_step, saved_at = step, time.monotonic()
-                    # A request sent before this save would cause another one.
-                    shared_flags.clear()
-            if is_stopping and shutdown.received is not None and not is_last:
-                # Callers other than `mixer_jax.main` print nothing else about it.
-                logger.progress.print(f"{shutdown.received.name}: stopped after step {step:,}")
+                    self.save(step)
             if is_stopping:
                 break
-        bad_images.close()
-    if bad_images.too_many and step < num_steps:
-        raise RunError(bad_images.stop_message(saved_step))
-    return TrainResult(step, num_steps, scores if step == num_steps else {}, shutdown.received)
+        is_finished, signaled = step == self.num_steps, self.shutdown.received
+        if signaled is not None and not is_finished:
+            # Callers other than `mixer_jax.main` print nothing else about it.
+            self.logger.progress.print(f"{signaled.name}: stopped after step {step:,}")
+        self.bad_images.close()
+        if self.bad_images.too_many and not is_finished:
+            raise RunError(self.bad_images.stop_message(self.saved_step))
+        return TrainResult(step, self.num_steps, scores if is_finished else {}, signaled)
 
+    def take_step(self, step: int, batch: Batch) -> None:
+        """Takes a training step, and computes norms of parameters and update if it is logged.
 
-def _take_step(
-    experiment: Experiment, state: TrainState, batch: Batch, should_log: bool
-) -> tuple[TrainState, Metrics]:
-    """Takes a training step, and computes norms of parameters and update if it is logged.
+        The norms are not part of the step: for the norm of the update, XLA would copy parameters
+        and moments, and with the norm of the parameters, it would update them at half the memory
+        bandwidth.
+        """
+        experiment, is_logged = self.experiment, self.logger.should_log(step)
+        before = None
+        if is_logged and self.config.log_update_norm:
+            before = experiment.copy_params(self.state.params)
+        self.state, metrics = experiment.train_step(self.state, batch)
+        if is_logged:
+            metrics["parameter_norm"] = experiment.param_norm(self.state.params)
+        if before is not None:
+            metrics["update_norm"] = experiment.update_norm(before, self.state.params)
+        self.logger.record(step, metrics)
 
-    The norms are not part of the step: for the norm of the update, XLA would copy parameters and
-    moments, and with the norm of the parameters, it would update them at half the memory bandwidth.
-    """
-    if not should_log:
-        return experiment.train_step(state, batch)
-    has_update_norm = experiment.config.log_update_norm
-    before = experiment.copy_params(state.params) if has_update_norm else None
-    state, metrics = experiment.train_step(state, batch)
-    metrics = metrics | {"parameter_norm": experiment.param_norm(state.params)}
-    if before is not None:
-        metrics["update_norm"] = experiment.update_norm(before, state.params)
-    return state, metrics
+    def sync_hosts(self, step: int) -> tuple[bool, bool]:
+        """Returns whether the run must stop, and whether a checkpoint is due by time.
 
+        Both are equal on all hosts.
+        """
+        if jax.process_count() == 1 or step % _SYNC_EVERY_STEPS == 0:
+            self.bad_images.sync_hosts(step)
+        seconds = time.monotonic() - self.saved_at
+        is_late = 0 < self.config.checkpoint.every_minutes * 60 < seconds
+        is_signaled = self.shutdown.received is not None
+        is_signaled, is_late = self.shared_flags.exchange(is_signaled, is_late)
+        if is_signaled and self.shutdown.received is None:
+            self.shutdown.received = signal.SIGTERM
+        return is_signaled or self.bad_images.too_many, is_late
 
-def save(
-    experiment: Experiment,
-    checkpoints: CheckpointManager,
-    state: TrainState,
-    step: int,
-    loss_window: list[float],
-) -> None:
-    """Starts saving a state, and the losses not logged yet, in the background."""
-    items = {"params": state.params, "optimizer": state.opt_state}
-    if state.ema_params is not None:
-        items["ema_params"] = state.ema_params
-    checkpoints.save(step, items, experiment.metadata | {"loss_window": list(loss_window)})
+    def check_finite(self, step: int) -> None:
+        """Raises NonFiniteError unless metrics and parameters are finite, before they are used."""
+        self.logger.flush_pending()
+        if not self.logger.should_log(step):
+            norm = float(self.experiment.param_norm(self.state.params))
+            self.logger.check_finite(step, {"parameter_norm": norm})
+
+    def evaluate(self, step: int, names: Iterable[str]) -> dict[str, EvalMetrics]:
+        """Runs and logs some evaluations; if data is bad, saves the state and raises UserError."""
+        scores = {}
+        try:
+            for name in names:
+                scores[name] = result = self.evaluators[name](self.state.eval_params)
+                self.logger.log_eval(step, name, result.as_dict(), result.format_progress())
+        except UserError:
+            # A bad evaluation image must not cost what has been trained.
+            self.save(step)
+            raise
+        return scores
+
+    def save(self, step: int) -> None:
+        """Starts saving the state in the background."""
+        save_state(self.experiment, self.checkpoints, self.state, step, self.logger.loss_window)
+        self.saved_step, self.saved_at = step, time.monotonic()
+        # A request sent before this save would cause another one.
+        self.shared_flags.clear()
 
 
 def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-
-
-def _is_sync_step(step: int) -> bool:
-    return jax.process_count() == 1 or step % _SYNC_EVERY_STEPS == 0
-
-
-def _with_resume_hint(error: RunError, workdir: str, step: int) -> RunError:
-    saved = f"{workdir}/checkpoints/{step}" if step else "none"
-    return type(error)(
-        f"{error} Last good checkpoint: {saved}. Try a lower learning rate or a longer warmup."
-    )
 
 
 def _describe_run(experiment: Experiment, start_step: int, init: InitSource | None) -> str:

@@ -1,4 +1,4 @@
-"""Setup of an experiment from a config: mesh, model, optimizer and compiled functions."""
+"""Setup of an experiment from a config: mesh, model, optimizer, compiled functions, evaluations."""
 
 import dataclasses
 import functools
@@ -13,11 +13,7 @@ from jax.sharding import Mesh
 import mixer_jax
 from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.config.config import (
-    check_scan_unroll,
-    check_warmup,
-    resolve_num_steps,
-)
+from mixer_jax.config.config import check_scan_unroll, resolve_num_steps
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
 from mixer_jax.distributed.hardware import peak_flops
@@ -27,6 +23,16 @@ from mixer_jax.distributed.sharding import (
     make_mesh,
     replicated,
     state_sharding,
+)
+from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
+from mixer_jax.evaluation.features import make_feature_fn
+from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.probes import (
+    LazyLabels,
+    ProbeConfig,
+    ProbeMetrics,
+    run_probe,
+    sample_all_shots,
 )
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import INIT_FROM
@@ -41,6 +47,10 @@ from mixer_jax.training.step import (
     jit_train_step,
     update_norm,
 )
+
+EvalMetrics = ClassificationMetrics | ProbeMetrics
+# From parameters to metrics.
+Evaluator = Callable[[Any], EvalMetrics]
 
 
 class Experiment(NamedTuple):
@@ -97,7 +107,6 @@ def build_experiment(
             backend is for other devices.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
-    check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_divisible(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps
@@ -166,6 +175,51 @@ def make_train_batches(
         sharding=batch_sharding(experiment.mesh),
         on_bad_images=on_bad_images,
     )
+
+
+def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
+    """Creates the evaluations of `config.evals`, by name.
+
+    Raises:
+        UserError: Some class has too few images for a few-shot probe.
+    """
+    config, mesh, datasets = experiment.config, experiment.mesh, experiment.datasets
+    input_config = EvalInputConfig(
+        config.eval_batch_size,
+        (config.image_size, config.image_size),
+        config.preprocess.eval_crop,
+        config.preprocess.exif_orientation,
+        config.bad_images.skip_in_evaluation,
+        config.loader.num_threads,
+        config.loader.prefetch_batches,
+    )
+    eval_step = make_eval_step(experiment.model, mesh)
+    feature_fn = make_feature_fn(experiment.model, mesh)
+    evaluators: dict[str, Evaluator] = {}
+    for name, entry in config.evals.items():
+        source = datasets.evals[name]
+        if entry.type == "classify":
+            evaluators[name] = functools.partial(
+                evaluate, eval_step, source=source, mesh=mesh, input_config=input_config
+            )
+            continue
+        train = datasets.probe_train[name]
+        probe = ProbeConfig(entry.type, entry.shot_counts, tuple(range(entry.num_seeds)))
+        labels = LazyLabels(train, input_config.skip_bad)
+        if entry.type == "few_shot":
+            # Raises if a class has too few images, before training rather than after it.
+            sample_all_shots(probe, train, labels)
+        evaluators[name] = functools.partial(
+            run_probe,
+            feature_fn,
+            config=probe,
+            train=train,
+            test=source,
+            mesh=mesh,
+            input_config=input_config,
+            labels=labels,
+        )
+    return evaluators
 
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mixer_jax.config.schema import RecipeConfig
-from mixer_jax.distributed.gradients import sharded_value_and_grad
-from mixer_jax.distributed.sharding import batch_sharding, replicated
+from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family

@@ -61,7 +61,6 @@ def test_runner_times_timm(mode: str, dtype: str, torch: Any, timm: Any) -> None
     from mixer_jax.benchmarks.torch_runner import TorchRunner
 
     runner = TorchRunner(WORKLOAD._replace(mode=mode, dtype=dtype, batch_size=1), "cpu")
-    assert runner.environment()["timm"] == timm.__version__
     candidate = Candidate(TIMM, TIMM)
     assert runner.prepare(candidate).first_step_seconds > 0
     assert runner.measure_step(candidate) > 0

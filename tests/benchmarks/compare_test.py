@@ -3,7 +3,6 @@
 Worker processes are replaced by a simulation of them.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -17,16 +16,9 @@ from mixer_jax.benchmarks.candidates import (
     Candidate,
     Workload,
 )
-from mixer_jax.benchmarks.compare import (
-    Comparison,
-    Trial,
-    compare,
-    median_ratio,
-    mfu,
-    rotate,
-    search_batch_size,
-)
+from mixer_jax.benchmarks.compare import Comparison, compare, median_ratio, mfu, rotate
 from mixer_jax.benchmarks.runner import CompileCosts
+from mixer_jax.benchmarks.throughput import Trial, search_batch_size
 from mixer_jax.benchmarks.workers import WorkerError
 from mixer_jax.errors import RunError
 from tests.helpers.messages import mentions, raises
@@ -51,13 +43,7 @@ class FakeWorker(workers.Worker):
     crashing: ClassVar[set[str]] = set()
     shares_memory: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        framework: str,
-        workload: Workload,
-        platform: str = "",
-        environment: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, framework: str, workload: Workload, platform: str = "", cache_dir: str = ""):
         self.framework = framework
 
     @property

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from mixer_jax import benchmark
-from mixer_jax.benchmarks.pipelines import AUGMENT, CROP, DECODE, RANDAUGMENT, TASKS
-from mixer_jax.benchmarks.sample_jpegs import sample_jpegs
+from mixer_jax.benchmarks.pipelines import (
+    AUGMENT,
+    CROP,
+    DECODE,
+    RANDAUGMENT,
+    TASKS,
+    sample_jpegs,
+)
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises

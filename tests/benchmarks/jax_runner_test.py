@@ -1,5 +1,7 @@
 """Tests that mixer_jax and the reference do the same work, and that their programs are timed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,6 @@ from mixer_jax.benchmarks.jax_runner import (
     synthetic_batch,
     synthetic_state,
 )
-from mixer_jax.benchmarks.reference_mixer import to_reference
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 
 WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
@@ -22,6 +23,15 @@ WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adds a small variant."""
     monkeypatch.setitem(VARIANTS, "tiny", MixerConfig(3, 8, 24, 12, 48))
+
+
+def to_reference(params: dict[str, Any]) -> dict[str, Any]:
+    """Converts parameters of a `MlpMixer` to those of a `ReferenceMixer`."""
+    blocks = {
+        f"block_{index}": jax.tree.map(lambda x, index=index: x[index], params["blocks"])
+        for index in range(VARIANTS["tiny"].num_blocks)
+    }
+    return {name: value for name, value in params.items() if name != "blocks"} | blocks
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from mixer_jax import benchmark
 from mixer_jax.benchmarks import report
 from mixer_jax.benchmarks.candidates import MIXER_JAX, TIMM, Workload
 from mixer_jax.benchmarks.compare import Result
-from mixer_jax.benchmarks.report import plot_throughput, print_table, print_throughput
+from mixer_jax.benchmarks.report import Column, plot_throughput, print_table
+from mixer_jax.benchmarks.throughput import print_report
 from mixer_jax.errors import UserError
 from tests.helpers.messages import mentions, raises
 
@@ -29,8 +30,10 @@ def example_report() -> dict[str, Any]:
     return {"device": "cpu", "jax": "0.1", "modes": [mode, mode | {"mode": "infer"}]}
 
 
-def test_print_throughput_lists_every_candidate(capsys: pytest.CaptureFixture[str]) -> None:
-    print_throughput(example_report())
+def test_throughput_report_lists_every_candidate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_report(example_report())
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(MIXER_JAX)]
     assert len(rows) == 2
@@ -44,7 +47,11 @@ def test_print_table_leaves_out_empty_columns(capsys: pytest.CaptureFixture[str]
         {"name": "a", "x": 1.0, "y": None, "z": None},
         {"name": "b", "x": None, "y": 22, "z": None},
     ]
-    print_table(rows, [("long heading", "x", str), ("y", "y", str), ("z", "z", str)], title="name")
+    print_table(
+        rows,
+        [Column("long heading", "x", ""), Column("y", "y", ""), Column("z", "z", "")],
+        title="name",
+    )
     assert capsys.readouterr().out.splitlines() == [
         "name  long heading   y",
         "a              1.0   -",

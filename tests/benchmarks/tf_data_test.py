@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from sklearn.datasets import load_sample_images
 
-from mixer_jax.benchmarks import tf_data, tf_randaugment
-from mixer_jax.benchmarks.sample_jpegs import sample_jpegs
+from mixer_jax.benchmarks import tf_data
+from mixer_jax.benchmarks.pipelines import sample_jpegs
 from mixer_jax.data import randaugment
 from mixer_jax.data.decode import decode
 from mixer_jax.data.preprocess import resize
@@ -49,7 +49,7 @@ def image(request: pytest.FixtureRequest) -> np.ndarray:
 
 def difference_of(name: str, image: np.ndarray, arguments: tuple[float, ...]) -> np.ndarray:
     """Returns the absolute difference between TensorFlow's result and mixer_jax's."""
-    theirs = getattr(tf_randaugment, name)(tf.constant(image), *arguments).numpy()
+    theirs = getattr(tf_data, name)(tf.constant(image), *arguments).numpy()
     ours = getattr(randaugment, name)(image, *arguments)
     assert theirs.dtype == ours.dtype == np.uint8
     assert theirs.shape == ours.shape
@@ -73,13 +73,13 @@ def test_affine_operations_agree(image: np.ndarray, name: str) -> None:
 
 @pytest.mark.parametrize(("row", "column"), [(112, 100), (5, 200), (223, 0)])
 def test_cutout_agrees(row: int, column: int) -> None:
-    theirs = tf_randaugment.cutout(tf.constant(CHINA), tf.constant(row), tf.constant(column), 60)
+    theirs = tf_data.cutout(tf.constant(CHINA), tf.constant(row), tf.constant(column), 60)
     np.testing.assert_array_equal(theirs, randaugment.cutout(CHINA, np.array([row, column]), 60))
 
 
 def test_operations_have_the_same_strength() -> None:
-    assert list(tf_randaugment.OPERATIONS) == list(randaugment.OPERATIONS)
-    for name, operation in tf_randaugment.OPERATIONS.items():
+    assert list(tf_data.OPERATIONS) == list(randaugment.OPERATIONS)
+    for name, operation in tf_data.OPERATIONS.items():
         theirs = operation(tf.constant(CHINA), 1.5).numpy().astype(int)
         # With every position or sign that can be sampled; Cutout is compared by its area.
         ours = [
@@ -97,8 +97,8 @@ def test_rand_augment_samples_every_operation(monkeypatch: pytest.MonkeyPatch) -
         return lambda image, strength: image + np.uint8(number * strength)
 
     added = {name: adder(number) for number, name in enumerate(randaugment.OPERATIONS)}
-    monkeypatch.setattr(tf_randaugment, "OPERATIONS", added)
-    draw = tf.function(lambda image: tf_randaugment.rand_augment(image, 2, 10.0))
+    monkeypatch.setattr(tf_data, "OPERATIONS", added)
+    draw = tf.function(lambda image: tf_data.rand_augment(image, 2, 10.0))
     sums = [int(draw(tf.zeros((1, 1, 3), tf.uint8))[0, 0, 0]) for _ in range(300)]
     # Sums of two numbers from 0 to 15 have a mean of 15, here with a std of 6.5 / sqrt(300).
     assert 13 < np.mean(sums) < 17
@@ -120,7 +120,7 @@ def test_crop_and_resize_agree(box: tuple[int, int, int, int]) -> None:
 
 
 def test_random_sign_has_both_values() -> None:
-    draw = tf.function(tf_randaugment._random_sign)
+    draw = tf.function(tf_data._random_sign)
     assert {float(draw()) for _ in range(100)} == {-1.0, 1.0}
 
 
@@ -131,7 +131,7 @@ def add_strength(monkeypatch: pytest.MonkeyPatch) -> None:
         name: lambda image, strength: image + np.uint8(4 * strength)
         for name in randaugment.OPERATIONS
     }
-    monkeypatch.setattr(tf_randaugment, "OPERATIONS", added)
+    monkeypatch.setattr(tf_data, "OPERATIONS", added)
 
 
 @pytest.mark.parametrize(("decode_full_image", "num_threads"), [(True, 1), (False, 3)])

@@ -17,9 +17,8 @@ from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.errors import UserError
-from mixer_jax.training import loop
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.initialize import find_init_source, restore_or_init
+from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
 from mixer_jax.training.setup import Experiment, build_experiment
 from mixer_jax.training.step import TrainState
 from tests.helpers.messages import mentions, raises
@@ -159,7 +158,7 @@ def save_tiny_run(data_dir: str, workdir: Path, metadata: dict[str, Any] | None 
     state = experiment.create_state()
     checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
     saved = experiment._replace(metadata=metadata or experiment.metadata)
-    loop.save(saved, checkpoints, state, 4, saved.metadata.get("loss_window", []))
+    save_state(saved, checkpoints, state, 4, saved.metadata.get("loss_window", []))
     checkpoints.close()
     return experiment, state, workdir
 

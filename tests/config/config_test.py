@@ -13,11 +13,10 @@ from mixer_jax.config.config import (
     format_help,
     get_default,
     parse,
-    parse_shots,
     resolve_num_steps,
     validate,
 )
-from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS
+from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS, parse_shots
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from tests.helpers.lines import some_line_mentions
@@ -170,6 +169,7 @@ def test_fill_defaults_adds_missing_keys_only() -> None:
 
 def test_resolve_num_steps_counts_whole_batches(config: ConfigDict) -> None:
     config.num_steps, config.num_epochs, config.batch_size = 0, 300.0, 4096
+    config.optimizer.warmup_steps = 1
     assert resolve_num_steps(parse(config), 1_268_355) == 92_897
     assert resolve_num_steps(dataclasses.replace(parse(config), num_epochs=0.001), 10) == 1
     config.num_steps = 10_000

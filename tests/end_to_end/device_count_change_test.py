@@ -10,8 +10,7 @@ import pytest
 
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.initialize import restore_or_init
-from mixer_jax.training.loop import save
+from mixer_jax.training.initialize import restore_or_init, save_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
@@ -45,7 +44,7 @@ def run(data_dir: str, workdir: Path, layouts: list[tuple[int, int, range]]) -> 
             state, metrics = experiment.train_step(state, batch)
             history.append((hashlib.sha256(examples).hexdigest(), float(metrics["loss"])))
         batches.close()
-        save(experiment, checkpoints, state, steps.stop, loss_window=[0.1, steps.stop])
+        save_state(experiment, checkpoints, state, steps.stop, loss_window=[0.1, steps.stop])
         checkpoints.close()
     return history
 

@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
+from mixer_jax.evaluation.classifiers import L2_REGS
 from mixer_jax.evaluation.features import Chunk, FeatureExtractor, FeatureFn, make_feature_fn
-from mixer_jax.evaluation.few_shot import sample_few_shot
-from mixer_jax.evaluation.linear_probe import L2_REGS
 from mixer_jax.evaluation.loop import EvalInputConfig
-from mixer_jax.evaluation.probes import ProbeConfig, ProbeMetrics, run_probe
+from mixer_jax.evaluation.probes import (
+    UNUSABLE,
+    LazyLabels,
+    ProbeConfig,
+    ProbeMetrics,
+    run_probe,
+    sample_few_shot,
+)
 from mixer_jax.models.mixer import MlpMixer
+from tests.evaluation.classifiers_test import reference_knn_scores, reference_ridge_scores
 from tests.evaluation.conftest import make_input_config, pixels_as_features
-from tests.evaluation.few_shot_test import reference_ridge_scores
-from tests.evaluation.knn_test import reference_knn_scores
 from tests.helpers.messages import mentions, raises
 
 TEN = tuple("0123456789")
@@ -281,3 +287,82 @@ def test_probe_metrics_format_and_as_dict() -> None:
     assert re.search(r"\bpenalty\W+1024\b", linear.format_summary())
     assert mentions(linear.format_summary(), "360", "1437", "2")
     assert linear.as_dict()["penalty"] == 1024.0
+
+
+def sample(labels: Any, shots: int, seed: int = 0, names: tuple[str, ...] = TEN) -> np.ndarray:
+    return sample_few_shot(labels, names, shots=shots, seed=seed, name="digits train")
+
+
+def test_sample_few_shot_is_nested_balanced_and_seeded() -> None:
+    labels = np.random.default_rng(0).integers(10, size=2000).tolist()
+    most = sample(labels, 25)
+    assert most.shape == (25, 10)
+    assert len(np.unique(most)) == 250
+    assert (np.array(labels)[most] == np.arange(10)).all()
+    for shots in (1, 5, 10):
+        assert (sample(labels, shots) == most[:shots]).all()
+    assert (sample(labels, 25) == most).all()
+    assert (sample(labels, 25, seed=1) != most).mean() > 0.9
+
+
+def test_sample_few_shot_is_uniform() -> None:
+    labels = [0, 1, 1, 0, 1, 1, 1, 0]
+    counts = np.zeros(8)
+    for seed in range(600):
+        counts[sample(labels, 1, seed, ("a", "b"))[0]] += 1
+    # Three standard deviations of the binomial distribution around 200 for class a, 120 for b.
+    assert (abs(counts - np.where(labels, 120, 200)) < 36).all()
+
+
+def test_sample_few_shot_rejects_too_few_examples() -> None:
+    with raises(UserError, "digits train", "dog", "9", "10") as few:
+        sample([0, 1] * 9 + [0] * 20, 10, names=("cat", "dog"))
+    assert not mentions(str(few.value), "cat")
+    with raises(UserError, "digits train", "dog", "0", "1"):
+        sample([0] * 9, 1, names=("cat", "dog"))
+
+
+class CountingList(list[Any]):
+    """List that counts its reads."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        item = super().__getitem__(index)
+        if item["image"] == b"broken":
+            raise BadImageError("truncated", name=item["name"])
+        return item
+
+
+def make_source(count: int, broken: tuple[int, ...] = ()) -> tuple[Source, CountingList]:
+    examples = CountingList()
+    for index in range(count):
+        image = b"broken" if index in broken else b""
+        examples.append({"image": image, "labels": (index % 10,), "name": f"no. {index}"})
+    return Source("many", examples, TEN), examples
+
+
+def test_lazy_labels_read_only_what_is_needed_and_once() -> None:
+    source, examples = make_source(10_000)
+    labels = LazyLabels(source, skip_bad=False)
+    first = sample(labels, 5)
+    assert 50 <= examples.reads < 500
+    before = examples.reads
+    assert (sample(labels, 5) == first).all()
+    assert examples.reads == before
+
+
+def test_lazy_labels_skip_unreadable_examples_or_raise() -> None:
+    intact, _ = make_source(200)
+    broken = tuple(sample(LazyLabels(intact, skip_bad=False), 1)[0, :3].tolist())
+    source, _ = make_source(200, broken)
+    with raises(UserError, "many", "1", "truncated") as caught:
+        sample(LazyLabels(source, skip_bad=False), 1)
+    assert any(mentions(str(caught.value), f"no. {index}") for index in broken)
+    labels = LazyLabels(source, skip_bad=True)
+    indices = sample(labels, 1)[0]
+    assert not set(indices) & set(broken)
+    assert (indices % 10 == np.arange(10)).all()
+    assert labels.bad == set(broken)
+    assert labels[broken[0]] == UNUSABLE

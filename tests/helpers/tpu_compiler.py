@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mixer_jax.distributed.tpu_env import silence_libtpu
+from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.planning.topology import ENVIRONMENT, parse_topology, tpu_devices
 
 

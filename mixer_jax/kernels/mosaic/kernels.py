@@ -1,30 +1,67 @@
 """TPU kernel bodies: one program computes a few images, all of it in VMEM.
 
-A body takes references to blocks. Operands of a matmul have the dtype of the tokens, its sum is
-float32. Only the matmuls that the matrix unit has natively are used, `a @ b` and `a @ b.T`.
-Transposed operands are as wide as the tokens, not as the hidden units, and are transposed once.
+A body takes references to blocks: `x` and other tokens, (images, s, c); `mask`, the drop-path mask
+of all images, (n,); parameters; results; and scratch. Operands of a matmul have the dtype of the
+tokens, its sum is float32. Only the matmuls that the matrix unit has natively are used, `a @ b` and
+`a @ b.T`. Transposed operands are as wide as the tokens, not as the hidden units, and are
+transposed once.
+
 Cotangents and gradients are named after what they belong to: `dx` is the cotangent of `x`.
+Gradients are float32 and have the shape of the parameter, that of the second kernel transposed.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mixer_jax.models.layers import GELU_TANH_CUBIC, GELU_TANH_SCALE, LAYER_NORM_EPSILON, Gelu
+from mixer_jax.models.layers import GELU_TANH_CUBIC, GELU_TANH_SCALE, Gelu, layer_norm_stats
+
+
+class BranchParams(NamedTuple):
+    """Parameters of a branch; d is the number of tokens or of channels.
+
+    The vectors are those of LayerNorm, and the biases of the two dense layers.
+    """
+
+    scale: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    kernel1: Float[Array, "d h"]
+    bias1: Float[Array, " h"]
+    kernel2: Float[Array, "h d"]
+    bias2: Float[Array, " d"]
+
+
+class HiddenParams(NamedTuple):
+    """References to the parameters of LayerNorm and the first dense layer.
+
+    Attributes:
+        scale: Scale of LayerNorm, (1, c).
+        bias: Bias of LayerNorm, (1, c).
+        kernel1: First kernel: (c, h), or for token mixing (h, s).
+        bias1: First bias: (1, h), or for token mixing (h, 1).
+    """
+
+    scale: Any
+    bias: Any
+    kernel1: Any
+    bias1: Any
+
+    def normalize(self, tokens: Any, dtype: Any) -> tuple[Any, Any, Any]:
+        """Applies LayerNorm to tokens (s, c), and returns the results of `normalize` as well."""
+        normalized, rstd = normalize(tokens.astype(jnp.float32))
+        normed = (normalized * self.scale[...] + self.bias[...]).astype(dtype)
+        return normed, normalized, rstd
 
 
 def token_fwd_kernel(
     mask: Any,
     x: Any,
-    scale: Any,
-    bias: Any,
-    kernel1_t: Any,
-    bias1: Any,
+    params: HiddenParams,
     kernel2_t: Any,
     bias2: Any,
     out: Any,
@@ -33,24 +70,14 @@ def token_fwd_kernel(
 ) -> None:
     """Mixes the tokens of each image; hidden units are (h, c).
 
-    Args:
-        mask: Drop-path mask of all images, (n,).
-        x: Tokens, (images, s, c).
-        scale: Scale of LayerNorm, (1, c).
-        bias: Bias of LayerNorm, (1, c).
-        kernel1_t: First kernel, transposed, (h, s).
-        bias1: First bias, (h, 1).
-        kernel2_t: Second kernel, transposed, (s, h).
-        bias2: Second bias, (s, 1).
-        out: Result, (images, s, c).
-        gelu: GELU variant, "tanh" or "exact".
+    The second kernel is (s, h), its bias (s, 1).
     """
     images = x.shape[0]
     first = pl.program_id(0) * images
     for image in range(images):
         tokens = x[image].astype(jnp.float32)
-        normed = (normalize(tokens)[0] * scale[...] + bias[...]).astype(x.dtype)
-        pre_gelu = dot(kernel1_t[...], normed) + bias1[...]
+        normed = params.normalize(tokens, x.dtype)[0]
+        pre_gelu = dot(params.kernel1[...], normed) + params.bias1[...]
         hidden = gelu_and_grad(pre_gelu, gelu)[0].astype(x.dtype)
         branch = dot(kernel2_t[...], hidden) + bias2[...]
         out[image] = (tokens + mask[first + image] * branch).astype(x.dtype)
@@ -60,75 +87,46 @@ def token_bwd_kernel(
     mask: Any,
     x: Any,
     cotangent: Any,
-    scale: Any,
-    bias: Any,
-    kernel1_t: Any,
-    bias1: Any,
+    params: HiddenParams,
     kernel1: Any,
     kernel2: Any,
     dx: Any,
-    dscale: Any,
-    dbias: Any,
-    dkernel1: Any,
-    dbias1: Any,
-    dkernel2_t: Any,
-    dbias2: Any,
+    grads: BranchParams,
     *,
     gelu: Gelu,
 ) -> None:
     """Computes the cotangent of each image's tokens, and adds up the gradients of parameters.
 
-    Args:
-        mask: See `token_fwd_kernel`, also for other arguments of the same name.
-        x: Tokens.
-        cotangent: Cotangent of the result, (images, s, c).
-        scale: Scale of LayerNorm.
-        bias: Bias of LayerNorm.
-        kernel1_t: (h, s).
-        bias1: (h, 1).
-        kernel1: (s, h).
-        kernel2: (h, s).
-        dx: Cotangent of `x`, (images, s, c).
-        dscale: Gradient of `scale`, float32; gradients have the shape of what they belong to.
-        dbias: Gradient of `bias`.
-        dkernel1: Gradient of `kernel1`, (s, h).
-        dbias1: Gradient of `bias1`.
-        dkernel2_t: Gradient of `kernel2`, transposed, (s, h).
-        dbias2: Gradient of the second bias, (s, 1).
-        gelu: GELU variant, "tanh" or "exact".
+    Both kernels are also passed as they are stored, (s, h) and (h, s). Gradients of kernels are
+    (s, h).
     """
-    sums = [dscale, dbias, dkernel1, dbias1, dkernel2_t, dbias2]
-    _on_first_step(lambda: _zero(*sums))
+    _on_first_step(lambda: _zero(*grads))
     images = x.shape[0]
     first = _first_image(images)
     for image in range(images):
-        normalized, rstd = normalize(x[image].astype(jnp.float32))
-        normed = (normalized * scale[...] + bias[...]).astype(x.dtype)
-        pre_gelu = dot(kernel1_t[...], normed) + bias1[...]
+        normed, normalized, rstd = params.normalize(x[image], x.dtype)
+        pre_gelu = dot(params.kernel1[...], normed) + params.bias1[...]
         hidden, grad = gelu_and_grad(pre_gelu, gelu)
         dout = cotangent[image].astype(jnp.float32)
         dbranch = mask[first + image] * dout
-        dbias2[...] += dbranch.sum(1, keepdims=True)
+        grads.bias2[...] += dbranch.sum(1, keepdims=True)
         dbranch = dbranch.astype(x.dtype)
         dpre_gelu = dot(kernel2[...], dbranch) * grad
-        dbias1[...] += dpre_gelu.sum(1, keepdims=True)
+        grads.bias1[...] += dpre_gelu.sum(1, keepdims=True)
         dpre_gelu = dpre_gelu.astype(x.dtype)
-        dkernel2_t[...] += dot_nt(dbranch, hidden.astype(x.dtype))
-        dkernel1[...] += dot_nt(normed, dpre_gelu)
+        grads.kernel2[...] += dot_nt(dbranch, hidden.astype(x.dtype))
+        grads.kernel1[...] += dot_nt(normed, dpre_gelu)
         dnormed = dot(kernel1[...], dpre_gelu)
-        dscale[...] += (dnormed * normalized).sum(0, keepdims=True)
-        dbias[...] += dnormed.sum(0, keepdims=True)
-        dtokens = dout + layer_norm_vjp(dnormed, normalized, rstd, scale[...])
+        grads.scale[...] += (dnormed * normalized).sum(0, keepdims=True)
+        grads.bias[...] += dnormed.sum(0, keepdims=True)
+        dtokens = dout + layer_norm_vjp(dnormed, normalized, rstd, params.scale[...])
         dx[image] = dtokens.astype(x.dtype)
 
 
 def channel_fwd_kernel(
     mask: Any,
     x: Any,
-    scale: Any,
-    bias: Any,
-    kernel1: Any,
-    bias1: Any,
+    params: HiddenParams,
     kernel2: Any,
     bias2: Any,
     out: Any,
@@ -141,36 +139,21 @@ def channel_fwd_kernel(
     """Mixes the channels of each token; hidden units are (rows, hidden_block), block by block.
 
     Rows are the tokens of all images of the program, so that matmuls are large. Each image begins
-    at a whole tile; the contents of the rows in between do not matter.
-
-    Args:
-        mask: Drop-path mask of all images, (n,).
-        x: Tokens, (images, s, c).
-        scale: Scale of LayerNorm, (1, c).
-        bias: Bias of LayerNorm, (1, c).
-        kernel1: First kernel, (c, h).
-        bias1: First bias, (1, h).
-        kernel2: Second kernel, (h, c).
-        bias2: Second bias, (1, c).
-        out: Result, (images, s, c).
-        normed: Scratch for normalized rows, (rows, c).
-        accum: Scratch for sums, (rows, c), float32.
-        gelu: GELU variant, "tanh" or "exact".
-        hidden_block: Hidden units at a time.
+    at a whole tile; the contents of the rows in between do not matter. The second kernel is (h, c),
+    its bias (1, c). Scratch for normalized rows and for sums, `normed` and `accum`, is (rows, c).
     """
     images = x.shape[0]
     first = pl.program_id(0) * images
     for image, rows in enumerate(_image_rows(x, normed)):
-        tokens = normalize(x[image].astype(jnp.float32))[0]
-        normed[rows, :] = (tokens * scale[...] + bias[...]).astype(x.dtype)
+        normed[rows, :] = params.normalize(x[image], x.dtype)[0]
     accum[...] = jnp.broadcast_to(bias2[...], accum.shape)
 
     def add(block: Any) -> None:
-        pre_gelu = dot(normed[...], kernel1[:, block]) + bias1[:, block]
+        pre_gelu = dot(normed[...], params.kernel1[:, block]) + params.bias1[:, block]
         hidden = gelu_and_grad(pre_gelu, gelu)[0].astype(x.dtype)
         accum[...] += dot(hidden, kernel2[block, :])
 
-    _for_each_hidden_block(kernel1.shape[1], hidden_block, add)
+    _for_each_hidden_block(params.kernel1.shape[1], hidden_block, add)
     for image, rows in enumerate(_image_rows(x, normed)):
         tokens = x[image].astype(jnp.float32)
         out[image] = (tokens + mask[first + image] * accum[rows, :]).astype(x.dtype)
@@ -180,18 +163,10 @@ def channel_bwd_kernel(
     mask: Any,
     x: Any,
     cotangent: Any,
-    scale: Any,
-    bias: Any,
-    kernel1: Any,
-    bias1: Any,
+    params: HiddenParams,
     kernel2: Any,
     dx: Any,
-    dscale: Any,
-    dbias: Any,
-    dkernel1: Any,
-    dbias1: Any,
-    dkernel2_t: Any,
-    dbias2: Any,
+    grads: BranchParams,
     normed: Any,
     normed_t: Any,
     dbranch: Any,
@@ -203,61 +178,39 @@ def channel_bwd_kernel(
 ) -> None:
     """Computes the cotangent of each image's tokens, and adds up the gradients of parameters.
 
-    Args:
-        mask: See `channel_fwd_kernel`, also for other arguments of the same name.
-        x: Tokens.
-        cotangent: Cotangent of the result, (images, s, c).
-        scale: Scale of LayerNorm.
-        bias: Bias of LayerNorm.
-        kernel1: (c, h).
-        bias1: (1, h).
-        kernel2: (h, c).
-        dx: Cotangent of `x`, (images, s, c).
-        dscale: Gradient of `scale`, float32; gradients have the shape of what they belong to.
-        dbias: Gradient of `bias`.
-        dkernel1: Gradient of `kernel1`, (c, h).
-        dbias1: Gradient of `bias1`.
-        dkernel2_t: Gradient of `kernel2`, transposed, (c, h).
-        dbias2: Gradient of the second bias, (1, c).
-        normed: Scratch for normalized rows, (rows, c).
-        normed_t: Scratch for the same, transposed, (c, rows).
-        dbranch: Scratch for the cotangent of the MLP's output, (rows, c).
-        dbranch_t: Scratch for the same, transposed, (c, rows).
-        dnormed: Scratch for sums, (rows, c), float32.
-        gelu: GELU variant, "tanh" or "exact".
-        hidden_block: Hidden units at a time.
+    Rows are those of `channel_fwd_kernel`. The second kernel is (h, c); gradients of kernels are
+    (c, h). `dbranch` is the cotangent of the MLP's output. Scratch is (rows, c), or (c, rows) if
+    its name ends in "_t".
     """
-    sums = [dscale, dbias, dkernel1, dbias1, dkernel2_t, dbias2]
     # Rows between images remain zero, so that they add nothing to the gradients.
-    _on_first_step(lambda: _zero(*sums, normed, dbranch))
+    _on_first_step(lambda: _zero(*grads, normed, dbranch))
     first = _first_image(x.shape[0])
     for image, rows in enumerate(_image_rows(x, normed)):
-        tokens = normalize(x[image].astype(jnp.float32))[0]
-        normed[rows, :] = (tokens * scale[...] + bias[...]).astype(x.dtype)
+        normed[rows, :] = params.normalize(x[image], x.dtype)[0]
         masked = mask[first + image] * cotangent[image].astype(jnp.float32)
-        dbias2[...] += masked.sum(0, keepdims=True)
+        grads.bias2[...] += masked.sum(0, keepdims=True)
         dbranch[rows, :] = masked.astype(x.dtype)
     normed_t[...] = normed[...].T
     dbranch_t[...] = dbranch[...].T
     _zero(dnormed)
 
     def add(block: Any) -> None:
-        pre_gelu = dot(normed[...], kernel1[:, block]) + bias1[:, block]
+        pre_gelu = dot(normed[...], params.kernel1[:, block]) + params.bias1[:, block]
         hidden, grad = gelu_and_grad(pre_gelu, gelu)
         dpre_gelu = dot_nt(dbranch[...], kernel2[block, :]) * grad
-        dbias1[:, block] += dpre_gelu.sum(0, keepdims=True)
+        grads.bias1[:, block] += dpre_gelu.sum(0, keepdims=True)
         dpre_gelu = dpre_gelu.astype(x.dtype)
-        dkernel2_t[:, block] += dot(dbranch_t[...], hidden.astype(x.dtype))
-        dkernel1[:, block] += dot(normed_t[...], dpre_gelu)
-        dnormed[...] += dot_nt(dpre_gelu, kernel1[:, block])
+        grads.kernel2[:, block] += dot(dbranch_t[...], hidden.astype(x.dtype))
+        grads.kernel1[:, block] += dot(normed_t[...], dpre_gelu)
+        dnormed[...] += dot_nt(dpre_gelu, params.kernel1[:, block])
 
-    _for_each_hidden_block(kernel1.shape[1], hidden_block, add)
+    _for_each_hidden_block(params.kernel1.shape[1], hidden_block, add)
     for image, rows in enumerate(_image_rows(x, normed)):
         normalized, rstd = normalize(x[image].astype(jnp.float32))
         dtokens = dnormed[rows, :]
-        dscale[...] += (dtokens * normalized).sum(0, keepdims=True)
-        dbias[...] += dtokens.sum(0, keepdims=True)
-        dtokens = layer_norm_vjp(dtokens, normalized, rstd, scale[...])
+        grads.scale[...] += (dtokens * normalized).sum(0, keepdims=True)
+        grads.bias[...] += dtokens.sum(0, keepdims=True)
+        dtokens = layer_norm_vjp(dtokens, normalized, rstd, params.scale[...])
         dx[image] = (cotangent[image].astype(jnp.float32) + dtokens).astype(x.dtype)
 
 
@@ -298,9 +251,7 @@ def _zero(*refs: Any) -> None:
 
 def normalize(x: Float[Array, "n c"]) -> tuple[Float[Array, "n c"], Float[Array, "n 1"]]:
     """Normalizes vectors to mean 0 and variance 1; also returns their inverse deviation."""
-    mean = x.mean(1, keepdims=True)
-    variance = (x * x).mean(1, keepdims=True) - mean * mean
-    rstd = lax.rsqrt(jnp.maximum(variance, 0.0) + LAYER_NORM_EPSILON)
+    mean, rstd = layer_norm_stats(x)
     return (x - mean) * rstd, rstd
 
 
@@ -310,14 +261,7 @@ def layer_norm_vjp(
     rstd: Float[Array, "n 1"],
     scale: Float[Array, "1 c"],
 ) -> Float[Array, "n c"]:
-    """Computes the cotangent of LayerNorm's input.
-
-    Args:
-        cotangent: Cotangent of LayerNorm's output.
-        normalized: First result of `normalize`.
-        rstd: Second result of `normalize`.
-        scale: Scale of LayerNorm.
-    """
+    """Computes the cotangent of LayerNorm's input; see `normalize` for two of the arguments."""
     scaled = cotangent * scale
     projection = (scaled * normalized).mean(1, keepdims=True)
     return rstd * (scaled - scaled.mean(1, keepdims=True) - normalized * projection)

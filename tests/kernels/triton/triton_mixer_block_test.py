@@ -8,12 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixer_jax.kernels.triton.ops import (
-    TileConfigs,
-    add_layer_norm,
-    bias_layer_norm,
-    dense_gelu,
-)
+from mixer_jax.kernels.triton.mixer_block import TileConfigs, add_layer_norm, dense_gelu
 from mixer_jax.kernels.triton.tiling import TileConfig
 from mixer_jax.models.mixer_config import VARIANTS
 
@@ -124,11 +119,11 @@ def test_add_layer_norm(
         ((2, 3, 5), TileConfigs()),
     ],
 )
-def test_bias_layer_norm(
+def test_add_layer_norm_without_a_branch(
     shape: tuple[int, int, int], tile_configs: TileConfigs, dtype: str
 ) -> None:
-    def custom(*args: Any) -> Any:
-        return bias_layer_norm(*args, True, tile_configs)
+    def custom(x: Any, bias_sum: Any, scale: Any, bias: Any) -> Any:
+        return add_layer_norm(x, None, bias_sum, None, scale, bias, True, tile_configs)
 
     def plain(x: Any, bias_sum: Any, scale: Any, bias: Any) -> Any:
         y = plain_layer_norm(x.astype(jnp.float32) + bias_sum[None, None, :], scale, bias)
@@ -144,8 +139,8 @@ def test_gradients_if_only_one_result_is_used(used: int) -> None:
     x, branch = draw(0, 7, 3, 150), draw(1, 7, 3, 150)
     vectors = [draw(i, 150) for i in (2, 3, 4)]
 
-    def custom_bias(*args: Any) -> Any:
-        return bias_layer_norm(*args, True, RAGGED)[used]
+    def custom_bias(x: Any, bias_sum: Any, scale: Any, bias: Any) -> Any:
+        return add_layer_norm(x, None, bias_sum, None, scale, bias, True, RAGGED)[used]
 
     def plain_bias(x: Any, bias_sum: Any, scale: Any, bias: Any) -> Any:
         return (x, plain_layer_norm(x + bias_sum[None, None, :], scale, bias))[used]
@@ -189,7 +184,7 @@ def test_lowers_for_gpus_without_a_gpu(variant: str, dtype: str) -> None:
     token_dim, channel_dim = config.tokens_mlp_dim, config.channels_mlp_dim
 
     def step(x: Any, mask: Any, tokens: Any, channels: Any, scale: Any) -> Any:
-        x, y = bias_layer_norm(x, scale, scale, scale)
+        x, y = add_layer_norm(x, None, scale, None, scale, scale)
         hidden = dense_gelu(y, *tokens, "tokens", "exact")
         branch = jnp.einsum("ncd,sd->snc", hidden, tokens[0].astype(x.dtype))
         x, y = add_layer_norm(x, branch, None, mask, scale, scale)

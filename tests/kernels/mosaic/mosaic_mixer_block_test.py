@@ -10,17 +10,18 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from mixer_jax.kernels.mosaic.block_sizes import BlockSize, BranchSizes, choose_block_sizes
-from mixer_jax.kernels.mosaic.ops import BranchParams, channel_mixing, token_mixing
+from mixer_jax.kernels.mosaic.kernels import BranchParams
+from mixer_jax.kernels.mosaic.mixer_block import Branch, add_branch
 from mixer_jax.models.mixer_config import VARIANTS, num_tokens
 from tests.helpers.tpu_compiler import tpu_device
 
-BRANCHES = {"token_mixing": token_mixing, "channel_mixing": channel_mixing}
+BRANCHES: tuple[Branch, ...] = ("token_mixing", "channel_mixing")
 # Partial tiles of tokens; several blocks of hidden units, programs and cores.
 SEVERAL = BranchSizes(BlockSize(2, 128), BlockSize(3, 128), cores=2, vmem=2**20)
 ONE = BranchSizes(BlockSize(1, 40), BlockSize(1, 40), cores=1, vmem=2**20)
 
 
-def plain(name: str, x: Any, mask: Any, params: BranchParams, gelu: str) -> jax.Array:
+def plain(name: Branch, x: Any, mask: Any, params: BranchParams, gelu: str) -> jax.Array:
     """A branch without kernels, in the dtype of `x`."""
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
@@ -34,7 +35,7 @@ def plain(name: str, x: Any, mask: Any, params: BranchParams, gelu: str) -> jax.
 
 
 def random_inputs(
-    name: str, shape: tuple[int, int, int], hidden: int
+    name: Branch, shape: tuple[int, int, int], hidden: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, BranchParams]:
     """Returns tokens, a cotangent, a mask and parameters, none of them at its default."""
     images, tokens, channels = shape
@@ -74,12 +75,12 @@ def value_and_grads(function: Callable[..., Any], cotangent: Any, *args: Any) ->
     ],
 )
 def test_branch_and_its_gradients(
-    name: str, gelu: Any, shape: tuple[int, int, int], hidden: int, sizes: BranchSizes
+    name: Branch, gelu: Any, shape: tuple[int, int, int], hidden: int, sizes: BranchSizes
 ) -> None:
     x, cotangent, mask, params = random_inputs(name, shape, hidden)
 
     def fused(x: Any, params: Any) -> jax.Array:
-        return BRANCHES[name](x, mask, params, sizes, gelu, interpret=True)
+        return add_branch(name, x, mask, params, sizes, gelu, interpret=True)
 
     def plain_branch(x: Any, params: Any) -> jax.Array:
         return plain(name, x, mask, params, gelu)
@@ -94,7 +95,7 @@ def test_branch_and_its_gradients(
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_bfloat16_error_and_gradient_dtypes(name: str) -> None:
+def test_bfloat16_error_and_gradient_dtypes(name: Branch) -> None:
     x, cotangent, mask, params = random_inputs(name, (6, 13, 24), 256)
     short = jnp.bfloat16
     x, cotangent = x.astype(short), cotangent.astype(short)
@@ -102,7 +103,7 @@ def test_bfloat16_error_and_gradient_dtypes(name: str) -> None:
     params = params._replace(**kernels)
 
     def fused(x: Any, params: Any) -> jax.Array:
-        return BRANCHES[name](x, mask, params, SEVERAL, "tanh", interpret=True)
+        return add_branch(name, x, mask, params, SEVERAL, "tanh", interpret=True)
 
     def exact(x: Any, params: Any) -> jax.Array:
         return plain(name, x, mask, params, "tanh")
@@ -124,7 +125,7 @@ def test_compiled_kernels_hold_hidden_units_in_vmem(topology: str, images: int) 
         check_compiled(device, "channel_mixing", images, hidden=3072)
 
 
-def check_compiled(device: Any, name: str, images: int, hidden: int) -> None:
+def check_compiled(device: Any, name: Branch, images: int, hidden: int) -> None:
     """Compiles a branch of B/16 and its gradients: two kernels, no array as wide as `hidden`."""
     tokens, channels = 196, 768
     sizes = choose_block_sizes(tokens, channels, 384, 3072, device.device_kind)
@@ -136,7 +137,7 @@ def check_compiled(device: Any, name: str, images: int, hidden: int) -> None:
 
     def step(cotangent: Any, x: Any, mask: Any, params: Any) -> Any:
         def branch(x: Any, params: Any) -> jax.Array:
-            return BRANCHES[name](x, mask, params, branch_sizes)
+            return add_branch(name, x, mask, params, branch_sizes)
 
         return value_and_grads(branch, cotangent, x, params)
 
