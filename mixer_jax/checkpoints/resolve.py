@@ -138,14 +138,11 @@ def list_steps(workdir: str) -> list[int]:
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
-    """Finds a checkpoint of a run.
+    """Returns the workdir and the step of a run's checkpoint; step None means the newest.
 
     Args:
         path: A workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: Step of the checkpoint; None: the newest.
-
-    Returns:
-        Workdir and step.
+        step: Step of the checkpoint.
 
     Raises:
         UserError: The workdir contains no checkpoint of this step.
