@@ -135,7 +135,7 @@ def layer_norm_bwd(
         scale: Scale of LayerNorm.
         added_bias: Bias that was added without a branch; None otherwise.
         mask: Drop-path mask of the branch.
-        num_images: Number of images.
+        num_images: Row r belongs to image r % num_images.
         has_bias: Whether a bias was added, to a branch or without one.
         config: Tile configuration.
         **kwargs: Further arguments of `pallas_call`.
