@@ -259,6 +259,13 @@ class BadImagesConfig:
         max=1,
         resumable=True,
     )
+    max_count: int = key(
+        10,
+        "unusable training images that never stop the run, whatever max_fraction is, unless they "
+        "are more than half",
+        min=0,
+        resumable=True,
+    )
     skip_in_evaluation: bool = key(
         False, "skip and count them in evaluations instead of stopping", resumable=True
     )

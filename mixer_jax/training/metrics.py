@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mixer_jax.errors import NonFiniteError, UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.files import LineFile
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
@@ -143,6 +143,10 @@ class MetricsLogger:
         self._writer.write(step, {f"{name}/{key}": value for key, value in values.items()})
         self.progress.print(f"step {step:,}: {name} {text}")
 
+    def flush(self) -> None:
+        """Waits until all lines are written, which a resumed run does not write again."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Waits until everything is written."""
         self.progress.close()
@@ -158,10 +162,8 @@ class MetricsWriter:
         if not is_primary:
             return
         self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
-        self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)
-        atomic_write(self._path, self._text)
+        self._file = LineFile(epath.Path(workdir) / METRICS_FILE, map(json.dumps, kept))
         self._background = ThreadPoolExecutor(max_workers=1)
         # Opened with the first values; False: disabled.
         self._events: Any = None if tensorboard else False
@@ -170,20 +172,19 @@ class MetricsWriter:
         """Writes the values of one step."""
         if not self._is_primary:
             return
-        line = json.dumps({"step": step, **values}) + "\n"
-        if "://" in str(self._path):
-            # Object stores cannot append; the metrics of a run are small enough to rewrite.
-            self._text += line
-            atomic_write(self._path, self._text)
-        else:
-            with self._path.open("a") as file:
-                file.write(line)
+        self._file.append(json.dumps({"step": step, **values}))
         self._background.submit(self._write_events, step, values)
+
+    def flush(self) -> None:
+        """Waits until all lines of `metrics.jsonl` are written."""
+        if self._is_primary:
+            self._file.flush()
 
     def close(self) -> None:
         """Waits until everything is written."""
         if not self._is_primary:
             return
+        self._file.close()
         self._background.shutdown(wait=True)
         if self._events:
             self._events.close()
