@@ -15,26 +15,15 @@ from mixer_jax.checkpoints.resolve import (
 )
 from mixer_jax.cli import common
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
-from mixer_jax.config.schema import EVAL_FIELDS
+from mixer_jax.config.schema import EVAL_FIELDS, parse_shots
 from mixer_jax.errors import UserError, suggest
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
 from mixer_jax.suites.paper_results import PRETRAIN_DATASETS
-from mixer_jax.suites.run_configs import check_overrides, check_task_overrides, default_config
+from mixer_jax.suites.plan import check_overrides, check_task_overrides, default_config
 from mixer_jax.suites.tasks import AUTO, METHODS, NATIVE, Suite, check_suite
-from mixer_jax.training import workdir as workdirs
+from mixer_jax.training.workdir import resolve_workdir
 
 _FEW_SHOT = "few_shot"
-# Arguments that are fields of `TransferRequest` under the same names.
-_REQUEST_ARGS = (
-    "image_size",
-    "data_dir",
-    "tasks",
-    "shard",
-    "dry_run",
-    "keep_checkpoints",
-    "throughput",
-    "pretrain_dataset",
-)
 _EPILOG = f"""suites:
 {chr(10).join(f"  {name:<10} {suite.title}" for name, suite in SUITES.items())}
   few_shot   probes on the dataset of --dataset
@@ -53,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         common.configure_jax("")
         from mixer_jax.suites.table import report
 
-        report(workdirs.resolve_workdir(args.workdir))
+        report(resolve_workdir(args.workdir))
         return 0
     if not args.checkpoint or not args.suite:
         raise UserError("Pass --checkpoint and --suite, or --report with --workdir.")
@@ -71,9 +60,16 @@ def main(argv: Sequence[str]) -> int:
     request = TransferRequest(
         suite,
         checkpoint,
-        workdirs.resolve_workdir(args.workdir or _default_workdir(checkpoint, args)),
+        resolve_workdir(args.workdir or _default_workdir(checkpoint, args)),
         overrides,
-        **{name: getattr(args, name) for name in _REQUEST_ARGS},
+        args.image_size,
+        args.data_dir,
+        args.tasks,
+        args.shard,
+        args.dry_run,
+        args.keep_checkpoints,
+        args.throughput,
+        args.pretrain_dataset,
     )
     with propagate_failure():
         outcome = run_suite(request)
@@ -123,7 +119,6 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     )
     few.add_argument(
         "--shots",
-        type=_parse_shots,
         default=EVAL_FIELDS["shots"].default,
         help="images per class; default: 1,5,10,25",
     )
@@ -134,20 +129,12 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         help=f"among {','.join(METHODS)}; default: {_FEW_SHOT}",
     )
     args, rest = parser.parse_known_args(argv)
+    args.shots = tuple(sorted(parse_shots("--shots", args.shots)))
     return args, parse_overrides(rest)
 
 
 def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
-
-
-def _parse_shots(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if not all(number.isdecimal() and int(number) for number in numbers):
-        raise argparse.ArgumentTypeError(
-            f"must list numbers of images per class, got {text!r}. Pass e.g. 1,5,10."
-        )
-    return tuple(sorted({int(number) for number in numbers}))
 
 
 def _parse_image_size(text: str) -> str:

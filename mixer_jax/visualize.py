@@ -52,10 +52,11 @@ def main(argv: Sequence[str]) -> int:
     # Accelerators may be busy with a run.
     jax.config.update("jax_platforms", "cpu")
     from mixer_jax.training.datasets import open_train_dataset
+    from mixer_jax.visualization.figures import render_figure
     from mixer_jax.visualization.train_batch import (
+        draw_train_batch,
         format_caption,
         load_train_batch,
-        plot_train_batch,
     )
 
     source = open_train_dataset(config)
@@ -68,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
         )
     batch = load_train_batch(config, source, args.step, args.num_images)
     caption = format_caption(args.config, config, source, args.step, batch)
-    file_format = args.out.suffix.lower().removeprefix(".")
-    plot = plot_train_batch(batch, source.class_names, caption, file_format)
+    figure = draw_train_batch(batch, source.class_names, caption)
+    plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
     try:
         atomic_write(args.out, plot)
     except OSError as error:

@@ -11,7 +11,8 @@ from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.visualization import train_batch
-from mixer_jax.visualization.train_batch import format_caption, load_train_batch, plot_train_batch
+from mixer_jax.visualization.figures import render_figure
+from mixer_jax.visualization.train_batch import draw_train_batch, format_caption, load_train_batch
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config, to_flags
@@ -40,7 +41,8 @@ def test_visualize_data_plots_the_requested_step(digits_dir: str, tmp_path: Path
     source = open_datasets(config).train
     batch = load_train_batch(config, source, 3, 4)
     caption = format_caption("configs/digits.py", config, source, 3, batch)
-    assert out.read_bytes() == plot_train_batch(batch, source.class_names, caption, "png")
+    figure = draw_train_batch(batch, source.class_names, caption)
+    assert out.read_bytes() == render_figure(figure, "png")
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
 
 

@@ -57,7 +57,6 @@ class Workload(NamedTuple):
         mode: "train", a training step, or "infer", from images to logits.
         variant: Variant of `FAMILY`.
         image_size: Side of the square images, in pixels.
-        num_classes: Outputs of the head.
         dtype: "float32", "bfloat16", or "auto" until the device is known.
         batch_size: Images per step; 0 until it is chosen.
     """
@@ -89,7 +88,6 @@ class Candidate:
     """One implementation of a Mixer with one choice of settings.
 
     Attributes:
-        name: Unique name.
         implementation: `MIXER_JAX`, `REFERENCE`, `TIMM` or `TIMM_COMPILED`.
         overrides: Values of keys of the config's model section; for `MIXER_JAX` only.
     """

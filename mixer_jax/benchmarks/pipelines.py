@@ -60,7 +60,6 @@ class PipelineConfig(NamedTuple):
     Attributes:
         files: Encoded images, used repeatedly.
         image_size: Side of the square images, in pixels.
-        batch_size: Images per batch.
         num_threads: Threads of a pipeline.
         our_num_threads: Threads of mixer_jax's pipeline; 0 leaves the number to the pipeline.
         our_num_workers: Processes that share these threads; 0 leaves the number to the pipeline.
@@ -107,9 +106,6 @@ class Measurement(NamedTuple):
     """Speed of one pipeline, median over rounds.
 
     Attributes:
-        task: Task of the pipeline.
-        name: Name of the pipeline.
-        images_per_second: Rate.
         images_per_second_per_core: Rate divided by the cores that the pipeline can use.
         milliseconds: Time of one core per image at that rate.
         relative_time: Time per image relative to mixer_jax's for the same task in the same round;

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from mixer_jax.config.config import resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.models.execution import resolve_execution
+from mixer_jax.models.execution import Remat, resolve_execution
 from mixer_jax.models.family import INIT_FROM, ModelFamily
 from mixer_jax.models.registry import get_family
 from mixer_jax.planning.hlo_collectives import (
@@ -23,8 +23,8 @@ from mixer_jax.planning.hlo_collectives import (
 from mixer_jax.training.datasets import RunDatasets
 
 _FLOAT32 = 4
-# Rematerialization policies, from the least to the most recomputation.
-REMAT_POLICIES = ("none", "dots", "mlp_hidden", "full")
+# From the least to the most recomputation.
+REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
 # Classes and training examples, from TFDS.
 _KNOWN_DATASETS = {
     "imagenet2012": (1_000, 1_281_167),
@@ -86,11 +86,6 @@ class RunSpec(NamedTuple):
     def images_per_device(self) -> float:
         """Images per device and step."""
         return self.batch_size / self.num_devices
-
-    @property
-    def microbatch_per_device(self) -> float:
-        """Images processed at once per device."""
-        return self.images_per_device / self.num_microbatches
 
     @property
     def model_flops(self) -> int:
@@ -237,13 +232,14 @@ def estimate_memory(run: RunSpec) -> Memory:
         math.prod(shape) / (run.fsdp if _is_fsdp_sharded(run, path, shape) else 1)
         for path, shape in run.param_shapes.items()
     )
+    microbatch_per_device = run.images_per_device / run.num_microbatches
     # Microbatches' gradients are summed unsharded; kernels are gathered in the computation's dtype.
     gradients = _FLOAT32 * run.num_params * (2 if run.num_microbatches > 1 else 1)
     return Memory(
         parameters=_FLOAT32 * sharded,
         moments=_FLOAT32 * sharded * run.num_moments,
         batch=run.images_per_device * _example_bytes(run),
-        activations=run.microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
+        activations=microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
         gradients=gradients + run.itemsize * run.num_params,
     )
 

@@ -78,17 +78,15 @@ class ArrayType(NamedTuple):
         return 0 if self.memory_space else self.padded_bytes
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Instruction:
     """One instruction, linked with those that it reads and those that read it.
 
     Attributes:
-        name: Name of the instruction and of its result.
         opcode: Operation, e.g. "fusion".
         outputs: Arrays of the result; the elements of a tuple in order.
         operand_text: Text between the parentheses.
         attributes: Text after the parentheses.
-        computation: Computation that it is part of.
         operands: Instructions whose results it reads.
         users: Instructions of the same computation that read its result.
     """
@@ -144,9 +142,9 @@ class Instruction:
         return int(match.group(1)) if match else None
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Computation:
-    """One computation: its instructions by name, in the order of their execution."""
+    """One computation: its instructions by name, in order, and the one that computes its result."""
 
     name: str
     program: "Program"
@@ -160,7 +158,7 @@ class Computation:
         return sorted(found, key=lambda i: int(i.operand_text))
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Program:
     """A compiled program: its computations by name, and the one that it starts with."""
 

@@ -13,7 +13,7 @@ from mixer_jax.planning.hlo import ArrayType, Instruction, Program, parse_ints
 # Devices, numbered row by row over the mesh.
 ReplicaGroups = tuple[tuple[int, ...], ...]
 
-OPS = (
+_OPS = (
     "all-reduce",
     "all-gather",
     "reduce-scatter",
@@ -56,10 +56,9 @@ class Collective(NamedTuple):
 
     Attributes:
         op: Operation, e.g. "all-reduce".
-        dtype: Element type.
         mesh_axis: Name of a mesh axis, "all" for both, "slices" between slices, or "other".
         tensor_role: Role of the tensors, one of the constants above.
-        num_executions: Number of executions per step.
+        num_executions: Number per step.
         num_bytes: Payload per step and device: the whole array that is reduced, gathered, scattered
             or sent, not the traffic of the algorithm.
         replica_groups: Groups of communicating devices.
@@ -209,7 +208,7 @@ def _collective_op(instruction: Instruction) -> str:
     if instruction.opcode == "send" and (match := _MEGASCALE_OP.search(instruction.attributes)):
         return match.group(1).lower().replace("_", "-")
     op = instruction.opcode.removesuffix("-start")
-    if op not in OPS:
+    if op not in _OPS:
         return ""
     is_scattered = instruction.computation.name.startswith(_ALL_REDUCE_SCATTER)
     return "reduce-scatter" if is_scattered else op

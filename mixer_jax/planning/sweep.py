@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mixer_jax.config.schema import FIELDS, RunConfig
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.planning.cost_model import (
@@ -24,8 +24,8 @@ from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")
 # Estimates are accurate to about this factor; anything that exceeds memory by more is not compiled.
 _ESTIMATE_TOLERANCE = 1.5
-_MAX_FSDP = 8
-_MAX_MICROBATCHES = 8
+# Numbers of microbatches, and sizes of the fsdp axis.
+_SIZES = (1, 2, 4, 8)
 _MIN_MICROBATCH_PER_DEVICE = 8
 # Compile time on two cores, in seconds: per program, and per unrolled block.
 _PROGRAM_SECONDS, _BLOCK_SECONDS = 60, 12
@@ -186,17 +186,16 @@ def candidates(run: RunSpec, dimensions: Sequence[str], topology: Topology) -> I
     images = run.batch_size // run.num_devices
     microbatches = [
         n
-        for n in (2**power for power in range(_MAX_MICROBATCHES.bit_length()))
+        for n in _SIZES
         if n == 1 or (images % n == 0 and images // n >= _MIN_MICROBATCH_PER_DEVICE)
     ]
     slice_devices = topology.num_devices // topology.num_slices
-    powers_of_2 = (n for n in range(1, _MAX_FSDP + 1) if n & (n - 1) == 0)
-    max_fsdp = max(n for n in powers_of_2 if slice_devices % n == 0)
+    max_fsdp = max(n for n in _SIZES if slice_devices % n == 0)
     unrolls = {1, 4 if num_blocks % 4 == 0 else min(2, num_blocks)}
-    values: dict[str, list[Any]] = {
+    values: dict[str, Sequence[Any]] = {
         "accumulation": microbatches,
         "fsdp": sorted({1, max_fsdp}),
-        "remat": [name for name in REMAT_POLICIES if name in FIELDS["model.remat"].choices],
+        "remat": REMAT_POLICIES,
         # Formulas do not depend on unrolling.
         "unroll": sorted(unrolls) if topology.chip.is_tpu and num_blocks else [run.scan_unroll],
     }

@@ -39,31 +39,21 @@ IMAGENET = FineTuneTask(
 
 AVG5 = (
     IMAGENET,
-    FineTuneTask(
-        name="cifar10",
-        dataset="cifar10",
-        num_classes=10,
-        sweep_train_split="train[:98%]",
-        sweep_val_split="train[98%:]",
-        train_split="train",
-        test_split="test",
-        num_examples=(49_000, 1_000, 50_000, 10_000),
-        num_steps=10_000,
-        warmup_steps=500,
-        is_large_image=False,
-    ),
-    FineTuneTask(
-        name="cifar100",
-        dataset="cifar100",
-        num_classes=100,
-        sweep_train_split="train[:98%]",
-        sweep_val_split="train[98%:]",
-        train_split="train",
-        test_split="test",
-        num_examples=(49_000, 1_000, 50_000, 10_000),
-        num_steps=10_000,
-        warmup_steps=500,
-        is_large_image=False,
+    *(
+        FineTuneTask(
+            name=name,
+            dataset=name,
+            num_classes=num_classes,
+            sweep_train_split="train[:98%]",
+            sweep_val_split="train[98%:]",
+            train_split="train",
+            test_split="test",
+            num_examples=(49_000, 1_000, 50_000, 10_000),
+            num_steps=10_000,
+            warmup_steps=500,
+            is_large_image=False,
+        )
+        for name, num_classes in (("cifar10", 10), ("cifar100", 100))
     ),
     FineTuneTask(
         name="pets",
@@ -132,91 +122,50 @@ DIGITS: tuple[Task, ...] = (
 _VTAB_SWEEP_TRAIN = "train[:800]"
 # BiT, Appendix F: labels that flipping, or cropping, would change.
 _NEVER_FLIPPED = {"dsprites_orientation", "dsprites_position", "smallnorb_azimuth"}
-_NEVER_CROPPED = {
-    "clevr_count",
-    "clevr_distance",
-    "dmlab",
-    "dsprites_position",
-    "kitti_distance",
-}
+_NEVER_CROPPED = {"clevr_count", "clevr_distance", "dmlab", "dsprites_position", "kitti_distance"}
 # Datasets with images of 32 or 64 px.
 _SMALL_IMAGES = {"cifar100", "svhn", "eurosat", "dsprites_orientation", "dsprites_position"}
 
 # Name, dataset, classes, sweep validation split, test split, number of test images.
-_VTAB_TASKS = {
-    "natural": (
-        ("caltech101", "caltech101", 102, "train[2754:2954]", "test", 6084),
-        ("cifar100", "cifar100", 100, "train[45000:45200]", "test", 10000),
-        ("dtd", "dtd", 47, "validation[:200]", "test", 1880),
-        ("flowers102", "oxford_flowers102", 102, "validation[:200]", "test", 6149),
-        ("pets", "oxford_iiit_pet", 37, "train[2944:3144]", "test", 3669),
-        ("sun397", "sun397/tfds", 397, "validation[:200]", "test", 21750),
-        ("svhn", "svhn_cropped", 10, "train[65931:66131]", "test", 26032),
+_VTAB_NATURAL = (
+    ("caltech101", "caltech101", 102, "train[2754:2954]", "test", 6084),
+    ("cifar100", "cifar100", 100, "train[45000:45200]", "test", 10000),
+    ("dtd", "dtd", 47, "validation[:200]", "test", 1880),
+    ("flowers102", "oxford_flowers102", 102, "validation[:200]", "test", 6149),
+    ("pets", "oxford_iiit_pet", 37, "train[2944:3144]", "test", 3669),
+    ("sun397", "sun397/tfds", 397, "validation[:200]", "test", 21750),
+    ("svhn", "svhn_cropped", 10, "train[65931:66131]", "test", 26032),
+)
+_VTAB_SPECIALISED = (
+    ("patch_camelyon", "patch_camelyon", 2, "validation[:200]", "test", 32768),
+    ("eurosat", "eurosat/rgb", 10, "train[16200:16400]", "train[21600:]", 5400),
+    ("resisc45", "resisc45", 45, "train[18900:19100]", "train[25200:]", 6300),
+    (
+        "diabetic_retinopathy",
+        "diabetic_retinopathy_detection/btgraham-300",
+        5,
+        "validation[:200]",
+        "test",
+        42670,
     ),
-    "specialised": (
-        ("patch_camelyon", "patch_camelyon", 2, "validation[:200]", "test", 32768),
-        ("eurosat", "eurosat/rgb", 10, "train[16200:16400]", "train[21600:]", 5400),
-        ("resisc45", "resisc45", 45, "train[18900:19100]", "train[25200:]", 6300),
-        (
-            "diabetic_retinopathy",
-            "diabetic_retinopathy_detection/btgraham-300",
-            5,
-            "validation[:200]",
-            "test",
-            42670,
-        ),
-    ),
-    "structured": (
-        ("clevr_count", "clevr@count_all", 8, "train[63000:63200]", "validation", 15000),
-        (
-            "clevr_distance",
-            "clevr@closest_object_distance",
-            6,
-            "train[63000:63200]",
-            "validation",
-            15000,
-        ),
-        ("dmlab", "dmlab", 6, "validation[:200]", "test", 22735),
-        (
-            "dsprites_position",
-            "dsprites@x_position",
-            16,
-            "train[589824:590024]",
-            "train[663552:]",
-            73728,
-        ),
-        (
-            "dsprites_orientation",
-            "dsprites@orientation",
-            16,
-            "train[589824:590024]",
-            "train[663552:]",
-            73728,
-        ),
-        ("smallnorb_azimuth", "smallnorb@label_azimuth", 18, "test[:200]", "test[12150:]", 12150),
-        (
-            "smallnorb_elevation",
-            "smallnorb@label_elevation",
-            9,
-            "test[:200]",
-            "test[12150:]",
-            12150,
-        ),
-        ("kitti_distance", "kitti@closest_vehicle_distance", 4, "validation[:200]", "test", 711),
-    ),
-}
+)
+# Splits that the tasks of a dataset share.
+_CLEVR = ("train[63000:63200]", "validation", 15000)
+_DSPRITES = ("train[589824:590024]", "train[663552:]", 73728)
+_SMALLNORB = ("test[:200]", "test[12150:]", 12150)
+_VTAB_STRUCTURED = (
+    ("clevr_count", "clevr@count_all", 8, *_CLEVR),
+    ("clevr_distance", "clevr@closest_object_distance", 6, *_CLEVR),
+    ("dmlab", "dmlab", 6, "validation[:200]", "test", 22735),
+    ("dsprites_position", "dsprites@x_position", 16, *_DSPRITES),
+    ("dsprites_orientation", "dsprites@orientation", 16, *_DSPRITES),
+    ("smallnorb_azimuth", "smallnorb@label_azimuth", 18, *_SMALLNORB),
+    ("smallnorb_elevation", "smallnorb@label_elevation", 9, *_SMALLNORB),
+    ("kitti_distance", "kitti@closest_vehicle_distance", 4, "validation[:200]", "test", 711),
+)
 
-
-def _vtab_task(
-    group: str,
-    name: str,
-    dataset: str,
-    num_classes: int,
-    val_split: str,
-    test_split: str,
-    num_test: int,
-) -> FineTuneTask:
-    return FineTuneTask(
+VTAB_1K = tuple(
+    FineTuneTask(
         name=name,
         dataset=dataset,
         num_classes=num_classes,
@@ -234,10 +183,12 @@ def _vtab_task(
         eval_crop="resize",
         group=group,
     )
-
-
-VTAB_1K: tuple[FineTuneTask, ...] = tuple(
-    _vtab_task(group, *row) for group, rows in _VTAB_TASKS.items() for row in rows
+    for group, rows in (
+        ("natural", _VTAB_NATURAL),
+        ("specialised", _VTAB_SPECIALISED),
+        ("structured", _VTAB_STRUCTURED),
+    )
+    for name, dataset, num_classes, val_split, test_split, num_test in rows
 )
 
 SUITES = {
@@ -258,17 +209,9 @@ def few_shot_suite(
     shots: tuple[int, ...],
     methods: tuple[str, ...],
 ) -> Suite:
-    """Creates a suite of probes on any dataset (the paper plots 5 shots of ImageNet).
-
-    Args:
-        dataset: Dataset, as in `config.dataset.name`.
-        train_split: Split to fit the probes on, in TFDS syntax.
-        test_split: Split to evaluate on.
-        shots: Images per class.
-        methods: Methods of `ProbeTask`.
-    """
+    """Creates a suite of probes on any dataset (the paper plots 5 shots of ImageNet)."""
     probes = [
         ProbeTask(method, dataset, method, train_split, test_split, shots=shots)
         for method in methods
     ]
-    return Suite("few_shot", f"probes on {dataset}", tuple(probes))
+    return Suite("few_shot", f"probes on {dataset}", probes)

@@ -13,7 +13,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.errors import DatasetNotPreparedError, UserError
 from mixer_jax.evaluation.probes import LazyLabels, ProbeConfig, align_labels, sample_all_shots
 from mixer_jax.models.registry import get_family
-from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task
+from mixer_jax.suites.tasks import NATIVE, FineTuneTask, ProbeTask, Suite, Task, task_splits
 
 # VTAB's rule (arXiv 1912.11370): smaller images are shown at the smaller size.
 _LARGE_AREA = 96 * 96
@@ -37,13 +37,6 @@ class SuiteData(NamedTuple):
     notes: list[str]
 
 
-def task_splits(task: Task) -> tuple[str, ...]:
-    """Returns the splits of a task, in the order of its `num_examples`."""
-    if isinstance(task, FineTuneTask):
-        return task.sweep_train_split, task.sweep_val_split, task.train_split, task.test_split
-    return task.train_split, task.test_split
-
-
 def resolve_folders(suite: Suite) -> Suite:
     """Makes the paths of "folder:PATH" datasets absolute and expands ~."""
     tasks: list[Task] = []
@@ -60,10 +53,6 @@ def resolve_folders(suite: Suite) -> Suite:
 
 def open_task_data(tasks: Sequence[Task], data_dir: str) -> SuiteData:
     """Opens all data of some tasks, without reading images or using a device.
-
-    Args:
-        tasks: Tasks of a suite.
-        data_dir: TFDS data directory; empty for TFDS's default.
 
     Raises:
         UserError: A dataset does not have the number of classes that its task declares.
@@ -105,12 +94,7 @@ def check_probe_data(tasks: Sequence[Task], data: SuiteData, skip_bad: bool) -> 
     """Checks that the available data suit their probes.
 
     Few-shot probes need enough images of every class; this is checked unless there are too many
-    images to read their labels.
-
-    Args:
-        tasks: Tasks of a suite.
-        data: Their data.
-        skip_bad: Whether unreadable examples are skipped; otherwise they are an error.
+    images to read their labels. `skip_bad` skips unreadable examples, which otherwise are an error.
 
     Raises:
         UserError: The data do not suit a probe; the message names the task and the class.
@@ -133,13 +117,10 @@ def choose_image_size(
 ) -> int:
     """Returns the side of a task's square input images, in pixels.
 
-    Args:
-        task: Task of the suite.
-        requested: `tasks.NATIVE`, the checkpoint's size; `tasks.AUTO`, the checkpoint's size for
-            images smaller than 96 × 96 px and twice that for others; or a number of pixels.
-        model_info: Metadata of the checkpoint.
-        sources: Splits of the task, measured if the task does not declare the size of its images.
-            Empty if the data are missing; the images then count as large.
+    `requested` is a number of pixels, `tasks.NATIVE` for the checkpoint's size, or `tasks.AUTO` for
+    that size if images are smaller than 96 × 96 px, and twice that for others. The first of
+    `sources` is measured if the task does not declare the size of its images; without sources,
+    because data are missing, images count as large.
 
     Raises:
         UserError: The model does not accept the size.

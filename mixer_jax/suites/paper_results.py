@@ -10,9 +10,7 @@ class PaperRow(NamedTuple):
     Attributes:
         table: Number of the table.
         data: Pre-training data: "i1k", "i21k" or "jft".
-        variant: Mixer variant, such as "B/16".
         image_size: Image size of fine-tuning, in pixels.
-        imagenet: Top-1 accuracy on ImageNet.
         real: Accuracy with ReaL labels (arXiv 2006.07159).
         avg5: Mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
         vtab: Mean over VTAB-1k's 19 tasks; None if not measured.
@@ -68,13 +66,7 @@ PRETRAIN_DATASETS = tuple(_PRETRAIN_DATASETS.values())
 
 
 def find_row(pretrain_dataset: str, model: str, image_size: int) -> PaperRow | None:
-    """Returns the paper's row for a model; None if there is none.
-
-    Args:
-        pretrain_dataset: One of `PRETRAIN_DATASETS`; empty if unknown.
-        model: Full name of the model, such as "Mixer-B/16".
-        image_size: Largest image size of fine-tuning, in pixels.
-    """
+    """Returns the paper's row for a model, such as "Mixer-B/16"; None if there is none."""
     key = (pretrain_dataset, model, image_size)
     rows = (row for row in PAPER if (row.data, row.model, row.image_size) == key)
     return next(rows, None)

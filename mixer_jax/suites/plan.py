@@ -1,57 +1,62 @@
-"""Plan of a suite, stored in its workdir so that a later start runs the same."""
+"""Plan of a suite: its tasks, the settings of all runs, and the config of each run."""
 
-import dataclasses
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
-from etils import epath
+from ml_collections import ConfigDict
 
+from mixer_jax import config as config_lib
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
-from mixer_jax.checkpoints.weights import Tree, flatten_params
-from mixer_jax.config.compat import upgrade_overrides
+from mixer_jax.config.config import parse, validate
+from mixer_jax.config.loading import Overrides, set_override
+from mixer_jax.config.schema import NAMED_SECTIONS, RunConfig, get_field
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write
-from mixer_jax.suites import tasks as tasks_lib
-from mixer_jax.suites.run_configs import Run, SuiteSettings, final_runs, is_resumable, sweep_runs
-from mixer_jax.suites.tasks import FineTuneTask, Suite, Task
-from mixer_jax.training.workdir import CONFIG_FILE
+from mixer_jax.models.family import INIT_FROM
+from mixer_jax.suites.tasks import TEST, VALIDATION, FineTuneTask, Suite, Task
 
-SUITE_FILE = "suite.json"
-_OVERRIDES = "overrides."
-# Fields that do not affect the results.
-_NOT_COMPARED = (
-    "data_dir",
-    "device_days",
-    "data_notes",
-    "digest",
-    "pretrain_dataset_assumed",
-    "suite.title",
+_MAX_CHECKPOINT_STEPS = 1_000
+_PROBE_BATCH_SIZE = 256
+# Keys that a suite sets in each of its runs.
+_RESERVED_KEYS = (
+    "seed",
+    "num_epochs",
+    "image_size",
+    "init_from",
+    "model.variant",
+    "dataset.name",
+    "dataset.data_dir",
+    "dataset.train_split",
+    "optimizer.learning_rate",
 )
-_MAX_DIFFERENCES = 5
+
+
+class Run(NamedTuple):
+    """One call of `training.loop.train_and_evaluate`; `folder` is relative to the suite's."""
+
+    folder: str
+    config: RunConfig
 
 
 class TransferPlan(NamedTuple):
     """Suite to run for a checkpoint.
 
     Attributes:
-        suite: Tasks to run.
-        settings: Settings that all runs share.
+        checkpoint: Checkpoint to fine-tune, as in `config.init_from`.
+        model_info: Metadata of the checkpoint.
+        overrides: Config keys overridden by the user.
         image_sizes: Image size of each task by name, in pixels.
         pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`; empty if unknown.
         device_days: Days of pre-training times the number of devices; None if unknown.
-        digest: `params_digest` of the checkpoint.
+        digest: `workdir.params_digest` of the checkpoint.
         data_notes: Data that differ from the protocol, one line each.
         pretrain_dataset_assumed: Whether `pretrain_dataset` is assumed from the number of classes.
     """
 
     suite: Suite
-    settings: SuiteSettings
+    checkpoint: str
+    model_info: ModelInfo
+    data_dir: str
+    overrides: Overrides
     image_sizes: dict[str, int]
     pretrain_dataset: str = ""
     device_days: float | None = None
@@ -60,191 +65,109 @@ class TransferPlan(NamedTuple):
     pretrain_dataset_assumed: bool = False
 
     @property
-    def model_info(self) -> ModelInfo:
-        """Metadata of the checkpoint."""
-        return self.settings.model_info
+    def protocol_overrides(self) -> Overrides:
+        """Overrides that affect the result, each key once."""
+        return tuple(
+            (path, text) for path, text in dict(self.overrides).items() if not is_resumable(path)
+        )
+
+    @property
+    def largest_image_size(self) -> int:
+        """Largest image size of fine-tuning, or of probes if there are only probes.
+
+        It selects the paper's row, and is the size at which throughput is measured.
+        """
+        fine_tuned = [task for task in self.suite.tasks if isinstance(task, FineTuneTask)]
+        return max(self.image_sizes[task.name] for task in fine_tuned or self.suite.tasks)
 
     def sweep_runs(self, task: FineTuneTask) -> dict[float, Run]:
-        """Returns the runs of a task's sweep by learning rate."""
-        return sweep_runs(task, self.image_sizes[task.name], self.settings)
+        """Returns the runs of a task's sweep by learning rate; empty if there is a single rate."""
+        if len(task.learning_rates) == 1:
+            return {}
+        evals = {VALIDATION: {"split": task.sweep_val_split}}
+        split, seed = task.sweep_train_split, task.seeds[0]
+        return {
+            rate: Run(sweep_folder(task, rate), _make_config(self, task, split, rate, seed, evals))
+            for rate in task.learning_rates
+        }
 
     def final_runs(self, task: FineTuneTask, learning_rate: float) -> dict[int, Run]:
-        """Returns a task's final runs by seed."""
-        return final_runs(task, self.image_sizes[task.name], self.settings, learning_rate)
+        """Returns the runs that are evaluated on the test split, by seed."""
+        evals = {TEST: {"split": task.test_split}}
+        for name, (dataset, split) in task.extra_evals.items():
+            evals[name] = {"dataset": dataset, "split": split}
+        return {
+            seed: Run(
+                final_folder(task, seed),
+                _make_config(self, task, task.train_split, learning_rate, seed, evals),
+            )
+            for seed in task.seeds
+        }
 
 
-def params_digest(params: Tree) -> str:
-    """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
-    digest = hashlib.sha256()
-    for path, array in sorted(flatten_params(params)):
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def sweep_folder(task: FineTuneTask, learning_rate: float) -> str:
+    """Returns the folder of a sweep run, relative to the suite's workdir."""
+    return f"{task.name}/choose/learning_rate={learning_rate:g}"
 
 
-def check_workdir(workdir: str) -> None:
-    """Raises UserError if a workdir belongs to a run instead of a suite."""
-    folder = epath.Path(workdir)
-    if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINT_DIR).exists():
-        raise UserError(
-            f"--workdir must not be that of a mixer_jax.main run, got {workdir!r}. Choose another "
-            "--workdir."
-        )
+def final_folder(task: FineTuneTask, seed: int) -> str:
+    """Returns the folder of a final run, relative to the suite's workdir."""
+    return f"{task.name}/final/seed={seed}"
+
+
+def _make_config(
+    plan: TransferPlan,
+    task: FineTuneTask,
+    train_split: str,
+    learning_rate: float,
+    seed: int,
+    evals: dict[str, dict[str, str]],
+) -> RunConfig:
+    info, image_size = plan.model_info, plan.image_sizes[task.name]
+    config = config_lib.get_default()
+    config.seed = seed
+    config.num_steps = task.num_steps
+    config.batch_size = config.eval_batch_size = task.batch_size
+    config.image_size = image_size
+    config.init_from = plan.checkpoint
+    config.init_head = "new"
+    config.model.variant = INIT_FROM
+
+    config.dataset.name = task.dataset
+    config.dataset.data_dir = plan.data_dir
+    config.dataset.train_split = train_split
+    config.preprocess.train_crop = task.train_crop
+    config.preprocess.flip = task.flip
+    # Table 3 resizes the shorter side. Table 2, with images larger than in pre-training, resizes
+    # both sides.
+    paper_crop = "shorter_side" if image_size <= info.image_size[0] else "square"
+    config.preprocess.eval_crop = task.eval_crop or paper_crop
+    config.preprocess.exif_orientation = info.exif_orientation
+
+    config.recipe.loss = "softmax"
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.warmup_steps = task.warmup_steps
+    config.optimizer.decay_type = "cosine"
+
+    config.checkpoint.every_steps = min(_MAX_CHECKPOINT_STEPS, -(-task.num_steps // 5))
+    config.checkpoint.keep = 1
+    # metrics.jsonl has the same numbers, and a suite may have a hundred runs.
+    config.tensorboard = False
+    config.evals = config_lib.evals(**evals)
+    for path, value in task.config_overrides.items():
+        set_override(config, path, str(value))
+    for path, text in plan.overrides:
+        set_override(config, path, text)
+    return parse(config)
 
 
 def validate_run_configs(plan: TransferPlan, tasks: Sequence[Task]) -> None:
-    """Raises UserError if the config of a run breaks a rule."""
+    """Raises UserError if the config of a run has an unknown key or breaks a rule."""
     for task in tasks:
         if isinstance(task, FineTuneTask):
             plan.sweep_runs(task)
             plan.final_runs(task, task.learning_rates[0])
-
-
-def to_json(plan: TransferPlan) -> dict[str, Any]:
-    """Converts a plan to plain data."""
-    settings = plan.settings
-    # Thousands of class names do not affect fine-tuning.
-    model_info = dataclasses.replace(plan.model_info, class_names=())
-    return {
-        "suite": tasks_lib.to_json(plan.suite),
-        "checkpoint": settings.checkpoint,
-        "model_info": model_info.to_dict(),
-        "data_dir": settings.data_dir,
-        "overrides": dict(settings.overrides),
-        "image_sizes": plan.image_sizes,
-        "pretrain_dataset": plan.pretrain_dataset,
-        "device_days": plan.device_days,
-        "digest": plan.digest,
-        "data_notes": list(plan.data_notes),
-        "pretrain_dataset_assumed": plan.pretrain_dataset_assumed,
-    }
-
-
-def read_plan(workdir: str) -> TransferPlan | None:
-    """Restores the plan saved in a workdir; returns None if there is none.
-
-    Raises:
-        UserError: The file is damaged or has an unknown format.
-    """
-    path = epath.Path(workdir) / SUITE_FILE
-    if not path.exists():
-        return None
-    try:
-        data = _upgrade(json.loads(path.read_text()))
-        model_info = ModelInfo.from_dict(data["model_info"], str(path))
-        overrides = tuple(upgrade_overrides(data["overrides"]).items())
-        return TransferPlan(
-            tasks_lib.from_json(data["suite"]),
-            SuiteSettings(data["checkpoint"], model_info, data["data_dir"], overrides),
-            data["image_sizes"],
-            data["pretrain_dataset"],
-            data["device_days"],
-            data["digest"],
-            tuple(data["data_notes"]),
-            data["pretrain_dataset_assumed"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} must be a suite's plan, but is damaged or has an unknown format. Choose "
-            "another --workdir."
-        ) from error
-
-
-def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
-    """Translates fields of plans that were saved before a rename."""
-    names = {
-        "about": "model_info",
-        "pretrained_on": "pretrain_dataset",
-        "pretrained_on_assumed": "pretrain_dataset_assumed",
-    }
-    return {names.get(name, name): value for name, value in data.items()}
-
-
-def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
-    """Saves a plan in its workdir, or merges it with the plan there.
-
-    Args:
-        workdir: Absolute path or URL of the suite's workdir.
-        plan: Plan to save.
-
-    Returns:
-        Resumable keys that have changed, one line "KEY: old -> new" each.
-
-    Raises:
-        UserError: The workdir contains results of a different suite or checkpoint, or is not
-            writable.
-    """
-    path = epath.Path(workdir) / SUITE_FILE
-    try:
-        if read_plan(workdir) is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _create(path, _to_text(plan))
-        # Read back, because another process may have been first.
-        old = read_plan(workdir) or plan
-        changes = _check_same(workdir, old, plan)
-        # Every shard sees only the data of its own tasks.
-        notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
-        days = old.device_days if plan.device_days is None else plan.device_days
-        plan = plan._replace(data_notes=notes, device_days=days)
-        if _to_text(plan) != _to_text(old):
-            atomic_write(path, _to_text(plan))
-    except OSError as error:
-        raise UserError(
-            f"--workdir must be writable, got {workdir!r} ({error.strerror}). Choose another "
-            "--workdir."
-        ) from error
-    return changes
-
-
-def _to_text(plan: TransferPlan) -> str:
-    return json.dumps(to_json(plan), indent=2) + "\n"
-
-
-def _create(path: epath.Path, text: str) -> None:
-    """Writes a file atomically unless it exists: among several processes the first one wins."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    if "://" in str(path):
-        # Object stores have no links; there the last one wins.
-        atomic_write(path, text)
-        return
-    try:
-        temporary.write_text(text)
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:
-        # Some file systems have no links either.
-        atomic_write(path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]:
-    """Returns the resumable differences between two plans; raises UserError for others."""
-    before, after = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
-    if before["checkpoint"] == after["checkpoint"] and old.digest != new.digest:
-        raise UserError(
-            f"--workdir={workdir!r} contains results of other weights: {after['checkpoint']} has "
-            "changed since. Choose another --workdir."
-        )
-    resumable, incompatible = [], []
-    for path in {**before, **after}:
-        old_value, new_value = before.get(path, "(absent)"), after.get(path, "(absent)")
-        if old_value == new_value or path in _NOT_COMPARED:
-            continue
-        key = path.removeprefix(_OVERRIDES)
-        if key != path and is_resumable(key):
-            resumable.append(f"{key}: {old_value} -> {new_value}")
-        else:
-            incompatible.append(f"{path}: {old_value!r} -> {new_value!r}")
-    if incompatible:
-        differences = "; ".join(incompatible[:_MAX_DIFFERENCES])
-        differences += "; …" if incompatible[_MAX_DIFFERENCES:] else ""
-        raise UserError(
-            f"--workdir={workdir!r} contains a different suite ({differences}). Choose "
-            "another --workdir."
-        )
-    return resumable
 
 
 def select_tasks(suite: Suite, names: tuple[str, ...], shard: tuple[int, int]) -> tuple[Task, ...]:
@@ -276,14 +199,74 @@ def select_tasks(suite: Suite, names: tuple[str, ...], shard: tuple[int, int]) -
     return tasks
 
 
-def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of plain data by dotted path, tasks by name."""
-    if isinstance(data, dict):
-        items = data.items()
-    elif isinstance(data, list | tuple) and data and isinstance(data[0], dict):
-        items = {item["name"]: item for item in data}.items()
-    else:
-        yield path, list(data) if isinstance(data, tuple) else data
-        return
-    for name, value in items:
-        yield from _flatten(value, f"{path}.{name}" if path else name)
+def is_resumable(path: str) -> bool:
+    """Returns whether a key may change between starts without affecting the result."""
+    field = get_field(path)
+    return field is not None and field.resumable
+
+
+def default_config(overrides: Overrides) -> ConfigDict:
+    """Returns the default config with overrides, for probes and the command itself.
+
+    Raises:
+        UserError: A key does not exist, or its value has the wrong type.
+    """
+    config = config_lib.get_default()
+    config.eval_batch_size = _PROBE_BATCH_SIZE
+    for path, text in overrides:
+        set_override(config, path, text)
+    return config
+
+
+def check_overrides(overrides: Overrides) -> None:
+    """Validates the user's overrides as far as possible without the checkpoint.
+
+    Raises:
+        UserError: A key does not exist, its value is invalid, or suites set it themselves.
+    """
+    for path, value in overrides:
+        if _is_reserved(path):
+            raise UserError(
+                f"--config.{path}={value} must be left out: a suite sets {path} in each of its "
+                "runs. Use the command's own flags, or write a custom suite."
+            )
+    _check_values(overrides)
+
+
+def check_task_overrides(suite: Suite) -> None:
+    """Validates the config overrides of a suite's tasks, like `check_overrides`.
+
+    Raises:
+        UserError: An override is invalid; the message names the task.
+    """
+    for task in suite.tasks:
+        overrides = task.config_overrides if isinstance(task, FineTuneTask) else {}
+        try:
+            for path in overrides:
+                if _is_reserved(path):
+                    raise UserError(
+                        f"config_overrides must not contain {path!r}, which a suite sets in each "
+                        "of its runs."
+                    )
+            _check_values(tuple((path, str(value)) for path, value in overrides.items()))
+        except UserError as error:
+            raise UserError(f"task {task.name}: {error}") from error
+
+
+def _is_reserved(path: str) -> bool:
+    return path in _RESERVED_KEYS or path.partition(".")[0] in NAMED_SECTIONS
+
+
+def _check_values(overrides: Overrides) -> None:
+    """Raises UserError if an override is valid in no run."""
+    config = default_config(overrides)
+    config.model.variant, config.init_from = INIT_FROM, "weights"
+    paths = dict(overrides)
+    # Other keys get values with which only the overrides can break a rule.
+    if "num_steps" not in paths:
+        config.num_steps = max(1, config.optimizer.warmup_steps)
+    if "optimizer.warmup_steps" not in paths:
+        config.optimizer.warmup_steps = 0
+    if "batch_size" not in paths:
+        config.batch_size = 2 * max(1, config.recipe.grad_accum_steps)
+    validate(config)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.data.registry import open_dataset
@@ -26,11 +25,10 @@ from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, run_probe
 from mixer_jax.files import file_lock
-from mixer_jax.suites.plan import TransferPlan
-from mixer_jax.suites.results import (
-    CHECKPOINT,
-    NETWORK_TITLES,
-    RANDOM_INIT,
+from mixer_jax.suites.cost import training_seconds
+from mixer_jax.suites.plan import Run, TransferPlan, default_config
+from mixer_jax.suites.tasks import CHECKPOINT, NETWORK_TITLES, TEST, FineTuneTask, ProbeTask, Task
+from mixer_jax.suites.workdir import (
     RunResult,
     clear_failure,
     delete_checkpoints,
@@ -40,15 +38,11 @@ from mixer_jax.suites.results import (
     save_result,
     select_learning_rate,
 )
-from mixer_jax.suites.run_configs import TEST, Run
-from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Task
-from mixer_jax.suites.throughput import training_seconds
-from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
+from mixer_jax.training.workdir import check_workdir
 from mixer_jax.visualization.figures import plot_curves
 
-_LOCK_FILE = ".lock"
 _LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
 _RANDOM_INIT_SEED = 0
 
@@ -65,7 +59,6 @@ class TaskContext(NamedTuple):
     """Everything that the tasks of a suite share.
 
     Attributes:
-        plan: Plan of the suite.
         workdir: Absolute path or URL of the suite's workdir.
         weights: Checkpoint to evaluate.
         keep_checkpoints: Whether checkpoints of completed runs are kept.
@@ -103,10 +96,11 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
             # Any error, even running out of memory, ends only its own task.
             if jax.process_count() > 1 and not isinstance(error, NonFiniteError):
                 raise
-            failures[task.name] = _format_reason(error)
+            is_known = isinstance(error, UserError | RunError)
+            reason = str(error) if is_known else f"{type(error).__name__}: {summarize_error(error)}"
+            failures[task.name] = reason
             if is_primary_process():
-                reason, trace = _format_reason(error), traceback.format_exc()
-                save_failure(context.workdir, task.name, reason, trace)
+                save_failure(f"{context.workdir}/{task.name}", reason, traceback.format_exc())
         if not locked:
             failures[task.name] = _LOCKED
         if task.name in failures:
@@ -123,24 +117,19 @@ def _lock(workdir: str, name: str) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         taken = False
         if is_primary_process() and "://" not in workdir:
-            with output_errors(f"{workdir}/{name}"):
+            # In the suite's folder, because a task that cannot start leaves none of its own.
+            with output_errors(workdir):
                 try:
-                    stack.enter_context(file_lock(Path(workdir, name, _LOCK_FILE)))
+                    stack.enter_context(file_lock(Path(workdir, f".{name}.lock")))
                 except BlockingIOError:
                     taken = True
         yield not any_host(taken)
 
 
-def _format_reason(error: Exception) -> str:
-    if isinstance(error, UserError | RunError):
-        return str(error)
-    return f"{type(error).__name__}: {summarize_error(error)}"
-
-
 def run_task(context: TaskContext, task: Task) -> None:
     """Runs one task, or resumes it."""
     if is_primary_process():
-        clear_failure(context.workdir, task.name)
+        clear_failure(f"{context.workdir}/{task.name}")
     if isinstance(task, ProbeTask):
         run_probe_task(context, task)
     else:
@@ -175,7 +164,7 @@ def _select_learning_rate(context: TaskContext, task: FineTuneTask) -> float:
 def _complete_run(context: TaskContext, run: Run, record_failure: bool) -> RunResult:
     """Returns the result of a run, which is trained to the end if it is not complete."""
     folder = f"{context.workdir}/{run.folder}"
-    result, is_stopping = read_result(folder, [*run.config.evals]), False
+    result, is_stopping = read_result(folder, run.config.evals), False
     if result is None or (result.failed and not record_failure):
         context.log(f"\n{run.folder}")
         result, received = _train(context, run, folder)
@@ -196,9 +185,8 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
     Raises:
         TaskInterruptedError: The signal came before the end.
     """
-    for change in workdirs.check_workdir(folder, run.config):
+    for change in check_workdir(folder, run.config):
         context.log(f"changed since this run was last started: {change}")
-    epath.Path(folder).mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, float]] = {}
     failed, stopped_by = "", None
     try:
@@ -219,19 +207,18 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
 
 def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
     """Probes the networks of a probe task that have no result yet."""
-    networks = [CHECKPOINT, RANDOM_INIT] if task.compare_random_init else [CHECKPOINT]
-    folders = {network: f"{context.workdir}/{task.name}/{network}" for network in networks}
-    networks = [network for network in networks if read_result(folders[network]) is None]
+    folders = {network: f"{context.workdir}/{task.name}/{network}" for network in task.networks}
+    networks = [network for network in folders if read_result(folders[network]) is None]
     if not networks:
         return
     plan, size = context.plan, context.plan.image_sizes[task.name]
     weights = replace_head(resize(context.weights, (size, size)), 0)
     info = weights.model_info
     train, test = (
-        open_dataset(task.dataset, split, plan.settings.data_dir)
+        open_dataset(task.dataset, split, plan.data_dir)
         for split in (task.train_split, task.test_split)
     )
-    config = plan.settings.default_config()
+    config = default_config(plan.overrides)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     model = info.build_model()
     feature_fn = make_feature_fn(model, mesh)

@@ -10,23 +10,21 @@ from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
-from mixer_jax.suites import datasets, dry_run
+from mixer_jax.suites import datasets
+from mixer_jax.suites.cost import device_days, format_dry_run, measure_throughput
 from mixer_jax.suites.datasets import SuiteData
 from mixer_jax.suites.paper_results import infer_pretrain_dataset
-from mixer_jax.suites.plan import (
-    TransferPlan,
+from mixer_jax.suites.plan import TransferPlan, default_config, select_tasks, validate_run_configs
+from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
+from mixer_jax.suites.table import report
+from mixer_jax.suites.tasks import AUTO, Suite
+from mixer_jax.suites.workdir import (
     check_workdir,
     params_digest,
+    read_throughput,
     save_plan,
-    select_tasks,
-    validate_run_configs,
+    save_throughput,
 )
-from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
-from mixer_jax.suites.results import read_throughput, save_throughput
-from mixer_jax.suites.run_configs import SuiteSettings, default_config
-from mixer_jax.suites.table import largest_image_size, report
-from mixer_jax.suites.tasks import AUTO, Suite
-from mixer_jax.suites.throughput import device_days, measure_throughput
 from mixer_jax.training.metrics import read_metrics
 
 
@@ -35,16 +33,13 @@ class TransferRequest(NamedTuple):
 
     Attributes:
         suite: Suite, validated by `check_suite`.
-        checkpoint: Checkpoint to evaluate.
         workdir: Absolute path or URL of the suite's workdir.
         overrides: Config overrides, validated by `check_overrides`.
         image_size: Image size, as in `datasets.choose_image_size`.
         data_dir: TFDS data directory; empty for TFDS's default.
         tasks: Names of the tasks to run; empty for all.
         shard: i and n, for the i-th of n shards of them.
-        dry_run: Whether to only print what would run.
         keep_checkpoints: Whether checkpoints of completed runs are kept.
-        throughput: Whether to measure the throughput.
         pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`, or "none"; empty to infer it.
     """
 
@@ -63,12 +58,7 @@ class TransferRequest(NamedTuple):
 
 
 class TransferOutcome(NamedTuple):
-    """Outcome of a suite.
-
-    Attributes:
-        failures: Reasons of failed tasks, by name.
-        stopped_by: Signal that stopped the suite, or None.
-    """
+    """Reasons of failed tasks by name, and the signal that stopped the suite, if any."""
 
     failures: dict[str, str]
     stopped_by: signal.Signals | None = None
@@ -96,10 +86,14 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
     plan = make_plan(request, weights, data)
     validate_run_configs(plan, tasks)
     if request.dry_run:
-        print(dry_run.format_dry_run(plan, tasks, data))
+        print(format_dry_run(plan, tasks, data))
         return TransferOutcome({})
     is_primary = multihost.is_primary_process()
-    log = _log if is_primary else _ignore
+
+    def log(text: str) -> None:
+        if is_primary:
+            print(text, flush=True)
+
     for change in save_plan_on_primary(plan, request.workdir, weights):
         log(f"changed since this suite was last started: {change}")
     for note in data.notes:
@@ -112,7 +106,7 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
         return TransferOutcome({}, stopped.received)
     if is_primary:
         if request.throughput and read_throughput(request.workdir) is None:
-            size = largest_image_size(plan)
+            size = plan.largest_image_size
             throughput = measure_throughput(resize(weights, (size, size)))
             save_throughput(request.workdir, throughput)
         report(request.workdir)
@@ -144,42 +138,42 @@ def make_plan(
     Raises:
         UserError: The model does not accept the requested image size.
     """
-    info, config = weights.model_info, weights.train_config
-    notes = tuple(data.notes)
+    info, config, checkpoint = weights.model_info, weights.train_config, request.checkpoint
+    sources = data.sources
     # Tasks of other shards must get the same sizes here and there.
     unmeasured = [task for task in request.suite.tasks if task.is_large_image is None]
     if request.image_size == AUTO and unmeasured:
-        data = datasets.open_task_data(unmeasured, request.data_dir)
+        sources = datasets.open_task_data(unmeasured, request.data_dir).sources
     sizes = {
         task.name: datasets.choose_image_size(
-            task, request.image_size, info, data.sources.get(task.name, [])
+            task, request.image_size, info, sources.get(task.name, [])
         )
         for task in request.suite.tasks
     }
-    dataset, init_from, mixture = "", "", False
+    dataset, init_from, mixture, days = "", "", False, None
     if config is not None:
         dataset, init_from = config["dataset"]["name"], config["init_from"]
         # Runs from before there were mixtures have no such section.
         mixture = bool(config.get("mixture"))
+        if checkpoint.format == RUN:
+            lines = read_metrics(checkpoint.path)
+            lines = [line for line in lines if line["step"] <= (weights.step or 0)]
+            days = device_days(lines, config["batch_size"]) or None
     inferred = infer_pretrain_dataset(dataset, init_from, info.num_classes, mixture)
     return TransferPlan(
-        request.suite,
-        SuiteSettings(
-            _absolute_name(request.checkpoint), info, request.data_dir, request.overrides
+        suite=request.suite,
+        checkpoint=_absolute_name(checkpoint),
+        model_info=info,
+        data_dir=request.data_dir,
+        overrides=request.overrides,
+        image_sizes=sizes,
+        pretrain_dataset={"": inferred, "none": ""}.get(
+            request.pretrain_dataset, request.pretrain_dataset
         ),
-        sizes,
-        {"": inferred, "none": ""}.get(request.pretrain_dataset, request.pretrain_dataset),
-        _pretraining_device_days(request.checkpoint, weights),
-        data_notes=notes,
+        device_days=days,
+        data_notes=tuple(data.notes),
         pretrain_dataset_assumed=bool(inferred) and not (dataset or request.pretrain_dataset),
     )
-
-
-def _pretraining_device_days(checkpoint: CheckpointRef, weights: PretrainedWeights) -> float | None:
-    if checkpoint.format != RUN or weights.train_config is None:
-        return None
-    lines = [line for line in read_metrics(checkpoint.path) if line["step"] <= (weights.step or 0)]
-    return device_days(lines, weights.train_config["batch_size"]) or None
 
 
 def _absolute_name(checkpoint: CheckpointRef) -> str:
@@ -190,11 +184,3 @@ def _absolute_name(checkpoint: CheckpointRef) -> str:
     if checkpoint.format == "hub":
         return HUB + path
     return path if "://" in path else os.path.abspath(path)
-
-
-def _log(text: str) -> None:
-    print(text, flush=True)
-
-
-def _ignore(text: str) -> None:
-    del text

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import statistics
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -12,34 +13,29 @@ from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.files import atomic_write
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.paper_results import PaperRow, find_row
-from mixer_jax.suites.plan import SUITE_FILE, TransferPlan, read_plan
-from mixer_jax.suites.results import (
+from mixer_jax.suites.plan import TransferPlan, final_folder, sweep_folder
+from mixer_jax.suites.tasks import (
     NETWORK_TITLES,
     RANDOM_INIT,
-    TaskScore,
-    Throughput,
-    read_fine_tune_scores,
-    read_probe_scores,
-    read_throughput,
+    TEST,
+    VALIDATION,
+    FineTuneTask,
+    ProbeTask,
 )
-from mixer_jax.suites.run_configs import TEST
-from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
+from mixer_jax.suites.workdir import (
+    PLAN_FILE,
+    RunResult,
+    Throughput,
+    read_failure,
+    read_plan,
+    read_result,
+    read_throughput,
+    select_learning_rate,
+)
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 # Marks values copied from the paper.
 MARK = "*"
-_COLUMNS = (
-    "task",
-    "px",
-    "learning rate",
-    "top-1 %",
-    "±",
-    "runs",
-    f"paper{MARK} %",
-    "difference",
-    "images",
-    "minutes",
-)
 
 
 class Row(NamedTuple):
@@ -47,16 +43,14 @@ class Row(NamedTuple):
 
     Attributes:
         task: Name of the task and evaluation.
-        group: Group of the task.
         image_size: Image size, in pixels; None for a mean.
         learning_rate: Learning rate selected, if any.
-        mean: Mean over the runs; None if there is none yet.
-        std: Standard deviation over the runs, if there are several.
+        mean: Mean top-1 accuracy over the runs; None if there is none yet.
+        std: Sample standard deviation over the runs, if there are several.
         runs: Number of completed runs; for a mean over tasks, the number of tasks.
-        paper: Result of the paper, if any.
-        num_examples: Number of test examples.
-        minutes: Duration of training.
-        failed: Reason for a missing mean.
+        num_examples: Number of test examples of each run.
+        minutes: Duration of the runs, including the sweep; 0 for further evaluations of them.
+        failed: Reason for a missing mean; empty if runs are only missing.
     """
 
     task: str
@@ -83,18 +77,23 @@ class Table(NamedTuple):
     """Results of a suite.
 
     Attributes:
-        title: Model, checkpoint and suite.
         rows: Tasks and their evaluations, then means.
         notes: Further information, one line each.
         paper: Row of the paper for comparison, if there is one.
-        facts: Throughput and cost, here and in the paper, as plain data.
+        throughput: Throughput of the model, if it was measured.
     """
 
-    title: str
+    plan: TransferPlan
     rows: list[Row]
     notes: list[str]
     paper: PaperRow | None
-    facts: dict[str, Any]
+    throughput: Throughput | None
+
+    @property
+    def title(self) -> str:
+        """Model, checkpoint and suite."""
+        plan = self.plan
+        return f"{plan.model_info.name}, from {plan.checkpoint}: {plan.suite.title}"
 
 
 def report(workdir: str) -> None:
@@ -108,7 +107,7 @@ def report(workdir: str) -> None:
     """
     plan = read_plan(workdir)
     if plan is None:
-        raise UserError(f"--workdir={workdir} must contain a suite, but has no {SUITE_FILE}.")
+        raise UserError(f"--workdir={workdir} must contain a suite, but has no {PLAN_FILE}.")
     table = make_table(plan, workdir, read_throughput(workdir))
     # Printed first, so that it is seen even if the files cannot be written.
     print(f"\n{as_text(table)}", flush=True)
@@ -134,17 +133,12 @@ def report(workdir: str) -> None:
 def make_table(plan: TransferPlan, workdir: str, throughput: Throughput | None) -> Table:
     """Builds the table of the results in a suite's workdir.
 
-    Args:
-        plan: Plan of the suite.
-        workdir: Workdir of the suite.
-        throughput: Throughput of the model, if it was measured.
-
     Raises:
         UserError: A result is damaged.
     """
     info = plan.model_info
     model = get_family(info.family).full_name(info.variant)
-    paper = find_row(plan.pretrain_dataset, model, largest_image_size(plan))
+    paper = find_row(plan.pretrain_dataset, model, plan.largest_image_size)
     rows: list[Row] = []
     task_rows: list[Row] = []
     for task in plan.suite.tasks:
@@ -161,57 +155,80 @@ def make_table(plan: TransferPlan, workdir: str, throughput: Throughput | None) 
         column = plan.suite.paper_column
         expected = getattr(paper, column) if paper and column else None
         rows.append(_mean_row(f"mean of {plan.suite.name}", task_rows)._replace(paper=expected))
-    title = f"{info.name}, from {plan.settings.checkpoint}: {plan.suite.title}"
-    notes = _make_notes(plan, rows, paper, throughput)
-    return Table(title, rows, notes, paper, _make_facts(plan, paper, throughput))
-
-
-def largest_image_size(plan: TransferPlan) -> int:
-    """Returns the largest image size of fine-tuning, or of probes if there are only probes.
-
-    It selects the paper's row, and is the size at which throughput is measured.
-    """
-    fine_tuned = [task for task in plan.suite.tasks if isinstance(task, FineTuneTask)]
-    return max(plan.image_sizes[task.name] for task in fine_tuned or plan.suite.tasks)
+    return Table(plan, rows, _make_notes(plan, rows, paper, throughput), paper, throughput)
 
 
 def _fine_tune_rows(
     task: FineTuneTask, plan: TransferPlan, workdir: str, paper: PaperRow | None
 ) -> list[Row]:
     """Returns the row of a task's test split, then those of its extra evaluations."""
+    failed = read_failure(f"{workdir}/{task.name}")
+    learning_rate: float | None = task.learning_rates[0]
+    sweep: dict[float, RunResult] = {}
+    if len(task.learning_rates) > 1:
+        for rate in task.learning_rates:
+            result = read_result(f"{workdir}/{sweep_folder(task, rate)}", [VALIDATION])
+            if result:
+                sweep[rate] = result
+        is_complete = len(sweep) == len(task.learning_rates)
+        learning_rate = select_learning_rate(sweep) if is_complete else None
+        if is_complete and learning_rate is None and not failed:
+            failed = "; ".join(result.failed for result in sweep.values())
+    names = [TEST, *task.extra_evals]
+    final = [read_result(f"{workdir}/{final_folder(task, seed)}", names) for seed in task.seeds]
+    done = [result for result in final if result and not result.failed]
+    seconds = sum(result.seconds for result in [*sweep.values(), *done])
     rows = []
-    for name, score in read_fine_tune_scores(task, workdir).items():
+    for name in names:
         column = task.paper_column if name == TEST else name
-        rows.append(
-            _score_row(task.name if name == TEST else f"{task.name}, {name}", score)._replace(
-                group=task.group,
-                image_size=plan.image_sizes[task.name],
-                paper=getattr(paper, column, None) if column else None,
-            )
+        row = Row(
+            task.name if name == TEST else f"{task.name}, {name}",
+            group=task.group,
+            image_size=plan.image_sizes[task.name],
+            learning_rate=learning_rate,
+            runs=len(done),
+            paper=getattr(paper, column, None) if column else None,
+            # Extra evaluations have no runs of their own.
+            minutes=seconds / 60 if name == TEST else 0.0,
+            failed=failed,
         )
+        if len(done) == len(task.seeds) and not failed:
+            accuracies = [result.scores[name]["top1"] for result in done]
+            row = row._replace(
+                mean=100 * statistics.fmean(accuracies),
+                std=100 * statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                num_examples=int(done[0].scores[name]["num_examples"]),
+            )
+        rows.append(row)
     return rows
 
 
 def _probe_rows(task: ProbeTask, plan: TransferPlan, workdir: str) -> list[Row]:
+    """Returns a row per network and metric."""
+    folder = f"{workdir}/{task.name}"
+    few_shot = task.method == "few_shot"
+    metrics = [f"{shots}_shot" for shots in task.shots] if few_shot else [task.method]
     rows = []
-    for (network, metric), score in read_probe_scores(task, workdir).items():
-        name = f"{task.name}, {metric.replace('_', '-')}" if "_" in metric else task.name
-        name += f", {NETWORK_TITLES[network]}" if network == RANDOM_INIT else ""
-        rows.append(_score_row(name, score)._replace(image_size=plan.image_sizes[task.name]))
+    for network in task.networks:
+        result = read_result(f"{folder}/{network}", [TEST], [*metrics, "num_examples"])
+        for metric in metrics:
+            name = f"{task.name}, {metric.replace('_', '-')}" if few_shot else task.name
+            name += f", {NETWORK_TITLES[network]}" if network == RANDOM_INIT else ""
+            row = Row(name, image_size=plan.image_sizes[task.name])
+            if result:
+                values = result.scores[TEST]
+                std = values.get(f"{metric}_std") if len(task.seeds) > 1 else None
+                row = row._replace(
+                    mean=100 * values[metric],
+                    std=None if std is None else 100 * std,
+                    runs=len(task.seeds) if few_shot else 1,
+                    num_examples=int(values["num_examples"]),
+                    minutes=result.seconds / 60 if metric == metrics[0] else 0.0,
+                )
+            else:
+                row = row._replace(failed=read_failure(folder))
+            rows.append(row)
     return rows
-
-
-def _score_row(name: str, score: TaskScore) -> Row:
-    return Row(
-        name,
-        learning_rate=score.learning_rate,
-        mean=None if score.mean is None else 100 * score.mean,
-        std=None if score.std is None else 100 * score.std,
-        runs=score.runs,
-        num_examples=score.num_examples,
-        minutes=score.seconds / 60,
-        failed=score.failed,
-    )
 
 
 def _mean_row(name: str, rows: list[Row]) -> Row:
@@ -221,34 +238,26 @@ def _mean_row(name: str, rows: list[Row]) -> Row:
     return Row(name, mean=mean, runs=len(values), minutes=sum(row.minutes for row in rows))
 
 
-def _make_facts(
-    plan: TransferPlan, paper: PaperRow | None, throughput: Throughput | None
-) -> dict[str, Any]:
-    return {
-        "checkpoint": plan.settings.checkpoint,
-        "suite": plan.suite.name,
-        "throughput": throughput._asdict() if throughput else None,
-        "device_days_of_pretraining": plan.device_days,
-        "paper_images_per_second_per_core": paper.images_per_second if paper else None,
-        "paper_core_days": paper.core_days if paper else None,
-    }
-
-
 def _make_notes(
     plan: TransferPlan, rows: list[Row], paper: PaperRow | None, throughput: Throughput | None
 ) -> list[str]:
     notes = _cost_notes(plan, paper, throughput)
     if paper:
         notes.append(f"{MARK} from the paper: {paper.title}; cores are TPU v3 cores")
-        notes += _size_notes(plan, paper)
+        other_sizes = [
+            f"{task.name} ({plan.image_sizes[task.name]} px)"
+            for task in plan.suite.tasks
+            if isinstance(task, FineTuneTask) and plan.image_sizes[task.name] != paper.image_size
+        ]
+        if other_sizes:
+            names = ", ".join(other_sizes)
+            notes.append(f"image sizes that differ from the paper's row: {names}")
     if plan.pretrain_dataset_assumed:
         notes.append(
             f"pre-trained on {plan.pretrain_dataset}: assumed from the number of classes, "
             f"{plan.model_info.num_classes:,}; override with --pretrain_dataset"
         )
-    notes += [
-        f"differs from the protocol: {key}={text}" for key, text in plan.settings.protocol_overrides
-    ]
+    notes += [f"differs from the protocol: {key}={text}" for key, text in plan.protocol_overrides]
     notes += plan.data_notes
     incomplete = [
         row.task for row in rows if row.mean is None and row.image_size and not row.failed
@@ -267,7 +276,7 @@ def _cost_notes(
         size = format_image_size(throughput.image_size)
         reference = ""
         if paper:
-            differs = size != format_image_size((paper.image_size, paper.image_size))
+            differs = throughput.image_size != (paper.image_size, paper.image_size)
             paper_size = f" at {paper.image_size} px" if differs else ""
             reference = f"; paper{MARK}: {paper.images_per_second:,} per core{paper_size}"
         notes.append(
@@ -279,16 +288,6 @@ def _cost_notes(
         reference = f"; paper{MARK}: {paper.core_days:,} core-days" if paper else ""
         notes.append(f"pre-training: {cost}{reference}")
     return notes
-
-
-def _size_notes(plan: TransferPlan, paper: PaperRow) -> list[str]:
-    """Returns a note if tasks are fine-tuned at image sizes that differ from the paper's row."""
-    tasks = [
-        f"{task.name} ({plan.image_sizes[task.name]} px)"
-        for task in plan.suite.tasks
-        if isinstance(task, FineTuneTask) and plan.image_sizes[task.name] != paper.image_size
-    ]
-    return [f"image sizes that differ from the paper's row: {', '.join(tasks)}"] if tasks else []
 
 
 def as_text(table: Table) -> str:
@@ -320,16 +319,26 @@ def as_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*Row._fields, "difference"])
-    writer.writerows(["" if v is None else v for v in [*row, row.difference]] for row in table.rows)
+    writer.writerows([*row, row.difference] for row in table.rows)
     return text.getvalue()
 
 
 def as_json(table: Table) -> str:
     """Formats a table as JSON, unrounded."""
-    rows = [row._asdict() | {"difference": row.difference} for row in table.rows]
-    paper = table.paper._asdict() | {"source": "from the paper"} if table.paper else None
-    data = {"title": table.title, "rows": rows, "paper": paper, **table.facts}
-    return json.dumps(data | {"notes": table.notes}, indent=2) + "\n"
+    plan, paper, throughput = table.plan, table.paper, table.throughput
+    data = {
+        "title": table.title,
+        "rows": [row._asdict() | {"difference": row.difference} for row in table.rows],
+        "paper": paper._asdict() | {"source": "from the paper"} if paper else None,
+        "checkpoint": plan.checkpoint,
+        "suite": plan.suite.name,
+        "throughput": throughput._asdict() if throughput else None,
+        "device_days_of_pretraining": plan.device_days,
+        "paper_images_per_second_per_core": paper.images_per_second if paper else None,
+        "paper_core_days": paper.core_days if paper else None,
+        "notes": table.notes,
+    }
+    return json.dumps(data, indent=2) + "\n"
 
 
 def draw_table(table: Table) -> Any:
@@ -359,24 +368,25 @@ def draw_table(table: Table) -> Any:
 def _format_cells(table: Table) -> list[list[str]]:
     """Returns header and cells as text, without empty columns."""
     cells = [_format_row(row) for row in table.rows]
-    columns = [column for column in range(len(_COLUMNS)) if any(line[column] for line in cells)]
-    return [[line[column] for column in columns] for line in (_COLUMNS, *cells)]
+    columns = [column for column in cells[0] if any(line[column] for line in cells)]
+    return [columns, *([line[column] for column in columns] for line in cells)]
 
 
-def _format_row(row: Row) -> list[str]:
+def _format_row(row: Row) -> dict[str, str]:
+    """Formats the cells of a row by column."""
     mean = "failed" if row.failed else "-" if row.mean is None else f"{row.mean:.2f}"
-    return [
-        row.task,
-        _format_optional(row.image_size, "d"),
-        _format_optional(row.learning_rate, "g"),
-        mean,
-        _format_optional(row.std, ".2f"),
-        _format_optional(row.runs or None, "d"),
-        _format_optional(row.paper, ".2f"),
-        _format_optional(row.difference, "+.2f"),
-        _format_optional(row.num_examples or None, ",d"),
-        _format_optional(row.minutes or None, ".1f"),
-    ]
+    return {
+        "task": row.task,
+        "px": _format_optional(row.image_size, "d"),
+        "learning rate": _format_optional(row.learning_rate, "g"),
+        "top-1 %": mean,
+        "±": _format_optional(row.std, ".2f"),
+        "runs": _format_optional(row.runs or None, "d"),
+        f"paper{MARK} %": _format_optional(row.paper, ".2f"),
+        "difference": _format_optional(row.difference, "+.2f"),
+        "images": _format_optional(row.num_examples or None, ",d"),
+        "minutes": _format_optional(row.minutes or None, ".1f"),
+    }
 
 
 def _format_optional(value: Any, spec: str) -> str:

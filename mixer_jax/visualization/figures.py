@@ -15,13 +15,7 @@ DPI = 120
 
 
 def make_figure(width: float, height: float, constrained: bool = False) -> Any:
-    """Creates an empty figure.
-
-    Args:
-        width: Width, in inches.
-        height: Height, in inches.
-        constrained: Whether matplotlib arranges the axes so that texts do not overlap.
-    """
+    """Creates an empty figure, with sizes in inches; `constrained` keeps texts from overlapping."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained" if constrained else None)
@@ -35,21 +29,13 @@ def render_figure(figure: Any, file_format: str) -> bytes:
 
 
 def plot_curves(workdir: str) -> None:
-    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder.
-
-    Args:
-        workdir: Absolute path or URL of the run.
-    """
+    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL."""
     figure = draw_curves(read_metrics(workdir))
     (epath.Path(workdir) / "curves.png").write_bytes(render_figure(figure, "png"))
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:
-    """Draws the metrics of a run as a figure of three panels.
-
-    Args:
-        lines: Lines of `metrics.jsonl`.
-    """
+    """Draws the lines of a run's `metrics.jsonl` as a figure of three panels."""
     figure = make_figure(12, 3.5, constrained=True)
     panels = {
         "loss": ["loss"],

@@ -16,7 +16,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
 from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
-from mixer_jax.visualization.figures import DPI, make_figure, render_figure
+from mixer_jax.visualization.figures import DPI, make_figure
 
 # Sizes in inches, and characters per inch.
 _MIN_CELL_SIZE, _LABEL_HEIGHT, _LINE_HEIGHT = 1.8, 0.5, 0.2
@@ -49,14 +49,7 @@ class TrainBatchView(NamedTuple):
 def load_train_batch(
     config: RunConfig, source: Source, step: int, num_images: int
 ) -> TrainBatchView:
-    """Loads the first images of a training batch, and no others, as the run would.
-
-    Args:
-        config: Config of the run.
-        source: Training data of the run.
-        step: Index of the batch, from 0.
-        num_images: Number of images, at most the batch size.
-    """
+    """Loads the first images of the batch of `step`, and no others, as the run would."""
     mixup = config.recipe.mixup
     # The partner of an image is the one before it, and that of the first image is the last of the
     # batch. With that one in front, rolling these few by one pairs them as rolling the batch does.
@@ -86,13 +79,6 @@ def load_train_batch(
         float(weight),
         bad,
     )
-
-
-def plot_train_batch(
-    view: TrainBatchView, class_names: Sequence[str], title: Sequence[str], file_format: str
-) -> bytes:
-    """Renders `draw_train_batch` as "png", "jpg" or "pdf"."""
-    return render_figure(draw_train_batch(view, class_names, title), file_format)
 
 
 def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Sequence[str]) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.plan import TransferPlan
-from mixer_jax.suites.run_configs import SuiteSettings
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Suite
 from tests.helpers.random_weights import random_weights, save_run
 
@@ -83,9 +82,8 @@ def make_plan(
     **fields: Any,
 ) -> TransferPlan:
     """Creates a plan with one image size for all tasks; `fields` as in `TransferPlan`."""
-    settings = SuiteSettings(checkpoint, model_info, data_dir, overrides)
     sizes = {task.name: image_size for task in suite.tasks}
-    return TransferPlan(suite, settings, sizes, **fields)
+    return TransferPlan(suite, checkpoint, model_info, data_dir, overrides, sizes, **fields)
 
 
 def save_weights(folder: Path) -> str:

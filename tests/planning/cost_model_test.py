@@ -191,7 +191,7 @@ def test_run_spec_of_config() -> None:
     )
     assert run.num_params == 229_560_243
     assert run.mixup
-    assert (run.microbatch_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
+    assert (run.images_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
 
 
 @pytest.mark.parametrize(("classes", "num_classes"), [("all", 10), ("low", 5), ("high", 5)])

@@ -1,203 +1,160 @@
-"""Tests of the plan in a suite's workdir: changes between starts, damage, concurrent writes."""
+"""Tests of plans: configs of the runs, config overrides, selection of tasks."""
 
-import dataclasses
-import json
-import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from mixer_jax.config.config import flatten
+from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
-from mixer_jax.suites import plan
-from mixer_jax.suites.builtin import SUITES
+from mixer_jax.suites.builtin import AVG5, SUITES
 from mixer_jax.suites.plan import (
-    TransferPlan,
-    check_workdir,
-    params_digest,
-    read_plan,
-    save_plan,
+    check_overrides,
+    check_task_overrides,
+    default_config,
     select_tasks,
+    validate_run_configs,
 )
-from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
-from tests.helpers.lines import each_mentions
+from mixer_jax.suites.tasks import Suite
 from tests.helpers.messages import raises
-from tests.helpers.random_weights import random_weights
-from tests.helpers.tiny_suite import LARGE_INFO, SUITE, make_plan
+from tests.helpers.tiny_suite import HIGH, LARGE_INFO, LOW, PROBE, SUITE, make_plan
+from tests.suites.tasks_test import replace_fields
 
-WEIGHTS = random_weights()
-
-
-def test_params_digest_covers_paths_shapes_and_bytes() -> None:
-    params = WEIGHTS.params
-    digest = params_digest(params)
-    assert digest == params_digest(random_weights().params)
-    assert digest != params_digest(random_weights(seed=1).params)
-    # The order in the file is irrelevant.
-    assert params_digest(dict(reversed(params.items()))) == digest
-    array = np.arange(6, dtype=np.float32)
-    trees: list[dict[str, Any]] = [
-        {"a": array},
-        {"b": array},
-        {"a": array.reshape(2, 3)},
-        {"a": {"a": array}},
-    ]
-    assert len({params_digest(tree) for tree in trees}) == 4
-    # The strides of a view are irrelevant.
-    assert params_digest({"a": np.repeat(array, 2)[::2]}) == params_digest({"a": array})
+OVERRIDES = (
+    ("optimizer.momentum", "0.5"),
+    ("optimizer.momentum", "0.8"),
+    ("loader.num_threads", "3"),
+)
 
 
-def test_save_plan_rejects_other_weights(tmp_path: Path) -> None:
-    save_plan(str(tmp_path), make_plan(digest="1"))
-    with raises(UserError, str(tmp_path), "runs/a", "--workdir"):
-        save_plan(str(tmp_path), make_plan(digest="2"))
-    with raises(UserError, str(tmp_path), "checkpoint", "runs/a", "runs/b", "--workdir"):
-        save_plan(str(tmp_path), make_plan(checkpoint="runs/b", digest="2"))
+def test_runs_vary_learning_rate_seed_and_splits() -> None:
+    plan = make_plan(SUITES["avg5"], 224, model_info=LARGE_INFO)
+    task = AVG5[1]
+    sweep, final = plan.sweep_runs(task), plan.final_runs(task, 0.03)
+    assert list(sweep) == [0.003, 0.01, 0.03, 0.06]
+    assert list(final) == [0, 1, 2]
+    for rate, run in sweep.items():
+        assert run.config.optimizer.learning_rate == rate
+        assert (run.config.seed, run.config.dataset.train_split) == (0, "train[:98%]")
+        assert {k: v.split for k, v in run.config.evals.items()} == {"validation": "train[98%:]"}
+    for seed, run in final.items():
+        assert (run.config.seed, run.config.optimizer.learning_rate) == (seed, 0.03)
+        assert run.config.dataset.train_split == "train"
+        assert {k: v.split for k, v in run.config.evals.items()} == {"test": "test"}
+    folders = [run.folder for run in [*sweep.values(), *final.values()]]
+    assert len(set(folders)) == 7
 
 
-# Written before tasks, plans and config keys were renamed.
-OLD_PLAN: dict[str, Any] = json.loads("""
-{"suite": {"name": "tiny", "title": "a tiny suite", "tasks": [{"kind": "fine_tune", "name": "low",
-"dataset": "digits/low", "num_classes": 5, "choose_split": "train[:80%]", "validation_split":
-"train[80%:]", "train_split": "train", "test_split": "test", "num_examples": [], "num_steps": 20,
-"warmup_steps": 2, "learning_rates": [0.01, 0.03], "batch_size": 16, "seeds": [0, 1], "large": null,
-"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group": "",
-"changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
-"few", "dataset": "digits/low", "method": "few_shot", "train_split": "train", "test_split": "test",
-"num_classes": 0, "num_examples": [], "shots": [1, 5], "seeds": [0], "large": null, "eval_crop": "",
-"beside_fresh": false}], "paper": ""}, "checkpoint": "runs/a", "about": {"variant": "custom",
-"widths": {"num_blocks": 1, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8,
-"channels_mlp_dim": 16}, "image_size": [16, 16], "num_classes": 5, "class_names": [], "gelu":
-"tanh", "eval_crop": "whole", "exif_orientation": false, "loss": "softmax", "dtype": "auto",
-"resolution": ""}, "data_dir": "", "overrides": {"loader.threads": "2", "optimizer.decay": "none"},
-"image_sizes": {"low": 16, "few": 16}, "pretrained_on": "i21k", "device_days": 1.5, "digest": "abc",
-"data_notes": ["a note"], "pretrained_on_assumed": true}
-""")
+def test_sweep_runs_is_empty_for_a_single_rate() -> None:
+    assert make_plan().sweep_runs(LOW) == {}
 
 
-def test_read_plan_translates_old_spellings(tmp_path: Path) -> None:
-    (tmp_path / "suite.json").write_text(json.dumps(OLD_PLAN))
-    saved = read_plan(str(tmp_path))
-    assert saved is not None
-    low, probe = saved.suite.tasks
-    assert isinstance(low, FineTuneTask)
-    assert (low.train_crop, low.eval_crop, probe.eval_crop) == ("random_shift", "resize", "")
-    assert low.config_overrides == {"recipe.grad_accum_steps": 2, "preprocess.max_shift": 1}
-    assert saved.settings.overrides == (
-        ("loader.num_threads", "2"),
+def test_final_runs_equal_the_fine_tuning_configs() -> None:
+    """The protocol itself is asserted in configs_test."""
+    for task in AVG5:
+        for size in (224, 448):
+            config = load_config(f"configs/finetune_{task.name}.py:{size}")
+            # Placeholders for synthetic data.
+            assert config.dataset.num_classes == task.num_classes
+            assert config.dataset.num_examples == task.num_examples[2]
+            plan = make_plan(SUITES["avg5"], size, model_info=LARGE_INFO)
+            run = plan.final_runs(task, 0.01)[0]
+            expected, found = flatten(config), flatten(ConfigDict(run.config.to_dict()))
+            differing = {key for key in expected.keys() & found if expected[key] != found[key]}
+            assert differing <= {
+                "init_from",
+                "checkpoint.every_steps",
+                "checkpoint.keep",
+                "tensorboard",
+                "evals.test.every_steps",
+                "dataset.num_classes",
+                "dataset.num_examples",
+            }, (task.name, size)
+
+
+def test_final_runs_evaluate_with_real_labels() -> None:
+    plan = make_plan(SUITES["imagenet"], 224, model_info=LARGE_INFO)
+    (run, *_) = plan.final_runs(AVG5[0], 0.03).values()
+    assert {k: (v.dataset, v.split) for k, v in run.config.evals.items()} == {
+        "test": ("", "validation"),
+        "real": ("imagenet2012_real", "validation"),
+    }
+
+
+def test_protocol_overrides_exclude_resumable_keys() -> None:
+    assert make_plan(overrides=OVERRIDES).protocol_overrides == (("optimizer.momentum", "0.8"),)
+    assert default_config(OVERRIDES).loader.num_threads == 3
+    assert default_config(()).eval_batch_size == 256
+
+
+@pytest.mark.parametrize("key", ["seed", "optimizer.learning_rate", "evals.test.split"])
+def test_check_overrides_rejects_reserved_keys(key: str) -> None:
+    with raises(UserError, f"--config.{key}=1"):
+        check_overrides(((key, "1"),))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("num_epochs", "3", ()),
+        ("distributed", "maybe", ("auto", "yes", "no")),
+        ("loader.num_threads", "many", ()),
+        ("recipe.grad_accum_steps", "0", ("1",)),
+        ("model.hidden_dim", "8", ("config.model.variant", "init_from")),
+    ],
+)
+def test_check_overrides_rejects_invalid_values(
+    key: str, value: str, parts: tuple[str, ...]
+) -> None:
+    with raises(UserError, f"config.{key}", value, *parts):
+        check_overrides(((key, value),))
+
+
+def test_check_overrides_accepts_values_that_are_valid_in_some_run() -> None:
+    for key, value in [
+        ("recipe.grad_accum_steps", "3"),
+        ("optimizer.warmup_steps", "9"),
+        ("num_steps", "2"),
+        ("batch_size", "1"),
         ("optimizer.decay_type", "none"),
-    )
-    assert saved.model_info.eval_crop == "resize"
-    assert (saved.pretrain_dataset, saved.pretrain_dataset_assumed) == ("i21k", True)
-    # The same suite can be resumed.
-    assert save_plan(str(tmp_path), saved) == []
-    assert saved.final_runs(low, 0.01)[0].config.optimizer.decay_type == "none"
-    assert probe == ProbeTask(
-        "few", "digits/low", "few_shot", "train", "test", shots=(1, 5), seeds=(0,)
-    )
-    # A change is saved in the present spelling.
-    save_plan(str(tmp_path), saved._replace(data_notes=("another note",)))
-    text = (tmp_path / "suite.json").read_text()
-    assert "sweep_train_split" in text
-    assert not {"choose_split", "beside_fresh", "about", "widths"} & set(re.findall(r"\w+", text))
+    ]:
+        check_overrides(((key, value),))
+    with raises(UserError, "config.batch_size", "4", "config.recipe.grad_accum_steps", "3"):
+        check_overrides((("batch_size", "4"), ("recipe.grad_accum_steps", "3")))
 
 
-def test_read_plan_restores_what_save_plan_wrote(tmp_path: Path) -> None:
-    plan = make_plan(
-        SUITES["vtab1k"],
-        model_info=LARGE_INFO,
-        overrides=(("batch_size", "64"),),
-        device_days=1.5,
-    )
-    save_plan(str(tmp_path), plan)
-    save_plan(str(tmp_path), plan)
-    assert read_plan(str(tmp_path)) == plan
-
-
-def test_save_plan_accepts_changes_of_resumable_keys(tmp_path: Path) -> None:
-    first = (("optimizer.momentum", "0.5"), ("loader.num_threads", "2"))
-    assert save_plan(str(tmp_path), make_plan(overrides=first)) == []
-    then = (("optimizer.momentum", "0.5"), ("loader.num_threads", "3"), ("log_every_steps", "9"))
-    changes = save_plan(str(tmp_path), make_plan(overrides=then))
-    assert each_mentions(changes, ("loader.num_threads", "2", "3"), ("log_every_steps", "9"))
-    saved = read_plan(str(tmp_path))
-    assert saved is not None
-    assert saved.settings.overrides == then
-    with raises(UserError, "overrides.optimizer.momentum", "0.5"):
-        save_plan(str(tmp_path), make_plan())
-
-
-def test_save_plan_merges_notes_and_accepts_another_data_dir(tmp_path: Path) -> None:
-    save_plan(str(tmp_path), make_plan(device_days=1.0, data_notes=("a", "b")))
-    suite = dataclasses.replace(SUITE, title="other words")
-    later = make_plan(suite, data_dir="/data", data_notes=("b", "c"))
-    assert save_plan(str(tmp_path), later) == []
-    saved = read_plan(str(tmp_path))
-    assert saved is not None
-    # Every shard sees only the data of its own tasks.
-    assert saved.data_notes == ("a", "b", "c")
-    assert (saved.device_days, saved.settings.data_dir) == (1.0, "/data")
-
-
-OTHER = make_plan(overrides=(("batch_size", "64"),))
-
-
-def overrides_in(workdir: Path) -> Any:
-    saved = read_plan(str(workdir))
-    assert saved is not None
-    return saved.settings.overrides
-
-
-def test_save_plan_keeps_the_first_of_two_concurrent_plans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"seed": 3}, ("config_overrides", "seed")),
+        ({"evals.test.split": "x"}, ("config_overrides", "evals.test.split")),
+        ({"recipe.mixupp": 1.0}, ("recipe.mixupp", "recipe.mixup")),
+        ({"recipe.mixup": "much"}, ("recipe.mixup", "much")),
+        ({"optimizer.momentum": 3}, ("optimizer.momentum", "3.0", "0", "0.999999")),
+    ],
+)
+def test_check_task_overrides_names_the_task(
+    overrides: dict[str, Any], parts: tuple[str, ...]
 ) -> None:
-    read, times = plan.read_plan, iter([save_plan])
-
-    def read_too_early(workdir: str) -> TransferPlan | None:
-        """Finds nothing; then the other process writes."""
-        for save in times:
-            assert save(workdir, OTHER) == []
-            return None
-        return read(workdir)
-
-    monkeypatch.setattr(plan, "read_plan", read_too_early)
-    with raises(UserError, str(tmp_path), "overrides.batch_size", "64", "--workdir"):
-        save_plan(str(tmp_path), make_plan())
-    monkeypatch.undo()
-    assert overrides_in(tmp_path) == OTHER.settings.overrides
-    assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
+    task = replace_fields(HIGH, config_overrides=overrides)
+    with raises(UserError, "high", *parts):
+        check_task_overrides(replace_fields(SUITE, tasks=(task,)))
 
 
-def test_save_plan_keeps_the_last_plan_without_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = plan.atomic_write
-
-    def refuse(*arguments: Any) -> None:
-        raise PermissionError("no links here")
-
-    def write_first(path: Any, ours: str) -> None:
-        write(path, ours)
-        write(path, json.dumps(plan.to_json(OTHER)))
-
-    monkeypatch.setattr(plan.os, "link", refuse)
-    with monkeypatch.context() as context:
-        context.setattr(plan, "atomic_write", write_first)
-        with raises(UserError, f"{tmp_path}/a", "overrides.batch_size", "64", "--workdir"):
-            save_plan(str(tmp_path / "a"), make_plan())
-    assert overrides_in(tmp_path / "a") == OTHER.settings.overrides
-    assert save_plan(str(tmp_path / "b"), OTHER) == []
-    assert overrides_in(tmp_path / "b") == OTHER.settings.overrides
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["suite.json"]
+def test_validate_run_configs_checks_rules_between_keys() -> None:
+    validate_run_configs(make_plan(), SUITE.tasks)
+    with raises(UserError, "config.num_stepz", "num_steps"):
+        validate_run_configs(make_plan(overrides=(("num_stepz", "1"),)), SUITE.tasks)
+    with raises(UserError, "config.num_steps", "config.num_epochs", "0"):
+        validate_run_configs(make_plan(overrides=(("num_steps", "0"),)), SUITE.tasks)
 
 
-@pytest.mark.parametrize("inside", ["config.json", "checkpoints"])
-def test_check_workdir_rejects_that_of_a_run(inside: str, tmp_path: Path) -> None:
-    check_workdir(str(tmp_path))
-    (tmp_path / inside).mkdir()
-    with raises(UserError, str(tmp_path), "mixer_jax.main", "--workdir"):
-        check_workdir(str(tmp_path))
+def test_largest_image_size_is_that_of_fine_tuning() -> None:
+    plan = make_plan(Suite("two", "two", (AVG5[0], PROBE)), 224, model_info=LARGE_INFO)
+    plan.image_sizes[PROBE.name] = 448
+    assert plan.largest_image_size == 224
+    assert make_plan(Suite("one", "one", (PROBE,)), 16).largest_image_size == 16
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 19])

@@ -1,5 +1,6 @@
 """Tests of running tasks: errors, locks and signals on one host and several; probe inputs."""
 
+import dataclasses
 import re
 import signal
 from pathlib import Path
@@ -11,15 +12,15 @@ import pytest
 from mixer_jax.errors import NonFiniteError, OutputWriteError, UserError
 from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.files import file_lock
-from mixer_jax.suites import protocol, results
+from mixer_jax.suites import protocol, workdir
 from mixer_jax.suites.protocol import (
     TaskContext,
     TaskInterruptedError,
     run_probe_task,
     run_tasks,
 )
-from mixer_jax.suites.results import read_result, save_result
 from mixer_jax.suites.tasks import Suite
+from mixer_jax.suites.workdir import RunResult, read_result, save_result
 from mixer_jax.training.loop import TrainResult
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights
@@ -36,6 +37,7 @@ class FakeMetrics:
 
 
 def train(config: Any, workdir: str, weights: Any) -> TrainResult:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
     scores: Any = {name: FakeMetrics() for name in config.evals}
     return TrainResult(6, 6, scores, None)
 
@@ -92,7 +94,7 @@ def test_run_tasks_retries_a_diverged_final_run(
     assert set(run_tasks(context, SUITE.tasks)) == {"low", "high"}
     assert read_result(f"{context.workdir}/low/final/seed=0") is None
     # Earlier versions recorded it.
-    save_result(f"{context.workdir}/low/final/seed=0", results.RunResult({}, 1.0, "loss is nan"))
+    save_result(f"{context.workdir}/low/final/seed=0", RunResult({}, 1.0, "loss is nan"))
     monkeypatch.setattr(protocol, "train_and_evaluate", train)
     assert run_tasks(context, SUITE.tasks) == {}
 
@@ -103,7 +105,7 @@ def test_run_tasks_raises_if_a_result_cannot_be_written(
     def refuse(path: Any, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "atomic_write", refuse)
+    monkeypatch.setattr(workdir, "atomic_write", refuse)
     with raises(OutputWriteError, f"{context.workdir}/low/final/seed=0", "No space left on device"):
         run_tasks(context, SUITE.tasks)
 
@@ -135,7 +137,8 @@ def test_run_tasks_skips_a_task_locked_by_another_process(
     context: TaskContext, tmp_path: Path
 ) -> None:
     failed = tmp_path / "low" / "failed.txt"
-    with file_lock(tmp_path / "low" / ".lock"):
+    with file_lock(tmp_path / ".low.lock"):
+        failed.parent.mkdir()
         failed.write_text("other process\n")
         failures = run_tasks(context, SUITE.tasks)
         assert list(failures) == ["low"]
@@ -144,7 +147,7 @@ def test_run_tasks_skips_a_task_locked_by_another_process(
         assert not (tmp_path / "low" / "final").exists()
     assert run_tasks(context, SUITE.tasks) == {}
     assert not failed.exists()
-    assert not list(tmp_path.rglob(".lock"))
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_run_tasks_skips_a_task_on_all_hosts_if_it_is_locked(
@@ -153,6 +156,23 @@ def test_run_tasks_skips_a_task_on_all_hosts_if_it_is_locked(
     simulate_two_hosts(monkeypatch, other=True)
     monkeypatch.setattr(protocol, "is_primary_process", lambda: False)
     assert set(run_tasks(context, SUITE.tasks)) == {"low", "high"}
+
+
+def test_run_tasks_leaves_no_empty_folder_if_a_dataset_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tuple(dataclasses.replace(task, dataset="cifar10") for task in (LOW, PROBE))
+    plan = make_plan(Suite("missing", "", tasks), data_dir=str(tmp_path / "data"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    context = TaskContext(plan, str(one), random_weights(), False, lambda text: None)
+    assert set(run_tasks(context, tasks)) == {"low", "probe"}
+    left = sorted(path.relative_to(one).as_posix() for path in one.rglob("*"))
+    assert left == ["low", "low/failed.txt", "probe", "probe/failed.txt"]
+    # Several hosts end with the first error.
+    simulate_two_hosts(monkeypatch)
+    with raises(UserError, "cifar10"):
+        run_tasks(context._replace(workdir=str(two)), tasks)
+    assert not list(two.rglob("*"))
 
 
 OVERRIDES = (

@@ -16,7 +16,7 @@ from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.suites import protocol
 from mixer_jax.suites import run as run_lib
 from mixer_jax.suites.datasets import open_task_data
-from mixer_jax.suites.plan import TransferPlan, params_digest, read_plan
+from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.run import (
     TransferOutcome,
     TransferRequest,
@@ -25,6 +25,7 @@ from mixer_jax.suites.run import (
     save_plan_on_primary,
 )
 from mixer_jax.suites.tasks import Suite
+from mixer_jax.suites.workdir import params_digest, read_plan
 from tests.helpers import tiny_suite
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises

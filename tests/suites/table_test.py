@@ -11,8 +11,7 @@ import pytest
 
 from mixer_jax.errors import UserError
 from mixer_jax.suites.builtin import SUITES
-from mixer_jax.suites.plan import TransferPlan, save_plan
-from mixer_jax.suites.results import RunResult, Throughput, save_result, save_throughput
+from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.table import (
     MARK,
     Row,
@@ -22,11 +21,11 @@ from mixer_jax.suites.table import (
     as_markdown,
     as_text,
     draw_table,
-    largest_image_size,
     make_table,
     report,
 )
 from mixer_jax.suites.tasks import FineTuneTask, Suite
+from mixer_jax.suites.workdir import RunResult, Throughput, save_plan, save_result, save_throughput
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_suite import LARGE_INFO, PROBE, make_plan
@@ -222,13 +221,6 @@ def test_make_table_notes_image_sizes_that_differ_from_the_paper(tmp_path: Path)
     assert mentions(table.notes[0], "TPU v4", "448", "64", "105")
     # If throughput was measured at the paper's size, the size is shown once.
     assert table.notes[0].count("448") == 1
-
-
-def test_largest_image_size_is_that_of_fine_tuning() -> None:
-    plan = large_plan(Suite("two", "two", (SUITES["avg5"].tasks[0], PROBE)), 224)
-    plan.image_sizes[PROBE.name] = 448
-    assert largest_image_size(plan) == 224
-    assert largest_image_size(large_plan(Suite("one", "one", (PROBE,)), 16)) == 16
 
 
 def test_make_table_notes_assumed_pretraining_data(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from mixer_jax.errors import UserError
 from mixer_jax.suites import tasks
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
-from mixer_jax.suites.run_configs import check_task_overrides
+from mixer_jax.suites.plan import check_task_overrides
 from mixer_jax.suites.tasks import Suite, check_suite
 from tests.helpers.messages import raises
 from tests.helpers.tiny_suite import HIGH, LOW, PROBE, SUITE

@@ -19,8 +19,7 @@ from mixer_jax.data.source import Source
 from mixer_jax.data.tfds_labels import bare_dataset_name
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.suites.builtin import VTAB_1K
-from mixer_jax.suites.datasets import task_splits
-from mixer_jax.suites.tasks import FineTuneTask
+from mixer_jax.suites.tasks import FineTuneTask, task_splits
 from tests.helpers.batches import UNCHANGED, mesh_of
 from tests.helpers.fake_vtab import COUNTS, SliceMap, real_features, write_fake_dataset
 

@@ -21,15 +21,14 @@ from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import Execution
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from mixer_jax.training.step import TrainState, TrainStepConfig, jit_train_step
-from mixer_jax.visualization.figures import DPI
+from mixer_jax.training.step import TrainState, jit_train_step
+from mixer_jax.visualization.figures import DPI, render_figure
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
     denormalize,
     draw_train_batch,
     format_caption,
     load_train_batch,
-    plot_train_batch,
 )
 from tests.helpers.batches import mesh_of
 from tests.helpers.messages import mentions
@@ -66,9 +65,8 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     schedule, mesh = optax.constant_schedule(1.0), mesh_of(1, 1)
     tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
-    step_config = TrainStepConfig(config.recipe, config.seed)
     sharding = state_sharding(state, mesh, "mixer")
-    step = jit_train_step(step_config, sharding, model, tx, schedule, mesh)
+    step = jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh)
     state, _ = step(state, batch)
     jax.effects_barrier()
     # The gradient of the softmax loss at equal logits is 1 / classes − the mean target.
@@ -244,14 +242,15 @@ def test_draw_train_batch_has_room_for_every_pixel(count: int, size: int) -> Non
     assert extent.height * scale >= size
 
 
-def test_plot_train_batch_renders_all_images() -> None:
+def test_draw_train_batch_renders_all_images() -> None:
     """Every image has another shade of red, and the plot has all of them."""
     view = random_view(8, 16)
     colors = np.linspace(-1, 1, 8, dtype=np.float32)
     images = np.broadcast_to(colors[:, None, None, None], view.images.shape).copy()
     # Red alone, which nothing else in the plot is.
     images[..., 1:] = -1
-    rendered = plot_train_batch(view._replace(images=images), NAMES, ["heading"], "png")
+    figure = draw_train_batch(view._replace(images=images), NAMES, ["heading"])
+    rendered = render_figure(figure, "png")
     picture = np.asarray(Image.open(io.BytesIO(rendered)).convert("RGB"))
     reds = {tuple(color) for color in denormalize(images)[1:, 0, 0].tolist()}
     assert reds <= {tuple(color) for color in np.unique(picture.reshape(-1, 3), axis=0).tolist()}

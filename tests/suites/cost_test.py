@@ -1,18 +1,22 @@
-"""Tests of the dry run: every run is listed, and its duration estimated by formula."""
+"""Tests of the cost of a suite: dry run, search for the batch size, duration of training."""
 
 import dataclasses
 import itertools
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from mixer_jax.suites import cost
 from mixer_jax.suites.builtin import AVG5, SUITES
+from mixer_jax.suites.cost import format_dry_run, search_batch_size
 from mixer_jax.suites.datasets import choose_image_size, open_task_data
-from mixer_jax.suites.dry_run import format_dry_run
 from mixer_jax.suites.tasks import FineTuneTask
 from tests.helpers.lines import some_line_mentions
 from tests.helpers.messages import mentions
+from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_suite import LARGE_INFO, LOW, SUITE, make_plan
 
 
@@ -55,7 +59,7 @@ def test_format_dry_run_lists_every_run(name: str, count: int, runs: int, tmp_pa
 def test_format_dry_run_estimates_time_by_formula(
     digits_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixer_jax.suites.dry_run.measure_matmul_flops", lambda: 2e9)
+    monkeypatch.setattr(cost, "measure_matmul_flops", lambda: 2e9)
     suite = dataclasses.replace(SUITE, tasks=(LOW,))
     data = open_task_data((LOW,), digits_dir)
     text = format_dry_run(make_plan(suite), suite.tasks, data)
@@ -76,7 +80,7 @@ def test_format_dry_run_counts_flops_of_the_resized_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four times the patches take more than four times the FLOPs: the token MLPs are wider too."""
-    monkeypatch.setattr("mixer_jax.suites.dry_run.measure_matmul_flops", lambda: 2e9)
+    monkeypatch.setattr(cost, "measure_matmul_flops", lambda: 2e9)
     texts = [
         format_dry_run(
             make_plan(SUITES["imagenet"], size, model_info=LARGE_INFO),
@@ -89,3 +93,56 @@ def test_format_dry_run_counts_flops_of_the_resized_model(
         float(re.findall(r"([\d,.]+) days\b", text)[-1].replace(",", "")) for text in texts
     )
     assert second > 4 * first
+
+
+def test_search_batch_size_stops_when_larger_batches_are_slower() -> None:
+    seconds = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.9, 64: 4.0, 128: 8.0}
+    measured = []
+
+    def seconds_per_batch(batch_size: int) -> float:
+        measured.append(batch_size)
+        return seconds[batch_size]
+
+    assert search_batch_size(seconds_per_batch) == (32 / 1.9, 32)
+    assert measured == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"), [(0, (0.0, 0)), (1, (4.0, 1)), (40, (128.0, 32))]
+)
+def test_search_batch_size_stops_when_memory_is_full(
+    capacity: int, expected: tuple[float, int]
+) -> None:
+    def seconds_per_batch(batch_size: int) -> float:
+        if batch_size > capacity:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return 0.25
+
+    assert search_batch_size(seconds_per_batch) == expected
+
+
+def test_search_batch_size_raises_other_errors() -> None:
+    with pytest.raises(ZeroDivisionError):
+        search_batch_size(lambda batch_size: 1 / 0)
+
+
+def test_measure_throughput_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_MAX_BATCH_SIZE", 2)
+    measured = cost.measure_throughput(random_weights())
+    assert measured.images_per_second > 100
+    assert np.log2(measured.batch_size) % 1 == 0
+    assert measured[2:] == ("cpu", (16, 16))
+
+
+def test_training_seconds_extrapolates_to_steps_without_a_rate() -> None:
+    lines = [
+        # The first line after a start has no rate, because it compiled.
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "loss": 1.0, "images_per_second": 100.0, "images_per_second_per_device": 25.0},
+        {"step": 20, "test/top1": 0.5},
+        {"step": 40, "loss": 1.0, "images_per_second": 50.0, "images_per_second_per_device": 12.5},
+    ]
+    # 30 steps of 10 images: 10 at 100 images/s, 20 at 50; the other 10 at their mean.
+    assert cost.training_seconds(lines, 10) == pytest.approx((1 + 4) * 40 / 30)
+    assert cost.device_days(lines, 10) == pytest.approx((1 + 4) * 40 / 30 * 4 / 86_400)
+    assert cost.training_seconds(lines[:1], 10) == cost.device_days(lines[:1], 10) == 0

@@ -1,0 +1,314 @@
+"""Files in the workdir of a suite: its plan, results of runs, failures and throughput.
+
+The plan is in suite.json, so that a later start runs the same. Every completed run and probe has a
+result.json in its folder, every failed task a failed.txt.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from mixer_jax.checkpoints.model_info import ModelInfo
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.checkpoints.weights import Tree, flatten_params
+from mixer_jax.config.compat import upgrade_overrides
+from mixer_jax.errors import OutputWriteError, UserError, summarize_error
+from mixer_jax.files import atomic_write, file_lock
+from mixer_jax.suites import tasks
+from mixer_jax.suites.plan import TransferPlan, is_resumable
+from mixer_jax.suites.tasks import VALIDATION
+from mixer_jax.training.workdir import CONFIG_FILE
+
+PLAN_FILE = "suite.json"
+RESULT_FILE = "result.json"
+FAILED_FILE = "failed.txt"
+THROUGHPUT_FILE = "throughput.json"
+_OVERRIDES = "overrides."
+# Fields of plans that do not affect the results.
+_NOT_COMPARED = (
+    "data_dir",
+    "device_days",
+    "data_notes",
+    "digest",
+    "pretrain_dataset_assumed",
+    "suite.title",
+)
+# Old spellings in plans that were saved before a rename.
+_RENAMED_FIELDS = {
+    "about": "model_info",
+    "pretrained_on": "pretrain_dataset",
+    "pretrained_on_assumed": "pretrain_dataset_assumed",
+}
+_MAX_DIFFERENCES = 5
+# Metrics that a fine-tuning run must have.
+_FINE_TUNE_METRICS = ("top1", "log_likelihood", "num_examples")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """Result of one run.
+
+    Attributes:
+        scores: Metrics by name, for each evaluation.
+        seconds: Duration of training, or of the probe.
+        failed: Reason why the run has no scores; empty if it has scores.
+    """
+
+    scores: dict[str, dict[str, float]]
+    seconds: float
+    failed: str = ""
+
+
+class Throughput(NamedTuple):
+    """Inference throughput on one device, at the best batch size; 0 if batch size 1 does not fit.
+
+    Attributes:
+        image_size: Height and width, in pixels.
+    """
+
+    images_per_second: float
+    batch_size: int
+    device: str
+    image_size: tuple[int, int]
+
+
+@contextlib.contextmanager
+def output_errors(folder: str) -> Iterator[None]:
+    """Raises OutputWriteError if the block fails to write into `folder`."""
+    try:
+        yield
+    except Exception as error:
+        # Every file system has its own exceptions.
+        reason = getattr(error, "strerror", None) or summarize_error(error)
+        raise OutputWriteError(
+            f"{folder} must be writable ({reason}). Fix that and rerun the same command to resume."
+        ) from error
+
+
+def check_workdir(workdir: str) -> None:
+    """Raises UserError if a workdir belongs to a run instead of a suite."""
+    folder = epath.Path(workdir)
+    if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINT_DIR).exists():
+        raise UserError(
+            f"--workdir must not be that of a mixer_jax.main run, got {workdir!r}. Choose another "
+            "--workdir."
+        )
+
+
+def params_digest(params: Tree) -> str:
+    """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
+    digest = hashlib.sha256()
+    for path, array in sorted(flatten_params(params)):
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def to_json(plan: TransferPlan) -> dict[str, Any]:
+    """Converts a plan to plain data."""
+    # Thousands of class names do not affect fine-tuning.
+    model_info = dataclasses.replace(plan.model_info, class_names=())
+    return plan._asdict() | {
+        "suite": tasks.to_json(plan.suite),
+        "model_info": model_info.to_dict(),
+        "overrides": dict(plan.overrides),
+    }
+
+
+def read_plan(workdir: str) -> TransferPlan | None:
+    """Restores the plan in a workdir, or returns None; raises UserError if it is damaged."""
+    path = epath.Path(workdir) / PLAN_FILE
+    if not path.exists():
+        return None
+    try:
+        data = tasks.rename_keys(json.loads(path.read_text()), _RENAMED_FIELDS)
+        fields = data | {
+            "suite": tasks.from_json(data["suite"]),
+            "model_info": ModelInfo.from_dict(data["model_info"], str(path)),
+            "overrides": tuple(upgrade_overrides(data["overrides"]).items()),
+            "data_notes": tuple(data["data_notes"]),
+        }
+        return TransferPlan(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} must be a suite's plan, but is damaged or has an unknown format. Choose "
+            "another --workdir."
+        ) from error
+
+
+def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
+    """Saves a plan in its workdir, or merges it with the plan there.
+
+    Returns:
+        Resumable keys that have changed, one line "KEY: old -> new" each.
+
+    Raises:
+        UserError: The workdir contains results of a different suite or checkpoint, or is not
+            writable.
+    """
+    path = epath.Path(workdir) / PLAN_FILE
+    try:
+        with contextlib.ExitStack() as stack:
+            # Object stores have no locks; there the last of several processes wins.
+            if "://" not in workdir:
+                stack.enter_context(file_lock(Path(f"{path}.lock"), wait=True))
+            changes = []
+            if old := read_plan(workdir):
+                changes = _check_same(workdir, old, plan)
+                # Every shard sees only the data of its own tasks.
+                notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
+                days = old.device_days if plan.device_days is None else plan.device_days
+                plan = plan._replace(data_notes=notes, device_days=days)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, _to_text(to_json(plan)))
+    except OSError as error:
+        raise UserError(
+            f"--workdir must be writable, got {workdir!r} ({error.strerror}). Choose another "
+            "--workdir."
+        ) from error
+    return changes
+
+
+def _check_same(workdir: str, old: TransferPlan, new: TransferPlan) -> list[str]:
+    """Returns the resumable differences between two plans; raises UserError for others."""
+    if old.checkpoint == new.checkpoint and old.digest != new.digest:
+        raise UserError(
+            f"--workdir={workdir!r} contains results of other weights: {new.checkpoint} has "
+            "changed since. Choose another --workdir."
+        )
+    before, after = dict(_flatten(to_json(old))), dict(_flatten(to_json(new)))
+    resumable, incompatible = [], []
+    for path in {**before, **after}:
+        old_value, new_value = before.get(path, "(absent)"), after.get(path, "(absent)")
+        if old_value == new_value or path in _NOT_COMPARED:
+            continue
+        key = path.removeprefix(_OVERRIDES)
+        if key != path and is_resumable(key):
+            resumable.append(f"{key}: {old_value} -> {new_value}")
+        else:
+            incompatible.append(f"{path}: {old_value!r} -> {new_value!r}")
+    if incompatible:
+        differences = "; ".join(incompatible[:_MAX_DIFFERENCES])
+        differences += "; …" if incompatible[_MAX_DIFFERENCES:] else ""
+        raise UserError(
+            f"--workdir={workdir!r} contains a different suite ({differences}). Choose "
+            "another --workdir."
+        )
+    return resumable
+
+
+def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a plan as plain data by dotted path, tasks by name."""
+    if path == "suite.tasks":
+        data = {task["name"]: task for task in data}
+    if not isinstance(data, dict):
+        yield path, list(data) if isinstance(data, tuple) else data
+        return
+    for name, value in data.items():
+        yield from _flatten(value, f"{path}.{name}" if path else name)
+
+
+def save_result(folder: str, result: RunResult) -> None:
+    """Writes the result of the run in `folder`, or raises OutputWriteError."""
+    with output_errors(folder):
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        atomic_write(epath.Path(folder) / RESULT_FILE, _to_text(dataclasses.asdict(result)))
+
+
+def read_result(
+    folder: str, evals: Iterable[str] = (), metrics: Iterable[str] = _FINE_TUNE_METRICS
+) -> RunResult | None:
+    """Reads the result of the run in `folder`; returns None if the run is not complete.
+
+    Args:
+        folder: Workdir of the run.
+        evals: Evaluations that must have scores, unless the run failed.
+        metrics: Metrics that each of them must have.
+
+    Raises:
+        UserError: The file is damaged or incomplete.
+    """
+    path = epath.Path(folder) / RESULT_FILE
+    if not path.exists():
+        return None
+    try:
+        result = RunResult(**json.loads(path.read_text()))
+        required = [] if result.failed else [result.scores[e][m] for e in evals for m in metrics]
+        values = [value for scores in result.scores.values() for value in scores.values()]
+        numbers = [result.seconds, *required, *values]
+        if not isinstance(result.failed, str) or not all(
+            isinstance(n, int | float) for n in numbers
+        ):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a run's result. Remove it to repeat the run.") from error
+    return result
+
+
+def select_learning_rate(results: dict[float, RunResult]) -> float | None:
+    """Returns the learning rate with the best validation accuracy; None if every run failed.
+
+    Ties go to the higher log-likelihood, then to the lower learning rate.
+    """
+
+    def rank(rate: float) -> tuple[float, float, float]:
+        scores = results[rate].scores[VALIDATION]
+        return scores["top1"], scores["log_likelihood"], -rate
+
+    return max((rate for rate, run in results.items() if not run.failed), key=rank, default=None)
+
+
+def delete_checkpoints(folder: str) -> None:
+    """Deletes the checkpoints of the run in `folder`, or raises OutputWriteError."""
+    checkpoints = epath.Path(folder) / CHECKPOINT_DIR
+    with output_errors(folder):
+        if checkpoints.exists():
+            checkpoints.rmtree()
+
+
+def save_failure(folder: str, reason: str, traceback: str) -> None:
+    """Records why the task in `folder` failed, or raises OutputWriteError."""
+    with output_errors(folder):
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        atomic_write(epath.Path(folder) / FAILED_FILE, f"{reason}\n\n{traceback}")
+
+
+def clear_failure(folder: str) -> None:
+    """Removes the record of `save_failure`, or raises OutputWriteError."""
+    with output_errors(folder):
+        (epath.Path(folder) / FAILED_FILE).unlink(missing_ok=True)
+
+
+def read_failure(folder: str) -> str:
+    """Reads the reason of `save_failure`; empty if the task has not failed."""
+    path = epath.Path(folder) / FAILED_FILE
+    return path.read_text().partition("\n")[0] if path.exists() else ""
+
+
+def save_throughput(workdir: str, throughput: Throughput) -> None:
+    """Writes the measured throughput."""
+    atomic_write(epath.Path(workdir) / THROUGHPUT_FILE, _to_text(throughput._asdict()))
+
+
+def read_throughput(workdir: str) -> Throughput | None:
+    """Reads the measured throughput, or returns None; raises UserError if it is damaged."""
+    path = epath.Path(workdir) / THROUGHPUT_FILE
+    if not path.exists():
+        return None
+    try:
+        throughput = Throughput(**json.loads(path.read_text()))
+        height, width = throughput.image_size
+        return throughput._replace(image_size=(height, width))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged. Remove it to measure again.") from error
+
+
+def _to_text(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"
