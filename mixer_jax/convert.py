@@ -5,11 +5,11 @@ import shlex
 from collections.abc import Sequence
 
 from mixer_jax.checkpoints.export import (
-    SIDECAR_SUFFIXES,
     SUFFIXES,
     check_target_available,
     choose_format,
     export_weights,
+    target_files,
     written_size,
 )
 from mixer_jax.checkpoints.load import load_checkpoint
@@ -72,12 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm.
-
-    Args:
-        model_info: Description of the model.
-        path: Path of the exported file.
-    """
+    """Returns lines of Python that load exported weights in timm."""
     return get_family(model_info.family).timm_code(
         model_info.variant,
         model_info.config,
@@ -93,10 +88,8 @@ def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     if format == "timm":
         return timm_snippet(model_info, target)
     if format == "stablehlo":
-        file, weights_file = (
-            json.dumps(path, ensure_ascii=False)
-            for path in (target, target + SIDECAR_SUFFIXES[format])
-        )
+        paths = target_files(format, target)
+        file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)
         shape = ", ".join(map(str, (*model_info.image_size, 3)))
         return [
             "from pathlib import Path; from jax import export",
@@ -117,8 +110,7 @@ def _print_results(weights: PretrainedWeights, format: str, target: str, checks:
     if model_info.num_classes:
         names = "named" if model_info.class_names else "without names"
         classes = f"{model_info.num_classes:,}, {names}"
-    suffixes = ["", *([SIDECAR_SUFFIXES[format]] if format in SIDECAR_SUFFIXES else [])]
-    files = " and ".join(target + suffix for suffix in suffixes)
+    files = " and ".join(target_files(format, target))
     print(f"model       {model_info.name}, GELU {model_info.gelu}")
     print(f"parameters  {num_params:,}")
     print(f"classes     {classes}")

@@ -1,11 +1,18 @@
-"""Files that several programs read and write: atomic writes, and locks between programs."""
+"""Files that several programs read and write: atomic writes, growing files, and locks."""
 
 import contextlib
 import errno
+import math
+import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from mixer_jax.errors import summarize_error
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
@@ -15,7 +22,7 @@ def atomic_write(path: Any, content: str | bytes) -> None:
 
     Args:
         path: `pathlib.Path`, or `epath.Path` for URLs.
-        content: Bytes, or text that is encoded as UTF-8.
+        content: Bytes, or text to encode as UTF-8.
 
     Raises:
         OSError: The file cannot be written; the old one is unchanged.
@@ -28,6 +35,87 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class LineFile:
+    """Text file to which lines are appended, on disks and object stores.
+
+    Object stores cannot append. There, a thread rewrites the whole file now and then, so that a log
+    of n lines does not cost the training loop n uploads of up to n lines.
+    """
+
+    def __init__(self, path: Any, lines: Iterable[str], interval: float = 30.0):
+        """Replaces the contents of the file; does not create it as long as there are no lines.
+
+        Args:
+            path: `epath.Path`, local or of an object store.
+            lines: First lines, without newlines.
+            interval: Time between two writes to an object store, in seconds.
+        """
+        self._path, self._interval = path, interval
+        self._lines = list(lines)
+        if self._lines or path.exists():
+            atomic_write(path, _join_lines(self._lines))
+        self._num_written = len(self._lines)
+        self._is_local = "://" not in str(path)
+        self._background = None if self._is_local else ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+        self._written_at = -math.inf
+        if self._is_local:
+            self._lines.clear()
+
+    def append(self, *lines: str) -> None:
+        """Appends lines, without newlines; on object stores, they are written later.
+
+        Raises:
+            OSError: A local file cannot be written.
+        """
+        if self._background is None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_join_lines(lines))
+            return
+        self._lines += lines
+        is_idle = self._pending is None or self._pending.done()
+        if is_idle and time.monotonic() - self._written_at >= self._interval:
+            # If it fails, the next one writes the same lines.
+            self._written_at = time.monotonic()
+            self._pending = self._background.submit(self._write)
+
+    def flush(self) -> None:
+        """Waits until all lines are written.
+
+        Raises:
+            Exception: They cannot be written. Object stores raise various exceptions.
+        """
+        if self._background is None:
+            return
+        if self._pending is not None:
+            futures.wait([self._pending])
+        if self._num_written < len(self._lines):
+            self._background.submit(self._write).result()
+
+    def close(self) -> None:
+        """Waits until all lines are written; prints an error instead of raising it."""
+        if self._background is None:
+            return
+        try:
+            self.flush()
+        except Exception as error:
+            lost = len(self._lines) - self._num_written
+            print(
+                f"{self._path} lacks its last {lost:,} lines: {summarize_error(error)}",
+                file=sys.stderr,
+            )
+        self._background.shutdown(wait=True)
+
+    def _write(self) -> None:
+        count = len(self._lines)
+        atomic_write(self._path, _join_lines(self._lines[:count]))
+        self._num_written = count
+
+
+def _join_lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 @contextlib.contextmanager

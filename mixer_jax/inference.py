@@ -34,13 +34,7 @@ from mixer_jax.models.stack import use_partitionable_backend
 
 
 class ClassProbability(NamedTuple):
-    """Probability of one class.
-
-    Attributes:
-        class_index: Index of the class.
-        name: Name of the class, or its index as text if names are unknown.
-        probability: Number in [0, 1].
-    """
+    """Probability of one class, whose name is its index as text if names are unknown."""
 
     class_index: int
     name: str
@@ -51,7 +45,7 @@ class Prediction(NamedTuple):
     """Prediction for one image.
 
     Attributes:
-        image: Name of the image.
+        image: File name or other name.
         classes: Most probable classes in descending order; empty if the image is unreadable.
         error: Reason why the image is unreadable; empty if it is readable.
     """
@@ -127,12 +121,7 @@ class Classifier:
     """
 
     def __init__(self, weights: PretrainedWeights, dtype: str = ""):
-        """Transfers weights to the devices.
-
-        Args:
-            weights: Weights on the host.
-            dtype: Dtype of the computation; see `load_pretrained`.
-        """
+        """Transfers weights to the devices; see `load_pretrained` for `dtype`."""
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
         model = weights.model_info.build_model(dtype)
@@ -190,7 +179,7 @@ class Classifier:
 
         Args:
             images: Paths of image files, or their bytes.
-            topk: Number of classes per image.
+            topk: Classes per image.
             batch_size: Images per batch.
 
         Raises:

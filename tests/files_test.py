@@ -1,4 +1,4 @@
-"""Tests of atomic writes, and of locks between programs."""
+"""Tests of atomic writes, of growing files, and of locks between programs."""
 
 import errno
 import fcntl
@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from etils import epath
 
-from mixer_jax.files import atomic_target, atomic_write, file_lock
+from mixer_jax.files import LineFile, atomic_target, atomic_write, file_lock
+from tests.helpers.messages import mentions
+from tests.helpers.object_store import BUCKET, object_store
 
 HOLD_LOCK = """
 import sys, time
@@ -170,3 +172,87 @@ def test_file_lock_in_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), file_lock(tmp_path / "file" / ".lock"):
         pass
+
+
+def test_line_file_on_a_disk_is_appended_to(tmp_path: Path) -> None:
+    path = epath.Path(tmp_path / "log")
+    (tmp_path / "log").write_text("one\nold\ncut o")
+    file = LineFile(path, ["one"])
+    assert path.read_text() == "one\n"
+    inode = (tmp_path / "log").stat().st_ino
+    file.append("two", "drei é")
+    file.append("four")
+    # At once, and without copying the lines before.
+    assert path.read_text() == "one\ntwo\ndrei é\nfour\n"
+    assert (tmp_path / "log").stat().st_ino == inode
+    file.flush()
+    file.close()
+    assert names(tmp_path) == ["log"]
+
+
+def test_line_file_without_lines_is_not_created(tmp_path: Path) -> None:
+    LineFile(epath.Path(tmp_path / "log"), []).close()
+    assert names(tmp_path) == []
+    with object_store(tmp_path) as store:
+        LineFile(epath.Path(f"{BUCKET}log"), []).close()
+    assert (names(tmp_path), store.num_uploads) == ([], 0)
+
+
+def test_line_file_on_an_object_store_is_written_now_and_then(tmp_path: Path) -> None:
+    with object_store(tmp_path) as store:
+        file = LineFile(epath.Path(f"{BUCKET}log"), ["0"], interval=3600)
+        for number in range(1, 1000):
+            file.append(f"{number}")
+        file.flush()
+        assert (tmp_path / "log").read_text().split() == [str(k) for k in range(1000)]
+        # When it was opened, at the first line, and at the end.
+        assert store.num_uploads <= 3
+        file.flush()
+        assert store.num_uploads <= 3
+        file.append("1000")
+        file.close()
+        assert (tmp_path / "log").read_text().split()[-1] == "1000"
+    assert names(tmp_path) == ["log"]
+
+
+def test_line_file_does_not_wait_for_an_object_store(tmp_path: Path) -> None:
+    with object_store(tmp_path) as store:
+        file = LineFile(epath.Path(f"{BUCKET}log"), [], interval=0)
+        uploading, may_finish = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            uploading.set()
+            assert may_finish.wait(60)
+
+        store.before_upload = wait
+        file.append("one")
+        assert uploading.wait(60)
+        # If these waited for the upload, the test would fail by the timeout above.
+        file.append("two")
+        file.append("three")
+        may_finish.set()
+        file.flush()
+    assert (tmp_path / "log").read_text() == "one\ntwo\nthree\n"
+
+
+def test_line_file_writes_again_what_an_object_store_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ConnectionError("service unavailable")
+
+    with object_store(tmp_path) as store:
+        file = LineFile(epath.Path(f"{BUCKET}log"), [], interval=0)
+        store.before_upload = fail
+        file.append("one")
+        with pytest.raises(ConnectionError):
+            file.flush()
+        store.before_upload = lambda: None
+        file.append("two")
+        file.flush()
+        assert (tmp_path / "log").read_text() == "one\ntwo\n"
+        store.before_upload = fail
+        file.append("three")
+        # It must not hide the error that ends a run.
+        file.close()
+    assert mentions(capsys.readouterr().err, f"{BUCKET}log", "1", "service unavailable")

@@ -23,7 +23,7 @@ from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.registry import build_model, resolve_dtype
 from mixer_jax.models.stack import cast_weights, prepare_inference_params
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-from mixer_jax.training.step import TrainStepConfig, create_state, jit_train_step
+from mixer_jax.training.step import create_state, jit_train_step
 
 
 class StepFunction(NamedTuple):
@@ -197,8 +197,7 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
     sharding = state_sharding(jax.eval_shape(init_state), mesh, model.family)
-    config = TrainStepConfig(RecipeConfig())
-    function = jit_train_step(config, sharding, model, tx, schedule, mesh)
+    function = jit_train_step(RecipeConfig(), 0, sharding, model, tx, schedule, mesh)
     return StepFunction(function, init_state, True)
 
 

@@ -45,11 +45,7 @@ _FILE_FORMATS = {
 
 
 def choose_format(format: str, target: str) -> str:
-    """Chooses the format of a target.
-
-    Args:
-        format: A key of `SUFFIXES`; empty infers it from the target's suffix.
-        target: Path of a file or folder.
+    """Returns the format of a target: `format`, or if empty, inferred from the target's suffix.
 
     Raises:
         UserError: The suffix belongs to no format, or to another one.
@@ -73,17 +69,21 @@ def choose_format(format: str, target: str) -> str:
     return format or str(inferred)
 
 
-def check_target_available(format: str, target: str, force: bool) -> None:
-    """Raises UserError if a target exists or cannot be written.
+def target_files(format: str, target: str) -> list[str]:
+    """Returns the path of a target, and that of the second file that some formats have."""
+    suffixes = ["", *([SIDECAR_SUFFIXES[format]] if format in SIDECAR_SUFFIXES else [])]
+    return [target + suffix for suffix in suffixes]
 
-    Args:
-        format: Format of the target.
-        target: Path of a file or folder.
-        force: Whether a file can be replaced; a folder never is.
-    """
+
+def check_target_available(format: str, target: str, force: bool) -> None:
+    """Raises UserError if a target exists or cannot be written; `force` can replace files only."""
     if format != "orbax":
-        for suffix in ("", SIDECAR_SUFFIXES.get(format, "")):
-            _check_file_available(target + suffix, force)
+        for path in target_files(format, target):
+            _check_folder_writable(Path(path).parent)
+            if Path(path).is_dir():
+                raise UserError(f"target must be a file, got the folder {path!r}.")
+            if Path(path).exists() and not force:
+                raise UserError(f"target {path!r} exists. Name another file, or pass --force.")
         return
     folder = Path(target).absolute()
     if folder.name == CHECKPOINT_DIR:
@@ -98,14 +98,6 @@ def check_target_available(format: str, target: str, force: bool) -> None:
     _check_folder_writable(folder.parent)
 
 
-def _check_file_available(path: str, force: bool) -> None:
-    _check_folder_writable(Path(path).parent)
-    if Path(path).is_dir():
-        raise UserError(f"target must be a file, got the folder {path!r}.")
-    if Path(path).exists() and not force:
-        raise UserError(f"target {path!r} exists. Name another file, or pass --force.")
-
-
 def _check_folder_writable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"target must be in an existing folder, got {str(folder)!r}.")
@@ -114,29 +106,21 @@ def _check_folder_writable(folder: Path) -> None:
 
 
 def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
-    """Writes weights in another format.
+    """Writes weights in another format, and returns a description of the checks that passed.
 
     The target appears complete or not at all: it is written to a temporary folder next to it, read
-    back, compared, and moved.
-
-    Args:
-        weights: Weights to write.
-        format: A key of `SUFFIXES`.
-        target: Path of a file or folder that `check_target_available` accepted.
-
-    Returns:
-        Description of the checks that passed.
+    back, compared, and moved. `check_target_available` must have accepted it.
 
     Raises:
         UserError: The target cannot be written, or the weights are not finite.
         RunError: The target differs from the weights when it is read back.
     """
-    for path, array in flatten_params(weights.params):
+    flat = dict(flatten_params(weights.params))
+    for path, array in flat.items():
         with np.errstate(invalid="ignore"):
             is_finite = np.isfinite(array.sum(dtype=np.float64))
         if not is_finite:
             raise UserError(f"{path} must be finite. The run that trained it has diverged.")
-    flat = dict(flatten_params(weights.params))
     with _staged(target) as staged:
         if format == "stablehlo":
             # Imported here: files of tensors need neither JAX nor Flax.
@@ -170,10 +154,8 @@ def _find_layout(family: str, name: str) -> WeightLayout:
 
 def written_size(format: str, target: str) -> int:
     """Returns the size of a written target, in bytes."""
-    if format == "orbax":
-        return sum(path.stat().st_size for path in Path(target).rglob("*") if path.is_file())
-    paths = {Path(target), Path(target + SIDECAR_SUFFIXES.get(format, ""))}
-    return sum(path.stat().st_size for path in paths)
+    files = Path(target).rglob("*") if format == "orbax" else target_files(format, target)
+    return sum(path.stat().st_size for path in map(Path, files) if path.is_file())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mixer_jax.checkpoints.model_info import read_metadata_json
+from mixer_jax.checkpoints.model_info import parse_metadata_json, read_metadata_json
 from mixer_jax.checkpoints.resolve import METADATA_SUFFIX
 from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.files import atomic_target, atomic_write
@@ -43,7 +43,7 @@ _BAND = 16  # Rows.
 _RAW_BFLOAT16 = np.dtype("V2")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Key of the header's metadata that holds the description of the model, as JSON.
-METADATA_KEY = "mixer_jax"
+_METADATA_KEY = "mixer_jax"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 # Keys under which training programs store the weights, in order of preference.
 _STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model")
@@ -64,16 +64,19 @@ class TensorFile(abc.ABC):
         metadata: Description of the model, stored with the tensors; empty if there is none.
     """
 
-    path: str
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, Any]
+
+    def __init__(self, path: str):
+        self.path = path
+        self._open_files = contextlib.ExitStack()
 
     @abc.abstractmethod
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor. Can be called from several threads.
 
         Args:
-            name: Name of the tensor.
+            name: Key of `shapes`.
             out: Float32 array to fill, of the tensor's shape up to axes of length 1. Its axes may
                 be in any order in memory.
 
@@ -85,10 +88,7 @@ class TensorFile(abc.ABC):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.close()
-
-    def close(self) -> None:  # noqa: B027 - most readers hold nothing open
-        """Closes the file."""
+        self._open_files.close()
 
     def error(self, name: str, problem: str) -> UserError:
         """Creates an error that names the file and one of its tensors."""
@@ -139,7 +139,7 @@ class NpzFile(TensorFile):
         Raises:
             UserError: The file is not an archive of floating-point arrays, or is damaged.
         """
-        self.path = path
+        super().__init__(path)
         self._lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             try:
@@ -160,10 +160,6 @@ class NpzFile(TensorFile):
             self.metadata = read_metadata_json(Path(path + METADATA_SUFFIX))
             self._open_files = stack.pop_all()
 
-    def close(self) -> None:
-        """Closes the archive."""
-        self._open_files.close()
-
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor and verifies its checksum; see `TensorFile`.
 
@@ -183,8 +179,8 @@ class NpzFile(TensorFile):
             raise self.error(name, f"is damaged: {summarize_error(error)}.") from error
         if not is_direct:
             array = array.view(_BFLOAT16) if member.dtype == _RAW_BFLOAT16 else array
-            order = "F" if member.is_fortran_order else "C"
-            copy_into(array.reshape(member.shape, order=order), out)
+            array = array.reshape(member.shape, order="F" if member.is_fortran_order else "C")
+            copy_into(array, out)
 
     def _read_stored(self, member: _Member, buffer: memoryview) -> None:
         """Fills a buffer straight from the file; `zipfile` would copy everything twice."""
@@ -268,13 +264,7 @@ class NpzFile(TensorFile):
 def write_npz(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
-    """Writes an npz archive, and the description of its model as JSON next to it.
-
-    Args:
-        path: Path of the archive.
-        tensors: Names and tensors.
-        metadata: Description of the model.
-    """
+    """Writes an npz archive, and the description of its model as JSON next to it."""
     with (
         atomic_target(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -289,7 +279,7 @@ def write_npz(
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file."""
+    """Safetensors file, as timm publishes weights."""
 
     def __init__(self, path: str):
         """Reads and checks the header.
@@ -298,10 +288,11 @@ class SafetensorsFile(TensorFile):
             UserError: The file is not a safetensors file, is damaged, or has other than
                 floating-point tensors.
         """
-        self.path = path
+        super().__init__(path)
         try:
             # Memory-mapped pages would stay in memory next to the copies.
             self._file = safetensors.safe_open(path, framework="numpy", backend="pread")
+            self._open_files.enter_context(self._file)
             headers = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             metadata = self._file.metadata() or {}
         except (safetensors.SafetensorError, OSError) as error:
@@ -314,16 +305,8 @@ class SafetensorsFile(TensorFile):
             if header.get_dtype() not in _FLOATS:
                 raise self.error(name, f"must be floating-point, got {header.get_dtype()}.")
             self.shapes[name] = tuple(header.get_shape())
-        try:
-            self.metadata = json.loads(metadata.get(METADATA_KEY, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: {METADATA_KEY!r} in its header is not JSON.") from error
-        if not isinstance(self.metadata, dict):
-            raise UserError(f"{path}: {METADATA_KEY!r} in its header is not a JSON object.")
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.__exit__(None, None, None)
+        header_source = f"{path}: {_METADATA_KEY!r} in its header"
+        self.metadata = parse_metadata_json(metadata.get(_METADATA_KEY, "{}"), header_source)
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor; see `TensorFile`."""
@@ -337,15 +320,9 @@ class SafetensorsFile(TensorFile):
 def write_safetensors(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
-    """Writes a safetensors file.
-
-    Args:
-        path: Path of the file.
-        tensors: Names and tensors.
-        metadata: Description of the model, stored in the header.
-    """
+    """Writes a safetensors file, with the description of its model in the header."""
     arrays = {name: contiguous(tensor) for name, tensor in tensors}
-    header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
+    header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
 
@@ -360,7 +337,8 @@ class TorchFile(TensorFile):
             UserError: PyTorch is not installed, or the file is damaged or contains anything but
                 floating-point tensors.
         """
-        self.path, self.metadata = path, {}
+        super().__init__(path)
+        self.metadata = {}
         if importlib.util.find_spec("torch") is None:
             raise UserError(
                 f"{path} can only be read with PyTorch. Run pip install torch, or save the weights "

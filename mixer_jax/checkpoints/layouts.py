@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixer_jax.checkpoints.formats import TensorFile
-from mixer_jax.checkpoints.weights import Tree, empty_aligned, unflatten_params
+from mixer_jax.checkpoints.weights import Tree, unflatten_params, zeros_in_pages
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import InferredConfig, ModelFamily, Shape, WeightLayout
 from mixer_jax.models.registry import FAMILIES, get_family
@@ -29,7 +29,7 @@ class LoadedWeights(NamedTuple):
 
     Attributes:
         params: Float32 parameters.
-        family: Model family.
+        family: Name of the model family.
         config: Architecture config.
         num_tokens: Number of tokens that the weights are for; 0 if they fit any image size.
         num_classes: Outputs of the head; 0 means no head.
@@ -68,13 +68,13 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
     for name, shape in file.shapes.items():
         if any(length < 1 for length in shape):
             raise file.error(name, f"must not be empty, got shape {shape}.")
-    family, layout = find_layout(file)
-    (config, num_tokens), num_classes = infer_config(file, family, layout)
+    family, layout = _find_layout(file)
+    (config, num_tokens), num_classes = _infer_config(file, family, layout)
     # Shapes depend on the number of tokens at most, so any image size with this number does.
     side = family.image_size_multiple(config)
     shapes = family.param_shapes(config, (side, side * max(num_tokens, 1)), num_classes)
     _check_names_and_shapes(file, shapes, layout)
-    flat = {path: empty_aligned(shape) for path, shape in shapes.items()}
+    flat = {path: zeros_in_pages(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))
 
     def read(name: str) -> None:
@@ -98,12 +98,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
 def layout_views(
     flat: dict[str, np.ndarray], layout: WeightLayout
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a layout by name, as views of parameters.
-
-    Args:
-        flat: Parameters by path.
-        layout: Layout of the tensors.
-    """
+    """Yields the tensors of a layout by name, as views of parameters by path."""
     for name, path, axes in layout.tensors:
         if path not in flat:
             continue
@@ -112,27 +107,21 @@ def layout_views(
             yield name.format(index), part if axes is None else part.transpose(axes)
 
 
-def layout_shapes(
+def _layout_shapes(
     shapes: dict[str, tuple[int, ...]], layout: WeightLayout
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the shapes of a layout's tensors by name, as `layout_views` does the tensors.
-
-    Args:
-        shapes: Shapes of parameters by path.
-        layout: Layout of the tensors.
-    """
+    """Yields the shapes of a layout's tensors by name, as `layout_views` does the tensors."""
     for name, path, axes in layout.tensors:
         if path not in shapes:
             continue
-        shape, num_parts = shapes[path], 1
-        if path.startswith(_BLOCKS):
-            num_parts, *rest = shape
-            shape = tuple(rest)
+        is_stacked = path.startswith(_BLOCKS)
+        num_parts = shapes[path][0] if is_stacked else 1
+        shape = shapes[path][1:] if is_stacked else shapes[path]
         for index in range(num_parts):
             yield name.format(index), shape if axes is None else tuple(shape[a] for a in axes)
 
 
-def find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout]:
+def _find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout]:
     """Finds the model family and the layout of a file by the names of its tensors.
 
     Raises:
@@ -149,7 +138,7 @@ def find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout]:
     )
 
 
-def infer_config(
+def _infer_config(
     file: TensorFile, family: ModelFamily, layout: WeightLayout
 ) -> tuple[InferredConfig, int]:
     """Infers the architecture and the number of classes of a file.
@@ -197,7 +186,7 @@ def _count_blocks(file: TensorFile, layout: WeightLayout) -> int:
 def _check_names_and_shapes(
     file: TensorFile, shapes: dict[str, tuple[int, ...]], layout: WeightLayout
 ) -> None:
-    expected = dict(layout_shapes(shapes, layout))
+    expected = dict(_layout_shapes(shapes, layout))
     for name, shape in expected.items():
         if name not in file.shapes:
             raise file.error(name, "is missing.")

@@ -175,14 +175,7 @@ def _load_file(
     overrides: dict[str, Any],
     requested_size: tuple[int, int] | None,
 ) -> PretrainedWeights:
-    """Loads a file of weights.
-
-    Args:
-        path: Local path of the file.
-        ref: Location of the file, for messages.
-        overrides: Fields of `ModelInfo` set by the caller.
-        requested_size: Image size that the weights will be resized to.
-    """
+    """Loads a file whose local path is `path`, to be resized to `requested_size`."""
     is_on_hub = ref.format == "hub"
     source = HUB + ref.path if is_on_hub else ref.path
     format = FORMATS[Path(HUB_FILE).suffix] if is_on_hub else ref.format

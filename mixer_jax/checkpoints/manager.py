@@ -54,12 +54,9 @@ class CheckpointManager:
         return self._manager.latest_step()
 
     def save(self, step: int, items: dict[str, Tree], metadata: dict[str, Any]) -> None:
-        """Starts a save; returns once the arrays are copied, and writes them in the background.
+        """Starts a save of trees of arrays by name, and of JSON-serializable metadata.
 
-        Args:
-            step: Step of the checkpoint.
-            items: Trees of arrays by name.
-            metadata: JSON-serializable metadata.
+        Returns once the arrays are copied; they are written in the background.
         """
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
@@ -77,10 +74,7 @@ class CheckpointManager:
             return {name: restored[name] for name in targets}
 
     def iter_restore(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Restores the arrays of an item one by one, to hold only one in memory.
-
-        Yields:
-            Path and array.
+        """Yields the path and the array of each leaf of an item, to hold only one in memory.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
@@ -158,7 +152,7 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
     Args:
         workdir: Absolute path of a folder without checkpoints.
         step: Step of the checkpoint.
-        params: Tree of NumPy arrays.
+        params: NumPy arrays.
         metadata: JSON-serializable metadata.
     """
     handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)

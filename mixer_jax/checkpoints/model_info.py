@@ -102,11 +102,7 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, data: Any, source: str) -> "ModelInfo":
-        """Converts from the result of `to_dict`.
-
-        Args:
-            data: Metadata of a model.
-            source: Name of the checkpoint for messages.
+        """Converts from the result of `to_dict`, also of older versions.
 
         Raises:
             UserError: A field is missing or has an invalid value.
@@ -128,11 +124,7 @@ class ModelInfo:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], source: str) -> "ModelInfo":
-        """Extracts the description of the model from a checkpoint's metadata.
-
-        Args:
-            metadata: Metadata of a run's checkpoint.
-            source: Name of the checkpoint for messages.
+        """Extracts the description of the model from the metadata of a run's checkpoint.
 
         Raises:
             UserError: A field is missing or has an invalid value.
@@ -172,16 +164,7 @@ def format_image_size(image_size: tuple[int, int]) -> str:
 
 
 def get_metadata(metadata: dict[str, Any], name: str, source: str) -> Any:
-    """Returns an entry of a checkpoint's metadata.
-
-    Args:
-        metadata: Metadata of a run's checkpoint.
-        name: Key of the entry.
-        source: Name of the checkpoint for messages.
-
-    Raises:
-        UserError: No such entry exists.
-    """
+    """Returns an entry of the metadata of a run's checkpoint; raises UserError if it is missing."""
     with _metadata_errors(source):
         return metadata[name]
 
@@ -203,9 +186,6 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
     Args:
         data: Untrusted metadata, of which any field may be missing.
         source: Name of the checkpoint for messages; empty for arguments of a function.
-
-    Raises:
-        UserError: A field has an invalid value.
     """
     choices = {
         "gelu": FIELDS["model.gelu"].choices,
@@ -248,9 +228,19 @@ def read_metadata_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON. Fix or move it.") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Fix or remove it.") from error
+    return parse_metadata_json(content, str(path))
+
+
+def parse_metadata_json(content: str | bytes, source: str) -> dict[str, Any]:
+    """Parses metadata; raises UserError, which starts with `source`, unless it is a JSON object."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not JSON. Fix or remove it.") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} must be a JSON object, got {type(data).__name__}. Fix or move it.")
+        name = type(data).__name__
+        raise UserError(f"{source} must be a JSON object, got {name}. Fix or remove it.")
     return data

@@ -25,7 +25,7 @@ FORMATS = {
     ".bin": "torch",
     ".pth.tar": "torch",
 }
-# URL schemes that epath reads, through TensorFlow or a library of their own.
+# URL schemes that epath reads, through TensorFlow or another library.
 _SCHEMES = ("gs", "s3", "az")
 # How to install such a library, by its name in error messages.
 _EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
@@ -138,14 +138,11 @@ def list_steps(workdir: str) -> list[int]:
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
-    """Finds a checkpoint of a run.
+    """Returns the workdir and the step of a run's checkpoint; step None means the newest.
 
     Args:
         path: A workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: Step of the checkpoint; None: the newest.
-
-    Returns:
-        Workdir and step.
+        step: Step of the checkpoint.
 
     Raises:
         UserError: The workdir contains no checkpoint of this step.

@@ -29,13 +29,7 @@ _CHECKED_BATCH_SIZES = (1, 3)
 
 
 def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) -> None:
-    """Writes a program and its weights.
-
-    Args:
-        path: Path of the program.
-        weights_path: Path of the safetensors file of weights.
-        weights: Weights to write.
-    """
+    """Writes a program, and its weights to a safetensors file."""
     model, flat = _build_model(weights.model_info), dict(flatten_params(weights.params))
 
     def compute_logits(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
@@ -53,10 +47,6 @@ def write_stablehlo(path: str, weights_path: str, weights: PretrainedWeights) ->
 
 def check_stablehlo(path: str, weights: PretrainedWeights) -> None:
     """Compares a written program with the model, on the same weights and random images.
-
-    Args:
-        path: Path of the program.
-        weights: Weights of the model.
 
     Raises:
         RunError: The program cannot be run, or its logits differ.

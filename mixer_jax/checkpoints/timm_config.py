@@ -29,7 +29,7 @@ def read_timm_config(path: str, source: str) -> dict[str, Any]:
 
     Args:
         path: Local path of the weights.
-        source: Name of the checkpoint, as the user wrote it.
+        source: Their name as the user wrote it.
 
     Raises:
         UserError: The config is not a JSON object.
@@ -52,7 +52,7 @@ def parse_timm_fields(
     Args:
         config: timm's config, or {}.
         source: Name of the config for messages.
-        overrides: Fields to skip, because the caller sets them.
+        overrides: Fields that the caller sets, and that are skipped.
 
     Raises:
         UserError: The config has a crop or an activation that is not supported.

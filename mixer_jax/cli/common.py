@@ -76,11 +76,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
 
 
 def configure_jax(compilation_cache: str) -> None:
-    """Silences libraries and enables JAX's persistent compilation cache.
-
-    Args:
-        compilation_cache: Folder or URL of compiled programs; empty disables the cache.
-    """
+    """Silences libraries and enables JAX's compilation cache, a folder or URL; empty: no cache."""
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
@@ -94,9 +90,8 @@ def configure_jax(compilation_cache: str) -> None:
 def wrap_stdio(needs_output: bool) -> None:
     """Makes the standard streams UTF-8, opens those that are closed, and handles failed writes.
 
-    Args:
-        needs_output: Whether the process exits when standard output fails, see `run_cli`. It never
-            exits when standard error fails.
+    The process exits when standard output fails if `needs_output`, see `run_cli`. It never exits
+    when standard error fails.
     """
     sys.stdin = sys.stdin or _open_devnull("r")
     sys.stdout = _OutputStream(sys.stdout or _open_devnull("w"), needs_output)
@@ -205,12 +200,7 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
 
 
 def add_workdir_arg(parser: ArgumentParser, default: str) -> None:
-    """Adds --workdir.
-
-    Args:
-        parser: Parser to add to.
-        default: Pattern of the workdir without the argument, for help and messages.
-    """
+    """Adds --workdir; `default` describes the workdir without the argument."""
 
     def parse_workdir(text: str) -> str:
         if not text:
@@ -255,10 +245,7 @@ def print_notes(source: "Source") -> None:
 
 
 def read_class_names(path: str | None) -> list[str]:
-    """Reads class names from the file of --labels, one per line.
-
-    Args:
-        path: Text file, or "-" for standard input; None: no names.
+    """Reads class names from the file of --labels, one per line; "-" reads standard input.
 
     Raises:
         UserError: The file cannot be read, is not UTF-8, or has an empty line.
@@ -278,11 +265,7 @@ def read_class_names(path: str | None) -> list[str]:
 
 
 def read_path_list(path: str, flag: str) -> list[str]:
-    """Reads file names from a text file, one per line; empty lines are skipped.
-
-    Args:
-        path: Text file, or "-" for standard input.
-        flag: Argument that names the file, for messages.
+    """Reads file names from the file of an argument, one per line; "-" reads standard input.
 
     Raises:
         UserError: The file cannot be read.

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["evals", "fill_defaults", "get_default", "mixture", "parse", "validate"]
 
 if TYPE_CHECKING:
-    from mixer_jax.config.config import (
-        evals,
-        fill_defaults,
-        get_default,
-        mixture,
-        parse,
-        validate,
-    )
+    from mixer_jax.config.config import evals, fill_defaults, get_default, mixture, parse, validate
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,7 @@ Overrides = tuple[tuple[str, str], ...]
 def load_config_with_overrides(config_spec: str, argv: Sequence[str]) -> ConfigDict:
     """Loads a config file and applies the overrides of the command line.
 
-    Args:
-        config_spec: See `load_config`.
-        argv: See `parse_overrides`.
+    See `load_config` and `parse_overrides` for the arguments.
 
     Raises:
         UserError: The file or an override is invalid.

@@ -50,12 +50,8 @@ class Field:
     def parse(self, name: str, text: str) -> Any:
         """Parses a value of this type; ranges and choices are left to `check`.
 
-        Args:
-            name: Name of the value for messages, e.g. "config.optimizer.b1".
-            text: Value as text.
-
         Raises:
-            UserError: The text does not have this type.
+            UserError: The text does not have this type. Names the value, e.g. "config.seed".
         """
         try:
             return BOOLEANS[text.lower()] if self.type is bool else self.type(text)
@@ -63,12 +59,7 @@ class Field:
             raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, got {text!r}.") from None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises UserError unless a value has the type, and is in the choices and the range.
-
-        Args:
-            name: Name of the value for messages, e.g. "config.optimizer.b1".
-            value: Value to check.
-        """
+        """Raises UserError unless a value has the type, and is in the choices and the range."""
         got = f"got {value!r}."
         if type(value) is not self.type:
             raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, {got}")
@@ -90,13 +81,9 @@ class Field:
 def key(default: Any, help_text: str, **declaration: Any) -> Any:
     """Declares a key as a dataclass field; the type and any choices follow from its annotation.
 
-    Args:
-        default: Default value.
-        help_text: `Field.help`.
-        **declaration: Other attributes of `Field`.
+    `declaration` has other attributes of `Field`.
     """
-    metadata = {"help": help_text, **declaration}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help_text, **declaration})
 
 
 def _architecture_fields() -> dict[str, Field]:
@@ -270,6 +257,13 @@ class BadImagesConfig:
         "fraction of the training images that may be unusable before the run stops",
         min=0,
         max=1,
+        resumable=True,
+    )
+    max_count: int = key(
+        10,
+        "unusable training images that never stop the run, whatever max_fraction is, unless they "
+        "are more than half",
+        min=0,
         resumable=True,
     )
     skip_in_evaluation: bool = key(

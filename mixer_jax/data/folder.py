@@ -317,11 +317,17 @@ def _subdirectories(folder: Path) -> list[str]:
         return sorted(
             entry.name
             for entry in os.scandir(folder)
-            # Unlike `entry.is_dir`, `isdir` accepts links that form a circle.
-            if not is_ignored(entry.name) and os.path.isdir(entry.path)
+            if not is_ignored(entry.name) and _is_directory(entry)
         )
     except OSError as error:
         _raise_unreadable(error)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # For example a link to itself.
+        return False
 
 
 def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:

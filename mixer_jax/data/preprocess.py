@@ -19,10 +19,10 @@ from mixer_jax.data.randaugment import rand_augment
 _RESIZE, _CROP = 256, 224
 # Evaluation crops of timm, which resizes with Pillow's filters.
 _TIMM_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Inception crop: range of aspect ratios, and number of attempts before the center crop.
-_ASPECTS = (3 / 4, 4 / 3)
-_LOG_ASPECTS = (math.log(_ASPECTS[0]), math.log(_ASPECTS[1]))
-_MAX_ATTEMPTS = 10
+# Range of aspect ratios (width by height) and number of attempts of TensorFlow's crop, and of
+# torchvision's.
+_INCEPTION_ASPECTS, _INCEPTION_ATTEMPTS = (0.75, 1.33), 100
+_RESIZED_CROP_ASPECTS, _RESIZED_CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
 
 
 def train_image(
@@ -45,8 +45,8 @@ def train_image(
         encoded: Bytes of one image file.
         rng: The only source of randomness.
         image_size: Side of the result, in pixels.
-        train_crop: "inception", "random_crop", "random_shift" or "resize".
-        min_area: Minimum area of the inception crop, as a fraction of the image's area.
+        train_crop: "inception", "random_resized_crop", "random_crop", "random_shift" or "resize".
+        min_area: Minimum area of the first two crops, as a fraction of the image's area.
         max_shift: Maximum shift of "random_shift", in pixels of the result.
         flip: Whether to flip half of the images horizontally.
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
@@ -62,10 +62,9 @@ def train_image(
     """
     if out is None:
         out = np.empty((image_size, image_size, 3), np.uint8)
-    crop_fn = functools.partial(sample_inception_crop, rng=rng, min_area=min_area)
-    image = decode(
-        encoded, crop_fn if train_crop == "inception" else None, exif_orientation=exif_orientation
-    )
+    sample_box = _BOX_SAMPLERS.get(train_crop)
+    crop_fn = functools.partial(sample_box, rng=rng, min_area=min_area) if sample_box else None
+    image = decode(encoded, crop_fn, exif_orientation=exif_orientation)
     if train_crop == "random_crop":
         image = random_crop(image, rng, image_size)
     else:
@@ -158,16 +157,21 @@ def _covering_size(
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resizes by bilinear interpolation without antialiasing, into `out` if it is given.
 
-    Images of this size are returned unchanged.
+    Interpolated levels are truncated to integers, as the authors do. Images of this size are
+    returned unchanged.
     """
     if image.shape[:2] == (height, width):
         return image
-    return cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(_widen(image), (width, height), interpolation=cv2.INTER_LINEAR)
+    return _truncate(resized, out)
 
 
 def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes by area averaging: every pixel is the mean of the area it covers."""
+    """Resizes by area averaging: every pixel is the truncated mean of the area it covers."""
     rows, columns = image.shape[:2]
+    if (rows, columns) == (height, width):
+        return image
+    image = _widen(image)
     # OpenCV averages areas only if neither axis is enlarged, so axes are reduced first.
     if height < rows or width < columns:
         smaller = (min(width, columns), min(height, rows))
@@ -178,16 +182,35 @@ def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
         ratios = (height / rows, width / columns)
         fy, fx = (ratio * (1 - 1e-9) if ratio > 1 else 1.0 for ratio in ratios)
         image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=cv2.INTER_AREA)
-    return image
+    return _truncate(image)
+
+
+def _widen(image: np.ndarray) -> np.ndarray:
+    """Converts uint8 levels to uint16 in steps of 1/256, since OpenCV rounds what it interpolates.
+
+    Unlike float32, whose rounding errors could be truncated to the level below, it keeps areas of
+    one color exact; it also takes half the memory.
+    """
+    wide = image.astype(np.uint16)
+    wide <<= 8
+    return wide
+
+
+def _truncate(wide: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Truncates levels of `_widen` to uint8."""
+    if out is None:
+        out = np.empty(wide.shape, np.uint8)
+    return np.right_shift(wide, 8, out=out, casting="unsafe")
 
 
 def sample_inception_crop(
     height: int, width: int, rng: np.random.Generator, min_area: float
 ) -> Box:
-    """Samples a box with uniform area and log-uniform aspect ratio in [3/4, 4/3].
+    """Samples a box from the distribution of TensorFlow's `sample_distorted_bounding_box`.
 
-    After ten samples that do not fit into the image, takes the center crop: the largest box with an
-    aspect ratio in that range.
+    The aspect ratio is uniform in [0.75, 1.33]. Given it, the height is uniform among those for
+    which the box fits into the image and covers at least `min_area`, so that small areas are more
+    likely than large ones. After 100 samples that do not fit, takes the whole image.
 
     Args:
         height: Height of the image, in pixels.
@@ -195,9 +218,42 @@ def sample_inception_crop(
         rng: The only source of randomness.
         min_area: Minimum area, as a fraction of the image's area; the maximum is 1.
     """
-    low, high = _LOG_ASPECTS
-    for _ in range(_MAX_ATTEMPTS):
+    min_pixels, max_pixels = min_area * height * width, height * width
+    low, high = _INCEPTION_ASPECTS
+    for _ in range(_INCEPTION_ATTEMPTS):
         # Equal to rng.uniform, in a third of the time.
+        aspect = low + (high - low) * rng.random()
+        tallest = min(
+            height, round(math.sqrt(max_pixels / aspect)), math.ceil((width + 0.5) / aspect) - 1
+        )
+        box_height = min(tallest, round(math.sqrt(min_pixels / aspect)))
+        box_height += int(rng.random() * (tallest - box_height + 1))
+        box_width = round(box_height * aspect)
+        # Rounding may have moved the area across one of its bounds.
+        if box_height * box_width < min_pixels:
+            box_height += 1
+        elif box_height * box_width > max_pixels:
+            box_height -= 1
+        box_width = round(box_height * aspect)
+        fits = 0 < box_height <= height and 0 < box_width <= width
+        if fits and box_height * box_width >= min_pixels:
+            # TensorFlow never draws the last of several positions.
+            top = int(rng.random() * max(1, height - box_height))
+            left = int(rng.random() * max(1, width - box_width))
+            return top, left, box_height, box_width
+    return 0, 0, height, width
+
+
+def sample_resized_crop(height: int, width: int, rng: np.random.Generator, min_area: float) -> Box:
+    """Samples a box from the distribution of torchvision's and timm's `RandomResizedCrop`.
+
+    The area is uniform and the aspect ratio log-uniform in [3/4, 4/3]. After ten samples that do
+    not fit into the image, takes the center crop: the largest box with an aspect ratio in that
+    range. See `sample_inception_crop` for the arguments.
+    """
+    min_aspect, max_aspect = _RESIZED_CROP_ASPECTS
+    low, high = math.log(min_aspect), math.log(max_aspect)
+    for _ in range(_RESIZED_CROP_ATTEMPTS):
         aspect = math.exp(low + (high - low) * rng.random())
         area = (min_area + (1.0 - min_area) * rng.random()) * height * width
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -205,10 +261,15 @@ def sample_inception_crop(
             top = int(rng.integers(height - box_height + 1))
             left = int(rng.integers(width - box_width + 1))
             return top, left, box_height, box_width
-    min_aspect, max_aspect = _ASPECTS
     box_height = min(height, max(1, round(width / min_aspect)))
     box_width = min(width, max(1, round(height * max_aspect)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+_BOX_SAMPLERS = {
+    "inception": sample_inception_crop,
+    "random_resized_crop": sample_resized_crop,
+}
 
 
 def random_crop(image: np.ndarray, rng: np.random.Generator, image_size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 
 import jax
 import numpy as np
@@ -116,11 +116,7 @@ def sum_across_hosts(count: int) -> int:
 
 
 def all_gather(array: np.ndarray) -> np.ndarray:
-    """Gathers the arrays of all hosts, which must call it together, to (hosts, ...).
-
-    Args:
-        array: Values of at most 32 bits, of the same shape on every host.
-    """
+    """Gathers arrays of at most 32 bits of all hosts, which must call it together: (hosts, ...)."""
     if jax.process_count() == 1:
         return array[None]
     return np.asarray(multihost_utils.process_allgather(array))
@@ -183,12 +179,7 @@ class GracefulShutdown:
                 signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler)

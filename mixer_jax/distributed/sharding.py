@@ -74,13 +74,7 @@ def check_mesh(data: int, fsdp: int, num_devices: int, num_slices: int = 1) -> N
 
 
 def check_divisible(key: str, batch_size: int, num_devices: int, num_microbatches: int = 1) -> None:
-    """Checks that every microbatch can be split evenly over the devices.
-
-    Args:
-        key: Configuration key of the batch size, for the message.
-        batch_size: Images per batch.
-        num_devices: Size of the mesh.
-        num_microbatches: Parts of a batch that are computed one after the other.
+    """Checks that every microbatch can be split evenly over the devices; `key` names the size.
 
     Raises:
         UserError: The batch size is not a multiple of devices × microbatches.
@@ -114,14 +108,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def state_sharding(tree: Any, mesh: Mesh, family: str) -> Any:
     """Returns the shardings of a tree: weight matrices over "fsdp", all other arrays replicated.
 
-    Args:
-        tree: Arrays or their shapes. Optimizer moments have the path and shape of their parameter,
-            and so the same sharding.
-        mesh: Mesh of `make_mesh`.
-        family: Family of the model, which selects the arrays to shard.
-
-    Returns:
-        A `NamedSharding` per array.
+    Optimizer moments have the path and shape of their parameter, and so the same sharding.
     """
     is_sharded = get_family(family).is_fsdp_sharded
 
@@ -212,13 +199,7 @@ def _reduce(grad: Array, spec: PartitionSpec) -> Float[Array, "..."]:
 
 
 def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
-    """Shards parameters over a mesh, as in training.
-
-    Args:
-        params: Unsharded parameters, the same on every host.
-        mesh: Devices of all hosts.
-        family: Family of the model.
-    """
+    """Shards parameters, the same on every host, over the mesh of all hosts, as in training."""
 
     def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -227,13 +208,7 @@ def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
 
 
 def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
-    """Shards parameters over a mesh, in the form that predicts fastest.
-
-    Args:
-        params: Unsharded float32 parameters, the same on every host.
-        model: Model to predict with.
-        mesh: Devices of all hosts.
-    """
+    """Shards float32 parameters like `shard_params`, in the form that predicts fastest."""
     platform, family = mesh.devices.flat[0].platform, get_family(model.family)
     prepared = prepare_inference_params(params, model.execution.dtype, platform, family)
     return shard_params(prepared, mesh, model.family)

@@ -31,14 +31,7 @@ BACKEND_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compiler_options(platform: str, backend: str) -> dict[str, Any]:
-    """Returns the `jax.jit` compiler options of the training and inference steps.
-
-    Leaves out options that this version of XLA does not support.
-
-    Args:
-        platform: `jax.Device.platform` of the devices.
-        backend: Block backend that the step uses.
-    """
+    """Returns the `jax.jit` options of training and inference that this version of XLA supports."""
     options = PLATFORM_OPTIONS.get(platform, {}) | BACKEND_OPTIONS.get(backend, {})
     return {name: value for name, value in options.items() if is_supported(name, value)}
 

@@ -31,11 +31,8 @@ class EvalInputConfig(NamedTuple):
     Attributes:
         batch_size: Global batch size; rounded up to a multiple of the number of devices.
         image_size: Height and width, in pixels.
-        eval_crop: Crop, as in `config.preprocess.eval_crop`.
-        exif_orientation: Whether images are rotated as their EXIF data demand.
         skip_bad: Whether unusable images are skipped; otherwise they are an error.
         num_threads: Threads that load images; 0 chooses by the number of cores.
-        prefetch_batches: Batches loaded ahead of the device.
     """
 
     batch_size: int

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,6 @@ _SECONDS_PER_BATCH_SIZE = 0.5
 _MAX_BATCH_SIZE = 4_096
 
 
-class _PlannedRun(NamedTuple):
-    description: str
-    flops: float
-
-
 def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -> str:
     """Formats every run of some tasks with steps, rates, sizes, splits and duration."""
     flops_per_second, assumption = _assumed_rate()
@@ -45,7 +40,7 @@ def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -
             runs = list(_fine_tuning_runs(plan, task, sizes))
         else:
             runs = list(_probe_runs(plan, task, sizes))
-        seconds = sum(run.flops for run in runs) / flops_per_second
+        seconds = sum(flops for _, flops in runs) / flops_per_second
         total_seconds, num_runs = total_seconds + seconds, num_runs + len(runs)
         counts = ", ".join(
             f"{split}: {f'{size:,}' if size else '?'}"
@@ -57,7 +52,7 @@ def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -
             f"{task.name}  {task.dataset}{missing}{num_classes}, {plan.image_sizes[task.name]} px, "
             f"about {_format_duration(seconds)}; images: {counts}"
         )
-        lines += [f"  {run.description}" for run in runs]
+        lines += [f"  {description}" for description, _ in runs]
     duration = _format_duration(total_seconds)
     lines += ["", f"{len(tasks)} tasks, {num_runs} runs, {duration} of computing {assumption}"]
     lines += data.notes
@@ -72,13 +67,14 @@ def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -
 
 def _fine_tuning_runs(
     plan: TransferPlan, task: FineTuneTask, split_sizes: list[int]
-) -> Iterator[_PlannedRun]:
+) -> Iterator[tuple[str, float]]:
+    """Yields the description and the FLOPs of each run."""
     forward = _forward_flops(plan.model_info, plan.image_sizes[task.name], task.num_classes)
     _, num_val, _, num_test = split_sizes
     sweep = plan.sweep_runs(task)
     for rate, run in sweep.items():
         steps, batch = run.config.num_steps, run.config.batch_size
-        yield _PlannedRun(
+        yield (
             f"sweep  learning rate {rate:g}, {steps:,} steps of {batch:,} on "
             f"{task.sweep_train_split}, evaluated on {task.sweep_val_split}",
             forward * (3 * steps * batch + num_val),
@@ -87,7 +83,7 @@ def _fine_tuning_runs(
     for seed, run in plan.final_runs(task, task.learning_rates[0]).items():
         steps, batch = run.config.num_steps, run.config.batch_size
         extra = "".join(f" and {dataset} {split}" for dataset, split in task.extra_evals.values())
-        yield _PlannedRun(
+        yield (
             f"final  learning rate {selected}, seed {seed}, {steps:,} steps of {batch:,} on "
             f"{task.train_split}, evaluated on {task.test_split}{extra}",
             forward * (3 * steps * batch + (1 + len(task.extra_evals)) * num_test),
@@ -96,7 +92,8 @@ def _fine_tuning_runs(
 
 def _probe_runs(
     plan: TransferPlan, task: ProbeTask, split_sizes: list[int]
-) -> Iterator[_PlannedRun]:
+) -> Iterator[tuple[str, float]]:
+    """Yields the description and the FLOPs of each probe."""
     forward = _forward_flops(plan.model_info, plan.image_sizes[task.name], num_classes=0)
     num_train, num_test = split_sizes
     method = task.method
@@ -105,7 +102,7 @@ def _probe_runs(
         num_shots = max(task.shots) * len(task.seeds) * task.num_classes
         num_train = min(num_train, num_shots) or num_train
     for network in task.networks:
-        yield _PlannedRun(
+        yield (
             f"probe  {NETWORK_TITLES[network]}, {method}, trained on {task.train_split}, "
             f"evaluated on {task.test_split}",
             forward * (num_train + num_test),

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from mixer_jax.config.schema import BadImagesConfig
 from mixer_jax.data.readers import BadImage
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.files import LineFile
 
 _FIELDS = {"step", "name", "reason"}
 
@@ -33,7 +34,7 @@ class BadImageLog:
         *,
         num_examples: int,
         batch_size: int,
-        max_fraction: float,
+        config: BadImagesConfig,
         log: Callable[[str], None],
     ):
         """Opens the log.
@@ -43,23 +44,23 @@ class BadImageLog:
             start_step: Steps taken when the run starts or resumes.
             num_examples: Number of training images.
             batch_size: Images per step, over all hosts.
-            max_fraction: Fraction of the training images that may be bad.
+            config: Number of training images that may be bad.
             log: Function that prints a line.
 
         Raises:
             UserError: The file exists and is not a log of bad images.
         """
         self._num_examples, self._batch_size = num_examples, batch_size
-        self._max_fraction, self._log = max_fraction, log
+        self._config, self._log = config, log
         self._path = _log_path(workdir, jax.process_index())
         # The primary process truncates the logs of hosts that the run no longer has.
         current = {_log_path(workdir, host) for host in range(jax.process_count())}
         found = set(epath.Path(workdir).glob("bad_images_*.jsonl"))
-        abandoned = found - current if multihost.is_primary_process() else set()
-        for path in [self._path, *abandoned]:
-            _drop_entries_after(path, start_step)
-        self._entries = _read_entries(self._path)
-        self._logged = {entry["name"] for entry in self._entries}
+        for path in found - current if multihost.is_primary_process() else ():
+            LineFile(path, map(json.dumps, _read_entries(path, start_step))).close()
+        entries = _read_entries(self._path, start_step)
+        self._file = LineFile(self._path, map(json.dumps, entries))
+        self._logged = {entry["name"] for entry in entries}
         # Reasons of all images seen here since the run started or resumed, by name.
         self._reasons: dict[str, str] = {}
         # Names seen here, by epoch.
@@ -69,7 +70,9 @@ class BadImageLog:
     @property
     def too_many(self) -> bool:
         """Whether too many images are bad; equal on all hosts."""
-        return self._num_bad > self._max_fraction * self._num_examples
+        # A small dataset may have as many as a large one, but never most of its images.
+        max_count = min(self._config.max_count, self._num_examples // 2)
+        return self._num_bad > max(max_count, self._config.max_fraction * self._num_examples)
 
     def record(self, step: int, bad_images: list[BadImage]) -> None:
         """Logs the bad images of one step that are not in the log yet."""
@@ -82,10 +85,10 @@ class BadImageLog:
         self._reasons |= new
         self._seen[self._epoch(step)].update(bad.name for bad in bad_images)
         unlogged = [name for name in new if name not in self._logged]
-        self._entries += [{"step": step, "name": n, "reason": new[n]} for n in unlogged]
         self._logged.update(unlogged)
         if unlogged:
-            _write_entries(self._path, self._entries)
+            entries = ({"step": step, "name": name, "reason": new[name]} for name in unlogged)
+            self._file.append(*map(json.dumps, entries))
 
     def sync_hosts(self, step: int) -> None:
         """Counts the bad images of all hosts, which must call it at the same step."""
@@ -95,7 +98,15 @@ class BadImageLog:
         counts = multihost.all_gather(local_counts).sum(axis=0)
         self._num_bad = max(self._num_bad, *counts.tolist())
 
+    def flush(self) -> None:
+        """Waits until all entries are written, which a resumed run does not write again."""
+        self._file.flush()
+
     def close(self) -> None:
+        """Waits until all entries are written."""
+        self._file.close()
+
+    def print_summary(self) -> None:
         """Prints the number of bad images by reason, and the path of the log."""
         if self._reasons:
             counts = collections.Counter(self._reasons.values())
@@ -113,10 +124,11 @@ class BadImageLog:
             saved_step: Step of the newest checkpoint.
         """
         return (
-            f"config.bad_images.max_fraction={self._max_fraction:g} allows fewer bad images than "
+            f"config.bad_images.max_fraction={self._config.max_fraction:g} and "
+            f"config.bad_images.max_count={self._config.max_count:,} allow fewer bad images than "
             f"{self._num_bad:,} of {self._num_examples:,}, listed in "
-            f"{self._path.parent}/bad_images_*.jsonl. Repair them or raise it, and run the same "
-            f"command to resume from step {saved_step:,}."
+            f"{self._path.parent}/bad_images_*.jsonl. Repair them or raise max_fraction, and run "
+            f"the same command to resume from step {saved_step:,}."
         )
 
     def _epoch(self, step: int) -> int:
@@ -127,7 +139,8 @@ def _log_path(workdir: str, host: int) -> epath.Path:
     return epath.Path(workdir) / f"bad_images_{host}.jsonl"
 
 
-def _read_entries(path: epath.Path) -> list[dict[str, Any]]:
+def _read_entries(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
+    """Reads the entries up to `last_step`, except one that a crash cut off."""
     if not path.exists():
         return []
     try:
@@ -136,15 +149,4 @@ def _read_entries(path: epath.Path) -> list[dict[str, Any]]:
         entries = [None]
     if not all(isinstance(entry, dict) and entry.keys() == _FIELDS for entry in entries):
         raise UserError(f"{str(path)!r} is not a log of bad images. Move the file away.")
-    return entries
-
-
-def _drop_entries_after(path: epath.Path, step: int) -> None:
-    entries = _read_entries(path)
-    kept = [entry for entry in entries if entry["step"] <= step]
-    if len(kept) < len(entries):
-        _write_entries(path, kept)
-
-
-def _write_entries(path: epath.Path, entries: list[dict[str, Any]]) -> None:
-    atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    return [entry for entry in entries if entry["step"] <= last_step]

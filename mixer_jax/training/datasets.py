@@ -11,12 +11,9 @@ from mixer_jax.evaluation.probes import align_labels
 
 
 class RunDatasets(NamedTuple):
-    """Datasets of a run.
+    """Datasets of a run: for training, and by the name of each evaluation.
 
-    Attributes:
-        train: Training examples.
-        evals: Evaluation examples by the name of the evaluation.
-        probe_train: Examples that probes are fitted on, by the name of the evaluation.
+    `probe_train` has the examples that probes are fitted on.
     """
 
     train: Source

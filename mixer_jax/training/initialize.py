@@ -22,11 +22,9 @@ from mixer_jax.training.step import TrainState
 
 
 class InitSource(NamedTuple):
-    """Checkpoint that a run starts or resumes from.
+    """Checkpoint that a run starts or resumes from, at the image size of the run.
 
-    Attributes:
-        model_info: Metadata of the model, at the image size of the run.
-        weights: Weights of `config.init_from`; None: the run resumes from its own checkpoint.
+    `weights` are those of `config.init_from`; None if the run resumes from its own checkpoint.
     """
 
     model_info: ModelInfo
@@ -38,10 +36,7 @@ def find_init_source(
 ) -> InitSource | None:
     """Finds the checkpoint that a run starts or resumes from; None: random initialization.
 
-    Args:
-        config: Config of the run.
-        workdir: Absolute path or URL of the run; only read.
-        weights: Weights of `config.init_from`, if already loaded.
+    `weights` are those of `config.init_from`, if already loaded. The workdir is only read.
 
     Raises:
         UserError: `config.init_from` cannot be loaded, or is another model than the config's.
@@ -68,12 +63,6 @@ def restore_or_init(
     experiment: Experiment, checkpoints: CheckpointManager, step: int, init: InitSource | None
 ) -> tuple[TrainState, list[float]]:
     """Restores state and loss window of one step, or initializes them at step 0.
-
-    Args:
-        experiment: Experiment of the run.
-        checkpoints: Checkpoints of the run.
-        step: Step to resume from; 0 initializes.
-        init: Result of `find_init_source`.
 
     Raises:
         UserError: The checkpoint was trained on other data or for another number of steps, or the
@@ -108,12 +97,9 @@ def _checkpoint_items(state: TrainState) -> dict[str, Any]:
 
 
 def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:
-    """Creates the state before the first step.
+    """Creates the state before the first step, from pretrained weights or at random.
 
-    Args:
-        experiment: Experiment of the run.
-        weights: Pretrained weights at the image size of the run; the head is kept if
-            `should_keep_head`. None: random initialization.
+    The head of the weights is kept if `should_keep_head`.
 
     Raises:
         UserError: The head to keep has other classes.

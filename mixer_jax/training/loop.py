@@ -128,9 +128,10 @@ class _TrainLoop:
             self.start_step,
             num_examples=len(datasets.train),
             batch_size=config.batch_size,
-            max_fraction=config.bad_images.max_fraction,
+            config=config.bad_images,
             log=self.logger.progress.print,
         )
+        stack.callback(self.bad_images.close)
         self.evaluators = make_evaluators(self.experiment)
         self.shared_flags = multihost.SharedFlags()
         self.batches = make_train_batches(self.experiment, self.start_step, self.bad_images.record)
@@ -170,7 +171,7 @@ class _TrainLoop:
         if signaled is not None and not is_finished:
             # Callers other than `mixer_jax.main` print nothing else about it.
             self.logger.progress.print(f"{signaled.name}: stopped after step {step:,}")
-        self.bad_images.close()
+        self.bad_images.print_summary()
         if self.bad_images.too_many and not is_finished:
             raise RunError(self.bad_images.stop_message(self.saved_step))
         return TrainResult(step, self.num_steps, scores if is_finished else {}, signaled)
@@ -230,6 +231,9 @@ class _TrainLoop:
 
     def save(self, step: int) -> None:
         """Starts saving the state in the background."""
+        # Before the checkpoint: a run that resumes from it does not write these lines again.
+        self.logger.flush()
+        self.bad_images.flush()
         save_state(self.experiment, self.checkpoints, self.state, step, self.logger.loss_window)
         self.saved_step, self.saved_at = step, time.monotonic()
         # A request sent before this save would cause another one.

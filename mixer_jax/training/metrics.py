@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mixer_jax.errors import NonFiniteError, UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.files import LineFile
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
@@ -63,11 +63,11 @@ class MetricsLogger:
         is_primary: bool,
         tensorboard: bool,
     ):
-        """Opens the metrics of a run.
+        """Opens the metrics of a run that starts or resumes at `start_step`.
 
         Args:
             workdir: Absolute path or URL of the run.
-            start_step: Steps taken when the run starts or resumes.
+            start_step: Steps taken before.
             num_steps: Steps of the whole run.
             batch_size: Images per step.
             log_every_steps: Interval of lines; the last step is always written.
@@ -143,6 +143,10 @@ class MetricsLogger:
         self._writer.write(step, {f"{name}/{key}": value for key, value in values.items()})
         self.progress.print(f"step {step:,}: {name} {text}")
 
+    def flush(self) -> None:
+        """Waits until all lines are written, which a resumed run does not write again."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Waits until everything is written."""
         self.progress.close()
@@ -153,22 +157,13 @@ class MetricsWriter:
     """Writer of metrics. Only the primary process writes; in others it does nothing."""
 
     def __init__(self, workdir: str, start_step: int, is_primary: bool, tensorboard: bool = True):
-        """Opens the files of a run, dropping what was written after its checkpoint.
-
-        Args:
-            workdir: Absolute path or URL of the run.
-            start_step: Steps taken when the run starts or resumes.
-            is_primary: Whether this process writes.
-            tensorboard: Whether to write TensorBoard events.
-        """
+        """Opens the files of a run, dropping what was written after `start_step`."""
         self._is_primary = is_primary
         if not is_primary:
             return
         self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
-        self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)
-        atomic_write(self._path, self._text)
+        self._file = LineFile(epath.Path(workdir) / METRICS_FILE, map(json.dumps, kept))
         self._background = ThreadPoolExecutor(max_workers=1)
         # Opened with the first values; False: disabled.
         self._events: Any = None if tensorboard else False
@@ -177,20 +172,19 @@ class MetricsWriter:
         """Writes the values of one step."""
         if not self._is_primary:
             return
-        line = json.dumps({"step": step, **values}) + "\n"
-        if "://" in str(self._path):
-            # Object stores cannot append; the metrics of a run are small enough to rewrite.
-            self._text += line
-            atomic_write(self._path, self._text)
-        else:
-            with self._path.open("a") as file:
-                file.write(line)
+        self._file.append(json.dumps({"step": step, **values}))
         self._background.submit(self._write_events, step, values)
+
+    def flush(self) -> None:
+        """Waits until all lines of `metrics.jsonl` are written."""
+        if self._is_primary:
+            self._file.flush()
 
     def close(self) -> None:
         """Waits until everything is written."""
         if not self._is_primary:
             return
+        self._file.close()
         self._background.shutdown(wait=True)
         if self._events:
             self._events.close()

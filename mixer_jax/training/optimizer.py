@@ -16,10 +16,6 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
     The rate rises linearly from 0 at step 0 to its peak at step `warmup_steps`, and then decays so
     that it would reach `end_learning_rate` at step `num_steps`, one after the last (Appendix B).
-
-    Args:
-        config: Optimizer section of the config.
-        num_steps: Number of steps of the run.
     """
     peak, end = config.learning_rate, config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
@@ -41,11 +37,6 @@ def make_optimizer(
     """Creates the optax chain.
 
     Weight decay is multiplied by the scheduled learning rate (AdamW's convention).
-
-    Args:
-        config: Optimizer section of the config.
-        schedule: Learning rate by step.
-        family: Family of the model.
     """
     if config.name == "adam":
         moments = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)

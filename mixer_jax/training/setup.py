@@ -42,7 +42,6 @@ from mixer_jax.training.optimizer import make_optimizer, make_schedule
 from mixer_jax.training.step import (
     Metrics,
     TrainState,
-    TrainStepConfig,
     create_state,
     jit_train_step,
     update_norm,
@@ -57,18 +56,12 @@ class Experiment(NamedTuple):
     """Everything that a run computes with. Functions are jitted.
 
     Attributes:
-        config: Config of the run.
-        datasets: Datasets.
-        num_steps: Number of steps of the whole run.
-        mesh: Mesh of the devices of all hosts.
-        model: Model, from images to logits.
+        model: Flax module, from images to logits.
         model_info: Metadata of the model, stored in checkpoints.
         state_shape: Shapes, dtypes and shardings of the state.
-        create_state: Creates the state before the first step.
         train_step: Takes one step; donates the state.
         copy_params: Copies the parameters of a state that the next step donates.
         update_norm: Computes the norm of an update from the parameters before and after it.
-        param_norm: Computes the norm of parameters.
         metadata: Metadata of checkpoints.
     """
 
@@ -97,7 +90,7 @@ def build_experiment(
 
     Args:
         config: Config of the run.
-        datasets: Datasets of the run.
+        datasets: Result of `open_datasets`.
         devices: Devices to run on; None: the devices of all hosts.
         init_info: Metadata of the checkpoint that the run starts or resumes from, whose
             architecture it takes; None: the architecture of the config.
@@ -123,7 +116,6 @@ def build_experiment(
     )
     shape = jax.eval_shape(make_state)
     sharding = state_sharding(shape, mesh, model_info.family)
-    step_config = TrainStepConfig(config.recipe, config.seed)
     return Experiment(
         config,
         datasets,
@@ -133,7 +125,7 @@ def build_experiment(
         model_info,
         state_shape=abstract_state(shape, sharding),
         create_state=jax.jit(make_state, out_shardings=sharding),
-        train_step=jit_train_step(step_config, sharding, model, tx, schedule, mesh),
+        train_step=jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
         ),
@@ -153,13 +145,7 @@ def build_experiment(
 def make_train_batches(
     experiment: Experiment, start_step: int, on_bad_images: BadImageCallback
 ) -> Generator[Batch, None, None]:
-    """Yields the training batches from `start_step` to the end of the run.
-
-    Args:
-        experiment: Experiment to load batches for.
-        start_step: Steps already taken.
-        on_bad_images: Callback for the bad images of a batch; see `train_batches`.
-    """
+    """Yields the training batches after `start_step` to the end of the run; see `train_batches`."""
     config = experiment.config
     return train_batches(
         experiment.datasets.train,

@@ -1,6 +1,5 @@
 """The training step, a pure function of state and batch: loss, mixup, gradients and update."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,11 +25,7 @@ Metrics = dict[str, Array]
 class TrainState(NamedTuple):
     """Everything that training steps change. Randomness follows from the seed and the step.
 
-    Attributes:
-        step: Number of steps taken.
-        params: Parameters of the model, float32.
-        opt_state: State of the optax chain.
-        ema_params: Averaged parameters; None without averaging.
+    Parameters are float32; `ema_params` is None without averaging.
     """
 
     step: Int[Array, ""]
@@ -42,19 +37,6 @@ class TrainState(NamedTuple):
     def eval_params(self) -> Params:
         """Parameters for evaluation and inference: the averaged ones, if any."""
         return self.params if self.ema_params is None else self.ema_params
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainStepConfig:
-    """Settings of the training step.
-
-    Attributes:
-        recipe: Loss, regularization and averaging.
-        seed: Root of the randomness of all steps.
-    """
-
-    recipe: RecipeConfig
-    seed: int = 0
 
 
 def create_state(
@@ -72,25 +54,17 @@ def create_state(
 
 
 def jit_train_step(
-    config: TrainStepConfig,
+    recipe: RecipeConfig,
+    seed: int,
     sharding: TrainState,
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """Jits `train_step`; the compiled step donates the state.
-
-    Args:
-        config: Settings of the step.
-        sharding: Shardings of the state.
-        model: Model, from images to logits.
-        tx: Optax chain.
-        schedule: Learning rate by step.
-        mesh: Device mesh.
-    """
+    """Jits `train_step` for a state of a sharding; the compiled step donates the state."""
     step = functools.partial(
-        train_step, config=config, model=model, tx=tx, schedule=schedule, mesh=mesh
+        train_step, recipe=recipe, seed=seed, model=model, tx=tx, schedule=schedule, mesh=mesh
     )
     platform = mesh.devices.flat[0].platform
     return jax.jit(
@@ -106,7 +80,8 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     *,
-    config: TrainStepConfig,
+    recipe: RecipeConfig,
+    seed: int,
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -118,7 +93,8 @@ def train_step(
         state: State before the step.
         batch: `image` uint8 (n, h, w, 3) and `label` int32 (n,); n is a multiple of microbatches ×
             devices.
-        config: Settings of the step.
+        recipe: Loss, regularization and averaging.
+        seed: Root of the randomness of all steps.
         model: Model, from images to logits.
         tx: Optax chain.
         schedule: Learning rate of the chain by step, for the metrics.
@@ -128,8 +104,7 @@ def train_step(
         The state after the step, and scalar metrics: `loss`, `learning_rate`, and `gradient_norm`
         before clipping.
     """
-    recipe = config.recipe
-    mixup_rng, model_rng = step_rngs(config.seed, state.step)
+    mixup_rng, model_rng = step_rngs(seed, state.step)
     labels = smooth_labels(batch["label"], model.num_classes, recipe.label_smoothing)
     pairs = sample_mixup(mixup_rng, batch["image"], labels, recipe.mixup) if recipe.mixup else None
 
@@ -179,12 +154,7 @@ def update_norm(before: Params, after: Params) -> Float[Array, ""]:
 
 
 def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Derives the random keys of one step: for mixup, and for dropout and stochastic depth.
-
-    Args:
-        seed: Seed of the run.
-        step: Number of steps taken before.
-    """
+    """Derives the random keys of one step: for mixup, and for dropout and stochastic depth."""
     mixup_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return mixup_rng, model_rng
 
@@ -204,7 +174,7 @@ def accumulate_gradients(
         params: Parameters of the model.
         batch: Arrays (n, ...); n is a multiple of `num_microbatches`.
         shared: Argument that all microbatches share.
-        num_microbatches: Number of microbatches.
+        num_microbatches: Number of parts.
     """
     if num_microbatches == 1:
         return value_and_grad(params, batch, shared)
@@ -272,13 +242,10 @@ def apply_mixup(
 def cross_entropy(
     logits: Float[Array, "n classes"], labels: Float[Array, "n classes"], loss: str
 ) -> Float[Array, ""]:
-    """Computes the mean cross-entropy of examples with soft labels.
+    """Computes the mean cross-entropy of examples with soft labels, from float32 logits.
 
-    Args:
-        logits: Logits, float32.
-        labels: Probabilities of the classes.
-        loss: "sigmoid", the sum of a binary cross-entropy per class (the authors' code), or
-            "softmax".
+    `loss` is "sigmoid", the sum of a binary cross-entropy per class (the authors' code), or
+    "softmax".
     """
     if loss == "sigmoid":
         per_example = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)

@@ -49,7 +49,7 @@ class TrainBatchView(NamedTuple):
 def load_train_batch(
     config: RunConfig, source: Source, step: int, num_images: int
 ) -> TrainBatchView:
-    """Loads the first images of the batch of a step, from 0, and no others, as the run would."""
+    """Loads the first images of the batch of `step`, and no others, as the run would."""
     mixup = config.recipe.mixup
     # The partner of an image is the one before it, and that of the first image is the last of the
     # batch. With that one in front, rolling these few by one pairs them as rolling the batch does.

@@ -12,7 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mixer_jax.checkpoints import formats
 from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.errors import UserError
 from tests.helpers import pretrained_files
 from tests.helpers.corrupt_files import (
     SMALLEST,
@@ -21,7 +23,7 @@ from tests.helpers.corrupt_files import (
     fuzz,
     load_or_error,
 )
-from tests.helpers.messages import mentions
+from tests.helpers.messages import mentions, raises
 from tests.helpers.pretrained_files import deflated_zeros, npy, npy_header, zip_archive
 from tests.helpers.random_weights import assert_params_equal, random_weights
 
@@ -60,6 +62,27 @@ def test_npz_file_reads_fortran_order(save: Callable, tmp_path: Path) -> None:
     tensors = pretrained_files.google(weights.params)
     save(tmp_path / "Mixer.npz", **{name: np.asfortranarray(t) for name, t in tensors.items()})
     assert_params_equal(load_checkpoint(str(tmp_path / "Mixer.npz")).params, weights.params)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("start", [b"", bytes(100)], ids=["", "other data before the archive"])
+def test_npz_file_reads_in_chunks(
+    save: Callable, start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_CHUNK_SIZE", 1000)
+    weights, file = random_weights(), io.BytesIO()
+    save(file, **pretrained_files.google(weights.params))
+    path = write(tmp_path / "Mixer.npz", start + file.getvalue())
+    assert_params_equal(load_checkpoint(path).params, weights.params)
+
+
+def test_npz_file_detects_truncation_after_opening(tmp_path: Path) -> None:
+    name, content = "head/kernel", archive()
+    path = write(tmp_path / "Mixer.npz", content)
+    with formats.NpzFile(str(path)) as file:
+        write(path, content[: content.index(f"{name}.npy".encode()) + 300])
+        with raises(UserError, str(path), name):
+            file.read(name, np.empty((16, 10), np.float32))
 
 
 class Malicious:

@@ -1,9 +1,6 @@
 """Tests of names of checkpoints: files, runs, the Hub, and URLs."""
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,8 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.errors import UserError
 from tests.helpers import pretrained_files
 from tests.helpers.messages import mentions, raises
+from tests.helpers.object_store import BUCKET, object_store
 from tests.helpers.random_weights import assert_params_equal, random_weights, save_run
-
-BUCKET = "gs://some_bucket/"
 
 
 def test_resolve_checkpoint_finds_the_format(tmp_path: Path) -> None:
@@ -101,25 +97,11 @@ def test_only_runs_have_steps(tmp_path: Path) -> None:
             resolve_checkpoint(source, step=3)
 
 
-@contextlib.contextmanager
-def bucket(folder: Path) -> Iterator[None]:
-    """Makes a folder the contents of `BUCKET`, by replacing what epath calls."""
-
-    def local(original: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(os.fspath(path).replace(BUCKET, f"{folder}/"), *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Otherwise epath would use TensorFlow if it is installed.
-        patch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
-        with mock_epath(open=local, exists=local, isdir=local, listdir=local, stat=local):
-            yield
-
-
 def test_files_at_urls_are_loaded_with_their_metadata(tmp_path: Path) -> None:
     weights = random_weights(image_size=(16, 32))
     np.savez(tmp_path / "Mixer.npz", **pretrained_files.google(weights.params))
     (tmp_path / "Mixer.npz.json").write_text('{"image_size": [32, 16]}')
-    with bucket(tmp_path):
+    with object_store(tmp_path):
         assert not epath.Path(f"{BUCKET}nothing.npz").exists()
         loaded = load_checkpoint(f"{BUCKET}Mixer.npz")
     assert_params_equal(loaded.params, weights.params)
@@ -129,13 +111,13 @@ def test_files_at_urls_are_loaded_with_their_metadata(tmp_path: Path) -> None:
 def test_folders_at_urls_are_loaded_with_their_config(tmp_path: Path) -> None:
     save_file(pretrained_files.timm(random_weights().params), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"interpolation": "bilinear"}')
-    with bucket(tmp_path):
+    with object_store(tmp_path):
         assert load_checkpoint(BUCKET.rstrip("/")).model_info.eval_crop == "bilinear"
 
 
 def test_errors_name_the_url(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("not weights")
-    with bucket(tmp_path):
+    with object_store(tmp_path):
         for name in ("text.npz", "nothing.npz"):
             with raises(UserError, f"{BUCKET}{name}"):
                 load_checkpoint(f"{BUCKET}{name}")
@@ -147,7 +129,7 @@ def test_errors_of_url_libraries_are_reported_in_one_line(tmp_path: Path) -> Non
 
     cause = f"no credentials for {BUCKET}text.npz"
     with (
-        bucket(tmp_path),
+        object_store(tmp_path),
         mock_epath(exists=unreachable, isdir=unreachable),
         raises(UserError, f"'{BUCKET}text.npz'", cause) as caught,
     ):

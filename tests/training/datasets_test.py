@@ -130,6 +130,7 @@ def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
         "",
         dataset__name=folder_with_bad_images,
         bad_images__max_fraction=0.01,
+        bad_images__max_count=1,
         **NO_REGULARIZATION,
     )
     with pytest.raises(RunError) as caught:
@@ -138,7 +139,7 @@ def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
     (step,) = list_steps(str(tmp_path / "run"))[-1:]
     assert re.search(rf"\bstep\W*{step}\b", str(caught.value))
     assert step < 20
-    config = dataclasses.replace(config, bad_images=BadImagesConfig(max_fraction=0.02))
+    config = dataclasses.replace(config, bad_images=BadImagesConfig(max_count=3))
     assert train_and_evaluate(config, str(tmp_path / "run")).step == 20
     # A run that was not stopped has the same log and the same result.
     config = dataclasses.replace(config, bad_images=BadImagesConfig(max_fraction=1.0))

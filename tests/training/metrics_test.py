@@ -10,6 +10,7 @@ import pytest
 from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.training.metrics import MetricsLogger, MetricsWriter, read_metrics
 from tests.helpers.messages import mentions, raises
+from tests.helpers.object_store import BUCKET, object_store
 
 OpenLogger = Callable[..., MetricsLogger]
 
@@ -66,6 +67,21 @@ def test_writer_of_another_process_writes_nothing(tmp_path: Path) -> None:
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_on_an_object_store_is_complete_after_flush(tmp_path: Path) -> None:
+    with object_store(tmp_path) as store:
+        writer = MetricsWriter(BUCKET, start_step=0, is_primary=True, tensorboard=False)
+        for step in range(1, 200):
+            writer.write(step, {"loss": 1.0})
+        writer.flush()
+        assert logged_losses(tmp_path) == [(step, 1.0) for step in range(1, 200)]
+        assert store.num_uploads <= 2
+        writer.write(200, {"loss": 1.0})
+        writer.close()
+        assert logged_losses(tmp_path)[-1] == (200, 1.0)
+        MetricsWriter(BUCKET, start_step=3, is_primary=True, tensorboard=False).close()
+    assert logged_losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
 def test_logger_writes_mean_losses_and_the_last_step(

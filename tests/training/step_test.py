@@ -15,7 +15,6 @@ from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.registry import create_model
 from mixer_jax.training.step import (
     TrainState,
-    TrainStepConfig,
     accumulate_gradients,
     apply_mixup,
     create_state,
@@ -54,12 +53,12 @@ def take_steps(
     model, mesh = model or make_model(), mesh or mesh_of(1, 1)
     schedule = optax.constant_schedule(0.1)
     tx = optax.sgd(schedule)
-    config = TrainStepConfig(RecipeConfig(**{"loss": "softmax", **recipe}), seed)
-    has_ema = config.recipe.ema_decay > 0
+    settings = RecipeConfig(**{"loss": "softmax", **recipe})
+    has_ema = settings.ema_decay > 0
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
     sharding = state_sharding(state, mesh, "mixer")
     state = jax.device_put(state, sharding)
-    step = jit_train_step(config, sharding, model, tx, schedule, mesh)
+    step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh)
     history = []
     for _ in range(count):
         state, metrics = step(state, make_batch(batch_size))

@@ -21,7 +21,7 @@ from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import Execution
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from mixer_jax.training.step import TrainState, TrainStepConfig, jit_train_step
+from mixer_jax.training.step import TrainState, jit_train_step
 from mixer_jax.visualization.figures import DPI, render_figure
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
@@ -65,9 +65,8 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     schedule, mesh = optax.constant_schedule(1.0), mesh_of(1, 1)
     tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
-    step_config = TrainStepConfig(config.recipe, config.seed)
     sharding = state_sharding(state, mesh, "mixer")
-    step = jit_train_step(step_config, sharding, model, tx, schedule, mesh)
+    step = jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh)
     state, _ = step(state, batch)
     jax.effects_barrier()
     # The gradient of the softmax loss at equal logits is 1 / classes − the mean target.
