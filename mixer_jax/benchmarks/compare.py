@@ -32,11 +32,11 @@ class Result(NamedTuple):
         mfu: Model FLOP/s as a fraction of the FLOP/s of a large matmul in the same round, median
             over rounds.
         latency_seconds: Median time from one image to its logits.
-        compile_seconds: As in `CompileCosts`, without a cache.
-        first_step_seconds: As in `CompileCosts`, without a cache.
+        compile_seconds: Compilation time without a cache, see `CompileCosts`.
+        first_step_seconds: Time to the end of the first step without a cache.
         cached_first_step_seconds: The same in a later process that finds the compiled program.
-        relative_time: Time of a step relative to that of the first candidate of mixer_jax in the
-            same round, median over rounds.
+        relative_time: Step time relative to that of the first candidate of mixer_jax in the same
+            round, median over rounds.
     """
 
     name: str

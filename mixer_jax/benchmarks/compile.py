@@ -145,7 +145,7 @@ def parse_tpu_topology(text: str) -> Topology:
 def open_tpu_device(
     topology: Topology, workload: Workload, candidates: Sequence[Candidate]
 ) -> tuple[Any, Workload]:
-    """Returns a device of a topology to compile for, and the workload with its dtype.
+    """Returns the first device of a topology to compile for, and the workload with its dtype.
 
     Imports JAX.
 

@@ -117,7 +117,7 @@ def measure_traffic(
 ) -> dict[str, Any]:
     """Counts the bytes and FLOPs of a compiled step; returns a row as `lower_bounds` does.
 
-    A step that does not fit into memory has `name`, `failed` and `compile_seconds` only.
+    Steps that do not fit into memory have `name`, `failed` and `compile_seconds` only.
     """
     from mixer_jax.planning.aot_compile import OutOfMemory
 

@@ -60,7 +60,7 @@ class JaxRunner(FrameworkRunner):
     def build(
         self, candidate: Candidate, batch_sizes: Sequence[int]
     ) -> tuple[list[Step], CompileCosts]:
-        """Builds a step for each batch size and runs it once; returns the costs of the first."""
+        """Builds and runs one step per batch size; returns the costs of the first."""
         step = make_step(candidate, self.workload, self.device)
         # Inference does not donate its parameters, so all programs can share them.
         state = synthetic_state(jax.eval_shape(step.init_state), self.device)

@@ -56,7 +56,7 @@ class FrameworkRunner(abc.ABC):
     def build(
         self, candidate: Candidate, batch_sizes: Sequence[int]
     ) -> tuple[list[Step], CompileCosts]:
-        """Builds a step for each batch size and runs it once; returns the costs of the first."""
+        """Builds and runs one step per batch size; returns the costs of the first."""
 
     @abc.abstractmethod
     def build_matmul(self) -> tuple[Step, int]:

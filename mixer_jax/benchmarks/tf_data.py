@@ -99,9 +99,7 @@ def _random_box(shape: tf.Tensor, min_area: float) -> tf.Tensor:
         shape,
         tf.zeros([1, 0, 4]),
         min_object_covered=0.0,
-        aspect_ratio_range=(3 / 4, 4 / 3),
         area_range=(min_area, 1.0),
-        max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
     return tf.concat([begin[:2], size[:2]], axis=0)

@@ -31,7 +31,7 @@ class TorchRunner(FrameworkRunner):
     def build(
         self, candidate: Candidate, batch_sizes: Sequence[int]
     ) -> tuple[list[Step], CompileCosts]:
-        """Builds a step for each batch size and runs it once; returns the costs of the first."""
+        """Builds and runs one step per batch size; returns the costs of the first."""
         import_timm()
         steps, costs = [], []
         for batch_size in batch_sizes:

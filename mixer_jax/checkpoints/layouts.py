@@ -114,10 +114,9 @@ def _layout_shapes(
     for name, path, axes in layout.tensors:
         if path not in shapes:
             continue
-        shape, num_parts = shapes[path], 1
-        if path.startswith(_BLOCKS):
-            num_parts, *rest = shape
-            shape = tuple(rest)
+        is_stacked = path.startswith(_BLOCKS)
+        num_parts = shapes[path][0] if is_stacked else 1
+        shape = shapes[path][1:] if is_stacked else shapes[path]
         for index in range(num_parts):
             yield name.format(index), shape if axes is None else tuple(shape[a] for a in axes)
 

@@ -25,7 +25,7 @@ FORMATS = {
     ".bin": "torch",
     ".pth.tar": "torch",
 }
-# URL schemes that epath reads, through TensorFlow or a library of their own.
+# URL schemes that epath reads, through TensorFlow or another library.
 _SCHEMES = ("gs", "s3", "az")
 # How to install such a library, by its name in error messages.
 _EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}

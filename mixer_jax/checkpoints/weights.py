@@ -60,7 +60,7 @@ def unflatten_params(flat: dict[str, Any]) -> Tree:
 
 
 def zeros_in_pages(shape: tuple[int, ...]) -> np.ndarray:
-    """Allocates a float32 array of zeros in pages of its own.
+    """Allocates a float32 array of zeros in separate pages of memory.
 
     JAX on the CPU uses it without a copy, as pages are aligned. NumPy would ask for huge pages, for
     which the system may first compact its memory: loading an L/16 then took 1.3 instead of 0.5 s of
@@ -105,7 +105,7 @@ def replace_head(
     """Replaces the head by a zero-initialized one, as for fine-tuning (Section 3).
 
     Args:
-        weights: With or without a head.
+        weights: Weights with or without a head.
         class_names: Names of the new head's classes, or their number; 0 means no head.
         bias: Bias of all classes.
         loss: Loss that the head will be trained with.

@@ -206,13 +206,18 @@ class DatasetConfig:
 class PreprocessConfig:
     """Cropping and augmentation of images."""
 
-    train_crop: Literal["inception", "random_crop", "random_shift", "resize"] = key(
+    train_crop: Literal[
+        "inception", "random_resized_crop", "random_crop", "random_shift", "resize"
+    ] = key(
         "inception",
-        "inception: random area and aspect; random_crop: resize to 8/7, then crop; random_shift: "
-        "resize, then shift",
+        "inception, random_resized_crop: random area and aspect ratio, as in TensorFlow or timm; "
+        "random_crop: resize to 8/7, then crop; random_shift: resize, then shift",
     )
     min_area: float = key(
-        0.05, "smallest Inception crop, as a fraction of the image", min=0.0001, max=1
+        0.05,
+        "smallest inception or random_resized_crop, as a fraction of the image",
+        min=0.0001,
+        max=1,
     )
     max_shift: int = key(4, "largest shift of train_crop=random_shift", unit="px", min=0)
     flip: bool = key(True, "mirror half of the training images")

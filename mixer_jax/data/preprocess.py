@@ -223,20 +223,16 @@ def sample_inception_crop(
     for _ in range(_INCEPTION_ATTEMPTS):
         # Equal to rng.uniform, in a third of the time.
         aspect = low + (high - low) * rng.random()
-        tallest = min(
-            height, round(math.sqrt(max_pixels / aspect)), math.ceil((width + 0.5) / aspect) - 1
-        )
-        box_height = min(tallest, round(math.sqrt(min_pixels / aspect)))
-        box_height += int(rng.random() * (tallest - box_height + 1))
-        box_width = round(box_height * aspect)
+        widest = math.ceil((width + 0.5) / aspect) - 1
+        max_height = min(height, round(math.sqrt(max_pixels / aspect)), widest)
+        min_height = min(max_height, round(math.sqrt(min_pixels / aspect)))
+        box_height = min_height + int(rng.random() * (max_height - min_height + 1))
         # Rounding may have moved the area across one of its bounds.
-        if box_height * box_width < min_pixels:
-            box_height += 1
-        elif box_height * box_width > max_pixels:
-            box_height -= 1
+        area = box_height * round(box_height * aspect)
+        box_height += int(area < min_pixels) - int(area > max_pixels)
         box_width = round(box_height * aspect)
         fits = 0 < box_height <= height and 0 < box_width <= width
-        if fits and box_height * box_width >= min_pixels:
+        if fits and min_pixels <= box_height * box_width <= max_pixels:
             # TensorFlow never draws the last of several positions.
             top = int(rng.random() * max(1, height - box_height))
             left = int(rng.random() * max(1, width - box_width))

@@ -55,12 +55,7 @@ def normalize_images(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def apply_gelu(x: Float[Array, "*shape"], approximation: Gelu) -> Float[Array, "*shape"]:
-    """Applies GELU. The only residual is `x`; its derivative is computed in float32.
-
-    Args:
-        x: Array of any shape.
-        approximation: "tanh" or "exact".
-    """
+    """Applies GELU. The only residual is `x`; its derivative is computed in float32."""
     return jax.nn.gelu(x, approximate=approximation == "tanh")
 
 
@@ -155,12 +150,7 @@ def dot_general_f32_accum(x: Any, y: Any, dimensions: Any, **options: Any) -> Ar
 
 
 def select_dot_general(flatten_batch: bool, train: bool) -> Any:
-    """Returns the matmul for CPU inference, or None for the default of `nn.Dense`.
-
-    Args:
-        flatten_batch: Whether the program is laid out for a CPU.
-        train: Whether it is a training step.
-    """
+    """Returns the matmul for inference in a CPU's layout, or None for the default of `nn.Dense`."""
     return dot_general_f32_accum if flatten_batch and not train else None
 
 
@@ -179,12 +169,7 @@ class PatchEmbed(nn.Module):
     """Patch embedding: one dense layer from the pixels of each patch to a token.
 
     It is a convolution with a kernel of shape (P, P, 3, C) and stride P, computed as one matmul.
-
-    Attributes:
-        hidden_dim: Channels per token.
-        patch_size: Side of a patch, in pixels.
-        ctx: Settings of the call. With `token_major`, rows are also padded to the length that fast
-            GPU matmuls need.
+    With `ctx.token_major`, rows are padded to the length that fast GPU matmuls need.
     """
 
     hidden_dim: int
@@ -269,11 +254,7 @@ def apply_dropout(
 ) -> Float[Array, " d"]:
     """Sets a fraction `rate` of a vector's elements to zero and scales up the others.
 
-    Args:
-        x: Vector.
-        rate: Probability of zeroing an element.
-        rng: Key shared by the batch.
-        index: Index of the vector among those of the global batch.
+    The key is shared by the batch; `index` is that of the vector in the global batch.
     """
     mask = bernoulli_at(rng, index, 1.0 - rate, x.shape)
     return jnp.where(mask, x / (1.0 - rate), 0.0).astype(x.dtype)
@@ -288,14 +269,8 @@ def add_branch(
 ) -> Float[Array, "n s c"]:
     """Adds a residual branch, zero for examples that drop it.
 
-    The branch is not rescaled in training, as in the authors' code.
-
-    Args:
-        x: Residual stream.
-        branch: Output of the branch.
-        mask: Drop-path mask.
-        dtype: Dtype of the sum.
-        save_as: Tag of the branch for rematerialization policies, e.g. `MLP_OUTPUT`.
+    The branch is not rescaled in training, as in the authors' code. `save_as` is its tag for
+    rematerialization policies, e.g. `MLP_OUTPUT`.
     """
     branch = checkpoint_name(branch, save_as) if save_as else branch
     branch = branch if mask is None else mask[:, None, None] * branch
@@ -307,13 +282,9 @@ def bernoulli_at(
 ) -> Bool[Array, "..."]:
     """Draws a mask that depends on the key and an index in the global batch only.
 
-    Masks are thus the same on any number of devices and for any number of microbatches.
-
-    Args:
-        rng: Key shared by the batch.
-        index: Index of an example, or of a vector among those of all examples.
-        probability: Probability that an element is true.
-        shape: Shape of the mask.
+    Masks are thus the same on any number of devices and for any number of microbatches. The index
+    is that of an example, or of a vector among those of all examples. Each element is true with
+    the given probability.
     """
     return jax.random.bernoulli(jax.random.fold_in(rng, index), probability, shape)
 

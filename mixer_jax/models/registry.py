@@ -18,11 +18,7 @@ DEFAULT_FAMILY = "mixer"
 
 
 def get_family(name: str) -> ModelFamily:
-    """Returns the model family of this name.
-
-    Raises:
-        UserError: No such family exists.
-    """
+    """Returns the model family of this name; raises UserError if there is none."""
     if name not in FAMILIES:
         raise UserError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}.")
     return FAMILIES[name]

@@ -1,4 +1,4 @@
-"""Lower bounds on the memory traffic of a step and, by the roofline model, on its time."""
+"""Lower bounds on the memory traffic and, by the roofline model, the time of steps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ def estimate_traffic(
     itemsize: int = 2,
     train: bool = True,
 ) -> dict[str, Traffic]:
-    """Estimates the FLOPs and memory traffic per image of each region of a step on one device.
+    """Estimates the FLOPs and memory traffic per image, by region, in steps on one device.
 
     The traffic depends on what a kernel fuses, so there are two lower bounds:
 
@@ -106,7 +106,7 @@ def roofline_bound(
     hbm_bytes: float,
     collectives: Sequence[Collective],
 ) -> RooflineBound:
-    """Computes the bound of a step from its FLOPs, memory traffic and collectives per device."""
+    """Computes the bound from FLOPs, memory traffic and collectives per step and device."""
     chip = topology.chip
     return RooflineBound(
         executed_flops / (chip.flops / chip.devices_per_chip),

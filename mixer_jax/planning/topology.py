@@ -67,7 +67,7 @@ class Topology(NamedTuple):
 
 
 class DeviceLocation(NamedTuple):
-    """Chip of a device, and index of the chips connected by links: a slice, or a GPU machine."""
+    """Location of one device: its chip, and the index of its slice or GPU machine."""
 
     chip: Any
     ici_domain: int

@@ -49,7 +49,7 @@ class TrainBatchView(NamedTuple):
 def load_train_batch(
     config: RunConfig, source: Source, step: int, num_images: int
 ) -> TrainBatchView:
-    """Loads the first images of the batch of a step, from 0, and no others, as the run would."""
+    """Loads the first images of the batch of `step`, and no others, as the run would."""
     mixup = config.recipe.mixup
     # The partner of an image is the one before it, and that of the first image is the last of the
     # batch. With that one in front, rolling these few by one pairs them as rolling the batch does.
@@ -139,6 +139,7 @@ def format_caption(
     preprocess, recipe = config.preprocess, config.recipe
     crop = {
         "inception": f"Inception crops of at least {preprocess.min_area:.0%} of the image",
+        "random_resized_crop": f"timm's crops of at least {preprocess.min_area:.0%} of the image",
         "random_crop": "random crops of 7/8 of each side",
         "random_shift": f"whole images, shifted by up to {preprocess.max_shift} pixels",
         "resize": "whole images",

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from mixer_jax.data import preprocess
-from mixer_jax.data.preprocess import eval_image, sample_inception_crop, train_image
+from mixer_jax.data.preprocess import (
+    eval_image,
+    sample_resized_crop,
+    train_image,
+)
 from mixer_jax.data.randaugment import rand_augment
 from tests.helpers.images import encode, encode_with_orientation, noise, smooth
 
@@ -19,7 +23,7 @@ PLAIN: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-CROPS = ["inception", "random_crop", "random_shift", "resize"]
+CROPS = ["inception", "random_resized_crop", "random_crop", "random_shift", "resize"]
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -30,20 +34,20 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-def inception_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
+def resized_crops(image: np.ndarray, min_area: float, draws: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     height, width, _ = image.shape
-    boxes = [sample_inception_crop(height, width, rng, min_area) for _ in range(draws)]
+    boxes = [sample_resized_crop(height, width, rng, min_area) for _ in range(draws)]
     return [image[top : top + height, left : left + width] for top, left, height, width in boxes]
 
 
 @pytest.mark.parametrize("min_area", [0.05, 0.5])
 @pytest.mark.parametrize("shape", [(200, 200), (160, 250), (250, 160)])
-def test_inception_crops_have_valid_areas_and_aspect_ratios(
+def test_resized_crops_have_valid_areas_and_aspect_ratios(
     shape: tuple[int, int], min_area: float
 ) -> None:
     image = coordinates(*shape)
-    for crop in inception_crops(image, min_area, 500):
+    for crop in resized_crops(image, min_area, 500):
         height, width = crop.shape[:2]
         top = int(np.flatnonzero(image[:, 0, 0] == crop[0, 0, 0])[0])
         left = int(np.flatnonzero(image[0, :, 1] == crop[0, 0, 1])[0])
@@ -56,8 +60,8 @@ def test_inception_crops_have_valid_areas_and_aspect_ratios(
         assert (width - 0.5) / (height + 0.5) <= 4 / 3
 
 
-def test_inception_crops_cover_the_range_of_areas_and_aspect_ratios() -> None:
-    crops = inception_crops(coordinates(200, 200), 0.05, 2000)
+def test_resized_crops_cover_the_range_of_areas_and_aspect_ratios() -> None:
+    crops = resized_crops(coordinates(200, 200), 0.05, 2000)
     areas = np.array([crop.shape[0] * crop.shape[1] for crop in crops]) / 200**2
     aspects = np.array([crop.shape[1] / crop.shape[0] for crop in crops])
     assert areas.min() < 0.06
@@ -72,9 +76,9 @@ def test_inception_crops_cover_the_range_of_areas_and_aspect_ratios() -> None:
     assert (areas == 1).mean() < 0.01
 
 
-def test_inception_crop_positions_are_uniform() -> None:
+def test_resized_crop_positions_are_uniform() -> None:
     image = coordinates(200, 200)
-    small = [crop for crop in inception_crops(image, 0.05, 2000) if max(crop.shape) < 120]
+    small = [crop for crop in resized_crops(image, 0.05, 2000) if max(crop.shape) < 120]
     assert len(small) > 400
     for axis, levels in enumerate([image[:, 0, 0], image[0, :, 1]]):
         # Rows above (columns left of) the crop, as a fraction of all rows (columns) outside of it.
@@ -96,11 +100,11 @@ def test_inception_crop_positions_are_uniform() -> None:
         ((1, 500), (0, 249, 1, 1)),
     ],
 )
-def test_inception_crop_falls_back_to_the_center(
+def test_resized_crop_falls_back_to_the_center(
     shape: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     rng = np.random.default_rng(0)
-    assert {sample_inception_crop(*shape, rng, 0.05) for _ in range(20)} == {box}
+    assert {sample_resized_crop(*shape, rng, 0.05) for _ in range(20)} == {box}
 
 
 def shift_image(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -197,7 +201,9 @@ def test_train_image_is_deterministic_and_writes_to_out(
     rng, settings = np.random.default_rng(0), augment | {"train_crop": crop}
     assert train_image(encoded, rng, image_size=16, **settings, out=out) is out
     np.testing.assert_array_equal(out, image)
-    has_one_crop = crop == "resize" or (crop == "inception" and shape == (500, 9))
+    has_one_crop = crop == "resize" or (
+        crop in ("inception", "random_resized_crop") and shape == (500, 9)
+    )
     is_constant = has_one_crop and not augment["flip"]
     assert (len({draw(seed).tobytes() for seed in range(20)}) == 1) == is_constant
 

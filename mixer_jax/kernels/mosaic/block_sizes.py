@@ -25,8 +25,6 @@ class BranchSizes(NamedTuple):
     """Block sizes of a branch's two kernels.
 
     Attributes:
-        forward: Block size of the forward kernel.
-        backward: Block size of the backward kernel.
         cores: Cores per device, over which the images are divided.
         vmem: Bytes of VMEM that a program may use.
     """
@@ -105,36 +103,42 @@ def choose_block_sizes(
     device = _DEVICES.get(device_kind)
     if device is None:
         return None
-    token_shape = _BranchShape(tokens, channels, tokens_mlp_dim, itemsize)
-    channel_shape = _BranchShape(tokens, channels, channels_mlp_dim, itemsize)
     images = max(1, _MAX_ROWS // padded_rows(tokens, itemsize))
-    token_fwd = BlockSize(min(images, _MAX_FORWARD_IMAGES), tokens_mlp_dim)
-    token_bwd = BlockSize(min(images, _MAX_BACKWARD_IMAGES), tokens_mlp_dim)
-    channel_fwd = BlockSize(images, _MAX_FORWARD_HIDDEN)
-    channel_bwd = BlockSize(images, _MAX_BACKWARD_HIDDEN)
-    candidates = [
-        _first_that_fits(_token_vmem, token_shape, False, device, token_fwd),
-        _first_that_fits(_token_vmem, token_shape, True, device, token_bwd),
-        _first_that_fits(_channel_vmem, channel_shape, False, device, channel_fwd),
-        _first_that_fits(_channel_vmem, channel_shape, True, device, channel_bwd),
-    ]
-    sizes = [size for size in candidates if size is not None]
-    if len(sizes) < len(candidates):
-        return None
-    return BlockSizes(
-        BranchSizes(sizes[0], sizes[1], device.cores, device.vmem),
-        BranchSizes(sizes[2], sizes[3], device.cores, device.vmem),
+    token_mixing = _choose_branch_sizes(
+        _token_vmem,
+        _BranchShape(tokens, channels, tokens_mlp_dim, itemsize),
+        device,
+        BlockSize(min(images, _MAX_FORWARD_IMAGES), tokens_mlp_dim),
+        BlockSize(min(images, _MAX_BACKWARD_IMAGES), tokens_mlp_dim),
     )
+    channel_mixing = _choose_branch_sizes(
+        _channel_vmem,
+        _BranchShape(tokens, channels, channels_mlp_dim, itemsize),
+        device,
+        BlockSize(images, _MAX_FORWARD_HIDDEN),
+        BlockSize(images, _MAX_BACKWARD_HIDDEN),
+    )
+    if token_mixing is None or channel_mixing is None:
+        return None
+    return BlockSizes(token_mixing, channel_mixing)
+
+
+def _choose_branch_sizes(
+    vmem: Callable[[_BranchShape, BlockSize, bool], int],
+    shape: _BranchShape,
+    device: _Device,
+    max_forward: BlockSize,
+    max_backward: BlockSize,
+) -> BranchSizes | None:
+    forward = _first_that_fits(vmem, shape, False, device, max_forward)
+    backward = _first_that_fits(vmem, shape, True, device, max_backward)
+    if forward is None or backward is None:
+        return None
+    return BranchSizes(forward, backward, device.cores, device.vmem)
 
 
 def _token_vmem(shape: _BranchShape, size: BlockSize, backward: bool) -> int:
-    """Returns the bytes of VMEM that a kernel of token mixing needs.
-
-    Args:
-        shape: Shape of the branch.
-        size: Block size.
-        backward: Whether it is the backward kernel.
-    """
+    """Returns the bytes of VMEM that a kernel of token mixing needs."""
     tokens, channels, hidden, itemsize = shape
     kernel = max(_tiled_bytes(tokens, hidden, itemsize), _tiled_bytes(hidden, tokens, itemsize))
     biases = (
@@ -148,21 +152,13 @@ def _token_vmem(shape: _BranchShape, size: BlockSize, backward: bool) -> int:
 
 
 def _channel_vmem(shape: _BranchShape, size: BlockSize, backward: bool) -> int:
-    """Returns the bytes of VMEM that a kernel of channel mixing needs.
-
-    Args:
-        shape: Shape of the branch.
-        size: Block size.
-        backward: Whether it is the backward kernel.
-    """
+    """Returns the bytes of VMEM that a kernel of channel mixing needs."""
     tokens, channels, hidden, itemsize = shape
     rows = size.images * padded_rows(tokens, itemsize)
     kernel = max(_tiled_bytes(channels, hidden, itemsize), _tiled_bytes(hidden, channels, itemsize))
     biases = _tiled_bytes(1, hidden, 4) + 3 * _tiled_bytes(1, channels, 4)
-    matrix, transposed = (
-        _tiled_bytes(rows, channels, itemsize),
-        _tiled_bytes(channels, rows, itemsize),
-    )
+    matrix = _tiled_bytes(rows, channels, itemsize)
+    transposed = _tiled_bytes(channels, rows, itemsize)
     scratch = _tiled_bytes(rows, channels, 4) + (2 * (matrix + transposed) if backward else matrix)
     sums = 2 * _tiled_bytes(channels, hidden, 4) + biases if backward else 0
     # Hidden units, as for token mixing, and an image during LayerNorm.

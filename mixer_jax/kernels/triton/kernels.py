@@ -6,7 +6,6 @@ their own dtype; arithmetic is float32.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mixer_jax.kernels.triton.tiling import TileConfig, TileIterator
-from mixer_jax.models.layers import LAYER_NORM_EPSILON, Gelu
+from mixer_jax.models.layers import (
+    GELU_TANH_CUBIC,
+    GELU_TANH_SCALE,
+    LAYER_NORM_EPSILON,
+    Gelu,
+)
 
 
 class ResidualInput(NamedTuple):
@@ -120,19 +124,19 @@ def layer_norm_bwd(
     dx: Any, dy: Any, x: Any, mean: Any, rstd: Any, scale: Any, added_bias: Any, mask: Any,
     num_images: int, has_bias: bool, config: TileConfig, **kwargs: Any,
 ) -> LayerNormGrads:  # fmt: skip
-    """Computes the gradients of `layer_norm_fwd`.
+    """Computes the gradients of `layer_norm_fwd`, from its arguments and results.
 
     Args:
-        dx: Cotangent of its first result; None if there is none.
-        dy: Cotangent of its second result.
-        x: Its first result, or its argument x without a branch.
-        mean: Its third result.
-        rstd: Its fourth result.
-        scale: Its argument.
+        dx: Cotangent of the sum; None if there is none.
+        dy: Cotangent of its LayerNorm.
+        x: Sum, or residual stream without a branch.
+        mean: Mean of each row.
+        rstd: Inverse standard deviation of each row.
+        scale: Scale of LayerNorm.
         added_bias: Bias that was added without a branch; None otherwise.
         mask: Drop-path mask of the branch.
-        num_images: Its argument.
-        has_bias: Whether a bias was added.
+        num_images: Row r belongs to image r % num_images.
+        has_bias: Whether a bias was added, to a branch or without one.
         config: Tile configuration.
         **kwargs: Further arguments of `pallas_call`.
     """
@@ -204,12 +208,7 @@ def gelu_bwd(
 ) -> tuple[Any, Any]:
     """Computes the gradient of GELU's argument, and its float32 sums over rows.
 
-    Args:
-        da: Cotangent of GELU's result, (rows, columns).
-        hidden: GELU's argument.
-        gelu: GELU variant, "tanh" or "exact".
-        config: Tile configuration.
-        **kwargs: Further arguments of `pallas_call`.
+    `da` is the cotangent of GELU's result, (rows, columns), and `hidden` its argument.
     """
     num_rows, num_cols = hidden.shape
     num_segments = pl.cdiv(num_cols, config.segment_width(num_cols))
@@ -247,7 +246,7 @@ def _gelu_bwd_kernel(
 
 def tanh_gelu_grad(x: Any) -> Any:
     """Computes the derivative of x σ(2u), u = √(2/π) (x + 0.044715 x³): GELU by tanh."""
-    a, b = 2 * math.sqrt(2 / math.pi), 0.044715
+    a, b = 2 * GELU_TANH_SCALE, GELU_TANH_CUBIC
     square = x * x
     sigmoid = 1 / (1 + jnp.exp2(x * (-a / math.log(2) - a * b / math.log(2) * square)))
     return sigmoid + sigmoid * (1 - sigmoid) * x * (a + 3 * a * b * square)
@@ -272,11 +271,7 @@ def _whole_rows(shape: tuple[int, int], config: TileConfig) -> TileIterator:
 
 
 def _pallas_call(
-    kernel: Callable[..., None],
-    out_shape: Any,
-    grid: tuple[int, ...],
-    config: TileConfig,
-    kwargs: Any,
+    kernel: Any, out_shape: Any, grid: tuple[int, ...], config: TileConfig, kwargs: Any
 ) -> Any:
     params = plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1)
     return pl.pallas_call(kernel, out_shape, grid=grid, compiler_params=params, **kwargs)

@@ -35,12 +35,7 @@ class TileConfig(NamedTuple):
         return divisor if divisor >= 64 else self.block_cols
 
     def grid_size(self, num_rows: int, num_segments: int = 1) -> int:
-        """Returns the number of programs along the rows, for each of `num_segments` along columns.
-
-        Args:
-            num_rows: Rows of the matrix.
-            num_segments: Programs along the columns.
-        """
+        """Returns the number of programs along the rows, per segment of columns."""
         return min(max(self.num_programs // num_segments, 1), pl.cdiv(num_rows, self.block_rows))
 
 
@@ -120,17 +115,12 @@ class TileIterator:
     def load_col_vector(self, ref: Any, row: Any, period: int | None = None) -> Any:
         """Loads a tile's part of a vector with a number per row.
 
-        Args:
-            ref: Vector.
-            row: First row of the tile.
-            period: Length of the vector if row r reads its element r % period.
+        With a period, row r reads element r % period.
         """
         rows = self._row_indices(row)
-        index = (
-            pl.ds(row, self.block_rows)
-            if period is None
-            else lax.rem(rows, jnp.full_like(rows, period))
-        )
+        index: Any = pl.ds(row, self.block_rows)
+        if period is not None:
+            index = lax.rem(rows, jnp.full_like(rows, period))
         return masked_load(ref.at[index], self._row_mask(row)).astype(jnp.float32)[:, None]
 
     def store_col_vector(self, ref: Any, row: Any, values: Any) -> None:
