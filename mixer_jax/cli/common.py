@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mixer_jax.data.source import Source
 
 CHECKPOINT_HELP = (
-    "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
+    "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors, .pth or .ckpt, or "
     "hf:OWNER/NAME"
 )
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
