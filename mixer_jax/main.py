@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
         if is_primary_process():
             plot_curves(resolved_workdir)
             print(format_summary(result, workdir, config), flush=True)
+        result.raise_failures()
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0
