@@ -144,6 +144,7 @@ def decode(
     and TensorFlow. The first frame of an animation is decoded.
 
     Args:
+        encoded: Bytes of an image file.
         crop_fn: Function from height and width of the image to the box to return; None: all of it.
         exif_orientation: Whether to rotate the image according to its EXIF orientation, which TFDS
             and TensorFlow ignore. TIFF and HEIC are always rotated by their own orientation.
