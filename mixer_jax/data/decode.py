@@ -414,12 +414,9 @@ def _read_png_chunks(encoded: bytes) -> dict[bytes, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class _JpegHeader:
-    """Contents of a JPEG's header.
+    """Contents of the header of a gray or color JPEG.
 
     Attributes:
-        height: Height in pixels.
-        width: Width in pixels.
-        channels: Number of channels: 1 gray, 3 color, 4 CMYK.
         block_rows: Height of one row of minimum coded units, in pixels.
         sequential: Whether the image is stored from top to bottom.
         height_offset: Position in the file of the height, which is two bytes long.
@@ -428,7 +425,6 @@ class _JpegHeader:
 
     height: int
     width: int
-    channels: int
     block_rows: int
     sequential: bool
     height_offset: int
@@ -496,7 +492,6 @@ def _parse_frame(encoded: bytes, offset: int, metadata: list[slice]) -> _JpegHea
     return _JpegHeader(
         height,
         width,
-        channels,
         block_rows=8 * max(sampling & 15 for sampling in samplings),
         sequential=encoded[offset + 1] in _SEQUENTIAL,
         height_offset=offset + 5,

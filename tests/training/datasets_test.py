@@ -104,6 +104,7 @@ def logged_names(workdir: Path) -> list[str]:
 def test_training_replaces_bad_images_and_logs_them(
     folder_with_bad_images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(folder_with_bad_images.removeprefix("folder:"), "train", "3", "list.txt").touch()
     # 320 images are more than an epoch, so all have been seen.
     config = small_config(
         "",
@@ -117,6 +118,7 @@ def test_training_replaces_bad_images_and_logs_them(
     out = capsys.readouterr().out
     reason, log = reason_of(b"broken"), f"{tmp_path}/run/bad_images_0.jsonl"
     assert some_line_mentions(out, "3", reason, log)
+    assert some_line_mentions(out, "images/train", "1 .txt")
     # The first one is printed at once.
     names = ("150.png", "17.png", "60.png")
     assert sum(some_line_mentions(out, name, reason, log) for name in names) == 1

@@ -21,10 +21,11 @@ from mixer_jax.config.schema import EvalConfig
 from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
+from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import restore_or_init
 from mixer_jax.training.loop import train_and_evaluate
-from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.training.metrics import TIMINGS, MetricsWriter, read_metrics
 from mixer_jax.training.setup import (
     Experiment,
     build_experiment,
@@ -106,6 +107,28 @@ def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (result.step, result.stopped_by) == (20, None)
     assert result.scores["test"].num_examples == 360
     return workdir
+
+
+def test_logs_are_complete_before_each_checkpoint(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes from a checkpoint does not write the lines before it again."""
+    calls: list[str] = []
+    for owner, name in (
+        (MetricsWriter, "flush"),
+        (BadImageLog, "flush"),
+        (CheckpointManager, "save"),
+    ):
+        original = getattr(owner, name)
+
+        def record(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(type(self).__name__)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, record)
+    train_and_evaluate(small_config(digits_dir, **NO_REGULARIZATION), str(tmp_path))
+    one_save = ["MetricsWriter", "BadImageLog", "CheckpointManager"]
+    assert calls == 4 * one_save
 
 
 def test_run_writes_checkpoints_config_events_and_metrics(finished: Path) -> None:
