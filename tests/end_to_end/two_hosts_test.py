@@ -181,7 +181,7 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
         "num_steps": 20,
         "bad_images__max_count": 0,
     }
-    both = start_two_hosts("", tmp_path / "run", bad_images__max_count=0, **settings)
+    both = start_two_hosts("", tmp_path / "run", **settings)
     outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)
     assert [process.returncode for process in both] == [1, 1], errors
     # Both hosts load the pretrained weights, and the primary process reports it.

@@ -159,7 +159,7 @@ def test_finished_run_evaluates_its_checkpoint_again(
         *expected, other_status = loop_module._describe_run(experiment, step, None).splitlines()
         assert description == expected
         assert status != other_status
-    assert mentions(score, "20", "test", f"{result.scores['test'].top1:.2%}")
+    assert mentions(score, "20", "test", f"{result.scores['test'].as_dict()['top1']:.2%}")
     assert (finished / "metrics.jsonl").read_text() == before
     last = read_metrics(str(finished))[-1]
     for key, value in result.scores["test"].as_dict().items():
