@@ -81,6 +81,7 @@ def _train(config: RunConfig, workdir: str) -> int:
         if is_primary_process():
             plot_curves(resolved_workdir)
             print(format_summary(result, workdir, config), flush=True)
+        result.raise_failures()
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0

@@ -169,6 +169,7 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
             plot_curves(folder)
         if result.step < result.num_steps:
             raise TaskInterruptedError(stopped_by)
+        result.raise_failures()
         scores = {name: metrics.as_dict() for name, metrics in result.scores.items()}
     except NonFiniteError as error:
         # It would diverge again; the sweep is there to find such learning rates.

@@ -1,6 +1,7 @@
 """Entry point of transfer suites: `run_suite`."""
 
 import contextlib
+import itertools
 import os
 import signal
 from typing import NamedTuple
@@ -112,7 +113,8 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
 
     for change in save_plan_on_primary(plan, request.workdir, weights):
         log(f"changed since this suite was last started: {change}")
-    for note in data.notes:
+    sources = itertools.chain.from_iterable(data.sources.values())
+    for note in [*data.notes, *dict.fromkeys(note for source in sources for note in source.notes)]:
         log(note)
     try:
         context = TaskContext(plan, request.workdir, weights, request.keep_checkpoints, log)

@@ -36,8 +36,8 @@ class FineTuneTask:
         dataset: Dataset, as in `config.dataset.name`.
         num_examples: Sizes of the four splits, in this order, according to TFDS. They are checked
             where the data are available. Empty if unknown.
-        learning_rates: Learning rates of the sweep; by default those of the paper (Section 3; arXiv
-            2010.11929, B.1.1).
+        learning_rates: Learning rates of the sweep; by default those for small datasets (arXiv
+            2010.11929, Table 4).
         seeds: Seeds of the final runs; the sweep uses the first one.
         is_large_image: Whether images have 96 × 96 px or more, for `--image_size=auto`. None
             measures some of them.
@@ -62,7 +62,7 @@ class FineTuneTask:
     num_examples: Sequence[int]
     num_steps: int
     warmup_steps: int
-    learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.06)
+    learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03)
     batch_size: int = 512
     seeds: Sequence[int] = (0, 1, 2)
     is_large_image: bool | None = None
