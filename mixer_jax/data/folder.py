@@ -131,8 +131,8 @@ def check_readable(source: Source) -> None:
     ]
     if unreadable:
         raise UserError(
-            f"{source.name} must have images of every class that can be read, got none of "
-            f"{_abbreviate(unreadable)}. Replace the files or remove the directory of the class."
+            f"{source.name} must have a readable image of every class, got none of "
+            f"{_abbreviate(unreadable)}. Replace the files, or remove the directories."
         )
 
 
