@@ -294,7 +294,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise BadImageError(f"{image.format} with samples of 32 bits; convert it to 8 bits")
     image.info.pop("transparency", None)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
@@ -357,14 +357,17 @@ def _decode_png(encoded: bytes) -> tuple[np.ndarray, int]:
     mode, samples = _PNG_MODES[color_type, bits]
     with _reject_failures(_PNG_ROWS):
         image = Image.frombytes(mode, (width, height), chunks[b"IDAT"], "zip", samples, interlaced)
+        pixels = np.asarray(image)
         # Rows that the data do not reach are zero.
-        if interlaced or not np.asarray(image.crop((0, height - 1, width, height))).any():
+        if interlaced or not pixels[-1].any():
             size = _png_data_size(width, height, bits * _PNG_CHANNELS[color_type], interlaced)
             if len(zlib.decompressobj().decompress(chunks[b"IDAT"], size)) < size:
                 raise BadImageError(_PNG_ROWS)
-    if color_type == _PALETTE:
-        image.putpalette(chunks[b"PLTE"])
-    return _to_rgb(image), _read_orientation(chunks.get(b"eXIf", b""))
+        if color_type == _PALETTE:
+            image.putpalette(chunks[b"PLTE"])
+        if mode != "RGB":
+            pixels = _to_rgb(image)
+    return pixels, _read_orientation(chunks.get(b"eXIf", b""))
 
 
 def _png_data_size(width: int, height: int, bits_per_pixel: int, interlaced: int) -> int:

@@ -35,7 +35,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.workdir import save_config
+from mixer_jax.training.workdir import lock_workdir, save_config
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
@@ -83,7 +83,8 @@ def train_and_evaluate(
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
-        RunError: Loss, gradients or parameters are not finite, or too many images are bad.
+        RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
+            process is training in `workdir`.
     """
     with contextlib.ExitStack() as stack:
         loop = _TrainLoop(config, workdir, weights, stack)
@@ -110,8 +111,14 @@ class _TrainLoop:
         """Prepares a run; what it opens is closed with `stack`."""
         self.config = config
         self.shutdown = stack.enter_context(multihost.GracefulShutdown())
+        is_alone = multihost.is_alone(config.distributed)
+        if is_alone:
+            # Before anything that takes time.
+            stack.enter_context(lock_workdir(workdir))
         datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        if not is_alone:
+            stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
