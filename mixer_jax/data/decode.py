@@ -294,7 +294,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise BadImageError(f"{image.format} with samples of 32 bits; convert it to 8 bits")
     image.info.pop("transparency", None)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
@@ -357,14 +357,17 @@ def _decode_png(encoded: bytes) -> tuple[np.ndarray, int]:
     mode, samples = _PNG_MODES[color_type, bits]
     with _reject_failures(_PNG_ROWS):
         image = Image.frombytes(mode, (width, height), chunks[b"IDAT"], "zip", samples, interlaced)
+        pixels = np.asarray(image)
         # Rows that the data do not reach are zero.
-        if interlaced or not np.asarray(image.crop((0, height - 1, width, height))).any():
+        if interlaced or not pixels[-1].any():
             size = _png_data_size(width, height, bits * _PNG_CHANNELS[color_type], interlaced)
             if len(zlib.decompressobj().decompress(chunks[b"IDAT"], size)) < size:
                 raise BadImageError(_PNG_ROWS)
-    if color_type == _PALETTE:
-        image.putpalette(chunks[b"PLTE"])
-    return _to_rgb(image), _read_orientation(chunks.get(b"eXIf", b""))
+        if color_type == _PALETTE:
+            image.putpalette(chunks[b"PLTE"])
+        if mode != "RGB":
+            pixels = _to_rgb(image)
+    return pixels, _read_orientation(chunks.get(b"eXIf", b""))
 
 
 def _png_data_size(width: int, height: int, bits_per_pixel: int, interlaced: int) -> int:
@@ -414,12 +417,9 @@ def _read_png_chunks(encoded: bytes) -> dict[bytes, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class _JpegHeader:
-    """Contents of a JPEG's header.
+    """Contents of the header of a gray or color JPEG.
 
     Attributes:
-        height: Height in pixels.
-        width: Width in pixels.
-        channels: Number of channels: 1 gray, 3 color, 4 CMYK.
         block_rows: Height of one row of minimum coded units, in pixels.
         sequential: Whether the image is stored from top to bottom.
         height_offset: Position in the file of the height, which is two bytes long.
@@ -428,7 +428,6 @@ class _JpegHeader:
 
     height: int
     width: int
-    channels: int
     block_rows: int
     sequential: bool
     height_offset: int
@@ -496,7 +495,6 @@ def _parse_frame(encoded: bytes, offset: int, metadata: list[slice]) -> _JpegHea
     return _JpegHeader(
         height,
         width,
-        channels,
         block_rows=8 * max(sampling & 15 for sampling in samplings),
         sequential=encoded[offset + 1] in _SEQUENTIAL,
         height_offset=offset + 5,

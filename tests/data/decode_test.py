@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,13 @@ def test_decode_rejects_truncated_files_or_decodes_every_pixel(name: str) -> Non
         except BadImageError:
             num_rejected += 1
     assert num_rejected > 10
+
+
+def test_threads_decode_the_same_pixels() -> None:
+    files = list(files_of_all_formats().values()) * 3
+    with ThreadPoolExecutor(8) as pool:
+        for encoded, pixels in zip(files, pool.map(decode, files), strict=True):
+            np.testing.assert_array_equal(pixels, decode(encoded))
 
 
 @pytest.mark.slow
@@ -617,13 +625,13 @@ def test_documentation_lists_the_formats_that_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row[1]])
-def test_documentation_says_which_formats_are_turned(name: str) -> None:
+def test_documentation_says_where_the_orientation_is_applied(name: str) -> None:
     files = files_of_all_formats()
     rule = TABLE[name][1]
-    assert rule in ("no", "on request", "always")
+    assert rule in ("ignored", "if requested", "always")
     if name == "HEIC":
         pytest.importorskip("pillow_heif")
-    if rule == "no":
+    if rule == "ignored":
         assert f"{name} orientation" not in files
         return
     encoded = files[f"{name} orientation"]
