@@ -341,7 +341,7 @@ class SafetensorsFile(TensorFile):
         try:
             tensor = self._file.get_tensor(name)
         except safetensors.SafetensorError as error:
-            raise self.error(name, f"cannot be read: {summarize_error(error)}") from error
+            raise self.error(name, f"cannot be read: {summarize_error(error)}.") from error
         copy_into(tensor, out)
 
 

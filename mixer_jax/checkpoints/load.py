@@ -1,6 +1,7 @@
 """Loading of weights of any format into host memory, at any image size."""
 
 import dataclasses
+import importlib.util
 import math
 import operator
 import os
@@ -47,7 +48,6 @@ from mixer_jax.checkpoints.weights import (
     unflatten_params,
 )
 from mixer_jax.config.config import fill_defaults
-from mixer_jax.data.imagenet_classes import imagenet1k_wnids
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM
 from mixer_jax.models.registry import get_family
@@ -311,3 +311,16 @@ def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
     if not loaded.num_tokens:
         return f"{source}, whose image sizes are multiples of {loaded.size_multiple} px"
     return f"{source}, which has {loaded.num_tokens} tokens of {loaded.size_multiple} px"
+
+
+def imagenet1k_wnids() -> tuple[str, ...]:
+    """Reads the WordNet IDs of the 1,000 ImageNet classes, in order; empty without TFDS.
+
+    They come from a file that TFDS ships. TFDS itself is not imported, because that takes seconds.
+    """
+    spec = importlib.util.find_spec("tensorflow_datasets")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "datasets" / "imagenet2012" / "labels.txt"
+        if path.is_file():
+            return tuple(path.read_text().split())
+    return ()
