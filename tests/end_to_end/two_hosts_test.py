@@ -178,6 +178,7 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),
+        "bad_images__max_count": 0,
         "num_steps": 20,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
