@@ -9,7 +9,7 @@ Here:     Not reproduced.
 Size:     `:448` is the image size of Table 2; without it, 224 px as in Table 3.
 Weights:  init_from names a workdir, a file or hf:OWNER/NAME and sets the architecture. Weights are
           tiled for larger images (Appendix C).
-Tuning:   The paper chose the learning rate from 0.003, 0.01, 0.03 and 0.06 on 2 % of the training
+Tuning:   The paper chose the learning rate from 0.001, 0.003, 0.01 and 0.03 on 2 % of the training
           images: train on `train[:98%]` and evaluate on `train[98%:]`.
 """
 

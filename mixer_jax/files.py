@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import math
+import os
+import socket
 import sys
 import time
 import uuid
@@ -142,31 +144,54 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds a lock between programs, which the system releases when its holder ends.
 
     Args:
-        path: Lock file on a local file system. Its folder is created if necessary; the file exists
-            while the lock is held.
+        path: Lock file on a local file system. Its folder is created if necessary, and removed
+            afterwards if it is still empty; the file exists while the lock is held.
         wait: Whether to wait for another program that holds the lock.
 
     Yields:
         Whether the lock is held: False on file systems without locks.
 
     Raises:
-        BlockingIOError: Another program holds the lock, and `wait` is false.
+        BlockingIOError: Another program holds the lock, which `strerror` names, and `wait` is
+            false.
         OSError: The folder cannot be written.
     """
     import filelock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=-1 if wait else 0, mode=0o666, fallback_to_soft=False)
+    with contextlib.ExitStack() as stack:
+        for folder in reversed([folder for folder in path.parents if not folder.exists()]):
+            stack.callback(_remove_empty, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        timeout = -1 if wait else 0
+        lock = filelock.FileLock(path, timeout=timeout, mode=0o666, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise BlockingIOError(
+                errno.EAGAIN, f"locked by {_read_owner(path)}", str(path)
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        try:
+            if lock.is_locked:
+                # The name of the owner is not worth failing for, e.g. on a full disk.
+                with contextlib.suppress(OSError):
+                    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield lock.is_locked
+        finally:
+            if lock.is_locked:
+                path.unlink(missing_ok=True)
+                lock.release()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _read_owner(lock_file: Path) -> str:
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise BlockingIOError(errno.EAGAIN, "locked by another program", str(path)) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)
-            lock.release()
+        return lock_file.read_text() or "another process"
+    except OSError:
+        return "another process"

@@ -70,9 +70,9 @@ def load_pretrained(
     """Loads weights of any format, at any image size, as a model that is ready to use.
 
     Args:
-        source: A run's workdir or WORKDIR/checkpoints/STEP; Google's .npz; timm's .safetensors or
-            .pth; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL such as
-            gs://BUCKET/Mixer-B_16.npz.
+        source: A run's workdir or WORKDIR/checkpoints/STEP, also copied elsewhere; Google's .npz;
+            timm's .safetensors, .pth or .ckpt; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL
+            such as gs://BUCKET/Mixer-B_16.npz.
         step: Step of a run's checkpoint; None: the newest.
         image_size: Side, or height and width, of the images in pixels. Weights are tiled for
             integer multiples of their size (the paper's Appendix C) and interpolated for

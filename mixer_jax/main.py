@@ -1,6 +1,7 @@
 """Train or fine-tune a model from a config file: `python -m mixer_jax.main --config=FILE`."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed.hardware import joins_hosts
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -40,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/digits.py"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="config file, or the name of one in configs/, e.g. digits or configs/digits.py:low",
     )
     common.add_workdir_arg(parser, "runs/CONFIG_NAME")
     parser.add_argument(
@@ -52,6 +57,16 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     config = parse(load_config_with_overrides(args.config, overrides))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
+    resolved_workdir = workdirs.resolve_workdir(workdir)
+    with contextlib.ExitStack() as stack:
+        if not joins_hosts(config.distributed):
+            # Before importing JAX, which takes seconds. Of several hosts, one locks the workdir.
+            stack.enter_context(workdirs.lock_workdir(resolved_workdir))
+        return _train(config, workdir)
+
+
+def _train(config: RunConfig, workdir: str) -> int:
+    """Trains in a folder or URL as the user writes it; returns the exit code."""
     resolved_workdir = workdirs.resolve_workdir(workdir)
     for change in workdirs.check_workdir(resolved_workdir, config):
         print(f"changed since this run was last started: {change}")
@@ -69,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         if is_primary_process():
             plot_curves(resolved_workdir)
             print(format_summary(result, workdir, config), flush=True)
+        result.raise_failures()
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0

@@ -272,7 +272,7 @@ class BadImagesConfig:
         resumable=True,
     )
     skip_in_evaluation: bool = key(
-        False, "skip and count them in evaluations instead of stopping", resumable=True
+        False, "skip and count them in evaluations, which otherwise fail", resumable=True
     )
 
 

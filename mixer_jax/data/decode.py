@@ -23,7 +23,6 @@ Box = tuple[int, int, int, int]
 # The size from which Pillow warns of decompression bombs: 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
 
-_DAMAGED = "incomplete or damaged"
 _UPRIGHT = 1
 _ORIENTATION_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 274, 258, 339
 _EXIF = b"Exif\0\0"
@@ -44,6 +43,7 @@ _JPEG_SEGMENT, _JPEG_FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
 _SAMPLINGS = {16 * horizontal + vertical for horizontal in range(1, 5) for vertical in range(1, 5)}
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_ROWS = "PNG with missing or damaged rows"
 _PALETTE = 3
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # Pillow's modes of an image and of its samples by color type and bits; 16 bits are reduced to 8.
@@ -182,14 +182,14 @@ def check_image_area(height: int, width: int) -> None:
 
 
 @contextlib.contextmanager
-def _reject_failures() -> Iterator[None]:
+def _reject_failures(reason: str = "incomplete or damaged") -> Iterator[None]:
     """Converts all exceptions of a decoder, which differ by format, to BadImageError."""
     try:
         yield
     except BadImageError:
         raise
     except Exception:
-        raise BadImageError(_DAMAGED) from None
+        raise BadImageError(reason) from None
 
 
 def _crop_box(crop_fn: Callable[[int, int], Box] | None, height: int, width: int) -> Box:
@@ -263,7 +263,7 @@ def _decode_any(encoded: bytes) -> tuple[np.ndarray, int]:
     except Exception:
         for pattern, name, fix in _FOREIGN_FILES:
             if re.match(pattern, encoded):
-                raise BadImageError(f"{name}, not an image that can be read", fix) from None
+                raise BadImageError(f"{name}, not a supported image; {fix}") from None
         raise BadImageError("not an image, or its header is damaged") from None
     with image:
         check_image_area(image.height, image.width)
@@ -292,9 +292,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise BadImageError("unsupported samples", f"{image.format} with 32 bits; convert it to 8")
+        raise BadImageError(f"{image.format} with samples of 32 bits; convert it to 8 bits")
     image.info.pop("transparency", None)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
@@ -314,7 +314,7 @@ def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
     else:
         return
     if not is_complete:
-        raise BadImageError(_DAMAGED, f"a part of the {image.format} is missing")
+        raise BadImageError(f"{image.format} with missing parts")
 
 
 def _check_tiff_samples(encoded: bytes) -> None:
@@ -328,8 +328,7 @@ def _check_tiff_samples(encoded: bytes) -> None:
     )
     if kind != "unsigned integers" or bits not in (1, 2, 4, 8, 16):
         raise BadImageError(
-            "unsupported TIFF samples",
-            f"{kind} of {bits} bits; scale them to unsigned integers of 8 or 16 bits",
+            f"TIFF of {bits}-bit {kind}; scale them to unsigned integers of 8 or 16 bits"
         )
 
 
@@ -338,9 +337,7 @@ def _decode_heic(encoded: bytes) -> np.ndarray:
     try:
         import pillow_heif
     except ImportError:
-        raise BadImageError(
-            "HEIC image, which needs the package pillow-heif", "pip install pillow-heif"
-        ) from None
+        raise BadImageError("HEIC image; to read it, pip install pillow-heif") from None
     with _reject_failures():
         image = pillow_heif.open_heif(encoded)
         check_image_area(image.size[1], image.size[0])
@@ -358,31 +355,37 @@ def _decode_png(encoded: bytes) -> tuple[np.ndarray, int]:
     check_image_area(height, width)
     bits, color_type, _, _, interlaced = header[8:13]
     mode, samples = _PNG_MODES[color_type, bits]
-    with _reject_failures():
+    with _reject_failures(_PNG_ROWS):
         image = Image.frombytes(mode, (width, height), chunks[b"IDAT"], "zip", samples, interlaced)
-    # Rows that the data do not reach are zero.
-    if interlaced or not np.asarray(image.crop((0, height - 1, width, height))).any():
-        passes = _ADAM7 if interlaced else ((0, 1, 0, 1),)
-        bits_per_pixel = bits * _PNG_CHANNELS[color_type]
-        size = 0
-        for first_row, row_step, first_column, column_step in passes:
-            rows = len(range(first_row, height, row_step))
-            columns = len(range(first_column, width, column_step))
-            size += rows * (1 + -(-columns * bits_per_pixel // 8)) if columns else 0
-        with _reject_failures():
+        pixels = np.asarray(image)
+        # Rows that the data do not reach are zero.
+        if interlaced or not pixels[-1].any():
+            size = _png_data_size(width, height, bits * _PNG_CHANNELS[color_type], interlaced)
             if len(zlib.decompressobj().decompress(chunks[b"IDAT"], size)) < size:
-                raise BadImageError(_DAMAGED, "rows of the PNG are missing")
-    if color_type == _PALETTE:
-        image.putpalette(chunks[b"PLTE"])
-    return _to_rgb(image), _read_orientation(chunks.get(b"eXIf", b""))
+                raise BadImageError(_PNG_ROWS)
+        if color_type == _PALETTE:
+            image.putpalette(chunks[b"PLTE"])
+        if mode != "RGB":
+            pixels = _to_rgb(image)
+    return pixels, _read_orientation(chunks.get(b"eXIf", b""))
+
+
+def _png_data_size(width: int, height: int, bits_per_pixel: int, interlaced: int) -> int:
+    """Computes the number of bytes of all rows before compression, each with its filter type."""
+    size = 0
+    for first_row, row_step, first_column, column_step in _ADAM7 if interlaced else ((0, 1, 0, 1),):
+        rows = len(range(first_row, height, row_step))
+        columns = len(range(first_column, width, column_step))
+        size += rows * (1 + -(-columns * bits_per_pixel // 8)) if columns else 0
+    return size
 
 
 def _read_png_chunks(encoded: bytes) -> dict[bytes, bytes]:
     """Reads the chunks that pixels depend on, and verifies that none is damaged or missing."""
     if encoded[12:16] == b"CgBI":
         raise BadImageError(
-            "CgBI, Apple's variant of PNG, which only its devices read",
-            "convert it with `xcrun pngcrush -revert-iphone-optimizations`",
+            "Apple's CgBI variant of PNG; "
+            "convert it with `xcrun pngcrush -revert-iphone-optimizations`"
         )
     view = memoryview(encoded)
     chunks: dict[bytes, bytes] = {}
@@ -393,11 +396,11 @@ def _read_png_chunks(encoded: bytes) -> dict[bytes, bytes]:
         length, kind = int.from_bytes(view[offset : offset + 4]), encoded[offset + 4 : offset + 8]
         end = offset + 8 + length
         if end + 4 > len(encoded):
-            raise BadImageError(_DAMAGED, "the end of the PNG is missing")
+            raise BadImageError("PNG without its end")
         is_valid = zlib.crc32(view[offset + 4 : end]) == int.from_bytes(view[end : end + 4])
         # Chunks with a small first letter are optional.
         if kind[0] & 0x20 == 0 and not is_valid:
-            raise BadImageError(_DAMAGED, "a checksum of the PNG is wrong")
+            raise BadImageError("PNG with a wrong checksum")
         if kind == b"IDAT":
             data.append(view[offset + 8 : end])
         elif is_valid:
@@ -406,20 +409,17 @@ def _read_png_chunks(encoded: bytes) -> dict[bytes, bytes]:
     chunks[b"IDAT"] = b"".join(data)
     header = chunks.get(b"IHDR", b"")
     if len(header) != 13 or tuple(header[9:7:-1]) not in _PNG_MODES or header[12] > 1:
-        raise BadImageError(_DAMAGED, "the header of the PNG is invalid")
+        raise BadImageError("PNG with an invalid header")
     if header[9] == _PALETTE and not chunks.get(b"PLTE"):
-        raise BadImageError(_DAMAGED, "the palette of the PNG is missing")
+        raise BadImageError("PNG without its palette")
     return chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class _JpegHeader:
-    """Contents of a JPEG's header.
+    """Contents of the header of a gray or color JPEG.
 
     Attributes:
-        height: Height in pixels.
-        width: Width in pixels.
-        channels: Number of channels: 1 gray, 3 color, 4 CMYK.
         block_rows: Height of one row of minimum coded units, in pixels.
         sequential: Whether the image is stored from top to bottom.
         height_offset: Position in the file of the height, which is two bytes long.
@@ -428,7 +428,6 @@ class _JpegHeader:
 
     height: int
     width: int
-    channels: int
     block_rows: int
     sequential: bool
     height_offset: int
@@ -491,12 +490,11 @@ def _parse_frame(encoded: bytes, offset: int, metadata: list[slice]) -> _JpegHea
         return None
     if bits != 8:
         raise BadImageError(
-            "JPEG whose samples do not have 8 bits", f"{bits}; convert it to 8 bits per sample"
+            "JPEG whose samples do not have 8 bits; convert it to 8 bits", f"it has {bits}"
         )
     return _JpegHeader(
         height,
         width,
-        channels,
         block_rows=8 * max(sampling & 15 for sampling in samplings),
         sequential=encoded[offset + 1] in _SEQUENTIAL,
         height_offset=offset + 5,

@@ -1,7 +1,8 @@
-"""Peak rates, memory and links of accelerators, and detection of TPUs; does not import JAX."""
+"""Accelerators: peak rates, memory, links; detection of TPUs and clusters; does not import JAX."""
 
 import dataclasses
 import glob
+import importlib.util
 import os
 
 # What libtpu would otherwise request from the metadata server of a TPU VM.
@@ -10,6 +11,10 @@ _LIBTPU_ENV = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+# Set by launchers that start several processes: a JAX coordinator, TPU multislice.
+_ADDRESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+# Number of processes that SLURM and Open MPI start.
+_SIZE_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 _CLOUD = "Google Cloud documentation, Cloud TPU,"
 
@@ -218,6 +223,28 @@ def peak_flops(device_kind: str) -> float | None:
 def has_tpu() -> bool:
     """Returns whether a TPU is attached to this machine, as a numbered device."""
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def joins_hosts(mode: str) -> bool:
+    """Returns whether this process is, or may be, one of several that form a run.
+
+    Args:
+        mode: "yes", "no", or "auto"; see `multihost.initialize_distributed`.
+    """
+    if mode != "auto":
+        return mode == "yes"
+    if any(os.environ.get(name) for name in _ADDRESS_VARIABLES):
+        return True
+    if any((read_int(name) or 1) > 1 for name in _SIZE_VARIABLES):
+        return True
+    # A TPU VM may be one of several; a single one joins itself at once.
+    return has_tpu() and importlib.util.find_spec("libtpu") is not None
+
+
+def read_int(variable: str) -> int | None:
+    """Returns the value of an environment variable, or None if it is not a decimal number."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
 
 
 def silence_libtpu() -> None:

@@ -6,7 +6,6 @@ a message and SIGABRT. The same happens to a process whose peers do not join in 
 """
 
 import contextlib
-import importlib.util
 import os
 import pickle
 import signal
@@ -20,15 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.distributed.hardware import has_tpu
+from mixer_jax.distributed.hardware import joins_hosts, read_int
 from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
 
 T = TypeVar("T")
 
-# Set by launchers that start several processes: a JAX coordinator, TPU multislice.
-_ADDRESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
-# Number of processes that SLURM and Open MPI start.
-_SIZE_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 # Detects a lost host within a minute, but tolerates the pause of a live migration.
 _HEARTBEAT_TIMEOUT_SECONDS = 40
 # Hosts that raise the same error at about the same time exit together, each with its own message.
@@ -51,15 +46,15 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         UserError: The other hosts cannot be detected.
         RunError: The coordinator cannot be started or detected; a later attempt may succeed.
     """
-    if jax.distributed.is_initialized() or mode == "no" or (mode == "auto" and not _in_cluster()):
+    if jax.distributed.is_initialized() or not joins_hosts(mode):
         return
     # The service would replace Python's handler of SIGTERM by its own. See `GracefulShutdown`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            _read_int("JAX_NUM_PROCESSES"),
-            _read_int("JAX_PROCESS_ID"),
+            read_int("JAX_NUM_PROCESSES"),
+            read_int("JAX_PROCESS_ID"),
             initialization_timeout=timeout_seconds,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
         )
@@ -73,18 +68,13 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         raise RunError(f"cannot join the other hosts: {summarize_error(error)}.") from error
 
 
-def _in_cluster() -> bool:
-    if any(os.environ.get(name) for name in _ADDRESS_VARIABLES):
-        return True
-    if any((_read_int(name) or 1) > 1 for name in _SIZE_VARIABLES):
-        return True
-    # A TPU VM may be one of several; a single one joins itself at once.
-    return has_tpu() and importlib.util.find_spec("libtpu") is not None
+def is_alone(mode: str) -> bool:
+    """Returns whether this process forms a run alone, without using devices or waiting for others.
 
-
-def _read_int(variable: str) -> int | None:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else None
+    Args:
+        mode: As in `initialize_distributed`.
+    """
+    return not jax.distributed.is_initialized() and not joins_hosts(mode)
 
 
 @contextlib.contextmanager
@@ -112,6 +102,26 @@ def is_primary_process() -> bool:
 def any_host(flag: bool) -> bool:
     """Returns whether any host sets the flag; all hosts must call it together."""
     return bool(all_gather(np.array(flag)).any())
+
+
+@contextlib.contextmanager
+def enter_on_primary(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Enters a context in the primary process; all hosts must call it together.
+
+    Raises:
+        UserError, RunError: The context cannot be entered, on every host, so that none waits for
+            one that has ended.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal: UserError | RunError | None = None
+        if is_primary_process():
+            try:
+                stack.enter_context(context)
+            except (UserError, RunError) as error:
+                refusal = error
+        if any_host(refusal is not None):
+            raise refusal or RunError("the primary process cannot start this; see its message.")
+        yield
 
 
 def sum_across_hosts(count: int) -> int:

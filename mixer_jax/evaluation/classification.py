@@ -71,7 +71,7 @@ class ExampleMetrics(NamedTuple):
 
     Attributes:
         rank: Number of incorrect classes that are at least as probable as the most probable correct
-            one; 0 is best. The number of classes if the logits are NaN.
+            one; 0 is best. Outside the top 5 if the logits are NaN, even with fewer classes.
         log_likelihood: Log-probability that a correct class holds.
         confidence: Probability of the most probable class.
     """
@@ -103,7 +103,7 @@ def per_example_metrics(
     best = jnp.max(log_probs, axis=1, initial=-jnp.inf, where=target_mask)
     # Counting strictly better classes would make logits correct that are all equal or NaN.
     rank = jnp.sum(~target_mask & ~(log_probs < best[:, None]), axis=1)
-    rank = jnp.where(jnp.isnan(log_probs[:, 0]), logits.shape[1], rank)
+    rank = jnp.where(jnp.isnan(log_probs[:, 0]), max(logits.shape[1], 5), rank)
     log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=target_mask)
     return ExampleMetrics(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
 

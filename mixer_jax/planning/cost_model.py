@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any, NamedTuple, get_args
 
-from mixer_jax.config.config import resolve_num_steps
+from mixer_jax.config.config import check_warmup, resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
@@ -23,7 +23,6 @@ from mixer_jax.planning.hlo_collectives import (
 from mixer_jax.training.datasets import RunDatasets
 
 _FLOAT32 = 4
-# From the least to the most recomputation.
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
 # Classes and training examples, from TFDS.
 _KNOWN_DATASETS = {
@@ -151,9 +150,11 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
     """Extracts the numbers of a run from a config with every `auto` setting resolved.
 
     Raises:
-        UserError: The config leaves the dataset's size open.
+        UserError: The config leaves the dataset's size open, or warmup is longer than the run.
     """
     dataset = placeholder_datasets(config).train
+    num_steps = resolve_num_steps(config, len(dataset))
+    check_warmup(config, num_steps)
     adam_moments = 2 if config.optimizer.name == "adam" else 1
     return RunSpec(
         family=get_family(config.model.family),
@@ -169,7 +170,7 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         scan_unroll=config.model.scan_unroll,
         num_moments=adam_moments + (config.recipe.ema_decay > 0),
         mixup=config.recipe.mixup > 0,
-        num_steps=resolve_num_steps(config, len(dataset)),
+        num_steps=num_steps,
     )
 
 

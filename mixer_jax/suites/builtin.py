@@ -32,6 +32,7 @@ IMAGENET = FineTuneTask(
     num_examples=(1_268_355, 12_812, 1_281_167, 50_000),
     num_steps=20_000,
     warmup_steps=500,
+    learning_rates=(0.003, 0.01, 0.03, 0.06),
     is_large_image=True,
     extra_evals={"real": ("imagenet2012_real", "validation")},
     paper_column="imagenet",

@@ -5,12 +5,10 @@ split. A probe task probes the checkpoint and, if asked, a randomly initialized 
 runs have a small file in the suite's workdir and are skipped, so that a killed suite resumes.
 """
 
-import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +22,6 @@ from mixer_jax.errors import NonFiniteError, OutputWriteError, RunError, UserErr
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, run_probe
-from mixer_jax.files import file_lock
 from mixer_jax.suites.cost import training_seconds
 from mixer_jax.suites.plan import Run, TransferPlan, default_config
 from mixer_jax.suites.tasks import CHECKPOINT, NETWORK_TITLES, TEST, FineTuneTask, ProbeTask, Task
@@ -32,7 +29,6 @@ from mixer_jax.suites.workdir import (
     RunResult,
     clear_failure,
     delete_checkpoints,
-    output_errors,
     read_result,
     save_failure,
     save_result,
@@ -43,7 +39,6 @@ from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import check_workdir
 from mixer_jax.visualization.figures import plot_curves
 
-_LOCKED = "another process runs it in the same --workdir; give each process its own --shard"
 _RANDOM_INIT_SEED = 0
 
 
@@ -87,9 +82,7 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
     for index, task in enumerate(tasks, start=1):
         context.log(f"\n[{index}/{len(tasks)}] {task.name}")
         try:
-            with _lock(context.workdir, task.name) as locked:
-                if locked:
-                    run_task(context, task)
+            run_task(context, task)
         except (TaskInterruptedError, OutputWriteError):
             raise
         except Exception as error:
@@ -101,29 +94,9 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
             failures[task.name] = reason
             if is_primary_process():
                 save_failure(f"{context.workdir}/{task.name}", reason, traceback.format_exc())
-        if not locked:
-            failures[task.name] = _LOCKED
         if task.name in failures:
             context.log(f"{task.name} failed: {failures[task.name]}")
     return failures
-
-
-@contextlib.contextmanager
-def _lock(workdir: str, name: str) -> Iterator[bool]:
-    """Locks a task against other processes; yields whether this one may run it, on all hosts.
-
-    Without file locks, as with URLs, it may.
-    """
-    with contextlib.ExitStack() as stack:
-        taken = False
-        if is_primary_process() and "://" not in workdir:
-            # In the suite's folder, because a task that cannot start leaves none of its own.
-            with output_errors(workdir):
-                try:
-                    stack.enter_context(file_lock(Path(workdir, f".{name}.lock")))
-                except BlockingIOError:
-                    taken = True
-        yield not any_host(taken)
 
 
 def run_task(context: TaskContext, task: Task) -> None:
@@ -196,6 +169,7 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
             plot_curves(folder)
         if result.step < result.num_steps:
             raise TaskInterruptedError(stopped_by)
+        result.raise_failures()
         scores = {name: metrics.as_dict() for name, metrics in result.scores.items()}
     except NonFiniteError as error:
         # It would diverge again; the sweep is there to find such learning rates.

@@ -1,5 +1,7 @@
 """Entry point of transfer suites: `run_suite`."""
 
+import contextlib
+import itertools
 import os
 import signal
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from mixer_jax.suites.table import report
 from mixer_jax.suites.tasks import AUTO, Suite
 from mixer_jax.suites.workdir import (
     check_workdir,
+    lock_tasks,
     params_digest,
     read_throughput,
     save_plan,
@@ -70,11 +73,23 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
     Raises:
         UserError: Data is missing, the workdir contains a different suite, or an argument is
             invalid.
+        RunError: Another process runs one of the tasks in the workdir.
     """
+    with contextlib.ExitStack() as stack:
+        return _run_suite(request, stack)
+
+
+def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> TransferOutcome:
+    """Runs a suite; locks are released with `stack`."""
     check_workdir(request.workdir)
     config = default_config(request.overrides)
     request = request._replace(suite=datasets.resolve_folders(request.suite))
     tasks = select_tasks(request.suite, request.tasks, request.shard)
+    lock = lock_tasks(request.workdir, [task.name for task in tasks])
+    is_alone = multihost.is_alone(config.distributed)
+    if is_alone and not request.dry_run:
+        # Before anything that takes time.
+        stack.enter_context(lock)
     data = datasets.open_task_data(tasks, request.data_dir)
     if not request.dry_run:
         datasets.check_available(tasks, data)
@@ -82,6 +97,8 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
     if not request.dry_run:
         # Before loading the checkpoint, which may use devices.
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        if not is_alone:
+            stack.enter_context(multihost.enter_on_primary(lock))
     weights = load_checkpoint(_absolute_name(request.checkpoint))
     plan = make_plan(request, weights, data)
     validate_run_configs(plan, tasks)
@@ -96,7 +113,8 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
 
     for change in save_plan_on_primary(plan, request.workdir, weights):
         log(f"changed since this suite was last started: {change}")
-    for note in data.notes:
+    sources = itertools.chain.from_iterable(data.sources.values())
+    for note in [*data.notes, *dict.fromkeys(note for source in sources for note in source.notes)]:
         log(note)
     try:
         context = TaskContext(plan, request.workdir, weights, request.keep_checkpoints, log)

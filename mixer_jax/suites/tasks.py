@@ -23,6 +23,8 @@ VALIDATION, TEST = "validation", "test"
 CHECKPOINT, RANDOM_INIT = "checkpoint", "fresh"
 NETWORK_TITLES = {CHECKPOINT: "checkpoint", RANDOM_INIT: "random initialization"}
 
+_OTHER_NAME = "Choose another name."
+
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneTask:
@@ -36,8 +38,8 @@ class FineTuneTask:
         dataset: Dataset, as in `config.dataset.name`.
         num_examples: Sizes of the four splits, in this order, according to TFDS. They are checked
             where the data are available. Empty if unknown.
-        learning_rates: Learning rates of the sweep; by default those of the paper (Section 3; arXiv
-            2010.11929, B.1.1).
+        learning_rates: Learning rates of the sweep; by default those for small datasets (arXiv
+            2010.11929, Table 4).
         seeds: Seeds of the final runs; the sweep uses the first one.
         is_large_image: Whether images have 96 × 96 px or more, for `--image_size=auto`. None
             measures some of them.
@@ -62,7 +64,7 @@ class FineTuneTask:
     num_examples: Sequence[int]
     num_steps: int
     warmup_steps: int
-    learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.06)
+    learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03)
     batch_size: int = 512
     seeds: Sequence[int] = (0, 1, 2)
     is_large_image: bool | None = None
@@ -214,7 +216,8 @@ def check_suite(suite: Suite) -> None:
     names = [task.name for task in suite.tasks]
     for task in suite.tasks:
         _check_name("task", task.name)
-        _require(names.count(task.name) == 1, f"{source}: names of tasks", "be unique", task.name)
+        is_unique = names.count(task.name) == 1
+        _require(is_unique, f"{source}: names of tasks", "be unique", task.name, _OTHER_NAME)
         _check_task(task)
 
 
@@ -231,7 +234,8 @@ def _check_task(task: Any) -> None:
         _require(is_valid, f"{source}: {name}", rule, getattr(task, name))
 
     is_free = not _RESERVED_NAME.fullmatch(task.name)
-    check("name", is_free, "not be that of a file in the workdir of a suite")
+    rule = "not be that of a file in the workdir of a suite"
+    _require(is_free, f"{source}: name", rule, task.name, _OTHER_NAME)
     splits = [f.name for f in dataclasses.fields(task) if f.name.endswith("_split")]
     for name in ("dataset", *splits):
         value = getattr(task, name)
@@ -269,7 +273,7 @@ def _check_task(task: Any) -> None:
         is_valid = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
         _require(is_valid, names, "consist of letters, digits, _ and -", name)
         is_free = name not in (VALIDATION, TEST)
-        _require(is_free, names, f"not be {VALIDATION} or {TEST}", name)
+        _require(is_free, names, f"not be {VALIDATION} or {TEST}", name, _OTHER_NAME)
         is_pair = _is_list(entry, lambda x: isinstance(x, str), unique=False) and len(entry) == 2
         _require(is_pair, f"{source}: extra_evals[{name!r}]", "be (dataset, split)", entry)
 
@@ -279,9 +283,9 @@ def _check_paper_column(source: str, column: Any) -> None:
     _require(column in ("", *_PAPER_COLUMNS), f"{source}: paper_column", rule, column)
 
 
-def _require(is_valid: Any, name: str, rule: str, value: Any) -> None:
+def _require(is_valid: Any, name: str, rule: str, value: Any, fix: str = "") -> None:
     if not is_valid:
-        raise UserError(f"{name} must {rule}, got {value!r}.")
+        raise UserError(f"{name} must {rule}, got {value!r}.{fix and ' ' + fix}")
 
 
 def _is_list(values: Any, is_valid: Callable[[Any], bool], *, unique: bool = True) -> bool:

@@ -19,7 +19,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.checkpoints.weights import Tree, flatten_params
 from mixer_jax.config.compat import upgrade_overrides
-from mixer_jax.errors import OutputWriteError, UserError, summarize_error
+from mixer_jax.errors import OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.files import atomic_write, file_lock
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
@@ -100,6 +100,33 @@ def check_workdir(workdir: str) -> None:
             f"--workdir must not be that of a mixer_jax.main run, got {workdir!r}. Choose another "
             "--workdir."
         )
+
+
+@contextlib.contextmanager
+def lock_tasks(workdir: str, names: Iterable[str]) -> Iterator[None]:
+    """Keeps other processes from running tasks, until the block or this process ends.
+
+    Object stores and some network file systems have no locks; there, it does nothing.
+
+    Raises:
+        RunError: Another process runs one of the tasks.
+        OutputWriteError: The folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names if "://" not in workdir else ():
+            # In the suite's folder, because a task that cannot start leaves none of its own.
+            path = Path(workdir, f".{name}.lock")
+            with output_errors(workdir):
+                try:
+                    stack.enter_context(file_lock(path))
+                    continue
+                except BlockingIOError as error:
+                    owner = error.strerror
+            raise RunError(
+                f"task {name} of --workdir={workdir!r} is {owner}, which runs it. Wait until it "
+                "has finished, stop it, or give each process its own --shard or --workdir."
+            )
+        yield
 
 
 def params_digest(params: Tree) -> str:

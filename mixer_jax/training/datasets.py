@@ -61,7 +61,8 @@ def open_train_dataset(config: RunConfig) -> Source:
     if train.num_classes < 2:
         raise UserError(
             f"config.dataset.name must have at least two classes, got {train.name} with "
-            + ". ".join([", ".join(train.class_names) or "none", *train.notes, ""]).rstrip()
+            f"{', '.join(map(repr, train.class_names)) or 'none'}."
+            + "".join(f" {note}." for note in train.notes)
         )
     if train.multi_label:
         raise UserError(

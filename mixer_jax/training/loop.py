@@ -4,7 +4,8 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import NonFiniteError, RunError, UserError
+from mixer_jax.errors import NonFiniteError, RunError, UserError, summarize_error
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -34,7 +35,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.workdir import save_config
+from mixer_jax.training.workdir import lock_workdir, save_config
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
@@ -48,18 +49,32 @@ class TrainResult(NamedTuple):
         num_steps: Steps of the whole run.
         scores: Metrics at the last step by evaluation; empty if the run stopped before it.
         stopped_by: Signal that was received, or None; SIGTERM if another host received one.
+        failures: Errors of the evaluations whose last attempt failed, by evaluation.
     """
 
     step: int
     num_steps: int
     scores: dict[str, EvalMetrics]
     stopped_by: signal.Signals | None
+    failures: Mapping[str, Exception] = MappingProxyType({})
+
+    def raise_failures(self) -> None:
+        """Raises an error if evaluations failed: UserError, or RunError if a retry may succeed."""
+        if self.failures:
+            is_usage = all(isinstance(error, UserError) for error in self.failures.values())
+            reasons = (
+                f"evaluation {name} failed: {_describe_error(error)}"
+                for name, error in self.failures.items()
+            )
+            raise (UserError if is_usage else RunError)(" ".join(reasons))
 
 
 def train_and_evaluate(
     config: RunConfig, workdir: str, weights: PretrainedWeights | None = None
 ) -> TrainResult:
     """Trains a model to the end of the run, resuming from the newest checkpoint in `workdir`.
+
+    An evaluation that fails does not end the run; see `TrainResult.raise_failures`.
 
     Args:
         config: Config of the run.
@@ -68,7 +83,8 @@ def train_and_evaluate(
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
-        RunError: Loss, gradients or parameters are not finite, or too many images are bad.
+        RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
+            process is training in `workdir`.
     """
     with contextlib.ExitStack() as stack:
         loop = _TrainLoop(config, workdir, weights, stack)
@@ -95,8 +111,14 @@ class _TrainLoop:
         """Prepares a run; what it opens is closed with `stack`."""
         self.config = config
         self.shutdown = stack.enter_context(multihost.GracefulShutdown())
+        is_alone = multihost.is_alone(config.distributed)
+        if is_alone:
+            # Before anything that takes time.
+            stack.enter_context(lock_workdir(workdir))
         datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        if not is_alone:
+            stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
@@ -144,9 +166,9 @@ class _TrainLoop:
         """Takes all remaining steps, or those until the run is asked to stop."""
         step = self.start_step
         scores: dict[str, EvalMetrics] = {}
+        failures: dict[str, Exception] = {}
         if step == self.num_steps:
-            params = self.state.eval_params
-            scores = {name: evaluator(params) for name, evaluator in self.evaluators.items()}
+            self.evaluate(step, self.evaluators, scores, failures)
         for step, batch in enumerate(self.batches, self.start_step + 1):
             self.take_step(step, batch)
             is_last = step == self.num_steps
@@ -165,7 +187,7 @@ class _TrainLoop:
             if due_evals or is_saving:
                 self.check_finite(step)
             with self.logger.progress.pause():
-                scores |= self.evaluate(step, due_evals)
+                self.evaluate(step, due_evals, scores, failures)
                 if is_saving:
                     self.save(step)
             if is_stopping:
@@ -177,7 +199,9 @@ class _TrainLoop:
         self.bad_images.print_summary()
         if self.bad_images.too_many and not is_finished:
             raise RunError(self.bad_images.stop_message(self.saved_step))
-        return TrainResult(step, self.num_steps, scores if is_finished else {}, signaled)
+        if not is_finished:
+            scores, failures = {}, {}
+        return TrainResult(step, self.num_steps, scores, signaled, failures)
 
     def take_step(self, step: int, batch: Batch) -> None:
         """Takes a training step, and computes norms of parameters and update if it is logged.
@@ -219,18 +243,30 @@ class _TrainLoop:
             norm = float(self.experiment.param_norm(self.state.params))
             self.logger.check_finite(step, {"parameter_norm": norm})
 
-    def evaluate(self, step: int, names: Iterable[str]) -> dict[str, EvalMetrics]:
-        """Runs and logs some evaluations; if data is bad, saves the state and raises UserError."""
-        scores = {}
-        try:
-            for name in names:
-                scores[name] = result = self.evaluators[name](self.state.eval_params)
+    def evaluate(
+        self,
+        step: int,
+        names: Iterable[str],
+        scores: dict[str, EvalMetrics],
+        failures: dict[str, Exception],
+    ) -> None:
+        """Runs and logs some evaluations; adds the result of each to `scores` or `failures`."""
+        # All hosts raise the same usage errors, but other errors may occur on a single host, which
+        # then must end: the others wait for it.
+        recoverable = Exception if jax.process_count() == 1 else UserError
+        for name in names:
+            scores.pop(name, None)
+            failures.pop(name, None)
+            try:
+                result = self.evaluators[name](self.state.eval_params)
+            except recoverable as error:
+                failures[name] = error
+                self.logger.progress.print(
+                    f"step {step:,}: {name} failed: {_describe_error(error)}"
+                )
+            else:
+                scores[name] = result
                 self.logger.log_eval(step, name, result.as_dict(), result.format_progress())
-        except UserError:
-            # A bad evaluation image must not cost what has been trained.
-            self.save(step)
-            raise
-        return scores
 
     def save(self, step: int) -> None:
         """Starts saving the state in the background."""
@@ -241,6 +277,13 @@ class _TrainLoop:
         self.saved_step, self.saved_at = step, time.monotonic()
         # A request sent before this save would cause another one.
         self.shared_flags.clear()
+
+
+def _describe_error(error: Exception) -> str:
+    """Formats an error in one line, with its type if the message is another library's."""
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    return f"{type(error).__name__}: {summarize_error(error)}."
 
 
 def _is_due(step: int, every_steps: int) -> bool:

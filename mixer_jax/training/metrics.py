@@ -163,16 +163,19 @@ class MetricsWriter:
             return
         self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+        # A finished run that is started again evaluates the same checkpoint.
+        self._last_lines = {json.dumps(line) for line in kept if line["step"] == start_step}
         self._file = LineFile(epath.Path(workdir) / METRICS_FILE, map(json.dumps, kept))
         self._background = ThreadPoolExecutor(max_workers=1)
         # Opened with the first values; False: disabled.
         self._events: Any = None if tensorboard else False
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of one step."""
-        if not self._is_primary:
+        """Writes the values of one step, unless the step at which the run resumed has them."""
+        line = json.dumps({"step": step, **values})
+        if not self._is_primary or line in self._last_lines:
             return
-        self._file.append(json.dumps({"step": step, **values}))
+        self._file.append(line)
         self._background.submit(self._write_events, step, values)
 
     def flush(self) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import mixer_jax
 from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.config.config import check_scan_unroll, resolve_num_steps
+from mixer_jax.config.config import check_scan_unroll, check_warmup, resolve_num_steps
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
 from mixer_jax.distributed.hardware import peak_flops
@@ -100,6 +100,7 @@ def build_experiment(
             backend is for other devices.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
+    check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_divisible(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps

@@ -1,8 +1,12 @@
 """Folder of a run: its config, and whether a run may start or resume in it."""
 
+import contextlib
 import json
 import os
+import threading
 import uuid
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -11,16 +15,54 @@ from ml_collections import ConfigDict
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
-from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.errors import RunError, UserError
+from mixer_jax.files import atomic_write, file_lock
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 _OTHER_WORKDIR = "Choose another --workdir"
+# Locked workdirs of this process, and the threads that hold them.
+_locked: set[tuple[str, int]] = set()
 
 
 def resolve_workdir(workdir: str) -> str:
     """Makes a path absolute, and leaves URLs as they are."""
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str) -> Iterator[None]:
+    """Keeps other processes from training in a workdir, until the block or this process ends.
+
+    May be nested. Object stores and some network file systems have no locks; there, it does
+    nothing.
+
+    Args:
+        workdir: Absolute path or URL. It is created, and removed afterwards if it is still empty.
+
+    Raises:
+        RunError: Another process is training in the workdir.
+        UserError: The folder cannot be written.
+    """
+    key = (workdir, threading.get_ident())
+    if "://" in workdir or key in _locked:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(Path(workdir, LOCK_FILE)))
+        except BlockingIOError as error:
+            raise RunError(
+                f"workdir {workdir!r} is {error.strerror}, which is training in it. Wait until it "
+                "has finished, stop it, or choose another --workdir."
+            ) from None
+        except OSError as error:
+            raise _not_writable(workdir, error) from error
+        _locked.add(key)
+        try:
+            yield
+        finally:
+            _locked.remove(key)
 
 
 def check_workdir(workdir: str, config: RunConfig) -> list[str]:
@@ -100,10 +142,12 @@ def _check_writable(workdir: str) -> None:
         probe.unlink()
     except Exception as error:
         # Every file system raises its own exceptions.
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(
-            f"workdir {workdir!r} cannot be written ({reason}). {_OTHER_WORKDIR}."
-        ) from error
+        raise _not_writable(workdir, error) from error
     folder = epath.Path(workdir) / CHECKPOINT_DIR
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} must be a folder. {_OTHER_WORKDIR}.")
+
+
+def _not_writable(workdir: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return UserError(f"workdir {workdir!r} cannot be written ({reason}). {_OTHER_WORKDIR}.")

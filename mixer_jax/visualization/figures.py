@@ -44,11 +44,12 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:
     }
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            # If a finished run was evaluated again, the last value of a step counts.
+            points = {line["step"]: line[key] for line in lines if key in line}
             scale = 100 if is_accuracy(key) else 1
             axes.plot(
-                [step for step, _ in points],
-                [value * scale for _, value in points],
+                list(points),
+                [value * scale for value in points.values()],
                 marker="o" if len(points) < 30 else "",
                 markersize=3,
                 label=key.removesuffix("/top1"),

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,9 @@ BMP = encode(noise(2, 2), "BMP")
 CAUSES = {
     "empty": b"",
     "unknown": b"not an image",
-    "damaged": png_with_header_size(9, 9),
+    "damaged": encode(noise(40, 50), "BMP")[:600],
+    "PNG without end": encode(noise(40, 50), "PNG")[:600],
+    "PNG without rows": png_with_header_size(9, 9),
     "too large": png_with_header_size(60_000, 60_000),
     "incomplete": WITH_THUMBNAIL[:-2],
 }
@@ -235,11 +238,11 @@ BAD: dict[str, tuple[bytes, str]] = {
     "zeros": (b"\0" * 100, "unknown"),
     "text": (b"not an image", "unknown"),
     "GIF in name only": (b"GIF89a", "unknown"),
-    "half a PNG": (encode(noise(40, 50), "PNG")[:600], "damaged"),
+    "half a PNG": (encode(noise(40, 50), "PNG")[:600], "PNG without end"),
     "half a GIF": (encode(noise(40, 50), "GIF")[:600], "unknown"),
     "half a BMP": (encode(noise(40, 50), "BMP")[:600], "damaged"),
     "half a WebP": (encode(noise(40, 50), "WEBP")[:600], "unknown"),
-    "broken PNG": (png_with_header_size(9, 9), "damaged"),
+    "broken PNG": (png_with_header_size(9, 9), "PNG without rows"),
     "large PNG": (png_with_header_size(10**4, 10**4), "too large"),
     "huge PNG": (png_with_header_size(60_000, 60_000), "too large"),
     "large BMP": (BMP[:18] + (10**4).to_bytes(4, "little") * 2 + BMP[26:], "too large"),
@@ -297,6 +300,13 @@ def test_decode_rejects_truncated_files_or_decodes_every_pixel(name: str) -> Non
         except BadImageError:
             num_rejected += 1
     assert num_rejected > 10
+
+
+def test_threads_decode_the_same_pixels() -> None:
+    files = list(files_of_all_formats().values()) * 3
+    with ThreadPoolExecutor(8) as pool:
+        for encoded, pixels in zip(files, pool.map(decode, files), strict=True):
+            np.testing.assert_array_equal(pixels, decode(encoded))
 
 
 @pytest.mark.slow
@@ -395,7 +405,7 @@ def test_decode_rejects_png_whose_rows_are_missing(encoded: bytes, num_rows: int
     width = int.from_bytes(encoded[16:20])
     # The shorter data are compressed again, so that the checksums are right.
     data = zlib.compress(rows[: num_rows * (3 * width + 1) + 5])
-    with raises(BadImageError, "incomplete"):
+    with raises(BadImageError, "PNG", "rows"):
         decode(with_image_data(encoded, data))
 
 
@@ -615,13 +625,13 @@ def test_documentation_lists_the_formats_that_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row[1]])
-def test_documentation_says_which_formats_are_turned(name: str) -> None:
+def test_documentation_says_where_the_orientation_is_applied(name: str) -> None:
     files = files_of_all_formats()
     rule = TABLE[name][1]
-    assert rule in ("no", "on request", "always")
+    assert rule in ("ignored", "if requested", "always")
     if name == "HEIC":
         pytest.importorskip("pillow_heif")
-    if rule == "no":
+    if rule == "ignored":
         assert f"{name} orientation" not in files
         return
     encoded = files[f"{name} orientation"]

@@ -244,7 +244,8 @@ def test_check_readable_rejects_classes_without_a_readable_image(tmp_path: Path)
         (tmp_path / f"train/dog/{number}.png").write_bytes(b"")
     (tmp_path / "train/cat/0.png").write_bytes(PNG[:40])
     check_readable(source)
-    (tmp_path / "train/dog/4.png").write_bytes(b"<html>404</html>")
+    # Its header can be read.
+    (tmp_path / "train/dog/4.png").write_bytes(PNG[: len(PNG) // 2])
     (tmp_path / "train/red/9.png").unlink()
     with raises(UserError, "dog", "red", f"{tmp_path}/train/red/9.png", os.strerror(errno.ENOENT)):
         check_readable(source)
@@ -296,6 +297,17 @@ def test_unreadable_folders_are_a_one_line_error(
     message = error_of(tmp_path)
     assert mentions(message, f"{tmp_path}/a/secret", "Permission denied")
     assert "\n" not in message
+
+
+def test_labels_are_read_without_files(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "dog/2.png"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(tmp_path / "missing")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    source = open_folder(tmp_path)
+    labels = Counter(source.read_labels(index) for index in range(3))
+    assert labels == {(0,): 1, (1,): 2}
 
 
 def test_deleted_files_are_bad_images(tmp_path: Path) -> None:

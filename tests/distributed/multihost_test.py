@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.distributed import multihost
+from mixer_jax.distributed import hardware, multihost
 from tests.helpers.messages import mentions
 from tests.helpers.processes import two_host_env
 
@@ -46,7 +46,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Records calls of JAX's `initialize` in an environment without any sign of a cluster."""
     calls: list[bool] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append(True))
-    monkeypatch.setattr(multihost, "has_tpu", lambda: False)
+    monkeypatch.setattr(hardware, "has_tpu", lambda: False)
     for name in (
         "JAX_COORDINATOR_ADDRESS",
         "MEGASCALE_COORDINATOR_ADDRESS",

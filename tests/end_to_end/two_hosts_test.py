@@ -180,6 +180,7 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
         "init_from": save_run(weights, tmp_path / "source"),
         "bad_images__max_count": 0,
         "num_steps": 20,
+        "bad_images__max_count": 0,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
     outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)
@@ -190,10 +191,11 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
     for error in errors:
         assert mentions(error, "1", "40", "max_fraction")
     assert list_steps(str(tmp_path / "run")) == [10]
-    # With a higher limit the run resumes, until the evaluation finds a bad image.
+    # With a higher limit the run resumes and ends; its evaluation fails.
     both = start_two_hosts("", tmp_path / "run", bad_images__max_fraction=0.1, **settings)
     errors = tuple(process.communicate(timeout=180)[1] for process in both)
     assert [process.returncode for process in both] == [2, 2], errors
+    assert list_steps(str(tmp_path / "run"))[-1] == 20
     # The host that read it names it.
     assert sum("test/1/7.png" in error for error in errors) == 1
     assert all(mentions(error, "1", "skip_in_evaluation") for error in errors)

@@ -42,9 +42,9 @@ def compute_metrics(logits: np.ndarray, labels: list[int]) -> ExampleMetrics:
         ([1.0, 2.0, 2.0], [2, 1, 1]),
         ([4.0, 4.0, 4.0], [2, 2, 2]),
         ([0.0, -INFINITY, -INFINITY], [0, 2, 2]),
-        ([NAN, 1.0, 2.0], [3, 3, 3]),
-        ([NAN, NAN, NAN], [3, 3, 3]),
-        ([INFINITY, 1.0, 2.0], [3, 3, 3]),
+        ([NAN, 1.0, 2.0], [5, 5, 5]),
+        ([NAN, NAN, NAN], [5, 5, 5]),
+        ([INFINITY, 1.0, 2.0], [5, 5, 5]),
     ],
 )
 def test_per_example_metrics_rank_every_label(logits: list[float], ranks: list[int]) -> None:
@@ -184,9 +184,11 @@ def test_calibration_error_agrees_with_reference() -> None:
     assert 0.1 < found < 0.25
 
 
-def test_aggregate_counts_nan_logits_as_incorrect() -> None:
-    metrics = aggregate(compute_metrics(np.full((10, 10), NAN), list(range(10))))
-    assert (metrics.top1, metrics.top5, metrics.num_examples) == (0, 0, 10)
+@pytest.mark.parametrize("num_classes", [1, 2, 4, 5, 10])
+def test_aggregate_counts_nan_logits_as_incorrect(num_classes: int) -> None:
+    logits = np.full((num_classes, num_classes), NAN)
+    metrics = aggregate(compute_metrics(logits, list(range(num_classes))))
+    assert (metrics.top1, metrics.top5, metrics.num_examples) == (0, 0, num_classes)
     # Zero would be a perfect calibration error.
     assert np.isnan(metrics.log_likelihood)
     assert np.isnan(metrics.calibration_error)

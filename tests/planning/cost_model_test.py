@@ -14,6 +14,7 @@ from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
+from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.planning.cost_model import (
@@ -26,6 +27,7 @@ from mixer_jax.planning.cost_model import (
     resolve_for_platform,
     run_spec,
 )
+from tests.helpers.messages import raises
 
 # Parameters of Mixer-S/16 with the classes of JFT-300M.
 S16 = 27_398_547
@@ -192,6 +194,14 @@ def test_run_spec_of_config() -> None:
     assert run.num_params == 229_560_243
     assert run.mixup
     assert (run.images_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
+
+
+def test_run_spec_rejects_runs_shorter_than_their_warmup() -> None:
+    flags = ["--config.num_steps=0", "--config.num_epochs=1", "--config.batch_size=100"]
+    flags += ["--config.optimizer.warmup_steps=15", "--config.dataset.num_examples=0"]
+    config = parse(load_config_with_overrides("configs/digits.py", flags))
+    with raises(UserError, "config.optimizer.warmup_steps", "15", "14"):
+        run_spec(resolve_for_platform(config, "tpu"), num_devices=1)
 
 
 @pytest.mark.parametrize(("classes", "num_classes"), [("all", 10), ("low", 5), ("high", 5)])

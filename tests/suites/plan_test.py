@@ -32,7 +32,7 @@ def test_runs_vary_learning_rate_seed_and_splits() -> None:
     plan = make_plan(SUITES["avg5"], 224, model_info=LARGE_INFO)
     task = AVG5[1]
     sweep, final = plan.sweep_runs(task), plan.final_runs(task, 0.03)
-    assert list(sweep) == [0.003, 0.01, 0.03, 0.06]
+    assert list(sweep) == [0.001, 0.003, 0.01, 0.03]
     assert list(final) == [0, 1, 2]
     for rate, run in sweep.items():
         assert run.config.optimizer.learning_rate == rate

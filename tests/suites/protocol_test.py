@@ -11,7 +11,6 @@ import pytest
 
 from mixer_jax.errors import NonFiniteError, OutputWriteError, UserError
 from mixer_jax.evaluation.probes import ProbeMetrics
-from mixer_jax.files import file_lock
 from mixer_jax.suites import protocol, workdir
 from mixer_jax.suites.protocol import (
     TaskContext,
@@ -131,31 +130,6 @@ def test_run_tasks_stops_all_hosts_after_a_signal_in_the_last_step(
     # Completed runs are recorded, and no other run was started.
     done = sorted(path.parent.name for path in Path(context.workdir).rglob("result.json"))
     assert done == ["learning_rate=0.01", "seed=0"]
-
-
-def test_run_tasks_skips_a_task_locked_by_another_process(
-    context: TaskContext, tmp_path: Path
-) -> None:
-    failed = tmp_path / "low" / "failed.txt"
-    with file_lock(tmp_path / ".low.lock"):
-        failed.parent.mkdir()
-        failed.write_text("other process\n")
-        failures = run_tasks(context, SUITE.tasks)
-        assert list(failures) == ["low"]
-        assert mentions(failures["low"], "--workdir", "--shard")
-        assert failed.read_text() == "other process\n"
-        assert not (tmp_path / "low" / "final").exists()
-    assert run_tasks(context, SUITE.tasks) == {}
-    assert not failed.exists()
-    assert not list(tmp_path.rglob("*.lock"))
-
-
-def test_run_tasks_skips_a_task_on_all_hosts_if_it_is_locked(
-    context: TaskContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    simulate_two_hosts(monkeypatch, other=True)
-    monkeypatch.setattr(protocol, "is_primary_process", lambda: False)
-    assert set(run_tasks(context, SUITE.tasks)) == {"low", "high"}
 
 
 def test_run_tasks_leaves_no_empty_folder_if_a_dataset_is_missing(

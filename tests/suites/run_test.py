@@ -371,3 +371,26 @@ def test_run_suite_plans_with_data_notes_and_absolute_folders(
     # The pre-training data of a run with ten classes are unknown.
     assert (plan.pretrain_dataset, plan.pretrain_dataset_assumed) == ("", False)
     assert plan.suite.tasks[1].dataset == f"folder:{tmp_path}/images"
+
+
+def test_notes_of_the_data_are_printed_once(
+    weights: str,
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = make_folder(tmp_path / "images", {"a": 2, "b": 2})
+    (tmp_path / "images" / "train" / "a" / "list.txt").touch()
+
+    def stop(*args: Any) -> None:
+        raise EnoughError
+
+    monkeypatch.setattr(run_lib, "run_tasks", stop)
+    first = dataclasses.replace(PROBE, dataset=dataset, shots=(1,))
+    second = dataclasses.replace(first, name="again")
+    suite = dataclasses.replace(SUITE, tasks=(first, second))
+    with pytest.raises(EnoughError):
+        run(weights, tmp_path / "suite", digits_dir, suite)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".txt" in line]
+    assert each_mentions(lines, (f"{tmp_path}/images/train", "1 .txt"))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import OutputWriteError, RunError, UserError
 from mixer_jax.files import file_lock
 from mixer_jax.suites import workdir
 from mixer_jax.suites.builtin import SUITES
@@ -20,6 +21,7 @@ from mixer_jax.suites.workdir import (
     RunResult,
     Throughput,
     check_workdir,
+    lock_tasks,
     params_digest,
     read_plan,
     read_result,
@@ -169,6 +171,25 @@ def test_save_plan_waits_for_another_process(
     assert saved is not None
     assert saved.overrides == other.overrides
     assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
+
+
+def test_lock_tasks_excludes_processes_with_a_task_in_common(tmp_path: Path) -> None:
+    workdir = tmp_path / "suite"
+    with lock_tasks(str(workdir), ["a", "b"]):
+        with raises(RunError, "b", str(workdir), str(os.getpid()), "--shard"):
+            lock_tasks(str(workdir), ["c", "b"]).__enter__()
+        # The refused process has released what it had locked before.
+        with lock_tasks(str(workdir), ["c"]):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with lock_tasks("gs://bucket/suite", ["a"]), lock_tasks("gs://bucket/suite", ["a"]):
+        pass
+
+
+def test_lock_tasks_rejects_folders_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with raises(OutputWriteError, f"{tmp_path}/file/suite"):
+        lock_tasks(f"{tmp_path}/file/suite", ["a"]).__enter__()
 
 
 @pytest.mark.parametrize("inside", ["config.json", "checkpoints"])

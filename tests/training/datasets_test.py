@@ -104,6 +104,7 @@ def logged_names(workdir: Path) -> list[str]:
 def test_training_replaces_bad_images_and_logs_them(
     folder_with_bad_images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(folder_with_bad_images.removeprefix("folder:"), "train", "3", "list.txt").touch()
     # 320 images are more than an epoch, so all have been seen.
     config = small_config(
         "",
@@ -117,6 +118,7 @@ def test_training_replaces_bad_images_and_logs_them(
     out = capsys.readouterr().out
     reason, log = reason_of(b"broken"), f"{tmp_path}/run/bad_images_0.jsonl"
     assert some_line_mentions(out, "3", reason, log)
+    assert some_line_mentions(out, "images/train", "1 .txt")
     # The first one is printed at once.
     names = ("150.png", "17.png", "60.png")
     assert sum(some_line_mentions(out, name, reason, log) for name in names) == 1
@@ -151,22 +153,27 @@ def test_too_many_bad_images_stop_the_run_and_it_can_be_resumed(
     assert last[0]["test/log_likelihood"] == last[1]["test/log_likelihood"]
 
 
-def test_bad_evaluation_image_stops_the_run_or_is_counted(
-    folder_with_bad_images: str, tmp_path: Path
+def test_bad_evaluation_image_fails_its_evaluation_or_is_counted(
+    folder_with_bad_images: str, digits_dir: str, tmp_path: Path
 ) -> None:
     (broken,) = Path(folder_with_bad_images.removeprefix("folder:")).glob("test/*/207.png")
     broken.write_bytes(b"")
     config = small_config(
         "",
         dataset__name=folder_with_bad_images,
+        dataset__data_dir=digits_dir,
         bad_images__max_fraction=1.0,
         **NO_REGULARIZATION,
     )
+    other = EvalConfig("knn", "digits/all", "test[:20]", "train[:50]")
+    config = dataclasses.replace(config, evals=dict(config.evals) | {"digits": other})
     key = "config.bad_images.skip_in_evaluation=true"
-    with raises(UserError, str(broken), reason_of(b""), key):
-        train_and_evaluate(config, str(tmp_path / "run"))
-    # The evaluation of step 10 failed; nothing of the training so far is lost.
-    assert list_steps(str(tmp_path / "run"))[-1] == 10
+    # The second time, the run is finished.
+    for _ in range(2):
+        result = train_and_evaluate(config, str(tmp_path / "run"))
+        assert (result.step, result.scores.keys()) == (20, {"digits"})
+        with raises(UserError, "test", str(broken), reason_of(b""), key):
+            result.raise_failures()
     skipping = BadImagesConfig(max_fraction=1.0, skip_in_evaluation=True)
     config = dataclasses.replace(config, bad_images=skipping)
     scores = train_and_evaluate(config, str(tmp_path / "run")).scores["test"]

@@ -17,19 +17,24 @@ import pytest
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.resolve import list_steps
+from mixer_jax.config.schema import EvalConfig
 from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training import loop as loop_module
+from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import restore_or_init
 from mixer_jax.training.loop import train_and_evaluate
-from mixer_jax.training.metrics import TIMINGS, read_metrics
+from mixer_jax.training.metrics import TIMINGS, MetricsWriter, read_metrics
 from mixer_jax.training.setup import (
     Experiment,
     build_experiment,
+    make_evaluators,
     make_train_batches,
     throughput_metrics,
 )
+from mixer_jax.visualization.figures import draw_curves
+from tests.helpers.lines import each_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, tree_norm
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
@@ -77,14 +82,19 @@ def test_fsdp_shards_kernels_moments_and_averages(digits_dir: str) -> None:
 
 def event_losses(workdir: Path) -> list[tuple[int, float]]:
     """Reads the losses of the first three steps from TensorBoard events."""
+    values = event_values(workdir)
+    return [(step, value) for step, tag, value in values if tag == "loss" and step <= 3]
+
+
+def event_values(workdir: Path) -> list[tuple[int, str, float]]:
+    """Reads step, tag and value of all TensorBoard events."""
     loader = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
     tensor_util = importlib.import_module("tensorboard.util.tensor_util")
     (path,) = (workdir / "events").iterdir()
     return [
-        (event.step, tensor_util.make_ndarray(value.tensor).item())
+        (event.step, value.tag, tensor_util.make_ndarray(value.tensor).item())
         for event in loader.EventFileLoader(str(path)).Load()
         for value in event.summary.value
-        if value.tag == "loss" and event.step <= 3
     ]
 
 
@@ -97,6 +107,28 @@ def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (result.step, result.stopped_by) == (20, None)
     assert result.scores["test"].num_examples == 360
     return workdir
+
+
+def test_logs_are_complete_before_each_checkpoint(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes from a checkpoint does not write the lines before it again."""
+    calls: list[str] = []
+    for owner, name in (
+        (MetricsWriter, "flush"),
+        (BadImageLog, "flush"),
+        (CheckpointManager, "save"),
+    ):
+        original = getattr(owner, name)
+
+        def record(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(type(self).__name__)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, record)
+    train_and_evaluate(small_config(digits_dir, **NO_REGULARIZATION), str(tmp_path))
+    one_save = ["MetricsWriter", "BadImageLog", "CheckpointManager"]
+    assert calls == 4 * one_save
 
 
 def test_run_writes_checkpoints_config_events_and_metrics(finished: Path) -> None:
@@ -120,17 +152,71 @@ def test_finished_run_evaluates_its_checkpoint_again(
     before = (finished / "metrics.jsonl").read_text()
     config = small_config(digits_dir, recipe__ema_decay=0.9)
     result = train_and_evaluate(config, str(finished))
-    # The last line says that nothing is left to train.
+    # The line before the score says that nothing is left to train.
     experiment = build_experiment(config, open_datasets(config))
-    *description, status = capsys.readouterr().out.splitlines()
+    *description, status, score = capsys.readouterr().out.splitlines()
     for step in (0, 15):
         *expected, other_status = loop_module._describe_run(experiment, step, None).splitlines()
         assert description == expected
         assert status != other_status
+    assert mentions(score, "20", "test", f"{result.scores['test'].as_dict()['top1']:.2%}")
     assert (finished / "metrics.jsonl").read_text() == before
     last = read_metrics(str(finished))[-1]
     for key, value in result.scores["test"].as_dict().items():
         assert value == last[f"test/{key}"]
+
+
+def test_a_finished_run_writes_the_scores_of_a_new_evaluation_once(
+    digits_dir: str, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    config = small_config(digits_dir, num_steps=3, **NO_REGULARIZATION | {"tensorboard": True})
+    train_and_evaluate(config, str(workdir))
+    before = read_metrics(str(workdir))
+    shutil.rmtree(workdir / "events")
+    added = EvalConfig(dataset="digits/all", split="test[:50%]")
+    config = dataclasses.replace(config, evals=dict(config.evals) | {"half": added})
+    for _ in range(2):
+        result = train_and_evaluate(config, str(workdir))
+        scores = {f"half/{name}": x for name, x in result.scores["half"].as_dict().items()}
+        assert read_metrics(str(workdir)) == [*before, {"step": 3, **scores}]
+    tags = {tag for _, tag, _ in event_values(workdir)}
+    assert tags == scores.keys()
+    (half,) = [
+        line
+        for line in draw_curves(read_metrics(str(workdir))).axes[2].lines
+        if line.get_label() == "half"
+    ]
+    assert half.get_ydata() == [100 * scores["half/top1"]]
+
+
+def test_an_evaluation_that_fails_keeps_no_other_from_running(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def make_failing(experiment: Experiment) -> dict[str, Any]:
+        def fail(params: Any) -> Any:
+            raise OSError("damaged\nrecord 7")
+
+        return make_evaluators(experiment) | {"bad": fail}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_failing)
+    config = small_config(digits_dir, **NO_REGULARIZATION)
+    evals = {"bad": EvalConfig(every_steps=10), **config.evals}
+    config = dataclasses.replace(config, evals=evals)
+    for first_step in (10, 20):
+        result = train_and_evaluate(config, str(tmp_path))
+        assert result.scores.keys() == {"test"}
+        with raises(RunError, "bad", "OSError", "damaged record 7"):
+            result.raise_failures()
+        lines = capsys.readouterr().out.splitlines()
+        failed = [line for line in lines if "damaged" in line]
+        steps = range(first_step, 21, 10)
+        each = [(str(step), "bad", "OSError", "damaged record 7") for step in steps]
+        assert each_mentions(failed, *each)
+    assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
 
 
 def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ from mixer_jax.config.schema import (
     OptimizerConfig,
     RunConfig,
 )
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
+from mixer_jax.files import file_lock
 from mixer_jax.training.workdir import (
     check_workdir,
     config_diff,
+    lock_workdir,
     resolve_workdir,
     save_config,
     to_json,
@@ -38,6 +42,56 @@ def config() -> RunConfig:
 def add_checkpoint(workdir: Path) -> None:
     (workdir / "checkpoints" / "5").mkdir(parents=True)
     (workdir / "checkpoints" / "5" / INDEX).write_text("{}")
+
+
+def run_in_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def test_lock_workdir_excludes_others_and_may_be_nested(tmp_path: Path) -> None:
+    workdir = tmp_path / "new" / "run"
+
+    def start_another() -> None:
+        with raises(RunError, str(workdir), str(os.getpid()), "--workdir"):
+            lock_workdir(str(workdir)).__enter__()
+        refused.append(True)
+
+    refused: list[bool] = []
+    with lock_workdir(str(workdir)):
+        with lock_workdir(str(workdir)):
+            pass
+        run_in_thread(start_another)
+        with lock_workdir(str(tmp_path / "other")):
+            pass
+    assert refused == [True]
+    # Nothing is left, so that a usage error leaves no empty folder.
+    assert list(tmp_path.iterdir()) == []
+    workdir.mkdir(parents=True)
+    with lock_workdir(str(workdir)):
+        (workdir / "file").touch()
+    assert [path.name for path in workdir.iterdir()] == ["file"]
+
+
+def test_lock_workdir_is_released_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), lock_workdir(str(tmp_path)):
+        raise KeyError
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+
+
+def test_lock_workdir_ignores_object_stores_and_rejects_folders_it_cannot_write(
+    tmp_path: Path,
+) -> None:
+    with lock_workdir("gs://bucket/run"), lock_workdir("gs://bucket/run"):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        raises(UserError, f"{tmp_path}/file/run", "--workdir"),
+        lock_workdir(f"{tmp_path}/file/run"),
+    ):
+        pass
 
 
 def test_config_diff_separates_resumable_from_incompatible_changes(config: RunConfig) -> None:

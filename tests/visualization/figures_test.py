@@ -19,6 +19,12 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
+def test_draw_curves_plots_the_last_value_of_a_step() -> None:
+    lines = [{"step": 2, "val/top1": 0.5}, {"step": 4, "val/top1": 0.6}]
+    (curve,) = draw_curves([*lines, {"step": 4, "val/top1": 0.75}]).axes[2].lines
+    assert list(zip(*curve.get_data(), strict=True)) == [(2, 50.0), (4, 75.0)]
+
+
 def test_draw_curves_plots_loss_learning_rate_and_accuracies() -> None:
     loss, learning_rate, accuracy = draw_curves(LINES).axes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.data.imagenet_classes import imagenet1k_wnids
+from mixer_jax.checkpoints.load import imagenet1k_wnids
 
 
 def test_wnids_are_in_the_order_of_the_class_indices() -> None:
@@ -28,7 +28,7 @@ def test_wnids_match_the_tfds_dataset(tmp_path: Path) -> None:
 
 def test_wnids_are_read_without_importing_tfds() -> None:
     code = (
-        "import sys; from mixer_jax.data.imagenet_classes import imagenet1k_wnids; "
+        "import sys; from mixer_jax.checkpoints.load import imagenet1k_wnids; "
         "print(len(imagenet1k_wnids()), 'tensorflow_datasets' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

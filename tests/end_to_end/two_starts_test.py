@@ -1,0 +1,76 @@
+"""Tests of starting a command twice on one workdir, as real processes."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.end_to_end import suite_resume_test as suites
+from tests.helpers.messages import mentions
+from tests.helpers.processes import (
+    STEPS,
+    final_arrays,
+    finish,
+    has_reached,
+    start,
+    untimed_metrics,
+    wait_until,
+)
+
+pytestmark = pytest.mark.slow
+
+# In seconds.
+LIMIT = 10
+
+
+def check_refused(second: subprocess.Popen[str], workdir: Path, first: int) -> None:
+    """Checks that a start ends soon, in one line that names the workdir and the first process."""
+    begin = time.monotonic()
+    out, err = second.communicate(timeout=60)
+    assert time.monotonic() - begin < LIMIT
+    assert (second.returncode, out) == (1, "")
+    (line,) = err.splitlines()
+    assert mentions(line, str(workdir), str(first), "--workdir")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_second_start_is_refused_and_does_not_disturb_the_first(
+    killed: bool, uninterrupted: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    if killed:
+        # A lock whose owner was killed does not block.
+        process = start(digits_dir, tmp_path, optimized=True)
+        wait_until(lambda: has_reached(tmp_path, 12), process)
+        process.kill()
+        process.communicate()
+        assert (tmp_path / ".lock").exists()
+    first = start(digits_dir, tmp_path, optimized=True)
+    # At once, when the first has not written anything yet, and while it trains.
+    wait_until((tmp_path / ".lock").exists, first)
+    check_refused(start(digits_dir, tmp_path, optimized=True), tmp_path, first.pid)
+    wait_until(lambda: has_reached(tmp_path, 13), first)
+    check_refused(start(digits_dir, tmp_path, optimized=True), tmp_path, first.pid)
+    finish(first)
+    assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
+    expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
+    for item, arrays in expected.items():
+        for a, b in zip(arrays, actual[item], strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=item)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in uninterrupted.iterdir()}
+
+
+workspace = suites.workspace
+
+
+def test_second_start_of_a_suite_is_refused(
+    workspace: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    first = suites.start(workspace, tmp_path, digits_dir, "--tasks=low")
+    wait_until(lambda: suites.reaches(tmp_path, "low/final/seed=0", 2), first)
+    check_refused(suites.start(workspace, tmp_path, digits_dir), tmp_path, first.pid)
+    finish(first)
+    assert (tmp_path / "low/final/seed=0/result.json").exists()
+    assert not list(tmp_path.rglob("*.lock"))
