@@ -165,7 +165,6 @@ def list_steps(workdir: str) -> list[int]:
     )
 
 
-<<<<<<< HEAD
 def list_saved_steps(workdir: str) -> list[int]:
     """Returns the steps of a run's checkpoints that were complete, if damaged since, in order.
 
@@ -176,7 +175,8 @@ def list_saved_steps(workdir: str) -> list[int]:
     folder = epath.Path(workdir) / CHECKPOINT_DIR
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
-=======
+
+
 def _complete_mark(path: str) -> str:
     """Returns the name of the file that marks complete checkpoints.
 
@@ -184,7 +184,6 @@ def _complete_mark(path: str) -> str:
     cannot rename, and orbax marks complete saves instead.
     """
     return COMMITTED if "://" in path else INDEX
->>>>>>> main
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:

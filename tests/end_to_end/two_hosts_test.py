@@ -180,7 +180,6 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
         "init_from": save_run(weights, tmp_path / "source"),
         "bad_images__max_count": 0,
         "num_steps": 20,
-        "bad_images__max_count": 0,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
     outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)
