@@ -42,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/digits.py"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="config file, or the name of one in configs/, e.g. digits or configs/digits.py:low",
     )
     common.add_workdir_arg(parser, "runs/CONFIG_NAME")
     parser.add_argument(
