@@ -130,7 +130,7 @@ def copy_into(source: np.ndarray, out: np.ndarray) -> None:
         out[start : start + _BAND] = source[start : start + _BAND]
 
 
-def contiguous(tensor: np.ndarray) -> np.ndarray:
+def to_c_order(tensor: np.ndarray) -> np.ndarray:
     """Returns a tensor in C order; the tensor itself if it is already."""
     if tensor.flags.c_contiguous:
         return tensor
@@ -280,8 +280,8 @@ class NpzFile(TensorFile):
                 f"claims {claimed:,} bytes (shape {shape}) but has {info.file_size:,}: it is "
                 "damaged.",
             )
-        # The local header repeats the entry of the directory, with other extra fields. zipfile has
-        # compared them.
+        # The local header repeats the directory's entry, but its extra fields may have another
+        # length. zipfile has checked that both have the same name.
         self._file.seek(info.header_offset + _LOCAL_HEADER_SIZE - 4)
         variable_size = sum(struct.unpack("<HH", self._file.read(4)))
         position = info.header_offset + _LOCAL_HEADER_SIZE + variable_size + header_size
@@ -302,7 +302,7 @@ def write_npz(
             info = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
-                np.lib.format.write_array(member, contiguous(tensor))
+                np.lib.format.write_array(member, to_c_order(tensor))
     atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")
 
 
@@ -349,14 +349,16 @@ def write_safetensors(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
     """Writes a safetensors file, with the description of its model in the header."""
-    arrays = {name: contiguous(tensor) for name, tensor in tensors}
+    arrays = {name: to_c_order(tensor) for name, tensor in tensors}
     header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
 
 
 class TorchFile(TensorFile):
-    """A checkpoint saved by `torch.save`. It has no metadata.
+    """Checkpoint saved by `torch.save`: a pickle, from which only tensors are loaded.
+
+    It has no metadata.
 
     Names of tensors in nested dictionaries are joined by slashes: "state_dict/stem.proj.weight".
     """
