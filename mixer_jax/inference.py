@@ -137,7 +137,7 @@ class Classifier:
     @property
     def params(self) -> Any:
         """Parameters as `model` takes them, float32 for any dtype of the computation."""
-        return shard_params(self._host_params, self._mesh, self.model_info.family)
+        return shard_params(self._host_params, self._mesh, get_family(self.model_info.family))
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Computes float32 logits, or features if the model has no head.
