@@ -7,11 +7,12 @@ a message and SIGABRT. The same happens to a process whose peers do not join in 
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.distributed.hardware import joins_hosts, read_int
 from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
+
+Result = TypeVar("Result")
 
 # Detects a lost host within a minute, but tolerates the pause of a live migration.
 _HEARTBEAT_TIMEOUT_SECONDS = 40
@@ -119,6 +122,32 @@ def enter_on_primary(context: contextlib.AbstractContextManager[Any]) -> Iterato
         if any_host(refusal is not None):
             raise refusal or RunError("the primary process cannot start this; see its message.")
         yield
+
+
+def compute_on_primary(fn: Callable[[], Result]) -> Result:
+    """Returns the result of a function that only the primary process calls, on all hosts.
+
+    All hosts must call it together.
+
+    Raises:
+        UserError: The function raises it, on every host, so that none waits for one that has ended.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    content = b""
+    if is_primary_process():
+        try:
+            content = pickle.dumps((fn(), ""))
+        except UserError as error:
+            content = pickle.dumps((None, str(error)))
+    # Arrays that are broadcast must have the same shape on all hosts.
+    size = multihost_utils.broadcast_one_to_all(np.array(len(content), np.int32))
+    buffer = np.zeros(int(size), np.uint8)
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    result, reason = pickle.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
+    if reason:
+        raise UserError(reason)
+    return result
 
 
 def sum_across_hosts(count: int) -> int:

@@ -118,6 +118,8 @@ except Exception as error:
 
 def test_collectives_of_one_host_communicate_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(multihost.multihost_utils, "process_allgather")
+    monkeypatch.delattr(multihost.multihost_utils, "broadcast_one_to_all")
+    assert multihost.compute_on_primary(lambda: {"a": 1}) == {"a": 1}
     assert multihost.any_host(True) is True
     assert multihost.any_host(False) is False
     assert multihost.sum_across_hosts(7) == 7
@@ -134,12 +136,22 @@ flags = multihost.SharedFlags()
 exchanged = [flags.exchange(step == 2 and host == 1, step == 3) for step in range(6)]
 flags.exchange(True, True)
 flags.clear()
+def compute():
+    return {"host": host, "none": None}
+def fail():
+    raise UserError(f"wrong on host {host}")
+try:
+    multihost.compute_on_primary(fail)
+except UserError as error:
+    refusal = str(error)
 exchanged.append(flags.exchange(False, False))
 print(json.dumps({
     "any": [multihost.any_host(host == 1), multihost.any_host(False)],
     "sum": multihost.sum_across_hosts(5 + host),
     "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
     "is_primary": multihost.is_primary_process(),
+    "computed": multihost.compute_on_primary(compute),
+    "refusal": refusal,
     "exchanged": exchanged,
 }))
 """
@@ -156,6 +168,8 @@ print(json.dumps({
             "sum": 11,
             "gathered": [[0, 1], [2, 3]],
             "is_primary": host == 0,
+            "computed": {"host": 0, "none": None},
+            "refusal": "wrong on host 0",
         }
         # One call after they were sent, also on the host that did not send them.
         assert [step for step, (first, _) in enumerate(exchanged) if first] == [3]
