@@ -8,7 +8,7 @@ from pathlib import Path
 from mixer_jax.checkpoints.resolve import (
     CHECKPOINT_DIR,
     FORMATS,
-    HUB_FILE,
+    HUB_FILES,
     RUN,
     CheckpointRef,
     resolve_checkpoint,
@@ -204,7 +204,7 @@ def _default_workdir(checkpoint: CheckpointRef, args: argparse.Namespace) -> str
     path = Path(checkpoint.path)
     if checkpoint.format == "hub":
         name = checkpoint.path.partition("/")[2]
-    elif path.name == HUB_FILE:
+    elif path.name in HUB_FILES:
         # All of them have this name, so that the folder identifies the model.
         name = path.parent.name
     else:

@@ -252,7 +252,7 @@ def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> 
     ]
 
 
-def sample_on_primary(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
+def sample_once(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
     """Samples as `sample_all_shots` does, once for all hosts, which must call it together.
 
     A host that cannot read some example would sample others. Examples that the primary process
@@ -261,7 +261,7 @@ def sample_on_primary(config: ProbeConfig, train: Source, labels: LazyLabels) ->
     Raises:
         UserError: Some class has too few examples.
     """
-    samples, bad = multihost.compute_on_primary(
+    samples, bad = multihost.compute_once(
         lambda: (sample_all_shots(config, train, labels), labels.bad)
     )
     labels.bad |= bad
@@ -273,7 +273,7 @@ def _fit_few_shot(
 ) -> _FittedProbe:
     features: dict[int, np.ndarray] = {}
     while True:
-        samples = sample_on_primary(config, train, labels)
+        samples = sample_once(config, train, labels)
         missing = sorted({*np.unique(samples).tolist()} - features.keys())
         if not missing:
             break

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.manager import CheckpointManager, move_damaged_checkpoints
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
@@ -123,9 +123,12 @@ class _TrainLoop:
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
         self.num_steps = self.experiment.num_steps
+        if init is not None and init.damaged_steps:
+            steps = init.damaged_steps
+            multihost.compute_once(lambda: move_damaged_checkpoints(workdir, steps))
         self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(self.checkpoints.close)
-        self.start_step = self.saved_step = self.checkpoints.latest_step() or 0
+        self.start_step = self.saved_step = 0 if init is None else init.resume_step
         self.saved_at = time.monotonic()
         self.state, loss_window = restore_or_init(
             self.experiment, self.checkpoints, self.start_step, init

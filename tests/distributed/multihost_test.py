@@ -118,13 +118,14 @@ except Exception as error:
 
 def test_collectives_of_one_host_communicate_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(multihost.multihost_utils, "process_allgather")
-    monkeypatch.delattr(multihost.multihost_utils, "broadcast_one_to_all")
-    assert multihost.compute_on_primary(lambda: {"a": 1}) == {"a": 1}
     assert multihost.any_host(True) is True
     assert multihost.any_host(False) is False
     assert multihost.sum_across_hosts(7) == 7
     np.testing.assert_array_equal(multihost.all_gather(np.arange(3)), [[0, 1, 2]])
     assert multihost.SharedFlags().exchange(True, False) == (True, False)
+    assert multihost.gather_text("é") == ["é"]
+    assert multihost.gather_text("") == [""]
+    assert multihost.compute_once(lambda: [1]) == [1]
 
 
 @pytest.mark.slow
@@ -136,22 +137,22 @@ flags = multihost.SharedFlags()
 exchanged = [flags.exchange(step == 2 and host == 1, step == 3) for step in range(6)]
 flags.exchange(True, True)
 flags.clear()
-def compute():
-    return {"host": host, "none": None}
-def fail():
-    raise UserError(f"wrong on host {host}")
-try:
-    multihost.compute_on_primary(fail)
-except UserError as error:
-    refusal = str(error)
 exchanged.append(flags.exchange(False, False))
+def fail():
+    raise UserError(f"refused by host {host}")
+try:
+    multihost.compute_once(fail)
+except UserError as error:
+    message = str(error)
 print(json.dumps({
+    "texts": multihost.gather_text("é" * host),
+    "no_texts": multihost.gather_text(""),
+    "once": multihost.compute_once(lambda: {"host": host, "text": "a" * 1001}),
+    "message": message,
     "any": [multihost.any_host(host == 1), multihost.any_host(False)],
     "sum": multihost.sum_across_hosts(5 + host),
     "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
     "is_primary": multihost.is_primary_process(),
-    "computed": multihost.compute_on_primary(compute),
-    "refusal": refusal,
     "exchanged": exchanged,
 }))
 """
@@ -164,12 +165,14 @@ print(json.dumps({
         values = json.loads(line)
         exchanged = values.pop("exchanged")
         assert values == {
+            "texts": ["", "é"],
+            "no_texts": ["", ""],
+            "once": {"host": 0, "text": "a" * 1001},
+            "message": "refused by host 0",
             "any": [True, False],
             "sum": 11,
             "gathered": [[0, 1], [2, 3]],
             "is_primary": host == 0,
-            "computed": {"host": 0, "none": None},
-            "refusal": "wrong on host 0",
         }
         # One call after they were sent, also on the host that did not send them.
         assert [step for step, (first, _) in enumerate(exchanged) if first] == [3]
