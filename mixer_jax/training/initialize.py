@@ -141,7 +141,8 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     state = experiment.create_state()
     if weights is None:
         return state
-    params = shard_params(weights.params, experiment.mesh, experiment.model_info.family)
+    family = get_family(experiment.model_info.family)
+    params = shard_params(weights.params, experiment.mesh, family)
     if not should_keep_head(experiment, weights.model_info):
         params = {**params, "head": state.params["head"]}
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None

@@ -17,6 +17,7 @@ from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
 from mixer_jax.training.setup import Experiment, build_experiment
@@ -105,7 +106,7 @@ def test_save_keeps_the_newest_and_restore_is_bit_identical(run: str) -> None:
 
 def test_restore_shards_arrays_as_requested(run: str) -> None:
     tree = make_tree(0)
-    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8), "mixer"))
+    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8), get_family("mixer")))
     restored = CheckpointManager(run).restore(100, {"params": target})["params"]
     assert restored["kernel"].sharding == target["kernel"].sharding
     np.testing.assert_array_equal(restored["kernel"], make_tree(100)["kernel"])

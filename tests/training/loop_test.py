@@ -33,7 +33,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.visualization.figures import draw_curves
+from mixer_jax.visualization.curves import draw_curves
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, tree_norm
