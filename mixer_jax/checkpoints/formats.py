@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import threading
 import zipfile
@@ -51,8 +52,18 @@ _MAX_DEPTH = 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # timm's training checkpoints contain their parsed arguments; timm itself allows this class, too.
 # Unpickling it runs no code: PyTorch creates an empty object and sets attributes, whose values can
-# only be what it loads anyway.
-_SAFE_CLASSES = (argparse.Namespace,)
+# only be what it loads anyway. Metrics next to the weights are often numbers of NumPy, whose module
+# had another name in NumPy 1; they are built from a dtype and bytes.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SAFE_CLASSES: tuple[Any, ...] = (
+    argparse.Namespace,
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+)
+# Name of a class in PyTorch's message that it is not allowed.
+_FORBIDDEN_CLASS = re.compile(r"GLOBAL (\w[\w.]*)")
 
 
 class TensorFile(abc.ABC):
@@ -387,6 +398,11 @@ class TorchFile(TensorFile):
             with torch.serialization.safe_globals([c for c in _SAFE_CLASSES if c not in allowed]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         except Exception as error:  # torch.load raises errors of many types.
+            if match := _FORBIDDEN_CLASS.search(str(error)):
+                raise UserError(
+                    f"{path} contains {match[1]}, which could run code and is not loaded. Save the "
+                    "tensors alone: torch.save(model.state_dict(), FILE)."
+                ) from error
             reason = summarize_error(error)
             raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}.") from error
         if not isinstance(loaded, dict):
