@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import operator
 import os
@@ -95,14 +96,30 @@ def load_checkpoint(
     overrides = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
     if pretrain_size is not None:
         overrides["image_size"] = pretrain_size
-    ref = resolve_checkpoint(os.fspath(source), step)
-    if ref.format in (RUN, COPY):
-        with local_workdir(ref) as (workdir, saved_step):
-            weights = _load_run(ref, workdir, saved_step, overrides)
-    else:
-        with _name_errors(os.fspath(source), ref), local_copy(ref) as path:
-            weights = _load_file(path, ref, overrides, requested_size)
+    with _quiet_orbax():
+        ref = resolve_checkpoint(os.fspath(source), step)
+        if ref.format in (RUN, COPY):
+            with local_workdir(ref) as (workdir, saved_step):
+                weights = _load_run(ref, workdir, saved_step, overrides)
+        else:
+            with _name_errors(os.fspath(source), ref), local_copy(ref) as path:
+                weights = _load_file(path, ref, overrides, requested_size)
     return weights if requested_size is None else resize(weights, requested_size)
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drops orbax's warnings, which concern neither the weights nor anything a user can change."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or "orbax" not in Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 @contextmanager

@@ -48,6 +48,8 @@ TIMM_CONFIG_FILE = "config.json"
 METADATA_SUFFIX = ".json"
 # Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
+# Folder of a workdir that damaged checkpoints are moved to when the run resumes.
+DAMAGED_DIR = "damaged_checkpoints"
 # A checkpoint is complete once its folder has this file: on disks and in object stores.
 INDEX = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
@@ -161,6 +163,18 @@ def list_steps(workdir: str) -> list[int]:
         for entry in folder.iterdir()
         if entry.name.isdecimal() and (entry / mark).exists()
     )
+
+
+def list_saved_steps(workdir: str) -> list[int]:
+    """Returns the steps of a run's checkpoints that were complete, if damaged since, in order.
+
+    On a disk, the folder of a step gets its name when it is complete.
+    """
+    if "://" in workdir:
+        return list_steps(workdir)
+    folder = epath.Path(workdir) / CHECKPOINT_DIR
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
 
 def _complete_mark(path: str) -> str:

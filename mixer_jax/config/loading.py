@@ -130,11 +130,14 @@ def find_config_file(path: str) -> Path:
     # By name: a long path of the folder would make all of its files similar.
     names = {sibling.stem for folder in folders for sibling in folder.glob("*.py")}
     match = nearest(file.stem, sorted(names), cutoff=0.7)
-    hint = ""
     if match and has_suffix:
         hint = f" Did you mean {file.with_name(f'{match}.py')}?"
     elif match:
         hint = f" Did you mean {given.with_name(match)}?"
+    elif installed_configs().is_dir():
+        hint = f" The configs that come with mixer_jax are in {installed_configs()}."
+    else:
+        hint = " This installation has no configs: copy the folder configs of the source code."
     raise UserError(f"config file {path!r} does not exist.{hint}")
 
 

@@ -175,6 +175,28 @@ def decode(
     return image[top : top + height, left : left + width]
 
 
+def convert_image(image: Image.Image, *, exif_orientation: bool = False) -> np.ndarray:
+    """Converts a Pillow image to uint8 RGB (height, width, 3), as `decode` does.
+
+    Args:
+        image: Image in memory, or a file that Pillow has opened and reads now.
+        exif_orientation: Whether to rotate the image according to its EXIF orientation.
+
+    Raises:
+        BadImageError: The file is damaged, or the image is empty, has more than `MAX_PIXELS` or
+            samples of more than 16 bits.
+    """
+    check_image_area(image.height, image.width)
+    if not image.width * image.height:
+        raise BadImageError("empty image", f"{image.width} × {image.height}")
+    with _reject_failures():
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT) if exif_orientation else 0
+        # A copy, as the conversion drops the transparent color.
+        pixels = _to_rgb(image.copy())
+    return _apply_orientation(pixels, orientation) if orientation in range(2, 9) else pixels
+
+
 def check_image_area(height: int, width: int) -> None:
     """Raises BadImageError for more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
-from mixer_jax.checkpoints.weights import PretrainedWeights, resize
+from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
@@ -21,9 +21,8 @@ from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tas
 from mixer_jax.suites.table import report
 from mixer_jax.suites.tasks import AUTO, Suite
 from mixer_jax.suites.workdir import (
-    check_workdir,
+    check_not_run_workdir,
     lock_tasks,
-    params_digest,
     read_throughput,
     save_plan,
     save_throughput,
@@ -81,7 +80,7 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
 
 def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> TransferOutcome:
     """Runs a suite; locks are released with `stack`."""
-    check_workdir(request.workdir)
+    check_not_run_workdir(request.workdir)
     config = default_config(request.overrides)
     request = request._replace(suite=datasets.resolve_folders(request.suite))
     tasks = select_tasks(request.suite, request.tasks, request.shard)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.manager import CheckpointManager, move_damaged_checkpoints
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
@@ -99,7 +99,7 @@ def train_and_evaluate(
 
 
 class _TrainLoop:
-    """Everything that the steps of a run share."""
+    """Loop over the training steps of one run, with the state and the logs that they share."""
 
     def __init__(
         self,
@@ -115,17 +115,21 @@ class _TrainLoop:
         if is_alone:
             # Before anything that takes time.
             stack.enter_context(lock_workdir(workdir))
-        datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
+        # Listed once, so that all hosts have the same examples in the same order.
+        datasets = multihost.compute_once(lambda: open_datasets(config))
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
         self.num_steps = self.experiment.num_steps
+        if init is not None and init.damaged_steps:
+            steps = init.damaged_steps
+            multihost.compute_once(lambda: move_damaged_checkpoints(workdir, steps))
         self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(self.checkpoints.close)
-        self.start_step = self.saved_step = self.checkpoints.latest_step() or 0
+        self.start_step = self.saved_step = 0 if init is None else init.resume_step
         self.saved_at = time.monotonic()
         self.state, loss_window = restore_or_init(
             self.experiment, self.checkpoints, self.start_step, init

@@ -32,7 +32,7 @@ from mixer_jax.evaluation.probes import (
     ProbeConfig,
     ProbeMetrics,
     run_probe,
-    sample_all_shots,
+    sample_once,
 )
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import INIT_FROM
@@ -109,14 +109,15 @@ def build_experiment(
     model_info = _make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
-    tx = make_optimizer(config.optimizer, schedule, model_info.family)
+    family = get_family(model_info.family)
+    tx = make_optimizer(config.optimizer, schedule, family)
 
     has_ema = config.recipe.ema_decay > 0
     make_state = functools.partial(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
     )
     shape = jax.eval_shape(make_state)
-    sharding = state_sharding(shape, mesh, model_info.family)
+    sharding = state_sharding(shape, mesh, family)
     return Experiment(
         config,
         datasets,
@@ -137,6 +138,7 @@ def build_experiment(
             "ema": has_ema,
             "num_steps": num_steps,
             "num_train_examples": len(datasets.train),
+            "train_data": dict(datasets.fingerprint),
             "config": config.to_dict(),
             "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
         },
@@ -195,7 +197,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         labels = LazyLabels(train, input_config.skip_bad)
         if entry.type == "few_shot":
             # Raises if a class has too few images, before training rather than after it.
-            sample_all_shots(probe, train, labels)
+            sample_once(probe, train, labels)
         evaluators[name] = functools.partial(
             run_probe,
             feature_fn,

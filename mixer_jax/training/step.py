@@ -15,8 +15,9 @@ from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.params import cast_weights
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.stack import active_backend, cast_weights
+from mixer_jax.models.stack import active_backend
 
 Params = Any
 Metrics = dict[str, Array]
@@ -62,7 +63,7 @@ def jit_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """Jits `train_step` for a state of a sharding; the compiled step donates the state."""
+    """Jits `train_step` with the shardings of the state; the compiled step donates the state."""
     step = functools.partial(
         train_step, recipe=recipe, seed=seed, model=model, tx=tx, schedule=schedule, mesh=mesh
     )
@@ -132,7 +133,7 @@ def train_step(
     )
     family = get_family(model.family)
     cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=family)
-    loss, grads = sharded_value_and_grad(per_device, mesh, cast, model.family)(
+    loss, grads = sharded_value_and_grad(per_device, mesh, cast, family)(
         state.params, (arrays, jnp.arange(len(labels))), shared
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -154,7 +155,10 @@ def update_norm(before: Params, after: Params) -> Float[Array, ""]:
 
 
 def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Derives the random keys of one step: for mixup, and for dropout and stochastic depth."""
+    """Derives the random keys of the step that follows `step` others.
+
+    One is for mixup, the other for dropout and stochastic depth.
+    """
     mixup_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return mixup_rng, model_rng
 
@@ -174,7 +178,7 @@ def accumulate_gradients(
         params: Parameters of the model.
         batch: Arrays (n, ...); n is a multiple of `num_microbatches`.
         shared: Argument that all microbatches share.
-        num_microbatches: Number of parts.
+        num_microbatches: Number of microbatches; 1 computes the whole batch at once.
     """
     if num_microbatches == 1:
         return value_and_grad(params, batch, shared)

@@ -231,3 +231,19 @@ def test_load_config_does_not_suggest_a_file_of_another_name(tmp_path: Path) -> 
     with raises(UserError, "vit.py") as caught:
         load_config(str(tmp_path / "vit.py"))
     assert "digits.py" not in str(caught.value)
+
+
+def test_load_config_says_where_the_configs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/nonesuch.py", "elsewhere/digits.py", "nonesuch"):
+        with raises(UserError, f"'{name}'", str(installed_configs())):
+            load_config(name)
+    # A package that was copied without them.
+    for folder in ("_INSTALLED_CONFIGS", "_CHECKOUT_CONFIGS"):
+        monkeypatch.setattr(f"mixer_jax.config.loading.{folder}", tmp_path / "missing")
+    for name in ("configs/digits.py", "digits"):
+        with raises(UserError, f"'{name}'", "source code") as caught:
+            load_config(name)
+        assert "missing" not in str(caught.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mixer_jax.visualization.figures import draw_curves, is_accuracy, plot_curves
+from mixer_jax.visualization.curves import draw_curves, is_accuracy, plot_curves
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0, "learning_rate": 0.0},
