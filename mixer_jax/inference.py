@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
     """Prediction for one image.
 
     Attributes:
-        image: File name or other name.
+        image: Path of the image, or another name.
         classes: Most probable classes in descending order; empty if the image is unreadable.
         error: Reason why the image is unreadable; empty if it is readable.
     """

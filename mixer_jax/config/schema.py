@@ -51,7 +51,8 @@ class Field:
         """Parses a value of this type; ranges and choices are left to `check`.
 
         Raises:
-            UserError: The text does not have this type. Names the value, e.g. "config.seed".
+            UserError: The text does not have this type; the message starts with `name`, e.g.
+                "config.seed".
         """
         try:
             return BOOLEANS[text.lower()] if self.type is bool else self.type(text)
@@ -342,7 +343,7 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
     """Parses a list of numbers of images per class, such as "1,5,10,25" or "(1, 5)".
 
     Raises:
-        UserError: The text is not a list of positive integers; `name` is named.
+        UserError: The text is not a list of positive integers; the message starts with `name`.
     """
     numbers = [number.strip() for number in text.strip("()[] ").split(",")]
     if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):

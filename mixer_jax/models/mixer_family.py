@@ -1,4 +1,7 @@
-"""Mixer as a model family, with its published weights. Does not import JAX until it is built."""
+"""Mixer as a model family, with its published weights.
+
+Does not import JAX until a model is built.
+"""
 
 import dataclasses
 import json
