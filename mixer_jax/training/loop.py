@@ -99,7 +99,7 @@ def train_and_evaluate(
 
 
 class _TrainLoop:
-    """Everything that the steps of a run share."""
+    """Loop over the training steps of one run, with the state and the logs that they share."""
 
     def __init__(
         self,
@@ -115,10 +115,11 @@ class _TrainLoop:
         if is_alone:
             # Before anything that takes time.
             stack.enter_context(lock_workdir(workdir))
-        datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
+        # Listed once, so that all hosts have the same examples in the same order.
+        datasets = multihost.compute_once(lambda: open_datasets(config))
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)

@@ -138,6 +138,7 @@ def build_experiment(
             "ema": has_ema,
             "num_steps": num_steps,
             "num_train_examples": len(datasets.train),
+            "train_data": dict(datasets.fingerprint),
             "config": config.to_dict(),
             "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
         },
