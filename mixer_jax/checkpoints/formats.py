@@ -125,8 +125,8 @@ def _check_not_lfs_pointer(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(
-                f"{path} is a Git LFS pointer, which stands for the weights. Run git lfs pull in "
-                "its repository to download them."
+                f"{path} is a Git LFS pointer instead of the weights. Run git lfs pull in its "
+                "repository to download them."
             )
 
 

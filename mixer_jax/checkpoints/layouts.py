@@ -88,7 +88,7 @@ class LoadedWeights(NamedTuple):
 
     @property
     def size_multiple(self) -> int:
-        """Number of pixels that both sides of an image are a multiple of."""
+        """Divisor of valid heights and widths, in pixels."""
         return get_family(self.family).image_size_multiple(self.config)
 
     def fits_image_size(self, size: tuple[int, int]) -> bool:

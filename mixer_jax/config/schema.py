@@ -267,8 +267,8 @@ class BadImagesConfig:
     )
     max_count: int = key(
         10,
-        "unusable training images that never stop the run, whatever max_fraction is, unless they "
-        "are more than half",
+        "unusable training images that are tolerated even above max_fraction, unless they are "
+        "more than half",
         min=0,
         resumable=True,
     )
