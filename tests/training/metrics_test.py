@@ -104,7 +104,7 @@ def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         writer.write(step, {"loss": 1 / step, "val/top1": 0.5})
     writer.close()
-    expected = [("loss", step, np.float32(1 / step)) for step in (1, 2, 3)]
+    expected = [("loss", step, float(np.float32(1 / step))) for step in (1, 2, 3)]
     expected += [("val/top1", step, 0.5) for step in (1, 2, 3)]
     assert read_events(tmp_path / "events") == expected
     accumulator = EventAccumulator(str(tmp_path / "events")).Reload()
