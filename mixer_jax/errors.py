@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterable
 
 _MAX_REASON = 200
+# How to install a library that reads URLs, by its name in error messages.
+_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
 
 
 class UserError(ValueError):
@@ -51,6 +53,11 @@ def summarize_error(error: Exception) -> str:
     """Shortens the message of another library's exception to one line of moderate length."""
     text = " ".join(str(error).split())[:_MAX_REASON]
     return text.rstrip(".") or type(error).__name__
+
+
+def install_hint(reason: str) -> str:
+    """Formats how to install the library that the message of an error names; empty if none."""
+    return "".join(f" {fix}" for library, fix in _EXTRAS.items() if library in reason)
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:

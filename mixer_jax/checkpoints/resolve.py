@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.errors import UserError, install_hint, summarize_error
 
 HUB = "hf:"
 # timm's spellings of the same.
@@ -35,8 +35,6 @@ FORMATS = {
 }
 # URL schemes that epath reads, through TensorFlow or another library.
 _SCHEMES = ("gs", "s3", "az")
-# How to install such a library, by its name in error messages.
-_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
 # Names of the weights and of timm's config in a Hub repository, and in folders saved from it. Older
 # repositories have a file of PyTorch.
 HUB_FILE = "model.safetensors"
@@ -146,9 +144,8 @@ def _access_errors(source: str) -> Iterator[None]:
         if not isinstance(error, OSError) and "://" not in source:
             raise
         reason = summarize_error(error)
-        fixes = [f" {fix}" for library, fix in _EXTRAS.items() if library in reason]
         raise UserError(
-            f"checkpoint {source!r} cannot be accessed: {reason}.{''.join(fixes)}"
+            f"checkpoint {source!r} cannot be accessed: {reason}.{install_hint(reason)}"
         ) from error
 
 

@@ -33,7 +33,13 @@ from mixer_jax.data.tfds_labels import (
     image_fixup,
     parse_dataset_name,
 )
-from mixer_jax.errors import DatasetNotPreparedError, UserError, suggest, summarize_error
+from mixer_jax.errors import (
+    DatasetNotPreparedError,
+    UserError,
+    install_hint,
+    suggest,
+    summarize_error,
+)
 
 # Builders of mixer_jax; importing the module registers the builder with TFDS.
 _BUILDER_MODULES = {
@@ -245,13 +251,13 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         raise UserError(
             f"dataset {name!r} is neither prepared in {searched} nor known to TFDS.{hint}"
         ) from error
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, ImportError) as error:
         reason = re.split(" Here are | The builder name string ", " ".join(str(error).split()))[0]
         if "BuilderConfig" in reason:
             configs = tfds.builder_cls(name.split("/")[0]).builder_configs
             reason += f" Available configs: {', '.join(configs)}."
         names = _dataset_names()
-        hint = "" if bare_name in names else suggest(bare_name, names)
+        hint = install_hint(reason) or ("" if bare_name in names else suggest(bare_name, names))
         raise UserError(
             f"dataset {name!r} cannot be opened from {searched}: {reason.rstrip('.')}.{hint}"
         ) from error

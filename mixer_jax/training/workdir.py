@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import RunError, UserError, install_hint, summarize_error
 from mixer_jax.files import atomic_write, file_lock
 
 CONFIG_FILE = "config.json"
@@ -182,5 +182,9 @@ def _check_writable(workdir: str) -> None:
 
 
 def _not_writable(workdir: str, error: Exception) -> UserError:
+    if isinstance(error, ImportError):
+        # File systems of URLs need a library each.
+        reason = summarize_error(error)
+        return UserError(f"workdir {workdir!r} cannot be accessed: {reason}.{install_hint(reason)}")
     reason = getattr(error, "strerror", None) or type(error).__name__
     return UserError(f"workdir {workdir!r} cannot be written ({reason}). {_OTHER_WORKDIR}.")

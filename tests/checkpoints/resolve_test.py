@@ -14,7 +14,11 @@ from safetensors.numpy import save_file
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.config.config import parse
+from mixer_jax.config.loading import load_config
+from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
+from mixer_jax.training.workdir import check_workdir
 from tests.helpers import pretrained_files
 from tests.helpers.hub_cache import GOOGLE, NAME, OTHER_COMMIT, add_to_cache
 from tests.helpers.messages import mentions, raises
@@ -224,7 +228,11 @@ def test_a_missing_url_library_is_reported_with_the_extra_to_install(
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with raises(UserError, f"{BUCKET}Mixer.npz", "gcsfs", 'pip install "mixer-jax[gcs]"'):
         load_checkpoint(f"{BUCKET}Mixer.npz")
-    assert '"gcs": [' in (root / "setup.py").read_text()
+    with raises(UserError, f"{BUCKET}run", "gcsfs", 'pip install "mixer-jax[gcs]"'):
+        check_workdir(f"{BUCKET}run", parse(load_config("digits")))
+    with raises(UserError, f"{BUCKET}data", "gcsfs", 'pip install "mixer-jax[gcs]"'):
+        open_dataset("digits", "train", f"{BUCKET}data")
+    assert '"gcs": ' in (root / "setup.py").read_text()
 
 
 def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

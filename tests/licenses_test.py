@@ -1,0 +1,60 @@
+"""Tests of docs/licenses.md: it lists every package that is installed."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def licenses() -> Any:
+    """The script docs/licenses.py as a module."""
+    spec = importlib.util.spec_from_file_location("licenses", DOCS / "licenses.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def listed_packages() -> dict[str, list[str]]:
+    """Reads the names in each table of the page."""
+    sections = (DOCS / "licenses.md").read_text().split("\n## ")[1:]
+    return {
+        section.splitlines()[0]: re.findall(r"^\| \[(\S+)\]", section, re.MULTILINE)
+        for section in sections
+    }
+
+
+def test_page_lists_the_packages_of_the_requirements(licenses: Any, root: Path) -> None:
+    listed = listed_packages()
+    assert set(listed) == set(licenses.SECTIONS.values())
+    files = set(licenses.SECTIONS)
+    assert files == {path.name for path in root.glob("requirements*.txt")} - {
+        "requirements-baselines.txt",
+        "requirements-tpu.txt",
+    }
+    for file, title in licenses.SECTIONS.items():
+        required = licenses.required_packages(root / file)
+        assert len(required) > 20
+        assert listed[title] == required
+
+
+def test_license_is_read_from_expression_field_classifier_or_text(
+    licenses: Any, root: Path
+) -> None:
+    page = (root / "docs" / "licenses.md").read_text()
+    for name, expected in {
+        "numpy": "BSD-3-Clause",
+        "optax": "Apache-2.0",
+        "certifi": "MPL-2.0",
+        "jaxtyping": "MIT",
+        "grain": "Apache-2.0",
+        "namex": "Apache-2.0",
+    }.items():
+        assert expected in licenses.license_of(name)
+        assert f"| {licenses.license_of(name)} |" in page
