@@ -60,6 +60,8 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's messages about damaged images do not name the file; ours do.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    # Notebooks set one that other programs may not have; figures are only written to files.
+    os.environ["MPLBACKEND"] = "agg"
     silence_libtpu()
     try:
         try:
@@ -75,11 +77,23 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     sys.exit(code)
 
 
-def configure_jax(compilation_cache: str) -> None:
-    """Silences libraries and enables JAX's compilation cache, a folder or URL; empty: no cache."""
+def configure_jax(compilation_cache: str, *, cpu_only: bool = False) -> None:
+    """Silences libraries and enables JAX's compilation cache, before devices are used.
+
+    Args:
+        compilation_cache: Folder or URL; empty: no cache.
+        cpu_only: Whether to leave accelerators alone, which may be busy with a run.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    if cpu_only:
+        # Read when JAX is imported, which not every command does.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if sys.modules.get("jax"):
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
     if compilation_cache:
         import jax
 

@@ -25,6 +25,8 @@ from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
 _HEARTBEAT_TIMEOUT_SECONDS = 40
 # Hosts that raise the same error at about the same time exit together, each with its own message.
 _EXIT_TIMEOUT_SECONDS = 10.0
+# Part of messages of JAX.
+_JAX_HINT = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -63,6 +65,28 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         ) from error
     except RuntimeError as error:
         raise RunError(f"cannot join the other hosts: {summarize_error(error)}.") from error
+
+
+def check_devices() -> None:
+    """Initializes the devices, of which all hosts must be joined.
+
+    Raises:
+        UserError: JAX_PLATFORMS names devices that this machine or this installation lacks.
+        RunError: Devices cannot be used, e.g. because another process uses them.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # JAX fails an assertion if a platform is known but has no device.
+        reason = str(error).replace(_JAX_HINT, "") or "no device found"
+        reason = summarize_error(RuntimeError(reason))
+        platforms = jax.config.jax_platforms
+        if platforms:
+            raise UserError(
+                f"JAX_PLATFORMS must name devices that are present, got {platforms!r} ({reason}). "
+                "Unset it to use the devices that JAX finds."
+            ) from error
+        raise RunError(f"JAX cannot use its devices: {reason}.") from error
 
 
 def is_alone(mode: str) -> bool:

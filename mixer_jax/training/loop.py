@@ -117,6 +117,7 @@ class _TrainLoop:
             stack.enter_context(lock_workdir(workdir))
         datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
         is_primary = multihost.is_primary_process()

@@ -4,13 +4,17 @@ Figures are made without pyplot, which would choose a window system and keep eve
 """
 
 import io
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from mixer_jax.errors import summarize_error
+from mixer_jax.files import atomic_write
 from mixer_jax.training.metrics import read_metrics
 
+CURVES_FILE = "curves.png"
 DPI = 120
 
 
@@ -28,10 +32,19 @@ def render_figure(figure: Any, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def plot_curves(workdir: str) -> None:
-    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL."""
-    figure = draw_curves(read_metrics(workdir))
-    (epath.Path(workdir) / "curves.png").write_bytes(render_figure(figure, "png"))
+def plot_curves(workdir: str) -> bool:
+    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL.
+
+    Returns:
+        Whether that succeeded. If not, the reason is printed: no plot is worth failing a run for.
+    """
+    path = epath.Path(workdir) / CURVES_FILE
+    try:
+        atomic_write(path, render_figure(draw_curves(read_metrics(workdir)), "png"))
+    except Exception as error:
+        print(f"{path} cannot be drawn: {summarize_error(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mixer_jax.visualization import figures
 from mixer_jax.visualization.figures import draw_curves, is_accuracy, plot_curves
+from tests.helpers.messages import mentions
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0, "learning_rate": 0.0},
@@ -45,9 +47,22 @@ def test_draw_curves_of_zero_losses_are_linear(lines: list[dict[str, Any]]) -> N
 
 def test_plot_curves_writes_a_png(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
-    plot_curves(str(tmp_path))
+    assert plot_curves(str(tmp_path))
     with Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())) as image:
         assert (image.format, image.size) == ("PNG", (1440, 420))
+
+
+def test_plot_curves_prints_why_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(lines: object) -> None:
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(figures, "draw_curves", fail)
+    assert not plot_curves(str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert mentions(line, f"{tmp_path}/curves.png", "no such backend")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_is_accuracy_selects_accuracies_of_head_and_probes() -> None:
