@@ -26,7 +26,8 @@ exit codes:
   0        finished
   1        failed, or another host was lost (JAX may abort with 134 instead)
   2        usage error, in one line; do not retry
-  130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
+  130, 143, 129
+           stopped by Ctrl-C, SIGTERM or SIGHUP after saving a checkpoint; the same command resumes
 
 configuration keys, for --config.KEY=VALUE
 (Boolean keys also accept --config.KEY and --noconfig.KEY):

@@ -9,7 +9,7 @@ mistaken for a checkpoint.
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -142,6 +142,13 @@ def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], ob
             hook(unraisable)
 
     return filtered_hook
+
+
+def remove_unfinished_saves(workdir: str) -> None:
+    """Removes what failed saves left in a run's folder, as far as possible, to free its space."""
+    for path in (epath.Path(workdir) / CHECKPOINT_DIR).glob("*.orbax-checkpoint-tmp*"):
+        with suppress(OSError):
+            path.rmtree()
 
 
 def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     """Runs a command and exits with the code that it returns.
 
     Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C or SIGTERM stopped and that can resume exit with 130 and 143.
+    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -86,7 +86,8 @@ def configure_jax(compilation_cache: str, *, cpu_only: bool = False) -> None:
     """
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    # orbax logs errors, with stack traces, before it raises them.
+    logging.set_verbosity(logging.FATAL)
     if cpu_only:
         # Read when JAX is imported, which not every command does.
         os.environ["JAX_PLATFORMS"] = "cpu"

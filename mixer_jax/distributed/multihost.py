@@ -27,7 +27,8 @@ _HEARTBEAT_TIMEOUT_SECONDS = 40
 _EXIT_TIMEOUT_SECONDS = 10.0
 # Part of messages of JAX.
 _JAX_HINT = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP: the terminal was closed, or the connection was lost.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
@@ -80,8 +81,7 @@ def check_devices() -> None:
         # JAX fails an assertion if a platform is known but has no device.
         reason = str(error).replace(_JAX_HINT, "") or "no device found"
         reason = summarize_error(RuntimeError(reason))
-        platforms = jax.config.jax_platforms
-        if platforms:
+        if platforms := os.environ.get("JAX_PLATFORMS"):
             raise UserError(
                 f"JAX_PLATFORMS must name devices that are present, got {platforms!r} ({reason}). "
                 "Unset it to use the devices that JAX finds."
@@ -195,10 +195,11 @@ class SharedFlags:
 
 
 class GracefulShutdown:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
+    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request to stop after the current step.
 
-    The second Ctrl-C raises KeyboardInterrupt at once. A context manager, which restores the
-    previous handlers. Outside the main thread, where Python allows no handlers, it does nothing.
+    The second Ctrl-C raises KeyboardInterrupt at once. SIGHUP is left alone where it is ignored, as
+    under nohup. A context manager, which restores the previous handlers. Outside the main thread,
+    where Python allows no handlers, it does nothing.
 
     Attributes:
         received: The latest signal, or None.
@@ -209,8 +210,10 @@ class GracefulShutdown:
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        if self._previous[signal.SIGHUP] == signal.SIG_IGN:
+            del self._previous[signal.SIGHUP]
         if threading.current_thread() is threading.main_thread():
-            for number in _STOP_SIGNALS:
+            for number in self._previous:
                 signal.signal(number, self._receive)
         return self
 
