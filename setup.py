@@ -1,8 +1,14 @@
 """How mixer_jax is installed. Tested versions are in requirements.txt, tools in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# The only place of the version.
+INIT = (ROOT / "mixer_jax" / "__init__.py").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 
 CORE = [
     "absl-py>=2.1",
@@ -37,13 +43,22 @@ CORE = [
 
 setup(
     name="mixer-jax",
-    version="0.1.0",
+    version=VERSION,
     description="MLP-Mixer in JAX and Flax: pre-training, transfer and inference",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The mixer_jax authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="MLP-Mixer, JAX, Flax, image classification, computer vision, TPU, transfer learning",
+    project_urls={"Paper": "https://arxiv.org/abs/2105.01601"},
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["mixer_jax", "mixer_jax.*"]),
+    # A checkout has the configs at the top, where experiments are recorded.
+    packages=[*find_packages(include=["mixer_jax", "mixer_jax.*"]), "mixer_jax.configs"],
+    package_dir={"mixer_jax.configs": "configs"},
+    package_data={"mixer_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["mixer-jax = mixer_jax.__main__:main"]},
+    zip_safe=False,
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]>=0.7"],
@@ -67,9 +82,17 @@ setup(
         "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
 )

@@ -24,17 +24,12 @@ from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError, summarize_error
-from mixer_jax.planning.cost_model import (
-    RunSpec,
-    estimate_collectives,
-    estimate_memory,
-    resolve_for_platform,
-    run_spec,
-)
+from mixer_jax.planning.cost_model import estimate_collectives, estimate_memory
 from mixer_jax.planning.hlo_collectives import GRADIENTS, PARAMETERS
 from mixer_jax.planning.planner import make_plan
 from mixer_jax.planning.report import plan_to_dict
 from mixer_jax.planning.roofline import network_seconds
+from mixer_jax.planning.run_spec import RunSpec, resolve_for_platform, run_spec
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, device_locations, parse_topology
 
 DOCS = Path(__file__).parent

@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.image_files import NamedImage, display_path, read_image
-from mixer_jax.data.preprocess import eval_image
+from mixer_jax.data.image_files import NamedImage
+from mixer_jax.data.memory_images import NamedPixels, name_images
+from mixer_jax.data.preprocess import crop_eval_image, eval_image
 from mixer_jax.distributed.sharding import (
     batch_sharding,
     make_mesh,
@@ -70,9 +70,9 @@ def load_pretrained(
     """Loads weights of any format, at any image size, as a model that is ready to use.
 
     Args:
-        source: A run's workdir or WORKDIR/checkpoints/STEP; Google's .npz; timm's .safetensors or
-            .pth; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL such as
-            gs://BUCKET/Mixer-B_16.npz.
+        source: A run's workdir or WORKDIR/checkpoints/STEP, also copied elsewhere; Google's .npz;
+            timm's .safetensors, .pth or .ckpt; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL
+            such as gs://BUCKET/Mixer-B_16.npz.
         step: Step of a run's checkpoint; None: the newest.
         image_size: Side, or height and width, of the images in pixels. Weights are tiled for
             integer multiples of their size (the paper's Appendix C) and interpolated for
@@ -137,7 +137,7 @@ class Classifier:
     @property
     def params(self) -> Any:
         """Parameters as `model` takes them, float32 for any dtype of the computation."""
-        return shard_params(self._host_params, self._mesh, self.model_info.family)
+        return shard_params(self._host_params, self._mesh, get_family(self.model_info.family))
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Computes float32 logits, or features if the model has no head.
@@ -145,7 +145,7 @@ class Classifier:
         Args:
             images: Floating-point array (n, height, width, 3) of pixels in [-1, 1], with the height
                 and width of `model_info.image_size`. It is divided among the devices if n is a
-                multiple of their number, and replicated otherwise.
+                multiple of their number, and replicated otherwise. n can be 0.
 
         Raises:
             UserError: The images have another shape or dtype.
@@ -168,35 +168,50 @@ class Classifier:
                 f"images must have the size of {self.model_info.name}, got {size[0]} × {size[1]} "
                 f"px. Load the weights with image_size={size}."
             )
+        if not len(images):
+            one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+            outputs = jax.eval_shape(self._logits, self._params, one)
+            return jnp.zeros((0, *outputs.shape[1:]), outputs.dtype)
         is_divisible = len(images) % self._mesh.size == 0
         sharding = batch_sharding(self._mesh) if is_divisible else replicated(self._mesh)
         return self._logits(self._params, jax.device_put(images, sharding))
 
     def predict(
-        self, images: Sequence[str | os.PathLike | bytes], topk: int = 5, batch_size: int = 32
+        self,
+        images: Any,
+        topk: int = 5,
+        batch_size: int = 32,
+        *,
+        exif_orientation: bool = True,
     ) -> list[Prediction]:
-        """Classifies images.
+        """Classifies images with the checkpoint's preprocessing, as `python -m mixer_jax.predict`.
 
         Args:
-            images: Paths of image files, or their bytes.
+            images: One image or any number of them in a sequence. An image is the path of a file,
+                its bytes, a Pillow image, or an array of uint8 levels: RGB (height, width, 3), gray
+                (height, width) or (height, width, 1), or RGBA, whose alpha is dropped. An array (n,
+                height, width, 3) is n images. Images have any size. For pixels in [-1, 1] that are
+                cropped already, call the classifier instead.
             topk: Classes per image.
             batch_size: Images per batch.
+            exif_orientation: Whether files and Pillow images are rotated by their EXIF orientation,
+                as photographs need to be upright.
+
+        Returns:
+            One prediction per image, in order, also for a single image; [] for no images, such as
+            an array of shape (0, height, width, 3).
 
         Raises:
             BadImageError: An input image is unreadable.
-            UserError: The model has no head, or `images` is not a list.
+            UserError: The model has no head, or an image has another type, dtype or shape.
         """
-        if isinstance(images, str | bytes | os.PathLike):
-            raise UserError("images must be a list, got a single image. Pass [image].")
-
-        def named(index: int, image: str | os.PathLike | bytes) -> NamedImage:
-            if isinstance(image, bytes):
-                return f"image {index}", lambda: image
-            return display_path(Path(image)), lambda: read_image(Path(image))
-
-        named_images = [named(index, image) for index, image in enumerate(images)]
+        named_images = name_images(images, exif_orientation)
         batch_size = min(batch_size, len(named_images))
-        predictions = list(self.iter_predictions(named_images, topk=topk, batch_size=batch_size))
+        predictions = list(
+            self.iter_predictions(
+                named_images, topk=topk, batch_size=batch_size, exif_orientation=exif_orientation
+            )
+        )
         for prediction in predictions:
             if prediction.error:
                 raise BadImageError(prediction.error, name=prediction.image)
@@ -204,7 +219,7 @@ class Classifier:
 
     def iter_predictions(
         self,
-        images: Iterable[NamedImage],
+        images: Iterable[NamedImage | NamedPixels],
         *,
         topk: int,
         batch_size: int,
@@ -213,7 +228,7 @@ class Classifier:
         """Classifies images and yields their predictions in order, those of bad images included.
 
         Args:
-            images: Names, and functions that read the bytes.
+            images: Names, and functions that read the bytes or return decoded pixels.
             topk: Number of classes per image.
             batch_size: Images per batch on all devices. It is rounded up to a power of two, so that
                 few programs are compiled, and to a multiple of the number of devices.
@@ -257,27 +272,30 @@ class Classifier:
             yield from self._name_classes(*pending)
 
     def _load_batches(
-        self, images: Iterable[NamedImage], batch_size: int, exif_orientation: bool
+        self, images: Iterable[NamedImage | NamedPixels], batch_size: int, exif_orientation: bool
     ) -> Iterator[list["_LoadedImage"]]:
         """Yields batches of images, loaded by threads one batch ahead."""
         futures: collections.deque[concurrent.futures.Future[_LoadedImage]] = collections.deque()
         remaining = iter(images)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             while True:
-                for image in itertools.islice(remaining, 2 * batch_size - len(futures)):
-                    futures.append(pool.submit(self._load_image, *image, exif_orientation))
+                for name, read in itertools.islice(remaining, 2 * batch_size - len(futures)):
+                    futures.append(pool.submit(self._load_image, name, read, exif_orientation))
                 if not futures:
                     return
                 yield [futures.popleft().result() for _ in range(min(batch_size, len(futures)))]
 
     def _load_image(self, name: str, read: Any, exif_orientation: bool) -> "_LoadedImage":
+        crop: dict[str, Any] = {
+            "image_size": self.model_info.image_size,
+            "eval_crop": self.model_info.eval_crop,
+        }
         try:
-            pixels = eval_image(
-                read(),
-                image_size=self.model_info.image_size,
-                eval_crop=self.model_info.eval_crop,
-                exif_orientation=exif_orientation,
-            )
+            image = read()
+            if isinstance(image, np.ndarray):
+                pixels = crop_eval_image(image, **crop)
+            else:
+                pixels = eval_image(image, exif_orientation=exif_orientation, **crop)
         except BadImageError as error:
             return _LoadedImage(name, None, error.reason)
         return _LoadedImage(name, pixels)

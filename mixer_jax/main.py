@@ -43,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/digits.py"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="config file, or the name of one in configs/, e.g. digits or configs/digits.py:low",
     )
     common.add_workdir_arg(parser, "runs/CONFIG_NAME")
     parser.add_argument(
@@ -75,7 +78,7 @@ def _train(config: RunConfig, workdir: str) -> int:
     common.configure_jax(config.compilation_cache)
     from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
     from mixer_jax.training.loop import train_and_evaluate
-    from mixer_jax.visualization.figures import plot_curves
+    from mixer_jax.visualization.curves import plot_curves
 
     with propagate_failure():
         result = train_and_evaluate(config, resolved_workdir)

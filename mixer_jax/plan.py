@@ -51,7 +51,10 @@ def _make_parser() -> common.ArgumentParser:
         "into their memory and with 1 if not.",
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/mixer_l16_i21k.py"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="config file, or the name of one in configs/, e.g. mixer_l16_i21k",
     )
     parser.add_argument(
         "--topology",

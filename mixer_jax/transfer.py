@@ -8,7 +8,7 @@ from pathlib import Path
 from mixer_jax.checkpoints.resolve import (
     CHECKPOINT_DIR,
     FORMATS,
-    HUB_FILE,
+    HUB_FILES,
     RUN,
     CheckpointRef,
     resolve_checkpoint,
@@ -58,18 +58,18 @@ def main(argv: Sequence[str]) -> int:
     from mixer_jax.suites.run import TransferRequest, run_suite
 
     request = TransferRequest(
-        suite,
-        checkpoint,
-        resolve_workdir(args.workdir or _default_workdir(checkpoint, args)),
-        overrides,
-        args.image_size,
-        args.data_dir,
-        args.tasks,
-        args.shard,
-        args.dry_run,
-        args.keep_checkpoints,
-        args.throughput,
-        args.pretrain_dataset,
+        suite=suite,
+        checkpoint=checkpoint,
+        workdir=resolve_workdir(args.workdir or _default_workdir(checkpoint, args)),
+        overrides=overrides,
+        image_size=args.image_size,
+        data_dir=args.data_dir,
+        tasks=args.tasks,
+        shard=args.shard,
+        dry_run=args.dry_run,
+        keep_checkpoints=args.keep_checkpoints,
+        throughput=args.throughput,
+        pretrain_dataset=args.pretrain_dataset,
     )
     with propagate_failure():
         outcome = run_suite(request)
@@ -204,7 +204,7 @@ def _default_workdir(checkpoint: CheckpointRef, args: argparse.Namespace) -> str
     path = Path(checkpoint.path)
     if checkpoint.format == "hub":
         name = checkpoint.path.partition("/")[2]
-    elif path.name == HUB_FILE:
+    elif path.name in HUB_FILES:
         # All of them have this name, so that the folder identifies the model.
         name = path.parent.name
     else:

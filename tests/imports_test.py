@@ -23,6 +23,7 @@ LEVELS = [
     ["benchmarks"],
 ]
 COMMANDS = [
+    "__main__",
     "benchmark",
     "convert",
     "evaluate",
@@ -129,7 +130,8 @@ def test_modules_have_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("mixer_jax", {"jax", "flax", "numpy"}),
+        ("mixer_jax", {"jax", "flax", "numpy", "ml_collections", "argparse"}),
+        ("mixer_jax.__main__", {"jax", "flax", "numpy", "ml_collections"}),
         ("mixer_jax.main", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.benchmark", {"jax", "flax", "numpy"}),
         ("mixer_jax.benchmarks.throughput", {"jax", "flax", "numpy", "torch", "ml_collections"}),

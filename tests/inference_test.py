@@ -1,5 +1,8 @@
 """Tests of the Classifier and of load_pretrained: logits, probabilities, names, batches, files."""
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 import mixer_jax
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head
@@ -90,11 +94,17 @@ def test_call_rejects_other_shapes_and_dtypes(
         classifier(images)
 
 
-def test_predict_rejects_a_single_image_and_a_negative_topk(
-    classifier: Classifier, photos: list[Path]
+def test_call_without_images_gives_no_logits(
+    weights: PretrainedWeights, classifier: Classifier
 ) -> None:
-    with raises(UserError, "images", "[image]"):
-        classifier.predict(str(photos[0]))
+    for images in (np.zeros((0, 16, 24, 3), np.float32), jnp.zeros((0, 16, 24, 3))):
+        logits = classifier(images)
+        assert (logits.shape, logits.dtype) == ((0, 10), jnp.float32)
+    features = Classifier(replace_head(weights, 0))(np.zeros((0, 16, 24, 3), np.float32))
+    assert features.shape == (0, 16)
+
+
+def test_predict_rejects_a_negative_topk(classifier: Classifier, photos: list[Path]) -> None:
     with raises(UserError, "topk", "-1"):
         classifier.predict(photos, topk=-1)
 
@@ -129,6 +139,165 @@ def test_predict_takes_bytes_and_paths(classifier: Classifier, photos: list[Path
     assert from_path.classes == from_bytes.classes
     assert from_bytes.image == "image 0"
     assert classifier.predict([]) == []
+
+
+def photograph(orientation: int, format: str = "PNG") -> bytes:
+    """Returns a file with an EXIF orientation."""
+    levels = np.random.default_rng(1).integers(0, 256, (40, 24, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, format, exif=exif)
+    return file.getvalue()
+
+
+def test_predict_takes_images_of_any_type(
+    classifier: Classifier, photos: list[Path], tmp_path: Path
+) -> None:
+    (expected,) = classifier.predict([photos[1]])
+    encoded = photos[1].read_bytes()
+    image = Image.open(photos[1])
+    pixels = np.asarray(image)
+    alpha = np.dstack([pixels, np.zeros_like(pixels[..., :1])])
+    singles = [
+        photos[1],
+        str(photos[1]),
+        encoded,
+        bytearray(encoded),
+        memoryview(encoded),
+        image,
+        Image.open(photos[1]),
+        Image.fromarray(alpha, "RGBA"),
+        pixels,
+        jnp.asarray(pixels),
+        alpha,
+        pixels[::-1][::-1],
+    ]
+    for single in singles:
+        for images in (single, [single], (single, single)):
+            for prediction in classifier.predict(images):
+                assert prediction.classes == expected.classes, type(single)
+    assert len(classifier.predict(singles, topk=1)) == len(singles)
+    batch = classifier.predict(np.stack([pixels, pixels[::-1]]))
+    assert [prediction.image for prediction in batch] == ["image 0", "image 1"]
+    assert batch[0].classes == expected.classes
+    assert batch[1].classes != expected.classes
+    assert classifier.predict(image)[0].image == str(photos[1])
+    assert classifier.predict(np.array([str(photos[1])]))[0].classes == expected.classes
+    assert classifier.predict(path for path in photos[1:2])[0].classes == expected.classes
+
+
+def test_predict_takes_gray_arrays(classifier: Classifier) -> None:
+    gray = np.random.default_rng(1).integers(0, 256, (40, 24), np.uint8)
+    (expected,) = classifier.predict(np.dstack([gray] * 3))
+    for image in (gray, gray[..., None], Image.fromarray(gray)):
+        assert classifier.predict(image)[0].classes == expected.classes
+
+
+def test_predict_of_no_images_is_empty(classifier: Classifier) -> None:
+    empty: list[Any] = [
+        [],
+        (),
+        np.zeros((0, 16, 24, 3), np.uint8),
+        jnp.zeros((0, 9, 9, 3), "uint8"),
+    ]
+    for images in empty:
+        assert classifier.predict(images) == []
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_predict_rotates_photographs(
+    orientation: int, format: str, classifier: Classifier, tmp_path: Path
+) -> None:
+    encoded = photograph(orientation, format)
+    (tmp_path / "photo").write_bytes(encoded)
+    # What the command predicts, and the same pixels rotated by Pillow.
+    (expected,) = classifier.iter_predictions(
+        expand_image_paths([str(tmp_path / "photo")]), topk=5, batch_size=1, exif_orientation=True
+    )
+    assert classifier.predict(encoded)[0].classes == expected.classes
+    image = Image.open(io.BytesIO(encoded))
+    upright = ImageOps.exif_transpose(image)
+    (from_pillow,) = classifier.predict(upright)
+    assert classifier.predict(image)[0].classes == from_pillow.classes
+    assert classifier.predict(np.asarray(upright.convert("RGB")))[0].classes == from_pillow.classes
+    if format != "JPEG":  # Decoded by the fast DCT, which Pillow does not use.
+        assert from_pillow.classes == expected.classes
+    (stored,) = classifier.predict(encoded, exif_orientation=False)
+    if format != "TIFF":  # Always rotated.
+        assert (stored.classes == expected.classes) == (orientation == 1)
+        prediction = classifier.predict([image, image], exif_orientation=False)[1]
+        assert (prediction.classes == from_pillow.classes) == (orientation == 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "parts"),
+    [
+        (np.zeros((4, 5, 3), np.float32), ["image 0", "float32", "uint8"]),
+        (np.zeros((0, 4, 5, 3), np.float32), ["images", "float32", "uint8"]),
+        (np.zeros((4, 5, 3), bool), ["image 0", "bool", "uint8"]),
+        (np.zeros((3, 4, 5), np.uint8), ["image 0", "(3, 4, 5)", "(height, width, 3)"]),
+        (np.zeros((2, 3, 4, 5), np.uint8), ["images", "(2, 3, 4, 5)"]),
+        (np.zeros(3, np.uint8), ["image 0", "(3,)"]),
+        (np.zeros((0, 5, 3), np.uint8), ["image 0", "(0, 5, 3)"]),
+        (np.zeros((5, 0), np.uint8), ["image 0", "(5, 0)"]),
+        (np.zeros((2, 5, 0, 3), np.uint8), ["images", "(2, 5, 0, 3)"]),
+        ([np.zeros((1, 4, 5, 3), np.uint8)], ["image 0", "(1, 4, 5, 3)"]),
+        ([b"", 3], ["image 1", "int"]),
+        ([None], ["image 0", "NoneType"]),
+        (None, ["images", "sequence"]),
+        ({"a": 3}, ["images", "sequence"]),
+    ],
+    ids=str,
+)
+def test_predict_rejects_other_images(
+    images: Any, parts: list[str], classifier: Classifier
+) -> None:
+    with raises(UserError, *parts) as caught:
+        classifier.predict(images)
+    assert "\n" not in str(caught.value)
+
+
+def test_predict_names_bad_images_of_pillow(classifier: Classifier, tmp_path: Path) -> None:
+    encoded = photograph(1, "JPEG")
+    image = Image.open(io.BytesIO(encoded[:-200]))
+    with raises(BadImageError, "image 1"):
+        classifier.predict([photograph(1), image])
+    with raises(BadImageError, "image 0", "32"):
+        classifier.predict(Image.fromarray(np.zeros((4, 4), np.float32)))
+    with raises(BadImageError, "image 0"):
+        classifier.predict(Image.new("RGB", (0, 4)))
+
+
+def test_predict_leaves_images_of_pillow_unchanged(classifier: Classifier) -> None:
+    image = Image.new("P", (30, 20), 3)
+    image.info["transparency"] = 3
+    classifier.predict([image] * 20)
+    assert (image.mode, image.info) == ("P", {"transparency": 3})
+
+
+_QUIET = """
+import sys, mixer_jax
+classifier = mixer_jax.load_pretrained(sys.argv[1])
+import absl.logging
+print(classifier.model_info.num_classes)
+absl.logging.warning("of the program")
+"""
+
+
+def test_loading_prints_no_warnings_of_libraries(
+    weights: PretrainedWeights, tmp_path: Path
+) -> None:
+    run = save_run(weights, tmp_path / "run")
+    process = subprocess.run(
+        [sys.executable, "-W", "always", "-c", _QUIET, run],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout == "10\n"
+    assert process.stderr == "WARNING:absl:of the program\n"
 
 
 def test_predict_keeps_the_order_of_many_images(

@@ -104,7 +104,7 @@ def build_run(settings: Settings, platform: str, devices: Sequence[Any]) -> Any:
     """Builds mesh, model, optimizer and step functions from a configuration."""
     from mixer_jax import config as configuration
     from mixer_jax.planning.aot_compile import build_for_topology
-    from mixer_jax.planning.cost_model import resolve_for_platform
+    from mixer_jax.planning.run_spec import resolve_for_platform
 
     config = configuration.get_default()
     config.dataset.name, config.dataset.num_examples, config.num_steps = "synthetic", 1000, 100
@@ -153,8 +153,8 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
     from mixer_jax import inference as inference
     from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.distributed.sharding import state_sharding
+    from mixer_jax.models.params import prepare_inference_params
     from mixer_jax.models.registry import get_family
-    from mixer_jax.models.stack import prepare_inference_params
 
     def shard_shapes(params: Any, model: Any, mesh: Any) -> Any:
         dtype, family = model.execution.dtype, get_family(model.family)
@@ -162,7 +162,7 @@ def predict_calls(run: Any, platform: str, devices: Sequence[Any]) -> dict[str, 
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            state_sharding(shapes, mesh, model.family),
+            state_sharding(shapes, mesh, family),
         )
 
     def load(params: Any, about: Any) -> Any:

@@ -112,6 +112,13 @@ def test_visualize_rejects_unknown_commands(
     assert mentions(error, *parts)
 
 
+def test_visualize_data_plots_runs_shorter_than_their_warmup(
+    digits_dir: str, tmp_path: Path
+) -> None:
+    changes = {"num_steps": 0, "num_epochs": 0.1, "optimizer__warmup_steps": 10_000}
+    assert visualize.main(make_argv(digits_dir, tmp_path / "batch.png", **changes)) == 0
+
+
 def test_visualize_data_does_not_open_evaluation_data(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
     missing = "--config.evals.test.dataset=folder:/nowhere"

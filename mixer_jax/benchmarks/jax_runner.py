@@ -20,8 +20,8 @@ from mixer_jax.config.schema import ModelConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images, select_dot_general
+from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import build_model, resolve_dtype
-from mixer_jax.models.stack import cast_weights, prepare_inference_params
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from mixer_jax.training.step import create_state, jit_train_step
 
@@ -191,12 +191,12 @@ def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
 def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction:
     """Makes the training step as `training.setup` does, on one device."""
     schedule = make_schedule(OPTIMIZER, num_steps=1000)
-    tx = make_optimizer(OPTIMIZER, schedule, model.family)
+    tx = make_optimizer(OPTIMIZER, schedule, FAMILY)
     mesh = make_mesh(1, 1, [device])
     init_state = functools.partial(
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
-    sharding = state_sharding(jax.eval_shape(init_state), mesh, model.family)
+    sharding = state_sharding(jax.eval_shape(init_state), mesh, FAMILY)
     function = jit_train_step(RecipeConfig(), 0, sharding, model, tx, schedule, mesh)
     return StepFunction(function, init_state, True)
 
@@ -211,7 +211,7 @@ def _plain_train_step(model: Any, workload: Workload) -> StepFunction:
             OPTIMIZER.b2,
             OPTIMIZER.eps,
             weight_decay=OPTIMIZER.weight_decay,
-            mask=functools.partial(weight_decay_mask, family=FAMILY.name),
+            mask=functools.partial(weight_decay_mask, family=FAMILY),
         ),
     )
 

@@ -22,6 +22,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
+from mixer_jax.files import remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
@@ -175,6 +176,8 @@ def _staged(target: str) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(folder), str(final.parent))) from error
     except Exception as error:
         if reason := no_space_reason(error):
+            if folder is not None:
+                remove_abandoned(folder)
             raise DiskFullError(
                 f"target {target!r} cannot be written ({reason}). Free space and run the same "
                 "command again."

@@ -15,7 +15,7 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +45,10 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Key of the header's metadata that holds the description of the model, as JSON.
 _METADATA_KEY = "mixer_jax"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
-# Keys under which training programs store the weights, in order of preference.
-_STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model")
-# Prefixes that DistributedDataParallel and torch.compile add to names, in any order.
-_PREFIXES = ("module.", "_orig_mod.")
+# Dictionaries nested in a PyTorch checkpoint are read to this depth; optimizers nest four.
+_MAX_DEPTH = 8
+# First line of the file that Git LFS keeps in place of a large file until `git lfs pull`.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # timm's training checkpoints contain their parsed arguments; timm itself allows this class, too.
 # Unpickling it runs no code: PyTorch creates an empty object and sets attributes, whose values can
 # only be what it loads anyway.
@@ -60,16 +60,25 @@ class TensorFile(abc.ABC):
 
     Attributes:
         path: Path for messages.
-        shapes: Shape of each tensor by name.
+        shapes: Shape of each floating-point tensor by name.
+        unreadable: Reason why each other entry, such as a counter, cannot be read.
         metadata: Description of the model, stored with the tensors; empty if there is none.
     """
 
     shapes: dict[str, tuple[int, ...]]
+    unreadable: dict[str, str]
     metadata: dict[str, Any]
 
     def __init__(self, path: str):
+        """Checks that the file is not a pointer to another one.
+
+        Raises:
+            UserError: The file is a Git LFS pointer.
+        """
         self.path = path
+        self.unreadable = {}
         self._open_files = contextlib.ExitStack()
+        _check_not_lfs_pointer(path)
 
     @abc.abstractmethod
     def read(self, name: str, out: np.ndarray) -> None:
@@ -84,6 +93,12 @@ class TensorFile(abc.ABC):
             UserError: The tensor is damaged.
         """
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises UserError if one of these entries cannot be read."""
+        for name in names:
+            if name in self.unreadable:
+                raise self.error(name, self.unreadable[name])
+
     def __enter__(self) -> "TensorFile":
         return self
 
@@ -93,6 +108,15 @@ class TensorFile(abc.ABC):
     def error(self, name: str, problem: str) -> UserError:
         """Creates an error that names the file and one of its tensors."""
         return UserError(f"{self.path}: tensor {name!r} {problem}")
+
+
+def _check_not_lfs_pointer(path: str) -> None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{path} is a Git LFS pointer, which stands for the weights. Run git lfs pull in "
+                "its repository to download them."
+            )
 
 
 def copy_into(source: np.ndarray, out: np.ndarray) -> None:
@@ -137,7 +161,7 @@ class NpzFile(TensorFile):
         """Reads and checks the headers of all tensors.
 
         Raises:
-            UserError: The file is not an archive of floating-point arrays, or is damaged.
+            UserError: The file is not an archive of arrays, or is damaged.
         """
         super().__init__(path)
         self._lock = threading.Lock()
@@ -153,9 +177,10 @@ class NpzFile(TensorFile):
             self._members: dict[str, _Member] = {}
             for info in self._archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                if name in self._members:
+                if name in self._members or name in self.unreadable:
                     raise self.error(name, "occurs twice: the file is damaged.")
-                self._members[name] = self._read_header(name, info)
+                if member := self._read_header(name, info):
+                    self._members[name] = member
             self.shapes = {name: member.shape for name, member in self._members.items()}
             self.metadata = read_metadata_json(Path(path + METADATA_SUFFIX))
             self._open_files = stack.pop_all()
@@ -223,7 +248,8 @@ class NpzFile(TensorFile):
                 f"claims {largest.file_size:,} bytes in a file of {file_size:,}: it is damaged.",
             )
 
-    def _read_header(self, name: str, info: zipfile.ZipInfo) -> _Member:
+    def _read_header(self, name: str, info: zipfile.ZipInfo) -> _Member | None:
+        """Reads and checks the header of one tensor; returns None if it is not floating-point."""
         if not info.filename.endswith(".npy"):
             raise self.error(info.filename, "must be an .npy file, as all members of npz archives.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -241,9 +267,11 @@ class NpzFile(TensorFile):
         except Exception as error:  # zipfile and NumPy raise errors of many types.
             raise self.error(name, f"is damaged: {summarize_error(error)}.") from error
         if dtype.hasobject:
-            raise self.error(name, "contains Python objects, which can run code: not read.")
+            self.unreadable[name] = "contains Python objects, which can run code: not read."
+            return None
         if dtype.kind != "f" and dtype not in (_RAW_BFLOAT16, _BFLOAT16):
-            raise self.error(name, f"must be floating-point, got {dtype}.")
+            self.unreadable[name] = f"must be floating-point, got {dtype}."
+            return None
         header_size = start.tell()
         claimed = header_size + math.prod(shape) * dtype.itemsize
         if claimed != info.file_size:
@@ -285,8 +313,7 @@ class SafetensorsFile(TensorFile):
         """Reads and checks the header.
 
         Raises:
-            UserError: The file is not a safetensors file, is damaged, or has other than
-                floating-point tensors.
+            UserError: The file is not a safetensors file, or is damaged.
         """
         super().__init__(path)
         try:
@@ -302,9 +329,10 @@ class SafetensorsFile(TensorFile):
             ) from error
         self.shapes = {}
         for name, header in headers.items():
-            if header.get_dtype() not in _FLOATS:
-                raise self.error(name, f"must be floating-point, got {header.get_dtype()}.")
-            self.shapes[name] = tuple(header.get_shape())
+            if header.get_dtype() in _FLOATS:
+                self.shapes[name] = tuple(header.get_shape())
+            else:
+                self.unreadable[name] = f"must be floating-point, got {header.get_dtype()}."
         header_source = f"{path}: {_METADATA_KEY!r} in its header"
         self.metadata = parse_metadata_json(metadata.get(_METADATA_KEY, "{}"), header_source)
 
@@ -313,7 +341,7 @@ class SafetensorsFile(TensorFile):
         try:
             tensor = self._file.get_tensor(name)
         except safetensors.SafetensorError as error:
-            raise self.error(name, f"cannot be read: {summarize_error(error)}") from error
+            raise self.error(name, f"cannot be read: {summarize_error(error)}.") from error
         copy_into(tensor, out)
 
 
@@ -328,14 +356,17 @@ def write_safetensors(
 
 
 class TorchFile(TensorFile):
-    """A state dict saved by `torch.save`. It has no metadata."""
+    """A checkpoint saved by `torch.save`. It has no metadata.
+
+    Names of tensors in nested dictionaries are joined by slashes: "state_dict/stem.proj.weight".
+    """
 
     def __init__(self, path: str):
         """Maps the file into memory.
 
         Raises:
             UserError: PyTorch is not installed, or the file is damaged or contains anything but
-                floating-point tensors.
+                tensors and Python's own types.
         """
         super().__init__(path)
         self.metadata = {}
@@ -356,41 +387,88 @@ class TorchFile(TensorFile):
         except Exception as error:  # torch.load raises errors of many types.
             reason = summarize_error(error)
             raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}.") from error
-        for key in _STATE_DICT_KEYS:
-            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
         if not isinstance(loaded, dict):
             raise UserError(f"{path} must contain a state dict, got {type(loaded).__name__}.")
         self._tensors: dict[str, Any] = {}
-        for key, tensor in loaded.items():
-            name = _strip_prefixes(str(key))
-            if not isinstance(tensor, torch.Tensor):
-                raise self.error(name, f"must be a tensor, got {type(tensor).__name__}.")
-            if not tensor.dtype.is_floating_point:
-                raise self.error(name, f"must be floating-point, got {tensor.dtype}.")
-            if tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise self.error(
-                    name, f"must be dense and on the CPU, got {tensor.layout} on {tensor.device}."
+        for name, value in _flatten_dicts(loaded):
+            if name in self._tensors or name in self.unreadable:
+                raise self.error(name, "occurs twice.")
+            if not isinstance(value, torch.Tensor):
+                self.unreadable[name] = f"must be a tensor, got {type(value).__name__}."
+            elif not value.dtype.is_floating_point:
+                self.unreadable[name] = f"must be floating-point, got {value.dtype}."
+            elif value.layout != torch.strided or value.device.type != "cpu":
+                self.unreadable[name] = (
+                    f"must be dense and on the CPU, got {value.layout} on {value.device}."
                 )
-            if name in self._tensors:
-                raise self.error(name, "occurs twice, with different prefixes.")
-            self._tensors[name] = tensor.detach()
-        # A tensor with stride 0 can be larger than its storage.
-        claimed = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-        if claimed > (size := os.path.getsize(path)):
-            raise UserError(f"{path} claims {claimed:,} bytes but has {size:,}: it is damaged.")
+            else:
+                self._tensors[name] = value.detach()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises UserError if one of these entries cannot be read, or claims a false size."""
+        names = list(names)
+        super().check_names(names)
+        # A tensor with stride 0 can be larger than its storage.
+        tensors = [self._tensors[name] for name in names]
+        claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if claimed > (size := os.path.getsize(self.path)):
+            raise UserError(
+                f"{self.path} claims {claimed:,} bytes but has {size:,}: it is damaged."
+            )
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor; see `TensorFile`."""
         copy_into(self._tensors[name].float().numpy(), out)
 
 
-def _strip_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
+def _flatten_dicts(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested dictionaries with their slash-separated names.
+
+    Each dictionary is visited once, as a file can contain references in cycles.
+    """
+    visited = set()
+    pending: list[tuple[str, int, dict[Any, Any]]] = [("", 0, tree)]
+    while pending:
+        prefix, depth, node = pending.pop()
+        if id(node) in visited:
+            continue
+        visited.add(id(node))
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and depth < _MAX_DEPTH:
+                pending.append((f"{name}/", depth + 1, value))
+            else:
+                yield name, value
+
+
+class SelectedTensors(TensorFile):
+    """Some tensors of an open file, under other names; `shapes` has no others."""
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str], prefix: str):
+        """Checks that the tensors can be read.
+
+        Args:
+            file: File that contains the tensors; it stays open.
+            names: Name in the file of each tensor.
+            prefix: Prefix of names in the file, for messages about missing tensors.
+
+        Raises:
+            UserError: A tensor cannot be read.
+        """
+        super().__init__(file.path)
+        file.check_names(names.values())
+        self._file, self._names, self._prefix = file, names, prefix
+        self.metadata = file.metadata
+        self.shapes = {name: file.shapes[original] for name, original in names.items()}
+
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Reads one tensor; see `TensorFile`."""
+        self._file.read(self._names[name], out)
+
+    def error(self, name: str, problem: str) -> UserError:
+        """Creates an error with the tensor's name in the file."""
+        return super().error(self._names.get(name, self._prefix + name), problem)
 
 
 READERS: dict[str, Callable[[str], TensorFile]] = {

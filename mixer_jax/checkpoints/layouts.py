@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints.formats import TensorFile
+from mixer_jax.checkpoints.formats import SelectedTensors, TensorFile
 from mixer_jax.checkpoints.weights import Tree, unflatten_params, zeros_in_pages
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import InferredConfig, ModelFamily, Shape, WeightLayout
@@ -22,6 +22,49 @@ from mixer_jax.models.registry import FAMILIES, get_family
 
 # Parameters under this path have a leading axis of blocks.
 _BLOCKS = "blocks/"
+# What programs put in front of the names of weights, in any combination. The first that occurs
+# counts if a file has several weights; averaged weights come before all others.
+_AVERAGED = {
+    "state_dict_ema/",
+    "model_ema/",
+    "ema_state_dict/",
+    "model_ema_state_dict/",
+    "ema_params/",
+    "params_ema/",
+    "ema/",
+    "ema_model.",
+    "model_ema.",
+    "ema.",
+}
+_PREFIXES = (
+    # In big_vision's checkpoints: with an optimizer of optax or of Flax, and the image tower.
+    "params/",
+    "opt/target/",
+    "img/",
+    # Dictionaries in checkpoints of PyTorch.
+    *sorted(_AVERAGED),
+    "state_dict/",
+    "model_state_dict/",
+    "model_state/",
+    "model/",
+    "module/",
+    "net/",
+    "network/",
+    "weights/",
+    # Modules that contain the model: of Lightning, DistributedDataParallel and torch.compile.
+    "model.",
+    "net.",
+    "network.",
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+)
+_PREFIX_PART = re.compile("|".join(map(re.escape, sorted(_PREFIXES, key=len, reverse=True))))
+_PREFIX_PATTERN = re.compile(f"(?:{_PREFIX_PART.pattern})*")
+# Wrappers of a single block, inside a name.
+_INNER_WRAPPERS = re.compile(
+    r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 class LoadedWeights(NamedTuple):
@@ -59,16 +102,18 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
     """Reads published weights.
 
     The architecture is inferred from the names and shapes of the tensors. All of them are checked
-    before any tensor is read.
+    before any tensor is read. Names can have prefixes (`_PREFIXES`); what else a training program
+    saved next to the weights is then skipped.
 
     Raises:
         UserError: A tensor is missing, unexpected, damaged or not finite, or has a shape that
             contradicts the others.
     """
+    family, layout, prefix = _find_layout(file)
+    file = SelectedTensors(file, _select_names(file, prefix), prefix)
     for name, shape in file.shapes.items():
         if any(length < 1 for length in shape):
             raise file.error(name, f"must not be empty, got shape {shape}.")
-    family, layout = _find_layout(file)
     (config, num_tokens), num_classes = _infer_config(file, family, layout)
     # Shapes depend on the number of tokens at most, so any image size with this number does.
     side = family.image_size_multiple(config)
@@ -121,21 +166,73 @@ def _layout_shapes(
             yield name.format(index), shape if axes is None else tuple(shape[a] for a in axes)
 
 
-def _find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout]:
+def _find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout, str]:
     """Finds the model family and the layout of a file by the names of its tensors.
+
+    Returns:
+        The family, the layout, and the prefix of the names in the file.
 
     Raises:
         UserError: The layout is unknown.
     """
     known = [(family, layout) for family in FAMILIES.values() for layout in family.weight_layouts()]
-    for family, layout in known:
-        if any(key in file.shapes for key in layout.signature_keys):
-            return family, layout
-    expected = ", ".join(repr(key) for _, layout in known for key in layout.signature_keys)
+    names = [*file.shapes, *file.unreadable]
+    candidates: dict[str, tuple[ModelFamily, WeightLayout]] = {}
+    for name in names:
+        prefix, rest = _split_prefix(name)
+        for family, layout in known:
+            if rest in layout.signature_keys:
+                candidates.setdefault(prefix, (family, layout))
+    if candidates:
+        prefix = min(candidates, key=_rank_prefix)
+        return *candidates[prefix], prefix
+    keys = [key for _, layout in known for key in layout.signature_keys]
+    for name in names:
+        key = next((key for key in keys if name.endswith((f".{key}", f"/{key}"))), None)
+        if key:
+            prefixes = ", ".join(map(repr, _PREFIXES))
+            raise file.error(
+                name, f"has the unknown prefix {name.removesuffix(key)!r}: known are {prefixes}."
+            )
+    if not file.shapes:
+        file.check_names(file.unreadable)
+    expected = ", ".join(map(repr, keys))
     found = ", ".join(repr(name) for name in list(file.shapes)[:3]) or "no tensor"
     raise UserError(
         f"{file.path} is not a known checkpoint: expected one of {expected}, got {found}."
     )
+
+
+def _split_prefix(name: str) -> tuple[str, str]:
+    """Splits a tensor's name into its prefix and the name that it has in a published layout."""
+    match = _PREFIX_PATTERN.match(name)
+    assert match is not None
+    return match[0], _INNER_WRAPPERS.sub("", name[match.end() :])
+
+
+def _rank_prefix(prefix: str) -> tuple[bool, bool, list[int]]:
+    """Returns a sort key of prefixes: no prefix first, then averaged weights, as timm does."""
+    parts = _PREFIX_PART.findall(prefix)
+    return bool(parts), not _AVERAGED.intersection(parts), [_PREFIXES.index(p) for p in parts]
+
+
+def _select_names(file: TensorFile, prefix: str) -> dict[str, str]:
+    """Maps the names of a layout to those of a file's tensors with a prefix.
+
+    Without a prefix, all tensors are selected, so that unexpected ones are named.
+
+    Raises:
+        UserError: Two tensors have the same name in the layout.
+    """
+    selected: dict[str, str] = {}
+    for name in (*file.shapes, *file.unreadable):
+        found, rest = _split_prefix(name)
+        if prefix and found != prefix:
+            continue
+        if rest in selected:
+            raise file.error(rest, "occurs twice, with different prefixes.")
+        selected[rest] = name
+    return selected
 
 
 def _infer_config(

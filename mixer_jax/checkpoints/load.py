@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -22,14 +24,16 @@ from mixer_jax.checkpoints.model_info import (
     validate_metadata,
 )
 from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    COPY,
     FORMATS,
     HUB,
-    HUB_FILE,
     METADATA_SUFFIX,
     RUN,
     TIMM_CONFIG_FILE,
     CheckpointRef,
     local_copy,
+    local_workdir,
     resolve_checkpoint,
 )
 from mixer_jax.checkpoints.timm_config import (
@@ -92,13 +96,41 @@ def load_checkpoint(
     overrides = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
     if pretrain_size is not None:
         overrides["image_size"] = pretrain_size
-    ref = resolve_checkpoint(os.fspath(source), step)
-    if ref.format == RUN:
-        weights = _load_run(ref, overrides)
-    else:
-        with local_copy(ref) as path:
-            weights = _load_file(path, ref, overrides, requested_size)
+    with _quiet_orbax():
+        ref = resolve_checkpoint(os.fspath(source), step)
+        if ref.format in (RUN, COPY):
+            with local_workdir(ref) as (workdir, saved_step):
+                weights = _load_run(ref, workdir, saved_step, overrides)
+        else:
+            with _name_errors(os.fspath(source), ref), local_copy(ref) as path:
+                weights = _load_file(path, ref, overrides, requested_size)
     return weights if requested_size is None else resize(weights, requested_size)
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drops orbax's warnings, which concern neither the weights nor anything a user can change."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or "orbax" not in Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+@contextmanager
+def _name_errors(source: str, ref: CheckpointRef) -> Iterator[None]:
+    """Adds to errors that a name was taken for one on the Hub because no such file exists."""
+    try:
+        yield
+    except UserError as error:
+        if ref.format != "hub" or source != ref.path:
+            raise
+        raise UserError(f"{source!r} is neither a file nor a folder, and {error}") from error
 
 
 def collect_overrides(**arguments: Any) -> dict[str, Any]:
@@ -140,22 +172,24 @@ def parse_image_size(name: str, size: Any) -> tuple[int, int] | None:
     return lengths[0], lengths[1]
 
 
-def _load_run(ref: CheckpointRef, overrides: dict[str, Any]) -> PretrainedWeights:
+def _load_run(
+    ref: CheckpointRef, workdir: str, step: int, overrides: dict[str, Any]
+) -> PretrainedWeights:
     # Imported here: the import of orbax takes a second that files of weights need not.
     from mixer_jax.checkpoints.manager import CheckpointManager
 
-    assert ref.step is not None
-    source = f"checkpoint {ref.path}/checkpoints/{ref.step}"
-    checkpoints = CheckpointManager(ref.path)
+    folder = ref.path if ref.format == COPY else f"{ref.path}/{CHECKPOINT_DIR}/{step}"
+    source = f"checkpoint {folder}"
+    checkpoints = CheckpointManager(workdir)
     try:
-        metadata = checkpoints.metadata(ref.step)
+        metadata = checkpoints.metadata(step)
         model_info = ModelInfo.from_metadata(metadata, source)
         item = "ema_params" if get_metadata(metadata, "ema", source) else "params"
         shapes = model_info.param_shapes()
         target = unflatten_params(
             {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         )
-        params = checkpoints.restore(ref.step, {item: target})[item]
+        params = checkpoints.restore(step, {item: target})[item]
     finally:
         checkpoints.close()
     if overrides.get("image_size", model_info.image_size) != model_info.image_size:
@@ -178,7 +212,7 @@ def _load_file(
     """Loads a file whose local path is `path`, to be resized to `requested_size`."""
     is_on_hub = ref.format == "hub"
     source = HUB + ref.path if is_on_hub else ref.path
-    format = FORMATS[Path(HUB_FILE).suffix] if is_on_hub else ref.format
+    format = FORMATS[Path(path).suffix] if is_on_hub else ref.format
     with READERS[format](path) as file:
         loaded = read_pretrained(file)
         metadata = upgrade_metadata(file.metadata)

@@ -3,13 +3,16 @@
 A checkpoint `WORKDIR/checkpoints/STEP` contains `params`, `ema_params` (if the recipe averages
 weights), `optimizer`, and `metadata`, a small JSON file with everything needed to use the weights.
 The folder of a step gets its name only when it is complete, so an interrupted save is never
-mistaken for a checkpoint.
+mistaken for a checkpoint. On disks, it has checksums of its files, which are verified before
+anything is restored.
 """
 
+import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,15 +20,39 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
+from mixer_jax.checkpoints.checksums import (
+    DamagedFileError,
+    require_checksums,
+    verify_checksums,
+    write_checksums,
+)
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.errors import RunError, UserError, summarize_error
+from mixer_jax.files import remove_abandoned
 
 Tree = Any
 
 # Sizes of chunks and of files of `save_params_streaming`, in bytes. Each writer thread holds a few
 # chunks in memory.
 _CHUNK_SIZE, _FILE_SIZE = 2**22, 2**25
+# Entry of the metadata of a checkpoint with checksums, so that it is noticed if they are missing.
+_HAS_CHECKSUMS = "has_checksums"
+_METADATA = "metadata"
+
+
+class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Temporary folder of a step, whose checksums are written before it gets its name.
+
+    In the thread that writes the checkpoint, and on the primary process only.
+    """
+
+    async def finalize(self) -> None:
+        # Items are written to temporary folders as well.
+        if self.get_final().name.isdecimal():
+            # orbax changes or writes these two when it renames the folder.
+            write_checksums(Path(self.get()), exclude=(INDEX, COMMITTED))
+        await super().finalize()
 
 
 class CheckpointManager:
@@ -45,7 +72,9 @@ class CheckpointManager:
             create=not is_reader,
             read_only=is_reader,
             cleanup_tmp_directories=not is_reader,
+            temporary_path_class=_temporary_path_class(workdir),
         )
+        self._is_local = "://" not in workdir
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -58,20 +87,54 @@ class CheckpointManager:
 
         Returns once the arrays are copied; they are written in the background.
         """
+        _ignore_abandoned_writes()
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        metadata = metadata | {_HAS_CHECKSUMS: self._is_local}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
         self._manager.save(step, args=args, force=True)
 
-    def restore(self, step: int, targets: dict[str, Tree]) -> dict[str, Tree]:
+    def restore(
+        self, step: int, targets: dict[str, Tree], *, is_verified: bool = False
+    ) -> dict[str, Tree]:
         """Restores items with the shapes, dtypes and shardings of `targets`.
+
+        Args:
+            step: Step of the checkpoint.
+            targets: Tree of shapes by item.
+            is_verified: Whether `find_damage` has found none.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
         """
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         with self._damage_errors(step):
+            if not is_verified:
+                self._verify(step, *targets)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             return {name: restored[name] for name in targets}
+
+    def find_damage(self, step: int, worker: int = 0, num_workers: int = 1) -> str:
+        """Returns the damaged file of a checkpoint and what is wrong with it; "" if it is intact.
+
+        Of checkpoints without checksums, only the metadata is read.
+
+        Args:
+            step: Step of the checkpoint.
+            worker: Index among the workers that verify a part of the files each.
+            num_workers: Number of workers.
+        """
+        try:
+            _check_index(self._folder / str(step) / INDEX)
+            verify_checksums(self._folder / str(step), worker=worker, num_workers=num_workers)
+            self.metadata(step)
+        except DamagedFileError as error:
+            return str(error)
+        except UserError as error:
+            return str(error.__cause__ or error)
+        return ""
+
+    def _verify(self, step: int, *items: str) -> None:
+        verify_checksums(self._folder / str(step), items)
 
     def iter_restore(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the array of each leaf of an item, to hold only one in memory.
@@ -80,6 +143,7 @@ class CheckpointManager:
             UserError: The checkpoint is incomplete or damaged.
         """
         with self._damage_errors(step):
+            self._verify(step, item)
             saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / str(step) / item).tree
             leaves = dict(flatten_params(saved))
         for path, leaf in leaves.items():
@@ -100,9 +164,12 @@ class CheckpointManager:
         """
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._damage_errors(step):
-            metadata = self._manager.restore(step, args=args)["metadata"]
+            self._verify(step, _METADATA)
+            metadata = self._manager.restore(step, args=args)[_METADATA]
             if not isinstance(metadata, dict):
                 raise TypeError("its metadata is not a JSON object")
+            if metadata.pop(_HAS_CHECKSUMS, False):
+                require_checksums(self._folder / str(step))
             return metadata
 
     def close(self) -> None:
@@ -113,7 +180,7 @@ class CheckpointManager:
     def _damage_errors(self, step: int) -> Iterator[None]:
         """Raises UserError if a checkpoint cannot be read."""
         hook = sys.unraisablehook
-        sys.unraisablehook = _ignore_abandoned_reads(hook)
+        sys.unraisablehook = _filter_hook(hook)
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -129,11 +196,25 @@ class CheckpointManager:
         sys.unraisablehook = hook
 
 
-def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Wraps a `sys.unraisablehook` to ignore reads that orbax abandoned.
+def _check_index(path: Any) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{path.name} is missing or cannot be read") from error
 
-    After the first array that it cannot read, orbax does not wait for the others, and each of them
-    would print a stack trace when it ends.
+
+def _ignore_abandoned_writes() -> None:
+    """Ignores writes that orbax abandons, from now on: they are in the background."""
+    if not hasattr(sys.unraisablehook, "filters_abandoned"):
+        sys.unraisablehook = _filter_hook(sys.unraisablehook)
+    warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+
+
+def _filter_hook(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Wraps a `sys.unraisablehook` to ignore reads and writes that orbax abandoned.
+
+    After the first array that it cannot read or write, orbax does not wait for the others, and each
+    of them would print a stack trace when it ends.
     """
 
     def filtered_hook(unraisable: Any) -> None:
@@ -141,14 +222,37 @@ def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], ob
         if message != "Event loop is closed" and not message.endswith("was never awaited"):
             hook(unraisable)
 
+    filtered_hook.filters_abandoned = True  # type: ignore[attr-defined]
     return filtered_hook
 
 
 def remove_unfinished_saves(workdir: str) -> None:
-    """Removes what failed saves left in a run's folder, as far as possible, to free its space."""
-    for path in (epath.Path(workdir) / CHECKPOINT_DIR).glob("*.orbax-checkpoint-tmp*"):
-        with suppress(OSError):
-            path.rmtree()
+    """Removes what failed saves left in a run's folder on a disk, to free its space."""
+    for path in Path(workdir, CHECKPOINT_DIR).glob("*.orbax-checkpoint-tmp*"):
+        remove_abandoned(path)
+
+
+def move_damaged_checkpoints(workdir: str, steps: Iterable[int]) -> None:
+    """Moves checkpoints to `DAMAGED_DIR`, so that their steps can be saved again.
+
+    Raises:
+        RunError: A folder cannot be moved.
+    """
+    for step in steps:
+        source = epath.Path(workdir) / CHECKPOINT_DIR / str(step)
+        target = epath.Path(workdir) / DAMAGED_DIR / str(step)
+        try:
+            if target.exists():
+                target.rmtree()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+        except OSError as error:
+            raise RunError(f"{source} cannot be moved to {target}: {error.strerror}.") from error
+
+
+def _temporary_path_class(workdir: str) -> type[_ChecksummedPath] | None:
+    """Returns how orbax writes a step; None is its default, which depends on the object store."""
+    return None if "://" in workdir else _ChecksummedPath
 
 
 def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:
@@ -162,20 +266,23 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
         params: NumPy arrays.
         metadata: JSON-serializable metadata.
     """
+    _ignore_abandoned_writes()
     handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
     manager = ocp.CheckpointManager(
         epath.Path(workdir) / CHECKPOINT_DIR,
         item_handlers={
             "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "metadata": ocp.JsonCheckpointHandler(),
+            _METADATA: ocp.JsonCheckpointHandler(),
         },
+        options=ocp.CheckpointManagerOptions(temporary_path_class=_temporary_path_class(workdir)),
     )
     chunked_save = ocp.args.PyTreeSave(
         params,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_SIZE), params),
         ocdbt_target_data_file_size=_FILE_SIZE,
     )
+    metadata = metadata | {_HAS_CHECKSUMS: True}
     args = ocp.args.Composite(params=chunked_save, metadata=ocp.args.JsonSave(metadata))
     manager.save(step, args=args)
     manager.close()

@@ -4,6 +4,7 @@ Resolution reads names only; neither needs JAX or orbax.
 """
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from etils import epath
 from mixer_jax.errors import UserError, summarize_error
 
 HUB = "hf:"
+# timm's spellings of the same.
+_HUB_PREFIXES = (HUB, "hf-hub:", "hf_hub:")
+# Name of a Hub repository, which may have a revision: "timm/mixer_b16_224.goog_in21k@main".
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 RUN = "run"
+# One checkpoint of a run that was copied elsewhere.
+COPY = "copy"
 # Format of a file by its suffix. timm's training checkpoints end in .pth.tar but are not archives.
 FORMATS = {
     ".npz": "npz",
@@ -23,20 +30,26 @@ FORMATS = {
     ".pth": "torch",
     ".pt": "torch",
     ".bin": "torch",
+    ".ckpt": "torch",
     ".pth.tar": "torch",
 }
 # URL schemes that epath reads, through TensorFlow or another library.
 _SCHEMES = ("gs", "s3", "az")
 # How to install such a library, by its name in error messages.
 _EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
-# Names of the weights and of timm's config in a Hub repository, and in folders saved from it.
+# Names of the weights and of timm's config in a Hub repository, and in folders saved from it. Older
+# repositories have a file of PyTorch.
 HUB_FILE = "model.safetensors"
+_HUB_TORCH_FILE = "pytorch_model.bin"
+HUB_FILES = (HUB_FILE, _HUB_TORCH_FILE)
 TIMM_CONFIG_FILE = "config.json"
 # Suffix of the JSON file next to an npz archive that describes its model. Other programs reject an
 # archive with anything but tensors in it.
 METADATA_SUFFIX = ".json"
 # Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
+# Folder of a workdir that damaged checkpoints are moved to when the run resumes.
+DAMAGED_DIR = "damaged_checkpoints"
 # A checkpoint is complete once its folder has this file: on disks and in object stores.
 INDEX = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
@@ -46,9 +59,10 @@ class CheckpointRef(NamedTuple):
     """Location of weights.
 
     Attributes:
-        format: "run", "hub", or a value of `FORMATS`.
-        path: Workdir of the run, path of the file, or name of the Hub repository.
-        step: Step of the run's checkpoint; None for files and the Hub.
+        format: "run", "copy", "hub", or a value of `FORMATS`.
+        path: Workdir of the run, folder of the copied checkpoint, path of the file, or name of the
+            Hub repository.
+        step: Step of the run's checkpoint; None for files, the Hub, and copies with another name.
     """
 
     format: str
@@ -60,16 +74,17 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
     """Resolves the name of a checkpoint.
 
     Args:
-        source: A run's workdir or one of its checkpoints; a file of weights; a folder with
-            model.safetensors; or "hf:OWNER/NAME" for the Hugging Face Hub. Folders and files can be
-            URLs, such as gs://BUCKET/PATH.
+        source: A run's workdir or one of its checkpoints, also copied elsewhere; a file of weights;
+            a folder with model.safetensors or pytorch_model.bin; or "hf:OWNER/NAME" for the Hugging
+            Face Hub, also as "hf-hub:OWNER/NAME" or, unless there is such a folder, "OWNER/NAME".
+            Folders and files can be URLs, such as gs://BUCKET/PATH.
         step: Step of a run's checkpoint; None: the newest.
 
     Raises:
         UserError: No such checkpoint exists, or its format is unknown.
     """
     scheme, separator, _ = source.partition("://")
-    if separator and scheme not in _SCHEMES and not source.startswith(HUB):
+    if separator and scheme not in _SCHEMES and not source.startswith(_HUB_PREFIXES):
         schemes = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise UserError(
             f"checkpoint must be a path or a URL that starts with one of {schemes}, got "
@@ -82,8 +97,9 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
 def _resolve(source: str, step: int | None) -> CheckpointRef:
     path = epath.Path(source).expanduser()
     format = next((name for suffix, name in FORMATS.items() if path.name.endswith(suffix)), None)
-    if source.startswith(HUB):
-        name = source.removeprefix(HUB)
+    prefix = next((prefix for prefix in _HUB_PREFIXES if source.startswith(prefix)), "")
+    if prefix:
+        name = source.removeprefix(prefix)
         # A revision can contain slashes: refs/pr/1.
         parts = name.partition("@")[0].split("/")
         if len(parts) != 2 or not all(parts):
@@ -95,13 +111,27 @@ def _resolve(source: str, step: int | None) -> CheckpointRef:
         ref = CheckpointRef(format, str(path))
     elif path.is_file():
         raise UserError(f"checkpoint file must end in {', '.join(FORMATS)}, got {source!r}.")
-    elif (path / HUB_FILE).exists():
-        ref = CheckpointRef(FORMATS[Path(HUB_FILE).suffix], str(path / HUB_FILE))
+    elif file := next((path / name for name in HUB_FILES if (path / name).exists()), None):
+        ref = CheckpointRef(FORMATS[file.suffix], str(file))
+    elif _is_copied_checkpoint(source):
+        path = path if "://" in source else path.absolute()
+        ref = CheckpointRef(COPY, str(path), int(path.name) if path.name.isdecimal() else None)
+    elif _HUB_NAME.fullmatch(source) and not path.exists() and not path.parent.exists():
+        # A name in an existing folder is rather that of a missing workdir.
+        ref = CheckpointRef("hub", source)
     else:
         return CheckpointRef(RUN, *find_checkpoint(source, step))
     if step is not None:
         raise UserError(f"checkpoint {source!r} has no steps. Omit the step, or pass a workdir.")
     return ref
+
+
+def _is_copied_checkpoint(source: str) -> bool:
+    """Returns whether a folder is a complete checkpoint that is not in a workdir."""
+    folder = epath.Path(source).expanduser()
+    folder = folder if "://" in source else folder.resolve()
+    is_in_workdir = folder.name.isdecimal() and folder.parent.name == CHECKPOINT_DIR
+    return not is_in_workdir and (folder / _complete_mark(source)).is_file()
 
 
 @contextlib.contextmanager
@@ -127,14 +157,33 @@ def list_steps(workdir: str) -> list[int]:
     folder = epath.Path(workdir) / CHECKPOINT_DIR
     if not folder.is_dir():
         return []
-    # On a disk, a complete save is renamed, and a partial copy lacks orbax's index. An object store
-    # cannot rename, and orbax marks complete saves instead.
-    mark = COMMITTED if "://" in workdir else INDEX
+    mark = _complete_mark(workdir)
     return sorted(
         int(entry.name)
         for entry in folder.iterdir()
         if entry.name.isdecimal() and (entry / mark).exists()
     )
+
+
+def list_saved_steps(workdir: str) -> list[int]:
+    """Returns the steps of a run's checkpoints that were complete, if damaged since, in order.
+
+    On a disk, the folder of a step gets its name when it is complete.
+    """
+    if "://" in workdir:
+        return list_steps(workdir)
+    folder = epath.Path(workdir) / CHECKPOINT_DIR
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+
+
+def _complete_mark(path: str) -> str:
+    """Returns the name of the file that marks complete checkpoints.
+
+    On a disk, a complete save is renamed, and a partial copy lacks orbax's index. An object store
+    cannot rename, and orbax marks complete saves instead.
+    """
+    return COMMITTED if "://" in path else INDEX
 
 
 def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
@@ -156,11 +205,50 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
     steps = list_steps(workdir)
     if not steps:
         problem = "contains no checkpoint" if epath.Path(workdir).exists() else "does not exist"
-        raise UserError(f"{path!r} {problem}. Pass a workdir or a file of weights.")
+        raise UserError(f"{path!r} {problem}. Pass a workdir or a file of weights.{_hint(path)}")
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise UserError(f"step of checkpoint {path!r} must be one of {available}, got {step}.")
     return workdir, steps[-1] if step is None else step
+
+
+def _hint(source: str) -> str:
+    """Returns a sentence about what the user may have meant instead of a workdir."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir() if path.name.endswith((*FORMATS,)))
+        return f" Of its files, {names[0]!r} may be one." if names else ""
+    is_hub_name = _HUB_NAME.fullmatch(source) is not None
+    return f" For the Hugging Face Hub, pass {HUB}{source}." if is_hub_name else ""
+
+
+@contextlib.contextmanager
+def local_workdir(ref: CheckpointRef) -> Iterator[tuple[str, int]]:
+    """Yields the workdir and the step of a run's checkpoint.
+
+    A copied checkpoint gets a temporary workdir, in which a link stands for it.
+
+    Raises:
+        UserError: The copy is at a URL.
+    """
+    if ref.format == RUN:
+        assert ref.step is not None
+        yield ref.path, ref.step
+        return
+    if "://" in ref.path:
+        raise UserError(
+            f"checkpoint {ref.path!r} must be in the folder {CHECKPOINT_DIR!r} of a workdir, with "
+            "its step as its name. Move it, or copy it to a disk."
+        )
+    step = ref.step or 0
+    with tempfile.TemporaryDirectory() as workdir:
+        link = Path(workdir, CHECKPOINT_DIR, str(step))
+        link.parent.mkdir()
+        link.symlink_to(Path(ref.path).resolve())
+        try:
+            yield workdir, step
+        except UserError as error:
+            raise UserError(str(error).replace(str(link), ref.path)) from error
 
 
 @contextlib.contextmanager
@@ -207,13 +295,19 @@ def _download_from_hub(name: str) -> str:
     repo, _, revision = name.partition("@")
 
     def get_files(local_files_only: bool) -> str:
-        paths = [
-            huggingface_hub.hf_hub_download(
+        def download(file: str) -> str:
+            return huggingface_hub.hf_hub_download(
                 repo, file, revision=revision or None, local_files_only=local_files_only
             )
-            for file in (TIMM_CONFIG_FILE, HUB_FILE)
-        ]
-        return paths[-1]
+
+        download(TIMM_CONFIG_FILE)
+        try:
+            return download(HUB_FILE)
+        except errors.EntryNotFoundError as error:
+            is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+            if is_unreachable and not local_files_only:
+                raise
+            return download(_HUB_TORCH_FILE)
 
     try:
         try:
@@ -233,6 +327,8 @@ def _download_from_hub(name: str) -> str:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(f"{HUB}{name} does not exist, or is private. Check the name.") from error
     except errors.EntryNotFoundError as error:
-        raise UserError(f"{HUB}{name} must contain {HUB_FILE} and {TIMM_CONFIG_FILE}.") from error
+        raise UserError(
+            f"{HUB}{name} must contain {TIMM_CONFIG_FILE}, and {' or '.join(HUB_FILES)}."
+        ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mixer_jax.data.source import Source
 
 CHECKPOINT_HELP = (
-    "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors or .pth, or "
+    "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors, .pth or .ckpt, or "
     "hf:OWNER/NAME"
 )
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
@@ -159,8 +159,8 @@ class _OutputStream(io.TextIOWrapper):
 class ArgumentParser(argparse.ArgumentParser):
     """Argument parser that raises `UserError` and takes no abbreviations."""
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, *, prog: str | None = None, **kwargs: Any):
+        super().__init__(prog=prog and _called_as(prog), allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, with argparse's commonest messages in the form of the others."""
@@ -174,6 +174,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 }
                 raise UserError(template.format(**parts | unquoted))
         raise UserError(f"{message.rstrip('.')}. See --help.")
+
+
+def _called_as(prog: str) -> str:
+    """Returns the name of a program, "python -m mixer_jax.NAME", as its user started it."""
+    # Without the arguments of the command: Python, its options and the console script.
+    program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if not any(Path(part).stem == "mixer-jax" for part in program):
+        return prog
+    name = prog.removeprefix("python -m mixer_jax.")
+    return prog if name == prog else f"mixer-jax {'train' if name == 'main' else name}"
 
 
 def add_checkpoint_args(parser: ArgumentParser) -> None:

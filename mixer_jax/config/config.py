@@ -21,6 +21,7 @@ from mixer_jax.config.schema import (
     Field,
     RunConfig,
     from_dict,
+    parse_shots,
 )
 from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
@@ -156,10 +157,7 @@ def _suggest_key(path: str, keys: list[str]) -> str:
 def _check_rules(config: RunConfig) -> None:
     """Checks the rules between keys."""
     for name, entry in config.evals.items():
-        try:
-            _ = entry.shot_counts
-        except UserError as error:
-            raise UserError(f"config.evals.{name}.{error}") from None
+        parse_shots(f"config.evals.{name}.shots", entry.shots)
     _check_model(config)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps or config.num_epochs must be set, got 0 for both.")
@@ -178,7 +176,7 @@ def _check_rules(config: RunConfig) -> None:
             f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
-        resolve_num_steps(config, config.dataset.num_examples)
+        check_warmup(config, resolve_num_steps(config, config.dataset.num_examples))
 
 
 def _check_model(config: RunConfig) -> None:
@@ -217,19 +215,18 @@ def check_scan_unroll(scan_unroll: int, num_blocks: int) -> None:
 
 
 def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
-    """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`.
+    """Returns the number of training steps: `num_steps`, or the whole batches of `num_epochs`."""
+    return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
-    Raises:
-        UserError: Warmup is longer than the run.
-    """
-    num_steps = config.num_steps
-    num_steps = num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
-    if config.optimizer.warmup_steps > num_steps:
+
+def check_warmup(config: RunConfig, num_steps: int) -> None:
+    """Raises UserError if warmup is longer than the run."""
+    warmup_steps = config.optimizer.warmup_steps
+    if warmup_steps > num_steps:
         raise UserError(
             f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
-            f"got {config.optimizer.warmup_steps}. Lower it or train for longer."
+            f"got {warmup_steps}. Lower it or train for longer."
         )
-    return num_steps
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Config files, and overrides on the command line.
 
+A config file is found in the working directory, or else among those that are installed with the
+package: `configs/digits.py`, or its name alone, `digits`.
+
 The syntax is that of ml_collections.config_flags: `--config=FILE:ARGUMENT`, `--config.KEY=VALUE`,
 `--config.KEY VALUE`, and for booleans `--config.KEY` and `--noconfig.KEY`. The parser is our own:
 errors are one line, with the nearest key, and commands need neither absl's flags nor its app.
@@ -19,6 +22,9 @@ from mixer_jax.config.config import check_key_exists, flatten
 from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError, nearest
 
+_PACKAGE = Path(__file__).parents[1]
+# Folder of configs in a checkout, and the same folder as an installed package has it.
+_CHECKOUT_CONFIGS, _INSTALLED_CONFIGS = _PACKAGE.parent / "configs", _PACKAGE / "configs"
 # Dotted paths of keys, each with its value as text.
 Overrides = tuple[tuple[str, str], ...]
 
@@ -76,7 +82,8 @@ def load_config(config_spec: str) -> ConfigDict:
     """Calls `get_config` of a config file.
 
     Args:
-        config_spec: `PATH.py`, or `PATH.py:ARGUMENT` to call `get_config(ARGUMENT)`.
+        config_spec: Path or name of a config, as `find_config_file` accepts it; `digits:low` calls
+            `get_config("low")`.
 
     Raises:
         UserError: The file does not exist or fails, has no `get_config`, or the latter does not
@@ -87,10 +94,57 @@ def load_config(config_spec: str) -> ConfigDict:
     def get_config(module: ModuleType) -> Any:
         return module.get_config(argument) if argument else module.get_config()
 
-    config = exec_config_file(path, get_config, "config", config_spec)
+    config = exec_config_file(find_config_file(path), get_config, "config", config_spec)
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {config_spec!r}: get_config() must return a ConfigDict.")
     return config
+
+
+def find_config_file(path: str) -> Path:
+    """Finds a config file in the working directory, or else among the installed ones.
+
+    Args:
+        path: Path of the file, or the name of a config: `digits` is `digits.py` or
+            `configs/digits.py` in the working directory, or the installed `configs/digits.py`.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    given = Path(path)
+    if not given.name:
+        raise UserError(f"config file must be a Python file, such as digits.py, got {path!r}.")
+    has_suffix = given.suffix == ".py"
+    file = given if has_suffix else given.with_name(f"{given.name}.py")
+    is_name = file.parent == Path()
+    candidates = [file]
+    if is_name and not has_suffix:
+        candidates.append("configs" / file)
+    if is_name or file.parent == Path("configs"):
+        candidates.append(installed_configs() / file.name)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if given.is_file():
+        raise UserError(f"config file must be a Python file ending in .py, got {path!r}.")
+    folders = {candidate.parent for candidate in candidates}
+    # By name: a long path of the folder would make all of its files similar.
+    names = {sibling.stem for folder in folders for sibling in folder.glob("*.py")}
+    match = nearest(file.stem, sorted(names), cutoff=0.7)
+    if match and has_suffix:
+        hint = f" Did you mean {file.with_name(f'{match}.py')}?"
+    elif match:
+        hint = f" Did you mean {given.with_name(match)}?"
+    elif installed_configs().is_dir():
+        hint = f" The configs that come with mixer_jax are in {installed_configs()}."
+    else:
+        hint = " This installation has no configs: copy the folder configs of the source code."
+    raise UserError(f"config file {path!r} does not exist.{hint}")
+
+
+def installed_configs() -> Path:
+    """Returns the folder of the configs that come with this installation, or with the checkout."""
+    # An installed package always has the folder; next to it are packages of other projects.
+    return _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else _CHECKOUT_CONFIGS
 
 
 def exec_config_file(
@@ -135,7 +189,8 @@ def exec_config_file(
 def default_run_name(config_spec: str) -> str:
     """Returns the name of a run: that of `configs/digits.py:low` is "digits_low"."""
     path, argument = _split_config_spec(config_spec)
-    return f"{path.stem}_{argument}" if argument else path.stem
+    name = Path(path).name.removesuffix(".py")
+    return f"{name}_{argument}" if argument else name
 
 
 def set_override(config: ConfigDict, path: str, text: str) -> None:
@@ -158,6 +213,6 @@ def set_override(config: ConfigDict, path: str, text: str) -> None:
     node[name] = field.parse(f"config.{path}", text)
 
 
-def _split_config_spec(config_spec: str) -> tuple[Path, str]:
+def _split_config_spec(config_spec: str) -> tuple[str, str]:
     path, _, argument = config_spec.partition(":")
-    return Path(path), argument
+    return path, argument

@@ -175,6 +175,28 @@ def decode(
     return image[top : top + height, left : left + width]
 
 
+def convert_image(image: Image.Image, *, exif_orientation: bool = False) -> np.ndarray:
+    """Converts a Pillow image to uint8 RGB (height, width, 3), as `decode` does.
+
+    Args:
+        image: Image in memory, or a file that Pillow has opened and reads now.
+        exif_orientation: Whether to rotate the image according to its EXIF orientation.
+
+    Raises:
+        BadImageError: The file is damaged, or the image is empty, has more than `MAX_PIXELS` or
+            samples of more than 16 bits.
+    """
+    check_image_area(image.height, image.width)
+    if not image.width * image.height:
+        raise BadImageError("empty image", f"{image.width} × {image.height}")
+    with _reject_failures():
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT) if exif_orientation else 0
+        # A copy, as the conversion drops the transparent color.
+        pixels = _to_rgb(image.copy())
+    return _apply_orientation(pixels, orientation) if orientation in range(2, 9) else pixels
+
+
 def check_image_area(height: int, width: int) -> None:
     """Raises BadImageError for more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
@@ -294,7 +316,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise BadImageError(f"{image.format} with samples of 32 bits; convert it to 8 bits")
     image.info.pop("transparency", None)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_parts(encoded: bytes, image: ImageFile.ImageFile) -> None:
@@ -357,14 +379,17 @@ def _decode_png(encoded: bytes) -> tuple[np.ndarray, int]:
     mode, samples = _PNG_MODES[color_type, bits]
     with _reject_failures(_PNG_ROWS):
         image = Image.frombytes(mode, (width, height), chunks[b"IDAT"], "zip", samples, interlaced)
+        pixels = np.asarray(image)
         # Rows that the data do not reach are zero.
-        if interlaced or not np.asarray(image.crop((0, height - 1, width, height))).any():
+        if interlaced or not pixels[-1].any():
             size = _png_data_size(width, height, bits * _PNG_CHANNELS[color_type], interlaced)
             if len(zlib.decompressobj().decompress(chunks[b"IDAT"], size)) < size:
                 raise BadImageError(_PNG_ROWS)
-    if color_type == _PALETTE:
-        image.putpalette(chunks[b"PLTE"])
-    return _to_rgb(image), _read_orientation(chunks.get(b"eXIf", b""))
+        if color_type == _PALETTE:
+            image.putpalette(chunks[b"PLTE"])
+        if mode != "RGB":
+            pixels = _to_rgb(image)
+    return pixels, _read_orientation(chunks.get(b"eXIf", b""))
 
 
 def _png_data_size(width: int, height: int, bits_per_pixel: int, interlaced: int) -> int:

@@ -22,7 +22,7 @@ from mixer_jax.data.image_files import (
     read_image,
     walk_images,
 )
-from mixer_jax.data.source import Example, Source, normalize_names
+from mixer_jax.data.source import Example, Examples, Source, normalize_names
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
@@ -136,7 +136,7 @@ def check_readable(source: Source) -> None:
         )
 
 
-class _FolderExamples(Sequence[Example]):
+class _FolderExamples(Examples):
     """Examples read from files; the paths are stored as one byte string to save memory."""
 
     def __init__(self, root: Path, files: list[_LabeledFile]):
@@ -152,8 +152,12 @@ class _FolderExamples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         path = self._path(index)
-        labels = (int(self._labels[index]),)
+        labels = self.read_labels(index)
         return Example(image=read_image(path), labels=labels, name=display_path(path))
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        """Returns the class of a file, which follows from its path."""
+        return (int(self._labels[index]),)
 
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""

@@ -94,11 +94,7 @@ def eval_image(
     Args:
         encoded: Bytes of one image file.
         image_size: Height and width of the result, in pixels.
-        eval_crop: "shorter_side" resizes the image by area, keeping its aspect ratio, until it just
-            covers 8/7 of the result's height and width, and takes the center crop (Table 3:
-            shorter side 256 for 224); "square" resizes height and width to 8/7 of the result's
-            (Table 2); "bicubic" and "bilinear" are like "shorter_side" with Pillow's decoder and
-            filters, as timm evaluates its checkpoints (crop 0.875); "resize" does not crop.
+        eval_crop: Crop; see `crop_eval_image`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
 
     Returns:
@@ -108,8 +104,33 @@ def eval_image(
         BadImageError: The image cannot be decoded, or is so elongated that resizing it would take
             too many pixels.
     """
+    image = decode(
+        encoded, exif_orientation=exif_orientation, accurate_dct=eval_crop in _TIMM_FILTERS
+    )
+    return crop_eval_image(image, image_size=image_size, eval_crop=eval_crop)
+
+
+def crop_eval_image(
+    image: np.ndarray, *, image_size: tuple[int, int], eval_crop: str
+) -> np.ndarray:
+    """Takes the paper's or timm's evaluation crop of a decoded image.
+
+    Args:
+        image: uint8 RGB (height, width, 3).
+        image_size: Height and width of the result, in pixels.
+        eval_crop: "shorter_side" resizes the image by area, keeping its aspect ratio, until it just
+            covers 8/7 of the result's height and width, and takes the center crop (Table 3:
+            shorter side 256 for 224); "square" resizes height and width to 8/7 of the result's
+            (Table 2); "bicubic" and "bilinear" are like "shorter_side" with Pillow's decoder and
+            filters, as timm evaluates its checkpoints (crop 0.875); "resize" does not crop.
+
+    Returns:
+        uint8 RGB (height, width, 3).
+
+    Raises:
+        BadImageError: The image is so elongated that resizing it would take too many pixels.
+    """
     timm_style = eval_crop in _TIMM_FILTERS
-    image = decode(encoded, exif_orientation=exif_orientation, accurate_dct=timm_style)
     if eval_crop == "resize":
         return np.ascontiguousarray(resize(image, *image_size))
     if timm_style:

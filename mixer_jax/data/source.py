@@ -24,6 +24,14 @@ class Example(TypedDict):
     name: str
 
 
+class Examples(Sequence[Example]):
+    """Random access to examples, or to their labels alone."""
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        """Reads the labels of one example; subclasses do so without reading its image."""
+        return self[index]["labels"]
+
+
 class MixtureComponent(NamedTuple):
     """Range of examples that is shuffled on its own during training.
 
@@ -75,6 +83,14 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        """Reads the labels of one example, without its image if the dataset allows it.
+
+        Raises:
+            BadImageError: The labels cannot be read.
+        """
+        return _read_labels(self.examples, index)
 
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -141,7 +157,13 @@ def subset(source: Source, indices: Sequence[int]) -> Source:
     return dataclasses.replace(source, examples=examples, mixture=())
 
 
-class _ConcatExamples(Sequence[Example]):
+def _read_labels(examples: Sequence[Any], index: int) -> tuple[int, ...]:
+    if isinstance(examples, Examples):
+        return examples.read_labels(index)
+    return examples[index]["labels"]
+
+
+class _ConcatExamples(Examples):
     """Concatenation of sequences of examples."""
 
     def __init__(self, sequences: list[Sequence[Any]], starts: list[int]):
@@ -151,12 +173,21 @@ class _ConcatExamples(Sequence[Example]):
         return self._starts[-1] + len(self._sequences[-1])
 
     def __getitem__(self, index: Any) -> Any:
+        component, index = self._locate(index)
+        return self._sequences[component][index]
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        component, index = self._locate(index)
+        return _read_labels(self._sequences[component], index)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Returns the component of an example, and its index there."""
         index = range(len(self))[index]
         component = bisect.bisect_right(self._starts, index) - 1
-        return self._sequences[component][index - self._starts[component]]
+        return component, index - self._starts[component]
 
 
-class _RelabeledExamples(Sequence[Example]):
+class _RelabeledExamples(Examples):
     """Examples whose labels are mapped."""
 
     def __init__(self, examples: Sequence[Any], label_map: tuple[int, ...]):
@@ -167,11 +198,17 @@ class _RelabeledExamples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         example = self._examples[index]
-        labels = tuple(self._label_map[label] for label in example["labels"])
+        labels = self._map(example["labels"])
         return Example(image=example["image"], labels=labels, name=example["name"])
 
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        return self._map(_read_labels(self._examples, index))
 
-class _ExampleSubset(Sequence[Example]):
+    def _map(self, labels: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self._label_map[label] for label in labels)
+
+
+class _ExampleSubset(Examples):
     """Examples at selected indices."""
 
     def __init__(self, examples: Sequence[Any], indices: Sequence[int]):
@@ -182,6 +219,9 @@ class _ExampleSubset(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._examples[self._indices[index]]
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        return _read_labels(self._examples, self._indices[index])
 
 
 def _abbreviate(names: Sequence[str]) -> str:

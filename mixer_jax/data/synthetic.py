@@ -1,17 +1,16 @@
 """Synthetic images, to try or time a recipe without data."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
-from mixer_jax.data.source import Example, Source
+from mixer_jax.data.source import Example, Examples, Source
 
 SYNTHETIC = "synthetic"
 
 
-class _SyntheticExamples(Sequence[Example]):
+class _SyntheticExamples(Examples):
     """Noise images with random labels; a few encoded images are reused."""
 
     def __init__(self, split: str, num_classes: int, num_examples: int, image_size: int):
@@ -29,12 +28,16 @@ class _SyntheticExamples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]  # Raises the IndexError that ends an iteration.
-        label = np.random.default_rng([*self._seed, index]).integers(self._num_classes)
         return Example(
             image=self._encoded[index % len(self._encoded)],
-            labels=(int(label),),
+            labels=self.read_labels(index),
             name=f"example {index}",
         )
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        """Draws the label of an example."""
+        label = np.random.default_rng([*self._seed, index]).integers(self._num_classes)
+        return (int(label),)
 
 
 def synthetic_source(

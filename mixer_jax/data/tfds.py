@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.folder import FOLDER
 from mixer_jax.data.preparation import (
     check_manual_download,
@@ -22,7 +23,7 @@ from mixer_jax.data.preparation import (
     preparation_lock,
     use_array_record,
 )
-from mixer_jax.data.source import Example, Source
+from mixer_jax.data.source import Example, Examples, Source
 from mixer_jax.data.synthetic import SYNTHETIC
 from mixer_jax.data.tfds_labels import (
     FeatureSelection,
@@ -32,7 +33,7 @@ from mixer_jax.data.tfds_labels import (
     image_fixup,
     parse_dataset_name,
 )
-from mixer_jax.errors import DatasetNotPreparedError, UserError, suggest
+from mixer_jax.errors import DatasetNotPreparedError, UserError, suggest, summarize_error
 
 # Builders of mixer_jax; importing the module registers the builder with TFDS.
 _BUILDER_MODULES = {
@@ -43,12 +44,14 @@ _BUILDER_MODULES = {
 _PREPARED_ON_OPEN = {"digits"}
 
 _FILE_NAME = "file_name"
+_BAD_LABEL = "label is hidden or not a class"
 
 
-class _TfdsExamples(Sequence[Example]):
+class _TfdsExamples(Examples):
     """Examples of a TFDS data source.
 
-    Only the required features are decoded: many datasets have further images, masks or texts.
+    Only the required features are decoded: many datasets have further images, masks or texts. An
+    example is bad if its record is damaged, or if its label is hidden or not a class.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class _TfdsExamples(Sequence[Example]):
 
         self._records, self._label, self._source_name = records, label, f"{name} {split}"
         file_name: FeatureSelection = {_FILE_NAME: ()} if _FILE_NAME in features else {}
-        self._features = _select_features(features, {"image": (), **file_name, **label.features})
+        selection = file_name | label.features
+        self._label_features = _select_features(features, selection)
+        self._features = _select_features(features, {"image": ()} | selection)
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         self._fix_image = image_fixup(name)
 
@@ -68,14 +73,38 @@ class _TfdsExamples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         example = self._features.deserialize_example_np(
-            self._records[index], decoders=self._decoders
+            self._read_record(index), decoders=self._decoders
         )
+        labels = self._extract_labels(example, index)
+        image = self._fix_image(example["image"]) if self._fix_image else example["image"]
+        return Example(image=image, labels=labels, name=self._name(example, index))
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        """Reads the labels of one example; its record contains the image, which is not parsed."""
+        record = self._read_record(index)
+        return self._extract_labels(self._label_features.deserialize_example_np(record), index)
+
+    def _read_record(self, index: int) -> bytes:
+        try:
+            return self._records[index]
+        except RuntimeError as error:
+            # Records have checksums. The other messages of their reader name the file.
+            name = f"{self._source_name}, example {index}"
+            raise BadImageError("damaged record", summarize_error(error), name) from None
+
+    def _extract_labels(self, example: dict[str, Any], index: int) -> tuple[int, ...]:
+        labels = self._label.extract(example)
+        for label in labels:
+            # Training would learn that such an example has none of the classes.
+            if not 0 <= label < len(self._label.class_names):
+                name = self._name(example, index)
+                raise BadImageError(_BAD_LABEL, f"{label}", name)
+        return labels
+
+    def _name(self, example: dict[str, Any], index: int) -> str:
         file_name = example.get(_FILE_NAME, b"").decode()
         suffix = f": {file_name}" if file_name else f", example {index}"
-        image = self._fix_image(example["image"]) if self._fix_image else example["image"]
-        return Example(
-            image=image, labels=self._label.extract(example), name=f"{self._source_name}{suffix}"
-        )
+        return f"{self._source_name}{suffix}"
 
 
 def _select_features(features: Any, selection: FeatureSelection) -> Any:
@@ -271,8 +300,12 @@ def _make_source(builder: Any, name: str, split: str) -> Source:
             f'slices such as "train[:99%]", and not empty, got {split!r}.'
         ) from error
     examples = _TfdsExamples(records, builder.info.features, label, name, split)
-    if min(examples[0]["labels"], default=0) < 0:
-        raise UserError(
-            f"labels of split {split!r} of dataset {name!r} must not be hidden. Use another split."
-        )
+    try:
+        examples.read_labels(0)
+    except BadImageError as error:
+        if error.reason == _BAD_LABEL:
+            raise UserError(
+                f"labels of split {split!r} of dataset {name!r} must not be hidden. Use another "
+                "split."
+            ) from error
     return Source(f"{name} {split}", examples, label.class_names, label.multi_label)

@@ -7,11 +7,12 @@ a message and SIGABRT. The same happens to a process whose peers do not join in 
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.distributed.hardware import joins_hosts, read_int
 from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
+
+T = TypeVar("T")
 
 # Detects a lost host within a minute, but tolerates the pause of a live migration.
 _HEARTBEAT_TIMEOUT_SECONDS = 40
@@ -155,6 +158,55 @@ def all_gather(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return array[None]
     return np.asarray(multihost_utils.process_allgather(array))
+
+
+def gather_text(text: str) -> list[str]:
+    """Gathers a text of each host, in their order; all hosts must call it together."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = all_gather(np.array(len(data)))
+    padded = np.zeros(max(1, lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = all_gather(padded)
+    return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def compute_once(compute: Callable[[], T]) -> T:
+    """Calls a function on the primary process and returns its result on all hosts.
+
+    All hosts must call it together. Hosts that each read a file system could see it at different
+    times, and would all ask it for the same files.
+
+    Args:
+        compute: Function without collectives, whose result can be pickled.
+
+    Raises:
+        UserError: The function raises one; all hosts raise it.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    result: Any = None
+    error: UserError | None = None
+    if is_primary_process():
+        try:
+            result = compute()
+        except UserError as raised:
+            # Subclasses may not be picklable.
+            error = raised
+    message = None if error is None else str(error)
+    data = pickle.dumps((message, result)) if is_primary_process() else b""
+    # The size first, because all hosts must pass arrays of one shape.
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    received = multihost_utils.broadcast_one_to_all(
+        np.frombuffer(data.ljust(size, b"\0"), np.uint8)
+    )
+    if error is not None:
+        raise error
+    if is_primary_process():
+        return cast(T, result)
+    message, result = pickle.loads(np.asarray(received).tobytes())
+    if message is not None:
+        raise UserError(message)
+    return cast(T, result)
 
 
 class SharedFlags:

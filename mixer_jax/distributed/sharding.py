@@ -10,8 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mixer_jax.errors import UserError
+from mixer_jax.models.family import ModelFamily
+from mixer_jax.models.params import prepare_inference_params
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.stack import prepare_inference_params
 
 DATA, FSDP = "data", "fsdp"
 
@@ -105,19 +106,18 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def state_sharding(tree: Any, mesh: Mesh, family: str) -> Any:
+def state_sharding(tree: Any, mesh: Mesh, family: ModelFamily) -> Any:
     """Returns the shardings of a tree: weight matrices over "fsdp", all other arrays replicated.
 
     Optimizer moments have the path and shape of their parameter, and so the same sharding.
     """
-    is_sharded = get_family(family).is_fsdp_sharded
 
     def shard(path: Any, array: Any) -> NamedSharding:
         spec: list[str | None] = [None] * len(array.shape)
         axis = fsdp_axis(array.shape, mesh)
         # Without the positions of parameters in the state.
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        if axis is not None and names and is_sharded(names):
+        if axis is not None and names and family.is_fsdp_sharded(names):
             spec[axis] = FSDP
         return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -137,7 +137,7 @@ def sharded_value_and_grad(
     value_and_grad: ValueAndGrad,
     mesh: Mesh,
     cast: Callable[[Tree], Tree],
-    family: str,
+    family: ModelFamily,
 ) -> Callable[[Tree, Tree, Tree], tuple[Float[Array, ""], Tree]]:
     """Extends a function of the examples of one device to a batch that is sharded over all.
 
@@ -151,7 +151,7 @@ def sharded_value_and_grad(
             the batch.
         mesh: Mesh of `make_mesh`.
         cast: Conversion of parameters before they are sent.
-        family: Family of the model, as for `state_sharding`.
+        family: Family of the model.
 
     Returns:
         A function of parameters sharded by `state_sharding`, a batch sharded by `batch_sharding`,
@@ -198,7 +198,7 @@ def _reduce(grad: Array, spec: PartitionSpec) -> Float[Array, "..."]:
     return shard if jax.lax.axis_size(DATA) == 1 else jax.lax.psum(shard, DATA)
 
 
-def shard_params(params: Any, mesh: Mesh, family: str) -> Any:
+def shard_params(params: Any, mesh: Mesh, family: ModelFamily) -> Any:
     """Shards parameters, the same on every host, over the mesh of all hosts, as in training."""
 
     def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -211,4 +211,4 @@ def shard_inference_params(params: Any, model: Any, mesh: Mesh) -> Any:
     """Shards float32 parameters like `shard_params`, in the form that predicts fastest."""
     platform, family = mesh.devices.flat[0].platform, get_family(model.family)
     prepared = prepare_inference_params(params, model.execution.dtype, platform, family)
-    return shard_params(prepared, mesh, model.family)
+    return shard_params(prepared, mesh, family)

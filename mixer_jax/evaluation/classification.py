@@ -111,13 +111,13 @@ def per_example_metrics(
 def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
     """Jits the model, followed by `per_example_metrics`. See `jit_inference`."""
 
-    def select(logits: Array, batch: Batch) -> ExampleMetrics:
+    def postprocess(logits: Array, batch: Batch) -> ExampleMetrics:
         target_mask = batch["label"]
         if target_mask.ndim == 1:
             target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
         return per_example_metrics(logits, target_mask, batch["mask"])
 
-    return jit_inference(model, mesh, select)
+    return jit_inference(model, mesh, postprocess)
 
 
 def evaluate(

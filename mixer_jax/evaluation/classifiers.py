@@ -182,7 +182,10 @@ class RidgePath(NamedTuple):
 
 
 class KnnClassifier:
-    """Vote of the most similar examples, weighted by the exponential of cosine similarity."""
+    """Vote of the most similar examples, weighted by the exponential of cosine similarity.
+
+    See arXiv 1805.01978.
+    """
 
     def __init__(
         self,

@@ -36,10 +36,10 @@ FeatureFn = Callable[[Any, Batch], BatchFeatures]
 def make_feature_fn(model: Any, mesh: Mesh) -> FeatureFn:
     """Jits the model without its head; parameters may include the head. See `jit_inference`."""
 
-    def select(features: Array, batch: Batch) -> BatchFeatures:
+    def postprocess(features: Array, batch: Batch) -> BatchFeatures:
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 
-    return jit_inference(model.clone(num_classes=0), mesh, select)
+    return jit_inference(model.clone(num_classes=0), mesh, postprocess)
 
 
 class FeatureExtractor:

@@ -45,7 +45,7 @@ class EvalInputConfig(NamedTuple):
 
 
 def jit_inference(
-    model: Any, mesh: Mesh, select: Callable[[Array, Batch], Output]
+    model: Any, mesh: Mesh, postprocess: Callable[[Array, Batch], Output]
 ) -> Callable[[Any, Batch], Output]:
     """Jits a model for parameters and a batch of `eval_batches`.
 
@@ -55,7 +55,7 @@ def jit_inference(
     Args:
         model: Flax module.
         mesh: Device mesh.
-        select: Function from the output of the model and the batch to the result.
+        postprocess: Function from the model's output and the batch to the result.
     """
     model = use_partitionable_backend(model, mesh.size)
     options = compiler_options(mesh.devices.flat[0].platform, model.execution.backend)
@@ -63,7 +63,7 @@ def jit_inference(
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
     def step(params: Any, batch: Batch) -> Output:
         params = replicate(params, mesh)
-        return select(model.apply({"params": params}, normalize_images(batch["image"])), batch)
+        return postprocess(model.apply({"params": params}, normalize_images(batch["image"])), batch)
 
     return step
 

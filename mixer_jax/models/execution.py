@@ -7,6 +7,7 @@ from typing import Any, Literal
 from mixer_jax.errors import UserError
 
 Backend = Literal["xla", "triton", "mosaic"]
+# From the least to the most recomputation; planning relies on this order.
 Remat = Literal["none", "dots", "mlp_hidden", "full"]
 
 # Values of config keys that leave the choice to the platform.

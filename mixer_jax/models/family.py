@@ -68,6 +68,8 @@ class WeightLayout:
         name: Name for people.
         tensors: All tensors; those of the head may be absent.
         signature_keys: Names of tensors that no layout of another family has.
+        gelu: "tanh" or "exact".
+        eval_crop: Crop, as in `config.preprocess.eval_crop`.
     """
 
     name: str

@@ -52,7 +52,8 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each after LayerNorm and with a skip connection.
 
-    Stochastic depth drops each branch with a separate mask, and does not rescale the others.
+    Stochastic depth drops each branch with a separate mask; branches that are kept are not rescaled
+    (the authors' code).
     """
 
     num_branches: ClassVar[int] = 2
@@ -81,13 +82,17 @@ class MixerBlock(nn.Module):
             map_over_vectors, MlpBlock, ctx=self.ctx, gelu=self.gelu, dropout=self.dropout
         )
         # One MLP, shared by all channels, sees each column of the table (s, c) ...
-        y, mlp_dim = LayerNorm()(x), config.tokens_mlp_dim
-        y = apply_mlp(y, example_index, over="channels", mlp_dim=mlp_dim, name="token_mixing")
+        y = LayerNorm()(x)
+        y = apply_mlp(
+            y, example_index, over="channels", mlp_dim=config.tokens_mlp_dim, name="token_mixing"
+        )
         self.sow("intermediates", "token_mixing_output", y)
         x = add_branch(x, y, token_mask, self.ctx.dtype, save_as=MLP_OUTPUT)
         # ... and one, shared by all tokens, sees each row.
-        y, mlp_dim = LayerNorm()(x), config.channels_mlp_dim
-        y = apply_mlp(y, example_index, over="tokens", mlp_dim=mlp_dim, name="channel_mixing")
+        y = LayerNorm()(x)
+        y = apply_mlp(
+            y, example_index, over="tokens", mlp_dim=config.channels_mlp_dim, name="channel_mixing"
+        )
         self.sow("intermediates", "channel_mixing_output", y)
         return add_branch(x, y, channel_mask, self.ctx.dtype)
 

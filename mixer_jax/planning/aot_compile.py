@@ -12,8 +12,8 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import batch_sharding
 from mixer_jax.errors import summarize_error
 from mixer_jax.evaluation.classification import make_eval_step
-from mixer_jax.planning.cost_model import placeholder_datasets
 from mixer_jax.planning.hlo import Program, parse_program
+from mixer_jax.planning.run_spec import placeholder_datasets
 from mixer_jax.training.setup import Experiment, build_experiment
 
 _SIZE = r"(\d+(?:\.\d+)?)([KMGT])"

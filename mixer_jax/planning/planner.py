@@ -14,17 +14,15 @@ from mixer_jax.planning.aot_compile import (
 )
 from mixer_jax.planning.cost_model import (
     Memory,
-    RunSpec,
     estimate_collectives,
     estimate_eval_memory,
     estimate_memory,
     min_hbm_bytes,
-    resolve_for_platform,
-    run_spec,
 )
 from mixer_jax.planning.hlo_collectives import Collective, TensorRoles, find_collectives
 from mixer_jax.planning.hlo_costs import hbm_bytes_by_opcode
 from mixer_jax.planning.roofline import RooflineBound, RunCost, roofline_bound, run_cost
+from mixer_jax.planning.run_spec import RunSpec, resolve_for_platform, run_spec
 from mixer_jax.planning.topology import Topology, device_locations, tpu_devices
 from mixer_jax.training.setup import Experiment
 

@@ -3,8 +3,9 @@
 import textwrap
 from typing import Any
 
-from mixer_jax.planning.cost_model import REMAT_POLICIES, RunSpec, estimate_memory
+from mixer_jax.planning.cost_model import estimate_memory
 from mixer_jax.planning.planner import CompiledStep, Plan
+from mixer_jax.planning.run_spec import REMAT_POLICIES, RunSpec
 from mixer_jax.planning.topology import GIB, larger_topologies
 
 _WIDTH = 100

@@ -140,7 +140,7 @@ def network_seconds(
     """
     chip = topology.chip
     if collective.op == "collective-permute":
-        pairs = [(locations[a], locations[b]) for a, b in collective.replica_groups]
+        pairs = [(locations[group[0]], locations[group[1]]) for group in collective.replica_groups]
         bandwidth = None
         if any(a.ici_domain != b.ici_domain for a, b in pairs):
             bandwidth = chip.network_bandwidth

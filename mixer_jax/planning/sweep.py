@@ -10,15 +10,10 @@ from typing import Any, NamedTuple
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.sharding import check_divisible, check_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.planning.cost_model import (
-    REMAT_POLICIES,
-    RunSpec,
-    estimate_memory,
-    resolve_for_platform,
-    run_spec,
-)
+from mixer_jax.planning.cost_model import estimate_memory
 from mixer_jax.planning.planner import Plan, add_eval_step, make_plan
 from mixer_jax.planning.report import plan_to_dict
+from mixer_jax.planning.run_spec import REMAT_POLICIES, RunSpec, resolve_for_platform, run_spec
 from mixer_jax.planning.topology import GIB, Topology, tpu_devices
 
 DIMENSIONS = ("accumulation", "fsdp", "remat", "unroll")

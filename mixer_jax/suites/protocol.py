@@ -44,7 +44,7 @@ from mixer_jax.suites.workdir import (
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import check_workdir
-from mixer_jax.visualization.figures import plot_curves
+from mixer_jax.visualization.curves import plot_curves
 
 _RANDOM_INIT_SEED = 0
 

@@ -21,7 +21,7 @@ from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tas
 from mixer_jax.suites.table import report
 from mixer_jax.suites.tasks import AUTO, Suite
 from mixer_jax.suites.workdir import (
-    check_workdir,
+    check_not_run_workdir,
     lock_tasks,
     params_digest,
     read_throughput,
@@ -81,7 +81,7 @@ def run_suite(request: TransferRequest) -> TransferOutcome:
 
 def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> TransferOutcome:
     """Runs a suite; locks are released with `stack`."""
-    check_workdir(request.workdir)
+    check_not_run_workdir(request.workdir)
     config = default_config(request.overrides)
     request = request._replace(suite=datasets.resolve_folders(request.suite))
     tasks = select_tasks(request.suite, request.tasks, request.shard)

@@ -23,6 +23,8 @@ VALIDATION, TEST = "validation", "test"
 CHECKPOINT, RANDOM_INIT = "checkpoint", "fresh"
 NETWORK_TITLES = {CHECKPOINT: "checkpoint", RANDOM_INIT: "random initialization"}
 
+_OTHER_NAME = "Choose another name."
+
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneTask:
@@ -214,7 +216,8 @@ def check_suite(suite: Suite) -> None:
     names = [task.name for task in suite.tasks]
     for task in suite.tasks:
         _check_name("task", task.name)
-        _require(names.count(task.name) == 1, f"{source}: names of tasks", "be unique", task.name)
+        is_unique = names.count(task.name) == 1
+        _require(is_unique, f"{source}: names of tasks", "be unique", task.name, _OTHER_NAME)
         _check_task(task)
 
 
@@ -231,7 +234,8 @@ def _check_task(task: Any) -> None:
         _require(is_valid, f"{source}: {name}", rule, getattr(task, name))
 
     is_free = not _RESERVED_NAME.fullmatch(task.name)
-    check("name", is_free, "not be that of a file in the workdir of a suite")
+    rule = "not be that of a file in the workdir of a suite"
+    _require(is_free, f"{source}: name", rule, task.name, _OTHER_NAME)
     splits = [f.name for f in dataclasses.fields(task) if f.name.endswith("_split")]
     for name in ("dataset", *splits):
         value = getattr(task, name)
@@ -269,7 +273,7 @@ def _check_task(task: Any) -> None:
         is_valid = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
         _require(is_valid, names, "consist of letters, digits, _ and -", name)
         is_free = name not in (VALIDATION, TEST)
-        _require(is_free, names, f"not be {VALIDATION} or {TEST}", name)
+        _require(is_free, names, f"not be {VALIDATION} or {TEST}", name, _OTHER_NAME)
         is_pair = _is_list(entry, lambda x: isinstance(x, str), unique=False) and len(entry) == 2
         _require(is_pair, f"{source}: extra_evals[{name!r}]", "be (dataset, split)", entry)
 
@@ -279,9 +283,9 @@ def _check_paper_column(source: str, column: Any) -> None:
     _require(column in ("", *_PAPER_COLUMNS), f"{source}: paper_column", rule, column)
 
 
-def _require(is_valid: Any, name: str, rule: str, value: Any) -> None:
+def _require(is_valid: Any, name: str, rule: str, value: Any, fix: str = "") -> None:
     if not is_valid:
-        raise UserError(f"{name} must {rule}, got {value!r}.")
+        raise UserError(f"{name} must {rule}, got {value!r}.{fix and ' ' + fix}")
 
 
 def _is_list(values: Any, is_valid: Callable[[Any], bool], *, unique: bool = True) -> bool:

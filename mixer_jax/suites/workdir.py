@@ -104,7 +104,7 @@ def output_errors(folder: str) -> Iterator[None]:
         ) from error
 
 
-def check_workdir(workdir: str) -> None:
+def check_not_run_workdir(workdir: str) -> None:
     """Raises UserError if a workdir belongs to a run instead of a suite."""
     folder = epath.Path(workdir)
     if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINT_DIR).exists():

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, DAMAGED_DIR, list_saved_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
@@ -24,11 +25,19 @@ from mixer_jax.training.step import TrainState
 class InitSource(NamedTuple):
     """Checkpoint that a run starts or resumes from, at the image size of the run.
 
-    `weights` are those of `config.init_from`; None if the run resumes from its own checkpoint.
+    Attributes:
+        model_info: Description of the model.
+        weights: Weights of `config.init_from`; None if the run resumes from its own checkpoint.
+        resume_step: Step that the run resumes from, whose files have been verified; 0: none.
+        notes: Lines about newer checkpoints, which are damaged.
+        damaged_steps: Steps of these checkpoints.
     """
 
     model_info: ModelInfo
     weights: PretrainedWeights | None
+    resume_step: int = 0
+    notes: tuple[str, ...] = ()
+    damaged_steps: tuple[int, ...] = ()
 
 
 def find_init_source(
@@ -36,20 +45,16 @@ def find_init_source(
 ) -> InitSource | None:
     """Finds the checkpoint that a run starts or resumes from; None: random initialization.
 
-    `weights` are those of `config.init_from`, if already loaded. The workdir is only read.
+    All hosts must call it together, and get the same answer. `weights` are those of
+    `config.init_from`, if already loaded. The workdir is only read.
 
     Raises:
-        UserError: `config.init_from` cannot be loaded, or is another model than the config's.
+        UserError: `config.init_from` cannot be loaded, or is another model than the config's; or
+            the run has checkpoints, and all of them are damaged.
     """
-    steps = list_steps(workdir)
+    steps = multihost.compute_once(lambda: list_saved_steps(workdir))
     if steps:
-        checkpoints = CheckpointManager(workdir)
-        try:
-            metadata = checkpoints.metadata(steps[-1])
-        finally:
-            checkpoints.close()
-        source = f"checkpoint {workdir}/{CHECKPOINT_DIR}/{steps[-1]}"
-        return InitSource(ModelInfo.from_metadata(metadata, source), None)
+        return _find_valid_checkpoint(workdir, steps)
     if not config.init_from:
         return None
     weights = weights or load_checkpoint(config.init_from)
@@ -57,6 +62,29 @@ def find_init_source(
         _check_same_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))
     return InitSource(weights.model_info, weights)
+
+
+def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
+    """Finds the newest checkpoint that is not damaged; each host verifies a part of the files."""
+    checkpoints = CheckpointManager(workdir)
+    folder = f"{workdir}/{CHECKPOINT_DIR}"
+    notes: list[str] = []
+    damaged: list[int] = []
+    try:
+        for step in reversed(steps):
+            problem = checkpoints.find_damage(step, jax.process_index(), jax.process_count())
+            problem = next(filter(None, multihost.gather_text(problem)), "")
+            if not problem:
+                info = ModelInfo.from_metadata(checkpoints.metadata(step), f"{folder}/{step}")
+                return InitSource(info, None, step, tuple(notes), tuple(damaged))
+            notes.append(f"checkpoint {folder}/{step} is damaged ({problem})")
+            damaged.append(step)
+    finally:
+        checkpoints.close()
+    raise UserError(
+        f"{'; '.join(notes)}. The run has no valid checkpoint to resume from: restore one, or move "
+        f"{folder} elsewhere to start again."
+    )
 
 
 def restore_or_init(
@@ -73,7 +101,8 @@ def restore_or_init(
     metadata, source = checkpoints.metadata(step), f"the checkpoint of step {step}"
     _check_same_data(experiment, metadata, source)
     shape = experiment.state_shape
-    items = checkpoints.restore(step, _checkpoint_items(shape))
+    is_verified = init is not None and init.resume_step == step
+    items = checkpoints.restore(step, _checkpoint_items(shape), is_verified=is_verified)
     steps_taken = jax.device_put(jnp.int32(step), shape.step.sharding)
     state = TrainState(steps_taken, items["params"], items["optimizer"], items.get("ema_params"))
     return state, get_metadata(metadata, "loss_window", source)
@@ -107,7 +136,8 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
     state = experiment.create_state()
     if weights is None:
         return state
-    params = shard_params(weights.params, experiment.mesh, experiment.model_info.family)
+    family = get_family(experiment.model_info.family)
+    params = shard_params(weights.params, experiment.mesh, family)
     if not should_keep_head(experiment, weights.model_info):
         params = {**params, "head": state.params["head"]}
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
@@ -133,9 +163,11 @@ def should_keep_head(experiment: Experiment, pretrained: ModelInfo) -> bool:
 
 
 def describe_init(experiment: Experiment, init: InitSource | None) -> str:
-    """Formats a line about the pretrained weights of a new run; empty for any other run."""
-    if init is None or init.weights is None:
+    """Formats lines about pretrained weights, or about checkpoints that are not resumed from."""
+    if init is None:
         return ""
+    if init.weights is None:
+        return "".join(f"{note}; moved to {DAMAGED_DIR}\n" for note in init.notes)
     info = init.model_info
     resized = f", {info.resize_note}" if info.resize_note else ""
     head = "pretrained head" if should_keep_head(experiment, info) else "new head"

@@ -10,7 +10,11 @@ from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.manager import CheckpointManager, remove_unfinished_saves
+from mixer_jax.checkpoints.manager import (
+    CheckpointManager,
+    move_damaged_checkpoints,
+    remove_unfinished_saves,
+)
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
@@ -113,7 +117,7 @@ def train_and_evaluate(
         reason = no_space_reason(error)
         if not reason:
             raise
-        if jax.process_count() == 1:
+        if "://" not in workdir and jax.process_count() == 1:
             remove_unfinished_saves(workdir)
         saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
         raise DiskFullError(
@@ -152,9 +156,12 @@ class _TrainLoop:
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
         self.num_steps = self.experiment.num_steps
+        if init is not None and init.damaged_steps:
+            steps = init.damaged_steps
+            multihost.compute_once(lambda: move_damaged_checkpoints(workdir, steps))
         self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(self.checkpoints.close)
-        self.start_step = self.saved_step = self.checkpoints.latest_step() or 0
+        self.start_step = self.saved_step = 0 if init is None else init.resume_step
         self.saved_at = time.monotonic()
         self.state, loss_window = restore_or_init(
             self.experiment, self.checkpoints, self.start_step, init

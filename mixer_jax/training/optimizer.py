@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mixer_jax.config.schema import OptimizerConfig
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.family import ModelFamily
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -32,7 +32,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, family: str
+    config: OptimizerConfig, schedule: optax.Schedule, family: ModelFamily
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
@@ -67,12 +67,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def weight_decay_mask(params: Any, family: str) -> Any:
+def weight_decay_mask(params: Any, family: ModelFamily) -> Any:
     """Builds a tree like `params` that is True where weight decay applies.
 
     For Mixer that is at all kernels, including those of stem and head (the authors' code).
     """
-    is_decayed = get_family(family).is_weight_decayed
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: is_decayed(tuple(key.key for key in path)), params
+        lambda path, _: family.is_weight_decayed(tuple(key.key for key in path)), params
     )

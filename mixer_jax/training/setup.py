@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import mixer_jax
 from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.config.config import check_scan_unroll, resolve_num_steps
+from mixer_jax.config.config import check_scan_unroll, check_warmup, resolve_num_steps
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
 from mixer_jax.distributed.hardware import peak_flops
@@ -100,6 +100,7 @@ def build_experiment(
             backend is for other devices.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
+    check_warmup(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_divisible(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps
@@ -108,14 +109,15 @@ def build_experiment(
     model_info = _make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
-    tx = make_optimizer(config.optimizer, schedule, model_info.family)
+    family = get_family(model_info.family)
+    tx = make_optimizer(config.optimizer, schedule, family)
 
     has_ema = config.recipe.ema_decay > 0
     make_state = functools.partial(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
     )
     shape = jax.eval_shape(make_state)
-    sharding = state_sharding(shape, mesh, model_info.family)
+    sharding = state_sharding(shape, mesh, family)
     return Experiment(
         config,
         datasets,

@@ -15,8 +15,9 @@ from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.params import cast_weights
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.stack import active_backend, cast_weights
+from mixer_jax.models.stack import active_backend
 
 Params = Any
 Metrics = dict[str, Array]
@@ -132,7 +133,7 @@ def train_step(
     )
     family = get_family(model.family)
     cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=family)
-    loss, grads = sharded_value_and_grad(per_device, mesh, cast, model.family)(
+    loss, grads = sharded_value_and_grad(per_device, mesh, cast, family)(
         state.params, (arrays, jnp.arange(len(labels))), shared
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -107,7 +107,23 @@ WRAPPERS = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state},
     "model": lambda state: {"model": state},
+    "model_state_dict": lambda state: {"model_state_dict": state, "best": {"epoch": 3}},
     "ema": lambda state: {"state_dict": {}, "state_dict_ema": state},
+    "no ema": lambda state: {"state_dict": state, "state_dict_ema": None},
+    "averaged": lambda state: {
+        "model": {f"module.{key}": state[key] * 2 for key in state},
+        "model_ema": {"n_averaged": state["head.bias"].long()[0]}
+        | {f"module.{key}": state[key] for key in state},
+    },
+    "lightning": lambda state: {
+        "state_dict": {"loss.weight": state["head.bias"]}
+        | {f"model.{key}": state[key] for key in state},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": state["head.bias"][0]}},
+        "loops": {"fit_loop": {"state_dict": {}}},
+    },
+    "compiled in lightning": lambda state: {
+        "state_dict": {f"model._orig_mod.{key}": state[key] for key in state}
+    },
     "module": lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}},
     "compiled": lambda state: {f"_orig_mod.{key}": state[key] for key in state},
     "both": lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
@@ -155,10 +171,36 @@ def test_torch_file_reads_training_checkpoints_of_timm(
         assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
+def test_torch_file_reads_dictionaries_that_contain_each_other(
+    torch: Any, timm: Any, tmp_path: Path
+) -> None:
+    model = make_timm_model(torch, timm, SMALLEST, img_size=64, num_classes=10)
+    state: dict[str, Any] = {"model": model.state_dict(), "epoch": 3}
+    state["self"] = state["model"]["parent"] = state
+    path = tmp_path / "theirs.pth"
+    torch.save(state, path)
+    loaded = dict(layout_views(dict(flatten_params(load_checkpoint(str(path)).params)), TIMM))
+    expected = {key: value.detach().numpy() for key, value in model.named_parameters()}
+    assert_params_equal(loaded, expected)
+
+
+def test_torch_file_reads_a_folder_of_an_older_hub_repository(
+    torch: Any, timm: Any, tmp_path: Path
+) -> None:
+    model = make_timm_model(torch, timm, SMALLEST, img_size=64, num_classes=10)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=False)
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert (tmp_path / "pytorch_model.bin").exists()
+    classifier = load_pretrained(str(tmp_path), dtype="float32")
+    images = random_images(64)
+    assert_logits_close(classifier(images), timm_logits(torch, model, images))
+
+
 def test_torch_file_rejects_duplicate_names(torch: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
-    torch.save({"a": torch.zeros(2), "module.a": torch.zeros(2)}, path)
-    with raises(UserError, "'a'"):
+    key = "stem.proj.weight"
+    torch.save({key: torch.zeros(2), f"module.{key}": torch.zeros(2)}, path)
+    with raises(UserError, f"'{key}'", "twice"):
         load_checkpoint(str(path))
 
 
@@ -214,7 +256,7 @@ def bad_states(torch: Any) -> list[tuple[Any, list[str]]]:
         ([1, 2], ["list"]),
         ({"epoch": 3}, ["epoch", "int"]),
         ({"count": torch.zeros(3, dtype=torch.int64)}, ["count", "torch.int64"]),
-        ({"head.weight": torch.zeros(1).expand(10**7, 10**6)}, ["40000000000000"]),
+        ({"stem.proj.weight": torch.zeros(1).expand(10**7, 10**6)}, ["40000000000000"]),
         ({"fc.weight": torch.zeros(3)}, ["fc.weight"]),
         ({"sparse": torch.eye(3).to_sparse()}, ["sparse", "torch.sparse_coo"]),
     ]

@@ -1,17 +1,22 @@
 """Tests of published layouts: names, shapes, and what is inferred from them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import replace_head, resize
+from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.models.mixer_config import VARIANTS
 from tests.helpers import pretrained_files
+from tests.helpers.messages import raises
 from tests.helpers.random_weights import (
     TINY,
     assert_params_equal,
@@ -92,3 +97,131 @@ def test_weights_without_a_head_give_features(tmp_path: Path) -> None:
     assert (classifier.model_info.num_classes, classifier.model_info.loss) == (0, "softmax")
     images = np.zeros((1, 16, 16, 3), np.float32)
     assert classifier(images).shape == (1, TINY.hidden_dim)
+
+
+PREFIXES = [
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "model._orig_mod.",
+    "module._orig_mod.module.",
+    "ema_model.module.",
+    "params/",
+    "opt/target/",
+    "params/img/",
+    "opt/target/params/",
+    "state_dict/module.",
+    "model_state_dict/",
+    "model_ema/module.",
+]
+LAYOUTS = {
+    "google": pretrained_files.google,
+    "legacy": pretrained_files.google_legacy,
+    "timm": pretrained_files.timm,
+}
+
+
+def save_tensors(tensors: dict[str, Any], path: Path) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **tensors)
+    else:
+        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("file", ["model.npz", "model.safetensors"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefixes_of_names_are_skipped(layout: str, prefix: str, file: str, tmp_path: Path) -> None:
+    weights = random_weights()
+    tensors = {prefix + name: t for name, t in LAYOUTS[layout](weights.params).items()}
+    loaded = load_checkpoint(save_tensors(tensors, tmp_path / file))
+    assert_params_equal(loaded.params, weights.params)
+    assert loaded.model_info.num_classes == 10
+
+
+def optimizer_of(params: Any) -> dict[str, Any]:
+    """Returns what big_vision saves next to parameters: moments, counters and times."""
+    google = pretrained_files.google(params)
+    return {
+        **{f"opt/0/mu/{name}": (t * 9).astype(ml_dtypes.bfloat16) for name, t in google.items()},
+        **{f"opt/0/nu/{name}": t * 9 for name, t in google.items()},
+        "opt/0/count": np.array(3),
+        "chrono/accum_train_time": np.array(1.5),
+        "chrono/empty": np.zeros((0, 3), np.float32),
+    }
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("prefix", ["params/", "params/img/"])
+def test_training_checkpoints_of_big_vision_are_read(
+    prefix: str, save: Callable, tmp_path: Path
+) -> None:
+    weights = random_weights()
+    tensors = {f"{prefix}{name}": t for name, t in pretrained_files.google(weights.params).items()}
+    text_tower = {"params/txt/head/kernel": np.zeros((3, 3)), "params/t": np.zeros(1)}
+    path = tmp_path / "checkpoint.npz"
+    save(path, **optimizer_of(weights.params), **tensors, **(text_tower if "img" in prefix else {}))
+    assert_params_equal(load_checkpoint(path).params, weights.params)
+
+
+def test_checkpoints_with_an_optimizer_of_flax_are_read(tmp_path: Path) -> None:
+    weights = random_weights()
+    google = pretrained_files.google(weights.params)
+    tensors = {f"opt/target/{name}": t for name, t in google.items()}
+    moments = {f"opt/state/param_states/{name}/grad_ema": t * 9 for name, t in google.items()}
+    path = save_tensors(tensors | moments | {"opt/state/step": np.array(3)}, tmp_path / "old.npz")
+    assert_params_equal(load_checkpoint(path).params, weights.params)
+
+
+def test_an_optimizer_alone_is_not_taken_for_weights(tmp_path: Path) -> None:
+    path = save_tensors(optimizer_of(random_weights().params), tmp_path / "optimizer.npz")
+    with raises(UserError, "optimizer.npz", "'opt/0/mu/'", "'params/'"):
+        load_checkpoint(path)
+
+
+def test_averaged_weights_come_first(tmp_path: Path) -> None:
+    weights, averaged = random_weights(seed=0), random_weights(seed=1)
+    tensors = {f"model.{name}": t for name, t in pretrained_files.timm(weights.params).items()}
+    path = save_tensors(tensors | {"loss.weight": np.ones(3)}, tmp_path / "model.safetensors")
+    assert_params_equal(load_checkpoint(path).params, weights.params)
+    tensors |= {
+        f"ema_model.module.{name}": t for name, t in pretrained_files.timm(averaged.params).items()
+    }
+    path = save_tensors(tensors, tmp_path / "model.safetensors")
+    assert_params_equal(load_checkpoint(path).params, averaged.params)
+
+
+def test_compiled_blocks_are_read(tmp_path: Path) -> None:
+    weights = random_weights()
+    tensors = {
+        re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", name): t
+        for name, t in pretrained_files.timm(weights.params).items()
+    }
+    assert "blocks.1._orig_mod.norm1.weight" in tensors
+    path = save_tensors(tensors, tmp_path / "model.safetensors")
+    assert_params_equal(load_checkpoint(path).params, weights.params)
+
+
+def test_bad_tensors_are_named_with_their_prefix(tmp_path: Path) -> None:
+    tensors = {
+        f"params/{name}": t for name, t in pretrained_files.google(random_weights().params).items()
+    }
+    for changes, parts in (
+        ({"params/head/bias": np.zeros(10, np.int32)}, ["params/head/bias", "int32"]),
+        ({"params/head/bias": np.zeros(0, np.float32)}, ["params/head/bias", "0"]),
+        ({"params/head/bias": np.zeros(11, np.float32)}, ["params/head/bias", "11", "10"]),
+        ({"params/extra": np.zeros(11, np.float32)}, ["params/extra"]),
+    ):
+        with raises(UserError, *(f"'{p}'" if "/" in p else p for p in parts)):
+            load_checkpoint(save_tensors(tensors | changes, tmp_path / "bad.npz"))
+    del tensors["params/head/bias"]
+    with raises(UserError, "'params/head/bias'"):
+        load_checkpoint(save_tensors(tensors, tmp_path / "bad.npz"))
+
+
+@pytest.mark.parametrize("prefix", ["student.", "backbone/"])
+def test_unknown_prefixes_are_named(prefix: str, tmp_path: Path) -> None:
+    tensors = {prefix + k: t for k, t in pretrained_files.timm(random_weights().params).items()}
+    with raises(UserError, f"'{prefix}'", "'module.'"):
+        load_checkpoint(save_tensors(tensors, tmp_path / "model.safetensors"))

@@ -17,6 +17,7 @@ from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
 from mixer_jax.training.setup import Experiment, build_experiment
@@ -105,7 +106,7 @@ def test_save_keeps_the_newest_and_restore_is_bit_identical(run: str) -> None:
 
 def test_restore_shards_arrays_as_requested(run: str) -> None:
     tree = make_tree(0)
-    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8), "mixer"))
+    target = abstract_state(tree, state_sharding(tree, make_mesh(1, 8), get_family("mixer")))
     restored = CheckpointManager(run).restore(100, {"params": target})["params"]
     assert restored["kernel"].sharding == target["kernel"].sharding
     np.testing.assert_array_equal(restored["kernel"], make_tree(100)["kernel"])
@@ -199,8 +200,9 @@ def test_missing_old_metadata_is_reported(missing: str, digits_dir: str, tmp_pat
     experiment, _, workdir = save_tiny_run(digits_dir, tmp_path, metadata)
     if missing == "loss_window":
         # `loop.save` adds it.
-        path = workdir / "checkpoints" / "4" / "metadata" / "metadata"
-        path.write_text(json.dumps(metadata))
+        step = workdir / "checkpoints" / "4"
+        remove_checksums(step)
+        (step / "metadata" / "metadata").write_text(json.dumps(metadata))
     if missing not in ("num_steps", "loss_window"):
         with raises(UserError, f"{workdir}/checkpoints/4", missing):
             load_checkpoint(str(workdir))
@@ -226,23 +228,43 @@ def write_metadata(text: str) -> Callable[[Path], None]:
     return write
 
 
-@pytest.mark.parametrize(
-    ("damage", "parts"),
-    [
-        (truncate_data, []),
-        (overwrite_data, []),
-        (lambda step: shutil.rmtree(step / "params"), ["params"]),
-        (write_metadata("{"), []),
-        (write_metadata("[1]"), ["JSON"]),
-        (lambda step: (step / "metadata" / "metadata").unlink(), ["metadata"]),
-        (lambda step: shutil.rmtree(step / "metadata"), ["metadata"]),
-    ],
-    ids=["truncated", "overwritten", "no arrays", "half JSON", "a list", "no JSON", "no metadata"],
-)
+def remove_checksums(step: Path) -> None:
+    """Makes a checkpoint one of an older version."""
+    (step / "checksums.json").unlink()
+    path = step / "metadata" / "metadata"
+    metadata = json.loads(path.read_text())
+    assert metadata.pop("has_checksums")
+    path.write_text(json.dumps(metadata))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
+    (truncate_data, []),
+    (overwrite_data, []),
+    (lambda step: shutil.rmtree(step / "params"), ["params"]),
+    (write_metadata("{"), []),
+    (write_metadata("[1]"), []),
+    (lambda step: (step / "metadata" / "metadata").unlink(), ["metadata"]),
+    (lambda step: shutil.rmtree(step / "metadata"), ["metadata"]),
+]
+DAMAGE_IDS = [
+    "truncated",
+    "overwritten",
+    "no arrays",
+    "half JSON",
+    "list",
+    "no JSON",
+    "no metadata",
+]
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["checksums", "old"])
+@pytest.mark.parametrize(("damage", "parts"), DAMAGES, ids=DAMAGE_IDS)
 def test_damaged_checkpoints_fail_with_one_line(
-    damage: Callable[[Path], None], parts: list[str], digits_dir: str, tmp_path: Path
+    damage: Callable[[Path], None], parts: list[str], is_old: bool, digits_dir: str, tmp_path: Path
 ) -> None:
     experiment, _, workdir = save_tiny_run(digits_dir, tmp_path)
+    if is_old:
+        remove_checksums(workdir / "checkpoints" / "4")
     load_checkpoint(str(workdir))
     resume(experiment, workdir)
     damage(workdir / "checkpoints" / "4")
@@ -251,6 +273,59 @@ def test_damaged_checkpoints_fail_with_one_line(
             use()
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def first_file(folder: Path, pattern: str) -> Path:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())[0]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "params/ocdbt.process_0/d/*",
+        "params/manifest.ocdbt",
+        "params/_METADATA",
+        "metadata/metadata",
+    ],
+)
+def test_a_flipped_bit_is_noticed_and_named(run: str, pattern: str) -> None:
+    step = Path(run) / "checkpoints" / "100"
+    path = first_file(step, pattern)
+    flip_bit(path)
+    checkpoints = CheckpointManager(run)
+    use = {
+        "metadata": lambda: checkpoints.metadata(100),
+        "params": lambda: checkpoints.restore(100, {"params": make_tree(0)}),
+    }
+    item, file = pattern.partition("/")[0], str(path.relative_to(step))
+    with raises(UserError, str(step), file):
+        use.pop(item)()
+    # Other items are still restored.
+    use.popitem()[1]()
+    assert mentions(checkpoints.find_damage(100), file)
+    assert checkpoints.find_damage(10) == ""
+
+
+def test_parts_of_the_files_are_verified_by_different_workers(run: str) -> None:
+    step = Path(run) / "checkpoints" / "100"
+    flip_bit(first_file(step, "params/ocdbt.process_0/d/*"))
+    checkpoints = CheckpointManager(run)
+    found = [checkpoints.find_damage(100, worker, 3) for worker in range(3)]
+    assert sorted(map(bool, found)) == [False, False, True]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"algorithm": "crc32", "files": 1}', None])
+def test_damaged_or_missing_checksums_are_reported(run: str, content: str | None) -> None:
+    path = Path(run) / "checkpoints" / "100" / "checksums.json"
+    path.unlink() if content is None else path.write_text(content)
+    with raises(UserError, str(path.parent), path.name):
+        CheckpointManager(run).metadata(100)
 
 
 def test_save_params_streaming_writes_a_usual_checkpoint(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tests of names of checkpoints: files, runs, the Hub, and URLs."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def test_resolve_checkpoint_finds_the_format(tmp_path: Path) -> None:
         "a.pth": "torch",
         "a.pt": "torch",
         "a.bin": "torch",
+        "last.ckpt": "torch",
         "model_best.pth.tar": "torch",
     }
     (tmp_path / "folder").mkdir()
@@ -36,7 +38,83 @@ def test_resolve_checkpoint_finds_the_format(tmp_path: Path) -> None:
     file = str(tmp_path / "folder/model.safetensors")
     assert resolve_checkpoint(str(tmp_path / "folder")) == ("safetensors", file, None)
     for name in ("timm/mixer_b16_224.goog_in21k", "a/b@v1.0", "a/b@refs/pr/1"):
-        assert resolve_checkpoint(f"hf:{name}") == ("hub", name, None)
+        for prefix in ("hf:", "hf-hub:", "hf_hub:", ""):
+            assert resolve_checkpoint(f"{prefix}{name}") == ("hub", name, None)
+
+
+def test_folders_come_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = save_run(random_weights(), tmp_path / "runs/mine", step=7)
+    assert resolve_checkpoint("runs/mine") == ("run", run, 7)
+    # In an existing folder, a name is that of a workdir.
+    with raises(UserError, "'runs/mime'", "exist", "hf:runs/mime"):
+        resolve_checkpoint("runs/mime")
+    with raises(UserError, "hf:OWNER/NAME", "hf-hub:mixer"):
+        resolve_checkpoint("hf-hub:mixer")
+
+
+def test_folders_with_a_file_of_pytorch_are_found(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    file = str(tmp_path / "pytorch_model.bin")
+    assert resolve_checkpoint(str(tmp_path)) == ("torch", file, None)
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_checkpoint(str(tmp_path)).path == str(tmp_path / "model.safetensors")
+
+
+def test_a_folder_with_other_files_of_weights_is_rejected_with_their_name(tmp_path: Path) -> None:
+    for name in ("notes.txt", "last.ckpt"):
+        (tmp_path / name).touch()
+    with raises(UserError, str(tmp_path), "'last.ckpt'"):
+        resolve_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["best", "20", "checkpoints/best"])
+def test_a_copied_checkpoint_is_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = random_weights()
+    run = Path(save_run(weights, tmp_path / "run", step=20))
+    shutil.copytree(run / "checkpoints/20", name)
+    shutil.rmtree(run)
+    loaded = load_checkpoint(name)
+    assert_params_equal(loaded.params, weights.params)
+    assert loaded.model_info == weights.model_info
+    assert loaded.step == (20 if name == "20" else None)
+    with raises(UserError, name, "step"):
+        load_checkpoint(name, step=20)
+
+
+def test_a_damaged_copy_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    run = Path(save_run(random_weights(), tmp_path / "run", step=20))
+    copy = shutil.copytree(run / "checkpoints/20", tmp_path / "best")
+    shutil.rmtree(copy / "params")
+    with raises(UserError, str(copy)) as caught:
+        load_checkpoint(str(copy))
+    assert "\n" not in str(caught.value)
+    assert "/tmp/tmp" not in str(caught.value)
+
+
+def test_a_copied_checkpoint_at_a_url_must_be_moved(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/commit_success.txt").touch()
+    with object_store(tmp_path), raises(UserError, f"{BUCKET}best", "'checkpoints'"):
+        load_checkpoint(f"{BUCKET}best")
+
+
+@pytest.mark.parametrize(
+    "name", ["Mixer.npz", "model.safetensors", "model.pth", "last.ckpt", "pytorch_model.bin"]
+)
+def test_pointers_of_git_lfs_are_rejected(name: str, tmp_path: Path) -> None:
+    oid = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 239585000\n"
+    (tmp_path / name).write_text(pointer)
+    for source in (tmp_path / name, tmp_path):
+        if source.is_dir() and name not in ("model.safetensors", "pytorch_model.bin"):
+            continue
+        with raises(UserError, str(tmp_path / name), "git lfs pull") as caught:
+            load_checkpoint(source)
+        assert "\n" not in str(caught.value)
 
 
 def test_resolve_checkpoint_finds_runs_by_any_of_their_folders(tmp_path: Path) -> None:

@@ -207,6 +207,28 @@ def test_a_revision_can_be_named(cache: Path) -> None:
         assert_params_equal(load_checkpoint(source).params, random_weights(seed=seed).params)
 
 
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:", ""])
+def test_spellings_of_the_hub(prefix: str, cache: Path) -> None:
+    weights = random_weights()
+    add_to_cache(cache, weights.params, GOOGLE)
+    assert_params_equal(load_checkpoint(f"{prefix}{NAME}").params, weights.params)
+    with raises(UserError, "hf:someone/other", "model.safetensors") as caught:
+        load_checkpoint(f"{prefix}someone/other")
+    assert ("folder, and" in str(caught.value)) == (not prefix)
+
+
+def test_a_file_of_pytorch_in_the_cache_is_found(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_to_cache(cache, random_weights().params, GOOGLE)
+    (model,) = cache.rglob("model.safetensors")
+    model.rename(model.with_name("pytorch_model.bin"))
+    # Reading it needs PyTorch, of which the message speaks.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with raises(UserError, "pytorch_model.bin", "PyTorch"):
+        load_checkpoint(f"hf:{NAME}")
+
+
 @pytest.mark.parametrize("name", ["someone/other", f"{NAME}@no_such_revision"])
 def test_download_fails_fast_without_a_network(name: str, cache: Path) -> None:
     add_to_cache(cache, random_weights().params, GOOGLE)

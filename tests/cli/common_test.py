@@ -162,7 +162,7 @@ def test_help_and_usage_errors_import_no_heavy_library() -> None:
 
 
 def is_command(path: Path) -> bool:
-    return "def main(" in path.read_text()
+    return "def main(" in path.read_text() and path.stem != "__main__"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 from mixer_jax.config.config import evals, flatten, get_default
 from mixer_jax.config.loading import (
     default_run_name,
+    find_config_file,
+    installed_configs,
     load_config,
     load_config_with_overrides,
     parse_overrides,
@@ -163,6 +165,65 @@ def test_load_config_turns_failures_into_one_line(
 def test_default_run_name_has_file_and_argument() -> None:
     assert default_run_name("configs/digits.py") == "digits"
     assert default_run_name("configs/digits.py:low") == "digits_low"
+    assert default_run_name("digits:low") == "digits_low"
+    assert default_run_name("trial_1.5") == "trial_1.5"
+
+
+@pytest.mark.parametrize("name", ["digits", "configs/digits", "configs/digits.py", "digits.py"])
+def test_load_config_finds_installed_configs_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).dataset.name == "digits/all"
+    assert load_config(f"{name}:low").dataset.name == "digits/low"
+
+
+def test_find_config_file_prefers_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Neither a folder nor a file without suffix is a config.
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "folder").touch()
+    assert find_config_file("digits") == installed_configs() / "digits.py"
+    assert find_config_file("folder") == installed_configs() / "folder.py"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").touch()
+    for name in ("digits", "configs/digits", "configs/digits.py"):
+        assert find_config_file(name) == Path("configs/digits.py")
+    assert find_config_file("digits.py") == installed_configs() / "digits.py"
+    (tmp_path / "digits.py").touch()
+    for name in ("digits", "digits.py", "./digits"):
+        assert find_config_file(name) == Path("digits.py")
+    (tmp_path / "trial_1.5.py").touch()
+    assert find_config_file("trial_1.5") == Path("trial_1.5.py")
+
+
+@pytest.mark.parametrize("path", ["/digits", "/configs/digits.py", "mine/digits.py", "../digits"])
+def test_find_config_file_of_another_folder_is_not_an_installed_config(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with raises(UserError, path):
+        find_config_file(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "suggestion"),
+    [
+        ("digit", "digits"),
+        ("mixer_b16_i1kk", "mixer_b16_i1k"),
+        ("configs/digit", "configs/digits"),
+        ("configs/digit.py", "configs/digits.py"),
+        ("", "digits.py"),
+    ],
+)
+def test_find_config_file_suggests_an_installed_config(
+    path: str, suggestion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with raises(UserError, repr(path), suggestion):
+        find_config_file(path)
 
 
 def test_load_config_does_not_suggest_a_file_of_another_name(tmp_path: Path) -> None:
@@ -170,3 +231,19 @@ def test_load_config_does_not_suggest_a_file_of_another_name(tmp_path: Path) -> 
     with raises(UserError, "vit.py") as caught:
         load_config(str(tmp_path / "vit.py"))
     assert "digits.py" not in str(caught.value)
+
+
+def test_load_config_says_where_the_configs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/nonesuch.py", "elsewhere/digits.py", "nonesuch"):
+        with raises(UserError, f"'{name}'", str(installed_configs())):
+            load_config(name)
+    # A package that was copied without them.
+    for folder in ("_INSTALLED_CONFIGS", "_CHECKOUT_CONFIGS"):
+        monkeypatch.setattr(f"mixer_jax.config.loading.{folder}", tmp_path / "missing")
+    for name in ("configs/digits.py", "digits"):
+        with raises(UserError, f"'{name}'", "source code") as caught:
+            load_config(name)
+        assert "missing" not in str(caught.value)

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,13 @@ def test_decode_rejects_truncated_files_or_decodes_every_pixel(name: str) -> Non
         except BadImageError:
             num_rejected += 1
     assert num_rejected > 10
+
+
+def test_threads_decode_the_same_pixels() -> None:
+    files = list(files_of_all_formats().values()) * 3
+    with ThreadPoolExecutor(8) as pool:
+        for encoded, pixels in zip(files, pool.map(decode, files), strict=True):
+            np.testing.assert_array_equal(pixels, decode(encoded))
 
 
 @pytest.mark.slow

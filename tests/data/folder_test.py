@@ -299,6 +299,17 @@ def test_unreadable_folders_are_a_one_line_error(
     assert "\n" not in message
 
 
+def test_labels_are_read_without_files(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "dog/2.png"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(tmp_path / "missing")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    source = open_folder(tmp_path)
+    labels = Counter(source.read_labels(index) for index in range(3))
+    assert labels == {(0,): 1, (1,): 2}
+
+
 def test_deleted_files_are_bad_images(tmp_path: Path) -> None:
     write(tmp_path, *numbered("a", count=3))
     source = open_folder(tmp_path)

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from mixer_jax.data.readers import shuffled_indices
-from mixer_jax.data.source import Example, Source, mix_sources, relabel, subset
+from mixer_jax.data.source import Example, Examples, Source, mix_sources, relabel, subset
 from mixer_jax.errors import UserError
 from tests.helpers.messages import raises
 
@@ -115,6 +116,27 @@ def test_sources_derived_from_others_keep_their_notes() -> None:
     assert mix_sources(sources, (1, 1)).notes == ("one", "two", "three")
     assert relabel(sources[0], ("b", "a")).notes == ("one", "two")
     assert subset(sources[0], [0]).notes == ("one", "two")
+
+
+class LabelsOnly(Examples):
+    """Examples whose images must not be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError(index)
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        return (index % 2,)
+
+
+def test_labels_of_derived_sources_are_read_without_images() -> None:
+    plain, source = make_source("x", 3), Source("y", LabelsOnly(), ("a", "b"))
+    mixed = mix_sources([plain, relabel(source, ("b", "a", "c"))], (1.0, 1.0))
+    selected = subset(mixed, [4, 0, 6, 3])
+    classes = [selected.class_names[selected.read_labels(index)[0]] for index in range(4)]
+    assert classes == ["b", "a", "b", "a"]
 
 
 def test_subset_selects_examples_in_the_given_order() -> None:

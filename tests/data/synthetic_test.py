@@ -22,6 +22,12 @@ def test_synthetic_examples_depend_only_on_the_split() -> None:
     assert {e["image"] for e in train}.isdisjoint(e["image"] for e in test)
 
 
+def test_synthetic_labels_alone_are_those_of_the_examples() -> None:
+    source = synthetic_source("train", 10, 20)
+    labels = [source.examples[index]["labels"] for index in range(20)]
+    assert [source.read_labels(index) for index in range(20)] == labels
+
+
 def test_synthetic_labels_are_uniform() -> None:
     source = synthetic_source("train", num_classes=10, num_examples=1000, image_size=8)
     counts = np.bincount([example["labels"][0] for example in read(source)])

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mixer_jax.data.decode import decode
+from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.readers import EvalReader, TrainReader
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.data.source import Example, Source
+from mixer_jax.data.source import Example, Source, mix_sources, relabel
 from mixer_jax.data.tfds import prepare_tfds
 from mixer_jax.errors import UserError
 from tests.helpers.messages import mentions, raises
@@ -28,6 +30,7 @@ TOY_FEATURES = {
     "without_label": {"image": IMAGE},
     "label_without_classes": {"image": IMAGE, "label": tfds.features.Scalar(np.int64)},
     "hidden_labels": {"image": IMAGE, "label": LABEL},
+    "one_hidden_label": {"image": IMAGE, "label": LABEL},
     # The features of imagenet2012_real.
     "real": {
         "image": IMAGE,
@@ -53,7 +56,9 @@ class MixerToy(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(3):
-            label = -1 if self.builder_config.name == "hidden_labels" else index
+            config = self.builder_config.name
+            is_hidden = config == "hidden_labels" or (config == "one_hidden_label" and index == 2)
+            label = -1 if is_hidden else index
             example = {
                 "image": PNG,
                 "label": label,
@@ -243,6 +248,76 @@ def test_datasets_without_classes_are_an_error(config: str, tmp_path: Path) -> N
     prepare(f"mixer_toy/{config}", tmp_path, "array_record")
     message = error_of(f"mixer_toy/{config}", "train", tmp_path)
     assert mentions(message, f"mixer_toy/{config}", *TOY_FEATURES[config])
+
+
+def test_one_hidden_label_is_a_bad_image_wherever_it_is_read(tmp_path: Path) -> None:
+    prepare("mixer_toy/one_hidden_label", tmp_path, "array_record")
+    source = open_dataset("mixer_toy/one_hidden_label", "train", str(tmp_path))
+    relabeled = relabel(source, ("d", "c", "b", "a"))
+    mixed = mix_sources([source, relabeled], (1.0, 1.0))
+    hidden, labels = [], []
+    for index in range(6):
+        try:
+            example = mixed.examples[index]
+        except BadImageError as error:
+            hidden.append(str(error))
+            with pytest.raises(BadImageError, match=re.escape(hidden[-1])):
+                mixed.read_labels(index)
+        else:
+            labels += example["labels"]
+            assert mixed.read_labels(index) == example["labels"]
+    # Once more, as a class of the mixture.
+    assert sorted(labels) == [0, 0, 1, 1]
+    assert len(hidden) == 2
+    assert all(mentions(text, "mixer_toy/one_hidden_label", "train", "-1") for text in hidden)
+
+    preprocess = {"train_crop": "resize", "min_area": 1.0, "max_shift": 0, "flip": False}
+    preprocess |= {"randaugment_layers": 0, "randaugment_magnitude": 0.0}
+    reader = TrainReader(source, 0, 8, preprocess)
+    batch = reader(np.arange(30))
+    (bad,) = set(batch.bad_images)
+    assert hidden[0].startswith(bad.name)
+    assert set(batch.arrays["label"].tolist()) == {0, 1}
+    evaluated = EvalReader(source, (8, 8), "resize", False)(np.arange(3))
+    assert evaluated.bad_images == [bad]
+    assert evaluated.arrays["mask"].sum() == 2
+
+
+def test_damaged_records_are_bad_images(digits_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(f"{digits_dir}/digits", tmp_path / "digits")
+    (path,) = (tmp_path / "digits" / "all").rglob("digits-train.array_record*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    source = open_dataset("digits", "train", str(tmp_path))
+    bad = []
+    for index in range(len(source)):
+        try:
+            source.examples[index]
+        except BadImageError as error:
+            bad.append((index, error.name))
+    ((index, name),) = bad
+    assert mentions(name, "digits", "train", str(index))
+    with pytest.raises(BadImageError):
+        source.read_labels(index)
+
+
+def test_labels_are_read_without_images(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare("mixer_toy/real", tmp_path, "array_record")
+    real = open_dataset("mixer_toy/real", "train", str(tmp_path))
+    assert [real.read_labels(index) for index in range(3)] == [e["labels"] for e in read(real)]
+    expected = [example["labels"] for example in read(open_dataset("digits", "test", digits_dir))]
+
+    def refuse(image: bytes) -> bytes:
+        pytest.fail("an image was read")
+
+    monkeypatch.setattr("mixer_jax.data.tfds.image_fixup", lambda name: refuse)
+    source = open_dataset("digits", "test", digits_dir)
+    with pytest.raises(pytest.fail.Exception):
+        read(source)
+    assert [source.read_labels(index) for index in range(len(source))] == expected
 
 
 def test_hidden_labels_are_an_error(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_collectives_of_one_host_communicate_with_nobody(monkeypatch: pytest.Mon
     assert multihost.sum_across_hosts(7) == 7
     np.testing.assert_array_equal(multihost.all_gather(np.arange(3)), [[0, 1, 2]])
     assert multihost.SharedFlags().exchange(True, False) == (True, False)
+    assert multihost.gather_text("é") == ["é"]
+    assert multihost.gather_text("") == [""]
+    assert multihost.compute_once(lambda: [1]) == [1]
 
 
 @pytest.mark.slow
@@ -135,7 +138,17 @@ exchanged = [flags.exchange(step == 2 and host == 1, step == 3) for step in rang
 flags.exchange(True, True)
 flags.clear()
 exchanged.append(flags.exchange(False, False))
+def fail():
+    raise UserError(f"refused by host {host}")
+try:
+    multihost.compute_once(fail)
+except UserError as error:
+    message = str(error)
 print(json.dumps({
+    "texts": multihost.gather_text("é" * host),
+    "no_texts": multihost.gather_text(""),
+    "once": multihost.compute_once(lambda: {"host": host, "text": "a" * 1001}),
+    "message": message,
     "any": [multihost.any_host(host == 1), multihost.any_host(False)],
     "sum": multihost.sum_across_hosts(5 + host),
     "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
@@ -152,6 +165,10 @@ print(json.dumps({
         values = json.loads(line)
         exchanged = values.pop("exchanged")
         assert values == {
+            "texts": ["", "é"],
+            "no_texts": ["", ""],
+            "once": {"host": 0, "text": "a" * 1001},
+            "message": "refused by host 0",
             "any": [True, False],
             "sum": 11,
             "gathered": [[0, 1], [2, 3]],

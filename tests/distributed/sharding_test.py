@@ -21,12 +21,14 @@ from mixer_jax.distributed.sharding import (
 )
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import make_eval_step
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.setup import Experiment, build_experiment
 from tests.helpers.batches import mesh_of
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config
 
+MIXER = get_family("mixer")
 NUM_CLASSES, IMAGE_SIZE, BATCH_SIZE = 24, 16, 16
 COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -115,10 +117,10 @@ def test_state_sharding_splits_kernels_along_their_largest_divisible_axis(
     shape: tuple[int, ...], spec: Any
 ) -> None:
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert state_sharding({"kernel": array}, make_mesh(1, 8), "mixer")["kernel"].spec == spec
+    assert state_sharding({"kernel": array}, make_mesh(1, 8), MIXER)["kernel"].spec == spec
     unsharded = PartitionSpec(*[None] * len(shape))
-    assert state_sharding({"bias": array}, make_mesh(1, 8), "mixer")["bias"].spec == unsharded
-    assert state_sharding({"kernel": array}, make_mesh(8, 1), "mixer")["kernel"].spec == unsharded
+    assert state_sharding({"bias": array}, make_mesh(1, 8), MIXER)["bias"].spec == unsharded
+    assert state_sharding({"kernel": array}, make_mesh(8, 1), MIXER)["kernel"].spec == unsharded
 
 
 def test_small_gradients_are_summed_in_float32() -> None:
@@ -133,7 +135,7 @@ def test_small_gradients_are_summed_in_float32() -> None:
             value_and_grad,
             mesh_of(*shape),
             lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
-            "mixer",
+            MIXER,
         )
         params = {"kernel": jnp.zeros((8, 2))}
         value, grads = jax.jit(mean)(params, jnp.arange(8.0), jnp.float32(2))

@@ -1,5 +1,6 @@
 """Tests of runs and conversions that run out of disk space, as real processes."""
 
+import contextlib
 import resource
 import shutil
 import subprocess
@@ -81,7 +82,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+    """Writes until nothing more fits."""
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
 

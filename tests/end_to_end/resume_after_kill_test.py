@@ -134,7 +134,7 @@ def loader_processes(parent: int) -> list[int]:
 def test_killed_loader_process_ends_the_run_in_one_line_after_saving(
     slow_images: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = slow_images | {"checkpoint__every_steps": 0}
+    settings = slow_images | {"checkpoint__every_steps": 0, "log_every_steps": 1}
     process = start("", tmp_path / "run", **settings)
     wait_until(functools.partial(has_reached, tmp_path / "run", 2), process)
     first, _ = loader_processes(process.pid)

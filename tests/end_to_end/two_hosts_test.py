@@ -178,8 +178,8 @@ def test_two_hosts_load_the_same_weights_and_agree_on_bad_images(tmp_path: Path)
     settings: dict[str, Any] = NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path / "images", train=40, bad=40),
         "init_from": save_run(weights, tmp_path / "source"),
-        "num_steps": 20,
         "bad_images__max_count": 0,
+        "num_steps": 20,
     }
     both = start_two_hosts("", tmp_path / "run", **settings)
     outs, errors = zip(*(process.communicate(timeout=180) for process in both), strict=True)

@@ -14,11 +14,7 @@ from mixer_jax.models.layers import Context, vmap_vectors
 from mixer_jax.models.mixer import MixerBlock, MlpBlock, MlpMixer
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
-from mixer_jax.models.stack import (
-    forward_intermediates,
-    prepare_inference_params,
-    stochastic_depth_rates,
-)
+from mixer_jax.models.stack import forward_intermediates, stochastic_depth_rates
 from tests.helpers.models import param_shapes, random_images, random_params, tiny_mixer
 
 # PAPER: Table 1 with the arithmetic of its sizes; (no head, 1,000 classes, 21,843 classes).
@@ -148,31 +144,6 @@ def test_no_classes_returns_features(images: jax.Array) -> None:
     assert features.shape == (2, 8)
     logits = features @ params["head"]["kernel"] + params["head"]["bias"][None]
     np.testing.assert_allclose(apply(model, params, images), logits, atol=1e-5)
-
-
-def test_unstacked_params_give_the_same_outputs(images: jax.Array) -> None:
-    params = random_params(tiny_mixer())
-    assert not isinstance(
-        prepare_inference_params(params, "float32", "tpu", get_family("mixer"))["blocks"], list
-    )
-    unstacked = prepare_inference_params(params, "float32", "cpu", get_family("mixer"))
-    assert isinstance(unstacked["blocks"], list)
-    expected = apply(tiny_mixer(), params, images)
-    for scan_unroll in (0, 1):
-        actual = apply(tiny_mixer(scan_unroll=scan_unroll), unstacked, images)
-        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_prepare_inference_params_casts_weights_once(images: jax.Array) -> None:
-    model = tiny_mixer(dtype=jnp.bfloat16)
-    params = random_params(tiny_mixer())
-    prepared = prepare_inference_params(params, model.execution.dtype, "cpu", get_family("mixer"))
-    kernels = [leaf for leaf in jax.tree.leaves(prepared["blocks"]) if leaf.ndim == 2]
-    assert len(kernels) == 4 * len(prepared["blocks"])
-    assert {leaf.dtype for leaf in kernels} == {jnp.dtype("bfloat16")}
-    assert prepared["head"]["kernel"].dtype == jnp.float32
-    # Bit-identical: the model rounds them in the same way.
-    np.testing.assert_array_equal(apply(model, prepared, images), apply(model, params, images))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,12 @@ import pytest
 from mixer_jax.models.family import Traffic
 from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.models.registry import get_family
-from mixer_jax.planning.hlo_collectives import GRADIENTS, Collective
+from mixer_jax.planning.hlo_collectives import (
+    GRADIENTS,
+    MIXUP_EXAMPLES,
+    Collective,
+    ReplicaGroups,
+)
 from mixer_jax.planning.roofline import (
     estimate_traffic,
     network_seconds,
@@ -45,6 +50,17 @@ def test_network_seconds_of_chips_with_two_cores() -> None:
 def test_network_seconds_between_gpu_machines() -> None:
     inside, between = 2 * 7 / 8 / 450, 2 * 1 / 2 / 8 / 50
     assert all_reduce_seconds("h100:16", 16) == pytest.approx(max(inside, between))
+
+
+@pytest.mark.parametrize(
+    ("groups", "bandwidth"), [(((0, 4, 8, 12),), 3.125e9), (((0, 1), (1, 0)), 100e9)]
+)
+def test_network_seconds_of_permute(groups: ReplicaGroups, bandwidth: float) -> None:
+    # Between slices, a group has a device of each; inside of one, its source and its target.
+    topology = parse_topology("v5e:2x2", num_slices=4)
+    collective = Collective("collective-permute", "u8", "data", MIXUP_EXAMPLES, 1, GIGABYTE, groups)
+    seconds = network_seconds(topology, device_locations(topology, None), collective)
+    assert seconds == pytest.approx(GIGABYTE / bandwidth)
 
 
 def test_roofline_bound_and_run_cost() -> None:

@@ -20,7 +20,7 @@ from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
 from mixer_jax.suites.workdir import (
     RunResult,
     Throughput,
-    check_workdir,
+    check_not_run_workdir,
     lock_tasks,
     params_digest,
     read_plan,
@@ -193,11 +193,11 @@ def test_lock_tasks_rejects_folders_it_cannot_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["config.json", "checkpoints"])
-def test_check_workdir_rejects_that_of_a_run(inside: str, tmp_path: Path) -> None:
-    check_workdir(str(tmp_path))
+def test_check_not_run_workdir_rejects_that_of_a_run(inside: str, tmp_path: Path) -> None:
+    check_not_run_workdir(str(tmp_path))
     (tmp_path / inside).mkdir()
     with raises(UserError, str(tmp_path), "mixer_jax.main", "--workdir"):
-        check_workdir(str(tmp_path))
+        check_not_run_workdir(str(tmp_path))
 
 
 def test_select_learning_rate_by_accuracy_then_likelihood_then_lower_rate() -> None:

@@ -33,7 +33,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.visualization.figures import draw_curves
+from mixer_jax.visualization.curves import draw_curves
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, tree_norm
@@ -235,6 +235,51 @@ def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:
 def without_timings(workdir: Path) -> list[dict[str, Any]]:
     lines = read_metrics(str(workdir))
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def flip_bit(folder: Path, pattern: str) -> Path:
+    path = sorted(path for path in folder.glob(pattern) if path.is_file())[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_run_resumes_from_the_newest_checkpoint_that_is_not_damaged(
+    finished: Path, digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "15", checkpoints / "10")
+    shutil.copytree(checkpoints / "15", checkpoints / "17")
+    damaged = flip_bit(checkpoints / "20", "optimizer/ocdbt.process_0/d/*")
+    (checkpoints / "17" / "params" / "manifest.ocdbt").unlink()
+    config = small_config(digits_dir, recipe__ema_decay=0.9)
+    result = train_and_evaluate(config, str(workdir))
+    out = capsys.readouterr().out.splitlines()
+    assert any(mentions(line, str(checkpoints / "20"), damaged.name) for line in out)
+    assert any(mentions(line, str(checkpoints / "17"), "manifest.ocdbt") for line in out)
+    assert any(mentions(line, "resuming", "15") for line in out)
+    assert result.step == 20
+    assert list_steps(str(workdir)) == [15, 20]
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["17", "20"]
+    # The steps are taken again, with the same result.
+    assert without_timings(workdir) == without_timings(finished)
+    again = load_checkpoint(str(workdir)).params
+    assert_params_equal(load_checkpoint(str(finished)).params, again)
+
+
+def test_run_without_a_valid_checkpoint_is_refused(
+    finished: Path, digits_dir: str, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in (15, 20):
+        flip_bit(workdir / "checkpoints" / f"{step}", "params/ocdbt.process_0/d/*")
+    with raises(UserError, f"{workdir}/checkpoints/15", f"{workdir}/checkpoints/20"):
+        train_and_evaluate(small_config(digits_dir, recipe__ema_decay=0.9), str(workdir))
+    assert list_steps(str(workdir)) == [15, 20]
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from mixer_jax.config.schema import OptimizerConfig
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
+
+MIXER = get_family("mixer")
 
 
 def paper_schedule(step: int, num_steps: int) -> float:
@@ -101,7 +104,7 @@ def test_make_optimizer_equals_numpy_over_two_steps(name: Any) -> None:
     params, all_grads = params_and_grads()
     rates = [0.01, 0.02]
     config = OptimizerConfig(name=name, weight_decay=0.1)
-    tx = make_optimizer(config, lambda step: 0.01 * (step + 1), "mixer")
+    tx = make_optimizer(config, lambda step: 0.01 * (step + 1), MIXER)
     actual = jax.tree.map(jnp.float32, params)
     state = tx.init(actual)
     for grads in all_grads:
@@ -114,7 +117,7 @@ def test_make_optimizer_equals_numpy_over_two_steps(name: Any) -> None:
 
 def test_make_optimizer_with_clip_norm_zero_does_not_clip() -> None:
     params, all_grads = params_and_grads()
-    tx = make_optimizer(OptimizerConfig(name="momentum", clip_norm=0.0), lambda step: 1.0, "mixer")
+    tx = make_optimizer(OptimizerConfig(name="momentum", clip_norm=0.0), lambda step: 1.0, MIXER)
     updates, _ = tx.update(all_grads[0], tx.init(params), params)
     np.testing.assert_allclose(
         flat(updates)["stem/bias"], -flat(all_grads[0])["stem/bias"], rtol=1e-6
@@ -123,7 +126,7 @@ def test_make_optimizer_with_clip_norm_zero_does_not_clip() -> None:
 
 def test_weight_decay_mask_is_true_for_kernels() -> None:
     params, _ = params_and_grads()
-    mask = weight_decay_mask({**params, "head": {"kernel": 0, "bias": 0}}, "mixer")
+    mask = weight_decay_mask({**params, "head": {"kernel": 0, "bias": 0}}, MIXER)
     assert mask == {
         "stem": {"kernel": True, "bias": False},
         "LayerNorm_0": {"scale": False},

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.models.registry import create_model
+from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.training.step import (
     TrainState,
     accumulate_gradients,
@@ -56,7 +56,7 @@ def take_steps(
     settings = RecipeConfig(**{"loss": "softmax", **recipe})
     has_ema = settings.ema_decay > 0
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
-    sharding = state_sharding(state, mesh, "mixer")
+    sharding = state_sharding(state, mesh, get_family("mixer"))
     state = jax.device_put(state, sharding)
     step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh)
     history = []

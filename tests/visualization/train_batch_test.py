@@ -19,6 +19,7 @@ from mixer_jax.data.source import Example
 from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import Execution
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from mixer_jax.training.step import TrainState, jit_train_step
@@ -65,7 +66,7 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     schedule, mesh = optax.constant_schedule(1.0), mesh_of(1, 1)
     tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
-    sharding = state_sharding(state, mesh, "mixer")
+    sharding = state_sharding(state, mesh, get_family("mixer"))
     step = jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh)
     state, _ = step(state, batch)
     jax.effects_barrier()

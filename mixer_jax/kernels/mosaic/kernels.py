@@ -97,8 +97,8 @@ def token_bwd_kernel(
 ) -> None:
     """Computes the cotangent of each image's tokens, and adds up the gradients of parameters.
 
-    Both kernels are also passed as they are stored, (s, h) and (h, s). Gradients of kernels are
-    (s, h).
+    The first kernel is passed transposed in `params`, (h, s), and as it is stored, (s, h); the
+    second as it is stored, (h, s). Gradients of kernels are (s, h).
     """
     _on_first_step(lambda: _zero(*grads))
     images = x.shape[0]

@@ -70,8 +70,8 @@ class MosaicMixerBackend:
         token_params = _branch_params(params["LayerNorm_0"], params["token_mixing"])
         channel_params = _branch_params(params["LayerNorm_1"], params["channel_mixing"])
         settings = (self.gelu, self.interpret)
-        x = add_branch("token_mixing", x, mask_0, token_params, sizes.token_mixing, *settings)
-        return add_branch(
+        x = apply_branch("token_mixing", x, mask_0, token_params, sizes.token_mixing, *settings)
+        return apply_branch(
             "channel_mixing", x, mask_1, channel_params, sizes.channel_mixing, *settings
         )
 
@@ -83,7 +83,11 @@ class MosaicMixerBackend:
 
 
 def select_block_sizes(model: Any, num_tokens: int) -> BlockSizes:
-    """Returns the block sizes of a model's kernels on the device it is compiled for."""
+    """Returns the block sizes of a model's kernels on the device it is compiled for.
+
+    Raises:
+        UserError: The kernels do not fit into the VMEM of the device.
+    """
     config, execution = model.config, model.execution
     kind = execution.target_device_kind or jax.devices()[0].device_kind
     sizes = choose_block_sizes(
@@ -115,7 +119,7 @@ def _branch_params(norm: Mapping[str, Any], mlp: Mapping[str, Any]) -> BranchPar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
-def add_branch(
+def apply_branch(
     branch: Branch,
     x: Float[Array, "n s c"],
     mask: Float[Array, " n"],
@@ -168,13 +172,13 @@ def add_branch(
     )(mask.astype(jnp.float32), x, *resident)
 
 
-def _add_branch_fwd(
+def _apply_branch_fwd(
     branch: Branch, x: Array, mask: Array, params: BranchParams, *settings: Any
 ) -> tuple[Array, Any]:
-    return add_branch(branch, x, mask, params, *settings), (x, mask, params)
+    return apply_branch(branch, x, mask, params, *settings), (x, mask, params)
 
 
-def _add_branch_bwd(
+def _apply_branch_bwd(
     branch: Branch,
     sizes: BranchSizes,
     gelu: Gelu,
@@ -228,7 +232,7 @@ def _add_branch_bwd(
     return dx, jnp.zeros_like(mask), grads._replace(kernel2=dkernel2)
 
 
-add_branch.defvjp(_add_branch_fwd, _add_branch_bwd)
+apply_branch.defvjp(_apply_branch_fwd, _apply_branch_bwd)
 
 
 def _vmem_operands(branch: Branch, params: BranchParams, dtype: Any) -> list[Array]:

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mixer_jax.kernels.mosaic.block_sizes import BlockSize, BranchSizes, choose_block_sizes
 from mixer_jax.kernels.mosaic.kernels import BranchParams
-from mixer_jax.kernels.mosaic.mixer_block import Branch, add_branch
+from mixer_jax.kernels.mosaic.mixer_block import Branch, apply_branch
 from mixer_jax.models.mixer_config import VARIANTS, num_tokens
 from tests.helpers.tpu_compiler import tpu_device
 
@@ -80,7 +80,7 @@ def test_branch_and_its_gradients(
     x, cotangent, mask, params = random_inputs(name, shape, hidden)
 
     def fused(x: Any, params: Any) -> jax.Array:
-        return add_branch(name, x, mask, params, sizes, gelu, interpret=True)
+        return apply_branch(name, x, mask, params, sizes, gelu, interpret=True)
 
     def plain_branch(x: Any, params: Any) -> jax.Array:
         return plain(name, x, mask, params, gelu)
@@ -103,7 +103,7 @@ def test_bfloat16_error_and_gradient_dtypes(name: Branch) -> None:
     params = params._replace(**kernels)
 
     def fused(x: Any, params: Any) -> jax.Array:
-        return add_branch(name, x, mask, params, SEVERAL, "tanh", interpret=True)
+        return apply_branch(name, x, mask, params, SEVERAL, "tanh", interpret=True)
 
     def exact(x: Any, params: Any) -> jax.Array:
         return plain(name, x, mask, params, "tanh")
@@ -137,7 +137,7 @@ def check_compiled(device: Any, name: Branch, images: int, hidden: int) -> None:
 
     def step(cotangent: Any, x: Any, mask: Any, params: Any) -> Any:
         def branch(x: Any, params: Any) -> jax.Array:
-            return add_branch(name, x, mask, params, branch_sizes)
+            return apply_branch(name, x, mask, params, branch_sizes)
 
         return value_and_grads(branch, cotangent, x, params)
 

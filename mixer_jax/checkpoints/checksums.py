@@ -1,0 +1,148 @@
+"""Checksums of the files of a checkpoint, by which damage is noticed before anything is restored.
+
+The format of orbax protects its indices, but not the numbers: most single flipped bits would load
+as other weights. CRC-32 is the fastest checksum of the standard library, 1.6 GB/s per core, and
+detects every error of up to 32 adjacent bits.
+
+A checkpoint without checksums is from an older version, or is in an object store. Object stores
+keep and verify checksums of their own.
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixer_jax.errors import summarize_error
+
+CHECKSUMS_FILE = "checksums.json"
+_ALGORITHM = "crc32"
+# Parts of files that are read in parallel, by threads or hosts.
+_PART_SIZE = 2**26
+_READ_SIZE = 2**20  # Fits in a core's cache, where its checksum is computed.
+
+
+class DamagedFileError(ValueError):
+    """A file of a checkpoint that is missing or has other contents than were written."""
+
+
+class _Part(NamedTuple):
+    """Part of a file; `checksum` is the expected one."""
+
+    file: str
+    start: int
+    checksum: int
+
+
+def write_checksums(folder: Path, exclude: Sequence[str] = ()) -> None:
+    """Writes the checksums of all files in a local folder to `CHECKSUMS_FILE` in it.
+
+    Args:
+        folder: Complete checkpoint.
+        exclude: Paths, relative to the folder, of files that will still change.
+
+    Raises:
+        OSError: A file cannot be read, or the checksums cannot be written.
+    """
+    sizes = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    sizes = {file: size for file, size in sizes.items() if file not in exclude}
+    parts = [(file, start) for file, size in sizes.items() for start in _part_starts(size)]
+    with ThreadPoolExecutor() as pool:
+        computed = pool.map(lambda part: _checksum(folder / part[0], part[1]), parts)
+        checksums: dict[str, list[int]] = {file: [] for file in sizes}
+        for (file, _), checksum in zip(parts, computed, strict=True):
+            checksums[file].append(checksum)
+    content = {
+        "algorithm": _ALGORITHM,
+        "part_size": _PART_SIZE,
+        "files": {
+            file: {"size": size, "checksums": checksums[file]} for file, size in sizes.items()
+        },
+    }
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(content))
+
+
+def verify_checksums(
+    folder: Any, items: Sequence[str] = (), *, worker: int = 0, num_workers: int = 1
+) -> None:
+    """Compares the files of a checkpoint with their checksums; does nothing if it has none.
+
+    Args:
+        folder: `epath.Path` of the checkpoint.
+        items: Subfolders to verify; empty: the whole checkpoint.
+        worker: Index among the workers that verify a part of the files each.
+        num_workers: Number of workers.
+
+    Raises:
+        DamagedFileError: A file, which the message starts with, is missing or damaged.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_bytes())
+        if (content["algorithm"], content["part_size"]) != (_ALGORITHM, _PART_SIZE):
+            raise ValueError("unknown algorithm")
+        files = {
+            file: (int(entry["size"]), list(map(int, entry["checksums"])))
+            for file, entry in content["files"].items()
+            if not items or file.partition("/")[0] in items
+        }
+        parts = [
+            _Part(file, start, checksum)
+            for file, (size, checksums) in files.items()
+            for start, checksum in zip(_part_starts(size), checksums, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{CHECKSUMS_FILE} cannot be read") from error
+    for file, (size, _) in files.items():
+        _check_size(folder / file, file, size)
+
+    def verify(part: _Part) -> None:
+        try:
+            found = _checksum(folder / part.file, part.start)
+        except OSError as error:
+            raise DamagedFileError(
+                f"{part.file} cannot be read: {summarize_error(error)}"
+            ) from error
+        if found != part.checksum:
+            raise DamagedFileError(f"{part.file} differs from its checksum")
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(verify, parts[worker::num_workers]):
+            pass
+
+
+def require_checksums(folder: Any) -> None:
+    """Raises DamagedFileError if a checkpoint has lost its checksums."""
+    if not (folder / CHECKSUMS_FILE).exists():
+        raise DamagedFileError(f"{CHECKSUMS_FILE} is missing")
+
+
+def _check_size(path: Any, file: str, size: int) -> None:
+    try:
+        found = path.stat().length
+    except OSError as error:
+        raise DamagedFileError(f"{file} is missing or cannot be read") from error
+    if found != size:
+        raise DamagedFileError(f"{file} has {found:,} instead of {size:,} bytes")
+
+
+def _part_starts(size: int) -> range:
+    return range(0, max(size, 1), _PART_SIZE)
+
+
+def _checksum(path: Any, start: int) -> int:
+    checksum, remaining = 0, _PART_SIZE
+    with path.open("rb") as file:
+        file.seek(start)
+        while remaining and (chunk := file.read(min(_READ_SIZE, remaining))):
+            checksum = zlib.crc32(chunk, checksum)
+            remaining -= len(chunk)
+    return checksum

@@ -1,0 +1,62 @@
+"""Tests of runs in numbers, and of settings resolved for a platform."""
+
+import pytest
+
+from mixer_jax.config.config import parse, resolve_num_steps
+from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.data.registry import open_dataset
+from mixer_jax.errors import UserError
+from mixer_jax.planning.run_spec import placeholder_datasets, resolve_for_platform, run_spec
+from tests.helpers.messages import raises
+
+
+def test_run_spec_of_config() -> None:
+    flags = ["--config.recipe.grad_accum_steps=1"]
+    config = resolve_for_platform(
+        parse(load_config_with_overrides("configs/mixer_l16_i21k.py", flags)), "tpu"
+    )
+    assert config.model.dtype == "bfloat16"
+    dataset = placeholder_datasets(config).train
+    assert (len(dataset), dataset.num_classes) == (14_055_151, 21_843)
+    run = run_spec(config, num_devices=64)
+    assert (run.num_classes, run.num_steps) == (
+        dataset.num_classes,
+        resolve_num_steps(config, len(dataset)),
+    )
+    assert run.num_params == 229_560_243
+    assert run.mixup
+    assert (run.images_per_device, run.itemsize, run.num_moments) == (64, 2, 2)
+
+
+def test_run_spec_rejects_runs_shorter_than_their_warmup() -> None:
+    flags = ["--config.num_steps=0", "--config.num_epochs=1", "--config.batch_size=100"]
+    flags += ["--config.optimizer.warmup_steps=15", "--config.dataset.num_examples=0"]
+    config = parse(load_config_with_overrides("configs/digits.py", flags))
+    with raises(UserError, "config.optimizer.warmup_steps", "15", "14"):
+        run_spec(resolve_for_platform(config, "tpu"), num_devices=1)
+
+
+@pytest.mark.parametrize(("classes", "num_classes"), [("all", 10), ("low", 5), ("high", 5)])
+def test_placeholder_datasets_match_digits(classes: str, num_classes: int, digits_dir: str) -> None:
+    config = parse(load_config_with_overrides(f"configs/digits.py:{classes}", []))
+    placeholder = placeholder_datasets(resolve_for_platform(config, "tpu")).train
+    dataset = open_dataset(f"digits/{classes}", "train", digits_dir)
+    assert (len(placeholder), placeholder.num_classes) == (len(dataset), num_classes)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "expected"),
+    [
+        ("tpu", [], (1, "dots")),
+        ("tpu", ["--config.model.backend=mosaic"], (0, "none")),
+        # Custom kernels do not support dropout.
+        ("tpu", ["--config.model.backend=mosaic", "--config.model.dropout=0.1"], (1, "dots")),
+        ("gpu", [], (0, "none")),
+    ],
+)
+def test_resolve_for_platform_resolves_unroll_and_remat(
+    platform: str, flags: list[str], expected: tuple[int, str]
+) -> None:
+    config = parse(load_config_with_overrides("configs/mixer_l16_i21k.py", flags))
+    model = resolve_for_platform(config, platform).model
+    assert (model.scan_unroll, model.remat) == expected
