@@ -39,7 +39,7 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """Loss or parameters are no longer finite on all hosts; a retry fails as well."""
+    """Loss or parameters have become NaN or infinite on all hosts; a retry fails as well."""
 
 
 class DiskFullError(RunError):

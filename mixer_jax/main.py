@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -115,12 +116,15 @@ def format_summary(
     lines += [f"events      {events}"] if config.tensorboard else []
     lines += ["", "next:"]
     lines += [f"  {shlex.join(evaluate)}"] if classified else []
-    lines += [f"  {_program('tensorboard')} --logdir={events}"] if config.tensorboard else []
+    if config.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            lines += [f"  {_program('python')} -m pip install tensorboard"]
+        lines += [f"  {_program('tensorboard')} --logdir={events}"]
     return "\n".join(lines)
 
 
 def _program(name: str) -> str:
-    """Returns how to call a program of this Python: by its path if it is in a .venv here."""
+    """Returns the command for a program of this Python: its path if that is in a .venv here."""
     folder = Path(sys.executable).parent
     if "VIRTUAL_ENV" in os.environ or not folder.is_relative_to(Path.cwd()):
         return name

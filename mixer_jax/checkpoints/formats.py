@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import threading
 import zipfile
@@ -51,8 +52,18 @@ _MAX_DEPTH = 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # timm's training checkpoints contain their parsed arguments; timm itself allows this class, too.
 # Unpickling it runs no code: PyTorch creates an empty object and sets attributes, whose values can
-# only be what it loads anyway.
-_SAFE_CLASSES = (argparse.Namespace,)
+# only be what it loads anyway. Metrics next to the weights are often numbers of NumPy, whose module
+# had another name in NumPy 1; they are built from a dtype and bytes.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SAFE_CLASSES: tuple[Any, ...] = (
+    argparse.Namespace,
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+)
+# Name of a class in PyTorch's message that it is not allowed.
+_FORBIDDEN_CLASS = re.compile(r"GLOBAL (\w[\w.]*)")
 
 
 class TensorFile(abc.ABC):
@@ -114,8 +125,8 @@ def _check_not_lfs_pointer(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(
-                f"{path} is a Git LFS pointer, which stands for the weights. Run git lfs pull in "
-                "its repository to download them."
+                f"{path} is a Git LFS pointer instead of the weights. Run git lfs pull in its "
+                "repository to download them."
             )
 
 
@@ -130,7 +141,7 @@ def copy_into(source: np.ndarray, out: np.ndarray) -> None:
         out[start : start + _BAND] = source[start : start + _BAND]
 
 
-def contiguous(tensor: np.ndarray) -> np.ndarray:
+def to_c_order(tensor: np.ndarray) -> np.ndarray:
     """Returns a tensor in C order; the tensor itself if it is already."""
     if tensor.flags.c_contiguous:
         return tensor
@@ -280,8 +291,8 @@ class NpzFile(TensorFile):
                 f"claims {claimed:,} bytes (shape {shape}) but has {info.file_size:,}: it is "
                 "damaged.",
             )
-        # The local header repeats the entry of the directory, with other extra fields. zipfile has
-        # compared them.
+        # The local header repeats the directory's entry, but its extra fields may have another
+        # length. zipfile has checked that both have the same name.
         self._file.seek(info.header_offset + _LOCAL_HEADER_SIZE - 4)
         variable_size = sum(struct.unpack("<HH", self._file.read(4)))
         position = info.header_offset + _LOCAL_HEADER_SIZE + variable_size + header_size
@@ -302,7 +313,7 @@ def write_npz(
             info = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
-                np.lib.format.write_array(member, contiguous(tensor))
+                np.lib.format.write_array(member, to_c_order(tensor))
     atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")
 
 
@@ -349,14 +360,16 @@ def write_safetensors(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
     """Writes a safetensors file, with the description of its model in the header."""
-    arrays = {name: contiguous(tensor) for name, tensor in tensors}
+    arrays = {name: to_c_order(tensor) for name, tensor in tensors}
     header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
 
 
 class TorchFile(TensorFile):
-    """A checkpoint saved by `torch.save`. It has no metadata.
+    """Checkpoint saved by `torch.save`: a pickle, from which only tensors are loaded.
+
+    It has no metadata.
 
     Names of tensors in nested dictionaries are joined by slashes: "state_dict/stem.proj.weight".
     """
@@ -385,6 +398,11 @@ class TorchFile(TensorFile):
             with torch.serialization.safe_globals([c for c in _SAFE_CLASSES if c not in allowed]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         except Exception as error:  # torch.load raises errors of many types.
+            if match := _FORBIDDEN_CLASS.search(str(error)):
+                raise UserError(
+                    f"{path} contains {match[1]}, which could run code and is not loaded. Save the "
+                    "tensors alone: torch.save(model.state_dict(), FILE)."
+                ) from error
             reason = summarize_error(error)
             raise UserError(f"{path} is not a file of PyTorch tensors only: {reason}.") from error
         if not isinstance(loaded, dict):

@@ -251,7 +251,7 @@ def move_damaged_checkpoints(workdir: str, steps: Iterable[int]) -> None:
 
 
 def _temporary_path_class(workdir: str) -> type[_ChecksummedPath] | None:
-    """Returns how orbax writes a step; None is its default, which depends on the object store."""
+    """Returns the class of temporary folders for orbax; None: its default for the object store."""
     return None if "://" in workdir else _ChecksummedPath
 
 

@@ -55,7 +55,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
             more (`| head`), silently with 141. Otherwise the command continues silently.
     """
     wrap_stdio(needs_output)
-    # Read when TensorFlow is imported, as TFDS, clu and paths such as gs:// do.
+    # Read when TensorFlow is imported, as TFDS and paths such as gs:// do if it is installed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's messages about damaged images do not name the file; ours do.
@@ -78,10 +78,10 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
 
 
 def configure_jax(compilation_cache: str, *, cpu_only: bool = False) -> None:
-    """Silences libraries and enables JAX's compilation cache, before devices are used.
+    """Silences libraries, and enables JAX's compilation cache in a folder or at a URL.
 
     Args:
-        compilation_cache: Folder or URL; empty: no cache.
+        compilation_cache: Folder or URL; the cache is not enabled if it is empty.
         cpu_only: Whether to leave accelerators alone, which may be busy with a run.
     """
     from absl import logging
@@ -290,7 +290,9 @@ def read_class_names(path: str | None) -> list[str]:
 
 
 def read_path_list(path: str, flag: str) -> list[str]:
-    """Reads file names from the file of an argument, one per line; "-" reads standard input.
+    """Reads the file names listed in a file, skipping empty lines.
+
+    "-" is standard input, and `flag` is named in errors.
 
     Raises:
         UserError: The file cannot be read.

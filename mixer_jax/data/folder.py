@@ -22,7 +22,7 @@ from mixer_jax.data.image_files import (
     read_image,
     walk_images,
 )
-from mixer_jax.data.source import Example, Examples, Source, normalize_names
+from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
 from mixer_jax.errors import UserError
 
 FOLDER = "folder:"
@@ -39,6 +39,10 @@ _SPLIT_OF = {name: split for split, names in _SPELLINGS.items() for name in name
 _HELD_OUT_FRACTION = 0.1
 # Names listed in a message.
 _MAX_NAMES = 5
+# Directories of which a fingerprint has separate digests.
+_MAX_DIRECTORIES = 1000
+# Files whose sizes a thread reads at a time.
+_STAT_CHUNK = 1000
 
 # Path of an image relative to the root, and the index of its class.
 _LabeledFile = tuple[str, int]
@@ -159,6 +163,38 @@ class _FolderExamples(Examples):
         """Returns the class of a file, which follows from its path."""
         return (int(self._labels[index]),)
 
+    def fingerprint(self) -> dict[str, str]:
+        """Computes digests of names and sizes of the files, for each directory if they are few."""
+        paths = [self._relative_path(index) for index in range(len(self))]
+        sizes = self._file_sizes()
+        directories = [unicodedata.normalize("NFC", os.path.dirname(path)) for path in paths]
+        is_split = len(set(directories)) <= _MAX_DIRECTORIES
+        digests: dict[str, list[Any]] = {}
+        for path, size, directory in zip(paths, sizes, directories, strict=True):
+            place = f" in {display_path(directory)}" if is_split else ""
+            if place not in digests:
+                digests[place] = [hashlib.blake2b(digest_size=8) for _ in range(2)]
+            names, both = digests[place]
+            name = os.fsencode(unicodedata.normalize("NFC", path)) + b"\0"
+            names.update(name)
+            both.update(name + str(size).encode() + b"\0")
+        return {
+            f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
+            for place, (names, both) in sorted(digests.items())
+        }
+
+    def _file_sizes(self) -> list[int]:
+        """Returns the size of each file; -1 if it cannot be read."""
+
+        def get_sizes(start: int) -> list[int]:
+            stop = min(start + _STAT_CHUNK, len(self))
+            return [_file_size(self._path(index)) for index in range(start, stop)]
+
+        # Threads, because network file systems take a while to answer.
+        with ThreadPoolExecutor() as pool:
+            chunks = pool.map(get_sizes, range(0, len(self), _STAT_CHUNK))
+            return [size for chunk in chunks for size in chunk]
+
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""
         order = np.argsort(self._labels, kind="stable")
@@ -183,12 +219,22 @@ class _FolderExamples(Examples):
         return first
 
     def _path(self, index: int) -> Path:
+        return self._root / self._relative_path(index)
+
+    def _relative_path(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
-        return self._root / os.fsdecode(self._paths[start : self._ends[index]])
+        return os.fsdecode(self._paths[start : self._ends[index]])
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _find_error(path: Path) -> str | None:
-    """Returns why an image is bad, or None; of most JPEGs, it decodes only the first rows."""
+    """Returns the reason why a file is bad, or None; decodes only the first rows of most JPEGs."""
     try:
         decode(read_image(path), lambda height, width: (0, 0, 1, 1))
     except BadImageError as error:
@@ -281,8 +327,8 @@ def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
     nested = [folder / directory for directory in classes.values()]
     if all(_has_train_split(path) for path in nested):
         raise UserError(
-            f"folder {str(folder)!r} must contain one directory per class, got directories with a "
-            f"{_TRAIN} split of their own: {_abbreviate(classes)}. Use folder:"
+            f"folder {str(folder)!r} must contain one directory per class, got directories that "
+            f"contain a {_TRAIN} split: {_abbreviate(classes)}. Use folder:"
             f"{display_path(nested[0])}."
         )
 
@@ -357,7 +403,7 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 
 
 def _hold_out(split: _Split) -> dict[str, _Split]:
-    """Holds out the first files of every class; a class with one image stays in training."""
+    """Holds out the first files of every class; classes with one image stay in training."""
     counts = np.bincount([label for _, label in split.files], minlength=1)
     quotas = [max(1, round(_HELD_OUT_FRACTION * count)) if count > 1 else 0 for count in counts]
     train: list[_LabeledFile] = []

@@ -2,12 +2,16 @@
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from mixer_jax.errors import UserError
+
+# Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
+DIGEST = "blake2b:"
 
 
 class Example(TypedDict):
@@ -30,6 +34,10 @@ class Examples(Sequence[Example]):
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Reads the labels of one example; subclasses do so without reading its image."""
         return self[index]["labels"]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Computes values that identify the examples independently of location, by meaning."""
+        return {}
 
 
 class MixtureComponent(NamedTuple):
@@ -92,6 +100,13 @@ class Source:
         """
         return _read_labels(self.examples, index)
 
+    def fingerprint(self) -> dict[str, str]:
+        """Computes values that identify the examples independently of location, by meaning.
+
+        File sizes of image folders are read, but not the contents.
+        """
+        return _fingerprint(self.examples)
+
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
     """Converts names to Unicode normal form NFC.
@@ -133,7 +148,7 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
         class_names: Name of each class of the result.
 
     Raises:
-        UserError: `source` has a class that is missing from `class_names`.
+        UserError: A class of `source` is missing from `class_names`.
     """
     class_names = normalize_names(class_names)
     if source.class_names == class_names:
@@ -163,6 +178,24 @@ def _read_labels(examples: Sequence[Any], index: int) -> tuple[int, ...]:
     return examples[index]["labels"]
 
 
+def _fingerprint(examples: Sequence[Any]) -> dict[str, str]:
+    return examples.fingerprint() if isinstance(examples, Examples) else {}
+
+
+def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Describes differences between fingerprints by values, or by what a digest is of."""
+    changes = []
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if was != now:
+            names = [value.partition("-")[0] for value in (was, now)]
+            if not was.startswith(DIGEST) and not now.startswith(DIGEST):
+                changes.append(f"{key} ({was!r} -> {now!r})")
+            else:
+                changes.append(f"{'sizes' if names[0] == names[1] else 'names'} of {key}")
+    return changes
+
+
 class _ConcatExamples(Examples):
     """Concatenation of sequences of examples."""
 
@@ -179,6 +212,13 @@ class _ConcatExamples(Examples):
     def read_labels(self, index: int) -> tuple[int, ...]:
         component, index = self._locate(index)
         return _read_labels(self._sequences[component], index)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            f"{key} of component {number}": value
+            for number, examples in enumerate(self._sequences, 1)
+            for key, value in _fingerprint(examples).items()
+        }
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Returns the component of an example, and its index there."""
@@ -204,6 +244,10 @@ class _RelabeledExamples(Examples):
     def read_labels(self, index: int) -> tuple[int, ...]:
         return self._map(_read_labels(self._examples, index))
 
+    def fingerprint(self) -> dict[str, str]:
+        # Names of classes are compared on their own.
+        return _fingerprint(self._examples)
+
     def _map(self, labels: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self._label_map[label] for label in labels)
 
@@ -222,6 +266,10 @@ class _ExampleSubset(Examples):
 
     def read_labels(self, index: int) -> tuple[int, ...]:
         return _read_labels(self._examples, self._indices[index])
+
+    def fingerprint(self) -> dict[str, str]:
+        indices = hashlib.blake2b(repr(list(map(int, self._indices))).encode(), digest_size=8)
+        return _fingerprint(self._examples) | {"indices": indices.hexdigest()}
 
 
 def _abbreviate(names: Sequence[str]) -> str:

@@ -39,6 +39,10 @@ class _SyntheticExamples(Examples):
         label = np.random.default_rng([*self._seed, index]).integers(self._num_classes)
         return (int(label),)
 
+    def fingerprint(self) -> dict[str, str]:
+        """Returns the values that determine the examples, except their number and the classes."""
+        return {"dataset": SYNTHETIC, "split": bytes(self._seed).decode()}
+
 
 def synthetic_source(
     split: str, num_classes: int, num_examples: int, image_size: int = 256

@@ -55,10 +55,21 @@ class _TfdsExamples(Examples):
     """
 
     def __init__(
-        self, records: Sequence[Any], features: Any, label: LabelSpec, name: str, split: str
+        self,
+        records: Sequence[Any],
+        features: Any,
+        label: LabelSpec,
+        name: str,
+        split: str,
+        full_name: str,
     ):
         import tensorflow_datasets as tfds
 
+        self._identity = {
+            "dataset": full_name,
+            "label": parse_dataset_name(name)[1] or "",
+            "split": split,
+        }
         self._records, self._label, self._source_name = records, label, f"{name} {split}"
         file_name: FeatureSelection = {_FILE_NAME: ()} if _FILE_NAME in features else {}
         selection = file_name | label.features
@@ -69,6 +80,10 @@ class _TfdsExamples(Examples):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns name, version, label and split of the dataset."""
+        return dict(self._identity)
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
@@ -299,7 +314,9 @@ def _make_source(builder: Any, name: str, split: str) -> Source:
             f"split of dataset {name!r} must be one of {', '.join(builder.info.splits)}, or "
             f'slices such as "train[:99%]", and not empty, got {split!r}.'
         ) from error
-    examples = _TfdsExamples(records, builder.info.features, label, name, split)
+    examples = _TfdsExamples(
+        records, builder.info.features, label, name, split, builder.info.full_name
+    )
     try:
         examples.read_labels(0)
     except BadImageError as error:

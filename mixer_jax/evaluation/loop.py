@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -92,8 +93,10 @@ class DatasetPass(Generic[Output]):
         """Yields the output for each batch, on the host.
 
         Raises:
-            UserError: At the end, if images are unusable and `skip_bad` is false.
+            UserError: The source has another number of examples on another host; or, at the end,
+                images are unusable and `skip_bad` is false.
         """
+        self._check_sizes()
         bad: list[BadImage] = []
         pending: Output | None = None
         with contextlib.closing(self._batches(bad)) as batches:
@@ -109,6 +112,15 @@ class DatasetPass(Generic[Output]):
         self.num_bad = multihost.sum_across_hosts(len(bad))
         if self.num_bad and not self._input_config.skip_bad:
             raise bad_images_error(self._source, bad, self.num_bad)
+
+    def _check_sizes(self) -> None:
+        """Checks that all hosts have as many batches, so that none waits for one that has ended."""
+        sizes = multihost.all_gather(np.array(len(self._source))).tolist()
+        if len(set(sizes)) > 1:
+            raise UserError(
+                f"{self._source.name} must have the same images on all hosts, got "
+                f"{', '.join(f'{size:,}' for size in sizes)}. Copy the same files to every host."
+            )
 
     def _batches(self, bad: list[BadImage]) -> Any:
         config = self._input_config

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source, relabel, subset
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classifiers import (
     L2_REGS,
@@ -91,13 +92,16 @@ class ProbeMetrics(NamedTuple):
 
 
 class LazyLabels(Sequence[int]):
-    """Labels of the examples of a source, read on first use and cached.
+    """Labels of the examples of a source, read on first use and cached; images are not read.
 
-    An example that cannot be read, or that was found unusable, has the label `UNUSABLE`.
+    An example whose label cannot be read, or that was found unusable, has the label `UNUSABLE`.
     """
 
     def __init__(self, source: Source, skip_bad: bool):
-        """Initializes an empty cache; unreadable examples are skipped or an error."""
+        """Initializes an empty cache.
+
+        Unreadable examples raise UserError, or are labeled `UNUSABLE` if `skip_bad`.
+        """
         self._source, self._skip_bad = source, skip_bad
         self._labels: dict[int, int] = {}
         # Indices of examples found unusable.
@@ -111,7 +115,7 @@ class LazyLabels(Sequence[int]):
             return UNUSABLE
         if index not in self._labels:
             try:
-                self._labels[index] = self._source.examples[index]["labels"][0]
+                (self._labels[index],) = self._source.read_labels(index)
             except BadImageError as error:
                 if not self._skip_bad:
                     bad = BadImage(error.name or f"example {index}", error.reason)
@@ -129,10 +133,11 @@ def sample_few_shot(
     seed: int,
     name: str,
 ) -> Int[np.ndarray, "shots classes"]:
-    """Samples examples of every class; a pure function of labels and seed.
+    """Samples examples of every class and returns their indices.
 
-    The first n rows are the sample for n shots. Labels are read in a random order until every class
-    has enough, so that only a part of a large dataset is read.
+    The result is a pure function of labels and seed. The first n rows are the sample for n shots.
+    Labels are read in a random order until every class has enough, so that only a part of a large
+    dataset is read.
 
     Args:
         labels: Labels of all examples; `UNUSABLE` excludes an example.
@@ -251,19 +256,35 @@ def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> 
     ]
 
 
+def sample_once(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
+    """Samples as `sample_all_shots` does, once for all hosts, which must call it together.
+
+    A host that cannot read some example would sample others. Examples that the primary process
+    cannot read are added to `labels.bad` on all hosts.
+
+    Raises:
+        UserError: Some class has too few examples.
+    """
+    samples, bad = multihost.compute_once(
+        lambda: (sample_all_shots(config, train, labels), labels.bad)
+    )
+    labels.bad |= bad
+    return samples
+
+
 def _fit_few_shot(
     extract: _Extract, train: Source, config: ProbeConfig, labels: LazyLabels
 ) -> _FittedProbe:
     features: dict[int, np.ndarray] = {}
     while True:
-        samples = sample_all_shots(config, train, labels)
+        samples = sample_once(config, train, labels)
         missing = sorted({*np.unique(samples).tolist()} - features.keys())
         if not missing:
             break
         for chunk in extract(subset(train, missing)):
             for row, index in enumerate(chunk.indices.tolist()):
                 features[missing[index]] = chunk.features[row]
-        # Images that proved unusable are replaced by others in the next round.
+        # Images that proved unusable on any host are replaced by others in the next round.
         labels.bad |= {index for index in missing if index not in features}
     classifiers: dict[str, list[_Classifier]] = {}
     for shots in config.shots:
@@ -271,7 +292,7 @@ def _fit_few_shot(
         classifiers[f"{shots}_shot"] = [
             fit_ridge(
                 np.stack([features[index] for index in indices]),
-                np.array([labels[index] for index in indices]),
+                np.tile(np.arange(train.num_classes), shots),
                 train.num_classes,
             )
             for indices in indices_per_seed

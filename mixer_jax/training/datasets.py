@@ -1,5 +1,7 @@
 """Datasets of a run, opened from its config."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
@@ -13,12 +15,17 @@ from mixer_jax.evaluation.probes import align_labels
 class RunDatasets(NamedTuple):
     """Datasets of a run: for training, and by the name of each evaluation.
 
-    `probe_train` has the examples that probes are fitted on.
+    Attributes:
+        train: Training data.
+        evals: Evaluation data.
+        probe_train: Examples that probes are fitted on.
+        fingerprint: Identity of the training data, independent of its location; empty if unknown.
     """
 
     train: Source
     evals: dict[str, Source]
     probe_train: dict[str, Source]
+    fingerprint: Mapping[str, str] = MappingProxyType({})
 
     @property
     def notes(self) -> list[str]:
@@ -32,7 +39,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
 
     Raises:
         UserError: A dataset or split does not exist, the training data has several labels per
-            image, or an evaluation has a class that its training split lacks.
+            image, or classes of an evaluation are missing from its training split.
     """
     train = open_train_dataset(config)
     evals, probe_train = {}, {}
@@ -47,7 +54,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
                 evals[name] = _relabel(source, train)
         except UserError as error:
             raise UserError(f"config.evals.{name}: {error}") from error
-    return RunDatasets(train, evals, probe_train)
+    return RunDatasets(train, evals, probe_train, train.fingerprint())
 
 
 def open_train_dataset(config: RunConfig) -> Source:
@@ -55,7 +62,7 @@ def open_train_dataset(config: RunConfig) -> Source:
 
     Raises:
         UserError: A dataset or split does not exist, or has several labels per image, one class, or
-            a class without a readable image.
+            classes without readable images.
     """
     train = _open_train_source(config)
     if train.num_classes < 2:

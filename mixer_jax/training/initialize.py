@@ -13,6 +13,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, DAMAGED_DIR, list_saved_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights, resize
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.data.source import describe_changes
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import UserError
@@ -20,6 +21,10 @@ from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
+from mixer_jax.training.workdir import moved_folders
+
+# Differences between data sets that are listed in a message.
+_MAX_CHANGES = 4
 
 
 class InitSource(NamedTuple):
@@ -185,6 +190,16 @@ def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: s
                 "data. Point --config.dataset.data_dir to that data, restore the images of the "
                 "folder, or choose another --workdir."
             )
+    if "train_data" in metadata:
+        changes = describe_changes(metadata["train_data"], experiment.metadata["train_data"])
+    else:  # An older version stored only the paths.
+        changes = moved_folders(get_metadata(metadata, "config", source), experiment.config)
+    if changes:
+        listed = ", ".join(changes[:_MAX_CHANGES]) + (", …" if changes[_MAX_CHANGES:] else "")
+        raise UserError(
+            f"training data must be as in {source}, got other {listed}. Restore the data, or "
+            "choose another --workdir."
+        )
 
 
 def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:

@@ -47,7 +47,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.workdir import lock_workdir, save_config
+from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter_overview
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
@@ -131,7 +131,7 @@ def _last_checkpoint(workdir: str, step: int) -> str:
 
 
 class _TrainLoop:
-    """Everything that the steps of a run share."""
+    """Loop over the training steps of one run, with the state and the logs that they share."""
 
     def __init__(
         self,
@@ -147,11 +147,12 @@ class _TrainLoop:
         if is_alone:
             # Before anything that takes time.
             stack.enter_context(lock_workdir(workdir))
-        datasets = open_datasets(config)
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
         multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
+        # Listed once, so that all hosts have the same examples in the same order.
+        datasets = multihost.compute_once(lambda: open_datasets(config))
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
@@ -168,6 +169,7 @@ class _TrainLoop:
         )
         if is_primary:
             save_config(workdir, config)
+            save_parameter_overview(workdir, self.state.params)
         self.logger = MetricsLogger(
             workdir,
             self.start_step,

@@ -32,7 +32,7 @@ from mixer_jax.evaluation.probes import (
     ProbeConfig,
     ProbeMetrics,
     run_probe,
-    sample_all_shots,
+    sample_once,
 )
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import INIT_FROM
@@ -138,6 +138,7 @@ def build_experiment(
             "ema": has_ema,
             "num_steps": num_steps,
             "num_train_examples": len(datasets.train),
+            "train_data": dict(datasets.fingerprint),
             "config": config.to_dict(),
             "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
         },
@@ -196,7 +197,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         labels = LazyLabels(train, input_config.skip_bad)
         if entry.type == "few_shot":
             # Raises if a class has too few images, before training rather than after it.
-            sample_all_shots(probe, train, labels)
+            sample_once(probe, train, labels)
         evaluators[name] = functools.partial(
             run_probe,
             feature_fn,

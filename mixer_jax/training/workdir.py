@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
 from mixer_jax.files import atomic_write, file_lock
 
 CONFIG_FILE = "config.json"
+PARAMETERS_FILE = "parameters.txt"
 LOCK_FILE = ".lock"
+_FOLDER = "folder:"
+_TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
 # Locked workdirs of this process, and the threads that hold them.
 _locked: set[tuple[str, int]] = set()
@@ -105,6 +109,14 @@ def save_config(workdir: str, config: RunConfig) -> None:
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
 
 
+def save_parameter_overview(workdir: str, params: dict[str, Any]) -> None:
+    """Writes name, shape, dtype, size and sharding of all parameters to `workdir`."""
+    from clu.parameter_overview import get_parameter_overview
+
+    overview = get_parameter_overview(params, include_stats="sharding")
+    atomic_write(epath.Path(workdir) / PARAMETERS_FILE, f"{overview}\n")
+
+
 def to_json(config: RunConfig) -> str:
     """Formats a config as JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -126,9 +138,30 @@ def config_diff(old: dict[str, Any], new: RunConfig) -> tuple[list[str], list[st
         if was != now:
             # All keys of an entry of evals that was added or removed have changed.
             field = get_field(path)
-            changes = resumable if field and field.resumable else incompatible
+            is_resumable = (field and field.resumable) or _is_folder_moved(path, was, now)
+            changes = resumable if is_resumable else incompatible
             changes.append(f"{path}: {was!r} -> {now!r}")
     return resumable, incompatible
+
+
+def moved_folders(old: dict[str, Any], new: RunConfig) -> list[str]:
+    """Returns a line "key: old -> new" for each image folder with another path than in `old`."""
+    before = flatten(ConfigDict(fill_defaults(old)))
+    after = flatten(ConfigDict(new.to_dict()))
+    return [
+        f"{path}: {was!r} -> {after[path]!r}"
+        for path, was in before.items()
+        if path in after and was != after[path] and _is_folder_moved(path, was, after[path])
+    ]
+
+
+def _is_folder_moved(key: str, was: Any, now: Any) -> bool:
+    """Returns whether a key of the training data has the path of a folder before and after.
+
+    Whether the folders have the same files is compared later, by the fingerprint of the data.
+    """
+    is_folder = all(isinstance(name, str) and name.startswith(_FOLDER) for name in (was, now))
+    return is_folder and _TRAIN_DATA_KEYS.fullmatch(key) is not None
 
 
 def _check_writable(workdir: str) -> None:

@@ -171,6 +171,20 @@ def test_torch_file_reads_training_checkpoints_of_timm(
         assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
+def test_torch_file_reads_numbers_of_numpy_and_names_other_classes(
+    torch: Any, timm: Any, tmp_path: Path
+) -> None:
+    model = make_timm_model(torch, timm, SMALLEST, img_size=64, num_classes=10)
+    path = tmp_path / "last.ckpt"
+    metrics = {"top1": np.float64(75.5), "top5": np.float32(92.0), "epoch": np.int64(3)}
+    torch.save({"state_dict": model.state_dict(), "metrics": metrics}, path)
+    assert load_checkpoint(str(path)).model_info.num_classes == 10
+    torch.save({"state_dict": model.state_dict(), "folder": tmp_path}, path)
+    with raises(UserError, str(path), "pathlib.PosixPath", "state_dict()") as caught:
+        load_checkpoint(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_torch_file_reads_dictionaries_that_contain_each_other(
     torch: Any, timm: Any, tmp_path: Path
 ) -> None:

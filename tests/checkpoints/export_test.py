@@ -20,7 +20,7 @@ from mixer_jax.checkpoints.export import (
 )
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.messages import raises
@@ -285,8 +285,8 @@ def test_export_weights_leaves_nothing_if_interrupted(
     monkeypatch.setitem(export._FILE_FORMATS, "google", file_format._replace(write=write))
     target = target_of("google", tmp_path)
     is_full = isinstance(error, OSError)
-    expected = UserError if is_full else KeyboardInterrupt
-    with raises(expected, *([target, "No space left"] if is_full else [])):
+    expected = DiskFullError if is_full else KeyboardInterrupt
+    with raises(expected, *([target, "No space left on device"] if is_full else [])):
         export_weights(weights, "google", target)
     assert not any(tmp_path.iterdir())
 

@@ -35,7 +35,8 @@ def check_stopped(process: subprocess.Popen[str], workdir: Path, reason: str) ->
     """Checks that a run ends in one line that names its newest checkpoint; returns its step."""
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
-    (line,) = err.splitlines()
+    assert err.count("\n") == 1, err
+    line = err.strip()
     saved = list_steps(str(workdir))[-1]
     assert mentions(line, str(workdir), f"{workdir}/checkpoints/{saved}", reason)
     left = {path.name for path in (workdir / "checkpoints").iterdir()}

@@ -1,5 +1,7 @@
 """Tests of ridge regression and of the k-NN classifier, against scikit-learn."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
@@ -74,12 +76,30 @@ def test_fit_ridge_on_features_of_a_mixer(
 @pytest.mark.parametrize(("n", "columns"), [(30, 20), (20, 30)])
 def test_solve_ridge_equals_both_forms(n: int, columns: int, l2_reg: float) -> None:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, columns)), rng.normal(size=(n, 3))
+    x, labels = rng.normal(size=(n, columns)), rng.integers(3, size=n)
+    y = 2.0 * np.eye(3)[labels] - 1
     first = np.linalg.inv(x.T @ x + l2_reg * np.eye(columns)) @ x.T @ y
     second = x.T @ np.linalg.inv(x @ x.T + l2_reg * np.eye(n)) @ y
-    solved = solve_ridge(x, y, l2_reg)
+    solved = solve_ridge(x, labels, 3, l2_reg)
     np.testing.assert_allclose(solved, first, atol=1e-8)
     np.testing.assert_allclose(solved, second, atol=1e-8)
+
+
+def test_fit_ridge_needs_no_matrix_of_examples_and_classes() -> None:
+    rng = np.random.default_rng(0)
+    num_classes, dim = 2_000, 8
+    labels = np.tile(np.arange(num_classes), 5)
+    features = rng.normal(size=(len(labels), dim)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        classifier = fit_ridge(features, labels, num_classes)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A few copies of the features and of the weights; targets would take 160 MB.
+    assert peak < 6 * 8 * (features.size + num_classes * dim)
+    expected = reference_ridge_scores(features, labels, features[:50], num_classes)
+    np.testing.assert_allclose(classifier.scores(features[:50]), expected, atol=1e-9)
 
 
 def test_fit_ridge_ignores_constant_features() -> None:

@@ -1,6 +1,7 @@
 """Tests of the start of a run: from pretrained weights, at another image size, with a new head."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.initialize import describe_init, find_init_source, restore_or_init
+from mixer_jax.training.initialize import (
+    describe_init,
+    find_init_source,
+    restore_or_init,
+    save_state,
+)
 from mixer_jax.training.setup import Experiment, build_experiment, make_train_batches
 from mixer_jax.training.step import TrainState
+from mixer_jax.training.workdir import check_workdir, save_config
+from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import (
     TINY,
@@ -26,7 +34,7 @@ from tests.helpers.random_weights import (
     save_npz,
     save_run,
 )
-from tests.helpers.tiny_run import small_config
+from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 LOW = tuple(str(digit) for digit in range(5))
 # Takes the architecture of the pretrained weights.
@@ -210,3 +218,93 @@ def test_run_without_init_from_is_initialized_randomly(digits_dir: str, tmp_path
     assert line == ""
     assert state.params["stem"]["kernel"].any()
     assert TINY.hidden_dim == state.params["stem"]["kernel"].shape[-1]
+
+
+def write_folder(folder: Path) -> None:
+    """Writes four images of each of two classes, all of one size in bytes."""
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "test" / name).mkdir(parents=True)
+        for index in range(4):
+            image = encode(np.full((8, 8, 3), 10 * index, np.uint8), "BMP")
+            (folder / "train" / name / f"{index}.bmp").write_bytes(image)
+            (folder / "test" / name / f"{index}.bmp").write_bytes(image)
+
+
+def save_folder_run(folder: Path, workdir: Path, **changes: Any) -> None:
+    config = folder_config(folder)
+    check_workdir(str(workdir), config)
+    experiment = build_experiment(config, open_datasets(config))
+    checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
+    saved = experiment._replace(metadata=experiment.metadata | changes)
+    if changes:
+        del saved.metadata["train_data"]
+    save_state(saved, checkpoints, experiment.create_state(), 3, [])
+    checkpoints.close()
+    save_config(str(workdir), config)
+
+
+def folder_config(folder: Path | str) -> RunConfig:
+    return small_config("", dataset__name=f"folder:{folder}", batch_size=8, **NO_REGULARIZATION)
+
+
+def resume(folder: Path | str, workdir: Path) -> None:
+    config = folder_config(folder)
+    check_workdir(str(workdir), config)
+    init = find_init_source(config, str(workdir))
+    experiment = build_experiment(config, open_datasets(config), init_info=init and init.model_info)
+    restore_or_init(experiment, CheckpointManager(str(workdir)), 3, init)
+
+
+def test_run_resumes_with_a_moved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "images")
+    save_folder_run(tmp_path / "images", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("images", "./images/", tmp_path / "run" / ".." / "images"):
+        resume(spelling, tmp_path / "run")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    resume(tmp_path / "moved", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda dog: (dog / "1.bmp").rename(dog / "9.bmp"), ("names", "train/dog")),
+        (lambda dog: (dog / "1.bmp").write_bytes(encode(noise(9, 9), "BMP")), ("sizes", "dog")),
+        (lambda dog: (dog / "1.bmp").rename(dog.parent / "cat" / "5.bmp"), ("cat", "dog")),
+        (lambda dog: (dog / "1.bmp").unlink(), ("num_train_examples", "7", "8")),
+    ],
+    ids=["renamed", "replaced", "other class", "removed"],
+)
+def test_run_with_changed_images_is_refused(
+    change: Callable[[Path], Any], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "images")
+    save_folder_run(tmp_path / "images", tmp_path / "run")
+    change(tmp_path / "images" / "train" / "dog")
+    with raises(UserError, "step 3", "--workdir", *parts) as caught:
+        resume(tmp_path / "images", tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_old_checkpoints_compare_paths(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images")
+    save_folder_run(tmp_path / "images", tmp_path / "run", note="old")
+    resume(tmp_path / "images", tmp_path / "run")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    with raises(UserError, "dataset.name", str(tmp_path / "images"), str(tmp_path / "moved")):
+        resume(tmp_path / "moved", tmp_path / "run")
+
+
+def test_run_with_other_tfds_data_is_refused(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir)
+    datasets = open_datasets(config)
+    experiment = build_experiment(config, datasets)
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=1)
+    save_state(experiment, checkpoints, experiment.create_state(), 3, [])
+    restore_or_init(experiment, checkpoints, 3, None)
+    checkpoints.close()
+    assert datasets.fingerprint["dataset"] == "digits/all/1.0.0"
+    newer = datasets._replace(fingerprint={**datasets.fingerprint, "dataset": "digits/all/2.0.0"})
+    with raises(UserError, "digits/all/1.0.0", "digits/all/2.0.0"):
+        restore_or_init(build_experiment(config, newer), CheckpointManager(str(tmp_path)), 3, None)
