@@ -1,8 +1,8 @@
 """`--mode=checkpoints`: time to save and restore a training state, with and without checksums.
 
 Saves with and without checksums alternate. `blocked` is the time that a save keeps the training
-loop from its next step, `written` that until the checkpoint is complete. The ratio is to the same task
-without checksums, median over rounds. Files are in the page cache.
+loop from its next step, `written` that until the checkpoint is complete. The ratio is to the same
+task without checksums, median over rounds. Files are in the page cache.
 """
 
 import argparse
