@@ -35,7 +35,7 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """Loss or parameters are no longer finite on all hosts; a retry fails as well."""
+    """Loss or parameters have become NaN or infinite on all hosts; a retry fails as well."""
 
 
 def exit_code(error: BaseException) -> int:

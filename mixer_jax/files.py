@@ -47,7 +47,7 @@ class LineFile:
     """
 
     def __init__(self, path: Any, lines: Iterable[str], interval: float = 30.0):
-        """Replaces the contents of the file; does not create it as long as there are no lines.
+        """Replaces the contents of the file, which is created only if there are lines.
 
         Args:
             path: `epath.Path`, local or of an object store.

@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
     """Prediction for one image.
 
     Attributes:
-        image: File name or other name.
+        image: Path of the image, or another name.
         classes: Most probable classes in descending order; empty if the image is unreadable.
         error: Reason why the image is unreadable; empty if it is readable.
     """
@@ -187,7 +187,7 @@ class Classifier:
         """Classifies images with the checkpoint's preprocessing, as `python -m mixer_jax.predict`.
 
         Args:
-            images: One image or any number of them in a sequence. An image is the path of a file,
+            images: One image or any number of them in a sequence. Each is the path of a file,
                 its bytes, a Pillow image, or an array of uint8 levels: RGB (height, width, 3), gray
                 (height, width) or (height, width, 1), or RGBA, whose alpha is dropped. An array (n,
                 height, width, 3) is n images. Images have any size. For pixels in [-1, 1] that are
@@ -203,7 +203,7 @@ class Classifier:
 
         Raises:
             BadImageError: An input image is unreadable.
-            UserError: The model has no head, or an image has another type, dtype or shape.
+            UserError: The model has no head, or images have another type, dtype or shape.
         """
         named_images = name_images(images, exif_orientation)
         batch_size = min(batch_size, len(named_images))

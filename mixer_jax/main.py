@@ -119,7 +119,7 @@ def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> st
 
 
 def _program(name: str) -> str:
-    """Returns how to call a program of this Python: by its path if it is in a .venv here."""
+    """Returns the command for a program of this Python: its path if that is in a .venv here."""
     folder = Path(sys.executable).parent
     if "VIRTUAL_ENV" in os.environ or not folder.is_relative_to(Path.cwd()):
         return name

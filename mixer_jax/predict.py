@@ -19,7 +19,7 @@ _MIN_FOR_PROGRESS = 32
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit code: 1 if an image is unreadable."""
+    """Runs the command and returns its exit code: 1 if any image is unreadable."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.predict",
         description="Classify images. Exits with code 1 if any image is unreadable.",
@@ -122,7 +122,7 @@ def _write_json(predictions: Iterator["Prediction"]) -> None:
 
 
 def _write_csv(predictions: Iterator["Prediction"]) -> None:
-    """Prints CSV, with one line per class of an image, and one for an unreadable image."""
+    """Prints CSV with one line per predicted class, and one per unreadable image."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["image", "rank", "class_index", "name", "probability", "error"])
     for prediction in predictions:

@@ -231,7 +231,7 @@ class Target(NamedTuple):
         platform: Name of the platform in JAX.
         lowering_platform: Its name in `jax.stages.Traced.lower`.
         topology: Topology of the ahead-of-time TPU compiler; empty: attached CPU devices.
-        device_kind: Kind of device that CPU devices represent.
+        device_kind: Device kind that CPU devices represent.
     """
 
     platform: str

@@ -5,7 +5,7 @@ as other weights. CRC-32 is the fastest checksum of the standard library, 1.6 GB
 detects every error of up to 32 adjacent bits.
 
 A checkpoint without checksums is from an older version, or is in an object store. Object stores
-keep and verify checksums of their own.
+keep and verify their own checksums.
 """
 
 import json

@@ -129,8 +129,8 @@ def _check_not_lfs_pointer(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(
-                f"{path} is a Git LFS pointer, which stands for the weights. Run git lfs pull in "
-                "its repository to download them."
+                f"{path} is a Git LFS pointer instead of the weights. Run git lfs pull in its "
+                "repository to download them."
             )
 
 
@@ -145,7 +145,7 @@ def copy_into(source: np.ndarray, out: np.ndarray) -> None:
         out[start : start + _BAND] = source[start : start + _BAND]
 
 
-def contiguous(tensor: np.ndarray) -> np.ndarray:
+def to_c_order(tensor: np.ndarray) -> np.ndarray:
     """Returns a tensor in C order; the tensor itself if it is already."""
     if tensor.flags.c_contiguous:
         return tensor
@@ -301,8 +301,8 @@ class NpzFile(TensorFile):
                 f"claims {claimed:,} bytes (shape {shape}) but has {info.file_size:,}: it is "
                 "damaged.",
             )
-        # The local header repeats the entry of the directory, with other extra fields. zipfile has
-        # compared them.
+        # The local header repeats the directory's entry, but its extra fields may have another
+        # length. zipfile has checked that both have the same name.
         self._file.seek(info.header_offset + _LOCAL_HEADER_SIZE - 4)
         variable_size = sum(struct.unpack("<HH", self._file.read(4)))
         position = info.header_offset + _LOCAL_HEADER_SIZE + variable_size + header_size
@@ -323,8 +323,12 @@ def write_npz(
             info = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
+<<<<<<< HEAD
                 np.lib.format.write_array(member, contiguous(tensor))
     metadata = metadata | {_JSON_CHECKSUM: _json_checksum(metadata)}
+=======
+                np.lib.format.write_array(member, to_c_order(tensor))
+>>>>>>> main
     atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")
 
 
@@ -388,6 +392,7 @@ def write_safetensors(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
     """Writes a safetensors file, with the description of its model in the header."""
+<<<<<<< HEAD
     arrays = {name: contiguous(tensor) for name, tensor in tensors}
     description = json.dumps(metadata)
     checksums = {name: _array_checksum(array) for name, array in arrays.items()}
@@ -398,6 +403,10 @@ def write_safetensors(
         _METADATA_KEY: description,
         _CHECKSUMS_KEY: json.dumps(checksums),
     }
+=======
+    arrays = {name: to_c_order(tensor) for name, tensor in tensors}
+    header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
+>>>>>>> main
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
 
@@ -407,7 +416,9 @@ def _array_checksum(array: np.ndarray) -> int:
 
 
 class TorchFile(TensorFile):
-    """A checkpoint saved by `torch.save`. It has no metadata.
+    """Checkpoint saved by `torch.save`: a pickle, from which only tensors are loaded.
+
+    It has no metadata.
 
     Names of tensors in nested dictionaries are joined by slashes: "state_dict/stem.proj.weight".
     """

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixer_jax.checkpoints.formats import SelectedTensors, TensorFile
-from mixer_jax.checkpoints.weights import Tree, unflatten_params, zeros_in_pages
+from mixer_jax.checkpoints.weights import Tree, allocate_zeros, unflatten_params
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import InferredConfig, ModelFamily, Shape, WeightLayout
 from mixer_jax.models.registry import FAMILIES, get_family
@@ -88,7 +88,7 @@ class LoadedWeights(NamedTuple):
 
     @property
     def size_multiple(self) -> int:
-        """Number of pixels that both sides of an image are a multiple of."""
+        """Divisor of valid heights and widths, in pixels."""
         return get_family(self.family).image_size_multiple(self.config)
 
     def fits_image_size(self, size: tuple[int, int]) -> bool:
@@ -119,7 +119,7 @@ def read_pretrained(file: TensorFile) -> LoadedWeights:
     side = family.image_size_multiple(config)
     shapes = family.param_shapes(config, (side, side * max(num_tokens, 1)), num_classes)
     _check_names_and_shapes(file, shapes, layout)
-    flat = {path: zeros_in_pages(shape) for path, shape in shapes.items()}
+    flat = {path: allocate_zeros(shape) for path, shape in shapes.items()}
     views = dict(layout_views(flat, layout))
 
     def read(name: str) -> None:

@@ -226,7 +226,7 @@ def _hint(source: str) -> str:
 def local_workdir(ref: CheckpointRef) -> Iterator[tuple[str, int]]:
     """Yields the workdir and the step of a run's checkpoint.
 
-    A copied checkpoint gets a temporary workdir, in which a link stands for it.
+    A copied checkpoint gets a temporary workdir with a link to it.
 
     Raises:
         UserError: The copy is at a URL.

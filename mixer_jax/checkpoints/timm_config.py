@@ -37,11 +37,12 @@ def read_timm_config(path: str, source: str) -> dict[str, Any]:
     config = read_metadata_json(Path(path).with_name(TIMM_CONFIG_FILE))
     if config:
         return config
-    # Links are not resolved: their names can be more telling than those of their targets.
+    # Links are not resolved: their names can say more about the weights than those of their
+    # targets.
     name = Path(source if "://" in source or source.startswith(HUB) else os.path.abspath(source))
     is_generic = not any(family in name.name.lower() for family in FAMILIES)
-    telling = f"{name.parent.name}/{name.name}" if is_generic else name.name
-    return _MIIL_CONFIG if _MIIL in telling.lower() else {}
+    full_name = f"{name.parent.name}/{name.name}" if is_generic else name.name
+    return _MIIL_CONFIG if _MIIL in full_name.lower() else {}
 
 
 def parse_timm_fields(

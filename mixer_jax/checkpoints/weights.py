@@ -4,6 +4,7 @@ Does not import JAX.
 """
 
 import dataclasses
+import hashlib
 import math
 import mmap
 import os
@@ -59,7 +60,16 @@ def unflatten_params(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def zeros_in_pages(shape: tuple[int, ...]) -> np.ndarray:
+def params_digest(params: Tree) -> str:
+    """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
+    digest = hashlib.sha256()
+    for path, array in sorted(flatten_params(params)):
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def allocate_zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Allocates a float32 array of zeros in separate pages of memory.
 
     JAX on the CPU uses it without a copy, as pages are aligned. NumPy would ask for huge pages, for

@@ -76,7 +76,10 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
 
 
 def configure_jax(compilation_cache: str) -> None:
-    """Silences libraries and enables JAX's compilation cache, a folder or URL; empty: no cache."""
+    """Silences libraries, and enables JAX's compilation cache in a folder or at a URL.
+
+    The cache is not enabled if `compilation_cache` is empty.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
@@ -275,7 +278,9 @@ def read_class_names(path: str | None) -> list[str]:
 
 
 def read_path_list(path: str, flag: str) -> list[str]:
-    """Reads file names from the file of an argument, one per line; "-" reads standard input.
+    """Reads the file names listed in a file, skipping empty lines.
+
+    "-" is standard input, and `flag` is named in errors.
 
     Raises:
         UserError: The file cannot be read.

@@ -108,7 +108,7 @@ def find_config_file(path: str) -> Path:
             `configs/digits.py` in the working directory, or the installed `configs/digits.py`.
 
     Raises:
-        UserError: There is no such file.
+        UserError: The file does not exist.
     """
     given = Path(path)
     if not given.name:

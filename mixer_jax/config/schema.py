@@ -51,7 +51,8 @@ class Field:
         """Parses a value of this type; ranges and choices are left to `check`.
 
         Raises:
-            UserError: The text does not have this type. Names the value, e.g. "config.seed".
+            UserError: The text does not have this type; the message starts with `name`, e.g.
+                "config.seed".
         """
         try:
             return BOOLEANS[text.lower()] if self.type is bool else self.type(text)
@@ -266,8 +267,8 @@ class BadImagesConfig:
     )
     max_count: int = key(
         10,
-        "unusable training images that never stop the run, whatever max_fraction is, unless they "
-        "are more than half",
+        "unusable training images that are tolerated even above max_fraction, unless they are "
+        "more than half",
         min=0,
         resumable=True,
     )
@@ -342,7 +343,7 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
     """Parses a list of numbers of images per class, such as "1,5,10,25" or "(1, 5)".
 
     Raises:
-        UserError: The text is not a list of positive integers; `name` is named.
+        UserError: The text is not a list of positive integers; the message starts with `name`.
     """
     numbers = [number.strip() for number in text.strip("()[] ").split(",")]
     if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):

@@ -234,7 +234,7 @@ def _file_size(path: Path) -> int:
 
 
 def _find_error(path: Path) -> str | None:
-    """Returns why an image is bad, or None; of most JPEGs, it decodes only the first rows."""
+    """Returns the reason why a file is bad, or None; decodes only the first rows of most JPEGs."""
     try:
         decode(read_image(path), lambda height, width: (0, 0, 1, 1))
     except BadImageError as error:
@@ -327,8 +327,8 @@ def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
     nested = [folder / directory for directory in classes.values()]
     if all(_has_train_split(path) for path in nested):
         raise UserError(
-            f"folder {str(folder)!r} must contain one directory per class, got directories with a "
-            f"{_TRAIN} split of their own: {_abbreviate(classes)}. Use folder:"
+            f"folder {str(folder)!r} must contain one directory per class, got directories that "
+            f"contain a {_TRAIN} split: {_abbreviate(classes)}. Use folder:"
             f"{display_path(nested[0])}."
         )
 
@@ -403,7 +403,7 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 
 
 def _hold_out(split: _Split) -> dict[str, _Split]:
-    """Holds out the first files of every class; a class with one image stays in training."""
+    """Holds out the first files of every class; classes with one image stay in training."""
     counts = np.bincount([label for _, label in split.files], minlength=1)
     quotas = [max(1, round(_HELD_OUT_FRACTION * count)) if count > 1 else 0 for count in counts]
     train: list[_LabeledFile] = []

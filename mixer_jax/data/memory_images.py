@@ -30,7 +30,7 @@ def name_images(images: Any, exif_orientation: bool) -> list[NamedImage | NamedP
         exif_orientation: Whether Pillow images are rotated by their EXIF orientation.
 
     Raises:
-        UserError: An image has another type, dtype or shape.
+        UserError: Images have another type, dtype or shape.
     """
     if isinstance(images, _SINGLE):
         images = [images]

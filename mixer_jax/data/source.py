@@ -36,7 +36,7 @@ class Examples(Sequence[Example]):
         return self[index]["labels"]
 
     def fingerprint(self) -> dict[str, str]:
-        """Computes what identifies the examples, wherever they are: values by their meanings."""
+        """Computes values that identify the examples independently of location, by meaning."""
         return {}
 
 
@@ -101,9 +101,9 @@ class Source:
         return _read_labels(self.examples, index)
 
     def fingerprint(self) -> dict[str, str]:
-        """Computes what identifies the examples, wherever they are: values by their meanings.
+        """Computes values that identify the examples independently of location, by meaning.
 
-        Of folders, sizes of the files are read, but not their contents.
+        File sizes of image folders are read, but not the contents.
         """
         return _fingerprint(self.examples)
 
@@ -148,7 +148,7 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
         class_names: Name of each class of the result.
 
     Raises:
-        UserError: `source` has a class that is missing from `class_names`.
+        UserError: A class of `source` is missing from `class_names`.
     """
     class_names = normalize_names(class_names)
     if source.class_names == class_names:

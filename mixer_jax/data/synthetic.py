@@ -40,7 +40,7 @@ class _SyntheticExamples(Examples):
         return (int(label),)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what the examples depend on, but for their number and the classes."""
+        """Returns the values that determine the examples, except their number and the classes."""
         return {"dataset": SYNTHETIC, "split": bytes(self._seed).decode()}
 
 

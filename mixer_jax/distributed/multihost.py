@@ -2,7 +2,7 @@
 
 JAX detects lost hosts by itself. Every process sends heartbeats to the coordinator, which is part
 of process 0. When any process is lost, the collectives of the others fail, or JAX aborts them with
-a message and SIGABRT. The same happens to a process whose peers do not join in time.
+a message and SIGABRT. Processes whose peers do not join in time end in the same way.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def is_alone(mode: str) -> bool:
     """Returns whether this process forms a run alone, without using devices or waiting for others.
 
     Args:
-        mode: As in `initialize_distributed`.
+        mode: Argument of `initialize_distributed`.
     """
     return not jax.distributed.is_initialized() and not joins_hosts(mode)
 

@@ -75,7 +75,7 @@ def check_mesh(data: int, fsdp: int, num_devices: int, num_slices: int = 1) -> N
 
 
 def check_divisible(key: str, batch_size: int, num_devices: int, num_microbatches: int = 1) -> None:
-    """Checks that every microbatch can be split evenly over the devices; `key` names the size.
+    """Checks that each of `num_microbatches` splits evenly over the devices; messages name `key`.
 
     Raises:
         UserError: The batch size is not a multiple of devices × microbatches.

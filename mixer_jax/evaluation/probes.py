@@ -98,7 +98,10 @@ class LazyLabels(Sequence[int]):
     """
 
     def __init__(self, source: Source, skip_bad: bool):
-        """Initializes an empty cache; unreadable examples are skipped or an error."""
+        """Initializes an empty cache.
+
+        Unreadable examples raise UserError, or are labeled `UNUSABLE` if `skip_bad`.
+        """
         self._source, self._skip_bad = source, skip_bad
         self._labels: dict[int, int] = {}
         # Indices of examples found unusable.
@@ -130,10 +133,11 @@ def sample_few_shot(
     seed: int,
     name: str,
 ) -> Int[np.ndarray, "shots classes"]:
-    """Samples examples of every class; a pure function of labels and seed.
+    """Samples examples of every class and returns their indices.
 
-    The first n rows are the sample for n shots. Labels are read in a random order until every class
-    has enough, so that only a part of a large dataset is read.
+    The result is a pure function of labels and seed. The first n rows are the sample for n shots.
+    Labels are read in a random order until every class has enough, so that only a part of a large
+    dataset is read.
 
     Args:
         labels: Labels of all examples; `UNUSABLE` excludes an example.

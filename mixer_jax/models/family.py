@@ -149,7 +149,7 @@ class CostModel(Protocol):
         itemsize: int,
         train: bool,
     ) -> dict[str, Traffic]:
-        """Estimates the traffic of each region of a step, without the optimizer.
+        """Estimates the traffic per region and step, without the optimizer.
 
         The images of a batch share the traffic of parameters.
         """
@@ -221,7 +221,7 @@ class ModelFamily(abc.ABC):
         return f"{self.display_name}-{variant}"
 
     def num_blocks(self, config: Any) -> int:
-        """Returns the number of blocks that can be scanned over; 0 if there is no such stack."""
+        """Returns the number of blocks that can be scanned over; 0 without such a stack."""
         return int(getattr(config, "num_blocks", 0))
 
     @abc.abstractmethod
@@ -269,7 +269,7 @@ class ModelFamily(abc.ABC):
 
     @property
     def cost_model(self) -> CostModel:
-        """Memory, recomputation and memory traffic of a step, for `plan` and benchmarks.
+        """Memory, recomputation and memory traffic per step, for `plan` and benchmarks.
 
         Raises:
             UserError: The family has no cost model.
@@ -279,7 +279,7 @@ class ModelFamily(abc.ABC):
         )
 
     def image_size_multiple(self, config: Any) -> int:
-        """Returns the number of pixels that both sides of an image must be a multiple of."""
+        """Returns the divisor of valid heights and widths, in pixels."""
         del config
         return 1
 

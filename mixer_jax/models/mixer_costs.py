@@ -80,7 +80,7 @@ class _Step(NamedTuple):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of an image's tokens."""
+        """Bytes of the tokens per image."""
         return self.num_tokens * self.config.hidden_dim * self.itemsize
 
     def num_weights(self, region: str) -> int:
@@ -112,7 +112,7 @@ def estimate_traffic(
     itemsize: int,
     train: bool,
 ) -> dict[str, Traffic]:
-    """Estimates the traffic of each region of a step, per image, without the optimizer.
+    """Estimates the traffic per region, step and image, without the optimizer.
 
     Kernels are read in the computation's dtype, once per matmul, those of the head in float32.
     Gradients of kernels are written in float32.

@@ -1,4 +1,7 @@
-"""Mixer as a model family, with its published weights. Does not import JAX until it is built."""
+"""Mixer as a model family, with its published weights.
+
+Does not import JAX until a model is built.
+"""
 
 import dataclasses
 import json
@@ -100,7 +103,7 @@ class MixerFamily(ModelFamily):
 
     @property
     def cost_model(self) -> CostModel:
-        """Memory, recomputation and memory traffic of a step."""
+        """Memory, recomputation and memory traffic per step."""
         return mixer_costs
 
     def image_size_multiple(self, config: MixerConfig) -> int:

@@ -1,4 +1,4 @@
-"""Conversion of parameters to the dtype and the form in which a device uses them."""
+"""Conversion of parameters to the dtype and the form that devices use."""
 
 import operator
 from typing import Any

@@ -114,12 +114,12 @@ class Instruction:
     @property
     def bodies(self) -> list["Computation"]:
         """Computations that it executes instruction by instruction, unlike a fusion."""
-        return [c for name in _BODIES.get(self.opcode, ()) for c in self.called(name)]
+        return [c for name in _BODIES.get(self.opcode, ()) for c in self.called_computations(name)]
 
     @property
-    def fused(self) -> "Computation":
+    def fused_computation(self) -> "Computation":
         """Computation of a fusion."""
-        (computation,) = self.called("calls")
+        (computation,) = self.called_computations("calls")
         return computation
 
     def leaves(self) -> Iterator["Instruction"]:
@@ -127,10 +127,10 @@ class Instruction:
         if self.opcode != "fusion":
             yield self
             return
-        for instruction in self.fused.instructions.values():
+        for instruction in self.fused_computation.instructions.values():
             yield from instruction.leaves()
 
-    def called(self, attribute: str) -> list["Computation"]:
+    def called_computations(self, attribute: str) -> list["Computation"]:
         """Returns the computations that an attribute such as "calls" names, if any."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         names = re.findall(r"[\w.\-]+", match.group(1)) if match else []
@@ -172,7 +172,7 @@ class Program:
         with a data-dependent length, such as rejection sampling, is yielded once; see
         `unknown_trip_count_loops`.
         """
-        yield from _executed(self.computations[self.entry], 1)
+        yield from _iter_executed(self.computations[self.entry], 1)
 
     def unknown_trip_count_loops(self) -> list[str]:
         """Returns the names of loops with matmuls or collectives whose trip count is unknown.
@@ -189,7 +189,9 @@ class Program:
         ]
 
 
-def _executed(computation: Computation, num_executions: int) -> Iterator[tuple[Instruction, int]]:
+def _iter_executed(
+    computation: Computation, num_executions: int
+) -> Iterator[tuple[Instruction, int]]:
     for instruction in computation.instructions.values():
         bodies, body_executions = instruction.bodies, num_executions
         if instruction.opcode == "while":
@@ -198,7 +200,7 @@ def _executed(computation: Computation, num_executions: int) -> Iterator[tuple[I
         if not body_executions:
             continue
         for body in bodies:
-            yield from _executed(body, body_executions)
+            yield from _iter_executed(body, body_executions)
         if not bodies:
             yield instruction, num_executions
 
@@ -206,7 +208,12 @@ def _executed(computation: Computation, num_executions: int) -> Iterator[tuple[I
 def _has_matmul_or_collective(computation: Computation) -> bool:
     return any(
         _MATMUL_OR_COLLECTIVE.fullmatch(instruction.opcode)
-        or any(map(_has_matmul_or_collective, [*instruction.bodies, *instruction.called("calls")]))
+        or any(
+            map(
+                _has_matmul_or_collective,
+                [*instruction.bodies, *instruction.called_computations("calls")],
+            )
+        )
         for instruction in computation.instructions.values()
     )
 
@@ -215,7 +222,7 @@ def trip_count(loop: Instruction) -> int | None:
     """Returns the trip count of a loop that counts up to a constant; None for other loops."""
     if known := _KNOWN_TRIP_COUNT.search(loop.attributes):
         return int(known.group(1))
-    (condition,) = loop.called("condition")
+    (condition,) = loop.called_computations("condition")
     test = condition.root
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
@@ -244,7 +251,7 @@ def _step(loop: Instruction, index: int) -> int | None:
         return None
     update = _source(body.root.operands[index])
     if update.opcode == "fusion":
-        update = _source(update.fused.root)
+        update = _source(update.fused_computation.root)
     if update.opcode != "add":
         return None
     steps = [_constant_value(_source(operand)) for operand in update.operands]

@@ -253,12 +253,12 @@ def _instruction_bytes(instruction: Instruction) -> float:
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
     if opcode == "fusion":
-        parameters = instruction.fused.parameters
+        parameters = instruction.fused_computation.parameters
         read = sum(
             _bytes_read(parameter, operand.outputs)
             for parameter, operand in zip(parameters, operands, strict=True)
         )
-        return read + sum(_bytes_written(instruction.fused.root, outputs))
+        return read + sum(_bytes_written(instruction.fused_computation.root, outputs))
     if opcode in {*_SLICES, "copy-start", "slice-start", "dynamic-update-slice"}:
         is_update = opcode == "dynamic-update-slice"
         moved = operands[1].outputs[0] if is_update else _written_array(instruction)
@@ -299,7 +299,7 @@ def _bytes_read_by_users(value: Instruction, array: ArrayType) -> Iterator[float
         elif user.opcode in _FORWARDING and not user.is_root:
             yield from _bytes_read_by_users(user, array)
         elif user.opcode == "fusion":
-            yield from _bytes_read_by_users(user.fused.parameters[position], array)
+            yield from _bytes_read_by_users(user.fused_computation.parameters[position], array)
         elif user.opcode == "tuple" or _ASYNC_COLLECTIVE in user.attributes or _is_ongoing(user):
             yield 0  # Only passed on.
         else:
@@ -333,7 +333,7 @@ def _changed_bytes(value: Instruction) -> float:
     if value.opcode == "dynamic-update-slice":
         return value.operands[1].outputs[0].padded_bytes
     if value.opcode == "fusion" and len(value.outputs) == 1:
-        return min(value.outputs[0].padded_bytes, _changed_bytes(value.fused.root))
+        return min(value.outputs[0].padded_bytes, _changed_bytes(value.fused_computation.root))
     return all_bytes
 
 

@@ -1,4 +1,4 @@
-"""Cost of a suite: dry run with estimated durations, inference throughput, training time."""
+"""Cost of a suite: the dry run's text, and measured throughput, matmul rate and training time."""
 
 import statistics
 import time
@@ -160,7 +160,7 @@ def measure_throughput(weights: PretrainedWeights) -> Throughput:
 
     def seconds_per_batch(batch_size: int) -> float:
         nonlocal params
-        # On the first call, which may find that the device has too little memory.
+        # Transferred here rather than before the search, which handles running out of memory.
         params = jax.device_put(params, device)
         images = jax.device_put(np.zeros((batch_size, *image_size, 3), np.uint8), device)
         return _median_seconds(classify, params, images, min_seconds=_SECONDS_PER_BATCH_SIZE)

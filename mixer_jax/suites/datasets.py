@@ -52,7 +52,7 @@ def resolve_folders(suite: Suite) -> Suite:
 
 
 def open_task_data(tasks: Sequence[Task], data_dir: str) -> SuiteData:
-    """Opens all data of some tasks, without reading images or using a device.
+    """Opens all data of some tasks, without reading images or using devices.
 
     Raises:
         UserError: A dataset does not have the number of classes that its task declares.

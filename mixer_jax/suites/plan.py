@@ -47,7 +47,7 @@ class TransferPlan(NamedTuple):
         image_sizes: Image size of each task by name, in pixels.
         pretrain_dataset: One of `paper_results.PRETRAIN_DATASETS`; empty if unknown.
         device_days: Days of pre-training times the number of devices; None if unknown.
-        digest: `workdir.params_digest` of the checkpoint.
+        digest: `weights.params_digest` of the checkpoint.
         data_notes: Data that differ from the protocol, one line each.
         pretrain_dataset_assumed: Whether `pretrain_dataset` is assumed from the number of classes.
     """
@@ -81,7 +81,11 @@ class TransferPlan(NamedTuple):
         return max(self.image_sizes[task.name] for task in fine_tuned or self.suite.tasks)
 
     def sweep_runs(self, task: FineTuneTask) -> dict[float, Run]:
-        """Returns the runs of a task's sweep by learning rate; empty if there is a single rate."""
+        """Returns the runs of a task's sweep by learning rate; empty if there is a single rate.
+
+        Raises:
+            UserError: An overridden key does not exist, or breaks a rule.
+        """
         if len(task.learning_rates) == 1:
             return {}
         evals = {VALIDATION: {"split": task.sweep_val_split}}
@@ -92,7 +96,11 @@ class TransferPlan(NamedTuple):
         }
 
     def final_runs(self, task: FineTuneTask, learning_rate: float) -> dict[int, Run]:
-        """Returns the runs that are evaluated on the test split, by seed."""
+        """Returns the runs that are evaluated on the test split, by seed.
+
+        Raises:
+            UserError: An overridden key does not exist, or breaks a rule.
+        """
         evals = {TEST: {"split": task.test_split}}
         for name, (dataset, split) in task.extra_evals.items():
             evals[name] = {"dataset": dataset, "split": split}

@@ -70,9 +70,8 @@ class TaskContext(NamedTuple):
 def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
     """Runs tasks one after the other; returns the reasons of failed ones by name.
 
-    On several hosts, a host cannot know whether the others have met an error too; those that have
-    not would wait for it forever. So all errors are raised there, except divergence, which is the
-    same on all hosts.
+    With several hosts, those without an error would wait forever for one that has skipped a task.
+    So all errors are raised there, except divergence, which is the same on all hosts.
 
     Raises:
         TaskInterruptedError: The current run was stopped.

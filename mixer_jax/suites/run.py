@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
-from mixer_jax.checkpoints.weights import PretrainedWeights, resize
+from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
@@ -23,7 +23,6 @@ from mixer_jax.suites.tasks import AUTO, Suite
 from mixer_jax.suites.workdir import (
     check_not_run_workdir,
     lock_tasks,
-    params_digest,
     read_throughput,
     save_plan,
     save_throughput,

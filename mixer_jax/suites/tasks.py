@@ -31,7 +31,8 @@ class FineTuneTask:
     """Dataset to fine-tune on, and its protocol.
 
     Each learning rate is trained on `sweep_train_split` and evaluated on `sweep_val_split`. The
-    best one is trained on `train_split` with every seed and evaluated on `test_split`.
+    best one is trained on `train_split` with every seed and evaluated on `test_split`. Splits are
+    in TFDS syntax.
 
     Attributes:
         name: Name, unique in the suite; also the folder of its runs.
@@ -40,6 +41,7 @@ class FineTuneTask:
             where the data are available. Empty if unknown.
         learning_rates: Learning rates of the sweep; by default those for small datasets (arXiv
             2010.11929, Table 4).
+        batch_size: Images per step.
         seeds: Seeds of the final runs; the sweep uses the first one.
         is_large_image: Whether images have 96 × 96 px or more, for `--image_size=auto`. None
             measures some of them.

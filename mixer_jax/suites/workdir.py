@@ -6,18 +6,15 @@ result.json in its folder, every failed task a failed.txt.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
-from mixer_jax.checkpoints.weights import Tree, flatten_params
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import OutputWriteError, RunError, UserError, summarize_error
 from mixer_jax.files import atomic_write, file_lock
@@ -127,15 +124,6 @@ def lock_tasks(workdir: str, names: Iterable[str]) -> Iterator[None]:
                 "has finished, stop it, or give each process its own --shard or --workdir."
             )
         yield
-
-
-def params_digest(params: Tree) -> str:
-    """Computes the SHA-256 digest of the paths, shapes and bytes of parameters on the host."""
-    digest = hashlib.sha256()
-    for path, array in sorted(flatten_params(params)):
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def to_json(plan: TransferPlan) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class BadImageLog:
 
     @property
     def too_many(self) -> bool:
-        """Whether too many images are bad; equal on all hosts."""
+        """True if too many images are bad; equal on all hosts."""
         # A small dataset may have as many as a large one, but never most of its images.
         max_count = min(self._config.max_count, self._num_examples // 2)
         return self._num_bad > max(max_count, self._config.max_fraction * self._num_examples)

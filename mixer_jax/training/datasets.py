@@ -19,7 +19,7 @@ class RunDatasets(NamedTuple):
         train: Training data.
         evals: Evaluation data.
         probe_train: Examples that probes are fitted on.
-        fingerprint: Identifies the training data, wherever it is; empty if unknown.
+        fingerprint: Identity of the training data, independent of its location; empty if unknown.
     """
 
     train: Source
@@ -39,7 +39,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
 
     Raises:
         UserError: A dataset or split does not exist, the training data has several labels per
-            image, or an evaluation has a class that its training split lacks.
+            image, or classes of an evaluation are missing from its training split.
     """
     train = open_train_dataset(config)
     evals, probe_train = {}, {}
@@ -62,7 +62,7 @@ def open_train_dataset(config: RunConfig) -> Source:
 
     Raises:
         UserError: A dataset or split does not exist, or has several labels per image, one class, or
-            a class without a readable image.
+            classes without readable images.
     """
     train = _open_train_source(config)
     if train.num_classes < 2:

@@ -99,7 +99,7 @@ def train_and_evaluate(
 
 
 class _TrainLoop:
-    """Everything that the steps of a run share."""
+    """Loop over the training steps of one run, with the state and the logs that they share."""
 
     def __init__(
         self,

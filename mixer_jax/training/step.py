@@ -63,7 +63,7 @@ def jit_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """Jits `train_step` for a state of a sharding; the compiled step donates the state."""
+    """Jits `train_step` with the shardings of the state; the compiled step donates the state."""
     step = functools.partial(
         train_step, recipe=recipe, seed=seed, model=model, tx=tx, schedule=schedule, mesh=mesh
     )
@@ -155,7 +155,10 @@ def update_norm(before: Params, after: Params) -> Float[Array, ""]:
 
 
 def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Derives the random keys of one step: for mixup, and for dropout and stochastic depth."""
+    """Derives the random keys of the step that follows `step` others.
+
+    One is for mixup, the other for dropout and stochastic depth.
+    """
     mixup_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return mixup_rng, model_rng
 
@@ -175,7 +178,7 @@ def accumulate_gradients(
         params: Parameters of the model.
         batch: Arrays (n, ...); n is a multiple of `num_microbatches`.
         shared: Argument that all microbatches share.
-        num_microbatches: Number of parts.
+        num_microbatches: Number of microbatches; 1 computes the whole batch at once.
     """
     if num_microbatches == 1:
         return value_and_grad(params, batch, shared)

@@ -179,7 +179,7 @@ def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sh
 def _format_label(
     view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int
 ) -> str:
-    """Formats the classes of an image and their targets, a line for each."""
+    """Formats the classes of one image and their targets, one line per class."""
     labels = list(dict.fromkeys((int(view.labels[row]), int(view.partner_labels[row]))))
     targets = [f" {view.targets[row, label]:.2f}" for label in labels]
     if targets == [" 1.00"]:

@@ -141,7 +141,7 @@ def test_prefixes_of_names_are_skipped(layout: str, prefix: str, file: str, tmp_
 
 
 def optimizer_of(params: Any) -> dict[str, Any]:
-    """Returns what big_vision saves next to parameters: moments, counters and times."""
+    """Returns the tensors that big_vision saves next to parameters: moments, counters and times."""
     google = pretrained_files.google(params)
     return {
         **{f"opt/0/mu/{name}": (t * 9).astype(ml_dtypes.bfloat16) for name, t in google.items()},

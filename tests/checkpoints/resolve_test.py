@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.errors import UserError
 from tests.helpers import pretrained_files
+from tests.helpers.hub_cache import GOOGLE, NAME, OTHER_COMMIT, add_to_cache
 from tests.helpers.messages import mentions, raises
 from tests.helpers.object_store import BUCKET, object_store
 from tests.helpers.random_weights import assert_params_equal, random_weights, save_run
@@ -238,3 +240,71 @@ def test_a_workdir_that_does_not_exist_differs_from_one_without_checkpoints(tmp_
     with raises(UserError, str(tmp_path)) as caught:
         resolve_checkpoint(str(tmp_path))
     assert not mentions(str(caught.value), "exist")
+
+
+def test_a_revision_can_be_named(hub_cache: Path) -> None:
+    add_to_cache(hub_cache, random_weights(seed=0).params, GOOGLE)
+    add_to_cache(hub_cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)
+    for source, seed in ((f"hf:{NAME}", 0), (f"hf:{NAME}@{OTHER_COMMIT}", 1)):
+        assert_params_equal(load_checkpoint(source).params, random_weights(seed=seed).params)
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:", ""])
+def test_spellings_of_the_hub(prefix: str, hub_cache: Path) -> None:
+    weights = random_weights()
+    add_to_cache(hub_cache, weights.params, GOOGLE)
+    assert_params_equal(load_checkpoint(f"{prefix}{NAME}").params, weights.params)
+    with raises(UserError, "hf:someone/other", "model.safetensors") as caught:
+        load_checkpoint(f"{prefix}someone/other")
+    assert ("folder, and" in str(caught.value)) == (not prefix)
+
+
+def test_a_file_of_pytorch_in_the_cache_is_found(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_to_cache(hub_cache, random_weights().params, GOOGLE)
+    (model,) = hub_cache.rglob("model.safetensors")
+    model.rename(model.with_name("pytorch_model.bin"))
+    # Reading it needs PyTorch, of which the message speaks.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with raises(UserError, "pytorch_model.bin", "PyTorch"):
+        load_checkpoint(f"hf:{NAME}")
+
+
+@pytest.mark.parametrize("name", ["someone/other", f"{NAME}@no_such_revision"])
+def test_download_fails_fast_without_a_network(name: str, hub_cache: Path) -> None:
+    add_to_cache(hub_cache, random_weights().params, GOOGLE)
+    start = time.monotonic()
+    with raises(UserError, f"hf:{name}", "model.safetensors", "config.json") as caught:
+        load_checkpoint(f"hf:{name}")
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["--/x", "a b/c", "a/b..c", "a/b--c", "a/" + "x" * 200])
+def test_download_rejects_invalid_names(name: str, hub_cache: Path) -> None:
+    with raises(UserError, f"hf:{name}", "hf:OWNER/NAME") as caught:
+        load_checkpoint(f"hf:{name}")
+    assert "\n" not in str(caught.value)
+
+
+def test_download_requests_both_files_if_one_is_missing(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of one revision must not be read with the weights of another."""
+    import huggingface_hub
+
+    add_to_cache(hub_cache, random_weights().params, GOOGLE)
+    (model,) = hub_cache.rglob("model.safetensors")
+    model.unlink()
+    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
+
+    def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
+        if not local_files_only:
+            requested.append(file)
+        return hf_hub_download(repo, file, local_files_only=local_files_only, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
+    with raises(UserError, f"hf:{NAME}"):
+        load_checkpoint(f"hf:{NAME}")
+    assert requested == ["config.json", "model.safetensors"]

@@ -1,7 +1,5 @@
 """Tests of timm's config, with weights in the Hugging Face Hub's cache and no network."""
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +11,25 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from tests.helpers import pretrained_files
+from tests.helpers.hub_cache import (
+    COMMIT,
+    GOOGLE,
+    NAME,
+    OTHER_COMMIT,
+    add_to_cache,
+    timm_config,
+)
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, random_weights
 
-NAME = "someone/mixer_tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OTHER_COMMIT = "f" * 40
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
-
-
-def add_to_cache(cache: Path, params: Any, config: dict[str, Any], commit: str = COMMIT) -> None:
-    """Adds a repository to the cache, in the layout of the Hub's library."""
-    repo = cache / f"models--{NAME.replace('/', '--')}"
-    snapshot = repo / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir(exist_ok=True)
-    (repo / "refs/main").write_text(COMMIT)
-    save_file(pretrained_files.timm(params), snapshot / "model.safetensors")
-    (snapshot / "config.json").write_text(json.dumps(config))
-
-
-def timm_config(interpolation: str, mean: list[float], std: list[float]) -> dict[str, Any]:
-    """Returns a config with timm's fields for preprocessing."""
-    preprocessing = {"interpolation": interpolation, "crop_pct": 0.875, "mean": mean, "std": std}
-    return {
-        "architecture": "mixer_tiny",
-        "num_classes": 10,
-        "pretrained_cfg": {"input_size": [3, 16, 16], "crop_mode": "center", **preprocessing},
-    }
-
-
-GOOGLE = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
+pytestmark = pytest.mark.usefixtures("hub_cache")
 MIIL = timm_config("bilinear", [0.0] * 3, [1.0] * 3)
 UNEVEN = timm_config("bilinear", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-def test_load_checkpoint_reads_the_cache(cache: Path) -> None:
+def test_load_checkpoint_reads_the_cache(hub_cache: Path) -> None:
     weights = random_weights()
-    add_to_cache(cache, weights.params, GOOGLE)
+    add_to_cache(hub_cache, weights.params, GOOGLE)
     loaded = load_checkpoint(f"hf:{NAME}")
     assert_params_equal(loaded.params, weights.params)
     assert (loaded.model_info.eval_crop, loaded.model_info.gelu) == ("bicubic", "exact")
@@ -67,9 +37,9 @@ def test_load_checkpoint_reads_the_cache(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [MIIL, UNEVEN], ids=["miil", "uneven"])
-def test_normalization_is_folded_into_the_stem(config: dict[str, Any], cache: Path) -> None:
+def test_normalization_is_folded_into_the_stem(config: dict[str, Any], hub_cache: Path) -> None:
     weights = random_weights(gelu="exact")
-    add_to_cache(cache, weights.params, config)
+    add_to_cache(hub_cache, weights.params, config)
     pixels = np.random.default_rng(0).uniform(0, 1, (3, 16, 16, 3))
     settings = config["pretrained_cfg"]
     normalized = (pixels - settings["mean"]) / settings["std"]
@@ -144,35 +114,35 @@ def test_invalid_timm_config_is_rejected(config: str, parts: list[str], tmp_path
 
 
 @pytest.mark.parametrize("mode", ["squash", "border", ["center"]], ids=str)
-def test_unsupported_crop_needs_an_eval_crop(mode: Any, cache: Path) -> None:
+def test_unsupported_crop_needs_an_eval_crop(mode: Any, hub_cache: Path) -> None:
     config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
     config["pretrained_cfg"]["crop_mode"] = mode
-    add_to_cache(cache, random_weights().params, config)
+    add_to_cache(hub_cache, random_weights().params, config)
     with raises(UserError, "crop_pct", "0.875", "crop_mode", str(mode), "eval_crop"):
         load_checkpoint(f"hf:{NAME}")
     assert load_checkpoint(f"hf:{NAME}", eval_crop="resize").model_info.eval_crop == "resize"
 
 
-def test_eval_crop_overrides_an_unsupported_crop_and_keeps_class_names(cache: Path) -> None:
+def test_eval_crop_overrides_an_unsupported_crop_and_keeps_class_names(hub_cache: Path) -> None:
     names = [f"class {index}" for index in range(10)]
     by_index = {str(index): name for index, name in enumerate(names)}
     for commit, label_names in ((COMMIT, names), (OTHER_COMMIT, by_index)):
         config = {"pretrained_cfg": {"crop_pct": 0.9}, "label_names": label_names}
-        add_to_cache(cache, random_weights().params, config, commit)
+        add_to_cache(hub_cache, random_weights().params, config, commit)
         info = load_checkpoint(f"hf:{NAME}@{commit}", eval_crop="square").model_info
         assert (info.eval_crop, list(info.class_names)) == ("square", names)
 
 
 @pytest.mark.parametrize(("layer", "gelu"), [("gelu_tanh", "tanh"), ("gelu", "exact")])
-def test_gelu_is_read_from_the_config(layer: str, gelu: str, cache: Path) -> None:
-    add_to_cache(cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": layer}})
+def test_gelu_is_read_from_the_config(layer: str, gelu: str, hub_cache: Path) -> None:
+    add_to_cache(hub_cache, random_weights().params, GOOGLE | {"model_args": {"act_layer": layer}})
     assert load_checkpoint(f"hf:{NAME}").model_info.gelu == gelu
     assert load_checkpoint(f"hf:{NAME}", gelu="tanh").model_info.gelu == "tanh"
 
 
-def test_unsupported_activation_needs_a_gelu(cache: Path) -> None:
+def test_unsupported_activation_needs_a_gelu(hub_cache: Path) -> None:
     config = GOOGLE | {"model_args": {"act_layer": "quick_gelu"}}
-    add_to_cache(cache, random_weights().params, config)
+    add_to_cache(hub_cache, random_weights().params, config)
     with raises(UserError, "act_layer", "quick_gelu", "gelu", "gelu_tanh"):
         load_checkpoint(f"hf:{NAME}")
     assert load_checkpoint(f"hf:{NAME}", gelu="exact").model_info.gelu == "exact"
@@ -193,76 +163,8 @@ def test_unsupported_activation_needs_a_gelu(cache: Path) -> None:
     ],
 )
 def test_image_size_is_read_from_the_config(
-    config: dict[str, Any], size: tuple[int, int], cache: Path
+    config: dict[str, Any], size: tuple[int, int], hub_cache: Path
 ) -> None:
-    add_to_cache(cache, random_weights().params, config)
+    add_to_cache(hub_cache, random_weights().params, config)
     info = load_checkpoint(f"hf:{NAME}").model_info
     assert (info.image_size, info.resize_note) == (size, "")
-
-
-def test_a_revision_can_be_named(cache: Path) -> None:
-    add_to_cache(cache, random_weights(seed=0).params, GOOGLE)
-    add_to_cache(cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)
-    for source, seed in ((f"hf:{NAME}", 0), (f"hf:{NAME}@{OTHER_COMMIT}", 1)):
-        assert_params_equal(load_checkpoint(source).params, random_weights(seed=seed).params)
-
-
-@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:", ""])
-def test_spellings_of_the_hub(prefix: str, cache: Path) -> None:
-    weights = random_weights()
-    add_to_cache(cache, weights.params, GOOGLE)
-    assert_params_equal(load_checkpoint(f"{prefix}{NAME}").params, weights.params)
-    with raises(UserError, "hf:someone/other", "model.safetensors") as caught:
-        load_checkpoint(f"{prefix}someone/other")
-    assert ("folder, and" in str(caught.value)) == (not prefix)
-
-
-def test_a_file_of_pytorch_in_the_cache_is_found(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_to_cache(cache, random_weights().params, GOOGLE)
-    (model,) = cache.rglob("model.safetensors")
-    model.rename(model.with_name("pytorch_model.bin"))
-    # Reading it needs PyTorch, of which the message speaks.
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with raises(UserError, "pytorch_model.bin", "PyTorch"):
-        load_checkpoint(f"hf:{NAME}")
-
-
-@pytest.mark.parametrize("name", ["someone/other", f"{NAME}@no_such_revision"])
-def test_download_fails_fast_without_a_network(name: str, cache: Path) -> None:
-    add_to_cache(cache, random_weights().params, GOOGLE)
-    start = time.monotonic()
-    with raises(UserError, f"hf:{name}", "model.safetensors", "config.json") as caught:
-        load_checkpoint(f"hf:{name}")
-    assert time.monotonic() - start < 5
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["--/x", "a b/c", "a/b..c", "a/b--c", "a/" + "x" * 200])
-def test_download_rejects_invalid_names(name: str) -> None:
-    with raises(UserError, f"hf:{name}", "hf:OWNER/NAME") as caught:
-        load_checkpoint(f"hf:{name}")
-    assert "\n" not in str(caught.value)
-
-
-def test_download_requests_both_files_if_one_is_missing(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The config of one revision must not be read with the weights of another."""
-    import huggingface_hub
-
-    add_to_cache(cache, random_weights().params, GOOGLE)
-    (model,) = cache.rglob("model.safetensors")
-    model.unlink()
-    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
-
-    def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
-        if not local_files_only:
-            requested.append(file)
-        return hf_hub_download(repo, file, local_files_only=local_files_only, **kwargs)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
-    with raises(UserError, f"hf:{NAME}"):
-        load_checkpoint(f"hf:{NAME}")
-    assert requested == ["config.json", "model.safetensors"]

@@ -135,7 +135,7 @@ def _mutate_png(encoded: bytes, rng: np.random.Generator) -> bytes:
 def fuzz(
     num_mutations: int, seed: int, decode_fn: DecodeFn = decode, folder: Path | None = None
 ) -> Report:
-    """Decodes mutations 0 to `num_mutations` − 1; a process that ends is replaced.
+    """Decodes mutations 0 to `num_mutations` − 1; processes that end are replaced.
 
     Args:
         num_mutations: Number of damaged files.

@@ -1,4 +1,4 @@
-"""Tests of fuzzing: a short run, and that the fuzzer sees each kind of failure."""
+"""Tests of fuzzing: a short run, and that the fuzzer sees each type of failure."""
 
 import ctypes
 import os

@@ -51,7 +51,7 @@ def write_images(folder: Path, train: int, bad: int) -> str:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a run of one epoch, whose logs of bad images show which step reads an image."""
+    """Settings of a run of one epoch, whose logs of bad images show which step reads each image."""
     return NO_REGULARIZATION | {
         "dataset__name": write_images(tmp_path_factory.mktemp("images"), train=400, bad=3),
         "bad_images__max_fraction": 1.0,

@@ -77,7 +77,7 @@ def total(traffic: dict[str, Traffic]) -> Traffic:
 
 
 def estimate(variant: str = "B/16", batch_size: int = 128, **changes: Any) -> dict[str, Traffic]:
-    """Returns the traffic of a step at 224 px with 1,000 classes."""
+    """Estimates the traffic per step at 224 px with 1,000 classes."""
     family, config = get_family("mixer"), VARIANTS[variant]
     return estimate_traffic(family, config, 224, 1000, batch_size=batch_size, **changes)
 

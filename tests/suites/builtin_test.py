@@ -39,7 +39,7 @@ def count(split: str, sizes: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("task", AVG5, ids=lambda task: task.name)
 def test_avg5_splits(task: FineTuneTask) -> None:
-    """Steps, warmup and preprocessing are those of the configs; see run_configs_test."""
+    """Steps, warmup and preprocessing are those of the configs; see plan_test."""
     # Table 4 of arXiv 2010.11929.
     is_imagenet = task.name == "imagenet"
     grid = (0.003, 0.01, 0.03, 0.06) if is_imagenet else (0.001, 0.003, 0.01, 0.03)

@@ -12,6 +12,7 @@ import pytest
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.checkpoints.weights import params_digest
 from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.suites import protocol
 from mixer_jax.suites import run as run_lib
@@ -25,7 +26,7 @@ from mixer_jax.suites.run import (
     save_plan_on_primary,
 )
 from mixer_jax.suites.tasks import Suite
-from mixer_jax.suites.workdir import params_digest, read_plan
+from mixer_jax.suites.workdir import read_plan
 from tests.helpers import tiny_suite
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mixer_jax.errors import OutputWriteError, RunError, UserError
@@ -22,7 +21,6 @@ from mixer_jax.suites.workdir import (
     Throughput,
     check_not_run_workdir,
     lock_tasks,
-    params_digest,
     read_plan,
     read_result,
     read_throughput,
@@ -37,25 +35,6 @@ from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_suite import LARGE_INFO, SUITE, make_plan
 
 WEIGHTS = random_weights()
-
-
-def test_params_digest_covers_paths_shapes_and_bytes() -> None:
-    params = WEIGHTS.params
-    digest = params_digest(params)
-    assert digest == params_digest(random_weights().params)
-    assert digest != params_digest(random_weights(seed=1).params)
-    # The order in the file is irrelevant.
-    assert params_digest(dict(reversed(params.items()))) == digest
-    array = np.arange(6, dtype=np.float32)
-    trees: list[dict[str, Any]] = [
-        {"a": array},
-        {"b": array},
-        {"a": array.reshape(2, 3)},
-        {"a": {"a": array}},
-    ]
-    assert len({params_digest(tree) for tree in trees}) == 4
-    # The strides of a view are irrelevant.
-    assert params_digest({"a": np.repeat(array, 2)[::2]}) == params_digest({"a": array})
 
 
 def test_save_plan_rejects_other_weights(tmp_path: Path) -> None:
