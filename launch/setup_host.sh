@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up a fresh Linux host: Python 3.11 to 3.13, the packages of requirements.txt, and JAX for the
-# detected accelerator; then prints the devices. Run again, it only checks.
+# Sets up a fresh Linux host: Python 3.11 to 3.13, the packages of requirements.txt and
+# requirements-gcs.txt, and JAX for the detected accelerator; then prints the devices. Run again, it
+# only checks.
 #
 #   launch/setup_host.sh [--accelerator=tpu|cuda12|none] [--venv=DIR] [--dry_run]
 #
@@ -82,7 +83,7 @@ jax_package() {
 }
 
 # Changes if the packages have to be installed again.
-fingerprint() { echo "$accelerator $(cksum <requirements.txt)"; }
+fingerprint() { echo "$accelerator $(cat requirements.txt requirements-gcs.txt | cksum)"; }
 
 install_packages() {
   if [[ "$(cat "$venv/.installed_by_setup_host" 2>/dev/null)" == "$(fingerprint)" ]]; then
@@ -92,7 +93,8 @@ install_packages() {
   find_uv
   [[ -x "$venv/bin/python" ]] || execute "$uv" venv --quiet --python "$PYTHONS" "$venv"
   # shellcheck disable=SC2046  # One word, or none.
-  execute "$uv" pip install --quiet --python "$venv/bin/python" --requirement requirements.txt \
+  execute "$uv" pip install --quiet --python \
+    "$venv/bin/python" --requirement requirements.txt --requirement requirements-gcs.txt \
     $(jax_package)
   [[ -n "$dry_run" ]] || fingerprint >"$venv/.installed_by_setup_host"
 }

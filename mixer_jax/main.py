@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -114,7 +115,10 @@ def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> st
     lines += [f"events      {events}"] if config.tensorboard else []
     lines += ["", "next:"]
     lines += [f"  {shlex.join(evaluate)}"] if classified else []
-    lines += [f"  {_program('tensorboard')} --logdir={events}"] if config.tensorboard else []
+    if config.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            lines += [f"  {_program('python')} -m pip install tensorboard"]
+        lines += [f"  {_program('tensorboard')} --logdir={events}"]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
+from tests.helpers.no_tensorflow import HIDE_TENSORFLOW
 
 
 @pytest.mark.slow
@@ -83,6 +84,17 @@ def test_the_command_suggested_by_open_dataset_converts_the_dataset(
         open_dataset("digits/low", "train", str(path)) for path in (folder, digits_dir)
     )
     assert list(converted.examples) == list(expected.examples)
+
+
+@pytest.mark.slow
+def test_prepare_names_the_extra_of_a_dataset_that_needs_tensorflow(tmp_path: Path) -> None:
+    builder = tfds.builder("digits/low", data_dir=tmp_path, file_format="parquet")
+    builder.download_and_prepare()
+    arguments = ("digits/low", f"--data_dir={tmp_path}")
+    done = run_cli("prepare", *arguments, code=2, preamble=HIDE_TENSORFLOW)
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "digits/low/1.0.0", "parquet", "TensorFlow", "mixer-jax[tensorflow]")
+    assert not list(tmp_path.rglob("*array_record*"))
 
 
 PRINT_LIMIT = """

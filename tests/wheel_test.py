@@ -6,13 +6,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mixer_jax
+from mixer_jax.training.metrics import read_metrics
 from tests.helpers.messages import mentions
+from tests.helpers.no_tensorflow import write_sitecustomize
 from tests.helpers.tiny_run import NO_REGULARIZATION, to_flags
 
 pytestmark = pytest.mark.slow
@@ -45,33 +49,66 @@ def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:
     assert "License-Expression: Apache-2.0" in lines
 
 
-def test_wheel_trains_predicts_and_evaluates_from_another_folder(
-    wheel: Path, tmp_path: Path, digits_dir: str
-) -> None:
-    site, home, folder = (tmp_path / name for name in ("site", "home", "work"))
-    home.mkdir()
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the installed wheel and without TensorFlow, to be added to Python's path."""
+    site = tmp_path_factory.mktemp("site")
     options = ["--quiet", "--no-deps", "--no-compile", f"--target={site}"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    write_sitecustomize(site)
+    return site
 
-    def run(*arguments: str) -> str:
+
+def test_installed_program_needs_neither_checkout_nor_tensorflow(
+    site: Path, tmp_path: Path
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site), "HOME": str(home)}
+
+    def run(*arguments: str, program: str = str(site / "bin" / "mixer-jax")) -> str:
         done = subprocess.run(
-            [sys.executable, "-W", "error", str(site / "bin" / "mixer-jax"), *arguments],
+            [sys.executable, "-W", "error", program, *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(site), "HOME": str(home)},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert done.returncode == 0, done.stderr
+        assert "TensorFlow" not in done.stderr
         return done.stdout
 
-    sizes = to_flags(digits_dir, num_steps=4, optimizer__warmup_steps=1, **NO_REGULARIZATION)
+    code = "import importlib.util, mixer_jax; print(importlib.util.find_spec('tensorflow'))"
+    assert run(f"{code}; print(mixer_jax.__file__)", program="-c").split() == [
+        "None",
+        str(site / "mixer_jax" / "__init__.py"),
+    ]
+    settings: dict[str, Any] = NO_REGULARIZATION | {"tensorboard": True}
+    sizes = to_flags("", num_steps=4, optimizer__warmup_steps=1, **settings)
+    sizes.remove("--config.dataset.data_dir=")
     run("train", "--config=digits:low", *sizes)
-    assert (folder / "runs" / "digits_low" / "checkpoints" / "4").is_dir()
+    workdir = folder / "runs" / "digits_low"
+    assert (workdir / "checkpoints" / "4").is_dir()
+    accumulator = EventAccumulator(str(workdir / "events")).Reload()
+    losses = {line["step"]: line["loss"] for line in read_metrics(str(workdir)) if "loss" in line}
+    events = {event.step: event.value for event in accumulator.Scalars("loss")}
+    assert events == pytest.approx(losses)
+    assert len(events) == 4
+
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     assert cv2.imwrite(str(folder / "digit.png"), image)
     checkpoint = "--checkpoint=runs/digits_low"
     assert mentions(run("predict", checkpoint, "digit.png"), "digit.png")
-    data = ["--dataset=digits/low", "--split=test", f"--data_dir={digits_dir}"]
-    assert mentions(run("evaluate", checkpoint, *data), "top-1")
+    assert mentions(run("evaluate", checkpoint, "--dataset=digits/low", "--split=test"), "top-1")
+    for target in ("google", "timm", "stablehlo"):
+        suffix = {"google": "npz", "timm": "safetensors"}.get(target, target)
+        run("convert", "runs/digits_low", f"digits.{suffix}", f"--to={target}")
+        assert (folder / f"digits.{suffix}").exists()
+    run("plan", "--config=mixer_s16_jft", "--topology=h100:16")
+    run("visualize", "data", "--config=digits", "--out=batch.png", "--num_images=4")
+    small = ["--image_size=64", "--batch_size=1", "--rounds=1"]
+    run("benchmark", "--mode=infer", "--variant=S/32", "--baselines=none", *small)
+    suite = ["--suite=digits", "--tasks=knn_5_to_9", "--no_throughput"]
+    run("transfer", checkpoint, *suite)

@@ -55,7 +55,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
             more (`| head`), silently with 141. Otherwise the command continues silently.
     """
     wrap_stdio(needs_output)
-    # Read when TensorFlow is imported, as TFDS, clu and paths such as gs:// do.
+    # Read when TensorFlow is imported, as TFDS and paths such as gs:// do if it is installed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's messages about damaged images do not name the file; ours do.

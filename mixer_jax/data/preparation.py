@@ -8,6 +8,7 @@ the dataset's lock.
 import contextlib
 import csv
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ _INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
 _OPEN_FILES = 4096
+_INSTALL_TENSORFLOW = 'Run pip install "mixer-jax[tensorflow]".'
 
 
 def is_prepared(builder: Any) -> bool:
@@ -148,6 +150,11 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
     except UserError:
         raise
     except (OSError, AssertionError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name == "tensorflow":
+            raise UserError(
+                f"preparing dataset {name} needs TensorFlow, which is not installed. "
+                f"{_INSTALL_TENSORFLOW}"
+            ) from error
         # Builders check user input by assertions, and failed downloads are OSErrors.
         hint = f" Manual downloads are expected in {manual_dir}."
         raise UserError(
@@ -169,10 +176,16 @@ def convert_to_array_record(builder: Any) -> None:
     shard: memory use is constant, and nothing is encoded again.
 
     Raises:
-        UserError: A shard is missing or damaged, or its number of examples differs from the
-            dataset's metadata.
+        UserError: TensorFlow is missing, a shard is missing or damaged, or its number of examples
+            differs from the dataset's metadata.
         OSError: The folder cannot be written.
     """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"converting dataset {builder.info.full_name} from "
+            f"{builder.info.file_format.value} needs TensorFlow, which is not installed. "
+            f"{_INSTALL_TENSORFLOW}"
+        )
     shards = list(_list_shards(builder))
     temp_dir = Path(builder.data_path, _TEMP_DIR)
     total = sum(num_examples for _, _, num_examples in shards)

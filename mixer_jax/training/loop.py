@@ -35,7 +35,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.workdir import lock_workdir, save_config
+from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter_overview
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
@@ -136,6 +136,7 @@ class _TrainLoop:
         )
         if is_primary:
             save_config(workdir, config)
+            save_parameter_overview(workdir, self.state.params)
         self.logger = MetricsLogger(
             workdir,
             self.start_step,

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard events, and progress on the terminal."""
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -12,11 +13,14 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from mixer_jax.errors import NonFiniteError, UserError
+from mixer_jax.errors import NonFiniteError, UserError, summarize_error
 from mixer_jax.files import LineFile
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
+# Interval at which events are uploaded to object stores, in seconds; on disks they are written
+# immediately.
+_UPLOAD_INTERVAL = 30.0
 # Measured by the clock, so they differ between repetitions of a run; everything else is identical.
 TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
 
@@ -162,13 +166,15 @@ class MetricsWriter:
         if not is_primary:
             return
         self._events_folder = str(epath.Path(workdir) / EVENTS_FOLDER)
+        self._start_step = start_step
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         # A finished run that is started again evaluates the same checkpoint.
         self._last_lines = {json.dumps(line) for line in kept if line["step"] == start_step}
         self._file = LineFile(epath.Path(workdir) / METRICS_FILE, map(json.dumps, kept))
         self._background = ThreadPoolExecutor(max_workers=1)
-        # Opened with the first values; False: disabled.
-        self._events: Any = None if tensorboard else False
+        # Opened with the first values.
+        self._events: _EventFile | None = None
+        self._has_events = tensorboard
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of one step, unless the step at which the run resumed has them."""
@@ -176,7 +182,7 @@ class MetricsWriter:
         if not self._is_primary or line in self._last_lines:
             return
         self._file.append(line)
-        self._background.submit(self._write_events, step, values)
+        self._background.submit(self._write_events, step, time.time(), values)
 
     def flush(self) -> None:
         """Waits until all lines of `metrics.jsonl` are written."""
@@ -188,24 +194,101 @@ class MetricsWriter:
         if not self._is_primary:
             return
         self._file.close()
+        self._background.submit(self._close_events)
         self._background.shutdown(wait=True)
-        if self._events:
-            self._events.close()
 
-    def _write_events(self, step: int, values: dict[str, float]) -> None:
-        if self._events is False:
+    def _write_events(self, step: int, wall_time: float, values: dict[str, float]) -> None:
+        if not self._has_events:
             return
-        try:
+        with self._disable_on_error():
             if self._events is None:
-                # Imports TensorFlow, which takes seconds: in this thread, while the device works.
-                from clu import metric_writers
+                self._events = _EventFile(self._events_folder, self._start_step)
+            self._events.write(step, wall_time, values)
 
-                self._events = metric_writers.SummaryWriter(self._events_folder)
-            self._events.write_scalars(step, values)
+    def _close_events(self) -> None:
+        if self._has_events and self._events is not None:
+            with self._disable_on_error():
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _disable_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             # Not worth ending a run for: metrics.jsonl has the same values.
-            self._events = False
-            print(f"TensorBoard events are disabled: {error}", file=sys.stderr)
+            self._has_events = False
+            reason = summarize_error(error)
+            print(f"TensorBoard events are disabled: {reason}", file=sys.stderr)
+
+
+class _EventFile:
+    """File of TensorBoard events, on disks and object stores."""
+
+    def __init__(self, folder: str, start_step: int):
+        """Creates a file of a run that starts or resumes at `start_step`."""
+        # Imported in the thread that writes, while the device works.
+        from tensorboardX import record_writer
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
+        scheme, separator, _ = folder.partition("://")
+        self._interval = 0.0
+        if separator:
+            record_writer.register_writer_factory(scheme, _UploadedFile)
+            self._interval = _UPLOAD_INTERVAL
+        record_writer.directory_check(folder)
+        self._writer = EventsWriter(f"{folder}/events")
+        self._flushed_at = time.monotonic()
+        if start_step:
+            # TensorBoard drops later steps of older files, which this run repeats.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(
+                event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start)
+            )
+
+    def write(self, step: int, wall_time: float, values: Mapping[str, float]) -> None:
+        """Writes the values of one step; on object stores, they are uploaded later."""
+        value = self._summary_pb2.Summary.Value
+        scalars = [value(tag=name, simple_value=number) for name, number in values.items()]
+        summary = self._summary_pb2.Summary(value=scalars)
+        self._writer.write_event(
+            self._event_pb2.Event(wall_time=wall_time, step=step, summary=summary)
+        )
+        if time.monotonic() - self._flushed_at >= self._interval:
+            self._flushed_at = time.monotonic()
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+class _UploadedFile:
+    """File of an object store, which is uploaded as a whole, for tensorboardX."""
+
+    def __init__(self, path: str):
+        self._path, self._buffer = epath.Path(path), io.BytesIO()
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Does nothing, as object stores have no folders."""
+
+    @classmethod
+    def open(cls, path: str) -> "_UploadedFile":
+        """Returns a new file."""
+        return cls(path)
+
+    def write(self, data: bytes) -> None:
+        """Appends data, without uploading it."""
+        self._buffer.write(data)
+
+    def flush(self) -> None:
+        """Uploads everything."""
+        self._path.write_bytes(self._buffer.getvalue())
+
+    def close(self) -> None:
+        """Does nothing, as tensorboardX flushes before."""
 
 
 class Progress:

@@ -20,6 +20,7 @@ from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import atomic_write, file_lock
 
 CONFIG_FILE = "config.json"
+PARAMETERS_FILE = "parameters.txt"
 LOCK_FILE = ".lock"
 _FOLDER = "folder:"
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
@@ -106,6 +107,14 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
 def save_config(workdir: str, config: RunConfig) -> None:
     """Writes the config to `workdir`/config.json."""
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
+
+
+def save_parameter_overview(workdir: str, params: dict[str, Any]) -> None:
+    """Writes name, shape, dtype, size and sharding of all parameters to `workdir`."""
+    from clu.parameter_overview import get_parameter_overview
+
+    overview = get_parameter_overview(params, include_stats="sharding")
+    atomic_write(epath.Path(workdir) / PARAMETERS_FILE, f"{overview}\n")
 
 
 def to_json(config: RunConfig) -> str:

@@ -27,6 +27,7 @@ FAILURES = {
     "assertion": AssertionError("the file\nis missing"),
     "network": ConnectionError("no route to host"),
     "library": ImportError("no module named apache_beam"),
+    "tensorflow": ModuleNotFoundError("mixer-jax[tensorflow]", name="tensorflow"),
     "disk": RuntimeError("write() failed: No space left on device"),
     "bug": KeyError("unknown"),
 }
@@ -235,7 +236,7 @@ def test_builder_failures_are_one_line_errors_without_leftovers(
     assert mentions(message, f"mixer_failing/{failure}")
     assert " ".join(str(FAILURES[failure]).split()) in message
     assert "\n" not in message
-    assert mentions(message, f"{tmp_path}/manual") == (failure not in ("bug", "disk"))
+    assert mentions(message, f"{tmp_path}/manual") == (failure not in ("bug", "disk", "tensorflow"))
     assert not list(tmp_path.rglob("incomplete*"))
     assert not list(tmp_path.rglob("*.lock"))
 

@@ -33,6 +33,8 @@ class ObjectStore:
         if mode[0] == "w":
             self.before_upload()
             self.num_uploads += 1
+            # Object stores have no folders.
+            os.makedirs(os.path.dirname(self.local(path)), exist_ok=True)
         return original(self.local(path), mode, **kwargs)
 
     def glob(self, original: Any, path: Any) -> list[str]:

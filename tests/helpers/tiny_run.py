@@ -31,7 +31,6 @@ NO_REGULARIZATION: dict[str, Any] = {
     "model__dropout": 0.0,
     "recipe__mixup": 0.0,
     "recipe__ema_decay": 0.0,
-    # Importing TensorFlow takes longer than the rest of a small run.
     "tensorboard": False,
 }
 

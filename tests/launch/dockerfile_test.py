@@ -64,6 +64,7 @@ def build_context(paths: Iterable[str]) -> set[str]:
 def test_dockerignore_keeps_only_the_files_that_the_image_copies() -> None:
     sources = source_files()
     assert {"mixer_jax/main.py", "configs/digits.py", "requirements.txt"} < sources
+    assert "requirements-gcs.txt" in sources
     assert build_context([*sources, *EXCLUDED]) == sources
 
 

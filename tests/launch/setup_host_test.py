@@ -33,7 +33,8 @@ def test_setup_installs_jax_for_the_accelerator(
     venv, install, show = dry_run(tmp_path, f"--accelerator={accelerator}", with_uv=True)
     assert venv == ["uv", "venv", "--quiet", "--python", ">=3.11,<3.14", f"{tmp_path}/env"]
     uv_install = ["uv", "pip", "install", "--quiet", "--python", python]
-    assert install == [*uv_install, "--requirement", "requirements.txt", *extra]
+    files = ["--requirement", "requirements.txt", "--requirement", "requirements-gcs.txt"]
+    assert install == [*uv_install, *files, *extra]
     assert show[0] == python
     compile(show[2], "show", "exec")
     # On one of many TPU hosts, listing the devices would wait for all hosts.

@@ -47,7 +47,8 @@ def test_dry_run_prints_every_command_in_order() -> None:
     assert result[-1].endswith("bash mixer_jax/launch/on_host.sh result; else echo none; fi")
     archive = tar[2]
     assert tar[:2] == ["tar", "-czf"]
-    assert tar[-4:] == ["mixer_jax", "configs", "launch", "requirements.txt"]
+    requirements = ["requirements.txt", "requirements-gcs.txt"]
+    assert tar[-5:] == ["mixer_jax", "configs", "launch", *requirements]
     all_workers = ("--zone=us-west4-a", "--quiet", "--worker=all")
     assert scp == gcloud_tpus("tpu-vm", "scp", archive, "mixer:mixer_jax.tgz", *all_workers)
     assert "tar -xzf mixer_jax.tgz -C mixer_jax" in setup[-1]

@@ -134,6 +134,11 @@ def test_logs_are_complete_before_each_checkpoint(
 def test_run_writes_checkpoints_config_events_and_metrics(finished: Path) -> None:
     assert list_steps(str(finished)) == [15, 20]
     assert json.loads((finished / "config.json").read_text())["num_steps"] == 20
+    overview = (finished / "parameters.txt").read_text().splitlines()
+    (stem,) = [line for line in overview if "stem/kernel" in line]
+    assert mentions(stem, "(4, 4, 3, 16)", "float32", "768")
+    num_params = sum(x.size for x in jax.tree.leaves(load_checkpoint(str(finished)).params))
+    assert mentions(overview[-1], f"{num_params}")
     lines = read_metrics(str(finished))
     assert event_losses(finished) == [
         (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines[:3]

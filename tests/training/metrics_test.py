@@ -1,11 +1,14 @@
 """Tests of the metrics of a run."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.training.metrics import MetricsLogger, MetricsWriter, read_metrics
@@ -82,6 +85,74 @@ def test_writer_on_an_object_store_is_complete_after_flush(tmp_path: Path) -> No
         assert logged_losses(tmp_path)[-1] == (200, 1.0)
         MetricsWriter(BUCKET, start_step=3, is_primary=True, tensorboard=False).close()
     assert logged_losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def read_events(folder: Path) -> list[tuple[str, int, float]]:
+    """Reads events as TensorBoard does, without steps that a resumed run repeated."""
+    accumulator = EventAccumulator(str(folder), {"scalars": 0})
+    accumulator.Reload()
+    return [
+        (tag, event.step, event.value)
+        for tag in sorted(accumulator.Tags()["scalars"])
+        for event in accumulator.Scalars(tag)
+    ]
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), start_step=0, is_primary=True)
+    before = time.time()
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 1 / step, "val/top1": 0.5})
+    writer.close()
+    expected = [("loss", step, float(np.float32(1 / step))) for step in (1, 2, 3)]
+    expected += [("val/top1", step, 0.5) for step in (1, 2, 3)]
+    assert read_events(tmp_path / "events") == expected
+    accumulator = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert before - 1 < accumulator.Scalars("loss")[0].wall_time < time.time() + 1
+
+
+def test_events_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), start_step=0, is_primary=True)
+    writer.write(1, {"loss": 1.0})
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("events/*")) or read_events(tmp_path / "events") == []:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    writer.close()
+
+
+def test_events_of_a_resumed_run_replace_those_after_the_checkpoint(tmp_path: Path) -> None:
+    for start_step, loss in ((0, 1.0), (2, 2.0)):
+        writer = MetricsWriter(str(tmp_path), start_step, is_primary=True)
+        for step in range(start_step + 1, 5):
+            writer.write(step, {"loss": loss})
+        writer.close()
+        # Names of event files have the time in seconds.
+        (file,) = tmp_path.glob("events/events.out.tfevents.[0-9][0-9]*")
+        file.rename(file.with_name(f"events.out.tfevents.{start_step}"))
+    values = [(step, value) for _, step, value in read_events(tmp_path / "events")]
+    assert values == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_events_on_an_object_store_are_complete_after_close(tmp_path: Path) -> None:
+    with object_store(tmp_path) as store:
+        writer = MetricsWriter(BUCKET, start_step=0, is_primary=True)
+        for step in range(1, 200):
+            writer.write(step, {"loss": 1.0})
+        writer.close()
+        assert store.num_uploads <= 4
+    assert read_events(tmp_path / "events") == [("loss", step, 1.0) for step in range(1, 200)]
+
+
+def test_failed_events_do_not_end_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events").touch()
+    writer = MetricsWriter(str(tmp_path), start_step=0, is_primary=True)
+    writer.write(1, {"loss": 1.0})
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    assert logged_losses(tmp_path) == [(1, 1.0), (2, 2.0)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert mentions(line, "TensorBoard", f"{tmp_path}/events")
 
 
 def test_logger_writes_mean_losses_and_the_last_step(
