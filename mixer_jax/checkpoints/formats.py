@@ -323,12 +323,8 @@ def write_npz(
             info = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
-<<<<<<< HEAD
-                np.lib.format.write_array(member, contiguous(tensor))
-    metadata = metadata | {_JSON_CHECKSUM: _json_checksum(metadata)}
-=======
                 np.lib.format.write_array(member, to_c_order(tensor))
->>>>>>> main
+    metadata = metadata | {_JSON_CHECKSUM: _json_checksum(metadata)}
     atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")
 
 
@@ -392,8 +388,7 @@ def write_safetensors(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, Any]
 ) -> None:
     """Writes a safetensors file, with the description of its model in the header."""
-<<<<<<< HEAD
-    arrays = {name: contiguous(tensor) for name, tensor in tensors}
+    arrays = {name: to_c_order(tensor) for name, tensor in tensors}
     description = json.dumps(metadata)
     checksums = {name: _array_checksum(array) for name, array in arrays.items()}
     # No tensor has an empty name.
@@ -403,10 +398,6 @@ def write_safetensors(
         _METADATA_KEY: description,
         _CHECKSUMS_KEY: json.dumps(checksums),
     }
-=======
-    arrays = {name: to_c_order(tensor) for name, tensor in tensors}
-    header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
->>>>>>> main
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
 
