@@ -58,23 +58,25 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class CheckpointManager:
     """Checkpoints of one run."""
 
-    def __init__(self, workdir: str, max_to_keep: int | None = None):
+    def __init__(self, workdir: str, max_to_keep: int | None = None, *, checksums: bool = True):
         """Opens the checkpoints of a run.
 
         Args:
             workdir: Absolute path or URL of the run.
             max_to_keep: Number of checkpoints to keep, the newest. The folder is created if needed,
                 and unfinished saves are deleted. None: open for reading only.
+            checksums: Whether saves on disks have checksums.
         """
         is_reader = max_to_keep is None
+        # The default of orbax depends on the object store.
+        self._has_checksums = checksums and "://" not in workdir
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             create=not is_reader,
             read_only=is_reader,
             cleanup_tmp_directories=not is_reader,
-            temporary_path_class=_temporary_path_class(workdir),
+            temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
-        self._is_local = "://" not in workdir
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -89,7 +91,7 @@ class CheckpointManager:
         """
         _ignore_abandoned_writes()
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        metadata = metadata | {_HAS_CHECKSUMS: self._is_local}
+        metadata = metadata | {_HAS_CHECKSUMS: self._has_checksums}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
         self._manager.save(step, args=args, force=True)
 
@@ -172,6 +174,10 @@ class CheckpointManager:
                 require_checksums(self._folder / str(step))
             return metadata
 
+    def wait(self) -> None:
+        """Waits until all saves are written."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until all saves are written."""
         self._manager.close()
@@ -250,11 +256,6 @@ def move_damaged_checkpoints(workdir: str, steps: Iterable[int]) -> None:
             raise RunError(f"{source} cannot be moved to {target}: {error.strerror}.") from error
 
 
-def _temporary_path_class(workdir: str) -> type[_ChecksummedPath] | None:
-    """Returns the class of temporary folders for orbax; None: its default for the object store."""
-    return None if "://" in workdir else _ChecksummedPath
-
-
 def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:
     """Saves a checkpoint of `params` only, in chunks.
 
@@ -275,7 +276,7 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
             "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             _METADATA: ocp.JsonCheckpointHandler(),
         },
-        options=ocp.CheckpointManagerOptions(temporary_path_class=_temporary_path_class(workdir)),
+        options=ocp.CheckpointManagerOptions(temporary_path_class=_ChecksummedPath),
     )
     chunked_save = ocp.args.PyTreeSave(
         params,
