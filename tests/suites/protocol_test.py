@@ -116,7 +116,7 @@ def test_run_tasks_raises_if_a_result_cannot_be_written(
         raise error
 
     monkeypatch.setattr(workdir, "atomic_write", refuse)
-    with raises(error_type, f"{context.workdir}/low/final/seed=0", error.strerror):
+    with raises(error_type, f"{context.workdir}/low/final/seed=0", str(error.strerror)):
         run_tasks(context, SUITE.tasks)
 
 
