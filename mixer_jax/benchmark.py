@@ -5,6 +5,7 @@
     python -m mixer_jax.benchmark --mode=hbm_traffic --variant=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
     python -m mixer_jax.benchmark --mode=weights
+    python -m mixer_jax.benchmark --mode=checkpoints
 
 Candidates are timed in interleaved rounds, so that a machine that slows down slows all of them.
 """
@@ -24,6 +25,7 @@ MODES = {
     "hbm_traffic": "hbm_traffic",
     "input": "input",
     "weights": "checkpoint_io",
+    "checkpoints": "checkpoint_save",
 }
 
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     class_names = common.read_class_names(args.labels)
 
     # Formats of files need no JAX. Programs that are compiled here are not worth caching.
-    common.configure_jax(compilation_cache="")
+    common.configure_jax(compilation_cache="", cpu_only=True)
     weights = load_checkpoint(
         args.source,
         step=args.step,

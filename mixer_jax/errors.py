@@ -1,12 +1,16 @@
 """Exceptions that commands turn into one line and an exit code."""
 
 import difflib
+import errno
+import os
 import signal
 from collections.abc import Iterable
 
 _MAX_REASON = 200
 # How to install a library that reads URLs, by its name in error messages.
 _EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
+# A full disk, an exceeded quota, and an exceeded limit on the size of files.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -38,6 +42,25 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """Loss or parameters have become NaN or infinite on all hosts; a retry fails as well."""
+
+
+class DiskFullError(RunError):
+    """A result cannot be written for lack of space; a retry fails as well until there is more."""
+
+
+def no_space_reason(error: BaseException | None) -> str:
+    """Returns the system's message if an error, or its cause, is a lack of disk space; or "".
+
+    Libraries raise errors of many types; their messages contain the system's.
+    """
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for code in _NO_SPACE:
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def exit_code(error: BaseException) -> int:

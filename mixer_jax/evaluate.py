@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     # JAX is imported only after the arguments are valid.
     common.configure_jax(FIELDS["compilation_cache"].default)
     from mixer_jax.checkpoints.load import load_checkpoint
+    from mixer_jax.distributed.multihost import check_devices
 
+    check_devices()
     weights = load_checkpoint(
         args.checkpoint,
         step=args.step,

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 from mixer_jax.errors import summarize_error
 
+# Every 0.1 seconds: removals at most, and checks after which a folder stays away.
+_REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
@@ -137,6 +140,20 @@ def atomic_target(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes a local folder, as far as possible, to which threads may still be writing.
+
+    Writes that a library abandoned after the first one failed create the folder again.
+    """
+    gone = 0
+    for _ in range(_REMOVE_ATTEMPTS):
+        gone = 0 if path.exists() else gone + 1
+        if gone == _GONE_CHECKS:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ exit codes:
   0        finished
   1        failed, or another host was lost (JAX may abort with 134 instead)
   2        usage error, in one line; do not retry
-  130, 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint; the same command resumes
+  130, 143, 129
+           stopped by Ctrl-C, SIGTERM or SIGHUP after saving a checkpoint; the same command resumes
 
 configuration keys, for --config.KEY=VALUE
 (Boolean keys also accept --config.KEY and --noconfig.KEY):
@@ -83,15 +84,17 @@ def _train(config: RunConfig, workdir: str) -> int:
     with propagate_failure():
         result = train_and_evaluate(config, resolved_workdir)
         if is_primary_process():
-            plot_curves(resolved_workdir)
-            print(format_summary(result, workdir, config), flush=True)
+            has_curves = plot_curves(resolved_workdir)
+            print(format_summary(result, workdir, config, has_curves), flush=True)
         result.raise_failures()
     if result.stopped_by is not None and result.step < result.num_steps:
         return 128 + result.stopped_by
     return 0
 
 
-def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:
+def format_summary(
+    result: "TrainResult", workdir: str, config: RunConfig, has_curves: bool = True
+) -> str:
     """Formats what a run ends with: metrics, files, and the commands to run next."""
     checkpoint = f"{workdir}/checkpoints/{result.step}"
     if result.step < result.num_steps:
@@ -107,11 +110,9 @@ def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> st
             evaluate += [f"--data_dir={config.dataset.data_dir}"]
     events = f"{workdir}/{EVENTS_FOLDER}"
     lines = ["", *(f"{name}: {scores.format_summary()}" for name, scores in result.scores.items())]
-    lines += [
-        f"checkpoint  {checkpoint}",
-        f"curves      {workdir}/curves.png",
-        f"metrics     {workdir}/{METRICS_FILE}",
-    ]
+    lines += [f"checkpoint  {checkpoint}"]
+    lines += [f"curves      {workdir}/curves.png"] if has_curves else []
+    lines += [f"metrics     {workdir}/{METRICS_FILE}"]
     lines += [f"events      {events}"] if config.tensorboard else []
     lines += ["", "next:"]
     lines += [f"  {shlex.join(evaluate)}"] if classified else []

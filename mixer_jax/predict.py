@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> int:
 
     from mixer_jax.data.decode import disable_opencv_threads
     from mixer_jax.data.image_files import expand_image_paths
+    from mixer_jax.distributed.multihost import check_devices
     from mixer_jax.inference import load_pretrained
 
+    check_devices()
     # Images are already loaded in parallel.
     disable_opencv_threads()
     images = expand_image_paths(names)

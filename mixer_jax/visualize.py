@@ -46,11 +46,7 @@ def main(argv: Sequence[str]) -> int:
         )
 
     # Arguments are valid: only now import JAX.
-    common.configure_jax(config.compilation_cache)
-    import jax
-
-    # Accelerators may be busy with a run.
-    jax.config.update("jax_platforms", "cpu")
+    common.configure_jax(config.compilation_cache, cpu_only=True)
     from mixer_jax.training.datasets import open_train_dataset
     from mixer_jax.visualization.figures import render_figure
     from mixer_jax.visualization.train_batch import (

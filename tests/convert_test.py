@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def keep_jax_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process do not change the test suite's JAX config."""
-    monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
+    monkeypatch.setattr(common, "configure_jax", lambda compilation_cache, cpu_only: None)
 
 
 def usage_lines(out: str) -> list[str]:

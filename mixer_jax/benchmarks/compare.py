@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from mixer_jax.benchmarks.candidates import (
 from mixer_jax.benchmarks.report import log
 from mixer_jax.benchmarks.runner import CompileCosts
 from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool
-from mixer_jax.errors import RunError
+from mixer_jax.errors import RunError, UserError, summarize_error
 
 
 class Result(NamedTuple):
@@ -70,13 +71,18 @@ def query_environment(workload: Workload, candidates: Sequence[Candidate]) -> di
     """Returns JAX's device and platform, the dtype of the workload, and versions.
 
     Raises:
-        UserError: A backend does not run on this device.
+        UserError: A backend does not run on this device, or JAX_PLATFORMS names absent devices.
         RunError: JAX does not start.
     """
     with Worker(JAX, workload) as worker:
         try:
             environment: dict[str, Any] = worker.call("environment")
         except WorkerError as error:
+            if platforms := os.environ.get("JAX_PLATFORMS"):
+                raise UserError(
+                    f"JAX_PLATFORMS must name devices that are present, got {platforms!r} "
+                    f"({summarize_error(error)}). Unset it to use the devices that JAX finds."
+                ) from error
             raise RunError(f"JAX does not start: {error}") from error
     check_backends(candidates, environment["platform"])
     return environment

@@ -21,7 +21,8 @@ from mixer_jax.checkpoints.layouts import layout_views
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
+from mixer_jax.files import remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
@@ -113,6 +114,7 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
 
     Raises:
         UserError: The target cannot be written, or the weights are not finite.
+        DiskFullError: The target cannot be written for lack of space.
         RunError: The target differs from the weights when it is read back.
     """
     flat = dict(flatten_params(weights.params))
@@ -172,7 +174,16 @@ def _staged(target: str) -> Iterator[Path]:
     except (UserError, RunError) as error:
         # Users know the target, not the temporary folder.
         raise type(error)(str(error).replace(str(folder), str(final.parent))) from error
-    except OSError as error:
+    except Exception as error:
+        if reason := no_space_reason(error):
+            if folder is not None:
+                remove_abandoned(folder)
+            raise DiskFullError(
+                f"target {target!r} cannot be written ({reason}). Free space and run the same "
+                "command again."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"target {target!r} cannot be written: {error.strerror or error}."
         ) from error

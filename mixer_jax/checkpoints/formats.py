@@ -45,6 +45,10 @@ _RAW_BFLOAT16 = np.dtype("V2")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Key of the header's metadata that holds the description of the model, as JSON.
 _METADATA_KEY = "mixer_jax"
+# Key of the header's metadata that holds the CRC-32 of the description and of each tensor, as JSON.
+_CHECKSUMS_KEY = "mixer_jax_crc32"
+# Entry of the JSON file next to an npz archive that holds the CRC-32 of the other entries.
+_JSON_CHECKSUM = "crc32"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 # Dictionaries nested in a PyTorch checkpoint are read to this depth; optimizers nest four.
 _MAX_DEPTH = 8
@@ -194,6 +198,12 @@ class NpzFile(TensorFile):
                     self._members[name] = member
             self.shapes = {name: member.shape for name, member in self._members.items()}
             self.metadata = read_metadata_json(Path(path + METADATA_SUFFIX))
+            checksum = self.metadata.pop(_JSON_CHECKSUM, None)
+            if checksum not in (None, _json_checksum(self.metadata)):
+                raise UserError(
+                    f"{path}{METADATA_SUFFIX} differs from its checksum: it is damaged or was "
+                    f"edited. Restore it, or delete its entry {_JSON_CHECKSUM!r} if you edited it."
+                )
             self._open_files = stack.pop_all()
 
     def read(self, name: str, out: np.ndarray) -> None:
@@ -314,7 +324,12 @@ def write_npz(
             with archive.open(info, "w", force_zip64=True) as member:
                 # NumPy writes to a zip member in chunks, without copying the tensor.
                 np.lib.format.write_array(member, to_c_order(tensor))
+    metadata = metadata | {_JSON_CHECKSUM: _json_checksum(metadata)}
     atomic_write(Path(path + METADATA_SUFFIX), json.dumps(metadata, indent=2) + "\n")
+
+
+def _json_checksum(metadata: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
 
 
 class SafetensorsFile(TensorFile):
@@ -345,7 +360,14 @@ class SafetensorsFile(TensorFile):
             else:
                 self.unreadable[name] = f"must be floating-point, got {header.get_dtype()}."
         header_source = f"{path}: {_METADATA_KEY!r} in its header"
-        self.metadata = parse_metadata_json(metadata.get(_METADATA_KEY, "{}"), header_source)
+        description = metadata.get(_METADATA_KEY, "{}")
+        self._checksums: dict[str, Any] | None = None
+        if _CHECKSUMS_KEY in metadata:
+            checksums_source = f"{path}: {_CHECKSUMS_KEY!r} in its header"
+            self._checksums = parse_metadata_json(metadata[_CHECKSUMS_KEY], checksums_source)
+            if self._checksums.get("") != zlib.crc32(description.encode()):
+                raise UserError(f"{header_source} differs from its checksum: the file is damaged.")
+        self.metadata = parse_metadata_json(description, header_source)
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Reads one tensor; see `TensorFile`."""
@@ -353,6 +375,12 @@ class SafetensorsFile(TensorFile):
             tensor = self._file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise self.error(name, f"cannot be read: {summarize_error(error)}.") from error
+        if self._checksums is not None and self._checksums.get(name) != _array_checksum(tensor):
+            raise self.error(
+                name,
+                "differs from its checksum: the file is damaged, or another program has changed it "
+                f"but kept {_CHECKSUMS_KEY!r} in the header.",
+            )
         copy_into(tensor, out)
 
 
@@ -361,9 +389,21 @@ def write_safetensors(
 ) -> None:
     """Writes a safetensors file, with the description of its model in the header."""
     arrays = {name: to_c_order(tensor) for name, tensor in tensors}
-    header = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
+    description = json.dumps(metadata)
+    checksums = {name: _array_checksum(array) for name, array in arrays.items()}
+    # No tensor has an empty name.
+    checksums[""] = zlib.crc32(description.encode())
+    header = {
+        "format": "pt",
+        _METADATA_KEY: description,
+        _CHECKSUMS_KEY: json.dumps(checksums),
+    }
     with atomic_target(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=header)
+
+
+def _array_checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class TorchFile(TensorFile):

@@ -29,6 +29,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
+from mixer_jax.files import remove_abandoned
 
 Tree = Any
 
@@ -57,23 +58,25 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class CheckpointManager:
     """Checkpoints of one run."""
 
-    def __init__(self, workdir: str, max_to_keep: int | None = None):
+    def __init__(self, workdir: str, max_to_keep: int | None = None, *, checksums: bool = True):
         """Opens the checkpoints of a run.
 
         Args:
             workdir: Absolute path or URL of the run.
             max_to_keep: Number of checkpoints to keep, the newest. The folder is created if needed,
                 and unfinished saves are deleted. None: open for reading only.
+            checksums: Whether saves on disks have checksums.
         """
         is_reader = max_to_keep is None
+        # The default of orbax depends on the object store.
+        self._has_checksums = checksums and "://" not in workdir
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             create=not is_reader,
             read_only=is_reader,
             cleanup_tmp_directories=not is_reader,
-            temporary_path_class=_temporary_path_class(workdir),
+            temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
-        self._is_local = "://" not in workdir
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -86,8 +89,9 @@ class CheckpointManager:
 
         Returns once the arrays are copied; they are written in the background.
         """
+        _ignore_abandoned_writes()
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        metadata = metadata | {_HAS_CHECKSUMS: self._is_local}
+        metadata = metadata | {_HAS_CHECKSUMS: self._has_checksums}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
         self._manager.save(step, args=args, force=True)
 
@@ -170,6 +174,10 @@ class CheckpointManager:
                 require_checksums(self._folder / str(step))
             return metadata
 
+    def wait(self) -> None:
+        """Waits until all saves are written."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until all saves are written."""
         self._manager.close()
@@ -178,7 +186,7 @@ class CheckpointManager:
     def _damage_errors(self, step: int) -> Iterator[None]:
         """Raises UserError if a checkpoint cannot be read."""
         hook = sys.unraisablehook
-        sys.unraisablehook = _ignore_abandoned_reads(hook)
+        sys.unraisablehook = _filter_hook(hook)
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -201,11 +209,18 @@ def _check_index(path: Any) -> None:
         raise DamagedFileError(f"{path.name} is missing or cannot be read") from error
 
 
-def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Wraps a `sys.unraisablehook` to ignore reads that orbax abandoned.
+def _ignore_abandoned_writes() -> None:
+    """Ignores writes that orbax abandons, from now on: they are in the background."""
+    if not hasattr(sys.unraisablehook, "filters_abandoned"):
+        sys.unraisablehook = _filter_hook(sys.unraisablehook)
+    warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
 
-    After the first array that it cannot read, orbax does not wait for the others, and each of them
-    would print a stack trace when it ends.
+
+def _filter_hook(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Wraps a `sys.unraisablehook` to ignore reads and writes that orbax abandoned.
+
+    After the first array that it cannot read or write, orbax does not wait for the others, and each
+    of them would print a stack trace when it ends.
     """
 
     def filtered_hook(unraisable: Any) -> None:
@@ -213,7 +228,14 @@ def _ignore_abandoned_reads(hook: Callable[[Any], object]) -> Callable[[Any], ob
         if message != "Event loop is closed" and not message.endswith("was never awaited"):
             hook(unraisable)
 
+    filtered_hook.filters_abandoned = True  # type: ignore[attr-defined]
     return filtered_hook
+
+
+def remove_unfinished_saves(workdir: str) -> None:
+    """Removes what failed saves left in a run's folder on a disk, to free its space."""
+    for path in Path(workdir, CHECKPOINT_DIR).glob("*.orbax-checkpoint-tmp*"):
+        remove_abandoned(path)
 
 
 def move_damaged_checkpoints(workdir: str, steps: Iterable[int]) -> None:
@@ -234,11 +256,6 @@ def move_damaged_checkpoints(workdir: str, steps: Iterable[int]) -> None:
             raise RunError(f"{source} cannot be moved to {target}: {error.strerror}.") from error
 
 
-def _temporary_path_class(workdir: str) -> type[_ChecksummedPath] | None:
-    """Returns the class of temporary folders for orbax; None: its default for the object store."""
-    return None if "://" in workdir else _ChecksummedPath
-
-
 def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[str, Any]) -> None:
     """Saves a checkpoint of `params` only, in chunks.
 
@@ -250,6 +267,7 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
         params: NumPy arrays.
         metadata: JSON-serializable metadata.
     """
+    _ignore_abandoned_writes()
     handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
     manager = ocp.CheckpointManager(
@@ -258,7 +276,7 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
             "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             _METADATA: ocp.JsonCheckpointHandler(),
         },
-        options=ocp.CheckpointManagerOptions(temporary_path_class=_temporary_path_class(workdir)),
+        options=ocp.CheckpointManagerOptions(temporary_path_class=_ChecksummedPath),
     )
     chunked_save = ocp.args.PyTreeSave(
         params,

@@ -47,7 +47,7 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     """Runs a command and exits with the code that it returns.
 
     Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C or SIGTERM stopped and that can resume exit with 130 and 143.
+    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -60,6 +60,8 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     # OpenCV's messages about damaged images do not name the file; ours do.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    # Notebooks set one that other programs may not have; figures are only written to files.
+    os.environ["MPLBACKEND"] = "agg"
     silence_libtpu()
     try:
         try:
@@ -75,14 +77,24 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     sys.exit(code)
 
 
-def configure_jax(compilation_cache: str) -> None:
+def configure_jax(compilation_cache: str, *, cpu_only: bool = False) -> None:
     """Silences libraries, and enables JAX's compilation cache in a folder or at a URL.
 
-    The cache is not enabled if `compilation_cache` is empty.
+    Args:
+        compilation_cache: Folder or URL; the cache is not enabled if it is empty.
+        cpu_only: Whether to leave accelerators alone, which may be busy with a run.
     """
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    # orbax logs errors, with stack traces, before it raises them.
+    logging.set_verbosity(logging.FATAL)
+    if cpu_only:
+        # Read when JAX is imported, which not every command does.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if sys.modules.get("jax"):
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
     if compilation_cache:
         import jax
 

@@ -8,8 +8,10 @@ import abc
 import collections
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -24,6 +26,7 @@ from absl import flags
 
 from mixer_jax.data.readers import BadImage, EvalReader, LoadedBatch, Reader, TrainReader
 from mixer_jax.data.source import Source
+from mixer_jax.errors import RunError
 
 Batch = dict[str, jax.Array]
 # Called with the number of a step, counted from 1, and its bad images.
@@ -36,6 +39,10 @@ _CORES_PER_WORKER = 8
 # Maximum number of chunks of each worker in shared memory.
 _SHARED_CHUNKS_PER_WORKER = 4
 _SHARED_MEMORY = Path("/dev/shm")
+# Message of Grain.
+_WORKER_KILLED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+# Option of the Python processes that are started from here.
+_TRACKER_WARNINGS = "ignore:resource_tracker:UserWarning"
 
 
 def train_batches(
@@ -77,7 +84,7 @@ def train_batches(
         `image` uint8 (batch_size, image_size, image_size, 3) and `label` int32 (batch_size,).
 
     Raises:
-        RunError: A hundred images in a row cannot be used.
+        RunError: A hundred images in a row cannot be used, or a worker process was killed.
     """
     reader = TrainReader(source, seed, image_size, preprocess)
     steps = range(start_step, num_steps)
@@ -264,6 +271,10 @@ def _load_batches(
         # that notebooks can use worker processes too.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
+        # Python's resource tracker, another process, frees the shared memory of workers that are
+        # killed. Its warning about that would follow ours.
+        if _TRACKER_WARNINGS not in sys.warnoptions:
+            sys.warnoptions.append(_TRACKER_WARNINGS)
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(workers, worker_init_fn=_init_worker)
     iterator = iter(dataset)
@@ -272,8 +283,27 @@ def _load_batches(
             # If the iterator ended early, Python would turn its StopIteration into RuntimeError.
             loaded = [next(iterator) for _ in range(chunks.chunks_per_batch)]
             yield assembler.assemble(step, loaded)
+    except RuntimeError as error:
+        if killed := _WORKER_KILLED.search(str(error)):
+            raise _worker_lost(int(killed[1])) from error
+        raise
     finally:
         iterator.close()
+
+
+def _worker_lost(exit_code: int) -> RunError:
+    """Describes the end of a worker process by its exit code, which is negative for signals."""
+    how = f"ended with exit code {exit_code}"
+    if exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+    cause = {
+        -signal.SIGKILL: "The machine is probably out of memory",
+        -signal.SIGBUS: f"{_SHARED_MEMORY} is probably full",
+    }.get(exit_code, "Memory may be short")
+    return RunError(
+        f"a process that loads images {how}. {cause}: set a lower config.loader.num_workers, "
+        "config.loader.num_threads or config.loader.prefetch_batches."
+    )
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:
@@ -281,7 +311,7 @@ def _init_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
     cv2.setNumThreads(0)
     # Signals to the whole process group are handled by the main process, which stops the workers.
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+    for stop_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop_signal, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
 

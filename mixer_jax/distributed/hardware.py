@@ -10,6 +10,8 @@ _LIBTPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # By default /tmp/tpu_logs, which belongs to the first user of a machine.
+    "TPU_LOG_DIR": "disabled",
 }
 # Set by launchers that start several processes: a JAX coordinator, TPU multislice.
 _ADDRESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")

@@ -28,7 +28,10 @@ T = TypeVar("T")
 _HEARTBEAT_TIMEOUT_SECONDS = 40
 # Hosts that raise the same error at about the same time exit together, each with its own message.
 _EXIT_TIMEOUT_SECONDS = 10.0
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Part of messages of JAX.
+_JAX_HINT = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+# SIGHUP: the terminal was closed, or the connection was lost.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
@@ -66,6 +69,27 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         ) from error
     except RuntimeError as error:
         raise RunError(f"cannot join the other hosts: {summarize_error(error)}.") from error
+
+
+def check_devices() -> None:
+    """Initializes the devices, of which all hosts must be joined.
+
+    Raises:
+        UserError: JAX_PLATFORMS names devices that this machine or this installation lacks.
+        RunError: Devices cannot be used, e.g. because another process uses them.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # JAX fails an assertion if a platform is known but has no device.
+        reason = str(error).replace(_JAX_HINT, "") or "no device found"
+        reason = summarize_error(RuntimeError(reason))
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            raise UserError(
+                f"JAX_PLATFORMS must name devices that are present, got {platforms!r} ({reason}). "
+                "Unset it to use the devices that JAX finds."
+            ) from error
+        raise RunError(f"JAX cannot use its devices: {reason}.") from error
 
 
 def is_alone(mode: str) -> bool:
@@ -223,10 +247,11 @@ class SharedFlags:
 
 
 class GracefulShutdown:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
+    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request to stop after the current step.
 
-    The second Ctrl-C raises KeyboardInterrupt at once. A context manager, which restores the
-    previous handlers. Outside the main thread, where Python allows no handlers, it does nothing.
+    The second Ctrl-C raises KeyboardInterrupt at once. SIGHUP is left alone where it is ignored, as
+    under nohup. A context manager, which restores the previous handlers. Outside the main thread,
+    where Python allows no handlers, it does nothing.
 
     Attributes:
         received: The latest signal, or None.
@@ -237,8 +262,10 @@ class GracefulShutdown:
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        if self._previous[signal.SIGHUP] == signal.SIG_IGN:
+            del self._previous[signal.SIGHUP]
         if threading.current_thread() is threading.main_thread():
-            for number in _STOP_SIGNALS:
+            for number in self._previous:
                 signal.signal(number, self._receive)
         return self
 

@@ -96,6 +96,7 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
     if not request.dry_run:
         # Before loading the checkpoint, which may use devices.
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock))
     weights = load_checkpoint(_absolute_name(request.checkpoint))

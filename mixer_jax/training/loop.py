@@ -4,18 +4,30 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 
-from mixer_jax.checkpoints.manager import CheckpointManager, move_damaged_checkpoints
+from mixer_jax.checkpoints.manager import (
+    CheckpointManager,
+    move_damaged_checkpoints,
+    remove_unfinished_saves,
+)
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import NonFiniteError, RunError, UserError, summarize_error
+from mixer_jax.errors import (
+    DiskFullError,
+    NonFiniteError,
+    RunError,
+    UserError,
+    no_space_reason,
+    summarize_error,
+)
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -83,19 +95,39 @@ def train_and_evaluate(
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
+        DiskFullError: `workdir` cannot be written for lack of space.
         RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
             process is training in `workdir`.
     """
-    with contextlib.ExitStack() as stack:
-        loop = _TrainLoop(config, workdir, weights, stack)
-        try:
-            return loop.run()
-        except NonFiniteError as error:
-            saved = f"{workdir}/checkpoints/{loop.saved_step}" if loop.saved_step else "none"
-            raise NonFiniteError(
-                f"{error} Last good checkpoint: {saved}. Try a lower learning rate or a longer "
-                "warmup."
-            ) from error
+    try:
+        with contextlib.ExitStack() as stack:
+            loop = _TrainLoop(config, workdir, weights, stack)
+            try:
+                return loop.run()
+            except NonFiniteError as error:
+                saved = _last_checkpoint(workdir, loop.saved_step)
+                raise NonFiniteError(
+                    f"{error} Last good checkpoint: {saved}. Try a lower learning rate or a longer "
+                    "warmup."
+                ) from error
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        # Also those of saves in the background, which end with the stack.
+        reason = no_space_reason(error)
+        if not reason:
+            raise
+        if "://" not in workdir and jax.process_count() == 1:
+            remove_unfinished_saves(workdir)
+        saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
+        raise DiskFullError(
+            f"workdir {workdir!r} cannot be written ({reason}). Last good checkpoint: {saved}. "
+            "Free space and run the same command to resume."
+        ) from error
+
+
+def _last_checkpoint(workdir: str, step: int) -> str:
+    return f"{workdir}/{CHECKPOINT_DIR}/{step}" if step else "none"
 
 
 class _TrainLoop:
@@ -116,6 +148,7 @@ class _TrainLoop:
             # Before anything that takes time.
             stack.enter_context(lock_workdir(workdir))
         multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+        multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
         # Listed once, so that all hosts have the same examples in the same order.
@@ -171,7 +204,7 @@ class _TrainLoop:
         failures: dict[str, Exception] = {}
         if step == self.num_steps:
             self.evaluate(step, self.evaluators, scores, failures)
-        for step, batch in enumerate(self.batches, self.start_step + 1):
+        for step, batch in self.iter_batches():
             self.take_step(step, batch)
             is_last = step == self.num_steps
             is_stopping, is_late = self.sync_hosts(step)
@@ -204,6 +237,21 @@ class _TrainLoop:
         if not is_finished:
             scores, failures = {}, {}
         return TrainResult(step, self.num_steps, scores, signaled, failures)
+
+    def iter_batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yields steps and their batches; if loading fails, saves the state and raises RunError."""
+        step = self.start_step
+        try:
+            for step, batch in enumerate(self.batches, self.start_step + 1):
+                yield step, batch
+        except RunError as error:
+            # Several hosts can only save together; the others may be at another step.
+            if step > self.saved_step and jax.process_count() == 1:
+                self.check_finite(step)
+                self.save(step)
+            raise RunError(
+                f"{error} The same command resumes from step {self.saved_step:,}."
+            ) from error
 
     def take_step(self, step: int, batch: Batch) -> None:
         """Takes a training step, and computes norms of parameters and update if it is logged.

@@ -16,7 +16,14 @@ from ml_collections import ConfigDict
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
-from mixer_jax.errors import RunError, UserError, install_hint, summarize_error
+from mixer_jax.errors import (
+    DiskFullError,
+    RunError,
+    UserError,
+    install_hint,
+    no_space_reason,
+    summarize_error,
+)
 from mixer_jax.files import atomic_write, file_lock
 
 CONFIG_FILE = "config.json"
@@ -45,7 +52,7 @@ def lock_workdir(workdir: str) -> Iterator[None]:
         workdir: Absolute path or URL. It is created, and removed afterwards if it is still empty.
 
     Raises:
-        RunError: Another process is training in the workdir.
+        RunError: Another process is training in the workdir, or its disk is full.
         UserError: The folder cannot be written.
     """
     key = (workdir, threading.get_ident())
@@ -181,7 +188,9 @@ def _check_writable(workdir: str) -> None:
         raise UserError(f"{str(folder)!r} must be a folder. {_OTHER_WORKDIR}.")
 
 
-def _not_writable(workdir: str, error: Exception) -> UserError:
+def _not_writable(workdir: str, error: Exception) -> UserError | RunError:
+    if space := no_space_reason(error):
+        return DiskFullError(f"workdir {workdir!r} cannot be written ({space}). Free space.")
     if isinstance(error, ImportError):
         # File systems of URLs need a library each.
         reason = summarize_error(error)

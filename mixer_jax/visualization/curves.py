@@ -1,18 +1,30 @@
 """Plot of a run: loss, learning rate and accuracy by step."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from mixer_jax.errors import summarize_error
+from mixer_jax.files import atomic_write
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 
-def plot_curves(workdir: str) -> None:
-    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL."""
-    figure = draw_curves(read_metrics(workdir))
-    (epath.Path(workdir) / "curves.png").write_bytes(render_figure(figure, "png"))
+def plot_curves(workdir: str) -> bool:
+    """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL.
+
+    Returns:
+        Whether that succeeded. If not, the reason is printed: no plot is worth failing a run for.
+    """
+    path = epath.Path(workdir) / "curves.png"
+    try:
+        atomic_write(path, render_figure(draw_curves(read_metrics(workdir)), "png"))
+    except Exception as error:
+        print(f"{path} cannot be drawn: {summarize_error(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:

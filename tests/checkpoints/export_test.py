@@ -1,6 +1,7 @@
 """Tests of exports: nothing is lost between formats, and no wrong or partial file remains."""
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from mixer_jax.checkpoints.export import (
 )
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer_config import MixerConfig
 from tests.helpers.messages import raises
@@ -285,8 +286,8 @@ def test_export_weights_leaves_nothing_if_interrupted(
     monkeypatch.setitem(export._FILE_FORMATS, "google", file_format._replace(write=write))
     target = target_of("google", tmp_path)
     is_full = isinstance(error, OSError)
-    expected = UserError if is_full else KeyboardInterrupt
-    with raises(expected, *([target, "No space left"] if is_full else [])):
+    expected = DiskFullError if is_full else KeyboardInterrupt
+    with raises(expected, *([target, "No space left on device"] if is_full else [])):
         export_weights(weights, "google", target)
     assert not any(tmp_path.iterdir())
 
@@ -399,3 +400,45 @@ def test_export_weights_keeps_many_unusual_class_names(tmp_path: Path) -> None:
     for format in ("google", "timm"):
         export_weights(weights, format, target_of(format, tmp_path))
         assert load_checkpoint(target_of(format, tmp_path)).model_info == weights.model_info
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.npz.json", "t.safetensors"])
+def test_no_flipped_bit_of_an_exported_file_is_unnoticed(
+    name: str, weights: PretrainedWeights, tmp_path: Path
+) -> None:
+    target = str(tmp_path / name.removesuffix(".json"))
+    export_weights(weights, "timm" if name.endswith(".safetensors") else "google", target)
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    original = path.read_bytes()
+    # The header, which has the description of the model, and places in the whole file.
+    places = [
+        *rng.integers(min(len(original), 3000), size=100),
+        *rng.integers(len(original), size=50),
+    ]
+    num_refused = 0
+    for place in places:
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(target)
+        except UserError:
+            num_refused += 1
+            continue
+        assert loaded.model_info == weights.model_info, (place, bytes(damaged[place - 20 : place]))
+        assert bits(loaded) == bits(weights), place
+    assert num_refused > 50
+
+
+def test_exports_without_checksums_still_load(weights: PretrainedWeights, tmp_path: Path) -> None:
+    target = str(tmp_path / "t.npz")
+    export_weights(weights, "google", target)
+    sidecar = tmp_path / "t.npz.json"
+    metadata = json.loads(sidecar.read_text())
+    metadata["class_names"][0] = "eins"
+    sidecar.write_text(json.dumps(metadata))
+    with raises(UserError, str(sidecar), "crc32"):
+        load_checkpoint(target)
+    del metadata["crc32"]
+    sidecar.write_text(json.dumps(metadata))
+    assert load_checkpoint(target).model_info.class_names[0] == "eins"

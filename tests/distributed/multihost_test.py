@@ -221,7 +221,7 @@ except UserError:
     assert [process.returncode for process in both] == [2, 2], outs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_graceful_shutdown_restores_the_previous_handlers(number: signal.Signals) -> None:
     previous = signal.getsignal(number)
     with multihost.GracefulShutdown() as stop:
@@ -229,6 +229,19 @@ def test_graceful_shutdown_restores_the_previous_handlers(number: signal.Signals
         signal.raise_signal(number)
         assert stop.received == number
     assert signal.getsignal(number) is previous
+
+
+def test_graceful_shutdown_leaves_sighup_ignored_under_nohup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with multihost.GracefulShutdown() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_graceful_shutdown_raises_at_the_second_interrupt() -> None:

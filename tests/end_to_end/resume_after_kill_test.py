@@ -86,12 +86,15 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
             np.testing.assert_array_equal(a, b, err_msg=item)
 
 
-def test_ctrl_c_saves_and_exits_with_130(digits_dir: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_ctrl_c_and_a_lost_terminal_save(
+    number: signal.Signals, code: int, digits_dir: str, tmp_path: Path
+) -> None:
     overrides: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
     process = start(digits_dir, tmp_path, **overrides)
     wait_until(lambda: last_step(tmp_path) >= 3, process)
-    process.send_signal(signal.SIGINT)
-    out = finish(process, code=130)
+    process.send_signal(number)
+    out = finish(process, code=code)
     (saved,) = list_steps(str(tmp_path))
     assert reports_stop(out, tmp_path, saved, STEPS)
 
@@ -106,21 +109,55 @@ def processes_of_group(group: int) -> list[int]:
     return found
 
 
-def test_loader_processes_end_with_the_run(tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole group, as from a terminal, while the run waits for its images."""
+@pytest.fixture
+def slow_images(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run with two loader processes, which waits for its images."""
     large = cv2.resize(photograph(), (1600, 1200))
     for index in range(20):
         path = tmp_path / "images" / f"{index % 2}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(large, "JPEG"))
-    settings: dict[str, Any] = NO_REGULARIZATION | {
+    return NO_REGULARIZATION | {
         "dataset__name": f"folder:{tmp_path}/images",
         "loader__num_workers": 2,
         "num_steps": 1000,
     }
+
+
+def loader_processes(parent: int) -> list[int]:
+    # Listed by the threads that started them.
+    lists = (path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children"))
+    children = [int(child) for text in lists for child in text.split()]
+    return [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def test_killed_loader_process_ends_the_run_in_one_line_after_saving(
+    slow_images: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = slow_images | {"checkpoint__every_steps": 0, "log_every_steps": 1}
+    process = start("", tmp_path / "run", **settings)
+    wait_until(functools.partial(has_reached, tmp_path / "run", 2), process)
+    first, _ = loader_processes(process.pid)
+    os.kill(first, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    (line,) = err.splitlines()
+    (saved,) = list_steps(str(tmp_path / "run"))
+    assert saved >= 2
+    assert mentions(line, "SIGKILL", "memory", "config.loader.num_workers", str(saved))
+    # The state after the last step that had a batch.
+    assert last_step(tmp_path / "run") == saved
+    resumed = start("", tmp_path / "run", **settings)
+    wait_until(functools.partial(has_reached, tmp_path / "run", saved + 1), resumed)
+    resumed.terminate()
+    finish(resumed, code=143)
+
+
+def test_loader_processes_end_with_the_run(slow_images: dict[str, Any], tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group, as from a terminal, while the run waits for its images."""
     steps = 0
     for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = start("", tmp_path / "run", new_group=True, **settings)
+        process = start("", tmp_path / "run", new_group=True, **slow_images)
         wait_until(functools.partial(has_reached, tmp_path / "run", steps + 2), process)
         if stop == signal.SIGKILL:
             process.kill()

@@ -1,6 +1,7 @@
 """Tests of running tasks: errors, locks and signals on one host and several; probe inputs."""
 
 import dataclasses
+import errno
 import re
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from mixer_jax.errors import NonFiniteError, OutputWriteError, UserError
+from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, UserError
 from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.suites import protocol, workdir
 from mixer_jax.suites.protocol import (
@@ -98,14 +99,24 @@ def test_run_tasks_retries_a_diverged_final_run(
     assert run_tasks(context, SUITE.tasks) == {}
 
 
+@pytest.mark.parametrize(
+    ("error", "error_type"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFullError),
+        (OSError(errno.EROFS, "Read-only file system"), OutputWriteError),
+    ],
+)
 def test_run_tasks_raises_if_a_result_cannot_be_written(
-    context: TaskContext, monkeypatch: pytest.MonkeyPatch
+    error: OSError,
+    error_type: type[Exception],
+    context: TaskContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(path: Any, text: str) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(workdir, "atomic_write", refuse)
-    with raises(OutputWriteError, f"{context.workdir}/low/final/seed=0", "No space left on device"):
+    with raises(error_type, f"{context.workdir}/low/final/seed=0", str(error.strerror)):
         run_tasks(context, SUITE.tasks)
 
 

@@ -19,7 +19,7 @@ from mixer_jax.training.loop import TrainResult, train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import config_diff
 from tests.helpers.lines import each_mentions, some_line_mentions
-from tests.helpers.messages import raises
+from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 PROBES = {"few": "few_shot", "line": "linear", "near": "knn"}
@@ -109,6 +109,8 @@ def test_format_summary_has_the_metrics_of_all_evaluations(
     assert some_line_mentions(text, "few", "60", *shots)
     assert some_line_mentions(text, "test", f"{test.top1:.2%}", f"{test.top5:.2%}")
     assert some_line_mentions(text, "mixer_jax.evaluate", "--dataset=digits/low", "--split=test")
+    assert mentions(text, "run/curves.png")
+    assert "curves.png" not in main.format_summary(result, "run", config, has_curves=False)
     probes = {name: entry for name, entry in config.evals.items() if name != "test"}
     probes_only = dataclasses.replace(config, evals=probes)
     assert "mixer_jax.evaluate" not in main.format_summary(result, "run", probes_only)

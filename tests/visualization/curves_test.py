@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mixer_jax.visualization import curves
 from mixer_jax.visualization.curves import draw_curves, is_accuracy, plot_curves
+from tests.helpers.messages import mentions
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0, "learning_rate": 0.0},
@@ -28,12 +30,12 @@ def test_draw_curves_plots_the_last_value_of_a_step() -> None:
 def test_draw_curves_plots_loss_learning_rate_and_accuracies() -> None:
     loss, learning_rate, accuracy = draw_curves(LINES).axes
 
-    def curves(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    def read_curves(axes: Any) -> dict[str, list[tuple[float, float]]]:
         return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
 
-    assert curves(loss) == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
-    assert curves(learning_rate) == {"learning_rate": [(1, 0.0), (2, 0.1), (3, 0.2)]}
-    assert curves(accuracy) == {"few/5_shot": [(2, 25.0)], "val": [(2, 50.0)]}
+    assert read_curves(loss) == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
+    assert read_curves(learning_rate) == {"learning_rate": [(1, 0.0), (2, 0.1), (3, 0.2)]}
+    assert read_curves(accuracy) == {"few/5_shot": [(2, 25.0)], "val": [(2, 50.0)]}
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["few/5_shot", "val"]
     assert loss.get_yscale() == "log"
 
@@ -45,9 +47,22 @@ def test_draw_curves_of_zero_losses_are_linear(lines: list[dict[str, Any]]) -> N
 
 def test_plot_curves_writes_a_png(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
-    plot_curves(str(tmp_path))
+    assert plot_curves(str(tmp_path))
     with Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())) as image:
         assert (image.format, image.size) == ("PNG", (1440, 420))
+
+
+def test_plot_curves_prints_why_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(lines: object) -> None:
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(curves, "draw_curves", fail)
+    assert not plot_curves(str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert mentions(line, f"{tmp_path}/curves.png", "no such backend")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_is_accuracy_selects_accuracies_of_head_and_probes() -> None:
