@@ -64,14 +64,14 @@ def license_of(name: str) -> str:
         ValueError: The package names no licence, or an unknown one.
     """
     package = metadata.metadata(name)
-    if expression := package.get("License-Expression"):
+    for expression in package.get_all("License-Expression") or []:
         return str(expression)
     classifiers = [
         text.rpartition(" :: ")[2]
         for text in package.get_all("Classifier") or []
         if text.startswith("License ::")
     ]
-    text = " ".join((package.get("License") or "").split())
+    text = " ".join(" ".join(package.get_all("License") or []).split())
     # Some packages have the whole text of their licence in this field.
     if text and len(text) < 40:
         return _SPDX.get(text, text)
