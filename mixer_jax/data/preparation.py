@@ -10,6 +10,7 @@ import csv
 import errno
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -141,6 +142,8 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
     import tensorflow_datasets as tfds
 
     name = builder.info.full_name
+    # Without a network, it would print a warning for each of ten attempts.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     # Prepared data on the web is in another format.
     config = tfds.download.DownloadConfig(manual_dir=str(manual_dir), try_download_gcs=False)
     try:
