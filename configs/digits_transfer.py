@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.model.channels_mlp_dim = 128
 
     config.dataset.name = "digits/low"
-    config.preprocess.train_crop = "inception"
+    config.preprocess.train_crop = "random_resized_crop"
     config.preprocess.min_area = 0.1
     config.preprocess.flip = False
     config.preprocess.eval_crop = "resize"

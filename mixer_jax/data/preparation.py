@@ -13,8 +13,11 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
-from collections.abc import Iterator
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,9 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
     import tensorflow_datasets as tfds
 
     name = builder.info.full_name
+    # What has been downloaded before needs no network.
+    if not any(Path(builder.data_dir_root, "downloads").glob("[!m]*")):
+        check_network(name, builder.url_infos or ())
     # Without a network, it would print a warning for each of ten attempts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     # Prepared data on the web is in another format.
@@ -170,6 +176,32 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
         raise (UserError if disk_full else RunError)(
             f"preparing dataset {name} failed: {type(error).__name__}: {_one_line(error)}."
         ) from error
+
+
+def check_network(name: str, urls: Iterable[str]) -> None:
+    """Checks that a host of the downloads is known; TFDS would try for more than three minutes.
+
+    Behind a proxy, which resolves the names of hosts itself, nothing is checked.
+
+    Args:
+        name: Name of the dataset, for the message.
+        urls: URLs of its files.
+
+    Raises:
+        UserError: No host is known.
+    """
+    hosts = {urllib.parse.urlsplit(url).hostname for url in urls if url.startswith("http")}
+    hosts.discard(None)
+    if not hosts or urllib.request.getproxies():
+        return
+    for host in hosts:
+        with contextlib.suppress(socket.gaierror):
+            socket.getaddrinfo(host, None)
+            return
+    raise UserError(
+        f"dataset {name} must be downloaded from {' and '.join(sorted(map(str, hosts)))}, which "
+        "cannot be reached. Check the network connection."
+    )
 
 
 def convert_to_array_record(builder: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from typing import Any, ClassVar
 import pytest
 import tensorflow_datasets as tfds
 
-from mixer_jax.data.preparation import format_splits, preparation_lock
+from mixer_jax.data import preparation
+from mixer_jax.data.preparation import check_network, format_splits, preparation_lock
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.tfds import find_builder, prepare_tfds
 from mixer_jax.errors import DatasetNotPreparedError, RunError, UserError
@@ -282,3 +284,19 @@ def test_format_splits_describes_the_files_on_disk(unconverted: Path) -> None:
     others = "\n".join(line for line in lines if line not in (train, test))
     assert re.search(r"\bclasses\b\W*10\b", others)
     assert mentions(others, str(builder.data_path))
+
+
+def test_missing_network_is_an_error_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(host: str, port: None) -> list[str]:
+        if host == "known.invalid":
+            return [host]
+        raise socket.gaierror(socket.EAI_NONAME, "unknown host")
+
+    monkeypatch.setattr(preparation.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(preparation.urllib.request, "getproxies", dict)
+    with raises(UserError, "digits", "first.invalid", "second.invalid"):
+        check_network("digits", ["https://first.invalid/x", "http://second.invalid/y"])
+    check_network("digits", ["https://first.invalid/x", "https://known.invalid/y"])
+    check_network("digits", [])
+    monkeypatch.setattr(preparation.urllib.request, "getproxies", lambda: {"https": "proxy"})
+    check_network("digits", ["https://first.invalid/x"])
