@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, UserError
 from mixer_jax.evaluation.probes import ProbeMetrics
@@ -62,6 +63,7 @@ def simulate_two_hosts(monkeypatch: pytest.MonkeyPatch, other: bool = False) -> 
     """Makes this process the first of two hosts, the second of which answers `other`."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(protocol, "any_host", lambda flag: flag or other)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda tree: tree)
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), UserError("bad image")])
