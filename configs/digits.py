@@ -4,7 +4,7 @@
     python -m mixer_jax.main --config=configs/digits.py:low     # 0-4, for transfer to 5-9
     python -m mixer_jax.main --config=configs/digits.py:high    # 5-9
 
-Measured: 99.4 % top-1 on the 360 test digits (358 of them), in under 2 minutes on 2 CPU cores.
+Measured: 99.7 % top-1 on the 360 test digits (359 of them), in under 2 minutes on 2 CPU cores.
 Data:     8 x 8 pixels, shipped with scikit-learn.
 """
 
