@@ -223,12 +223,19 @@ except UserError:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_graceful_shutdown_restores_the_previous_handlers(number: signal.Signals) -> None:
-    previous = signal.getsignal(number)
-    with multihost.GracefulShutdown() as stop:
-        assert stop.received is None
-        signal.raise_signal(number)
-        assert stop.received == number
-    assert signal.getsignal(number) is previous
+    def handler(*_: object) -> None:
+        pass
+
+    # A handler of its own, since SIGHUP may be ignored where the tests run.
+    previous = signal.signal(number, handler)
+    try:
+        with multihost.GracefulShutdown() as stop:
+            assert stop.received is None
+            signal.raise_signal(number)
+            assert stop.received == number
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, previous)
 
 
 def test_graceful_shutdown_leaves_sighup_ignored_under_nohup(
