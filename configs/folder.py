@@ -6,8 +6,7 @@
 Data:   PATH has train/ and validation/ (or valid/, val/, test/), each with one directory per class.
         If PATH has the class directories themselves, a tenth of every class is held out.
 small:  For small pictures such as letters and symbols: 32 px, a small Mixer, minutes on a laptop.
-        Measured on the digits of configs/digits.py as PNG files: 99.4 % top-1 (358 of 360), as with
-        configs/digits.py itself.
+        Measured on the digits of configs/digits.py as PNG files: 99.4 % top-1 (358 of 360).
 photos: For photographs: 224 px, Mixer-S/16, on an accelerator, with the paper's recipe for
         ImageNet-1k. Not measured. With fewer than 100,000 photographs, start from pretrained
         weights with --config.init_from. With fewer than about 1,700, 300 epochs are shorter than
