@@ -91,7 +91,12 @@ def test_ctrl_c_and_a_lost_terminal_save(
     number: signal.Signals, code: int, digits_dir: str, tmp_path: Path
 ) -> None:
     overrides: dict[str, Any] = {"checkpoint__every_steps": 0, "tensorboard": True}
-    process = start(digits_dir, tmp_path, **overrides)
+    # The process would inherit that SIGHUP is ignored, as under nohup.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = start(digits_dir, tmp_path, **overrides)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
     wait_until(lambda: last_step(tmp_path) >= 3, process)
     process.send_signal(number)
     out = finish(process, code=code)

@@ -1,7 +1,9 @@
 """Tests of starting a command twice on one workdir, as real processes."""
 
+import functools
+import signal
 import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +23,28 @@ from tests.helpers.processes import (
 
 pytestmark = pytest.mark.slow
 
-# In seconds.
-LIMIT = 10
 
+def check_refused(
+    start_second: Callable[[], subprocess.Popen[str]],
+    workdir: Path,
+    first: subprocess.Popen[str],
+) -> None:
+    """Checks that a start ends in one line that names the workdir and the first process.
 
-def check_refused(second: subprocess.Popen[str], workdir: Path, first: int) -> None:
-    """Checks that a start ends soon, in one line that names the workdir and the first process."""
-    begin = time.monotonic()
+    The first process is stopped in the meantime, so that it cannot finish before.
+    """
+    first.send_signal(signal.SIGSTOP)
+    second = start_second()
     out, err = second.communicate(timeout=60)
-    assert time.monotonic() - begin < LIMIT
+    first.send_signal(signal.SIGCONT)
     assert (second.returncode, out) == (1, "")
     (line,) = err.splitlines()
-    assert mentions(line, str(workdir), str(first), "--workdir")
+    assert mentions(line, str(workdir), str(first.pid), "--workdir")
+
+
+def holds_lock(process: subprocess.Popen[str], workdir: Path) -> bool:
+    lock = workdir / ".lock"
+    return lock.exists() and str(process.pid) in lock.read_text()
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -47,11 +59,12 @@ def test_second_start_is_refused_and_does_not_disturb_the_first(
         process.communicate()
         assert (tmp_path / ".lock").exists()
     first = start(digits_dir, tmp_path, optimized=True)
+    start_again = functools.partial(start, digits_dir, tmp_path, optimized=True)
     # At once, when the first has not written anything yet, and while it trains.
-    wait_until((tmp_path / ".lock").exists, first)
-    check_refused(start(digits_dir, tmp_path, optimized=True), tmp_path, first.pid)
+    wait_until(lambda: holds_lock(first, tmp_path), first)
+    check_refused(start_again, tmp_path, first)
     wait_until(lambda: has_reached(tmp_path, 13), first)
-    check_refused(start(digits_dir, tmp_path, optimized=True), tmp_path, first.pid)
+    check_refused(start_again, tmp_path, first)
     finish(first)
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
     expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
@@ -70,7 +83,8 @@ def test_second_start_of_a_suite_is_refused(
 ) -> None:
     first = suites.start(workspace, tmp_path, digits_dir, "--tasks=low")
     wait_until(lambda: suites.reaches(tmp_path, "low/final/seed=0", 2), first)
-    check_refused(suites.start(workspace, tmp_path, digits_dir), tmp_path, first.pid)
+    start_again = functools.partial(suites.start, workspace, tmp_path, digits_dir)
+    check_refused(start_again, tmp_path, first)
     finish(first)
     assert (tmp_path / "low/final/seed=0/result.json").exists()
     assert not list(tmp_path.rglob("*.lock"))
