@@ -58,7 +58,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Unpickling it runs no code: PyTorch creates an empty object and sets attributes, whose values can
 # only be what it loads anyway. Metrics next to the weights are often numbers of NumPy, whose module
 # had another name in NumPy 1; they are built from a dtype and bytes.
-_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SCALAR = np.float64(0).__reduce__()[0]
 _SAFE_CLASSES: tuple[Any, ...] = (
     argparse.Namespace,
     _SCALAR,

@@ -186,7 +186,7 @@ class CheckpointManager:
     def _damage_errors(self, step: int) -> Iterator[None]:
         """Raises UserError if a checkpoint cannot be read."""
         hook = sys.unraisablehook
-        sys.unraisablehook = _filter_hook(hook)
+        sys.unraisablehook = _AbandonedFilter(hook)
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -209,27 +209,27 @@ def _check_index(path: Any) -> None:
         raise DamagedFileError(f"{path.name} is missing or cannot be read") from error
 
 
-def _ignore_abandoned_writes() -> None:
-    """Ignores writes that orbax abandons, from now on: they are in the background."""
-    if not hasattr(sys.unraisablehook, "filters_abandoned"):
-        sys.unraisablehook = _filter_hook(sys.unraisablehook)
-    warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
-
-
-def _filter_hook(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Wraps a `sys.unraisablehook` to ignore reads and writes that orbax abandoned.
+class _AbandonedFilter:
+    """Filter of a `sys.unraisablehook` that ignores reads and writes that orbax abandoned.
 
     After the first array that it cannot read or write, orbax does not wait for the others, and each
     of them would print a stack trace when it ends.
     """
 
-    def filtered_hook(unraisable: Any) -> None:
+    def __init__(self, hook: Callable[[Any], object]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
         message = str(unraisable.exc_value)
         if message != "Event loop is closed" and not message.endswith("was never awaited"):
-            hook(unraisable)
+            self._hook(unraisable)
 
-    filtered_hook.filters_abandoned = True  # type: ignore[attr-defined]
-    return filtered_hook
+
+def _ignore_abandoned_writes() -> None:
+    """Ignores writes that orbax abandons, from now on: they are in the background."""
+    if not isinstance(sys.unraisablehook, _AbandonedFilter):
+        sys.unraisablehook = _AbandonedFilter(sys.unraisablehook)
+    warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
 
 
 def remove_unfinished_saves(workdir: str) -> None:

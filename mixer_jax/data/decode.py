@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -220,13 +221,14 @@ def _crop_box(crop_fn: Callable[[int, int], Box] | None, height: int, width: int
 
 def _read_tags(tiff: bytes) -> dict[int, int]:
     """Reads the first value of each integer tag of a TIFF's first image, or of EXIF data."""
-    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
+    orders: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
+    order = orders.get(tiff[:2])
     tags: dict[int, int] = {}
     if order is None:
         return tags
 
     def read(offset: int, size: int) -> int:
-        return int.from_bytes(tiff[offset : offset + size], order)  # type: ignore[arg-type]
+        return int.from_bytes(tiff[offset : offset + size], order)
 
     entries = read(4, 4) + 2
     for offset in range(entries, min(entries + 12 * read(entries - 2, 2), len(tiff)), 12):
