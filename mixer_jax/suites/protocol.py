@@ -18,14 +18,7 @@ from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resiz
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, is_primary_process
 from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
-from mixer_jax.errors import (
-    DiskFullError,
-    NonFiniteError,
-    OutputWriteError,
-    RunError,
-    UserError,
-    summarize_error,
-)
+from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, describe_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, run_probe
@@ -95,9 +88,7 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
             # Any error, even running out of memory, ends only its own task.
             if jax.process_count() > 1 and not isinstance(error, NonFiniteError):
                 raise
-            is_known = isinstance(error, UserError | RunError)
-            reason = str(error) if is_known else f"{type(error).__name__}: {summarize_error(error)}"
-            failures[task.name] = reason
+            failures[task.name] = reason = describe_error(error)
             if is_primary_process():
                 save_failure(f"{context.workdir}/{task.name}", reason, traceback.format_exc())
         if task.name in failures:

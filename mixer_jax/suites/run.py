@@ -11,7 +11,6 @@ from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRe
 from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import UserError
 from mixer_jax.suites import datasets
 from mixer_jax.suites.cost import device_days, format_dry_run, measure_throughput
 from mixer_jax.suites.datasets import SuiteData
@@ -111,7 +110,10 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
         if is_primary:
             print(text, flush=True)
 
-    for change in save_plan_on_primary(plan, request.workdir, weights):
+    def save() -> list[str]:
+        return save_plan(request.workdir, plan._replace(digest=params_digest(weights.params)))
+
+    for change in multihost.compute_once(save):
         log(f"changed since this suite was last started: {change}")
     sources = itertools.chain.from_iterable(data.sources.values())
     for note in [*data.notes, *dict.fromkeys(note for source in sources for note in source.notes)]:
@@ -129,23 +131,6 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
             save_throughput(request.workdir, throughput)
         report(request.workdir)
     return TransferOutcome(failures)
-
-
-def save_plan_on_primary(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[str]:
-    """Saves the plan from the primary process; returns the result of `save_plan`.
-
-    Raises:
-        UserError: As `save_plan`, on every host, so that none waits for one that has ended.
-    """
-    changes, refusal = [], None
-    if multihost.is_primary_process():
-        try:
-            changes = save_plan(workdir, plan._replace(digest=params_digest(weights.params)))
-        except UserError as error:
-            refusal = error
-    if multihost.any_host(refusal is not None):
-        raise refusal or UserError("the primary process rejects this suite; see its message")
-    return changes
 
 
 def make_plan(

@@ -25,8 +25,8 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    describe_error,
     no_space_reason,
-    summarize_error,
 )
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
@@ -75,7 +75,7 @@ class TrainResult(NamedTuple):
         if self.failures:
             is_usage = all(isinstance(error, UserError) for error in self.failures.values())
             reasons = (
-                f"evaluation {name} failed: {_describe_error(error)}"
+                f"evaluation {name} failed: {describe_error(error)}"
                 for name, error in self.failures.items()
             )
             raise (UserError if is_usage else RunError)(" ".join(reasons))
@@ -311,9 +311,7 @@ class _TrainLoop:
                 result = self.evaluators[name](self.state.eval_params)
             except recoverable as error:
                 failures[name] = error
-                self.logger.progress.print(
-                    f"step {step:,}: {name} failed: {_describe_error(error)}"
-                )
+                self.logger.progress.print(f"step {step:,}: {name} failed: {describe_error(error)}")
             else:
                 scores[name] = result
                 self.logger.log_eval(step, name, result.as_dict(), result.format_progress())
@@ -327,13 +325,6 @@ class _TrainLoop:
         self.saved_step, self.saved_at = step, time.monotonic()
         # A request sent before this save would cause another one.
         self.shared_flags.clear()
-
-
-def _describe_error(error: Exception) -> str:
-    """Formats an error in one line, with its type if the message is another library's."""
-    if isinstance(error, UserError | RunError):
-        return str(error)
-    return f"{type(error).__name__}: {summarize_error(error)}."
 
 
 def _is_due(step: int, every_steps: int) -> bool:
