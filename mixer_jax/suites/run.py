@@ -6,7 +6,7 @@ import os
 import signal
 from typing import NamedTuple
 
-from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
 from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
@@ -98,12 +98,17 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
         multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock))
-    weights = load_checkpoint(_absolute_name(request.checkpoint))
-    plan = make_plan(request, weights, data)
-    validate_run_configs(plan, tasks)
+    source = _absolute_name(request.checkpoint)
     if request.dry_run:
+        plan = make_plan(request, load_checkpoint(source), data)
+        validate_run_configs(plan, tasks)
         print(format_dry_run(plan, tasks, data))
         return TransferOutcome({})
+    source, step = multihost.compute_once(lambda: pin_checkpoint(source))
+    weights = load_checkpoint(source, step=step)
+    # It depends on the listed images, which must not differ between hosts.
+    plan = multihost.compute_once(lambda: make_plan(request, weights, data))
+    validate_run_configs(plan, tasks)
     is_primary = multihost.is_primary_process()
 
     def log(text: str) -> None:
