@@ -38,7 +38,7 @@ from mixer_jax.training.initialize import (
     restore_or_init,
     save_state,
 )
-from mixer_jax.training.metrics import MetricsLogger
+from mixer_jax.training.metrics import MetricsLogger, read_metrics
 from mixer_jax.training.setup import (
     EvalMetrics,
     Experiment,
@@ -141,7 +141,7 @@ class _TrainLoop:
         stack: contextlib.ExitStack,
     ):
         """Prepares a run; what it opens is closed with `stack`."""
-        self.config = config
+        self.config, self.workdir = config, workdir
         self.shutdown = stack.enter_context(multihost.GracefulShutdown())
         is_alone = multihost.is_alone(config.distributed)
         if is_alone:
@@ -204,6 +204,8 @@ class _TrainLoop:
         failures: dict[str, Exception] = {}
         if step == self.num_steps:
             self.evaluate(step, self.evaluators, scores, failures)
+        elif step:
+            self.evaluate(step, self.find_missing_evals(step), scores, failures)
         for step, batch in self.iter_batches():
             self.take_step(step, batch)
             is_last = step == self.num_steps
@@ -214,17 +216,16 @@ class _TrainLoop:
                 or is_late
                 or _is_due(step, self.config.checkpoint.every_steps)
             )
-            due_evals = [
-                name
-                for name, entry in self.config.evals.items()
-                if is_last or _is_due(step, entry.every_steps)
-            ]
+            due_evals = self.list_due_evals(step)
             if due_evals or is_saving:
                 self.check_finite(step)
             with self.logger.progress.pause():
-                self.evaluate(step, due_evals, scores, failures)
+                # Before the evaluations: a preempted machine leaves less time than they may take.
+                # A run that resumes from here first runs those that are missing.
                 if is_saving:
                     self.save(step)
+                if is_last or not is_stopping:
+                    self.evaluate(step, due_evals, scores, failures)
             if is_stopping:
                 break
         is_finished, signaled = step == self.num_steps, self.shutdown.received
@@ -292,6 +293,32 @@ class _TrainLoop:
         if not self.logger.should_log(step):
             norm = float(self.experiment.param_norm(self.state.params))
             self.logger.check_finite(step, {"parameter_norm": norm})
+
+    def list_due_evals(self, step: int) -> list[str]:
+        """Returns the names of the evaluations that are due at a step."""
+        return [
+            name
+            for name, entry in self.config.evals.items()
+            if step == self.num_steps or _is_due(step, entry.every_steps)
+        ]
+
+    def find_missing_evals(self, step: int) -> list[str]:
+        """Returns the names of the evaluations that are due at a step but not in metrics.jsonl.
+
+        All hosts must call it together.
+        """
+        names = self.list_due_evals(step)
+        if not names:
+            return []
+        logged = multihost.compute_once(
+            lambda: {
+                key.rpartition("/")[0]
+                for line in read_metrics(self.workdir)
+                if line["step"] == step
+                for key in line
+            }
+        )
+        return [name for name in names if name not in logged]
 
     def evaluate(
         self,

@@ -1,6 +1,7 @@
 """Tests of whole runs in this process; those that kill processes are in end_to_end/."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -402,6 +403,78 @@ def test_signal_saves_and_stops_the_run(
     assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupt_at(stop_step: int, patch: pytest.MonkeyPatch) -> None:
+    """Makes this process receive SIGTERM while it takes a step."""
+    take_step = loop_module._TrainLoop.take_step
+
+    def take_step_and_signal(self: Any, step: int, batch: Any) -> None:
+        take_step(self, step, batch)
+        if step == stop_step:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(loop_module._TrainLoop, "take_step", take_step_and_signal)
+
+
+# At the last step, nothing resumes, and the evaluation of the run is expected.
+@pytest.mark.parametrize("stop_step", [10, 20])
+def test_interrupted_run_saves_before_it_evaluates(
+    stop_step: int, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation that was due is run when the run resumes, and nothing else is different."""
+    events: list[str] = []
+    save = CheckpointManager.save
+
+    def record_save(self: CheckpointManager, step: int, *args: Any, **kwargs: Any) -> None:
+        save(self, step, *args, **kwargs)
+        events.append(f"save {step}")
+
+    def make_recording(experiment: Experiment) -> dict[str, Any]:
+        def record_eval(params: Any, original: Any) -> Any:
+            events.append("evaluate")
+            return original(params)
+
+        evaluators = make_evaluators(experiment).items()
+        return {name: functools.partial(record_eval, original=fn) for name, fn in evaluators}
+
+    config = small_config(digits_dir, checkpoint__every_steps=0, **NO_REGULARIZATION)
+    monkeypatch.setattr(CheckpointManager, "save", record_save)
+    monkeypatch.setattr(loop_module, "make_evaluators", make_recording)
+    train_and_evaluate(config, str(tmp_path / "undisturbed"))
+    assert events == ["evaluate", "save 20", "evaluate"]
+    events.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(stop_step, patch)
+        result = train_and_evaluate(config, str(tmp_path / "run"))
+    assert (result.step, result.stopped_by) == (stop_step, signal.SIGTERM)
+    if stop_step == 10:
+        assert (events, result.scores) == (["save 10"], {})
+        events.clear()
+        train_and_evaluate(config, str(tmp_path / "run"))
+    assert events == ["evaluate", "save 20", "evaluate"]
+    assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
+
+
+def test_resumed_run_repeats_no_evaluation(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits_dir, **NO_REGULARIZATION)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(11, patch)
+        train_and_evaluate(config, str(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints" / "11")
+    calls: list[int] = []
+
+    def make_recording(experiment: Experiment) -> dict[str, Any]:
+        original = make_evaluators(experiment)["test"]
+        return {"test": lambda params: (calls.append(1), original(params))[1]}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_recording)
+    # Resumes from step 10, which has been evaluated.
+    assert train_and_evaluate(config, str(tmp_path)).step == 20
+    assert len(calls) == 1
+    assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
 
 
 def test_run_saves_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
