@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -53,6 +54,13 @@ from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter
 _SYNC_EVERY_STEPS = 10
 
 
+class EvalFailure(NamedTuple):
+    """Failure of an evaluation; not the error itself, whose traceback holds arrays of devices."""
+
+    message: str
+    is_usage_error: bool
+
+
 class TrainResult(NamedTuple):
     """Result of a run.
 
@@ -61,22 +69,22 @@ class TrainResult(NamedTuple):
         num_steps: Steps of the whole run.
         scores: Metrics at the last step by evaluation; empty if the run stopped before it.
         stopped_by: Signal that was received, or None; SIGTERM if another host received one.
-        failures: Errors of the evaluations whose last attempt failed, by evaluation.
+        failures: Evaluations whose last attempt failed, by name.
     """
 
     step: int
     num_steps: int
     scores: dict[str, EvalMetrics]
     stopped_by: signal.Signals | None
-    failures: Mapping[str, Exception] = MappingProxyType({})
+    failures: Mapping[str, EvalFailure] = MappingProxyType({})
 
     def raise_failures(self) -> None:
         """Raises an error if evaluations failed: UserError, or RunError if a retry may succeed."""
         if self.failures:
-            is_usage = all(isinstance(error, UserError) for error in self.failures.values())
+            is_usage = all(failure.is_usage_error for failure in self.failures.values())
             reasons = (
-                f"evaluation {name} failed: {_describe_error(error)}"
-                for name, error in self.failures.items()
+                f"evaluation {name} failed: {failure.message}"
+                for name, failure in self.failures.items()
             )
             raise (UserError if is_usage else RunError)(" ".join(reasons))
 
@@ -201,7 +209,7 @@ class _TrainLoop:
         """Takes all remaining steps, or those until the run is asked to stop."""
         step = self.start_step
         scores: dict[str, EvalMetrics] = {}
-        failures: dict[str, Exception] = {}
+        failures: dict[str, EvalFailure] = {}
         if step == self.num_steps:
             self.evaluate(step, self.evaluators, scores, failures)
         elif step:
@@ -325,7 +333,7 @@ class _TrainLoop:
         step: int,
         names: Iterable[str],
         scores: dict[str, EvalMetrics],
-        failures: dict[str, Exception],
+        failures: dict[str, EvalFailure],
     ) -> None:
         """Runs and logs some evaluations; adds the result of each to `scores` or `failures`."""
         # All hosts raise the same usage errors, but other errors may occur on a single host, which
@@ -337,10 +345,12 @@ class _TrainLoop:
             try:
                 result = self.evaluators[name](self.state.eval_params)
             except recoverable as error:
-                failures[name] = error
-                self.logger.progress.print(
-                    f"step {step:,}: {name} failed: {_describe_error(error)}"
-                )
+                if not isinstance(error, UserError | RunError | OSError):
+                    # Likely a bug, which the message alone does not locate.
+                    traceback.print_exception(error)
+                message = _describe_error(error)
+                failures[name] = EvalFailure(message, isinstance(error, UserError))
+                self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:
                 scores[name] = result
                 self.logger.log_eval(step, name, result.as_dict(), result.format_progress())

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import re
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +219,42 @@ def test_an_evaluation_that_fails_keeps_no_other_from_running(
         assert result.scores.keys() == {"test"}
         with raises(RunError, "bad", "OSError", "damaged record 7"):
             result.raise_failures()
-        lines = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        lines = printed.out.splitlines()
         failed = [line for line in lines if "damaged" in line]
         steps = range(first_step, 21, 10)
         each = [(str(step), "bad", "OSError", "damaged record 7") for step in steps]
         assert each_mentions(failed, *each)
     assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
+
+
+def test_bug_in_an_evaluation_prints_its_traceback_and_holds_no_parameters(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held: list[weakref.ref[jax.Array]] = []
+
+    def make_broken(experiment: Experiment) -> dict[str, Any]:
+        def multiply_by_text(params: Any) -> Any:
+            bias = jnp.copy(params["head"]["bias"])
+            held.append(weakref.ref(bias))
+            return bias @ "text"
+
+        return {"test": multiply_by_text}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_broken)
+    config = small_config(digits_dir, num_steps=3, **NO_REGULARIZATION)
+    result = train_and_evaluate(config, str(tmp_path))
+    assert (result.step, result.scores, len(held)) == (3, {}, 1)
+    gc.collect()
+    assert held[0]() is None
+    with raises(RunError, "test", "TypeError"):
+        result.raise_failures()
+    # Function and line, which the message does not contain.
+    assert mentions(capsys.readouterr().err, "Traceback", "multiply_by_text", 'bias @ "text"')
 
 
 def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:
