@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,6 +26,7 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    no_space_path,
     no_space_reason,
     summarize_error,
 )
@@ -103,7 +104,8 @@ def train_and_evaluate(
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
-        DiskFullError: `workdir` cannot be written for lack of space.
+        DiskFullError: `workdir`, or the file that the message names, cannot be written for lack of
+            space.
         RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
             process is training in `workdir`.
     """
@@ -125,17 +127,26 @@ def train_and_evaluate(
         reason = no_space_reason(error)
         if not reason:
             raise
-        if "://" not in workdir and jax.process_count() == 1:
-            remove_unfinished_saves(workdir)
+        path = no_space_path(error, workdir)
+        name = f"workdir {path!r}" if path == workdir else repr(path)
         saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
         raise DiskFullError(
-            f"workdir {workdir!r} cannot be written ({reason}). Last good checkpoint: {saved}. "
+            f"{name} cannot be written ({reason}). Last good checkpoint: {saved}. "
             "Free space and run the same command to resume."
         ) from error
 
 
 def _last_checkpoint(workdir: str, step: int) -> str:
     return f"{workdir}/{CHECKPOINT_DIR}/{step}" if step else "none"
+
+
+def _free_space(workdir: str, _type: Any, error: BaseException | None, _traceback: Any) -> None:
+    """Removes unfinished saves if a run ends for lack of space; a callback of `ExitStack.push`."""
+    is_usage_or_run_error = isinstance(error, UserError | RunError)
+    if "://" in workdir or is_usage_or_run_error or not no_space_reason(error):
+        return
+    if jax.process_count() == 1:
+        remove_unfinished_saves(workdir)
 
 
 class _TrainLoop:
@@ -159,6 +170,8 @@ class _TrainLoop:
         multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
+        # Called after the last save has ended and before another process may lock the workdir.
+        stack.push(functools.partial(_free_space, workdir))
         # Listed once, so that all hosts have the same examples in the same order.
         datasets = multihost.compute_once(lambda: open_datasets(config))
         is_primary = multihost.is_primary_process()

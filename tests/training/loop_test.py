@@ -1,6 +1,7 @@
 """Tests of whole runs in this process; those that kill processes are in end_to_end/."""
 
 import dataclasses
+import errno
 import functools
 import gc
 import importlib
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.load import load_checkpoint
-from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.manager import CheckpointManager, remove_unfinished_saves
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import EvalConfig
 from mixer_jax.distributed.multihost import GracefulShutdown
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -36,6 +38,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
+from mixer_jax.training.workdir import lock_workdir
 from mixer_jax.visualization.curves import draw_curves
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import mentions, raises
@@ -238,10 +241,10 @@ def test_bug_in_an_evaluation_prints_its_traceback_and_holds_no_parameters(
     held: list[weakref.ref[jax.Array]] = []
 
     def make_broken(experiment: Experiment) -> dict[str, Any]:
-        def multiply_by_text(params: Any) -> Any:
+        def multiply_by_text(params: Any, text: Any = "text") -> Any:
             bias = jnp.copy(params["head"]["bias"])
             held.append(weakref.ref(bias))
-            return bias @ "text"
+            return bias @ text
 
         return {"test": multiply_by_text}
 
@@ -254,7 +257,7 @@ def test_bug_in_an_evaluation_prints_its_traceback_and_holds_no_parameters(
     with raises(RunError, "test", "TypeError"):
         result.raise_failures()
     # Function and line, which the message does not contain.
-    assert mentions(capsys.readouterr().err, "Traceback", "multiply_by_text", 'bias @ "text"')
+    assert mentions(capsys.readouterr().err, "Traceback", "multiply_by_text", "bias @ text")
 
 
 def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:
@@ -499,14 +502,73 @@ def test_resumed_run_repeats_no_evaluation(
     calls: list[int] = []
 
     def make_recording(experiment: Experiment) -> dict[str, Any]:
+        def record_eval(params: Any) -> Any:
+            calls.append(1)
+            return original(params)
+
         original = make_evaluators(experiment)["test"]
-        return {"test": lambda params: (calls.append(1), original(params))[1]}
+        return {"test": record_eval}
 
     monkeypatch.setattr(loop_module, "make_evaluators", make_recording)
     # Resumes from step 10, which has been evaluated.
     assert train_and_evaluate(config, str(tmp_path)).step == 20
     assert len(calls) == 1
     assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
+
+
+def is_locked(workdir: Path) -> bool:
+    """Returns whether other threads and processes cannot lock a workdir."""
+
+    def is_refused() -> bool:
+        try:
+            with lock_workdir(str(workdir)):
+                return False
+        except RunError:
+            return True
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(is_refused).result()
+
+
+@pytest.mark.parametrize(
+    ("filename", "named"),
+    [
+        (None, "workdir '{workdir}'"),
+        ("{workdir}/checkpoints/5", "workdir '{workdir}'"),
+        ("{workdir}_scratch/spill", "'{workdir}_scratch/spill'"),
+    ],
+)
+def test_full_disk_names_the_full_one_and_frees_space_in_a_locked_workdir(
+    filename: str | None,
+    named: str,
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workdir = tmp_path / "run"
+    unfinished = workdir / "checkpoints" / "10.orbax-checkpoint-tmp"
+    save = CheckpointManager.save
+    locked: list[bool] = []
+
+    def fill_disk(self: CheckpointManager, step: int, *args: Any, **kwargs: Any) -> None:
+        if step == 5:
+            return save(self, step, *args, **kwargs)
+        unfinished.mkdir()
+        path = filename and filename.format(workdir=workdir)
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    def remove(path: str) -> None:
+        locked.append(is_locked(workdir))
+        remove_unfinished_saves(path)
+
+    monkeypatch.setattr(CheckpointManager, "save", fill_disk)
+    monkeypatch.setattr(loop_module, "remove_unfinished_saves", remove)
+    with raises(DiskFullError, "No space left on device", f"{workdir}/checkpoints/5") as caught:
+        train_and_evaluate(small_config(digits_dir, **NO_REGULARIZATION), str(workdir))
+    assert str(caught.value).startswith(f"{named.format(workdir=workdir)} cannot be written")
+    assert locked == [True]
+    assert not unfinished.exists()
+    assert not is_locked(workdir)
 
 
 def test_run_saves_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:
