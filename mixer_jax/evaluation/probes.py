@@ -50,7 +50,8 @@ class ProbeMetrics(NamedTuple):
         accuracies: Accuracies by name, "1_shot", "linear" or "knn"; means if there are seeds.
         stds: Sample standard deviations over the seeds, by the same names; 0 for a single seed.
             Empty for methods without seeds.
-        l2_reg: Regularization chosen by the linear probe; None for other methods.
+        l2_reg: Regularization chosen by the linear probe, "penalty" in metrics.jsonl; None for other
+            methods.
         num_train: Training images used by all seeds together.
         num_examples: Test images counted.
         num_bad: Training and test images skipped because they are unusable.
