@@ -72,7 +72,7 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
 
 
 def check_devices() -> None:
-    """Initializes the devices, of which all hosts must be joined.
+    """Initializes the devices. All hosts must have joined.
 
     Raises:
         UserError: JAX_PLATFORMS names devices that this machine or this installation lacks.

@@ -132,8 +132,8 @@ def lock_tasks(workdir: str, names: Iterable[str]) -> Iterator[None]:
                 except BlockingIOError as error:
                     owner = error.strerror
             raise RunError(
-                f"task {name} of --workdir={workdir!r} is {owner}, which runs it. Wait until it "
-                "has finished, stop it, or give each process its own --shard or --workdir."
+                f"task {name} of --workdir={workdir!r} is {owner}, which is running it. Wait until "
+                "it has finished, stop it, or give each process its own --shard or --workdir."
             )
         yield
 

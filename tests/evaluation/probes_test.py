@@ -252,8 +252,8 @@ def test_run_probe_does_not_hold_on_to_test_features(
     monkeypatch.setattr(probes, "FeatureExtractor", CheckedExtractor)
     monkeypatch.setattr(probes, "_TEST_ROWS", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
-    labelled = [example | {"labels": (index % 10,)} for index in range(400)]
-    train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)
+    labeled = [example | {"labels": (index % 10,)} for index in range(400)]
+    train, test = Source("train", labeled, TEN), Source("test", [example] * 1000, TEN)
     found = run_probe(
         pixels_as_features,
         # Few-shot probes hold the few training features; k-NN copies them; linear holds none.

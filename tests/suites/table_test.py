@@ -124,7 +124,7 @@ def test_make_table_has_a_mean_per_group(tmp_path: Path) -> None:
     table = make_table(large_plan(suite), str(tmp_path), None)
     means = table.rows[len(suite.tasks) :]
     assert [row.runs for row in means] == [7, 4, 8, 19]
-    groups = ("natural", "specialised", "structured", "vtab1k")
+    groups = ("natural", "specialized", "structured", "vtab1k")
     assert each_mentions([row.task for row in means], *((group,) for group in groups))
     natural, _, _, vtab1k = means
     assert natural.mean == pytest.approx(53.0)

@@ -51,8 +51,8 @@ OLD_PLAN: dict[str, Any] = json.loads("""
 "dataset": "digits/low", "num_classes": 5, "choose_split": "train[:80%]", "validation_split":
 "train[80%:]", "train_split": "train", "test_split": "test", "num_examples": [], "num_steps": 20,
 "warmup_steps": 2, "learning_rates": [0.01, 0.03], "batch_size": 16, "seeds": [0, 1], "large": null,
-"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group": "",
-"changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
+"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group":
+"specialised", "changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
 "few", "dataset": "digits/low", "method": "few_shot", "train_split": "train", "test_split": "test",
 "num_classes": 0, "num_examples": [], "shots": [1, 5], "seeds": [0], "large": null, "eval_crop": "",
 "beside_fresh": false}], "paper": ""}, "checkpoint": "runs/a", "about": {"variant": "custom",
@@ -78,6 +78,7 @@ def test_read_plan_translates_old_spellings(tmp_path: Path) -> None:
         ("optimizer.decay_type", "none"),
     )
     assert saved.model_info.eval_crop == "resize"
+    assert low.group == "specialized"
     assert (saved.pretrain_dataset, saved.pretrain_dataset_assumed) == ("i21k", True)
     # The same suite can be resumed.
     assert save_plan(str(tmp_path), saved) == []
