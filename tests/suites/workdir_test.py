@@ -52,11 +52,12 @@ OLD_PLAN: dict[str, Any] = json.loads("""
 "train[80%:]", "train_split": "train", "test_split": "test", "num_examples": [], "num_steps": 20,
 "warmup_steps": 2, "learning_rates": [0.01, 0.03], "batch_size": 16, "seeds": [0, 1], "large": null,
 "train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group":
-"specialised", "changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
-"few", "dataset": "digits/low", "method": "few_shot", "train_split": "train", "test_split": "test",
-"num_classes": 0, "num_examples": [], "shots": [1, 5], "seeds": [0], "large": null, "eval_crop": "",
-"beside_fresh": false}], "paper": ""}, "checkpoint": "runs/a", "about": {"variant": "custom",
-"widths": {"num_blocks": 1, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8,
+"specialised", "changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}},
+{"kind": "probe", "name": "few", "dataset": "digits/low", "method": "few_shot",
+"train_split": "train", "test_split": "test", "num_classes": 0, "num_examples": [], "shots": [1, 5],
+"seeds": [0], "large": null, "eval_crop": "", "beside_fresh": false}], "paper": ""},
+"checkpoint": "runs/a", "about": {"variant": "custom", "widths": {"num_blocks": 1, "patch_size": 8,
+"hidden_dim": 16, "tokens_mlp_dim": 8,
 "channels_mlp_dim": 16}, "image_size": [16, 16], "num_classes": 5, "class_names": [], "gelu":
 "tanh", "eval_crop": "whole", "exif_orientation": false, "loss": "softmax", "dtype": "auto",
 "resolution": ""}, "data_dir": "", "overrides": {"loader.threads": "2", "optimizer.decay": "none"},
