@@ -5,13 +5,14 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixer_jax.errors import OutputWriteError, RunError, UserError
+from mixer_jax.errors import DiskFullError, OutputWriteError, RunError, UserError
 from mixer_jax.files import file_lock
 from mixer_jax.suites import workdir
 from mixer_jax.suites.builtin import SUITES
@@ -29,6 +30,7 @@ from mixer_jax.suites.workdir import (
     save_throughput,
     select_learning_rate,
 )
+from tests.helpers.file_size_limit import file_size_limit
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
@@ -152,6 +154,25 @@ def test_save_plan_waits_for_another_process(
     assert saved is not None
     assert saved.overrides == other.overrides
     assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda folder: save_plan(folder, make_plan()),
+        lambda folder: save_throughput(folder, Throughput(1234.5, 64, "TPU v4", (224, 224))),
+    ],
+)
+def test_save_on_a_full_disk_may_be_retried(save: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    with raises(DiskFullError, str(folder), "File too large"), file_size_limit(10):
+        save(str(folder))
+    assert list(folder.iterdir()) == []
+    save(str(folder))
+    (tmp_path / "file").touch()
+    with raises(OutputWriteError, f"{tmp_path}/file/suite"):
+        save(f"{tmp_path}/file/suite")
 
 
 def test_lock_tasks_excludes_processes_with_a_task_in_common(tmp_path: Path) -> None:
