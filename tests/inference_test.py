@@ -106,12 +106,12 @@ def test_call_without_images_gives_no_logits(
     assert features.shape == (0, 16)
 
 
-@pytest.mark.parametrize(("name", "value"), [("topk", -1), ("batch_size", 0), ("batch_size", -1)])
+@pytest.mark.parametrize(("topk", "batch_size"), [(-1, 32), (5, 0), (5, -1)])
 def test_predict_rejects_arguments_that_are_not_positive(
-    classifier: Classifier, photos: list[Path], name: str, value: int
+    classifier: Classifier, photos: list[Path], topk: int, batch_size: int
 ) -> None:
-    with raises(UserError, name, str(value)):
-        classifier.predict(photos, **{name: value})
+    with raises(UserError, f"topk={topk}", f"batch_size={batch_size}"):
+        classifier.predict(photos, topk=topk, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
