@@ -17,7 +17,7 @@ from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
 from mixer_jax.evaluation.classifiers import L2_REGS
-from mixer_jax.evaluation.features import Chunk, FeatureExtractor, FeatureFn, make_feature_fn
+from mixer_jax.evaluation.features import FeatureChunk, FeatureExtractor, FeatureFn, make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import (
     UNUSABLE,
@@ -232,12 +232,12 @@ class CheckedExtractor(FeatureExtractor):
         super().__init__(feature_fn, params, source, mesh, input_config)
         self.source, self.may_hold = source, source.name in params
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[FeatureChunk]:
         refs: list[weakref.ref[np.ndarray]] = []
         for start in range(0, len(self.source), 20):
             indices = np.arange(start, min(start + 20, len(self.source)))
             features = np.random.default_rng(start).normal(size=(len(indices), 8))
-            chunk = Chunk(features.astype(np.float32), indices % 10, indices)
+            chunk = FeatureChunk(features.astype(np.float32), indices % 10, indices)
             refs.append(weakref.ref(chunk.features))
             yield chunk
             del chunk
