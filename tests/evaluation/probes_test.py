@@ -18,7 +18,7 @@ from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
 from mixer_jax.evaluation.classifiers import L2_REGS
-from mixer_jax.evaluation.features import Chunk, FeatureExtractor, FeatureFn, make_feature_fn
+from mixer_jax.evaluation.features import FeatureChunk, FeatureExtractor, FeatureFn, make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import (
     UNUSABLE,
@@ -233,12 +233,12 @@ class CheckedExtractor(FeatureExtractor):
         super().__init__(feature_fn, params, source, mesh, input_config)
         self.source, self.may_hold = source, source.name in params
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[FeatureChunk]:
         refs: list[weakref.ref[np.ndarray]] = []
         for start in range(0, len(self.source), 20):
             indices = np.arange(start, min(start + 20, len(self.source)))
             features = np.random.default_rng(start).normal(size=(len(indices), 8))
-            chunk = Chunk(features.astype(np.float32), indices % 10, indices)
+            chunk = FeatureChunk(features.astype(np.float32), indices % 10, indices)
             refs.append(weakref.ref(chunk.features))
             yield chunk
             del chunk
@@ -253,8 +253,8 @@ def test_run_probe_does_not_hold_on_to_test_features(
     monkeypatch.setattr(probes, "FeatureExtractor", CheckedExtractor)
     monkeypatch.setattr(probes, "_TEST_ROWS", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
-    labelled = [example | {"labels": (index % 10,)} for index in range(400)]
-    train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)
+    labeled = [example | {"labels": (index % 10,)} for index in range(400)]
+    train, test = Source("train", labeled, TEN), Source("test", [example] * 1000, TEN)
     found = run_probe(
         pixels_as_features,
         # Few-shot probes hold the few training features; k-NN copies them; linear holds none.
