@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 _MAX_REASON = 200
 # How to install a library that reads URLs, by its name in error messages.
-_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
+_INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -80,7 +80,7 @@ def summarize_error(error: Exception) -> str:
 
 def install_hint(reason: str) -> str:
     """Formats how to install the library that the message of an error names; empty if none."""
-    return "".join(f" {fix}" for library, fix in _EXTRAS.items() if library in reason)
+    return "".join(f" {fix}" for library, fix in _INSTALL_HINTS.items() if library in reason)
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
