@@ -11,6 +11,8 @@ _MAX_REASON = 200
 _INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What JAX and PyTorch write when memory runs out.
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
 
 class UserError(ValueError):
@@ -61,6 +63,12 @@ def no_space_reason(error: BaseException | None) -> str:
                 return os.strerror(code)
         error = error.__cause__ or error.__context__
     return ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that the memory of a device or host ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
 def exit_code(error: BaseException) -> int:
