@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 _MAX_REASON = 200
 # How to install a library that reads URLs, by its name in error messages.
-_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
+_INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What JAX and PyTorch write when memory runs out.
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
 
 class UserError(ValueError):
@@ -106,6 +108,12 @@ def _find_no_space(error: BaseException | None) -> _NoSpace | None:
     return None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that the memory of a device or host ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
 def exit_code(error: BaseException) -> int:
     """Returns the exit code of a command that ends with an error: 2 means "do not retry"."""
     if isinstance(error, UserError):
@@ -130,7 +138,7 @@ def describe_error(error: Exception) -> str:
 
 def install_hint(reason: str) -> str:
     """Formats how to install the library that the message of an error names; empty if none."""
-    return "".join(f" {fix}" for library, fix in _EXTRAS.items() if library in reason)
+    return "".join(f" {fix}" for library, fix in _INSTALL_HINTS.items() if library in reason)
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
