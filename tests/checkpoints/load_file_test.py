@@ -1,9 +1,9 @@
 """Tests of loading files of weights: image size, class names, metadata, and overrides."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,6 @@ def test_a_release_of_torch_that_can_run_code_in_checkpoints_is_refused(
     path = tmp_path / "model.pth"
     path.write_bytes(b"PK")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "2.5.1+cpu"}[name])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torch": "2.5.1+cpu"}[name])
     message = assert_rejected(str(path))
     assert mentions(message, "torch", "2.6", "2.5.1+cpu", "model.pth", "CVE-2025-32434")
