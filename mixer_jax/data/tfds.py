@@ -212,11 +212,6 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     return find_builder(dataset, data_dir), False
 
 
-def data_dir_of(builder: Any) -> str:
-    """Computes the data_dir that contains the dataset."""
-    return str(builder.data_dir).removesuffix(str(builder.info.full_name)).rstrip("/")
-
-
 def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any:
     """Finds the TFDS builder of a dataset, from code or from prepared files.
 
@@ -289,7 +284,7 @@ def _prepare_small_dataset(name: str, builder: Any) -> None:
 
 
 def _not_prepared_error(name: str, builder: Any) -> DatasetNotPreparedError:
-    root = data_dir_of(builder)
+    root = str(builder.data_dir_root)
     status = f"is not prepared in {builder.data_path.parent}"
     if is_prepared(builder):
         status = (
