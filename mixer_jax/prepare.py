@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from mixer_jax.cli import common
+from mixer_jax.files import raise_open_file_limit
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Heavy libraries are imported only after the arguments are valid.
     common.configure_jax(compilation_cache="")
-    from mixer_jax.data.preparation import format_splits, raise_open_file_limit
+    from mixer_jax.data.preparation import format_splits
     from mixer_jax.data.tfds import prepare_tfds
 
     raise_open_file_limit()

@@ -32,7 +32,6 @@ UNDECODABLE = "undecodable.tsv"
 _INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
-_OPEN_FILES = 4096
 _INSTALL_TENSORFLOW = 'Run pip install "mixer-jax[tensorflow]".'
 
 
@@ -90,19 +89,6 @@ def _remove_leftovers(folder: Path) -> None:
         if leftover.is_dir():
             print(f"removing {leftover}, left by a killed preparation", file=sys.stderr)
             shutil.rmtree(leftover)
-
-
-def raise_open_file_limit() -> None:
-    """Raises the process's limit on open files, as far as the system allows.
-
-    TFDS sorts data above 1 GB in 1,000 files at once, which is about the usual limit.
-    """
-    import resource  # Not available on Windows.
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def format_manual_instructions(builder: Any) -> str:
