@@ -23,7 +23,7 @@ from mixer_jax.data.image_files import (
     walk_images,
 )
 from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 
 FOLDER = "folder:"
 
@@ -182,6 +182,11 @@ class _FolderExamples(Examples):
             f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
             for place, (names, both) in sorted(digests.items())
         }
+
+    def check_files(self) -> None:
+        """Checks that the first file exists, also if it is a broken link."""
+        if not os.path.lexists(self._path(0)):
+            raise RunError(f"{display_path(self._path(0))} does not exist.")
 
     def _file_sizes(self) -> list[int]:
         """Returns the size of each file; -1 if it cannot be read."""

@@ -39,6 +39,13 @@ class Examples(Sequence[Example]):
         """Computes values that identify the examples independently of location, by meaning."""
         return {}
 
+    def check_files(self) -> None:
+        """Checks that this host can read the files; subclasses that read files override it.
+
+        Raises:
+            RunError: A file does not exist or cannot be read.
+        """
+
 
 class MixtureComponent(NamedTuple):
     """Range of examples that is shuffled on its own during training.
@@ -106,6 +113,14 @@ class Source:
         File sizes of image folders are read, but not the contents.
         """
         return _fingerprint(self.examples)
+
+    def check_files(self) -> None:
+        """Checks that this host can read the first file of each dataset.
+
+        Raises:
+            RunError: The file does not exist or cannot be read.
+        """
+        _check_files(self.examples)
 
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -182,6 +197,11 @@ def _fingerprint(examples: Sequence[Any]) -> dict[str, str]:
     return examples.fingerprint() if isinstance(examples, Examples) else {}
 
 
+def _check_files(examples: Sequence[Any]) -> None:
+    if isinstance(examples, Examples):
+        examples.check_files()
+
+
 def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Describes differences between fingerprints by values, or by what a digest is of."""
     changes = []
@@ -220,6 +240,10 @@ class _ConcatExamples(Examples):
             for key, value in _fingerprint(examples).items()
         }
 
+    def check_files(self) -> None:
+        for examples in self._sequences:
+            _check_files(examples)
+
     def _locate(self, index: int) -> tuple[int, int]:
         """Returns the component of an example, and its index there."""
         index = range(len(self))[index]
@@ -248,6 +272,9 @@ class _RelabeledExamples(Examples):
         # Names of classes are compared on their own.
         return _fingerprint(self._examples)
 
+    def check_files(self) -> None:
+        _check_files(self._examples)
+
     def _map(self, labels: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self._label_map[label] for label in labels)
 
@@ -270,6 +297,9 @@ class _ExampleSubset(Examples):
     def fingerprint(self) -> dict[str, str]:
         indices = hashlib.blake2b(repr(list(map(int, self._indices))).encode(), digest_size=8)
         return _fingerprint(self._examples) | {"indices": indices.hexdigest()}
+
+    def check_files(self) -> None:
+        _check_files(self._examples)
 
 
 def _abbreviate(names: Sequence[str]) -> str:
