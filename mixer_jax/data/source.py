@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
@@ -173,8 +173,8 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
     if unknown:
         raise UserError(
             f"classes of {source.name} must be among these {len(class_names):,}: "
-            f"{_abbreviate(class_names)}, got {source.num_classes:,}, of which {len(unknown):,} "
-            f"{'is' if len(unknown) == 1 else 'are'} unknown: {_abbreviate(unknown)}."
+            f"{abbreviate(class_names)}, got {source.num_classes:,}, of which {len(unknown):,} "
+            f"{'is' if len(unknown) == 1 else 'are'} unknown: {abbreviate(unknown)}."
         )
     label_map = tuple(index_of[name] for name in source.class_names)
     examples = _RelabeledExamples(source.examples, label_map)
@@ -300,7 +300,3 @@ class _ExampleSubset(Examples):
 
     def check_files(self) -> None:
         _check_files(self._examples)
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

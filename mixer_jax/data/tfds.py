@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.folder import FOLDER
+from mixer_jax.data.names import FOLDER, SYNTHETIC
 from mixer_jax.data.preparation import (
     check_manual_download,
     convert_to_array_record,
@@ -24,7 +24,6 @@ from mixer_jax.data.preparation import (
     use_array_record,
 )
 from mixer_jax.data.source import Example, Examples, Source
-from mixer_jax.data.synthetic import SYNTHETIC
 from mixer_jax.data.tfds_labels import (
     FeatureSelection,
     LabelSpec,

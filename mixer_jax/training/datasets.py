@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
-from mixer_jax.data.folder import FOLDER, check_readable
+from mixer_jax.data.folder import check_readable
+from mixer_jax.data.names import FOLDER
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.distributed import multihost
