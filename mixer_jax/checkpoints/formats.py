@@ -433,10 +433,11 @@ class TorchFile(TensorFile):
             )
         version = metadata.version("torch")
         if tuple(map(int, version.split(".")[:2])) < _MIN_TORCH:
+            minimum = ".".join(map(str, _MIN_TORCH))
             raise UserError(
-                f"torch must be {'.'.join(map(str, _MIN_TORCH))} or newer, got {version}, which can run "
-                f"code in {path} (CVE-2025-32434). Run pip install --upgrade torch, or save the "
-                "weights as safetensors."
+                f"torch must be {minimum} or newer, got {version}, which can run code in {path} "
+                "(CVE-2025-32434). Run pip install --upgrade torch, or save the weights as "
+                "safetensors."
             )
         import torch
 
