@@ -59,7 +59,7 @@ class CheckpointManager:
     """Checkpoints of one run."""
 
     def __init__(self, workdir: str, max_to_keep: int | None = None, *, checksums: bool = True):
-        """Opens the checkpoints of a run.
+        """Opens the checkpoints of a run. All hosts must call it together.
 
         Args:
             workdir: Absolute path or URL of the run.
@@ -87,7 +87,8 @@ class CheckpointManager:
     def save(self, step: int, items: dict[str, Tree], metadata: dict[str, Any]) -> None:
         """Starts a save of trees of arrays by name, and of JSON-serializable metadata.
 
-        Returns once the arrays are copied; they are written in the background.
+        All hosts must call it together. Returns once the arrays are copied; they are written in
+        the background.
         """
         _ignore_abandoned_writes()
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -100,10 +101,12 @@ class CheckpointManager:
     ) -> dict[str, Tree]:
         """Restores items with the shapes, dtypes and shardings of `targets`.
 
+        All hosts must call it together.
+
         Args:
             step: Step of the checkpoint.
             targets: Tree of shapes by item.
-            is_verified: Whether `find_damage` has found none.
+            is_verified: Whether `find_damage` has found none on any host.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
@@ -118,7 +121,8 @@ class CheckpointManager:
     def find_damage(self, step: int, worker: int = 0, num_workers: int = 1) -> str:
         """Returns the damaged file of a checkpoint and what is wrong with it; "" if it is intact.
 
-        Of checkpoints without checksums, only the metadata is read.
+        Contains no collective, because only one host may find the damage. Does not notice missing
+        checksums; `metadata` does.
 
         Args:
             step: Step of the checkpoint.
@@ -126,13 +130,10 @@ class CheckpointManager:
             num_workers: Number of workers.
         """
         try:
-            _check_index(self._folder / str(step) / INDEX)
+            _read_json(self._folder / str(step), INDEX)
             verify_checksums(self._folder / str(step), worker=worker, num_workers=num_workers)
-            self.metadata(step)
         except DamagedFileError as error:
             return str(error)
-        except UserError as error:
-            return str(error.__cause__ or error)
         return ""
 
     def _verify(self, step: int, *items: str) -> None:
@@ -140,6 +141,8 @@ class CheckpointManager:
 
     def iter_restore(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the array of each leaf of an item, to hold only one in memory.
+
+        All hosts must iterate together.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
@@ -158,16 +161,21 @@ class CheckpointManager:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))
             yield from flatten_params(restored[item])
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """Restores the metadata of a checkpoint.
+    def metadata(self, step: int, *, is_verified: bool = False) -> dict[str, Any]:
+        """Reads the metadata of a checkpoint. Contains no collective.
+
+        Args:
+            step: Step of the checkpoint.
+            is_verified: Whether `find_damage` has found none on any host.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
         """
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._damage_errors(step):
-            self._verify(step, _METADATA)
-            metadata = self._manager.restore(step, args=args)[_METADATA]
+            if not is_verified:
+                self._verify(step, _METADATA)
+            # Without orbax, whose restore is a collective.
+            metadata = _read_json(self._folder / str(step), f"{_METADATA}/{_METADATA}")
             if not isinstance(metadata, dict):
                 raise TypeError("its metadata is not a JSON object")
             if metadata.pop(_HAS_CHECKSUMS, False):
@@ -175,11 +183,11 @@ class CheckpointManager:
             return metadata
 
     def wait(self) -> None:
-        """Waits until all saves are written."""
+        """Waits until all saves are written. All hosts must call it together."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until all saves are written."""
+        """Waits until all saves are written. All hosts must call it together."""
         self._manager.close()
 
     @contextmanager
@@ -202,11 +210,11 @@ class CheckpointManager:
         sys.unraisablehook = hook
 
 
-def _check_index(path: Any) -> None:
+def _read_json(folder: Any, file: str) -> Any:
     try:
-        json.loads(path.read_bytes())
+        return json.loads((folder / file).read_bytes())
     except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{path.name} is missing or cannot be read") from error
+        raise DamagedFileError(f"{file} is missing or cannot be read") from error
 
 
 class _AbandonedFilter:

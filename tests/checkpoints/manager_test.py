@@ -168,7 +168,7 @@ def resume(experiment: Experiment, workdir: Path) -> tuple[TrainState, list[floa
     init = find_init_source(experiment.config, str(workdir))
     assert init is not None
     assert init.model_info.config == experiment.model_info.config
-    return restore_or_init(experiment, CheckpointManager(str(workdir)), 4, init)
+    return restore_or_init(experiment, CheckpointManager(str(workdir)), init)
 
 
 @pytest.mark.parametrize("metadata", [OLDEST_METADATA, ABOUT_METADATA], ids=["oldest", "about"])
