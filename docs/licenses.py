@@ -1,4 +1,4 @@
-"""Table of the licences of all dependencies, in docs/licenses.md.
+"""Table of the licenses of all dependencies, in docs/licenses.md.
 
     python docs/licenses.py
 
@@ -20,7 +20,7 @@ SECTIONS = {
     "requirements-gcs.txt": "Installed by the extras `gcs` and `tpu`",
     "requirements-test.txt": "Installed for tests",
 }
-# Names of licences in metadata, or the beginning of their text, and their SPDX identifiers.
+# Names of licenses in metadata, or the beginning of their text, and their SPDX identifiers.
 _SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache 2.0": "Apache-2.0",
@@ -37,10 +37,10 @@ _SPDX = {
     "BSD License": "BSD",
 }
 _INTRODUCTION = """\
-# Licences of dependencies
+# Licenses of dependencies
 
 mixer_jax is licensed under Apache-2.0. The tables list every package that is installed on Linux,
-and the licence that the package names. Wheels may contain libraries under other licences, which
+and the license that the package names. Wheels may contain libraries under other licenses, which
 their `*.dist-info` directories list: those of OpenCV contain FFmpeg (LGPL-2.1), for example. Tests
 run the programs hadolint and shellcheck (GPL-3.0) as processes.
 
@@ -58,10 +58,10 @@ def required_packages(path: Path) -> list[str]:
 
 
 def license_of(name: str) -> str:
-    """Returns the licence of an installed package, as an SPDX expression where it is known.
+    """Returns the license of an installed package, as an SPDX expression where it is known.
 
     Raises:
-        ValueError: The package names no licence, or an unknown one.
+        ValueError: The package names no license, or an unknown one.
     """
     package = metadata.metadata(name)
     for expression in package.get_all("License-Expression") or []:
@@ -72,7 +72,7 @@ def license_of(name: str) -> str:
         if text.startswith("License ::")
     ]
     text = " ".join(" ".join(package.get_all("License") or []).split())
-    # Some packages have the whole text of their licence in this field.
+    # Some packages have the whole text of their license in this field.
     if text and len(text) < 40:
         return _SPDX.get(text, text)
     beginnings = [spdx for beginning, spdx in _SPDX.items() if text.startswith(beginning)]
@@ -83,7 +83,7 @@ def license_of(name: str) -> str:
         texts = " ".join(word for file in files for word in file.read_text().split())
         known = [spdx for title, spdx in _SPDX.items() if title in texts]
     if not known:
-        raise ValueError(f"the licence of {name} must be in _SPDX, got {classifiers} {text[:80]!r}")
+        raise ValueError(f"the license of {name} must be in _SPDX, got {classifiers} {text[:80]!r}")
     return " OR ".join(sorted(set(known)))
 
 
@@ -91,7 +91,7 @@ def format_page(root: Path) -> str:
     """Formats the page for the requirements files in a checkout."""
     page = _INTRODUCTION
     for file, title in SECTIONS.items():
-        page += f"\n## {title}\n\n| package | licence |\n|---|---|\n"
+        page += f"\n## {title}\n\n| package | license |\n|---|---|\n"
         for name in required_packages(root / file):
             page += f"| [{name}](https://pypi.org/project/{name}/) | {license_of(name)} |\n"
     return page

@@ -360,7 +360,7 @@ def format_scaling_page(
         f"Mixer-L/16 on ImageNet-21k, TPU v5e, {IMAGES_PER_CHIP} images per chip: communication of",
         "a step, with lower bounds on its time and on that of the arithmetic, both at peak rates.",
         "A step has one float32 all-reduce of all gradients. Up to 256 chips are one slice; more",
-        "are several, connected by the data-centre network. Not measured on TPUs. Written by",
+        "are several, connected by the data-center network. Not measured on TPUs. Written by",
         f"`{COMMAND}`.",
         "",
         "| chips | slices | images per step | MB reduced | network, ms | arithmetic, ms | "

@@ -5,12 +5,16 @@ import errno
 import os
 import signal
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 _MAX_REASON = 200
 # How to install a library that reads URLs, by its name in error messages.
-_EXTRAS = {"gcsfs": 'Run pip install "mixer-jax[gcs]".'}
+_INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What JAX and PyTorch write when memory runs out.
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
 
 class UserError(ValueError):
@@ -49,7 +53,47 @@ class DiskFullError(RunError):
 
 
 def no_space_reason(error: BaseException | None) -> str:
-    """Returns the system's message if an error, or its cause, is a lack of disk space; or "".
+    """Returns the message of an error that is, or was caused by, a lack of disk space; or "".
+
+    It contains the system's message for the lack of space, and the error's own.
+    """
+    lack = _find_no_space(error)
+    if error is None or lack is None:
+        return ""
+    reason = os.strerror(lack.code)
+    text = summarize_error(error)
+    return text if reason in text else f"{reason}; {type(error).__name__}: {text}"
+
+
+def no_space_path(error: BaseException, folder: str) -> str:
+    """Returns the file that an error of `no_space_reason` names if it is not in a folder.
+
+    Args:
+        error: Error for which `no_space_reason` is not empty.
+        folder: Absolute path or URL, which is returned if the error names no other file.
+    """
+    lack = _find_no_space(error)
+    path = getattr(lack and lack.error, "filename", None)
+    if not isinstance(path, str | bytes | os.PathLike):
+        return folder
+    path = os.fsdecode(path)
+    if "://" in folder:
+        # Object stores name their files in various ways, but never by a local path.
+        is_inside = not os.path.isabs(path)
+    else:
+        is_inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    return folder if is_inside else path
+
+
+class _NoSpace(NamedTuple):
+    """Error that reports a lack of space, and its code."""
+
+    error: BaseException
+    code: int
+
+
+def _find_no_space(error: BaseException | None) -> _NoSpace | None:
+    """Finds the lack of disk space among an error and those that led to it.
 
     Libraries raise errors of many types; their messages contain the system's.
     """
@@ -58,9 +102,16 @@ def no_space_reason(error: BaseException | None) -> str:
         seen.add(id(error))
         for code in _NO_SPACE:
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return ""
+                return _NoSpace(error, code)
+        context = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or context
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that the memory of a device or host ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
 def exit_code(error: BaseException) -> int:
@@ -72,7 +123,7 @@ def exit_code(error: BaseException) -> int:
     return 1
 
 
-def summarize_error(error: Exception) -> str:
+def summarize_error(error: BaseException) -> str:
     """Shortens the message of another library's exception to one line of moderate length."""
     text = " ".join(str(error).split())[:_MAX_REASON]
     return text.rstrip(".") or type(error).__name__
@@ -80,7 +131,7 @@ def summarize_error(error: Exception) -> str:
 
 def install_hint(reason: str) -> str:
     """Formats how to install the library that the message of an error names; empty if none."""
-    return "".join(f" {fix}" for library, fix in _EXTRAS.items() if library in reason)
+    return "".join(f" {fix}" for library, fix in _INSTALL_HINTS.items() if library in reason)
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:

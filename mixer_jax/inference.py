@@ -205,7 +205,10 @@ class Classifier:
             BadImageError: An input image is unreadable.
             UserError: The model has no head, or images have another type, dtype or shape.
         """
+        self._check_has_head()
         named_images = name_images(images, exif_orientation)
+        if not named_images:
+            return []
         batch_size = min(batch_size, len(named_images))
         predictions = list(
             self.iter_predictions(
@@ -238,20 +241,23 @@ class Classifier:
         Raises:
             UserError: The model has no head, or an argument is out of range.
         """
-        if not self.model_info.num_classes:
-            raise UserError("model must have a head to classify images; this one gives features.")
-        if topk < 1 or batch_size < 0:
+        self._check_has_head()
+        if topk < 1 or batch_size < 1:
             raise UserError(
                 f"topk and batch_size must be positive, got topk={topk} and "
                 f"batch_size={batch_size}."
             )
         topk = min(topk, self.model_info.num_classes)
-        power = max(1, batch_size - 1).bit_length() if batch_size > 1 else 0
-        batch_size = -(-(2**power) // self._mesh.size) * self._mesh.size
+        power_of_two = 2 ** (batch_size - 1).bit_length()
+        batch_size = -(-power_of_two // self._mesh.size) * self._mesh.size
         if exif_orientation is None:
             exif_orientation = self.model_info.exif_orientation
         batches = self._load_batches(images, batch_size, exif_orientation)
         return self._classify_batches(batches, batch_size, topk)
+
+    def _check_has_head(self) -> None:
+        if not self.model_info.num_classes:
+            raise UserError("model must have a head to classify images; this one gives features.")
 
     def _classify_batches(
         self, batches: Iterable[list["_LoadedImage"]], batch_size: int, topk: int
@@ -297,7 +303,7 @@ class Classifier:
             else:
                 pixels = eval_image(image, exif_orientation=exif_orientation, **crop)
         except BadImageError as error:
-            return _LoadedImage(name, None, error.reason)
+            return _LoadedImage(name, None, error.description)
         return _LoadedImage(name, pixels)
 
     def _top_classes(

@@ -112,15 +112,15 @@ def test_evaluate_with_real_labels(
     is_correct = [predicted == index % 4 for index, predicted in enumerate(predictions)]
     assert result["top1"] == pytest.approx(np.mean(is_correct))
     assert result["num_examples"] == COUNT
-    labelled = [
+    labeled = [
         (predicted, labels) for predicted, labels in zip(predictions, REAL, strict=True) if labels
     ]
     real = result["real"]
     assert real["top1"] == pytest.approx(
-        np.mean([predicted in labels for predicted, labels in labelled])
+        np.mean([predicted in labels for predicted, labels in labeled])
     )
-    assert real["num_examples"] == len(labelled) < COUNT
-    assert real["num_unlabelled"] == COUNT - len(labelled)
+    assert real["num_examples"] == len(labeled) < COUNT
+    assert real["num_unlabeled"] == COUNT - len(labeled)
     assert "real" not in evaluate_json(run, data_dir, capsys)
 
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored", "--split=validation"]
@@ -128,7 +128,7 @@ def test_evaluate_with_real_labels(
     table = capsys.readouterr().out.splitlines()
     assert any(mentions(line, "ReaL", f"{real['top1']:.2%}") for line in table)
     # Examples counted and skipped.
-    counts = (str(len(labelled)), str(COUNT - len(labelled)))
+    counts = (str(len(labeled)), str(COUNT - len(labeled)))
     assert any(mentions(line, *counts) for line in table)
 
 

@@ -1,5 +1,6 @@
 """Tests of the Classifier and of load_pretrained: logits, probabilities, names, batches, files."""
 
+import errno
 import io
 import os
 import subprocess
@@ -105,9 +106,12 @@ def test_call_without_images_gives_no_logits(
     assert features.shape == (0, 16)
 
 
-def test_predict_rejects_a_negative_topk(classifier: Classifier, photos: list[Path]) -> None:
-    with raises(UserError, "topk", "-1"):
-        classifier.predict(photos, topk=-1)
+@pytest.mark.parametrize(("topk", "batch_size"), [(-1, 5), (5, 0), (5, -1)])
+def test_predict_rejects_arguments_that_are_not_positive(
+    classifier: Classifier, photos: list[Path], topk: int, batch_size: int
+) -> None:
+    with raises(UserError, f"topk={topk}", f"batch_size={batch_size}"):
+        classifier.predict(photos, topk=topk, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -325,9 +329,11 @@ def test_iter_predictions_reports_bad_images_and_continues(
     errors = [prediction.error for prediction in predictions]
     assert [bool(error) for error in errors] == [False, True, True, False]
     assert errors[1] != errors[2]
+    assert mentions(errors[2], os.strerror(errno.ENOENT))
     assert [len(prediction.classes) for prediction in predictions] == [1, 0, 0, 1]
-    with raises(BadImageError, str(bad), errors[1]):
-        classifier.predict([bad])
+    for path, error in ((bad, errors[1]), (missing, errors[2])):
+        with raises(BadImageError, str(path), error):
+            classifier.predict([path])
 
 
 def test_classes_without_names_are_named_by_index(
@@ -341,8 +347,9 @@ def test_classes_without_names_are_named_by_index(
 def test_without_a_head_there_are_features_and_no_classes(weights: PretrainedWeights) -> None:
     classifier = Classifier(replace_head(weights, 0))
     assert classifier(jnp.zeros((2, 16, 24, 3))).shape == (2, 16)
-    with raises(UserError, "head"):
-        classifier.predict([b""])
+    for images in ([b""], []):
+        with raises(UserError, "head"):
+            classifier.predict(images)
 
 
 @pytest.mark.parametrize(

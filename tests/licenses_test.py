@@ -1,24 +1,18 @@
 """Tests of docs/licenses.md: it lists every package that is installed."""
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+from tests.helpers.docs_scripts import DOCS, load_docs_script
 
 
 @pytest.fixture(scope="module")
-def licenses() -> Any:
+def licenses() -> ModuleType:
     """The script docs/licenses.py as a module."""
-    spec = importlib.util.spec_from_file_location("licenses", DOCS / "licenses.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_docs_script("licenses")
 
 
 def listed_packages() -> dict[str, list[str]]:
@@ -30,7 +24,7 @@ def listed_packages() -> dict[str, list[str]]:
     }
 
 
-def test_page_lists_the_packages_of_the_requirements(licenses: Any, root: Path) -> None:
+def test_page_lists_the_packages_of_the_requirements(licenses: ModuleType, root: Path) -> None:
     listed = listed_packages()
     assert set(listed) == set(licenses.SECTIONS.values())
     files = set(licenses.SECTIONS)
@@ -45,7 +39,7 @@ def test_page_lists_the_packages_of_the_requirements(licenses: Any, root: Path) 
 
 
 def test_license_is_read_from_expression_field_classifier_or_text(
-    licenses: Any, root: Path
+    licenses: ModuleType, root: Path
 ) -> None:
     page = (root / "docs" / "licenses.md").read_text()
     for name, expected in {

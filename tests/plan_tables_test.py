@@ -1,6 +1,5 @@
 """Tables of plans in docs/: rows match the configs, pages match the rows."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,20 +12,14 @@ from typing import Any
 import pytest
 
 from mixer_jax.errors import UserError
+from tests.helpers.docs_scripts import DOCS, load_docs_script
 from tests.helpers.messages import raises
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script docs/plan_tables.py as a module."""
-    spec = importlib.util.spec_from_file_location("plan_tables", DOCS / "plan_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_docs_script("plan_tables")
 
 
 @pytest.fixture(scope="module")

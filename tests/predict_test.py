@@ -275,18 +275,28 @@ def test_unreadable_names_are_reported_and_the_others_classified(
     list_file = tmp_path / "list.txt"
     long, nil = "x" * 256, "nil\0*.png"
     list_file.write_text(f"{workspace}/photos/b.png\n~nosuchuser/x.jpg\n{tmp_path}/{long}\n{nil}\n")
-    arguments = [f"{tmp_path}/gone.png", f"{workspace}/photos/a.jpg", f"{tmp_path}/empty"]
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "nowhere")
+    arguments = [
+        f"{tmp_path}/gone.png",
+        f"{workspace}/photos/a.jpg",
+        f"{tmp_path}/empty",
+        str(link),
+    ]
     assert predict_main(workspace, "--format=json", f"--files_from={list_file}", *arguments) == 1
     captured = capsys.readouterr()
     errors = {entry["image"]: entry.get("error") for entry in json.loads(captured.out)}
     good = {f"{workspace}/photos/a.jpg", f"{workspace}/photos/b.png"}
     missing, unknown_user, empty = f"{tmp_path}/gone.png", "~nosuchuser/x.jpg", f"{tmp_path}/empty"
-    assert errors.keys() == {*good, missing, unknown_user, empty, f"{tmp_path}/{long}", nil}
+    bad = {missing, unknown_user, empty, str(link), f"{tmp_path}/{long}", nil}
+    assert errors.keys() == good | bad
     assert {name for name, error in errors.items() if error is None} == good
     assert errors[missing] == errors[unknown_user]
-    assert len(set(errors.values())) == 5
+    assert len(set(errors.values())) == 6
+    assert mentions(errors[str(link)], os.strerror(errno.ENOENT))
+    assert any(mentions(line, str(link), errors[str(link)]) for line in captured.err.splitlines())
     assert mentions(errors[f"{tmp_path}/{long}"], "File name too long")
-    assert mentions(captured.err.splitlines()[-1], "5", "7")
+    assert mentions(captured.err.splitlines()[-1], "6", "8")
 
 
 def test_patterns_skip_empty_folders_and_duplicates(

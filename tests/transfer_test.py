@@ -103,7 +103,7 @@ def test_commands_of_the_documentation_run(
         ),
         (["--suite=digits", "--checkpoint=runs/low", "--config.seed=3"], ["--config.seed", "3"]),
         (["--suite=digits", "--checkpoint=runs/low", "--config.x=3"], ["config.x"]),
-        (["--suite=digits", "--checkpoint=runs/low", "--colour=3"], ["--colour"]),
+        (["--suite=digits", "--checkpoint=runs/low", "--color=3"], ["--color"]),
         (
             ["--suite=digits", "--checkpoint=runs/low", "--config.distributed=maybe"],
             ["distributed", "maybe", "auto", "yes", "no"],

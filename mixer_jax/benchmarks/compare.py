@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from mixer_jax.benchmarks.candidates import (
 from mixer_jax.benchmarks.report import log
 from mixer_jax.benchmarks.runner import CompileCosts
 from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool
-from mixer_jax.errors import RunError, UserError, summarize_error
+from mixer_jax.distributed.hardware import device_error
+from mixer_jax.errors import RunError
 
 
 class Result(NamedTuple):
@@ -78,12 +78,7 @@ def query_environment(workload: Workload, candidates: Sequence[Candidate]) -> di
         try:
             environment: dict[str, Any] = worker.call("environment")
         except WorkerError as error:
-            if platforms := os.environ.get("JAX_PLATFORMS"):
-                raise UserError(
-                    f"JAX_PLATFORMS must name devices that are present, got {platforms!r} "
-                    f"({summarize_error(error)}). Unset it to use the devices that JAX finds."
-                ) from error
-            raise RunError(f"JAX does not start: {error}") from error
+            raise device_error(error.reason) from error
     check_backends(candidates, environment["platform"])
     return environment
 

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mixer_jax.benchmarks.candidates import (
     JAX,
@@ -31,10 +30,9 @@ from mixer_jax.benchmarks.report import (
 from mixer_jax.benchmarks.workers import Worker, WorkerError
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import RunError
+from mixer_jax.planning.batch_size import Trial, search_batch_size
 
 DESCRIPTION = "Measure training and inference of a Mixer on this machine, with baselines."
-# A larger batch must be faster by more than this factor to be worth its memory.
-_MIN_GAIN = 1.02
 _COLUMNS = [
     Column("images/s", "images_per_second"),
     Column("ms/step", "step_seconds", ".1f", 1000),
@@ -45,13 +43,6 @@ _COLUMNS = [
     Column("first step s", "first_step_seconds", ".1f"),
     Column("relative time", "relative_time"),
 ]
-
-
-class Trial(NamedTuple):
-    """One batch size of a search; the rate is None if it does not fit into memory."""
-
-    batch_size: int
-    images_per_second: float | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,31 +157,3 @@ def find_batch_size(
     if not batch_size:
         raise RunError("batch size 1 does not fit into the device's memory.")
     return batch_size, trials
-
-
-def search_batch_size(
-    measure: Callable[[int], float | None], start: int
-) -> tuple[int, list[Trial]]:
-    """Finds the smallest batch size that twice its size beats by no more than 2 %.
-
-    `measure` returns images/s, or None if a batch does not fit into memory. The first batch size,
-    `start`, is doubled while it pays, and halved while it does not fit.
-
-    Returns:
-        The batch size, 0 if batch size 1 does not fit, and all trials in order.
-    """
-    size, rate = start, measure(start)
-    trials = [Trial(size, rate)]
-    while rate is None and size > 1:
-        size //= 2
-        rate = measure(size)
-        trials.append(Trial(size, rate))
-    if rate is None:
-        return 0, trials
-    while size >= start:
-        larger = measure(2 * size)
-        trials.append(Trial(2 * size, larger))
-        if larger is None or larger <= _MIN_GAIN * rate:
-            break
-        size, rate = 2 * size, larger
-    return size, trials

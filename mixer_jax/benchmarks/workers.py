@@ -19,7 +19,7 @@ from absl import logging
 
 from mixer_jax.benchmarks.candidates import JAX, Candidate, Workload
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner
-from mixer_jax.errors import summarize_error
+from mixer_jax.errors import is_out_of_memory, summarize_error
 
 # Defaults for what the environment does not set.
 _ENVIRONMENT = {
@@ -27,8 +27,6 @@ _ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
 }
-# What libraries write when memory runs out.
-_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 _STOP_SECONDS = 10.0
 _LOG_CHARS = 4000
 
@@ -226,9 +224,3 @@ def _make_runner(framework: str, workload: Workload, platform: str) -> Framework
     from mixer_jax.benchmarks.torch_runner import TorchRunner
 
     return TorchRunner(workload, platform)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error means that memory ran out."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)

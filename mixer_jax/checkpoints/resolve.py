@@ -163,7 +163,7 @@ def list_steps(workdir: str) -> list[int]:
 
 
 def list_saved_steps(workdir: str) -> list[int]:
-    """Returns the steps of a run's checkpoints that were complete, if damaged since, in order.
+    """Returns the steps of a run's checkpoints that were once complete, even if damaged since.
 
     On a disk, the folder of a step gets its name when it is complete.
     """
@@ -214,7 +214,7 @@ def _hint(source: str) -> str:
     folder = Path(source).expanduser()
     if folder.is_dir():
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith((*FORMATS,)))
-        return f" Of its files, {names[0]!r} may be one." if names else ""
+        return f" Did you mean its file {names[0]!r}?" if names else ""
     is_hub_name = _HUB_NAME.fullmatch(source) is not None
     return f" For the Hugging Face Hub, pass {HUB}{source}." if is_hub_name else ""
 

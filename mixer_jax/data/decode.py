@@ -114,13 +114,14 @@ class BadImageError(ValueError):
 
     Attributes:
         reason: The problem, worded identically for all images that have it.
+        description: The reason with the detail of this image.
         name: Path or name of the image, or "" if unknown.
     """
 
     def __init__(self, reason: str, detail: str = "", name: str = ""):
-        text = f"{reason} ({detail})" if detail else reason
-        super().__init__(f"{name}: {text}" if name else text)
         self.reason, self.name = reason, name
+        self.description = f"{reason} ({detail})" if detail else reason
+        super().__init__(f"{name}: {self.description}" if name else self.description)
 
 
 def disable_opencv_threads() -> None:
@@ -206,10 +207,13 @@ def check_image_area(height: int, width: int) -> None:
 
 @contextlib.contextmanager
 def _reject_failures(reason: str = "incomplete or damaged") -> Iterator[None]:
-    """Converts all exceptions of a decoder, which differ by format, to BadImageError."""
+    """Converts exceptions of a decoder, which differ by format, to BadImageError.
+
+    A lack of memory is not the image's fault.
+    """
     try:
         yield
-    except BadImageError:
+    except (BadImageError, MemoryError):
         raise
     except Exception:
         raise BadImageError(reason) from None
@@ -284,6 +288,8 @@ def _decode_any(encoded: bytes) -> tuple[np.ndarray, int]:
         image = Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS)
     except Image.DecompressionBombError:
         raise BadImageError("too many pixels") from None
+    except MemoryError:
+        raise
     except Exception:
         for pattern, name, fix in _FOREIGN_FILES:
             if re.match(pattern, encoded):
@@ -547,6 +553,8 @@ def _decode_jpeg(
             image = simplejpeg.decode_jpeg(
                 encoded, fastdct=not accurate_dct, buffer=pixels, strict=False
             )
+        except MemoryError:
+            raise
         except Exception:
             return None
         if image.shape != pixels.shape:  # A second frame header contradicts the first.

@@ -33,7 +33,7 @@ _INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
 _OPEN_FILES = 4096
-_INSTALL_TENSORFLOW = 'Run pip install "mixer-jax[tensorflow]".'
+_INSTALL_TENSORFLOW = "Run pip install tensorflow."
 
 
 def is_prepared(builder: Any) -> bool:

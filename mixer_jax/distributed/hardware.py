@@ -5,6 +5,8 @@ import glob
 import importlib.util
 import os
 
+from mixer_jax.errors import RunError, UserError, summarize_error
+
 # What libtpu would otherwise request from the metadata server of a TPU VM.
 _LIBTPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -17,6 +19,10 @@ _LIBTPU_ENV = {
 _ADDRESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 # Number of processes that SLURM and Open MPI start.
 _SIZE_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+# Parts of JAX's messages about a platform that is unknown or has no device, and their last part.
+_ABSENT = ("is not in the list of known backends", "NOT_FOUND", "No visible")
+_JAX_HINT = " (set JAX_PLATFORMS="
 
 _CLOUD = "Google Cloud documentation, Cloud TPU,"
 
@@ -247,6 +253,28 @@ def read_int(variable: str) -> int | None:
     """Returns the value of an environment variable, or None if it is not a decimal number."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else None
+
+
+def device_error(message: str) -> UserError | RunError:
+    """Returns the error to raise if JAX cannot initialize its devices.
+
+    Only absent devices are a usage error. Others, e.g. devices that another process uses, may be
+    available to a later attempt.
+
+    Args:
+        message: Message of JAX's error, or of its assertion, which fails without a message if a
+            platform is known but has no device.
+    """
+    is_assertion = message in ("", AssertionError.__name__)
+    reason = "no device found" if is_assertion else message.partition(_JAX_HINT)[0]
+    reason = summarize_error(RuntimeError(reason))
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and (is_assertion or any(part in message for part in _ABSENT)):
+        return UserError(
+            f"JAX_PLATFORMS must name devices that are present, got {platforms!r} ({reason}). "
+            "Unset it to use the devices that JAX finds."
+        )
+    return RunError(f"JAX cannot use its devices: {reason}.")
 
 
 def silence_libtpu() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.distributed.hardware import joins_hosts, read_int
+from mixer_jax.distributed.hardware import device_error, joins_hosts, read_int
 from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
 
 T = TypeVar("T")
@@ -28,8 +28,6 @@ T = TypeVar("T")
 _HEARTBEAT_TIMEOUT_SECONDS = 40
 # Hosts that raise the same error at about the same time exit together, each with its own message.
 _EXIT_TIMEOUT_SECONDS = 10.0
-# Part of messages of JAX.
-_JAX_HINT = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
 # SIGHUP: the terminal was closed, or the connection was lost.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -72,7 +70,7 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
 
 
 def check_devices() -> None:
-    """Initializes the devices, of which all hosts must be joined.
+    """Initializes the devices. All hosts must have joined.
 
     Raises:
         UserError: JAX_PLATFORMS names devices that this machine or this installation lacks.
@@ -81,15 +79,7 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        # JAX fails an assertion if a platform is known but has no device.
-        reason = str(error).replace(_JAX_HINT, "") or "no device found"
-        reason = summarize_error(RuntimeError(reason))
-        if platforms := os.environ.get("JAX_PLATFORMS"):
-            raise UserError(
-                f"JAX_PLATFORMS must name devices that are present, got {platforms!r} ({reason}). "
-                "Unset it to use the devices that JAX finds."
-            ) from error
-        raise RunError(f"JAX cannot use its devices: {reason}.") from error
+        raise device_error(str(error)) from error
 
 
 def is_alone(mode: str) -> bool:

@@ -27,7 +27,7 @@ class ClassificationMetrics(NamedTuple):
         log_likelihood: Mean log-probability of the correct class, in nats.
         calibration_error: Expected calibration error, over 15 equal bins of confidence.
         num_bad: Examples skipped because their images are unusable.
-        num_unlabelled: Examples skipped because they have no correct class.
+        num_unlabeled: Examples skipped because they have no correct class.
     """
 
     top1: float
@@ -36,15 +36,15 @@ class ClassificationMetrics(NamedTuple):
     calibration_error: float
     num_examples: int
     num_bad: int = 0
-    num_unlabelled: int = 0
+    num_unlabeled: int = 0
 
     def format_counts(self) -> str:
         """Formats the numbers of examples counted and skipped."""
         parts = [f"{self.num_examples:,} images"]
         if self.num_bad:
             parts.append(f"{self.num_bad:,} unusable skipped")
-        if self.num_unlabelled:
-            parts.append(f"{self.num_unlabelled:,} without a label skipped")
+        if self.num_unlabeled:
+            parts.append(f"{self.num_unlabeled:,} without a label skipped")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, float]:
@@ -138,8 +138,8 @@ def evaluate(
         raise UserError(f"{source.name} has no example to evaluate on. Choose another split.")
     metrics = aggregate(jax.tree.map(lambda *columns: np.concatenate(columns), *batches))
     num_bad = dataset_pass.num_bad
-    num_unlabelled = len(source) - metrics.num_examples - num_bad
-    return metrics._replace(num_bad=num_bad, num_unlabelled=num_unlabelled)
+    num_unlabeled = len(source) - metrics.num_examples - num_bad
+    return metrics._replace(num_bad=num_bad, num_unlabeled=num_unlabeled)
 
 
 def aggregate(examples: ExampleMetrics) -> ClassificationMetrics:

@@ -22,7 +22,7 @@ class BatchFeatures(NamedTuple):
     mask: Bool[Array, " n"]
 
 
-class Chunk(NamedTuple):
+class FeatureChunk(NamedTuple):
     """Features of some examples of a source, on the host, and their indices in the source."""
 
     features: Float32[np.ndarray, "n d"]
@@ -65,7 +65,7 @@ class FeatureExtractor:
         """Number of unusable images that were skipped; known after the last chunk."""
         return self._pass.num_bad
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[FeatureChunk]:
         """Yields the chunks.
 
         Raises:
@@ -75,7 +75,7 @@ class FeatureExtractor:
         start = 0
         for features, labels, mask in self._pass:
             rows = np.flatnonzero(mask)
-            chunk = Chunk(np.asarray(features)[rows], np.asarray(labels)[rows], start + rows)
+            chunk = FeatureChunk(np.asarray(features)[rows], np.asarray(labels)[rows], start + rows)
             start += len(mask)
             if not np.isfinite(chunk.features).all():
                 raise UserError(
@@ -86,13 +86,13 @@ class FeatureExtractor:
                 yield chunk
 
 
-def rechunk(chunks: Iterable[Chunk], min_rows: int) -> Iterator[Chunk]:
+def rechunk(chunks: Iterable[FeatureChunk], min_rows: int) -> Iterator[FeatureChunk]:
     """Concatenates chunks until each has at least `min_rows` rows, except for the last one."""
-    buffer: list[Chunk] = []
+    buffer: list[FeatureChunk] = []
     for chunk in chunks:
         buffer.append(chunk)
         if sum(len(c.labels) for c in buffer) >= min_rows:
-            yield Chunk(*map(np.concatenate, zip(*buffer, strict=True)))
+            yield FeatureChunk(*map(np.concatenate, zip(*buffer, strict=True)))
             buffer.clear()
     if buffer:
-        yield Chunk(*map(np.concatenate, zip(*buffer, strict=True)))
+        yield FeatureChunk(*map(np.concatenate, zip(*buffer, strict=True)))

@@ -6,6 +6,7 @@ Every probe is fitted first; then the test split is read once, and none of its f
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.loader import available_cpus
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source, relabel, subset
 from mixer_jax.distributed import multihost
@@ -31,6 +33,8 @@ from mixer_jax.evaluation.loop import EvalInputConfig, bad_images_error
 UNUSABLE = -1
 # The last tenth of the training split chooses the regularization of the linear probe.
 _HELD_OUT_FRACTION = 0.1
+# Labels read at a time, by several threads.
+_READ_AHEAD = 64
 # Test features classified at a time.
 _TEST_ROWS = 4096
 
@@ -50,7 +54,8 @@ class ProbeMetrics(NamedTuple):
         accuracies: Accuracies by name, "1_shot", "linear" or "knn"; means if there are seeds.
         stds: Sample standard deviations over the seeds, by the same names; 0 for a single seed.
             Empty for methods without seeds.
-        l2_reg: Regularization chosen by the linear probe; None for other methods.
+        l2_reg: Regularization chosen by the linear probe, called "penalty" in metrics.jsonl; None
+            for other methods.
         num_train: Training images used by all seeds together.
         num_examples: Test images counted.
         num_bad: Training and test images skipped because they are unusable.
@@ -97,13 +102,19 @@ class LazyLabels(Sequence[int]):
     An example whose label cannot be read, or that was found unusable, has the label `UNUSABLE`.
     """
 
-    def __init__(self, source: Source, skip_bad: bool):
+    def __init__(self, source: Source, skip_bad: bool, num_threads: int = 0):
         """Initializes an empty cache.
 
         Unreadable examples raise UserError, or are labeled `UNUSABLE` if `skip_bad`.
+
+        Args:
+            source: Source of the examples.
+            skip_bad: Whether unreadable examples are skipped.
+            num_threads: Threads of `read_ahead`; 0: one per CPU core.
         """
         self._source, self._skip_bad = source, skip_bad
-        self._labels: dict[int, int] = {}
+        self._num_threads = num_threads or available_cpus()
+        self._outcomes: dict[int, int | BadImageError] = {}
         # Indices of examples found unusable.
         self.bad: set[int] = set()
 
@@ -113,16 +124,30 @@ class LazyLabels(Sequence[int]):
     def __getitem__(self, index: Any) -> Any:
         if index in self.bad:
             return UNUSABLE
-        if index not in self._labels:
-            try:
-                (self._labels[index],) = self._source.read_labels(index)
-            except BadImageError as error:
-                if not self._skip_bad:
-                    bad = BadImage(error.name or f"example {index}", error.reason)
-                    raise bad_images_error(self._source, [bad], 1) from error
-                self.bad.add(index)
-                return UNUSABLE
-        return self._labels[index]
+        if index not in self._outcomes:
+            self._outcomes[index] = self._read(index)
+        outcome = self._outcomes[index]
+        if not isinstance(outcome, BadImageError):
+            return outcome
+        if not self._skip_bad:
+            bad = BadImage(outcome.name or f"example {index}", outcome.reason)
+            raise bad_images_error(self._source, [bad], 1) from outcome
+        self.bad.add(index)
+        return UNUSABLE
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Reads the labels of some examples at the same time; errors are raised on first use."""
+        missing = [index for index in indices if index not in self._outcomes]
+        if missing:
+            with ThreadPoolExecutor(self._num_threads) as pool:
+                self._outcomes |= zip(missing, pool.map(self._read, missing), strict=True)
+
+    def _read(self, index: int) -> int | BadImageError:
+        try:
+            (label,) = self._source.read_labels(index)
+        except BadImageError as error:
+            return error
+        return label
 
 
 def sample_few_shot(
@@ -153,14 +178,18 @@ def sample_few_shot(
     num_incomplete = len(class_names)
     # Sorted raw bits, because NumPy does not promise that a generator's permutation is stable.
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
-    for index in order.tolist():
-        label = labels[index]
-        if label == UNUSABLE or len(sampled[label]) == shots:
-            continue
-        sampled[label].append(index)
-        num_incomplete -= len(sampled[label]) == shots
-        if not num_incomplete:
-            return np.array(sampled).T
+    for start in range(0, len(order), _READ_AHEAD):
+        indices = order[start : start + _READ_AHEAD].tolist()
+        if isinstance(labels, LazyLabels):
+            labels.read_ahead(indices)
+        for index in indices:
+            label = labels[index]
+            if label == UNUSABLE or len(sampled[label]) == shots:
+                continue
+            sampled[label].append(index)
+            num_incomplete -= len(sampled[label]) == shots
+            if not num_incomplete:
+                return np.array(sampled).T
     fewest = min(range(len(sampled)), key=lambda label: len(sampled[label]))
     count = len(sampled[fewest])
     fix = f"Lower shots to {count}" if count else "Train on a split that contains every class"
@@ -197,6 +226,8 @@ def run_probe(
 ) -> ProbeMetrics:
     """Fits a probe to the features of one split and evaluates it on another.
 
+    All hosts must call it together.
+
     Args:
         feature_fn: Result of `make_feature_fn`.
         params: Parameters of the model.
@@ -216,7 +247,8 @@ def run_probe(
         FeatureExtractor, feature_fn, params, mesh=mesh, input_config=input_config
     )
     if config.method == "few_shot":
-        labels = LazyLabels(train, input_config.skip_bad) if labels is None else labels
+        if labels is None:
+            labels = LazyLabels(train, input_config.skip_bad, input_config.num_threads)
         probe = _fit_few_shot(extract, train, config, labels)
     else:
         probe = {"linear": _fit_linear, "knn": _fit_knn}[config.method](extract, train)
@@ -257,7 +289,7 @@ def sample_all_shots(config: ProbeConfig, train: Source, labels: LazyLabels) -> 
 
 
 def sample_once(config: ProbeConfig, train: Source, labels: LazyLabels) -> list[np.ndarray]:
-    """Samples as `sample_all_shots` does, once for all hosts, which must call it together.
+    """Samples as `sample_all_shots` does, once for all hosts. All hosts must call it together.
 
     A host that cannot read some example would sample others. Examples that the primary process
     cannot read are added to `labels.bad` on all hosts.

@@ -137,7 +137,7 @@ _VTAB_NATURAL = (
     ("sun397", "sun397/tfds", 397, "validation[:200]", "test", 21750),
     ("svhn", "svhn_cropped", 10, "train[65931:66131]", "test", 26032),
 )
-_VTAB_SPECIALISED = (
+_VTAB_SPECIALIZED = (
     ("patch_camelyon", "patch_camelyon", 2, "validation[:200]", "test", 32768),
     ("eurosat", "eurosat/rgb", 10, "train[16200:16400]", "train[21600:]", 5400),
     ("resisc45", "resisc45", 45, "train[18900:19100]", "train[25200:]", 6300),
@@ -186,7 +186,7 @@ VTAB_1K = tuple(
     )
     for group, rows in (
         ("natural", _VTAB_NATURAL),
-        ("specialised", _VTAB_SPECIALISED),
+        ("specialized", _VTAB_SPECIALIZED),
         ("structured", _VTAB_STRUCTURED),
     )
     for name, dataset, num_classes, val_split, test_split, num_test in rows

@@ -12,8 +12,10 @@ import numpy as np
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.distributed.hardware import peak_flops
+from mixer_jax.errors import is_out_of_memory
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family
+from mixer_jax.planning.batch_size import search_batch_size
 from mixer_jax.suites.datasets import SuiteData
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.tasks import NETWORK_TITLES, FineTuneTask, ProbeTask, Task, task_splits
@@ -22,11 +24,10 @@ from mixer_jax.suites.workdir import Throughput
 _SECONDS_PER_DAY = 86_400
 # Assumed utilization, as a fraction of a chip's peak or of its measured matmul rate.
 _FRACTION_OF_PEAK, _FRACTION_OF_MATMUL = 0.4, 0.5
-# The search doubles the batch size until the gain is below 2 % or the time is over.
-_MIN_GAIN = 1.02
+# The search for the batch size starts no measurement after this time.
 _SEARCH_SECONDS = 30.0
 _SECONDS_PER_BATCH_SIZE = 0.5
-_MAX_BATCH_SIZE = 4_096
+_FIRST_BATCH_SIZE, _MAX_BATCH_SIZE = 8, 4_096
 
 
 def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -> str:
@@ -157,38 +158,27 @@ def measure_throughput(weights: PretrainedWeights) -> Throughput:
     image_size = weights.model_info.image_size
     classify = jax.jit(lambda params, x: model.apply({"params": params}, normalize_images(x)))
     params = weights.params
+    end = time.monotonic() + _SEARCH_SECONDS
 
-    def seconds_per_batch(batch_size: int) -> float:
+    def images_per_second(batch_size: int) -> float | None:
         nonlocal params
-        # Transferred here rather than before the search, which handles running out of memory.
-        params = jax.device_put(params, device)
-        images = jax.device_put(np.zeros((batch_size, *image_size, 3), np.uint8), device)
-        return _median_seconds(classify, params, images, min_seconds=_SECONDS_PER_BATCH_SIZE)
-
-    images_per_second, batch_size = search_batch_size(seconds_per_batch)
-    return Throughput(images_per_second, batch_size, device.device_kind, image_size)
-
-
-def search_batch_size(seconds_per_batch: Callable[[int], float]) -> tuple[float, int]:
-    """Doubles the batch size while that increases the throughput and fits into memory.
-
-    Returns:
-        Images per second and the best batch size; zeros if batch size 1 does not fit.
-    """
-    best_rate, best_size = 0.0, 0
-    batch_size, end = 1, time.monotonic() + _SEARCH_SECONDS
-    while batch_size <= _MAX_BATCH_SIZE and time.monotonic() < end:
+        is_over = batch_size > _MAX_BATCH_SIZE or time.monotonic() > end
+        if is_over and batch_size > _FIRST_BATCH_SIZE:
+            return None
         try:
-            rate = batch_size / seconds_per_batch(batch_size)
-        except jax.errors.JaxRuntimeError:
-            # Out of memory: smaller sizes have been measured.
-            break
-        if rate < best_rate * _MIN_GAIN and batch_size > 8:
-            break
-        if rate > best_rate:
-            best_rate, best_size = rate, batch_size
-        batch_size *= 2
-    return best_rate, best_size
+            # Transferred here rather than before the search, which handles running out of memory.
+            params = jax.device_put(params, device)
+            images = jax.device_put(np.zeros((batch_size, *image_size, 3), np.uint8), device)
+            seconds = _median_seconds(classify, params, images, min_seconds=_SECONDS_PER_BATCH_SIZE)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return batch_size / seconds
+
+    batch_size, trials = search_batch_size(images_per_second, _FIRST_BATCH_SIZE)
+    rate = {trial.batch_size: trial.images_per_second or 0.0 for trial in trials}
+    return Throughput(rate.get(batch_size, 0.0), batch_size, device.device_kind, image_size)
 
 
 def _median_seconds(compute: Callable[..., Any], *inputs: Any, min_seconds: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from mixer_jax.checkpoints.model_info import format_image_size
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.errors import UserError
 from mixer_jax.files import atomic_write
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.paper_results import PaperRow, find_row
@@ -26,6 +26,7 @@ from mixer_jax.suites.workdir import (
     PLAN_FILE,
     RunResult,
     Throughput,
+    output_errors,
     read_failure,
     read_plan,
     read_result,
@@ -103,7 +104,8 @@ def report(workdir: str) -> None:
         workdir: Absolute path or URL of the suite's workdir.
 
     Raises:
-        UserError: The workdir contains no suite, a file is damaged, or none can be written.
+        UserError: The workdir contains no suite, or a file is damaged.
+        OutputWriteError, DiskFullError: The table cannot be written.
     """
     plan = read_plan(workdir)
     if plan is None:
@@ -119,14 +121,9 @@ def report(workdir: str) -> None:
     }
     if figure := draw_table(table):
         files["results.png"] = render_figure(figure, "png")
-    try:
+    with output_errors(workdir):
         for name, content in files.items():
             atomic_write(epath.Path(workdir) / name, content)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} must be writable ({error.strerror or summarize_error(error)}). "
-            "Fix that and write the table with --report."
-        ) from error
     print(f"\nalso as {workdir}/results.{{csv,json,md,png}}", flush=True)
 
 

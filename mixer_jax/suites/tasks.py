@@ -178,6 +178,7 @@ _RENAMED_TASK_FIELDS = {
     "changes": "config_overrides",
     "beside_fresh": "compare_random_init",
 }
+_RENAMED_GROUPS = {"specialised": "specialized"}
 
 
 def from_json(data: dict[str, Any]) -> Suite:
@@ -194,6 +195,8 @@ def _task_from_json(saved: dict[str, Any]) -> Task:
             fields[crop] = upgrade_value(f"preprocess.{crop}", fields[crop])
     if "config_overrides" in fields:
         fields["config_overrides"] = upgrade_overrides(fields["config_overrides"])
+    if "group" in fields:
+        fields["group"] = _RENAMED_GROUPS.get(fields["group"], fields["group"])
     return _TASK_TYPES[fields.pop("type")](**fields)
 
 

@@ -85,9 +85,14 @@ class Throughput(NamedTuple):
 
 @contextlib.contextmanager
 def output_errors(folder: str) -> Iterator[None]:
-    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `folder`."""
+    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `folder`.
+
+    Usage errors and failures of the run remain as they are.
+    """
     try:
         yield
+    except (UserError, RunError):
+        raise
     except Exception as error:
         # Every file system has its own exceptions.
         if space := no_space_reason(error):
@@ -132,8 +137,8 @@ def lock_tasks(workdir: str, names: Iterable[str]) -> Iterator[None]:
                 except BlockingIOError as error:
                     owner = error.strerror
             raise RunError(
-                f"task {name} of --workdir={workdir!r} is {owner}, which runs it. Wait until it "
-                "has finished, stop it, or give each process its own --shard or --workdir."
+                f"task {name} of --workdir={workdir!r} is {owner}, which is running it. Wait until "
+                "it has finished, stop it, or give each process its own --shard or --workdir."
             )
         yield
 
@@ -177,29 +182,23 @@ def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
         Resumable keys that have changed, one line "KEY: old -> new" each.
 
     Raises:
-        UserError: The workdir contains results of a different suite or checkpoint, or is not
-            writable.
+        UserError: The workdir contains results of a different suite or checkpoint.
+        OutputWriteError, DiskFullError: The workdir cannot be written.
     """
     path = epath.Path(workdir) / PLAN_FILE
-    try:
-        with contextlib.ExitStack() as stack:
-            # Object stores have no locks; there the last of several processes wins.
-            if "://" not in workdir:
-                stack.enter_context(file_lock(Path(f"{path}.lock"), wait=True))
-            changes = []
-            if old := read_plan(workdir):
-                changes = _check_same(workdir, old, plan)
-                # Every shard sees only the data of its own tasks.
-                notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
-                days = old.device_days if plan.device_days is None else plan.device_days
-                plan = plan._replace(data_notes=notes, device_days=days)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, _to_text(to_json(plan)))
-    except OSError as error:
-        raise UserError(
-            f"--workdir must be writable, got {workdir!r} ({error.strerror}). Choose another "
-            "--workdir."
-        ) from error
+    with output_errors(workdir), contextlib.ExitStack() as stack:
+        # Object stores have no locks; there the last of several processes wins.
+        if "://" not in workdir:
+            stack.enter_context(file_lock(Path(f"{path}.lock"), wait=True))
+        changes = []
+        if old := read_plan(workdir):
+            changes = _check_same(workdir, old, plan)
+            # Every shard sees only the data of its own tasks.
+            notes = tuple(dict.fromkeys(old.data_notes + plan.data_notes))
+            days = old.device_days if plan.device_days is None else plan.device_days
+            plan = plan._replace(data_notes=notes, device_days=days)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, _to_text(to_json(plan)))
     return changes
 
 
@@ -320,8 +319,9 @@ def read_failure(folder: str) -> str:
 
 
 def save_throughput(workdir: str, throughput: Throughput) -> None:
-    """Writes the measured throughput."""
-    atomic_write(epath.Path(workdir) / THROUGHPUT_FILE, _to_text(throughput._asdict()))
+    """Writes the measured throughput, or raises OutputWriteError or DiskFullError."""
+    with output_errors(workdir):
+        atomic_write(epath.Path(workdir) / THROUGHPUT_FILE, _to_text(throughput._asdict()))
 
 
 def read_throughput(workdir: str) -> Throughput | None:

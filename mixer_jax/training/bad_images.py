@@ -22,7 +22,7 @@ class BadImageLog:
     """Log that names every bad image once, and detects when there are too many of them.
 
     Each host logs the images that it has seen. The number of bad images is the largest sum over all
-    hosts in one epoch, in which every image is seen by one host; steps that span two epochs
+    hosts in one epoch, in which every image is seen by one host; a step that spans two epochs
     counts for the first. A resumed run drops entries after its checkpoint and counts from zero, so
     images that were repaired in the meantime no longer count.
     """
@@ -124,9 +124,10 @@ class BadImageLog:
             saved_step: Step of the newest checkpoint.
         """
         return (
+            f"{self._num_bad:,} of {self._num_examples:,} training images "
+            f"{'is' if self._num_bad == 1 else 'are'} bad, more than "
             f"config.bad_images.max_fraction={self._config.max_fraction:g} and "
-            f"config.bad_images.max_count={self._config.max_count:,} allow fewer bad images than "
-            f"{self._num_bad:,} of {self._num_examples:,}, listed in "
+            f"config.bad_images.max_count={self._config.max_count:,} allow. They are listed in "
             f"{self._path.parent}/bad_images_*.jsonl. Repair them or raise max_fraction, and run "
             f"the same command to resume from step {saved_step:,}."
         )

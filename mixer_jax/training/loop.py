@@ -4,9 +4,10 @@ import contextlib
 import functools
 import signal
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,6 +26,7 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    no_space_path,
     no_space_reason,
     summarize_error,
 )
@@ -38,7 +40,7 @@ from mixer_jax.training.initialize import (
     restore_or_init,
     save_state,
 )
-from mixer_jax.training.metrics import MetricsLogger
+from mixer_jax.training.metrics import MetricsLogger, read_metrics
 from mixer_jax.training.setup import (
     EvalMetrics,
     Experiment,
@@ -53,6 +55,13 @@ from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter
 _SYNC_EVERY_STEPS = 10
 
 
+class EvalFailure(NamedTuple):
+    """Failure of an evaluation; not the error itself, whose traceback holds arrays of devices."""
+
+    message: str
+    is_usage_error: bool
+
+
 class TrainResult(NamedTuple):
     """Result of a run.
 
@@ -61,22 +70,22 @@ class TrainResult(NamedTuple):
         num_steps: Steps of the whole run.
         scores: Metrics at the last step by evaluation; empty if the run stopped before it.
         stopped_by: Signal that was received, or None; SIGTERM if another host received one.
-        failures: Errors of the evaluations whose last attempt failed, by evaluation.
+        failures: Evaluations whose last attempt failed, by name.
     """
 
     step: int
     num_steps: int
     scores: dict[str, EvalMetrics]
     stopped_by: signal.Signals | None
-    failures: Mapping[str, Exception] = MappingProxyType({})
+    failures: Mapping[str, EvalFailure] = MappingProxyType({})
 
     def raise_failures(self) -> None:
         """Raises an error if evaluations failed: UserError, or RunError if a retry may succeed."""
         if self.failures:
-            is_usage = all(isinstance(error, UserError) for error in self.failures.values())
+            is_usage = all(failure.is_usage_error for failure in self.failures.values())
             reasons = (
-                f"evaluation {name} failed: {_describe_error(error)}"
-                for name, error in self.failures.items()
+                f"evaluation {name} failed: {failure.message}"
+                for name, failure in self.failures.items()
             )
             raise (UserError if is_usage else RunError)(" ".join(reasons))
 
@@ -95,7 +104,8 @@ def train_and_evaluate(
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
-        DiskFullError: `workdir` cannot be written for lack of space.
+        DiskFullError: `workdir`, or the file that the message names, cannot be written for lack of
+            space.
         RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
             process is training in `workdir`.
     """
@@ -117,17 +127,26 @@ def train_and_evaluate(
         reason = no_space_reason(error)
         if not reason:
             raise
-        if "://" not in workdir and jax.process_count() == 1:
-            remove_unfinished_saves(workdir)
+        path = no_space_path(error, workdir)
+        name = f"workdir {path!r}" if path == workdir else repr(path)
         saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
         raise DiskFullError(
-            f"workdir {workdir!r} cannot be written ({reason}). Last good checkpoint: {saved}. "
+            f"{name} cannot be written ({reason}). Last good checkpoint: {saved}. "
             "Free space and run the same command to resume."
         ) from error
 
 
 def _last_checkpoint(workdir: str, step: int) -> str:
     return f"{workdir}/{CHECKPOINT_DIR}/{step}" if step else "none"
+
+
+def _free_space(workdir: str, _type: Any, error: BaseException | None, _traceback: Any) -> None:
+    """Removes unfinished saves if a run ends for lack of space; a callback of `ExitStack.push`."""
+    is_usage_or_run_error = isinstance(error, UserError | RunError)
+    if "://" in workdir or is_usage_or_run_error or not no_space_reason(error):
+        return
+    if jax.process_count() == 1:
+        remove_unfinished_saves(workdir)
 
 
 class _TrainLoop:
@@ -141,7 +160,7 @@ class _TrainLoop:
         stack: contextlib.ExitStack,
     ):
         """Prepares a run; what it opens is closed with `stack`."""
-        self.config = config
+        self.config, self.workdir = config, workdir
         self.shutdown = stack.enter_context(multihost.GracefulShutdown())
         is_alone = multihost.is_alone(config.distributed)
         if is_alone:
@@ -151,6 +170,8 @@ class _TrainLoop:
         multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock_workdir(workdir)))
+        # Called after the last save has ended and before another process may lock the workdir.
+        stack.push(functools.partial(_free_space, workdir))
         # Listed once, so that all hosts have the same examples in the same order.
         datasets = multihost.compute_once(lambda: open_datasets(config))
         is_primary = multihost.is_primary_process()
@@ -199,9 +220,11 @@ class _TrainLoop:
         """Takes all remaining steps, or those until the run is asked to stop."""
         step = self.start_step
         scores: dict[str, EvalMetrics] = {}
-        failures: dict[str, Exception] = {}
+        failures: dict[str, EvalFailure] = {}
         if step == self.num_steps:
             self.evaluate(step, self.evaluators, scores, failures)
+        elif step:
+            self.evaluate(step, self.find_missing_evals(step), scores, failures)
         for step, batch in self.iter_batches():
             self.take_step(step, batch)
             is_last = step == self.num_steps
@@ -212,17 +235,16 @@ class _TrainLoop:
                 or is_late
                 or _is_due(step, self.config.checkpoint.every_steps)
             )
-            due_evals = [
-                name
-                for name, entry in self.config.evals.items()
-                if is_last or _is_due(step, entry.every_steps)
-            ]
+            due_evals = self.list_due_evals(step)
             if due_evals or is_saving:
                 self.check_finite(step)
             with self.logger.progress.pause():
-                self.evaluate(step, due_evals, scores, failures)
+                # Before the evaluations: a preempted machine leaves less time than they may take.
+                # A run that resumes from here first runs those that are missing.
                 if is_saving:
                     self.save(step)
+                if is_last or not is_stopping:
+                    self.evaluate(step, due_evals, scores, failures)
             if is_stopping:
                 break
         is_finished, signaled = step == self.num_steps, self.shutdown.received
@@ -291,12 +313,38 @@ class _TrainLoop:
             norm = float(self.experiment.param_norm(self.state.params))
             self.logger.check_finite(step, {"parameter_norm": norm})
 
+    def list_due_evals(self, step: int) -> list[str]:
+        """Returns the names of the evaluations that are due at a step."""
+        return [
+            name
+            for name, entry in self.config.evals.items()
+            if step == self.num_steps or _is_due(step, entry.every_steps)
+        ]
+
+    def find_missing_evals(self, step: int) -> list[str]:
+        """Returns the names of the evaluations that are due at a step but not in metrics.jsonl.
+
+        All hosts must call it together.
+        """
+        names = self.list_due_evals(step)
+        if not names:
+            return []
+        logged = multihost.compute_once(
+            lambda: {
+                key.rpartition("/")[0]
+                for line in read_metrics(self.workdir)
+                if line["step"] == step
+                for key in line
+            }
+        )
+        return [name for name in names if name not in logged]
+
     def evaluate(
         self,
         step: int,
         names: Iterable[str],
         scores: dict[str, EvalMetrics],
-        failures: dict[str, Exception],
+        failures: dict[str, EvalFailure],
     ) -> None:
         """Runs and logs some evaluations; adds the result of each to `scores` or `failures`."""
         # All hosts raise the same usage errors, but other errors may occur on a single host, which
@@ -308,10 +356,12 @@ class _TrainLoop:
             try:
                 result = self.evaluators[name](self.state.eval_params)
             except recoverable as error:
-                failures[name] = error
-                self.logger.progress.print(
-                    f"step {step:,}: {name} failed: {_describe_error(error)}"
-                )
+                if not isinstance(error, UserError | RunError | OSError):
+                    # Likely a bug, which the message alone does not locate.
+                    traceback.print_exception(error)
+                message = _describe_error(error)
+                failures[name] = EvalFailure(message, isinstance(error, UserError))
+                self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:
                 scores[name] = result
                 self.logger.log_eval(step, name, result.as_dict(), result.format_progress())

@@ -240,12 +240,11 @@ class _EventFile:
         record_writer.directory_check(folder)
         self._writer = EventsWriter(f"{folder}/events")
         self._flushed_at = time.monotonic()
-        if start_step:
-            # TensorBoard drops later steps of older files, which this run repeats.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.write_event(
-                event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start)
-            )
+        # TensorBoard drops later steps of older files, which this run repeats.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(
+            event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start)
+        )
 
     def write(self, step: int, wall_time: float, values: Mapping[str, float]) -> None:
         """Writes the values of one step; on object stores, they are uploaded later."""

@@ -167,7 +167,9 @@ def make_train_batches(
 
 
 def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
-    """Creates the evaluations of `config.evals`, by name.
+    """Creates the evaluations of `config.evals`, by name. All hosts must call it together.
+
+    For few-shot probes, it reads labels of training images, on the primary process.
 
     Raises:
         UserError: Some class has too few images for a few-shot probe.
@@ -194,7 +196,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
             continue
         train = datasets.probe_train[name]
         probe = ProbeConfig(entry.type, entry.shot_counts, tuple(range(entry.num_seeds)))
-        labels = LazyLabels(train, input_config.skip_bad)
+        labels = LazyLabels(train, input_config.skip_bad, input_config.num_threads)
         if entry.type == "few_shot":
             # Raises if a class has too few images, before training rather than after it.
             sample_once(probe, train, labels)

@@ -187,7 +187,7 @@ def accumulate_gradients(
         return x.reshape(num_microbatches, -1, *x.shape[1:])
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-        # Gradients may have a smaller dtype; their sum has not.
+        # Summed in float32, although gradients may have a smaller dtype.
         return jax.tree.map(jnp.add, total, value_and_grad(params, microbatch, shared)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)

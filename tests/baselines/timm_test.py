@@ -330,7 +330,7 @@ def test_eval_image_matches_timms_transform(settings: dict[str, Any], size: int,
             path.read_bytes(), image_size=(size, size), eval_crop=settings["interpolation"]
         )
         difference = np.abs(pixels - expected)
-        print(f"\ndifference to timm: {difference.max():.2f} grey levels")
+        print(f"\ndifference to timm: {difference.max():.2f} gray levels")
         assert difference.max() < 1.01
         assert difference.mean() < 0.5
 

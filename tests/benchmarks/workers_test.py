@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixer_jax.benchmarks.candidates import JAX, MIXER_JAX, Candidate, Workload
-from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool, is_out_of_memory
+from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool
+from mixer_jax.errors import is_out_of_memory
 
 WORKLOAD = Workload("infer", "S/32", 32, 2, "float32", 1)
 

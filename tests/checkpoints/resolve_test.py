@@ -221,18 +221,18 @@ def test_errors_of_url_libraries_are_reported_in_one_line(tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_url_library_is_reported_with_the_extra_to_install(
+def test_a_missing_url_library_is_reported_with_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with raises(UserError, f"{BUCKET}Mixer.npz", "gcsfs", 'pip install "mixer-jax[gcs]"'):
+    with raises(UserError, f"{BUCKET}Mixer.npz", "gcsfs", "pip install gcsfs"):
         load_checkpoint(f"{BUCKET}Mixer.npz")
-    with raises(UserError, f"{BUCKET}run", "gcsfs", 'pip install "mixer-jax[gcs]"'):
+    with raises(UserError, f"{BUCKET}run", "gcsfs", "pip install gcsfs"):
         check_workdir(f"{BUCKET}run", parse(load_config("digits")))
-    with raises(UserError, f"{BUCKET}data", "gcsfs", 'pip install "mixer-jax[gcs]"'):
+    with raises(UserError, f"{BUCKET}data", "gcsfs", "pip install gcsfs"):
         open_dataset("digits", "train", f"{BUCKET}data")
-    assert '"gcs": ' in (root / "setup.py").read_text()
+    assert "\ngcsfs==" in (root / "requirements-gcs.txt").read_text()
 
 
 def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,28 @@ def test_decode_rejects_truncated_files_or_decodes_every_pixel(name: str) -> Non
     assert num_rejected > 10
 
 
+@pytest.mark.parametrize(
+    ("failing", "suffix"),
+    [
+        ("simplejpeg.decode_jpeg", "JPEG"),
+        ("PIL.Image.open", "BMP"),
+        ("PIL.Image.Image.convert", "GIF"),
+        ("PIL.Image.frombytes", "PNG"),
+    ],
+)
+def test_lack_of_memory_does_not_make_an_image_bad(
+    failing: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    encoded = encode(noise(8, 8), suffix)
+    decode(encoded)
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(MemoryError):
+        decode(encoded)
+
+
 def test_threads_decode_the_same_pixels() -> None:
     files = list(files_of_all_formats().values()) * 3
     with ThreadPoolExecutor(8) as pool:

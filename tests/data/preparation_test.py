@@ -29,7 +29,7 @@ FAILURES = {
     "assertion": AssertionError("the file\nis missing"),
     "network": ConnectionError("no route to host"),
     "library": ImportError("no module named apache_beam"),
-    "tensorflow": ModuleNotFoundError("mixer-jax[tensorflow]", name="tensorflow"),
+    "tensorflow": ModuleNotFoundError("pip install tensorflow", name="tensorflow"),
     "disk": RuntimeError("write() failed: No space left on device"),
     "bug": KeyError("unknown"),
 }

@@ -7,7 +7,9 @@ import jax
 import pytest
 
 from mixer_jax.distributed import hardware
-from mixer_jax.distributed.hardware import CHIPS, get_chip, peak_flops
+from mixer_jax.distributed.hardware import CHIPS, device_error, get_chip, peak_flops
+from mixer_jax.errors import RunError, UserError
+from tests.helpers.messages import mentions
 
 
 def test_get_chip_finds_every_device_kind() -> None:
@@ -109,3 +111,35 @@ def test_silence_libtpu_keeps_the_settings_of_the_user_and_of_real_tpus(
     assert os.environ.pop("TPU_WORKER_HOSTNAMES") == "mine"
     assert ("TPU_SKIP_MDS_QUERY" in os.environ) == (not has_tpu)
     assert bool(os.environ) == (not has_tpu)
+
+
+# Messages of JAX 0.10 start with "Unable to initialize backend 'PLATFORM': ".
+@pytest.mark.parametrize(
+    ("message", "is_absent"),
+    [
+        ("Backend 'tup' is not in the list of known backends: ['cpu', 'tpu'].", True),
+        ("NOT_FOUND: TPU initialization failed: No jellyfish device found.", True),
+        ("FAILED_PRECONDITION: No visible GPU devices.", True),
+        # A bare assertion, also as a worker process summarizes it.
+        ("", True),
+        ("AssertionError", True),
+        ("ABORTED: The TPU is already in use by process with pid 41.", False),
+        ("INTERNAL: CUDA error: Failed call to cuDeviceGet: CUDA_ERROR_OUT_OF_MEMORY", False),
+        ("Segmentation fault", False),
+    ],
+)
+def test_device_error_is_a_usage_error_only_if_devices_are_absent(
+    message: str, is_absent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hint = " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+    text = message + hint if " " in message else message
+    monkeypatch.setenv("JAX_PLATFORMS", "tup,cpu")
+    error = device_error(text)
+    assert type(error) is (UserError if is_absent else RunError)
+    assert mentions(str(error), "JAX_PLATFORMS", "tup,cpu") == is_absent
+    # Without the variable, the user has not named any device.
+    monkeypatch.delenv("JAX_PLATFORMS")
+    error = device_error(text)
+    assert type(error) is RunError
+    assert "(set JAX_PLATFORMS" not in str(error)
+    assert " " not in message or mentions(str(error), message.rstrip("."))

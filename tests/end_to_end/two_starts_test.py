@@ -16,6 +16,7 @@ from tests.helpers.processes import (
     final_arrays,
     finish,
     has_reached,
+    kill_at_end,
     start,
     untimed_metrics,
     wait_until,
@@ -34,8 +35,8 @@ def check_refused(
     The first process is stopped in the meantime, so that it cannot finish before.
     """
     first.send_signal(signal.SIGSTOP)
-    second = start_second()
-    out, err = second.communicate(timeout=60)
+    with kill_at_end(start_second()) as second:
+        out, err = second.communicate(timeout=60)
     first.send_signal(signal.SIGCONT)
     assert (second.returncode, out) == (1, "")
     (line,) = err.splitlines()
@@ -53,19 +54,17 @@ def test_second_start_is_refused_and_does_not_disturb_the_first(
 ) -> None:
     if killed:
         # A lock whose owner was killed does not block.
-        process = start(digits_dir, tmp_path, optimized=True)
-        wait_until(lambda: has_reached(tmp_path, 12), process)
-        process.kill()
-        process.communicate()
+        with kill_at_end(start(digits_dir, tmp_path, optimized=True)) as process:
+            wait_until(lambda: has_reached(tmp_path, 12), process)
         assert (tmp_path / ".lock").exists()
-    first = start(digits_dir, tmp_path, optimized=True)
     start_again = functools.partial(start, digits_dir, tmp_path, optimized=True)
-    # At once, when the first has not written anything yet, and while it trains.
-    wait_until(lambda: holds_lock(first, tmp_path), first)
-    check_refused(start_again, tmp_path, first)
-    wait_until(lambda: has_reached(tmp_path, 13), first)
-    check_refused(start_again, tmp_path, first)
-    finish(first)
+    with kill_at_end(start_again()) as first:
+        # At once, when the first has not written anything yet, and while it trains.
+        wait_until(lambda: holds_lock(first, tmp_path), first)
+        check_refused(start_again, tmp_path, first)
+        wait_until(lambda: has_reached(tmp_path, 13), first)
+        check_refused(start_again, tmp_path, first)
+        finish(first)
     assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
     expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
     for item, arrays in expected.items():
@@ -81,10 +80,10 @@ workspace = suites.workspace
 def test_second_start_of_a_suite_is_refused(
     workspace: Path, digits_dir: str, tmp_path: Path
 ) -> None:
-    first = suites.start(workspace, tmp_path, digits_dir, "--tasks=low")
-    wait_until(lambda: suites.reaches(tmp_path, "low/final/seed=0", 2), first)
     start_again = functools.partial(suites.start, workspace, tmp_path, digits_dir)
-    check_refused(start_again, tmp_path, first)
-    finish(first)
+    with kill_at_end(start_again("--tasks=low")) as first:
+        wait_until(lambda: suites.reaches(tmp_path, "low/final/seed=0", 2), first)
+        check_refused(start_again, tmp_path, first)
+        finish(first)
     assert (tmp_path / "low/final/seed=0/result.json").exists()
     assert not list(tmp_path.rglob("*.lock"))

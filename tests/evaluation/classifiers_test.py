@@ -44,8 +44,8 @@ def test_fit_ridge_agrees_with_scikit_learn(n: int, d: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     scales = 10.0 ** rng.uniform(-3, 3, d)
     labels = np.arange(n) % 5
-    centres = rng.normal(size=(5, d))
-    features = ((rng.normal(size=(n, d)) + centres[labels]) * scales + 7).astype(np.float32)
+    centers = rng.normal(size=(5, d))
+    features = ((rng.normal(size=(n, d)) + centers[labels]) * scales + 7).astype(np.float32)
     queries = (rng.normal(size=(300, d)) * scales + 7).astype(np.float32)
     scores = fit_ridge(features, labels, 5).scores(queries)
     expected = reference_ridge_scores(features, labels, queries, 5)

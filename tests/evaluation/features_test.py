@@ -10,15 +10,15 @@ import pytest
 from mixer_jax.data.source import Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.features import Chunk, FeatureExtractor, make_feature_fn, rechunk
+from mixer_jax.evaluation.features import FeatureChunk, FeatureExtractor, make_feature_fn, rechunk
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.models.mixer import MlpMixer
 from tests.evaluation.conftest import IMAGE_SIZE, make_input_config, pixels_as_features
 from tests.helpers.messages import raises
 
 
-def join(chunks: Any) -> Chunk:
-    return Chunk(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+def join(chunks: Any) -> FeatureChunk:
+    return FeatureChunk(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
 @pytest.mark.parametrize("devices", [1, 8])

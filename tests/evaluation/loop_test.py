@@ -119,7 +119,7 @@ def test_evaluate_with_real_labels(
     assert metrics.top1 == np.mean(is_correct)
     assert 0 < metrics.top1 < 1
     # The second of the two bad images has no correct class either.
-    assert (metrics.num_examples, metrics.num_bad, metrics.num_unlabelled) == (87, 2, 11)
+    assert (metrics.num_examples, metrics.num_bad, metrics.num_unlabeled) == (87, 2, 11)
 
 
 def test_evaluate_names_bad_images_and_the_fix(

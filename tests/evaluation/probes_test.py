@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ import pytest
 from jax.sharding import Mesh
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.source import Source, subset
+from mixer_jax.data.source import Examples, Source, subset
 from mixer_jax.distributed.sharding import make_mesh
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation import probes
 from mixer_jax.evaluation.classifiers import L2_REGS
-from mixer_jax.evaluation.features import Chunk, FeatureExtractor, FeatureFn, make_feature_fn
+from mixer_jax.evaluation.features import FeatureChunk, FeatureExtractor, FeatureFn, make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import (
     UNUSABLE,
@@ -232,12 +233,12 @@ class CheckedExtractor(FeatureExtractor):
         super().__init__(feature_fn, params, source, mesh, input_config)
         self.source, self.may_hold = source, source.name in params
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[FeatureChunk]:
         refs: list[weakref.ref[np.ndarray]] = []
         for start in range(0, len(self.source), 20):
             indices = np.arange(start, min(start + 20, len(self.source)))
             features = np.random.default_rng(start).normal(size=(len(indices), 8))
-            chunk = Chunk(features.astype(np.float32), indices % 10, indices)
+            chunk = FeatureChunk(features.astype(np.float32), indices % 10, indices)
             refs.append(weakref.ref(chunk.features))
             yield chunk
             del chunk
@@ -252,8 +253,8 @@ def test_run_probe_does_not_hold_on_to_test_features(
     monkeypatch.setattr(probes, "FeatureExtractor", CheckedExtractor)
     monkeypatch.setattr(probes, "_TEST_ROWS", 20)
     example = {"image": b"", "labels": (0,), "name": ""}
-    labelled = [example | {"labels": (index % 10,)} for index in range(400)]
-    train, test = Source("train", labelled, TEN), Source("test", [example] * 1000, TEN)
+    labeled = [example | {"labels": (index % 10,)} for index in range(400)]
+    train, test = Source("train", labeled, TEN), Source("test", [example] * 1000, TEN)
     found = run_probe(
         pixels_as_features,
         # Few-shot probes hold the few training features; k-NN copies them; linear holds none.
@@ -351,6 +352,42 @@ def test_lazy_labels_read_only_what_is_needed_and_once() -> None:
     before = examples.reads
     assert (sample(labels, 5) == first).all()
     assert examples.reads == before
+
+
+class SimultaneousLabels(Examples):
+    """Labels whose reads wait until another one is in progress."""
+
+    def __init__(self, count: int):
+        self._labels, self._barrier = np.arange(count) % 10, threading.Barrier(2, timeout=60)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+    def read_labels(self, index: int) -> tuple[int, ...]:
+        self._barrier.wait()
+        return (int(self._labels[index]),)
+
+
+def test_labels_are_read_by_several_threads() -> None:
+    examples = SimultaneousLabels(1000)
+    labels = LazyLabels(Source("slow", examples, TEN), skip_bad=False, num_threads=2)
+    assert (sample(labels, 5) == sample(examples._labels.tolist(), 5)).all()
+
+
+def test_labels_read_ahead_are_counted_as_bad_only_if_they_are_used() -> None:
+    source, _ = make_source(20, broken=(3, 4))
+    labels = LazyLabels(source, skip_bad=True)
+    labels.read_ahead(range(20))
+    assert labels.bad == set()
+    assert (labels[3], labels.bad) == (UNUSABLE, {3})
+    labels = LazyLabels(source, skip_bad=False)
+    labels.read_ahead(range(20))
+    assert labels[5] == 5
+    with raises(UserError, "no. 4", "truncated"):
+        labels[4]
 
 
 def test_lazy_labels_skip_unreadable_examples_or_raise() -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from tests.helpers.images import encode, png_chunk, smooth
 
 _HEIGHT, _WIDTH = 18, 22
-# Adam7 interlacing: first row, row step, first column and column step of the seven passes.
+# Adam7 interlacing: first row, row step, first column and column step of the seven passes. Repeated
+# from the PNG specification on purpose: the decoder's own table would hide a mistake in it.
 _ADAM7 = [
     (0, 8, 0, 8),
     (0, 8, 4, 8),

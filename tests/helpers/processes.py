@@ -1,12 +1,13 @@
 """Training runs as real processes, started as users start them, to watch and to stop."""
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def start_two_hosts(
         start(data_dir, workdir, env, **overrides) for env in two_host_env(num_devices)
     )
     return first, second
+
+
+@contextlib.contextmanager
+def kill_at_end(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Yields a process and kills it if it still runs at the end of the block, e.g. on a failure."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,11 +13,11 @@ import pytest
 
 from mixer_jax.suites import cost
 from mixer_jax.suites.builtin import AVG5, SUITES
-from mixer_jax.suites.cost import format_dry_run, search_batch_size
+from mixer_jax.suites.cost import format_dry_run
 from mixer_jax.suites.datasets import choose_image_size, open_task_data
 from mixer_jax.suites.tasks import FineTuneTask
 from tests.helpers.lines import some_line_mentions
-from tests.helpers.messages import mentions
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_suite import LARGE_INFO, LOW, SUITE, make_plan
 
@@ -95,39 +97,46 @@ def test_format_dry_run_counts_flops_of_the_resized_model(
     assert second > 4 * first
 
 
-def test_search_batch_size_stops_when_larger_batches_are_slower() -> None:
-    seconds = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.9, 64: 4.0, 128: 8.0}
-    measured = []
+def fake_seconds(capacity: int, message: str) -> Callable[..., float]:
+    """Returns a replacement of `_median_seconds` that fails above a batch size."""
 
-    def seconds_per_batch(batch_size: int) -> float:
-        measured.append(batch_size)
-        return seconds[batch_size]
+    def median_seconds(compute: Any, params: Any, images: jax.Array, min_seconds: float) -> float:
+        if len(images) > capacity:
+            raise jax.errors.JaxRuntimeError(message)
+        return 0.25
 
-    assert search_batch_size(seconds_per_batch) == (32 / 1.9, 32)
-    assert measured == [1, 2, 4, 8, 16, 32, 64]
+    return median_seconds
 
 
 @pytest.mark.parametrize(
-    ("capacity", "expected"), [(0, (0.0, 0)), (1, (4.0, 1)), (40, (128.0, 32))]
+    ("capacity", "expected"), [(0, (0.0, 0)), (1, (4.0, 1)), (40, (128.0, 32)), (99, (128.0, 32))]
 )
-def test_search_batch_size_stops_when_memory_is_full(
-    capacity: int, expected: tuple[float, int]
+def test_measure_throughput_stops_when_memory_is_full(
+    capacity: int, expected: tuple[float, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seconds_per_batch(batch_size: int) -> float:
-        if batch_size > capacity:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return 0.25
-
-    assert search_batch_size(seconds_per_batch) == expected
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 12288 bytes."
+    monkeypatch.setattr(cost, "_median_seconds", fake_seconds(capacity, message))
+    monkeypatch.setattr(cost, "_MAX_BATCH_SIZE", 32)
+    assert cost.measure_throughput(random_weights())[:2] == expected
 
 
-def test_search_batch_size_raises_other_errors() -> None:
-    with pytest.raises(ZeroDivisionError):
-        search_batch_size(lambda batch_size: 1 / 0)
+def test_measure_throughput_has_a_result_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_median_seconds", fake_seconds(2, "RESOURCE_EXHAUSTED"))
+    monkeypatch.setattr(cost, "_SEARCH_SECONDS", -1.0)
+    assert cost.measure_throughput(random_weights())[:2] == (8.0, 2)
+
+
+@pytest.mark.parametrize("capacity", [0, 20])
+def test_measure_throughput_raises_other_errors(
+    capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_median_seconds", fake_seconds(capacity, "INTERNAL: no such kernel"))
+    with raises(jax.errors.JaxRuntimeError, "no such kernel"):
+        cost.measure_throughput(random_weights())
 
 
 def test_measure_throughput_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_MAX_BATCH_SIZE", 2)
+    monkeypatch.setattr(cost, "_MAX_BATCH_SIZE", 16)
     measured = cost.measure_throughput(random_weights())
     assert measured.images_per_second > 100
     assert np.log2(measured.batch_size) % 1 == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import DiskFullError, OutputWriteError
 from mixer_jax.suites.builtin import SUITES
 from mixer_jax.suites.plan import TransferPlan
 from mixer_jax.suites.table import (
@@ -26,6 +26,7 @@ from mixer_jax.suites.table import (
 )
 from mixer_jax.suites.tasks import FineTuneTask, Suite
 from mixer_jax.suites.workdir import RunResult, Throughput, save_plan, save_result, save_throughput
+from tests.helpers.file_size_limit import file_size_limit
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_suite import LARGE_INFO, PROBE, make_plan
@@ -124,7 +125,7 @@ def test_make_table_has_a_mean_per_group(tmp_path: Path) -> None:
     table = make_table(large_plan(suite), str(tmp_path), None)
     means = table.rows[len(suite.tasks) :]
     assert [row.runs for row in means] == [7, 4, 8, 19]
-    groups = ("natural", "specialised", "structured", "vtab1k")
+    groups = ("natural", "specialized", "structured", "vtab1k")
     assert each_mentions([row.task for row in means], *((group,) for group in groups))
     natural, _, _, vtab1k = means
     assert natural.mean == pytest.approx(53.0)
@@ -186,7 +187,11 @@ def test_report_prints_the_table_if_it_cannot_be_written(
 ) -> None:
     save_plan(str(tmp_path), large_plan(SUITES["avg5"]))
     (tmp_path / "results.csv").mkdir()
-    with raises(UserError, "--workdir", f"{tmp_path}/results.csv", "--report"):
+    with raises(OutputWriteError, str(tmp_path), f"{tmp_path}/results.csv"):
+        report(str(tmp_path))
+    assert some_line_mentions(capsys.readouterr().out, "avg5", "93.91")
+    (tmp_path / "results.csv").rmdir()
+    with raises(DiskFullError, str(tmp_path), "File too large"), file_size_limit(10):
         report(str(tmp_path))
     assert some_line_mentions(capsys.readouterr().out, "avg5", "93.91")
     assert not list(tmp_path.glob("*.tmp"))

@@ -24,7 +24,7 @@ from tests.helpers.batches import UNCHANGED, mesh_of
 from tests.helpers.fake_vtab import COUNTS, SliceMap, real_features, write_fake_dataset
 
 SIZE = 16
-# Classes and labelled splits of the datasets in the paper's average of five.
+# Classes and labeled splits of the datasets in the paper's average of five.
 AVERAGE_OF_FIVE = {
     "imagenet2012": (1000, ("train", "validation")),
     "imagenet2012_real": (1000, ("validation",)),
@@ -76,7 +76,7 @@ def test_splits_have_the_declared_sizes_and_do_not_overlap(task: FineTuneTask) -
 
 def test_vtab_1k_has_nineteen_tasks_in_three_groups() -> None:
     groups = [task.group for task in VTAB_1K]
-    assert groups == ["natural"] * 7 + ["specialised"] * 4 + ["structured"] * 8
+    assert groups == ["natural"] * 7 + ["specialized"] * 4 + ["structured"] * 8
     assert len({task.name for task in VTAB_1K}) == len({task.dataset for task in VTAB_1K}) == 19
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixer_jax.errors import OutputWriteError, RunError, UserError
+from mixer_jax.errors import DiskFullError, OutputWriteError, RunError, UserError
 from mixer_jax.files import file_lock
 from mixer_jax.suites import workdir
 from mixer_jax.suites.builtin import SUITES
@@ -29,6 +30,7 @@ from mixer_jax.suites.workdir import (
     save_throughput,
     select_learning_rate,
 )
+from tests.helpers.file_size_limit import file_size_limit
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
@@ -51,12 +53,13 @@ OLD_PLAN: dict[str, Any] = json.loads("""
 "dataset": "digits/low", "num_classes": 5, "choose_split": "train[:80%]", "validation_split":
 "train[80%:]", "train_split": "train", "test_split": "test", "num_examples": [], "num_steps": 20,
 "warmup_steps": 2, "learning_rates": [0.01, 0.03], "batch_size": 16, "seeds": [0, 1], "large": null,
-"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group": "",
-"changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}}, {"kind": "probe", "name":
-"few", "dataset": "digits/low", "method": "few_shot", "train_split": "train", "test_split": "test",
-"num_classes": 0, "num_examples": [], "shots": [1, 5], "seeds": [0], "large": null, "eval_crop": "",
-"beside_fresh": false}], "paper": ""}, "checkpoint": "runs/a", "about": {"variant": "custom",
-"widths": {"num_blocks": 1, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8,
+"train_crop": "shift", "flip": false, "eval_crop": "whole", "also": {}, "paper": "", "group":
+"specialised", "changes": {"recipe.accumulation_steps": 2, "preprocess.max_shift": 1}},
+{"kind": "probe", "name": "few", "dataset": "digits/low", "method": "few_shot",
+"train_split": "train", "test_split": "test", "num_classes": 0, "num_examples": [], "shots": [1, 5],
+"seeds": [0], "large": null, "eval_crop": "", "beside_fresh": false}], "paper": ""},
+"checkpoint": "runs/a", "about": {"variant": "custom", "widths": {"num_blocks": 1, "patch_size": 8,
+"hidden_dim": 16, "tokens_mlp_dim": 8,
 "channels_mlp_dim": 16}, "image_size": [16, 16], "num_classes": 5, "class_names": [], "gelu":
 "tanh", "eval_crop": "whole", "exif_orientation": false, "loss": "softmax", "dtype": "auto",
 "resolution": ""}, "data_dir": "", "overrides": {"loader.threads": "2", "optimizer.decay": "none"},
@@ -78,6 +81,7 @@ def test_read_plan_translates_old_spellings(tmp_path: Path) -> None:
         ("optimizer.decay_type", "none"),
     )
     assert saved.model_info.eval_crop == "resize"
+    assert low.group == "specialized"
     assert (saved.pretrain_dataset, saved.pretrain_dataset_assumed) == ("i21k", True)
     # The same suite can be resumed.
     assert save_plan(str(tmp_path), saved) == []
@@ -150,6 +154,25 @@ def test_save_plan_waits_for_another_process(
     assert saved is not None
     assert saved.overrides == other.overrides
     assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda folder: save_plan(folder, make_plan()),
+        lambda folder: save_throughput(folder, Throughput(1234.5, 64, "TPU v4", (224, 224))),
+    ],
+)
+def test_save_on_a_full_disk_may_be_retried(save: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    with raises(DiskFullError, str(folder), "File too large"), file_size_limit(10):
+        save(str(folder))
+    assert list(folder.iterdir()) == []
+    save(str(folder))
+    (tmp_path / "file").touch()
+    with raises(OutputWriteError, f"{tmp_path}/file/suite"):
+        save(f"{tmp_path}/file/suite")
 
 
 def test_lock_tasks_excludes_processes_with_a_task_in_common(tmp_path: Path) -> None:

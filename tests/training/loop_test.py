@@ -1,11 +1,16 @@
 """Tests of whole runs in this process; those that kill processes are in end_to_end/."""
 
 import dataclasses
+import errno
+import functools
+import gc
 import importlib
 import json
 import re
 import shutil
 import signal
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,11 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.load import load_checkpoint
-from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.manager import CheckpointManager, remove_unfinished_saves
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import EvalConfig
 from mixer_jax.distributed.multihost import GracefulShutdown
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -33,6 +38,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
+from mixer_jax.training.workdir import lock_workdir
 from mixer_jax.visualization.curves import draw_curves
 from tests.helpers.lines import each_mentions
 from tests.helpers.messages import mentions, raises
@@ -216,12 +222,42 @@ def test_an_evaluation_that_fails_keeps_no_other_from_running(
         assert result.scores.keys() == {"test"}
         with raises(RunError, "bad", "OSError", "damaged record 7"):
             result.raise_failures()
-        lines = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        lines = printed.out.splitlines()
         failed = [line for line in lines if "damaged" in line]
         steps = range(first_step, 21, 10)
         each = [(str(step), "bad", "OSError", "damaged record 7") for step in steps]
         assert each_mentions(failed, *each)
     assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
+
+
+def test_bug_in_an_evaluation_prints_its_traceback_and_holds_no_parameters(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held: list[weakref.ref[jax.Array]] = []
+
+    def make_broken(experiment: Experiment) -> dict[str, Any]:
+        def multiply_by_text(params: Any, text: Any = "text") -> Any:
+            bias = jnp.copy(params["head"]["bias"])
+            held.append(weakref.ref(bias))
+            return bias @ text
+
+        return {"test": multiply_by_text}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_broken)
+    config = small_config(digits_dir, num_steps=3, **NO_REGULARIZATION)
+    result = train_and_evaluate(config, str(tmp_path))
+    assert (result.step, result.scores, len(held)) == (3, {}, 1)
+    gc.collect()
+    assert held[0]() is None
+    with raises(RunError, "test", "TypeError"):
+        result.raise_failures()
+    # Function and line, which the message does not contain.
+    assert mentions(capsys.readouterr().err, "Traceback", "multiply_by_text", "bias @ text")
 
 
 def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:
@@ -402,6 +438,137 @@ def test_signal_saves_and_stops_the_run(
     assert mentions(capsys.readouterr().out, number.name, "step 1")
     assert list_steps(str(tmp_path)) == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupt_at(stop_step: int, patch: pytest.MonkeyPatch) -> None:
+    """Makes this process receive SIGTERM while it takes a step."""
+    take_step = loop_module._TrainLoop.take_step
+
+    def take_step_and_signal(self: Any, step: int, batch: Any) -> None:
+        take_step(self, step, batch)
+        if step == stop_step:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(loop_module._TrainLoop, "take_step", take_step_and_signal)
+
+
+# At the last step, nothing resumes, and the evaluation of the run is expected.
+@pytest.mark.parametrize("stop_step", [10, 20])
+def test_interrupted_run_saves_before_it_evaluates(
+    stop_step: int, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation that was due is run when the run resumes, and nothing else is different."""
+    events: list[str] = []
+    save = CheckpointManager.save
+
+    def record_save(self: CheckpointManager, step: int, *args: Any, **kwargs: Any) -> None:
+        save(self, step, *args, **kwargs)
+        events.append(f"save {step}")
+
+    def make_recording(experiment: Experiment) -> dict[str, Any]:
+        def record_eval(params: Any, original: Any) -> Any:
+            events.append("evaluate")
+            return original(params)
+
+        evaluators = make_evaluators(experiment).items()
+        return {name: functools.partial(record_eval, original=fn) for name, fn in evaluators}
+
+    config = small_config(digits_dir, checkpoint__every_steps=0, **NO_REGULARIZATION)
+    monkeypatch.setattr(CheckpointManager, "save", record_save)
+    monkeypatch.setattr(loop_module, "make_evaluators", make_recording)
+    train_and_evaluate(config, str(tmp_path / "undisturbed"))
+    assert events == ["evaluate", "save 20", "evaluate"]
+    events.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(stop_step, patch)
+        result = train_and_evaluate(config, str(tmp_path / "run"))
+    assert (result.step, result.stopped_by) == (stop_step, signal.SIGTERM)
+    if stop_step == 10:
+        assert (events, result.scores) == (["save 10"], {})
+        events.clear()
+        train_and_evaluate(config, str(tmp_path / "run"))
+    assert events == ["evaluate", "save 20", "evaluate"]
+    assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
+
+
+def test_resumed_run_repeats_no_evaluation(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits_dir, **NO_REGULARIZATION)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(11, patch)
+        train_and_evaluate(config, str(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints" / "11")
+    calls: list[int] = []
+
+    def make_recording(experiment: Experiment) -> dict[str, Any]:
+        def record_eval(params: Any) -> Any:
+            calls.append(1)
+            return original(params)
+
+        original = make_evaluators(experiment)["test"]
+        return {"test": record_eval}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_recording)
+    # Resumes from step 10, which has been evaluated.
+    assert train_and_evaluate(config, str(tmp_path)).step == 20
+    assert len(calls) == 1
+    assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [10, 20]
+
+
+def is_locked(workdir: Path) -> bool:
+    """Returns whether other threads and processes cannot lock a workdir."""
+
+    def is_refused() -> bool:
+        try:
+            with lock_workdir(str(workdir)):
+                return False
+        except RunError:
+            return True
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(is_refused).result()
+
+
+@pytest.mark.parametrize(
+    ("filename", "named"),
+    [
+        (None, "workdir '{workdir}'"),
+        ("{workdir}/checkpoints/5", "workdir '{workdir}'"),
+        ("{workdir}_scratch/spill", "'{workdir}_scratch/spill'"),
+    ],
+)
+def test_full_disk_names_the_full_one_and_frees_space_in_a_locked_workdir(
+    filename: str | None,
+    named: str,
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workdir = tmp_path / "run"
+    unfinished = workdir / "checkpoints" / "10.orbax-checkpoint-tmp"
+    save = CheckpointManager.save
+    locked: list[bool] = []
+
+    def fill_disk(self: CheckpointManager, step: int, *args: Any, **kwargs: Any) -> None:
+        if step == 5:
+            return save(self, step, *args, **kwargs)
+        unfinished.mkdir()
+        path = filename and filename.format(workdir=workdir)
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    def remove(path: str) -> None:
+        locked.append(is_locked(workdir))
+        remove_unfinished_saves(path)
+
+    monkeypatch.setattr(CheckpointManager, "save", fill_disk)
+    monkeypatch.setattr(loop_module, "remove_unfinished_saves", remove)
+    with raises(DiskFullError, "No space left on device", f"{workdir}/checkpoints/5") as caught:
+        train_and_evaluate(small_config(digits_dir, **NO_REGULARIZATION), str(workdir))
+    assert str(caught.value).startswith(f"{named.format(workdir=workdir)} cannot be written")
+    assert locked == [True]
+    assert not unfinished.exists()
+    assert not is_locked(workdir)
 
 
 def test_run_saves_checkpoints_by_time(digits_dir: str, tmp_path: Path) -> None:

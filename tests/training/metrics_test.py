@@ -122,16 +122,21 @@ def test_events_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
 
 
 def test_events_of_a_resumed_run_replace_those_after_the_checkpoint(tmp_path: Path) -> None:
-    for start_step, loss in ((0, 1.0), (2, 2.0)):
+    attempts = [
+        (0, 1.0, [1.0, 1.0, 1.0, 1.0]),
+        (2, 2.0, [1.0, 1.0, 2.0, 2.0]),
+        (0, 3.0, [3.0, 3.0, 3.0, 3.0]),
+    ]
+    for attempt, (start_step, loss, expected) in enumerate(attempts):
         writer = MetricsWriter(str(tmp_path), start_step, is_primary=True)
         for step in range(start_step + 1, 5):
             writer.write(step, {"loss": loss})
         writer.close()
         # Names of event files have the time in seconds.
         (file,) = tmp_path.glob("events/events.out.tfevents.[0-9][0-9]*")
-        file.rename(file.with_name(f"events.out.tfevents.{start_step}"))
-    values = [(step, value) for _, step, value in read_events(tmp_path / "events")]
-    assert values == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+        file.rename(file.with_name(f"events.out.tfevents.{attempt}"))
+        values = [(step, value) for _, step, value in read_events(tmp_path / "events")]
+        assert values == list(enumerate(expected, start=1))
 
 
 def test_events_on_an_object_store_are_complete_after_close(tmp_path: Path) -> None:

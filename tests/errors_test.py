@@ -1,0 +1,66 @@
+"""Tests of exceptions and of what messages say about them."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mixer_jax.errors import no_space_path, no_space_reason
+from tests.helpers.messages import mentions
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.jsonl")
+
+
+def raise_from_no_space(error: Exception, how: str) -> Exception:
+    """Raises an error while a lack of space is handled, and returns it."""
+    try:
+        try:
+            raise NO_SPACE
+        except OSError as cause:
+            if how == "implicitly":
+                raise error  # noqa: B904
+            raise error from (cause if how == "from it" else None)
+    except type(error) as raised:
+        return raised
+
+
+@pytest.mark.parametrize("how", ["from it", "implicitly"])
+def test_no_space_reason_has_the_text_of_the_error(how: str) -> None:
+    error = raise_from_no_space(KeyError("top1"), how)
+    assert mentions(no_space_reason(error), "No space left on device", "KeyError", "top1")
+
+
+def test_no_space_reason_of_the_error_itself_names_its_file() -> None:
+    reason = no_space_reason(NO_SPACE)
+    assert mentions(reason, "No space left on device", "/disk/run/metrics.jsonl")
+    assert reason.count("No space left on device") == 1
+
+
+def test_no_space_reason_ignores_a_suppressed_context() -> None:
+    assert no_space_reason(NO_SPACE) != ""
+    assert no_space_reason(raise_from_no_space(KeyError("top1"), "from None")) == ""
+
+
+def test_no_space_reason_reads_the_messages_of_libraries() -> None:
+    reason = no_space_reason(ValueError("RESOURCE_EXHAUSTED: write: No space left on device [28]"))
+    assert mentions(reason, "No space left on device", "RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize(
+    ("folder", "is_outside"),
+    [("/disk/run", False), ("/disk/ru", True), ("/other", True), ("gs://disk/run", True)],
+)
+def test_no_space_path_is_the_file_if_it_is_outside(folder: str, is_outside: bool) -> None:
+    for error in (NO_SPACE, raise_from_no_space(ValueError("failed"), "from it")):
+        assert no_space_path(error, folder) == (NO_SPACE.filename if is_outside else folder)
+
+
+def test_no_space_path_resolves_links(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    error = OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/disk/metrics.jsonl")
+    assert no_space_path(error, f"{tmp_path}/link") == f"{tmp_path}/link"
+
+
+def test_no_space_path_is_the_folder_if_the_error_names_no_file() -> None:
+    assert no_space_path(OSError(errno.ENOSPC, "No space left on device"), "/run") == "/run"
