@@ -129,6 +129,13 @@ def summarize_error(error: BaseException) -> str:
     return text.rstrip(".") or type(error).__name__
 
 
+def describe_error(error: Exception) -> str:
+    """Formats an error in one line, with its type if the message is another library's."""
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    return f"{type(error).__name__}: {summarize_error(error)}."
+
+
 def install_hint(reason: str) -> str:
     """Formats how to install the library that the message of an error names; empty if none."""
     return "".join(f" {fix}" for library, fix in _INSTALL_HINTS.items() if library in reason)

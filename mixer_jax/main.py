@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixer_jax.checkpoints.resolve import list_steps, resolve_checkpoint
+from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
@@ -72,7 +72,7 @@ def _train(config: RunConfig, workdir: str) -> int:
     resolved_workdir = workdirs.resolve_workdir(workdir)
     for change in workdirs.check_workdir(resolved_workdir, config):
         print(f"changed since this run was last started: {change}")
-    if config.init_from and not list_steps(resolved_workdir):
+    if config.init_from and not list_saved_steps(resolved_workdir):
         resolve_checkpoint(config.init_from)
 
     # Arguments are valid: only now import JAX.

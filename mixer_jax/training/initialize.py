@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, DAMAGED_DIR, list_saved_steps
@@ -65,7 +65,9 @@ def find_init_source(
         return _find_valid_checkpoint(workdir, steps)
     if not config.init_from:
         return None
-    weights = weights or load_checkpoint(config.init_from)
+    if weights is None:
+        source, step = multihost.compute_once(lambda: pin_checkpoint(config.init_from))
+        weights = load_checkpoint(source, step=step)
     if config.model.variant != INIT_FROM:
         _check_same_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))

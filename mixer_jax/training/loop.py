@@ -26,9 +26,9 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    describe_error,
     no_space_path,
     no_space_reason,
-    summarize_error,
 )
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
@@ -359,7 +359,7 @@ class _TrainLoop:
                 if not isinstance(error, UserError | RunError | OSError):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
-                message = _describe_error(error)
+                message = describe_error(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))
                 self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:
@@ -375,13 +375,6 @@ class _TrainLoop:
         self.saved_step, self.saved_at = step, time.monotonic()
         # A request sent before this save would cause another one.
         self.shared_flags.clear()
-
-
-def _describe_error(error: Exception) -> str:
-    """Formats an error in one line, with its type if the message is another library's."""
-    if isinstance(error, UserError | RunError):
-        return str(error)
-    return f"{type(error).__name__}: {summarize_error(error)}."
 
 
 def _is_due(step: int, every_steps: int) -> bool:

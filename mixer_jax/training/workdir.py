@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.errors import (
@@ -92,7 +92,7 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
     _check_writable(workdir)
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
-        if list_steps(workdir):
+        if list_saved_steps(workdir):
             raise UserError(
                 f"workdir {workdir!r} has checkpoints but no {CONFIG_FILE}. {_OTHER_WORKDIR}."
             )
@@ -103,7 +103,7 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
         raise UserError(
             f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
         ) from error
-    if incompatible and list_steps(workdir):
+    if incompatible and list_saved_steps(workdir):
         raise UserError(
             f"workdir {workdir!r} belongs to another experiment ({'; '.join(incompatible)}). "
             f"{_OTHER_WORKDIR}, or undo the change to resume."
