@@ -8,6 +8,7 @@ anything is restored.
 """
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from etils import epath
 
 from mixer_jax.checkpoints.checksums import (
     DamagedFileError,
+    read_errors,
     require_checksums,
     verify_checksums,
     write_checksums,
@@ -110,6 +112,7 @@ class CheckpointManager:
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         with self._damage_errors(step):
@@ -128,6 +131,9 @@ class CheckpointManager:
             step: Step of the checkpoint.
             worker: Index among the workers that verify a part of the files each.
             num_workers: Number of workers.
+
+        Raises:
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         try:
             _read_json(self._folder / str(step), INDEX)
@@ -146,6 +152,7 @@ class CheckpointManager:
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         with self._damage_errors(step):
             self._verify(step, item)
@@ -170,6 +177,7 @@ class CheckpointManager:
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         with self._damage_errors(step):
             if not is_verified:
@@ -197,8 +205,9 @@ class CheckpointManager:
         sys.unraisablehook = _AbandonedFilter(hook)
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            # A device failed or is out of memory; the checkpoint may be intact.
+        except (MemoryError, RunError, jax.errors.JaxRuntimeError):
+            # A device failed or is out of memory, or a file cannot be read for the moment; the
+            # checkpoint may be intact.
             raise
         except Exception as error:
             # orbax raises errors of many types. The hook stays, because reads may still be ending.
@@ -211,10 +220,12 @@ class CheckpointManager:
 
 
 def _read_json(folder: Any, file: str) -> Any:
+    with read_errors(folder, file):
+        content = (folder / file).read_bytes()
     try:
-        return json.loads((folder / file).read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{file} is missing or cannot be read") from error
+        return json.loads(content)
+    except ValueError as error:
+        raise DamagedFileError(f"{file} is not valid JSON") from error
 
 
 class _AbandonedFilter:
@@ -238,6 +249,13 @@ def _ignore_abandoned_writes() -> None:
     if not isinstance(sys.unraisablehook, _AbandonedFilter):
         sys.unraisablehook = _AbandonedFilter(sys.unraisablehook)
     warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(_is_not_abandoned)
+
+
+def _is_not_abandoned(record: logging.LogRecord) -> bool:
+    """Filters what asyncio logs about a failed write of orbax that nobody waits for."""
+    message = record.getMessage()
+    return "exception was never retrieved" not in message or "orbax" not in message
 
 
 def remove_unfinished_saves(workdir: str) -> None:

@@ -17,7 +17,7 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import describe_changes
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
@@ -78,6 +78,10 @@ def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
     """Finds the newest checkpoint that is not damaged; each host verifies a part of the files.
 
     All hosts must call it together, and get the same answer.
+
+    Raises:
+        UserError: All checkpoints are damaged.
+        RunError: A file cannot be read, perhaps only for the moment.
     """
     checkpoints = CheckpointManager(workdir)
     folder = f"{workdir}/{CHECKPOINT_DIR}"
@@ -85,8 +89,7 @@ def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
     damaged: list[int] = []
     try:
         for step in reversed(steps):
-            problem = checkpoints.find_damage(step, jax.process_index(), jax.process_count())
-            problem = next(filter(None, multihost.gather_text(problem)), "")
+            problem = _find_damage(checkpoints, step)
             if not problem:
                 metadata, problem = multihost.compute_once(
                     functools.partial(_read_metadata, checkpoints, step)
@@ -102,6 +105,22 @@ def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
         f"{'; '.join(notes)}. The run has no valid checkpoint to resume from: restore one, or move "
         f"{folder} elsewhere to start again."
     )
+
+
+def _find_damage(checkpoints: CheckpointManager, step: int) -> str:
+    """Returns what is wrong with a checkpoint, or "", the same on all hosts.
+
+    Raises:
+        RunError: A host cannot read a file, perhaps only for the moment; raised on all hosts.
+    """
+    damage = failure = ""
+    try:
+        damage = checkpoints.find_damage(step, jax.process_index(), jax.process_count())
+    except RunError as error:
+        failure = str(error)
+    for message in filter(None, multihost.gather_text(failure)):
+        raise RunError(message)
+    return next(filter(None, multihost.gather_text(damage)), "")
 
 
 def _read_metadata(checkpoints: CheckpointManager, step: int) -> tuple[dict[str, Any], str]:
