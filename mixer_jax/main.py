@@ -16,6 +16,7 @@ from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
+from mixer_jax.files import raise_open_file_limit
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     args, overrides = parser.parse_known_args(argv)
+    raise_open_file_limit()
     config = parse(load_config_with_overrides(args.config, overrides))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)

@@ -17,15 +17,12 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import describe_changes
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import RunError, UserError, abbreviate
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import moved_folders
-
-# Differences between data sets that are listed in a message.
-_MAX_CHANGES = 4
 
 
 class InitSource(NamedTuple):
@@ -238,10 +235,9 @@ def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: s
     else:  # An older version stored only the paths.
         changes = moved_folders(get_metadata(metadata, "config", source), experiment.config)
     if changes:
-        listed = ", ".join(changes[:_MAX_CHANGES]) + (", …" if changes[_MAX_CHANGES:] else "")
         raise UserError(
-            f"training data must be as in {source}, got other {listed}. Restore the data, or "
-            "choose another --workdir."
+            f"training data must be as in {source}, got other {abbreviate(changes, 4)}. Restore "
+            "the data, or choose another --workdir."
         )
 
 

@@ -174,6 +174,8 @@ class _TrainLoop:
         stack.push(functools.partial(_free_space, workdir))
         # Listed once, so that all hosts have the same examples in the same order.
         datasets = multihost.compute_once(lambda: open_datasets(config))
+        if not is_alone:
+            datasets.check_hosts()
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
+from mixer_jax.data.names import FOLDER
 from mixer_jax.errors import (
     DiskFullError,
     RunError,
@@ -29,7 +30,6 @@ from mixer_jax.files import atomic_write, file_lock
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.txt"
 LOCK_FILE = ".lock"
-_FOLDER = "folder:"
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
 # Locked workdirs of this process, and the threads that hold them.
@@ -167,7 +167,7 @@ def _is_folder_moved(key: str, was: Any, now: Any) -> bool:
 
     Whether the folders have the same files is compared later, by the fingerprint of the data.
     """
-    is_folder = all(isinstance(name, str) and name.startswith(_FOLDER) for name in (was, now))
+    is_folder = all(isinstance(name, str) and name.startswith(FOLDER) for name in (was, now))
     return is_folder and _TRAIN_DATA_KEYS.fullmatch(key) is not None
 
 

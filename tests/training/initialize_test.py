@@ -1,6 +1,8 @@
 """Tests of the start of a run: from pretrained weights, at another image size, with a new head."""
 
 import dataclasses
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from mixer_jax.checkpoints import manager
 from mixer_jax.checkpoints.checksums import verify_checksums
@@ -18,7 +21,7 @@ from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import (
@@ -268,6 +271,36 @@ def test_metadata_and_checksums_are_read_once(
     resumed, window = restore_or_init(experiment, CheckpointManager(str(tmp_path)), init)
     assert (int(resumed.step), window) == (3, [0.5])
     assert [*map(str, verified)] == [str(tmp_path / "checkpoints" / "3")]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ECONNRESET, errno.EACCES])
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "checksums.json", "params/_METADATA"])
+def test_checkpoints_that_cannot_be_read_for_the_moment_are_not_damaged(
+    code: int, file: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, state, _ = start(small_config(digits_dir), tmp_path)
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=2)
+    for step in (2, 3):
+        save_state(experiment, checkpoints, state, step, [])
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "3" / file
+    assert path.exists()
+
+    open_file = Path.open
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(self) == str(path):
+            raise OSError(code, os.strerror(code))
+        return open_file(self, *args, **kwargs)
+
+    # Which `read_bytes` calls as well.
+    monkeypatch.setattr(type(epath.Path(path)), "open", fail)
+    with raises(RunError, str(path), os.strerror(code), "again"):
+        find_init_source(experiment.config, str(tmp_path))
+    monkeypatch.undo()
+    init = find_init_source(experiment.config, str(tmp_path))
+    assert init is not None
+    assert (init.resume_step, init.damaged_steps) == (3, ())
 
 
 def write_folder(folder: Path) -> None:
