@@ -27,8 +27,10 @@ from mixer_jax.errors import (
     RunError,
     UserError,
     describe_error,
+    is_out_of_memory,
     no_space_path,
     no_space_reason,
+    summarize_error,
 )
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
@@ -106,8 +108,8 @@ def train_and_evaluate(
         UserError: Data is missing, or the batch cannot be split over the devices.
         DiskFullError: `workdir`, or the file that the message names, cannot be written for lack of
             space.
-        RunError: Loss, gradients or parameters are not finite, too many images are bad, or another
-            process is training in `workdir`.
+        RunError: Loss, gradients or parameters are not finite, too many images are bad, the memory
+            of a device is full, or another process is training in `workdir`.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -125,15 +127,31 @@ def train_and_evaluate(
     except Exception as error:
         # Also those of saves in the background, which end with the stack.
         reason = no_space_reason(error)
-        if not reason:
+        is_memory_full = _is_device_memory_full(error)
+        if not reason and not is_memory_full:
             raise
+        saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
+        if is_memory_full:
+            raise RunError(
+                f"{_describe_full_memory(error)} Last good checkpoint: {saved}. Try "
+                "--config.recipe.grad_accum_steps=2 (microbatches) or --config.model.remat=full, "
+                "and on several devices --config.mesh.fsdp=2; a run that has started resumes with "
+                "them."
+            ) from error
         path = no_space_path(error, workdir)
         name = f"workdir {path!r}" if path == workdir else repr(path)
-        saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
         raise DiskFullError(
             f"{name} cannot be written ({reason}). Last good checkpoint: {saved}. "
             "Free space and run the same command to resume."
         ) from error
+
+
+def _is_device_memory_full(error: Exception) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and is_out_of_memory(error)
+
+
+def _describe_full_memory(error: Exception) -> str:
+    return f"the memory of a device is full ({summarize_error(error)})."
 
 
 def _last_checkpoint(workdir: str, step: int) -> str:
@@ -358,10 +376,14 @@ class _TrainLoop:
             try:
                 result = self.evaluators[name](self.state.eval_params)
             except recoverable as error:
-                if not isinstance(error, UserError | RunError | OSError):
+                message = describe_error(error)
+                if _is_device_memory_full(error):
+                    message = (
+                        f"{_describe_full_memory(error)} Try a smaller --config.eval_batch_size."
+                    )
+                elif not isinstance(error, UserError | RunError | OSError):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
-                message = describe_error(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))
                 self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:

@@ -395,6 +395,33 @@ def test_run_does_not_save_parameters_that_are_not_finite(
     assert not list_steps(str(tmp_path))
 
 
+def test_full_device_memory_ends_the_run_and_names_what_needs_less(
+    digits_dir: str, tmp_path: Path
+) -> None:
+    config = small_config(
+        digits_dir, **{**NO_REGULARIZATION, "model__channels_mlp_dim": 400_000_000_000}
+    )
+    with raises(RunError, "memory", "grad_accum_steps", "remat", "fsdp", "checkpoint: none"):
+        train_and_evaluate(config, str(tmp_path))
+
+
+def test_full_device_memory_in_an_evaluation_names_its_batch_size(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def make_large(experiment: Experiment) -> dict[str, Any]:
+        return {"test": lambda params: float(jnp.zeros(1 << 46).sum())}
+
+    monkeypatch.setattr(loop_module, "make_evaluators", make_large)
+    config = small_config(digits_dir, num_steps=3, **NO_REGULARIZATION)
+    result = train_and_evaluate(config, str(tmp_path))
+    with raises(RunError, "test", "memory", "eval_batch_size"):
+        result.raise_failures()
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_diverged_run_stops_and_names_the_last_good_checkpoint(
     digits_dir: str, tmp_path: Path
 ) -> None:
