@@ -1,9 +1,9 @@
-"""Table of the licenses of all dependencies, in docs/licenses.md.
+"""Table of the licenses of all dependencies, in docs/reference/licenses.md.
 
     python docs/licenses.py
 
-Reads the metadata of installed packages: install requirements.txt, requirements-gcs.txt and
-requirements-test.txt first.
+Reads the metadata of installed packages: install requirements.txt, requirements-gcs.txt,
+requirements-test.txt and requirements-docs.txt first.
 """
 
 import sys
@@ -14,11 +14,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "licenses.md"
+PAGE = DOCS / "reference" / "licenses.md"
 SECTIONS = {
     "requirements.txt": "Installed with mixer_jax",
     "requirements-gcs.txt": "Installed by the extras `gcs` and `tpu`",
     "requirements-test.txt": "Installed for tests",
+    "requirements-docs.txt": "Installed to build the documentation",
 }
 # Names of licenses in metadata, or the beginning of their text, and their SPDX identifiers.
 _SPDX = {
@@ -42,7 +43,9 @@ _INTRODUCTION = """\
 mixer_jax is licensed under Apache-2.0. The tables list every package that is installed on Linux,
 and the license that the package names. Wheels may contain libraries under other licenses, which
 their `*.dist-info` directories list: those of OpenCV contain FFmpeg (LGPL-2.1), for example. Tests
-run the programs hadolint and shellcheck (GPL-3.0) as processes.
+run the programs hadolint and shellcheck (GPL-3.0) as processes. Accelerators need proprietary
+libraries: the extra `cuda` installs NVIDIA's, under NVIDIA's licenses, and `tpu` installs libtpu,
+under the Google Cloud Platform Terms of Service.
 
 Written by `python docs/licenses.py`.
 """
@@ -71,7 +74,7 @@ def license_of(name: str) -> str:
         for text in package.get_all("Classifier") or []
         if text.startswith("License ::")
     ]
-    text = " ".join(" ".join(package.get_all("License") or []).split())
+    text = " ".join(" ".join(package.get_all("License") or []).split()).removeprefix("UNKNOWN")
     # Some packages have the whole text of their license in this field.
     if text and len(text) < 40:
         return _SPDX.get(text, text)
