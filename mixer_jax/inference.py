@@ -247,7 +247,7 @@ class Classifier:
                 if image.pixels is None:
                     raise BadImageError(image.error, name=image.name)
             pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
-        return np.asarray(normalize_images(pixels))
+        return np.asarray(normalize_images(jnp.asarray(pixels)))
 
     def evaluate(
         self,

@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import list_steps, resolve_checkpoint
-=======
 from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
->>>>>>> main
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
@@ -96,6 +92,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
             experiment, or an evaluation failed.
         RunError: Training diverged, the disk is full, or another process is training in `workdir`.
     """
+    raise_open_file_limit()
     return _train(parse(config), os.fspath(workdir), print_summary=False)
 
 
