@@ -12,8 +12,9 @@ from nbclient import NotebookClient
 from docs.site_pages import convert_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.py"))
-# Run first, but not shown.
-SETUP = "import warnings; warnings.simplefilter('error')"
+# Executed first. The kernel's own code warns about its methods.
+SETUP = "import warnings\nwarnings.simplefilter('error')\n"
+SETUP += "warnings.filterwarnings('ignore', module='ipykernel')"
 
 
 def outputs_of(notebook: Any, kind: str) -> list[Any]:
@@ -37,7 +38,6 @@ def kernel_env(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernel_env")
-@pytest.mark.filterwarnings("default::DeprecationWarning:zmq")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_without_warnings_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "workspace"
@@ -47,6 +47,8 @@ def test_notebook_runs_without_warnings_and_shows_pictures(path: Path, tmp_path:
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SETUP))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute()
+    if save_to := os.environ.get("MIXER_JAX_SAVE_NOTEBOOKS"):
+        nbformat.write(notebook, Path(save_to) / f"{path.stem}.ipynb")
 
     streams = outputs_of(notebook, "stream")
     messages = "".join(out.text for out in streams if out.name == "stderr").splitlines()
@@ -61,8 +63,6 @@ def test_notebook_runs_without_warnings_and_shows_pictures(path: Path, tmp_path:
     pictures += [out for out in results if "image/png" in out.data]
     assert len(pictures) >= (4 if path.stem == "first_steps" else 3)
     assert not any(out.data["text/plain"].startswith("<Figure") for out in results)
-    if save_to := os.environ.get("MIXER_JAX_SAVE_NOTEBOOKS"):
-        nbformat.write(notebook, Path(save_to) / f"{path.stem}.ipynb")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
