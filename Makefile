@@ -1,17 +1,19 @@
 # make demo    trains a Mixer on digits, from nothing but Python; installs requirements.txt
 # make test    lint, types and every test that is not slow
 # make test-slow, make test-baselines    whole runs and TPU compilation; comparisons with PyTorch
-# make test-all    the three above, as CI runs them
+# make docs    builds the documentation site in site/
+# make test-all    the three test targets above; CI runs them and make docs
 # make format    formats the code and fixes what ruff can fix
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TESTS := $(VENV)/.tests
+DOCS := $(VENV)/.docs
 BASELINES := $(VENV)/.baselines
 PYTEST := $(RUN) -m pytest --numprocesses=2
 
-.PHONY: demo test test-slow test-baselines test-all lint format clean
+.PHONY: demo test test-slow test-baselines test-all docs lint format clean
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python must be 3.11, 3.12 or 3.13, got {v.major}.{v.minor}. Pass PYTHON=python3.11.")'
@@ -56,7 +58,17 @@ test-baselines: $(TESTS)
 	else echo "NOT TESTED against PyTorch and timm: pip could not install them (see above)."; \
 	fi
 
+# Fails on links that lead nowhere.
+$(DOCS): $(INSTALLED) requirements-docs.txt
+	@echo "Installing requirements-docs.txt into $(VENV) takes less than a minute."
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	@touch $@
+
+# The variable silences a notice of the theme about its successor.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 test-all: test test-slow test-baselines
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

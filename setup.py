@@ -74,6 +74,12 @@ setup(
         "tensorflow": TENSORFLOW,
         # Reads HEIC, the format of photographs of iPhones.
         "heic": ["pillow-heif>=1.0"],
+        "docs": [
+            # 2.0 is announced to drop plug-ins and themes.
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.30",
+        ],
         "test": [
             *TENSORFLOW,
             "beartype>=0.19",

@@ -1,9 +1,9 @@
-"""Table of the licenses of all dependencies, in docs/licenses.md.
+"""Table of the licenses of all dependencies, in docs/reference/licenses.md.
 
     python docs/licenses.py
 
-Reads the metadata of installed packages: install requirements.txt, requirements-gcs.txt and
-requirements-test.txt first.
+Reads the metadata of installed packages: install requirements.txt, requirements-gcs.txt,
+requirements-test.txt and requirements-docs.txt first.
 """
 
 import sys
@@ -14,11 +14,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "licenses.md"
+PAGE = DOCS / "reference" / "licenses.md"
 SECTIONS = {
     "requirements.txt": "Installed with mixer_jax",
     "requirements-gcs.txt": "Installed by the extras `gcs` and `tpu`",
     "requirements-test.txt": "Installed for tests",
+    "requirements-docs.txt": "Installed to build the documentation",
 }
 # Names of licenses in metadata, or the beginning of their text, and their SPDX identifiers.
 _SPDX = {
@@ -71,7 +72,7 @@ def license_of(name: str) -> str:
         for text in package.get_all("Classifier") or []
         if text.startswith("License ::")
     ]
-    text = " ".join(" ".join(package.get_all("License") or []).split())
+    text = " ".join(" ".join(package.get_all("License") or []).split()).removeprefix("UNKNOWN")
     # Some packages have the whole text of their license in this field.
     if text and len(text) < 40:
         return _SPDX.get(text, text)

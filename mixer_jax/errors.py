@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import itertools
 import os
 import signal
 from collections.abc import Iterable
@@ -127,6 +128,19 @@ def summarize_error(error: BaseException) -> str:
     """Shortens the message of another library's exception to one line of moderate length."""
     text = " ".join(str(error).split())[:_MAX_REASON]
     return text.rstrip(".") or type(error).__name__
+
+
+def abbreviate(names: Iterable[str], limit: int = 5) -> str:
+    """Joins names by commas, with an ellipsis instead of those after the first `limit`."""
+    listed = list(itertools.islice(names, limit + 1))
+    return ", ".join([*listed[:limit], "…"] if len(listed) > limit else listed)
+
+
+def describe_error(error: Exception) -> str:
+    """Formats an error in one line, with its type if the message is another library's."""
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    return f"{type(error).__name__}: {summarize_error(error)}."
 
 
 def install_hint(reason: str) -> str:

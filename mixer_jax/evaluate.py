@@ -9,6 +9,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
+from mixer_jax.files import raise_open_file_limit
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.weights import PretrainedWeights
@@ -22,6 +23,7 @@ _REAL = "_real"
 def main(argv: Sequence[str]) -> int:
     """Evaluates the checkpoint named on the command line; returns the exit code."""
     args = _parse_args(argv)
+    raise_open_file_limit()
     resolve_checkpoint(args.checkpoint, args.step)
 
     # JAX is imported only after the arguments are valid.

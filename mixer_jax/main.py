@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixer_jax.checkpoints.resolve import list_steps, resolve_checkpoint
+from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
+from mixer_jax.files import raise_open_file_limit
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     args, overrides = parser.parse_known_args(argv)
+    raise_open_file_limit()
     config = parse(load_config_with_overrides(args.config, overrides))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
@@ -72,7 +74,7 @@ def _train(config: RunConfig, workdir: str) -> int:
     resolved_workdir = workdirs.resolve_workdir(workdir)
     for change in workdirs.check_workdir(resolved_workdir, config):
         print(f"changed since this run was last started: {change}")
-    if config.init_from and not list_steps(resolved_workdir):
+    if config.init_from and not list_saved_steps(resolved_workdir):
         resolve_checkpoint(config.init_from)
 
     # Arguments are valid: only now import JAX.

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from mixer_jax.cli import common
+from mixer_jax.files import raise_open_file_limit
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,15 +34,15 @@ def main(argv: Sequence[str]) -> int:
 
     # Heavy libraries are imported only after the arguments are valid.
     common.configure_jax(compilation_cache="")
-    from mixer_jax.data.preparation import format_splits, raise_open_file_limit
-    from mixer_jax.data.tfds import data_dir_of, prepare_tfds
+    from mixer_jax.data.preparation import format_splits
+    from mixer_jax.data.tfds import prepare_tfds
 
     raise_open_file_limit()
     builder, already_prepared = prepare_tfds(args.name, args.data_dir, args.manual_dir)
     if already_prepared:
         print(f"{builder.info.full_name} is already prepared")
     print(format_splits(builder))
-    root = shlex.quote(data_dir_of(builder))
+    root = shlex.quote(str(builder.data_dir_root))
     print(f"use with     --config.dataset.name={args.name} --config.dataset.data_dir={root}")
     return 0
 

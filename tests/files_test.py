@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import shlex
 import stat
 import subprocess
 import sys
@@ -256,3 +257,33 @@ def test_line_file_writes_again_what_an_object_store_refused(
         # It must not hide the error that ends a run.
         file.close()
     assert mentions(capsys.readouterr().err, f"{BUCKET}log", "1", "service unavailable")
+
+
+PRINT_LIMIT = """
+import resource, sys
+from mixer_jax import errors, {command}
+try:
+    {command}.main({arguments})
+except errors.UserError:
+    pass
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "hard", "expected"),
+    [
+        ("prepare", ["synthetic"], 8000, "4096 8000"),
+        ("prepare", ["synthetic"], 2000, "2000 2000"),
+        ("main", ["--config=digits", "--config.num_steps=-1"], 8000, "4096 8000"),
+        ("evaluate", ["--checkpoint=/nonexistent"], 8000, "4096 8000"),
+        ("transfer", ["--checkpoint=/nonexistent", "--suite=few_shot"], 8000, "4096 8000"),
+    ],
+)
+def test_commands_that_read_data_raise_the_limit_on_open_files(
+    command: str, arguments: list[str], hard: int, expected: str
+) -> None:
+    code = PRINT_LIMIT.format(command=command, arguments=arguments)
+    script = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {shlex.join([sys.executable, '-c', code])}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"

@@ -1,4 +1,4 @@
-"""Tests of docs/licenses.md: it lists every package that is installed."""
+"""Tests of docs/reference/licenses.md: it lists every package that is installed."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def licenses() -> ModuleType:
 
 def listed_packages() -> dict[str, list[str]]:
     """Reads the names in each table of the page."""
-    sections = (DOCS / "licenses.md").read_text().split("\n## ")[1:]
+    sections = (DOCS / "reference" / "licenses.md").read_text().split("\n## ")[1:]
     return {
         section.splitlines()[0]: re.findall(r"^\| \[(\S+)\]", section, re.MULTILINE)
         for section in sections
@@ -41,7 +41,7 @@ def test_page_lists_the_packages_of_the_requirements(licenses: ModuleType, root:
 def test_license_is_read_from_expression_field_classifier_or_text(
     licenses: ModuleType, root: Path
 ) -> None:
-    page = (root / "docs" / "licenses.md").read_text()
+    page = (root / "docs" / "reference" / "licenses.md").read_text()
     for name, expected in {
         "numpy": "BSD-3-Clause",
         "optax": "Apache-2.0",

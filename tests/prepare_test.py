@@ -97,25 +97,6 @@ def test_prepare_names_the_library_of_a_dataset_that_needs_tensorflow(tmp_path: 
     assert not list(tmp_path.rglob("*array_record*"))
 
 
-PRINT_LIMIT = """
-import resource
-from mixer_jax import errors, prepare
-try:
-    prepare.main(["synthetic"])
-except errors.UserError:
-    pass
-print(*resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-
-
-@pytest.mark.parametrize(("hard", "expected"), [(8000, "4096 8000"), (2000, "2000 2000")])
-def test_prepare_raises_the_limit_of_open_files(hard: int, expected: str) -> None:
-    command = shlex.join([sys.executable, "-c", PRINT_LIMIT])
-    limited = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {command}"
-    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{expected}\n"
-
-
 def write_blocking_download(data_dir: Path, members: dict[str, bytes]) -> Path:
     """Writes an ImageNet-21k download whose preparation blocks at the second of three classes.
 

@@ -34,6 +34,7 @@ from mixer_jax.checkpoints.resolve import (
     CheckpointRef,
     local_copy,
     local_workdir,
+    pin_revision,
     resolve_checkpoint,
 )
 from mixer_jax.checkpoints.timm_config import (
@@ -105,6 +106,22 @@ def load_checkpoint(
             with _name_errors(os.fspath(source), ref), local_copy(ref) as path:
                 weights = _load_file(path, ref, overrides, requested_size)
     return weights if requested_size is None else resize(weights, requested_size)
+
+
+def pin_checkpoint(source: str) -> tuple[str, int | None]:
+    """Returns the arguments `source` and `step` with which every host loads the same weights.
+
+    The newest step of a run, and the commit that a revision on the Hub stands for, could change
+    between the calls of two hosts.
+
+    Raises:
+        UserError: No such checkpoint exists.
+    """
+    ref = resolve_checkpoint(source)
+    if ref.format == "hub":
+        with _name_errors(source, ref):
+            return HUB + pin_revision(ref.path), None
+    return source, ref.step if ref.format == RUN else None
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mixer_jax.errors import UserError, install_hint, summarize_error
+from mixer_jax.errors import (
+    DiskFullError,
+    UserError,
+    install_hint,
+    no_space_reason,
+    summarize_error,
+)
 
 HUB = "hf:"
 # timm's spellings of the same.
@@ -134,18 +140,34 @@ def _is_copied_checkpoint(source: str) -> bool:
 
 @contextlib.contextmanager
 def _access_errors(source: str) -> Iterator[None]:
-    """Raises UserError if a file or a URL cannot be accessed."""
+    """Raises UserError if a file or a URL cannot be accessed, DiskFullError for lack of space."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        _check_space(f"checkpoint {source!r}", error, "TMPDIR")
         # Libraries that read URLs raise errors of many types.
         if not isinstance(error, OSError) and "://" not in source:
             raise
         reason = summarize_error(error)
         raise UserError(
             f"checkpoint {source!r} cannot be accessed: {reason}.{install_hint(reason)}"
+        ) from error
+
+
+def _check_space(name: str, error: Exception, variable: str) -> None:
+    """Raises DiskFullError if a local copy cannot be written for lack of space.
+
+    Args:
+        name: Checkpoint that is copied.
+        error: Error of the copy.
+        variable: Environment variable that moves the copy to another disk.
+    """
+    if space := no_space_reason(error):
+        raise DiskFullError(
+            f"{name} cannot be copied to a local disk ({space}). Free space, or set {variable} to "
+            "a folder on another disk."
         ) from error
 
 
@@ -256,6 +278,7 @@ def local_copy(ref: CheckpointRef) -> Iterator[str]:
 
     Raises:
         UserError: The file cannot be downloaded.
+        DiskFullError: There is no space for the local copy.
     """
     if ref.format == "hub":
         yield _download_from_hub(ref.path)
@@ -264,8 +287,9 @@ def local_copy(ref: CheckpointRef) -> Iterator[str]:
         yield ref.path
         return
     remote = epath.Path(ref.path)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
         with _access_errors(ref.path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
             for name in (remote.name, TIMM_CONFIG_FILE, remote.name + METADATA_SUFFIX):
                 source = remote.parent / name
                 if name == remote.name or source.exists():
@@ -278,40 +302,75 @@ def local_copy(ref: CheckpointRef) -> Iterator[str]:
             raise UserError(str(error).replace(folder, str(remote.parent))) from error
 
 
+def pin_revision(name: str) -> str:
+    """Replaces the revision in the name of a Hub repository by the commit that it stands for now.
+
+    Args:
+        name: OWNER/NAME or OWNER/NAME@REVISION. If its files are in the local cache, the Hub is not
+            asked for newer ones.
+
+    Raises:
+        UserError: The repository cannot be found.
+        DiskFullError: There is no space for its config.
+    """
+    from huggingface_hub import errors
+
+    with _hub_errors(name):
+        try:
+            path = _get_hub_files(name, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            path = _get_hub_file(name, TIMM_CONFIG_FILE, local_files_only=False)
+    # The cache has a folder per commit.
+    return f"{name.partition('@')[0]}@{Path(path).parent.name}"
+
+
 def _download_from_hub(name: str) -> str:
     """Downloads a repository's weights and config into the local cache; returns the weights' path.
 
     Cached files are used without asking the Hub.
     """
     # Imported here: the import takes half a second that local files need not.
-    import huggingface_hub
     from huggingface_hub import errors
+
+    with _hub_errors(name):
+        try:
+            return _get_hub_files(name, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            # Both are requested again, so that they are of the same revision.
+            return _get_hub_files(name, local_files_only=False)
+
+
+def _get_hub_files(name: str, *, local_files_only: bool) -> str:
+    from huggingface_hub import errors
+
+    _get_hub_file(name, TIMM_CONFIG_FILE, local_files_only=local_files_only)
+    try:
+        return _get_hub_file(name, HUB_FILE, local_files_only=local_files_only)
+    except errors.EntryNotFoundError as error:
+        is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+        if is_unreachable and not local_files_only:
+            raise
+        return _get_hub_file(name, _HUB_TORCH_FILE, local_files_only=local_files_only)
+
+
+def _get_hub_file(name: str, file: str, *, local_files_only: bool) -> str:
+    import huggingface_hub
 
     # It would report each retry on standard error.
     huggingface_hub.logging.set_verbosity_error()
     repo, _, revision = name.partition("@")
+    return huggingface_hub.hf_hub_download(
+        repo, file, revision=revision or None, local_files_only=local_files_only
+    )
 
-    def get_files(local_files_only: bool) -> str:
-        def download(file: str) -> str:
-            return huggingface_hub.hf_hub_download(
-                repo, file, revision=revision or None, local_files_only=local_files_only
-            )
 
-        download(TIMM_CONFIG_FILE)
-        try:
-            return download(HUB_FILE)
-        except errors.EntryNotFoundError as error:
-            is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
-            if is_unreachable and not local_files_only:
-                raise
-            return download(_HUB_TORCH_FILE)
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Raises UserError if a repository cannot be downloaded, DiskFullError for lack of space."""
+    from huggingface_hub import errors
 
     try:
-        try:
-            return get_files(local_files_only=True)
-        except errors.LocalEntryNotFoundError:
-            # Both are requested again, so that they are of the same revision.
-            return get_files(local_files_only=False)
+        yield
     except errors.HFValidationError as error:
         raise UserError(
             f"checkpoint on the Hub must be {HUB}OWNER/NAME, got {HUB + name!r}."
@@ -328,4 +387,5 @@ def _download_from_hub(name: str) -> str:
             f"{HUB}{name} must contain {TIMM_CONFIG_FILE}, and {' or '.join(HUB_FILES)}."
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
+        _check_space(f"{HUB}{name}", error, "HF_HOME")
         raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error

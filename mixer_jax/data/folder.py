@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +23,7 @@ from mixer_jax.data.image_files import (
     walk_images,
 )
 from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
-from mixer_jax.errors import UserError
-
-FOLDER = "folder:"
+from mixer_jax.errors import RunError, UserError, abbreviate
 
 _TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
 # Names of splits, as directories and in split specs, in any capitalization.
@@ -37,8 +35,6 @@ _SPELLINGS = {
 _SPLIT_OF = {name: split for split, names in _SPELLINGS.items() for name in names}
 # Fraction of every class that is held out if the folder has no split for it.
 _HELD_OUT_FRACTION = 0.1
-# Names listed in a message.
-_MAX_NAMES = 5
 # Directories of which a fingerprint has separate digests.
 _MAX_DIRECTORIES = 1000
 # Files whose sizes a thread reads at a time.
@@ -136,7 +132,7 @@ def check_readable(source: Source) -> None:
     if unreadable:
         raise UserError(
             f"{source.name} must have a readable image of every class, got none of "
-            f"{_abbreviate(unreadable)}. Replace the files, or remove the directories."
+            f"{abbreviate(unreadable)}. Replace the files, or remove the directories."
         )
 
 
@@ -182,6 +178,11 @@ class _FolderExamples(Examples):
             f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
             for place, (names, both) in sorted(digests.items())
         }
+
+    def check_files(self) -> None:
+        """Checks that the first file exists, also if it is a broken link."""
+        if not os.path.lexists(self._path(0)):
+            raise RunError(f"{display_path(self._path(0))} does not exist.")
 
     def _file_sizes(self) -> list[int]:
         """Returns the size of each file; -1 if it cannot be read."""
@@ -260,7 +261,7 @@ def _find_splits(root: Path) -> dict[str, str]:
     rule = f"folder {str(root)!r} must contain, next to {train!r}, only splits"
     if others:
         raise UserError(
-            f"{rule}, got {_abbreviate(map(repr, others))}. Rename it to {_VALIDATION} or {_TEST}, "
+            f"{rule}, got {abbreviate(map(repr, others))}. Rename it to {_VALIDATION} or {_TEST}, "
             "or move it away."
         )
     for split, names in found.items():
@@ -328,7 +329,7 @@ def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
     if all(_has_train_split(path) for path in nested):
         raise UserError(
             f"folder {str(folder)!r} must contain one directory per class, got directories that "
-            f"contain a {_TRAIN} split: {_abbreviate(classes)}. Use folder:"
+            f"contain a {_TRAIN} split: {abbreviate(classes)}. Use folder:"
             f"{display_path(nested[0])}."
         )
 
@@ -350,7 +351,7 @@ def _check_no_class_is_empty(parent: Path, class_names: Sequence[str], train: _S
     if empty:
         raise UserError(
             f"folder {str(parent)!r} must have images of each of its {len(class_names):,} classes, "
-            f"got none of {_abbreviate(empty)}. Add JPEG or PNG files, or remove the directories."
+            f"got none of {abbreviate(empty)}. Add JPEG or PNG files, or remove the directories."
         )
 
 
@@ -379,7 +380,7 @@ def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:
     if unknown:
         raise UserError(
             f"directories of {str(root / directory)!r} must be classes of {_TRAIN}/, got "
-            f"{_abbreviate(map(repr, unknown))}."
+            f"{abbreviate(map(repr, unknown))}."
         )
     files: list[_LabeledFile] = []
     skipped: dict[int, Counter[str]] = {}
@@ -461,7 +462,7 @@ def _notes_on_one_class(parent: Path, item: tuple[str, str]) -> Iterator[str]:
     if inner:
         yield (
             f"{display_path(parent)} has one class, {name!r}, whose directory contains "
-            f"{_abbreviate(map(display_path, inner))}. If these are the classes, use folder:"
+            f"{abbreviate(map(display_path, inner))}. If these are the classes, use folder:"
             f"{display_path(parent / directory)}"
         )
 
@@ -476,9 +477,4 @@ def _format_skipped(suffixes: Counter[str]) -> str:
         for suffix, count in suffixes.most_common()
     )
     files = "file" if total == 1 else "files"
-    return f"{total:,} {files} without the suffix of an image: {_abbreviate(counts)}"
-
-
-def _abbreviate(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_MAX_NAMES]) + (", …" if names[_MAX_NAMES:] else "")
+    return f"{total:,} {files} without the suffix of an image: {abbreviate(counts)}"

@@ -17,7 +17,7 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ UNDECODABLE = "undecodable.tsv"
 _INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
-_OPEN_FILES = 4096
 _INSTALL_TENSORFLOW = "Run pip install tensorflow."
 
 
@@ -92,19 +91,6 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def raise_open_file_limit() -> None:
-    """Raises the process's limit on open files, as far as the system allows.
-
-    TFDS sorts data above 1 GB in 1,000 files at once, which is about the usual limit.
-    """
-    import resource  # Not available on Windows.
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
 def format_manual_instructions(builder: Any) -> str:
     """Formats the instructions for manual downloads on one line.
 
@@ -145,9 +131,9 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
     import tensorflow_datasets as tfds
 
     name = builder.info.full_name
-    # What has been downloaded before needs no network.
-    if not any(Path(builder.data_dir_root, "downloads").glob("[!m]*")):
-        check_network(name, builder.url_infos or ())
+    urls = builder.url_infos or {}
+    if not _has_downloads(builder, urls, manual_dir):
+        check_network(name, urls)
     # Without a network, it would print a warning for each of ten attempts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     # Prepared data on the web is in another format.
@@ -176,6 +162,23 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
         raise (UserError if disk_full else RunError)(
             f"preparing dataset {name} failed: {type(error).__name__}: {_one_line(error)}."
         ) from error
+
+
+def _has_downloads(builder: Any, urls: Mapping[str, Any], manual_dir: Path) -> bool:
+    """Checks whether a file of the dataset has been downloaded, which then needs no network.
+
+    Args:
+        builder: Builder of a dataset.
+        urls: Checksum and name of each file of the dataset, by URL.
+        manual_dir: Directory of manual downloads, where TFDS looks for such files as well.
+    """
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    downloads = Path(builder.data_dir_root, "downloads")
+    # Older versions of TFDS had no folder for each dataset.
+    files = [downloads / get_dl_fname(url, info.checksum) for url, info in urls.items()]
+    files += [manual_dir / info.filename for info in urls.values() if info.filename]
+    return any((downloads / builder.name).glob("*")) or any(file.exists() for file in files)
 
 
 def check_network(name: str, urls: Iterable[str]) -> None:

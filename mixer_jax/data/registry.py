@@ -1,8 +1,9 @@
 """Opening datasets by name."""
 
-from mixer_jax.data.folder import FOLDER, open_folder
+from mixer_jax.data.folder import open_folder
+from mixer_jax.data.names import FOLDER, SYNTHETIC
 from mixer_jax.data.source import Source
-from mixer_jax.data.synthetic import SYNTHETIC, synthetic_source
+from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.data.tfds import open_tfds
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
@@ -38,6 +38,13 @@ class Examples(Sequence[Example]):
     def fingerprint(self) -> dict[str, str]:
         """Computes values that identify the examples independently of location, by meaning."""
         return {}
+
+    def check_files(self) -> None:
+        """Checks that this host can read the files; subclasses that read files override it.
+
+        Raises:
+            RunError: A file does not exist or cannot be read.
+        """
 
 
 class MixtureComponent(NamedTuple):
@@ -107,6 +114,14 @@ class Source:
         """
         return _fingerprint(self.examples)
 
+    def check_files(self) -> None:
+        """Checks that this host can read the first file of each dataset.
+
+        Raises:
+            RunError: The file does not exist or cannot be read.
+        """
+        _check_files(self.examples)
+
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
     """Converts names to Unicode normal form NFC.
@@ -158,8 +173,8 @@ def relabel(source: Source, class_names: tuple[str, ...]) -> Source:
     if unknown:
         raise UserError(
             f"classes of {source.name} must be among these {len(class_names):,}: "
-            f"{_abbreviate(class_names)}, got {source.num_classes:,}, of which {len(unknown):,} "
-            f"{'is' if len(unknown) == 1 else 'are'} unknown: {_abbreviate(unknown)}."
+            f"{abbreviate(class_names)}, got {source.num_classes:,}, of which {len(unknown):,} "
+            f"{'is' if len(unknown) == 1 else 'are'} unknown: {abbreviate(unknown)}."
         )
     label_map = tuple(index_of[name] for name in source.class_names)
     examples = _RelabeledExamples(source.examples, label_map)
@@ -180,6 +195,11 @@ def _read_labels(examples: Sequence[Any], index: int) -> tuple[int, ...]:
 
 def _fingerprint(examples: Sequence[Any]) -> dict[str, str]:
     return examples.fingerprint() if isinstance(examples, Examples) else {}
+
+
+def _check_files(examples: Sequence[Any]) -> None:
+    if isinstance(examples, Examples):
+        examples.check_files()
 
 
 def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -220,6 +240,10 @@ class _ConcatExamples(Examples):
             for key, value in _fingerprint(examples).items()
         }
 
+    def check_files(self) -> None:
+        for examples in self._sequences:
+            _check_files(examples)
+
     def _locate(self, index: int) -> tuple[int, int]:
         """Returns the component of an example, and its index there."""
         index = range(len(self))[index]
@@ -248,6 +272,9 @@ class _RelabeledExamples(Examples):
         # Names of classes are compared on their own.
         return _fingerprint(self._examples)
 
+    def check_files(self) -> None:
+        _check_files(self._examples)
+
     def _map(self, labels: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self._label_map[label] for label in labels)
 
@@ -271,6 +298,5 @@ class _ExampleSubset(Examples):
         indices = hashlib.blake2b(repr(list(map(int, self._indices))).encode(), digest_size=8)
         return _fingerprint(self._examples) | {"indices": indices.hexdigest()}
 
-
-def _abbreviate(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    def check_files(self) -> None:
+        _check_files(self._examples)

@@ -5,9 +5,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mixer_jax.data.names import SYNTHETIC
 from mixer_jax.data.source import Example, Examples, Source
-
-SYNTHETIC = "synthetic"
 
 
 class _SyntheticExamples(Examples):

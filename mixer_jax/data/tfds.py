@@ -1,18 +1,18 @@
 """TFDS datasets, including those of the builders in `mixer_jax.data.builders`."""
 
 import contextlib
+import errno
 import importlib
 import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.folder import FOLDER
+from mixer_jax.data.names import FOLDER, SYNTHETIC
 from mixer_jax.data.preparation import (
     check_manual_download,
     convert_to_array_record,
@@ -24,7 +24,6 @@ from mixer_jax.data.preparation import (
     use_array_record,
 )
 from mixer_jax.data.source import Example, Examples, Source
-from mixer_jax.data.synthetic import SYNTHETIC
 from mixer_jax.data.tfds_labels import (
     FeatureSelection,
     LabelSpec,
@@ -35,6 +34,7 @@ from mixer_jax.data.tfds_labels import (
 )
 from mixer_jax.errors import (
     DatasetNotPreparedError,
+    RunError,
     UserError,
     install_hint,
     suggest,
@@ -51,18 +51,23 @@ _PREPARED_ON_OPEN = {"digits"}
 
 _FILE_NAME = "file_name"
 _BAD_LABEL = "label is hidden or not a class"
+# Parts of messages of the reader of array_record: of a wrong checksum, and of one in the index of a
+# file, such as that of a truncated file, without which none of its records can be read.
+_WRONG_CHECKSUM, _DAMAGED_FILE = "Corrupted", "Failed to read Riegeli"
+_OPEN_FILES_HINT = " Raise the limit on open files (ulimit -n)."
 
 
 class _TfdsExamples(Examples):
     """Examples of a TFDS data source.
 
     Only the required features are decoded: many datasets have further images, masks or texts. An
-    example is bad if its record is damaged, or if its label is hidden or not a class.
+    example is bad if its record is damaged, or if its label is hidden or not a class. Reading one
+    raises RunError if its file is missing, incomplete or cannot be read.
     """
 
     def __init__(
         self,
-        records: Sequence[Any],
+        records: Any,
         features: Any,
         label: LabelSpec,
         name: str,
@@ -106,12 +111,33 @@ class _TfdsExamples(Examples):
         return self._extract_labels(self._label_features.deserialize_example_np(record), index)
 
     def _read_record(self, index: int) -> bytes:
+        name = f"{self._source_name}, example {index}"
+        # The reader finds no records in some truncated files.
+        reason = "the file is incomplete"
         try:
-            return self._records[index]
+            if record := self._records[index]:
+                return record
         except RuntimeError as error:
-            # Records have checksums. The other messages of their reader name the file.
-            name = f"{self._source_name}, example {index}"
-            raise BadImageError("damaged record", summarize_error(error), name) from None
+            reason = summarize_error(error)
+            # Of all errors of the reader, only a wrong checksum can concern a single record.
+            if str(error).startswith(_WRONG_CHECKSUM) and _DAMAGED_FILE not in str(error):
+                raise BadImageError("damaged record", reason, name) from None
+        hint = _OPEN_FILES_HINT if os.strerror(errno.EMFILE) in reason else ""
+        raise RunError(f"{name} cannot be read from {self._file_of(index)}: {reason}.{hint}")
+
+    def check_files(self) -> None:
+        """Reads the first record, which may be damaged."""
+        with contextlib.suppress(BadImageError):
+            self._read_record(0)
+
+    def _file_of(self, index: int) -> str:
+        """Finds the file that contains an example."""
+        split = self._records.dataset_info.splits[self._records.split]
+        for part in split.file_instructions:
+            if index < part.take:
+                return part.filename
+            index -= part.take
+        raise IndexError(index)
 
     def _extract_labels(self, example: dict[str, Any], index: int) -> tuple[int, ...]:
         labels = self._label.extract(example)
@@ -212,11 +238,6 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     return find_builder(dataset, data_dir), False
 
 
-def data_dir_of(builder: Any) -> str:
-    """Computes the data_dir that contains the dataset."""
-    return str(builder.data_dir).removesuffix(str(builder.info.full_name)).rstrip("/")
-
-
 def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any:
     """Finds the TFDS builder of a dataset, from code or from prepared files.
 
@@ -289,7 +310,7 @@ def _prepare_small_dataset(name: str, builder: Any) -> None:
 
 
 def _not_prepared_error(name: str, builder: Any) -> DatasetNotPreparedError:
-    root = data_dir_of(builder)
+    root = str(builder.data_dir_root)
     status = f"is not prepared in {builder.data_path.parent}"
     if is_prepared(builder):
         status = (

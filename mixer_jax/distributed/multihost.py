@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mixer_jax.distributed.hardware import device_error, joins_hosts, read_int
-from mixer_jax.errors import RunError, UserError, exit_code, summarize_error
+from mixer_jax.errors import RunError, UserError, describe_error, exit_code, summarize_error
 
 T = TypeVar("T")
 
@@ -123,18 +123,14 @@ def enter_on_primary(context: contextlib.AbstractContextManager[Any]) -> Iterato
     """Enters a context in the primary process; all hosts must call it together.
 
     Raises:
-        UserError, RunError: The context cannot be entered, on every host, so that none waits for
-            one that has ended.
+        UserError, RunError: The context cannot be entered; raised on all hosts.
     """
     with contextlib.ExitStack() as stack:
-        refusal: UserError | RunError | None = None
-        if is_primary_process():
-            try:
-                stack.enter_context(context)
-            except (UserError, RunError) as error:
-                refusal = error
-        if any_host(refusal is not None):
-            raise refusal or RunError("the primary process cannot start this; see its message.")
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        compute_once(enter)
         yield
 
 
@@ -170,20 +166,23 @@ def compute_once(compute: Callable[[], T]) -> T:
         compute: Function without collectives, whose result can be pickled.
 
     Raises:
-        UserError: The function raises one; all hosts raise it.
+        UserError: The function raises one; all hosts raise it with the same message.
+        RunError: The function raises another error. The primary process raises that error itself.
     """
     if jax.process_count() == 1:
         return compute()
     result: Any = None
-    error: UserError | None = None
+    error: Exception | None = None
+    data = b""
     if is_primary_process():
         try:
             result = compute()
-        except UserError as raised:
-            # Subclasses may not be picklable.
+            data = pickle.dumps((False, "", result))
+        except Exception as raised:
+            # As text, because it may not be picklable. The other hosts wait for the broadcast.
             error = raised
-    message = None if error is None else str(error)
-    data = pickle.dumps((message, result)) if is_primary_process() else b""
+            is_usage_error = isinstance(error, UserError)
+            data = pickle.dumps((is_usage_error, describe_error(error), None))
     # The size first, because all hosts must pass arrays of one shape.
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
     received = multihost_utils.broadcast_one_to_all(
@@ -193,9 +192,9 @@ def compute_once(compute: Callable[[], T]) -> T:
         raise error
     if is_primary_process():
         return cast(T, result)
-    message, result = pickle.loads(np.asarray(received).tobytes())
-    if message is not None:
-        raise UserError(message)
+    is_usage_error, message, result = pickle.loads(np.asarray(received).tobytes())
+    if message:
+        raise UserError(message) if is_usage_error else RunError(message)
     return cast(T, result)
 
 

@@ -17,11 +17,9 @@ from mixer_jax.data.source import Source
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import batch_sharding, replicate, replicated
 from mixer_jax.distributed.xla_options import compiler_options
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.stack import use_partitionable_backend
-
-_MAX_NAMED_IMAGES = 5
 
 Output = TypeVar("Output")
 
@@ -139,13 +137,11 @@ class DatasetPass(Generic[Output]):
 
 def bad_images_error(source: Source, bad: list[BadImage], num_bad: int) -> UserError:
     """Creates the error about `num_bad` unusable images on all hosts; `bad` are on this one."""
-    named = [f"{name} ({reason})" for name, reason in bad[:_MAX_NAMED_IMAGES]]
-    if len(bad) > _MAX_NAMED_IMAGES:
-        named.append("…")
+    named = abbreviate(f"{name} ({reason})" for name, reason in bad)
     images = "image" if num_bad == 1 else "images"
     return UserError(
         f"{source.name}: {num_bad:,} unusable {images}: "
-        f"{', '.join(named) or 'listed by another host'}. Fix or remove them, or skip unusable "
+        f"{named or 'listed by another host'}. Fix or remove them, or skip unusable "
         "images: --config.bad_images.skip_in_evaluation=true, or --skip_bad_images for "
         "mixer_jax.evaluate."
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.data.folder import FOLDER
+from mixer_jax.data.names import FOLDER
 from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source

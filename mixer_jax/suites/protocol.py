@@ -16,16 +16,9 @@ import jax.numpy as jnp
 
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.distributed.multihost import any_host, is_primary_process
+from mixer_jax.distributed.multihost import any_host, compute_once, is_primary_process
 from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
-from mixer_jax.errors import (
-    DiskFullError,
-    NonFiniteError,
-    OutputWriteError,
-    RunError,
-    UserError,
-    summarize_error,
-)
+from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, describe_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, run_probe
@@ -95,9 +88,7 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
             # Any error, even running out of memory, ends only its own task.
             if jax.process_count() > 1 and not isinstance(error, NonFiniteError):
                 raise
-            is_known = isinstance(error, UserError | RunError)
-            reason = str(error) if is_known else f"{type(error).__name__}: {summarize_error(error)}"
-            failures[task.name] = reason
+            failures[task.name] = reason = describe_error(error)
             if is_primary_process():
                 save_failure(f"{context.workdir}/{task.name}", reason, traceback.format_exc())
         if task.name in failures:
@@ -143,7 +134,8 @@ def _select_learning_rate(context: TaskContext, task: FineTuneTask) -> float:
 def _complete_run(context: TaskContext, run: Run, record_failure: bool) -> RunResult:
     """Returns the result of a run, which is trained to the end if it is not complete."""
     folder = f"{context.workdir}/{run.folder}"
-    result, is_stopping = read_result(folder, run.config.evals), False
+    result = compute_once(lambda: read_result(folder, run.config.evals))
+    is_stopping = False
     if result is None or (result.failed and not record_failure):
         context.log(f"\n{run.folder}")
         result, received = _train(context, run, folder)
@@ -188,15 +180,20 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
 def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
     """Probes the networks of a probe task that have no result yet."""
     folders = {network: f"{context.workdir}/{task.name}/{network}" for network in task.networks}
-    networks = [network for network in folders if read_result(folders[network]) is None]
+    networks = compute_once(
+        lambda: [network for network in folders if read_result(folders[network]) is None]
+    )
     if not networks:
         return
     plan, size = context.plan, context.plan.image_sizes[task.name]
     weights = replace_head(resize(context.weights, (size, size)), 0)
     info = weights.model_info
-    train, test = (
-        open_dataset(task.dataset, split, plan.data_dir)
-        for split in (task.train_split, task.test_split)
+    # Listed once, so that all hosts have the same examples in the same order.
+    train, test = compute_once(
+        lambda: [
+            open_dataset(task.dataset, split, plan.data_dir)
+            for split in (task.train_split, task.test_split)
+        ]
     )
     config = default_config(plan.overrides)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)

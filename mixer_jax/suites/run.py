@@ -6,12 +6,11 @@ import os
 import signal
 from typing import NamedTuple
 
-from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
 from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import UserError
 from mixer_jax.suites import datasets
 from mixer_jax.suites.cost import device_days, format_dry_run, measure_throughput
 from mixer_jax.suites.datasets import SuiteData
@@ -99,19 +98,27 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
         multihost.check_devices()
         if not is_alone:
             stack.enter_context(multihost.enter_on_primary(lock))
-    weights = load_checkpoint(_absolute_name(request.checkpoint))
-    plan = make_plan(request, weights, data)
-    validate_run_configs(plan, tasks)
+    source = _absolute_name(request.checkpoint)
     if request.dry_run:
+        plan = make_plan(request, load_checkpoint(source), data)
+        validate_run_configs(plan, tasks)
         print(format_dry_run(plan, tasks, data))
         return TransferOutcome({})
+    source, step = multihost.compute_once(lambda: pin_checkpoint(source))
+    weights = load_checkpoint(source, step=step)
+    # It depends on the listed images, which must not differ between hosts.
+    plan = multihost.compute_once(lambda: make_plan(request, weights, data))
+    validate_run_configs(plan, tasks)
     is_primary = multihost.is_primary_process()
 
     def log(text: str) -> None:
         if is_primary:
             print(text, flush=True)
 
-    for change in save_plan_on_primary(plan, request.workdir, weights):
+    def save() -> list[str]:
+        return save_plan(request.workdir, plan._replace(digest=params_digest(weights.params)))
+
+    for change in multihost.compute_once(save):
         log(f"changed since this suite was last started: {change}")
     sources = itertools.chain.from_iterable(data.sources.values())
     for note in [*data.notes, *dict.fromkeys(note for source in sources for note in source.notes)]:
@@ -129,23 +136,6 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
             save_throughput(request.workdir, throughput)
         report(request.workdir)
     return TransferOutcome(failures)
-
-
-def save_plan_on_primary(plan: TransferPlan, workdir: str, weights: PretrainedWeights) -> list[str]:
-    """Saves the plan from the primary process; returns the result of `save_plan`.
-
-    Raises:
-        UserError: As `save_plan`, on every host, so that none waits for one that has ended.
-    """
-    changes, refusal = [], None
-    if multihost.is_primary_process():
-        try:
-            changes = save_plan(workdir, plan._replace(digest=params_digest(weights.params)))
-        except UserError as error:
-            refusal = error
-    if multihost.any_host(refusal is not None):
-        raise refusal or UserError("the primary process rejects this suite; see its message")
-    return changes
 
 
 def make_plan(

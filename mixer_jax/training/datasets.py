@@ -5,10 +5,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
-from mixer_jax.data.folder import FOLDER, check_readable
+from mixer_jax.data.folder import check_readable
+from mixer_jax.data.names import FOLDER
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
-from mixer_jax.errors import UserError
+from mixer_jax.distributed import multihost
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.evaluation.probes import align_labels
 
 
@@ -30,8 +32,30 @@ class RunDatasets(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """Notes of all sources, without repetitions."""
-        sources = [self.train, *self.evals.values(), *self.probe_train.values()]
-        return list(dict.fromkeys(note for source in sources for note in source.notes))
+        return list(dict.fromkeys(note for source in self._sources for note in source.notes))
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [self.train, *self.evals.values(), *self.probe_train.values()]
+
+    def check_hosts(self) -> None:
+        """Checks that every host finds the data; all hosts must call it together.
+
+        Raises:
+            UserError: The data are not at the same path on some host, on all hosts.
+        """
+        problem = ""
+        try:
+            for source in self._sources:
+                source.check_files()
+        except RunError as error:
+            problem = str(error)
+        for host, found in enumerate(multihost.gather_text(problem)):
+            if found:
+                raise UserError(
+                    f"data must be at the same path on every host, got on host {host}: {found} "
+                    "Copy the data there, or use a file system that all hosts share."
+                )
 
 
 def open_datasets(config: RunConfig) -> RunDatasets:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo, get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, DAMAGED_DIR, list_saved_steps
@@ -16,15 +16,12 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import describe_changes
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import moved_folders
-
-# Differences between data sets that are listed in a message.
-_MAX_CHANGES = 4
 
 
 class InitSource(NamedTuple):
@@ -62,7 +59,9 @@ def find_init_source(
         return _find_valid_checkpoint(workdir, steps)
     if not config.init_from:
         return None
-    weights = weights or load_checkpoint(config.init_from)
+    if weights is None:
+        source, step = multihost.compute_once(lambda: pin_checkpoint(config.init_from))
+        weights = load_checkpoint(source, step=step)
     if config.model.variant != INIT_FROM:
         _check_same_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))
@@ -195,10 +194,9 @@ def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: s
     else:  # An older version stored only the paths.
         changes = moved_folders(get_metadata(metadata, "config", source), experiment.config)
     if changes:
-        listed = ", ".join(changes[:_MAX_CHANGES]) + (", …" if changes[_MAX_CHANGES:] else "")
         raise UserError(
-            f"training data must be as in {source}, got other {listed}. Restore the data, or "
-            "choose another --workdir."
+            f"training data must be as in {source}, got other {abbreviate(changes, 4)}. Restore "
+            "the data, or choose another --workdir."
         )
 
 

@@ -26,9 +26,9 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    describe_error,
     no_space_path,
     no_space_reason,
-    summarize_error,
 )
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
@@ -174,6 +174,8 @@ class _TrainLoop:
         stack.push(functools.partial(_free_space, workdir))
         # Listed once, so that all hosts have the same examples in the same order.
         datasets = multihost.compute_once(lambda: open_datasets(config))
+        if not is_alone:
+            datasets.check_hosts()
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
@@ -361,7 +363,7 @@ class _TrainLoop:
                 if not isinstance(error, UserError | RunError | OSError):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
-                message = _describe_error(error)
+                message = describe_error(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))
                 self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:
@@ -377,13 +379,6 @@ class _TrainLoop:
         self.saved_step, self.saved_at = step, time.monotonic()
         # A request sent before this save would cause another one.
         self.shared_flags.clear()
-
-
-def _describe_error(error: Exception) -> str:
-    """Formats an error in one line, with its type if the message is another library's."""
-    if isinstance(error, UserError | RunError):
-        return str(error)
-    return f"{type(error).__name__}: {summarize_error(error)}."
 
 
 def _is_due(step: int, every_steps: int) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
+from mixer_jax.data.names import FOLDER
 from mixer_jax.errors import (
     DiskFullError,
     RunError,
@@ -29,7 +30,6 @@ from mixer_jax.files import atomic_write, file_lock
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.txt"
 LOCK_FILE = ".lock"
-_FOLDER = "folder:"
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
 # Locked workdirs of this process, and the threads that hold them.
@@ -92,7 +92,7 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
     _check_writable(workdir)
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
-        if list_steps(workdir):
+        if list_saved_steps(workdir):
             raise UserError(
                 f"workdir {workdir!r} has checkpoints but no {CONFIG_FILE}. {_OTHER_WORKDIR}."
             )
@@ -103,7 +103,7 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
         raise UserError(
             f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
         ) from error
-    if incompatible and list_steps(workdir):
+    if incompatible and list_saved_steps(workdir):
         raise UserError(
             f"workdir {workdir!r} belongs to another experiment ({'; '.join(incompatible)}). "
             f"{_OTHER_WORKDIR}, or undo the change to resume."
@@ -167,7 +167,7 @@ def _is_folder_moved(key: str, was: Any, now: Any) -> bool:
 
     Whether the folders have the same files is compared later, by the fingerprint of the data.
     """
-    is_folder = all(isinstance(name, str) and name.startswith(_FOLDER) for name in (was, now))
+    is_folder = all(isinstance(name, str) and name.startswith(FOLDER) for name in (was, now))
     return is_folder and _TRAIN_DATA_KEYS.fullmatch(key) is not None
 
 

@@ -1,7 +1,10 @@
 """Tests of names of checkpoints: files, runs, the Hub, and URLs."""
 
+import errno
+import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,18 +15,18 @@ from etils import epath
 from etils.epath.testing import mock_epath
 from safetensors.numpy import save_file
 
-from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.errors import UserError
+from mixer_jax.errors import DiskFullError, UserError
 from mixer_jax.training.workdir import check_workdir
 from tests.helpers import pretrained_files
-from tests.helpers.hub_cache import GOOGLE, NAME, OTHER_COMMIT, add_to_cache
+from tests.helpers.hub_cache import COMMIT, GOOGLE, NAME, OTHER_COMMIT, add_to_cache
 from tests.helpers.messages import mentions, raises
 from tests.helpers.object_store import BUCKET, object_store
-from tests.helpers.random_weights import assert_params_equal, random_weights, save_run
+from tests.helpers.random_weights import assert_params_equal, random_weights, save_npz, save_run
 
 
 def test_resolve_checkpoint_finds_the_format(tmp_path: Path) -> None:
@@ -221,6 +224,33 @@ def test_errors_of_url_libraries_are_reported_in_one_line(tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_a_usage_error(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    save_npz(random_weights(), tmp_path / "Mixer.npz")
+    with object_store(tmp_path):
+        for module, name in ((shutil, "copyfileobj"), (tempfile, "TemporaryDirectory")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                with raises(DiskFullError, f"{BUCKET}Mixer.npz", os.strerror(code), "TMPDIR"):
+                    load_checkpoint(f"{BUCKET}Mixer.npz")
+
+
+def test_a_disk_that_is_full_during_a_download_is_not_a_usage_error(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with raises(DiskFullError, f"hf:{NAME}", "No space left", "HF_HOME"):
+        load_checkpoint(f"hf:{NAME}")
+
+
 def test_a_missing_url_library_is_reported_with_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
@@ -255,6 +285,43 @@ def test_a_revision_can_be_named(hub_cache: Path) -> None:
     add_to_cache(hub_cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)
     for source, seed in ((f"hf:{NAME}", 0), (f"hf:{NAME}@{OTHER_COMMIT}", 1)):
         assert_params_equal(load_checkpoint(source).params, random_weights(seed=seed).params)
+
+
+def test_pin_checkpoint_names_the_step_and_the_commit(hub_cache: Path, tmp_path: Path) -> None:
+    run = save_run(random_weights(), tmp_path / "run", step=7)
+    assert pin_checkpoint(run) == (run, 7)
+    assert pin_checkpoint(f"{run}/checkpoints/7") == (f"{run}/checkpoints/7", 7)
+    add_to_cache(hub_cache, random_weights(seed=0).params, GOOGLE)
+    add_to_cache(hub_cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)
+    pinned = [pin_checkpoint(name) for name in (f"hf:{NAME}", NAME, f"hf:{NAME}@main")]
+    assert pinned == [(f"hf:{NAME}@{COMMIT}", None)] * 3
+    assert pin_checkpoint(f"hf:{NAME}@{OTHER_COMMIT}") == (f"hf:{NAME}@{OTHER_COMMIT}", None)
+    # The repository changes after one host has resolved its name.
+    (hub_cache / f"models--{NAME.replace('/', '--')}" / "refs/main").write_text(OTHER_COMMIT)
+    source, step = pinned[0]
+    assert_params_equal(load_checkpoint(source, step=step).params, random_weights(seed=0).params)
+    with raises(UserError, "someone/other"):
+        pin_checkpoint("hf:someone/other")
+
+
+def test_pin_checkpoint_downloads_no_weights(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    add_to_cache(hub_cache, random_weights().params, GOOGLE)
+    (model,) = hub_cache.rglob("model.safetensors")
+    model.unlink()
+    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
+
+    def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
+        if not local_files_only:
+            requested.append(file)
+        return hf_hub_download(repo, file, local_files_only=True, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
+    assert pin_checkpoint(f"hf:{NAME}") == (f"hf:{NAME}@{COMMIT}", None)
+    assert requested == ["config.json"]
 
 
 @pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:", ""])

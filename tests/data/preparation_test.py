@@ -300,3 +300,33 @@ def test_missing_network_is_an_error_before_the_download(monkeypatch: pytest.Mon
     check_network("digits", [])
     monkeypatch.setattr(preparation.urllib.request, "getproxies", lambda: {"https": "proxy"})
     check_network("digits", ["https://first.invalid/x"])
+
+
+def test_downloads_of_other_datasets_do_not_replace_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(host: str, port: None) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown host")
+
+    def download_and_prepare(self: Any, **arguments: Any) -> None:
+        raise OSError("TFDS was called")
+
+    monkeypatch.setattr(preparation.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(preparation.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
+    builder = tfds.builder("cifar10", data_dir=tmp_path)
+    ((url, info),) = builder.url_infos.items()
+    downloads = tmp_path / "downloads"
+    (downloads / "mnist").mkdir(parents=True)
+    (downloads / "manual").mkdir()
+    (downloads / "mnist" / "train.gz").touch()
+    (downloads / "some_other_file.zip").touch()
+    with raises(UserError, "cifar10", "www.cs.toronto.edu"):
+        prepare_tfds("cifar10", str(tmp_path))
+    old_layout = tfds.core.download.resource.get_dl_fname(url, info.checksum)
+    for path in (f"cifar10/{old_layout}", old_layout, f"manual/{info.filename}"):
+        (downloads / path).parent.mkdir(exist_ok=True)
+        (downloads / path).touch()
+        with raises(UserError, "TFDS was called"):
+            prepare_tfds("cifar10", str(tmp_path))
+        (downloads / path).unlink()

@@ -1,11 +1,14 @@
 """Tests of TFDS datasets: examples, and errors for missing datasets, splits and labels."""
 
+import errno
+import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +22,7 @@ from mixer_jax.data.readers import EvalReader, TrainReader
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Example, Source, mix_sources, relabel
 from mixer_jax.data.tfds import prepare_tfds
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from tests.helpers.messages import mentions, raises
 
 PNG = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
@@ -300,6 +303,68 @@ def test_damaged_records_are_bad_images(digits_dir: str, tmp_path: Path) -> None
     assert mentions(name, "digits", "train", str(index))
     with pytest.raises(BadImageError):
         source.read_labels(index)
+
+
+@pytest.fixture
+def sharded_dir(tmp_path: Path) -> Path:
+    """Data folder with `digits` in five files per split."""
+    builder = tfds.builder("digits", data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=5))
+    return tmp_path
+
+
+def remove_file(path: Path) -> None:
+    path.unlink()
+
+
+def truncate_file(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty_file(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("damage", [remove_file, truncate_file, empty_file])
+@pytest.mark.parametrize("split", ["train", "test+train[:100%]"])
+def test_files_that_cannot_be_read_are_an_error_and_no_bad_images(
+    damage: Callable[[Path], None], split: str, sharded_dir: Path
+) -> None:
+    expected = read(open_dataset("digits", split, str(sharded_dir)))
+    shard_lengths = tfds.builder("digits", data_dir=sharded_dir).info.splits["train"].shard_lengths
+    (path,) = sharded_dir.rglob("digits-train.array_record-00003-of-00005")
+    # Opened again, since readers keep files open.
+    source = open_dataset("digits", split, str(sharded_dir))
+    damage(path)
+    start = (0 if split == "train" else 360) + sum(shard_lengths[:3])
+    lost = range(start, start + shard_lengths[3])
+    for index, example in enumerate(expected):
+        if index in lost:
+            with raises(RunError, "digits", split, str(index), str(path)):
+                source.examples[index]
+        else:
+            assert source.examples[index] == example
+    with raises(RunError, str(path)):
+        source.read_labels(lost[0])
+    for file in sharded_dir.rglob("*-00000-of-00005"):
+        damage(file)
+    with raises(RunError, "-00000-of-00005"):
+        open_dataset("digits", split, str(sharded_dir))
+
+
+def test_too_many_open_files_are_an_error_and_no_bad_images(sharded_dir: Path) -> None:
+    source = open_dataset("digits", "train", str(sharded_dir))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The smallest number that no file has.
+    limit = os.dup(0)
+    os.close(limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with pytest.raises(RunError) as caught:
+            source.examples[len(source) - 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert mentions(str(caught.value), "00004-of-00005", os.strerror(errno.EMFILE), "ulimit -n")
 
 
 def test_labels_are_read_without_images(

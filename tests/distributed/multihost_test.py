@@ -18,10 +18,10 @@ from tests.helpers.processes import two_host_env
 
 # Precedes the code of two processes that form one run.
 PREAMBLE = """
-import json, os, sys
+import contextlib, json, os, sys
 import numpy as np
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 multihost.initialize_distributed("auto", 60)
 host = int(os.environ["JAX_PROCESS_ID"])
 """
@@ -138,17 +138,30 @@ exchanged = [flags.exchange(step == 2 and host == 1, step == 3) for step in rang
 flags.exchange(True, True)
 flags.clear()
 exchanged.append(flags.exchange(False, False))
-def fail():
-    raise UserError(f"refused by host {host}")
-try:
-    multihost.compute_once(fail)
-except UserError as error:
-    message = str(error)
+messages = []
+@contextlib.contextmanager
+def fail(error):
+    raise error(f"failed on host {host}")
+    yield
+def use(error):
+    with fail(error):
+        pass
+def enter(error):
+    with multihost.enter_on_primary(fail(error)):
+        pass
+for error in (UserError, RunError, DiskFullError, OSError):
+    for call in (lambda: multihost.compute_once(lambda: use(error)), lambda: enter(error)):
+        try:
+            call()
+        except (UserError, RunError, OSError) as raised:
+            messages.append((type(raised).__name__, str(raised)))
+with multihost.enter_on_primary(contextlib.nullcontext(lambda: "not picklable")):
+    pass
 print(json.dumps({
     "texts": multihost.gather_text("é" * host),
     "no_texts": multihost.gather_text(""),
     "once": multihost.compute_once(lambda: {"host": host, "text": "a" * 1001}),
-    "message": message,
+    "messages": messages,
     "any": [multihost.any_host(host == 1), multihost.any_host(False)],
     "sum": multihost.sum_across_hosts(5 + host),
     "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
@@ -164,11 +177,22 @@ print(json.dumps({
         (line,) = [line for line in out.splitlines() if line.startswith("{")]
         values = json.loads(line)
         exchanged = values.pop("exchanged")
+        # Errors of other types are converted on all but the primary process.
+        disk_full, os_error = ("DiskFullError", "OSError") if host == 0 else ("RunError",) * 2
         assert values == {
             "texts": ["", "é"],
             "no_texts": ["", ""],
             "once": {"host": 0, "text": "a" * 1001},
-            "message": "refused by host 0",
+            "messages": [
+                message
+                for message in (
+                    ["UserError", "failed on host 0"],
+                    ["RunError", "failed on host 0"],
+                    [disk_full, "failed on host 0"],
+                    [os_error, "failed on host 0" if host == 0 else "OSError: failed on host 0."],
+                )
+                for _ in range(2)
+            ],
             "any": [True, False],
             "sum": 11,
             "gathered": [[0, 1], [2, 3]],

@@ -34,7 +34,8 @@ RUNS = [
 def workspace(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """Folder with weights and the suite of the documentation."""
     workspace = tmp_path_factory.mktemp("suites")
-    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/transfer.md").read_text(), re.DOTALL)
+    page = (root / "docs" / "reference" / "transfer_protocol.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (workspace / "mine.py").write_text(code)
     save_weights(workspace)
     return workspace

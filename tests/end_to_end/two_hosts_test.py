@@ -3,7 +3,9 @@
 import collections
 import functools
 import json
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,34 @@ def test_a_usage_error_on_one_host_ends_the_other(settings: dict[str, Any], tmp_
     assert both[1].returncode == 2, errors
     assert both[0].returncode in LOST_HOST, errors
     assert mentions(errors[1], str(tmp_path / "bad_images_1.jsonl"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs paths that depend on the process")
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_data_that_one_host_lacks_are_an_error_on_both(
+    kind: str, digits_dir: str, root: Path, tmp_path: Path
+) -> None:
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for host in hosts:
+        (host / "data").mkdir(parents=True)
+    # A path that exists in the working directory of one process only.
+    data = "/proc/self/cwd/data"
+    settings: dict[str, Any] = {}
+    if kind == "folder":
+        write_images(hosts[0] / "data", train=40, bad=40)
+        settings["dataset__name"] = f"folder:{data}"
+    else:
+        shutil.copytree(f"{digits_dir}/digits", hosts[0] / "data" / "digits")
+    workdir = tmp_path / "run"
+    both = [
+        start(data, workdir, {**env, "PYTHONPATH": str(root)}, cwd=host, **settings)
+        for env, host in zip(two_host_env(num_devices=1), hosts, strict=True)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    for error in errors:
+        assert mentions(error.splitlines()[-1], "host 1", data)
+    assert list_steps(str(workdir)) == []
 
 
 def test_a_host_whose_peer_never_joins_ends(settings: dict[str, Any], tmp_path: Path) -> None:

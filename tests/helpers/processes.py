@@ -41,6 +41,7 @@ def start(
     env: dict[str, str] | None = None,
     new_group: bool = False,
     optimized: bool = False,
+    cwd: Path | None = None,
     **overrides: Any,
 ) -> subprocess.Popen[str]:
     """Starts a run with the settings of `RUN`.
@@ -51,6 +52,7 @@ def start(
         env: Additional environment variables.
         new_group: Whether to start a process group, as shells do, for signals to all processes.
         optimized: Whether XLA optimizes the program, as it does for users.
+        cwd: Working directory; None: that of the tests.
         **overrides: Changes of `RUN`.
     """
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
@@ -62,6 +64,7 @@ def start(
         text=True,
         env={**os.environ, **optimizations, "JAX_PLATFORMS": "cpu", **(env or {})},
         start_new_session=new_group,
+        cwd=cwd,
     )
 
 

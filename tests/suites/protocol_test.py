@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
+from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, UserError
 from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.suites import protocol, workdir
@@ -203,3 +204,25 @@ def test_run_probe_task_obeys_overrides(
     found = input_config._asdict()
     assert {name: found[name] for name in expected} == expected
     assert mesh.shape["fsdp"] == fsdp
+
+
+def test_run_probe_task_lists_the_images_once_for_all_hosts(
+    digits_dir: str, context: TaskContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process is the second of two hosts, and the data are those of the first."""
+    plan = make_plan(data_dir=digits_dir)
+    splits = (PROBE.train_split, PROBE.test_split)
+    results = [["checkpoint"], [open_dataset(PROBE.dataset, split, digits_dir) for split in splits]]
+    expected = results[1]
+    monkeypatch.setattr(protocol, "compute_once", lambda compute: results.pop(0))
+    monkeypatch.setattr(protocol, "is_primary_process", lambda: False)
+    monkeypatch.delattr(protocol, "open_dataset")
+    probed: list[Any] = []
+
+    def run_probe(*args: Any) -> ProbeMetrics:
+        probed.extend(args[3:5])
+        return ProbeMetrics("few_shot", {"1_shot": 0.5}, {}, None, 10, 20)
+
+    monkeypatch.setattr(protocol, "run_probe", run_probe)
+    run_probe_task(context._replace(plan=plan), PROBE)
+    assert probed == expected

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mixer_jax import evaluate
+from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.weights import params_digest
 from mixer_jax.errors import NonFiniteError, UserError
@@ -23,14 +24,12 @@ from mixer_jax.suites.run import (
     TransferRequest,
     make_plan,
     run_suite,
-    save_plan_on_primary,
 )
 from mixer_jax.suites.tasks import Suite
 from mixer_jax.suites.workdir import read_plan
-from tests.helpers import tiny_suite
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import random_weights
+from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_suite import HIGH, LOW, PROBE, SUITE, save_weights
 from tests.suites.datasets_test import make_folder
 
@@ -271,32 +270,27 @@ def test_run_suite_applies_overrides_to_one_task(
     assert some_line_mentions(notes, "optimizer.momentum", "0.5")
 
 
-def test_save_plan_on_primary_records_the_digest(tmp_path: Path) -> None:
-    weights = random_weights()
-    plan = tiny_suite.make_plan()
-    assert save_plan_on_primary(plan, str(tmp_path), weights) == []
-    saved = read_plan(str(tmp_path))
-    assert saved is not None
-    assert saved.digest == params_digest(weights.params)
-    with raises(UserError, str(tmp_path), "runs/a", "--workdir"):
-        save_plan_on_primary(plan, str(tmp_path), random_weights(seed=1))
-
-
-def test_save_plan_on_primary_raises_on_all_hosts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, plan = random_weights(), tiny_suite.make_plan()
-    monkeypatch.setattr(run_lib.multihost, "is_primary_process", lambda: False)
-    assert save_plan_on_primary(plan, str(tmp_path), weights) == []
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(run_lib.multihost, "any_host", lambda flag: True)
-    with raises(UserError):
-        save_plan_on_primary(plan, str(tmp_path), weights)
-    assert not list(tmp_path.iterdir())
-
-
 class EnoughError(Exception):
     """Ends a suite as soon as the test has what it needs."""
+
+
+def test_run_suite_records_the_digest_of_the_weights(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise EnoughError
+
+    monkeypatch.setattr(run_lib, "run_tasks", stop)
+    source, workdir = save_weights(tmp_path), tmp_path / "suite"
+    with pytest.raises(EnoughError):
+        run(source, workdir, digits_dir)
+    saved = read_plan(str(workdir))
+    assert saved is not None
+    assert saved.digest == params_digest(load_checkpoint(source).params)
+    shutil.rmtree(source)
+    save_run(random_weights(seed=1), Path(source))
+    with raises(UserError, str(workdir), source, "--workdir"):
+        run(source, workdir, digits_dir)
 
 
 def test_run_suite_initializes_distributed_as_configured(
@@ -355,11 +349,11 @@ def test_run_suite_plans_with_data_notes_and_absolute_folders(
     monkeypatch.chdir(tmp_path)
     plans: list[TransferPlan] = []
 
-    def save(plan: TransferPlan, workdir: str, weights: Any) -> Any:
+    def save(workdir: str, plan: TransferPlan) -> Any:
         plans.append(plan)
         raise EnoughError
 
-    monkeypatch.setattr(run_lib, "save_plan_on_primary", save)
+    monkeypatch.setattr(run_lib, "save_plan", save)
     tasks = (
         dataclasses.replace(PROBE, num_examples=(729, 168)),
         dataclasses.replace(PROBE, name="mine", dataset="folder:images", shots=(1,)),

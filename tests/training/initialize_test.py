@@ -1,6 +1,7 @@
 """Tests of the start of a run: from pretrained weights, at another image size, with a new head."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.manager import CheckpointManager
+from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.datasets import open_datasets
@@ -211,6 +214,30 @@ def test_resumed_run_does_not_read_init_from(
     resumed, _ = restore_or_init(again, CheckpointManager(str(tmp_path / "tuned")), 3, init)
     assert_params_equal(jax.device_get(resumed.params), jax.device_get(state.params))
     assert int(resumed.step) == 3
+
+
+def test_hosts_load_the_step_that_the_primary_process_has_found(
+    weights: PretrainedWeights, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(weights, tmp_path / "run")
+    newer = save_run(random_weights(seed=1), tmp_path / "newer", step=2)
+    compute_once = multihost.compute_once
+
+    def save_afterwards(compute: Callable[[], Any]) -> Any:
+        result = compute_once(compute)
+        if result == (run, 1):
+            # The run is still training: other hosts would find its next step.
+            shutil.copytree(f"{newer}/checkpoints/2", f"{run}/checkpoints/2")
+        return result
+
+    monkeypatch.setattr(multihost, "compute_once", save_afterwards)
+    init = find_init_source(
+        small_config(digits_dir, init_from=run, **FROM_WEIGHTS), str(tmp_path / "tuned")
+    )
+    assert list_steps(run) == [1, 2]
+    assert init is not None
+    assert init.weights is not None
+    assert_params_equal(init.weights.params, weights.params)
 
 
 def test_run_without_init_from_is_initialized_randomly(digits_dir: str, tmp_path: Path) -> None:

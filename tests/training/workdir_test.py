@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mixer_jax import main
 from mixer_jax.checkpoints.resolve import INDEX
+from mixer_jax.config.config import parse
+from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import (
     EVAL_FIELDS,
     CheckpointConfig,
@@ -171,6 +174,39 @@ def test_check_workdir_rejects_checkpoints_without_a_config(
     add_checkpoint(tmp_path)
     with raises(UserError, str(tmp_path), "config.json", "--workdir"):
         check_workdir(str(tmp_path), config)
+
+
+def test_check_workdir_knows_checkpoints_that_have_lost_their_index(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    add_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "5" / INDEX).unlink()
+    with raises(UserError, str(tmp_path), "config.json", "--workdir"):
+        check_workdir(str(tmp_path), config)
+    save_config(str(tmp_path), config)
+    with raises(UserError, str(tmp_path), "num_steps"):
+        check_workdir(str(tmp_path), dataclasses.replace(config, num_steps=10_000))
+
+
+def test_main_does_not_resolve_init_from_if_checkpoints_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        """Ends the command once its arguments are checked."""
+
+    def stop(cache: str) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(main.common, "configure_jax", stop)
+    argv = ["--config=digits", f"--workdir={tmp_path}", "--config.init_from=gone.npz"]
+    argv += ["--config.distributed=no"]
+    with raises(UserError, "gone.npz"):
+        main.main(argv)
+    save_config(str(tmp_path), parse(load_config_with_overrides("digits", argv[2:])))
+    add_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "5" / INDEX).unlink()
+    with pytest.raises(StoppedError):
+        main.main(argv)
 
 
 def test_check_workdir_rejects_a_folder_it_cannot_write(tmp_path: Path, config: RunConfig) -> None:

@@ -1,0 +1,33 @@
+"""MkDocs hooks: see `docs/site_pages.py`."""
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+from docs import site_pages
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds pages for notebooks, and for files outside docs/ that pages link to."""
+    pages = {}
+    for file in list(files):
+        path = f"docs/{file.src_uri}"
+        if file.is_documentation_page():
+            pages[path] = site_pages.insert_generated(file.content_string)
+        elif (page := site_pages.page_of(path)) != path:
+            pages[page] = site_pages.format_notebook(file.content_string)
+            name = page.removeprefix("docs/")
+            files.append(File.generated(config, name, content=pages[page]))
+    for path, content in site_pages.source_pages(pages).items():
+        name = path.removeprefix("docs/")
+        # These pages are reached by links only.
+        inclusion = InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, name, content=content, inclusion=inclusion))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Inserts generated text, and rewrites links to files that are not pages."""
+    del config, files
+    path = f"docs/{page.file.src_uri}"
+    return site_pages.insert_generated(site_pages.rewrite_links(markdown, path))
