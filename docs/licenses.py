@@ -43,7 +43,9 @@ _INTRODUCTION = """\
 mixer_jax is licensed under Apache-2.0. The tables list every package that is installed on Linux,
 and the license that the package names. Wheels may contain libraries under other licenses, which
 their `*.dist-info` directories list: those of OpenCV contain FFmpeg (LGPL-2.1), for example. Tests
-run the programs hadolint and shellcheck (GPL-3.0) as processes.
+run the programs hadolint and shellcheck (GPL-3.0) as processes. Accelerators need proprietary
+libraries: the extra `cuda` installs NVIDIA's, under NVIDIA's licenses, and `tpu` installs libtpu,
+under the Google Cloud Platform Terms of Service.
 
 Written by `python docs/licenses.py`.
 """

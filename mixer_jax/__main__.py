@@ -7,7 +7,6 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from mixer_jax import __version__
 from mixer_jax.errors import UserError, suggest
 
 # Name, module in this package, and description of each command.
@@ -38,10 +37,13 @@ def main() -> None:
 
 
 def _list_commands(argv: Sequence[str]) -> int:
-    """Prints the commands, or the version; returns the exit code."""
+    """Prints the commands, or versions of libraries; returns the exit code."""
     name = argv[0] if argv else "--help"
     if name == "--version":
-        print(f"mixer-jax {__version__}")
+        from mixer_jax.cli.versions import describe_environment
+
+        for line in describe_environment():
+            print(line, flush=True)
         return 0
     if name not in ("-h", "--help"):
         names = [name for name, _, _ in COMMANDS]
@@ -53,6 +55,7 @@ def _list_commands(argv: Sequence[str]) -> int:
     for name, _, description in COMMANDS:
         print(f"  {name:<11} {description}")
     print("\nmixer-jax COMMAND --help lists the arguments of a command.")
+    print("mixer-jax --version prints the versions of libraries, for reports of problems.")
     print("python -m mixer_jax COMMAND is the same as mixer-jax COMMAND.")
     return 0
 

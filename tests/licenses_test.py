@@ -30,6 +30,7 @@ def test_page_lists_the_packages_of_the_requirements(licenses: ModuleType, root:
     files = set(licenses.SECTIONS)
     assert files == {path.name for path in root.glob("requirements*.txt")} - {
         "requirements-baselines.txt",
+        "requirements-cuda.txt",
         "requirements-tpu.txt",
     }
     for file, title in licenses.SECTIONS.items():

@@ -1,7 +1,10 @@
 """Tests of `python -m mixer_jax`, which is also the program `mixer-jax`."""
 
+import platform
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -50,9 +53,30 @@ def test_program_lists_its_commands(program: str, arguments: list[str]) -> None:
     assert module.stdout == done.stdout
 
 
-def test_program_prints_its_version(program: str) -> None:
+def test_program_prints_versions_and_devices(program: str) -> None:
     done = run_program("--version", name=program)
-    assert done.stdout.split() == ["mixer-jax", mixer_jax.__version__]
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *lines = done.stdout.splitlines()
+    assert first == f"mixer-jax {mixer_jax.__version__}"
+    versions = dict(line.split(" ", 1) for line in lines)
+    assert versions["python"] == platform.python_version()
+    assert {versions[name] == metadata.version(name) for name in ("jax", "flax")} == {True}
+    assert "torch" not in versions or versions["torch"] == metadata.version("torch")
+    assert re.fullmatch(r"\d+ \S.*", versions["devices"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [({"SLURM_NTASKS": "2"}, "hosts"), ({"JAX_PLATFORMS": "cuda"}, "cuda")],
+)
+def test_versions_do_not_wait_for_other_hosts_or_absent_devices(
+    program: str, variables: dict[str, str], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = run_program("--version", name=program)
+    assert done.returncode == 0
+    assert mentions(done.stdout.splitlines()[-1], "devices", part)
 
 
 @pytest.mark.parametrize(("name", "module", "_"), COMMANDS)

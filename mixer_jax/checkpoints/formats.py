@@ -17,6 +17,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,8 @@ _SAFE_CLASSES: tuple[Any, ...] = (
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 )
+# torch.load(weights_only=True) of earlier releases can be made to run code.
+_MIN_TORCH = (2, 6)
 # Name of a class in PyTorch's message that it is not allowed.
 _FORBIDDEN_CLASS = re.compile(r"GLOBAL (\w[\w.]*)")
 
@@ -427,6 +430,14 @@ class TorchFile(TensorFile):
             raise UserError(
                 f"{path} can only be read with PyTorch. Run pip install torch, or save the weights "
                 "as safetensors."
+            )
+        version = metadata.version("torch")
+        if tuple(map(int, version.split(".")[:2])) < _MIN_TORCH:
+            minimum = ".".join(map(str, _MIN_TORCH))
+            raise UserError(
+                f"torch must be {minimum} or newer, got {version}, which can run code in {path} "
+                "(CVE-2025-32434). Run pip install --upgrade torch, or save the weights as "
+                "safetensors."
             )
         import torch
 

@@ -1,6 +1,8 @@
 """Tests of loading files of weights: image size, class names, metadata, and overrides."""
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,14 @@ def test_params_of_files_are_aligned_for_jax(tmp_path: Path) -> None:
         for array in loaded.params[section].values():
             assert array.ctypes.data % 64 == 0
             assert array.dtype == np.float32
+
+
+def test_a_release_of_torch_that_can_run_code_in_checkpoints_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"PK")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torch": "2.5.1+cpu"}[name])
+    message = assert_rejected(str(path))
+    assert mentions(message, "torch", "2.6", "2.5.1+cpu", "model.pth", "CVE-2025-32434")

@@ -47,7 +47,8 @@ def run_commands(commands: list[list[str]], folder: Path) -> list[CliResult]:
     return [CliResult(*result) for result in json.loads(process.stdout)]
 
 
-def _run(command: list[str]) -> CliResult:
+def run_command(command: list[str]) -> CliResult:
+    """Runs a command in this process, as `python -m` would, and captures its output."""
     python, option, module, *arguments = command
     assert (python, option) == ("python", "-m")
     original = sys.argv, sys.stdout, sys.stderr
@@ -74,7 +75,7 @@ def _run(command: list[str]) -> CliResult:
 def _main() -> None:
     results: list[CliResult] = []
     for command in json.load(sys.stdin):
-        results.append(_run(command))
+        results.append(run_command(command))
         if results[-1].code:
             break
     json.dump(results, sys.stdout)

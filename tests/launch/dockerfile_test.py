@@ -1,6 +1,8 @@
-"""Tests of launch/gke/Dockerfile and .dockerignore: the build context and the image."""
+"""Tests of Dockerfile and .dockerignore: the build context and the image."""
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,10 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pathspec
+import pytest
 
 from tests.helpers import launch_scripts
 
-DOCKERFILE = Path("launch/gke/Dockerfile")
+DOCKERFILE = Path("Dockerfile")
 # Files of a checkout that must not get into an image, for privacy or size.
 EXCLUDED = (
     ".git/config",
@@ -28,25 +31,27 @@ EXCLUDED = (
     "mixer_jax/.env",
     "configs/.netrc",
     "mixer_jax.egg-info/PKG-INFO",
-    "README.md",
-    "docs/guide.md",
+    "requirements-test.txt",
+    "docs/performance.md",
 )
 
 
-def copy_instructions() -> dict[str, str]:
-    """Returns the source of each COPY instruction with its destination."""
-    text = DOCKERFILE.read_text()
-    return dict(re.findall(r"^COPY (\S+) (\S+)$", text, flags=re.MULTILINE))
+def instructions(name: str) -> list[str]:
+    """Returns the arguments of every instruction of this name, without line breaks."""
+    text = re.sub(r"^ *#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    text = text.replace("\\\n", " ")
+    return re.findall(rf"^{name} (.*)$", text, flags=re.MULTILINE)
 
 
 def source_files() -> set[str]:
-    """Returns the files that COPY instructions name, without hidden and compiled ones."""
+    """Returns the files of the checkout that the image copies, without hidden and compiled ones."""
     files = set()
-    for source in map(Path, copy_instructions()):
-        for path in [source, *source.rglob("*")]:
-            is_extra = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-            if path.is_file() and not is_extra:
-                files.add(str(path))
+    for arguments in instructions("COPY"):
+        for source in map(Path, arguments.split()[:-1]):
+            for path in [source, *source.rglob("*")]:
+                is_extra = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+                if path.is_file() and not is_extra:
+                    files.add(str(path))
     return files
 
 
@@ -63,24 +68,46 @@ def build_context(paths: Iterable[str]) -> set[str]:
 
 def test_dockerignore_keeps_only_the_files_that_the_image_copies() -> None:
     sources = source_files()
-    assert {"mixer_jax/main.py", "configs/digits.py", "requirements.txt"} < sources
-    assert "requirements-gcs.txt" in sources
+    assert {"mixer_jax/main.py", "configs/digits.py", "requirements-cuda.txt"} < sources
     assert build_context([*sources, *EXCLUDED]) == sources
 
 
-def test_image_entry_point_runs_with_the_copied_files(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_image_installs_a_program_from_the_copied_files(tmp_path: Path) -> None:
+    source, wheels, site = tmp_path / "source", tmp_path / "wheel", tmp_path / "site"
     for path in build_context([*source_files(), *EXCLUDED]):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / path)
-    python, *entry_point = re.findall(
-        r'"([^"]+)"', DOCKERFILE.read_text().rpartition("ENTRYPOINT")[2]
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, source / path)
+    build, _, install = (line for line in instructions("RUN") if line.startswith("pip "))
+    pip = [sys.executable, "-m", *shlex.split(build.replace("/wheel", str(wheels)))]
+    subprocess.run([*pip, "--no-build-isolation", "--quiet"], cwd=source, check=True)
+    install = install.replace("/wheel/*.whl", str(*wheels.iterdir()))
+    target = ["--quiet", f"--target={site}"]
+    subprocess.run([sys.executable, "-m", *shlex.split(install), *target], check=True)
+
+    (entry_point,) = instructions("ENTRYPOINT")
+    (program,) = re.findall(r'"([^"]+)"', entry_point)
+    command = [sys.executable, str(site / "bin" / program), "train"]
+    result = subprocess.run(
+        [*command, "--config=configs/mixer_l16_i21k.py", "--config.num_steps=many"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert python == "python"
-    command = [sys.executable, *entry_point, "--config=configs/mixer_l16_i21k.py"]
-    command.append("--config.num_steps=many")
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     # It rejects a value of the config, so it has imported the package and read the config file.
     launch_scripts.assert_usage_error(result, "num_steps", "many")
+
+
+def test_image_has_requirements_for_every_device() -> None:
+    (default,) = instructions("ARG")
+    devices = {*re.findall(r"EXTRA=(\w+)", DOCKERFILE.read_text())}
+    assert {default.removeprefix("EXTRA="), "cuda", "tpu"} == devices
+    copied = {name for line in instructions("COPY") for name in line.split()[:-1]}
+    assert {f"requirements-{device}.txt" for device in devices} < copied
+    manifests = "".join(path.read_text() for path in Path("launch/gke").glob("*.yaml"))
+    assert {*re.findall(r"EXTRA=(\w+)", manifests)} == {"cuda"}
 
 
 def test_image_does_not_run_as_root() -> None:

@@ -31,7 +31,7 @@ def test_scripts_pass_shellcheck() -> None:
 
 
 def test_dockerfile_passes_hadolint() -> None:
-    run_linter("hadolint", "launch/gke/Dockerfile")
+    run_linter("hadolint", "Dockerfile")
 
 
 def test_scripts_use_bash_strict_mode() -> None:

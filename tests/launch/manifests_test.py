@@ -56,9 +56,9 @@ def test_manifest_restarts_all_pods_except_after_a_usage_error(name: str) -> Non
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["backoffLimit"] == 0
     assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
-    assert any(
-        argument.startswith("--workdir=gs://") for argument in container_spec(manifest)["args"]
-    )
+    command, *arguments = container_spec(manifest)["args"]
+    assert command == "train"
+    assert any(argument.startswith("--workdir=gs://") for argument in arguments)
 
 
 @pytest.mark.parametrize("name", ["v6e", "tpu7x"])
