@@ -16,7 +16,7 @@ PYTEST := $(RUN) -m pytest --numprocesses=2
 .PHONY: demo test test-slow test-baselines test-all docs lint format clean
 
 $(INSTALLED): requirements.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python must be 3.11, 3.12 or 3.13, got {v.major}.{v.minor}. Pass PYTHON=python3.11.")'
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 15) else f"error: Python must be 3.11 to 3.14, got {v.major}.{v.minor}. Pass PYTHON=python3.12.")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing requirements.txt into $(VENV) takes a few minutes."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
@@ -28,6 +28,7 @@ demo: $(INSTALLED)
 # What the tests need in addition: TensorFlow, to compare with it, and the TPU compiler, which needs
 # no TPU. requirements-tpu.txt is empty on platforms without it.
 $(TESTS): $(INSTALLED) requirements-test.txt requirements-tpu.txt
+	$(RUN) -c 'import sys; v = sys.version_info; sys.exit(None if v < (3, 14) else f"error: Python must be 3.11 to 3.13 for tests, got {v.major}.{v.minor}: TensorFlow has no wheel for it. Run make clean, and pass PYTHON=python3.12.")'
 	@echo "Installing requirements-test.txt and requirements-tpu.txt into $(VENV) takes a few minutes."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-test.txt \
 	  --requirement requirements-tpu.txt

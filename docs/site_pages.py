@@ -115,8 +115,8 @@ def source_pages(pages: Mapping[str, str]) -> dict[str, str]:
 
 
 def _format_source(path: str) -> str:
-    # The search finds only pages of the documentation.
-    header = "---\nsearch:\n  exclude: true\n---\n\n"
+    # The search finds only pages of the documentation. Code is wide.
+    header = "---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n"
     if path.endswith(".md"):
         return header + rewrite_links(_read(path), path, page_of(path))
     language = _LANGUAGES.get(Path(path).suffix, "text")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).parent.parent / "mixer_jax"
@@ -83,3 +84,19 @@ def test_files_of_requirements_agree(root: Path) -> None:
     other["docs"] = pinned(root / "requirements-docs.txt")
     for one, another in itertools.combinations([versions, *other.values()], 2):
         assert all(one[name] == another[name] for name in one.keys() & another.keys())
+
+
+def test_tested_versions_of_python_are_those_of_the_metadata(root: Path) -> None:
+    setup = (root / "setup.py").read_text()
+    classifiers = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', setup)
+    workflow = (root / ".github" / "workflows" / "test.yml").read_text()
+    (matrix,) = re.findall(r"python: (\[.*\])", workflow)
+    assert ast.literal_eval(matrix) == classifiers
+    (required,) = re.findall(r'python_requires="(.*)"', setup)
+    (newest,) = re.findall(r'python-version: "(.*)"', workflow)
+    for version in (*classifiers, newest):
+        assert SpecifierSet(required).contains(version)
+    makefile = (root / "Makefile").read_text()
+    bounds = re.findall(r"\((3), (\d+)\) <= v < \((3), (\d+)\)", makefile)
+    (lowest_major, lowest, next_major, following) = bounds[0]
+    assert f">={lowest_major}.{lowest},<{next_major}.{following}" == required

@@ -1,15 +1,18 @@
-"""Tests of the wheel: its contents, and a run from it alone, without the checkout."""
+"""Tests of the source distribution and the wheel: contents, and a run from the wheel alone."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pathspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,19 +25,51 @@ from tests.helpers.tiny_run import NO_REGULARIZATION, to_flags
 pytestmark = pytest.mark.slow
 
 
+def checkout_files(root: Path) -> Iterator[Path]:
+    """Yields the files of the checkout that .gitignore does not exclude."""
+    ignored = pathspec.GitIgnoreSpec.from_lines((root / ".gitignore").read_text().splitlines())
+    for parent, folders, names in os.walk(root):
+        relative = Path(parent).relative_to(root)
+        folders[:] = [
+            name for name in folders if name != ".git" and not ignored.match_file(f"{name}/")
+        ]
+        paths = [relative / name for name in names if name != ".git"]
+        yield from (path for path in paths if not ignored.match_file(path))
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """Wheel built from a copy of the checkout, because building writes into it."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("mixer_jax", "configs"):
-        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
+def sdist(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """Source distribution, built from a copy of the checkout, because building writes into it."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for path in checkout_files(root):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / path, source / path)
+    code = f"import setuptools.build_meta; setuptools.build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.iterdir()
+    return sdist
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel built from the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True)
     (wheel,) = folder.iterdir()
     return wheel
+
+
+def test_source_distribution_has_the_whole_checkout(sdist: Path, root: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {
+            Path(*Path(member.name).parts[1:]) for member in archive.getmembers() if member.isfile()
+        }
+    generated = {path for path in files if path.parts[0] == "mixer_jax.egg-info"}
+    generated |= {Path("PKG-INFO"), Path("setup.cfg")}
+    assert files - generated == set(checkout_files(root)) - generated
+    examples = ("Makefile", "tests/wheel_test.py", "docs/index.md", ".github/workflows/test.yml")
+    assert set(map(Path, examples)) < files
 
 
 def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:

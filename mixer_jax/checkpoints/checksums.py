@@ -8,14 +8,15 @@ A checkpoint without checksums is from an older version, or is in an object stor
 keep and verify their own checksums.
 """
 
+import contextlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixer_jax.errors import summarize_error
+from mixer_jax.errors import RunError, summarize_error
 
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "crc32"
@@ -26,6 +27,23 @@ _READ_SIZE = 2**20  # Fits in a core's cache, where its checksum is computed.
 
 class DamagedFileError(ValueError):
     """A file of a checkpoint that is missing or has other contents than were written."""
+
+
+@contextlib.contextmanager
+def read_errors(folder: Any, file: str) -> Iterator[None]:
+    """Raises DamagedFileError if a file of a checkpoint is missing, RunError if it cannot be read.
+
+    A file server that fails for a moment says nothing about the file.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedFileError(f"{file} is missing") from error
+    except OSError as error:
+        raise RunError(
+            f"{folder / file} cannot be read ({summarize_error(error)}). Run the same command "
+            "again; if that does not help, move the folder of this step elsewhere."
+        ) from error
 
 
 class _Part(NamedTuple):
@@ -81,12 +99,14 @@ def verify_checksums(
 
     Raises:
         DamagedFileError: A file, which the message starts with, is missing or damaged.
+        RunError: A file cannot be read, perhaps only for the moment.
     """
     path = folder / CHECKSUMS_FILE
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_bytes())
+        with read_errors(folder, CHECKSUMS_FILE):
+            content = json.loads(path.read_bytes())
         if (content["algorithm"], content["part_size"]) != (_ALGORITHM, _PART_SIZE):
             raise ValueError("unknown algorithm")
         files = {
@@ -99,18 +119,14 @@ def verify_checksums(
             for file, (size, checksums) in files.items()
             for start, checksum in zip(_part_starts(size), checksums, strict=True)
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{CHECKSUMS_FILE} cannot be read") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{CHECKSUMS_FILE} is not valid") from error
     for file, (size, _) in files.items():
-        _check_size(folder / file, file, size)
+        _check_size(folder, file, size)
 
     def verify(part: _Part) -> None:
-        try:
+        with read_errors(folder, part.file):
             found = _checksum(folder / part.file, part.start)
-        except OSError as error:
-            raise DamagedFileError(
-                f"{part.file} cannot be read: {summarize_error(error)}"
-            ) from error
         if found != part.checksum:
             raise DamagedFileError(f"{part.file} differs from its checksum")
 
@@ -125,11 +141,9 @@ def require_checksums(folder: Any) -> None:
         raise DamagedFileError(f"{CHECKSUMS_FILE} is missing")
 
 
-def _check_size(path: Any, file: str, size: int) -> None:
-    try:
-        found = path.stat().length
-    except OSError as error:
-        raise DamagedFileError(f"{file} is missing or cannot be read") from error
+def _check_size(folder: Any, file: str, size: int) -> None:
+    with read_errors(folder, file):
+        found = (folder / file).stat().length
     if found != size:
         raise DamagedFileError(f"{file} has {found:,} instead of {size:,} bytes")
 

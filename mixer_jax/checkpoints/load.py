@@ -74,6 +74,8 @@ def load_checkpoint(
 ) -> PretrainedWeights:
     """Loads weights of any format, at any image size.
 
+    All hosts must call it together, because a run's checkpoint is restored by a collective.
+
     Args:
         source: Name of the checkpoint; see `resolve_checkpoint`.
         step: Step of a run's checkpoint; None: the newest.

@@ -8,6 +8,7 @@ anything is restored.
 """
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from etils import epath
 
 from mixer_jax.checkpoints.checksums import (
     DamagedFileError,
+    read_errors,
     require_checksums,
     verify_checksums,
     write_checksums,
@@ -59,7 +61,7 @@ class CheckpointManager:
     """Checkpoints of one run."""
 
     def __init__(self, workdir: str, max_to_keep: int | None = None, *, checksums: bool = True):
-        """Opens the checkpoints of a run.
+        """Opens the checkpoints of a run. All hosts must call it together.
 
         Args:
             workdir: Absolute path or URL of the run.
@@ -87,7 +89,8 @@ class CheckpointManager:
     def save(self, step: int, items: dict[str, Tree], metadata: dict[str, Any]) -> None:
         """Starts a save of trees of arrays by name, and of JSON-serializable metadata.
 
-        Returns once the arrays are copied; they are written in the background.
+        All hosts must call it together. Returns once the arrays are copied; they are written in
+        the background.
         """
         _ignore_abandoned_writes()
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -100,13 +103,16 @@ class CheckpointManager:
     ) -> dict[str, Tree]:
         """Restores items with the shapes, dtypes and shardings of `targets`.
 
+        All hosts must call it together.
+
         Args:
             step: Step of the checkpoint.
             targets: Tree of shapes by item.
-            is_verified: Whether `find_damage` has found none.
+            is_verified: Whether `find_damage` has found none on any host.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         with self._damage_errors(step):
@@ -118,21 +124,22 @@ class CheckpointManager:
     def find_damage(self, step: int, worker: int = 0, num_workers: int = 1) -> str:
         """Returns the damaged file of a checkpoint and what is wrong with it; "" if it is intact.
 
-        Of checkpoints without checksums, only the metadata is read.
+        Contains no collective, because only one host may find the damage. Does not notice missing
+        checksums; `metadata` does.
 
         Args:
             step: Step of the checkpoint.
             worker: Index among the workers that verify a part of the files each.
             num_workers: Number of workers.
+
+        Raises:
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         try:
-            _check_index(self._folder / str(step) / INDEX)
+            _read_json(self._folder / str(step), INDEX)
             verify_checksums(self._folder / str(step), worker=worker, num_workers=num_workers)
-            self.metadata(step)
         except DamagedFileError as error:
             return str(error)
-        except UserError as error:
-            return str(error.__cause__ or error)
         return ""
 
     def _verify(self, step: int, *items: str) -> None:
@@ -141,8 +148,11 @@ class CheckpointManager:
     def iter_restore(self, step: int, item: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the path and the array of each leaf of an item, to hold only one in memory.
 
+        All hosts must iterate together.
+
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
         with self._damage_errors(step):
             self._verify(step, item)
@@ -158,16 +168,22 @@ class CheckpointManager:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))
             yield from flatten_params(restored[item])
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """Restores the metadata of a checkpoint.
+    def metadata(self, step: int, *, is_verified: bool = False) -> dict[str, Any]:
+        """Reads the metadata of a checkpoint. Contains no collective.
+
+        Args:
+            step: Step of the checkpoint.
+            is_verified: Whether `find_damage` has found none on any host.
 
         Raises:
             UserError: The checkpoint is incomplete or damaged.
+            RunError: A file cannot be read, perhaps only for the moment.
         """
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with self._damage_errors(step):
-            self._verify(step, _METADATA)
-            metadata = self._manager.restore(step, args=args)[_METADATA]
+            if not is_verified:
+                self._verify(step, _METADATA)
+            # Without orbax, whose restore is a collective.
+            metadata = _read_json(self._folder / str(step), f"{_METADATA}/{_METADATA}")
             if not isinstance(metadata, dict):
                 raise TypeError("its metadata is not a JSON object")
             if metadata.pop(_HAS_CHECKSUMS, False):
@@ -175,11 +191,11 @@ class CheckpointManager:
             return metadata
 
     def wait(self) -> None:
-        """Waits until all saves are written."""
+        """Waits until all saves are written. All hosts must call it together."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until all saves are written."""
+        """Waits until all saves are written. All hosts must call it together."""
         self._manager.close()
 
     @contextmanager
@@ -189,8 +205,9 @@ class CheckpointManager:
         sys.unraisablehook = _AbandonedFilter(hook)
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            # A device failed or is out of memory; the checkpoint may be intact.
+        except (MemoryError, RunError, jax.errors.JaxRuntimeError):
+            # A device failed or is out of memory, or a file cannot be read for the moment; the
+            # checkpoint may be intact.
             raise
         except Exception as error:
             # orbax raises errors of many types. The hook stays, because reads may still be ending.
@@ -202,11 +219,13 @@ class CheckpointManager:
         sys.unraisablehook = hook
 
 
-def _check_index(path: Any) -> None:
+def _read_json(folder: Any, file: str) -> Any:
+    with read_errors(folder, file):
+        content = (folder / file).read_bytes()
     try:
-        json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{path.name} is missing or cannot be read") from error
+        return json.loads(content)
+    except ValueError as error:
+        raise DamagedFileError(f"{file} is not valid JSON") from error
 
 
 class _AbandonedFilter:
@@ -230,6 +249,13 @@ def _ignore_abandoned_writes() -> None:
     if not isinstance(sys.unraisablehook, _AbandonedFilter):
         sys.unraisablehook = _AbandonedFilter(sys.unraisablehook)
     warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(_is_not_abandoned)
+
+
+def _is_not_abandoned(record: logging.LogRecord) -> bool:
+    """Filters what asyncio logs about a failed write of orbax that nobody waits for."""
+    message = record.getMessage()
+    return "exception was never retrieved" not in message or "orbax" not in message
 
 
 def remove_unfinished_saves(workdir: str) -> None:

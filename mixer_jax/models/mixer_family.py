@@ -261,7 +261,8 @@ TIMM = WeightLayout(
         },
         _torch_axes,
     ),
-    ("stem.proj.weight",),
+    # Its stem has the names of other families' stems in timm.
+    ("blocks.0.mlp_tokens.fc1.weight",),
     "exact",
     "bicubic",
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import describe_changes
 from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
-from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.errors import RunError, UserError, abbreviate
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.setup import Experiment
@@ -31,6 +32,7 @@ class InitSource(NamedTuple):
         model_info: Description of the model.
         weights: Weights of `config.init_from`; None if the run resumes from its own checkpoint.
         resume_step: Step that the run resumes from, whose files have been verified; 0: none.
+        metadata: Metadata of the checkpoint that the run resumes from, or None.
         notes: Lines about newer checkpoints, which are damaged.
         damaged_steps: Steps of these checkpoints.
     """
@@ -38,6 +40,7 @@ class InitSource(NamedTuple):
     model_info: ModelInfo
     weights: PretrainedWeights | None
     resume_step: int = 0
+    metadata: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     damaged_steps: tuple[int, ...] = ()
 
@@ -69,18 +72,28 @@ def find_init_source(
 
 
 def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
-    """Finds the newest checkpoint that is not damaged; each host verifies a part of the files."""
+    """Finds the newest checkpoint that is not damaged; each host verifies a part of the files.
+
+    All hosts must call it together, and get the same answer.
+
+    Raises:
+        UserError: All checkpoints are damaged.
+        RunError: A file cannot be read, perhaps only for the moment.
+    """
     checkpoints = CheckpointManager(workdir)
     folder = f"{workdir}/{CHECKPOINT_DIR}"
     notes: list[str] = []
     damaged: list[int] = []
     try:
         for step in reversed(steps):
-            problem = checkpoints.find_damage(step, jax.process_index(), jax.process_count())
-            problem = next(filter(None, multihost.gather_text(problem)), "")
+            problem = _find_damage(checkpoints, step)
             if not problem:
-                info = ModelInfo.from_metadata(checkpoints.metadata(step), f"{folder}/{step}")
-                return InitSource(info, None, step, tuple(notes), tuple(damaged))
+                metadata, problem = multihost.compute_once(
+                    functools.partial(_read_metadata, checkpoints, step)
+                )
+            if not problem:
+                info = ModelInfo.from_metadata(metadata, f"{folder}/{step}")
+                return InitSource(info, None, step, metadata, tuple(notes), tuple(damaged))
             notes.append(f"checkpoint {folder}/{step} is damaged ({problem})")
             damaged.append(step)
     finally:
@@ -91,25 +104,50 @@ def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
     )
 
 
+def _find_damage(checkpoints: CheckpointManager, step: int) -> str:
+    """Returns what is wrong with a checkpoint, or "", the same on all hosts.
+
+    Raises:
+        RunError: A host cannot read a file, perhaps only for the moment; raised on all hosts.
+    """
+    damage = failure = ""
+    try:
+        damage = checkpoints.find_damage(step, jax.process_index(), jax.process_count())
+    except RunError as error:
+        failure = str(error)
+    for message in filter(None, multihost.gather_text(failure)):
+        raise RunError(message)
+    return next(filter(None, multihost.gather_text(damage)), "")
+
+
+def _read_metadata(checkpoints: CheckpointManager, step: int) -> tuple[dict[str, Any], str]:
+    """Reads the metadata of a verified checkpoint; returns it and what is wrong with it, or ""."""
+    try:
+        return checkpoints.metadata(step, is_verified=True), ""
+    except UserError as error:
+        return {}, str(error.__cause__ or error)
+
+
 def restore_or_init(
-    experiment: Experiment, checkpoints: CheckpointManager, step: int, init: InitSource | None
+    experiment: Experiment, checkpoints: CheckpointManager, init: InitSource | None
 ) -> tuple[TrainState, list[float]]:
-    """Restores state and loss window of one step, or initializes them at step 0.
+    """Restores state and loss window of `init.resume_step`, or initializes them at step 0.
+
+    All hosts must call it together.
 
     Raises:
         UserError: The checkpoint was trained on other data or for another number of steps, or the
             head to keep has other classes.
     """
-    if step == 0:
+    if init is None or init.metadata is None:
         return init_state(experiment, init and init.weights), []
-    metadata, source = checkpoints.metadata(step), f"the checkpoint of step {step}"
-    _check_same_data(experiment, metadata, source)
+    step, source = init.resume_step, f"the checkpoint of step {init.resume_step}"
+    _check_same_data(experiment, init.metadata, source)
     shape = experiment.state_shape
-    is_verified = init is not None and init.resume_step == step
-    items = checkpoints.restore(step, _checkpoint_items(shape), is_verified=is_verified)
+    items = checkpoints.restore(step, _checkpoint_items(shape), is_verified=True)
     steps_taken = jax.device_put(jnp.int32(step), shape.step.sharding)
     state = TrainState(steps_taken, items["params"], items["optimizer"], items.get("ema_params"))
-    return state, get_metadata(metadata, "loss_window", source)
+    return state, get_metadata(init.metadata, "loss_window", source)
 
 
 def save_state(
@@ -119,7 +157,10 @@ def save_state(
     step: int,
     loss_window: list[float],
 ) -> None:
-    """Starts saving a state, and the losses not logged yet, in the background."""
+    """Starts saving a state, and the losses not logged yet, in the background.
+
+    All hosts must call it together.
+    """
     metadata = experiment.metadata | {"loss_window": list(loss_window)}
     checkpoints.save(step, _checkpoint_items(state), metadata)
 
@@ -132,7 +173,7 @@ def _checkpoint_items(state: TrainState) -> dict[str, Any]:
 def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> TrainState:
     """Creates the state before the first step, from pretrained weights or at random.
 
-    The head of the weights is kept if `should_keep_head`.
+    All hosts must call it together. The head of the weights is kept if `should_keep_head`.
 
     Raises:
         UserError: The head to keep has other classes.

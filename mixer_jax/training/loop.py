@@ -187,9 +187,7 @@ class _TrainLoop:
         stack.callback(self.checkpoints.close)
         self.start_step = self.saved_step = 0 if init is None else init.resume_step
         self.saved_at = time.monotonic()
-        self.state, loss_window = restore_or_init(
-            self.experiment, self.checkpoints, self.start_step, init
-        )
+        self.state, loss_window = restore_or_init(self.experiment, self.checkpoints, init)
         if is_primary:
             save_config(workdir, config)
             save_parameter_overview(workdir, self.state.params)

@@ -77,9 +77,7 @@ class FlipTest:
             init = find_init_source(self.experiment.config, self.workdir)
             assert init is not None
             step = init.resume_step
-            state, window = restore_or_init(
-                self.experiment, CheckpointManager(self.workdir), step, init
-            )
+            state, window = restore_or_init(self.experiment, CheckpointManager(self.workdir), init)
         except UserError as error:
             return "refused" if "\n" not in str(error) else "several lines"
         is_same = window == [0.5] and _is_equal(self.states[step], state)

@@ -1,5 +1,7 @@
 """Tests of checkpoints of runs, saved and restored by orbax on disk."""
 
+import asyncio
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -168,7 +170,7 @@ def resume(experiment: Experiment, workdir: Path) -> tuple[TrainState, list[floa
     init = find_init_source(experiment.config, str(workdir))
     assert init is not None
     assert init.model_info.config == experiment.model_info.config
-    return restore_or_init(experiment, CheckpointManager(str(workdir)), 4, init)
+    return restore_or_init(experiment, CheckpointManager(str(workdir)), init)
 
 
 @pytest.mark.parametrize("metadata", [OLDEST_METADATA, ABOUT_METADATA], ids=["oldest", "about"])
@@ -310,6 +312,27 @@ def test_a_flipped_bit_is_noticed_and_named(run: str, pattern: str) -> None:
     use.popitem()[1]()
     assert mentions(checkpoints.find_damage(100), file)
     assert checkpoints.find_damage(10) == ""
+
+
+def test_asyncio_does_not_log_writes_that_orbax_abandoned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = CheckpointManager(str(tmp_path), max_to_keep=1)
+    manager.save(1, {"params": make_tree(0)}, {})
+    manager.close()
+    caplog.clear()
+    file = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "params"
+
+    def abandon(reason: str) -> None:
+        loop = asyncio.new_event_loop()
+        loop.create_future().set_exception(ValueError(reason))
+        gc.collect()
+        loop.close()
+
+    abandon(f"Error writing {file}")
+    assert caplog.records == []
+    abandon("another")
+    assert [record.name for record in caplog.records] == ["asyncio"]
 
 
 def test_parts_of_the_files_are_verified_by_different_workers(run: str) -> None:

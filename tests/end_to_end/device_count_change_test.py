@@ -10,7 +10,7 @@ import pytest
 
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.initialize import restore_or_init, save_state
+from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
@@ -32,9 +32,10 @@ def run(data_dir: str, workdir: Path, layouts: list[tuple[int, int, range]]) -> 
     for num_devices, fsdp, steps in layouts:
         config = small_config(data_dir, **SETTINGS, mesh__fsdp=fsdp)
         experiment = build_experiment(config, open_datasets(config), jax.devices()[:num_devices])
+        init = find_init_source(config, str(workdir))
+        assert (init.resume_step if init else 0) == steps.start
         checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
-        assert (checkpoints.latest_step() or 0) == steps.start
-        state, window = restore_or_init(experiment, checkpoints, steps.start, None)
+        state, window = restore_or_init(experiment, checkpoints, init)
         # Losses that are not logged yet are part of the checkpoint.
         assert window == ([0.1, steps.start] if steps.start else [])
         batches = make_train_batches(experiment, steps.start, print)

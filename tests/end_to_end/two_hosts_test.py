@@ -127,11 +127,49 @@ def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
     assert first_reported_step(outs[0]) == max(saved, default=1)
     assert untimed_metrics(tmp_path) == untimed_metrics(runs["two"])
     assert bad_image_steps(tmp_path) == bad_image_steps(runs["two"])
-    expected, actual = final_arrays(runs["two"], STEPS), final_arrays(tmp_path, STEPS)
+    assert_final_arrays_equal(runs["two"], tmp_path)
+
+
+def assert_final_arrays_equal(expected_run: Path, actual_run: Path) -> None:
+    expected, actual = final_arrays(expected_run, STEPS), final_arrays(actual_run, STEPS)
     assert expected.keys() == actual.keys() == {"params", "optimizer"}
     for item, arrays in expected.items():
         for a, b in zip(arrays, actual[item], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=item)
+
+
+def flip_bit_verified_by(host: int, step: Path) -> str:
+    """Flips a bit of an array in a file that this host of two verifies, and returns the file."""
+    files = json.loads((step / "checksums.json").read_text())["files"]
+    # Each file is small enough to be one part, and the hosts verify every other part.
+    file = next(name for name in [*files][host::2] if "/d/" in name)
+    data = bytearray((step / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (step / file).write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("damage", ["host 0", "host 1", "no checksums"])
+def test_two_hosts_resume_from_the_checkpoint_before_a_damaged_one(
+    damage: str, runs: Runs, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(runs["two"], workdir)
+    damaged = workdir / "checkpoints" / str(STEPS)
+    if damage == "no checksums":
+        # Only the metadata says that there were some.
+        file = "checksums.json"
+        (damaged / file).unlink()
+    else:
+        file = flip_bit_verified_by(int(damage[-1]), damaged)
+    outs = [finish(process) for process in start_two_hosts("", workdir, **settings)]
+    notes = [sum(mentions(line, str(damaged), file) for line in out.splitlines()) for out in outs]
+    assert notes == [1, 0]
+    assert any(mentions(line, "resuming", "18") for line in outs[0].splitlines())
+    assert [path.name for path in (workdir / "damaged_checkpoints").iterdir()] == [str(STEPS)]
+    assert list_steps(str(workdir)) == [18, STEPS]
+    assert untimed_metrics(workdir) == untimed_metrics(runs["two"])
+    assert_final_arrays_equal(runs["two"], workdir)
 
 
 def test_a_usage_error_on_one_host_ends_the_other(settings: dict[str, Any], tmp_path: Path) -> None:

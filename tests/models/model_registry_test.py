@@ -6,9 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
@@ -23,8 +21,8 @@ from mixer_jax.models.registry import (
     list_models,
     parse_model_name,
 )
+from tests.helpers.families import check_family
 from tests.helpers.messages import raises
-from tests.helpers.models import param_shapes
 
 SETTINGS: dict[str, Any] = {
     "gelu": "tanh",
@@ -157,40 +155,7 @@ def test_unsupported_attribute_is_an_error() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_family_agrees_with_its_model(family: ModelFamily) -> None:
-    for variant, config in family.variants.items():
-        assert family.infer_variant(config) == variant
-        assert family.get_config(variant) == config
-    variant, config = next(iter(family.variants.items()))
-    size = 2 * family.image_size_multiple(config)
-    family.check_image_size(config, size, 2 * size)
-    model = create_model(family.full_name(variant), 5)
-    assert model.family == family.name
-    shapes = family.param_shapes(config, (size, 2 * size), 5)
-    tree = param_shapes(model, size, 2 * size)
-    assert shapes == flat_shapes(tree)
-    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    assert family.num_params(config, (size, 2 * size), 5) == count
-    resized = family.resize_config(config, (size, 2 * size), (2 * size, 4 * size))
-    assert family.resize_config(config, (size, size), (size, size)).config == config
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-    params = family.resize_params(params, config, (size, 2 * size), (2 * size, 4 * size))
-    new_shapes = family.param_shapes(resized.config, (2 * size, 4 * size), 5)
-    assert flat_shapes(params) == new_shapes
-    # The architecture can be inferred, and layouts name every parameter once.
-
-    def shape(path: str) -> tuple[int, ...]:
-        return shapes[path][1:] if path.startswith("blocks/") else shapes[path]
-
-    assert family.infer_config(family.num_blocks(config), shape).config == config
-    for layout in family.weight_layouts():
-        paths = [mapping.path for mapping in layout.tensors]
-        assert sorted(paths) == sorted(shapes)
-        assert set(layout.signature_keys) <= {mapping.name for mapping in layout.tensors}
-
-
-def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    check_family(family)
 
 
 def test_planning_needs_no_jax() -> None:

@@ -1,6 +1,8 @@
 """Tests of the start of a run: from pretrained weights, at another image size, with a new head."""
 
 import dataclasses
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from mixer_jax.checkpoints import manager
+from mixer_jax.checkpoints.checksums import verify_checksums
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import (
@@ -57,7 +62,7 @@ def start(config: RunConfig, workdir: Path) -> tuple[Experiment, TrainState, str
     datasets = open_datasets(config)
     experiment = build_experiment(config, datasets, init_info=init and init.model_info)
     checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
-    state, loss_window = restore_or_init(experiment, checkpoints, 0, init)
+    state, loss_window = restore_or_init(experiment, checkpoints, init)
     assert loss_window == []
     return experiment, state, describe_init(experiment, init)
 
@@ -211,7 +216,7 @@ def test_resumed_run_does_not_read_init_from(
     assert init.weights is None
     again = build_experiment(config, open_datasets(config), init_info=init.model_info)
     assert describe_init(again, init) == ""
-    resumed, _ = restore_or_init(again, CheckpointManager(str(tmp_path / "tuned")), 3, init)
+    resumed, _ = restore_or_init(again, CheckpointManager(str(tmp_path / "tuned")), init)
     assert_params_equal(jax.device_get(resumed.params), jax.device_get(state.params))
     assert int(resumed.step) == 3
 
@@ -247,6 +252,57 @@ def test_run_without_init_from_is_initialized_randomly(digits_dir: str, tmp_path
     assert TINY.hidden_dim == state.params["stem"]["kernel"].shape[-1]
 
 
+def test_metadata_and_checksums_are_read_once(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, state, _ = start(small_config(digits_dir), tmp_path)
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=1)
+    save_state(experiment, checkpoints, state, 3, [0.5])
+    checkpoints.close()
+    verified: list[Path] = []
+
+    def verify(folder: Path, *args: Any, **kwargs: Any) -> None:
+        verified.append(folder)
+        verify_checksums(folder, *args, **kwargs)
+
+    monkeypatch.setattr(manager, "verify_checksums", verify)
+    init = find_init_source(experiment.config, str(tmp_path))
+    (tmp_path / "checkpoints" / "3" / "metadata" / "metadata").unlink()
+    resumed, window = restore_or_init(experiment, CheckpointManager(str(tmp_path)), init)
+    assert (int(resumed.step), window) == (3, [0.5])
+    assert [*map(str, verified)] == [str(tmp_path / "checkpoints" / "3")]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ECONNRESET, errno.EACCES])
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "checksums.json", "params/_METADATA"])
+def test_checkpoints_that_cannot_be_read_for_the_moment_are_not_damaged(
+    code: int, file: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, state, _ = start(small_config(digits_dir), tmp_path)
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=2)
+    for step in (2, 3):
+        save_state(experiment, checkpoints, state, step, [])
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "3" / file
+    assert path.exists()
+
+    open_file = Path.open
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(self) == str(path):
+            raise OSError(code, os.strerror(code))
+        return open_file(self, *args, **kwargs)
+
+    # Which `read_bytes` calls as well.
+    monkeypatch.setattr(type(epath.Path(path)), "open", fail)
+    with raises(RunError, str(path), os.strerror(code), "again"):
+        find_init_source(experiment.config, str(tmp_path))
+    monkeypatch.undo()
+    init = find_init_source(experiment.config, str(tmp_path))
+    assert init is not None
+    assert (init.resume_step, init.damaged_steps) == (3, ())
+
+
 def write_folder(folder: Path) -> None:
     """Writes four images of each of two classes, all of one size in bytes."""
     for name in ("cat", "dog"):
@@ -280,7 +336,7 @@ def resume(folder: Path | str, workdir: Path) -> None:
     check_workdir(str(workdir), config)
     init = find_init_source(config, str(workdir))
     experiment = build_experiment(config, open_datasets(config), init_info=init and init.model_info)
-    restore_or_init(experiment, CheckpointManager(str(workdir)), 3, init)
+    restore_or_init(experiment, CheckpointManager(str(workdir)), init)
 
 
 def test_run_resumes_with_a_moved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +385,10 @@ def test_run_with_other_tfds_data_is_refused(digits_dir: str, tmp_path: Path) ->
     experiment = build_experiment(config, datasets)
     checkpoints = CheckpointManager(str(tmp_path), max_to_keep=1)
     save_state(experiment, checkpoints, experiment.create_state(), 3, [])
-    restore_or_init(experiment, checkpoints, 3, None)
     checkpoints.close()
+    init = find_init_source(config, str(tmp_path))
+    restore_or_init(experiment, CheckpointManager(str(tmp_path)), init)
     assert datasets.fingerprint["dataset"] == "digits/all/1.0.0"
     newer = datasets._replace(fingerprint={**datasets.fingerprint, "dataset": "digits/all/2.0.0"})
     with raises(UserError, "digits/all/1.0.0", "digits/all/2.0.0"):
-        restore_or_init(build_experiment(config, newer), CheckpointManager(str(tmp_path)), 3, None)
+        restore_or_init(build_experiment(config, newer), CheckpointManager(str(tmp_path)), init)

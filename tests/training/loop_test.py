@@ -28,7 +28,7 @@ from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.initialize import restore_or_init
+from mixer_jax.training.initialize import find_init_source, restore_or_init
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import TIMINGS, MetricsWriter, read_metrics
 from mixer_jax.training.setup import (
@@ -337,16 +337,16 @@ def test_run_repeats_bit_identically_with_the_same_seed_only(
 def test_restore_rejects_other_data(finished: Path, digits_dir: str) -> None:
     config = small_config(digits_dir, recipe__ema_decay=0.9)
     experiment = build_experiment(config, open_datasets(config))
+    init = find_init_source(config, str(finished))
+    checkpoints = CheckpointManager(str(finished))
     for key, value in [("num_train_examples", 1436), ("num_steps", 21)]:
         other = experiment._replace(metadata=experiment.metadata | {key: value})
         was = str(experiment.metadata[key])
         with raises(UserError, "20", key, was, str(value), "--workdir"):
-            restore_or_init(other, CheckpointManager(str(finished)), 20, None)
+            restore_or_init(other, checkpoints, init)
     named = dataclasses.replace(experiment.model_info, class_names=("a",) * 10)
     with raises(UserError, "20", "class_names", "--workdir"):
-        restore_or_init(
-            experiment._replace(model_info=named), CheckpointManager(str(finished)), 20, None
-        )
+        restore_or_init(experiment._replace(model_info=named), checkpoints, init)
 
 
 def test_run_logs_the_last_step_whatever_the_interval(digits_dir: str, tmp_path: Path) -> None:
