@@ -36,7 +36,7 @@ def test_text_is_legible_at_phone_width(path: Path) -> None:
     for text in root.iter(f"{SVG}text"):
         anchor = {"middle": 0.5, "start": 0.0}[text.attrib["text-anchor"]]
         left = float(text.attrib["x"]) - anchor * 10 * len(text.text or "")
-        assert 0 <= left, text.text
+        assert left >= 0, text.text
         assert left + 10 * len(text.text or "") <= width, text.text
         assert 0 < float(text.attrib["y"]) < height
     assert root.findtext(f"{SVG}title")
