@@ -46,11 +46,19 @@ TENSORFLOW = [
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
 ]
 
+
+def _read_description() -> str:
+    """Reads README.md without what works only in a checkout: relative links, pictures, comments."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(<!--.*?-->|!\[.*?\]\(.*?\))\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
 setup(
     name="mixer-jax",
     version=VERSION,
     description="MLP-Mixer in JAX and Flax: pre-training, transfer and inference",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=_read_description(),
     long_description_content_type="text/markdown",
     author="The mixer_jax authors",
     license_expression="Apache-2.0",
