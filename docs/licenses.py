@@ -31,6 +31,8 @@ _SPDX = {
     "Apache Software License": "Apache-2.0",
     "BSD 3-Clause": "BSD-3-Clause",
     "BSD 3-Clause License": "BSD-3-Clause",
+    "ISC License (ISCL)": "ISC",
+    "ISC license": "ISC",
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",

@@ -1,5 +1,7 @@
 """MkDocs hooks: see `docs/site_pages.py`."""
 
+from pathlib import Path
+
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -15,9 +17,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if file.is_documentation_page():
             pages[path] = site_pages.insert_generated(file.content_string)
         elif (page := site_pages.page_of(path)) != path:
-            pages[page] = site_pages.format_notebook(file.content_string)
             name = page.removeprefix("docs/")
+            notebook = f"{name.removesuffix('.md')}.ipynb"
+            pages[page] = site_pages.format_notebook(file.content_string, Path(notebook).name)
             files.append(File.generated(config, name, content=pages[page]))
+            content = site_pages.convert_notebook(file.content_string)
+            files.append(File.generated(config, notebook, content=content))
     for path, content in site_pages.source_pages(pages).items():
         name = path.removeprefix("docs/")
         # These pages are reached by links only.

@@ -127,13 +127,42 @@ def _read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def format_notebook(text: str) -> str:
-    """Formats a Python file in percent format as Markdown."""
+def convert_notebook(text: str) -> str:
+    """Converts a Python file in percent format to a Jupyter notebook, without outputs."""
+    # Also used without the packages of the site.
+    import jupytext
+
+    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        # Random ones would differ in every build.
+        cell["id"] = f"cell-{number}"
+        if cell["cell_type"] == "markdown":
+            # Relative links lead nowhere from where a notebook is downloaded to.
+            cell["source"] = re.sub(r"\[([^]]+)\]\((?!\w+:)[^)]+\)", r"\1", cell["source"])
+    converted: str = jupytext.writes(notebook, fmt="ipynb")
+    return converted
+
+
+def format_notebook(text: str, download: str = "") -> str:
+    """Formats a Python file in percent format as Markdown.
+
+    Args:
+        text: Content of the file.
+        download: Name of the Jupyter notebook that the page links to; empty: no link.
+    """
     _, *cells = re.split(r"^# %%(.*)\n", text, flags=re.MULTILINE)
     page = ""
     for header, cell in zip(cells[::2], cells[1::2], strict=True):
         if "[markdown]" in header:
             page += re.sub("^# ?", "", cell.strip("\n"), flags=re.MULTILINE) + "\n\n"
-        elif cell.strip():
-            page += f"```python\n{cell.strip()}\n```\n\n"
+        elif code := re.sub("^# !", "!", cell.strip(), flags=re.MULTILINE):
+            page += f"```python\n{code}\n```\n\n"
+    if download:
+        # Below the title.
+        title, _, rest = page.partition("\n")
+        page = f"{title}\n\n[Download this notebook]({download}){{ download }}\n{rest}"
     return page

@@ -6,6 +6,10 @@ The public API. Names are imported on first use, so that `import mixer_jax` is i
 - `create_model(name, num_classes, **overrides)`: Flax module, ready to `init` and `apply`.
 - `load_pretrained(source, …)`: `Classifier` with the weights of a workdir, of Google, timm or the
   Hugging Face Hub, at any image size: images in, logits or named classes out.
+- `load_config(name)`: configuration of a run, from a file or by the name of one in configs/.
+- `train(config, workdir)`: trains or fine-tunes a model, or resumes the run in `workdir`.
+- `plot_batch(config)`, `plot_curves(workdir)`: figures of a training batch and of a run.
+- `forward_intermediates(model, params, images)`: outputs and the activations of every layer.
 """
 
 import importlib
@@ -16,19 +20,34 @@ __all__ = [
     "Classifier",
     "__version__",
     "create_model",
+    "forward_intermediates",
     "list_models",
+    "load_config",
     "load_pretrained",
+    "plot_batch",
+    "plot_curves",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from mixer_jax.config.loading import load_config
     from mixer_jax.inference import Classifier, load_pretrained
+    from mixer_jax.main import train
     from mixer_jax.models.registry import create_model, list_models
+    from mixer_jax.models.stack import forward_intermediates
+    from mixer_jax.visualization.curves import plot_curves
+    from mixer_jax.visualize import plot_batch
 
 _MODULES = {
     "create_model": "mixer_jax.models.registry",
     "list_models": "mixer_jax.models.registry",
     "Classifier": "mixer_jax.inference",
     "load_pretrained": "mixer_jax.inference",
+    "load_config": "mixer_jax.config.loading",
+    "train": "mixer_jax.main",
+    "plot_batch": "mixer_jax.visualize",
+    "plot_curves": "mixer_jax.visualization.curves",
+    "forward_intermediates": "mixer_jax.models.stack",
 }
 
 

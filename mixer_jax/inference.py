@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
@@ -31,6 +32,9 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family
 from mixer_jax.models.stack import use_partitionable_backend
+
+if TYPE_CHECKING:
+    from mixer_jax.evaluation.classification import ClassificationMetrics
 
 
 class ClassProbability(NamedTuple):
@@ -219,6 +223,83 @@ class Classifier:
             if prediction.error:
                 raise BadImageError(prediction.error, name=prediction.image)
         return predictions
+
+    def preprocess(
+        self, images: Any, *, exif_orientation: bool = True
+    ) -> Float[np.ndarray, "n h w 3"]:
+        """Crops and resizes images as the checkpoint requires, to pixels in [-1, 1].
+
+        The result is what the classifier itself takes, for example for features.
+
+        Args:
+            images: One image or several; see `predict`.
+            exif_orientation: Whether files and Pillow images are rotated by their EXIF orientation.
+
+        Raises:
+            BadImageError: An input image is unreadable.
+            UserError: Images have another type, dtype or shape.
+        """
+        pixels = np.zeros((0, *self.model_info.image_size, 3), np.uint8)
+        named_images = name_images(images, exif_orientation)
+        if named_images:
+            (batch,) = self._load_batches(named_images, len(named_images), exif_orientation)
+            for image in batch:
+                if image.pixels is None:
+                    raise BadImageError(image.error, name=image.name)
+            pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
+        return np.asarray(normalize_images(jnp.asarray(pixels)))
+
+    def evaluate(
+        self,
+        dataset: str,
+        split: str = "test",
+        *,
+        data_dir: str = "",
+        batch_size: int = 256,
+        skip_bad_images: bool = False,
+    ) -> "ClassificationMetrics":
+        """Evaluates the model on every example of a split, each counted once.
+
+        Classes are matched by name, as by the command `evaluate`.
+
+        Args:
+            dataset: TFDS name or folder:PATH.
+            split: Split in TFDS syntax.
+            data_dir: TFDS data directory; empty: TFDS's own.
+            batch_size: Images per batch.
+            skip_bad_images: Whether unusable images are skipped and counted instead of failing.
+
+        Raises:
+            UserError: The model has no head, data is missing, the data has classes that the model
+                lacks, or images are unusable.
+        """
+        # Prediction does not need datasets, which take longer to import than everything else.
+        from mixer_jax.data.registry import open_dataset
+        from mixer_jax.data.source import relabel
+        from mixer_jax.evaluation.classification import evaluate, make_eval_step
+        from mixer_jax.evaluation.loop import EvalInputConfig
+
+        self._check_has_head()
+        info = self.model_info
+        source = open_dataset(dataset, split, data_dir, num_classes=info.num_classes)
+        if info.class_names:
+            source = relabel(source, info.class_names)
+        elif source.num_classes != info.num_classes:
+            raise UserError(
+                f"dataset must have the {info.num_classes:,} classes of the model, got {dataset} "
+                f"with {source.num_classes:,}. Pass class_names to load_pretrained."
+            )
+        input_config = EvalInputConfig(
+            batch_size=batch_size,
+            image_size=info.image_size,
+            eval_crop=info.eval_crop,
+            exif_orientation=info.exif_orientation,
+            skip_bad=skip_bad_images,
+            num_threads=FIELDS["loader.num_threads"].default,
+            prefetch_batches=FIELDS["loader.prefetch_batches"].default,
+        )
+        eval_step = make_eval_step(self.model, self._mesh)
+        return evaluate(eval_step, self._params, source, self._mesh, input_config)
 
     def iter_predictions(
         self,

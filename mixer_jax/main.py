@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ml_collections import ConfigDict
+
 from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
@@ -68,11 +70,33 @@ def main(argv: Sequence[str]) -> int:
         if not joins_hosts(config.distributed):
             # Before importing JAX, which takes seconds. Of several hosts, one locks the workdir.
             stack.enter_context(workdirs.lock_workdir(resolved_workdir))
-        return _train(config, workdir)
+        return _train(config, workdir, print_summary=True).exit_code
 
 
-def _train(config: RunConfig, workdir: str) -> int:
-    """Trains in a folder or URL as the user writes it; returns the exit code."""
+def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
+    """Trains a model, or resumes the run in `workdir`, like the command `train`.
+
+    The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint.
+
+    Args:
+        config: Config from `load_config` or `mixer_jax.config.get_default`.
+        workdir: Folder or URL for checkpoints, metrics and curves.
+
+    Returns:
+        The result, with the metrics of each evaluation in `scores`. `step` is less than `num_steps`
+        if the run was interrupted.
+
+    Raises:
+        UserError: The config is invalid, data is missing, the workdir belongs to another
+            experiment, or an evaluation failed.
+        RunError: Training diverged, the disk is full, or another process is training in `workdir`.
+    """
+    raise_open_file_limit()
+    return _train(parse(config), os.fspath(workdir), print_summary=False)
+
+
+def _train(config: RunConfig, workdir: str, print_summary: bool) -> "TrainResult":
+    """Trains in a folder or URL as the user writes it."""
     resolved_workdir = workdirs.resolve_workdir(workdir)
     for change in workdirs.check_workdir(resolved_workdir, config):
         print(f"changed since this run was last started: {change}")
@@ -83,14 +107,14 @@ def _train(config: RunConfig, workdir: str) -> int:
     common.configure_jax(config.compilation_cache)
     from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
     from mixer_jax.training.loop import train_and_evaluate
-    from mixer_jax.visualization.curves import plot_curves
+    from mixer_jax.visualization.curves import save_curves
 
     with propagate_failure():
-        result = train_and_evaluate(config, resolved_workdir, plot=plot_curves)
-        if is_primary_process():
+        result = train_and_evaluate(config, resolved_workdir, plot=save_curves)
+        if print_summary and is_primary_process():
             print(format_summary(result, workdir, config), flush=True)
         result.raise_failures()
-    return result.exit_code
+    return result
 
 
 def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:

@@ -3,12 +3,19 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from mixer_jax.cli import common
 from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import atomic_write
+
+if TYPE_CHECKING:
+    from mixer_jax.data.source import Source
 
 _SUFFIXES = (".png", ".pdf", ".jpg")
 # A plot of more images fits neither a screen nor, perhaps, memory.
@@ -38,41 +45,84 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     _check_out(args.out)
     config = parse(load_config_with_overrides(args.config, overrides))
-    max_images = min(config.batch_size, _MAX_IMAGES)
-    if not 1 <= args.num_images <= max_images:
-        raise UserError(
-            f"--num_images must be between 1 and {max_images} for a batch of {config.batch_size}, "
-            f"got {args.num_images}."
-        )
+    _check_num_images("--num_images", args.num_images, config)
 
     # Arguments are valid: only now import JAX.
     common.configure_jax(config.compilation_cache, cpu_only=True)
     from mixer_jax.training.datasets import open_train_dataset
     from mixer_jax.visualization.figures import render_figure
+
+    source = open_train_dataset(config)
+    common.print_notes(source)
+    _check_step("--step", args.step, config, len(source))
+    figure, title = _draw_batch(args.config, config, source, args.step, args.num_images)
+    plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
+    try:
+        atomic_write(args.out, plot)
+    except OSError as error:
+        raise RunError(f"--out={args.out} cannot be written ({error.strerror}).") from error
+    print(f"{args.out}: {title}")
+    return 0
+
+
+def plot_batch(config: ConfigDict, step: int = 0, num_images: int = 16) -> Any:
+    """Plots the first images of a training batch, as a figure of Matplotlib.
+
+    Images are cropped, augmented, mixed and labeled as the model sees them.
+
+    Args:
+        config: Config from `load_config` or `mixer_jax.config.get_default`.
+        step: Training step, from 0.
+        num_images: Images to plot, and to load.
+
+    Raises:
+        UserError: The config is invalid, data is missing, or an argument is out of range.
+    """
+    run = parse(config)
+    _check_num_images("num_images", num_images, run)
+    common.configure_jax(run.compilation_cache)
+    from mixer_jax.training.datasets import open_train_dataset
+
+    source = open_train_dataset(run)
+    _check_step("step", step, run, len(source))
+    return _draw_batch("training data", run, source, step, num_images).figure
+
+
+class _Drawing(NamedTuple):
+    figure: Any
+    title: str
+
+
+def _draw_batch(
+    name: str, config: RunConfig, source: "Source", step: int, num_images: int
+) -> _Drawing:
     from mixer_jax.visualization.train_batch import (
         draw_train_batch,
         format_caption,
         load_train_batch,
     )
 
-    source = open_train_dataset(config)
-    common.print_notes(source)
-    num_steps = resolve_num_steps(config, len(source))
-    if not 0 <= args.step < num_steps:
+    batch = load_train_batch(config, source, step, num_images)
+    caption = format_caption(name, config, source, step, batch)
+    return _Drawing(draw_train_batch(batch, source.class_names, caption), caption[0])
+
+
+def _check_num_images(name: str, num_images: int, config: RunConfig) -> None:
+    max_images = min(config.batch_size, _MAX_IMAGES)
+    if not 1 <= num_images <= max_images:
         raise UserError(
-            f"--step must be between 0 and {num_steps - 1} in a run of {num_steps} steps, "
-            f"got {args.step}."
+            f"{name} must be between 1 and {max_images} for a batch of {config.batch_size}, "
+            f"got {num_images}."
         )
-    batch = load_train_batch(config, source, args.step, args.num_images)
-    caption = format_caption(args.config, config, source, args.step, batch)
-    figure = draw_train_batch(batch, source.class_names, caption)
-    plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
-    try:
-        atomic_write(args.out, plot)
-    except OSError as error:
-        raise RunError(f"--out={args.out} cannot be written ({error.strerror}).") from error
-    print(f"{args.out}: {caption[0]}")
-    return 0
+
+
+def _check_step(name: str, step: int, config: RunConfig, num_examples: int) -> None:
+    num_steps = resolve_num_steps(config, num_examples)
+    if not 0 <= step < num_steps:
+        raise UserError(
+            f"{name} must be between 0 and {num_steps - 1} in a run of {num_steps} steps, "
+            f"got {step}."
+        )
 
 
 def _check_out(out: Path) -> None:

@@ -55,6 +55,12 @@ FINE_TUNING: dict[str, tuple[Any, ...]] = {
     "folder": (500, 100, "folder:images", "train", 0, "validation"),
 }
 
+# Image size of the dataset, classes, and number of parameters that the docstring states.
+FROM_SCRATCH = {
+    "cifar10": (32, 10, 1_132_170),
+    "cifar100": (32, 100, 1_143_780),
+}
+
 
 def test_configs_cover_the_papers_tables() -> None:
     expected = {*PRETRAINING, *(f"finetune_{task}" for task in FINE_TUNING)}
@@ -83,6 +89,20 @@ def test_pretraining_config_has_the_papers_values(name: str) -> None:
     assert (config.optimizer.warmup_steps, config.optimizer.decay_type) == (10_000, "linear")
     assert (config.optimizer.clip_norm, config.optimizer.end_learning_rate) == (1.0, 0.0)
     assert (config.recipe.loss, config.recipe.label_smoothing) == ("sigmoid", 0.0)
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_small_config_sees_whole_images_and_has_the_stated_parameters(name: str) -> None:
+    image_size, num_classes, num_params = FROM_SCRATCH[name]
+    config = load_config(f"configs/{name}.py")
+    validate(config)
+    dataset, preprocess = config.dataset, config.preprocess
+    assert (dataset.name, dataset.num_classes, config.image_size) == (name, num_classes, image_size)
+    assert (preprocess.eval_crop, config.init_from) == ("resize", "")
+    assert preprocess.train_crop in ("resize", "random_shift")
+    architecture = parse(config).model.architecture
+    assert get_family("mixer").num_params(architecture, image_size, num_classes) == num_params
+    assert [entry.split for entry in config.evals.values()] == ["test"]
 
 
 @pytest.mark.slow
@@ -126,7 +146,16 @@ SWITCHES = {
     "preprocess.randaugment_magnitude",
     "recipe.mixup",
 }
-NOT_COMPILED = ("checkpoint.", "dataset.", "evals.", "loader.", "bad_images.", "num_epochs", "log_")
+NOT_COMPILED = (
+    "checkpoint.",
+    "dataset.",
+    "evals.",
+    "eval_batch_size",
+    "loader.",
+    "bad_images.",
+    "num_epochs",
+    "log_",
+)
 
 
 def configs_with_distinct_programs() -> list[str]:

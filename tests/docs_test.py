@@ -32,7 +32,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "launch/README.md")
+        ),
         *(ROOT / "docs").rglob("*.md"),
     )
 )

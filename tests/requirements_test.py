@@ -100,3 +100,16 @@ def test_tested_versions_of_python_are_those_of_the_metadata(root: Path) -> None
     bounds = re.findall(r"\((3), (\d+)\) <= v < \((3), (\d+)\)", makefile)
     (lowest_major, lowest, next_major, following) = bounds[0]
     assert f">={lowest_major}.{lowest},<{next_major}.{following}" == required
+
+
+def test_the_tpu_compiler_is_the_one_that_jax_names(root: Path) -> None:
+    (named,) = [
+        requirement
+        for requirement in map(Requirement, metadata.requires("jax") or [])
+        if requirement.name == "libtpu"
+    ]
+    lines = (root / "requirements-tpu.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith(("#", "-"))]
+    (pin,) = [pin for pin in pins if pin.marker and pin.marker.evaluate({"sys_platform": "linux"})]
+    (version,) = pin.specifier
+    assert named.specifier.contains(version.version)

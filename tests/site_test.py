@@ -110,6 +110,14 @@ def test_notebook_becomes_markdown_with_code_blocks() -> None:
     )
 
 
+def test_notebook_page_shows_commands_and_links_to_the_notebook() -> None:
+    notebook = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\n# !mixer-jax predict\n"
+    assert site_pages.format_notebook(notebook, "x.ipynb") == (
+        "# Title\n\n[Download this notebook](x.ipynb){ download }\n\nText.\n\n"
+        "```python\n!mixer-jax predict\n```\n\n"
+    )
+
+
 def test_links_to_other_files_lead_to_pages_that_show_them() -> None:
     markdown = (
         "[a](../../configs/digits.py) [b](../index.md#results) [c](https://example.org/x.md)\n"

@@ -1,6 +1,7 @@
 """Tests of the source distribution and the wheel: contents, and a run from the wheel alone."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,9 @@ def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:
     assert names == {str(path) for path in {*package, *configs, Path("mixer_jax/py.typed")}}
     assert f"Version: {mixer_jax.__version__}" in lines
     assert "License-Expression: Apache-2.0" in lines
+    # Where the package is published, links to files of the checkout would lead nowhere.
+    assert "## Documentation" in lines
+    assert re.findall(r"\]\((?!https?:).*?\)|<!--", "\n".join(lines)) == []
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixer_jax.benchmarks.candidates import FAMILY
 from mixer_jax.benchmarks.compare import median_ratio
 from mixer_jax.benchmarks.report import Column, print_table
@@ -88,24 +90,25 @@ def print_report(report: dict[str, Any]) -> None:
     print_table(report["measurements"], [Column("seconds", "seconds"), Column("ratio", "ratio")])
 
 
+def random_params(variant: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Creates float32 parameters of a variant at 224 pixels, by path."""
+    shapes = FAMILY.param_shapes(FAMILY.get_config(variant), _IMAGE_SIZE, _NUM_CLASSES)
+    return {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+
+
 def _write_weights(variant: str, google: Path, timm: Path) -> None:
     """Writes random weights in each of the published layouts."""
-    import numpy as np
-
     from mixer_jax.checkpoints.formats import write_npz, write_safetensors
     from mixer_jax.checkpoints.layouts import layout_views
 
-    config, rng = FAMILY.get_config(variant), np.random.default_rng(0)
-    shapes = FAMILY.param_shapes(config, _IMAGE_SIZE, _NUM_CLASSES)
+    flat = random_params(variant, np.random.default_rng(0))
     layouts = {layout.name.lower(): layout for layout in FAMILY.weight_layouts()}
-    flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     write_npz(str(google), layout_views(flat, layouts["google"]), {})
     write_safetensors(str(timm), layout_views(flat, layouts["timm"]), {})
 
 
 def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[_Task]:
     """Times mixer_jax, the format's own reader, and reading the bytes of the file."""
-    import numpy as np
     import safetensors.numpy
 
     from mixer_jax.checkpoints.load import load_checkpoint

@@ -6,6 +6,7 @@ task without checksums, median over rounds. Files are in the page cache.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -13,14 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixer_jax.benchmarks.candidates import FAMILY
+from mixer_jax.benchmarks.checkpoint_io import print_report, random_params
 from mixer_jax.benchmarks.compare import median_ratio
-from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli.common import check_positive
+from mixer_jax.errors import UserError
+
+__all__ = ["DESCRIPTION", "add_arguments", "measure", "print_report"]
 
 DESCRIPTION = "Measure saving and restoring training states, with and without checksums."
 
-_IMAGE_SIZE, _NUM_CLASSES = 224, 1000
 _TASKS = ("save: blocked", "save: written", "restore")
 
 
@@ -39,9 +44,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures all tasks.
 
     Raises:
-        UserError: An argument is out of range.
+        UserError: An argument is out of range, the folder cannot be written, or JAX_PLATFORMS names
+            absent devices.
     """
+    from mixer_jax.distributed.multihost import check_devices
+
     check_positive(args, "rounds")
+    if args.folder and not os.access(args.folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--folder must be an existing folder that can be written, got {args.folder!r}."
+        )
+    check_devices()
     items = _make_items(args.variant)
     times: dict[tuple[str, bool], list[float]] = {
         (task, checksums): [] for task in _TASKS for checksums in (False, True)
@@ -70,25 +83,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """Prints a table."""
-    print(", ".join(f"{name} {report[name]}" for name in ("variant", "mebibytes", "rounds")))
-    print_table(report["measurements"], [Column("seconds", "seconds"), Column("ratio", "ratio")])
-
-
 def _make_items(variant: str) -> dict[str, Any]:
     """Creates random parameters and the two moments of Adam."""
     import jax
-    import numpy as np
 
     from mixer_jax.checkpoints.weights import unflatten_params
 
-    config, rng = FAMILY.get_config(variant), np.random.default_rng(0)
-    shapes = FAMILY.param_shapes(config, _IMAGE_SIZE, _NUM_CLASSES)
+    rng = np.random.default_rng(0)
 
     def make_tree() -> Any:
-        flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-        return jax.device_put(unflatten_params(flat))
+        return jax.device_put(unflatten_params(random_params(variant, rng)))
 
     return {"params": make_tree(), "optimizer": {"mu": make_tree(), "nu": make_tree()}}
 
@@ -105,7 +109,7 @@ def _measure_once(
     """Saves and restores once; returns the time of each task, in seconds."""
     import jax
 
-    from mixer_jax.checkpoints.manager import CheckpointManager
+    from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state
 
     manager = CheckpointManager(str(workdir), max_to_keep=1, checksums=checksums)
     start = time.perf_counter()
@@ -113,9 +117,7 @@ def _measure_once(
     blocked = time.perf_counter() - start
     manager.wait()
     written = time.perf_counter() - start
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items
-    )
+    shapes = abstract_state(items, jax.tree.map(lambda x: x.sharding, items))
     start = time.perf_counter()
     jax.block_until_ready(manager.restore(0, shapes))
     restored = time.perf_counter() - start

@@ -86,6 +86,8 @@ def configure_jax(compilation_cache: str, *, cpu_only: bool = False) -> None:
     """
     from absl import logging
 
+    # Commands have done so already, but programs that call functions of this package have not.
+    silence_libtpu()
     # orbax logs errors, with stack traces, before it raises them.
     logging.set_verbosity(logging.FATAL)
     if cpu_only:

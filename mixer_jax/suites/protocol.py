@@ -37,7 +37,7 @@ from mixer_jax.suites.workdir import (
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import check_workdir
-from mixer_jax.visualization.curves import plot_curves
+from mixer_jax.visualization.curves import save_curves
 
 _RANDOM_INIT_SEED = 0
 
@@ -164,7 +164,7 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
         result = train_and_evaluate(run.config, folder, context.weights)
         stopped_by = result.stopped_by
         if is_primary_process():
-            plot_curves(folder)
+            save_curves(folder)
         if result.step < result.num_steps:
             raise TaskInterruptedError(stopped_by)
         result.raise_failures()

@@ -1,18 +1,34 @@
 """Plot of a run: loss, learning rate and accuracy by step."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from mixer_jax.errors import summarize_error
+from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.files import atomic_write
-from mixer_jax.training.metrics import CURVES_FILE, read_metrics
+from mixer_jax.training.metrics import CURVES_FILE, METRICS_FILE, read_metrics
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 
-def plot_curves(workdir: str) -> bool:
+def plot_curves(workdir: str | os.PathLike) -> Any:
+    """Plots loss, learning rate and accuracy of a run, as a figure of Matplotlib.
+
+    Raises:
+        UserError: The folder or URL has no metrics of a run.
+    """
+    lines = read_metrics(os.fspath(workdir))
+    if not lines:
+        raise UserError(
+            f"workdir must have a {METRICS_FILE} with at least one line, got "
+            f"{os.fspath(workdir)!r}. Train in it first."
+        )
+    return draw_curves(lines)
+
+
+def save_curves(workdir: str) -> bool:
     """Plots a run's `metrics.jsonl` as `curves.png` in the same folder, a path or URL.
 
     Returns:

@@ -1,6 +1,7 @@
-"""Tests of `--mode=weights`."""
+"""Tests of `--mode=weights` and `--mode=checkpoints`."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,34 @@ def test_json_has_every_measurement() -> None:
     assert 1 < rows[tasks.index(["timm", "google"])]["ratio"] < 6
 
 
-def test_rounds_must_be_positive() -> None:
+@pytest.mark.slow
+def test_checkpoints_are_measured_with_and_without_checksums(tmp_path: Path) -> None:
+    arguments = "--mode=checkpoints", "--variant=S/32", "--rounds=1", f"--folder={tmp_path}"
+    done = run_cli("benchmark", *arguments, "--json")
+    report = json.loads(done.stdout)
+    # Parameters and the two moments of Adam.
+    assert 218.4 < report["mebibytes"] < 219.6
+    rows = report["measurements"]
+    assert len(rows) == 6
+    assert [row["ratio"] for row in rows if mentions(row["name"], "without")] == [1, 1, 1]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["weights", "checkpoints"])
+def test_rounds_must_be_positive(mode: str) -> None:
     with raises(UserError, "--rounds", "0"):
-        benchmark.main(["--mode=weights", "--rounds=0"])
+        benchmark.main([f"--mode={mode}", "--rounds=0"])
+
+
+def test_the_folder_must_exist(tmp_path: Path) -> None:
+    folder = f"{tmp_path}/absent"
+    with raises(UserError, "--folder", folder):
+        benchmark.main(["--mode=checkpoints", f"--folder={folder}"])
+
+
+def test_absent_devices_are_a_usage_error() -> None:
+    preamble = "import os; os.environ['JAX_PLATFORMS'] = 'none_such'"
+    done = run_cli("benchmark", "--mode=checkpoints", code=2, preamble=preamble)
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "JAX_PLATFORMS", "none_such")

@@ -35,9 +35,11 @@ def check_refused(
     The first process is stopped in the meantime, so that it cannot finish before.
     """
     first.send_signal(signal.SIGSTOP)
-    with kill_at_end(start_second()) as second:
-        out, err = second.communicate(timeout=60)
-    first.send_signal(signal.SIGCONT)
+    try:
+        with kill_at_end(start_second()) as second:
+            out, err = second.communicate(timeout=60)
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert (second.returncode, out) == (1, "")
     (line,) = err.splitlines()
     assert mentions(line, str(workdir), str(first.pid), "--workdir")

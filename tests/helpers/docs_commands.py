@@ -62,6 +62,7 @@ _OTHER_PROGRAMS = frozenset(
         "tmux",
         "tree",
         "unzip",
+        "wandb",
         "wc",
         "wget",
     ]
@@ -80,13 +81,13 @@ _SHORT_RUN: dict[str, Any] = {
 }
 # Sizes of a model that compiles in seconds, unless the run takes the model of a checkpoint.
 _SMALL_MODEL: dict[str, Any] = {
-    "image_size": 16,
+    "image_size": 32,
     "model.variant": "custom",
     "model.num_blocks": 1,
     "model.hidden_dim": 16,
     "model.tokens_mlp_dim": 8,
     "model.channels_mlp_dim": 16,
-    "model.patch_size": 4,
+    "model.patch_size": 8,
     "model.stochastic_depth": 0.0,
     "model.dropout": 0.0,
     "preprocess.max_shift": 1,

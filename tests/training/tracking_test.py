@@ -19,7 +19,7 @@ from mixer_jax.training import tracking
 from mixer_jax.training.loop import TrainResult, train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.tracking import WandbRun
-from mixer_jax.visualization.curves import plot_curves
+from mixer_jax.visualization.curves import save_curves
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config, to_flags
 from tests.helpers.wandb_records import OfflineRun, read_offline_runs
@@ -66,7 +66,7 @@ def test_run_has_config_metrics_scores_and_curves(
     workdir = tmp_path / "run"
     settings = NO_REGULARIZATION | {"num_steps": 6, "evals__test__every_steps": 3}
     config = small_config(digits_dir, wandb="demo", **settings)
-    result = train_and_evaluate(config, str(workdir), plot=plot_curves)
+    result = train_and_evaluate(config, str(workdir), plot=save_curves)
     assert result.has_curves
     run = read_run(workdir)
     assert (run.run.project, run.run.display_name) == ("demo", "run")
@@ -122,9 +122,13 @@ def test_a_sweep_chooses_the_id(
 def test_exit_code_of_an_error(
     error: BaseException, code: int, offline: None, tmp_path: Path
 ) -> None:
-    with pytest.raises(type(error)), open_run(tmp_path) as run:
-        run.log(1, {"loss": 1.0})
-        raise error
+    def fail() -> None:
+        with open_run(tmp_path) as run:
+            run.log(1, {"loss": 1.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     record = read_run(tmp_path)
     assert (record.exit_code, record.is_preempting) == (code, False)
     assert record.history == [{"step": 1, "loss": 1.0}]

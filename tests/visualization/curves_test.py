@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mixer_jax.visualization import curves
-from mixer_jax.visualization.curves import draw_curves, is_accuracy, plot_curves
+from mixer_jax.visualization.curves import draw_curves, is_accuracy, save_curves
 from tests.helpers.messages import mentions
 
 LINES: list[dict[str, Any]] = [
@@ -45,21 +45,21 @@ def test_draw_curves_of_zero_losses_are_linear(lines: list[dict[str, Any]]) -> N
     assert draw_curves(lines).axes[0].get_yscale() == "linear"
 
 
-def test_plot_curves_writes_a_png(tmp_path: Path) -> None:
+def test_save_curves_writes_a_png(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
-    assert plot_curves(str(tmp_path))
+    assert save_curves(str(tmp_path))
     with Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())) as image:
         assert (image.format, image.size) == ("PNG", (1440, 420))
 
 
-def test_plot_curves_prints_why_it_fails(
+def test_save_curves_prints_why_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(lines: object) -> None:
         raise ValueError("no such backend")
 
     monkeypatch.setattr(curves, "draw_curves", fail)
-    assert not plot_curves(str(tmp_path))
+    assert not save_curves(str(tmp_path))
     (line,) = capsys.readouterr().err.splitlines()
     assert mentions(line, f"{tmp_path}/curves.png", "no such backend")
     assert list(tmp_path.iterdir()) == []
