@@ -132,7 +132,7 @@ class WandbRun:
 
         # W&B would otherwise ask for an account on a terminal, and wait.
         silent = wandb.Settings(silent=True)
-        settings = {
+        settings: dict[str, Any] = {
             "silent": True,
             # Leaves the standard streams alone, which have the same numbers.
             "console": "off",
@@ -142,7 +142,7 @@ class WandbRun:
         }
         run_id, is_new = self._read_or_create_id()
         is_local = "://" not in self._workdir
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": self._project,
             "id": run_id,
             "resume": "allow",

@@ -1,5 +1,6 @@
 """Reads what Weights & Biases records in offline mode."""
 
+import importlib
 import json
 import struct
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
 
+# Generated when it is imported.
+Record: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
 _FILE_HEADER = b":W&B"
 _BLOCK = 32768
 _RECORD_HEADER = struct.Struct("<IHB")
