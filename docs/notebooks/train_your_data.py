@@ -2,8 +2,8 @@
 # # Train on your own data
 #
 # From a folder of images to a model that you can deploy: configure, look at a batch, train,
-# continue, fine-tune at a higher resolution, evaluate, predict and save. The notebook runs in
-# under two minutes on two CPU cores.
+# continue, fine-tune at a higher resolution, evaluate, predict and save. The notebook takes one
+# to two minutes on two CPU cores.
 #
 # Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, run `!pip
 # install …` with the same arguments in a cell of its own.
