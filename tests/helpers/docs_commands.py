@@ -62,6 +62,7 @@ _OTHER_PROGRAMS = frozenset(
         "tmux",
         "tree",
         "unzip",
+        "wandb",
         "wc",
         "wget",
     ]
