@@ -22,7 +22,7 @@ class OfflineRun(NamedTuple):
     """Records of one process of a run.
 
     Attributes:
-        run: Its id, project and name.
+        run: Its id, project and name; None if the process was killed before it was written.
         config: Values by key.
         history: Logged values, in their order, without those that W&B adds.
         exit_code: Exit code of the process, or None if it was killed.
@@ -48,7 +48,7 @@ def read_offline_runs(workdir: Path) -> list[OfflineRun]:
 
 def _read_run(file: Path) -> OfflineRun:
     records = [Record.FromString(data) for data in _iter_records(file.read_bytes())]
-    (run,) = [record.run for record in records if record.HasField("run")]
+    run = next((record.run for record in records if record.HasField("run")), None)
     history = [
         {
             name: json.loads(item.value_json)
@@ -61,7 +61,7 @@ def _read_run(file: Path) -> OfflineRun:
     exits = [record.exit.exit_code for record in records if record.HasField("exit")]
     return OfflineRun(
         run,
-        {item.key: json.loads(item.value_json) for item in run.config.update},
+        {item.key: json.loads(item.value_json) for item in run.config.update} if run else {},
         history,
         exits[0] if exits else None,
         any(record.HasField("preempting") for record in records),
