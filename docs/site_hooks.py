@@ -36,3 +36,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     del config, files
     path = f"docs/{page.file.src_uri}"
     return site_pages.insert_generated(site_pages.rewrite_links(markdown, path))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keeps flags in code on one line."""
+    del page, config, files
+    return site_pages.keep_flags_together(html)

@@ -92,6 +92,16 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 }
 
 
+def keep_flags_together(html: str) -> str:
+    """Marks the beginning of flags in code, where browsers would break lines after the hyphens."""
+    return re.sub(
+        r"<code[ >].*?</code>",
+        lambda match: re.sub(r"(?<![\w\"-])--\w", r'<span class="flag">\g<0></span>', match[0]),
+        html,
+        flags=re.DOTALL,
+    )
+
+
 def source_pages(pages: Mapping[str, str]) -> dict[str, str]:
     """Formats pages for files outside docs/ that pages link to, or that these files link to.
 

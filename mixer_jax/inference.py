@@ -130,7 +130,7 @@ class Classifier:
         self._mesh = make_mesh(0, 1, jax.local_devices())
         model = weights.model_info.build_model(dtype)
         self.model = use_partitionable_backend(model, self._mesh.size)
-        self._host_params = weights.params
+        self._weights = weights
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
         options = compiler_options(platform, self.model.execution.backend)
@@ -141,7 +141,7 @@ class Classifier:
     @property
     def params(self) -> Any:
         """Parameters as `model` takes them, float32 for any dtype of the computation."""
-        return shard_params(self._host_params, self._mesh, get_family(self.model_info.family))
+        return shard_params(self._weights.params, self._mesh, get_family(self.model_info.family))
 
     def __call__(self, images: Any) -> Float[Array, "n outputs"]:
         """Computes float32 logits, or features if the model has no head.
@@ -300,6 +300,32 @@ class Classifier:
         )
         eval_step = make_eval_step(self.model, self._mesh)
         return evaluate(eval_step, self._params, source, self._mesh, input_config)
+
+    def export(self, target: str | os.PathLike) -> str:
+        """Writes the model in another format, reads it back and compares, like `convert`.
+
+        Args:
+            target: Path of a file, which is replaced if it exists. Its suffix selects the format:
+                .npz for Google's code, .safetensors for timm, .stablehlo for a program that needs
+                only JAX and safetensors. Without a suffix, a new folder in the format of runs.
+
+        Returns:
+            A description of the checks that passed.
+
+        Raises:
+            UserError: The suffix is unknown, or the target cannot be written.
+            RunError: The target differs from the model, or the disk is full.
+        """
+        from mixer_jax.checkpoints.export import (
+            check_target_available,
+            choose_format,
+            export_weights,
+        )
+
+        target = os.fspath(target)
+        format = choose_format("", target)
+        check_target_available(format, target, force=True)
+        return export_weights(self._weights, format, target)
 
     def iter_predictions(
         self,

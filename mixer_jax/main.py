@@ -20,7 +20,8 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
 from mixer_jax.files import raise_open_file_limit
 from mixer_jax.training import workdir as workdirs
-from mixer_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
+from mixer_jax.training.metrics import CURVES_FILE, EVENTS_FOLDER, METRICS_FILE
+from mixer_jax.training.tracking import check_wandb_installed
 
 if TYPE_CHECKING:
     from mixer_jax.training.loop import TrainResult
@@ -64,14 +65,12 @@ def main(argv: Sequence[str]) -> int:
     config = parse(load_config_with_overrides(args.config, overrides))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
+    check_wandb_installed(config.wandb)
     with contextlib.ExitStack() as stack:
         if not joins_hosts(config.distributed):
             # Before importing JAX, which takes seconds. Of several hosts, one locks the workdir.
             stack.enter_context(workdirs.lock_workdir(resolved_workdir))
-        result = _train(config, workdir, print_summary=True)
-    if result.stopped_by is not None and result.step < result.num_steps:
-        return 128 + result.stopped_by
-    return 0
+        return _train(config, workdir, print_summary=True).exit_code
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
@@ -111,18 +110,14 @@ def _train(config: RunConfig, workdir: str, print_summary: bool) -> "TrainResult
     from mixer_jax.visualization.curves import save_curves
 
     with propagate_failure():
-        result = train_and_evaluate(config, resolved_workdir)
-        if is_primary_process():
-            has_curves = save_curves(resolved_workdir)
-            if print_summary:
-                print(format_summary(result, workdir, config, has_curves), flush=True)
+        result = train_and_evaluate(config, resolved_workdir, plot=save_curves)
+        if print_summary and is_primary_process():
+            print(format_summary(result, workdir, config), flush=True)
         result.raise_failures()
     return result
 
 
-def format_summary(
-    result: "TrainResult", workdir: str, config: RunConfig, has_curves: bool = True
-) -> str:
+def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:
     """Formats what a run ends with: metrics, files, and the commands to run next."""
     checkpoint = f"{workdir}/checkpoints/{result.step}"
     if result.step < result.num_steps:
@@ -139,7 +134,7 @@ def format_summary(
     events = f"{workdir}/{EVENTS_FOLDER}"
     lines = ["", *(f"{name}: {scores.format_summary()}" for name, scores in result.scores.items())]
     lines += [f"checkpoint  {checkpoint}"]
-    lines += [f"curves      {workdir}/curves.png"] if has_curves else []
+    lines += [f"curves      {workdir}/{CURVES_FILE}"] if result.has_curves else []
     lines += [f"metrics     {workdir}/{METRICS_FILE}"]
     lines += [f"events      {events}"] if config.tensorboard else []
     lines += ["", "next:"]

@@ -53,6 +53,7 @@ HEAVY = {
     "tensorflow_datasets": {"data/"},
     "clu": {"training/workdir.py"},
     "tensorboardX": {"training/metrics.py"},
+    "wandb": {"training/tracking.py"},
     "tensorflow": {"benchmarks/tf_data.py"},
     "matplotlib": {
         "visualization/",
@@ -145,7 +146,10 @@ def test_modules_have_no_import_cycles() -> None:
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),
         ("mixer_jax.visualize", {"jax", "flax", "grain", "tensorflow_datasets", "matplotlib"}),
-        ("mixer_jax.training.loop", {"tensorflow", "clu", "tensorboardX", "matplotlib", "sklearn"}),
+        (
+            "mixer_jax.training.loop",
+            {"tensorflow", "clu", "tensorboardX", "matplotlib", "sklearn", "wandb"},
+        ),
     ],
 )
 def test_import_leaves_heavy_libraries_out(module: str, absent: set[str]) -> None:

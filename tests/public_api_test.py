@@ -127,6 +127,24 @@ def test_classifier_preprocesses_images_as_in_prediction(workdir: Path, digits_d
         classifier.preprocess([encoded[0], b"no image"])
 
 
+def test_classifier_exports_in_the_format_of_the_suffix(workdir: Path, tmp_path: Path) -> None:
+    classifier = mixer_jax.load_pretrained(workdir)
+    target = tmp_path / "digits.npz"
+    target.write_bytes(b"an older file")
+    assert mentions(classifier.export(target), "bit-identical")
+    images = np.zeros((2, 16, 16, 3), np.float32)
+    np.testing.assert_array_equal(
+        mixer_jax.load_pretrained(target)(images), classifier(images), strict=True
+    )
+    with raises(UserError, ".npz", "digits.txt"):
+        classifier.export(tmp_path / "digits.txt")
+
+
+def test_figures_are_shown_in_notebooks(config: ConfigDict) -> None:
+    # The method that IPython calls.
+    assert mixer_jax.plot_batch(config, num_images=1)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_plot_curves_draws_the_metrics_of_a_run(workdir: Path, tmp_path: Path) -> None:
     titles = [axes.get_title() for axes in mixer_jax.plot_curves(workdir).axes]
     assert titles == ["loss", "learning rate", "accuracy (%)"]

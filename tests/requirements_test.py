@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).parent.parent / "mixer_jax"
 # Imported only where they are installed: by extras, or for comparisons.
-OPTIONAL = {"gcsfs", "libtpu", "pillow_heif", "tensorflow", "timm", "torch", "torchvision"}
+OPTIONAL = {"gcsfs", "libtpu", "pillow_heif", "tensorflow", "timm", "torch", "torchvision", "wandb"}
 
 
 @pytest.fixture(scope="module")

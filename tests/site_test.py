@@ -135,6 +135,14 @@ def test_links_to_other_files_lead_to_pages_that_show_them() -> None:
     assert all(page.startswith("docs/source/") for page in pages)
 
 
+def test_flags_are_marked_in_code_only() -> None:
+    html = '<p title="--a">--b</p><code>x --cd=-1 --e</code><code class="--f">a--g</code>'
+    assert site_pages.keep_flags_together(html) == (
+        '<p title="--a">--b</p><code>x <span class="flag">--c</span>d=-1 '
+        '<span class="flag">--e</span></code><code class="--f">a--g</code>'
+    )
+
+
 def anchors_of(path: Path, root: Path) -> set[str]:
     """Returns the anchors of a Markdown file, with those of its generated parts."""
     text = site_pages.insert_generated(path.read_text())

@@ -15,7 +15,7 @@ from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 
-DOCS = (Path(__file__).parent.parent / "docs" / "transfer.md").read_text()
+DOCS = (Path(__file__).parent.parent / "docs" / "reference" / "transfer_protocol.md").read_text()
 COMMANDS = [line for line in DOCS.splitlines() if line.startswith("python -m mixer_jax.transfer")]
 
 

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First steps
 #
-# Load a model, classify images, compute features, and look at what is inside. The notebook runs
-# in about a minute on two CPU cores.
+# Load a model, classify images, compute features, and look at what is inside. The notebook takes
+# one to two minutes on two CPU cores.
 #
 # Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, run `!pip
 # install …` with the same arguments in a cell of its own.
@@ -76,7 +76,8 @@ print(f"{model.model_info.name}: {num_params:,} parameters")
 # ## Predict
 #
 # `predict` takes paths, bytes, Pillow images and arrays of any size, resizes them as in training,
-# and returns the most probable classes.
+# and returns the most probable classes. These are the first ten scans, most of which were
+# training data.
 
 # %%
 scans = load_digits()
@@ -155,7 +156,7 @@ for ax in axes.flat:
 #
 # The first layer of token mixing has 32 hidden units. Each has one weight per token, so the
 # weights of a unit are a picture, as in Figure 5 of the paper. Red is positive and blue is
-# negative.
+# negative. After this short run, they still show their random initialization.
 
 # %%
 jax.tree.map(jnp.shape, model.params["blocks"]["token_mixing"])

@@ -21,11 +21,15 @@ from mixer_jax.config.schema import (
     Field,
     RunConfig,
     from_dict,
+    parse_profile_steps,
     parse_shots,
 )
 from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
+
+# Limits of Weights & Biases for names of projects.
+_WANDB_RESERVED, _WANDB_MAX_LENGTH = r"/\#?%:", 128
 
 
 def get_default() -> ConfigDict:
@@ -159,6 +163,8 @@ def _check_rules(config: RunConfig) -> None:
     for name, entry in config.evals.items():
         parse_shots(f"config.evals.{name}.shots", entry.shots)
     _check_model(config)
+    _check_wandb(config.wandb)
+    parse_profile_steps("config.profile_steps", config.profile_steps)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps or config.num_epochs must be set, got 0 for both.")
     if config.batch_size % config.recipe.grad_accum_steps:
@@ -176,7 +182,25 @@ def _check_rules(config: RunConfig) -> None:
             f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
-        check_warmup(config, resolve_num_steps(config, config.dataset.num_examples))
+        num_steps = resolve_num_steps(config, config.dataset.num_examples)
+        check_warmup(config, num_steps)
+        check_profile_steps(config, num_steps)
+
+
+def _check_wandb(project: str) -> None:
+    """Raises UserError if Weights & Biases does not allow the name of a project."""
+    fix = "The entity is set by the environment variable WANDB_ENTITY."
+    if project.lower() in ("true", "false"):
+        raise UserError(f"config.wandb must be the name of a project, got {project!r}.")
+    if used := sorted(set(project) & set(_WANDB_RESERVED)):
+        raise UserError(
+            f"config.wandb must be the name of a project without any of {_WANDB_RESERVED}, "
+            f"got {project!r} with {''.join(used)}. {fix}"
+        )
+    if len(project) > _WANDB_MAX_LENGTH:
+        raise UserError(
+            f"config.wandb must have at most {_WANDB_MAX_LENGTH} characters, got {len(project)}."
+        )
 
 
 def _check_model(config: RunConfig) -> None:
@@ -226,6 +250,15 @@ def check_warmup(config: RunConfig, num_steps: int) -> None:
         raise UserError(
             f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
             f"got {warmup_steps}. Lower it or train for longer."
+        )
+
+
+def check_profile_steps(config: RunConfig, num_steps: int) -> None:
+    """Raises UserError if steps are to be profiled that the run does not have."""
+    if config.profile_range and config.profile_range[-1] > num_steps:
+        raise UserError(
+            f"config.profile_steps must be within the steps of the run, 1:{num_steps + 1}, "
+            f"got {config.profile_steps!r}."
         )
 
 

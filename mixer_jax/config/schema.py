@@ -10,6 +10,7 @@ building, overriding and validating a ConfigDict. Imports nothing heavy.
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -351,6 +352,24 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, numbers)))
 
 
+def parse_profile_steps(name: str, text: str) -> range:
+    """Parses steps such as "100:105", which are 100 to 104; empty text is no steps.
+
+    Raises:
+        UserError: The text has another form; the message starts with `name`.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
+    if not steps or not steps[0]:
+        raise UserError(
+            f"{name} must be START:STOP with 1 <= START < STOP, got {text!r}. "
+            "100:105 profiles steps 100 to 104."
+        )
+    return steps
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -438,11 +457,25 @@ class RunConfig:
         resumable=True,
     )
     tensorboard: bool = key(True, "write TensorBoard events", resumable=True)
+    wandb: str = key(
+        "", "Weights & Biases project that the run is also logged to; empty: none", resumable=True
+    )
+    profile_steps: str = key(
+        "",
+        "START:STOP, steps to profile: 100:105 writes an XProf trace of steps 100 to 104 to "
+        "WORKDIR/profile; empty: none",
+        resumable=True,
+    )
     compilation_cache: str = key(
         "~/.cache/mixer_jax", "folder of compiled programs; empty: no cache", resumable=True
     )
     evals: Mapping[str, EvalConfig] = dataclasses.field(default_factory=dict)
     mixture: Mapping[str, MixtureConfig] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def profile_range(self) -> range:
+        """Parsed `profile_steps`. Raises UserError if they are not steps."""
+        return parse_profile_steps("config.profile_steps", self.profile_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the config to nested dicts, as `ConfigDict.to_dict` does."""

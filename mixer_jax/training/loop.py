@@ -5,7 +5,7 @@ import functools
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ from mixer_jax.training.initialize import (
     restore_or_init,
     save_state,
 )
-from mixer_jax.training.metrics import MetricsLogger, read_metrics
+from mixer_jax.training.metrics import CURVES_FILE, MetricsLogger, read_metrics
+from mixer_jax.training.profile import StepProfiler
 from mixer_jax.training.setup import (
     EvalMetrics,
     Experiment,
@@ -51,6 +52,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
+from mixer_jax.training.tracking import WandbRun, check_wandb_installed
 from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter_overview
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
@@ -73,6 +75,7 @@ class TrainResult(NamedTuple):
         scores: Metrics at the last step by evaluation; empty if the run stopped before it.
         stopped_by: Signal that was received, or None; SIGTERM if another host received one.
         failures: Evaluations whose last attempt failed, by name.
+        has_curves: Whether curves.png was drawn, on the primary process.
     """
 
     step: int
@@ -80,20 +83,33 @@ class TrainResult(NamedTuple):
     scores: dict[str, EvalMetrics]
     stopped_by: signal.Signals | None
     failures: Mapping[str, EvalFailure] = MappingProxyType({})
+    has_curves: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a command that runs this: 2 means "do not retry"."""
+        if self.failures:
+            is_usage = all(failure.is_usage_error for failure in self.failures.values())
+            return 2 if is_usage else 1
+        if self.stopped_by is not None and self.step < self.num_steps:
+            return 128 + self.stopped_by
+        return 0
 
     def raise_failures(self) -> None:
         """Raises an error if evaluations failed: UserError, or RunError if a retry may succeed."""
         if self.failures:
-            is_usage = all(failure.is_usage_error for failure in self.failures.values())
             reasons = (
                 f"evaluation {name} failed: {failure.message}"
                 for name, failure in self.failures.items()
             )
-            raise (UserError if is_usage else RunError)(" ".join(reasons))
+            raise (UserError if self.exit_code == 2 else RunError)(" ".join(reasons))
 
 
 def train_and_evaluate(
-    config: RunConfig, workdir: str, weights: PretrainedWeights | None = None
+    config: RunConfig,
+    workdir: str,
+    weights: PretrainedWeights | None = None,
+    plot: Callable[[str], bool] | None = None,
 ) -> TrainResult:
     """Trains a model to the end of the run, resuming from the newest checkpoint in `workdir`.
 
@@ -103,6 +119,8 @@ def train_and_evaluate(
         config: Config of the run.
         workdir: Absolute path or URL of the run, checked by `check_workdir`.
         weights: Weights of `config.init_from`, if already loaded.
+        plot: Function that draws curves.png in a workdir, called on the primary process after
+            training; returns whether it succeeded.
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
@@ -115,7 +133,7 @@ def train_and_evaluate(
         with contextlib.ExitStack() as stack:
             loop = _TrainLoop(config, workdir, weights, stack)
             try:
-                return loop.run()
+                return loop.finish(loop.run(), plot)
             except NonFiniteError as error:
                 saved = _last_checkpoint(workdir, loop.saved_step)
                 raise NonFiniteError(
@@ -179,6 +197,7 @@ class _TrainLoop:
     ):
         """Prepares a run; what it opens is closed with `stack`."""
         self.config, self.workdir = config, workdir
+        check_wandb_installed(config.wandb)
         self.shutdown = stack.enter_context(multihost.GracefulShutdown())
         is_alone = multihost.is_alone(config.distributed)
         if is_alone:
@@ -201,6 +220,10 @@ class _TrainLoop:
         if init is not None and init.damaged_steps:
             steps = init.damaged_steps
             multihost.compute_once(lambda: move_damaged_checkpoints(workdir, steps))
+        # Finished after the last save.
+        self.wandb_run = stack.enter_context(
+            WandbRun(config.wandb if is_primary else "", workdir, config.to_dict())
+        )
         self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(self.checkpoints.close)
         self.start_step = self.saved_step = 0 if init is None else init.resume_step
@@ -219,6 +242,7 @@ class _TrainLoop:
             loss_window=loss_window,
             is_primary=is_primary,
             tensorboard=config.tensorboard,
+            wandb_run=self.wandb_run,
         )
         stack.callback(self.logger.close)
         self.logger.progress.print(_describe_run(self.experiment, self.start_step, init))
@@ -231,6 +255,9 @@ class _TrainLoop:
             log=self.logger.progress.print,
         )
         stack.callback(self.bad_images.close)
+        profiled = config.profile_range if is_primary else range(0)
+        self.profiler = StepProfiler(profiled, workdir, self.logger.progress)
+        stack.callback(self.profiler.close)
         self.evaluators = make_evaluators(self.experiment)
         self.shared_flags = multihost.SharedFlags()
         self.batches = make_train_batches(self.experiment, self.start_step, self.bad_images.record)
@@ -278,6 +305,17 @@ class _TrainLoop:
             scores, failures = {}, {}
         return TrainResult(step, self.num_steps, scores, signaled, failures)
 
+    def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
+        """Draws the curves of a run, and passes its result on to Weights & Biases."""
+        if plot is not None and multihost.is_primary_process():
+            self.logger.flush()
+            result = result._replace(has_curves=plot(self.workdir))
+        if result.has_curves:
+            self.wandb_run.log_image(result.step, "curves", f"{self.workdir}/{CURVES_FILE}")
+        self.wandb_run.exit_code = result.exit_code
+        self.wandb_run.is_preempted = result.exit_code == 128 + signal.SIGTERM
+        return result
+
     def iter_batches(self) -> Iterator[tuple[int, Batch]]:
         """Yields steps and their batches; if loading fails, saves the state and raises RunError."""
         step = self.start_step
@@ -302,14 +340,17 @@ class _TrainLoop:
         """
         experiment, is_logged = self.experiment, self.logger.should_log(step)
         before = None
-        if is_logged and self.config.log_update_norm:
-            before = experiment.copy_params(self.state.params)
-        self.state, metrics = experiment.train_step(self.state, batch)
-        if is_logged:
-            metrics["parameter_norm"] = experiment.param_norm(self.state.params)
-        if before is not None:
-            metrics["update_norm"] = experiment.update_norm(before, self.state.params)
-        self.logger.record(step, metrics)
+        self.profiler.before_step(step, self.state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            if is_logged and self.config.log_update_norm:
+                before = experiment.copy_params(self.state.params)
+            self.state, metrics = experiment.train_step(self.state, batch)
+            if is_logged:
+                metrics["parameter_norm"] = experiment.param_norm(self.state.params)
+            if before is not None:
+                metrics["update_norm"] = experiment.update_norm(before, self.state.params)
+            self.logger.record(step, metrics)
+        self.profiler.after_step(step, self.state)
 
     def sync_hosts(self, step: int) -> tuple[bool, bool]:
         """Returns whether the run must stop, and whether a checkpoint is due by time.

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard events, and progress on the terminal."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, Weights & Biases, progress on the terminal."""
 
 import contextlib
 import io
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from mixer_jax.errors import NonFiniteError, UserError, summarize_error
 from mixer_jax.files import LineFile
+from mixer_jax.training.tracking import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
+CURVES_FILE = "curves.png"
 # Interval at which events are uploaded to object stores, in seconds; on disks they are written
 # immediately.
 _UPLOAD_INTERVAL = 30.0
@@ -66,6 +68,7 @@ class MetricsLogger:
         loss_window: list[float],
         is_primary: bool,
         tensorboard: bool,
+        wandb_run: WandbRun | None = None,
     ):
         """Opens the metrics of a run that starts or resumes at `start_step`.
 
@@ -79,10 +82,11 @@ class MetricsLogger:
             loss_window: Saved `loss_window`; empty for a new run.
             is_primary: Whether this process writes and prints.
             tensorboard: Whether to write TensorBoard events.
+            wandb_run: Run of Weights & Biases that the metrics are also logged to.
         """
         self.progress = Progress(start_step, num_steps, is_primary)
         self.loss_window = list(loss_window)
-        self._writer = MetricsWriter(workdir, start_step, is_primary, tensorboard)
+        self._writer = MetricsWriter(workdir, start_step, is_primary, tensorboard, wandb_run)
         self._num_steps, self._batch_size = num_steps, batch_size
         self._log_every_steps = log_every_steps
         self._throughput_metrics = throughput_metrics
@@ -160,7 +164,14 @@ class MetricsLogger:
 class MetricsWriter:
     """Writer of metrics. Only the primary process writes; in others it does nothing."""
 
-    def __init__(self, workdir: str, start_step: int, is_primary: bool, tensorboard: bool = True):
+    def __init__(
+        self,
+        workdir: str,
+        start_step: int,
+        is_primary: bool,
+        tensorboard: bool = True,
+        wandb_run: WandbRun | None = None,
+    ):
         """Opens the files of a run, dropping what was written after `start_step`."""
         self._is_primary = is_primary
         if not is_primary:
@@ -175,6 +186,7 @@ class MetricsWriter:
         # Opened with the first values.
         self._events: _EventFile | None = None
         self._has_events = tensorboard
+        self._wandb_run = wandb_run
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of one step, unless the step at which the run resumed has them."""
@@ -183,6 +195,8 @@ class MetricsWriter:
             return
         self._file.append(line)
         self._background.submit(self._write_events, step, time.time(), values)
+        if self._wandb_run is not None:
+            self._wandb_run.log(step, values)
 
     def flush(self) -> None:
         """Waits until all lines of `metrics.jsonl` are written."""

@@ -13,7 +13,12 @@ from jax.sharding import Mesh
 import mixer_jax
 from mixer_jax.checkpoints.manager import abstract_state
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.config.config import check_scan_unroll, check_warmup, resolve_num_steps
+from mixer_jax.config.config import (
+    check_profile_steps,
+    check_scan_unroll,
+    check_warmup,
+    resolve_num_steps,
+)
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
 from mixer_jax.distributed.hardware import peak_flops
@@ -96,11 +101,12 @@ def build_experiment(
             architecture it takes; None: the architecture of the config.
 
     Raises:
-        UserError: The batch cannot be split over the devices, warmup is longer than the run, or the
-            backend is for other devices.
+        UserError: The batch cannot be split over the devices, warmup is longer than the run, it
+            does not have the steps to profile, or the backend is for other devices.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
     check_warmup(config, num_steps)
+    check_profile_steps(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_divisible(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps

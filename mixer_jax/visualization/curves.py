@@ -9,7 +9,7 @@ from etils import epath
 
 from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.files import atomic_write
-from mixer_jax.training.metrics import METRICS_FILE, read_metrics
+from mixer_jax.training.metrics import CURVES_FILE, METRICS_FILE, read_metrics
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 
@@ -34,7 +34,7 @@ def save_curves(workdir: str) -> bool:
     Returns:
         Whether that succeeded. If not, the reason is printed: no plot is worth failing a run for.
     """
-    path = epath.Path(workdir) / "curves.png"
+    path = epath.Path(workdir) / CURVES_FILE
     try:
         atomic_write(path, render_figure(draw_curves(read_metrics(workdir)), "png"))
     except Exception as error:

@@ -10,7 +10,13 @@ def make_figure(width: float, height: float, constrained: bool = False) -> Any:
     """Creates an empty figure, with sizes in inches; `constrained` keeps texts from overlapping."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained" if constrained else None)
+    class NotebookFigure(Figure):
+        """Figure that notebooks show even if pyplot has not been used yet."""
+
+        def _repr_png_(self) -> bytes:
+            return render_figure(self, "png")
+
+    return NotebookFigure(figsize=(width, height), layout="constrained" if constrained else None)
 
 
 def render_figure(figure: Any, file_format: str) -> bytes:

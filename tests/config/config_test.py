@@ -79,6 +79,13 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("optimizer.name", "sgd", ["optimizer.name", "adam", "momentum"]),
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
         ("evals.test.shots", "1,zero", ["evals.test.shots"]),
+        ("wandb", "team/mixer", ["config.wandb", "/", "WANDB_ENTITY"]),
+        ("wandb", "true", ["config.wandb", "project"]),
+        ("wandb", True, ["config.wandb", "string"]),
+        ("profile_steps", "100", ["config.profile_steps", "START:STOP"]),
+        ("profile_steps", "0:5", ["config.profile_steps", "1"]),
+        ("profile_steps", "105:100", ["config.profile_steps", "START", "STOP"]),
+        ("profile_steps", "100:105:2", ["config.profile_steps", "START:STOP"]),
     ],
 )
 def test_parse_names_the_key_and_the_value(
@@ -88,6 +95,23 @@ def test_parse_names_the_key_and_the_value(
     with raises(UserError, str(value), *parts) as caught:
         parse(config)
     assert "\n" not in str(caught.value)
+
+
+def test_parse_limits_the_length_of_a_project(config: ConfigDict) -> None:
+    config.wandb = "p" * 128
+    assert parse(config).wandb == config.wandb
+    config.wandb += "p"
+    with raises(UserError, "config.wandb", "128", "129"):
+        parse(config)
+
+
+def test_profiled_steps_are_within_the_run(config: ConfigDict) -> None:
+    config.num_steps, config.optimizer.warmup_steps = 104, 10
+    config.profile_steps = "100:105"
+    assert parse(config).profile_range == range(100, 105)
+    config.num_steps = 103
+    with raises(UserError, "config.profile_steps", "1:104", "'100:105'"):
+        parse(config)
 
 
 def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:

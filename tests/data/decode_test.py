@@ -623,7 +623,7 @@ def test_decode_names_files_that_are_not_images(encoded: bytes, name: str) -> No
         decode(encoded)
 
 
-DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "image_formats.md").read_text()
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "reference" / "image_formats.md").read_text()
 TABLE = {
     row[0]: row[1:]
     for row in (

@@ -63,6 +63,7 @@ _OTHER_PROGRAMS = frozenset(
         "tmux",
         "tree",
         "unzip",
+        "wandb",
         "wc",
         "wget",
     ]

@@ -49,7 +49,14 @@ def run_items(items: list[Item], data_dir: str) -> list[CliResult | None]:
         check=False,
         timeout=900,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": data_dir},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TFDS_DATA_DIR": data_dir,
+            # As for the tests themselves, see tests/conftest.py.
+            "JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/mixer_jax/tests"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        },
     )
     assert process.returncode == 0, process.stderr
     return [result and CliResult(*result) for result in json.loads(process.stdout)]

@@ -109,8 +109,9 @@ def test_format_summary_has_the_metrics_of_all_evaluations(
     assert some_line_mentions(text, "few", "60", *shots)
     assert some_line_mentions(text, "test", f"{test.top1:.2%}", f"{test.top5:.2%}")
     assert some_line_mentions(text, "mixer_jax.evaluate", "--dataset=digits/low", "--split=test")
-    assert mentions(text, "run/curves.png")
-    assert "curves.png" not in main.format_summary(result, "run", config, has_curves=False)
+    assert "curves.png" not in text
+    drawn = result._replace(has_curves=True)
+    assert mentions(main.format_summary(drawn, "run", config), "run/curves.png")
     probes = {name: entry for name, entry in config.evals.items() if name != "test"}
     probes_only = dataclasses.replace(config, evals=probes)
     assert "mixer_jax.evaluate" not in main.format_summary(result, "run", probes_only)
