@@ -5,6 +5,7 @@ See tests/helpers/docs_pages.py for the markers.
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.helpers.docs_commands import (
     mixer_arguments,
     shorten,
     split_command,
+    without_variables,
 )
 from tests.helpers.docs_pages import Block, read_blocks
 from tests.helpers.docs_session import Item, run_items
@@ -87,7 +89,13 @@ def make_items(block: Block, folder: Path) -> list[Item]:
         if len(commands) == 1 and mixer_arguments(commands[0]) and not re.search("[|<>]", line):
             with contextlib.chdir(folder):
                 arguments = shorten(commands[0], block.extra)
-            items.append(Item(str(folder), "command", arguments, block.code))
+            variables = commands[0][: len(commands[0]) - len(without_variables(commands[0]))]
+            if variables:
+                # JAX reads them when it starts, so the command needs a process of its own.
+                line = f"{' '.join(variables)} {shlex.join(arguments)}"
+                items.append(Item(str(folder), "shell", line, block.code))
+            else:
+                items.append(Item(str(folder), "command", arguments, block.code))
         else:
             items.append(Item(str(folder), "shell", line, block.code))
     return items
@@ -312,3 +320,11 @@ def test_markers_and_fences_are_read(tmp_path: Path) -> None:
     assert second == [["ls"], ["wc"]]
     assert (python.mode, python.text) == ("run", "x = 1\n")
     assert python.place.endswith("page.md:11")
+
+
+def test_variables_of_commands_reach_them(tmp_path: Path) -> None:
+    text = "JAX_NUM_CPU_DEVICES=8 mixer-jax train --config=digits\n"
+    (item,) = make_items(Block("page.md:1", "bash", text, "slow"), tmp_path)
+    assert item.language == "shell"
+    assert item.content.startswith("JAX_NUM_CPU_DEVICES=8 python -m mixer_jax.main --config=digits")
+    assert "--config.num_steps=4" in item.content
