@@ -57,6 +57,7 @@ FINE_TUNING: dict[str, tuple[Any, ...]] = {
 
 # Image size of the dataset, classes, and number of parameters that the docstring states.
 FROM_SCRATCH = {
+    "fashion_mnist": (28, 10, 175_214),
     "cifar10": (32, 10, 1_132_170),
     "cifar100": (32, 100, 1_143_780),
 }
