@@ -59,7 +59,10 @@ def parse_overrides(argv: Sequence[str]) -> Overrides:
         argument = rest.pop(0)
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:
-            raise UserError(f"unknown argument {argument!r}. See --help.")
+            name = argument.removeprefix("--").partition("=")[0]
+            is_key = argument.startswith("--") and get_field(name) is not None
+            hint = f"Did you mean --config.{name}?" if is_key else "See --help."
+            raise UserError(f"unknown argument {argument!r}. {hint}")
         negated, path, text = match.groups()
         field = get_field(path)
         is_boolean = field is not None and field.type is bool

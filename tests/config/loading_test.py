@@ -58,6 +58,8 @@ def test_parse_overrides_accepts_the_syntax_of_config_flags(
         (["1"], ["1", "--help"]),
         (["--config.seed"], ["--config.seed"]),
         (["--config."], ["--config."]),
+        (["--batch_size=64"], ["--batch_size=64", "--config.batch_size"]),
+        (["--optimizer.b1", "0.9"], ["--optimizer.b1", "--config.optimizer.b1"]),
         (["--noconfig.seed"], ["--noconfig.seed"]),
         (["--noconfig.preprocess.flip=true"], ["--noconfig.preprocess.flip"]),
     ],
