@@ -57,12 +57,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
-        dest="unused",
+        dest=argparse.SUPPRESS,
         help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     args, overrides = parser.parse_known_args(argv)
     raise_open_file_limit()
-    config = parse(load_config_with_overrides(args.config, overrides))
+    config = parse(load_config_with_overrides(args.config, overrides, vars(args)))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
     check_wandb_installed(config.wandb)

@@ -7,7 +7,7 @@ converts it to a `RunConfig`.
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -141,7 +141,20 @@ def check_key_exists(path: str, keys: list[str]) -> None:
 
 
 def _suggest_key(path: str, keys: list[str]) -> str:
-    """Formats the hint of a message about an unknown key, by the similarity of the last parts."""
+    """Formats the hint of a message about an unknown key."""
+    if match := nearest_key(path, keys):
+        return f"Did you mean config.{match}?"
+    section = path.rpartition(".")[0]
+    names = [
+        key.rpartition(".")[2] for key in keys if section and key.rpartition(".")[0] == section
+    ]
+    if names:
+        return f"The keys of config.{section} are {', '.join(names)}."
+    return "--help lists all keys."
+
+
+def nearest_key(path: str, keys: Sequence[str]) -> str | None:
+    """Finds the key that is most similar to an unknown one in its last part, if any is."""
     section, _, name = path.rpartition(".")
     spellings = {key: key for key in keys} | old_spellings(keys)
     siblings = [key for key in spellings if section and key.rpartition(".")[0] == section]
@@ -151,11 +164,8 @@ def _suggest_key(path: str, keys: list[str]) -> str:
         for key in candidates:
             by_name.setdefault(key.rpartition(".")[2], key)
         if match := nearest(name, by_name, cutoff):
-            return f"Did you mean config.{spellings[by_name[match]]}?"
-    names = [key.rpartition(".")[2] for key in siblings if key in keys]
-    if names:
-        return f"The keys of config.{section} are {', '.join(names)}."
-    return "--help lists all keys."
+            return spellings[by_name[match]]
+    return None
 
 
 def _check_rules(config: RunConfig) -> None:

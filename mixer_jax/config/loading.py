@@ -10,7 +10,7 @@ errors are one line, with the nearest key, and commands need neither absl's flag
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mixer_jax.config.compat import renamed_key_hint
-from mixer_jax.config.config import check_key_exists, flatten
+from mixer_jax.config.config import check_key_exists, flatten, nearest_key
 from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, get_field
 from mixer_jax.errors import UserError, nearest
 
@@ -29,7 +29,9 @@ _CHECKOUT_CONFIGS, _INSTALLED_CONFIGS = _PACKAGE.parent / "configs", _PACKAGE / 
 Overrides = tuple[tuple[str, str], ...]
 
 
-def load_config_with_overrides(config_spec: str, argv: Sequence[str]) -> ConfigDict:
+def load_config_with_overrides(
+    config_spec: str, argv: Sequence[str], flags: Iterable[str] = ()
+) -> ConfigDict:
     """Loads a config file and applies the overrides of the command line.
 
     See `load_config` and `parse_overrides` for the arguments.
@@ -38,17 +40,18 @@ def load_config_with_overrides(config_spec: str, argv: Sequence[str]) -> ConfigD
         UserError: The file or an override is invalid.
     """
     config = load_config(config_spec)
-    for path, text in parse_overrides(argv):
+    for path, text in parse_overrides(argv, flags):
         set_override(config, path, text)
     return config
 
 
-def parse_overrides(argv: Sequence[str]) -> Overrides:
+def parse_overrides(argv: Sequence[str], flags: Iterable[str] = ()) -> Overrides:
     """Parses the arguments that change keys.
 
     Args:
         argv: Arguments that the command did not recognize: `--config.KEY=VALUE`, `--config.KEY
             VALUE`, or for booleans `--config.KEY` and `--noconfig.KEY`.
+        flags: Names of the command's flags, which messages suggest.
 
     Raises:
         UserError: An argument has another form.
@@ -59,7 +62,7 @@ def parse_overrides(argv: Sequence[str]) -> Overrides:
         argument = rest.pop(0)
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:
-            raise UserError(f"unknown argument {argument!r}. See --help.")
+            raise UserError(f"unknown argument {argument!r}. {_suggest_flag(argument, flags)}")
         negated, path, text = match.groups()
         field = get_field(path)
         is_boolean = field is not None and field.type is bool
@@ -76,6 +79,17 @@ def parse_overrides(argv: Sequence[str]) -> Overrides:
                 raise UserError(f"argument {argument!r} has no value. Write {argument}=VALUE.")
         overrides.append((path, text))
     return tuple(overrides)
+
+
+def _suggest_flag(argument: str, flags: Iterable[str]) -> str:
+    """Formats the hint of a message about an unknown argument."""
+    name = argument.partition("=")[0].removeprefix("--")
+    if name and argument.startswith("--"):
+        if match := nearest(name, flags, 0.8):
+            return f"Did you mean --{match}?"
+        if key := nearest_key(name, [*FIELDS]):
+            return f"Did you mean --config.{key}?"
+    return "See --help."
 
 
 def load_config(config_spec: str) -> ConfigDict:

@@ -79,9 +79,14 @@ def open_folder(path: str, split: str) -> Source:
     """
     root = Path(path).expanduser()
     if not path or "://" in path or not root.is_dir():
+        if not path or "://" in path:
+            reason = "is not a local path"
+        else:
+            reason = "is not a directory" if root.exists() else "does not exist"
         raise UserError(
-            f"dataset 'folder:{path}' must be a local folder. Write folder:PATH, where PATH "
-            "contains train/ and validation/, each with one directory of images per class."
+            f"dataset 'folder:{path}' must be a local folder, but {path!r} {reason}. Write "
+            "folder:PATH, where PATH contains one directory of images per class, or train/ and "
+            "validation/, each with such directories."
         )
     root = root.absolute()
     directories = _find_splits(root)
@@ -102,7 +107,8 @@ def open_folder(path: str, split: str) -> Source:
     notes = [note for part in used.values() for note in _notes(root, part)]
     if not files:
         raise UserError(
-            " ".join([f"split {split!r} of folder {str(root)!r} contains no images.", *notes])
+            f"split {split!r} of folder {str(root)!r} contains no images."
+            + "".join(f" {note}." for note in notes)
         )
     if len(classes) == 1:
         notes += _notes_on_one_class(parent, *classes.items())
@@ -317,7 +323,7 @@ def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
     if not classes:
         raise UserError(
             f"folder {str(folder)!r} must contain directories, one per class, got none."
-            + "".join(f" {note}" for note in _notes_on_loose_images(folder))
+            + "".join(f" {note}." for note in _notes_on_loose_images(folder))
         )
     if all(_normalize_split(name) in _SPLIT_OF for name in classes):
         raise UserError(
@@ -452,8 +458,8 @@ def _notes_on_loose_images(folder: Path) -> Iterator[str]:
         for entry in os.scandir(folder)
     )
     if count:
-        images = "1 image is" if count == 1 else f"{count:,} images are"
-        yield f"{display_path(folder)}: {images} skipped, which must be in a directory per class"
+        images = "1 image that is" if count == 1 else f"{count:,} images that are"
+        yield f"{display_path(folder)}: skipped {images} not in the directory of a class"
 
 
 def _notes_on_one_class(parent: Path, item: tuple[str, str]) -> Iterator[str]:

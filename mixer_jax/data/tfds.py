@@ -262,6 +262,7 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         use_array_record(builder)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
+        _check_not_a_folder(name)
         hint = suggest(bare_name, _dataset_names())
         if for_training:
             hint += (
@@ -273,6 +274,7 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
             f"dataset {name!r} is neither prepared in {searched} nor known to TFDS.{hint}"
         ) from error
     except (ValueError, AssertionError, ImportError) as error:
+        _check_not_a_folder(name)
         reason = re.split(" Here are | The builder name string ", " ".join(str(error).split()))[0]
         if "BuilderConfig" in reason:
             configs = tfds.builder_cls(name.split("/")[0]).builder_configs
@@ -282,6 +284,14 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         raise UserError(
             f"dataset {name!r} cannot be opened from {searched}: {reason.rstrip('.')}.{hint}"
         ) from error
+
+
+def _check_not_a_folder(name: str) -> None:
+    if name and Path(name).expanduser().is_dir():
+        raise UserError(
+            f"dataset {name!r} must be the name of a dataset, got a local folder. If it contains "
+            f"images, write folder:{name}."
+        )
 
 
 def _dataset_names() -> list[str]:

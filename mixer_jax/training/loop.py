@@ -455,11 +455,12 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
     if start_step == num_steps:
         status = "training is finished: evaluating the last checkpoint"
     else:
-        start = f"resuming after step {start_step:,}" if start_step else "starting training"
-        status = (
-            f"{start}: {num_steps:,} steps of {config.batch_size:,} images; "
-            "the first step includes compilation"
-        )
+        if start_step:
+            start = f"resuming after step {start_step:,} of {num_steps:,}"
+        else:
+            start = f"starting training: {num_steps:,} steps"
+        images = f"{config.batch_size:,} images per step"
+        status = f"{start}, {images}; the first step includes compilation"
     return (
         f"{get_family(info.family).full_name(info.variant)}, {num_params:,} parameters, "
         f"{config.image_size} px\n"

@@ -58,13 +58,18 @@ def test_parse_overrides_accepts_the_syntax_of_config_flags(
         (["1"], ["1", "--help"]),
         (["--config.seed"], ["--config.seed"]),
         (["--config."], ["--config."]),
+        (["--batch_size=64"], ["--batch_size=64", "--config.batch_size"]),
+        (["--optimizer.b1", "0.9"], ["--optimizer.b1", "--config.optimizer.b1"]),
+        (["--learning_rate=0.1"], ["--learning_rate", "--config.optimizer.learning_rate"]),
+        (["--workdr=runs/mine"], ["--workdr", "--workdir"]),
+        (["--zzz"], ["--zzz", "--help"]),
         (["--noconfig.seed"], ["--noconfig.seed"]),
         (["--noconfig.preprocess.flip=true"], ["--noconfig.preprocess.flip"]),
     ],
 )
 def test_parse_overrides_rejects_other_arguments(argv: list[str], parts: list[str]) -> None:
     with raises(UserError, *parts):
-        parse_overrides(argv)
+        parse_overrides(argv, ["config", "workdir"])
 
 
 def test_set_override_takes_the_type_of_the_key(config: ConfigDict) -> None:

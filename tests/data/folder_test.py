@@ -406,6 +406,9 @@ def test_usage_errors_name_the_folder_and_split(tmp_path: Path) -> None:
     write(tmp_path / "good", *numbered("a"))
     for path in ("", tmp_path / "absent", tmp_path / "file", "gs://bucket/images"):
         assert mentions(error_of(path), f"folder:{path}", "train", "validation")
+    for path, reason in [(tmp_path / "absent", "exist"), (tmp_path / "file", "directory")]:
+        assert mentions(error_of(path), repr(str(path)), reason)
+    assert mentions(error_of("gs://bucket/images"), "local path")
     assert mentions(error_of(tmp_path / "empty"), f"{tmp_path}/empty")
     assert mentions(error_of(tmp_path / "typo"), f"{tmp_path}/typo", "val", "cta", "train")
     assert mentions(error_of(tmp_path / "no_images"), f"{tmp_path}/no_images", "train")

@@ -173,6 +173,15 @@ def test_unknown_datasets_are_an_error(tmp_path: Path) -> None:
     assert mentions(error_of("imagenet_of_mine", "train", ""), "imagenet_of_mine", default)
 
 
+def test_folders_without_their_prefix_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_photos" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_photos", "./my_photos", "my_photos/", str(tmp_path / "my_photos")):
+        assert mentions(error_of(name, "train", tmp_path / "data"), f"folder:{name}")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
