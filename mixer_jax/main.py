@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
 def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
     """Trains a model, or resumes the run in `workdir`, like the command `train`.
 
-    The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint. Processes
-    that load images import a script anew, so that scripts need a guard:
+    The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint. Scripts
+    need a guard, because processes that load images import them again:
 
         if __name__ == "__main__":
             mixer_jax.train(config, "runs/mine")
@@ -112,8 +112,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
     # Set while Python imports the script of the parent process. See `multiprocessing.spawn`.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "mixer_jax.train must not be called while a script is imported, got a call in a process "
-            'that loads images for it. Put the call below `if __name__ == "__main__":`.'
+            "mixer_jax.train must not be called while a process that loads images imports the "
+            'script. Put the call below `if __name__ == "__main__":`.'
         )
     raise_open_file_limit()
     run_config = parse(config)

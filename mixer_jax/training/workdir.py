@@ -44,8 +44,8 @@ def resolve_workdir(workdir: str) -> str:
     """
     if not workdir:
         raise UserError(
-            "workdir must not be empty, got ''. Name a folder or URL, such as runs/mine; the working "
-            "directory is '.'."
+            "workdir must not be empty, got ''. Name a folder or URL, such as runs/mine, or '.' for "
+            "the working directory."
         )
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
 
