@@ -44,7 +44,7 @@ def resolve_workdir(workdir: str) -> str:
     """
     if not workdir:
         raise UserError(
-            "workdir must not be empty, got ''. Name a folder or URL, such as runs/mine, or '.' for "
+            "workdir must not be empty, got ''. Name a folder or URL, e.g. runs/mine, or '.' for "
             "the working directory."
         )
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
