@@ -1,9 +1,10 @@
-"""The parts of the documentation that follow from the code: commands, and config keys.
+"""The parts of the documentation that follow from the code: commands, configs, and config keys.
 
 `docs/site_hooks.py` inserts them when the site is built.
 """
 
 import argparse
+import ast
 import importlib
 import math
 import re
@@ -13,6 +14,7 @@ from unittest import mock
 from mixer_jax.__main__ import COMMANDS
 from mixer_jax.benchmark import MODES
 from mixer_jax.config.config import format_help
+from mixer_jax.config.loading import installed_configs
 from mixer_jax.config.schema import ENTRY_TYPES, FIELDS, NAMED_SECTIONS, SECTION_TYPES, Field
 
 EMPTY = '""'
@@ -148,6 +150,18 @@ def _format_action(action: argparse.Action, anchor: str) -> str:
         facts,
         _sentence(action.help or "", tuple(map(str, action.choices or ()))),
     )
+
+
+def format_configs() -> str:
+    """Formats a table of the configs that are installed, each with a link to its file."""
+    rows = ["| config | purpose |", "|---|---|"]
+    for path in sorted(installed_configs().glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if not docstring:
+            raise ValueError(f"{path} must have a docstring.")
+        purpose = docstring.partition("\n")[0]
+        rows.append(f"| [`{path.stem}`](../../configs/{path.name}) | {purpose} |")
+    return "\n".join(rows)
 
 
 def format_config_keys() -> str:

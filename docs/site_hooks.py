@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Inserts generated text, and rewrites links to files that are not pages."""
     del config, files
     path = f"docs/{page.file.src_uri}"
-    return site_pages.insert_generated(site_pages.rewrite_links(markdown, path))
+    return site_pages.rewrite_links(site_pages.insert_generated(markdown), path)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

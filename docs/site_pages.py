@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generated_reference import format_commands, format_config_keys
+from docs.generated_reference import format_commands, format_config_keys, format_configs
 
 ROOT = Path(__file__).parent.parent
 # Folder of the pages with the content of files outside docs/.
@@ -89,6 +89,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "changelog": _format_changelog,
     "commands": format_commands,
     "config_keys": format_config_keys,
+    "configs": format_configs,
 }
 
 

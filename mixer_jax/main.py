@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import default_run_name, load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
+from mixer_jax.errors import UserError
 from mixer_jax.files import raise_open_file_limit
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import CURVES_FILE, EVENTS_FOLDER, METRICS_FILE
@@ -70,13 +72,28 @@ def main(argv: Sequence[str]) -> int:
         if not joins_hosts(config.distributed):
             # Before importing JAX, which takes seconds. Of several hosts, one locks the workdir.
             stack.enter_context(workdirs.lock_workdir(resolved_workdir))
-        return _train(config, workdir, print_summary=True).exit_code
+        _prepare(config, resolved_workdir)
+        from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
+
+        with propagate_failure():
+            result = _train(config, resolved_workdir)
+            if is_primary_process():
+                print(format_summary(result, workdir, config), flush=True)
+            result.raise_failures()
+        return result.exit_code
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
     """Trains a model, or resumes the run in `workdir`, like the command `train`.
 
-    The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint.
+    The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint. Scripts
+    need a guard, because processes that load images import them again:
+
+        if __name__ == "__main__":
+            mixer_jax.train(config, "runs/mine")
+
+    On several hosts, call it before other JAX code, and within
+    `mixer_jax.distributed.multihost.propagate_failure()`, so that an error on one host ends all.
 
     Args:
         config: Config from `load_config` or `mixer_jax.config.get_default`.
@@ -88,33 +105,39 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
 
     Raises:
         UserError: The config is invalid, data is missing, the workdir belongs to another
-            experiment, or an evaluation failed.
-        RunError: Training diverged, the disk is full, or another process is training in `workdir`.
+            experiment, a script has no guard, or an evaluation failed and a retry would fail, too.
+        RunError: Training diverged, the disk is full, another process is training in `workdir`, or
+            an evaluation failed for a reason that may pass.
     """
+    # Set while Python imports the script of the parent process. See `multiprocessing.spawn`.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "mixer_jax.train must not be called while a process that loads images imports the "
+            'script. Put the call below `if __name__ == "__main__":`.'
+        )
     raise_open_file_limit()
-    return _train(parse(config), os.fspath(workdir), print_summary=False)
+    run_config = parse(config)
+    resolved_workdir = workdirs.resolve_workdir(os.fspath(workdir))
+    _prepare(run_config, resolved_workdir)
+    result = _train(run_config, resolved_workdir)
+    result.raise_failures()
+    return result
 
 
-def _train(config: RunConfig, workdir: str, print_summary: bool) -> "TrainResult":
-    """Trains in a folder or URL as the user writes it."""
-    resolved_workdir = workdirs.resolve_workdir(workdir)
-    for change in workdirs.check_workdir(resolved_workdir, config):
+def _prepare(config: RunConfig, workdir: str) -> None:
+    """Checks what can be checked before JAX is imported, and configures JAX."""
+    for change in workdirs.check_workdir(workdir, config):
         print(f"changed since this run was last started: {change}")
-    if config.init_from and not list_saved_steps(resolved_workdir):
+    if config.init_from and not list_saved_steps(workdir):
         resolve_checkpoint(config.init_from)
-
-    # Arguments are valid: only now import JAX.
     common.configure_jax(config.compilation_cache)
-    from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
+
+
+def _train(config: RunConfig, workdir: str) -> "TrainResult":
     from mixer_jax.training.loop import train_and_evaluate
     from mixer_jax.visualization.curves import save_curves
 
-    with propagate_failure():
-        result = train_and_evaluate(config, resolved_workdir, plot=save_curves)
-        if print_summary and is_primary_process():
-            print(format_summary(result, workdir, config), flush=True)
-        result.raise_failures()
-    return result
+    return train_and_evaluate(config, workdir, plot=save_curves)
 
 
 def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:

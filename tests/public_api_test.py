@@ -1,7 +1,10 @@
 """Tests of the names in `mixer_jax`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,32 @@ def test_train_refuses_an_invalid_config_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_train_in_a_script_without_a_guard_names_the_guard(digits_dir: str, tmp_path: Path) -> None:
+    """Worker processes import the script of their parent, and would train again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import mixer_jax
+config = mixer_jax.load_config("digits")
+config.num_steps, config.optimizer.warmup_steps = 2, 1
+config.image_size, config.model.num_blocks, config.batch_size = 16, 1, 16
+config.preprocess.max_shift = 1
+config.loader.num_workers = 2
+config.dataset.data_dir = {digits_dir!r}
+mixer_jax.train(config, {str(tmp_path / "run")!r})
+"""
+    )
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 1
+    *rest, parent = done.stderr.strip().splitlines()
+    for line in (next(line for line in rest if "UserError: " in line), parent):
+        assert mentions(line, "mixer_jax.train", 'if __name__ == "__main__":')
+    assert "locked" not in done.stderr
+
+
 def test_classifier_evaluates_like_the_run(
     config: ConfigDict, workdir: Path, digits_dir: str
 ) -> None:
@@ -150,6 +179,13 @@ def test_plot_curves_draws_the_metrics_of_a_run(workdir: Path, tmp_path: Path) -
     assert titles == ["loss", "learning rate", "accuracy (%)"]
     with raises(UserError, str(tmp_path), "metrics.jsonl"):
         mixer_jax.plot_curves(tmp_path)
+
+
+def test_plot_curves_expands_the_home_folder(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    assert mixer_jax.plot_curves(f"~/{workdir.name}").axes
 
 
 def test_plot_batch_draws_training_images(config: ConfigDict) -> None:

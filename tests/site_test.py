@@ -53,6 +53,35 @@ def test_ranges_and_units_of_a_config_key() -> None:
     assert "Number; default `0.5`; from 0 to 0.9; may change" in rate[2]
 
 
+def test_every_installed_config_is_listed_with_its_purpose(root: Path) -> None:
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\((\S+)\) \| (.+) \|$", generated_reference.format_configs(), re.M
+    )
+    files = sorted((root / "configs").glob("*.py"))
+    assert [name for name, _, _ in rows] == [file.stem for file in files]
+    for (_, link, purpose), file in zip(rows, files, strict=True):
+        assert (root / "docs" / "reference" / link).resolve() == file
+        assert file.read_text(encoding="utf-8").lstrip("r").startswith(f'"""{purpose}\n')
+    page = site_pages.insert_generated((root / "docs/reference/config.md").read_text())
+    assert {link for _, link, _ in rows} <= set(re.findall(r"\]\((\S+)\)", page))
+
+
+def cells_of(path: Path) -> dict[str, list[str]]:
+    """Returns the cells of table rows that start with a file of configs/, by this file."""
+    rows = re.findall(r"^\| \[?`(configs/\w+\.py)`(.*) \|$", path.read_text(), re.MULTILINE)
+    return {config: cells.split(" | ")[1:] for config, cells in rows}
+
+
+def test_results_of_the_readme_and_of_the_home_page_agree(root: Path) -> None:
+    readme, home = cells_of(root / "README.md"), cells_of(root / "docs/index.md")
+    assert readme.keys() == home.keys()
+    assert len(home) >= 7
+    for config, (result, *conditions) in readme.items():
+        _, top1, *others = home[config]
+        assert result.startswith(top1), config
+        assert conditions == others, config
+
+
 def sections_of(page: str) -> dict[str, str]:
     """Splits the page of commands at its headings of commands and of modes."""
     parts = re.split(r"^###? (.+) \{ #\S+ \}$", page, flags=re.MULTILINE)[1:]

@@ -16,17 +16,18 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 
 DOCS = (Path(__file__).parent.parent / "docs" / "reference" / "transfer_protocol.md").read_text()
-COMMANDS = [line for line in DOCS.splitlines() if line.startswith("python -m mixer_jax.transfer")]
+COMMANDS = [line for line in DOCS.splitlines() if line.startswith("mixer-jax transfer ")]
 
 
 @pytest.fixture(autouse=True)
 def workspace(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, weights: Path
 ) -> Path:
-    """The current folder, with weights in runs/low; the command keeps JAX's settings."""
+    """The current folder, with weights in two workdirs; the command keeps JAX's settings."""
     workspace = tmp_path_factory.mktemp("workspace")
     (workspace / "runs").mkdir()
-    (workspace / "runs" / "low").symlink_to(weights)
+    for name in ("low", "digits_transfer"):
+        (workspace / "runs" / name).symlink_to(weights)
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(common, "configure_jax", lambda compilation_cache: None)
     return workspace
@@ -44,7 +45,7 @@ def test_commands_of_the_documentation_run(
     assert len(COMMANDS) == 4
     outputs = []
     for line in COMMANDS:
-        arguments = shlex.split(line)[3:]
+        arguments = shlex.split(line)[2:]
         if "--report" not in arguments:
             arguments += [f"--data_dir={digits_dir}", "--no_throughput"]
         if "--suite=digits" in arguments:
@@ -57,9 +58,9 @@ def test_commands_of_the_documentation_run(
     for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
         assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
     assert report in digits
-    rows = json.loads((workspace / "runs/low_few_shot_digits_high/results.json").read_text())[
-        "rows"
-    ]
+    # The workdir is named after the folder that the link runs/digits_transfer leads to.
+    results = workspace / "runs/low_few_shot_digits_high/results.json"
+    rows = json.loads(results.read_text())["rows"]
     assert {row["num_examples"] for row in rows} == {167}
 
 

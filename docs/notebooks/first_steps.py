@@ -4,8 +4,9 @@
 # Load a model, classify images, compute features, and look at what is inside. The notebook takes
 # one to two minutes on two CPU cores.
 #
-# Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, run `!pip
-# install …` with the same arguments in a cell of its own.
+# Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, upload the wheel
+# that `pip wheel --no-deps .` builds in a checkout, and run `!pip install mixer_jax-*.whl` in a
+# cell of its own.
 #
 # **GPU or TPU.** Install the extra `cuda` or `tpu`, and run the same cells: JAX uses the devices
 # that it finds. In Colab, choose a GPU or TPU with *Runtime → Change runtime type*. The next cell

@@ -5,8 +5,9 @@
 # continue, fine-tune at a higher resolution, evaluate, predict and save. The notebook takes one
 # to two minutes on two CPU cores.
 #
-# Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, run `!pip
-# install …` with the same arguments in a cell of its own.
+# Install mixer_jax first, see [Getting started](../getting_started.md). On Colab, upload the wheel
+# that `pip wheel --no-deps .` builds in a checkout, and run `!pip install mixer_jax-*.whl` in a
+# cell of its own.
 #
 # **GPU or TPU.** Install the extra `cuda` or `tpu`, and run the same cells. A batch is sharded
 # over all devices that JAX finds, such as the eight cores of Colab's TPU v2 runtime or the one of

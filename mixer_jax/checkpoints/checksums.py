@@ -33,13 +33,14 @@ class DamagedFileError(ValueError):
 def read_errors(folder: Any, file: str) -> Iterator[None]:
     """Raises DamagedFileError if a file of a checkpoint is missing, RunError if it cannot be read.
 
-    A file server that fails for a moment says nothing about the file.
+    A file server that fails for a moment says nothing about the file. The libraries that read
+    object stores raise errors of many types.
     """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedFileError(f"{file} is missing") from error
-    except OSError as error:
+    except Exception as error:
         raise RunError(
             f"{folder / file} cannot be read ({summarize_error(error)}). Run the same command "
             "again; if that does not help, move the folder of this step elsewhere."
@@ -101,12 +102,12 @@ def verify_checksums(
         DamagedFileError: A file, which the message starts with, is missing or damaged.
         RunError: A file cannot be read, perhaps only for the moment.
     """
-    path = folder / CHECKSUMS_FILE
-    if not path.exists():
+    if not has_checksums(folder):
         return
+    with read_errors(folder, CHECKSUMS_FILE):
+        data = (folder / CHECKSUMS_FILE).read_bytes()
     try:
-        with read_errors(folder, CHECKSUMS_FILE):
-            content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if (content["algorithm"], content["part_size"]) != (_ALGORITHM, _PART_SIZE):
             raise ValueError("unknown algorithm")
         files = {
@@ -135,9 +136,19 @@ def verify_checksums(
             pass
 
 
+def has_checksums(folder: Any) -> bool:
+    """Returns whether a checkpoint has checksums.
+
+    Raises:
+        RunError: The folder cannot be read, perhaps only for the moment.
+    """
+    with read_errors(folder, CHECKSUMS_FILE):
+        return bool((folder / CHECKSUMS_FILE).exists())
+
+
 def require_checksums(folder: Any) -> None:
     """Raises DamagedFileError if a checkpoint has lost its checksums."""
-    if not (folder / CHECKSUMS_FILE).exists():
+    if not has_checksums(folder):
         raise DamagedFileError(f"{CHECKSUMS_FILE} is missing")
 
 

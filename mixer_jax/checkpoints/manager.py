@@ -23,6 +23,7 @@ from etils import epath
 
 from mixer_jax.checkpoints.checksums import (
     DamagedFileError,
+    has_checksums,
     read_errors,
     require_checksums,
     verify_checksums,
@@ -70,13 +71,15 @@ class CheckpointManager:
             checksums: Whether saves on disks have checksums.
         """
         is_reader = max_to_keep is None
-        # The default of orbax depends on the object store.
-        self._has_checksums = checksums and "://" not in workdir
+        # Object stores keep and verify their own checksums.
+        self._is_remote = "://" in workdir
+        self._has_checksums = checksums and not self._is_remote
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             create=not is_reader,
             read_only=is_reader,
             cleanup_tmp_directories=not is_reader,
+            # The default of orbax depends on the object store.
             temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
@@ -115,7 +118,9 @@ class CheckpointManager:
             RunError: A file cannot be read, perhaps only for the moment.
         """
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-        with self._damage_errors(step):
+        # Files on a disk have been verified only if they have checksums.
+        is_intact = is_verified and (self._is_remote or has_checksums(self._folder / str(step)))
+        with self._damage_errors(step, is_intact=is_intact):
             if not is_verified:
                 self._verify(step, *targets)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -199,8 +204,8 @@ class CheckpointManager:
         self._manager.close()
 
     @contextmanager
-    def _damage_errors(self, step: int) -> Iterator[None]:
-        """Raises UserError if a checkpoint cannot be read."""
+    def _damage_errors(self, step: int, *, is_intact: bool = False) -> Iterator[None]:
+        """Raises UserError if a checkpoint cannot be read, RunError if its files are intact."""
         hook = sys.unraisablehook
         sys.unraisablehook = _AbandonedFilter(hook)
         try:
@@ -212,6 +217,12 @@ class CheckpointManager:
         except Exception as error:
             # orbax raises errors of many types. The hook stays, because reads may still be ending.
             warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            if is_intact:
+                raise RunError(
+                    f"checkpoint {self._folder / str(step)} cannot be read "
+                    f"({summarize_error(error)}). Run the same command again; if that does not "
+                    "help, move its folder elsewhere."
+                ) from error
             raise UserError(
                 f"checkpoint {self._folder / str(step)} is incomplete or damaged "
                 f"({summarize_error(error)}). Pass an older step, or move its folder elsewhere."

@@ -300,9 +300,12 @@ def _worker_lost(exit_code: int) -> RunError:
         -signal.SIGKILL: "The machine is probably out of memory",
         -signal.SIGBUS: f"{_SHARED_MEMORY} is probably full",
     }.get(exit_code, "Memory may be short")
+    guard = ""
+    if exit_code == 1:
+        guard = ' A script must call mixer_jax.train below `if __name__ == "__main__":`.'
     return RunError(
         f"a process that loads images {how}. {cause}: set a lower config.loader.num_workers, "
-        "config.loader.num_threads or config.loader.prefetch_batches."
+        f"config.loader.num_threads or config.loader.prefetch_batches.{guard}"
     )
 
 

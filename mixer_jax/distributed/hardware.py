@@ -241,12 +241,17 @@ def joins_hosts(mode: str) -> bool:
     """
     if mode != "auto":
         return mode == "yes"
-    if any(os.environ.get(name) for name in _ADDRESS_VARIABLES):
-        return True
-    if any((read_int(name) or 1) > 1 for name in _SIZE_VARIABLES):
+    if is_started_by_launcher():
         return True
     # A TPU VM may be one of several; a single one joins itself at once.
     return has_tpu() and importlib.util.find_spec("libtpu") is not None
+
+
+def is_started_by_launcher() -> bool:
+    """Returns whether environment variables announce other processes of the same run."""
+    if any(os.environ.get(name) for name in _ADDRESS_VARIABLES):
+        return True
+    return any((read_int(name) or 1) > 1 for name in _SIZE_VARIABLES)
 
 
 def read_int(variable: str) -> int | None:

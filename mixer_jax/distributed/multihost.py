@@ -19,7 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixer_jax.distributed.hardware import device_error, joins_hosts, read_int
+from mixer_jax.distributed.hardware import (
+    device_error,
+    is_started_by_launcher,
+    joins_hosts,
+    read_int,
+)
 from mixer_jax.errors import RunError, UserError, describe_error, exit_code, summarize_error
 
 T = TypeVar("T")
@@ -28,6 +33,8 @@ T = TypeVar("T")
 _HEARTBEAT_TIMEOUT_SECONDS = 40
 # Hosts that raise the same error at about the same time exit together, each with its own message.
 _EXIT_TIMEOUT_SECONDS = 10.0
+# Part of JAX's message if devices are used before hosts are joined.
+_JOINED_TOO_LATE = "must be called before any JAX calls"
 # SIGHUP: the terminal was closed, or the connection was lost.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -35,7 +42,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
     """Joins the other hosts of a run; does nothing in processes that have already joined.
 
-    Must be called before any device is used. JAX aborts the process if not all hosts join in time.
+    Must be called before any device is used, except on a single TPU VM, as notebooks use devices
+    before they train. JAX aborts the process if not all hosts join in time.
 
     Args:
         mode: "yes", "no", or "auto": joins on a TPU VM, under SLURM or Open MPI, and if
@@ -44,7 +52,7 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
         timeout_seconds: Time for all hosts to join.
 
     Raises:
-        UserError: The other hosts cannot be detected.
+        UserError: The other hosts cannot be detected, or this host has used its devices before.
         RunError: The coordinator cannot be started or detected; a later attempt may succeed.
     """
     if jax.distributed.is_initialized() or not joins_hosts(mode):
@@ -66,6 +74,14 @@ def initialize_distributed(mode: str, timeout_seconds: int = 300) -> None:
             "JAX_PROCESS_ID on every host, or --config.distributed=no to run on one host."
         ) from error
     except RuntimeError as error:
+        if _JOINED_TOO_LATE in str(error):
+            if mode == "auto" and not is_started_by_launcher() and jax.process_count() == 1:
+                return
+            raise UserError(
+                f"config.distributed={mode} must join the other hosts before JAX uses its devices, "
+                "got a process that has used them. Call mixer_jax.train before other JAX code, or "
+                "set config.distributed='no' to run on one host."
+            ) from error
         raise RunError(f"cannot join the other hosts: {summarize_error(error)}.") from error
 
 
@@ -93,10 +109,11 @@ def is_alone(mode: str) -> bool:
 
 @contextlib.contextmanager
 def propagate_failure() -> Iterator[None]:
-    """Ends all hosts when this one raises, for commands, around all of their work.
+    """Ends all hosts when this one raises, for programs, around all of their work.
 
     At exit, JAX waits until all processes exit, but the others may still expect this one to join a
-    collective. After a few seconds the process therefore exits anyway, and JAX ends the others.
+    collective. After a few seconds the process therefore exits anyway, even if the error is caught,
+    and JAX ends the others. With one process, it does nothing.
     """
     try:
         yield
@@ -105,6 +122,10 @@ def propagate_failure() -> Iterator[None]:
             timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, os._exit, [exit_code(error)])
             timer.daemon = True
             timer.start()
+            # With the timer started, because JAX waits for the others if devices are not used yet.
+            with contextlib.suppress(RuntimeError, AssertionError):
+                if jax.process_count() == 1:
+                    timer.cancel()
         raise
 
 

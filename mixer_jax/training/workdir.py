@@ -37,7 +37,16 @@ _locked: set[tuple[str, int]] = set()
 
 
 def resolve_workdir(workdir: str) -> str:
-    """Makes a path absolute, and leaves URLs as they are."""
+    """Makes a path absolute, and leaves URLs as they are.
+
+    Raises:
+        UserError: The text is empty, which would be the working directory.
+    """
+    if not workdir:
+        raise UserError(
+            "workdir must not be empty, got ''. Name a folder or URL, e.g. runs/mine, or '.' for "
+            "the working directory."
+        )
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from mixer_jax.errors import UserError, summarize_error
 from mixer_jax.files import atomic_write
 from mixer_jax.training.metrics import CURVES_FILE, METRICS_FILE, read_metrics
+from mixer_jax.training.workdir import resolve_workdir
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 
@@ -19,11 +20,12 @@ def plot_curves(workdir: str | os.PathLike) -> Any:
     Raises:
         UserError: The folder or URL has no metrics of a run.
     """
-    lines = read_metrics(os.fspath(workdir))
+    resolved_workdir = resolve_workdir(os.fspath(workdir))
+    lines = read_metrics(resolved_workdir)
     if not lines:
         raise UserError(
-            f"workdir must have a {METRICS_FILE} with at least one line, got "
-            f"{os.fspath(workdir)!r}. Train in it first."
+            f"workdir must have a {METRICS_FILE} with at least one line, got {resolved_workdir!r}. "
+            "Train in it first."
         )
     return draw_curves(lines)
 

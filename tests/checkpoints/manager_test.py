@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state, save_params_streaming
 from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
@@ -312,6 +313,35 @@ def test_a_flipped_bit_is_noticed_and_named(run: str, pattern: str) -> None:
     use.popitem()[1]()
     assert mentions(checkpoints.find_damage(100), file)
     assert checkpoints.find_damage(10) == ""
+
+
+def fail_with_service_error(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("UNAVAILABLE: 503 the service is unavailable")
+
+
+def test_failed_read_of_a_verified_checkpoint_is_not_damage(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Path(run) / "checkpoints" / "100"
+    checkpoints = CheckpointManager(run)
+    monkeypatch.setattr(checkpoints._manager, "restore", fail_with_service_error)
+    assert checkpoints.find_damage(100) == ""
+    with raises(RunError, str(step), "503"):
+        checkpoints.restore(100, {"params": make_tree(0)}, is_verified=True)
+    # Nothing has been verified without checksums.
+    remove_checksums(step)
+    with raises(UserError, str(step), "503"):
+        checkpoints.restore(100, {"params": make_tree(0)}, is_verified=True)
+
+
+def test_failing_store_is_not_damaged_metadata(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Path(run) / "checkpoints" / "100"
+    checkpoints = CheckpointManager(run)
+    monkeypatch.setattr(type(epath.Path(run)), "read_bytes", fail_with_service_error)
+    with raises(RunError, str(step), "503"):
+        checkpoints.metadata(100, is_verified=True)
+    with raises(RunError, str(step), "503"):
+        checkpoints.find_damage(100)
 
 
 def test_asyncio_does_not_log_writes_that_orbax_abandoned(

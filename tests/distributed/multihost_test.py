@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from mixer_jax.distributed import hardware, multihost
-from tests.helpers.messages import mentions
+from mixer_jax.errors import UserError
+from tests.helpers.messages import mentions, raises
 from tests.helpers.processes import two_host_env
 
 # Precedes the code of two processes that form one run.
@@ -27,9 +29,9 @@ host = int(os.environ["JAX_PROCESS_ID"])
 """
 
 
-def start_python(code: str, **env: str) -> subprocess.Popen[str]:
+def start_python(code: str, *argv: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", "-c", code, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -243,6 +245,67 @@ except UserError:
     )
     outs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [2, 2], outs
+
+
+def test_caught_errors_do_not_end_a_process_without_others() -> None:
+    """As on a single TPU VM, where JAX's distributed runtime has one process."""
+    code = """
+import sys, time
+import jax
+import mixer_jax
+from mixer_jax.distributed import multihost
+from mixer_jax.errors import UserError
+jax.distributed.initialize(sys.argv[1], 1, 0)
+multihost._EXIT_TIMEOUT_SECONDS = 0.1
+config = mixer_jax.load_config("digits")
+config.dataset.name = "folder:/nonexistent"
+def run():
+    with multihost.propagate_failure():
+        raise UserError
+for call in (run, lambda: mixer_jax.train(config, sys.argv[2])):
+    try:
+        call()
+    except UserError:
+        time.sleep(1)
+        print("alive")
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_python(code, address, f"{folder}/run")
+        out, err = process.communicate(timeout=120)
+    assert (out, process.returncode) == ("alive\nalive\n", 0), err
+
+
+@pytest.fixture
+def on_tpu_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks like a TPU VM after a notebook has used its devices, without a launcher."""
+    for name in (*hardware._ADDRESS_VARIABLES, *hardware._SIZE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hardware, "has_tpu", lambda: True)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
+    assert jax.device_count()
+
+
+@pytest.mark.usefixtures("on_tpu_vm")
+def test_initialize_distributed_accepts_used_devices_on_a_single_tpu_vm() -> None:
+    assert hardware.joins_hosts("auto")
+    multihost.initialize_distributed("auto")
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("on_tpu_vm")
+@pytest.mark.parametrize("case", ["several hosts", "launcher", "yes"])
+def test_initialize_distributed_rejects_used_devices_with_other_hosts(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    if case == "several hosts":
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+    if case == "launcher":
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+    mode = "yes" if case == "yes" else "auto"
+    with raises(UserError, f"config.distributed={mode}", "mixer_jax.train", "'no'"):
+        multihost.initialize_distributed(mode)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

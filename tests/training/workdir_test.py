@@ -220,6 +220,12 @@ def test_resolve_workdir_keeps_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert resolve_workdir("gs://bucket/run") == "gs://bucket/run"
     assert resolve_workdir("runs/x") == f"{tmp_path}/runs/x"
+    assert resolve_workdir(".") == str(tmp_path)
+
+
+def test_resolve_workdir_rejects_an_empty_text() -> None:
+    with raises(UserError, "workdir", "''", "runs/mine"):
+        resolve_workdir("")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"model": 1, "a": {}}'])
