@@ -154,7 +154,8 @@ def test_a_run_of_the_caller_remains_active(offline: None, tmp_path: Path) -> No
     own = start_own_run(tmp_path / "own")
     with open_run(tmp_path / "run") as run:
         run.log(1, {"loss": 1.0})
-    assert wandb.run is own
+    assert wandb.run is not None
+    assert wandb.run.id == own.id
     own.log({"own": 2.0})
     own.finish()
     assert read_run(tmp_path / "own").history == [{"own": 2.0}]
