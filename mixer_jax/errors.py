@@ -45,6 +45,10 @@ class RunError(RuntimeError):
     """Failure that is not a usage error; commands exit with code 1."""
 
 
+class MissingFileError(RunError):
+    """A file of a dataset does not exist."""
+
+
 class NonFiniteError(RunError):
     """Loss or parameters have become NaN or infinite on all hosts; a retry fails as well."""
 

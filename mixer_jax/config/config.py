@@ -201,7 +201,10 @@ def _check_wandb(project: str) -> None:
     """Raises UserError if Weights & Biases does not allow the name of a project."""
     fix = "The entity is set by the environment variable WANDB_ENTITY."
     if project.lower() in ("true", "false"):
-        raise UserError(f"config.wandb must be the name of a project, got {project!r}.")
+        raise UserError(
+            f"config.wandb must be the name of a project, got {project!r}. "
+            "For example: --config.wandb=mixer"
+        )
     if used := sorted(set(project) & set(_WANDB_RESERVED)):
         raise UserError(
             f"config.wandb must be the name of a project without any of {_WANDB_RESERVED}, "
@@ -209,7 +212,8 @@ def _check_wandb(project: str) -> None:
         )
     if len(project) > _WANDB_MAX_LENGTH:
         raise UserError(
-            f"config.wandb must have at most {_WANDB_MAX_LENGTH} characters, got {len(project)}."
+            f"config.wandb must have at most {_WANDB_MAX_LENGTH} characters, got {len(project)}. "
+            "Choose a shorter name."
         )
 
 

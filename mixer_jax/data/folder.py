@@ -23,7 +23,7 @@ from mixer_jax.data.image_files import (
     walk_images,
 )
 from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
-from mixer_jax.errors import RunError, UserError, abbreviate
+from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
 
 _TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
 # Names of splits, as directories and in split specs, in any capitalization.
@@ -187,8 +187,13 @@ class _FolderExamples(Examples):
 
     def check_files(self) -> None:
         """Checks that the first file exists, also if it is a broken link."""
-        if not os.path.lexists(self._path(0)):
-            raise RunError(f"{display_path(self._path(0))} does not exist.")
+        path = self._path(0)
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError(f"{display_path(path)} does not exist.") from None
+        except OSError as error:
+            raise RunError(f"{display_path(path)} cannot be read: {error.strerror}.") from error
 
     def _file_sizes(self) -> list[int]:
         """Returns the size of each file; -1 if it cannot be read."""

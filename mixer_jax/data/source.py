@@ -43,7 +43,8 @@ class Examples(Sequence[Example]):
         """Checks that this host can read the files; subclasses that read files override it.
 
         Raises:
-            RunError: A file does not exist or cannot be read.
+            MissingFileError: A file does not exist.
+            RunError: A file cannot be read.
         """
 
 
@@ -118,7 +119,8 @@ class Source:
         """Checks that this host can read the first file of each dataset.
 
         Raises:
-            RunError: The file does not exist or cannot be read.
+            MissingFileError: The file does not exist.
+            RunError: The file cannot be read.
         """
         _check_files(self.examples)
 

@@ -34,6 +34,7 @@ from mixer_jax.data.tfds_labels import (
 )
 from mixer_jax.errors import (
     DatasetNotPreparedError,
+    MissingFileError,
     RunError,
     UserError,
     install_hint,
@@ -124,7 +125,8 @@ class _TfdsExamples(Examples):
             if str(error).startswith(_WRONG_CHECKSUM) and _DAMAGED_FILE not in str(error):
                 raise BadImageError("damaged record", reason, name) from None
         hint = _OPEN_FILES_HINT if os.strerror(errno.EMFILE) in reason else ""
-        raise RunError(f"{name} cannot be read from {self._file_of(index)}: {reason}.{hint}")
+        error_type = MissingFileError if os.strerror(errno.ENOENT) in reason else RunError
+        raise error_type(f"{name} cannot be read from {self._file_of(index)}: {reason}.{hint}")
 
     def check_files(self) -> None:
         """Reads the first record, which may be damaged."""

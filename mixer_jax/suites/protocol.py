@@ -5,6 +5,7 @@ split. A probe task probes the checkpoint and, if asked, a randomly initialized 
 runs have a small file in the suite's workdir and are skipped, so that a killed suite resumes.
 """
 
+import posixpath
 import signal
 import time
 import traceback
@@ -36,6 +37,7 @@ from mixer_jax.suites.workdir import (
 )
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
+from mixer_jax.training.tracking import RunLabel
 from mixer_jax.training.workdir import check_workdir
 from mixer_jax.visualization.curves import save_curves
 
@@ -161,10 +163,11 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
     scores: dict[str, dict[str, float]] = {}
     failed, stopped_by = "", None
     try:
-        result = train_and_evaluate(run.config, folder, context.weights)
+        label = RunLabel(run.folder, posixpath.basename(context.workdir.rstrip("/")))
+        result = train_and_evaluate(
+            run.config, folder, context.weights, plot=save_curves, label=label
+        )
         stopped_by = result.stopped_by
-        if is_primary_process():
-            save_curves(folder)
         if result.step < result.num_steps:
             raise TaskInterruptedError(stopped_by)
         result.raise_failures()

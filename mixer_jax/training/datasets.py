@@ -10,7 +10,7 @@ from mixer_jax.data.names import FOLDER
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.distributed import multihost
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import MissingFileError, RunError, UserError, describe_error
 from mixer_jax.evaluation.probes import align_labels
 
 
@@ -42,20 +42,30 @@ class RunDatasets(NamedTuple):
         """Checks that every host finds the data; all hosts must call it together.
 
         Raises:
-            UserError: The data are not at the same path on some host, on all hosts.
+            UserError: A file is missing on some host; raised on all hosts.
+            RunError: A file cannot be read on some host, perhaps only for the moment; raised on all
+                hosts.
         """
-        problem = ""
+        missing = failure = ""
         try:
             for source in self._sources:
                 source.check_files()
-        except RunError as error:
-            problem = str(error)
-        for host, found in enumerate(multihost.gather_text(problem)):
+        except MissingFileError as error:
+            missing = str(error)
+        except Exception as error:
+            # The other hosts wait for the text of this one, whatever the error.
+            failure = describe_error(error)
+        missing_by_host = multihost.gather_text(missing)
+        failure_by_host = multihost.gather_text(failure)
+        for host, found in enumerate(missing_by_host):
             if found:
                 raise UserError(
                     f"data must be at the same path on every host, got on host {host}: {found} "
                     "Copy the data there, or use a file system that all hosts share."
                 )
+        for host, found in enumerate(failure_by_host):
+            if found:
+                raise RunError(f"data cannot be read on host {host}: {found}")
 
 
 def open_datasets(config: RunConfig) -> RunDatasets:

@@ -52,7 +52,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.tracking import WandbRun, check_wandb_installed
+from mixer_jax.training.tracking import RunLabel, WandbRun, check_wandb_installed
 from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter_overview
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
@@ -110,6 +110,7 @@ def train_and_evaluate(
     workdir: str,
     weights: PretrainedWeights | None = None,
     plot: Callable[[str], bool] | None = None,
+    label: RunLabel | None = None,
 ) -> TrainResult:
     """Trains a model to the end of the run, resuming from the newest checkpoint in `workdir`.
 
@@ -121,6 +122,7 @@ def train_and_evaluate(
         weights: Weights of `config.init_from`, if already loaded.
         plot: Function that draws curves.png in a workdir, called on the primary process after
             training; returns whether it succeeded.
+        label: Name and group of the run in Weights & Biases, if it belongs to a suite.
 
     Raises:
         UserError: Data is missing, or the batch cannot be split over the devices.
@@ -131,7 +133,7 @@ def train_and_evaluate(
     """
     try:
         with contextlib.ExitStack() as stack:
-            loop = _TrainLoop(config, workdir, weights, stack)
+            loop = _TrainLoop(config, workdir, weights, label, stack)
             try:
                 return loop.finish(loop.run(), plot)
             except NonFiniteError as error:
@@ -193,6 +195,7 @@ class _TrainLoop:
         config: RunConfig,
         workdir: str,
         weights: PretrainedWeights | None,
+        label: RunLabel | None,
         stack: contextlib.ExitStack,
     ):
         """Prepares a run; what it opens is closed with `stack`."""
@@ -222,7 +225,7 @@ class _TrainLoop:
             multihost.compute_once(lambda: move_damaged_checkpoints(workdir, steps))
         # Finished after the last save.
         self.wandb_run = stack.enter_context(
-            WandbRun(config.wandb if is_primary else "", workdir, config.to_dict())
+            WandbRun(config.wandb if is_primary else "", workdir, config.to_dict(), label)
         )
         self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
         stack.callback(self.checkpoints.close)
@@ -308,7 +311,15 @@ class _TrainLoop:
     def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
         """Draws the curves of a run, and passes its result on to Weights & Biases."""
         if plot is not None and multihost.is_primary_process():
-            self.logger.flush()
+            try:
+                self.logger.flush()
+            except Exception as error:
+                # The run is finished, and closing the log tries again. Errors of object stores are
+                # of many types.
+                self.logger.progress.print(
+                    f"curves are drawn without the last lines, which cannot be written yet: "
+                    f"{describe_error(error)}"
+                )
             result = result._replace(has_curves=plot(self.workdir))
         if result.has_curves:
             self.wandb_run.log_image(result.step, "curves", f"{self.workdir}/{CURVES_FILE}")

@@ -80,7 +80,7 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
         ("evals.test.shots", "1,zero", ["evals.test.shots"]),
         ("wandb", "team/mixer", ["config.wandb", "/", "WANDB_ENTITY"]),
-        ("wandb", "true", ["config.wandb", "project"]),
+        ("wandb", "true", ["config.wandb", "project", "true", "--config.wandb=mixer"]),
         ("wandb", True, ["config.wandb", "string"]),
         ("profile_steps", "100", ["config.profile_steps", "START:STOP"]),
         ("profile_steps", "0:5", ["config.profile_steps", "1"]),

@@ -24,6 +24,7 @@ from mixer_jax.suites.protocol import (
 from mixer_jax.suites.tasks import Suite
 from mixer_jax.suites.workdir import RunResult, read_result, save_result
 from mixer_jax.training.loop import TrainResult
+from mixer_jax.training.metrics import CURVES_FILE
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights
 from tests.helpers.tiny_suite import HIGH, LOW, PROBE, make_plan
@@ -38,7 +39,7 @@ class FakeMetrics:
         return {"top1": 0.5, "log_likelihood": -1.0, "num_examples": 10.0}
 
 
-def train(config: Any, workdir: str, weights: Any) -> TrainResult:
+def train(config: Any, workdir: str, weights: Any, **options: Any) -> TrainResult:
     Path(workdir).mkdir(parents=True, exist_ok=True)
     scores: Any = {name: FakeMetrics() for name in config.evals}
     return TrainResult(6, 6, scores, None)
@@ -52,12 +53,31 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskContext:
 
 
 def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch, folder: str = "") -> None:
-    def fail(config: Any, workdir: str, weights: Any) -> TrainResult:
+    def fail(config: Any, workdir: str, weights: Any, **options: Any) -> TrainResult:
         if folder in workdir:
             raise error
         return train(config, workdir, weights)
 
     monkeypatch.setattr(protocol, "train_and_evaluate", fail)
+
+
+def test_run_tasks_label_runs_and_draw_their_curves_within_training(
+    context: TaskContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, dict[str, Any]] = {}
+
+    def record(config: Any, workdir: str, weights: Any, **options: Any) -> TrainResult:
+        calls[workdir] = options
+        return train(config, workdir, weights)
+
+    monkeypatch.setattr(protocol, "train_and_evaluate", record)
+    assert run_tasks(context, SUITE.tasks) == {}
+    assert len(calls) > len(SUITE.tasks)
+    for folder, options in calls.items():
+        name = Path(folder).relative_to(context.workdir).as_posix()
+        assert options["label"] == (name, Path(context.workdir).name)
+        assert options["plot"] is protocol.save_curves
+        assert not Path(folder, CURVES_FILE).exists()
 
 
 def simulate_two_hosts(monkeypatch: pytest.MonkeyPatch, other: bool = False) -> None:
@@ -129,7 +149,7 @@ def test_run_tasks_stops_all_hosts_after_a_signal_in_the_last_step(
 ) -> None:
     """The signal arrives during the first run of the second task, here or on the other host."""
 
-    def receive(config: Any, workdir: str, weights: Any) -> TrainResult:
+    def receive(config: Any, workdir: str, weights: Any, **options: Any) -> TrainResult:
         result = train(config, workdir, weights)
         received = "learning_rate=0.01" in workdir
         if other and received:

@@ -139,7 +139,7 @@ def test_run_suite_skips_completed_runs_and_deletes_checkpoints(
     checkpoints = [path for path in completed.rglob("checkpoints") if path.is_dir()]
     assert len(checkpoints) == 5
 
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("a completed run is repeated")
 
     monkeypatch.setattr(protocol, "train_and_evaluate", refuse)
@@ -202,7 +202,7 @@ def test_run_suite_does_not_select_a_diverging_rate(
     assert row["learning_rate"] == 0.01
     assert row["std"] is None
     # It is not retried, because it would diverge again.
-    monkeypatch.setattr(protocol, "train_and_evaluate", lambda *_: pytest.fail("repeated"))
+    monkeypatch.setattr(protocol, "train_and_evaluate", lambda *_, **__: pytest.fail("repeated"))
     assert run(weights, tmp_path, digits_dir, suite=suite) == TransferOutcome({})
 
 
@@ -218,10 +218,10 @@ def test_run_suite_continues_after_a_failed_task_and_retries_it(
     other = dataclasses.replace(LOW, name="high", dataset="digits/high")
     suite = dataclasses.replace(SUITE, tasks=(other, LOW))
 
-    def fail(config: Any, workdir: str, weights: Any) -> Any:
+    def fail(config: Any, workdir: str, weights: Any, **options: Any) -> Any:
         if config.dataset.name == "digits/high":
             raise MemoryError("no room\nfor it")
-        return train(config, workdir, weights)
+        return train(config, workdir, weights, **options)
 
     monkeypatch.setattr(protocol, "train_and_evaluate", fail)
     failures = run(weights, tmp_path, digits_dir, suite=suite).failures
@@ -243,7 +243,7 @@ def test_run_suite_continues_after_a_failed_task_and_retries_it(
 def test_run_suite_fails_a_task_if_every_rate_diverges(
     weights: str, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(*arguments: Any) -> None:
+    def diverge(*arguments: Any, **options: Any) -> None:
         raise NonFiniteError("loss is nan at step 1")
 
     monkeypatch.setattr(protocol, "train_and_evaluate", diverge)

@@ -1,9 +1,13 @@
 """Tests of the datasets of a run: mixtures, and runs with bad images."""
 
 import dataclasses
+import errno
 import json
+import pickle
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ import pytest
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import BadImagesConfig, EvalConfig, MixtureConfig
 from mixer_jax.data.registry import open_dataset
+from mixer_jax.distributed import multihost
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.training.datasets import open_datasets, open_train_dataset
+from mixer_jax.training.datasets import RunDatasets, open_datasets, open_train_dataset
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -81,6 +86,59 @@ def test_notes_of_all_datasets_are_collected_once(tmp_path: Path) -> None:
     notes = open_datasets(config).notes
     each = (("train", "2 .xyz"), ("test", "1 .txt"), (f"{tmp_path}", "test", "validation"))
     assert each_mentions(notes, *each)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_missing_data_are_a_usage_error(kind: str, digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir)
+    if kind == "folder":
+        write_class(tmp_path / "cat", 3, PNG)
+        write_class(tmp_path / "dog", 3, PNG)
+        config = small_config(digits_dir, dataset__name=f"folder:{tmp_path}")
+    else:
+        shutil.copytree(f"{digits_dir}/digits", tmp_path / "digits")
+        config = small_config(str(tmp_path))
+    train = open_train_dataset(config)
+    datasets = RunDatasets(train, {}, {}, train.fingerprint())
+    datasets.check_hosts()
+    # Another host opens the files only when it receives the datasets.
+    received = pickle.dumps(datasets)
+    for path in [*tmp_path.glob("*/*.png"), *tmp_path.rglob("*.array_record*")]:
+        path.unlink()
+    with raises(UserError, "host 0", str(tmp_path)):
+        pickle.loads(received).check_hosts()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "the disk has failed"),
+        RuntimeError("the disk has failed"),
+        ValueError("the disk has failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_data_that_cannot_be_read_are_not_a_usage_error(
+    error: Exception, digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    write_class(tmp_path / "cat", 3, PNG)
+    write_class(tmp_path / "dog", 3, PNG)
+    train = open_train_dataset(small_config("", dataset__name=f"folder:{tmp_path}"))
+    gathered: list[str] = []
+
+    def gather_text(text: str) -> list[str]:
+        gathered.append(text)
+        return ["", text]
+
+    monkeypatch.setattr(multihost, "gather_text", gather_text)
+    monkeypatch.setattr(Path, "lstat", fail)
+    with raises(RunError, "host 1", "disk has failed"):
+        RunDatasets(train, {}, {}).check_hosts()
+    # The other hosts got the text, which they wait for.
+    assert some_line_mentions("\n".join(gathered), "disk has failed")
 
 
 @pytest.fixture

@@ -18,11 +18,13 @@ from mixer_jax.errors import NonFiniteError, UserError
 from mixer_jax.training import tracking
 from mixer_jax.training.loop import TrainResult, train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
-from mixer_jax.training.tracking import WandbRun
+from mixer_jax.training.tracking import RunLabel, WandbRun
 from mixer_jax.visualization.curves import save_curves
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config, to_flags
 from tests.helpers.wandb_records import OfflineRun, read_offline_runs
+
+UNREACHABLE = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
 
 @pytest.fixture
@@ -53,6 +55,13 @@ def offline(wandb_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def open_run(workdir: Path, project: str = "demo", **config: Any) -> WandbRun:
     workdir.mkdir(exist_ok=True)
     return WandbRun(project, str(workdir), config)
+
+
+def start_own_run(folder: Path) -> Any:
+    """Starts a run of the caller, as in a notebook, in a folder of its own."""
+    folder.mkdir()
+    settings = wandb.Settings(mode="offline", console="off", silent=True)
+    return wandb.init(project="own", dir=str(folder), settings=settings)
 
 
 def read_run(workdir: Path) -> OfflineRun:
@@ -115,6 +124,83 @@ def test_a_sweep_chooses_the_id(
     assert (tmp_path / "wandb_run_id.txt").read_text() == "chosen\n"
 
 
+def test_a_chosen_id_belongs_to_one_run(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen-once")
+    for name in ("first", "second", "first"):
+        with open_run(tmp_path / name):
+            pass
+    ids = [(tmp_path / name / "wandb_run_id.txt").read_text() for name in ("first", "second")]
+    assert ids[0] == "chosen-once\n" != ids[1]
+
+
+@pytest.mark.parametrize("chosen_group", ["", "chosen"])
+def test_runs_of_a_suite_have_their_names_and_a_group(
+    chosen_group: str, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_NAME", "same")
+    monkeypatch.setenv("WANDB_RUN_ID", "same")
+    monkeypatch.setenv("WANDB_RUN_GROUP", chosen_group)
+    label = RunLabel("cifar10/final/seed=0", "vtab")
+    with WandbRun("demo", str(tmp_path), {}, label):
+        pass
+    run = read_run(tmp_path).run
+    assert (run.display_name, run.run_group) == (label.name, chosen_group or "vtab")
+    assert run.run_id != "same"
+
+
+def test_a_run_of_the_caller_remains_active(offline: None, tmp_path: Path) -> None:
+    own = start_own_run(tmp_path / "own")
+    with open_run(tmp_path / "run") as run:
+        run.log(1, {"loss": 1.0})
+    assert wandb.run is not None
+    assert wandb.run.id == own.id
+    own.log({"own": 2.0})
+    own.finish()
+    assert read_run(tmp_path / "own").history == [{"own": 2.0}]
+    assert read_run(tmp_path / "run").history == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_run_is_finished_after_an_error(
+    offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_run(tmp_path) as run:
+        run.log(1, {"loss": 1.0})
+        run.log_image(1, "curves", str(tmp_path / "missing.png"))
+        run.log(2, {"loss": 0.5})
+        run.exit_code = 3
+    assert wandb.setup().most_recent_active_run is None
+    record = read_run(tmp_path)
+    assert (record.exit_code, record.history) == (3, [{"step": 1, "loss": 1.0}])
+    assert mentions(capsys.readouterr().err, "missing.png")
+
+
+# Other hosts wait for the end of this one after a failure, but not after a usage error.
+@pytest.mark.parametrize(
+    ("error", "is_short"),
+    [(None, False), (UserError("data"), False), (NonFiniteError("loss"), True)],
+)
+def test_waits_only_briefly_after_a_failure(
+    error: Exception | None,
+    is_short: bool,
+    offline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = open_run(tmp_path)
+    join, timeouts = run._thread.join, list[float]()
+
+    def record_timeout(timeout: float) -> None:
+        timeouts.append(timeout)
+        join()
+
+    monkeypatch.setattr(run._thread, "join", record_timeout)
+    run.__exit__(type(error) if error else None, error, None)
+    (timeout,) = timeouts
+    assert (timeout < 10) == is_short
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(NonFiniteError("loss"), 1), (UserError("data"), 2), (KeyboardInterrupt(), 130)],
@@ -142,15 +228,17 @@ def test_preempted_run_is_marked(offline: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "parts"),
+    ("environment", "parts", "has_own_run"),
     [
-        ({}, ["wandb", "login"]),
-        ({"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["127.0.0.1:9"]),
+        ({}, ["wandb", "login"], False),
+        (UNREACHABLE, ["127.0.0.1:9"], False),
+        (UNREACHABLE, ["127.0.0.1:9"], True),
     ],
 )
 def test_run_is_recorded_without_an_account_or_a_network(
     environment: dict[str, str],
     parts: list[str],
+    has_own_run: bool,
     wandb_home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,13 +249,18 @@ def test_run_is_recorded_without_an_account_or_a_network(
     monkeypatch.setattr(tracking, "_INIT_TIMEOUT", 2.0)
     # Terminals are not asked for an account.
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    own = start_own_run(tmp_path / "own") if has_own_run else None
+    capsys.readouterr()
     workdir = tmp_path / "run"
     with open_run(workdir) as run:
         run.log(1, {"loss": 1.0})
+    assert wandb.setup().most_recent_active_run is own
     record = read_run(workdir)
     assert record.history == [{"step": 1, "loss": 1.0}]
     assert record.exit_code == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    *others, line = capsys.readouterr().err.splitlines()
+    # W&B prints lines of its own if the caller's run has started it.
+    assert has_own_run or not others
     assert mentions(line, *parts, str(record.folder))
 
 
