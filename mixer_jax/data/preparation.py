@@ -32,6 +32,8 @@ UNDECODABLE = "undecodable.tsv"
 _INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
+# Suffix of the files in which TFDS stores the URLs of downloads.
+_URL_METADATA_SUFFIX = ".INFO.json"
 _INSTALL_TENSORFLOW = "Run pip install tensorflow."
 
 
@@ -178,7 +180,10 @@ def _has_downloads(builder: Any, urls: Mapping[str, Any], manual_dir: Path) -> b
     # Older versions of TFDS had no folder for each dataset.
     files = [downloads / get_dl_fname(url, info.checksum) for url, info in urls.items()]
     files += [manual_dir / info.filename for info in urls.values() if info.filename]
-    return any((downloads / builder.name).glob("*")) or any(file.exists() for file in files)
+    # Before a download is complete, TFDS has a temporary folder for it, and metadata of its URL.
+    names = (downloads / builder.name).glob("*")
+    files += [path for path in names if not path.name.endswith(_URL_METADATA_SUFFIX)]
+    return any(file.is_file() for file in files)
 
 
 def check_network(name: str, urls: Iterable[str]) -> None:

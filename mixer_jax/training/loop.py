@@ -311,7 +311,15 @@ class _TrainLoop:
     def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
         """Draws the curves of a run, and passes its result on to Weights & Biases."""
         if plot is not None and multihost.is_primary_process():
-            self.logger.flush()
+            try:
+                self.logger.flush()
+            except Exception as error:
+                # The run is finished, and closing the log tries again. Errors of object stores are
+                # of many types.
+                self.logger.progress.print(
+                    f"curves are drawn without the last lines, which cannot be written yet: "
+                    f"{describe_error(error)}"
+                )
             result = result._replace(has_curves=plot(self.workdir))
         if result.has_curves:
             self.wandb_run.log_image(result.step, "curves", f"{self.workdir}/{CURVES_FILE}")

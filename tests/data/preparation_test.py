@@ -321,9 +321,16 @@ def test_downloads_of_other_datasets_do_not_replace_the_network(
     (downloads / "manual").mkdir()
     (downloads / "mnist" / "train.gz").touch()
     (downloads / "some_other_file.zip").touch()
+    old_layout = tfds.core.download.resource.get_dl_fname(url, info.checksum)
     with raises(UserError, "cifar10", "www.cs.toronto.edu"):
         prepare_tfds("cifar10", str(tmp_path))
-    old_layout = tfds.core.download.resource.get_dl_fname(url, info.checksum)
+    # Neither do the traces of a download that was interrupted.
+    unfinished = downloads / "cifar10" / f"{old_layout}.tmp.0123"
+    unfinished.mkdir(parents=True)
+    (unfinished / info.filename).write_bytes(b"half of the file")
+    (downloads / "cifar10" / f"{old_layout}.INFO.json").write_text("{}")
+    with raises(UserError, "cifar10", "www.cs.toronto.edu"):
+        prepare_tfds("cifar10", str(tmp_path))
     for path in (f"cifar10/{old_layout}", old_layout, f"manual/{info.filename}"):
         (downloads / path).parent.mkdir(exist_ok=True)
         (downloads / path).touch()

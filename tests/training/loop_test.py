@@ -40,7 +40,7 @@ from mixer_jax.training.setup import (
 )
 from mixer_jax.training.workdir import lock_workdir
 from mixer_jax.visualization.curves import draw_curves
-from tests.helpers.lines import each_mentions
+from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import assert_params_equal, tree_norm
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
@@ -135,6 +135,32 @@ def test_logs_are_complete_before_each_checkpoint(
     train_and_evaluate(small_config(digits_dir, **NO_REGULARIZATION), str(tmp_path))
     one_save = ["MetricsWriter", "BadImageLog", "CheckpointManager"]
     assert calls == 4 * one_save
+
+
+def test_a_log_that_cannot_be_written_after_the_last_evaluation_ends_no_run(
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workdir, plotted = str(tmp_path), []
+    flush = MetricsWriter.flush
+    config = small_config(digits_dir, num_steps=3, **NO_REGULARIZATION)
+
+    def fail_after_the_last_evaluation(self: MetricsWriter) -> None:
+        flush(self)
+        if any("test/log_likelihood" in line for line in read_metrics(workdir)):
+            raise ConnectionError("503 the service is unavailable")
+
+    def plot(workdir: str) -> bool:
+        plotted.append(workdir)
+        return True
+
+    monkeypatch.setattr(MetricsWriter, "flush", fail_after_the_last_evaluation)
+    result = train_and_evaluate(config, workdir, plot=plot)
+    assert (result.step, result.exit_code, result.has_curves) == (3, 0, True)
+    assert plotted == [workdir]
+    assert some_line_mentions(capsys.readouterr().out, "503")
 
 
 def test_run_writes_checkpoints_config_events_and_metrics(finished: Path) -> None:
