@@ -9,7 +9,6 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.files import raise_open_file_limit
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.weights import PretrainedWeights
@@ -23,13 +22,13 @@ _REAL = "_real"
 def main(argv: Sequence[str]) -> int:
     """Evaluates the checkpoint named on the command line; returns the exit code."""
     args = _parse_args(argv)
-    raise_open_file_limit()
     resolve_checkpoint(args.checkpoint, args.step)
 
     # JAX is imported only after the arguments are valid.
     common.configure_jax(FIELDS["compilation_cache"].default)
     from mixer_jax.checkpoints.load import load_checkpoint
     from mixer_jax.distributed.multihost import check_devices
+    from mixer_jax.evaluation.checkpoint import open_eval_source
 
     check_devices()
     weights = load_checkpoint(
@@ -50,7 +49,18 @@ def main(argv: Sequence[str]) -> int:
             f"--checkpoint={args.checkpoint} does not record its training data. Pass --dataset."
         )
     names = [dataset, dataset + _REAL] if args.real else [dataset]
-    sources = [_open_source(name, weights, args) for name in names]
+    sources = [
+        open_eval_source(
+            weights,
+            name,
+            args.split,
+            args.data_dir,
+            argument="--dataset",
+            model=f"--checkpoint={args.checkpoint}",
+            fix="Evaluate on the training dataset, or store class names in the checkpoint.",
+        )
+        for name in names
+    ]
     common.warn_if_resized(weights.model_info)
     common.print_notes(sources[0])
     model = weights.model_info.build_model(args.dtype)
@@ -70,7 +80,11 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     common.add_checkpoint_args(parser)
     parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the training dataset")
     parser.add_argument("--split", default="test", help="split in TFDS syntax; default: test")
-    parser.add_argument("--data_dir", default="", help="TFDS data directory; default: TFDS's own")
+    parser.add_argument(
+        "--data_dir",
+        default="",
+        help="TFDS data directory; default: that of the training run, or TFDS's own",
+    )
     parser.add_argument(
         "--real",
         action="store_true",
@@ -88,30 +102,6 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _open_source(name: str, weights: "PretrainedWeights", args: argparse.Namespace) -> "Source":
-    """Opens a dataset with the checkpoint's class indices as labels."""
-    from mixer_jax.data.registry import open_dataset
-    from mixer_jax.data.source import relabel
-
-    info, trained_on = weights.model_info, (weights.train_config or {}).get("dataset", {})
-    data_dir = args.data_dir or trained_on.get("data_dir", "")
-    source = open_dataset(name, args.split, data_dir, num_classes=info.num_classes)
-    if not info.class_names:
-        if source.num_classes != info.num_classes:
-            raise UserError(
-                f"--dataset must have the {info.num_classes:,} classes of --checkpoint="
-                f"{args.checkpoint}, got {name} with {source.num_classes:,}. Evaluate on the "
-                "training dataset, or store class names in the checkpoint."
-            )
-        return source
-    try:
-        return relabel(source, info.class_names)
-    except UserError as error:
-        raise UserError(
-            f"--dataset={name}: {error} Choose a dataset with classes of the checkpoint."
-        ) from error
-
-
 def _evaluate(
     weights: "PretrainedWeights",
     model: Any,
@@ -119,22 +109,13 @@ def _evaluate(
     args: argparse.Namespace,
 ) -> list["ClassificationMetrics"]:
     from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
+    from mixer_jax.evaluation.checkpoint import make_input_config
     from mixer_jax.evaluation.classification import evaluate, make_eval_step
-    from mixer_jax.evaluation.loop import EvalInputConfig
 
-    info, mesh = weights.model_info, make_mesh(data=0, fsdp=1)
-    loader = (weights.train_config or {}).get("loader", {})
+    mesh = make_mesh(data=0, fsdp=1)
     eval_step = make_eval_step(model, mesh)
     params = shard_inference_params(weights.params, model, mesh)
-    input_config = EvalInputConfig(
-        batch_size=args.batch_size,
-        image_size=info.image_size,
-        eval_crop=info.eval_crop,
-        exif_orientation=info.exif_orientation,
-        skip_bad=args.skip_bad_images,
-        num_threads=loader.get("num_threads", FIELDS["loader.num_threads"].default),
-        prefetch_batches=loader.get("prefetch_batches", FIELDS["loader.prefetch_batches"].default),
-    )
+    input_config = make_input_config(weights, args.batch_size, args.skip_bad_images)
     return [evaluate(eval_step, params, source, mesh, input_config) for source in sources]
 
 

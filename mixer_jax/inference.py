@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
-from mixer_jax.config.schema import FIELDS
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
@@ -265,39 +264,28 @@ class Classifier:
         Args:
             dataset: TFDS name or folder:PATH.
             split: Split in TFDS syntax.
-            data_dir: TFDS data directory; empty: TFDS's own.
+            data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
             batch_size: Images per batch.
             skip_bad_images: Whether unusable images are skipped and counted instead of failing.
 
         Raises:
             UserError: The model has no head, data is missing, the data has classes that the model
-                lacks, or images are unusable.
+                lacks, images are unusable, or the process has joined other hosts.
         """
         # Prediction does not need datasets, which take longer to import than everything else.
-        from mixer_jax.data.registry import open_dataset
-        from mixer_jax.data.source import relabel
+        from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
         from mixer_jax.evaluation.classification import evaluate, make_eval_step
-        from mixer_jax.evaluation.loop import EvalInputConfig
 
         self._check_has_head()
-        info = self.model_info
-        source = open_dataset(dataset, split, data_dir, num_classes=info.num_classes)
-        if info.class_names:
-            source = relabel(source, info.class_names)
-        elif source.num_classes != info.num_classes:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        if jax.process_count() > 1:
             raise UserError(
-                f"dataset must have the {info.num_classes:,} classes of the model, got {dataset} "
-                f"with {source.num_classes:,}. Pass class_names to load_pretrained."
+                "Classifier.evaluate must run on one host, got a process that has joined "
+                f"{jax.process_count():,}. Run python -m mixer_jax.evaluate on one of them."
             )
-        input_config = EvalInputConfig(
-            batch_size=batch_size,
-            image_size=info.image_size,
-            eval_crop=info.eval_crop,
-            exif_orientation=info.exif_orientation,
-            skip_bad=skip_bad_images,
-            num_threads=FIELDS["loader.num_threads"].default,
-            prefetch_batches=FIELDS["loader.prefetch_batches"].default,
-        )
+        source = open_eval_source(self._weights, dataset, split, data_dir)
+        input_config = make_input_config(self._weights, batch_size, skip_bad_images)
         eval_step = make_eval_step(self.model, self._mesh)
         return evaluate(eval_step, self._params, source, self._mesh, input_config)
 

@@ -20,7 +20,6 @@ from mixer_jax.config.loading import default_run_name, load_config_with_override
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
 from mixer_jax.errors import UserError
-from mixer_jax.files import raise_open_file_limit
 from mixer_jax.training import workdir as workdirs
 from mixer_jax.training.metrics import CURVES_FILE, EVENTS_FOLDER, METRICS_FILE
 from mixer_jax.training.tracking import check_wandb_installed
@@ -63,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
         help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
     )
     args, overrides = parser.parse_known_args(argv)
-    raise_open_file_limit()
     config = parse(load_config_with_overrides(args.config, overrides, vars(args)))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
@@ -115,7 +113,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
             "mixer_jax.train must not be called while a process that loads images imports the "
             'script. Put the call below `if __name__ == "__main__":`.'
         )
-    raise_open_file_limit()
     run_config = parse(config)
     resolved_workdir = workdirs.resolve_workdir(os.fspath(workdir))
     _prepare(run_config, resolved_workdir)

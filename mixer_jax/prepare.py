@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Sequence
 
 from mixer_jax.cli import common
-from mixer_jax.files import raise_open_file_limit
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +36,6 @@ def main(argv: Sequence[str]) -> int:
     from mixer_jax.data.preparation import format_splits
     from mixer_jax.data.tfds import prepare_tfds
 
-    raise_open_file_limit()
     builder, already_prepared = prepare_tfds(args.name, args.data_dir, args.manual_dir)
     if already_prepared:
         print(f"{builder.info.full_name} is already prepared")

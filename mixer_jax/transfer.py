@@ -17,7 +17,6 @@ from mixer_jax.cli import common
 from mixer_jax.config.loading import Overrides, exec_config_file, parse_overrides
 from mixer_jax.config.schema import EVAL_FIELDS, parse_shots
 from mixer_jax.errors import UserError, suggest
-from mixer_jax.files import raise_open_file_limit
 from mixer_jax.suites.builtin import SUITES, few_shot_suite
 from mixer_jax.suites.paper_results import PRETRAIN_DATASETS
 from mixer_jax.suites.plan import check_overrides, check_task_overrides, default_config
@@ -38,7 +37,6 @@ Completed runs are skipped: rerun the same command to resume after a stop or kil
 def main(argv: Sequence[str]) -> int:
     """Runs the suite named on the command line; returns the exit code."""
     args, overrides = _parse_args(argv)
-    raise_open_file_limit()
     if args.report:
         _check_report_args(args, argv)
         common.configure_jax("")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".pdf", ".jpg")
 # A plot of more images fits neither a screen nor, perhaps, memory.
 _MAX_IMAGES = 512
+# Images that are plotted by default, of batches that have as many.
+_NUM_IMAGES, _NUM_NOTEBOOK_IMAGES = 32, 16
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,14 +40,14 @@ def main(argv: Sequence[str]) -> int:
     data.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as for training")
     data.add_argument("--out", required=True, type=Path, help=f"a file: {' '.join(_SUFFIXES)}")
     data.add_argument("--step", type=int, default=0, help="training step, from 0; default: 0")
-    data.add_argument("--num_images", type=int, default=32, help="images to plot; default: 32")
+    data.add_argument("--num_images", type=int, help=f"images to plot; default: {_NUM_IMAGES}")
     data.add_argument(
         "--config.KEY", metavar="VALUE", dest="unused", help="override a key, as for training"
     )
     args, overrides = parser.parse_known_args(argv)
     _check_out(args.out)
     config = parse(load_config_with_overrides(args.config, overrides))
-    _check_num_images("--num_images", args.num_images, config)
+    num_images = _resolve_num_images("--num_images", args.num_images, _NUM_IMAGES, config)
 
     # Arguments are valid: only now import JAX.
     common.configure_jax(config.compilation_cache, cpu_only=True)
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     source = open_train_dataset(config)
     common.print_notes(source)
     _check_step("--step", args.step, config, len(source))
-    figure, title = _draw_batch(args.config, config, source, args.step, args.num_images)
+    figure, title = _draw_batch(args.config, config, source, args.step, num_images)
     plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
     try:
         atomic_write(args.out, plot)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def plot_batch(config: ConfigDict, step: int = 0, num_images: int = 16) -> Any:
+def plot_batch(config: ConfigDict, step: int = 0, num_images: int | None = None) -> Any:
     """Plots the first images of a training batch, as a figure of Matplotlib.
 
     Images are cropped, augmented, mixed and labeled as the model sees them.
@@ -73,13 +75,13 @@ def plot_batch(config: ConfigDict, step: int = 0, num_images: int = 16) -> Any:
     Args:
         config: Config from `load_config` or `mixer_jax.config.get_default`.
         step: Training step, from 0.
-        num_images: Images to plot, and to load.
+        num_images: Images to plot, and to load; None: 16, or all if the batch is smaller.
 
     Raises:
         UserError: The config is invalid, data is missing, or an argument is out of range.
     """
     run = parse(config)
-    _check_num_images("num_images", num_images, run)
+    num_images = _resolve_num_images("num_images", num_images, _NUM_NOTEBOOK_IMAGES, run)
     common.configure_jax(run.compilation_cache)
     from mixer_jax.training.datasets import open_train_dataset
 
@@ -107,13 +109,17 @@ def _draw_batch(
     return _Drawing(draw_train_batch(batch, source.class_names, caption), caption[0])
 
 
-def _check_num_images(name: str, num_images: int, config: RunConfig) -> None:
+def _resolve_num_images(name: str, num_images: int | None, default: int, config: RunConfig) -> int:
+    """Returns the number of images to plot: by default, at most a batch."""
     max_images = min(config.batch_size, _MAX_IMAGES)
+    if num_images is None:
+        return min(default, max_images)
     if not 1 <= num_images <= max_images:
         raise UserError(
             f"{name} must be between 1 and {max_images} for a batch of {config.batch_size}, "
             f"got {num_images}."
         )
+    return num_images
 
 
 def _check_step(name: str, step: int, config: RunConfig, num_examples: int) -> None:

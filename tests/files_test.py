@@ -260,30 +260,25 @@ def test_line_file_writes_again_what_an_object_store_refused(
 
 
 PRINT_LIMIT = """
-import resource, sys
-from mixer_jax import errors, {command}
-try:
-    {command}.main({arguments})
-except errors.UserError:
-    pass
+import resource
+from mixer_jax.data import tfds
+tfds.{call}
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "hard", "expected"),
+    ("function", "hard", "expected"),
     [
-        ("prepare", ["synthetic"], 8000, "4096 8000"),
-        ("prepare", ["synthetic"], 2000, "2000 2000"),
-        ("main", ["--config=digits", "--config.num_steps=-1"], 8000, "4096 8000"),
-        ("evaluate", ["--checkpoint=/nonexistent"], 8000, "4096 8000"),
-        ("transfer", ["--checkpoint=/nonexistent", "--suite=few_shot"], 8000, "4096 8000"),
+        ("open_tfds('digits', 'test', {!r})", 8000, "4096 8000"),
+        ("open_tfds('digits', 'test', {!r})", 2000, "2000 2000"),
+        ("prepare_tfds('digits', {!r})", 8000, "4096 8000"),
     ],
 )
-def test_commands_that_read_data_raise_the_limit_on_open_files(
-    command: str, arguments: list[str], hard: int, expected: str
+def test_reading_and_preparing_data_raises_the_limit_on_open_files(
+    digits_dir: str, function: str, hard: int, expected: str
 ) -> None:
-    code = PRINT_LIMIT.format(command=command, arguments=arguments)
+    code = PRINT_LIMIT.format(call=function.format(digits_dir))
     script = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {shlex.join([sys.executable, '-c', code])}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"

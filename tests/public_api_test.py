@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -135,6 +136,40 @@ def test_classifier_evaluates_like_the_run(
         features.evaluate("digits", data_dir=digits_dir)
 
 
+def test_classifier_evaluates_with_the_data_folder_of_the_run(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where digits would be prepared by default.
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    assert mixer_jax.load_pretrained(workdir).evaluate("digits").num_examples == 360
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("batch_size", [0, -8])
+def test_classifier_rejects_batch_sizes_that_are_not_positive(
+    workdir: Path, batch_size: int
+) -> None:
+    with raises(UserError, "batch_size", "1", str(batch_size)):
+        mixer_jax.load_pretrained(workdir).evaluate("digits", batch_size=batch_size)
+
+
+def test_classifier_evaluates_on_one_host_only(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its devices are local, but the evaluation would wait for all hosts."""
+    classifier = mixer_jax.load_pretrained(workdir)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with raises(UserError, "one host", "2", "python -m mixer_jax.evaluate"):
+        classifier.evaluate("digits")
+
+
+def test_classifier_rejects_data_with_other_classes(workdir: Path, digits_dir: str) -> None:
+    renamed = mixer_jax.load_pretrained(workdir, class_names=[f"c{k}" for k in range(10)])
+    with raises(UserError, "dataset=digits", "c0", "unknown", "Choose") as error:
+        renamed.evaluate("digits", data_dir=digits_dir)
+    assert "--" not in str(error.value)
+
+
 def config_of(workdir: Path) -> ConfigDict:
     """Reads the config of a run."""
     saved = json.loads((workdir / "config.json").read_text())
@@ -191,7 +226,11 @@ def test_plot_curves_expands_the_home_folder(
 def test_plot_batch_draws_training_images(config: ConfigDict) -> None:
     figure = mixer_jax.plot_batch(config, step=1, num_images=3)
     assert [axes.get_images()[0].get_array().shape for axes in figure.axes] == [(16, 16, 3)] * 3
-    for arguments in ({"step": 4}, {"num_images": 17}):
+    # By default no more images than a batch has.
+    small = config.copy_and_resolve_references()
+    small.batch_size = 8
+    assert len(mixer_jax.plot_batch(small).axes) == 8
+    for arguments in ({"step": 4}, {"num_images": 17}, {"num_images": 0}):
         ((name, value),) = arguments.items()
         with raises(UserError, name, str(value)) as error:
             mixer_jax.plot_batch(config, **arguments)

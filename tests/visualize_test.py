@@ -119,6 +119,15 @@ def test_visualize_data_plots_runs_shorter_than_their_warmup(
     assert visualize.main(make_argv(digits_dir, tmp_path / "batch.png", **changes)) == 0
 
 
+def test_visualize_data_plots_no_more_images_than_a_batch_by_default(
+    digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = make_argv(digits_dir, tmp_path / "batch.png")
+    argv.remove("--num_images=4")
+    assert visualize.main(argv) == 0
+    assert mentions(capsys.readouterr().out, "16 of 16 images")
+
+
 def test_visualize_data_does_not_open_evaluation_data(digits_dir: str, tmp_path: Path) -> None:
     out = tmp_path / "batch.png"
     missing = "--config.evals.test.dataset=folder:/nowhere"

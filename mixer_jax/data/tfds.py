@@ -41,6 +41,7 @@ from mixer_jax.errors import (
     suggest,
     summarize_error,
 )
+from mixer_jax.files import raise_open_file_limit
 
 # Builders of mixer_jax; importing the module registers the builder with TFDS.
 _BUILDER_MODULES = {
@@ -218,6 +219,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             "copy it there."
         )
     data_dir = data_dir and os.path.abspath(os.path.expanduser(data_dir))
+    raise_open_file_limit()
     dataset, label = parse_dataset_name(name)
     builder = find_builder(dataset, data_dir)
     if label is not None:
@@ -344,6 +346,8 @@ def _not_prepared_error(name: str, builder: Any) -> DatasetNotPreparedError:
 def _make_source(builder: Any, name: str, split: str) -> Source:
     import tensorflow_datasets as tfds
 
+    # Processes that load images inherit the limit.
+    raise_open_file_limit()
     label = get_label_spec(name, builder.info.features)
     try:
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
