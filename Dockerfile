@@ -1,7 +1,7 @@
 # Image with the program mixer-jax and the packages in requirements*.txt. Build it in the checkout, for
 # CPUs (EXTRA=gcs, which all images have), NVIDIA GPUs (EXTRA=cuda) or TPUs (EXTRA=tpu):
 #   docker build --build-arg=EXTRA=cuda --tag=mixer-jax:cuda .
-#   docker run --rm --gpus=all --volume="$PWD:/work" --user="$(id --user)" mixer-jax:cuda train --config=digits
+#   docker run --rm --gpus=all --volume="$PWD:/work" --user="$(id --user):$(id --group)" mixer-jax:cuda train --config=digits
 FROM python:3.12-slim AS wheel
 
 WORKDIR /source

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Sets up a fresh Linux host: Python 3.11 to 3.13, the packages of requirements.txt and
-# requirements-gcs.txt, and JAX for the detected accelerator; then prints the devices. Run again, it
-# only checks.
+# requirements-gcs.txt, and those of requirements-tpu.txt or requirements-cuda.txt for the detected
+# accelerator; then prints the devices. Run again, it only checks.
 #
-#   launch/setup_host.sh [--accelerator=tpu|cuda12|none] [--venv=DIR] [--dry_run]
+#   launch/setup_host.sh [--accelerator=tpu|cuda|none] [--venv=DIR] [--dry_run]
 #
 #   --accelerator  default: detected from /dev
 #   --venv         default: .venv in this checkout, where the other scripts look for it
@@ -27,8 +27,8 @@ parse_arguments() {
   for argument; do
     case "$argument" in
       --help) sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' && exit ;;
-      --accelerator=tpu | --accelerator=cuda12 | --accelerator=none) accelerator=${argument#*=} ;;
-      --accelerator=*) fail "--accelerator must be tpu, cuda12 or none, got '${argument#*=}'" ;;
+      --accelerator=tpu | --accelerator=cuda | --accelerator=none) accelerator=${argument#*=} ;;
+      --accelerator=*) fail "--accelerator must be tpu, cuda or none, got '${argument#*=}'" ;;
       --venv=?*) venv=${argument#*=} ;;
       --dry_run) dry_run=yes ;;
       *) fail "unknown argument $argument. See --help" ;;
@@ -40,7 +40,7 @@ parse_arguments() {
 # The files belong to the drivers: /dev/accel to TPU v4 and older, /dev/vfio to newer TPUs.
 detect_accelerator() {
   if compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
-    echo cuda12
+    echo cuda
   elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
     echo tpu
   else
@@ -75,27 +75,25 @@ find_uv() {
   execute "$venv-uv/bin/python" -m pip install --quiet "uv==$UV_VERSION"
 }
 
-jax_package() {
-  case "$accelerator" in
-    none) ;;
-    *) echo "jax[$accelerator]" ;;
-  esac
+# Sets `requirements` to the files of the packages.
+list_requirements() {
+  requirements=(requirements.txt requirements-gcs.txt)
+  [[ "$accelerator" == none ]] || requirements+=("requirements-$accelerator.txt")
 }
 
 # Changes if the packages have to be installed again.
-fingerprint() { echo "$accelerator $(cat requirements.txt requirements-gcs.txt | cksum)"; }
+fingerprint() { echo "$accelerator $(cat "${requirements[@]}" | cksum)"; }
 
 install_packages() {
+  list_requirements
   if [[ "$(cat "$venv/.installed_by_setup_host" 2>/dev/null)" == "$(fingerprint)" ]]; then
     echo "$venv is up to date"
     return
   fi
   find_uv
   [[ -x "$venv/bin/python" ]] || execute "$uv" venv --quiet --python "$PYTHONS" "$venv"
-  # shellcheck disable=SC2046  # One word, or none.
-  execute "$uv" pip install --quiet --python \
-    "$venv/bin/python" --requirement requirements.txt --requirement requirements-gcs.txt \
-    $(jax_package)
+  execute "$uv" pip install --quiet --python "$venv/bin/python" \
+    "${requirements[@]/#/--requirement=}"
   [[ -n "$dry_run" ]] || fingerprint >"$venv/.installed_by_setup_host"
 }
 

@@ -259,7 +259,7 @@ class _TrainLoop:
         )
         stack.callback(self.bad_images.close)
         profiled = config.profile_range if is_primary else range(0)
-        self.profiler = StepProfiler(profiled, workdir, self.logger.progress)
+        self.profiler = StepProfiler(profiled, workdir, self.logger.progress, self.start_step)
         stack.callback(self.profiler.close)
         self.evaluators = make_evaluators(self.experiment)
         self.shared_flags = multihost.SharedFlags()

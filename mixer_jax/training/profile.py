@@ -1,6 +1,5 @@
 """XProf trace of some steps of a training run."""
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ class StepProfiler:
     of the profiler is printed and does not end the run.
     """
 
-    def __init__(self, steps: range, workdir: str, progress: Progress):
+    def __init__(self, steps: range, workdir: str, progress: Progress, start_step: int = 0):
         """Prepares a profile.
 
         Args:
             steps: Steps to profile; those that the run does not take are skipped.
             workdir: Absolute path or URL of the run.
             progress: Progress report, whose clock stops while the profiler starts and writes.
+            start_step: Last step that the run has already taken.
         """
         self._steps, self._progress = steps, progress
         self._target = epath.Path(workdir) / PROFILE_FOLDER
@@ -35,6 +35,11 @@ class StepProfiler:
         # The profiler does not write to object stores.
         self._temporary = tempfile.TemporaryDirectory() if "://" in workdir and steps else None
         self._folder = self._temporary.name if self._temporary else str(self._target)
+        if steps and steps[-1] <= start_step:
+            progress.print(
+                f"config.profile_steps must be after step {start_step:,}, the last completed one, "
+                f"got '{steps.start}:{steps.stop}'. No profile is written."
+            )
 
     def before_step(self, step: int, state: Any) -> None:
         """Starts the trace if the step is the first one of the range that the run takes.
@@ -91,4 +96,4 @@ class StepProfiler:
 
     def _disable(self, error: Exception) -> None:
         self._steps = range(0)
-        print(f"no profile is written: {summarize_error(error)}.", file=sys.stderr)
+        self._progress.print(f"profile {self._target} cannot be written: {summarize_error(error)}.")

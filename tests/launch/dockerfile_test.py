@@ -110,6 +110,12 @@ def test_image_has_requirements_for_every_device() -> None:
     assert {*re.findall(r"EXTRA=(\w+)", manifests)} == {"cuda"}
 
 
+@pytest.mark.parametrize("file", ["Dockerfile", "launch/README.md"])
+def test_documented_command_leaves_no_files_of_the_group_root(file: str) -> None:
+    (command,) = re.findall(r"docker run .*", Path(file).read_text())
+    assert '--user="$(id --user):$(id --group)"' in command
+
+
 def test_image_does_not_run_as_root() -> None:
     lines = DOCKERFILE.read_text().splitlines()
     assert [line for line in lines if line.startswith("USER ")] == ["USER 1000"]

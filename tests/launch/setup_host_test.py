@@ -1,6 +1,8 @@
 """Tests of launch/setup_host.sh: its commands, repeated runs, invalid arguments."""
 
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,17 +26,18 @@ def dry_run(folder: Path, *arguments: str, with_uv: bool) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("accelerator", "extra"),
-    [("tpu", ["jax[tpu]"]), ("cuda12", ["jax[cuda12]"]), ("none", [])],
+    [("tpu", ["requirements-tpu.txt"]), ("cuda", ["requirements-cuda.txt"]), ("none", [])],
 )
-def test_setup_installs_jax_for_the_accelerator(
+def test_setup_installs_the_packages_of_the_accelerator(
     accelerator: str, extra: list[str], tmp_path: Path
 ) -> None:
+    """The image for it has the same packages; see dockerfile_test.py."""
     python = f"{tmp_path}/env/bin/python"
     venv, install, show = dry_run(tmp_path, f"--accelerator={accelerator}", with_uv=True)
     assert venv == ["uv", "venv", "--quiet", "--python", ">=3.11,<3.14", f"{tmp_path}/env"]
     uv_install = ["uv", "pip", "install", "--quiet", "--python", python]
-    files = ["--requirement", "requirements.txt", "--requirement", "requirements-gcs.txt"]
-    assert install == [*uv_install, *files, *extra]
+    files = ["requirements.txt", "requirements-gcs.txt", *extra]
+    assert install == [*uv_install, *(f"--requirement={file}" for file in files)]
     assert show[0] == python
     compile(show[2], "show", "exec")
     # On one of many TPU hosts, listing the devices would wait for all hosts.
@@ -71,16 +74,37 @@ def test_setup_installs_only_once_per_accelerator(tmp_path: Path) -> None:
         # It prints that the environment is up to date.
         assert [mentions(line, f"{tmp_path}/env") for line in messages] == [True] * is_installed
     assert calls.read_text() == "pip\n"
-    # Another accelerator needs a different package.
-    arguments = ("--accelerator=cuda12", f"--venv={tmp_path}/env")
+    # Another accelerator needs different packages.
+    arguments = ("--accelerator=cuda", f"--venv={tmp_path}/env")
     launch_scripts.run("setup_host.sh", *arguments, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
     assert calls.read_text() == "pip\npip\n"
+
+
+@pytest.mark.parametrize("accelerator", ["tpu", "cuda"])
+def test_setup_installs_again_if_the_packages_of_the_accelerator_change(
+    accelerator: str, tmp_path: Path
+) -> None:
+    checkout, calls = tmp_path / "checkout", tmp_path / "calls"
+    (checkout / "launch").mkdir(parents=True)
+    for file in ("launch/setup_host.sh", *map(str, Path().glob("requirements*.txt"))):
+        shutil.copy(file, checkout / file)
+    launch_scripts.write_program(tmp_path / "env" / "bin" / "python", "exit 0")
+    launch_scripts.write_program(tmp_path / "bin" / "uv", f'echo "$1" >>{calls}')
+    command = ["bash", "launch/setup_host.sh", f"--accelerator={accelerator}"]
+    environment = launch_scripts.script_env(PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    requirements = checkout / f"requirements-{accelerator}.txt"
+    for added, expected in (("", "pip\n"), ("", "pip\n"), ("another==1.0\n", "pip\npip\n")):
+        requirements.write_text(requirements.read_text() + added)
+        subprocess.run(
+            [*command, f"--venv={tmp_path}/env"], cwd=checkout, env=environment, check=True
+        )
+        assert calls.read_text() == expected
 
 
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--accelerator=gpu", ("--accelerator", "gpu", "tpu", "cuda12", "none")),
+        ("--accelerator=gpu", ("--accelerator", "gpu", "tpu", "cuda", "none")),
         ("--venv=", ("--venv",)),
         ("tpu", ("tpu",)),
     ],

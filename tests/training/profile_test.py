@@ -67,13 +67,25 @@ def test_profiled_run_writes_a_trace_of_these_steps_and_trains_identically(
     assert_params_equal(expected, actual)
 
 
-def test_a_run_that_starts_after_the_steps_writes_no_trace(tmp_path: Path) -> None:
-    profiler = StepProfiler(range(3, 5), str(tmp_path), Progress(5, 8, is_primary=True))
-    for step in range(6, 9):
-        profiler.before_step(step, None)
-        profiler.after_step(step, None)
-    profiler.close()
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_that_starts_after_the_steps_prints_that_it_writes_no_trace(
+    digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = NO_REGULARIZATION | {"num_steps": 6}
+    train_and_evaluate(small_config(digits_dir, **settings), str(tmp_path))
+    capsys.readouterr()
+    config = small_config(digits_dir, profile_steps="3:5", **settings)
+    train_and_evaluate(config, str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [mentions(line, "6", "3:5") for line in lines if "profile_steps" in line] == [True]
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(("steps", "is_missed"), [(range(3, 6), True), (range(3, 7), False)])
+def test_steps_are_missed_if_the_last_one_is_completed(
+    steps: range, is_missed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StepProfiler(steps, str(tmp_path), Progress(5, 8, is_primary=True), start_step=5).close()
+    assert ("config.profile_steps" in capsys.readouterr().out) == is_missed
 
 
 def test_a_run_that_stops_within_the_steps_writes_those_that_it_took(tmp_path: Path) -> None:
@@ -87,6 +99,20 @@ def test_trace_is_written_to_an_object_store(tmp_path: Path) -> None:
     assert profiled_steps(tmp_path) == {1}
 
 
+def test_a_failed_upload_names_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(profiler: StepProfiler) -> None:
+        raise OSError("no such bucket")
+
+    monkeypatch.setattr(StepProfiler, "_upload", fail)
+    with object_store(tmp_path):
+        profile_constant(BUCKET, range(1, 2), last_step=2)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert mentions(captured.out, "profile", "gs://", "no such bucket")
+
+
 def test_an_error_of_the_profiler_does_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +123,7 @@ def test_an_error_of_the_profiler_does_not_end_the_run(
     (tmp_path / "run" / "profile").touch()
     profile_constant(str(tmp_path / "run"), range(1, 2), last_step=2)
     assert not (tmp_path / "run" / "profile" / "plugins").exists()
-    first, second = capsys.readouterr().err.splitlines()
-    assert mentions(first, "profile")
-    assert mentions(second, "profile")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert [mentions(line, str(tmp_path / "run" / "profile")) for line in lines] == [True, True]
