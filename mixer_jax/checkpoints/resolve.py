@@ -6,7 +6,11 @@ Resolution reads names only; neither needs JAX or orbax.
 import contextlib
 import re
 import shutil
+import socket
 import tempfile
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +19,7 @@ from etils import epath
 
 from mixer_jax.errors import (
     DiskFullError,
+    RunError,
     UserError,
     install_hint,
     no_space_reason,
@@ -47,6 +52,14 @@ HUB_FILE = "model.safetensors"
 _HUB_TORCH_FILE = "pytorch_model.bin"
 HUB_FILES = (HUB_FILE, _HUB_TORCH_FILE)
 TIMM_CONFIG_FILE = "config.json"
+# Time for which a connection to the Hub is tried, and between two attempts, in seconds.
+_CONNECT_SECONDS, _CONNECT_INTERVAL = 5.0, 1.0
+# Codes of HTTP after which a retry may succeed, although those below 500 blame the request.
+_TRANSIENT_CODES = (408, 429)
+_DOWNLOAD_ELSEWHERE = (
+    f"download its {HUB_FILE} and {TIMM_CONFIG_FILE} elsewhere, and pass the folder that contains "
+    "them."
+)
 # Suffix of the JSON file next to an npz archive that describes its model. Other programs reject an
 # archive with anything but tensors in it.
 METADATA_SUFFIX = ".json"
@@ -279,6 +292,7 @@ def local_copy(ref: CheckpointRef) -> Iterator[str]:
     Raises:
         UserError: The file cannot be downloaded.
         DiskFullError: There is no space for the local copy.
+        RunError: The Hub cannot be reached, or fails.
     """
     if ref.format == "hub":
         yield _download_from_hub(ref.path)
@@ -312,6 +326,7 @@ def pin_revision(name: str) -> str:
     Raises:
         UserError: The repository cannot be found.
         DiskFullError: There is no space for its config.
+        RunError: The Hub cannot be reached, or fails.
     """
     from huggingface_hub import errors
 
@@ -319,6 +334,7 @@ def pin_revision(name: str) -> str:
         try:
             path = _get_hub_files(name, local_files_only=True)
         except errors.LocalEntryNotFoundError:
+            _check_connection(name)
             path = _get_hub_file(name, TIMM_CONFIG_FILE, local_files_only=False)
     # The cache has a folder per commit.
     return f"{name.partition('@')[0]}@{Path(path).parent.name}"
@@ -336,6 +352,7 @@ def _download_from_hub(name: str) -> str:
         try:
             return _get_hub_files(name, local_files_only=True)
         except errors.LocalEntryNotFoundError:
+            _check_connection(name)
             # Both are requested again, so that they are of the same revision.
             return _get_hub_files(name, local_files_only=False)
 
@@ -364,21 +381,87 @@ def _get_hub_file(name: str, file: str, *, local_files_only: bool) -> str:
     )
 
 
+def _check_connection(name: str) -> None:
+    """Checks that the Hub can be reached, for which its library would try for half a minute.
+
+    Behind a proxy, and if HF_HUB_OFFLINE is set, nothing is checked.
+
+    Raises:
+        RunError: The Hub cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    host, port = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
+    if urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            _connect(host, port, deadline)
+            return
+        except OSError as error:
+            if time.monotonic() + _CONNECT_INTERVAL < deadline:
+                time.sleep(_CONNECT_INTERVAL)
+                continue
+            raise RunError(
+                f"{HUB}{name} is not in the local cache, and the Hub at {host} cannot be reached "
+                f"({error.strerror or summarize_error(error)}). Check the network connection, or "
+                f"{_DOWNLOAD_ELSEWHERE}"
+            ) from error
+
+
+def _connect(host: str, port: int, deadline: float) -> None:
+    """Connects to a host by any of its addresses.
+
+    Raises:
+        OSError: The host is not known, or none of its addresses answers before the deadline.
+    """
+    failure: OSError | None = None
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        remaining = max(0.0, deadline - time.monotonic()) / (len(addresses) - index)
+        try:
+            with socket.socket(family, kind, protocol) as connection:
+                # A timeout of 0 would mean not to wait at all.
+                connection.settimeout(max(remaining, 0.1))
+                connection.connect(address)
+                return
+        except OSError as error:
+            failure = error
+    raise failure or OSError("the host has no address")
+
+
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Raises UserError if a repository cannot be downloaded, DiskFullError for lack of space."""
-    from huggingface_hub import errors
+    """Translates errors of the Hub's library.
+
+    Raises:
+        UserError: The repository cannot be used, or a local file cannot be written.
+        DiskFullError: There is no space.
+        RunError: The Hub cannot be reached, or fails.
+    """
+    from huggingface_hub import constants, errors
 
     try:
         yield
+    except (UserError, RunError):
+        raise
     except errors.HFValidationError as error:
         raise UserError(
             f"checkpoint on the Hub must be {HUB}OWNER/NAME, got {HUB + name!r}."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{HUB}{name} is not in the local cache, and the Hub cannot be reached. Download its "
-            f"{HUB_FILE} and {TIMM_CONFIG_FILE} elsewhere, and pass the folder that contains them."
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{HUB}{name} is not in the local cache, and HF_HUB_OFFLINE forbids downloads. "
+                f"Unset it, or {_DOWNLOAD_ELSEWHERE}"
+            ) from error
+        raise RunError(
+            f"{HUB}{name} is not in the local cache, and the Hub cannot be reached. Check the "
+            f"network connection, or {_DOWNLOAD_ELSEWHERE}"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(f"{HUB}{name} does not exist, or is private. Check the name.") from error
@@ -386,6 +469,12 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise UserError(
             f"{HUB}{name} must contain {TIMM_CONFIG_FILE}, and {' or '.join(HUB_FILES)}."
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # Failed connections raise errors of the library that makes them.
         _check_space(f"{HUB}{name}", error, "HF_HOME")
-        raise UserError(f"{HUB}{name} cannot be downloaded: {summarize_error(error)}.") from error
+        reason = f"{HUB}{name} cannot be downloaded: {summarize_error(error)}."
+        code = getattr(getattr(error, "response", None), "status_code", 500)
+        is_rejected = 400 <= code < 500 and code not in _TRANSIENT_CODES
+        if is_rejected or getattr(error, "filename", None) is not None:
+            raise UserError(reason) from error
+        raise RunError(f"{reason} Run the same command again.") from error

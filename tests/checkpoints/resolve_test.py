@@ -3,10 +3,12 @@
 import errno
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.errors import DiskFullError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError
 from mixer_jax.training.workdir import check_workdir
 from tests.helpers import pretrained_files
 from tests.helpers.hub_cache import COMMIT, GOOGLE, NAME, OTHER_COMMIT, add_to_cache
@@ -354,6 +356,71 @@ def test_download_fails_fast_without_a_network(name: str, hub_cache: Path) -> No
         load_checkpoint(f"hf:{name}")
     assert time.monotonic() - start < 5
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "use"),
+    [
+        ("https://no-such-host.invalid", load_checkpoint),
+        ("http://127.0.0.1:{port}", pin_checkpoint),
+    ],
+    ids=["unknown", "refused"],
+)
+def test_hub_that_cannot_be_reached_is_no_usage_error(
+    endpoint: str, use: Any, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    with socket.socket() as unused:
+        # Bound, but not listening: connections are refused.
+        unused.bind(("127.0.0.1", 0))
+        endpoint = endpoint.format(port=unused.getsockname()[1])
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+        start = time.monotonic()
+        with raises(RunError, f"hf:{NAME}", "model.safetensors", "config.json") as caught:
+            use(f"hf:{NAME}")
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(401, UserError), (403, UserError), (408, RunError), (429, RunError), (503, RunError)],
+)
+def test_only_requests_that_the_hub_rejects_are_usage_errors(
+    code: int, expected: type[Exception], hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    response: Any = SimpleNamespace(status_code=code, headers={}, request=None)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise HfHubHTTPError(f"{code} from the server", response=response)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with raises(expected, f"hf:{NAME}", str(code)):
+        load_checkpoint(f"hf:{NAME}")
+
+
+def test_lost_connection_to_the_hub_is_no_usage_error(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadError(Exception):
+        """Error of a library for HTTP, which is not an OSError."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ReadError("connection lost")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with raises(RunError, f"hf:{NAME}", "connection lost"):
+        load_checkpoint(f"hf:{NAME}")
 
 
 @pytest.mark.parametrize("name", ["--/x", "a b/c", "a/b..c", "a/b--c", "a/" + "x" * 200])
