@@ -55,12 +55,7 @@ def main(argv: Sequence[str]) -> int:
         help="config file, or the name of one in configs/, e.g. digits or configs/digits.py:low",
     )
     common.add_workdir_arg(parser, "runs/CONFIG_NAME")
-    parser.add_argument(
-        "--config.KEY",
-        metavar="VALUE",
-        dest=argparse.SUPPRESS,
-        help="override a key, e.g. --config.optimizer.learning_rate=3e-3",
-    )
+    common.add_override_arg(parser, "override a key, e.g. --config.optimizer.learning_rate=3e-3")
     args, overrides = parser.parse_known_args(argv)
     config = parse(load_config_with_overrides(args.config, overrides, vars(args)))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"

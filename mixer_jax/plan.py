@@ -77,7 +77,7 @@ def _make_parser() -> common.ArgumentParser:
         help="compile several times faster, with fewer optimizations than a run",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object, not a table")
-    parser.add_argument("--config.KEY", metavar="VALUE", dest="unused", help="override a key")
+    common.add_override_arg(parser, "override a key")
     return parser
 
 

@@ -41,9 +41,7 @@ def main(argv: Sequence[str]) -> int:
     data.add_argument("--out", required=True, type=Path, help=f"a file: {' '.join(_SUFFIXES)}")
     data.add_argument("--step", type=int, default=0, help="training step, from 0; default: 0")
     data.add_argument("--num_images", type=int, help=f"images to plot; default: {_NUM_IMAGES}")
-    data.add_argument(
-        "--config.KEY", metavar="VALUE", dest="unused", help="override a key, as for training"
-    )
+    common.add_override_arg(data, "override a key, as for training")
     args, overrides = parser.parse_known_args(argv)
     _check_out(args.out)
     config = parse(load_config_with_overrides(args.config, overrides))

@@ -226,6 +226,33 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
     )
 
 
+class _PlaceholderAction(argparse.Action):
+    """Argument that --help lists for all configuration keys, and that is none itself."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        # Not at the top, since commands without a config do not need it.
+        from mixer_jax.config.config import check_key_exists
+
+        check_key_exists("KEY", [*FIELDS])
+
+
+def add_override_arg(parser: ArgumentParser, help: str) -> None:
+    """Adds --config.KEY to the help; the keys themselves are left to `parse_overrides`."""
+    parser.add_argument(
+        "--config.KEY",
+        metavar="VALUE",
+        dest=argparse.SUPPRESS,
+        action=_PlaceholderAction,
+        help=help,
+    )
+
+
 def add_workdir_arg(parser: ArgumentParser, default: str) -> None:
     """Adds --workdir; `default` describes the workdir without the argument."""
 

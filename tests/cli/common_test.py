@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mixer_jax import main, plan, visualize
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
@@ -258,3 +260,21 @@ def test_read_path_list_skips_empty_lines_and_reads_standard_input(
     encoded = io.BytesIO(b"a.jpg\n\n b c.png\n\xff.jpg")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(encoded))
     assert common.read_path_list("-", "--files_from") == ["a.jpg", "b c.png", "\udcff.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (main, []),
+        (plan, ["--topology=v5e:1x1"]),
+        (visualize, ["data", "--out=batch.png"]),
+    ],
+)
+def test_commands_refuse_the_placeholder_of_their_help(
+    command: Any, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for flag in (["--config.KEY=1"], ["--config.KEY", "1"]):
+        with raises(UserError, "config.KEY", "key"):
+            command.main([*argv, "--config=digits", *flag])
+    assert list(tmp_path.iterdir()) == []
