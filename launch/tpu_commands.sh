@@ -3,7 +3,7 @@
 
 readonly REMOTE=mixer_jax
 # Parts of this checkout that hosts need.
-readonly CODE="mixer_jax configs launch requirements.txt requirements-gcs.txt"
+readonly CODE="mixer_jax configs launch requirements.txt requirements-gcs.txt requirements-tpu.txt"
 
 # Prints its arguments, quoted so that a shell parses them into the same arguments.
 quote() {

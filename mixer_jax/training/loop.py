@@ -426,14 +426,10 @@ class _TrainLoop:
             scores.pop(name, None)
             failures.pop(name, None)
             try:
-                result = self.evaluators[name](self.state.eval_params)
+                result = self.run_evaluator(name)
             except recoverable as error:
                 message = describe_error(error)
-                if _is_device_memory_full(error):
-                    message = (
-                        f"{_describe_full_memory(error)} Try a smaller --config.eval_batch_size."
-                    )
-                elif not isinstance(error, UserError | RunError | OSError):
+                if not isinstance(error, UserError | RunError | OSError):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))
@@ -441,6 +437,17 @@ class _TrainLoop:
             else:
                 scores[name] = result
                 self.logger.log_eval(step, name, result.as_dict(), result.format_progress())
+
+    def run_evaluator(self, name: str) -> EvalMetrics:
+        """Runs an evaluation; raises RunError if the memory of a device is full."""
+        try:
+            return self.evaluators[name](self.state.eval_params)
+        except Exception as error:
+            if not _is_device_memory_full(error):
+                raise
+            raise RunError(
+                f"{_describe_full_memory(error)} Try a smaller --config.eval_batch_size."
+            ) from error
 
     def save(self, step: int) -> None:
         """Starts saving the state in the background."""

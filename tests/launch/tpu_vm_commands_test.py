@@ -47,8 +47,10 @@ def test_dry_run_prints_every_command_in_order() -> None:
     assert result[-1].endswith("bash mixer_jax/launch/on_host.sh result; else echo none; fi")
     archive = tar[2]
     assert tar[:2] == ["tar", "-czf"]
-    requirements = ["requirements.txt", "requirements-gcs.txt"]
-    assert tar[-5:] == ["mixer_jax", "configs", "launch", *requirements]
+    assert tar[-6:-3] == ["mixer_jax", "configs", "launch"]
+    # Those that setup_host.sh installs.
+    setup_host = launch_scripts.run("setup_host.sh", "--accelerator=tpu", "--dry_run")
+    assert tar[-3:] == re.findall(r"--requirement=(\S+)", setup_host.stdout)
     all_workers = ("--zone=us-west4-a", "--quiet", "--worker=all")
     assert scp == gcloud_tpus("tpu-vm", "scp", archive, "mixer:mixer_jax.tgz", *all_workers)
     assert "tar -xzf mixer_jax.tgz -C mixer_jax" in setup[-1]

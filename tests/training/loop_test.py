@@ -446,6 +446,18 @@ def test_full_device_memory_in_an_evaluation_names_its_batch_size(
     with raises(RunError, "test", "memory", "eval_batch_size"):
         result.raise_failures()
     assert "Traceback" not in capsys.readouterr().err
+    # Several hosts end, because not all of them may have failed.
+    evaluate = loop_module._TrainLoop.evaluate
+
+    def evaluate_on_two_hosts(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            evaluate(*args)
+
+    monkeypatch.setattr(loop_module._TrainLoop, "evaluate", evaluate_on_two_hosts)
+    with raises(RunError, "memory", "eval_batch_size") as caught:
+        train_and_evaluate(config, str(tmp_path))
+    assert not mentions(str(caught.value), "grad_accum_steps")
 
 
 def test_diverged_run_stops_and_names_the_last_good_checkpoint(
