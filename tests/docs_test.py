@@ -80,7 +80,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_items(block: Block, folder: Path) -> list[Item]:
-    """Returns what a block runs."""
+    """Returns the program of a block."""
     if not block.is_shell:
         return [Item(str(folder), "python", block.text, block.code)]
     items = []
@@ -179,7 +179,7 @@ def pairs(blocks: list[Block]) -> Iterator[tuple[Block, Block]]:
 
 
 def check_output(block: Block, output: str) -> None:
-    """Checks that the lines of a block occur in an output, in order; "…" stands for any lines."""
+    """Checks that the lines of a block occur in an output, in order; "…" matches any lines."""
     rest = [line.strip() for line in output.splitlines()]
     for line in map(str.strip, block.text.splitlines()):
         if line and line != "…":

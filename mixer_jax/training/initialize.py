@@ -105,7 +105,7 @@ def _find_valid_checkpoint(workdir: str, steps: list[int]) -> InitSource:
 
 
 def _find_damage(checkpoints: CheckpointManager, step: int) -> str:
-    """Returns what is wrong with a checkpoint, or "", the same on all hosts.
+    """Returns the damage of a checkpoint, or "", the same on all hosts.
 
     Raises:
         RunError: A host cannot read a file, perhaps only for the moment; raised on all hosts.

@@ -248,7 +248,7 @@ except UserError:
 
 
 def test_caught_errors_do_not_end_a_process_without_others() -> None:
-    """As on a single TPU VM, where JAX's distributed runtime has one process."""
+    """Simulates a single TPU VM, where JAX's distributed runtime has one process."""
     code = """
 import sys, time
 import jax

@@ -56,7 +56,7 @@ def check_equal(workdir: Path, expected: Path) -> None:
 def test_run_that_cannot_write_names_its_checkpoint_and_resumes(
     changes: dict[str, Any], uninterrupted: Path, digits_dir: str, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands for a full disk."""
+    """A limit on the size of files simulates a full disk."""
     process = start(digits_dir, tmp_path, optimized=True, **changes)
     wait_until(lambda: list_steps(str(tmp_path)) != [], process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))

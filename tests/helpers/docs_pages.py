@@ -6,7 +6,7 @@ A marker is an HTML comment in the line above a block, which readers do not see:
     <!-- test: slow -->           the same, by the slow tests; training is shortened
     <!-- test: parse -->          only checked for flags, config keys, files and imports
     <!-- test: file=mine.py -->   written to a file, which the page's commands can use
-    <!-- test: output -->         what the block before it prints; a line "…" stands for any lines
+    <!-- test: output -->         what the block before it prints; a line "…" matches any lines
 
 Without a marker, shell blocks are parsed and Python blocks run. `run` and `slow` take two options:
 `code=1` is the expected exit code (also of `parse`, for commands that are refused), and
@@ -50,12 +50,12 @@ class Block:
 
     @property
     def is_shell(self) -> bool:
-        """Whether the block has commands."""
+        """True if the block has commands."""
         return self.language in SHELL and self.mode not in ("file", "output")
 
     @property
     def is_python(self) -> bool:
-        """Whether the block is Python to check."""
+        """True if the block is Python to check."""
         return self.language == "python" and self.mode != "output"
 
     def commands(self) -> list[str]:

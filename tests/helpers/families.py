@@ -1,4 +1,4 @@
-"""What every model family promises, and the family of docs/add_model_family.md."""
+"""Checks of the interface of every model family, and the family of docs/add_model_family.md."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Limit on the size of files, which stands for a full disk."""
+"""Limit on the size of files, which simulates a full disk."""
 
 import contextlib
 import resource

@@ -58,7 +58,7 @@ def open_run(workdir: Path, project: str = "demo", **config: Any) -> WandbRun:
 
 
 def start_own_run(folder: Path) -> Any:
-    """Starts a run of the caller, as in a notebook, in a folder of its own."""
+    """Starts a run of the caller, as in a notebook, in its folder."""
     folder.mkdir()
     settings = wandb.Settings(mode="offline", console="off", silent=True)
     return wandb.init(project="own", dir=str(folder), settings=settings)
