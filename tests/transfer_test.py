@@ -58,8 +58,7 @@ def test_commands_of_the_documentation_run(
     for name in ("few_shot, 1-shot", "few_shot, 5-shot", "linear", "knn"):
         assert re.search(rf"^{name} +16 +\d+\.\d\d ", few, re.MULTILINE)
     assert report in digits
-    # The workdir is named after the folder that the link runs/digits_transfer leads to.
-    results = workspace / "runs/low_few_shot_digits_high/results.json"
+    results = workspace / "runs/digits_transfer_few_shot_digits_high/results.json"
     rows = json.loads(results.read_text())["rows"]
     assert {row["num_examples"] for row in rows} == {167}
 
