@@ -249,7 +249,10 @@ class Malicious:
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "before 1.6"])
 def test_torch_file_does_not_unpickle_programs(archive: bool, torch: Any, tmp_path: Path) -> None:
     path, created = tmp_path / "evil.pth", tmp_path / "created"
-    state = {"blocks.0.mlp_tokens.fc1.weight": torch.zeros(2), "evil": Malicious(f"touch {created}")}
+    state = {
+        "blocks.0.mlp_tokens.fc1.weight": torch.zeros(2),
+        "evil": Malicious(f"touch {created}"),
+    }
     torch.save(state, path, _use_new_zipfile_serialization=archive)
     with raises(UserError, str(path)) as caught:
         load_checkpoint(str(path))
@@ -270,7 +273,10 @@ def bad_states(torch: Any) -> list[tuple[Any, list[str]]]:
         ([1, 2], ["list"]),
         ({"epoch": 3}, ["epoch", "int"]),
         ({"count": torch.zeros(3, dtype=torch.int64)}, ["count", "torch.int64"]),
-        ({"blocks.0.mlp_tokens.fc1.weight": torch.zeros(1).expand(10**7, 10**6)}, ["40000000000000"]),
+        (
+            {"blocks.0.mlp_tokens.fc1.weight": torch.zeros(1).expand(10**7, 10**6)},
+            ["40000000000000"],
+        ),
         ({"fc.weight": torch.zeros(3)}, ["fc.weight"]),
         ({"sparse": torch.eye(3).to_sparse()}, ["sparse", "torch.sparse_coo"]),
     ]
