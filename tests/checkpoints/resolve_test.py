@@ -306,22 +306,30 @@ def test_pin_checkpoint_names_the_step_and_the_commit(hub_cache: Path, tmp_path:
         pin_checkpoint("hf:someone/other")
 
 
-def test_pin_checkpoint_downloads_no_weights(
-    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def record_requests(monkeypatch: pytest.MonkeyPatch, is_offline: bool = False) -> list[str]:
+    """Records the files that are requested from the Hub; offline, the cache answers instead."""
     import huggingface_hub
 
-    add_to_cache(hub_cache, random_weights().params, GOOGLE)
-    (model,) = hub_cache.rglob("model.safetensors")
-    model.unlink()
-    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
+    hf_hub_download = huggingface_hub.hf_hub_download
+    requested: list[str] = []
 
     def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
         if not local_files_only:
             requested.append(file)
-        return hf_hub_download(repo, file, local_files_only=True, **kwargs)
+        local_files_only = local_files_only or is_offline
+        return hf_hub_download(repo, file, local_files_only=local_files_only, **kwargs)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
+    return requested
+
+
+def test_pin_checkpoint_downloads_no_weights(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_to_cache(hub_cache, random_weights().params, GOOGLE)
+    (model,) = hub_cache.rglob("model.safetensors")
+    model.unlink()
+    requested = record_requests(monkeypatch, is_offline=True)
     assert pin_checkpoint(f"hf:{NAME}") == (f"hf:{NAME}@{COMMIT}", None)
     assert requested == ["config.json"]
 
@@ -434,19 +442,10 @@ def test_download_requests_both_files_if_one_is_missing(
     hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The config of one revision must not be read with the weights of another."""
-    import huggingface_hub
-
     add_to_cache(hub_cache, random_weights().params, GOOGLE)
     (model,) = hub_cache.rglob("model.safetensors")
     model.unlink()
-    hf_hub_download, requested = huggingface_hub.hf_hub_download, []
-
-    def record(repo: str, file: str, *, local_files_only: bool, **kwargs: Any) -> str:
-        if not local_files_only:
-            requested.append(file)
-        return hf_hub_download(repo, file, local_files_only=local_files_only, **kwargs)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", record)
+    requested = record_requests(monkeypatch)
     with raises(UserError, f"hf:{NAME}"):
         load_checkpoint(f"hf:{NAME}")
     assert requested == ["config.json", "model.safetensors"]
