@@ -261,7 +261,8 @@ def _infer_config(
         axes = axes or tuple(range(num_axes))
         return tuple(lengths[axes.index(axis)] for axis in range(num_axes))
 
-    inferred = family.infer_config(_count_blocks(file, layout), shape)
+    paths = {path for path, tensor in tensors.items() if tensor.name.format(0) in file.shapes}
+    inferred = family.infer_config(_count_blocks(file, layout), shape, paths)
     head = [tensor.name for path, tensor in tensors.items() if path.startswith("head/")]
     has_head = any(name in file.shapes for name in head)
     return inferred, shape("head/kernel")[-1] if has_head else 0

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
@@ -321,13 +321,16 @@ class ModelFamily(abc.ABC):
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
     @abc.abstractmethod
-    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+    def infer_config(
+        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
+    ) -> InferredConfig:
         """Infers the architecture from tensors.
 
         Args:
             num_blocks: Number of blocks found.
             shape: Function from the path of a parameter to its shape, without the leading axis of
-                blocks.
+                blocks. Axes that a layout merges are one.
+            paths: Paths of the parameters found, for those that not every model has.
         """
 
     def is_weight_decayed(self, path: Path) -> bool:
@@ -350,12 +353,16 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
-def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+def architecture_key(
+    help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
+) -> Any:
     """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
 
     Args:
         help_text: One line, without the unit.
         unit: Unit of the value, e.g. "px".
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+        default: Value of variants that do not set it.
     """
-    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+    metadata = {"help": help_text, "unit": unit, "min": min}
+    return dataclasses.field(default=default, metadata=metadata)

@@ -8,12 +8,13 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.execution import AUTO, Execution, default_dtype, resolve_execution
 from mixer_jax.models.family import CUSTOM, ModelFamily
 from mixer_jax.models.mixer_family import MixerFamily
+from mixer_jax.models.vit_family import VitFamily
 
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax.numpy as jnp
 
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (MixerFamily(),)}
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (MixerFamily(), VitFamily())}
 DEFAULT_FAMILY = "mixer"
 
 

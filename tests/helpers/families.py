@@ -45,7 +45,7 @@ def check_family(family: ModelFamily) -> None:
     def shape(path: str) -> Shape:
         return shapes[path][1:] if path.startswith("blocks/") else shapes[path]
 
-    assert family.infer_config(family.num_blocks(config), shape).config == config
+    assert family.infer_config(family.num_blocks(config), shape, shapes).config == config
     for layout in family.weight_layouts():
         paths = [mapping.path for mapping in layout.tensors]
         assert sorted(paths) == sorted(shapes)

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,7 +146,9 @@ class PatchMlpFamily(ModelFamily):
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         return params
 
-    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+    def infer_config(
+        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
+    ) -> InferredConfig:
         hidden = shape("blocks/Dense_0/kernel")[-1]
         return InferredConfig(PatchMlpConfig(num_blocks, shape("stem/kernel")[0], hidden // 8), 0)
 
@@ -217,7 +219,9 @@ class ConvNetFamily(ModelFamily):
         )
         return (WeightLayout("Google", tensors, ("convolution/kernel",), "tanh", "resize"),)
 
-    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+    def infer_config(
+        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
+    ) -> InferredConfig:
         return InferredConfig(ConvNetConfig(shape("stem/kernel")[-1]), 0)
 
 
