@@ -270,8 +270,8 @@ def _find_layout(file: TensorFile) -> tuple[ModelFamily, WeightLayout, str]:
         by_prefix.setdefault(prefix, []).append(rest)
     for prefix in sorted(by_prefix, key=_rank_prefix):
         for family, layout in known:
-            found = set(map(layout.canonical_name, by_prefix[prefix]))
-            if found.issuperset(layout.signature_keys):
+            canonical = set(map(layout.canonical_name, by_prefix[prefix]))
+            if canonical.issuperset(layout.signature_keys):
                 return family, layout, prefix
     keys = list(dict.fromkeys(layout.signature_keys[0] for _, layout in known))
     for name in names:

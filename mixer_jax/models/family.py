@@ -48,15 +48,11 @@ class InferredConfig(NamedTuple):
 
 @runtime_checkable
 class FileShapes(Protocol):
-    """Shapes of the parameters in a file of weights, from which an architecture is inferred.
+    """Shapes of the parameters in a file of weights, from which an architecture is inferred."""
 
-    `path in shapes` says whether the file has a parameter.
-
-    Attributes:
-        recorded: Fields of the config that are stored next to the weights; untrusted, often empty.
-    """
-
-    recorded: Mapping[str, Any]
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """Fields of the config that are stored next to the weights; untrusted, often empty."""
 
     def __call__(self, path: str) -> Shape:
         """Returns a parameter's shape, without the leading axis of blocks.
@@ -67,7 +63,8 @@ class FileShapes(Protocol):
             UserError: The file does not have the parameter.
         """
 
-    def __contains__(self, path: str) -> bool: ...
+    def __contains__(self, path: str) -> bool:
+        """Returns whether the file has a parameter."""
 
 
 # Order of a parameter's axes in a tensor; nested ones are merged into one axis.

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ShapesOf:
     """The `FileShapes` of a file that has parameters of these shapes."""
 
     def __init__(self, shapes: dict[str, Shape], **recorded: Any):
-        self.recorded = recorded
+        self.recorded: Mapping[str, Any] = recorded
         self._shapes = shapes
 
     def __contains__(self, path: str) -> bool:
