@@ -6,7 +6,7 @@ Does not import JAX until a model is built.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from mixer_jax.models import mixer_costs
@@ -173,9 +173,7 @@ class MixerFamily(ModelFamily):
             f"timm.models.load_checkpoint(model, {file})",
         ]
 
-    def infer_config(
-        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
-    ) -> InferredConfig:
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""
         patch_size, _, _, hidden_dim = shape("stem/kernel")
         num_tokens, tokens_mlp_dim = shape("blocks/token_mixing/Dense_0/kernel")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mixer_jax.errors import UserError
@@ -10,6 +10,7 @@ from mixer_jax.models import vit_costs
 from mixer_jax.models.family import (
     CUSTOM,
     CostModel,
+    FileShapes,
     ImageSize,
     InferredConfig,
     ModelFamily,
@@ -183,31 +184,29 @@ class VitFamily(ModelFamily):
             f"timm.models.load_checkpoint(model, {file})",
         ]
 
-    def infer_config(
-        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
-    ) -> InferredConfig:
+    def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels, and the optional parameters.
 
-        Where heads are merged, their number is that of the variant with the other dimensions, or
-        else a head for each 64 channels.
+        Where a layout merges the heads and their number is not stored either, it is that of the
+        variant with the other dimensions, or else one for each 64 channels.
         """
         patch_size, _, _, hidden_dim = shape("stem/kernel")
         _, mlp_dim = shape("blocks/mlp/Dense_0/kernel")
-        query = shape("blocks/attention/query/kernel")
-        is_merged = len(query) == 2
-        num_heads = _default_num_heads(num_blocks, hidden_dim, mlp_dim) if is_merged else query[1]
-        has_class_token = "cls" in paths
-        has_probe = "map_head/probe" in paths
-        is_learned = "pos_embedding" in paths
+        _, num_heads, _ = shape("blocks/attention/query/kernel")
+        recorded = shape.recorded.get("num_heads")
+        if not num_heads and isinstance(recorded, int) and recorded > 0:
+            num_heads = recorded
+        has_class_token, is_learned = "cls" in shape, "pos_embedding" in shape
+        has_probe = "map_head/probe" in shape
         config = VitConfig(
             num_blocks,
             patch_size,
             hidden_dim,
             mlp_dim,
-            num_heads,
+            num_heads or _default_num_heads(num_blocks, hidden_dim, mlp_dim),
             pooling="token" if has_class_token else "map" if has_probe else "gap",
             pos_embedding="learned" if is_learned else "sincos2d",
-            pre_logits="pre_logits/kernel" in paths,
+            pre_logits="pre_logits/kernel" in shape,
         )
         num_entries = shape("pos_embedding")[1] if is_learned else 0
         return InferredConfig(config, num_entries - (is_learned and has_class_token))

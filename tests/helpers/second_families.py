@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,9 +146,7 @@ class PatchMlpFamily(ModelFamily):
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         return params
 
-    def infer_config(
-        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
-    ) -> InferredConfig:
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         hidden = shape("blocks/Dense_0/kernel")[-1]
         return InferredConfig(PatchMlpConfig(num_blocks, shape("stem/kernel")[0], hidden // 8), 0)
 
@@ -219,9 +217,7 @@ class ConvNetFamily(ModelFamily):
         )
         return (WeightLayout("Google", tensors, ("convolution/kernel",), "tanh", "resize"),)
 
-    def infer_config(
-        self, num_blocks: int, shape: Callable[[str], Shape], paths: Collection[str]
-    ) -> InferredConfig:
+    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         return InferredConfig(ConvNetConfig(shape("stem/kernel")[-1]), 0)
 
 
