@@ -99,12 +99,12 @@ def random_params(variant: str, rng: np.random.Generator) -> dict[str, np.ndarra
 def _write_weights(variant: str, google: Path, timm: Path) -> None:
     """Writes random weights in each of the published layouts."""
     from mixer_jax.checkpoints.formats import write_npz, write_safetensors
-    from mixer_jax.checkpoints.layouts import layout_views
+    from mixer_jax.checkpoints.layouts import layout_tensors
 
     flat = random_params(variant, np.random.default_rng(0))
     layouts = {layout.name.lower(): layout for layout in FAMILY.weight_layouts()}
-    write_npz(str(google), layout_views(flat, layouts["google"]), {})
-    write_safetensors(str(timm), layout_views(flat, layouts["timm"]), {})
+    write_npz(str(google), layout_tensors(flat, layouts["google"]), {})
+    write_safetensors(str(timm), layout_tensors(flat, layouts["timm"]), {})
 
 
 def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[_Task]:
