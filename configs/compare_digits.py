@@ -11,7 +11,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
 
 # Training FLOPs of every model; a step costs three forward passes.
-TRAIN_FLOPS = 4e11
+TRAIN_FLOPS = 1e12
 ARCHITECTURES = {
     "mixer": {
         "num_blocks": 4,
@@ -20,8 +20,16 @@ ARCHITECTURES = {
         "tokens_mlp_dim": 32,
         "channels_mlp_dim": 256,
     },
+    "vit": {
+        "num_blocks": 4,
+        "patch_size": 8,
+        "hidden_dim": 64,
+        "mlp_dim": 256,
+        "num_heads": 4,
+    },
+    "bit": {"units": "1,1,1", "root_width": 16},
 }
-LEARNING_RATES = {"mixer": 3e-3}
+LEARNING_RATES = {"mixer": 3e-3, "vit": 3e-3, "bit": 3e-3}
 
 
 def get_config(family: str = "mixer") -> ConfigDict:
