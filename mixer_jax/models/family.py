@@ -299,16 +299,10 @@ class ModelFamily(abc.ABC):
         """Returns the layouts that weights of this family are published in."""
         return ()
 
-    def timm_code(
-        self,
-        variant: str,
-        config: Any,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
+    def timm_expression(
+        self, variant: str, config: Any, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns a Python expression that creates timm's model, after `import timm`.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -316,7 +310,9 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file.
+
+        Raises:
+            UserError: timm has no such model.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
