@@ -101,13 +101,13 @@ def random_params(model: str, rng: np.random.Generator) -> dict[str, np.ndarray]
 def _write_weights(model: str, google: Path, timm: Path) -> None:
     """Writes random weights in each of the published layouts."""
     from mixer_jax.checkpoints.formats import write_npz, write_safetensors
-    from mixer_jax.checkpoints.layouts import layout_views
+    from mixer_jax.checkpoints.layouts import layout_tensors
 
     flat = random_params(model, np.random.default_rng(0))
     family = get_family(parse_model_name(model)[0])
     layouts = {layout.name.lower(): layout for layout in family.weight_layouts()}
-    write_npz(str(google), layout_views(flat, layouts["google"]), {})
-    write_safetensors(str(timm), layout_views(flat, layouts["timm"]), {})
+    write_npz(str(google), layout_tensors(flat, layouts["google"]), {})
+    write_safetensors(str(timm), layout_tensors(flat, layouts["timm"]), {})
 
 
 def _measure_loading(google: Path, timm: Path, num_rounds: int) -> list[_Task]:
