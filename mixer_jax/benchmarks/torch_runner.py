@@ -80,7 +80,8 @@ class TorchRunner(FrameworkRunner):
         `forward` is the model itself or the model compiled.
         """
         not_decayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-        kernels, others = [], []
+        kernels: list[Any] = []
+        others: list[Any] = []
         for name, parameter in model.named_parameters():
             is_kernel = parameter.ndim > 1 and name not in not_decayed
             (kernels if is_kernel else others).append(parameter)
