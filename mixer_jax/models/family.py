@@ -357,16 +357,10 @@ class ModelFamily(abc.ABC):
         """Returns the layouts that weights of this family are published in."""
         return ()
 
-    def timm_code(
-        self,
-        variant: str,
-        config: Any,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
+    def timm_expression(
+        self, variant: str, config: Any, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns a Python expression that creates timm's model, after `import timm`.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -374,7 +368,9 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file.
+
+        Raises:
+            UserError: timm has no such model.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
@@ -411,12 +407,16 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
-def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+def architecture_key(
+    help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
+) -> Any:
     """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
 
     Args:
         help_text: One line, without the unit.
         unit: Unit of the value, e.g. "px".
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+        default: Value of variants that do not set it.
     """
-    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+    metadata = {"help": help_text, "unit": unit, "min": min}
+    return dataclasses.field(default=default, metadata=metadata)
