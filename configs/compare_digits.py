@@ -4,6 +4,8 @@ python -m mixer_jax.compare
 python -m mixer_jax.main --config=configs/compare_digits.py:mixer
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from mixer_jax import config as config_lib
@@ -12,7 +14,7 @@ from mixer_jax.models.registry import get_family
 
 # Training FLOPs of every model; a step costs three forward passes.
 TRAIN_FLOPS = 1e12
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixer": {
         "num_blocks": 4,
         "patch_size": 8,
