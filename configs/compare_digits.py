@@ -13,7 +13,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
 
 # Training FLOPs of every model; a step costs three forward passes.
-TRAIN_FLOPS = 1e12
+TRAIN_FLOPS = 5e11
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixer": {
         "num_blocks": 4,
