@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm."""
+    """Returns lines of Python that load exported weights in timm; empty if it has no such model."""
     return get_family(model_info.family).timm_code(
         model_info.variant,
         model_info.config,
@@ -85,8 +85,8 @@ def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     """Returns lines that use the written weights."""
-    if format == "timm":
-        return timm_snippet(model_info, target)
+    if format == "timm" and (lines := timm_snippet(model_info, target)):
+        return lines
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)

@@ -297,8 +297,8 @@ def _read_timm_fields(
         if loaded.fits_image_size(size):
             fields["image_size"] = size
             break
-    stem = loaded.params[get_family(loaded.family).stem]
-    fold_normalization(stem, config, config_source)
+    stem = get_family(loaded.family).stem
+    fold_normalization(loaded.params[stem] if stem else None, config, config_source)
     return fields
 
 

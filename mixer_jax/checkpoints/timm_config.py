@@ -84,19 +84,20 @@ def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
                 yield height, width
 
 
-def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str) -> None:
+def fold_normalization(stem: dict[str, Any] | None, config: dict[str, Any], source: str) -> None:
     """Folds timm's normalization of pixels into the stem.
 
     Our models see pixels x in [-1, 1], timm's ((x + 1) / 2 − mean) / std. The stem is linear, so an
     adapted stem gives the same result. timm's usual mean and std of 0.5 change nothing.
 
     Args:
-        stem: Kernel (height, width, 3, channels) and bias, changed in place.
+        stem: Kernel (height, width, 3, channels) and bias, changed in place. None: the model's
+            first layer does not allow it.
         config: timm's config, or {}.
         source: Name of the config for messages.
 
     Raises:
-        UserError: Mean or std is not three numbers.
+        UserError: Mean or std is not three numbers, or not 0.5 although the model needs that.
     """
     settings = _pretrained_cfg(config)
     values = {name: settings.get(name, [0.5] * 3) for name in ("mean", "std")}
@@ -114,6 +115,12 @@ def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str
         )
     if (mean == 0.5).all() and (std == 0.5).all():
         return
+    if stem is None:
+        raise UserError(
+            f"{source}: mean and std must be 0.5 for this model, whose first layer is padded or "
+            "standardized and cannot include another normalization, got "
+            f"mean={values['mean']!r} and std={values['std']!r}. Fine-tune it with 0.5 in timm."
+        )
     kernel = stem["kernel"].astype(np.float64)
     offset = (0.5 - mean) / std
     stem["bias"] = (stem["bias"] + np.einsum("hwic,i->c", kernel, offset)).astype(np.float32)

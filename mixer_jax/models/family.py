@@ -67,7 +67,7 @@ class FileShapes(Protocol):
         """Returns whether the file has a parameter."""
 
 
-# Order of a parameter's axes in a tensor; nested ones are merged into one axis.
+# Order of a parameter's axes in a tensor. Nested ones are merged into one, of length 1 if empty.
 Axes = tuple[int | tuple[int, ...], ...]
 
 
@@ -81,7 +81,8 @@ class TensorMapping(NamedTuple):
             another along its first axis.
         axes: Order of a parameter's axes in the tensor, without that of the blocks; None: the same.
             A nested tuple of consecutive axes is merged into one: (2, (0, 1)) is the transposed
-            matrix of a kernel (heads, features, channels).
+            matrix of a kernel (heads, features, channels). (1, 0, (), ()) is that of a matrix as
+            the kernel of a 1×1 convolution.
         start: First entry along the parameter's second axis that the tensor has; earlier ones are
             zero.
     """
@@ -217,7 +218,8 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
-    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    # Name of the first layer, if the normalization of pixels can be folded into it: a linear layer
+    # with a bias, without padding. Empty: it cannot.
     stem: ClassVar[str] = "stem"
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}
@@ -359,6 +361,8 @@ class ModelFamily(abc.ABC):
     ) -> list[str]:
         """Returns lines of Python that load a file of weights in timm's layout into a timm model.
 
+        They are empty if timm has no such model.
+
         Args:
             variant: Name of a variant, or "custom".
             config: Architecture config.
@@ -367,7 +371,7 @@ class ModelFamily(abc.ABC):
             gelu: "tanh" or "exact".
             path: Path of the file.
         """
-        raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
+        return []
 
     @abc.abstractmethod
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
