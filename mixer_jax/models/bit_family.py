@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -91,44 +90,34 @@ class BitFamily(ModelFamily):
         """Returns Google's and timm's layouts."""
         return published_layouts()
 
-    def timm_code(
+    def timm_expression(
         self,
         variant: str,
         config: BitConfig,
         image_size: ImageSize,
         num_classes: int,
         gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines that create timm's model by name if it has one, or else its class.
+    ) -> str:
+        """Returns an expression that creates timm's model by name if it has one, or its class.
 
         timm has no small root, and 32 groups in every layer.
         """
-        file = json.dumps(path, ensure_ascii=False)
         if VARIANTS.get(variant) == config and variant not in _NOT_IN_TIMM:
             name = f"resnetv2_{variant.removeprefix('R')}_bit"
-            args = f'"{name}", num_classes={num_classes}, checkpoint_path={file}'
-            return ["import timm", f"model = timm.create_model({args})"]
+            return f'timm.create_model("{name}", num_classes={num_classes})'
         if config.root != "7x7" or num_groups(config.root_width) != num_groups(64):
-            return super().timm_code(variant, config, image_size, num_classes, gelu, path)
+            return super().timm_expression(variant, config, image_size, num_classes, gelu)
         channels = (4 * config.middle_width(b) for b in range(len(config.units_per_block)))
-        args = ", ".join(
-            [
-                f"num_classes={num_classes}",
-                f"layers={config.units_per_block}",
-                f"channels=({', '.join(map(str, channels))},)",
-                f"stem_chs={config.root_width}",
-                'stem_type="fixed"',
-                "conv_layer=partial(StdConv2d, eps=1e-8)",
-            ]
-        )
-        return [
-            "from functools import partial",
-            "import timm",
-            "from timm.layers import StdConv2d",
-            f"model = timm.models.resnetv2.ResNetV2({args})",
-            f"timm.models.load_checkpoint(model, {file})",
+        args = [
+            f"num_classes={num_classes}",
+            f"layers={config.units_per_block}",
+            f"channels=({', '.join(map(str, channels))},)",
+            f"stem_chs={config.root_width}",
+            'stem_type="fixed"',
+            # As in timm's models of BiT.
+            "conv_layer=timm.models.resnetv2.partial(timm.layers.StdConv2d, eps=1e-8)",
         ]
+        return f"timm.models.resnetv2.ResNetV2({', '.join(args)})"
 
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the root's kernel and the names of the units."""

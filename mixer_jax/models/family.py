@@ -109,6 +109,8 @@ class WeightLayout:
             family's layout does not; of the layouts of one family, the first that fits counts.
         gelu: "tanh" or "exact".
         eval_crop: Crop, as in `config.preprocess.eval_crop`.
+        eval_crop_fractions: Its side as a fraction of the resized image's, by the image size in
+            pixels from which on it applies.
         aliases: Other spellings of tensors' names in files, as regular expressions, and the
             replacement that gives the name here.
         rejected: Why a file with a tensor of this name is not supported.
@@ -119,8 +121,14 @@ class WeightLayout:
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
+    eval_crop_fractions: Mapping[int, float] = dataclasses.field(default_factory=lambda: {0: 0.875})
     aliases: tuple[tuple[str, str], ...] = ()
     rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def eval_crop_fraction(self, image_size: ImageSize) -> float:
+        """Returns the side of the crop for an image size, as a fraction of the resized image's."""
+        sizes = [size for size in self.eval_crop_fractions if size <= min(image_size)]
+        return self.eval_crop_fractions[max(sizes)]
 
     def canonical_name(self, name: str) -> str:
         """Returns the name of a file's tensor in this layout."""
@@ -218,8 +226,8 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
-    # Name of the first layer, if the normalization of pixels can be folded into it: a linear layer
-    # with a bias, without padding. Empty: it cannot.
+    # Name of the first layer if it is linear, so that the normalization of pixels can be folded
+    # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}
@@ -350,18 +358,10 @@ class ModelFamily(abc.ABC):
         """Returns the layouts that weights of this family are published in."""
         return ()
 
-    def timm_code(
-        self,
-        variant: str,
-        config: Any,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
-
-        They are empty if timm has no such model.
+    def timm_expression(
+        self, variant: str, config: Any, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns a Python expression that creates timm's model, after `import timm`.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -369,9 +369,11 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file.
+
+        Raises:
+            UserError: timm has no such model.
         """
-        return []
+        raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
     @abc.abstractmethod
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
@@ -406,12 +408,16 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
-def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+def architecture_key(
+    help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
+) -> Any:
     """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
 
     Args:
         help_text: One line, without the unit.
         unit: Unit of the value, e.g. "px".
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+        default: Value of variants that do not set it.
     """
-    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+    metadata = {"help": help_text, "unit": unit, "min": min}
+    return dataclasses.field(default=default, metadata=metadata)

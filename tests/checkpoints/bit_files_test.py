@@ -22,7 +22,7 @@ from tests.helpers.random_weights import assert_params_equal
 # Units of the blocks, and channels of the root.
 UNITS, WIDTH = (2, 1), 4
 CONFIG = BitConfig("2,1", WIDTH)
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
