@@ -406,12 +406,16 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
-def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+def architecture_key(
+    help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
+) -> Any:
     """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
 
     Args:
         help_text: One line, without the unit.
         unit: Unit of the value, e.g. "px".
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+        default: Value of variants that do not set it.
     """
-    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+    metadata = {"help": help_text, "unit": unit, "min": min}
+    return dataclasses.field(default=default, metadata=metadata)
