@@ -385,6 +385,7 @@ SWITCHES = {
     "optimizer.clip_norm",
     "optimizer.end_learning_rate",
     "optimizer.learning_rate",
+    "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "preprocess.randaugment_magnitude",
     "recipe.mixup",

@@ -243,6 +243,7 @@ def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
     with contextlib.suppress(UserError):
         family.check_image_size(pretrained.config, *size)
         accepted.append(family.resize_config(pretrained.config, pretrained.image_size, size).config)
+    accepted += map(family.config_for_new_head, list(accepted))
     if config.model.architecture not in accepted:
         found = pretrained.variant
         if found in (CUSTOM, config.model.variant):
