@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         class_names=class_names,
         gelu=args.gelu,
         eval_crop=args.eval_crop,
+        eval_crop_fraction=args.eval_crop_fraction,
     )
     common.warn_if_resized(weights.model_info)
     checks = export_weights(weights, format, args.target)
@@ -73,14 +74,15 @@ def main(argv: Sequence[str]) -> int:
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
     """Returns lines of Python that load exported weights in timm."""
-    return get_family(model_info.family).timm_code(
+    model = get_family(model_info.family).timm_expression(
         model_info.variant,
         model_info.config,
         model_info.image_size,
         model_info.num_classes,
         model_info.gelu,
-        path,
     )
+    file = json.dumps(path, ensure_ascii=False)
+    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
 
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:

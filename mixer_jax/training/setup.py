@@ -190,6 +190,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.bad_images.skip_in_evaluation,
         config.loader.num_threads,
         config.loader.prefetch_batches,
+        config.preprocess.eval_crop_fraction,
     )
     eval_step = make_eval_step(experiment.model, mesh)
     feature_fn = make_feature_fn(experiment.model, mesh)
@@ -222,7 +223,8 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
-    return {name: x for name, x in dataclasses.asdict(config).items() if name != "eval_crop"}
+    settings = dataclasses.asdict(config)
+    return {name: x for name, x in settings.items() if not name.startswith("eval_")}
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
@@ -283,6 +285,7 @@ def _make_model_info(
         class_names=tuple(datasets.train.class_names),
         gelu=declared.gelu,
         eval_crop=config.preprocess.eval_crop,
+        eval_crop_fraction=config.preprocess.eval_crop_fraction,
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,
