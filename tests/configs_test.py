@@ -418,8 +418,8 @@ def configs_with_distinct_programs() -> list[str]:
     return list(found.values())
 
 
-def test_most_configs_share_a_program() -> None:
-    assert len(configs_with_distinct_programs()) < len(CONFIGS) / 2
+def test_half_of_the_configs_share_a_program() -> None:
+    assert len(configs_with_distinct_programs()) <= len(CONFIGS) / 2
 
 
 @pytest.mark.slow
