@@ -26,6 +26,7 @@ def test_errors_of_the_plan_are_raised_here(tmp_path: Path) -> None:
         plan_core_days(config, 5, 32, "h100:16")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_has_none(tmp_path: Path) -> None:
     large = ["--config.model.hidden_dim=20000", "--config.model.channels_mlp_dim=600000"]
     config = parse(load_config_with_overrides(str(write_config(tmp_path)), large))
