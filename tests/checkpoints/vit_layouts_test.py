@@ -118,8 +118,9 @@ def test_big_vision_layout_is_read(config: str, stacked: bool, prefix: str, tmp_
         weights.params["pos_embedding"][:, 0] = 0
     tensors = pretrained_files.big_vision(weights.params, stacked)
     names = {prefix + name: tensor for name, tensor in tensors.items()}
-    other = {"params/txt/head/kernel": np.zeros((3, 3)), "params/t": np.zeros(1)}
-    np.savez(tmp_path / "vit.npz", **names, **(other if "img" in prefix else {}))
+    if "img" in prefix:
+        names |= {"params/txt/head/kernel": np.zeros((3, 3)), "params/t": np.zeros(1)}
+    np.savez(tmp_path / "vit.npz", **names)
     loaded = load_checkpoint(tmp_path / "vit.npz", image_size=(16, 16))
     assert_params_equal(loaded.params, weights.params)
     assert loaded.model_info.config == CONFIGS[config]
@@ -182,7 +183,8 @@ def test_other_functions_are_rejected(tmp_path: Path) -> None:
     with raises(UserError, "avg.safetensors", "'fc_norm.weight'", "global_pool"):
         load_checkpoint(tmp_path / "avg.safetensors")
     google = pretrained_files.google_vit(random_weights(VIT).params)
-    np.savez(tmp_path / "hybrid.npz", **google, **{"conv_root/kernel": np.ones((7, 7, 3, 64))})
+    google["conv_root/kernel"] = np.ones((7, 7, 3, 64))
+    np.savez(tmp_path / "hybrid.npz", **google)
     with raises(UserError, "hybrid.npz", "'conv_root/kernel'", "hybrid"):
         load_checkpoint(tmp_path / "hybrid.npz")
 

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,7 @@ def google_vit(params: Any, names: dict[str, str] = OLDER_NAMES) -> Tensors:
         **_vit_outer(params),
     }
     for i in range(_num_blocks(params)):
-        block = _map_leaves(params["blocks"], lambda x, i=i: x[i])
+        block = _take_block(params["blocks"], i)
         tensors |= _flatten(f"Transformer/encoderblock_{i}", _rename(block, names))
     return _drop_missing(tensors)
 
@@ -108,7 +107,7 @@ def big_vision(params: Any, stacked: bool) -> Tensors:
     if stacked:
         return _drop_missing(tensors | _flatten("Transformer/encoderblock", blocks))
     for i in range(_num_blocks(params)):
-        block = _map_leaves(blocks, lambda x, i=i: x[i])
+        block = _take_block(blocks, i)
         tensors |= _flatten(f"Transformer/encoderblock_{i}", block)
     return _drop_missing(tensors)
 
@@ -133,7 +132,7 @@ def timm_vit(params: Any) -> Tensors:
         "norm.bias": norm["bias"],
     }
     for i in range(_num_blocks(params)):
-        block = _map_leaves(params["blocks"], lambda x, i=i: x[i])
+        block = _take_block(params["blocks"], i)
         for index in (0, 1):
             tensors |= _torch_norm(f"blocks.{i}.norm{index + 1}", block[f"LayerNorm_{index}"])
         tensors |= _torch_attention(f"blocks.{i}.attn", block["attention"], {"qkv": "qkv"})
@@ -191,10 +190,10 @@ def _rename(tree: Any, names: dict[str, str]) -> Any:
     return {names.get(name, name): value for name, value in tree.items()}
 
 
-def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+def _take_block(tree: Any, index: int) -> Any:
     if isinstance(tree, dict):
-        return {name: _map_leaves(value, function) for name, value in tree.items()}
-    return function(tree)
+        return {name: _take_block(value, index) for name, value in tree.items()}
+    return tree[index]
 
 
 def _drop_missing(tensors: Tensors) -> Tensors:
