@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from mixer_jax.checkpoints.export import export_weights
 from mixer_jax.checkpoints.load import load_checkpoint
-from mixer_jax.checkpoints.weights import replace_head
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
 from mixer_jax.models.vit_config import VARIANTS, VitConfig
@@ -165,14 +164,19 @@ def test_optimizer_next_to_weights_is_skipped(tmp_path: Path) -> None:
 
 def test_zeroed_head_is_kept_but_not_used(tmp_path: Path) -> None:
     """As in imagenet21k/ViT-*.npz."""
-    weights = replace_head(random_weights(CONFIGS["pre_logits"]), 21_843)
+    weights = random_weights(CONFIGS["pre_logits"], class_names=(), num_classes=21_843)
+    for array in weights.params["head"].values():
+        array[:] = 0
     classifier = load_pretrained(save_npz(weights, tmp_path / "ViT.npz"))
     assert (classifier.model_info.num_classes, classifier.model_info.loss) == (21_843, "sigmoid")
     with raises(UserError, "head", "zeros", "--config.init_from"):
         classifier.predict(np.zeros((16, 16, 3), np.uint8))
-    features = load_pretrained(tmp_path / "ViT.npz", num_classes=0)(images())
-    assert np.abs(features).max() <= 1
-    assert np.ptp(features) > 0.1
+    export_weights(load_checkpoint(tmp_path / "ViT.npz"), "google", str(tmp_path / "copy.npz"))
+    assert_params_equal(load_checkpoint(tmp_path / "copy.npz").params, weights.params)
+    # A new head replaces the hidden layer as well.
+    features = load_pretrained(tmp_path / "ViT.npz", num_classes=0)
+    assert not features.model_info.config.pre_logits
+    assert np.ptp(features(images())) > 0.1
 
 
 def test_other_functions_are_rejected(tmp_path: Path) -> None:
@@ -192,6 +196,8 @@ def test_other_functions_are_rejected(tmp_path: Path) -> None:
 def test_parameters_without_a_place_in_timm_are_named(tmp_path: Path) -> None:
     with raises(UserError, "timm", "pre_logits", "--to=orbax"):
         export_weights(random_weights(CONFIGS["pre_logits"]), "timm", f"{tmp_path}/t.safetensors")
+    with raises(UserError, "timm", "sincos2d"):
+        export_weights(random_weights(CONFIGS["sincos2d"]), "timm", f"{tmp_path}/t.safetensors")
     assert not [*tmp_path.iterdir()]
 
 
