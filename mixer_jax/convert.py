@@ -1,5 +1,6 @@
 """Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from mixer_jax.checkpoints.export import (
     choose_format,
     export_weights,
     target_files,
-    timm_snippet,
     written_size,
 )
 from mixer_jax.checkpoints.load import load_checkpoint
@@ -20,7 +20,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import FAMILIES
+from mixer_jax.models.registry import FAMILIES, get_family
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,10 +80,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
+    """Returns lines of Python that load exported weights in timm.
+
+    Raises:
+        UserError: timm has no such model.
+    """
+    model = get_family(model_info.family).timm_expression(
+        model_info.variant,
+        model_info.config,
+        model_info.image_size,
+        model_info.num_classes,
+        model_info.gelu,
+    )
+    file = json.dumps(path, ensure_ascii=False)
+    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
+
+
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     """Returns lines that use the written weights."""
     if format == "timm":
-        return timm_snippet(model_info, target)
+        with contextlib.suppress(UserError):  # timm has no such model.
+            return timm_snippet(model_info, target)
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)

@@ -1,6 +1,5 @@
 """Export of weights to other formats; each file is read back and compared before it is renamed."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -143,28 +142,9 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
         else:
             layout, write, open_file = _FILE_FORMATS[format]
             found = _find_layout(weights.model_info, layout, flat)
-            if format == "timm":
-                timm_snippet(weights.model_info, target)  # Raises if timm has no such model.
             write(str(staged), layout_tensors(flat, found), weights.model_info.to_dict())
             _compare_file(staged, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
-
-
-def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm.
-
-    Raises:
-        UserError: timm has no such model.
-    """
-    model = get_family(model_info.family).timm_expression(
-        model_info.variant,
-        model_info.config,
-        model_info.image_size,
-        model_info.num_classes,
-        model_info.gelu,
-    )
-    file = json.dumps(path, ensure_ascii=False)
-    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
 
 
 def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray]) -> WeightLayout:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.export import export_weights, timm_snippet
+from mixer_jax.checkpoints.export import export_weights
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights
+from mixer_jax.convert import timm_snippet
 from mixer_jax.data.decode import decode
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.inference import load_pretrained

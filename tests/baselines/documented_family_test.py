@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mixer_jax.checkpoints.export import timm_snippet
 from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.convert import timm_snippet
 from mixer_jax.inference import load_pretrained
 from tests.baselines.timm_test import (
     assert_logits_close,
