@@ -390,6 +390,7 @@ class Classifier:
         crop: dict[str, Any] = {
             "image_size": self.model_info.image_size,
             "eval_crop": self.model_info.eval_crop,
+            "permutation": self.model_info.permutation,
         }
         try:
             image = read()

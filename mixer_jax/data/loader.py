@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.readers import BadImage, EvalReader, LoadedBatch, Reader, TrainReader
 from mixer_jax.data.source import Source
 from mixer_jax.errors import RunError
@@ -102,6 +103,7 @@ def eval_batches(
     image_size: tuple[int, int],
     eval_crop: str,
     exif_orientation: bool,
+    permutation: PixelPermutation | None = None,
     num_threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
@@ -117,6 +119,7 @@ def eval_batches(
         image_size: Height and width of the images, in pixels.
         eval_crop: Evaluation crop; see `eval_image`.
         exif_orientation: Whether to apply the EXIF orientation.
+        permutation: Permutation of the pixels.
         num_threads: Threads that load images; 0: one per CPU core. Worker processes are not used.
         prefetch_batches: Number of batches loaded ahead on this host.
         sharding: Sharding of the batch axis.
@@ -125,7 +128,7 @@ def eval_batches(
     Yields:
         `image`, `label` and `mask`, as described in `EvalReader`, with batch_size rows.
     """
-    reader = EvalReader(source, image_size, eval_crop, exif_orientation)
+    reader = EvalReader(source, image_size, eval_crop, exif_orientation, permutation)
     steps = range(math.ceil(len(source) / batch_size))
     chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
     loaded = _load_batches(reader, chunks, num_threads or available_cpus(), 1, prefetch_batches)

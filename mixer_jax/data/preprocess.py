@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mixer_jax.data.decode import Box, check_image_area, decode
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.randaugment import rand_augment
 
 # Resizing to 256 for a crop of 224 pixels, and in the same ratio for other sizes.
@@ -37,6 +38,7 @@ def train_image(
     randaugment_layers: int,
     randaugment_magnitude: float,
     exif_orientation: bool = False,
+    permutation: PixelPermutation | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes, randomly crops, flips and augments one training image.
@@ -52,6 +54,7 @@ def train_image(
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
         randaugment_magnitude: RandAugment magnitude, on a scale of 0 to 10.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
+        permutation: Permutation of the pixels, applied last.
         out: Array for the result, uint8 (image_size, image_size, 3); None: a new array.
 
     Returns:
@@ -77,6 +80,8 @@ def train_image(
         image = rand_augment(
             image, rng, num_layers=randaugment_layers, magnitude=randaugment_magnitude
         )
+    if permutation is not None:
+        image = permutation(image)
     if image is not out:
         out[...] = image
     return out
@@ -88,6 +93,7 @@ def eval_image(
     image_size: tuple[int, int],
     eval_crop: str,
     exif_orientation: bool = False,
+    permutation: PixelPermutation | None = None,
 ) -> np.ndarray:
     """Decodes one evaluation image and takes the paper's or timm's evaluation crop.
 
@@ -96,6 +102,7 @@ def eval_image(
         image_size: Height and width of the result, in pixels.
         eval_crop: Crop; see `crop_eval_image`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
+        permutation: Permutation of the pixels, applied last.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -107,13 +114,19 @@ def eval_image(
     image = decode(
         encoded, exif_orientation=exif_orientation, accurate_dct=eval_crop in _TIMM_FILTERS
     )
-    return crop_eval_image(image, image_size=image_size, eval_crop=eval_crop)
+    return crop_eval_image(
+        image, image_size=image_size, eval_crop=eval_crop, permutation=permutation
+    )
 
 
 def crop_eval_image(
-    image: np.ndarray, *, image_size: tuple[int, int], eval_crop: str
+    image: np.ndarray,
+    *,
+    image_size: tuple[int, int],
+    eval_crop: str,
+    permutation: PixelPermutation | None = None,
 ) -> np.ndarray:
-    """Takes the paper's or timm's evaluation crop of a decoded image.
+    """Takes the paper's or timm's evaluation crop of a decoded image, and permutes its pixels.
 
     Args:
         image: uint8 RGB (height, width, 3).
@@ -123,6 +136,7 @@ def crop_eval_image(
             shorter side 256 for 224); "square" resizes height and width to 8/7 of the result's
             (Table 2); "bicubic" and "bilinear" are like "shorter_side" with Pillow's decoder and
             filters, as timm evaluates its checkpoints (crop 0.875); "resize" does not crop.
+        permutation: Permutation of the pixels of the result.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -130,9 +144,14 @@ def crop_eval_image(
     Raises:
         BadImageError: The image is so elongated that resizing it would take too many pixels.
     """
+    cropped = _crop_eval_image(image, image_size, eval_crop)
+    return np.ascontiguousarray(cropped) if permutation is None else permutation(cropped)
+
+
+def _crop_eval_image(image: np.ndarray, image_size: tuple[int, int], eval_crop: str) -> np.ndarray:
     timm_style = eval_crop in _TIMM_FILTERS
     if eval_crop == "resize":
-        return np.ascontiguousarray(resize(image, *image_size))
+        return resize(image, *image_size)
     if timm_style:
         target = [length * _RESIZE // _CROP for length in image_size]
         height, width = _covering_size(image, target, math.floor)
@@ -148,7 +167,7 @@ def crop_eval_image(
     # timm rounds half a pixel to even; the authors' code rounds it down.
     top, left = (round(m / 2) if timm_style else m // 2 for m in margins)
     height, width = image_size
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+    return image[top : top + height, left : left + width]
 
 
 def _size_before_crop(length: int) -> int:

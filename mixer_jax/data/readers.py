@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.preprocess import eval_image, train_image
 from mixer_jax.data.source import Source
 from mixer_jax.errors import RunError
@@ -170,6 +171,7 @@ class EvalReader(Reader):
         image_size: tuple[int, int],
         eval_crop: str,
         exif_orientation: bool,
+        permutation: PixelPermutation | None = None,
     ):
         """Stores the settings that determine the images.
 
@@ -178,11 +180,13 @@ class EvalReader(Reader):
             image_size: Height and width of the images, in pixels.
             eval_crop: Evaluation crop; see `eval_image`.
             exif_orientation: Whether to apply the EXIF orientation.
+            permutation: Permutation of the pixels.
         """
         self._source, self._image_size = source, image_size
         self._preprocess: dict[str, Any] = {
             "eval_crop": eval_crop,
             "exif_orientation": exif_orientation,
+            "permutation": permutation,
         }
 
     def allocate(self, num_rows: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mixer_jax.data.loader import Batch, eval_batches
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.distributed import multihost
@@ -41,6 +42,7 @@ class EvalInputConfig(NamedTuple):
     skip_bad: bool
     num_threads: int
     prefetch_batches: int
+    permutation: PixelPermutation | None = None
 
 
 def jit_inference(
@@ -128,6 +130,7 @@ class DatasetPass(Generic[Output]):
             image_size=config.image_size,
             eval_crop=config.eval_crop,
             exif_orientation=config.exif_orientation,
+            permutation=config.permutation,
             num_threads=config.num_threads,
             prefetch_batches=config.prefetch_batches,
             sharding=batch_sharding(self._mesh),

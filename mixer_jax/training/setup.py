@@ -21,6 +21,7 @@ from mixer_jax.config.config import (
 )
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.distributed.sharding import (
     batch_sharding,
@@ -189,6 +190,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.bad_images.skip_in_evaluation,
         config.loader.num_threads,
         config.loader.prefetch_batches,
+        PixelPermutation.from_config(config.preprocess),
     )
     eval_step = make_eval_step(experiment.model, mesh)
     feature_fn = make_feature_fn(experiment.model, mesh)
@@ -221,7 +223,9 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
-    return {name: x for name, x in dataclasses.asdict(config).items() if name != "eval_crop"}
+    excluded = ("eval_crop", "permute", "permute_patch_size", "permute_seed")
+    settings = {k: x for k, x in dataclasses.asdict(config).items() if k not in excluded}
+    return settings | {"permutation": PixelPermutation.from_config(config)}
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
@@ -260,6 +264,7 @@ def _make_model_info(
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,
+        permutation=PixelPermutation.from_config(config.preprocess),
     )
 
 
