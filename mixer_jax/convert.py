@@ -73,14 +73,15 @@ def main(argv: Sequence[str]) -> int:
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
     """Returns lines of Python that load exported weights in timm."""
-    return get_family(model_info.family).timm_code(
+    model = get_family(model_info.family).timm_expression(
         model_info.variant,
         model_info.config,
         model_info.image_size,
         model_info.num_classes,
         model_info.gelu,
-        path,
     )
+    file = json.dumps(path, ensure_ascii=False)
+    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
 
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:

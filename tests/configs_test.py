@@ -222,6 +222,7 @@ def test_fine_tuning_config_has_the_papers_values(task: str) -> None:
     assert config.recipe.to_dict() == {
         "loss": "softmax",
         "label_smoothing": 0.0,
+        "min_target": 0.0,
         "mixup": 0.0,
         "grad_accum_steps": 1,
         "ema_decay": 0.0,

@@ -37,7 +37,7 @@ COMMANDS = [
 
 # Paths in the package that may import each heavy library.
 HEAVY = {
-    "flax": {"models/", "training/step.py", "benchmarks/reference_mixer.py"},
+    "flax": {"models/", "training/step.py", "benchmarks/reference_"},
     "orbax": {"checkpoints/manager.py"},
     "safetensors": {"checkpoints/formats.py", "benchmarks/checkpoint_io.py"},
     "huggingface_hub": {"checkpoints/resolve.py"},

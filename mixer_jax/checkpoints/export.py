@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from mixer_jax.checkpoints.formats import (
     write_npz,
     write_safetensors,
 )
-from mixer_jax.checkpoints.layouts import layout_views
+from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
@@ -130,7 +130,7 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
 
             sidecar = Path(f"{staged}{SIDECAR_SUFFIXES[format]}")
             write_stablehlo(str(staged), str(sidecar), weights)
-            _compare_file(sidecar, SafetensorsFile, flat, weights.model_info)
+            _compare_file(sidecar, SafetensorsFile, flat.items(), weights.model_info)
             check_stablehlo(str(staged), weights)
             return (
                 "read the weights back, bit-identical; ran the program on batches of 1 and 3 "
@@ -141,17 +141,28 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _compare_run(staged, weights)
         else:
             layout, write, open_file = _FILE_FORMATS[format]
-            views = dict(layout_views(flat, _find_layout(weights.model_info.family, layout)))
-            write(str(staged), views.items(), weights.model_info.to_dict())
-            _compare_file(staged, open_file, views, weights.model_info)
+            found = _find_layout(weights.model_info, layout, flat)
+            write(str(staged), layout_tensors(flat, found), weights.model_info.to_dict())
+            _compare_file(staged, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
 
 
-def _find_layout(family: str, name: str) -> WeightLayout:
-    layouts = {layout.name: layout for layout in get_family(family).weight_layouts()}
-    if name not in layouts:
-        raise UserError(f"weights of family {family!r} have no {name} layout.")
-    return layouts[name]
+def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray]) -> WeightLayout:
+    """Finds a layout of the model's family that has a tensor for each parameter.
+
+    Raises:
+        UserError: There is none.
+    """
+    layouts = get_family(model_info.family).weight_layouts()
+    layout = next((layout for layout in layouts if layout.name == name), None)
+    if layout is None:
+        raise UserError(f"weights of family {model_info.family!r} have no {name} layout.")
+    if missing := sorted(flat.keys() - {p for tensor in layout.tensors for p in tensor.paths}):
+        raise UserError(
+            f"target must have another format: {name}'s has no place for {missing[0]!r} of "
+            f"{model_info.name}. Pass --to=orbax or --to=stablehlo."
+        )
+    return layout
 
 
 def written_size(format: str, target: str) -> int:
@@ -227,7 +238,7 @@ def _compare_run(path: Path, weights: PretrainedWeights) -> None:
 def _compare_file(
     path: Path,
     open_file: Callable[[str], TensorFile],
-    views: dict[str, np.ndarray],
+    tensors: Iterable[tuple[str, np.ndarray]],
     model_info: ModelInfo,
 ) -> None:
     """Compares a written file with weights, tensor by tensor to save memory."""
@@ -235,13 +246,16 @@ def _compare_file(
         with open_file(str(path)) as file:
             if ModelInfo.from_dict(file.metadata, str(path)) != model_info:
                 raise _mismatch(path, "different metadata")
-            if file.shapes != {name: view.shape for name, view in views.items()}:
-                raise _mismatch(path, "different tensors or shapes")
-            for name, view in views.items():
-                # Like the view, in the same order in memory.
-                found = np.empty_like(view)
+            remaining = dict(file.shapes)
+            for name, tensor in tensors:
+                if remaining.pop(name, None) != tensor.shape:
+                    raise _mismatch(path, f"{name!r} is missing or has another shape")
+                # Like the tensor, in the same order in memory.
+                found = np.empty_like(tensor)
                 file.read(name, found)
-                _compare_bits(path, name, found, view)
+                _compare_bits(path, name, found, tensor)
+            if remaining:
+                raise _mismatch(path, f"{next(iter(remaining))!r} is unexpected")
     except UserError as error:
         raise _mismatch(path, str(error)) from error
 

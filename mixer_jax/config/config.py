@@ -182,6 +182,7 @@ def _check_rules(config: RunConfig) -> None:
             "config.batch_size must be divisible by config.recipe.grad_accum_steps "
             f"({config.recipe.grad_accum_steps}), got {config.batch_size}."
         )
+    _check_recipe(config)
     if config.preprocess.max_shift >= config.image_size:
         raise UserError(
             f"config.preprocess.max_shift must be less than config.image_size "
@@ -203,6 +204,26 @@ def _check_rules(config: RunConfig) -> None:
         num_steps = resolve_num_steps(config, config.dataset.num_examples)
         check_warmup(config, num_steps)
         check_profile_steps(config, num_steps)
+
+
+def _check_recipe(config: RunConfig) -> None:
+    """Checks the rules of loss, schedule and crop."""
+    optimizer, recipe = config.optimizer, config.recipe
+    if optimizer.decay_type == "staircase" and not optimizer.decay_fractions:
+        raise UserError(
+            "config.optimizer.decay_points must be set with config.optimizer.decay_type="
+            f"'staircase', got {optimizer.decay_points!r}. For example: 0.3,0.6,0.9"
+        )
+    if recipe.min_target and recipe.loss != "sigmoid":
+        raise UserError(
+            f"config.recipe.min_target must be 0 with config.recipe.loss={recipe.loss!r}, got "
+            f"{recipe.min_target}. config.recipe.label_smoothing suits both losses."
+        )
+    if 0 < config.preprocess.resize_size < config.image_size:
+        raise UserError(
+            f"config.preprocess.resize_size must be 0 or at least config.image_size "
+            f"({config.image_size}), got {config.preprocess.resize_size}."
+        )
 
 
 def _check_wandb(project: str) -> None:

@@ -13,6 +13,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Literal
 
 from mixer_jax.config.compat import RENAMED_VALUES
@@ -209,11 +210,18 @@ class PreprocessConfig:
     """Cropping and augmentation of images."""
 
     train_crop: Literal[
-        "inception", "random_resized_crop", "random_crop", "random_shift", "resize"
+        "inception", "random_resized_crop", "random_crop", "bilinear_crop", "random_shift", "resize"
     ] = key(
         "inception",
         "inception, random_resized_crop: random area and aspect ratio, as in TensorFlow or timm; "
-        "random_crop: resize to 8/7, then crop; random_shift: resize, then shift",
+        "random_crop, bilinear_crop: resize to resize_size by area averaging or bilinearly, then "
+        "crop; random_shift: resize, then shift",
+    )
+    resize_size: int = key(
+        0,
+        "height and width before random_crop and bilinear_crop; 0: 8/7 of image_size",
+        unit="px",
+        min=0,
     )
     min_area: float = key(
         0.05,
@@ -291,6 +299,9 @@ class RecipeConfig:
 
     loss: Literal["sigmoid", "softmax"] = key("sigmoid", "cross-entropy")
     label_smoothing: float = key(0.0, "probability mass spread over all classes", min=0, max=0.999)
+    min_target: float = key(
+        0.0, "sigmoid: smallest target of a class; the largest is 1 minus it", min=0, max=0.499
+    )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
@@ -303,6 +314,24 @@ class RecipeConfig:
     )
 
 
+def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
+    """Parses fractions of a run, such as "0.3,0.6,0.9" or "30/90,60/90"; empty text is none.
+
+    Raises:
+        UserError: The text is not a list of increasing fractions; the message starts with `name`.
+    """
+    try:
+        points = [Fraction(point) for point in text.split(",")] if text.strip() else []
+    except (ValueError, ZeroDivisionError):
+        points = [Fraction(0)]
+    if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
+        raise UserError(
+            f"{name} must list increasing fractions between 0 and 1, got {text!r}. "
+            "30/90,60/90,80/90 are epochs 30, 60 and 80 of 90."
+        )
+    return tuple(points)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
@@ -310,8 +339,15 @@ class OptimizerConfig:
     name: Literal["adam", "momentum"] = key("adam", "Adam, or SGD with momentum")
     learning_rate: float = key(1e-3, "peak learning rate, at the end of warmup", min=0)
     warmup_steps: int = key(10_000, "length of linear warmup from zero", unit="steps", min=0)
-    decay_type: Literal["linear", "cosine", "none"] = key("linear", "decay after warmup")
-    end_learning_rate: float = key(0.0, "learning rate at the last step", min=0)
+    decay_type: Literal["linear", "cosine", "staircase", "none"] = key(
+        "linear", "decay after warmup; staircase: to a tenth at each of decay_points"
+    )
+    decay_points: str = key(
+        "", "staircase: fractions of the steps, warmup included: 0.3,0.6,0.9 or 30/90,60/90,80/90"
+    )
+    end_learning_rate: float = key(
+        0.0, "learning rate at the last step of linear or cosine decay", min=0
+    )
     weight_decay: float = key(
         0.0, "decoupled; multiplied by the learning rate; weight matrices only", min=0
     )
@@ -320,6 +356,11 @@ class OptimizerConfig:
     eps: float = key(1e-8, "Adam's epsilon", min=0)
     momentum: float = key(0.9, "momentum of SGD", min=0, max=0.999999)
     clip_norm: float = key(1.0, "largest global gradient norm; 0 disables clipping", min=0)
+
+    @functools.cached_property
+    def decay_fractions(self) -> tuple[Fraction, ...]:
+        """Parsed `decay_points`. Raises UserError if they are not increasing fractions."""
+        return parse_decay_points("config.optimizer.decay_points", self.decay_points)
 
 
 @dataclasses.dataclass(frozen=True)

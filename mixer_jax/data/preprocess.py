@@ -37,6 +37,7 @@ def train_image(
     flip: bool,
     randaugment_layers: int,
     randaugment_magnitude: float,
+    resize_size: int = 0,
     exif_orientation: bool = False,
     permutation: PixelPermutation | None = None,
     out: np.ndarray | None = None,
@@ -47,12 +48,15 @@ def train_image(
         encoded: Bytes of one image file.
         rng: The only source of randomness.
         image_size: Side of the result, in pixels.
-        train_crop: "inception", "random_resized_crop", "random_crop", "random_shift" or "resize".
+        train_crop: "inception", "random_resized_crop", "random_crop", "bilinear_crop",
+            "random_shift" or "resize".
         min_area: Minimum area of the first two crops, as a fraction of the image's area.
         max_shift: Maximum shift of "random_shift", in pixels of the result.
         flip: Whether to flip half of the images horizontally.
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
         randaugment_magnitude: RandAugment magnitude, on a scale of 0 to 10.
+        resize_size: Height and width before "random_crop" and "bilinear_crop", in pixels; 0: 8/7 of
+            `image_size`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
         permutation: Permutation of the pixels, applied last.
         out: Array for the result, uint8 (image_size, image_size, 3); None: a new array.
@@ -68,8 +72,9 @@ def train_image(
     sample_box = _BOX_SAMPLERS.get(train_crop)
     crop_fn = functools.partial(sample_box, rng=rng, min_area=min_area) if sample_box else None
     image = decode(encoded, crop_fn, exif_orientation=exif_orientation)
-    if train_crop == "random_crop":
-        image = random_crop(image, rng, image_size)
+    if train_crop in _RESIZE_BEFORE_CROP:
+        size = resize_size or _size_before_crop(image_size)
+        image = random_crop(image, rng, image_size, size, _RESIZE_BEFORE_CROP[train_crop])
     else:
         image = resize(image, image_size, image_size, out)
     if train_crop == "random_shift":
@@ -308,15 +313,21 @@ _BOX_SAMPLERS = {
 }
 
 
-def random_crop(image: np.ndarray, rng: np.random.Generator, image_size: int) -> np.ndarray:
-    """Resizes height and width to 8/7 of `image_size` by area and takes a random square crop.
+# Training crops for fine-tuning, without an Inception crop: that of Mixer (Section 3; arXiv
+# 2010.11929, B.1.1), and that of BiT-HyperRule (arXiv 1912.11370, Section 3.3).
+_RESIZE_BEFORE_CROP = {"random_crop": resize_area, "bilinear_crop": resize}
 
-    This is the training crop for fine-tuning, which uses no Inception crop (Section 3; arXiv
-    2010.11929, B.1.1).
-    """
-    size = _size_before_crop(image_size)
-    top, left = rng.integers(size - image_size + 1, size=2)
-    image = resize_area(image, size, size)
+
+def random_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    image_size: int,
+    resize_size: int,
+    resize_fn: Callable[[np.ndarray, int, int], np.ndarray],
+) -> np.ndarray:
+    """Resizes height and width to `resize_size` and takes a random square crop."""
+    top, left = rng.integers(resize_size - image_size + 1, size=2)
+    image = resize_fn(image, resize_size, resize_size)
     return image[top : top + image_size, left : left + image_size]
 
 

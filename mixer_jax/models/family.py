@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
@@ -45,19 +46,55 @@ class InferredConfig(NamedTuple):
     num_tokens: int
 
 
+@runtime_checkable
+class FileShapes(Protocol):
+    """Shapes of the parameters in a file of weights, from which an architecture is inferred."""
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """Fields of the config that are stored next to the weights; untrusted, often empty."""
+
+    def __call__(self, path: str) -> Shape:
+        """Returns a parameter's shape, without the leading axis of blocks.
+
+        The lengths of axes that the layout merges are unknown, and 0.
+
+        Raises:
+            UserError: The file does not have the parameter.
+        """
+
+    def __contains__(self, path: str) -> bool:
+        """Returns whether the file has a parameter."""
+
+
+# Order of a parameter's axes in a tensor; nested ones are merged into one axis.
+Axes = tuple[int | tuple[int, ...], ...]
+
+
 class TensorMapping(NamedTuple):
     """One tensor of a weight layout, or one per block: a parameter with its axes reordered.
 
     Attributes:
-        name: Name of the tensor; {} is replaced by the index of its block.
-        path: Slash-separated path of the parameter.
-        axes: Order of the parameter's axes in the tensor, without that of the blocks; None: the
-            same.
+        name: Name of the tensor. {} is replaced by the index of its block; without it, the tensor
+            has the leading axis of the blocks.
+        path: Slash-separated path of the parameter; or several, which the tensor has one after
+            another along its first axis.
+        axes: Order of a parameter's axes in the tensor, without that of the blocks; None: the same.
+            A nested tuple of consecutive axes is merged into one: (2, (0, 1)) is the transposed
+            matrix of a kernel (heads, features, channels).
+        start: First entry along the parameter's second axis that the tensor has; earlier ones are
+            zero.
     """
 
     name: str
-    path: str
-    axes: tuple[int, ...] | None = None
+    path: str | tuple[str, ...]
+    axes: Axes | None = None
+    start: int = 0
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all parameters in the tensor."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +103,14 @@ class WeightLayout:
 
     Attributes:
         name: Name for people.
-        tensors: All tensors; those of the head may be absent.
-        signature_keys: Names of tensors that no layout of another family has.
+        tensors: All tensors; those of parameters that a model lacks are absent.
+        signature_keys: Names of tensors, all of which a file of this layout has. A file of another
+            family's layout does not; of the layouts of one family, the first that fits counts.
         gelu: "tanh" or "exact".
         eval_crop: Crop, as in `config.preprocess.eval_crop`.
+        aliases: Other spellings of tensors' names in files, as regular expressions, and the
+            replacement that gives the name here.
+        rejected: Why a file with a tensor of this name is not supported.
     """
 
     name: str
@@ -77,6 +118,14 @@ class WeightLayout:
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
+    aliases: tuple[tuple[str, str], ...] = ()
+    rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def canonical_name(self, name: str) -> str:
+        """Returns the name of a file's tensor in this layout."""
+        for pattern, replacement in self.aliases:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
 class Traffic(NamedTuple):
@@ -299,16 +348,10 @@ class ModelFamily(abc.ABC):
         """Returns the layouts that weights of this family are published in."""
         return ()
 
-    def timm_code(
-        self,
-        variant: str,
-        config: Any,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
+    def timm_expression(
+        self, variant: str, config: Any, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns a Python expression that creates timm's model, after `import timm`.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -316,18 +359,23 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file.
+
+        Raises:
+            UserError: timm has no such model.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 
     @abc.abstractmethod
-    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+    def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from tensors.
 
         Args:
-            num_blocks: Number of blocks found.
+            num_blocks: Number of blocks found; 0 if the layout has none.
             shape: Function from the path of a parameter to its shape, without the leading axis of
                 blocks.
+
+        Raises:
+            UserError: A parameter that is needed is missing, or the shapes fit no architecture.
         """
 
     def is_weight_decayed(self, path: Path) -> bool:
@@ -350,12 +398,16 @@ class ModelFamily(abc.ABC):
         return path[-1] == "kernel" and path[0] != "head"
 
 
-def architecture_key(help_text: str, unit: str = "", min: float = 0) -> Any:
+def architecture_key(
+    help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
+) -> Any:
     """Declares a field of an architecture config, which is also a key `model.<name>` of configs.
 
     Args:
         help_text: One line, without the unit.
         unit: Unit of the value, e.g. "px".
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
+        default: Value of variants that do not set it.
     """
-    return dataclasses.field(metadata={"help": help_text, "unit": unit, "min": min})
+    metadata = {"help": help_text, "unit": unit, "min": min}
+    return dataclasses.field(default=default, metadata=metadata)

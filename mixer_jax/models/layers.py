@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 Gelu = Literal["tanh", "exact"]
 # Which branches of a residual block each example keeps: 1 or 0. None: all of them.
 DropPathMask = Float[Array, " n"] | None
+Initializer = Callable[..., Any]
 
-# Tag of activations that rematerialization saves with the policy "mlp_hidden".
-MLP_OUTPUT = "mlp_output"
+# Tags of activations that rematerialization saves with the policy "mlp_hidden".
+MLP_OUTPUT, ATTENTION = "mlp_output", "attention"
 # Flax's default, and the authors' value.
 LAYER_NORM_EPSILON = 1e-6
 # Constants of the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415).
@@ -35,12 +37,14 @@ class Context:
         train: Whether dropout and stochastic depth are active.
         flatten_batch: Whether MLPs see the vectors of all images as the rows of one matrix.
         token_major: Whether the token axis precedes the batch axis.
+        flash_attention: Whether attention may use cuDNN's kernels.
     """
 
     dtype: Any = jnp.float32
     train: bool = False
     flatten_batch: bool = False
     token_major: bool = False
+    flash_attention: bool = False
 
     @property
     def dot_general(self) -> Any:
@@ -154,9 +158,9 @@ def select_dot_general(flatten_batch: bool, train: bool) -> Any:
     return dot_general_f32_accum if flatten_batch and not train else None
 
 
-def dense(features: int, ctx: Context) -> nn.Dense:
+def dense(features: int, ctx: Context, **initializers: Initializer) -> nn.Dense:
     """Creates a dense layer that computes in the context's dtype, named "Dense_<i>"."""
-    return nn.Dense(features, dtype=ctx.dtype, dot_general=ctx.dot_general)
+    return nn.Dense(features, dtype=ctx.dtype, dot_general=ctx.dot_general, **initializers)
 
 
 def classifier_head(num_classes: int, bias: float) -> nn.Dense:
@@ -197,6 +201,32 @@ class PatchEmbed(nn.Module):
         dot_general = self.ctx.dot_general or lax.dot_general
         tokens = dot_general(patches, matrix, (((2,), (0,)), ((), ())))
         return (tokens + _expand_like(bias.astype(dtype), tokens)).astype(dtype)
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, dense on one vector; mapped over tokens, and in a Mixer over channels."""
+
+    mlp_dim: int
+    gelu: Gelu = "tanh"
+    dropout: float = 0.0
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+    ctx: Context = Context()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
+        """Applies the MLP to a vector, whose `index` in the global batch seeds dropout."""
+        initializers = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        y = dense(self.mlp_dim, self.ctx, **initializers)(x)
+        y = apply_gelu(y, self.gelu).astype(self.ctx.dtype)
+        y = self.drop(y, index)
+        y = dense(x.shape[-1], self.ctx, **initializers)(y)
+        return self.drop(y, index)
+
+    def drop(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
+        """Applies dropout in training."""
+        is_active = self.ctx.train and self.dropout
+        return apply_dropout(x, self.dropout, self.make_rng("dropout"), index) if is_active else x
 
 
 def map_over_vectors(
@@ -250,14 +280,47 @@ def vmap_vectors(module: type[nn.Module], axis: int | None) -> Any:
 
 
 def apply_dropout(
-    x: Float[Array, " d"], rate: float, rng: Key[Array, ""], index: Int[Array, ""]
-) -> Float[Array, " d"]:
-    """Sets a fraction `rate` of a vector's elements to zero and scales up the others.
+    x: Float[Array, "*d"], rate: float, rng: Key[Array, ""], index: Int[Array, ""]
+) -> Float[Array, "*d"]:
+    """Sets a fraction `rate` of an array's elements to zero and scales up the others.
 
-    The key is shared by the batch; `index` is that of the vector in the global batch.
+    The key is shared by the batch; `index` is that of the array, one of an example or of a vector,
+    in the global batch.
     """
     mask = bernoulli_at(rng, index, 1.0 - rate, x.shape)
     return jnp.where(mask, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def drop_tokens(
+    module: nn.Module,
+    x: Float[Array, "n s c"],
+    rate: float,
+    example_index: Int[Array, " n"],
+    train: bool,
+) -> Float[Array, "n s c"]:
+    """Applies dropout to tokens in training, with a random key of the calling module."""
+    if not (train and rate):
+        return x
+    rng = module.make_rng("dropout")
+    return jax.vmap(lambda x, index: apply_dropout(x, rate, rng, index))(x, example_index)
+
+
+def dot_product_attention(
+    query: Float[Array, "n q h d"],
+    key: Float[Array, "n s h d"],
+    value: Float[Array, "n s h d"],
+    ctx: Context,
+) -> Float[Array, "n q h d"]:
+    """Computes attention of each head: a mean of values, weighted by softmax(q·k / √d).
+
+    The softmax is float32. cuDNN's kernels do not store the weights (n, h, q, s); they support
+    bfloat16 with heads whose width is a multiple of 8. Their gradients are sums in no fixed order,
+    so that only inference uses them.
+    """
+    has_kernel = query.dtype == jnp.bfloat16 and query.shape[-1] % 8 == 0
+    uses_kernel = ctx.flash_attention and not ctx.train and has_kernel
+    implementation: Literal["cudnn", "xla"] = "cudnn" if uses_kernel else "xla"
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
 def add_branch(

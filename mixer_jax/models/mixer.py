@@ -14,39 +14,14 @@ from mixer_jax.models.layers import (
     DropPathMask,
     Gelu,
     LayerNorm,
+    MlpBlock,
     PatchEmbed,
     add_branch,
-    apply_dropout,
-    apply_gelu,
     classifier_head,
-    dense,
     map_over_vectors,
 )
 from mixer_jax.models.mixer_config import BLOCK_BACKENDS, MixerConfig, check_image_size
 from mixer_jax.models.stack import block_stack, make_context
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, dense on one vector; mapped over channels and over tokens."""
-
-    mlp_dim: int
-    gelu: Gelu = "tanh"
-    dropout: float = 0.0
-    ctx: Context = Context()
-
-    @nn.compact
-    def __call__(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
-        """Applies the MLP to a vector, whose `index` in the global batch seeds dropout."""
-        y = dense(self.mlp_dim, self.ctx)(x)
-        y = apply_gelu(y, self.gelu).astype(self.ctx.dtype)
-        y = self.drop(y, index)
-        y = dense(x.shape[-1], self.ctx)(y)
-        return self.drop(y, index)
-
-    def drop(self, x: Float[Array, " d"], index: Int[Array, ""]) -> Float[Array, " d"]:
-        """Applies dropout in training."""
-        is_active = self.ctx.train and self.dropout
-        return apply_dropout(x, self.dropout, self.make_rng("dropout"), index) if is_active else x
 
 
 class MixerBlock(nn.Module):

@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax.errors import UserError
+from mixer_jax.models.bit_family import BitFamily
 from mixer_jax.models.execution import AUTO, Execution, default_dtype, resolve_execution
 from mixer_jax.models.family import CUSTOM, ModelFamily
 from mixer_jax.models.mixer_family import MixerFamily
+from mixer_jax.models.vit_family import VitFamily
 
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax.numpy as jnp
 
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (MixerFamily(),)}
+FAMILIES: dict[str, ModelFamily] = {
+    family.name: family for family in (MixerFamily(), VitFamily(), BitFamily())
+}
 DEFAULT_FAMILY = "mixer"
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.family import ImageModel
 from mixer_jax.models.layers import (
+    ATTENTION,
     MLP_OUTPUT,
     Context,
     DropPathMask,
@@ -29,9 +30,12 @@ from mixer_jax.models.layers import (
 # Residuals saved for the backward pass besides each block's input.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp_hidden": jax.checkpoint_policies.save_only_these_names(MLP_OUTPUT),
+    "mlp_hidden": jax.checkpoint_policies.save_only_these_names(MLP_OUTPUT, ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+# Ampere, the first GPUs for which cuDNN has attention kernels.
+_FLASH_ATTENTION_CAPABILITY = 8.0
 
 
 class BlockBackend(Protocol):
@@ -108,6 +112,13 @@ def _uses_flat_layout(execution: Execution) -> bool:
     return (execution.target_device_kind or jax.devices()[0].device_kind) == "cpu"
 
 
+def _has_flash_attention(execution: Execution) -> bool:
+    """Returns whether programs are for the GPU here, and cuDNN has attention kernels for it."""
+    device = jax.devices()[0]
+    is_nvidia = device.device_kind.startswith("NVIDIA") and not execution.target_device_kind
+    return is_nvidia and float(device.compute_capability) >= _FLASH_ATTENTION_CAPABILITY
+
+
 def stochastic_depth_rates(model: Any) -> Float[Array, " num_blocks"]:
     """Returns each block's drop probability, rising linearly from 0 to `stochastic_depth`."""
     rate = _get_rate(model, "stochastic_depth")
@@ -122,6 +133,7 @@ def make_context(model: Any, train: bool) -> Context:
         train=train,
         flatten_batch=_uses_flat_layout(model.execution),
         token_major=backend is not None and backend.token_major,
+        flash_attention=_has_flash_attention(model.execution),
     )
 
 

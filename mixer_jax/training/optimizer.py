@@ -1,6 +1,8 @@
 """Optimizer as an optax chain: clipping, Adam or momentum, weight decay (Section 3)."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
     The rate rises linearly from 0 at step 0 to its peak at step `warmup_steps`, and then decays so
     that it would reach `end_learning_rate` at step `num_steps`, one after the last (Appendix B).
+    With a staircase, it is a tenth of the former rate from each decay point on: the first step at
+    or after that fraction of `num_steps` (arXiv 1912.11370, Section 3.3).
     """
     peak, end = config.learning_rate, config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
@@ -23,12 +27,30 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(peak, end, decay_steps)
     elif config.decay_type == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak if peak else 0.0)
+    elif config.decay_type == "staircase":
+        decay = _staircase(
+            peak,
+            [
+                math.ceil(point * num_steps) - config.warmup_steps
+                for point in config.decay_fractions
+            ],
+        )
     else:
         decay = optax.constant_schedule(peak)
     if not config.warmup_steps:
         return decay
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def _staircase(peak: float, steps: Sequence[int]) -> optax.Schedule:
+    rates = [peak * 0.1**index for index in range(len(steps) + 1)]
+
+    def schedule(step: Any) -> Any:
+        # A table, because the rounding of powers depends on the device.
+        return jnp.asarray(rates, jnp.float32)[jnp.sum(jnp.asarray(steps) <= step)]
+
+    return schedule
 
 
 def make_optimizer(

@@ -59,7 +59,10 @@ def load_train_batch(
     arrays, bad = reader(step * config.batch_size + rows)
 
     def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        targets = smooth_labels(labels, source.num_classes, config.recipe.label_smoothing)
+        recipe = config.recipe
+        targets = smooth_labels(
+            labels, source.num_classes, recipe.label_smoothing, recipe.min_target
+        )
         if not mixup:
             return normalize_images(images), targets, jnp.ones(())
         mixup_rng, _ = step_rngs(config.seed, step)
@@ -137,10 +140,14 @@ def format_caption(
         view: Images from `load_train_batch`.
     """
     preprocess, recipe = config.preprocess, config.recipe
+    resized_crop = "random crops of 7/8 of each side"
+    if preprocess.resize_size:
+        resized_crop = f"random crops of {config.image_size} of {preprocess.resize_size} pixels"
     crop = {
         "inception": f"Inception crops of at least {preprocess.min_area:.0%} of the image",
         "random_resized_crop": f"timm's crops of at least {preprocess.min_area:.0%} of the image",
-        "random_crop": "random crops of 7/8 of each side",
+        "random_crop": resized_crop,
+        "bilinear_crop": resized_crop,
         "random_shift": f"whole images, shifted by up to {preprocess.max_shift} pixels",
         "resize": "whole images",
     }[preprocess.train_crop]
@@ -164,6 +171,8 @@ def format_caption(
         )
     if recipe.label_smoothing:
         labels += f"; label smoothing {recipe.label_smoothing:g}"
+    if recipe.min_target:
+        labels += f"; targets of at least {recipe.min_target:g}"
     size = config.image_size
     title = [
         f"{name}, step {step:,}: {len(view.images):,} of {config.batch_size:,} images",

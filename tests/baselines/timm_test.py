@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixer_jax.checkpoints.layouts import layout_views
+from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import flatten_params
 from mixer_jax.data.preprocess import eval_image
@@ -193,7 +193,7 @@ def test_torch_file_reads_dictionaries_that_contain_each_other(
     state["self"] = state["model"]["parent"] = state
     path = tmp_path / "theirs.pth"
     torch.save(state, path)
-    loaded = dict(layout_views(dict(flatten_params(load_checkpoint(str(path)).params)), TIMM))
+    loaded = dict(layout_tensors(dict(flatten_params(load_checkpoint(str(path)).params)), TIMM))
     expected = {key: value.detach().numpy() for key, value in model.named_parameters()}
     assert_params_equal(loaded, expected)
 
@@ -225,12 +225,12 @@ def test_torch_file_reads_parameters_and_any_float_type(
     exact = tmp_path / "exact.pth"
     torch.save(dict(model.named_parameters()), exact)
     expected = {key: value.detach().numpy() for key, value in model.named_parameters()}
-    loaded = dict(layout_views(dict(flatten_params(load_checkpoint(str(exact)).params)), TIMM))
+    loaded = dict(layout_tensors(dict(flatten_params(load_checkpoint(str(exact)).params)), TIMM))
     assert_params_equal(loaded, expected)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         path = tmp_path / f"{dtype}.pth"
         torch.save({key: value.to(dtype) for key, value in model.state_dict().items()}, path)
-        loaded = dict(layout_views(dict(flatten_params(load_checkpoint(str(path)).params)), TIMM))
+        loaded = dict(layout_tensors(dict(flatten_params(load_checkpoint(str(path)).params)), TIMM))
         assert_params_equal(
             loaded, {k: v.to(dtype).float().numpy() for k, v in model.state_dict().items()}
         )

@@ -16,7 +16,13 @@ from mixer_jax.config.config import (
     resolve_num_steps,
     validate,
 )
-from mixer_jax.config.schema import EVAL_FIELDS, FIELDS, MIXTURE_FIELDS, parse_shots
+from mixer_jax.config.schema import (
+    ARCHITECTURE_FIELDS,
+    EVAL_FIELDS,
+    FIELDS,
+    MIXTURE_FIELDS,
+    parse_shots,
+)
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from tests.helpers.lines import some_line_mentions
@@ -114,6 +120,29 @@ def test_profiled_steps_are_within_the_run(config: ConfigDict) -> None:
         parse(config)
 
 
+@pytest.mark.parametrize(
+    "points", ["", "0.6,0.3", "0.3,0.3", "0,0.5", "0.5,1", "half", "1/0", "-1"]
+)
+def test_parse_needs_increasing_decay_points_for_a_staircase(
+    config: ConfigDict, points: str
+) -> None:
+    config.optimizer.decay_type, config.optimizer.decay_points = "staircase", points
+    with raises(UserError, "config.optimizer.decay_points", repr(points)):
+        parse(config)
+
+
+def test_parse_rejects_a_smallest_target_of_softmax(config: ConfigDict) -> None:
+    config.recipe.loss, config.recipe.min_target = "softmax", 1e-4
+    with raises(UserError, "config.recipe.min_target", "0.0001", "softmax"):
+        parse(config)
+
+
+def test_parse_rejects_images_resized_to_less_than_the_crop(config: ConfigDict) -> None:
+    config.image_size, config.preprocess.resize_size = 224, 223
+    with raises(UserError, "config.preprocess.resize_size", "223", "224"):
+        parse(config)
+
+
 def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:
     config.recipe.mixup, config.batch_size = 0.5, 1
     with raises(UserError, "batch_size", "1", "2", "mixup"):
@@ -205,7 +234,8 @@ def test_parse_resolves_the_architecture(config: ConfigDict) -> None:
     model = parse(config).model
     assert model.architecture == dataclasses.replace(VARIANTS["B/16"], hidden_dim=8)
     assert model.to_dict() == config.model.to_dict()
-    assert set(model.overrides) == {field.name for field in dataclasses.fields(MixerConfig)}
+    assert set(model.overrides) == set(ARCHITECTURE_FIELDS)
+    assert set(model.overrides) >= {field.name for field in dataclasses.fields(MixerConfig)}
     assert model.settings.keys() == model.to_dict().keys() - {"family", "variant", *model.overrides}
 
 

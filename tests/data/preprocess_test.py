@@ -23,7 +23,14 @@ PLAIN: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-CROPS = ["inception", "random_resized_crop", "random_crop", "random_shift", "resize"]
+CROPS = [
+    "inception",
+    "random_resized_crop",
+    "random_crop",
+    "bilinear_crop",
+    "random_shift",
+    "resize",
+]
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -148,13 +155,30 @@ def test_random_crops_are_uniform(shape: tuple[int, int]) -> None:
     assert min(drawn.values()) > 30
 
 
-@pytest.mark.parametrize(("image_size", "margin"), [(224, 32), (448, 64), (384, 55), (32, 5)])
-def test_random_crops_are_seven_eighths_of_the_resized_image(image_size: int, margin: int) -> None:
+@pytest.mark.parametrize(
+    ("train_crop", "image_size", "resize_size", "margin"),
+    [
+        ("random_crop", 224, 0, 32),
+        ("random_crop", 448, 0, 64),
+        ("random_crop", 384, 0, 55),
+        ("random_crop", 32, 0, 5),
+        ("random_crop", 32, 48, 16),
+        ("bilinear_crop", 32, 0, 5),
+        # BiT-HyperRule.
+        ("bilinear_crop", 128, 160, 32),
+        ("bilinear_crop", 384, 448, 64),
+    ],
+)
+def test_random_crops_are_parts_of_the_resized_image(
+    train_crop: str, image_size: int, resize_size: int, margin: int
+) -> None:
     image, rng = noise(50, 70), np.random.default_rng(0)
     size = image_size + margin
-    resized = preprocess.resize_area(image, size, size)
+    resize = preprocess.resize if train_crop == "bilinear_crop" else preprocess.resize_area
+    resized = resize(image, size, size)
+    settings = PLAIN | {"train_crop": train_crop, "resize_size": resize_size}
     for _ in range(10):
-        crop = preprocess.random_crop(image, rng, image_size)
+        crop = train_image(encode(image, "PNG"), rng, image_size=image_size, **settings)
         assert crop.shape == (image_size, image_size, 3)
         windows = np.lib.stride_tricks.sliding_window_view(resized, crop.shape)[:, :, 0]
         assert windows.shape[:2] == (margin + 1, margin + 1)

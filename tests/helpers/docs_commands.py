@@ -346,9 +346,9 @@ def _short_benchmark(arguments: Sequence[str]) -> list[str]:
     if mode == "--mode=input":
         return ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_baselines"]
     if mode in ("--mode=weights", "--mode=checkpoints"):
-        return ["--variant=S/32", "--rounds=1"]
+        return ["--model=S/32", "--rounds=1"]
     if mode == "--mode=hbm_traffic":
         # Compiling for TPUs is tested elsewhere.
         return ["--help"]
-    sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
+    sizes = ["--model=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
     return [*sizes, "--baselines=none", "--rounds=1"]

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,20 +41,31 @@ def check_family(family: ModelFamily) -> None:
     new_shapes = family.param_shapes(resized.config, (2 * size, 4 * size), 5)
     assert flat_shapes(params) == new_shapes
     # The architecture can be inferred, and layouts name every parameter once.
-
-    def shape(path: str) -> Shape:
-        return shapes[path][1:] if path.startswith("blocks/") else shapes[path]
-
-    assert family.infer_config(family.num_blocks(config), shape).config == config
+    assert family.infer_config(family.num_blocks(config), ShapesOf(shapes)).config == config
     for layout in family.weight_layouts():
-        paths = [mapping.path for mapping in layout.tensors]
-        assert sorted(paths) == sorted(shapes)
+        paths = [path for mapping in layout.tensors for path in mapping.paths]
+        assert len(paths) == len(set(paths))
+        assert set(shapes) <= set(paths)
         names = {mapping.name.format(0) for mapping in layout.tensors}
         assert set(layout.signature_keys) <= names
         for other in (other for other in FAMILIES.values() if other.name != family.name):
             for foreign in other.weight_layouts():
                 others = {mapping.name.format(0) for mapping in foreign.tensors}
-                assert not set(layout.signature_keys) & others
+                assert not set(layout.signature_keys) <= others
+
+
+class ShapesOf:
+    """The `FileShapes` of a file that has parameters of these shapes."""
+
+    def __init__(self, shapes: dict[str, Shape], **recorded: Any):
+        self.recorded: Mapping[str, Any] = recorded
+        self._shapes = shapes
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._shapes
+
+    def __call__(self, path: str) -> Shape:
+        return self._shapes[path][1:] if path.startswith("blocks/") else self._shapes[path]
 
 
 def flat_shapes(tree: Any) -> dict[str, Shape]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mixer_jax.checkpoints.formats import write_npz, write_safetensors
-from mixer_jax.checkpoints.layouts import layout_views
+from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
@@ -59,7 +59,7 @@ def save_npz(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with Google's names, and returns the path. By default without metadata."""
-    views = layout_views(dict(flatten_params(weights.params)), GOOGLE)
+    views = layout_tensors(dict(flatten_params(weights.params)), GOOGLE)
     write_npz(str(path), views, metadata or {})
     return str(path)
 
@@ -68,7 +68,7 @@ def save_safetensors(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with timm's names, and returns the path. By default without metadata."""
-    views = layout_views(dict(flatten_params(weights.params)), TIMM)
+    views = layout_tensors(dict(flatten_params(weights.params)), TIMM)
     write_safetensors(str(path), views, metadata or {})
     return str(path)
 

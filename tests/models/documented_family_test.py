@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.formats import write_npz
-from mixer_jax.checkpoints.layouts import layout_views
+from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import flatten_params
 from mixer_jax.models.family import ModelFamily
@@ -69,7 +69,7 @@ def test_timms_layout_is_not_taken_for_that_of_mixer(family: ModelFamily, tmp_pa
     """The stem, whose name is the same in both, comes first in timm's files."""
     params = jax.tree.map(np.asarray, random_params(tiny(), 8, 12))
     (layout,) = family.weight_layouts()
-    views = [*layout_views(dict(flatten_params(params)), layout)]
+    views = [*layout_tensors(dict(flatten_params(params)), layout)]
     assert views[0][0] == "stem.proj.weight"
     write_npz(str(tmp_path / "gmlp.npz"), views, {})
     loaded = load_checkpoint(tmp_path / "gmlp.npz", pretrain_image_size=(8, 12))

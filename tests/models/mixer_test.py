@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mixer_jax.errors import UserError
-from mixer_jax.models.layers import Context, vmap_vectors
-from mixer_jax.models.mixer import MixerBlock, MlpBlock, MlpMixer
+from mixer_jax.models.layers import Context, MlpBlock, vmap_vectors
+from mixer_jax.models.mixer import MixerBlock, MlpMixer
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.models.stack import forward_intermediates, stochastic_depth_rates

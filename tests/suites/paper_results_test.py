@@ -25,7 +25,8 @@ def test_find_row_of_table_3() -> None:
         ("i21k", "Mixer-S/16", 224),
         ("", "Mixer-B/16", 224),
         ("i21k", "Mixer-B/16", 448),
-        ("i21k", "ViT-B/16", 224),
+        ("i21k", "B/16", 224),
+        ("i21k", "ViT-H/14", 518),
     ],
 )
 def test_find_row_of_other_models(dataset: str, model: str, image_size: int) -> None:
@@ -33,9 +34,38 @@ def test_find_row_of_other_models(dataset: str, model: str, image_size: int) -> 
 
 
 def test_paper_rows_are_unique() -> None:
-    keys = [(row.table, row.data, row.variant, row.image_size) for row in PAPER]
-    assert len(set(keys)) == len(keys) == 14
-    assert all(row.real > row.imagenet for row in PAPER)
+    keys = [(row.table, row.data, row.model, row.image_size) for row in PAPER]
+    assert len(set(keys)) == len(keys) == 31
+    assert all(row.real > row.imagenet for row in PAPER if row.real)
+
+
+# BASELINES: C.1 and C.2, in another order of columns.
+@pytest.mark.parametrize(
+    ("model", "data", "size", "scores", "images_per_second", "core_days"),
+    [
+        ("ViT-B/16", "i1k", 224, (79.67, 84.97, 90.79, None), 861, 20),
+        ("ViT-L/16", "i21k", 224, (84.46, 88.35, 94.49, None), 280, 550),
+        ("ViT-L/16", "i21k", 512, (85.3, 88.62, 94.39, 72.72), 32, 180),
+        ("ViT-L/16", "jft", 512, (87.76, 90.54, 95.63, None), 32, 650),
+        ("ViT-H/14", "jft", 518, (88.55, 90.72, 95.97, 77.63), 15, 2_300),
+        ("BiT-R152x4", "i21k", 480, (85.39, None, 94.04, 70.64), 26, 940),
+        ("BiT-R152x4", "jft", 480, (87.54, 90.54, 95.33, 76.29), 26, 9_900),
+        ("BiT-R50x1", "jft", 224, (73.69, 81.92, None, None), 2_159, 80),
+        ("BiT-R200x3", "jft", 224, (84.73, 89.58, None, None), 141, 1_780),
+    ],
+)
+def test_find_row_distinguishes_families(
+    model: str,
+    data: str,
+    size: int,
+    scores: tuple[float | None, ...],
+    images_per_second: int,
+    core_days: int,
+) -> None:
+    row = find_row(data, model, size)
+    assert row is not None
+    assert (row.imagenet, row.real, row.avg5, row.vtab) == scores
+    assert (row.images_per_second, row.core_days) == (images_per_second, core_days)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,42 @@ def test_make_schedule_decays_to_its_end(
         assert float(schedule(jnp.int32(step))) == pytest.approx(rate, abs=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "points", "first_steps"),
+    [
+        # BASELINES: BiT-S, 90 epochs of ImageNet-1k with decays at epochs 30, 60 and 80.
+        (28_150, "30/90,60/90,80/90", (9_384, 18_767, 25_023)),
+        (10_000, "0.3,0.6,0.9", (3_000, 6_000, 9_000)),
+        # Two points may be the same step of a short run.
+        (10, "0.5,0.59,0.9", (5, 6, 9)),
+        (4, "0.5,0.7,0.9", (2, 3, 4)),
+    ],
+)
+def test_staircase_divides_the_rate_by_ten_from_each_point_on(
+    num_steps: int, points: str, first_steps: tuple[int, ...]
+) -> None:
+    config = OptimizerConfig(
+        learning_rate=0.48, warmup_steps=1, decay_type="staircase", decay_points=points
+    )
+    schedule = make_schedule(config, num_steps)
+    assert float(schedule(jnp.int32(0))) == 0
+    assert schedule(jnp.int32(1)) == np.float32(0.48)
+    for count, step in enumerate(first_steps, start=1):
+        assert schedule(jnp.int32(step)) == np.float32(0.48 * 0.1**count)
+        if step - 1 not in first_steps:
+            assert schedule(jnp.int32(step - 1)) == np.float32(0.48 * 0.1 ** (count - 1))
+
+
+def test_staircase_points_count_from_the_start_of_warmup() -> None:
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=40, decay_type="staircase", decay_points="0.2,0.5"
+    )
+    schedule = make_schedule(config, num_steps=100)
+    rates = [float(schedule(jnp.int32(step))) for step in (20, 39, 40, 49, 50)]
+    # A decay within the warmup takes effect at its end.
+    assert rates == pytest.approx([0.5, 0.975, 0.1, 0.1, 0.01])
+
+
 def test_make_schedule_without_warmup_starts_at_the_peak() -> None:
     schedule = make_schedule(OptimizerConfig(learning_rate=0.01, warmup_steps=0), num_steps=100)
     assert float(schedule(jnp.int32(0))) == pytest.approx(0.01)

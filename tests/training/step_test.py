@@ -87,6 +87,25 @@ def test_smooth_labels_spreads_mass_evenly() -> None:
     np.testing.assert_allclose(labels, [[0.05, 0.05, 0.85, 0.05]], rtol=1e-6)
 
 
+def test_smooth_labels_moves_both_targets_of_binary_decisions() -> None:
+    labels = np.asarray(smooth_labels(jnp.array([2]), 1_000, 0.0, 1e-4))
+    assert labels[0, 2] == np.float32(1 - 1e-4)
+    assert set(np.delete(labels[0], 2)) == {np.float32(1e-4)}
+
+
+def test_mixup_with_the_smaller_weight_mixes_the_reversed_batch() -> None:
+    """BiT's weight may be below a half, which only reorders the mixed batch."""
+    images = jax.random.randint(jax.random.key(0), (5, 2, 2, 3), 0, 256).astype(jnp.uint8)
+    labels = jnp.eye(5)
+    pairs = sample_mixup(jax.random.key(1), images, labels, 0.1)
+    reverse = sample_mixup(jax.random.key(1), images[::-1], labels[::-1], 0.1)
+    mixed, targets = apply_mixup(pairs.arrays, jnp.float32(0.25))
+    expected, expected_targets = apply_mixup(reverse.arrays, jnp.float32(0.75))
+    order = -np.arange(5) % 5
+    np.testing.assert_allclose(mixed, expected[order], atol=1e-6)
+    np.testing.assert_array_equal(targets, expected_targets[order])
+
+
 def test_sample_mixup_weight_is_the_larger_of_two_beta_fractions() -> None:
     def sample_weight(rng: jax.Array) -> jax.Array:
         images, labels = jnp.zeros((2, 1, 1, 3), jnp.uint8), jnp.zeros((2, NUM_CLASSES))
