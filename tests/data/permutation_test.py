@@ -102,8 +102,9 @@ def test_image_of_its_final_size_is_not_permuted_in_place() -> None:
 def test_patches_must_divide_the_image(digits_dir: str) -> None:
     with raises(UserError, "preprocess.permute_patch_size", "image_size", "5", "16", "4"):
         small_config(digits_dir, preprocess__permute="patches", preprocess__permute_patch_size=5)
-    for changes in (
-        {"preprocess__permute": "pixels", "preprocess__permute_patch_size": 5},
-        {"preprocess__permute": "patches", "preprocess__permute_patch_size": 16},
-    ):
-        assert small_config(digits_dir, **changes).preprocess.permute in ("pixels", "patches")
+    for kind, size in (("pixels", 5), ("patches", 16)):
+        changes: dict[str, Any] = {
+            "preprocess__permute": kind,
+            "preprocess__permute_patch_size": size,
+        }
+        assert small_config(digits_dir, **changes).preprocess.permute == kind

@@ -22,7 +22,10 @@ from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 PATCH, SIZE = 4, 16
 PERMUTATION = PixelPermutation("patches", PATCH, 0)
-PERMUTE = {"preprocess__permute": "patches", "preprocess__permute_patch_size": PATCH}
+PERMUTE: dict[str, Any] = {
+    "preprocess__permute": "patches",
+    "preprocess__permute_patch_size": PATCH,
+}
 
 
 def permute_params(params: Any) -> Any:
@@ -91,7 +94,7 @@ def losses(config: RunConfig, permute: bool, num_steps: int = 16) -> list[float]
 
 
 def test_training_on_permuted_images_has_the_same_losses(digits_dir: str) -> None:
-    settings = NO_REGULARIZATION | {
+    settings: dict[str, Any] = NO_REGULARIZATION | {
         "optimizer__learning_rate": 0.02,
         "recipe__mixup": 0.2,
         "preprocess__flip": True,
