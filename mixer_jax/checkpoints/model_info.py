@@ -21,6 +21,7 @@ METADATA_FIELDS = (
     "class_names",
     "gelu",
     "eval_crop",
+    "eval_crop_fraction",
     "exif_orientation",
     "loss",
     "dtype",
@@ -49,6 +50,7 @@ class ModelInfo:
         dtype: Dtype of the computation, as the config key `model.dtype`.
         resize_note: Adaptation of the weights to the image size; empty if they were trained
             at it.
+        eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
         permutation: Permutation of the pixels of all images; None: none.
     """
 
@@ -64,6 +66,7 @@ class ModelInfo:
     loss: str
     dtype: str = "auto"
     resize_note: str = ""
+    eval_crop_fraction: float = FIELDS["preprocess.eval_crop_fraction"].default
     permutation: PixelPermutation | None = None
 
     @property
@@ -218,6 +221,8 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise error("class_names", "a list of strings")
         fields["class_names"] = normalize_names(names)
+    if not is_crop_fraction(fields.get("eval_crop_fraction", 1.0)):
+        raise error("eval_crop_fraction", "a number from 0.01 to 1")
     if not isinstance(fields.get("resize_note", ""), str):
         raise error("resize_note", "a string")
     if fields.get("permutation") is not None:
@@ -225,6 +230,12 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         if fields["permutation"] is None:
             raise error("permutation", "kind, patch_size and seed of a permutation of pixels")
     return fields
+
+
+def is_crop_fraction(value: Any) -> bool:
+    """Returns whether an untrusted value is a valid `eval_crop_fraction`."""
+    field = FIELDS["preprocess.eval_crop_fraction"]
+    return type(value) in (int, float) and field.min <= value <= field.max
 
 
 def _parse_permutation(data: Any) -> PixelPermutation | None:

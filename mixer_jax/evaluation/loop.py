@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from mixer_jax.data.loader import Batch, eval_batches
 from mixer_jax.data.permutation import PixelPermutation
+from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.distributed import multihost
@@ -42,6 +43,7 @@ class EvalInputConfig(NamedTuple):
     skip_bad: bool
     num_threads: int
     prefetch_batches: int
+    eval_crop_fraction: float = CROP_FRACTION
     permutation: PixelPermutation | None = None
 
 
@@ -129,6 +131,7 @@ class DatasetPass(Generic[Output]):
             batch_size=math.ceil(config.batch_size / self._mesh.size) * self._mesh.size,
             image_size=config.image_size,
             eval_crop=config.eval_crop,
+            eval_crop_fraction=config.eval_crop_fraction,
             exif_orientation=config.exif_orientation,
             permutation=config.permutation,
             num_threads=config.num_threads,

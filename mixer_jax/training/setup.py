@@ -190,6 +190,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.bad_images.skip_in_evaluation,
         config.loader.num_threads,
         config.loader.prefetch_batches,
+        config.preprocess.eval_crop_fraction,
         PixelPermutation.from_config(config.preprocess),
     )
     eval_step = make_eval_step(experiment.model, mesh)
@@ -223,8 +224,8 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
-    excluded = ("eval_crop", "permute", "permute_patch_size", "permute_seed")
-    settings = {k: x for k, x in dataclasses.asdict(config).items() if k not in excluded}
+    settings = dataclasses.asdict(config)
+    settings = {k: x for k, x in settings.items() if not k.startswith(("eval_", "permute"))}
     return settings | {"permutation": PixelPermutation.from_config(config)}
 
 
@@ -261,6 +262,7 @@ def _make_model_info(
         class_names=tuple(datasets.train.class_names),
         gelu=declared.gelu,
         eval_crop=config.preprocess.eval_crop,
+        eval_crop_fraction=config.preprocess.eval_crop_fraction,
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,

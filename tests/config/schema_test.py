@@ -103,7 +103,7 @@ def test_preprocess_keys_are_the_arguments_of_train_image() -> None:
     permutation = {"permute", "permute_patch_size", "permute_seed"}
     assert {key.split(".")[1] for key in FIELDS if key.startswith("preprocess.")} == (
         accepted.keys() - {"encoded", "rng", "image_size", "permutation", "out", "return"}
-    ) | {"eval_crop"} | permutation
+    ) | {"eval_crop", "eval_crop_fraction"} | permutation
 
 
 def test_model_keys_are_fields_of_models() -> None:
