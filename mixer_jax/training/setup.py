@@ -113,7 +113,7 @@ def build_experiment(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps
     )
     device = mesh.devices.flat[0]
-    model_info = _make_model_info(config, datasets, init_info)
+    model_info = make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
@@ -249,9 +249,10 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
     return metrics
 
 
-def _make_model_info(
+def make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
+    """Describes the model of a run; `init_info` as in `build_experiment`."""
     declared = init_info or config.model
     return ModelInfo(
         declared.family,
