@@ -2,11 +2,11 @@
 
     python -m mixer_jax.main --config=configs/study_fashion_mnist.py:mixer   # or :vit, :bit
 
-docs/concepts/laptop_scale.md has the commands of the three studies. Every run has the same FLOPs, also
-with a part of the training images: about 4.2 epochs of all of them.
+docs/concepts/laptop_scale.md has the commands of the three studies. Every run has the same FLOPs,
+also with a part of the training images: about 4.2 epochs of all of them.
 
-Tuning: The learning rate of each family is the best of 0.001, 0.003 and 0.006 on `train[90%:]` after
-        600 steps on `train[:90%]`; nothing else was tuned.
+Tuning: The learning rate of each family is the best of 0.001, 0.003 and 0.006 on `train[90%:]`
+        after 600 steps on `train[:90%]`; nothing else was tuned.
 """
 
 from typing import Any
