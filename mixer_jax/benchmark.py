@@ -1,8 +1,8 @@
 """Benchmark training, inference, compilation, input and checkpoint I/O on this machine.
 
-    python -m mixer_jax.benchmark --mode=train,infer --variant=B/16 --baselines=timm,reference
-    python -m mixer_jax.benchmark --mode=compile --variant=L/16
-    python -m mixer_jax.benchmark --mode=hbm_traffic --variant=B/16 --topology=v6e:2x2
+    python -m mixer_jax.benchmark --mode=train,infer --model=B/16 --baselines=timm,reference
+    python -m mixer_jax.benchmark --mode=compile --model=L/16
+    python -m mixer_jax.benchmark --mode=hbm_traffic --model=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
     python -m mixer_jax.benchmark --mode=weights
     python -m mixer_jax.benchmark --mode=checkpoints

@@ -1,5 +1,6 @@
 """Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         class_names=class_names,
         gelu=args.gelu,
         eval_crop=args.eval_crop,
+        eval_crop_fraction=args.eval_crop_fraction,
     )
     common.warn_if_resized(weights.model_info)
     checks = export_weights(weights, format, args.target)
@@ -72,21 +74,27 @@ def main(argv: Sequence[str]) -> int:
 
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm."""
-    return get_family(model_info.family).timm_code(
+    """Returns lines of Python that load exported weights in timm.
+
+    Raises:
+        UserError: timm has no such model.
+    """
+    model = get_family(model_info.family).timm_expression(
         model_info.variant,
         model_info.config,
         model_info.image_size,
         model_info.num_classes,
         model_info.gelu,
-        path,
     )
+    file = json.dumps(path, ensure_ascii=False)
+    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
 
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     """Returns lines that use the written weights."""
     if format == "timm":
-        return timm_snippet(model_info, target)
+        with contextlib.suppress(UserError):  # timm has no such model.
+            return timm_snippet(model_info, target)
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)

@@ -148,6 +148,6 @@ def test_installed_program_needs_neither_checkout_nor_tensorflow(
     run("plan", "--config=mixer_s16_jft", "--topology=h100:16")
     run("visualize", "data", "--config=digits", "--out=batch.png", "--num_images=4")
     small = ["--image_size=64", "--batch_size=1", "--rounds=1"]
-    run("benchmark", "--mode=infer", "--variant=S/32", "--baselines=none", *small)
+    run("benchmark", "--mode=infer", "--model=S/32", "--baselines=none", *small)
     suite = ["--suite=digits", "--tasks=knn_5_to_9", "--no_throughput"]
     run("transfer", checkpoint, *suite)

@@ -11,13 +11,12 @@ from mixer_jax.cli.common import check_positive
 from mixer_jax.config.schema import ARCHITECTURE_FIELDS, FIELDS, Field, OptimizerConfig
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import check_backend
-from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
+from mixer_jax.models.family import CUSTOM, ModelFamily
+from mixer_jax.models.registry import get_family, list_models, parse_model_name
 
 # Frameworks, each measured in a process of its own.
 JAX, TORCH = "jax", "torch"
-# Family that is measured.
-FAMILY = get_family(DEFAULT_FAMILY)
-# Implementations of a Mixer.
+# Implementations of a model.
 MIXER_JAX, REFERENCE, TIMM, TIMM_COMPILED = "mixer_jax", "reference", "timm", "timm, torch.compile"
 
 # Optimizer of every candidate: Adam with decoupled weight decay of kernels and gradient clipping.
@@ -55,37 +54,51 @@ class Workload(NamedTuple):
 
     Attributes:
         mode: "train", a training step, or "infer", from images to logits.
-        variant: Variant of `FAMILY`.
+        model: Full name of the model, e.g. "ViT-B/16".
         image_size: Side of the square images, in pixels.
         dtype: "float32", "bfloat16", or "auto" until the device is known.
         batch_size: Images per step; 0 until it is chosen.
     """
 
     mode: str
-    variant: str
+    model: str
     image_size: int
     num_classes: int
     dtype: str
     batch_size: int
 
     @property
+    def family(self) -> ModelFamily:
+        """Family of the model."""
+        return get_family(parse_model_name(self.model)[0])
+
+    @property
+    def variant(self) -> str:
+        """Name of the model in its family."""
+        return parse_model_name(self.model)[1]
+
+    @property
+    def config(self) -> Any:
+        """Architecture config of the model."""
+        return self.family.get_config(self.variant)
+
+    @property
     def flops(self) -> int:
         """Model FLOPs per step: one forward pass per image, or three of them in training."""
-        config = FAMILY.get_config(self.variant)
-        forward = FAMILY.forward_flops(config, self.image_size, self.num_classes)
+        forward = self.family.forward_flops(self.config, self.image_size, self.num_classes)
         return forward * self.batch_size * (3 if self.mode == "train" else 1)
 
     def format(self) -> str:
         """Formats everything but the mode."""
         return (
-            f"{FAMILY.full_name(self.variant)}, {self.image_size} px, "
+            f"{self.model}, {self.image_size} px, "
             f"{self.num_classes:,} classes, {self.batch_size} images per step, {self.dtype}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One implementation of a Mixer with one choice of settings.
+    """One implementation of a model with one choice of settings.
 
     Attributes:
         implementation: `MIXER_JAX`, `REFERENCE`, `TIMM` or `TIMM_COMPILED`.
@@ -124,17 +137,16 @@ def our_candidates(choices: Mapping[str, Sequence[Any]]) -> list[Candidate]:
     return candidates
 
 
-def check_backends(candidates: Sequence[Candidate], platform: str) -> None:
-    """Raises UserError unless all backends run on a platform, as JAX names it."""
+def check_backends(workload: Workload, candidates: Sequence[Candidate], platform: str) -> None:
+    """Raises UserError unless the model has all backends, and they run on a platform."""
+    backends = workload.family.block_backends
     for candidate in candidates:
-        check_backend(candidate.overrides.get("backend", "auto"), platform, FAMILY.block_backends)
+        check_backend(candidate.overrides.get("backend", "auto"), platform, backends)
 
 
 def add_workload_args(parser: argparse.ArgumentParser) -> None:
     """Adds the workload without its batch size, and the settings of mixer_jax to compare."""
-    parser.add_argument(
-        "--variant", default="B/16", choices=list(FAMILY.variants), help="default: B/16"
-    )
+    add_model_arg(parser, "B/16")
     parser.add_argument("--image_size", type=int, default=224, help="in pixels; default: 224")
     parser.add_argument("--num_classes", type=int, default=1000, help="default: 1000")
     parser.add_argument("--dtype", default=_AUTO, choices=FIELDS["model.dtype"].choices)
@@ -146,11 +158,20 @@ def add_workload_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), default=default, metavar="LIST", help=text)
 
 
+def add_model_arg(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the name of the model."""
+    parser.add_argument(
+        "--model",
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(list_models())}; without a family, a Mixer; default: {default}",
+    )
+
+
 def add_baselines_arg(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of baselines for modes that can measure programs of JAX only."""
-    parser.add_argument(
-        "--baselines", default=REFERENCE, choices=[REFERENCE, _NONE], help=f"default: {REFERENCE}"
-    )
+    text = f"default: {REFERENCE}, if the family has one"
+    parser.add_argument("--baselines", choices=[REFERENCE, _NONE], help=text)
 
 
 def parse_workload(args: argparse.Namespace, mode: str) -> Workload:
@@ -159,18 +180,32 @@ def parse_workload(args: argparse.Namespace, mode: str) -> Workload:
     Raises:
         UserError: A value is out of range.
     """
-    config = FAMILY.get_config(args.variant)
-    FAMILY.check_image_size(config, args.image_size, args.image_size)
+    model = parse_model(args)
     check_positive(args, "num_classes")
     text = str(args.batch_size)
     if text != _AUTO and not (text.isdecimal() and int(text)):
         auto = f" or {_AUTO}" if isinstance(args.batch_size, str) else ""
         raise UserError(f"--batch_size must be a positive number{auto}, got {text}.")
     batch_size = 0 if text == _AUTO else int(text)
-    return Workload(mode, args.variant, args.image_size, args.num_classes, args.dtype, batch_size)
+    sizes = (args.image_size, args.num_classes)
+    workload = Workload(mode, model, *sizes, args.dtype, batch_size)
+    workload.family.check_image_size(workload.config, args.image_size, args.image_size)
+    return workload
 
 
-def parse_candidates(args: argparse.Namespace, mode: str) -> list[Candidate]:
+def parse_model(args: argparse.Namespace) -> str:
+    """Returns the full name of the model that --model names.
+
+    Raises:
+        UserError: No such model exists.
+    """
+    family_name, variant = parse_model_name(args.model)
+    if variant == CUSTOM:
+        raise UserError(f"--model must name a variant, got {args.model!r}.")
+    return get_family(family_name).full_name(variant)
+
+
+def parse_candidates(args: argparse.Namespace, workload: Workload) -> list[Candidate]:
     """Parses the settings of mixer_jax into a candidate for every combination.
 
     Raises:
@@ -185,7 +220,7 @@ def parse_candidates(args: argparse.Namespace, mode: str) -> list[Candidate]:
             for value in choices[name]:
                 field.check(flag, value)
             _check_distinct(flag, text, choices[name])
-    num_blocks = FAMILY.num_blocks(FAMILY.get_config(args.variant))
+    num_blocks = workload.family.num_blocks(workload.config)
     if (largest := max(choices["scan_unroll"])) > num_blocks:
         raise UserError(
             f"--scan_unroll must be a list of numbers from -1 to {num_blocks}, got {largest}."
@@ -193,21 +228,31 @@ def parse_candidates(args: argparse.Namespace, mode: str) -> list[Candidate]:
     # 0 unrolls all blocks.
     unrolled = [value or num_blocks for value in choices["scan_unroll"]]
     _check_distinct("--scan_unroll", args.scan_unroll, unrolled)
-    if mode == "infer":
+    if workload.mode == "infer":
         # Without a backward pass, all rematerialization policies are the same program.
         choices["remat"] = choices["remat"][:1]
     return our_candidates(choices)
 
 
-def parse_baselines(args: argparse.Namespace) -> list[Candidate]:
-    """Parses --baselines; without it, all that are installed are measured.
+def parse_baselines(
+    args: argparse.Namespace, workload: Workload, *, with_timm: bool = False
+) -> list[Candidate]:
+    """Parses --baselines; without it, all that exist and are installed are measured.
+
+    Args:
+        args: Arguments.
+        workload: Workload, whose family may have no reference.
+        with_timm: Whether the mode can measure timm.
 
     Raises:
-        UserError: A baseline is unknown or not installed.
+        UserError: A baseline is unknown or not installed, or the family has no reference.
     """
     missing = missing_timm_package()
+    has_reference = find_reference(workload.family) is not None
     if args.baselines is None:
-        names = [REFERENCE] if missing else [REFERENCE, TIMM]
+        names = [REFERENCE] if has_reference else []
+        if with_timm and not missing:
+            names.append(TIMM)
     elif args.baselines == _NONE:
         return []
     else:
@@ -219,6 +264,12 @@ def parse_baselines(args: argparse.Namespace) -> list[Candidate]:
                     f"got {name!r}."
                 )
         _check_distinct("--baselines", args.baselines, names)
+        if REFERENCE in names and not has_reference:
+            raise UserError(
+                f"--baselines={args.baselines} needs a plain implementation of "
+                f"{workload.family.display_name}, which mixer_jax does not have. "
+                f"Leave {REFERENCE} out."
+            )
         if TIMM in names and missing:
             raise UserError(
                 f"--baselines={args.baselines} needs {missing}, which is not installed. "
@@ -227,6 +278,12 @@ def parse_baselines(args: argparse.Namespace) -> list[Candidate]:
     if TIMM in names and not args.no_torch_compile:
         names.append(TIMM_COMPILED)
     return [Candidate(name, name) for name in names]
+
+
+def find_reference(family: ModelFamily) -> str | None:
+    """Returns the module with a family's plain implementation; None if there is none."""
+    module = f"mixer_jax.benchmarks.reference_{family.name}"
+    return module if importlib.util.find_spec(module) else None
 
 
 def missing_timm_package() -> str:

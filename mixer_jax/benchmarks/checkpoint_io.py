@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.benchmarks.candidates import FAMILY
+from mixer_jax.benchmarks.candidates import add_model_arg, parse_model
 from mixer_jax.benchmarks.compare import median_ratio
 from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import get_family, parse_model_name
 
 DESCRIPTION = "Measure loading and converting weights, and a prediction from a cold start."
 
@@ -47,9 +48,7 @@ print(int(peak[1]) * 1024)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this mode."""
-    parser.add_argument(
-        "--variant", default="L/16", choices=list(FAMILY.variants), help="default: L/16"
-    )
+    add_model_arg(parser, "L/16")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default: 7")
 
 
@@ -59,13 +58,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: An argument is out of range, or the system is not Linux.
     """
+    model = parse_model(args)
     check_positive(args, "rounds")
     if not Path("/proc/self/status").exists():
         raise UserError("--mode=weights needs Linux, whose /proc reports the memory of processes.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         google, timm = folder / "google.npz", folder / "timm.safetensors"
-        _write_weights(args.variant, google, timm)
+        _write_weights(model, google, timm)
         size = google.stat().st_size
         measurements = [
             *_measure_loading(google, timm, args.rounds),
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             *_measure_prediction(google, folder, args.rounds),
         ]
     return {
-        "variant": args.variant,
+        "model": model,
         "mebibytes": round(size / 2**20, 1),
         "rounds": args.rounds,
         "measurements": [
@@ -86,23 +86,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Prints a table."""
-    print(", ".join(f"{name} {report[name]}" for name in ("variant", "mebibytes", "rounds")))
+    print(", ".join(f"{name} {report[name]}" for name in ("model", "mebibytes", "rounds")))
     print_table(report["measurements"], [Column("seconds", "seconds"), Column("ratio", "ratio")])
 
 
-def random_params(variant: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Creates float32 parameters of a variant at 224 pixels, by path."""
-    shapes = FAMILY.param_shapes(FAMILY.get_config(variant), _IMAGE_SIZE, _NUM_CLASSES)
+def random_params(model: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Creates float32 parameters of a model at 224 pixels, by path."""
+    family_name, variant = parse_model_name(model)
+    family = get_family(family_name)
+    shapes = family.param_shapes(family.get_config(variant), _IMAGE_SIZE, _NUM_CLASSES)
     return {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
 
 
-def _write_weights(variant: str, google: Path, timm: Path) -> None:
+def _write_weights(model: str, google: Path, timm: Path) -> None:
     """Writes random weights in each of the published layouts."""
     from mixer_jax.checkpoints.formats import write_npz, write_safetensors
     from mixer_jax.checkpoints.layouts import layout_tensors
 
-    flat = random_params(variant, np.random.default_rng(0))
-    layouts = {layout.name.lower(): layout for layout in FAMILY.weight_layouts()}
+    flat = random_params(model, np.random.default_rng(0))
+    family = get_family(parse_model_name(model)[0])
+    layouts = {layout.name.lower(): layout for layout in family.weight_layouts()}
     write_npz(str(google), layout_tensors(flat, layouts["google"]), {})
     write_safetensors(str(timm), layout_tensors(flat, layouts["timm"]), {})
 

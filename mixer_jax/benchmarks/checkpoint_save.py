@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.benchmarks.candidates import FAMILY
+from mixer_jax.benchmarks.candidates import add_model_arg, parse_model
 from mixer_jax.benchmarks.checkpoint_io import print_report, random_params
 from mixer_jax.benchmarks.compare import median_ratio
 from mixer_jax.cli.common import check_positive
@@ -31,9 +31,7 @@ _TASKS = ("save: blocked", "save: written", "restore")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this mode."""
-    parser.add_argument(
-        "--variant", default="L/16", choices=list(FAMILY.variants), help="default: L/16"
-    )
+    add_model_arg(parser, "L/16")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; default: 5")
     parser.add_argument(
         "--folder", help="folder on the disk to measure; default: that of temporary files"
@@ -49,13 +47,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     from mixer_jax.distributed.multihost import check_devices
 
+    model = parse_model(args)
     check_positive(args, "rounds")
     if args.folder and not os.access(args.folder, os.W_OK | os.X_OK):
         raise UserError(
             f"--folder must be an existing folder that can be written, got {args.folder!r}."
         )
     check_devices()
-    items = _make_items(args.variant)
+    items = _make_items(model)
     times: dict[tuple[str, bool], list[float]] = {
         (task, checksums): [] for task in _TASKS for checksums in (False, True)
     }
@@ -69,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     for task, value in zip(_TASKS, seconds, strict=True):
                         times[task, checksums].append(value)
     return {
-        "variant": args.variant,
+        "model": model,
         "mebibytes": round(_num_bytes(items) / 2**20, 1),
         "rounds": args.rounds,
         "measurements": [
@@ -83,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _make_items(variant: str) -> dict[str, Any]:
+def _make_items(model: str) -> dict[str, Any]:
     """Creates random parameters and the two moments of Adam."""
     import jax
 
@@ -92,7 +91,7 @@ def _make_items(variant: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def make_tree() -> Any:
-        return jax.device_put(unflatten_params(random_params(variant, rng)))
+        return jax.device_put(unflatten_params(random_params(model, rng)))
 
     return {"params": make_tree(), "optimizer": {"mu": make_tree(), "nu": make_tree()}}
 

@@ -79,7 +79,7 @@ def query_environment(workload: Workload, candidates: Sequence[Candidate]) -> di
             environment: dict[str, Any] = worker.call("environment")
         except WorkerError as error:
             raise device_error(error.reason) from error
-    check_backends(candidates, environment["platform"])
+    check_backends(workload, candidates, environment["platform"])
     return environment
 
 

@@ -33,7 +33,7 @@ from mixer_jax.planning.topology import ENVIRONMENT, Topology, parse_topology, t
 if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
 
-DESCRIPTION = "Measure how long the training step of a Mixer takes to compile, with a baseline."
+DESCRIPTION = "Measure how long the training step takes to compile, with a baseline."
 _COLUMNS = [
     Column("compile s", "compile_seconds"),
     Column("first step s", "first_step_seconds"),
@@ -47,8 +47,7 @@ _COLUMNS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this mode."""
     add_workload_args(parser)
-    # With a scan and without one: the default is one or the other.
-    parser.set_defaults(scan_unroll="1,0")
+    parser.set_defaults(scan_unroll=None)
     parser.add_argument(
         "--batch_size",
         default="auto",
@@ -64,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_args(parser)
 
 
+def candidates_to_compile(args: argparse.Namespace, workload: Workload) -> list[Candidate]:
+    """Parses the settings of mixer_jax; by default, blocks are compiled with and without a scan."""
+    if args.scan_unroll is None:
+        args.scan_unroll = "1,0" if workload.family.num_blocks(workload.config) else "-1"
+    return parse_candidates(args, workload)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures all candidates.
 
@@ -73,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     workload = parse_workload(args, "train")
     common.check_positive(args, "rounds")
-    candidates = [*parse_candidates(args, "train"), *parse_baselines(args)]
+    candidates = [*candidates_to_compile(args, workload), *parse_baselines(args, workload)]
     check_outputs(args)
     if args.topology:
         topology = parse_tpu_topology(args.topology)
@@ -155,7 +161,7 @@ def open_tpu_device(
     os.environ.update(ENVIRONMENT)
     common.configure_jax(compilation_cache="")
     device = tpu_devices(topology)[0]
-    check_backends(candidates, device.platform)
+    check_backends(workload, candidates, device.platform)
     dtype = "bfloat16" if workload.dtype == "auto" else workload.dtype
     return device, workload._replace(dtype=dtype)
 

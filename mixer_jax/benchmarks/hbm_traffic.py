@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax.benchmarks.candidates import (
-    FAMILY,
     Workload,
     add_baselines_arg,
     add_workload_args,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from mixer_jax.planning.aot_compile import Compiled, OutOfMemory
 
 DESCRIPTION = (
-    "Compile a Mixer's step for a TPU that is not attached, and count the bytes that it moves to "
+    "Compile a step for a TPU that is not attached, and count the bytes that it moves to "
     "and from memory."
 )
 
@@ -80,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     topology = parse_tpu_topology(args.topology)
     workload = parse_workload(args, args.step)
-    candidates = [*parse_baselines(args), *parse_candidates(args, args.step)]
+    candidates = [*parse_baselines(args, workload), *parse_candidates(args, workload)]
     check_outputs(args)
     device, workload = open_tpu_device(topology, workload, candidates)
     from mixer_jax.planning.aot_compile import Compiled
@@ -127,8 +126,8 @@ def measure_traffic(
     program = compiled.program
     row = _traffic_per_image(
         name,
-        sum_by_region(iter_hbm_bytes(program), FAMILY.regions),
-        sum_by_region(iter_matmul_flops(program), FAMILY.regions),
+        sum_by_region(iter_hbm_bytes(program), workload.family.regions),
+        sum_by_region(iter_matmul_flops(program), workload.family.regions),
         workload.batch_size,
         topology,
     )
@@ -157,8 +156,8 @@ def lower_bounds(workload: Workload, topology: Topology) -> list[dict[str, Any]]
         the longer of the two. Memory and compilation are those of the whole batch, and None here.
     """
     traffic = estimate_traffic(
-        FAMILY,
-        FAMILY.get_config(workload.variant),
+        workload.family,
+        workload.config,
         workload.image_size,
         workload.num_classes,
         batch_size=workload.batch_size,

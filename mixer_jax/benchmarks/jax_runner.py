@@ -1,7 +1,7 @@
 """Candidates in JAX: mixer_jax as `mixer_jax.main` and `Classifier` run it, and the reference."""
 
-import dataclasses
 import functools
+import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mixer_jax.benchmarks.candidates import FAMILY, MIXER_JAX, OPTIMIZER, Candidate, Workload
-from mixer_jax.benchmarks.reference_mixer import ReferenceMixer
+from mixer_jax.benchmarks.candidates import (
+    MIXER_JAX,
+    OPTIMIZER,
+    Candidate,
+    Workload,
+    find_reference,
+)
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Step
 from mixer_jax.config.schema import ModelConfig, RecipeConfig
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
@@ -149,7 +154,8 @@ def synthetic_state(shapes: Any, device: Any) -> Any:
         values = np.zeros(shape.shape, np.float32)
         if "mu" not in names and "nu" not in names:
             if names[-1] == "kernel":
-                fan_in = math.prod(shape.shape[:-1] if "stem" in names else shape.shape[-2:-1])
+                # The first axis of stacked parameters is that of blocks.
+                fan_in = math.prod(shape.shape["blocks" in names : -1])
                 values = rng.standard_normal(shape.shape, np.float32) / math.sqrt(fan_in)
             elif names[-1] == "scale":
                 values = np.ones(shape.shape, np.float32)
@@ -168,35 +174,40 @@ def make_step(candidate: Candidate, workload: Workload, device: Any) -> StepFunc
             prepare_inference_params,
             dtype=model.execution.dtype,
             platform=device.platform,
-            family=FAMILY,
+            family=workload.family,
         )
         options = compiler_options(device.platform, model.execution.backend)
         return _infer_step(model, workload, prepare_params, options)
-    config = dataclasses.asdict(FAMILY.get_config(workload.variant))
     dtype = resolve_dtype(workload.dtype)
-    reference = ReferenceMixer(num_classes=workload.num_classes, dtype=dtype, **config)
+    reference_class = importlib.import_module(find_reference(workload.family) or "").Reference
+    reference = reference_class(workload.config, workload.num_classes, dtype)
     if workload.mode == "train":
         return _plain_train_step(reference, workload)
-    prepare_params = functools.partial(cast_weights, dtype=dtype, family=FAMILY)
+    prepare_params = functools.partial(cast_weights, dtype=dtype, family=workload.family)
     return _infer_step(reference, workload, prepare_params)
 
 
 def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
-    settings: dict[str, Any] = {"variant": workload.variant, "dtype": workload.dtype}
+    family, variant = workload.family, workload.variant
+    settings: dict[str, Any] = {
+        "family": family.name,
+        "variant": variant,
+        "dtype": workload.dtype,
+    }
     declared = ModelConfig(**settings, **candidate.overrides)
-    model = (FAMILY, declared.architecture, workload.num_classes)
+    model = (family, declared.architecture, workload.num_classes)
     return build_model(*model, declared.settings, device.platform, device.device_kind)
 
 
 def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction:
     """Makes the training step as `training.setup` does, on one device."""
     schedule = make_schedule(OPTIMIZER, num_steps=1000)
-    tx = make_optimizer(OPTIMIZER, schedule, FAMILY)
+    tx = make_optimizer(OPTIMIZER, schedule, workload.family)
     mesh = make_mesh(1, 1, [device])
     init_state = functools.partial(
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
-    sharding = state_sharding(jax.eval_shape(init_state), mesh, FAMILY)
+    sharding = state_sharding(jax.eval_shape(init_state), mesh, workload.family)
     function = jit_train_step(RecipeConfig(), 0, sharding, model, tx, schedule, mesh)
     return StepFunction(function, init_state, True)
 
@@ -211,7 +222,7 @@ def _plain_train_step(model: Any, workload: Workload) -> StepFunction:
             OPTIMIZER.b2,
             OPTIMIZER.eps,
             weight_decay=OPTIMIZER.weight_decay,
-            mask=functools.partial(weight_decay_mask, family=FAMILY),
+            mask=functools.partial(weight_decay_mask, family=workload.family),
         ),
     )
 

@@ -32,7 +32,7 @@ from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import RunError
 from mixer_jax.planning.batch_size import Trial, search_batch_size
 
-DESCRIPTION = "Measure training and inference of a Mixer on this machine, with baselines."
+DESCRIPTION = "Measure training and inference on this machine, with baselines."
 _COLUMNS = [
     Column("images/s", "images_per_second"),
     Column("ms/step", "step_seconds", ".1f", 1000),
@@ -75,8 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     workloads = [parse_workload(args, mode) for mode in args.mode.split(",")]
     check_positive(args, "rounds")
-    candidates = {w.mode: parse_candidates(args, w.mode) for w in workloads}
-    baselines = parse_baselines(args)
+    candidates = {w.mode: parse_candidates(args, w) for w in workloads}
+    baselines = parse_baselines(args, workloads[0], with_timm=True)
     check_outputs(args)
 
     # All modes have the same backends.

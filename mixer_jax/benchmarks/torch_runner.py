@@ -1,4 +1,4 @@
-"""Candidates in PyTorch: timm's Mixer, eager and compiled, trained as its users train it."""
+"""Candidates in PyTorch: timm's models, eager and compiled, trained as its users train it."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixer_jax.benchmarks.candidates import FAMILY, OPTIMIZER, TIMM_COMPILED, Candidate, Workload
+from mixer_jax.benchmarks.candidates import OPTIMIZER, TIMM_COMPILED, Candidate, Workload
 from mixer_jax.benchmarks.runner import CompileCosts, FrameworkRunner, Step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,9 +70,7 @@ class TorchRunner(FrameworkRunner):
 
     def make_model(self) -> Any:
         """Creates timm's model on the device."""
-        workload = self.workload
-        model = create_timm_mixer(workload.variant, workload.image_size, workload.num_classes)
-        return model.to(self.device)
+        return create_timm_model(self.workload).to(self.device)
 
     def make_train_step(
         self, model: Any, forward: Callable[[Any], Any]
@@ -81,8 +79,12 @@ class TorchRunner(FrameworkRunner):
 
         `forward` is the model itself or the model compiled.
         """
-        kernels = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
+        not_decayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+        kernels: list[Any] = []
+        others: list[Any] = []
+        for name, parameter in model.named_parameters():
+            is_kernel = parameter.ndim > 1 and name not in not_decayed
+            (kernels if is_kernel else others).append(parameter)
         optimizer = torch.optim.AdamW(
             [
                 {"params": kernels, "weight_decay": OPTIMIZER.weight_decay},
@@ -160,22 +162,8 @@ def import_timm() -> ModuleType:
     return timm
 
 
-def create_timm_mixer(variant: str, image_size: int, num_classes: int) -> Any:
-    """Creates timm's model of a variant, randomly initialized."""
-    timm = import_timm()
-    name = f"mixer_{variant.lower().replace('/', '')}_224"
-    if name in timm.list_models():
-        return timm.create_model(name, img_size=image_size, num_classes=num_classes)
-    from timm.models.mlp_mixer import MlpMixer
-
-    config = FAMILY.get_config(variant)
-    mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
-    return MlpMixer(
-        num_classes=num_classes,
-        img_size=image_size,
-        patch_size=config.patch_size,
-        num_blocks=config.num_blocks,
-        embed_dim=config.hidden_dim,
-        # timm expresses the hidden sizes of the MLPs as multiples of the channels.
-        mlp_ratio=tuple(mlp_dim / config.hidden_dim for mlp_dim in mlp_dims),
-    )
+def create_timm_model(workload: Workload) -> Any:
+    """Creates timm's model of a workload, randomly initialized, with timm's default GELU."""
+    size = (workload.image_size, workload.image_size)
+    model = (workload.variant, workload.config, size, workload.num_classes, "exact")
+    return eval(workload.family.timm_expression(*model), {"timm": import_timm()})

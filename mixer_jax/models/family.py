@@ -67,7 +67,7 @@ class FileShapes(Protocol):
         """Returns whether the file has a parameter."""
 
 
-# Order of a parameter's axes in a tensor; nested ones are merged into one axis.
+# Order of a parameter's axes in a tensor. Nested ones are merged into one, of length 1 if empty.
 Axes = tuple[int | tuple[int, ...], ...]
 
 
@@ -81,7 +81,8 @@ class TensorMapping(NamedTuple):
             another along its first axis.
         axes: Order of a parameter's axes in the tensor, without that of the blocks; None: the same.
             A nested tuple of consecutive axes is merged into one: (2, (0, 1)) is the transposed
-            matrix of a kernel (heads, features, channels).
+            matrix of a kernel (heads, features, channels). (1, 0, (), ()) is that of a matrix as
+            the kernel of a 1×1 convolution.
         start: First entry along the parameter's second axis that the tensor has; earlier ones are
             zero.
     """
@@ -108,6 +109,8 @@ class WeightLayout:
             family's layout does not; of the layouts of one family, the first that fits counts.
         gelu: "tanh" or "exact".
         eval_crop: Crop, as in `config.preprocess.eval_crop`.
+        eval_crop_fractions: Its side as a fraction of the resized image's, by the image size in
+            pixels from which on it applies.
         aliases: Other spellings of tensors' names in files, as regular expressions, and the
             replacement that gives the name here.
         rejected: Why a file with a tensor of this name is not supported.
@@ -118,8 +121,14 @@ class WeightLayout:
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
+    eval_crop_fractions: Mapping[int, float] = dataclasses.field(default_factory=lambda: {0: 0.875})
     aliases: tuple[tuple[str, str], ...] = ()
     rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def eval_crop_fraction(self, image_size: ImageSize) -> float:
+        """Returns the side of the crop for an image size, as a fraction of the resized image's."""
+        sizes = [size for size in self.eval_crop_fractions if size <= min(image_size)]
+        return self.eval_crop_fractions[max(sizes)]
 
     def canonical_name(self, name: str) -> str:
         """Returns the name of a file's tensor in this layout."""
@@ -217,7 +226,8 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
-    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    # Name of the first layer if it is linear, so that the normalization of pixels can be folded
+    # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}
@@ -344,20 +354,18 @@ class ModelFamily(abc.ABC):
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         """Adapts parameters, as numpy arrays, to another image size."""
 
+    def config_for_new_head(self, config: Any) -> Any:
+        """Returns the config without layers that fine-tuning replaces together with the head."""
+        return config
+
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns the layouts that weights of this family are published in."""
         return ()
 
-    def timm_code(
-        self,
-        variant: str,
-        config: Any,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines of Python that load a file of weights in timm's layout into a timm model.
+    def timm_expression(
+        self, variant: str, config: Any, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns a Python expression that creates timm's model, after `import timm`.
 
         Args:
             variant: Name of a variant, or "custom".
@@ -365,7 +373,9 @@ class ModelFamily(abc.ABC):
             image_size: Height and width, in pixels.
             num_classes: Outputs of the head; 0 means no head.
             gelu: "tanh" or "exact".
-            path: Path of the file.
+
+        Raises:
+            UserError: timm has no such model.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
 

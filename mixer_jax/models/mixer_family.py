@@ -4,7 +4,6 @@ Does not import JAX until a model is built.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -139,24 +138,22 @@ class MixerFamily(ModelFamily):
         """Returns Google's and timm's layouts."""
         return GOOGLE, GOOGLE_LEGACY, TIMM
 
-    def timm_code(
+    def timm_expression(
         self,
         variant: str,
         config: MixerConfig,
         image_size: ImageSize,
         num_classes: int,
         gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines that create timm's model by name if it has one, or else its class."""
-        file = json.dumps(path, ensure_ascii=False)
+    ) -> str:
+        """Returns an expression that creates timm's model by name if it has one, or its class."""
         # timm's default GELU is exact.
         act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
         is_named = variant != _NOT_IN_TIMM and VARIANTS.get(variant) == config
         if is_named and image_size == _TIMM_IMAGE_SIZE:
             name = f"mixer_{variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
-            args = [f'"{name}"', f"num_classes={num_classes}", f"checkpoint_path={file}"]
-            return ["import timm", f"model = timm.create_model({', '.join(args + act_layer)})"]
+            args = [f'"{name}"', f"num_classes={num_classes}"]
+            return f"timm.create_model({', '.join(args + act_layer)})"
         height, width = image_size
         mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
         args = [
@@ -167,11 +164,7 @@ class MixerFamily(ModelFamily):
             f"embed_dim={config.hidden_dim}",
             f"mlp_ratio=({', '.join(_timm_mlp_ratio(d, config.hidden_dim) for d in mlp_dims)})",
         ]
-        return [
-            "import timm",
-            f"model = timm.models.mlp_mixer.MlpMixer({', '.join(args + act_layer)})",
-            f"timm.models.load_checkpoint(model, {file})",
-        ]
+        return f"timm.models.mlp_mixer.MlpMixer({', '.join(args + act_layer)})"
 
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""

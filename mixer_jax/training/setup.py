@@ -29,6 +29,7 @@ from mixer_jax.distributed.sharding import (
     replicated,
     state_sharding,
 )
+from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -112,7 +113,7 @@ def build_experiment(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps
     )
     device = mesh.devices.flat[0]
-    model_info = _make_model_info(config, datasets, init_info)
+    model_info = make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
@@ -189,6 +190,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.bad_images.skip_in_evaluation,
         config.loader.num_threads,
         config.loader.prefetch_batches,
+        config.preprocess.eval_crop_fraction,
     )
     eval_step = make_eval_step(experiment.model, mesh)
     feature_fn = make_feature_fn(experiment.model, mesh)
@@ -221,7 +223,8 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
-    return {name: x for name, x in dataclasses.asdict(config).items() if name != "eval_crop"}
+    settings = dataclasses.asdict(config)
+    return {name: x for name, x in settings.items() if not name.startswith("eval_")}
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
@@ -244,19 +247,46 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
     return metrics
 
 
-def _make_model_info(
+def should_keep_head(config: RunConfig, class_names: Sequence[str], pretrained: ModelInfo) -> bool:
+    """Returns whether a run on data with these classes keeps the head of its pretrained weights.
+
+    Raises:
+        UserError: `config.init_head` is "keep", but the head has other classes.
+    """
+    is_same = pretrained.class_names == tuple(class_names)
+    fits = is_same or (not pretrained.class_names and pretrained.num_classes == len(class_names))
+    if config.init_head == "keep" and not fits:
+        raise UserError(
+            f"config.init_head must be 'new' or 'auto', got 'keep': the {pretrained.num_classes} "
+            f"classes of config.init_from={config.init_from!r} are not the {len(class_names)} "
+            "classes of the data."
+        )
+    return config.init_head == "keep" or (config.init_head == "auto" and is_same)
+
+
+def make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
+    """Describes the model of a run; `init_info` as in `build_experiment`."""
     declared = init_info or config.model
+    architecture = config.model.architecture
+    if init_info is not None:
+        architecture = init_info.config
+        new = get_family(init_info.family).config_for_new_head(architecture)
+        # A checkpoint of the run itself already has the layers of its new head.
+        if new != architecture and config.init_from:
+            is_kept = should_keep_head(config, datasets.train.class_names, init_info)
+            architecture = architecture if is_kept else new
     return ModelInfo(
         declared.family,
         declared.variant,
-        config.model.architecture if init_info is None else init_info.config,
+        architecture,
         image_size=(config.image_size, config.image_size),
         num_classes=datasets.train.num_classes,
         class_names=tuple(datasets.train.class_names),
         gelu=declared.gelu,
         eval_crop=config.preprocess.eval_crop,
+        eval_crop_fraction=config.preprocess.eval_crop_fraction,
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,

@@ -15,7 +15,7 @@ from tests.helpers.random_weights import random_weights, save_safetensors
 
 pytestmark = pytest.mark.baselines
 
-WORKLOAD = Workload("train", "S/32", 64, 10, "float32", 4)
+WORKLOAD = Workload("train", "Mixer-S/32", 64, 10, "float32", 4)
 
 
 def test_timm_has_the_same_losses_over_three_steps(torch: Any, timm: Any, tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_timm_has_the_same_losses_over_three_steps(torch: Any, timm: Any, tmp_pa
 
 @pytest.mark.parametrize("variant", ["S/32", "H/14"])
 def test_timm_has_the_parameters_of_the_paper(variant: str, torch: Any, timm: Any) -> None:
-    from mixer_jax.benchmarks.torch_runner import create_timm_mixer
+    from mixer_jax.benchmarks.torch_runner import create_timm_model
 
     with torch.device("meta"):
-        model = create_timm_mixer(variant, 224, 1000)
+        model = create_timm_model(Workload("infer", f"Mixer-{variant}", 224, 1000, "float32", 1))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == get_family("mixer").num_params(VARIANTS[variant], 224, 1000)
 

@@ -52,27 +52,32 @@ def test_remat_auto_is_named_if_scans_differ() -> None:
 
 
 def test_flops_of_training_are_three_forward_passes() -> None:
-    infer = Workload("infer", "S/32", 64, 10, "float32", 2)
+    infer = Workload("infer", "Mixer-S/32", 64, 10, "float32", 2)
     assert infer.flops == 2 * get_family("mixer").forward_flops(VARIANTS["S/32"], 64, 10)
     assert infer._replace(mode="train").flops == 3 * infer.flops
 
 
 def test_check_backends_refuses_another_platform() -> None:
     candidate = Candidate("ours", MIXER_JAX, {"backend": "triton"})
-    check_backends([candidate], "gpu")
+    workload = Workload("infer", "Mixer-S/32", 64, 10, "float32", 2)
+    check_backends(workload, [candidate], "gpu")
     with raises(UserError, "triton", "GPU"):
-        check_backends([Candidate("default", MIXER_JAX), candidate], "cpu")
+        check_backends(workload, [Candidate("default", MIXER_JAX), candidate], "cpu")
 
 
 def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_workload_args(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args([*argv, "--model=B/16"])
+
+
+def workload(mode: str = "train") -> Workload:
+    return Workload(mode, "Mixer-B/16", 224, 1000, "float32", 8)
 
 
 def test_parse_candidates_combines_all_values() -> None:
     namespace = parse("--scan_unroll=1,0", "--remat=none,dots", "--model.gelu=exact")
-    parsed = parse_candidates(namespace, "train")
+    parsed = parse_candidates(namespace, workload())
     assert [dict(candidate.overrides) for candidate in parsed] == [
         {"gelu": "exact", "scan_unroll": scan_unroll, "remat": remat}
         for scan_unroll in (1, 0)
@@ -81,11 +86,11 @@ def test_parse_candidates_combines_all_values() -> None:
 
 
 def test_parse_candidates_infers_with_one_remat_policy() -> None:
-    assert len(parse_candidates(parse("--remat=none,dots"), "infer")) == 1
+    assert len(parse_candidates(parse("--remat=none,dots"), workload("infer"))) == 1
 
 
 def test_parse_candidates_defaults_to_one_candidate() -> None:
-    (candidate,) = parse_candidates(parse(), "train")
+    (candidate,) = parse_candidates(parse(), workload())
     assert candidate.overrides == {"scan_unroll": -1, "remat": "auto"}
 
 
@@ -106,7 +111,7 @@ def test_parse_baselines(
     parser = argparse.ArgumentParser()
     parser.add_argument("--baselines")
     parser.add_argument("--no_torch_compile", action="store_true")
-    baselines = parse_baselines(parser.parse_args(flags))
+    baselines = parse_baselines(parser.parse_args(flags), workload(), with_timm=True)
     assert [baseline.name for baseline in baselines] == names
 
 
@@ -118,7 +123,8 @@ def test_parse_baselines_requires_installed_packages(monkeypatch: pytest.MonkeyP
 
 WORKLOAD_ERRORS = [
     ("--image_size=50", ["image_size", "50", "patch_size", "16"]),
-    ("--variant=X/16", ["--variant", "X/16"]),
+    ("--model=X/16", ["X/16", "Mixer-B/16"]),
+    ("--model=custom", ["--model", "custom"]),
     ("--batch_size=0", ["--batch_size", "0"]),
     ("--num_classes=0", ["--num_classes", "0"]),
     ("--scan_unroll=99", ["--scan_unroll", "99", "-1", "12"]),

@@ -13,7 +13,7 @@ from tests.helpers.messages import mentions, raises
 
 @pytest.mark.slow
 def test_json_has_every_measurement() -> None:
-    done = run_cli("benchmark", "--mode=weights", "--variant=S/32", "--rounds=1", "--json")
+    done = run_cli("benchmark", "--mode=weights", "--model=S/32", "--rounds=1", "--json")
     report = json.loads(done.stdout)
     rows = report["measurements"]
     tasks = [
@@ -41,7 +41,7 @@ def test_json_has_every_measurement() -> None:
 
 @pytest.mark.slow
 def test_checkpoints_are_measured_with_and_without_checksums(tmp_path: Path) -> None:
-    arguments = "--mode=checkpoints", "--variant=S/32", "--rounds=1", f"--folder={tmp_path}"
+    arguments = "--mode=checkpoints", "--model=S/32", "--rounds=1", f"--folder={tmp_path}"
     done = run_cli("benchmark", *arguments, "--json")
     report = json.loads(done.stdout)
     # Parameters and the two moments of Adam.

@@ -22,7 +22,7 @@ from mixer_jax.benchmarks.workers import WorkerError
 from mixer_jax.errors import RunError
 from tests.helpers.messages import mentions, raises
 
-WORKLOAD = Workload("train", "B/16", 224, 1000, "bfloat16", 256)
+WORKLOAD = Workload("train", "Mixer-B/16", 224, 1000, "bfloat16", 256)
 CANDIDATES = [Candidate(name, name) for name in (MIXER_JAX, REFERENCE, TIMM, TIMM_COMPILED)]
 SECONDS = {MIXER_JAX: 0.1, REFERENCE: 0.2, TIMM: 0.3, TIMM_COMPILED: 0.25}
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from mixer_jax import benchmark
-from mixer_jax.benchmarks.compile import add_arguments
+from mixer_jax.benchmarks.candidates import Workload
+from mixer_jax.benchmarks.compile import add_arguments, candidates_to_compile
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import raises
@@ -14,7 +15,7 @@ from tests.helpers.messages import raises
 
 @pytest.mark.slow
 def test_json_has_compilation_and_first_step() -> None:
-    workload = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--batch_size=1"]
+    workload = ["--model=S/32", "--image_size=64", "--num_classes=10", "--batch_size=1"]
     flags = ["--rounds=1", "--scan_unroll=1", "--baselines=none", "--json"]
     done = run_cli("benchmark", "--mode=compile", *workload, *flags)
     report = json.loads(done.stdout)
@@ -29,7 +30,9 @@ def test_json_has_compilation_and_first_step() -> None:
 def test_default_compares_with_and_without_a_scan() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert parser.parse_args([]).scan_unroll == "1,0"
+    workload = Workload("train", "Mixer-S/32", 224, 1000, "float32", 8)
+    candidates = candidates_to_compile(parser.parse_args([]), workload)
+    assert [candidate.overrides["scan_unroll"] for candidate in candidates] == [1, 0]
 
 
 def test_usage_errors() -> None:

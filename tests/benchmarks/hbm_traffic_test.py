@@ -25,7 +25,7 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tpu_compiler import tpu_device
 
 MODE = "--mode=hbm_traffic"
-TINY = [MODE, "--variant=tiny", "--image_size=64", "--num_classes=10", "--quick"]
+TINY = [MODE, "--model=tiny", "--image_size=64", "--num_classes=10", "--quick"]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_step_that_does_not_fit_is_a_row(capsys: pytest.CaptureFixture[str]) -
 
 def test_measure_traffic_reports_how_much_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     topology = parse_topology("v6e:2x2")
-    workload = Workload("train", "B/16", 224, 10, "bfloat16", 8)
+    workload = Workload("train", "Mixer-B/16", 224, 10, "bfloat16", 8)
     failures = [
         (OutOfMemory(3.0, 40 * GIB, 0.0, "", False), ["40.00 GiB", "31.25"]),
         (OutOfMemory(3.0, 33 * GIB, 31 * GIB, "", True), ["33.00 GiB", "31.00"]),
@@ -108,7 +108,7 @@ def test_measure_traffic_reports_how_much_does_not_fit(capsys: pytest.CaptureFix
 
 
 def test_lower_bounds_of_b16() -> None:
-    workload = Workload("train", "B/16", 224, 1000, "bfloat16", 128)
+    workload = Workload("train", "Mixer-B/16", 224, 1000, "bfloat16", 128)
     unfused, fused = lower_bounds(workload, parse_topology("v6e:2x2"))
     assert unfused["num_bytes"] / 1e6 == pytest.approx(236, abs=0.5)
     assert fused["num_bytes"] / 1e6 == pytest.approx(57, abs=0.5)

@@ -16,7 +16,7 @@ from mixer_jax.benchmarks.jax_runner import (
 )
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
 
-WORKLOAD = Workload("train", "tiny", 32, 10, "float32", 8)
+WORKLOAD = Workload("train", "Mixer-tiny", 32, 10, "float32", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def to_reference(params: dict[str, Any]) -> dict[str, Any]:
-    """Converts parameters of a `MlpMixer` to those of a `ReferenceMixer`."""
+    """Converts parameters of a `MlpMixer` to those of its reference."""
     blocks = {
         f"block_{index}": jax.tree.map(lambda x, index=index: x[index], params["blocks"])
         for index in range(VARIANTS["tiny"].num_blocks)

@@ -16,7 +16,7 @@ from tests.helpers.messages import mentions, raises
 
 
 def example_report() -> dict[str, Any]:
-    workload = Workload("train", "B/16", 224, 1000, "float32", 8)
+    workload = Workload("train", "Mixer-B/16", 224, 1000, "float32", 8)
     results = [
         Result(MIXER_JAX, images_per_second=123.0, step_seconds=0.065, mfu=0.5, relative_time=1.0),
         Result(TIMM, "out of memory"),

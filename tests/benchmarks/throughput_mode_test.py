@@ -12,7 +12,7 @@ from tests.helpers.messages import mentions
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--variant=S/32", "--image_size=64", "--num_classes=10", "--scan_unroll=1", "--rounds=1"]
+SMALL = ["--model=S/32", "--image_size=64", "--num_classes=10", "--scan_unroll=1", "--rounds=1"]
 # Installed packages that the measured programs do not need.
 OPTIONAL = [
     *("PIL", "clu", "cv2", "etils", "grain", "huggingface_hub", "matplotlib", "ml_collections"),
@@ -58,7 +58,7 @@ def test_json_and_files_where_only_jax_is_installed(tmp_path: Path) -> None:
     assert report["platform"] == "cpu"
     assert [mode["mode"] for mode in report["modes"]] == ["train", "infer"]
     for mode in report["modes"]:
-        workload = Workload(mode["mode"], "S/32", 64, 10, "float32", 2)
+        workload = Workload(mode["mode"], "Mixer-S/32", 64, 10, "float32", 2)
         assert {name: mode[name] for name in Workload._fields} == workload._asdict()
         assert mode["batch_size_trials"] is None
         assert not mode["isolated"]

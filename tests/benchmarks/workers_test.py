@@ -10,7 +10,7 @@ from mixer_jax.benchmarks.candidates import JAX, MIXER_JAX, Candidate, Workload
 from mixer_jax.benchmarks.workers import Worker, WorkerError, WorkerPool
 from mixer_jax.errors import is_out_of_memory
 
-WORKLOAD = Workload("infer", "S/32", 32, 2, "float32", 1)
+WORKLOAD = Workload("infer", "Mixer-S/32", 32, 2, "float32", 1)
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,8 @@ def shorten(words: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
         rest.append("--no_throughput")
     elif name == "benchmark" and "--help" not in rest:
         rest += _short_benchmark(rest)
+    elif name == "compare" and "--help" not in rest:
+        rest += ["--no_throughput", "--config.num_steps=2", "--config.optimizer.warmup_steps=1"]
     module = "mixer_jax" if name == "__main__" else f"mixer_jax.{name}"
     return ["python", "-m", module, *rest, *extra]
 
@@ -346,9 +348,9 @@ def _short_benchmark(arguments: Sequence[str]) -> list[str]:
     if mode == "--mode=input":
         return ["--image_size=32", "--rounds=1", "--images_per_round=128", "--no_baselines"]
     if mode in ("--mode=weights", "--mode=checkpoints"):
-        return ["--variant=S/32", "--rounds=1"]
+        return ["--model=S/32", "--rounds=1"]
     if mode == "--mode=hbm_traffic":
         # Compiling for TPUs is tested elsewhere.
         return ["--help"]
-    sizes = ["--variant=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
+    sizes = ["--model=S/32", "--image_size=64", "--batch_size=1", "--scan_unroll=1"]
     return [*sizes, "--baselines=none", "--rounds=1"]
