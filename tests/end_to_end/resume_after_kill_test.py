@@ -95,18 +95,19 @@ def assert_same_result(workdir: Path, expected: Path) -> None:
 def test_killed_and_resumed_run_of_another_family_equals_an_uninterrupted_one(
     family: str, digits_dir: str, tmp_path: Path
 ) -> None:
-    start_run = functools.partial(start, digits_dir, optimized=True, **FAMILY_OVERRIDES[family])
+    overrides = FAMILY_OVERRIDES[family]
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
     # At least one save is finished: the next one waits for it.
     step = random.SystemRandom().randint(21, 45)
     print(f"killed at step {step}")
-    process = start_run(tmp_path / "killed")
-    wait_until(lambda: last_step(tmp_path / "killed") >= step, process)
+    process = start(digits_dir, killed, optimized=True, **overrides)
+    wait_until(lambda: last_step(killed) >= step, process)
     process.kill()
     process.communicate()
-    assert list_steps(str(tmp_path / "killed"))[-1] < STEPS
-    finish(start_run(tmp_path / "killed"))
-    finish(start_run(tmp_path / "uninterrupted"))
-    assert_same_result(tmp_path / "killed", tmp_path / "uninterrupted")
+    assert list_steps(str(killed))[-1] < STEPS
+    for workdir in (killed, uninterrupted):
+        finish(start(digits_dir, workdir, optimized=True, **overrides))
+    assert_same_result(killed, uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])

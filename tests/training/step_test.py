@@ -35,7 +35,7 @@ REGULARIZERS = {"mixer": MASKS, "vit": MASKS, "bit": {}}
 
 
 def make_model(num_blocks: int = 1, family: str = "mixer", **overrides: Any) -> Any:
-    blocks = {"num_blocks": num_blocks, "patch_size": 4, "hidden_dim": 8}
+    blocks: dict[str, Any] = {"num_blocks": num_blocks, "patch_size": 4, "hidden_dim": 8}
     architecture: dict[str, Any] = {
         "mixer": blocks | {"tokens_mlp_dim": 8, "channels_mlp_dim": 8},
         "vit": blocks | {"mlp_dim": 16, "num_heads": 2},
