@@ -1,5 +1,6 @@
 """Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES, get_family
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,12 +42,19 @@ def main(argv: Sequence[str]) -> int:
     common.add_checkpoint_override_args(parser)
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one per line")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--list", action="store_true", help="list published weights and exit")
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        choices=("", *FAMILIES),
+        metavar="FAMILY",
+        help=f"list published weights, of one family ({', '.join(FAMILIES)}) or all, and exit",
+    )
     args = parser.parse_args(argv)
-    if args.list:
-        if list(argv) != ["--list"]:
+    if args.list is not None:
+        if list(argv) not in (["--list"], [f"--list={args.list}"], ["--list", args.list]):
             raise UserError("--list must be the only argument.")
-        print(format_model_zoo())
+        print(format_model_zoo(args.list))
         return 0
     if not args.source or not args.target:
         raise UserError("SOURCE and TARGET are required. See --help.")
@@ -73,7 +81,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm."""
+    """Returns lines of Python that load exported weights in timm.
+
+    Raises:
+        UserError: timm has no such model.
+    """
     model = get_family(model_info.family).timm_expression(
         model_info.variant,
         model_info.config,
@@ -88,7 +100,8 @@ def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     """Returns lines that use the written weights."""
     if format == "timm":
-        return timm_snippet(model_info, target)
+        with contextlib.suppress(UserError):  # timm has no such model.
+            return timm_snippet(model_info, target)
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)
