@@ -1,7 +1,6 @@
 """Vision Transformer as a model family. Does not import JAX until a model is built."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -134,16 +133,10 @@ class VitFamily(ModelFamily):
 
         return resize_params(params, grid_shape(config, old), grid_shape(config, new))
 
-    def timm_code(
-        self,
-        variant: str,
-        config: VitConfig,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines that create timm's model by name if it has one, or else its class.
+    def timm_expression(
+        self, variant: str, config: VitConfig, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns an expression that creates timm's model by name if it has one, or its class.
 
         Raises:
             UserError: timm's model has no such position embedding or hidden layer.
@@ -154,14 +147,13 @@ class VitFamily(ModelFamily):
                 f"timm must have a model for these weights, got {self.full_name(variant)} with "
                 f"{reason}."
             )
-        file = json.dumps(path, ensure_ascii=False)
         # timm's default GELU is exact.
         act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
         if VARIANTS.get(variant) == config and image_size == _TIMM_IMAGE_SIZE:
             size, _, patch = variant.partition("/")
             name = f"vit_{_TIMM_SIZES[size]}_patch{patch}_{_TIMM_IMAGE_SIZE[0]}"
-            args = [f'"{name}"', f"num_classes={num_classes}", f"checkpoint_path={file}"]
-            return ["import timm", f"model = timm.create_model({', '.join(args + act_layer)})"]
+            args = [f'"{name}"', f"num_classes={num_classes}"]
+            return f"timm.create_model({', '.join(args + act_layer)})"
         height, width = image_size
         args = [
             f"num_classes={num_classes}",
@@ -177,12 +169,7 @@ class VitFamily(ModelFamily):
             # The last LayerNorm precedes the mean.
             pooling = {"gap": "avg", "map": "map"}[config.pooling]
             args += [f'global_pool="{pooling}"', "class_token=False", "fc_norm=False"]
-        return [
-            "import timm",
-            "model = timm.models.vision_transformer.VisionTransformer("
-            f"{', '.join(args + act_layer)})",
-            f"timm.models.load_checkpoint(model, {file})",
-        ]
+        return f"timm.models.vision_transformer.VisionTransformer({', '.join(args + act_layer)})"
 
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels, and the optional parameters.
