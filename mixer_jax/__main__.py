@@ -15,6 +15,7 @@ COMMANDS = (
     ("evaluate", "evaluate", "evaluate a checkpoint on every example of a split"),
     ("predict", "predict", "classify image files"),
     ("transfer", "transfer", "evaluate a checkpoint by transfer to a suite of tasks"),
+    ("compare", "compare", "compare models in accuracy, throughput and training cost"),
     ("convert", "convert", "convert weights between formats"),
     ("prepare", "prepare", "prepare or convert a dataset"),
     ("visualize", "visualize", "plot training batches, cropped and augmented"),

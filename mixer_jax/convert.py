@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         class_names=class_names,
         gelu=args.gelu,
         eval_crop=args.eval_crop,
+        eval_crop_fraction=args.eval_crop_fraction,
     )
     common.warn_if_resized(weights.model_info)
     checks = export_weights(weights, format, args.target)

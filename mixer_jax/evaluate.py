@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     # JAX is imported only after the arguments are valid.
     common.configure_jax(FIELDS["compilation_cache"].default)
     from mixer_jax.checkpoints.load import load_checkpoint
+    from mixer_jax.checkpoints.weights import check_trained_head
     from mixer_jax.distributed.multihost import check_devices
     from mixer_jax.evaluation.checkpoint import open_eval_source
 
@@ -37,12 +38,9 @@ def main(argv: Sequence[str]) -> int:
         image_size=args.image_size,
         gelu=args.gelu,
         eval_crop=args.eval_crop,
+        eval_crop_fraction=args.eval_crop_fraction,
     )
-    if not weights.model_info.num_classes:
-        raise UserError(
-            f"--checkpoint must have a head, got {args.checkpoint} without one. Probe its features "
-            "with mixer_jax.transfer --suite=few_shot."
-        )
+    check_trained_head(weights, f"--checkpoint={args.checkpoint}")
     dataset = args.dataset or (weights.train_config or {}).get("dataset", {}).get("name")
     if not dataset:
         raise UserError(

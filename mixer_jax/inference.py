@@ -14,7 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
-from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, set_class_names
+from mixer_jax.checkpoints.weights import (
+    PretrainedWeights,
+    check_trained_head,
+    replace_head,
+    set_class_names,
+)
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
@@ -68,6 +73,7 @@ def load_pretrained(
     class_names: Sequence[str] = (),
     gelu: str = "",
     eval_crop: str = "",
+    eval_crop_fraction: float | None = None,
     dtype: str = "",
 ) -> "Classifier":
     """Loads weights of any format, at any image size, as a model that is ready to use.
@@ -87,6 +93,8 @@ def load_pretrained(
         class_names: Overrides the names of classes; empty keeps them.
         gelu: Overrides the GELU, "tanh" or "exact"; empty keeps it.
         eval_crop: Overrides the crop of images that are classified; empty keeps it.
+        eval_crop_fraction: Overrides the side of this crop, as a fraction of the resized image's;
+            None keeps it.
         dtype: "float32" or "bfloat16"; empty: that of the checkpoint, or by device.
 
     Raises:
@@ -106,6 +114,7 @@ def load_pretrained(
         class_names=names if num_classes is None else (),
         gelu=gelu,
         eval_crop=eval_crop,
+        eval_crop_fraction=eval_crop_fraction,
     )
     if num_classes is not None:
         if num_classes != weights.model_info.num_classes:
@@ -206,9 +215,9 @@ class Classifier:
 
         Raises:
             BadImageError: An input image is unreadable.
-            UserError: The model has no head, or images have another type, dtype or shape.
+            UserError: The model has no trained head, or images have another type, dtype or shape.
         """
-        self._check_has_head()
+        check_trained_head(self._weights, "model")
         named_images = name_images(images, exif_orientation)
         if not named_images:
             return []
@@ -269,14 +278,14 @@ class Classifier:
             skip_bad_images: Whether unusable images are skipped and counted instead of failing.
 
         Raises:
-            UserError: The model has no head, data is missing, the data has classes that the model
-                lacks, images are unusable, or the process has joined other hosts.
+            UserError: The model has no trained head, data is missing, the data has classes that the
+                model lacks, images are unusable, or the process has joined other hosts.
         """
         # Prediction does not need datasets, which take longer to import than everything else.
         from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
         from mixer_jax.evaluation.classification import evaluate, make_eval_step
 
-        self._check_has_head()
+        check_trained_head(self._weights, "model")
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         if jax.process_count() > 1:
@@ -334,9 +343,9 @@ class Classifier:
                 training.
 
         Raises:
-            UserError: The model has no head, or an argument is out of range.
+            UserError: The model has no trained head, or an argument is out of range.
         """
-        self._check_has_head()
+        check_trained_head(self._weights, "model")
         if topk < 1 or batch_size < 1:
             raise UserError(
                 f"topk and batch_size must be positive, got topk={topk} and "
@@ -349,10 +358,6 @@ class Classifier:
             exif_orientation = self.model_info.exif_orientation
         batches = self._load_batches(images, batch_size, exif_orientation)
         return self._classify_batches(batches, batch_size, topk)
-
-    def _check_has_head(self) -> None:
-        if not self.model_info.num_classes:
-            raise UserError("model must have a head to classify images; this one gives features.")
 
     def _classify_batches(
         self, batches: Iterable[list["_LoadedImage"]], batch_size: int, topk: int
@@ -390,6 +395,7 @@ class Classifier:
         crop: dict[str, Any] = {
             "image_size": self.model_info.image_size,
             "eval_crop": self.model_info.eval_crop,
+            "eval_crop_fraction": self.model_info.eval_crop_fraction,
         }
         try:
             image = read()

@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         class_names=class_names,
         gelu=args.gelu,
         eval_crop=args.eval_crop,
+        eval_crop_fraction=args.eval_crop_fraction,
         dtype=args.dtype,
     )
     common.warn_if_resized(classifier.model_info)

@@ -144,7 +144,8 @@ def test_evaluate_published_weights(
     # Without names, the classes are the dataset's if their numbers agree.
     nameless = save_npz(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
     assert evaluate_json(nameless, data_dir, capsys)["top1"] == result["top1"]
-    fewer = save_npz(replace_head(weights, 3), tmp_path / "fewer.npz", {})
+    three = random_weights(class_names=("1", "2", "3"))
+    fewer = save_npz(three, tmp_path / "fewer.npz", {})
     with pytest.raises(UserError) as caught:
         evaluate_json(fewer, data_dir, capsys)
     # The path may have numbers in it.
@@ -152,6 +153,9 @@ def test_evaluate_published_weights(
     headless = save_npz(replace_head(weights, 0), tmp_path / "headless.npz", {})
     with raises(UserError, headless, "head"):
         evaluate_json(headless, data_dir, capsys)
+    zeroed = save_npz(replace_head(weights, 4), tmp_path / "zeroed.npz", {})
+    with raises(UserError, zeroed, "head", "zeros", "--config.init_from", "--suite=few_shot"):
+        evaluate_json(zeroed, data_dir, capsys)
     with raises(UserError, path, "--dataset"):
         evaluate.main([f"--checkpoint={path}"])
 

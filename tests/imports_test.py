@@ -20,11 +20,12 @@ LEVELS = [
     ["cli", "inference", "training"],
     ["visualization"],
     ["planning", "suites"],
-    ["benchmarks"],
+    ["benchmarks", "comparison"],
 ]
 COMMANDS = [
     "__main__",
     "benchmark",
+    "compare",
     "convert",
     "evaluate",
     "main",
@@ -142,6 +143,10 @@ def test_modules_have_no_import_cycles() -> None:
         ("mixer_jax.prepare", {"jax", "numpy", "tensorflow_datasets", "cv2", "sklearn"}),
         ("mixer_jax.evaluate", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.transfer", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
+        (
+            "mixer_jax.compare",
+            {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2", "matplotlib"},
+        ),
         ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),

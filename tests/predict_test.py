@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mixer_jax import predict
+from mixer_jax.checkpoints.weights import replace_head
 from mixer_jax.cli import common
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
@@ -33,6 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("predict")
     save_run(random_weights(), workspace / "run")
     save_run(random_weights(class_names=(), num_classes=0), workspace / "features")
+    save_npz(replace_head(random_weights(), 21_843), workspace / "zeroed.npz")
     rng = np.random.default_rng(0)
     (workspace / "photos" / "more").mkdir(parents=True)
     for name in ("b.png", "a.jpg", "more/c.png", "with, comma.png"):
@@ -216,7 +218,12 @@ def test_a_thousand_classes_are_named_by_wordnet_ids(
         (["--files_from=~nosuchuser/x"], ["--files_from", "~nosuchuser/x", "No such file"]),
         (["--labels={workspace}/latin.txt", "{photo}"], ["DIR/latin.txt", "2", "UTF-8"]),
         (["--checkpoint={workspace}/features", "--format=csv", "{photo}"], ["head"]),
+        (
+            ["--checkpoint={workspace}/zeroed.npz", "{photo}"],
+            ["head", "zeros", "--config.init_from", "--suite=few_shot"],
+        ),
         (["--topk=0", "{photo}"], ["--topk", "0"]),
+        (["--eval_crop_fraction=1.5", "{photo}"], ["eval_crop_fraction", "1.5", "1"]),
         (
             ["--labels={workspace}/none.txt", "{photo}"],
             ["--labels", "DIR/none.txt", "No such file"],

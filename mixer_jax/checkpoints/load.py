@@ -42,14 +42,17 @@ from mixer_jax.checkpoints.timm_config import (
     fold_normalization,
     parse_timm_fields,
     read_timm_config,
+    recorded_config,
 )
 from mixer_jax.checkpoints.weights import (
     PretrainedWeights,
     check_class_names,
+    has_untrained_head,
     resize,
     unflatten_params,
 )
 from mixer_jax.config.config import fill_defaults
+from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM
 from mixer_jax.models.registry import get_family
@@ -71,6 +74,7 @@ def load_checkpoint(
     class_names: Sequence[str] = (),
     gelu: str = "",
     eval_crop: str = "",
+    eval_crop_fraction: float | None = None,
 ) -> PretrainedWeights:
     """Loads weights of any format, at any image size.
 
@@ -87,6 +91,8 @@ def load_checkpoint(
         class_names: Overrides the checkpoint's names; empty keeps them.
         gelu: Overrides the checkpoint's GELU; empty keeps it.
         eval_crop: Overrides the checkpoint's crop; empty keeps it.
+        eval_crop_fraction: Overrides the crop's side, as a fraction of the resized image's; None
+            keeps it, or with another `eval_crop` takes the default.
 
     Raises:
         UserError: An argument is invalid, or the weights do not exist, are damaged, or lack
@@ -96,7 +102,14 @@ def load_checkpoint(
         raise UserError(f"source must be a path, a URL or hf:OWNER/NAME, got {source!r}.")
     requested_size = parse_image_size("image_size", image_size)
     pretrain_size = parse_image_size("pretrain_image_size", pretrain_image_size)
-    overrides = collect_overrides(class_names=class_names, gelu=gelu, eval_crop=eval_crop)
+    if eval_crop and eval_crop_fraction is None:
+        eval_crop_fraction = FIELDS["preprocess.eval_crop_fraction"].default
+    overrides = collect_overrides(
+        class_names=class_names,
+        gelu=gelu,
+        eval_crop=eval_crop,
+        eval_crop_fraction=eval_crop_fraction,
+    )
     if pretrain_size is not None:
         overrides["image_size"] = pretrain_size
     with _quiet_orbax():
@@ -233,8 +246,11 @@ def _load_file(
     source = HUB + ref.path if is_on_hub else ref.path
     format = FORMATS[Path(path).suffix] if is_on_hub else ref.format
     with READERS[format](path) as file:
-        loaded = read_pretrained(file)
         metadata = upgrade_metadata(file.metadata)
+        recorded = metadata.get("config")
+        if recorded is None and format != "npz":
+            recorded = recorded_config(read_timm_config(path, source))
+        loaded = read_pretrained(file, recorded if isinstance(recorded, dict) else {})
     _check_metadata(metadata, loaded, source)
     fields = validate_metadata(
         {name: value for name, value in metadata.items() if name not in overrides}, source
@@ -255,6 +271,10 @@ def _load_file(
         "class_names": (),
         "gelu": loaded.layout.gelu,
         "eval_crop": loaded.layout.eval_crop,
+        # Metadata of older versions has no fraction, and this one.
+        "eval_crop_fraction": FIELDS["preprocess.eval_crop_fraction"].default
+        if "eval_crop" in metadata
+        else loaded.layout.eval_crop_fraction(fields["image_size"]),
         "exif_orientation": False,
         "loss": _infer_loss(loaded),
     }
@@ -297,14 +317,17 @@ def _read_timm_fields(
         if loaded.fits_image_size(size):
             fields["image_size"] = size
             break
-    stem = loaded.params[get_family(loaded.family).stem]
-    fold_normalization(stem, config, config_source)
+    stem = get_family(loaded.family).stem
+    fold_normalization(loaded.params[stem] if stem else None, config, config_source)
     return fields
 
 
 def _infer_loss(loaded: LoadedWeights) -> str:
     if not loaded.num_classes:
         return "softmax"
+    if has_untrained_head(loaded.params):
+        # Published i21k ViTs, whose head the authors zeroed, were trained with the sigmoid loss.
+        return "sigmoid"
     mean_bias = loaded.params["head"]["bias"].mean()
     return "sigmoid" if mean_bias < _SIGMOID_MEAN_BIAS else "softmax"
 

@@ -20,6 +20,7 @@ METADATA_FIELDS = (
     "class_names",
     "gelu",
     "eval_crop",
+    "eval_crop_fraction",
     "exif_orientation",
     "loss",
     "dtype",
@@ -47,6 +48,7 @@ class ModelInfo:
         dtype: Dtype of the computation, as the config key `model.dtype`.
         resize_note: Adaptation of the weights to the image size; empty if they were trained
             at it.
+        eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
     """
 
     family: str
@@ -61,6 +63,7 @@ class ModelInfo:
     loss: str
     dtype: str = "auto"
     resize_note: str = ""
+    eval_crop_fraction: float = FIELDS["preprocess.eval_crop_fraction"].default
 
     @property
     def name(self) -> str:
@@ -214,9 +217,17 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise error("class_names", "a list of strings")
         fields["class_names"] = normalize_names(names)
+    if not is_crop_fraction(fields.get("eval_crop_fraction", 1.0)):
+        raise error("eval_crop_fraction", "a number from 0.01 to 1")
     if not isinstance(fields.get("resize_note", ""), str):
         raise error("resize_note", "a string")
     return fields
+
+
+def is_crop_fraction(value: Any) -> bool:
+    """Returns whether an untrusted value is a valid `eval_crop_fraction`."""
+    field = FIELDS["preprocess.eval_crop_fraction"]
+    return type(value) in (int, float) and field.min <= value <= field.max
 
 
 def read_metadata_json(path: Path) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.checkpoints.model_info import read_metadata_json
+from mixer_jax.checkpoints.model_info import is_crop_fraction, read_metadata_json
 from mixer_jax.checkpoints.resolve import HUB, TIMM_CONFIG_FILE
 from mixer_jax.errors import UserError
 from mixer_jax.models.registry import FAMILIES
 
 # timm resizes the shorter side of an image to the model's size divided by crop_pct, then crops the
 # center.
-_CROP_PCT = 0.875
 _CROP_MODE = "center"
 _INTERPOLATIONS = ("bicubic", "bilinear")
 # Our names of timm's activation layers.
@@ -63,9 +62,10 @@ def parse_timm_fields(
         fields["class_names"] = _parse_class_names(config)
     if "eval_crop" not in overrides:
         fields["eval_crop"] = _parse_eval_crop(config, source)
+        fields["eval_crop_fraction"] = _pretrained_cfg(config).get("crop_pct")
     if "gelu" not in overrides:
         fields["gelu"] = _parse_gelu(config, source)
-    return {name: value for name, value in fields.items() if value}
+    return {name: value for name, value in fields.items() if value not in (None, "", [], ())}
 
 
 def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
@@ -84,19 +84,25 @@ def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
                 yield height, width
 
 
-def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str) -> None:
+def recorded_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns fields of the architecture, named as in timm's models, that shapes may not tell."""
+    return _model_args(config)
+
+
+def fold_normalization(stem: dict[str, Any] | None, config: dict[str, Any], source: str) -> None:
     """Folds timm's normalization of pixels into the stem.
 
     Our models see pixels x in [-1, 1], timm's ((x + 1) / 2 − mean) / std. The stem is linear, so an
     adapted stem gives the same result. timm's usual mean and std of 0.5 change nothing.
 
     Args:
-        stem: Kernel (height, width, 3, channels) and bias, changed in place.
+        stem: Kernel (height, width, 3, channels) and bias, changed in place; None if the model's
+            stem is not linear.
         config: timm's config, or {}.
         source: Name of the config for messages.
 
     Raises:
-        UserError: Mean or std is not three numbers.
+        UserError: Mean or std is not three numbers, or other than 0.5 without a linear stem.
     """
     settings = _pretrained_cfg(config)
     values = {name: settings.get(name, [0.5] * 3) for name in ("mean", "std")}
@@ -114,6 +120,11 @@ def fold_normalization(stem: dict[str, Any], config: dict[str, Any], source: str
         )
     if (mean == 0.5).all() and (std == 0.5).all():
         return
+    if stem is None:
+        raise UserError(
+            f"{source}: mean and std must be 0.5 for this model, into whose stem no other "
+            f"normalization can be folded, got mean={values['mean']!r} and std={values['std']!r}."
+        )
     kernel = stem["kernel"].astype(np.float64)
     offset = (0.5 - mean) / std
     stem["bias"] = (stem["bias"] + np.einsum("hwic,i->c", kernel, offset)).astype(np.float32)
@@ -133,14 +144,15 @@ def _parse_eval_crop(config: dict[str, Any], source: str) -> Any:
     crop_pct, mode = settings.get("crop_pct"), settings.get("crop_mode")
     interpolation = settings.get("interpolation")
     if (
-        crop_pct not in (None, _CROP_PCT)
+        (crop_pct is not None and not is_crop_fraction(crop_pct))
         or mode not in (None, _CROP_MODE)
         or interpolation not in (None, *_INTERPOLATIONS)
     ):
         raise UserError(
-            f"{source}: crop_pct must be {_CROP_PCT}, crop_mode {_CROP_MODE}, and interpolation "
-            f"{' or '.join(_INTERPOLATIONS)}, got crop_pct={crop_pct}, crop_mode={mode!r} and "
-            f"interpolation={interpolation!r}. Set eval_crop to use another crop."
+            f"{source}: crop_pct must be a fraction up to 1, crop_mode {_CROP_MODE}, and "
+            f"interpolation {' or '.join(_INTERPOLATIONS)}, got crop_pct={crop_pct!r}, "
+            f"crop_mode={mode!r} and interpolation={interpolation!r}. Set eval_crop to use another "
+            "crop."
         )
     return interpolation
 

@@ -134,6 +134,28 @@ def replace_head(
     return weights._replace(params=params, model_info=model_info)
 
 
+def has_untrained_head(params: Tree) -> bool:
+    """Returns whether the kernel of the head is zero, so that all images get the same logits."""
+    return "head" in params and not np.any(params["head"]["kernel"])
+
+
+def check_trained_head(weights: PretrainedWeights, model: str) -> None:
+    """Raises UserError, which starts with `model`, unless weights have a head that classifies."""
+    if not weights.model_info.num_classes:
+        problem = "have a head to classify images; this one gives features"
+    elif has_untrained_head(weights.params):
+        problem = (
+            "have a trained head; this one's is all zeros, as in the published "
+            "imagenet21k/ViT-*.npz, and gives all classes the same score"
+        )
+    else:
+        return
+    raise UserError(
+        f"{model} must {problem}. Fine-tune it with --config.init_from, or probe its features with "
+        "mixer_jax.transfer --suite=few_shot."
+    )
+
+
 def set_class_names(
     weights: PretrainedWeights, class_names: Sequence[str], source: str
 ) -> PretrainedWeights:

@@ -224,6 +224,13 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
         default="",
         help="evaluation crop; default: that of the checkpoint",
     )
+    parser.add_argument(
+        "--eval_crop_fraction",
+        type=float,
+        metavar="FRACTION",
+        help="side of the crop by that of the resized image; default: that of the checkpoint, or "
+        "0.875 with --eval_crop",
+    )
 
 
 class _PlaceholderAction(argparse.Action):

@@ -237,8 +237,14 @@ class PreprocessConfig:
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
-        "shorter_side, square: resize to 8/7 of image_size, then center-crop; bicubic, bilinear: "
+        "shorter_side, square: resize by area averaging, then center-crop; bicubic, bilinear: "
         "timm's crop; resize: no crop",
+    )
+    eval_crop_fraction: float = key(
+        0.875,
+        "side of the evaluation crop, as a fraction of the resized image; timm's crop_pct",
+        min=0.01,
+        max=1,
     )
     exif_orientation: bool = key(
         False, "apply the EXIF orientation of images, which TFDS and TensorFlow ignore"

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.readers import BadImage, EvalReader, LoadedBatch, Reader, TrainReader
 from mixer_jax.data.source import Source
 from mixer_jax.errors import RunError
@@ -101,6 +102,7 @@ def eval_batches(
     batch_size: int,
     image_size: tuple[int, int],
     eval_crop: str,
+    eval_crop_fraction: float = CROP_FRACTION,
     exif_orientation: bool,
     num_threads: int,
     prefetch_batches: int,
@@ -116,6 +118,7 @@ def eval_batches(
         batch_size: Images per step, over all hosts; must be divisible by the number of devices.
         image_size: Height and width of the images, in pixels.
         eval_crop: Evaluation crop; see `eval_image`.
+        eval_crop_fraction: Its side, as a fraction of the resized image's.
         exif_orientation: Whether to apply the EXIF orientation.
         num_threads: Threads that load images; 0: one per CPU core. Worker processes are not used.
         prefetch_batches: Number of batches loaded ahead on this host.
@@ -125,7 +128,7 @@ def eval_batches(
     Yields:
         `image`, `label` and `mask`, as described in `EvalReader`, with batch_size rows.
     """
-    reader = EvalReader(source, image_size, eval_crop, exif_orientation)
+    reader = EvalReader(source, image_size, eval_crop, exif_orientation, eval_crop_fraction)
     steps = range(math.ceil(len(source) / batch_size))
     chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
     loaded = _load_batches(reader, chunks, num_threads or available_cpus(), 1, prefetch_batches)

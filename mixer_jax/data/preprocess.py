@@ -15,8 +15,8 @@ from PIL import Image
 from mixer_jax.data.decode import Box, check_image_area, decode
 from mixer_jax.data.randaugment import rand_augment
 
-# Resizing to 256 for a crop of 224 pixels, and in the same ratio for other sizes.
-_RESIZE, _CROP = 256, 224
+# Crop of 224 from 256 pixels, and in the same ratio for other sizes.
+CROP_FRACTION = 224 / 256
 # Evaluation crops of timm, which resizes with Pillow's filters.
 _TIMM_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Range of aspect ratios (width by height) and number of attempts of TensorFlow's crop, and of
@@ -92,6 +92,7 @@ def eval_image(
     *,
     image_size: tuple[int, int],
     eval_crop: str,
+    eval_crop_fraction: float = CROP_FRACTION,
     exif_orientation: bool = False,
 ) -> np.ndarray:
     """Decodes one evaluation image and takes the paper's or timm's evaluation crop.
@@ -100,6 +101,7 @@ def eval_image(
         encoded: Bytes of one image file.
         image_size: Height and width of the result, in pixels.
         eval_crop: Crop; see `crop_eval_image`.
+        eval_crop_fraction: Its side, as a fraction of the resized image's.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
 
     Returns:
@@ -112,11 +114,20 @@ def eval_image(
     image = decode(
         encoded, exif_orientation=exif_orientation, accurate_dct=eval_crop in _TIMM_FILTERS
     )
-    return crop_eval_image(image, image_size=image_size, eval_crop=eval_crop)
+    return crop_eval_image(
+        image,
+        image_size=image_size,
+        eval_crop=eval_crop,
+        eval_crop_fraction=eval_crop_fraction,
+    )
 
 
 def crop_eval_image(
-    image: np.ndarray, *, image_size: tuple[int, int], eval_crop: str
+    image: np.ndarray,
+    *,
+    image_size: tuple[int, int],
+    eval_crop: str,
+    eval_crop_fraction: float = CROP_FRACTION,
 ) -> np.ndarray:
     """Takes the paper's or timm's evaluation crop of a decoded image.
 
@@ -124,10 +135,12 @@ def crop_eval_image(
         image: uint8 RGB (height, width, 3).
         image_size: Height and width of the result, in pixels.
         eval_crop: "shorter_side" resizes the image by area, keeping its aspect ratio, until it just
-            covers 8/7 of the result's height and width, and takes the center crop (Table 3:
-            shorter side 256 for 224); "square" resizes height and width to 8/7 of the result's
-            (Table 2); "bicubic" and "bilinear" are like "shorter_side" with Pillow's decoder and
-            filters, as timm evaluates its checkpoints (crop 0.875); "resize" does not crop.
+            covers the result's height and width divided by the fraction, and takes the center crop
+            (Table 3: shorter side 256 for 224); "square" resizes height and width to the result's
+            divided by the fraction (Table 2); "bicubic" and "bilinear" are like "shorter_side" with
+            Pillow's decoder and filters, as timm evaluates its checkpoints; "resize" does not crop.
+        eval_crop_fraction: Side of the crop, as a fraction of the resized image's (timm's
+            crop_pct); without effect on "resize".
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -139,13 +152,13 @@ def crop_eval_image(
     if eval_crop == "resize":
         return np.ascontiguousarray(resize(image, *image_size))
     if timm_style:
-        target = [length * _RESIZE // _CROP for length in image_size]
+        target = [math.floor(length / eval_crop_fraction) for length in image_size]
         height, width = _covering_size(image, target, math.floor)
         # OpenCV's bicubic and bilinear filters do not antialias.
         resized = Image.fromarray(image).resize((width, height), _TIMM_FILTERS[eval_crop])
         image = np.asarray(resized)
     else:
-        target = [_size_before_crop(length) for length in image_size]
+        target = [_size_before_crop(length, eval_crop_fraction) for length in image_size]
         if eval_crop == "shorter_side":
             target = _covering_size(image, target, round)
         image = resize_area(image, *target)
@@ -156,8 +169,8 @@ def crop_eval_image(
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def _size_before_crop(length: int) -> int:
-    return round(length * _RESIZE / _CROP)
+def _size_before_crop(length: int, crop_fraction: float = CROP_FRACTION) -> int:
+    return round(length / crop_fraction)
 
 
 def _covering_size(

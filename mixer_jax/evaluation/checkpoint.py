@@ -60,6 +60,7 @@ def make_input_config(
         batch_size=batch_size,
         image_size=info.image_size,
         eval_crop=info.eval_crop,
+        eval_crop_fraction=info.eval_crop_fraction,
         exif_orientation=info.exif_orientation,
         skip_bad=skip_bad,
         num_threads=loader.get("num_threads", FIELDS["loader.num_threads"].default),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mixer_jax.data.loader import Batch, eval_batches
+from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.distributed import multihost
@@ -41,6 +42,7 @@ class EvalInputConfig(NamedTuple):
     skip_bad: bool
     num_threads: int
     prefetch_batches: int
+    eval_crop_fraction: float = CROP_FRACTION
 
 
 def jit_inference(
@@ -127,6 +129,7 @@ class DatasetPass(Generic[Output]):
             batch_size=math.ceil(config.batch_size / self._mesh.size) * self._mesh.size,
             image_size=config.image_size,
             eval_crop=config.eval_crop,
+            eval_crop_fraction=config.eval_crop_fraction,
             exif_orientation=config.exif_orientation,
             num_threads=config.num_threads,
             prefetch_batches=config.prefetch_batches,

@@ -108,6 +108,8 @@ class WeightLayout:
             family's layout does not; of the layouts of one family, the first that fits counts.
         gelu: "tanh" or "exact".
         eval_crop: Crop, as in `config.preprocess.eval_crop`.
+        eval_crop_fractions: Its side as a fraction of the resized image's, by the image size in
+            pixels from which on it applies.
         aliases: Other spellings of tensors' names in files, as regular expressions, and the
             replacement that gives the name here.
         rejected: Why a file with a tensor of this name is not supported.
@@ -118,8 +120,14 @@ class WeightLayout:
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
+    eval_crop_fractions: Mapping[int, float] = dataclasses.field(default_factory=lambda: {0: 0.875})
     aliases: tuple[tuple[str, str], ...] = ()
     rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def eval_crop_fraction(self, image_size: ImageSize) -> float:
+        """Returns the side of the crop for an image size, as a fraction of the resized image's."""
+        sizes = [size for size in self.eval_crop_fractions if size <= min(image_size)]
+        return self.eval_crop_fractions[max(sizes)]
 
     def canonical_name(self, name: str) -> str:
         """Returns the name of a file's tensor in this layout."""
@@ -217,7 +225,8 @@ class ModelFamily(abc.ABC):
     display_name: ClassVar[str]
     config_class: ClassVar[type]
     variants: ClassVar[Mapping[str, Any]]
-    # Name of the first layer, which is linear: the normalization of pixels can be folded into it.
+    # Name of the first layer if it is linear, so that the normalization of pixels can be folded
+    # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}

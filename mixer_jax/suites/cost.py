@@ -32,7 +32,7 @@ _FIRST_BATCH_SIZE, _MAX_BATCH_SIZE = 8, 4_096
 
 def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -> str:
     """Formats every run of some tasks with steps, rates, sizes, splits and duration."""
-    flops_per_second, assumption = _assumed_rate()
+    flops_per_second, assumption = assumed_rate()
     lines = [f"{plan.model_info.name}, from {plan.checkpoint}: {plan.suite.title}", ""]
     total_seconds, num_runs = 0.0, 0
     for task in tasks:
@@ -51,10 +51,10 @@ def format_dry_run(plan: TransferPlan, tasks: Sequence[Task], data: SuiteData) -
         num_classes = f", {task.num_classes:,} classes" if task.num_classes else ""
         lines.append(
             f"{task.name}  {task.dataset}{missing}{num_classes}, {plan.image_sizes[task.name]} px, "
-            f"about {_format_duration(seconds)}; images: {counts}"
+            f"about {format_duration(seconds)}; images: {counts}"
         )
         lines += [f"  {description}" for description, _ in runs]
-    duration = _format_duration(total_seconds)
+    duration = format_duration(total_seconds)
     lines += ["", f"{len(tasks)} tasks, {num_runs} runs, {duration} of computing {assumption}"]
     lines += data.notes
     if data.missing:
@@ -124,7 +124,7 @@ def _split_sizes(task: Task, data: SuiteData) -> list[int]:
     return list(task.num_examples or [0] * len(task_splits(task)))
 
 
-def _assumed_rate() -> tuple[float, str]:
+def assumed_rate() -> tuple[float, str]:
     """Returns the assumed FLOP/s of all devices, and the assumption in words."""
     device_kind, count = jax.devices()[0].device_kind, jax.device_count()
     if peak := peak_flops(device_kind):
@@ -134,7 +134,8 @@ def _assumed_rate() -> tuple[float, str]:
     return _FRACTION_OF_MATMUL * measure_matmul_flops(), assumption
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Formats a duration with a unit between seconds and days."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3_600:

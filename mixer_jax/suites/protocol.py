@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
+from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, compute_once, is_primary_process
 from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
@@ -206,6 +207,7 @@ def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
         batch_size=config.eval_batch_size,
         image_size=info.image_size,
         eval_crop=task.eval_crop or info.eval_crop,
+        eval_crop_fraction=CROP_FRACTION if task.eval_crop else info.eval_crop_fraction,
         exif_orientation=info.exif_orientation,
         skip_bad=config.bad_images.skip_in_evaluation,
         num_threads=config.loader.num_threads,

@@ -34,6 +34,7 @@ from mixer_jax.suites.workdir import (
     select_learning_rate,
 )
 from mixer_jax.visualization.figures import make_figure, render_figure
+from mixer_jax.visualization.tables import align_columns, drop_empty_columns, markdown_lines
 
 # Marks values copied from the paper.
 MARK = "*"
@@ -289,26 +290,15 @@ def _cost_notes(
 
 def as_text(table: Table) -> str:
     """Formats a table for a terminal."""
-    header, *cells = _format_cells(table)
-    columns = list(zip(header, *cells, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
-        for name, *rest in [header, *cells]
-    ]
+    lines = align_columns(_format_cells(table))
     return "\n".join([table.title, "", *lines, "", *table.notes])
 
 
 def as_markdown(table: Table) -> str:
     """Formats a table in Markdown."""
-    header, *cells = _format_cells(table)
-    lines = [header, ["---"] * len(header), *cells]
-    # An unescaped bar would end the cell.
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     notes = [f"{note}  " for note in table.notes]
-    return "\n".join(
-        [f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""]
-    )
+    lines = markdown_lines(_format_cells(table))
+    return "\n".join([f"## {table.title}", "", *lines, "", *notes, ""])
 
 
 def as_csv(table: Table) -> str:
@@ -364,9 +354,7 @@ def draw_table(table: Table) -> Any:
 
 def _format_cells(table: Table) -> list[list[str]]:
     """Returns header and cells as text, without empty columns."""
-    cells = [_format_row(row) for row in table.rows]
-    columns = [column for column in cells[0] if any(line[column] for line in cells)]
-    return [columns, *([line[column] for column in columns] for line in cells)]
+    return drop_empty_columns([_format_row(row) for row in table.rows])
 
 
 def _format_row(row: Row) -> dict[str, str]:

@@ -112,7 +112,7 @@ def build_experiment(
         "config.batch_size", config.batch_size, mesh.size, config.recipe.grad_accum_steps
     )
     device = mesh.devices.flat[0]
-    model_info = _make_model_info(config, datasets, init_info)
+    model_info = make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
@@ -189,6 +189,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.bad_images.skip_in_evaluation,
         config.loader.num_threads,
         config.loader.prefetch_batches,
+        config.preprocess.eval_crop_fraction,
     )
     eval_step = make_eval_step(experiment.model, mesh)
     feature_fn = make_feature_fn(experiment.model, mesh)
@@ -221,7 +222,8 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
-    return {name: x for name, x in dataclasses.asdict(config).items() if name != "eval_crop"}
+    settings = dataclasses.asdict(config)
+    return {name: x for name, x in settings.items() if not name.startswith("eval_")}
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
@@ -244,9 +246,10 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
     return metrics
 
 
-def _make_model_info(
+def make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
+    """Describes the model of a run; `init_info` as in `build_experiment`."""
     declared = init_info or config.model
     return ModelInfo(
         declared.family,
@@ -257,6 +260,7 @@ def _make_model_info(
         class_names=tuple(datasets.train.class_names),
         gelu=declared.gelu,
         eval_crop=config.preprocess.eval_crop,
+        eval_crop_fraction=config.preprocess.eval_crop_fraction,
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,

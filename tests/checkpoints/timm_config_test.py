@@ -91,7 +91,8 @@ def test_guess_timm_config_from_the_name_of_the_folder_if_the_files_is_generic(
     ("config", "parts"),
     [
         ("{", ["config.json", "JSON"]),
-        ('{"crop_pct": 0.9}', ["crop_pct", "0.9"]),
+        ('{"crop_pct": 1.5}', ["crop_pct", "1.5"]),
+        ('{"crop_pct": "wide"}', ["crop_pct", "wide"]),
         ('{"pretrained_cfg": {"interpolation": "nearest"}}', ["interpolation", "nearest"]),
         ('{"interpolation": ["bicubic"]}', ["interpolation", "['bicubic']"]),
         ('{"mean": [0.5, 0.5]}', ["mean", "[0.5, 0.5]"]),
@@ -118,9 +119,24 @@ def test_unsupported_crop_needs_an_eval_crop(mode: Any, hub_cache: Path) -> None
     config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
     config["pretrained_cfg"]["crop_mode"] = mode
     add_to_cache(hub_cache, random_weights().params, config)
-    with raises(UserError, "crop_pct", "0.875", "crop_mode", str(mode), "eval_crop"):
+    with raises(UserError, "crop_pct", "crop_mode", str(mode), "eval_crop"):
         load_checkpoint(f"hf:{NAME}")
     assert load_checkpoint(f"hf:{NAME}", eval_crop="resize").model_info.eval_crop == "resize"
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.95, 1.0, 1])
+def test_crop_fraction_is_read_from_the_config(fraction: float, hub_cache: Path) -> None:
+    config = timm_config("bicubic", [0.5] * 3, [0.5] * 3)
+    add_to_cache(hub_cache, random_weights().params, config)
+    info = load_checkpoint(f"hf:{NAME}").model_info
+    assert (info.eval_crop, info.eval_crop_fraction) == ("bicubic", 0.875)
+    config["pretrained_cfg"]["crop_pct"] = fraction
+    add_to_cache(hub_cache, random_weights().params, config, OTHER_COMMIT)
+    info = load_checkpoint(f"hf:{NAME}@{OTHER_COMMIT}").model_info
+    assert (info.eval_crop, info.eval_crop_fraction) == ("bicubic", fraction)
+    # Another crop does not keep the fraction of the one that it replaces.
+    info = load_checkpoint(f"hf:{NAME}@{OTHER_COMMIT}", eval_crop="square").model_info
+    assert info.eval_crop_fraction == 0.875
 
 
 def test_eval_crop_overrides_an_unsupported_crop_and_keeps_class_names(hub_cache: Path) -> None:

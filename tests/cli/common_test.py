@@ -212,6 +212,7 @@ def test_add_checkpoint_args_leaves_the_metadata_of_the_checkpoint_by_default() 
         "image_size": None,
         "gelu": "",
         "eval_crop": "",
+        "eval_crop_fraction": None,
         "dtype": "",
     }
     with raises(UserError, "--dtype", "float32", "bfloat16"):

@@ -102,7 +102,7 @@ def test_preprocess_keys_are_the_arguments_of_train_image() -> None:
     accepted = train_image.__annotations__
     assert {key.split(".")[1] for key in FIELDS if key.startswith("preprocess.")} == (
         accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
-    ) | {"eval_crop"}
+    ) | {"eval_crop", "eval_crop_fraction"}
 
 
 def test_model_keys_are_fields_of_models() -> None:

@@ -2,13 +2,14 @@
 
 import io
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.preprocess import eval_image, resize, resize_area
+from mixer_jax.data.preprocess import crop_eval_image, eval_image, resize, resize_area
 from tests.helpers.bad_images import reason_of
 from tests.helpers.images import encode, noise, photograph, png_with_header_size
 from tests.helpers.messages import mentions
@@ -89,15 +90,17 @@ def test_resize_does_not_crop(image_size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(evaluate(image, image_size, "resize"), expected)
 
 
-def timm_eval_image(image: Image.Image, image_size: tuple[int, int], eval_crop: str) -> np.ndarray:
+def timm_eval_image(
+    image: Image.Image, image_size: tuple[int, int], eval_crop: str, crop_pct: float = 0.875
+) -> np.ndarray:
     """Applies torchvision's Resize and CenterCrop; for rectangles, the covering size.
 
-    The target is the size / 0.875, rounded down; the longer side is scaled in proportion and
+    The target is the size / crop_pct, rounded down; the longer side is scaled in proportion and
     rounded down; margins are rounded half to even.
     """
     height, width = image_size
     ratio = max(
-        Fraction(int(height / 0.875), image.height), Fraction(int(width / 0.875), image.width)
+        Fraction(int(height / crop_pct), image.height), Fraction(int(width / crop_pct), image.width)
     )
     size = (int(image.width * ratio), int(image.height * ratio))
     resized = image.resize(size, FILTERS[eval_crop])
@@ -114,6 +117,32 @@ def test_bicubic_and_bilinear_match_timm(
     image = upper_left(*shape)
     expected = timm_eval_image(Image.fromarray(image), image_size, eval_crop)
     np.testing.assert_array_equal(evaluate(image, image_size, eval_crop), expected)
+
+
+@pytest.mark.parametrize("crop_pct", [0.9, 0.95, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [224, 384])
+def test_crop_fractions_match_timm(shape: tuple[int, int], size: int, crop_pct: float) -> None:
+    image = upper_left(*shape)
+    expected = timm_eval_image(Image.fromarray(image), (size, size), "bicubic", crop_pct)
+    settings: dict[str, Any] = {"image_size": (size, size), "eval_crop": "bicubic"}
+    result = crop_eval_image(image, **settings, eval_crop_fraction=crop_pct)
+    np.testing.assert_array_equal(result, expected)
+
+
+# Sizes before the crop in big_vision's transfers and BiT-HyperRule (arXiv 1912.11370), and timm's.
+@pytest.mark.parametrize(
+    ("size", "fraction", "resized"),
+    [(384, 6 / 7, 448), (384, 0.857, 448), (480, 15 / 16, 512), (128, 0.8, 160), (384, 1.0, 384)],
+)
+def test_crop_fraction_sets_the_size_before_the_crop(
+    size: int, fraction: float, resized: int
+) -> None:
+    image = upper_left(500, 375)
+    settings: dict[str, Any] = {"image_size": (size, size), "eval_crop": "square"}
+    result = crop_eval_image(image, **settings, eval_crop_fraction=fraction)
+    expected = center_crop(resize_area(image, resized, resized), size, size)
+    np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("eval_crop", FILTERS)

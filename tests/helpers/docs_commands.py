@@ -321,6 +321,8 @@ def shorten(words: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
         rest.append("--no_throughput")
     elif name == "benchmark" and "--help" not in rest:
         rest += _short_benchmark(rest)
+    elif name == "compare" and "--help" not in rest:
+        rest += ["--no_throughput", "--config.num_steps=2", "--config.optimizer.warmup_steps=1"]
     module = "mixer_jax" if name == "__main__" else f"mixer_jax.{name}"
     return ["python", "-m", module, *rest, *extra]
 

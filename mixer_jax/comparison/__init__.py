@@ -1,0 +1,1 @@
+"""Comparison of models on one dataset: accuracy, throughput, FLOPs, parameters and cost."""

@@ -1,0 +1,83 @@
+"""Tests of `python -m mixer_jax.compare`: arguments, their errors, and the command as a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixer_jax import compare
+from mixer_jax.errors import UserError
+from tests.helpers.cli import run_cli
+from tests.helpers.messages import mentions
+from tests.helpers.processes import finish, wait_until
+from tests.helpers.tiny_comparison import read_rows, write_config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["digts"], ["digts", "digits"]),
+        (["digits", "--topology=v9:2x2"], ["--topology", "v9:2x2"]),
+        (["digits", "digits"], ["twice", "LABEL=MODEL"]),
+        (["digits", "fashion_mnist"], ["one dataset", "digits/all for digits", "fashion_mnist"]),
+        (["digits", "--seeds=a"], ["--seeds", "'a'"]),
+        (["digits", "--vary=optimizer.learningrate=1,2"], ["learning_rate"]),
+        (["digits", "--format=xml"], ["--format", "xml"]),
+        (["digits", "--config.seed"], ["--config.seed=VALUE"]),
+        (["digits", "--dataset=digits"], ["--dataset", "left out"]),
+        (["digits", "--image_size=32"], ["--image_size", "--config.image_size"]),
+        (["digits", "--sedes=1"], ["--sedes", "--seeds"]),
+        (["Mixer-B/16", "--seeds=1"], ["--seeds", "no config"]),
+        (["Mixer-B/16", "--dataset=digits"], ["--dataset", "none"]),
+        (["a/b/none", "--dataset=digits"], ["a/b/none", "does not exist"]),
+        (["runs/none", "--split=test"], ["--split", "--dataset"]),
+    ],
+)
+def test_invalid_arguments(
+    arguments: list[str], parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare.common, "configure_jax", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError) as error:
+        compare.main(arguments)
+    assert mentions(str(error.value), *parts)
+
+
+def test_usage_errors_of_the_process_are_one_line() -> None:
+    done = run_cli("compare", "digits", "--workdir=", code=2)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, "--workdir")
+
+
+def test_workdir_is_named_after_the_models() -> None:
+    models = compare.parse_models(["digits", "b=digits:low", "Mixer-B/16"])
+    assert compare._default_workdir(models) == "runs/compare_digits_b_Mixer-B_16"
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_gives_the_same_table(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    arguments = [f"a={config}", f"b={config}:16", "--no_throughput", "--format=csv"]
+    arguments += ["--config.num_steps=300"]
+
+    def start(workdir: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-W", "error", "-m", "mixer_jax.compare", *arguments]
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+
+    finish(start(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    for moment in ("a/seed=0/checkpoints", "a/seed=0/result.json", "b/seed=0/checkpoints"):
+        process = start(killed)
+        wait_until(lambda moment=moment: (killed / moment).exists(), process)  # type: ignore[misc]
+        process.kill()
+        process.communicate()
+    finish(start(killed))
+    assert read_rows(killed) == read_rows(tmp_path / "whole")
