@@ -114,6 +114,9 @@ def replace_head(
 ) -> PretrainedWeights:
     """Replaces the head by a zero-initialized one, as for fine-tuning (Section 3).
 
+    A hidden layer that belongs to the head is dropped, unless there is no new head: it is then the
+    last of the features.
+
     Args:
         weights: Weights with or without a head.
         class_names: Names of the new head's classes, or their number; 0 means no head.
@@ -122,11 +125,14 @@ def replace_head(
     """
     names = () if isinstance(class_names, int) else tuple(class_names)
     num_classes = class_names if isinstance(class_names, int) else len(names)
-    model_info = dataclasses.replace(
-        weights.model_info, num_classes=num_classes, class_names=names, loss=loss
-    )
+    old = weights.model_info
+    model_info = dataclasses.replace(old, num_classes=num_classes, class_names=names, loss=loss)
     params = {name: value for name, value in weights.params.items() if name != "head"}
     if num_classes:
+        config = get_family(old.family).config_for_new_head(old.config)
+        model_info = dataclasses.replace(model_info, config=config)
+        layers = {path.partition("/")[0] for path in model_info.param_shapes()}
+        params = {name: value for name, value in params.items() if name in layers}
         params["head"] = {
             "kernel": np.zeros(model_info.param_shapes()["head/kernel"], np.float32),
             "bias": np.full(num_classes, bias, np.float32),

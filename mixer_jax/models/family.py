@@ -353,6 +353,10 @@ class ModelFamily(abc.ABC):
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         """Adapts parameters, as numpy arrays, to another image size."""
 
+    def config_for_new_head(self, config: Any) -> Any:
+        """Returns the config without layers that fine-tuning replaces together with the head."""
+        return config
+
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns the layouts that weights of this family are published in."""
         return ()

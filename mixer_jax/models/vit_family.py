@@ -171,6 +171,10 @@ class VitFamily(ModelFamily):
             args += [f'global_pool="{pooling}"', "class_token=False", "fc_norm=False"]
         return f"timm.models.vision_transformer.VisionTransformer({', '.join(args + act_layer)})"
 
+    def config_for_new_head(self, config: VitConfig) -> VitConfig:
+        """Returns the config without pre_logits (arXiv 2010.11929, Section 3.2)."""
+        return dataclasses.replace(config, pre_logits=False)
+
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels, and the optional parameters.
 

@@ -17,9 +17,55 @@ Sources of the VTAB-1k constants, 19 tasks with 1,000 training images each (arXi
   images are resized, cropped at random and flipped, except where that changes the label; test
   images are only resized. BiT's list is short: house numbers are flipped too.
 - Large images: BiT, Section 3.3: those with an area of at least 96 × 96 px.
+
+ViT and BiT have their own protocols. ViT: arXiv 2010.11929, B.1.1, with its learning rates, the
+Inception crop of its authors' code, evaluated like ViT in the Mixer paper (shorter side); VTAB-1k
+with one learning rate at 384 px. BiT: BiT-HyperRule (arXiv 1912.11370, Section 3.3).
 """
 
+from typing import Any
+
+from mixer_jax.config.hyperrule import bit_hyperrule
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask, Suite, Task
+
+_SMALL_AREA, _LARGE_AREA = 32 * 32, 224 * 224
+# Fields of tasks that config keys have under another name.
+_TASK_FIELDS = {
+    "num_steps": "num_steps",
+    "batch_size": "batch_size",
+    "image_size": "image_size",
+    "preprocess.train_crop": "train_crop",
+    "preprocess.resize_size": "resize_size",
+    "preprocess.eval_crop": "eval_crop",
+    "optimizer.warmup_steps": "warmup_steps",
+}
+
+
+def _bit_overrides(num_examples: int, is_large: bool, cropped: bool = True) -> dict[str, Any]:
+    """Returns the `model_overrides` of BiT-HyperRule.
+
+    Args:
+        num_examples: Training images of the final run.
+        is_large: Whether images have 96 × 96 px or more.
+        cropped: Whether a random crop keeps the label.
+    """
+
+    def rule(large_image_size: int) -> dict[str, Any]:
+        keys = bit_hyperrule(
+            num_examples, _LARGE_AREA if is_large else _SMALL_AREA, large_image_size
+        )
+        fields: dict[str, Any] = {name: keys.pop(key) for key, name in _TASK_FIELDS.items()}
+        fields["learning_rates"] = (keys.pop("optimizer.learning_rate"),)
+        if not cropped:
+            fields |= {"train_crop": "resize", "resize_size": 0}
+        return fields | {"config_overrides": keys}
+
+    return {"bit": rule(384), "BiT-R152x4": rule(480)}
+
+
+def _vit_overrides(**fields: Any) -> dict[str, Any]:
+    return {"vit": {"train_crop": "inception", "eval_crop": "shorter_side", **fields}}
+
 
 IMAGENET = FineTuneTask(
     name="imagenet",
@@ -36,6 +82,8 @@ IMAGENET = FineTuneTask(
     is_large_image=True,
     extra_evals={"real": ("imagenet2012_real", "validation")},
     paper_column="imagenet",
+    model_overrides=_vit_overrides(learning_rates=(0.003, 0.01, 0.03))
+    | _bit_overrides(1_281_167, is_large=True),
 )
 
 AVG5 = (
@@ -53,6 +101,7 @@ AVG5 = (
             num_steps=10_000,
             warmup_steps=500,
             is_large_image=False,
+            model_overrides=_vit_overrides() | _bit_overrides(50_000, is_large=False),
         )
         for name, num_classes in (("cifar10", 10), ("cifar100", 100))
     ),
@@ -68,6 +117,7 @@ AVG5 = (
         num_steps=500,
         warmup_steps=100,
         is_large_image=True,
+        model_overrides=_vit_overrides() | _bit_overrides(3_680, is_large=True),
     ),
     FineTuneTask(
         name="flowers",
@@ -82,6 +132,7 @@ AVG5 = (
         num_steps=500,
         warmup_steps=100,
         is_large_image=True,
+        model_overrides=_vit_overrides() | _bit_overrides(2_040, is_large=True),
     ),
 )
 
@@ -183,6 +234,8 @@ VTAB_1K = tuple(
         flip=name not in _NEVER_FLIPPED,
         eval_crop="resize",
         group=group,
+        model_overrides={"vit": {"learning_rates": (0.01,), "image_size": 384}}
+        | _bit_overrides(1_000, name not in _SMALL_IMAGES, cropped=name not in _NEVER_CROPPED),
     )
     for group, rows in (
         ("natural", _VTAB_NATURAL),

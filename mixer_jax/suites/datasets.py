@@ -118,7 +118,8 @@ def choose_image_size(
     """Returns the side of a task's square input images, in pixels.
 
     `requested` is a number of pixels, `tasks.NATIVE` for the checkpoint's size, or `tasks.AUTO` for
-    that size if images are smaller than 96 × 96 px, and twice that for others. The first of
+    that size if images are smaller than 96 × 96 px, and twice that for others. The last two are
+    the task's own size if it has one. The first of
     `sources` is measured if the task does not declare the size of its images; without sources,
     because data are missing, images count as large.
 
@@ -126,8 +127,9 @@ def choose_image_size(
         UserError: The model does not accept the size.
     """
     height, width = model_info.image_size
-    if requested.isdecimal():
-        size = int(requested)
+    own_size = task.image_size if isinstance(task, FineTuneTask) else 0
+    if requested.isdecimal() or own_size:
+        size = int(requested) if requested.isdecimal() else own_size
         get_family(model_info.family).check_image_size(model_info.config, size, size)
         return size
     if height != width:

@@ -1,7 +1,7 @@
 """Plan of a suite: its tasks, the settings of all runs, and the config of each run."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -146,6 +146,8 @@ def _make_config(
     config.dataset.train_split = train_split
     config.preprocess.train_crop = task.train_crop
     config.preprocess.flip = task.flip
+    if image_size == task.image_size:
+        config.preprocess.resize_size = task.resize_size
     # Table 3 resizes the shorter side. Table 2, with images larger than in pre-training, resizes
     # both sides.
     paper_crop = "shorter_side" if image_size <= info.image_size[0] else "square"
@@ -248,17 +250,25 @@ def check_task_overrides(suite: Suite) -> None:
         UserError: An override is invalid; the message names the task.
     """
     for task in suite.tasks:
-        overrides = task.config_overrides if isinstance(task, FineTuneTask) else {}
+        if not isinstance(task, FineTuneTask):
+            continue
+        versions = [task.config_overrides]
+        versions += [fields.get("config_overrides", {}) for fields in task.model_overrides.values()]
         try:
-            for path in overrides:
-                if _is_reserved(path):
-                    raise UserError(
-                        f"config_overrides must not contain {path!r}, which a suite sets in each "
-                        "of its runs."
-                    )
-            _check_values(tuple((path, str(value)) for path, value in overrides.items()))
+            for overrides in filter(None, versions):
+                _check_task_overrides(overrides)
         except UserError as error:
             raise UserError(f"task {task.name}: {error}") from error
+
+
+def _check_task_overrides(overrides: dict[str, Any]) -> None:
+    for path in overrides:
+        if _is_reserved(path):
+            raise UserError(
+                f"config_overrides must not contain {path!r}, which a suite sets in each of its "
+                "runs."
+            )
+    _check_values(tuple((path, str(value)) for path, value in overrides.items()))
 
 
 def _is_reserved(path: str) -> bool:

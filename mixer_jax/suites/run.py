@@ -7,10 +7,12 @@ import signal
 from typing import NamedTuple
 
 from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
+from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, HUB, RUN, CheckpointRef
 from mixer_jax.checkpoints.weights import PretrainedWeights, params_digest, resize
 from mixer_jax.config.loading import Overrides
 from mixer_jax.distributed import multihost
+from mixer_jax.models.registry import get_family
 from mixer_jax.suites import datasets
 from mixer_jax.suites.cost import device_days, format_dry_run, measure_throughput
 from mixer_jax.suites.datasets import SuiteData
@@ -18,7 +20,7 @@ from mixer_jax.suites.paper_results import infer_pretrain_dataset
 from mixer_jax.suites.plan import TransferPlan, default_config, select_tasks, validate_run_configs
 from mixer_jax.suites.protocol import TaskContext, TaskInterruptedError, run_tasks
 from mixer_jax.suites.table import report
-from mixer_jax.suites.tasks import AUTO, Suite
+from mixer_jax.suites.tasks import AUTO, Suite, for_model
 from mixer_jax.suites.workdir import (
     check_not_run_workdir,
     lock_tasks,
@@ -100,12 +102,17 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
             stack.enter_context(multihost.enter_on_primary(lock))
     source = _absolute_name(request.checkpoint)
     if request.dry_run:
-        plan = make_plan(request, load_checkpoint(source), data)
+        weights = load_checkpoint(source)
+        request = _select_protocol(request, weights.model_info)
+        tasks = select_tasks(request.suite, request.tasks, request.shard)
+        plan = make_plan(request, weights, data)
         validate_run_configs(plan, tasks)
         print(format_dry_run(plan, tasks, data))
         return TransferOutcome({})
     source, step = multihost.compute_once(lambda: pin_checkpoint(source))
     weights = load_checkpoint(source, step=step)
+    request = _select_protocol(request, weights.model_info)
+    tasks = select_tasks(request.suite, request.tasks, request.shard)
     # It depends on the listed images, which must not differ between hosts.
     plan = multihost.compute_once(lambda: make_plan(request, weights, data))
     validate_run_configs(plan, tasks)
@@ -136,6 +143,12 @@ def _run_suite(request: TransferRequest, stack: contextlib.ExitStack) -> Transfe
             save_throughput(request.workdir, throughput)
         report(request.workdir)
     return TransferOutcome(failures)
+
+
+def _select_protocol(request: TransferRequest, info: ModelInfo) -> TransferRequest:
+    """Applies the settings that tasks have for the checkpoint's model."""
+    model = get_family(info.family).full_name(info.variant)
+    return request._replace(suite=for_model(request.suite, info.family, model))
 
 
 def make_plan(

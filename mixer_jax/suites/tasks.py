@@ -9,6 +9,7 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_overrides, upgrade_value
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import FAMILIES, list_models
 
 # Values of --image_size: the checkpoint's own size, or a size chosen per task.
 NATIVE, AUTO = "native", "auto"
@@ -22,6 +23,20 @@ VALIDATION, TEST = "validation", "test"
 # Folders of a probe of the checkpoint, and of a randomly initialized network.
 CHECKPOINT, RANDOM_INIT = "checkpoint", "fresh"
 NETWORK_TITLES = {CHECKPOINT: "checkpoint", RANDOM_INIT: "random initialization"}
+
+# Fields that `model_overrides` may change. Data are opened before the model is known.
+_OVERRIDABLE = (
+    "num_steps",
+    "warmup_steps",
+    "learning_rates",
+    "batch_size",
+    "train_crop",
+    "flip",
+    "eval_crop",
+    "image_size",
+    "resize_size",
+    "config_overrides",
+)
 
 _OTHER_NAME = "Choose another name."
 
@@ -51,9 +66,15 @@ class FineTuneTask:
             paper's tables: "shorter_side" at the checkpoint's size, "square" at a larger one.
         extra_evals: Other datasets to evaluate the final runs on, as (dataset, split) by name,
             such as ReaL. A name of a column of the paper's tables is compared with it.
+        image_size: Image size of the protocol, in pixels, which only a number of `--image_size`
+            changes; 0: as `--image_size` says.
+        resize_size: Size before a random crop to `image_size`, as in
+            `config.preprocess.resize_size`.
         paper_column: Column of the paper's tables with this accuracy; empty if there is none.
         group: Name of a group of tasks with a separate mean; empty for no group.
         config_overrides: Values of other config keys, by dotted path.
+        model_overrides: Values of fields for some models, by the name of a family, such as "bit",
+            or of a model, such as "BiT-R152x4", which comes last.
     """
 
     name: str
@@ -73,10 +94,13 @@ class FineTuneTask:
     train_crop: str = "random_crop"
     flip: bool = True
     eval_crop: str = ""
+    image_size: int = 0
+    resize_size: int = 0
     extra_evals: dict[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     paper_column: str = ""
     group: str = ""
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _convert_to_tuples(self)
@@ -151,6 +175,33 @@ def _convert_to_tuples(record: Any) -> None:
         elif field.name == "extra_evals" and isinstance(value, dict):
             evals = {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
             object.__setattr__(record, field.name, evals)
+        elif field.name == "model_overrides" and isinstance(value, dict):
+            overrides = {
+                name: {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+                if isinstance(fields, dict)
+                else fields
+                for name, fields in value.items()
+            }
+            object.__setattr__(record, field.name, overrides)
+
+
+def for_model(suite: Suite, family: str, model: str) -> Suite:
+    """Applies the `model_overrides` of a suite's tasks.
+
+    Args:
+        suite: Suite, validated by `check_suite`.
+        family: Name of the family, e.g. "bit".
+        model: Full name of the model, e.g. "BiT-R50x1".
+    """
+
+    def apply(task: Task) -> Task:
+        if isinstance(task, ProbeTask):
+            return task
+        overrides = task.model_overrides
+        fields = overrides.get(family, {}) | overrides.get(model, {})
+        return dataclasses.replace(task, **fields, model_overrides={})
+
+    return dataclasses.replace(suite, tasks=tuple(map(apply, suite.tasks)))
 
 
 def task_splits(task: Task) -> tuple[str, ...]:
@@ -266,6 +317,10 @@ def _check_task(task: Any) -> None:
     # Folders are named by the formatted learning rate.
     rates = rates and len({f"{rate:g}" for rate in task.learning_rates}) == len(task.learning_rates)
     check("learning_rates", rates, "list positive numbers that differ in their first six digits")
+    for name in ("image_size", "resize_size"):
+        check(name, _is_int(getattr(task, name), 0), "be an integer >= 0")
+    if task.image_size and task.resize_size:
+        check("resize_size", task.resize_size >= task.image_size, "be 0 or at least image_size")
     _check_paper_column(source, task.paper_column)
     check("group", isinstance(task.group, str), "be a string")
     is_dict = isinstance(task.config_overrides, dict)
@@ -281,6 +336,17 @@ def _check_task(task: Any) -> None:
         _require(is_free, names, f"not be {VALIDATION} or {TEST}", name, _OTHER_NAME)
         is_pair = _is_list(entry, lambda x: isinstance(x, str), unique=False) and len(entry) == 2
         _require(is_pair, f"{source}: extra_evals[{name!r}]", "be (dataset, split)", entry)
+    is_dict = isinstance(task.model_overrides, dict)
+    check("model_overrides", is_dict, "be a dict of names of models and dicts of fields")
+    for name, fields in task.model_overrides.items():
+        known = [*FAMILIES, *list_models()]
+        _require(
+            name in known, f"{source}: names in model_overrides", "be models or families", name
+        )
+        override = f"{source}: model_overrides[{name!r}]"
+        is_allowed = isinstance(fields, dict) and set(fields) <= set(_OVERRIDABLE)
+        _require(is_allowed, override, f"have only {', '.join(_OVERRIDABLE)}", fields)
+        _check_task(dataclasses.replace(task, **fields, model_overrides={}))
 
 
 def _check_paper_column(source: str, column: Any) -> None:

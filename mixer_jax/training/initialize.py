@@ -20,7 +20,7 @@ from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import RunError, UserError, abbreviate
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import get_family
-from mixer_jax.training.setup import Experiment
+from mixer_jax.training.setup import Experiment, should_keep_head
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import moved_folders
 
@@ -183,28 +183,13 @@ def init_state(experiment: Experiment, weights: PretrainedWeights | None) -> Tra
         return state
     family = get_family(experiment.model_info.family)
     params = shard_params(weights.params, experiment.mesh, family)
-    if not should_keep_head(experiment, weights.model_info):
-        params = {**params, "head": state.params["head"]}
+    classes = experiment.model_info.class_names
+    if not should_keep_head(experiment.config, classes, weights.model_info):
+        # A hidden layer of the pretrained head has no counterpart.
+        params = {name: params[name] for name in state.params if name != "head"}
+        params["head"] = state.params["head"]
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params is not None else None
     return state._replace(params=params, ema_params=ema_params)
-
-
-def should_keep_head(experiment: Experiment, pretrained: ModelInfo) -> bool:
-    """Returns whether the run keeps the head of its pretrained weights.
-
-    Raises:
-        UserError: `config.init_head` is "keep", but the head has other classes.
-    """
-    config, classes = experiment.config, experiment.model_info.class_names
-    is_same = pretrained.class_names == classes
-    fits = is_same or (not pretrained.class_names and pretrained.num_classes == len(classes))
-    if config.init_head == "keep" and not fits:
-        raise UserError(
-            f"config.init_head must be 'new' or 'auto', got 'keep': the {pretrained.num_classes} "
-            f"classes of config.init_from={config.init_from!r} are not the {len(classes)} classes "
-            "of the data."
-        )
-    return config.init_head == "keep" or (config.init_head == "auto" and is_same)
 
 
 def describe_init(experiment: Experiment, init: InitSource | None) -> str:
@@ -215,7 +200,9 @@ def describe_init(experiment: Experiment, init: InitSource | None) -> str:
         return "".join(f"{note}; moved to {DAMAGED_DIR}\n" for note in init.notes)
     info = init.model_info
     resized = f", {info.resize_note}" if info.resize_note else ""
-    head = "pretrained head" if should_keep_head(experiment, info) else "new head"
+    classes = experiment.model_info.class_names
+    is_kept = should_keep_head(experiment.config, classes, info)
+    head = "pretrained head" if is_kept else "new head"
     return f"initialized from {experiment.config.init_from}{resized}, {head}\n"
 
 
@@ -256,6 +243,7 @@ def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
     with contextlib.suppress(UserError):
         family.check_image_size(pretrained.config, *size)
         accepted.append(family.resize_config(pretrained.config, pretrained.image_size, size).config)
+    accepted += map(family.config_for_new_head, list(accepted))
     if config.model.architecture not in accepted:
         found = pretrained.variant
         if found in (CUSTOM, config.model.variant):

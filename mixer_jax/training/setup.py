@@ -29,6 +29,7 @@ from mixer_jax.distributed.sharding import (
     replicated,
     state_sharding,
 )
+from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
@@ -246,15 +247,40 @@ def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict
     return metrics
 
 
+def should_keep_head(config: RunConfig, class_names: Sequence[str], pretrained: ModelInfo) -> bool:
+    """Returns whether a run on data with these classes keeps the head of its pretrained weights.
+
+    Raises:
+        UserError: `config.init_head` is "keep", but the head has other classes.
+    """
+    is_same = pretrained.class_names == tuple(class_names)
+    fits = is_same or (not pretrained.class_names and pretrained.num_classes == len(class_names))
+    if config.init_head == "keep" and not fits:
+        raise UserError(
+            f"config.init_head must be 'new' or 'auto', got 'keep': the {pretrained.num_classes} "
+            f"classes of config.init_from={config.init_from!r} are not the {len(class_names)} "
+            "classes of the data."
+        )
+    return config.init_head == "keep" or (config.init_head == "auto" and is_same)
+
+
 def make_model_info(
     config: RunConfig, datasets: RunDatasets, init_info: ModelInfo | None
 ) -> ModelInfo:
     """Describes the model of a run; `init_info` as in `build_experiment`."""
     declared = init_info or config.model
+    architecture = config.model.architecture
+    if init_info is not None:
+        architecture = init_info.config
+        new = get_family(init_info.family).config_for_new_head(architecture)
+        # A checkpoint of the run itself already has the layers of its new head.
+        if new != architecture and config.init_from:
+            is_kept = should_keep_head(config, datasets.train.class_names, init_info)
+            architecture = architecture if is_kept else new
     return ModelInfo(
         declared.family,
         declared.variant,
-        config.model.architecture if init_info is None else init_info.config,
+        architecture,
         image_size=(config.image_size, config.image_size),
         num_classes=datasets.train.num_classes,
         class_names=tuple(datasets.train.class_names),

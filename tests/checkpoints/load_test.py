@@ -21,6 +21,7 @@ from mixer_jax.checkpoints.weights import (
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import load_pretrained
+from mixer_jax.models.vit_config import VitConfig
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
 
@@ -239,6 +240,16 @@ def test_replace_head_starts_from_zeros(weights: PretrainedWeights) -> None:
     # The argument is unchanged.
     assert weights.model_info.class_names == DIGITS
     assert weights.params["head"]["kernel"].any()
+
+
+def test_replace_head_drops_the_hidden_layer_of_a_head() -> None:
+    weights = random_weights(VitConfig(1, 4, 16, 24, 2, pre_logits=True))
+    replaced = replace_head(weights, 3)
+    assert "pre_logits" not in replaced.params
+    assert not replaced.model_info.config.pre_logits
+    # Without a new head, its output is the features.
+    assert "pre_logits" in replace_head(weights, 0).params
+    assert replace_head(weights, 0).model_info.config.pre_logits
 
 
 def test_set_class_names_needs_one_name_per_class(weights: PretrainedWeights) -> None:

@@ -13,21 +13,21 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.models.mixer_family import GOOGLE, TIMM
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
 DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def random_weights(
-    config: MixerConfig = TINY,
+    config: Any = TINY,
     image_size: tuple[int, int] = (16, 16),
     class_names: tuple[str, ...] = DIGITS,
     seed: int = 0,
     **fields: Any,
 ) -> PretrainedWeights:
-    """Creates random weights of a small Mixer; `fields` override those of `ModelInfo`."""
-    family = get_family("mixer")
+    """Creates random weights of a small model; `fields` override those of `ModelInfo`."""
+    family = next(f for f in FAMILIES.values() if isinstance(config, f.config_class))
     defaults = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
     defaults |= {"num_classes": len(class_names), "class_names": class_names}
     model_info = ModelInfo(

@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 
 from mixer_jax.suites import tasks
 from mixer_jax.suites.builtin import AVG5, DIGITS, IMAGENET, SUITES, few_shot_suite
+from mixer_jax.suites.plan import check_task_overrides
 from mixer_jax.suites.tasks import FineTuneTask, ProbeTask
 
 # The paper, Section 3: fraction of the training split held out for the sweep.
@@ -55,6 +56,12 @@ def test_avg5_splits(task: FineTuneTask) -> None:
 def test_imagenet_is_also_evaluated_with_real_labels() -> None:
     assert IMAGENET.extra_evals == {"real": ("imagenet2012_real", "validation")}
     assert SUITES["imagenet"].tasks == (IMAGENET,)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_suites_are_valid(suite: tasks.Suite) -> None:
+    tasks.check_suite(suite)
+    check_task_overrides(suite)
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixer_jax.models.registry import list_models
 from mixer_jax.suites.paper_results import PAPER, find_row, infer_pretrain_dataset
 
 
@@ -66,6 +67,10 @@ def test_find_row_distinguishes_families(
     assert row is not None
     assert (row.imagenet, row.real, row.avg5, row.vtab) == scores
     assert (row.images_per_second, row.core_days) == (images_per_second, core_days)
+
+
+def test_models_of_the_rows_exist() -> None:
+    assert {row.model for row in PAPER} <= {*list_models()}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tests of plans: configs of the runs, config overrides, selection of tasks."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,15 +9,19 @@ from ml_collections import ConfigDict
 from mixer_jax.config.config import flatten
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import get_family, parse_model_name
 from mixer_jax.suites.builtin import AVG5, SUITES
+from mixer_jax.suites.datasets import choose_image_size
 from mixer_jax.suites.plan import (
+    Run,
+    TransferPlan,
     check_overrides,
     check_task_overrides,
     default_config,
     select_tasks,
     validate_run_configs,
 )
-from mixer_jax.suites.tasks import Suite
+from mixer_jax.suites.tasks import FineTuneTask, Suite, for_model
 from tests.helpers.messages import raises
 from tests.helpers.tiny_suite import HIGH, LARGE_INFO, LOW, PROBE, SUITE, make_plan
 from tests.suites.tasks_test import replace_fields
@@ -71,6 +76,90 @@ def test_final_runs_equal_the_fine_tuning_configs() -> None:
                 "dataset.num_classes",
                 "dataset.num_examples",
             }, (task.name, size)
+
+
+def make_model_plan(suite: Suite, model: str, requested: str = "native") -> TransferPlan:
+    """Creates the plan for a checkpoint of 224 px by the model's full name."""
+    family, variant = parse_model_name(model)
+    config = get_family(family).get_config(variant)
+    info = dataclasses.replace(LARGE_INFO, family=family, variant=variant, config=config)
+    suite = for_model(suite, family, model)
+    plan = make_plan(suite, model_info=info)
+    for task in suite.tasks:
+        plan.image_sizes[task.name] = choose_image_size(task, requested, info, [])
+    return plan
+
+
+def differing_keys(config: ConfigDict, run: Run) -> set[str]:
+    """Returns the keys that a config and a run have with other values, other than bookkeeping."""
+    expected, found = flatten(config), flatten(ConfigDict(run.config.to_dict()))
+    keys = {key for key in expected.keys() & found if expected[key] != found[key]}
+    ignored = ("checkpoint.", "dataset.num_", "evals.", "init_from", "tensorboard")
+    return {key for key in keys if not key.startswith(ignored)}
+
+
+@pytest.mark.parametrize("model", ["BiT-R50x1", "BiT-R152x4"])
+def test_runs_of_bit_equal_its_fine_tuning_configs(model: str) -> None:
+    plan = make_model_plan(SUITES["avg5"], model)
+    size = 480 if model == "BiT-R152x4" else 384
+    assert plan.largest_image_size == size
+    for task in AVG5:
+        resolved = next(t for t in plan.suite.tasks if t.name == task.name)
+        assert isinstance(resolved, FineTuneTask)
+        assert plan.sweep_runs(resolved) == {}
+        run = plan.final_runs(resolved, resolved.learning_rates[0])[0]
+        assert not differing_keys(load_config(f"finetune_bit:{task.name},{size}"), run)
+
+
+def test_runs_of_vit_equal_its_fine_tuning_configs() -> None:
+    plan = make_model_plan(SUITES["avg5"], "ViT-B/16", "384")
+    for task in AVG5:
+        resolved = next(t for t in plan.suite.tasks if t.name == task.name)
+        assert isinstance(resolved, FineTuneTask)
+        rates = (0.003, 0.01, 0.03) if task is AVG5[0] else (0.001, 0.003, 0.01, 0.03)
+        assert tuple(plan.sweep_runs(resolved)) == rates
+        run = plan.final_runs(resolved, 0.01)[0]
+        # The Mixer paper evaluates ViT with its own crop.
+        assert differing_keys(load_config(f"finetune_vit:{task.name}"), run) == {
+            "preprocess.eval_crop"
+        }
+        assert run.config.preprocess.eval_crop == "shorter_side"
+
+
+def test_vtab_runs_of_bit_crop_and_flip_only_where_labels_stay() -> None:
+    plan = make_model_plan(SUITES["vtab1k"], "BiT-R50x1")
+    for task in plan.suite.tasks:
+        assert isinstance(task, FineTuneTask)
+        (run, *_) = plan.final_runs(task, 0.003).values()
+        preprocess = run.config.preprocess
+        assert (run.config.num_steps, run.config.optimizer.decay_type) == (500, "staircase")
+        assert (run.config.recipe.mixup, preprocess.eval_crop) == (0.0, "resize")
+        size, before = (384, 448) if task.is_large_image else (128, 160)
+        is_cropped = task.name not in {
+            "clevr_count", "clevr_distance", "dmlab", "dsprites_position", "kitti_distance"
+        }  # fmt: skip
+        assert run.config.image_size == size
+        crop = ("bilinear_crop", before) if is_cropped else ("resize", 0)
+        assert (preprocess.train_crop, preprocess.resize_size) == crop
+        flipped = task.name not in {
+            "dsprites_orientation", "dsprites_position", "smallnorb_azimuth"
+        }  # fmt: skip
+        assert preprocess.flip == flipped
+
+
+def test_vtab_runs_of_vit_have_one_learning_rate_and_size() -> None:
+    plan = make_model_plan(SUITES["vtab1k"], "ViT-L/16")
+    assert set(plan.image_sizes.values()) == {384}
+    assert all(not plan.sweep_runs(t) for t in plan.suite.tasks if isinstance(t, FineTuneTask))
+    assert set(make_model_plan(SUITES["vtab1k"], "ViT-L/16", "224").image_sizes.values()) == {224}
+
+
+def test_another_image_size_changes_the_size_before_the_crop() -> None:
+    plan = make_model_plan(SUITES["avg5"], "BiT-R50x1", "224")
+    (task, *_) = plan.suite.tasks
+    assert isinstance(task, FineTuneTask)
+    run = plan.final_runs(task, 0.003)[0]
+    assert (run.config.image_size, run.config.preprocess.resize_size) == (224, 0)
 
 
 def test_final_runs_evaluate_with_real_labels() -> None:

@@ -102,6 +102,12 @@ FINE_TUNE_CASES = [
     ({"extra_evals": {"a.b": ("digits", "test")}}, ("extra_evals", "a.b")),
     ({"extra_evals": {"other": "digits"}}, ("extra_evals", "other", "digits")),
     ({"extra_evals": {"other": ("digits",)}}, ("extra_evals", "other", "('digits',)")),
+    ({"image_size": -1}, ("image_size", "-1")),
+    ({"image_size": 16, "resize_size": 15}, ("resize_size", "15", "image_size")),
+    ({"model_overrides": ()}, ("model_overrides", "()")),
+    ({"model_overrides": {"resnet": {}}}, ("model_overrides", "resnet")),
+    ({"model_overrides": {"bit": {"dataset": "x"}}}, ("model_overrides", "bit", "dataset")),
+    ({"model_overrides": {"bit": {"num_steps": 0}}}, ("num_steps", "0")),
 ]
 PROBE_CASES = [
     ({"num_examples": (1, 2, 3, 4)}, ("num_examples", "(1, 2, 3, 4)", "train_split", "test_split")),
@@ -125,6 +131,23 @@ def test_check_suite_rejects_invalid_tasks(
     with raises(UserError, str(fields.get("name", task.name)), *parts) as caught:
         check_suite(replace_fields(SUITE, tasks=(LOW, replace_fields(task, **fields))))
     assert "\n" not in str(caught.value)
+
+
+def test_for_model_applies_overrides_of_the_family_then_of_the_model() -> None:
+    overrides: dict[str, Any] = {
+        "mixer": {"num_steps": 7, "flip": True},
+        "Mixer-B/16": {"num_steps": 8, "learning_rates": [0.5]},
+    }
+    task = dataclasses.replace(HIGH, model_overrides=overrides)
+    suite = replace_fields(SUITE, tasks=(task, LOW, PROBE))
+    check_suite(suite)
+    changed, low, probe = tasks.for_model(suite, "mixer", "Mixer-B/16").tasks
+    assert (low, probe) == (LOW, PROBE)
+    assert changed == replace_fields(HIGH, num_steps=8, flip=True, learning_rates=(0.5,))
+    (changed, *_) = tasks.for_model(suite, "mixer", "Mixer-S/16").tasks
+    assert changed == replace_fields(HIGH, num_steps=7, flip=True)
+    assert tasks.for_model(suite, "bit", "BiT-R50x1").tasks == SUITE.tasks
+    assert tasks.from_json(json.loads(json.dumps(tasks.to_json(suite)))) == suite
 
 
 def test_lists_and_ranges_become_tuples() -> None:

@@ -23,6 +23,7 @@ from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.vit_config import VitConfig
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import (
     describe_init,
@@ -108,6 +109,31 @@ def test_init_head_new_starts_from_zeros_and_head_bias(
     batch = next(make_train_batches(experiment, 0, print))
     _, metrics = experiment.train_step(state, batch)
     assert np.isfinite(metrics["loss"])
+
+
+def test_new_head_replaces_the_hidden_layer_of_a_pretrained_head(
+    digits_dir: str, tmp_path: Path
+) -> None:
+    vit = VitConfig(1, 4, 16, 24, 2, pre_logits=True)
+    weights = random_weights(vit)
+    run = save_run(weights, tmp_path / "pretrained")
+    changes = {"init_from": run, **FROM_WEIGHTS}
+    experiment, state, _ = start(small_config(digits_dir, **changes), tmp_path / "kept")
+    assert experiment.model_info.config == vit
+    assert_params_equal(state.params, weights.params)
+    config = small_config(digits_dir, init_head="new", **changes)
+    experiment, state, _ = start(config, tmp_path / "new")
+    assert experiment.model_info.config == dataclasses.replace(vit, pre_logits=False)
+    expected = {k: v for k, v in weights.params.items() if k not in ("head", "pre_logits")}
+    assert_params_equal({k: v for k, v in state.params.items() if k != "head"}, expected)
+    # It resumes with the same layers.
+    checkpoints = CheckpointManager(str(tmp_path / "new"), max_to_keep=1)
+    save_state(experiment, checkpoints, state, 1, [])
+    checkpoints.close()
+    init = find_init_source(config, str(tmp_path / "new"))
+    assert init is not None
+    again = build_experiment(config, open_datasets(config), init_info=init.model_info)
+    assert again.model_info == experiment.model_info
 
 
 def test_init_of_other_classes_gets_a_new_head(run: str, digits_dir: str, tmp_path: Path) -> None:
