@@ -1,5 +1,6 @@
 """Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -73,7 +74,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
-    """Returns lines of Python that load exported weights in timm."""
+    """Returns lines of Python that load exported weights in timm.
+
+    Raises:
+        UserError: timm has no such model.
+    """
     model = get_family(model_info.family).timm_expression(
         model_info.variant,
         model_info.config,
@@ -88,7 +93,8 @@ def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     """Returns lines that use the written weights."""
     if format == "timm":
-        return timm_snippet(model_info, target)
+        with contextlib.suppress(UserError):  # timm has no such model.
+            return timm_snippet(model_info, target)
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)

@@ -225,10 +225,10 @@ def _part_view(array: np.ndarray, mapping: TensorMapping) -> np.ndarray:
     lengths = array.shape[num_leading:]
     groups = _groups(mapping, len(lengths))
     # Merged axes are consecutive and arrays in C order, so that both steps give views.
-    ordered = sorted(groups)
-    merged = (math.prod(lengths[axis] for axis in group) for group in ordered)
+    ordered = sorted(range(len(groups)), key=groups.__getitem__)
+    merged = (math.prod(lengths[axis] for axis in groups[index]) for index in ordered)
     array = array.reshape(*array.shape[:num_leading], *merged)
-    order = (num_leading + ordered.index(group) for group in groups)
+    order = (num_leading + ordered.index(index) for index in range(len(groups)))
     return array.transpose(*range(num_leading), *order)
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import ImageSize, architecture_key
@@ -81,7 +82,7 @@ def num_groups(channels: int) -> int:
     return max(min(math.gcd(_MAX_GROUPS, channels), channels // 2), 1)
 
 
-def output_sizes(config: BitConfig, image_size: int | ImageSize) -> list[ImageSize]:
+def _output_sizes(config: BitConfig, image_size: int | ImageSize) -> list[ImageSize]:
     """Returns the height and width of the root's convolution, of the root, and of each block."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     _, root_stride = ROOTS[config.root]
@@ -90,3 +91,48 @@ def output_sizes(config: BitConfig, image_size: int | ImageSize) -> list[ImageSi
         size = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
         sizes.append(size)
     return sizes
+
+
+def unit_path(block: int, unit: int) -> str:
+    """Returns the path of a unit's parameters; both are counted from 0."""
+    return f"block{block + 1}/unit{unit + 1:02}"
+
+
+class Convolution(NamedTuple):
+    """A convolution: its path in the parameters, shape (h, w, in, out) and output size."""
+
+    path: str
+    shape: tuple[int, int, int, int]
+    output_size: ImageSize
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per image; a multiply-add is two."""
+        height, width, inputs, _ = self.shape
+        return 2 * self.num_outputs * height * width * inputs
+
+    @property
+    def num_outputs(self) -> int:
+        """Elements of its output per image."""
+        return self.output_size[0] * self.output_size[1] * self.shape[-1]
+
+
+def convolutions(config: BitConfig, image_size: int | ImageSize) -> Iterator[Convolution]:
+    """Yields all convolutions of a model in the order of the published layout."""
+    root_size, size, *block_sizes = _output_sizes(config, image_size)
+    kernel_size, _ = ROOTS[config.root]
+    yield Convolution("stem", (kernel_size, kernel_size, 3, config.root_width), root_size)
+    inputs = config.root_width
+    for block, (num_units, block_size) in enumerate(
+        zip(config.units_per_block, block_sizes, strict=True)
+    ):
+        width = config.middle_width(block)
+        for unit in range(num_units):
+            path = unit_path(block, unit)
+            # The stride is that of the 3×3 convolution.
+            yield Convolution(f"{path}/conv1", (1, 1, inputs, width), size)
+            yield Convolution(f"{path}/conv2", (3, 3, width, width), block_size)
+            yield Convolution(f"{path}/conv3", (1, 1, width, 4 * width), block_size)
+            if unit == 0:
+                yield Convolution(f"{path}/conv_proj", (1, 1, inputs, 4 * width), block_size)
+            inputs, size = 4 * width, block_size

@@ -1,8 +1,9 @@
 """BiT-ResNet as a model family. Does not import JAX until a model is built."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from mixer_jax.errors import UserError
 from mixer_jax.models.bit_config import (
@@ -11,16 +12,24 @@ from mixer_jax.models.bit_config import (
     ROOTS,
     VARIANTS,
     BitConfig,
-    output_sizes,
+    convolutions,
+    num_groups,
+    unit_path,
 )
 from mixer_jax.models.family import (
+    FileShapes,
     ImageSize,
     InferredConfig,
     ModelFamily,
     Path,
     ResizedConfig,
     Shape,
+    TensorMapping,
+    WeightLayout,
 )
+
+# timm has no models of these variants.
+_NOT_IN_TIMM = ("R50x2", "R152x1", "R200x3")
 
 
 class BitFamily(ModelFamily):
@@ -30,6 +39,8 @@ class BitFamily(ModelFamily):
     display_name = "BiT"
     config_class = BitConfig
     variants: ClassVar[Mapping[str, Any]] = VARIANTS
+    # Its kernel is standardized, it has no bias, and it is padded with zeros.
+    stem = ""
 
     def get_module_class(self) -> Any:
         """Returns `BitResNet`."""
@@ -43,7 +54,7 @@ class BitFamily(ModelFamily):
         """Returns the shape of each parameter by its slash-separated path."""
         shapes: dict[str, Shape] = {}
         # No size is needed for the shapes.
-        for conv in _convolutions(config, image_size=1):
+        for conv in convolutions(config, image_size=1):
             *layers, name = conv.path.split("/")
             if name.startswith("conv") and name != "conv_proj":
                 norm = "/".join([*layers, name.replace("conv", "norm")])
@@ -59,8 +70,8 @@ class BitFamily(ModelFamily):
         self, config: BitConfig, image_size: int | ImageSize, num_classes: int
     ) -> int:
         """Returns the FLOPs of one image's forward pass, counting convolutions and matmuls only."""
-        convolutions = sum(conv.flops for conv in _convolutions(config, image_size))
-        return convolutions + 2 * config.num_features * num_classes
+        flops = sum(conv.flops for conv in convolutions(config, image_size))
+        return flops + 2 * config.num_features * num_classes
 
     def check_image_size(self, config: BitConfig, height: int, width: int) -> None:
         """Raises UserError unless there is a pixel: sizes are rounded up wherever they halve."""
@@ -75,63 +86,112 @@ class BitFamily(ModelFamily):
         """Returns the parameters as they are."""
         return params
 
-    def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
+    def weight_layouts(self) -> tuple[WeightLayout, ...]:
+        """Returns Google's and timm's layouts."""
+        return published_layouts()
+
+    def timm_expression(
+        self,
+        variant: str,
+        config: BitConfig,
+        image_size: ImageSize,
+        num_classes: int,
+        gelu: str,
+    ) -> str:
+        """Returns an expression that creates timm's model by name if it has one, or its class.
+
+        timm has no small root, and 32 groups in every layer.
+        """
+        if VARIANTS.get(variant) == config and variant not in _NOT_IN_TIMM:
+            name = f"resnetv2_{variant.removeprefix('R')}_bit"
+            return f'timm.create_model("{name}", num_classes={num_classes})'
+        if config.root != "7x7" or num_groups(config.root_width) != num_groups(64):
+            return super().timm_expression(variant, config, image_size, num_classes, gelu)
+        channels = (4 * config.middle_width(b) for b in range(len(config.units_per_block)))
+        args = [
+            f"num_classes={num_classes}",
+            f"layers={config.units_per_block}",
+            f"channels=({', '.join(map(str, channels))},)",
+            f"stem_chs={config.root_width}",
+            'stem_type="fixed"',
+            # As in timm's models of BiT.
+            "conv_layer=timm.models.resnetv2.partial(timm.layers.StdConv2d, eps=1e-8)",
+        ]
+        return f"timm.models.resnetv2.ResNetV2({', '.join(args)})"
+
+    def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the root's kernel and the names of the units."""
         kernel_size, _, _, root_width = shape("stem/kernel")
         roots = {size: root for root, (size, _) in ROOTS.items()}
-        blocks = (_count_units(shape, f"block{b + 1}") for b in range(MAX_BLOCKS))
-        units = ",".join(str(n) for n in itertools.takewhile(bool, blocks))
-        return InferredConfig(BitConfig(units, root_width, roots.get(kernel_size, "7x7")), 0)
+        blocks = (_count_units(shape, block) for block in range(MAX_BLOCKS))
+        units = ",".join(map(str, itertools.takewhile(bool, blocks)))
+        # Another root or no unit contradicts the tensors, which are then named.
+        config = BitConfig(units or "1", root_width, roots.get(kernel_size, "7x7"))
+        return InferredConfig(config, 0)
 
     def is_cast(self, path: Path) -> bool:
         """Returns False: kernels are standardized in float32 before they are cast."""
         return False
 
 
-def _count_units(shape: Callable[[str], Shape], block: str) -> int:
-    for index in range(MAX_UNITS):
-        try:
-            shape(f"{block}/unit{index + 1:02}/conv1/kernel")
-        except (KeyError, UserError):
-            return index
-    return MAX_UNITS
+def _count_units(shape: FileShapes, block: int) -> int:
+    paths = (f"{unit_path(block, unit)}/conv1/kernel" for unit in range(MAX_UNITS))
+    return sum(1 for _ in itertools.takewhile(shape.__contains__, paths))
 
 
-class Convolution(NamedTuple):
-    """A convolution: its path in the parameters, shape (h, w, in, out) and output size."""
-
-    path: str
-    shape: tuple[int, int, int, int]
-    output_size: ImageSize
-
-    @property
-    def flops(self) -> int:
-        """FLOPs per image; a multiply-add is two."""
-        height, width, inputs, _ = self.shape
-        return 2 * self.num_outputs * height * width * inputs
-
-    @property
-    def num_outputs(self) -> int:
-        """Elements of its output per image."""
-        return self.output_size[0] * self.output_size[1] * self.shape[-1]
+# Our names of layers, Google's and timm's.
+_LAYERS = {
+    "stem": ("root_block/standardized_conv2d", "stem.conv"),
+    "norm1": ("a/group_norm", "norm1"),
+    "conv1": ("a/standardized_conv2d", "conv1"),
+    "norm2": ("b/group_norm", "norm2"),
+    "conv2": ("b/standardized_conv2d", "conv2"),
+    "norm3": ("c/group_norm", "norm3"),
+    "conv3": ("c/standardized_conv2d", "conv3"),
+    "conv_proj": ("a/proj/standardized_conv2d", "downsample.conv"),
+    "norm": ("group_norm", "norm"),
+    "head": ("head/conv2d", "head.fc"),
+}
+_GROUP_NORM_LEAVES = {"scale": "gamma", "bias": "beta"}
 
 
-def _convolutions(config: BitConfig, image_size: int | ImageSize) -> Iterator[Convolution]:
-    """Yields all convolutions of a model in the order of the published layout."""
-    root_size, size, *block_sizes = output_sizes(config, image_size)
-    kernel_size, _ = ROOTS[config.root]
-    yield Convolution("stem", (kernel_size, kernel_size, 3, config.root_width), root_size)
-    inputs = config.root_width
-    for block, (num_units, block_size) in enumerate(
-        zip(config.units_per_block, block_sizes, strict=True)
-    ):
-        width = config.middle_width(block)
-        for unit in range(num_units):
-            path = f"block{block + 1}/unit{unit + 1:02}"
-            # The stride is that of the 3×3 convolution.
-            yield Convolution(f"{path}/conv1", (1, 1, inputs, width), size)
-            yield Convolution(f"{path}/conv2", (3, 3, width, width), block_size)
-            yield Convolution(f"{path}/conv3", (1, 1, width, 4 * width), block_size)
-            if unit == 0:
-                yield Convolution(f"{path}/conv_proj", (1, 1, inputs, 4 * width), block_size)
-            inputs, size = 4 * width, block_size
+def _google_tensor(path: str) -> TensorMapping:
+    *unit, layer, leaf = path.split("/")
+    leaf = {"scale": "gamma", "bias": "beta"}[leaf] if layer.startswith("norm") else leaf
+    name = "/".join(["resnet", *unit, _LAYERS[layer][0], leaf])
+    return TensorMapping(name, path, ((), (), 0, 1) if path == "head/kernel" else None)
+
+
+def _timm_tensor(path: str) -> TensorMapping:
+    *unit, layer, leaf = path.split("/")
+    indices = (int(part.lstrip("blockunit")) - 1 for part in unit)
+    parts = [f"{part}.{index}" for part, index in zip(("stages", "blocks"), indices, strict=False)]
+    name = ".".join([*parts, _LAYERS[layer][1], "bias" if leaf == "bias" else "weight"])
+    if leaf != "kernel":
+        return TensorMapping(name, path)
+    return TensorMapping(name, path, (1, 0, (), ()) if layer == "head" else (3, 2, 0, 1))
+
+
+@functools.cache
+def published_layouts() -> tuple[WeightLayout, ...]:
+    """Returns Google's and timm's layouts, with as many blocks and units as the names allow."""
+    largest = BitConfig(",".join([str(MAX_UNITS)] * MAX_BLOCKS), root_width=1)
+    paths = list(BitFamily().param_shapes(largest, image_size=1, num_classes=1))
+    return (
+        WeightLayout(
+            "Google",
+            tuple(map(_google_tensor, paths)),
+            ("resnet/root_block/standardized_conv2d/kernel",),
+            "tanh",
+            "resize",
+            # Some files number the layers.
+            aliases=((r"(standardized_conv2d|group_norm|conv2d)_\d+/", r"\1/"),),
+        ),
+        WeightLayout(
+            "timm",
+            tuple(map(_timm_tensor, paths)),
+            ("stem.conv.weight", "stages.0.blocks.0.conv1.weight"),
+            "tanh",
+            "resize",
+        ),
+    )

@@ -67,7 +67,7 @@ class FileShapes(Protocol):
         """Returns whether the file has a parameter."""
 
 
-# Order of a parameter's axes in a tensor; nested ones are merged into one axis.
+# Order of a parameter's axes in a tensor. Nested ones are merged into one, of length 1 if empty.
 Axes = tuple[int | tuple[int, ...], ...]
 
 
@@ -81,7 +81,8 @@ class TensorMapping(NamedTuple):
             another along its first axis.
         axes: Order of a parameter's axes in the tensor, without that of the blocks; None: the same.
             A nested tuple of consecutive axes is merged into one: (2, (0, 1)) is the transposed
-            matrix of a kernel (heads, features, channels).
+            matrix of a kernel (heads, features, channels). (1, 0, (), ()) is that of a matrix as
+            the kernel of a 1×1 convolution.
         start: First entry along the parameter's second axis that the tensor has; earlier ones are
             zero.
     """

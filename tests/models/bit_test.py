@@ -1,11 +1,21 @@
 """Tests of BiT-ResNet against the paper's sizes and an independent implementation."""
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from mixer_jax.checkpoints.weights import flatten_params
 from mixer_jax.errors import UserError
 from mixer_jax.models.bit_config import VARIANTS, BitConfig, num_groups
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.params import cast_weights
+from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.models.stack import forward_intermediates
 from tests.helpers.messages import raises
+from tests.helpers.models import random_params
 
 FAMILY = get_family("bit")
 # Parameters without head, with heads of 1,000 and of 21,843 classes; GFLOPs with 1,000 classes at
@@ -51,3 +61,190 @@ def test_other_invalid_fields_are_errors() -> None:
         BitConfig("1", 0)
     with raises(UserError, "image_size", "0"):
         FAMILY.check_image_size(VARIANTS["R50x1"], 0, 5)
+
+
+def tiny(num_classes: int = 5, **overrides: Any) -> Any:
+    fields = {"units": "2,1", "root_width": 8, **overrides}
+    return create_model("BiT-custom", num_classes, **fields)
+
+
+def images(batch_size: int = 2, height: int = 13, width: int = 18) -> jax.Array:
+    shape = (batch_size, height, width, 3)
+    return jax.random.uniform(jax.random.key(1), shape, minval=-1, maxval=1)
+
+
+def reference_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Convolves with a standardized kernel, as one matmul of patches of the padded image."""
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
+    matrix = (matrix - matrix.mean(0)[None]) / jnp.sqrt(matrix.var(0) + 1e-10)[None]
+    size = len(kernel)
+    x = jnp.pad(x, ((0, 0), *((size // 2, size // 2),) * 2, (0, 0)))
+    patches = jax.lax.conv_general_dilated_patches(
+        x, (size, size), (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return patches @ matrix
+
+
+def reference_norm_relu(x: jax.Array, params: Any) -> jax.Array:
+    n, h, w, c = x.shape
+    groups = x.reshape(n, h * w, num_groups(c), -1)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (jnp.mean, jnp.var))
+    x = ((groups - mean) / jnp.sqrt(variance + 1e-5)).reshape(x.shape)
+    return jnp.maximum(x * params["scale"][None, None, None] + params["bias"][None, None, None], 0)
+
+
+def reference_pool(x: jax.Array) -> jax.Array:
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.max(jnp.stack(windows), axis=0)[:, ::2, ::2]
+
+
+def reference(params: Any, x: jax.Array, config: BitConfig) -> jax.Array:
+    """Computes logits by plain operations, without Flax."""
+    kernel = params["stem"]["kernel"]
+    x = reference_conv(x, kernel, 2 if config.root == "7x7" else 1)
+    x = reference_pool(x) if config.root == "7x7" else x
+    for b, num_units in enumerate(config.units_per_block):
+        for u in range(num_units):
+            unit = params[f"block{b + 1}"][f"unit{u + 1:02}"]
+            stride = 2 if b and not u else 1
+            p = reference_norm_relu(x, unit["norm1"])
+            if not u:
+                x = reference_conv(p, unit["conv_proj"]["kernel"], stride)
+            y = reference_conv(p, unit["conv1"]["kernel"], 1)
+            y = reference_conv(
+                reference_norm_relu(y, unit["norm2"]), unit["conv2"]["kernel"], stride
+            )
+            y = reference_conv(reference_norm_relu(y, unit["norm3"]), unit["conv3"]["kernel"], 1)
+            x = x + y
+    x = reference_norm_relu(x, params["norm"]).mean((1, 2))
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+@pytest.mark.parametrize("root", ["7x7", "3x3"])
+def test_outputs_and_gradients_are_those_of_a_plain_implementation(root: Any) -> None:
+    model, x = tiny(root=root), images()
+    params = random_params(model)
+
+    def compute(apply: Any) -> Any:
+        def loss(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = apply(params, x)
+            return jnp.sum(jnp.sin(logits)), logits
+
+        (_, logits), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+        return logits, grads
+
+    logits, grads = compute(lambda p, x: model.apply({"params": p}, x, train=True))
+    expected, expected_grads = compute(lambda p, x: reference(p, x, model.config))
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * float(expected.std()))
+    for actual, wanted in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=2e-4 * float(jnp.abs(wanted).max()))
+
+
+def test_remat_changes_no_gradients_and_saves_less() -> None:
+    x, params = images(), random_params(tiny(units="2"))
+
+    def compute(remat: str) -> tuple[Any, int]:
+        model = tiny(units="2", remat=remat)
+        grad = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
+        jaxpr = str(jax.make_jaxpr(grad)(params))
+        return jax.tree.leaves(jax.jit(grad)(params)), jaxpr.count("conv_general_dilated")
+
+    expected, num_convolutions = compute("none")
+    # Each unit recomputes two convolutions; the output of the third and of the projection are not
+    # needed.
+    for remat, num_recomputed in {"dots": 0, "full": 4}.items():
+        grads, count = compute(remat)
+        assert count == num_convolutions + num_recomputed
+        for a, b in zip(expected, grads, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_scaled_and_shifted_kernels_are_the_same() -> None:
+    """Weight standardization removes the scale and the mean of each output channel's kernel."""
+    rng, params = np.random.default_rng(0), random_params(tiny())
+
+    def change(path: Any, kernel: jax.Array) -> jax.Array:
+        if path[-1].key != "kernel" or path[0].key == "head":
+            return kernel
+        shape = (1, 1, 1, kernel.shape[-1])
+        return kernel * rng.uniform(0.5, 4, shape) + rng.uniform(-1, 1, shape)
+
+    changed = jax.tree_util.tree_map_with_path(change, params)
+    apply = jax.jit(tiny().apply)
+    logits, expected = (apply({"params": p}, images()) for p in (changed, params))
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_an_image_has_the_same_logits_in_any_batch(train: bool) -> None:
+    x, params = images(batch_size=5), random_params(tiny())
+    apply = jax.jit(functools.partial(tiny().apply, train=train))
+    logits = apply({"params": params}, x)
+    alone = jnp.concatenate([apply({"params": params}, x[i : i + 1]) for i in range(5)])
+    np.testing.assert_allclose(logits, alone, atol=1e-5 * float(logits.std()))
+
+
+def test_max_pool_is_padded_by_zeros() -> None:
+    """A constant negative value of the root is 0 at the border and the constant elsewhere."""
+    model = tiny(units="1")
+    params = random_params(model)
+    # Its standardized kernel has -1 for the color 0, and 0.5 for the two others.
+    kernel = jnp.zeros_like(params["stem"]["kernel"]).at[:, :, 0].set(-3.0)
+    images = jnp.zeros((1, 32, 32, 3)).at[..., 0].set(1.0)
+    params = {**params, "stem": {"kernel": kernel}}
+    _, activations = forward_intermediates(model, params, images)
+    stem = activations["stem"][0, :, :, 0]
+    assert stem.shape == (8, 8)
+    assert (stem[0] == 0).all()
+    assert (stem[:, 0] == 0).all()
+    # The last window of an even size does not reach beyond the image.
+    assert (stem[1:, 1:] < -1).all()
+
+
+def test_initial_values() -> None:
+    model = tiny(10, units="1,1", root_width=64, head_bias=-3.0)
+    params = jax.jit(model.init)(jax.random.key(0), images())["params"]
+    for path, array in flatten_params(params):
+        if path == "head/bias":
+            assert (array == -3.0).all()
+        elif path.startswith("head") or path.endswith("bias"):
+            assert (array == 0.0).all()
+        elif path.endswith("scale"):
+            assert (array == 1.0).all()
+        else:
+            # LeCun's normal distribution, truncated at two deviations.
+            deviation = np.prod(array.shape[:3]) ** -0.5
+            tolerance = 4 / np.sqrt(2 * array.size)
+            assert abs(array.std() / deviation - 1) < tolerance, path
+            assert abs(array.mean()) < 5 * deviation / np.sqrt(array.size), path
+            assert 1.9 < jnp.abs(array).max() / deviation / 1.1368 <= 2.01, path
+    logits = jax.jit(model.apply)({"params": params}, images())
+    np.testing.assert_array_equal(logits, np.full((2, 10), -3.0))
+
+
+def test_bfloat16_keeps_statistics_and_kernels_in_float32() -> None:
+    """A large mean, of channels or of kernels, would be lost in bfloat16."""
+    model, params, x = tiny(dtype="bfloat16"), random_params(tiny()), images()
+    expected = tiny().apply({"params": params}, x)
+    shifted = jax.tree_util.tree_map_with_path(
+        lambda path, k: k + 50.0 if path[-1].key == "kernel" and path[0].key != "head" else k,
+        params,
+    )
+    cast = cast_weights(shifted, "bfloat16", FAMILY)
+    logits = model.apply({"params": cast}, x)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=0.1 * float(expected.std()))
+
+
+def test_any_image_size_and_intermediates() -> None:
+    model, params = tiny(units="1,1,1"), random_params(tiny(units="1,1,1"))
+    for height, width in ((1, 1), (33, 64)):
+        x = images(1, height, width)
+        logits, activations = forward_intermediates(model, params, x)
+        assert np.isfinite(logits).all()
+        sizes = [(-(-height // s), -(-width // s)) for s in (4, 4, 8, 16)]
+        names = ["stem", "block1", "block2", "block3"]
+        assert [activations[name].shape[1:3] for name in names] == sizes
+        assert activations["pre_logits"].shape == (1, model.config.num_features)
