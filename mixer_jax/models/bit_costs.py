@@ -35,25 +35,28 @@ def saved_activation_bytes(config: BitConfig, image_size: int, remat: str, items
     # The input of the root's max-pooling, and of the last GroupNorm.
     root = itemsize * next(convolutions(config, image_size)).num_outputs
     last = itemsize * units[-1].num_outputs
-    inputs = itemsize * sum(unit.num_inputs for unit in units)
+    inputs = sum(unit.num_inputs for unit in units)
     middle = sum(unit.conv1.num_outputs + unit.conv2.num_outputs for unit in units)
-    if remat == "none":
-        # The input of each GroupNorm; the output of each ReLU, and where it is positive.
-        activated = (itemsize + 1) * (sum(unit.num_inputs for unit in units) + middle)
-        return root + last + inputs + itemsize * middle + activated
-    return root + last + inputs + (itemsize * middle if remat == "dots" else 0)
+    # "none" also saves the output of each ReLU, which the TPU compiler recomputes in the
+    # convolutions that read it.
+    elements = {
+        "none": 2 * (inputs + middle),
+        "dots": inputs + middle,
+        "mlp_hidden": inputs,
+        "full": inputs,
+    }[remat]
+    return root + last + itemsize * elements
 
 
 def live_block_bytes(config: BitConfig, image_size: int, itemsize: int) -> float:
     """Returns the bytes that are live in the middle of one unit, per image."""
 
-    def live_bytes(unit: "_Unit") -> float:
-        x = max(unit.num_inputs, unit.num_outputs)
+    def live_elements(unit: "_Unit") -> float:
+        # GroupNorm and ReLU are fused into the convolutions.
         middle = unit.conv1.num_outputs + unit.conv2.num_outputs
-        # Inputs, outputs and gradients, and a GroupNorm in float32.
-        return itemsize * (4 * x + 3 * middle) + _FLOAT32 * 2 * x
+        return 2 * max(unit.num_inputs, unit.num_outputs) + middle
 
-    return max(map(live_bytes, _units(config, image_size)))
+    return itemsize * max(map(live_elements, _units(config, image_size)))
 
 
 class _Unit(NamedTuple):
