@@ -14,7 +14,7 @@ from mixer_jax.config.config import flatten, parse, resolve_num_steps, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES, get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.optimizer import make_schedule
@@ -337,6 +337,24 @@ def test_small_config_sees_whole_images_and_has_the_stated_parameters(name: str)
     architecture = parse(config).model.architecture
     assert get_family("mixer").num_params(architecture, image_size, num_classes) == num_params
     assert [entry.split for entry in config.evals.values()] == ["test"]
+
+
+@pytest.mark.parametrize("name", ["compare_digits", "study_fashion_mnist"])
+def test_compared_models_have_equal_training_flops_and_one_recipe(name: str) -> None:
+    found, shared = {}, set()
+    for name_of_family, family in FAMILIES.items():
+        unparsed = load_config(f"configs/{name}.py:{name_of_family}")
+        unparsed.dataset.num_examples = 1_000
+        config = parse(unparsed)
+        assert config.model.family == name_of_family
+        forward = family.forward_flops(config.model.architecture, config.image_size, 10)
+        found[name_of_family] = 3 * forward * config.batch_size * config.num_steps
+        same = ("preprocess", "recipe", "evals", "batch_size", "image_size")
+        shared.add(repr([getattr(config, section) for section in same]))
+    assert max(found.values()) < 1.002 * min(found.values())
+    assert len(shared) == 1
+    with raises(UserError, "resnet", *FAMILIES):
+        load_config(f"configs/{name}.py:resnet")
 
 
 @pytest.mark.slow

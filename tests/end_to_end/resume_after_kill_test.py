@@ -29,7 +29,7 @@ from tests.helpers.processes import (
     untimed_metrics,
     wait_until,
 )
-from tests.helpers.tiny_run import NO_REGULARIZATION
+from tests.helpers.tiny_run import FAMILY_OVERRIDES, NO_REGULARIZATION
 
 pytestmark = pytest.mark.slow
 
@@ -79,11 +79,35 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
     out = finish(start(digits_dir, tmp_path, optimized=True))
     assert first_reported_step(out) == saved
     assert unfinished_saves(tmp_path) == []
-    assert untimed_metrics(tmp_path) == untimed_metrics(uninterrupted)
-    expected, actual = final_arrays(uninterrupted, STEPS), final_arrays(tmp_path, STEPS)
-    for item, arrays in expected.items():
+    assert_same_result(tmp_path, uninterrupted)
+
+
+def assert_same_result(workdir: Path, expected: Path) -> None:
+    """Checks that two finished runs logged the same metrics and saved the same arrays."""
+    assert untimed_metrics(workdir) == untimed_metrics(expected)
+    saved, actual = final_arrays(expected, STEPS), final_arrays(workdir, STEPS)
+    for item, arrays in saved.items():
         for a, b in zip(arrays, actual[item], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=item)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILY_OVERRIDES if name != "mixer"])
+def test_killed_and_resumed_run_of_another_family_equals_an_uninterrupted_one(
+    family: str, digits_dir: str, tmp_path: Path
+) -> None:
+    overrides = FAMILY_OVERRIDES[family]
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
+    # At least one save is finished: the next one waits for it.
+    step = random.SystemRandom().randint(21, 45)
+    print(f"killed at step {step}")
+    process = start(digits_dir, killed, optimized=True, **overrides)
+    wait_until(lambda: last_step(killed) >= step, process)
+    process.kill()
+    process.communicate()
+    assert list_steps(str(killed))[-1] < STEPS
+    for workdir in (killed, uninterrupted):
+        finish(start(digits_dir, workdir, optimized=True, **overrides))
+    assert_same_result(killed, uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])

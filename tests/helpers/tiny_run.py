@@ -33,6 +33,16 @@ NO_REGULARIZATION: dict[str, Any] = {
     "recipe__ema_decay": 0.0,
     "tensorboard": False,
 }
+# Changes of `OVERRIDES` that make a run of each family; 0 unsets a key of another.
+_NO_MIXER = {"model__tokens_mlp_dim": 0, "model__channels_mlp_dim": 0}
+FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
+    "mixer": {},
+    "vit": _NO_MIXER | {"model__family": "vit", "model__num_heads": 2, "model__mlp_dim": 32},
+    "bit": _NO_MIXER
+    | dict.fromkeys(("model__num_blocks", "model__patch_size", "model__hidden_dim"), 0)
+    | {"model__family": "bit", "model__units": "1,1", "model__root_width": 8}
+    | {"model__root": "3x3", "model__stochastic_depth": 0.0, "model__dropout": 0.0},
+}
 
 
 def to_flags(data_dir: str, **changes: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +29,20 @@ from tests.helpers.random_weights import tree_norm
 NUM_CLASSES = 3
 
 
-def make_model(num_blocks: int = 1, **overrides: Any) -> nn.Module:
-    architecture = dict.fromkeys(("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim"), 8)
-    architecture |= {"num_blocks": num_blocks, "patch_size": 4}
-    return create_model("custom", NUM_CLASSES, **architecture, **overrides)
+# Regularizers with random masks, where a family has them.
+MASKS: dict[str, Any] = {"dropout": 0.3, "stochastic_depth": 0.5}
+REGULARIZERS = {"mixer": MASKS, "vit": MASKS, "bit": {}}
+
+
+def make_model(num_blocks: int = 1, family: str = "mixer", **overrides: Any) -> Any:
+    blocks: dict[str, Any] = {"num_blocks": num_blocks, "patch_size": 4, "hidden_dim": 8}
+    architecture: dict[str, Any] = {
+        "mixer": blocks | {"tokens_mlp_dim": 8, "channels_mlp_dim": 8},
+        "vit": blocks | {"mlp_dim": 16, "num_heads": 2},
+        "bit": {"units": "1,1", "root_width": 8, "root": "3x3"},
+    }[family]
+    name = get_family(family).full_name("custom")
+    return create_model(name, NUM_CLASSES, **architecture, **overrides)
 
 
 def make_batch(n: int = 8) -> dict[str, jax.Array]:
@@ -44,7 +53,7 @@ def make_batch(n: int = 8) -> dict[str, jax.Array]:
 
 def take_steps(
     count: int = 1,
-    model: nn.Module | None = None,
+    model: Any = None,
     seed: int = 0,
     mesh: Mesh | None = None,
     batch_size: int = 8,
@@ -56,7 +65,7 @@ def take_steps(
     settings = RecipeConfig(**{"loss": "softmax", **recipe})
     has_ema = settings.ema_decay > 0
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
-    sharding = state_sharding(state, mesh, get_family("mixer"))
+    sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
     step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh)
     history = []
@@ -151,11 +160,19 @@ def test_train_step_metrics_follow_from_the_update() -> None:
     assert norm == pytest.approx(0.1 * metrics["gradient_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"mixup": 0.5}, {"loss": "sigmoid"}])
-def test_gradient_accumulation_changes_only_rounding(recipe: dict[str, Any]) -> None:
-    single, expected = take_steps(3, **recipe)
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        *(("mixer", recipe) for recipe in ({}, {"mixup": 0.5}, {"loss": "sigmoid"})),
+        ("vit", {"mixup": 0.5}),
+        ("bit", {"mixup": 0.5}),
+    ],
+)
+def test_gradient_accumulation_changes_only_rounding(family: str, recipe: dict[str, Any]) -> None:
+    model = make_model(family=family)
+    single, expected = take_steps(3, model, **recipe)
     for num_microbatches in (2, 8):
-        accumulated, actual = take_steps(3, grad_accum_steps=num_microbatches, **recipe)
+        accumulated, actual = take_steps(3, model, grad_accum_steps=num_microbatches, **recipe)
         assert_trees_equal(single.params, accumulated.params, tolerance=1e-5)
         for a, b in zip(expected, actual, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
@@ -189,12 +206,13 @@ def test_accumulate_gradients_sums_bfloat16_in_float32() -> None:
     assert float(grad) == pytest.approx((1 + 8 * 2**-9) / 9, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", REGULARIZERS)
 @pytest.mark.parametrize(("layout", "num_microbatches"), [((8, 1), 2), ((1, 8), 1), ((2, 4), 2)])
 def test_devices_and_microbatches_change_only_rounding(
-    layout: tuple[int, int], num_microbatches: int
+    layout: tuple[int, int], num_microbatches: int, family: str
 ) -> None:
     """Drop masks are the same, too."""
-    model = make_model(num_blocks=2, dropout=0.3, stochastic_depth=0.5, head_bias=1.0)
+    model = make_model(num_blocks=2, family=family, head_bias=1.0, **REGULARIZERS[family])
     recipe: dict[str, Any] = {"mixup": 0.5, "batch_size": 16}
     single, expected = take_steps(3, model, **recipe)
     recipe["grad_accum_steps"] = num_microbatches
