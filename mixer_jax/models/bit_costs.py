@@ -12,7 +12,7 @@ STEM, POINTWISE, SPATIAL = "stem", "1×1 convolutions", "3×3 convolutions"
 GROUP_NORM, HEAD = "GroupNorm", "head and loss"
 # Patterns of the regions' operations in compiled programs.
 REGIONS = {
-    STEM: r"\bstem\b|\bimage\b|BitResNet\)+/(reduce_window|select_and_scatter|pad)",
+    STEM: r"\bstem\b|\bimage\b|reduce_window|select_and_scatter",
     SPATIAL: r"\bconv2\b",
     POINTWISE: r"\b(conv1|conv3|conv_proj)\b",
     GROUP_NORM: r"\bnorm\d?\b",
