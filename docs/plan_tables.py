@@ -48,7 +48,6 @@ RESULT_RUNS = [
     *(("mixer_h14_jft", topology) for topology in ("v4:4x4x4", "v5e:8x16")),
     *((f"mixer_{name}_jft", "v3:4x4") for name in ("s32", "s16", "b32", "b16", "l32")),
     ("vit_h14_jft", "v4:4x4x4"),
-    ("bit_r152x4_jft", "v3:16x16"),
 ]
 RESULT_BATCH_SIZE = 4096
 # Settings tried if those of a config file do not fit, from the least recomputation to the most.
