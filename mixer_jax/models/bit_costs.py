@@ -141,11 +141,11 @@ def estimate_traffic(
     # The gradient of the image, which is uint8, is not computed.
     stem_passes = 2 if train else 1
     stem_flops = stem_passes * stem.flops
-    stem_bytes = stem_passes * (3 * image_size**2 + itemsize * stem.num_outputs)
+    stem_bytes: float = stem_passes * (3 * image_size**2 + itemsize * stem.num_outputs)
     stem_bytes += weight_bytes(math.prod(stem.shape))
     num_weights = config.num_features * num_classes
     head_flops = 2.0 * passes * num_weights
-    head_bytes = passes * itemsize * units[-1].num_outputs
+    head_bytes: float = passes * itemsize * units[-1].num_outputs
     head_bytes += num_weights * _FLOAT32 * passes / batch_size
     return {
         STEM: Traffic(stem_flops, stem_bytes, stem_flops, stem_bytes),

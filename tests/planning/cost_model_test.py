@@ -117,7 +117,8 @@ def test_recomputed_flops_match_model(family: str, architecture: Any) -> None:
     images = jnp.zeros((2, 16, 16, 3))
     executed, expected = {}, {}
     for remat in REMAT_POLICIES:
-        execution = Execution(scan_unroll=1, remat=remat)
+        settings: dict[str, Any] = {"scan_unroll": 1, "remat": remat}
+        execution = Execution(**settings)
         model = get_family(family).build(architecture, 5, execution=execution)
         params = jax.eval_shape(model.init, jax.random.key(0), images)
         gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
@@ -146,9 +147,10 @@ def count_matmul_flops(jaxpr: Jaxpr) -> int:
             contracted_size = math.prod(lhs.shape[axis] for axis in contracted)
             flops += 2 * math.prod(result.shape) * contracted_size
         elif name == "conv_general_dilated":
-            result, kernel = equation.outvars[0].aval, equation.invars[1].aval
+            output: Any = equation.outvars[0].aval
+            kernel: Any = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            flops += 2 * math.prod(result.shape) * (math.prod(kernel.shape) // outputs)
+            flops += 2 * math.prod(output.shape) * (math.prod(kernel.shape) // outputs)
         repeats = params["length"] if name == "scan" else 1
         flops += repeats * sum(map(count_matmul_flops, iter_jaxprs(list(params.values()))))
     return flops
