@@ -231,12 +231,13 @@ def _result_row(name: str, topology_name: str) -> dict[str, Any]:
     """Plans a config with its own settings or, if these do not fit, with the first that do."""
     topology = parse_topology(topology_name)
     configs = [_load_config(name, batch_size=RESULT_BATCH_SIZE)]
+    num_blocks = _run_spec(configs[0], topology.num_devices).num_blocks
     for num_microbatches in MICROBATCHES:
         for remat in REMAT:
             config = _load_config(
                 name,
                 batch_size=RESULT_BATCH_SIZE,
-                model__scan_unroll=1,
+                model__scan_unroll=1 if num_blocks else 0,
                 model__remat=remat,
                 recipe__grad_accum_steps=num_microbatches,
             )
@@ -246,8 +247,9 @@ def _result_row(name: str, topology_name: str) -> dict[str, Any]:
     plan: dict[str, Any] = {}
     for config in configs:
         # Without equal blocks to scan over, a program is large and takes long to compile.
-        is_large = not get_family(config.model.family).num_blocks(config.model.architecture)
-        plan = plan_to_dict(make_plan(config, topology, with_eval=False, fast_compile=is_large))
+        plan = plan_to_dict(
+            make_plan(config, topology, with_eval=False, fast_compile=not num_blocks)
+        )
         if plan["fits"]:
             break
     return plan
