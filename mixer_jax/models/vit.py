@@ -52,7 +52,7 @@ def sincos2d(rows: int, columns: int, width: int) -> Float[Array, "1 s c"]:
     num = width // 4
     frequencies = 10_000.0 ** -(jnp.arange(num) / max(num - 1, 1))
     y, x = jnp.mgrid[:rows, :columns]
-    angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]
+    angles = [jnp.outer(axis, frequencies) for axis in (x, y)]
     waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
     return jnp.concatenate(waves, axis=1)[None]
 
