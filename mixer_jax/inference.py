@@ -396,6 +396,7 @@ class Classifier:
             "image_size": self.model_info.image_size,
             "eval_crop": self.model_info.eval_crop,
             "eval_crop_fraction": self.model_info.eval_crop_fraction,
+            "permutation": self.model_info.permutation,
         }
         try:
             image = read()

@@ -9,6 +9,7 @@ from typing import Any
 
 from mixer_jax.config.compat import upgrade_value
 from mixer_jax.config.schema import FIELDS
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.source import normalize_names
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
@@ -25,6 +26,7 @@ METADATA_FIELDS = (
     "loss",
     "dtype",
     "resize_note",
+    "permutation",
 )
 # Present names of fields in metadata of older checkpoints.
 _OLD_FIELDS = {"widths": "config", "resolution": "resize_note"}
@@ -49,6 +51,7 @@ class ModelInfo:
         resize_note: Adaptation of the weights to the image size; empty if they were trained
             at it.
         eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
+        permutation: Permutation of the pixels of all images; None: none.
     """
 
     family: str
@@ -64,6 +67,7 @@ class ModelInfo:
     dtype: str = "auto"
     resize_note: str = ""
     eval_crop_fraction: float = FIELDS["preprocess.eval_crop_fraction"].default
+    permutation: PixelPermutation | None = None
 
     @property
     def name(self) -> str:
@@ -221,6 +225,10 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         raise error("eval_crop_fraction", "a number from 0.01 to 1")
     if not isinstance(fields.get("resize_note", ""), str):
         raise error("resize_note", "a string")
+    if fields.get("permutation") is not None:
+        fields["permutation"] = _parse_permutation(fields["permutation"])
+        if fields["permutation"] is None:
+            raise error("permutation", "kind, patch_size and seed of a permutation of pixels")
     return fields
 
 
@@ -228,6 +236,19 @@ def is_crop_fraction(value: Any) -> bool:
     """Returns whether an untrusted value is a valid `eval_crop_fraction`."""
     field = FIELDS["preprocess.eval_crop_fraction"]
     return type(value) in (int, float) and field.min <= value <= field.max
+
+
+def _parse_permutation(data: Any) -> PixelPermutation | None:
+    """Converts untrusted metadata; returns None if it is invalid."""
+    names = [field.name for field in dataclasses.fields(PixelPermutation)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        return None
+    for name, value in zip(names, ("permute", "permute_patch_size", "permute_seed"), strict=True):
+        try:
+            FIELDS[f"preprocess.{value}"].check(name, data[name])
+        except UserError:
+            return None
+    return PixelPermutation(**data) if data["kind"] != "none" else None
 
 
 def read_metadata_json(path: Path) -> dict[str, Any]:

@@ -85,12 +85,17 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
     """Adapts weights to another image size, height and width in pixels.
 
     Raises:
-        UserError: A side is not a multiple of the patch size, or the weights do not fit in the
-            machine's memory.
+        UserError: A side is not a multiple of the patch size, the weights were trained on permuted
+            images, or the weights do not fit in the machine's memory.
     """
     old = weights.model_info
     family = get_family(old.family)
     family.check_image_size(old.config, *image_size)
+    if old.permutation is not None and image_size != old.image_size:
+        raise UserError(
+            f"image_size must be {format_image_size(old.image_size)} for weights that were trained "
+            f"on permuted images, got {format_image_size(image_size)}. Leave image_size out."
+        )
     config, method, note = family.resize_config(old.config, old.image_size, image_size)
     if method == "identity":
         return weights._replace(model_info=dataclasses.replace(old, image_size=image_size))

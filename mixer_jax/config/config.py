@@ -188,6 +188,14 @@ def _check_rules(config: RunConfig) -> None:
             f"config.preprocess.max_shift must be less than config.image_size "
             f"({config.image_size}), got {config.preprocess.max_shift}."
         )
+    patch_size = config.preprocess.permute_patch_size
+    if config.preprocess.permute == "patches" and config.image_size % patch_size:
+        sizes = [n for n in range(1, config.image_size + 1) if config.image_size % n == 0]
+        nearest_size = min(sizes, key=lambda size: abs(size - patch_size))
+        raise UserError(
+            "config.preprocess.permute_patch_size must divide config.image_size "
+            f"({config.image_size}), got {patch_size}. The nearest valid size is {nearest_size}."
+        )
     if config.recipe.mixup and config.batch_size < 2:
         raise UserError(
             f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."

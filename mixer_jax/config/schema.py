@@ -254,6 +254,13 @@ class PreprocessConfig:
     exif_orientation: bool = key(
         False, "apply the EXIF orientation of images, which TFDS and TensorFlow ignore"
     )
+    permute: Literal["none", "patches", "pixels"] = key(
+        "none",
+        "a fixed permutation of all training and evaluation images, after augmentation (Figure 4); "
+        "patches: of the patches, and of the pixels within them; pixels: of all pixels",
+    )
+    permute_patch_size: int = key(16, "patch size of permute=patches", unit="px", min=1)
+    permute_seed: int = key(0, "seed of permute", min=0, max=2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.readers import BadImage, EvalReader, LoadedBatch, Reader, TrainReader
 from mixer_jax.data.source import Source
@@ -104,6 +105,7 @@ def eval_batches(
     eval_crop: str,
     eval_crop_fraction: float = CROP_FRACTION,
     exif_orientation: bool,
+    permutation: PixelPermutation | None = None,
     num_threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
@@ -120,6 +122,7 @@ def eval_batches(
         eval_crop: Evaluation crop; see `eval_image`.
         eval_crop_fraction: Its side, as a fraction of the resized image's.
         exif_orientation: Whether to apply the EXIF orientation.
+        permutation: Permutation of the pixels.
         num_threads: Threads that load images; 0: one per CPU core. Worker processes are not used.
         prefetch_batches: Number of batches loaded ahead on this host.
         sharding: Sharding of the batch axis.
@@ -128,7 +131,9 @@ def eval_batches(
     Yields:
         `image`, `label` and `mask`, as described in `EvalReader`, with batch_size rows.
     """
-    reader = EvalReader(source, image_size, eval_crop, exif_orientation, eval_crop_fraction)
+    reader = EvalReader(
+        source, image_size, eval_crop, exif_orientation, eval_crop_fraction, permutation
+    )
     steps = range(math.ceil(len(source) / batch_size))
     chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)
     loaded = _load_batches(reader, chunks, num_threads or available_cpus(), 1, prefetch_batches)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mixer_jax.data.decode import Box, check_image_area, decode
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.randaugment import rand_augment
 
 # Crop of 224 from 256 pixels, and in the same ratio for other sizes.
@@ -38,6 +39,7 @@ def train_image(
     randaugment_magnitude: float,
     resize_size: int = 0,
     exif_orientation: bool = False,
+    permutation: PixelPermutation | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes, randomly crops, flips and augments one training image.
@@ -56,6 +58,7 @@ def train_image(
         resize_size: Height and width before "random_crop" and "bilinear_crop", in pixels; 0: 8/7 of
             `image_size`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
+        permutation: Permutation of the pixels, applied last.
         out: Array for the result, uint8 (image_size, image_size, 3); None: a new array.
 
     Returns:
@@ -82,6 +85,8 @@ def train_image(
         image = rand_augment(
             image, rng, num_layers=randaugment_layers, magnitude=randaugment_magnitude
         )
+    if permutation is not None:
+        image = permutation(image)
     if image is not out:
         out[...] = image
     return out
@@ -94,6 +99,7 @@ def eval_image(
     eval_crop: str,
     eval_crop_fraction: float = CROP_FRACTION,
     exif_orientation: bool = False,
+    permutation: PixelPermutation | None = None,
 ) -> np.ndarray:
     """Decodes one evaluation image and takes the paper's or timm's evaluation crop.
 
@@ -103,6 +109,7 @@ def eval_image(
         eval_crop: Crop; see `crop_eval_image`.
         eval_crop_fraction: Its side, as a fraction of the resized image's.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
+        permutation: Permutation of the pixels, applied last.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -119,6 +126,7 @@ def eval_image(
         image_size=image_size,
         eval_crop=eval_crop,
         eval_crop_fraction=eval_crop_fraction,
+        permutation=permutation,
     )
 
 
@@ -128,8 +136,9 @@ def crop_eval_image(
     image_size: tuple[int, int],
     eval_crop: str,
     eval_crop_fraction: float = CROP_FRACTION,
+    permutation: PixelPermutation | None = None,
 ) -> np.ndarray:
-    """Takes the paper's or timm's evaluation crop of a decoded image.
+    """Takes the paper's or timm's evaluation crop of a decoded image, and permutes its pixels.
 
     Args:
         image: uint8 RGB (height, width, 3).
@@ -141,6 +150,7 @@ def crop_eval_image(
             Pillow's decoder and filters, as timm evaluates its checkpoints; "resize" does not crop.
         eval_crop_fraction: Side of the crop, as a fraction of the resized image's (timm's
             crop_pct); without effect on "resize".
+        permutation: Permutation of the pixels of the result.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -148,9 +158,16 @@ def crop_eval_image(
     Raises:
         BadImageError: The image is so elongated that resizing it would take too many pixels.
     """
+    cropped = _crop_eval_image(image, image_size, eval_crop, eval_crop_fraction)
+    return np.ascontiguousarray(cropped) if permutation is None else permutation(cropped)
+
+
+def _crop_eval_image(
+    image: np.ndarray, image_size: tuple[int, int], eval_crop: str, eval_crop_fraction: float
+) -> np.ndarray:
     timm_style = eval_crop in _TIMM_FILTERS
     if eval_crop == "resize":
-        return np.ascontiguousarray(resize(image, *image_size))
+        return resize(image, *image_size)
     if timm_style:
         target = [math.floor(length / eval_crop_fraction) for length in image_size]
         height, width = _covering_size(image, target, math.floor)
@@ -166,7 +183,7 @@ def crop_eval_image(
     # timm rounds half a pixel to even; the authors' code rounds it down.
     top, left = (round(m / 2) if timm_style else m // 2 for m in margins)
     height, width = image_size
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+    return image[top : top + height, left : left + width]
 
 
 def _size_before_crop(length: int, crop_fraction: float = CROP_FRACTION) -> int:

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.preprocess import CROP_FRACTION, eval_image, train_image
 from mixer_jax.data.source import Source
 from mixer_jax.errors import RunError
@@ -171,6 +172,7 @@ class EvalReader(Reader):
         eval_crop: str,
         exif_orientation: bool,
         eval_crop_fraction: float = CROP_FRACTION,
+        permutation: PixelPermutation | None = None,
     ):
         """Stores the settings that determine the images.
 
@@ -180,12 +182,14 @@ class EvalReader(Reader):
             eval_crop: Evaluation crop; see `eval_image`.
             exif_orientation: Whether to apply the EXIF orientation.
             eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
+            permutation: Permutation of the pixels.
         """
         self._source, self._image_size = source, image_size
         self._preprocess: dict[str, Any] = {
             "eval_crop": eval_crop,
             "eval_crop_fraction": eval_crop_fraction,
             "exif_orientation": exif_orientation,
+            "permutation": permutation,
         }
 
     def allocate(self, num_rows: int) -> dict[str, np.ndarray]:

@@ -65,4 +65,5 @@ def make_input_config(
         skip_bad=skip_bad,
         num_threads=loader.get("num_threads", FIELDS["loader.num_threads"].default),
         prefetch_batches=loader.get("prefetch_batches", FIELDS["loader.prefetch_batches"].default),
+        permutation=info.permutation,
     )

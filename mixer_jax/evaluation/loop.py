@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mixer_jax.data.loader import Batch, eval_batches
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
@@ -43,6 +44,7 @@ class EvalInputConfig(NamedTuple):
     num_threads: int
     prefetch_batches: int
     eval_crop_fraction: float = CROP_FRACTION
+    permutation: PixelPermutation | None = None
 
 
 def jit_inference(
@@ -131,6 +133,7 @@ class DatasetPass(Generic[Output]):
             eval_crop=config.eval_crop,
             eval_crop_fraction=config.eval_crop_fraction,
             exif_orientation=config.exif_orientation,
+            permutation=config.permutation,
             num_threads=config.num_threads,
             prefetch_batches=config.prefetch_batches,
             sharding=batch_sharding(self._mesh),

@@ -137,7 +137,7 @@ class MapHead(nn.Module):
         """Pools the tokens of each image."""
         config, ctx = self.config, self.ctx
         probe = self.param("probe", _XAVIER, (1, 1, config.hidden_dim))
-        probe = jnp.tile(probe.astype(ctx.dtype), (len(x), 1, 1))
+        probe = jnp.broadcast_to(probe.astype(ctx.dtype), (x.shape[0], 1, config.hidden_dim))
         x = MultiHeadAttention(config.num_heads, ctx, name="attention")(probe, x)
         y = LayerNorm()(x)
         y = apply_mlp(y, example_index, ctx=ctx, mlp_dim=config.mlp_dim, gelu=self.gelu)

@@ -153,6 +153,10 @@ def _make_config(
     paper_crop = "shorter_side" if image_size <= info.image_size[0] else "square"
     config.preprocess.eval_crop = task.eval_crop or paper_crop
     config.preprocess.exif_orientation = info.exif_orientation
+    if permutation := info.permutation:
+        config.preprocess.permute = permutation.kind
+        config.preprocess.permute_patch_size = permutation.patch_size
+        config.preprocess.permute_seed = permutation.seed
 
     config.recipe.loss = "softmax"
     config.optimizer.name = "momentum"

@@ -212,6 +212,7 @@ def run_probe_task(context: TaskContext, task: ProbeTask) -> None:
         skip_bad=config.bad_images.skip_in_evaluation,
         num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
+        permutation=info.permutation,
     )
     for network in networks:
         params = weights.params if network == CHECKPOINT else _init_params(model, info.image_size)

@@ -21,6 +21,7 @@ from mixer_jax.config.config import (
 )
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
 from mixer_jax.data.loader import BadImageCallback, Batch, train_batches
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.distributed.sharding import (
     batch_sharding,
@@ -191,6 +192,7 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.loader.num_threads,
         config.loader.prefetch_batches,
         config.preprocess.eval_crop_fraction,
+        PixelPermutation.from_config(config.preprocess),
     )
     eval_step = make_eval_step(experiment.model, mesh)
     feature_fn = make_feature_fn(experiment.model, mesh)
@@ -224,7 +226,8 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
 def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
     """Selects the settings that `train_image` takes as keyword arguments."""
     settings = dataclasses.asdict(config)
-    return {name: x for name, x in settings.items() if not name.startswith("eval_")}
+    settings = {k: x for k, x in settings.items() if not k.startswith(("eval_", "permute"))}
+    return settings | {"permutation": PixelPermutation.from_config(config)}
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
@@ -290,6 +293,7 @@ def make_model_info(
         exif_orientation=config.preprocess.exif_orientation,
         loss=config.recipe.loss,
         dtype=config.model.dtype,
+        permutation=PixelPermutation.from_config(config.preprocess),
     )
 
 

@@ -158,6 +158,11 @@ def format_caption(
             f"RandAugment with {preprocess.randaugment_layers} layers of magnitude "
             f"{preprocess.randaugment_magnitude:g}"
         )
+    permutation = {
+        "none": "",
+        "patches": f"; patches of {preprocess.permute_patch_size} pixels permuted",
+        "pixels": "; pixels permuted",
+    }[preprocess.permute]
     labels = "no mixup"
     if recipe.mixup:
         labels = (
@@ -171,7 +176,7 @@ def format_caption(
     size = config.image_size
     title = [
         f"{name}, step {step:,}: {len(view.images):,} of {config.batch_size:,} images",
-        f"{source.name}; {size} × {size} pixels; {crop}; {flip}; {augment}",
+        f"{source.name}; {size} × {size} pixels; {crop}; {flip}; {augment}{permutation}",
         f"{labels}; seed {config.seed}",
     ]
     if view.bad:

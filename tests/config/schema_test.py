@@ -100,9 +100,10 @@ def test_run_config_cannot_be_changed() -> None:
 
 def test_preprocess_keys_are_the_arguments_of_train_image() -> None:
     accepted = train_image.__annotations__
+    permutation = {"permute", "permute_patch_size", "permute_seed"}
     assert {key.split(".")[1] for key in FIELDS if key.startswith("preprocess.")} == (
-        accepted.keys() - {"encoded", "rng", "image_size", "out", "return"}
-    ) | {"eval_crop", "eval_crop_fraction"}
+        accepted.keys() - {"encoded", "rng", "image_size", "permutation", "out", "return"}
+    ) | {"eval_crop", "eval_crop_fraction"} | permutation
 
 
 def test_model_keys_are_fields_of_models() -> None:
