@@ -68,6 +68,6 @@ def test_normalization_is_folded_into_the_stem(torch: Any, timm: Any, tmp_path: 
     config["pretrained_cfg"] |= {"mean": mean, "std": std}
     (tmp_path / "config.json").write_text(json.dumps(config))
     images = random_images(64)
-    normalized = (((images + 1) / 2 - np.float32(mean)) / np.float32(std)).astype(np.float32)
+    normalized = (((images + 1) / 2 - np.array(mean)) / np.array(std)).astype(np.float32)
     logits = Classifier(load_checkpoint(str(tmp_path)), "float32")(images)
     assert_logits_close(logits, timm_logits(torch, model, normalized))
