@@ -1,7 +1,13 @@
 """Small models of all families on handwritten digits with equal training FLOPs, for `compare`.
 
-python -m mixer_jax.compare
-python -m mixer_jax.main --config=configs/compare_digits.py:mixer
+    python -m mixer_jax.compare
+    python -m mixer_jax.main --config=configs/compare_digits.py:vit    # or mixer, bit
+
+Data: 8 x 8 pixels, shipped with scikit-learn; 1,437 training and 360 test images.
+Hyperparameters are those of configs/digits.py, with which Mixer was trained before. The learning
+rates of ViT and BiT were chosen by training on the first 80 % of the training split and evaluating
+on its other 287 images, with half the steps and twice the batch:
+ViT 0.001: 60.3 %, 0.003: 78.1 %; BiT 0.003: 99.0 %, 0.01: 99.7 %.
 """
 
 from typing import Any
@@ -13,7 +19,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.models.registry import get_family
 
 # Training FLOPs of every model; a step costs three forward passes.
-TRAIN_FLOPS = 1e12
+TRAIN_FLOPS = 5e11
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixer": {
         "num_blocks": 4,
@@ -31,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "bit": {"units": "1,1,1", "root_width": 16},
 }
-LEARNING_RATES = {"mixer": 3e-3, "vit": 3e-3, "bit": 3e-3}
+LEARNING_RATES = {"mixer": 3e-3, "vit": 3e-3, "bit": 1e-2}
 
 
 def get_config(family: str = "mixer") -> ConfigDict:
@@ -39,7 +45,7 @@ def get_config(family: str = "mixer") -> ConfigDict:
     if family not in ARCHITECTURES:
         raise UserError(f"argument must be one of {', '.join(ARCHITECTURES)}, got {family!r}.")
     config = config_lib.get_default()
-    config.batch_size = 128
+    config.batch_size = 64
     config.eval_batch_size = 360
     config.image_size = 32
     config.log_every_steps = 50

@@ -20,7 +20,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES, get_family
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,12 +42,19 @@ def main(argv: Sequence[str]) -> int:
     common.add_checkpoint_override_args(parser)
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one per line")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--list", action="store_true", help="list published weights and exit")
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        choices=("", *FAMILIES),
+        metavar="FAMILY",
+        help=f"list published weights, of one family ({', '.join(FAMILIES)}) or all, and exit",
+    )
     args = parser.parse_args(argv)
-    if args.list:
-        if list(argv) != ["--list"]:
+    if args.list is not None:
+        if list(argv) not in (["--list"], [f"--list={args.list}"], ["--list", args.list]):
             raise UserError("--list must be the only argument.")
-        print(format_model_zoo())
+        print(format_model_zoo(args.list))
         return 0
     if not args.source or not args.target:
         raise UserError("SOURCE and TARGET are required. See --help.")

@@ -9,6 +9,7 @@ import pytest
 
 from mixer_jax import compare
 from mixer_jax.errors import UserError
+from mixer_jax.models.registry import FAMILIES
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions
 from tests.helpers.processes import finish, wait_until
@@ -56,28 +57,48 @@ def test_workdir_is_named_after_the_models() -> None:
     assert compare._default_workdir(models) == "runs/compare_digits_b_Mixer-B_16"
 
 
+def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "mixer_jax.compare", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_gives_the_same_table(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     arguments = [f"a={config}", f"b={config}:16", "--no_throughput", "--format=csv"]
     arguments += ["--config.num_steps=300"]
 
-    def start(workdir: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-W", "error", "-m", "mixer_jax.compare", *arguments]
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-
-    finish(start(tmp_path / "whole"))
+    finish(start(tmp_path / "whole", *arguments))
     killed = tmp_path / "killed"
     for moment in ("a/seed=0/checkpoints", "a/seed=0/result.json", "b/seed=0/checkpoints"):
-        process = start(killed)
+        process = start(killed, *arguments)
         wait_until(lambda moment=moment: (killed / moment).exists(), process)  # type: ignore[misc]
         process.kill()
         process.communicate()
-    finish(start(killed))
+    finish(start(killed, *arguments))
     assert read_rows(killed) == read_rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_families_are_compared_without_arguments(digits_dir: str, tmp_path: Path) -> None:
+    arguments = [f"--config.dataset.data_dir={digits_dir}", "--no_throughput"]
+    process = start(tmp_path, *arguments)
+    wait_until((tmp_path / "vit/seed=0/checkpoints").exists, process, seconds=1_200)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "mixer/seed=0/result.json").exists()
+    out = finish(start(tmp_path, *arguments), seconds=1_200)
+    rows = read_rows(tmp_path)
+    assert [row["model"] for row in rows] == [*FAMILIES]
+    flops = [row["train_flops"] for row in rows]
+    assert max(flops) / min(flops) < 1.01
+    assert min(row["mean"] for row in rows) > 85
+    assert mentions(out, *FAMILIES, "device-seconds")
+    # Nothing is left to do.
+    assert finish(start(tmp_path, *arguments)) == out

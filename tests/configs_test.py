@@ -13,14 +13,16 @@ from ml_collections import ConfigDict
 from mixer_jax.config.config import flatten, parse, resolve_num_steps, validate
 from mixer_jax.config.loading import load_config
 from mixer_jax.errors import UserError
+from mixer_jax.models.bit_config import BitConfig
 from mixer_jax.models.mixer_config import MixerConfig
 from mixer_jax.models.registry import FAMILIES, get_family
+from mixer_jax.models.vit_config import VitConfig
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, init_state
 from mixer_jax.training.optimizer import make_schedule
 from mixer_jax.training.setup import build_experiment, make_train_batches
 from tests.helpers.messages import raises
-from tests.helpers.random_weights import random_weights, save_npz
+from tests.helpers.random_weights import random_weights, save_npz, save_run
 
 FILES = sorted(path.stem for path in Path(__file__).parent.parent.glob("configs/*.py"))
 ARGUMENTS = {
@@ -512,6 +514,39 @@ def pretrained_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     weights = random_weights(architecture, (224, 224), class_names=(), num_classes=21)
     return save_npz(weights, tmp_path_factory.mktemp("pretrained") / "Mixer-T_32.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "architecture", "image_size"),
+    [
+        ("finetune_vit:pets", VitConfig(1, 32, 16, 24, 2, pre_logits=True), 384),
+        ("finetune_bit:cifar10", BitConfig("1,1", 8), 128),
+    ],
+)
+def test_fine_tuning_config_of_another_family_starts_from_pretrained_weights(
+    name: str, architecture: Any, image_size: int, tmp_path: Path
+) -> None:
+    weights = random_weights(architecture, (224, 224), class_names=(), num_classes=21)
+    unparsed = load_config(name)
+    unparsed.init_from = save_run(weights, tmp_path / "pretrained")
+    unparsed.dataset.name = "synthetic"
+    unparsed.dataset.num_examples, unparsed.batch_size = 64, 8
+    config = parse(unparsed)
+    datasets = open_datasets(config)
+    source = find_init_source(config, str(tmp_path / "run"))
+    assert source is not None
+    experiment = build_experiment(config, datasets, init_info=source.model_info)
+    info = experiment.model_info
+    assert (info.image_size, info.eval_crop) == ((image_size, image_size), "resize")
+    state = init_state(experiment, source.weights)
+    assert set(state.params) == {name.partition("/")[0] for name in info.param_shapes()}
+    assert "pre_logits" not in state.params
+    assert not state.params["head"]["kernel"].any()
+    for batch in itertools.islice(make_train_batches(experiment, 0, print), 2):
+        state, metrics = experiment.train_step(state, batch)
+        assert np.isfinite(metrics["loss"])
+    assert state.params["head"]["kernel"].any()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mixer_jax.errors import UserError
+from mixer_jax.models import bit_costs
 from mixer_jax.models.bit_config import (
     MAX_BLOCKS,
     MAX_UNITS,
@@ -17,6 +18,7 @@ from mixer_jax.models.bit_config import (
     unit_path,
 )
 from mixer_jax.models.family import (
+    CostModel,
     FileShapes,
     ImageSize,
     InferredConfig,
@@ -39,6 +41,7 @@ class BitFamily(ModelFamily):
     display_name = "BiT"
     config_class = BitConfig
     variants: ClassVar[Mapping[str, Any]] = VARIANTS
+    regions: ClassVar[Mapping[str, str]] = bit_costs.REGIONS
     # Its kernel is standardized, it has no bias, and it is padded with zeros.
     stem = ""
 
@@ -72,6 +75,11 @@ class BitFamily(ModelFamily):
         """Returns the FLOPs of one image's forward pass, counting convolutions and matmuls only."""
         flops = sum(conv.flops for conv in convolutions(config, image_size))
         return flops + 2 * config.num_features * num_classes
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Memory, recomputation and memory traffic per step."""
+        return bit_costs
 
     def check_image_size(self, config: BitConfig, height: int, width: int) -> None:
         """Raises UserError unless there is a pixel: sizes are rounded up wherever they halve."""

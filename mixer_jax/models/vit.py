@@ -52,7 +52,7 @@ def sincos2d(rows: int, columns: int, width: int) -> Float[Array, "1 s c"]:
     num = width // 4
     frequencies = 10_000.0 ** -(jnp.arange(num) / max(num - 1, 1))
     y, x = jnp.mgrid[:rows, :columns]
-    angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]
+    angles = [jnp.outer(axis, frequencies) for axis in (x, y)]
     waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
     return jnp.concatenate(waves, axis=1)[None]
 
@@ -137,7 +137,7 @@ class MapHead(nn.Module):
         """Pools the tokens of each image."""
         config, ctx = self.config, self.ctx
         probe = self.param("probe", _XAVIER, (1, 1, config.hidden_dim))
-        probe = jnp.tile(probe.astype(ctx.dtype), (len(x), 1, 1))
+        probe = jnp.broadcast_to(probe.astype(ctx.dtype), (x.shape[0], 1, config.hidden_dim))
         x = MultiHeadAttention(config.num_heads, ctx, name="attention")(probe, x)
         y = LayerNorm()(x)
         y = apply_mlp(y, example_index, ctx=ctx, mlp_dim=config.mlp_dim, gelu=self.gelu)

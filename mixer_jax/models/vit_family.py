@@ -1,7 +1,6 @@
 """Vision Transformer as a model family. Does not import JAX until a model is built."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,12 +16,12 @@ from mixer_jax.models.family import (
     Path,
     ResizedConfig,
     Shape,
+    WeightLayout,
 )
 from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.models.vit_config import VARIANTS, VitConfig, grid_shape, num_tokens
+from mixer_jax.models.vit_layouts import LAYOUTS
 
-# Width of the heads of most models: files that merge all heads do not contain it.
-_DEFAULT_HEAD_DIM = 64
 # timm's names of sizes, and the image size of its named models.
 _TIMM_SIZES = {
     "Ti": "tiny",
@@ -134,16 +133,14 @@ class VitFamily(ModelFamily):
 
         return resize_params(params, grid_shape(config, old), grid_shape(config, new))
 
-    def timm_code(
-        self,
-        variant: str,
-        config: VitConfig,
-        image_size: ImageSize,
-        num_classes: int,
-        gelu: str,
-        path: str,
-    ) -> list[str]:
-        """Returns lines that create timm's model by name if it has one, or else its class.
+    def weight_layouts(self) -> tuple[WeightLayout, ...]:
+        """Returns Google's, big_vision's and timm's layouts."""
+        return LAYOUTS
+
+    def timm_expression(
+        self, variant: str, config: VitConfig, image_size: ImageSize, num_classes: int, gelu: str
+    ) -> str:
+        """Returns an expression that creates timm's model by name if it has one, or its class.
 
         Raises:
             UserError: timm's model has no such position embedding or hidden layer.
@@ -154,14 +151,13 @@ class VitFamily(ModelFamily):
                 f"timm must have a model for these weights, got {self.full_name(variant)} with "
                 f"{reason}."
             )
-        file = json.dumps(path, ensure_ascii=False)
         # timm's default GELU is exact.
         act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
         if VARIANTS.get(variant) == config and image_size == _TIMM_IMAGE_SIZE:
             size, _, patch = variant.partition("/")
             name = f"vit_{_TIMM_SIZES[size]}_patch{patch}_{_TIMM_IMAGE_SIZE[0]}"
-            args = [f'"{name}"', f"num_classes={num_classes}", f"checkpoint_path={file}"]
-            return ["import timm", f"model = timm.create_model({', '.join(args + act_layer)})"]
+            args = [f'"{name}"', f"num_classes={num_classes}", *act_layer]
+            return f"timm.create_model({', '.join(args)})"
         height, width = image_size
         args = [
             f"num_classes={num_classes}",
@@ -177,12 +173,8 @@ class VitFamily(ModelFamily):
             # The last LayerNorm precedes the mean.
             pooling = {"gap": "avg", "map": "map"}[config.pooling]
             args += [f'global_pool="{pooling}"', "class_token=False", "fc_norm=False"]
-        return [
-            "import timm",
-            "model = timm.models.vision_transformer.VisionTransformer("
-            f"{', '.join(args + act_layer)})",
-            f"timm.models.load_checkpoint(model, {file})",
-        ]
+        args += act_layer
+        return f"timm.models.vision_transformer.VisionTransformer({', '.join(args)})"
 
     def config_for_new_head(self, config: VitConfig) -> VitConfig:
         """Returns the config without pre_logits (arXiv 2010.11929, Section 3.2)."""
@@ -191,15 +183,18 @@ class VitFamily(ModelFamily):
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels, and the optional parameters.
 
-        Where a layout merges the heads and their number is not stored either, it is that of the
-        variant with the other dimensions, or else one for each 64 channels.
+        Where a layout merges the heads, their number is the one stored with the weights, or that of
+        the variant with the other dimensions.
+
+        Raises:
+            UserError: The number of heads is not stored, and the dimensions are those of no
+                variant.
         """
         patch_size, _, _, hidden_dim = shape("stem/kernel")
         _, mlp_dim = shape("blocks/mlp/Dense_0/kernel")
         _, num_heads, _ = shape("blocks/attention/query/kernel")
-        recorded = shape.recorded.get("num_heads")
-        if not num_heads and isinstance(recorded, int) and recorded > 0:
-            num_heads = recorded
+        if not num_heads:
+            num_heads = _find_num_heads(shape.recorded, num_blocks, hidden_dim, mlp_dim)
         has_class_token, is_learned = "cls" in shape, "pos_embedding" in shape
         has_probe = "map_head/probe" in shape
         config = VitConfig(
@@ -207,7 +202,7 @@ class VitFamily(ModelFamily):
             patch_size,
             hidden_dim,
             mlp_dim,
-            num_heads or _default_num_heads(num_blocks, hidden_dim, mlp_dim),
+            num_heads,
             pooling="token" if has_class_token else "map" if has_probe else "gap",
             pos_embedding="learned" if is_learned else "sincos2d",
             pre_logits="pre_logits/kernel" in shape,
@@ -225,11 +220,20 @@ def _dimensions(config: VitConfig) -> VitConfig:
     return dataclasses.replace(config, pooling="token", pos_embedding="learned", pre_logits=False)
 
 
-def _default_num_heads(num_blocks: int, hidden_dim: int, mlp_dim: int) -> int:
+def _find_num_heads(
+    recorded: Mapping[str, Any], num_blocks: int, hidden_dim: int, mlp_dim: int
+) -> int:
+    num_heads = recorded.get("num_heads")
+    if type(num_heads) is int and num_heads > 0:
+        return num_heads
     for known in VARIANTS.values():
         if (known.num_blocks, known.hidden_dim, known.mlp_dim) == (num_blocks, hidden_dim, mlp_dim):
             return known.num_heads
-    return max(hidden_dim // _DEFAULT_HEAD_DIM, 1)
+    raise UserError(
+        f"num_heads must be stored with {num_blocks} blocks of width {hidden_dim} and {mlp_dim}, "
+        'which no variant has. Write {"model_args": {"num_heads": N}} to config.json next to the '
+        "weights."
+    )
 
 
 def _layer_norm_shapes(name: str, width: int) -> dict[str, Shape]:

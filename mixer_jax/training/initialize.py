@@ -234,8 +234,9 @@ def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
     source = f"config.init_from={config.init_from!r}"
     if pretrained.family != config.model.family:
         raise UserError(
-            f"config.model.family must be that of {source}, {pretrained.family}, "
-            f"got {config.model.family}."
+            f"config.model.family must be that of {source}, {pretrained.family}, got "
+            f"{config.model.family}. Set --config.model.family={pretrained.family} and "
+            f"--config.model.variant={INIT_FROM}."
         )
     # A config may declare the architecture before or after adapting it to another image size.
     accepted = [pretrained.config]

@@ -67,6 +67,139 @@ def timm(params: Any) -> Tensors:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
+# Names of submodules of a ViT's block: numbered together, or by type as Linen does.
+OLDER_NAMES = {
+    "LayerNorm_0": "LayerNorm_0",
+    "attention": "MultiHeadDotProductAttention_1",
+    "LayerNorm_1": "LayerNorm_2",
+    "mlp": "MlpBlock_3",
+}
+LINEN_NAMES = {
+    "LayerNorm_0": "LayerNorm_0",
+    "attention": "MultiHeadDotProductAttention_0",
+    "LayerNorm_1": "LayerNorm_1",
+    "mlp": "MlpBlock_0",
+}
+
+
+def google_vit(params: Any, names: dict[str, str] = OLDER_NAMES) -> Tensors:
+    """Returns tensors of a ViT with the names of Google's npz files."""
+    tensors = {
+        "cls": params.get("cls"),
+        "Transformer/posembed_input/pos_embedding": params.get("pos_embedding"),
+        **_vit_outer(params),
+    }
+    for i in range(_num_blocks(params)):
+        block = _take_block(params["blocks"], i)
+        tensors |= _flatten(f"Transformer/encoderblock_{i}", _rename(block, names))
+    return _drop_missing(tensors)
+
+
+def big_vision(params: Any, stacked: bool) -> Tensors:
+    """Returns tensors of a ViT with big_vision's names, stacked or one per block.
+
+    A class token has no entry in the position embedding.
+    """
+    pos = params.get("pos_embedding")
+    tensors = {"cls": params.get("cls"), **_vit_outer(params)}
+    tensors["pos_embedding"] = pos[:, 1:] if "cls" in params and pos is not None else pos
+    blocks = _rename(params["blocks"], LINEN_NAMES)
+    if stacked:
+        return _drop_missing(tensors | _flatten("Transformer/encoderblock", blocks))
+    for i in range(_num_blocks(params)):
+        block = _take_block(blocks, i)
+        tensors |= _flatten(f"Transformer/encoderblock_{i}", block)
+    return _drop_missing(tensors)
+
+
+def _vit_outer(params: Any) -> Tensors:
+    tensors = _flatten("embedding", params["stem"])
+    tensors |= _flatten("Transformer/encoder_norm", params["encoder_norm"])
+    for name in ("pre_logits", "head"):
+        tensors |= _flatten(name, params.get(name, {}))
+    return tensors | _flatten("MAPHead_0", _rename(params.get("map_head", {}), LINEN_NAMES))
+
+
+def timm_vit(params: Any) -> Tensors:
+    """Returns tensors of a ViT with the names and axes of timm's files."""
+    stem, norm = params["stem"], params["encoder_norm"]
+    tensors = {
+        "cls_token": params.get("cls"),
+        "pos_embed": params.get("pos_embedding"),
+        "patch_embed.proj.weight": stem["kernel"].transpose(3, 2, 0, 1),
+        "patch_embed.proj.bias": stem["bias"],
+        "norm.weight": norm["scale"],
+        "norm.bias": norm["bias"],
+    }
+    for i in range(_num_blocks(params)):
+        block = _take_block(params["blocks"], i)
+        for index in (0, 1):
+            tensors |= _torch_norm(f"blocks.{i}.norm{index + 1}", block[f"LayerNorm_{index}"])
+        tensors |= _torch_attention(f"blocks.{i}.attn", block["attention"], {"qkv": "qkv"})
+        tensors |= _torch_mlp(f"blocks.{i}.mlp", block["mlp"])
+    if "map_head" in params:
+        head = params["map_head"]
+        tensors["attn_pool.latent"] = head["probe"]
+        tensors |= _torch_attention("attn_pool", head["attention"], {"q": "q", "kv": "kv"})
+        tensors |= _torch_norm("attn_pool.norm", head["LayerNorm_0"])
+        tensors |= _torch_mlp("attn_pool.mlp", head["mlp"])
+    if "head" in params:
+        tensors |= _torch_dense("head", params["head"])
+    return {name: np.ascontiguousarray(t) for name, t in _drop_missing(tensors).items()}
+
+
+def _torch_attention(name: str, arrays: Any, layers: dict[str, str]) -> Tensors:
+    """Returns an attention layer, of which each of `layers` computes several of q, k and v."""
+    width = len(arrays["query"]["kernel"])
+    inputs = {"q": arrays["query"], "k": arrays["key"], "v": arrays["value"]}
+    tensors = {}
+    for layer, parts in layers.items():
+        kernels = [inputs[part]["kernel"].reshape(width, -1).T for part in parts]
+        tensors[f"{name}.{layer}.weight"] = np.concatenate(kernels)
+        biases = [inputs[part]["bias"].ravel() for part in parts]
+        tensors[f"{name}.{layer}.bias"] = np.concatenate(biases)
+    kernel = arrays["out"]["kernel"]
+    tensors[f"{name}.proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
+    tensors[f"{name}.proj.bias"] = arrays["out"]["bias"]
+    return tensors
+
+
+def _torch_norm(name: str, arrays: Any) -> Tensors:
+    return {f"{name}.weight": arrays["scale"], f"{name}.bias": arrays["bias"]}
+
+
+def _torch_dense(name: str, arrays: Any) -> Tensors:
+    return {f"{name}.weight": arrays["kernel"].T, f"{name}.bias": arrays["bias"]}
+
+
+def _torch_mlp(name: str, arrays: Any) -> Tensors:
+    return _torch_dense(f"{name}.fc1", arrays["Dense_0"]) | _torch_dense(
+        f"{name}.fc2", arrays["Dense_1"]
+    )
+
+
+def _flatten(prefix: str, tree: Any) -> Tensors:
+    tensors: Tensors = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}"
+        tensors |= _flatten(path, value) if isinstance(value, dict) else {path: value}
+    return tensors
+
+
+def _rename(tree: Any, names: dict[str, str]) -> Any:
+    return {names.get(name, name): value for name, value in tree.items()}
+
+
+def _take_block(tree: Any, index: int) -> Any:
+    if isinstance(tree, dict):
+        return {name: _take_block(value, index) for name, value in tree.items()}
+    return tree[index]
+
+
+def _drop_missing(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def _num_blocks(params: Any) -> int:
     return len(params["blocks"]["LayerNorm_0"]["scale"])
 

@@ -101,9 +101,9 @@ def kill_at_end(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str
         process.communicate()
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 180) -> str:
     """Waits for a process, checks its exit code and returns its standard output."""
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"{out}\n{err}"
     return out
 
@@ -121,8 +121,10 @@ def first_reported_step(out: str) -> int:
     return int(found[1].replace(",", ""))
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120
+) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "timeout"

@@ -1,5 +1,6 @@
 """Random weights, biases and scales included, in memory and in files."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.models.mixer_config import MixerConfig
-from mixer_jax.models.mixer_family import GOOGLE, TIMM
-from mixer_jax.models.registry import FAMILIES
+from mixer_jax.models.registry import FAMILIES, get_family
 
 TINY = MixerConfig(num_blocks=2, patch_size=4, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=24)
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -26,8 +26,8 @@ def random_weights(
     seed: int = 0,
     **fields: Any,
 ) -> PretrainedWeights:
-    """Creates random weights of a small model; `fields` override those of `ModelInfo`."""
-    family = next(f for f in FAMILIES.values() if isinstance(config, f.config_class))
+    """Creates random weights of the family of `config`; `fields` override those of `ModelInfo`."""
+    (family,) = (f for f in FAMILIES.values() if type(config) is f.config_class)
     defaults = {"gelu": "tanh", "eval_crop": "resize", "exif_orientation": False, "loss": "softmax"}
     defaults |= {"num_classes": len(class_names), "class_names": class_names}
     model_info = ModelInfo(
@@ -59,8 +59,7 @@ def save_npz(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with Google's names, and returns the path. By default without metadata."""
-    views = layout_tensors(dict(flatten_params(weights.params)), GOOGLE)
-    write_npz(str(path), views, metadata or {})
+    write_npz(str(path), _tensors(weights, "Google"), metadata or {})
     return str(path)
 
 
@@ -68,9 +67,14 @@ def save_safetensors(
     weights: PretrainedWeights, path: Path | str, metadata: dict[str, Any] | None = None
 ) -> str:
     """Saves weights with timm's names, and returns the path. By default without metadata."""
-    views = layout_tensors(dict(flatten_params(weights.params)), TIMM)
-    write_safetensors(str(path), views, metadata or {})
+    write_safetensors(str(path), _tensors(weights, "timm"), metadata or {})
     return str(path)
+
+
+def _tensors(weights: PretrainedWeights, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    layouts = get_family(weights.model_info.family).weight_layouts()
+    (layout,) = (layout for layout in layouts if layout.name == name)
+    return layout_tensors(dict(flatten_params(weights.params)), layout)
 
 
 def assert_params_equal(actual: Any, expected: Any) -> None:

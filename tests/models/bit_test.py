@@ -1,6 +1,7 @@
 """Tests of BiT-ResNet against the paper's sizes and an independent implementation."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -10,10 +11,11 @@ import pytest
 
 from mixer_jax.checkpoints.weights import flatten_params
 from mixer_jax.errors import UserError
-from mixer_jax.models.bit_config import VARIANTS, BitConfig, num_groups
+from mixer_jax.models.bit_config import VARIANTS, BitConfig, convolutions, num_groups
 from mixer_jax.models.params import cast_weights
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.models.stack import forward_intermediates
+from mixer_jax.planning.hlo_costs import region_of_op
 from tests.helpers.messages import raises
 from tests.helpers.models import random_params
 
@@ -248,3 +250,51 @@ def test_any_image_size_and_intermediates() -> None:
         names = ["stem", "block1", "block2", "block3"]
         assert [activations[name].shape[1:3] for name in names] == sizes
         assert activations["pre_logits"].shape == (1, model.config.num_features)
+
+
+@pytest.mark.parametrize(
+    ("variant", "image_size", "millions"),
+    [
+        ("R50x1", 224, 11.11),
+        ("R101x1", 224, 16.23),
+        ("R50x3", 224, 33.34),
+        ("R101x3", 224, 48.70),
+        ("R152x2", 224, 45.11),
+        ("R152x4", 224, 90.22),
+        ("R152x4", 480, 414.26),
+    ],
+)
+def test_outputs_of_convolutions_are_as_many_as_timm_counts(
+    variant: str, image_size: int, millions: float
+) -> None:
+    outputs = sum(conv.num_outputs for conv in convolutions(VARIANTS[variant], image_size))
+    assert outputs / 1e6 == pytest.approx(millions, abs=0.0051)
+
+
+def test_costs_agree_with_each_other() -> None:
+    costs, config = FAMILY.cost_model, VARIANTS["R50x1"]
+    saved = [
+        costs.saved_activation_bytes(config, 224, remat, 2) for remat in ("none", "dots", "full")
+    ]
+    assert saved == sorted(saved, reverse=True)
+    for train in (False, True):
+        traffic = costs.estimate_traffic(config, 224, 1000, batch_size=64, itemsize=2, train=train)
+        assert traffic.keys() == FAMILY.regions.keys()
+        flops = sum(region.flops for region in traffic.values())
+        # The gradient of the image is not computed.
+        missing = 2 * 7**2 * 3 * 64 * 112**2 if train else 0
+        assert flops == (3 if train else 1) * FAMILY.forward_flops(config, 224, 1000) - missing
+        recomputed = costs.recomputed_flops(config, 224, "full") if train else 0
+        assert sum(region.fused_flops for region in traffic.values()) == flops + recomputed
+        assert all(region.fused_bytes <= region.unfused_bytes for region in traffic.values())
+
+
+def test_regions_are_found_by_the_names_of_operations() -> None:
+    model = tiny(units="1,1")
+    params = jax.eval_shape(model.init, jax.random.key(0), images())
+    text = jax.jit(model.apply).lower(params, images()).compile().as_text()
+    names = re.findall(r'op_name="([^"]*)"', str(text))
+    found = {region_of_op(name, FAMILY.regions) for name in names}
+    assert set(FAMILY.regions) <= found
+    (pool,) = {region_of_op(name, FAMILY.regions) for name in names if "reduce_window" in name}
+    assert pool == "stem"

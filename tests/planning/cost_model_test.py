@@ -1,13 +1,11 @@
 """Cost model: worked examples, and comparisons with the model itself."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
@@ -21,6 +19,7 @@ from mixer_jax.planning.run_spec import (
     REMAT_POLICIES,
     RunSpec,
 )
+from tests.helpers.matmul_flops import count_matmul_flops
 
 # Parameters of Mixer-S/16 with the classes of JFT-300M.
 S16 = 27_398_547
@@ -120,33 +119,6 @@ def test_recomputed_flops_match_model() -> None:
         expected[remat] = run.recomputed_flops
     assert {name: flops - executed["none"] for name, flops in executed.items()} == expected
     assert 0 == expected["dots"] < expected["mlp_hidden"] < expected["full"]
-
-
-def count_matmul_flops(jaxpr: Jaxpr) -> int:
-    """Counts the FLOPs of all matmuls, including those in scans and rematerialized functions."""
-    flops = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            result: Any = equation.outvars[0].aval
-            lhs: Any = equation.invars[0].aval
-            contracted_size = math.prod(lhs.shape[axis] for axis in contracted)
-            flops += 2 * math.prod(result.shape) * contracted_size
-        repeats = params["length"] if name == "scan" else 1
-        flops += repeats * sum(map(count_matmul_flops, iter_jaxprs(list(params.values()))))
-    return flops
-
-
-def iter_jaxprs(values: list[Any]) -> Iterator[Jaxpr]:
-    """Yields the jaxprs in an equation's parameters."""
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from iter_jaxprs(list(value))
 
 
 def test_estimate_collectives_of_data_parallel_run() -> None:

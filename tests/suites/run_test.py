@@ -15,6 +15,8 @@ from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.checkpoints.weights import params_digest
 from mixer_jax.errors import NonFiniteError, UserError
+from mixer_jax.models.bit_config import BitConfig
+from mixer_jax.models.vit_config import VitConfig
 from mixer_jax.suites import protocol
 from mixer_jax.suites import run as run_lib
 from mixer_jax.suites.datasets import open_task_data
@@ -32,6 +34,7 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_suite import HIGH, LOW, PROBE, SUITE, save_weights
 from tests.suites.datasets_test import make_folder
+from tests.suites.tasks_test import replace_fields
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,65 @@ def test_run_suite_trains_with_the_protocol(completed: Path) -> None:
         assert config["dataset"]["train_split"] == split
         assert config["seed"] == seed
         assert (config["num_steps"], config["init_head"]) == (6, "new")
+
+
+BIT_FIELDS: dict[str, Any] = {
+    "num_steps": 4,
+    "learning_rates": (0.003,),
+    "train_crop": "bilinear_crop",
+    "image_size": 12,
+    "resize_size": 16,
+    "config_overrides": {
+        "recipe.mixup": 0.1,
+        "optimizer.decay_type": "staircase",
+        "optimizer.decay_points": "0.4,0.8",
+        "optimizer.clip_norm": 0.0,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (VitConfig(1, 4, 16, 24, 2, pre_logits=True), (6, "cosine", 0.0, 16, "random_shift")),
+        (BitConfig("1,1", 8, "3x3"), (4, "staircase", 0.1, 12, "bilinear_crop")),
+    ],
+    ids=["vit", "bit"],
+)
+def test_run_suite_of_another_family(
+    config: Any, expected: tuple[Any, ...], digits_dir: str, tmp_path: Path
+) -> None:
+    """Fine-tunes by the family's protocol, and fits every probe."""
+    task = replace_fields(LOW, model_overrides={"bit": BIT_FIELDS})
+    probes = [
+        replace_fields(PROBE, name=method, method=method)
+        for method in ("few_shot", "linear", "knn")
+    ]
+    suite = Suite("tiny", "digits, quickly", (task, *probes))
+    checkpoint = save_run(random_weights(config), tmp_path / "weights")
+    assert run(checkpoint, tmp_path / "suite", digits_dir, suite) == TransferOutcome({})
+    rows = read_results(tmp_path / "suite")["rows"]
+    assert [row["task"] for row in rows if row["mean"] is None] == []
+    assert len(rows) == 5  # The few-shot probe has two.
+    saved = json.loads((tmp_path / "suite" / "low/final/seed=0/config.json").read_text())
+    assert (
+        saved["num_steps"],
+        saved["optimizer"]["decay_type"],
+        saved["recipe"]["mixup"],
+        saved["image_size"],
+        saved["preprocess"]["train_crop"],
+    ) == expected
+    # The saved suite has the protocol that was used, and is completed.
+    assert run(checkpoint, tmp_path / "suite", digits_dir, suite) == TransferOutcome({})
+    with raises(UserError, "low.num_steps", "7"):
+        other = replace_fields(LOW, num_steps=7)
+        run(
+            checkpoint,
+            tmp_path / "suite",
+            digits_dir,
+            Suite(suite.name, suite.title, (other, *probes)),
+        )
 
 
 @pytest.mark.slow
