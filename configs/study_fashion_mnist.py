@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "bit": {"units": "1,1,1", "root_width": 24},
 }
-LEARNING_RATES = {"mixer": 6e-3, "vit": 3e-3, "bit": 3e-3}
+LEARNING_RATES = {"mixer": 6e-3, "vit": 6e-3, "bit": 3e-3}
 
 
 def get_config(family: str = "mixer") -> ConfigDict:

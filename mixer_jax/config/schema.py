@@ -129,7 +129,12 @@ class ModelConfig:
     stochastic_depth: float = key(
         0.0, "drop probability of the last block; grows linearly with depth", min=0, max=0.999
     )
-    dropout: float = key(0.0, "dropout probability in both MLPs", min=0, max=0.999)
+    dropout: float = key(
+        0.0,
+        "dropout probability in MLPs; in a ViT also after attention and the position embedding",
+        min=0,
+        max=0.999,
+    )
     head_bias: float = key(0.0, "initial bias of the head")
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "activations and matmuls; auto: bfloat16 on accelerators, float32 on CPU"

@@ -160,8 +160,8 @@ def format_caption(
         )
     permutation = {
         "none": "",
-        "patches": f"; patches of {preprocess.permute_patch_size} pixels permuted",
-        "pixels": "; pixels permuted",
+        "patches": f"patches of {preprocess.permute_patch_size} pixels permuted; ",
+        "pixels": "all pixels permuted; ",
     }[preprocess.permute]
     labels = "no mixup"
     if recipe.mixup:
@@ -176,8 +176,8 @@ def format_caption(
     size = config.image_size
     title = [
         f"{name}, step {step:,}: {len(view.images):,} of {config.batch_size:,} images",
-        f"{source.name}; {size} × {size} pixels; {crop}; {flip}; {augment}{permutation}",
-        f"{labels}; seed {config.seed}",
+        f"{source.name}; {size} × {size} pixels; {crop}; {flip}; {augment}",
+        f"{permutation}{labels}; seed {config.seed}",
     ]
     if view.bad:
         names = ", ".join(f"{bad.name} ({bad.reason})" for bad in view.bad)

@@ -226,6 +226,13 @@ def test_init_names_the_variant_of_other_weights(digits_dir: str, tmp_path: Path
         start(config, tmp_path)
 
 
+def test_init_names_the_family_of_other_weights(digits_dir: str, tmp_path: Path) -> None:
+    vit = VitConfig(num_blocks=1, patch_size=4, hidden_dim=12, mlp_dim=20, num_heads=3)
+    path = save_npz(random_weights(vit, (32, 32)), tmp_path / "ViT.npz")
+    with raises(UserError, path, "mixer", "--config.model.family=vit", "variant=init_from"):
+        start(small_config(digits_dir, init_from=path), tmp_path)
+
+
 def test_resumed_run_does_not_read_init_from(
     weights: PretrainedWeights, digits_dir: str, tmp_path: Path
 ) -> None:

@@ -149,6 +149,8 @@ def test_format_caption_names_bad_images(digits_dir: str) -> None:
         ({"recipe__mixup": 0.0}, ()),
         ({"recipe__mixup": 0.5}, ("0.5", "0.750", "0.250")),
         ({"recipe__label_smoothing": 0.1}, ("0.1",)),
+        ({"preprocess__permute": "pixels"}, ("all pixels",)),
+        ({"preprocess__permute": "patches"}, ("patches", "16", "permuted")),
         ({"seed": 77}, ("77",)),
     ],
 )
