@@ -1,5 +1,6 @@
 """Tests of BiT-ResNet against the paper's sizes and an independent implementation."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -124,9 +125,18 @@ def reference(params: Any, x: jax.Array, config: BitConfig) -> jax.Array:
     return x @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
+def with_layout(model: Any, flatten_batch: bool) -> Any:
+    """Returns a model in the layout of CPUs (true) or of accelerators (false)."""
+    execution = dataclasses.replace(model.execution, flatten_batch=flatten_batch)
+    return model.clone(execution=execution)
+
+
+@pytest.mark.parametrize("flatten_batch", [True, False])
 @pytest.mark.parametrize("root", ["7x7", "3x3"])
-def test_outputs_and_gradients_are_those_of_a_plain_implementation(root: Any) -> None:
-    model, x = tiny(root=root), images()
+def test_outputs_and_gradients_are_those_of_a_plain_implementation(
+    root: Any, flatten_batch: bool
+) -> None:
+    model, x = with_layout(tiny(root=root), flatten_batch), images()
     params = random_params(model)
 
     def compute(apply: Any) -> Any:
@@ -144,14 +154,16 @@ def test_outputs_and_gradients_are_those_of_a_plain_implementation(root: Any) ->
         np.testing.assert_allclose(actual, wanted, atol=2e-4 * float(jnp.abs(wanted).max()))
 
 
-def test_remat_changes_no_gradients_and_saves_less() -> None:
+@pytest.mark.parametrize("flatten_batch", [True, False])
+def test_remat_changes_no_gradients_and_saves_less(flatten_batch: bool) -> None:
     x, params = images(), random_params(tiny(units="2"))
 
     def compute(remat: str) -> tuple[Any, int]:
-        model = tiny(units="2", remat=remat)
+        model = with_layout(tiny(units="2", remat=remat), flatten_batch)
         grad = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))
         jaxpr = str(jax.make_jaxpr(grad)(params))
-        return jax.tree.leaves(jax.jit(grad)(params)), jaxpr.count("conv_general_dilated")
+        num_convolutions = len(re.findall(r"(?:conv_general_dilated|dot_general)\[", jaxpr))
+        return jax.tree.leaves(jax.jit(grad)(params)), num_convolutions
 
     expected, num_convolutions = compute("none")
     # Each unit recomputes two convolutions; the output of the third and of the projection are not
