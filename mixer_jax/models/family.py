@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
@@ -119,7 +119,7 @@ class WeightLayout:
     """
 
     name: str
-    tensors: tuple[TensorMapping, ...]
+    tensors: Sequence[TensorMapping]
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
@@ -232,6 +232,8 @@ class ModelFamily(abc.ABC):
     # Name of the first layer if it is linear, so that the normalization of pixels can be folded
     # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
+    # Whether the models have a GELU, and so its variant in the metadata has a meaning.
+    has_gelu: ClassVar[bool] = True
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}
     # Image size of weights that fit any size, if neither they nor the user name one.
