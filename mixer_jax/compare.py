@@ -2,7 +2,7 @@
 
 python -m mixer_jax.compare
 python -m mixer_jax.compare configs/a.py configs/b.py --seeds=0,1,2 --equal_flops
-python -m mixer_jax.compare runs/digits Mixer-B_16.npz --dataset=imagenet2012
+python -m mixer_jax.compare Mixer-B_16.npz ViT-B_16.npz --dataset=imagenet2012 --split=validation
 python -m mixer_jax.compare Mixer-B/16 Mixer-L/16
 """
 

@@ -40,9 +40,12 @@ def to_reference(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name != "blocks"} | unstacked
 
 
+# A step changes BiT's loss by 4 %. Adam turns the rounding of tiny gradients into updates: 8e-5.
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_reference_has_the_same_losses_over_three_steps(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "tolerance"), [("Mixer-tiny", 1e-5), ("ViT-tiny", 1e-5), ("BiT-tiny", 4e-4)]
+)
+def test_reference_has_the_same_losses_over_three_steps(model: str, tolerance: float) -> None:
     device, workload = jax.devices()[0], WORKLOAD._replace(model=model)
     batch = synthetic_batch(workload, workload.batch_size, device)
     ours, reference = (
@@ -59,7 +62,7 @@ def test_reference_has_the_same_losses_over_three_steps(model: str) -> None:
         reference_state, metrics = reference.function(reference_state, batch)
         reference_losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
-    np.testing.assert_allclose(reference_losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(reference_losses, losses, rtol=tolerance)
 
 
 @pytest.mark.parametrize("model", MODELS)
