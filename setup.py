@@ -60,13 +60,13 @@ def _read_description() -> str:
 setup(
     name="mixer-jax",
     version=VERSION,
-    description="MLP-Mixer in JAX and Flax: pre-training, transfer and inference",
+    description="MLP-Mixer, ViT and BiT in JAX and Flax: pre-training, transfer and inference",
     long_description=_read_description(),
     long_description_content_type="text/markdown",
     author="The mixer_jax authors",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    keywords="MLP-Mixer, JAX, Flax, image classification, computer vision, TPU, transfer learning",
+    keywords="MLP-Mixer, ViT, BiT, JAX, Flax, image classification, TPU, transfer learning",
     project_urls={"Paper": "https://arxiv.org/abs/2105.01601"},
     # On 3.14, only `make demo` is tested: TensorFlow, which the tests need, has no wheel for it.
     # Every package in requirements.txt has one or is pure Python.

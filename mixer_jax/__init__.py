@@ -1,4 +1,4 @@
-"""MLP-Mixer in JAX and Flax: pre-train, fine-tune, evaluate and use (arXiv 2105.01601).
+"""MLP-Mixer, ViT and BiT in JAX and Flax: pre-train, fine-tune, evaluate and use.
 
 The public API. Names are imported on first use, so that `import mixer_jax` is instant:
 
