@@ -47,6 +47,7 @@ def get_config(argument: str = "imagenet") -> ConfigDict:
     config.eval_batch_size = 512
     config.init_from = "gs://bit_models/BiT-M-R50x1.npz"
     config.init_head = "new"
+    config.model.family = "bit"
     config.model.variant = "init_from"
 
     config.dataset.name = dataset

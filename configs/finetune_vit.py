@@ -51,6 +51,7 @@ def get_config(task: str = "imagenet") -> ConfigDict:
     config.image_size = 384
     config.init_from = "gs://vit_models/imagenet21k/ViT-B_16.npz"
     config.init_head = "new"
+    config.model.family = "vit"
     config.model.variant = "init_from"
 
     config.dataset.name = dataset

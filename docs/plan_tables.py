@@ -24,6 +24,7 @@ from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.models.registry import get_family
 from mixer_jax.planning.cost_model import estimate_collectives, estimate_memory
 from mixer_jax.planning.hlo_collectives import GRADIENTS, PARAMETERS
 from mixer_jax.planning.planner import make_plan
@@ -31,6 +32,7 @@ from mixer_jax.planning.report import plan_to_dict
 from mixer_jax.planning.roofline import network_seconds
 from mixer_jax.planning.run_spec import RunSpec, resolve_for_platform, run_spec
 from mixer_jax.planning.topology import ENVIRONMENT, GIB, device_locations, parse_topology
+from mixer_jax.suites.paper_results import PAPER
 
 DOCS = Path(__file__).parent
 CONFIGS = DOCS.parent / "configs"
@@ -45,6 +47,7 @@ RESULT_RUNS = [
     ),
     *(("mixer_h14_jft", topology) for topology in ("v4:4x4x4", "v5e:8x16")),
     *((f"mixer_{name}_jft", "v3:4x4") for name in ("s32", "s16", "b32", "b16", "l32")),
+    ("vit_h14_jft", "v4:4x4x4"),
 ]
 RESULT_BATCH_SIZE = 4096
 # Settings tried if those of a config file do not fit, from the least recomputation to the most.
@@ -52,6 +55,9 @@ REMAT = ("dots", "mlp_hidden", "full")
 MICROBATCHES = (1, 2, 4, 8)
 # Compiled programs need up to about this factor more or less memory than estimated.
 _ESTIMATE_TOLERANCE = 1.2
+
+# Pre-training data by the number of classes, as the paper calls them.
+_PRETRAIN_DATA = {1_000: "i1k", 21_843: "i21k", 18_291: "jft"}
 
 # Topologies and number of slices; the largest slice of v5e is 16x16.
 SCALING_RUNS = [
@@ -225,12 +231,13 @@ def _result_row(name: str, topology_name: str) -> dict[str, Any]:
     """Plans a config with its own settings or, if these do not fit, with the first that do."""
     topology = parse_topology(topology_name)
     configs = [_load_config(name, batch_size=RESULT_BATCH_SIZE)]
+    num_blocks = _run_spec(configs[0], topology.num_devices).num_blocks
     for num_microbatches in MICROBATCHES:
         for remat in REMAT:
             config = _load_config(
                 name,
                 batch_size=RESULT_BATCH_SIZE,
-                model__scan_unroll=1,
+                model__scan_unroll=1 if num_blocks else 0,
                 model__remat=remat,
                 recipe__grad_accum_steps=num_microbatches,
             )
@@ -239,7 +246,10 @@ def _result_row(name: str, topology_name: str) -> dict[str, Any]:
                 configs.append(config)
     plan: dict[str, Any] = {}
     for config in configs:
-        plan = plan_to_dict(make_plan(config, topology, with_eval=False))
+        # Without equal blocks to scan over, a program is large and takes long to compile.
+        plan = plan_to_dict(
+            make_plan(config, topology, with_eval=False, fast_compile=not num_blocks)
+        )
         if plan["fits"]:
             break
     return plan
@@ -309,12 +319,13 @@ def format_results_page(rows: Sequence[dict[str, Any]]) -> str:
         "is a lower bound on the time of a step: the longest of arithmetic, memory traffic and",
         "network, each at its peak rate. Core-days are devices × days; a device of v2, v3 or tpu7x",
         "is half a chip. Settings are those of the config file or, if these do not fit, the first",
-        f"that do of remat {', '.join(REMAT)}, then of more microbatches.",
+        f"that do of remat {', '.join(REMAT)}, then of more microbatches. The paper's core-days",
+        "are of TPU v3. Programs marked * were compiled with `--quick`, to less optimized ones.",
         "",
         "| model | topology | chips | remat, microbatches, unroll | fits | "
         "GiB per device (available) | bound, ms | limit | images/s | MFU at bound | days | "
-        "core-days | compile, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "core-days | core-days in the paper | compile, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(_format_result, rows), "", *_format_versions(rows)]) + "\n"
 
@@ -323,7 +334,7 @@ def _format_result(row: dict[str, Any]) -> str:
     settings, step, bound, cost = row["settings"], row["train_step"], row["bound"], row["cost"]
     unroll, needed = settings["scan_unroll"], step["needed_bytes"]
     cells = [
-        row["variant"],
+        get_family(row["family"]).full_name(row["variant"]),
         row["topology"],
         f"{row['num_chips']}",
         f"{settings['remat']}, {settings['num_microbatches']}, {unroll or 'all'}",
@@ -341,8 +352,17 @@ def _format_result(row: dict[str, Any]) -> str:
         ]
     else:
         cells += ["–"] * 6
-    cells.append(f"{step['compile_seconds']:.0f}")
+    cells.append(_paper_core_days(row))
+    cells.append(f"{step['compile_seconds']:.0f}{'*' if row['fast_compile'] else ''}")
     return f"| {' | '.join(cells)} |"
+
+
+def _paper_core_days(row: dict[str, Any]) -> str:
+    """Returns the paper's cost of the model's pre-training, or a dash."""
+    model = get_family(row["family"]).full_name(row["variant"])
+    data = _PRETRAIN_DATA.get(row["configured"]["num_classes"])
+    core_days = [paper.core_days for paper in PAPER if (paper.model, paper.data) == (model, data)]
+    return f"{core_days[0]:,}" if core_days else "–"
 
 
 def format_scaling_page(

@@ -52,8 +52,8 @@ def _list_commands(argv: Sequence[str]) -> int:
         modules = {module: name for name, module, _ in COMMANDS}
         hint = f" Did you mean {modules[name]}?" if name in modules else suggest(name, names)
         raise UserError(f"command must be one of {', '.join(names)}, got {name!r}.{hint}")
-    print("usage: mixer-jax COMMAND [ARGUMENT …]\n")
-    print("MLP-Mixer, ViT and BiT in JAX and Flax.\n\ncommands:")
+    print("usage: mixer-jax COMMAND [ARGUMENT …]\n\nMLP-Mixer, ViT and BiT in JAX and Flax.\n")
+    print("commands:")
     for name, _, description in COMMANDS:
         print(f"  {name:<11} {description}")
     print("\nmixer-jax COMMAND --help lists the arguments of a command.")

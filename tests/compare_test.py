@@ -72,7 +72,8 @@ def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_a_killed_comparison_gives_the_same_table(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     arguments = [f"a={config}", f"b={config}:16", "--no_throughput", "--format=csv"]
-    arguments += ["--config.num_steps=300"]
+    arguments += ["--config.num_steps=100", "--config.checkpoint.every_steps=20"]
+    arguments += ["--config.log_every_steps=20"]
 
     finish(start(tmp_path / "whole", *arguments))
     killed = tmp_path / "killed"

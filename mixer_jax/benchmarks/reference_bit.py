@@ -20,7 +20,8 @@ class _StdConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = jnp.asarray(self.param("kernel", nn.initializers.lecun_normal(), shape))
-        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        mean = kernel.mean((0, 1, 2), keepdims=True)
+        variance = kernel.var((0, 1, 2), keepdims=True)
         kernel = (kernel - mean) / jnp.sqrt(variance + 1e-10)
         return lax.conv_general_dilated(
             x.astype(self.dtype),

@@ -150,6 +150,8 @@ def _use_log_axis(axes: Any, numbers: Sequence[float | None]) -> None:
 
 def _finish(axes: Any) -> None:
     axes.set_ylabel("top-1 accuracy (%)")
+    # Margins of the axis end at 100 %, with space for a marker.
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100.8))
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9)

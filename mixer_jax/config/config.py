@@ -257,8 +257,8 @@ def _check_model(config: RunConfig) -> None:
         for name, value in model.overrides.items():
             if value:
                 raise UserError(
-                    f"config.model.{name} must be 0 with config.model.variant={INIT_FROM!r}, "
-                    f"got {value}."
+                    f"config.model.{name} must be {type(value)()!r} with config.model.variant="
+                    f"{INIT_FROM!r}, got {value!r}. The architecture is that of config.init_from."
                 )
         return
     family = get_family(model.family)

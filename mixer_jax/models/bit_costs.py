@@ -8,93 +8,84 @@ from mixer_jax.models.bit_config import BitConfig, Convolution, convolutions
 from mixer_jax.models.family import Traffic
 
 _FLOAT32 = 4
-STEM, CONVOLUTIONS, GROUP_NORM = "stem", "convolutions", "GroupNorm"
-HEAD = "head and loss"
+STEM, POINTWISE, SPATIAL = "stem", "1×1 convolutions", "3×3 convolutions"
+GROUP_NORM, HEAD = "GroupNorm", "head and loss"
 # Patterns of the regions' operations in compiled programs.
 REGIONS = {
     STEM: r"\bstem\b|\bimage\b|reduce_window|select_and_scatter",
+    SPATIAL: r"\bconv2\b",
+    POINTWISE: r"\b(conv1|conv3|conv_proj)\b",
     GROUP_NORM: r"\bnorm\d?\b",
-    CONVOLUTIONS: r"\bblock\d\b",
     HEAD: r"\b(head|loss|label)\b|log_sigmoid|log_softmax",
 }
-
-
-class _Unit(NamedTuple):
-    """Elements per image of the arrays of a unit: input, outputs of its convolutions and FLOPs."""
-
-    input: int
-    conv1: Convolution
-    conv2: Convolution
-    conv3: Convolution
-    projection: Convolution | None
-
-    @property
-    def hidden(self) -> int:
-        """Elements of the two arrays between the convolutions."""
-        return self.conv1.num_outputs + self.conv2.num_outputs
-
-    @property
-    def output(self) -> int:
-        """Elements of the unit's output."""
-        return self.conv3.num_outputs
-
-    @property
-    def convolutions(self) -> list[Convolution]:
-        """All convolutions of the unit."""
-        found = (self.conv1, self.conv2, self.conv3, self.projection)
-        return [conv for conv in found if conv is not None]
-
-
-def _root_and_units(config: BitConfig, image_size: int) -> tuple[Convolution, list[_Unit]]:
-    root, *rest = convolutions(config, image_size)
-    return root, list(_group_units(rest))
-
-
-def _group_units(convs: list[Convolution]) -> Iterator[_Unit]:
-    by_unit: dict[str, dict[str, Convolution]] = {}
-    for conv in convs:
-        unit, _, name = conv.path.rpartition("/")
-        by_unit.setdefault(unit, {})[name] = conv
-    for named in by_unit.values():
-        conv1 = named["conv1"]
-        size = math.prod(conv1.output_size) * conv1.shape[2]
-        yield _Unit(size, conv1, named["conv2"], named["conv3"], named.get("conv_proj"))
 
 
 def recomputed_flops(config: BitConfig, image_size: int, remat: str) -> int:
     """Returns the FLOPs per image that a remat policy recomputes, counting convolutions only."""
     if remat in ("none", "dots"):
         return 0
-    # The output of the third convolution and of the projection are not needed again.
-    _, units = _root_and_units(config, image_size)
+    # The backward pass of a unit does not need the outputs of the convolutions that are added.
+    units = _units(config, image_size)
     return sum(unit.conv1.flops + unit.conv2.flops for unit in units)
 
 
 def saved_activation_bytes(config: BitConfig, image_size: int, remat: str, itemsize: int) -> float:
-    """Returns the bytes of residuals saved for the backward pass, per image, in root and units."""
-    root, units = _root_and_units(config, image_size)
-    # The output of the root, which max-pooling compares, and of the last unit, and its activation.
-    elements = root.num_outputs + 2 * units[-1].output
-    for unit in units:
-        elements += {
-            # Three activations before and after GroupNorm and ReLU.
-            "none": 2 * unit.input + 2 * unit.hidden,
-            "dots": unit.input + unit.hidden,
-            "mlp_hidden": unit.input,
-            "full": unit.input,
-        }[remat]
-    return itemsize * elements
+    """Returns the bytes of residuals saved for the backward pass, per image, in all units."""
+    units = list(_units(config, image_size))
+    # The input of the root's max-pooling, and of the last GroupNorm.
+    root = itemsize * next(convolutions(config, image_size)).num_outputs
+    last = itemsize * units[-1].num_outputs
+    inputs = sum(unit.num_inputs for unit in units)
+    middle = sum(unit.conv1.num_outputs + unit.conv2.num_outputs for unit in units)
+    # "none" also saves the output of each ReLU, which the TPU compiler recomputes in the
+    # convolutions that read it.
+    elements = {
+        "none": 2 * (inputs + middle),
+        "dots": inputs + middle,
+        "mlp_hidden": inputs,
+        "full": inputs,
+    }[remat]
+    return root + last + itemsize * elements
 
 
 def live_block_bytes(config: BitConfig, image_size: int, itemsize: int) -> float:
-    """Returns the bytes that are live in the middle of the largest unit, per image."""
-    _, units = _root_and_units(config, image_size)
-    # All of its activations, and the gradients of its output and of the largest of the others.
-    return max(
-        itemsize * (2 * unit.input + 2 * unit.hidden + 2 * unit.output)
-        + (itemsize + _FLOAT32) * max(unit.input, unit.output)
-        for unit in units
-    )
+    """Returns the bytes that are live in the middle of one unit, per image."""
+
+    def live_elements(unit: "_Unit") -> float:
+        # GroupNorm and ReLU are fused into the convolutions.
+        middle = unit.conv1.num_outputs + unit.conv2.num_outputs
+        return 2 * max(unit.num_inputs, unit.num_outputs) + middle
+
+    return itemsize * max(map(live_elements, _units(config, image_size)))
+
+
+class _Unit(NamedTuple):
+    """A bottleneck unit: the elements of its input, per image, and its convolutions."""
+
+    num_inputs: int
+    conv1: Convolution
+    conv2: Convolution
+    conv3: Convolution
+    conv_proj: Convolution | None
+
+    @property
+    def num_outputs(self) -> int:
+        """Elements of the unit's output, per image."""
+        return self.conv3.num_outputs
+
+
+def _units(config: BitConfig, image_size: int) -> Iterator[_Unit]:
+    units: dict[str, dict[str, Convolution]] = {}
+    for conv in convolutions(config, image_size):
+        path, _, name = conv.path.rpartition("/")
+        if path:
+            units.setdefault(path, {})[name] = conv
+    for by_name in units.values():
+        conv1 = by_name["conv1"]
+        # The 1×1 convolution keeps the size.
+        num_inputs = conv1.num_outputs // conv1.shape[3] * conv1.shape[2]
+        convs = (conv1, by_name["conv2"], by_name["conv3"], by_name.get("conv_proj"))
+        yield _Unit(num_inputs, *convs)
 
 
 def estimate_traffic(
@@ -108,54 +99,60 @@ def estimate_traffic(
 ) -> dict[str, Traffic]:
     """Estimates the traffic per region, step and image, without the optimizer.
 
-    Kernels are read in float32 once and standardized, and their gradients are written in float32.
-    GroupNorm and ReLU are part of the convolutions before and after them.
+    Standardized kernels are written, and read by each convolution, in the computation's dtype; the
+    kernels themselves, their gradients and the head are float32. GroupNorm and ReLU are fused into
+    the convolutions before and after them.
     """
-    root, units = _root_and_units(config, image_size)
-    # Reads of the kernel, and a write of its gradient.
-    kernel_bytes = (3 if train else 1) * _FLOAT32 / batch_size
 
-    def weights(*convs: Convolution) -> float:
-        return kernel_bytes * sum(math.prod(conv.shape) for conv in convs)
+    def weight_bytes(num_weights: int) -> float:
+        # The gradient of a standardized kernel is written, read with the kernel, and replaced.
+        num_float32, num_reads = (5, 2) if train else (1, 1)
+        return num_weights * (num_float32 * _FLOAT32 + (1 + num_reads) * itemsize) / batch_size
 
-    # The gradient of the image, which is uint8, is not computed. Pooling reads the convolution's
-    # output, and in the backward pass reads it again and writes its gradient.
-    pooled = units[0].input
-    stem_passes = 2 if train else 1
-    stem_bytes = stem_passes * 3 * image_size**2 + weights(root)
-    stem_bytes += itemsize * (5 if train else 2) * root.num_outputs
-    stem_bytes += itemsize * stem_passes * pooled if pooled != root.num_outputs else 0
-    stem_flops = stem_passes * root.flops
-    flops = unfused = fused = 0.0
-    fused_flops = 3.0 * sum(conv.flops for unit in units for conv in unit.convolutions)
-    fused_flops += recomputed_flops(config, image_size, "full")
-    for unit in units:
-        flops += (3 if train else 1) * sum(conv.flops for conv in unit.convolutions)
-        sizes = [
-            (unit.input, unit.conv1.num_outputs),
-            (unit.conv1.num_outputs, unit.conv2.num_outputs),
-            (unit.conv2.num_outputs, unit.conv3.num_outputs),
-        ]
-        if unit.projection is not None:
-            sizes.append((unit.input, unit.projection.num_outputs))
-        # Forward, the gradient of the input and that of the kernel: each reads two arrays of the
-        # three and writes the third, which is small for kernels.
-        per_input, per_output = (3, 3) if train else (1, 1)
-        elements = sum(per_input * i + per_output * o for i, o in sizes)
-        # The sum with the shortcut.
-        elements += (2 if train else 1) * unit.output
-        unfused += itemsize * elements + weights(*unit.convolutions)
-        # One kernel per unit keeps hidden activations on-chip and recomputes them.
-        elements = 3 * unit.input + 2 * unit.output if train else unit.input + unit.output
-        fused += itemsize * elements + weights(*unit.convolutions)
-    # The last GroupNorm and the mean read all features; the backward pass reads and writes them.
+    def conv_traffic(convs: list[tuple[Convolution, int]], recomputed: float) -> Traffic:
+        flops = unfused = weights = 0.0
+        for conv, num_inputs in convs:
+            flops += passes * conv.flops
+            weights += weight_bytes(math.prod(conv.shape))
+            # In the backward pass, the input is read by the gradient of the kernel and by that of
+            # GroupNorm, and its gradient written; that of the output is read twice.
+            reads_in, reads_out = (4, 3) if train else (1, 1)
+            unfused += itemsize * (reads_in * num_inputs + reads_out * conv.num_outputs)
+        return Traffic(flops, unfused + weights, flops + recomputed, weights)
+
     passes = 3 if train else 1
+    units = list(_units(config, image_size))
+    spatial = [(unit.conv2, unit.conv1.num_outputs) for unit in units]
+    pointwise = [(unit.conv1, unit.num_inputs) for unit in units]
+    pointwise += [(unit.conv3, unit.conv2.num_outputs) for unit in units]
+    pointwise += [(unit.conv_proj, unit.num_inputs) for unit in units if unit.conv_proj]
+    # If each unit is one kernel, it reads its input and writes its output. Its backward pass reads
+    # the input and the gradient of the output, writes that of the input, and recomputes.
+    unit_bytes = itemsize * sum(
+        (3 if train else 1) * unit.num_inputs + (2 if train else 1) * unit.num_outputs
+        for unit in units
+    )
+    recomputed = {
+        name: sum(getattr(unit, name).flops for unit in units) if train else 0
+        for name in ("conv1", "conv2")
+    }
+    pointwise_traffic = conv_traffic(pointwise, recomputed["conv1"])
+    stem = next(convolutions(config, image_size))
+    # The gradient of the image, which is uint8, is not computed.
+    stem_passes = 2 if train else 1
+    stem_flops = stem_passes * stem.flops
+    stem_bytes: float = stem_passes * (3 * image_size**2 + itemsize * stem.num_outputs)
+    stem_bytes += weight_bytes(math.prod(stem.shape))
     num_weights = config.num_features * num_classes
-    head_bytes = passes * (itemsize * units[-1].output + _FLOAT32 * num_weights / batch_size)
     head_flops = 2.0 * passes * num_weights
+    head_bytes: float = passes * itemsize * units[-1].num_outputs
+    head_bytes += num_weights * _FLOAT32 * passes / batch_size
     return {
         STEM: Traffic(stem_flops, stem_bytes, stem_flops, stem_bytes),
-        GROUP_NORM: Traffic(0.0, 0.0, 0.0, 0.0),
-        CONVOLUTIONS: Traffic(flops, unfused, fused_flops if train else flops, fused),
+        SPATIAL: conv_traffic(spatial, recomputed["conv2"]),
+        POINTWISE: pointwise_traffic._replace(
+            fused_bytes=pointwise_traffic.fused_bytes + unit_bytes
+        ),
+        GROUP_NORM: Traffic(0.0, 0.0, 0.0, 0.0),  # Fused into the convolutions.
         HEAD: Traffic(head_flops, head_bytes, head_flops, head_bytes),
     }

@@ -75,7 +75,8 @@ def resolve_execution(
         # A scan copies the residuals saved for the backward pass into stacks and out again. That
         # costs GPUs a third more time, and custom TPU kernels 40 % more bytes. CPUs are as fast
         # with a scan, and compile in half the time.
-        resolved["scan_unroll"] = 0 if platform == "gpu" or not uses_xla else 1
+        is_unrolled = platform == "gpu" or not uses_xla or not num_blocks
+        resolved["scan_unroll"] = 0 if is_unrolled else 1
     if resolved["remat"] == AUTO:
         # With "dots", a scan copies fewer residuals, which saves memory and, on CPUs, 0 to 14 % of
         # the time; on a TPU, 3 % of the bytes. Custom kernels would run twice.

@@ -114,6 +114,8 @@ class WeightLayout:
         aliases: Other spellings of tensors' names in files, as regular expressions, and the
             replacement that gives the name here.
         rejected: Why a file with a tensor of this name is not supported.
+        required: Paths of parameters that all models in this layout have, of those that other
+            models of the family can lack.
     """
 
     name: str
@@ -124,6 +126,7 @@ class WeightLayout:
     eval_crop_fractions: Mapping[int, float] = dataclasses.field(default_factory=lambda: {0: 0.875})
     aliases: tuple[tuple[str, str], ...] = ()
     rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    required: frozenset[str] = frozenset()
 
     def eval_crop_fraction(self, image_size: ImageSize) -> float:
         """Returns the side of the crop for an image size, as a fraction of the resized image's."""
@@ -253,8 +256,8 @@ class ModelFamily(abc.ABC):
         for name, value in requested.items():
             if name not in names:
                 raise UserError(
-                    f"model.{name} is not part of this architecture, which has {', '.join(names)}, "
-                    f"got {value!r}."
+                    f"model.{name} must be left out for {self.display_name}, whose architecture "
+                    f"has {', '.join(names)}, got {value!r}."
                 )
             if isinstance(value, int | float) and value < 0:
                 raise UserError(f"model.{name} must be positive, got {value}.")

@@ -1,6 +1,7 @@
 """Tests of candidates, workloads and their arguments."""
 
 import argparse
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from mixer_jax.benchmarks.candidates import (
     Workload,
     add_workload_args,
     check_backends,
+    find_reference,
     our_candidates,
     parse_baselines,
     parse_candidates,
 )
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES, get_family
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 
@@ -63,6 +65,10 @@ def test_check_backends_refuses_another_platform() -> None:
     check_backends(workload, [candidate], "gpu")
     with raises(UserError, "triton", "GPU"):
         check_backends(workload, [Candidate("default", MIXER_JAX), candidate], "cpu")
+    # No other family has these kernels.
+    for model in ("ViT-S/32", "BiT-R50x1"):
+        with raises(UserError, "model.backend", "triton"):
+            check_backends(workload._replace(model=model), [candidate], "gpu")
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -113,6 +119,22 @@ def test_parse_baselines(
     parser.add_argument("--no_torch_compile", action="store_true")
     baselines = parse_baselines(parser.parse_args(flags), workload(), with_timm=True)
     assert [baseline.name for baseline in baselines] == names
+
+
+def test_parse_baselines_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "find_reference", lambda family: None)
+    monkeypatch.setattr(candidates, "missing_timm_package", lambda: "torch")
+    args = argparse.Namespace(baselines=None)
+    assert parse_baselines(args, workload(), with_timm=True) == []
+    with raises(UserError, "--baselines=reference", "Mixer"):
+        parse_baselines(argparse.Namespace(baselines="reference"), workload())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_reference(name: str) -> None:
+    config = next(iter(FAMILIES[name].variants.values()))
+    reference_class = importlib.import_module(find_reference(FAMILIES[name]) or "").Reference
+    assert reference_class(config, 10, "bfloat16").config == config
 
 
 def test_parse_baselines_requires_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:

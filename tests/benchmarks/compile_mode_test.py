@@ -30,9 +30,11 @@ def test_json_has_compilation_and_first_step() -> None:
 def test_default_compares_with_and_without_a_scan() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    workload = Workload("train", "Mixer-S/32", 224, 1000, "float32", 8)
-    candidates = candidates_to_compile(parser.parse_args([]), workload)
-    assert [candidate.overrides["scan_unroll"] for candidate in candidates] == [1, 0]
+    # A BiT has no blocks to scan over.
+    for model, expected in (("Mixer-S/32", [1, 0]), ("ViT-S/32", [1, 0]), ("BiT-R50x1", [-1])):
+        workload = Workload("train", model, 224, 1000, "float32", 8)
+        candidates = candidates_to_compile(parser.parse_args([]), workload)
+        assert [candidate.overrides["scan_unroll"] for candidate in candidates] == expected
 
 
 def test_usage_errors() -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.stablehlo import check_stablehlo, write_stablehlo
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import RunError
+from mixer_jax.models.bit_config import BitConfig
 from mixer_jax.models.execution import Execution
+from mixer_jax.models.vit_config import VitConfig
 from tests.helpers.messages import raises
 from tests.helpers.random_weights import random_weights
 
@@ -56,6 +59,22 @@ def test_program_does_not_depend_on_the_device_it_is_written_on(
             lambda *args, s=settings: build_model(*args).clone(execution=Execution(**s)),
         )
         assert program() == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VitConfig(2, 4, 16, 24, 2),
+        VitConfig(2, 4, 16, 24, 2, pooling="map", pos_embedding="sincos2d"),
+        BitConfig("1,1", 8),
+    ],
+    ids=str,
+)
+def test_program_of_another_family_equals_the_model(config: Any, tmp_path: Path) -> None:
+    weights = random_weights(config)
+    path = str(tmp_path / "w.stablehlo")
+    write_stablehlo(path, f"{path}.safetensors", weights)
+    check_stablehlo(path, weights)
 
 
 @pytest.mark.parametrize(

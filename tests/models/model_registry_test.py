@@ -100,6 +100,7 @@ def test_build_model_resolves_auto() -> None:
         ("cpu", {"scan_unroll": 8}, 8, "dots"),
         ("cpu", {"scan_unroll": 8, "num_blocks": 8}, 8, "none"),
         ("cpu", {"remat": "full"}, 1, "full"),
+        ("tpu", {"num_blocks": 0}, 0, "none"),
     ],
 )
 def test_resolve_execution(

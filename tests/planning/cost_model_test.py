@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mixer_jax.distributed.sharding import make_mesh, state_sharding
+from mixer_jax.models.bit_config import BitConfig
+from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer_config import VARIANTS, MixerConfig
-from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.models.registry import get_family
+from mixer_jax.models.vit_config import VitConfig
 from mixer_jax.planning.cost_model import (
     estimate_collectives,
     estimate_eval_memory,
@@ -100,25 +104,34 @@ def test_model_flops_are_three_forward_passes() -> None:
     assert make_run().model_flops == 3 * 1024 * flops
 
 
-def test_recomputed_flops_match_model() -> None:
-    dims = {
-        "num_blocks": 3,
-        "patch_size": 4,
-        "hidden_dim": 8,
-        "tokens_mlp_dim": 16,
-        "channels_mlp_dim": 24,
-    }
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("mixer", MixerConfig(3, 4, 8, 16, 24)),
+        ("vit", VitConfig(3, 4, 8, 24, 2)),
+        ("bit", BitConfig("2,1", 8)),
+    ],
+)
+def test_recomputed_flops_match_model(family: str, architecture: Any) -> None:
     images = jnp.zeros((2, 16, 16, 3))
     executed, expected = {}, {}
     for remat in REMAT_POLICIES:
-        model = create_model("custom", 5, scan_unroll=1, remat=remat, **dims)
+        settings: dict[str, Any] = {"scan_unroll": 1, "remat": remat}
+        execution = Execution(**settings)
+        model = get_family(family).build(architecture, 5, execution=execution)
         params = jax.eval_shape(model.init, jax.random.key(0), images)
         gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
         executed[remat] = count_matmul_flops(jax.make_jaxpr(gradient)(params).jaxpr)
-        run = make_run(architecture=MixerConfig(**dims), image_size=16, batch_size=2, remat=remat)
+        run = make_run(
+            family=get_family(family),
+            architecture=architecture,
+            image_size=16,
+            batch_size=2,
+            remat=remat,
+        )
         expected[remat] = run.recomputed_flops
     assert {name: flops - executed["none"] for name, flops in executed.items()} == expected
-    assert 0 == expected["dots"] < expected["mlp_hidden"] < expected["full"]
+    assert 0 <= expected["dots"] < expected["mlp_hidden"] <= expected["full"]
 
 
 def test_estimate_collectives_of_data_parallel_run() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,31 @@ def test_compiled_memory_matches_estimates(plan: Plan) -> None:
     assert 0.3 < (plan.train_step.needed_bytes or 0.0) / estimate.total < 3
     assert 0.3 < (plan.eval_step.needed_bytes or 0.0) / plan.eval_memory_estimate < 3
     assert not plan.num_unknown_loops
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "vit", "variant": "Ti/16"},
+        {"family": "bit", "variant": "custom", "units": "1,1", "root_width": 64},
+    ],
+    ids=["ViT", "BiT"],
+)
+def test_compiled_memory_of_other_families_matches_estimates(model: dict[str, Any]) -> None:
+    flags = [*FLAGS, "--config.batch_size=512", "--config.image_size=128"]
+    if model["family"] == "bit":
+        flags.append("--config.model.scan_unroll=-1")
+    flags += [f"--config.model.{name}={value}" for name, value in model.items()]
+    config = parse(load_config_with_overrides("configs/mixer_s16_jft.py", flags))
+    topology = parse_topology("v5e:2x2")
+    plan = make_plan(config, topology, with_eval=False, fast_compile=True)
+    estimate = plan.memory_estimate
+    assert plan.train_step is not None
+    assert estimate.arguments <= plan.train_step.argument_bytes < 1.2 * estimate.arguments
+    print(f"{(plan.train_step.needed_bytes or 0.0) / estimate.total:.2f} of the estimate")
+    assert 0.5 < (plan.train_step.needed_bytes or 0.0) / estimate.total < 2
+    assert not plan.num_unknown_loops
+    assert not any(c.is_unexpected for c in plan.collectives)
 
 
 def test_compiled_step_sends_gradients_once(plan: Plan) -> None:

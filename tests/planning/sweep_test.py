@@ -102,6 +102,18 @@ def test_sweep_ranks_results_so_far_when_interrupted(
     assert "interrupt" in capsys.readouterr().err.lower()
 
 
+@pytest.mark.parametrize("name", ["vit_h14_jft", "bit_r152x4_jft"])
+def test_sweep_of_other_families_suggests_flags_of_a_valid_config(name: str) -> None:
+    def load(flags: list[str]) -> RunConfig:
+        return parse(load_config_with_overrides(f"configs/{name}.py", flags))
+
+    topology = parse_topology("h200:64")
+    best, *_ = sweep(load([]), topology, "fsdp,remat")
+    assert best.fits
+    suggested = load(best.point.flags().split())
+    assert current_point(make_plan(suggested, topology).run) == best.point
+
+
 def test_candidates_come_in_order_of_compile_time() -> None:
     run = make_plan(load_config(), parse_topology("h100:64")).run
     points = list(candidates(run, ("fsdp", "remat", "unroll"), parse_topology("v4:4x4x4")))
