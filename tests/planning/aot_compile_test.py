@@ -1,10 +1,21 @@
-"""Errors of the TPU compiler about programs that do not fit into memory."""
+"""Training steps compiled for TPUs, and errors about programs that do not fit into memory."""
+
+import re
 
 import pytest
 
-from mixer_jax.planning.aot_compile import OutOfMemory, parse_oom
-from mixer_jax.planning.topology import GIB
+from mixer_jax.config.config import parse
+from mixer_jax.config.loading import load_config_with_overrides
+from mixer_jax.planning.aot_compile import (
+    Compiled,
+    OutOfMemory,
+    build_for_topology,
+    compile_train_step,
+    parse_oom,
+)
+from mixer_jax.planning.topology import GIB, parse_topology, tpu_devices
 from tests.helpers.messages import raises
+from tests.helpers.tpu_compiler import tpu_compiler
 
 PREFIX = "RESOURCE_EXHAUSTED: "
 
@@ -48,3 +59,19 @@ def test_parse_oom_keeps_other_messages(message: str) -> None:
 def test_parse_oom_raises_other_errors() -> None:
     with raises(RuntimeError, "broken"):
         parse_oom(RuntimeError("INTERNAL: broken"), 0.0)
+
+
+@pytest.mark.slow
+def test_vit_with_dropout_compiles_with_float32_softmax() -> None:
+    flags = ["batch_size=64", "eval_batch_size=64", "mesh.fsdp=4", "recipe.grad_accum_steps=1"]
+    overrides = [f"--config.{flag}" for flag in flags]
+    config = parse(load_config_with_overrides("configs/vit_b16_i1k.py:vit", overrides))
+    with tpu_compiler():
+        experiment = build_for_topology(config, tpu_devices(parse_topology("v4:2x2x1")))
+        compiled = compile_train_step(experiment, fast_compile=True)
+    model = experiment.model
+    assert (model.dropout, model.execution.dtype) == (0.1, "bfloat16")
+    assert isinstance(compiled, Compiled)
+    # 16 images per chip, 12 heads, and 196 patches and the class token that attend to each other.
+    exponentials = re.findall(r"(\w+)\[16,12,197,197\]\S* exponential\(", compiled.text)
+    assert set(exponentials) == {"f32"}
