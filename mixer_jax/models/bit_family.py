@@ -200,6 +200,8 @@ def published_layouts() -> tuple[WeightLayout, ...]:
             tuple(map(_timm_tensor, paths)),
             ("stem.conv.weight", "stages.0.blocks.0.conv1.weight"),
             "tanh",
-            "resize",
+            # Fine-tuned weights are for 448 or 480 px, and the whole image.
+            "bilinear",
+            eval_crop_fractions={0: 0.875, 384: 1.0},
         ),
     )
