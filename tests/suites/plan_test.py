@@ -126,15 +126,6 @@ def test_runs_of_vit_equal_its_fine_tuning_configs() -> None:
         assert run.config.preprocess.eval_crop == "shorter_side"
 
 
-@pytest.mark.parametrize(("model", "size"), [("ViT-L/16", 384), ("ViT-H/14", 378)])
-def test_vtab_runs_of_vit_have_a_size_that_its_patches_divide(model: str, size: int) -> None:
-    plan = make_model_plan(SUITES["vtab1k"], model)
-    assert set(plan.image_sizes.values()) == {size}
-    for task in plan.suite.tasks:
-        assert isinstance(task, FineTuneTask)
-        assert task.learning_rates == (0.01,)
-
-
 def test_vtab_runs_of_bit_crop_and_flip_only_where_labels_stay() -> None:
     plan = make_model_plan(SUITES["vtab1k"], "BiT-R50x1")
     for task in plan.suite.tasks:
