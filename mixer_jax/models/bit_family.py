@@ -224,6 +224,8 @@ def published_layouts() -> tuple[WeightLayout, ...]:
             _Tensors(_timm_tensor),
             ("stem.conv.weight", "stages.0.blocks.0.conv1.weight"),
             "tanh",
-            "resize",
+            # Fine-tuned weights are for 448 or 480 px, and the whole image.
+            "bilinear",
+            eval_crop_fractions={0: 0.875, 384: 1.0},
         ),
     )

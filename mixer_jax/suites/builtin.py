@@ -178,12 +178,6 @@ _NEVER_CROPPED = {"clevr_count", "clevr_distance", "dmlab", "dsprites_position",
 # Datasets with images of 32 or 64 px.
 _SMALL_IMAGES = {"cifar100", "svhn", "eurosat", "dsprites_orientation", "dsprites_position"}
 
-# In the authors' code, patches of 14 px leave out the last 6 of 384 px.
-_VTAB_VIT_OVERRIDES: dict[str, dict[str, Any]] = {
-    "vit": {"learning_rates": (0.01,), "image_size": 384},
-    **{f"ViT-{variant}": {"image_size": 378} for variant in ("H/14", "g/14", "G/14")},
-}
-
 # Name, dataset, classes, sweep validation split, test split, number of test images.
 _VTAB_NATURAL = (
     ("caltech101", "caltech101", 102, "train[2754:2954]", "test", 6084),
@@ -240,7 +234,7 @@ VTAB_1K = tuple(
         flip=name not in _NEVER_FLIPPED,
         eval_crop="resize",
         group=group,
-        model_overrides=_VTAB_VIT_OVERRIDES
+        model_overrides={"vit": {"learning_rates": (0.01,), "image_size": 384}}
         | _bit_overrides(1_000, name not in _SMALL_IMAGES, cropped=name not in _NEVER_CROPPED),
     )
     for group, rows in (

@@ -126,15 +126,6 @@ def test_runs_of_vit_equal_its_fine_tuning_configs() -> None:
         assert run.config.preprocess.eval_crop == "shorter_side"
 
 
-@pytest.mark.parametrize(("model", "size"), [("ViT-L/16", 384), ("ViT-H/14", 378)])
-def test_vtab_runs_of_vit_have_a_size_that_its_patches_divide(model: str, size: int) -> None:
-    plan = make_model_plan(SUITES["vtab1k"], model)
-    assert set(plan.image_sizes.values()) == {size}
-    for task in plan.suite.tasks:
-        assert isinstance(task, FineTuneTask)
-        assert task.learning_rates == (0.01,)
-
-
 def test_vtab_runs_of_bit_crop_and_flip_only_where_labels_stay() -> None:
     plan = make_model_plan(SUITES["vtab1k"], "BiT-R50x1")
     for task in plan.suite.tasks:
@@ -161,6 +152,16 @@ def test_vtab_runs_of_vit_have_one_learning_rate_and_size() -> None:
     assert set(plan.image_sizes.values()) == {384}
     assert all(not plan.sweep_runs(t) for t in plan.suite.tasks if isinstance(t, FineTuneTask))
     assert set(make_model_plan(SUITES["vtab1k"], "ViT-L/16", "224").image_sizes.values()) == {224}
+
+
+def test_a_tasks_own_size_is_rounded_to_whole_patches() -> None:
+    plan = make_model_plan(SUITES["vtab1k"], "ViT-H/14")
+    assert set(plan.image_sizes.values()) == {378}
+    task = plan.suite.tasks[0]
+    assert isinstance(task, FineTuneTask)
+    assert plan.final_runs(task, 0.01)[0].config.image_size == 378
+    with raises(UserError, "384", "14", "378", "392"):
+        make_model_plan(SUITES["vtab1k"], "ViT-H/14", "384")
 
 
 def test_another_image_size_changes_the_size_before_the_crop() -> None:
