@@ -2,7 +2,7 @@
 
     python -m mixer_jax.main --config=configs/bit_r152x4_i1k.py --workdir=gs://BUCKET/bit_r152x4_i1k
 
-Paper:    81.30 % ImageNet top-1 after fine-tuning at 480 px (BiT paper, Table 1).
+Paper:    81.30 % ImageNet top-1 after fine-tuning at 480 px (BiT paper).
 Here:     Not reproduced.
 Hardware: 512 TPU v3 cores, 8 images each (paper).
 Data:     imagenet2012 of TFDS.

@@ -8,7 +8,8 @@ Paper:    R152x4 from ImageNet-21k (BiT-M): ImageNet 85.39 %, CIFAR-10 98.91 %, 
           ImageNet for R50x1 at 480 px. The Mixer paper's Table 2 has R152x4.
 Here:     Not reproduced.
 Task:     imagenet, cifar10, cifar100, pets or flowers. `,480` shows large images at 480 instead of
-          384 px, as the paper does for R152x4.
+          384 px, as the paper does for R152x4. For another size, also set the size before the
+          random crop, or 0 for 8/7: --config.image_size=224 --config.preprocess.resize_size=0
 Weights:  init_from names a workdir, a file or hf:OWNER/NAME and sets the architecture.
 Tuning:   None: the rule sets everything from the number of training images and their area.
 """
@@ -47,6 +48,7 @@ def get_config(argument: str = "imagenet") -> ConfigDict:
     config.eval_batch_size = 512
     config.init_from = "gs://bit_models/BiT-M-R50x1.npz"
     config.init_head = "new"
+    config.model.family = "bit"
     config.model.variant = "init_from"
 
     config.dataset.name = dataset

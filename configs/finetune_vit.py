@@ -18,6 +18,7 @@ Crops:    As in the authors' code: Inception crops of 5 to 100 % of the area, an
 Tuning:   The paper chose the learning rate from 0.003, 0.01 and 0.03 for ImageNet, and from 0.001,
           0.003, 0.01 and 0.03 for the other tasks, on a part of the training images. AugReg weights
           were fine-tuned with 0.01 or 0.03 on ImageNet, and 0.001, 0.003 or 0.01 elsewhere.
+          The authors' code has dropout of 0.1 for L/16 and H/14 (--config.model.dropout=0.1).
 """
 
 from ml_collections import ConfigDict
@@ -51,6 +52,7 @@ def get_config(task: str = "imagenet") -> ConfigDict:
     config.image_size = 384
     config.init_from = "gs://vit_models/imagenet21k/ViT-B_16.npz"
     config.init_head = "new"
+    config.model.family = "vit"
     config.model.variant = "init_from"
 
     config.dataset.name = dataset

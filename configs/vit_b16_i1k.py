@@ -2,9 +2,10 @@
 
     python -m mixer_jax.main --config=configs/vit_b16_i1k.py --workdir=gs://BUCKET/vit_b16_i1k
 
-Paper:    79.67 % ImageNet top-1 (Table 3). big_vision reports 79.7 % for this recipe.
+Paper:    79.67 % ImageNet top-1 (the Mixer paper, Table 3). big_vision reports 79.7 % for this
+          recipe.
           `:vit` is the recipe of the ViT paper without AugReg's regularization: 74.79 % at
-          224 px (authors), 77.91 % after fine-tuning at 384 px (Table 5).
+          224 px (authors), 77.91 % after fine-tuning at 384 px (its Table 5).
 Here:     Not reproduced.
 Hardware: 0.02k TPU v3 core-days (the Mixer paper, extrapolated).
 Recipe:   augreg: augmentation medium2 of AugReg, big_vision's choice for this model. vit: the ViT

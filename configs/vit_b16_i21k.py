@@ -2,9 +2,9 @@
 
     python -m mixer_jax.main --config=configs/vit_b16_i21k.py --workdir=gs://BUCKET/vit_b16_i21k
 
-Paper:    84.59 % ImageNet top-1 after fine-tuning (Table 3).
+Paper:    84.59 % ImageNet top-1 after fine-tuning (the Mixer paper, Table 3).
           `:vit` is the recipe of the ViT paper and of its weights:
-          83.97 % after fine-tuning at 384 px (Table 5),
+          83.97 % after fine-tuning at 384 px (its Table 5),
           47.88 % on held-out images of ImageNet-21k (authors).
 Here:     Not reproduced.
 Hardware: 0.18k TPU v3 core-days (the Mixer paper, extrapolated).

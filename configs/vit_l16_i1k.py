@@ -2,9 +2,9 @@
 
     python -m mixer_jax.main --config=configs/vit_l16_i1k.py --workdir=gs://BUCKET/vit_l16_i1k
 
-Paper:    76.11 % ImageNet top-1 (Table 3).
+Paper:    76.11 % ImageNet top-1 (the Mixer paper, Table 3).
           `:vit` is the recipe of the ViT paper without AugReg's regularization: 72.59 % at
-          224 px (authors), 76.53 % after fine-tuning at 384 px (Table 5).
+          224 px (authors), 76.53 % after fine-tuning at 384 px (its Table 5).
 Here:     Not reproduced.
 Hardware: 0.05k TPU v3 core-days (the Mixer paper, extrapolated).
 Recipe:   augreg: augmentation medium2 of AugReg, big_vision's choice for this model. vit: the ViT

@@ -2,9 +2,9 @@
 
     python -m mixer_jax.main --config=configs/vit_l16_i21k.py --workdir=gs://BUCKET/vit_l16_i21k
 
-Paper:    84.46 % ImageNet top-1 after fine-tuning (Table 3).
+Paper:    84.46 % ImageNet top-1 after fine-tuning (the Mixer paper, Table 3).
           `:vit` is the recipe of the ViT paper and of its weights:
-          85.30 % after fine-tuning at 512 px (Table 2),
+          85.30 % after fine-tuning at 512 px (its Table 2),
           49.90 % on held-out images of ImageNet-21k (authors).
 Here:     Not reproduced.
 Hardware: 0.55k TPU v3 core-days (the Mixer paper, extrapolated); 0.18k for `:vit`.

@@ -2,7 +2,7 @@
 
 python -m mixer_jax.compare
 python -m mixer_jax.compare configs/a.py configs/b.py --seeds=0,1,2 --equal_flops
-python -m mixer_jax.compare runs/digits Mixer-B_16.npz --dataset=imagenet2012
+python -m mixer_jax.compare Mixer-B_16.npz ViT-B_16.npz --dataset=imagenet2012 --split=validation
 python -m mixer_jax.compare Mixer-B/16 Mixer-L/16
 """
 
@@ -17,14 +17,13 @@ from mixer_jax.cli import common
 from mixer_jax.comparison.models import ModelSource, folder_name, parse_models
 from mixer_jax.comparison.plan import (
     EvalData,
-    check_common_settings,
     find_eval_data,
     make_entries,
     parse_seeds,
     parse_variation,
 )
 from mixer_jax.comparison.table import FORMATS, format_table
-from mixer_jax.config.loading import parse_overrides
+from mixer_jax.config.loading import Overrides, parse_overrides
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 from mixer_jax.models.registry import FAMILIES
@@ -54,12 +53,13 @@ def main(argv: Sequence[str]) -> int:
     names = [*args.models, *(word for word in rest if not word.startswith("-"))]
     overrides = parse_overrides([word for word in rest if word.startswith("-")], vars(args))
     models = parse_models(names or _default_models())
-    if args.topology:
+    if not any(model.kind == "config" for model in models):
+        _check_no_config_args(args, overrides)
+    if args.topology is not None:
         parse_topology(args.topology)
-    variation = parse_variation(args.vary) if args.vary else None
-    seeds = parse_seeds(args.seeds) if args.seeds else None
+    variation = None if args.vary is None else parse_variation(args.vary)
+    seeds = None if args.seeds is None else parse_seeds(args.seeds)
     entries = make_entries(models, overrides, variation)
-    check_common_settings(entries, seeds)
     data = find_eval_data(entries)
     _check_checkpoint_args(args, models)
     if data is None and args.dataset:
@@ -151,6 +151,16 @@ def _make_parser() -> common.ArgumentParser:
 
 def _default_models() -> list[str]:
     return [f"{name}={_DEFAULT_CONFIG}:{name}" for name in FAMILIES]
+
+
+def _check_no_config_args(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Raises UserError if an argument that applies to configs is set."""
+    options = ("seeds", "vary", "topology")
+    flags = [f"--{name}" for name in options if getattr(args, name) is not None]
+    flags += [f"--{name}" for name in ("equal_flops", "keep_checkpoints") if getattr(args, name)]
+    flags += [f"--config.{key}" for key, _ in overrides]
+    if flags:
+        raise UserError(f"{flags[0]} applies to configs, and no config is compared. Remove it.")
 
 
 def _check_checkpoint_args(args: argparse.Namespace, models: Sequence[ModelSource]) -> None:

@@ -126,7 +126,8 @@ def _print_results(weights: PretrainedWeights, format: str, target: str, checks:
         names = "named" if model_info.class_names else "without names"
         classes = f"{model_info.num_classes:,}, {names}"
     files = " and ".join(target_files(format, target))
-    print(f"model       {model_info.name}, GELU {model_info.gelu}")
+    gelu = f", GELU {model_info.gelu}" if get_family(model_info.family).has_gelu else ""
+    print(f"model       {model_info.name}{gelu}")
     print(f"parameters  {num_params:,}")
     print(f"classes     {classes}")
     print(f"written     {files}, {written_size(format, target) / 1e6:,.1f} MB, format {format}")

@@ -121,7 +121,7 @@ def load_pretrained(
             weights = replace_head(weights, int(num_classes))
         if names:
             weights = set_class_names(weights, names, os.fspath(source))
-    return Classifier(weights, dtype)
+    return Classifier(weights, dtype, os.fspath(source))
 
 
 class Classifier:
@@ -132,13 +132,20 @@ class Classifier:
         model: Flax module, from images in [-1, 1] to logits.
     """
 
-    def __init__(self, weights: PretrainedWeights, dtype: str = ""):
-        """Transfers weights to the devices; see `load_pretrained` for `dtype`."""
+    def __init__(self, weights: PretrainedWeights, dtype: str = "", source: str = ""):
+        """Transfers weights to the devices.
+
+        Args:
+            weights: Weights on the host.
+            dtype: As in `load_pretrained`.
+            source: Name of the weights for error messages.
+        """
         self.model_info = weights.model_info
         self._mesh = make_mesh(0, 1, jax.local_devices())
         model = weights.model_info.build_model(dtype)
         self.model = use_partitionable_backend(model, self._mesh.size)
         self._weights = weights
+        self._name = f"model {source}".rstrip()
         self._params = shard_inference_params(weights.params, self.model, self._mesh)
         platform = self._mesh.devices.flat[0].platform
         options = compiler_options(platform, self.model.execution.backend)
@@ -217,7 +224,7 @@ class Classifier:
             BadImageError: An input image is unreadable.
             UserError: The model has no trained head, or images have another type, dtype or shape.
         """
-        check_trained_head(self._weights, "model")
+        check_trained_head(self._weights, self._name)
         named_images = name_images(images, exif_orientation)
         if not named_images:
             return []
@@ -285,7 +292,7 @@ class Classifier:
         from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
         from mixer_jax.evaluation.classification import evaluate, make_eval_step
 
-        check_trained_head(self._weights, "model")
+        check_trained_head(self._weights, self._name)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         if jax.process_count() > 1:
@@ -345,7 +352,7 @@ class Classifier:
         Raises:
             UserError: The model has no trained head, or an argument is out of range.
         """
-        check_trained_head(self._weights, "model")
+        check_trained_head(self._weights, self._name)
         if topk < 1 or batch_size < 1:
             raise UserError(
                 f"topk and batch_size must be positive, got topk={topk} and "

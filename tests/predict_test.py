@@ -217,10 +217,13 @@ def test_a_thousand_classes_are_named_by_wordnet_ids(
         (["--labels=~nosuchuser/x", "{photo}"], ["--labels", "~nosuchuser/x", "No such file"]),
         (["--files_from=~nosuchuser/x"], ["--files_from", "~nosuchuser/x", "No such file"]),
         (["--labels={workspace}/latin.txt", "{photo}"], ["DIR/latin.txt", "2", "UTF-8"]),
-        (["--checkpoint={workspace}/features", "--format=csv", "{photo}"], ["head"]),
+        (
+            ["--checkpoint={workspace}/features", "--format=csv", "{photo}"],
+            ["DIR/features", "head"],
+        ),
         (
             ["--checkpoint={workspace}/zeroed.npz", "{photo}"],
-            ["head", "zeros", "--config.init_from", "--suite=few_shot"],
+            ["DIR/zeroed.npz", "head", "zeros", "--config.init_from", "--suite=few_shot"],
         ),
         (["--topk=0", "{photo}"], ["--topk", "0"]),
         (["--eval_crop_fraction=1.5", "{photo}"], ["eval_crop_fraction", "1.5", "1"]),

@@ -44,8 +44,8 @@ DESCRIPTION = (
 
 _NOTE = (
     "MB, GFLOP and µs are per image on one device at its peak rates: lower bounds, not forecasts.\n"
-    "By formula, every matmul reads and writes its arrays once (unfused), or hidden activations\n"
-    "never leave the chip (fused)."
+    "By formula, every matmul and convolution reads and writes its arrays once (unfused), or the\n"
+    "hidden activations of a residual branch never leave the chip (fused)."
 )
 _ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
@@ -148,7 +148,7 @@ def _format_memory(step: "OutOfMemory", topology: Topology) -> str:
 
 
 def lower_bounds(workload: Workload, topology: Topology) -> list[dict[str, Any]]:
-    """Computes lower bounds per step by formula, with and without fused MLPs.
+    """Computes lower bounds per step by formula, with and without fused residual branches.
 
     Returns:
         Rows with bytes, FLOPs and seconds per image: bytes and FLOPs by region of the model and
@@ -170,7 +170,7 @@ def lower_bounds(workload: Workload, topology: Topology) -> list[dict[str, Any]]
     flops_fused = {region: value.fused_flops for region, value in traffic.items()}
     return [
         _traffic_per_image("formula: unfused", unfused, flops, 1, topology),
-        _traffic_per_image("formula: fused MLPs", fused, flops_fused, 1, topology),
+        _traffic_per_image("formula: fused branches", fused, flops_fused, 1, topology),
     ]
 
 

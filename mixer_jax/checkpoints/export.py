@@ -151,7 +151,7 @@ def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray
     """Finds a layout of the model's family that has a tensor for each parameter.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or the model lacks a parameter that all models in it have.
     """
     layouts = get_family(model_info.family).weight_layouts()
     layout = next((layout for layout in layouts if layout.name == name), None)
@@ -161,6 +161,11 @@ def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray
         raise UserError(
             f"target must have another format: {name}'s has no place for {missing[0]!r} of "
             f"{model_info.name}. Pass --to=orbax or --to=stablehlo."
+        )
+    if missing := sorted(layout.required - flat.keys()):
+        raise UserError(
+            f"target must have another format: all models in {name}'s have {missing[0]!r}, which "
+            f"{model_info.name} lacks. Pass --to=orbax or --to=stablehlo."
         )
     return layout
 

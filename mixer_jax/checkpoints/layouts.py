@@ -389,6 +389,8 @@ def _infer_config(
     """
     shapes = _FileShapes(file, family, layout, recorded)
     try:
+        for path in layout.required:
+            shapes(path)
         inferred = family.infer_config(_count_blocks(file, layout), shapes)
     except UserError as error:
         message = str(error)

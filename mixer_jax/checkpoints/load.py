@@ -359,9 +359,13 @@ def _infer_image_size(
         )
     size = square or requested
     if size is None:
+        note = ""
+        if math.isqrt(loaded.num_tokens + 1) ** 2 == loaded.num_tokens + 1:
+            note = " Weights whose class token has no position embedding (timm's no_embed_class) "
+            note += "are not supported."
         raise UserError(
             f"image size is unknown for {tokens}, which is not a square. Set image_size or "
-            "pretrain_image_size to the (height, width) that the weights were trained at."
+            f"pretrain_image_size to the (height, width) that the weights were trained at.{note}"
         )
     return size
 

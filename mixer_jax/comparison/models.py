@@ -32,8 +32,11 @@ class ModelSource(NamedTuple):
 
 
 def folder_name(text: str) -> str:
-    """Replaces everything in a text that not every file system accepts in names."""
-    return re.sub(r"[^\w.+=-]+", "_", text)
+    """Replaces everything in a text that not every file system accepts in names.
+
+    Dots at the beginning are replaced as well: ".." is not in the workdir.
+    """
+    return re.sub(r"^\.+|[^\w.+=-]+", "_", text)
 
 
 def check_folder_names(texts: list[str], what: str) -> None:

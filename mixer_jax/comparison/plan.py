@@ -99,12 +99,8 @@ def make_entries(
     """Creates the rows of a comparison and loads their configs.
 
     Raises:
-        UserError: A config is invalid, or an override or the variation applies to none.
+        UserError: A config is invalid.
     """
-    if not any(model.kind == "config" for model in models):
-        flag = "--vary" if variation else f"--config.{overrides[0][0]}" if overrides else ""
-        if flag:
-            raise UserError(f"{flag} applies to configs, and no config is compared. Remove it.")
     entries = []
     for model in models:
         if model.kind != "config":
@@ -175,12 +171,6 @@ def find_eval_data(entries: Sequence[Entry]) -> EvalData | None:
                 f"{data.title} for {entry.title}."
             )
     return first[1] if first else None
-
-
-def check_common_settings(entries: Sequence[Entry], seeds: Sequence[int] | None) -> None:
-    """Raises UserError if seeds are given and no config is trained with them."""
-    if seeds is not None and not any(entry.config for entry in entries):
-        raise UserError("--seeds applies to configs, and no config is compared. Remove it.")
 
 
 def train_flops(

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.files import atomic_write
@@ -95,9 +96,14 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def check_same_run(folder: str, config: RunConfig) -> None:
-    """Raises UserError if a run in `folder` has other settings, resumable ones aside."""
+    """Raises UserError if `folder` has a result or checkpoints of a run with other settings.
+
+    Settings with which a run can resume may differ.
+    """
     saved = read_json(folder, CONFIG_FILE)
-    if saved is not None and (epath.Path(folder) / RESULT_FILE).exists():
+    if saved is not None and (
+        (epath.Path(folder) / RESULT_FILE).exists() or list_saved_steps(folder)
+    ):
         _, differences = config_diff(saved, config)
         _check_no_differences(folder, differences)
 

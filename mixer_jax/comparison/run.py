@@ -265,7 +265,7 @@ def _open_models(
         models.append(model)
     if data is None and any(model.weights for model in models):
         raise UserError(
-            "--dataset must be set, because no checkpoint records its data. For example: "
+            "--dataset must be set, because no checkpoint records an evaluation. For example: "
             "--dataset=imagenet2012 --split=validation"
         )
     notes = itertools.chain.from_iterable(datasets.notes for datasets in opened.values())
@@ -324,21 +324,33 @@ def _open_checkpoint(request: ComparisonRequest, entry: Entry) -> _Model:
     if weights.train_config is None or ref.format != RUN:
         return model
     config = from_dict(fill_defaults(weights.train_config))
+    # An evaluation at another image size does not change the cost of training.
+    trained = load_checkpoint(pinned, step=step).model_info if request.image_size else model.info
     num_steps = weights.step or 0
     lines = [line for line in read_metrics(ref.path) if line["step"] <= num_steps]
     seconds = device_days(lines, config.batch_size) * _SECONDS_PER_DAY
     return model._replace(
         num_steps=num_steps,
-        train_flops=3 * model.forward_flops * config.batch_size * num_steps,
+        train_flops=train_flops(
+            get_family(trained.family),
+            trained.config,
+            trained.num_classes,
+            dataclasses.replace(config, num_steps=num_steps),
+        ),
         device_seconds=seconds or None,
     )
 
 
 def _find_checkpoint_data(model: _Model) -> EvalData | None:
+    """Returns the evaluation data of the run that wrote a checkpoint, if it had any."""
     weights = model.weights
     if weights is None or weights.train_config is None:
         return None
-    return find_eval(from_dict(fill_defaults(weights.train_config)), model.entry.model.label)[1]
+    config = from_dict(fill_defaults(weights.train_config))
+    try:
+        return find_eval(config, model.entry.model.label)[1]
+    except UserError:
+        return None
 
 
 def _open_architecture(request: ComparisonRequest, entry: Entry) -> _Model:
@@ -387,6 +399,7 @@ def _measure(
 ) -> list[Row]:
     """Evaluates, trains and times what is missing; returns a row per model."""
     results: list[list[Result]] = [[] for _ in models]
+    seeds: list[list[int]] = [[] for _ in models]
     failures = [""] * len(models)
     for model, found in zip(models, results, strict=True):
         save_json(model.folder, MODEL_FILE, model.to_dict())
@@ -400,14 +413,16 @@ def _measure(
                 continue
             try:
                 results[index].append(_complete_run(request, model, seed, data, log))
+                seeds[index].append(seed)
             except NonFiniteError as error:
-                # The other models can still be compared.
+                # The other models can still be compared. A divergence is not recorded, as in
+                # transfer suites: the run may converge with another number of devices.
                 failures[index] = str(error)
                 log(f"{model.entry.title}, seed {seed} failed: {error}")
     throughputs = _measure_throughputs(models, log) if request.throughput else {}
     return [
-        _make_row(model, found, throughputs.get(model.folder), failed)
-        for model, found, failed in zip(models, results, failures, strict=True)
+        _make_row(model, trained, found, throughputs.get(model.folder), failed)
+        for model, trained, found, failed in zip(models, seeds, results, failures, strict=True)
     ]
 
 
@@ -520,7 +535,11 @@ def _init_params(info: ModelInfo) -> Any:
 
 
 def _make_row(
-    model: _Model, results: Sequence[Result], throughput: Throughput | None, failed: str
+    model: _Model,
+    seeds: Sequence[int],
+    results: Sequence[Result],
+    throughput: Throughput | None,
+    failed: str,
 ) -> Row:
     info, family = model.info, get_family(model.info.family)
     seconds = [result.device_seconds for result in results if result.device_seconds is not None]
@@ -530,6 +549,7 @@ def _make_row(
         name=family.full_name(info.variant),
         family=family.name,
         image_size=info.image_size,
+        seeds=tuple(seeds),
         top1=tuple(100 * result.metrics["top1"] for result in results),
         num_examples=int(results[0].metrics["num_examples"]) if results else None,
         num_runs=max(1, len(model.runs)) if model.runs or model.weights else 0,
@@ -612,7 +632,11 @@ def _format_dry_run(
         info = model.info
         family = get_family(info.family)
         num_params = family.num_params(info.config, info.image_size, info.num_classes)
-        planned = f", {days:.3g} core-days on {request.topology}" if days is not None else ""
+        planned = ""
+        if days is not None:
+            planned = f", {days:.3g} core-days on {request.topology}"
+        elif request.topology and model.runs:
+            planned = f", does not fit on {request.topology}"
         lines.append(
             f"{model.entry.title}  {info.name}, {num_params:,} parameters, "
             f"{model.forward_flops / 1e6:,.4g} MFLOPs per image{planned}"

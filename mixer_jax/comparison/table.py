@@ -26,6 +26,7 @@ class Row(NamedTuple):
         name: Full name of the model: "Mixer-B/16", or "Mixer-custom".
         family: Name of the family as in `models.registry.FAMILIES`.
         image_size: Height and width, in pixels.
+        seeds: Seed of each run with an accuracy; empty for an evaluated checkpoint.
         top1: Accuracy of each run, in percent.
         num_examples: Number of evaluated examples.
         num_runs: Number of runs, or evaluations, of the row.
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     name: str
     family: str
     image_size: tuple[int, int]
+    seeds: tuple[int, ...]
     top1: tuple[float, ...]
     num_examples: int | None
     num_runs: int
@@ -145,13 +147,13 @@ def _as_csv(table: Table) -> str:
     """Formats the rows as CSV, unrounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    records = [_record(row) for row in table.rows]
-    writer.writerow(records[0])
-    for record in records:
-        size, runs = record["image_size"], record["top1"]
+    writer.writerow(_record(table.rows[0]))
+    for row in table.rows:
+        record = _record(row)
         cells = record | {
-            "image_size": "x".join(map(str, size)),
-            "top1": " ".join(map(str, runs)),
+            "image_size": "x".join(map(str, row.image_size)),
+            "seeds": " ".join(map(str, row.seeds)),
+            "top1": " ".join(map(str, row.top1)),
         }
         writer.writerow(cells.values())
     return text.getvalue()

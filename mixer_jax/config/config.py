@@ -26,7 +26,7 @@ from mixer_jax.config.schema import (
 )
 from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import FAMILIES, get_family
 
 # Limits of Weights & Biases for names of projects.
 _WANDB_RESERVED, _WANDB_MAX_LENGTH = r"/\#?%:", 128
@@ -257,16 +257,18 @@ def _check_model(config: RunConfig) -> None:
         for name, value in model.overrides.items():
             if value:
                 raise UserError(
-                    f"config.model.{name} must be 0 with config.model.variant={INIT_FROM!r}, "
-                    f"got {value}."
+                    f"config.model.{name} must be {type(value)()!r} with config.model.variant="
+                    f"{INIT_FROM!r}, got {value!r}. The architecture is that of config.init_from."
                 )
         return
     family = get_family(model.family)
     if model.variant not in (*family.variants, CUSTOM):
         choices = (*family.variants, CUSTOM, INIT_FROM)
+        others = (name for name, other in FAMILIES.items() if model.variant in other.variants)
+        hint = " or ".join(f"--config.model.family={name}" for name in others)
         raise UserError(
             f"config.model.variant must be one of {', '.join(choices)}, got {model.variant!r}."
-            f"{suggest(model.variant, choices)}"
+            + (f" Set {hint} to use it." if hint else suggest(model.variant, choices))
         )
     family.check_image_size(model.architecture, config.image_size, config.image_size)
     check_scan_unroll(model.scan_unroll, family.num_blocks(model.architecture))

@@ -69,7 +69,8 @@ class Field:
         if self.choices and value not in self.choices:
             renamed = RENAMED_VALUES.get(name.removeprefix("config."), {})
             hint = f" It is now {renamed[value]!r}." if value in renamed else ""
-            raise UserError(f"{name} must be one of {', '.join(self.choices)}, {got}{hint}")
+            choices = ", ".join(choice or "''" for choice in self.choices)
+            raise UserError(f"{name} must be one of {choices}, {got}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, {got}")
         if isinstance(value, int | float) and not self.min <= value <= self.max:

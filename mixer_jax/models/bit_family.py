@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from mixer_jax.errors import UserError
@@ -42,6 +42,7 @@ class BitFamily(ModelFamily):
     config_class = BitConfig
     variants: ClassVar[Mapping[str, Any]] = VARIANTS
     regions: ClassVar[Mapping[str, str]] = bit_costs.REGIONS
+    has_gelu = False
     # Its kernel is standardized, it has no bias, and it is padded with zeros.
     stem = ""
 
@@ -180,15 +181,38 @@ def _timm_tensor(path: str) -> TensorMapping:
     return TensorMapping(name, path, (1, 0, (), ()) if layer == "head" else (3, 2, 0, 1))
 
 
+class _Tensors(Sequence[TensorMapping]):
+    """Tensors of a layout, with as many blocks and units as the names allow.
+
+    They are created at the first use, which only files of BiT need: it takes 25 ms.
+    """
+
+    def __init__(self, make_tensor: Callable[[str], TensorMapping]):
+        self._make_tensor = make_tensor
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[TensorMapping, ...]:
+        largest = BitConfig(",".join([str(MAX_UNITS)] * MAX_BLOCKS), root_width=1)
+        paths = BitFamily().param_shapes(largest, image_size=1, num_classes=1)
+        return tuple(map(self._make_tensor, paths))
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tensors[index]
+
+    def __iter__(self) -> Iterator[TensorMapping]:
+        return iter(self._tensors)
+
+
 @functools.cache
 def published_layouts() -> tuple[WeightLayout, ...]:
-    """Returns Google's and timm's layouts, with as many blocks and units as the names allow."""
-    largest = BitConfig(",".join([str(MAX_UNITS)] * MAX_BLOCKS), root_width=1)
-    paths = list(BitFamily().param_shapes(largest, image_size=1, num_classes=1))
+    """Returns Google's and timm's layouts."""
     return (
         WeightLayout(
             "Google",
-            tuple(map(_google_tensor, paths)),
+            _Tensors(_google_tensor),
             ("resnet/root_block/standardized_conv2d/kernel",),
             "tanh",
             "resize",
@@ -197,9 +221,11 @@ def published_layouts() -> tuple[WeightLayout, ...]:
         ),
         WeightLayout(
             "timm",
-            tuple(map(_timm_tensor, paths)),
+            _Tensors(_timm_tensor),
             ("stem.conv.weight", "stages.0.blocks.0.conv1.weight"),
             "tanh",
-            "resize",
+            # Fine-tuned weights are for 448 or 480 px, and the whole image.
+            "bilinear",
+            eval_crop_fractions={0: 0.875, 384: 1.0},
         ),
     )

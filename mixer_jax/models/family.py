@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mixer_jax.errors import UserError
@@ -114,16 +114,19 @@ class WeightLayout:
         aliases: Other spellings of tensors' names in files, as regular expressions, and the
             replacement that gives the name here.
         rejected: Why a file with a tensor of this name is not supported.
+        required: Paths of parameters that all models in this layout have, of those that other
+            models of the family can lack.
     """
 
     name: str
-    tensors: tuple[TensorMapping, ...]
+    tensors: Sequence[TensorMapping]
     signature_keys: tuple[str, ...]
     gelu: str
     eval_crop: str
     eval_crop_fractions: Mapping[int, float] = dataclasses.field(default_factory=lambda: {0: 0.875})
     aliases: tuple[tuple[str, str], ...] = ()
     rejected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    required: frozenset[str] = frozenset()
 
     def eval_crop_fraction(self, image_size: ImageSize) -> float:
         """Returns the side of the crop for an image size, as a fraction of the resized image's."""
@@ -229,6 +232,8 @@ class ModelFamily(abc.ABC):
     # Name of the first layer if it is linear, so that the normalization of pixels can be folded
     # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
+    # Whether the models have a GELU, and so its variant in the metadata has a meaning.
+    has_gelu: ClassVar[bool] = True
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
     block_backends: ClassVar[Mapping[str, str]] = {}
     # Image size of weights that fit any size, if neither they nor the user name one.
@@ -253,8 +258,8 @@ class ModelFamily(abc.ABC):
         for name, value in requested.items():
             if name not in names:
                 raise UserError(
-                    f"model.{name} is not part of this architecture, which has {', '.join(names)}, "
-                    f"got {value!r}."
+                    f"model.{name} must be left out for {self.display_name}, whose architecture "
+                    f"has {', '.join(names)}, got {value!r}."
                 )
             if isinstance(value, int | float) and value < 0:
                 raise UserError(f"model.{name} must be positive, got {value}.")

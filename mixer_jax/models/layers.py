@@ -26,6 +26,8 @@ LAYER_NORM_EPSILON = 1e-6
 GELU_TANH_SCALE, GELU_TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
 # Fast 16-bit GPU matmuls need rows whose length is a multiple of this.
 _GPU_ROW_MULTIPLE = 8
+# Widest heads of cuDNN's attention kernels before Hopper.
+_CUDNN_MAX_HEAD_WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,10 +316,11 @@ def dot_product_attention(
     """Computes attention of each head: a mean of values, weighted by softmax(q·k / √d).
 
     The softmax is float32. cuDNN's kernels do not store the weights (n, h, q, s); they support
-    bfloat16 with heads whose width is a multiple of 8. Their gradients are sums in no fixed order,
-    so that only inference uses them.
+    bfloat16 with heads whose width is a multiple of 8 up to 128. Their gradients are sums in no
+    fixed order, so that only inference uses them.
     """
-    has_kernel = query.dtype == jnp.bfloat16 and query.shape[-1] % 8 == 0
+    width = query.shape[-1]
+    has_kernel = query.dtype == jnp.bfloat16 and width % 8 == 0 and width <= _CUDNN_MAX_HEAD_WIDTH
     uses_kernel = ctx.flash_attention and not ctx.train and has_kernel
     implementation: Literal["cudnn", "xla"] = "cudnn" if uses_kernel else "xla"
     return jax.nn.dot_product_attention(query, key, value, implementation=implementation)

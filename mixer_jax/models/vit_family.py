@@ -188,7 +188,7 @@ class VitFamily(ModelFamily):
 
         Raises:
             UserError: The number of heads is not stored, and the dimensions are those of no
-                variant.
+                variant; or the class token has no position embedding, as stored by timm.
         """
         patch_size, _, _, hidden_dim = shape("stem/kernel")
         _, mlp_dim = shape("blocks/mlp/Dense_0/kernel")
@@ -207,6 +207,11 @@ class VitFamily(ModelFamily):
             pos_embedding="learned" if is_learned else "sincos2d",
             pre_logits="pre_logits/kernel" in shape,
         )
+        if has_class_token and shape.recorded.get("no_embed_class"):
+            raise UserError(
+                "no_embed_class must be false for weights with a class token, got true: the class "
+                "token has no position embedding. Use weights of another model."
+            )
         num_entries = shape("pos_embedding")[1] if is_learned else 0
         return InferredConfig(config, num_entries - (is_learned and has_class_token))
 

@@ -183,6 +183,8 @@ TIMM = WeightLayout(
         "normalized tokens, which is another function. Use weights with global_pool='token' or "
         "'map'.",
     },
+    # timm has no fixed position embedding.
+    required=frozenset({"pos_embedding"}),
 )
 # In this order: the names of big_vision's layouts also occur in files of Google's.
 LAYOUTS = (

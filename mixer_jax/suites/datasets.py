@@ -118,20 +118,23 @@ def choose_image_size(
     """Returns the side of a task's square input images, in pixels.
 
     `requested` is a number of pixels, `tasks.NATIVE` for the checkpoint's size, or `tasks.AUTO` for
-    that size if images are smaller than 96 × 96 px, and twice that for others. The last two are
-    the task's own size if it has one. The first of
-    `sources` is measured if the task does not declare the size of its images; without sources,
-    because data are missing, images count as large.
+    that size if images are smaller than 96 × 96 px, and twice that for others. The last two are the
+    task's own size if it has one, rounded to a size that the model accepts: 384 px is 378 px for
+    patches of 14 px. The first of `sources` is measured if the task does not declare the size of
+    its images; without sources, because data are missing, images count as large.
 
     Raises:
-        UserError: The model does not accept the size.
+        UserError: The model does not accept the requested size.
     """
     height, width = model_info.image_size
-    own_size = task.image_size if isinstance(task, FineTuneTask) else 0
-    if requested.isdecimal() or own_size:
-        size = int(requested) if requested.isdecimal() else own_size
-        get_family(model_info.family).check_image_size(model_info.config, size, size)
+    family, config = get_family(model_info.family), model_info.config
+    if requested.isdecimal():
+        size = int(requested)
+        family.check_image_size(config, size, size)
         return size
+    if isinstance(task, FineTuneTask) and task.image_size:
+        multiple = family.image_size_multiple(config)
+        return max(round(task.image_size / multiple), 1) * multiple
     if height != width:
         raise UserError(
             f"--image_size must be a number for a checkpoint of non-square images, here {height} × "

@@ -139,6 +139,7 @@ def _make_config(
     config.image_size = image_size
     config.init_from = plan.checkpoint
     config.init_head = "new"
+    config.model.family = info.family
     config.model.variant = INIT_FROM
 
     config.dataset.name = task.dataset

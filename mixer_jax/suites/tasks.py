@@ -67,9 +67,9 @@ class FineTuneTask:
         extra_evals: Other datasets to evaluate the final runs on, as (dataset, split) by name,
             such as ReaL. A name of a column of the paper's tables is compared with it.
         image_size: Image size of the protocol, in pixels, which only a number of `--image_size`
-            changes; 0: as `--image_size` says.
+            changes; rounded to a multiple of the model's patch size. 0: as `--image_size` says.
         resize_size: Size before a random crop to `image_size`, as in
-            `config.preprocess.resize_size`.
+            `config.preprocess.resize_size`; not used at other image sizes.
         paper_column: Column of the paper's tables with this accuracy; empty if there is none.
         group: Name of a group of tasks with a separate mean; empty for no group.
         config_overrides: Values of other config keys, by dotted path.

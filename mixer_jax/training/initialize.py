@@ -19,7 +19,7 @@ from mixer_jax.distributed import multihost
 from mixer_jax.distributed.sharding import shard_params
 from mixer_jax.errors import RunError, UserError, abbreviate
 from mixer_jax.models.family import CUSTOM, INIT_FROM
-from mixer_jax.models.registry import get_family
+from mixer_jax.models.registry import DEFAULT_FAMILY, get_family
 from mixer_jax.training.setup import Experiment, should_keep_head
 from mixer_jax.training.step import TrainState
 from mixer_jax.training.workdir import moved_folders
@@ -65,6 +65,7 @@ def find_init_source(
     if weights is None:
         source, step = multihost.compute_once(lambda: pin_checkpoint(config.init_from))
         weights = load_checkpoint(source, step=step)
+    _check_same_family(config, weights.model_info)
     if config.model.variant != INIT_FROM:
         _check_same_model(config, weights.model_info)
     weights = resize(weights, (config.image_size, config.image_size))
@@ -228,16 +229,28 @@ def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: s
         )
 
 
+def _check_same_family(config: RunConfig, pretrained: ModelInfo) -> None:
+    """Raises UserError if weights are of another family than the config declares.
+
+    With the variant "init_from", the default family declares none.
+    """
+    accepted = {pretrained.family}
+    if config.model.variant == INIT_FROM:
+        accepted.add(DEFAULT_FAMILY)
+    if config.model.family not in accepted:
+        name = get_family(pretrained.family).full_name(pretrained.variant)
+        raise UserError(
+            f"config.model.family must be {pretrained.family!r}, as config.init_from="
+            f"{config.init_from!r} is a {name}, got {config.model.family!r}. Use weights of "
+            f"{get_family(config.model.family).display_name}, or set --config.model.family="
+            f"{pretrained.family} and --config.model.variant={INIT_FROM}."
+        )
+
+
 def _check_same_model(config: RunConfig, pretrained: ModelInfo) -> None:
-    """Raises UserError if weights are for another model than the config declares."""
+    """Raises UserError if weights are for another architecture than the config declares."""
     family = get_family(config.model.family)
     source = f"config.init_from={config.init_from!r}"
-    if pretrained.family != config.model.family:
-        raise UserError(
-            f"config.model.family must be that of {source}, {pretrained.family}, got "
-            f"{config.model.family}. Set --config.model.family={pretrained.family} and "
-            f"--config.model.variant={INIT_FROM}."
-        )
     # A config may declare the architecture before or after adapting it to another image size.
     accepted = [pretrained.config]
     size = (config.image_size, config.image_size)

@@ -1,14 +1,21 @@
-"""Comparison of Vision Transformers with timm's: logits and gradients of the same weights."""
+"""Comparison of Vision Transformers with timm's: logits and gradients from the same files."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
+from mixer_jax.checkpoints.layouts import layout_tensors
+from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.weights import flatten_params
 from mixer_jax.models.registry import create_model
 from mixer_jax.models.vit_config import VitConfig
+from mixer_jax.models.vit_layouts import TIMM
 
 pytestmark = pytest.mark.baselines
 
@@ -34,84 +41,51 @@ def randomize(torch: Any, model: Any) -> Any:
     return model.eval()
 
 
-def convert(tensors: dict[str, np.ndarray], config: VitConfig) -> dict[str, Any]:
-    """Converts timm's tensors, or their gradients, to the tree of our parameters."""
-
-    def dense(name: str) -> dict[str, np.ndarray]:
-        return {"kernel": tensors[f"{name}.weight"].T, "bias": tensors[f"{name}.bias"]}
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
-
-    def mlp(name: str) -> dict[str, Any]:
-        return {"Dense_0": dense(f"{name}.fc1"), "Dense_1": dense(f"{name}.fc2")}
-
-    def attention(name: str, merged: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-        heads = (config.num_heads, config.hidden_dim // config.num_heads)
-        found = {}
-        for source, parts in merged.items():
-            weights = np.split(tensors[f"{name}.{source}.weight"], len(parts))
-            biases = np.split(tensors[f"{name}.{source}.bias"], len(parts))
-            for part, weight, bias in zip(parts, weights, biases, strict=True):
-                kernel = weight.T.reshape(config.hidden_dim, *heads)
-                found[part] = {"kernel": kernel, "bias": bias.reshape(heads)}
-        out = dense(f"{name}.proj")
-        return found | {"out": out | {"kernel": out["kernel"].reshape(*heads, -1)}}
-
-    blocks = [
-        {
-            "LayerNorm_0": norm(f"blocks.{i}.norm1"),
-            "attention": attention(f"blocks.{i}.attn", {"qkv": ("query", "key", "value")}),
-            "LayerNorm_1": norm(f"blocks.{i}.norm2"),
-            "mlp": mlp(f"blocks.{i}.mlp"),
-        }
-        for i in range(config.num_blocks)
-    ]
-    stem = tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
-    params: dict[str, Any] = {
-        "stem": {"kernel": stem, "bias": tensors["patch_embed.proj.bias"]},
-        "pos_embedding": tensors["pos_embed"],
-        "blocks": jax.tree.map(lambda *arrays: np.stack(arrays), *blocks),
-        "encoder_norm": norm("norm"),
-        "head": dense("head"),
-    }
-    if config.pooling == "token":
-        params["cls"] = tensors["cls_token"]
-    if config.pooling == "map":
-        params["map_head"] = {
-            "probe": tensors["attn_pool.latent"],
-            "attention": attention("attn_pool", {"q": ("query",), "kv": ("key", "value")}),
-            "LayerNorm_0": norm("attn_pool.norm"),
-            "mlp": mlp("attn_pool.mlp"),
-        }
-    return params
-
-
-def compare(torch: Any, theirs: Any, ours: Any, height: int, width: int) -> None:
+def compare(torch: Any, theirs: Any, ours: Any, size: Any, folder: Path) -> None:
     """Compares logits and the gradients of a function of them."""
     randomize(torch, theirs)
-    images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
-    logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-    torch.sin(logits).sum().backward()
-    expected = logits.detach().numpy()
-    tensors = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
-    gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    path = folder / "model.safetensors"
+    save_file(theirs.state_dict(), path)
+    settings = {"model_args": {"num_heads": ours.config.num_heads}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = load_checkpoint(path, image_size=size)
+    assert weights.model_info.config == ours.config
+    images = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
+
+    def compute(dtype: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        model = theirs.to(dtype)
+        model.zero_grad()
+        logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(dtype))
+        torch.sin(logits).sum().backward()
+        grads = {name: p.grad.double().numpy().copy() for name, p in model.named_parameters()}
+        return logits.detach().double().numpy(), grads
 
     def loss(params: Any) -> Any:
         found = ours.apply({"params": params}, jnp.asarray(images))
         return jnp.sin(found).sum(), found
 
-    params = convert(tensors, ours.config)
-    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert np.abs(found - expected).max() < TOLERANCE * expected.std()
-    converted = convert(gradients, ours.config)
-    scale = np.sqrt(np.mean(np.concatenate([g.ravel() for g in jax.tree.leaves(converted)]) ** 2))
-    for (path, actual), gradient in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(converted), strict=True
-    ):
-        # The gradient of keys' biases is zero but for rounding.
-        tolerance = TOLERANCE * max(gradient.std(), scale)
-        assert np.abs(actual - gradient).max() < 10 * tolerance, path
+    logits, grads = compute(torch.float32)
+    _, exact_grads = compute(torch.float64)
+    our_grads, our_logits = jax.jit(jax.grad(loss, has_aux=True))(weights.params)
+    assert np.abs(our_logits - logits).max() < TOLERANCE * logits.std()
+    flat = {path: np.asarray(array) for path, array in flatten_params(our_grads)}
+    found = dict(layout_tensors(flat, TIMM))
+    assert found.keys() == grads.keys()
+    # The gradient of keys' biases is zero but for rounding.
+    scale = np.sqrt(np.mean(np.concatenate([g.ravel() for g in exact_grads.values()]) ** 2))
+
+    def error(actual: Any, expected: Any) -> float:
+        differences = (
+            np.abs(actual[name] - expected[name]).max() / max(exact_grads[name].std(), scale)
+            for name in expected
+        )
+        return float(max(differences))
+
+    print(
+        f"\ngradients differ by {error(found, grads):.1e}; from float64, ours by "
+        f"{error(found, exact_grads):.1e} and timm's by {error(grads, exact_grads):.1e}"
+    )
+    assert error(found, grads) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -123,16 +97,17 @@ def compare(torch: Any, theirs: Any, ours: Any, height: int, width: int) -> None
     ],
 )
 def test_logits_and_gradients_are_those_of_timm(
-    name: str, variant: str, torch: Any, timm: Any
+    name: str, variant: str, torch: Any, timm: Any, tmp_path: Path
 ) -> None:
     theirs = timm.create_model(name, img_size=96, num_classes=10)
-    compare(torch, theirs, create_model(f"ViT-{variant}", 10, gelu="exact"), 96, 96)
+    ours = create_model(f"ViT-{variant}", 10, gelu="exact")
+    compare(torch, theirs, ours, (96, 96), tmp_path)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
 def test_poolings_and_gelus_are_those_of_timm(
-    pooling: str, gelu: Any, torch: Any, timm: Any
+    pooling: str, gelu: Any, torch: Any, timm: Any, tmp_path: Path
 ) -> None:
     act_layer = {"act_layer": timm.layers.GELUTanh} if gelu == "tanh" else {}
     theirs = timm.models.vision_transformer.VisionTransformer(
@@ -140,4 +115,4 @@ def test_poolings_and_gelus_are_those_of_timm(
     )
     config = VitConfig(2, 16, 24, 48, 3, pooling=pooling)  # type: ignore[arg-type]
     ours = create_model("ViT-custom", 10, gelu=gelu, **vars(config))
-    compare(torch, theirs, ours, 32, 48)
+    compare(torch, theirs, ours, (32, 48), tmp_path)

@@ -40,10 +40,10 @@ def to_reference(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name != "blocks"} | unstacked
 
 
-# The derivative of ReLU jumps at 0, and rounding can change the sign of an activation.
+# A step changes BiT's loss by 4 %. Adam turns the rounding of tiny gradients into updates: 8e-5.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "tolerance"), [("Mixer-tiny", 1e-5), ("ViT-tiny", 1e-5), ("BiT-tiny", 1e-3)]
+    ("model", "tolerance"), [("Mixer-tiny", 1e-5), ("ViT-tiny", 1e-5), ("BiT-tiny", 4e-4)]
 )
 def test_reference_has_the_same_losses_over_three_steps(model: str, tolerance: float) -> None:
     device, workload = jax.devices()[0], WORKLOAD._replace(model=model)

@@ -126,7 +126,10 @@ def test_both_layouts_are_recognized(tmp_path: Path) -> None:
     assert shapes == get_family("bit").param_shapes(CONFIG, 224, 3)
     kernel = tensors["resnet/block2/unit01/a/proj/standardized_conv2d/kernel"]
     np.testing.assert_array_equal(flat["block2/unit01/conv_proj/kernel"], kernel)
-    assert_params_equal(load_checkpoint(tmp_path / "timm.safetensors").params, loaded.params)
+    from_timm = load_checkpoint(tmp_path / "timm.safetensors")
+    assert_params_equal(from_timm.params, loaded.params)
+    crop = from_timm.model_info.eval_crop, from_timm.model_info.eval_crop_fraction
+    assert crop == ("bilinear", 0.875)
     # The weights fit any image size, and are used at it.
     images = np.random.default_rng(1).uniform(-1, 1, (2, 9, 12, 3)).astype(np.float32)
     assert load_pretrained(tmp_path / "BiT.npz", image_size=(9, 12))(images).shape == (2, 3)

@@ -191,6 +191,28 @@ def test_other_functions_are_rejected(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "hybrid.npz")
 
 
+def test_position_embedding_of_timm_is_learned_and_has_an_entry_for_the_class_token(
+    tmp_path: Path,
+) -> None:
+    tensors = pretrained_files.timm_vit(random_weights(VIT).params)
+    without = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
+    save_file(without, tmp_path / "rope.safetensors")
+    with raises(UserError, "rope.safetensors", "'pos_embed'", "missing"):
+        load_checkpoint(tmp_path / "rope.safetensors")
+    with raises(UserError, "timm", "pos_embedding", "--to=orbax"):
+        export_weights(random_weights(CONFIGS["sincos2d"]), "timm", f"{tmp_path}/t.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["rope.safetensors"]
+    tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    save_file(tensors, tmp_path / "deit3.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text('{"model_args": {"num_heads": 3}}')
+    with raises(UserError, "deit3.safetensors", "15 tokens", "no_embed_class"):
+        load_checkpoint(tmp_path / "deit3.safetensors")
+    config.write_text('{"model_args": {"num_heads": 3, "no_embed_class": true}}')
+    with raises(UserError, "deit3.safetensors", "no_embed_class", "class token"):
+        load_checkpoint(tmp_path / "deit3.safetensors", pretrain_image_size=(12, 20))
+
+
 def test_parameters_without_a_place_in_timm_are_named(tmp_path: Path) -> None:
     with raises(UserError, "timm", "pre_logits", "--to=orbax"):
         export_weights(random_weights(CONFIGS["pre_logits"]), "timm", f"{tmp_path}/t.safetensors")

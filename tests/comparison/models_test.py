@@ -59,6 +59,13 @@ def test_errors_name_the_model(arguments: list[str], parts: list[str]) -> None:
     assert mentions(str(error.value), *parts)
 
 
+def test_folders_are_in_the_workdir() -> None:
+    labels = ("..", ".", ".hidden", "a..b")
+    models = parse_models([f"{label}=digits" for label in labels[1:]])
+    assert [model.folder for model in models] == ["_", "_hidden", "a..b"]
+    assert parse_models(["..=digits"])[0].folder == "_"
+
+
 def test_labels_with_the_same_folder_are_refused() -> None:
     with pytest.raises(UserError, match="'a b' and 'a_b'"):
         parse_models(["a b=digits", "a_b=digits"])

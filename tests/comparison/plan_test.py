@@ -74,8 +74,6 @@ def test_an_error_of_a_config_names_the_model(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     with pytest.raises(UserError, match=r"^b: .*warmup_steps"):
         entries_of(f"b={config}", num_steps="1")
-    with pytest.raises(UserError, match="no config is compared"):
-        entries_of("Mixer-S/32", num_steps="1")
 
 
 def test_variations_and_seeds_are_parsed() -> None:

@@ -63,6 +63,7 @@ def test_another_folder_gives_the_same_results(tmp_path: Path, capsys: Capture) 
     assert a["num_steps"] == 4
     assert b["num_steps"] < 4
     assert len(a["top1"]) == len(b["top1"]) == 2
+    assert a["seeds"] == b["seeds"] == [0, 1]
     other = tmp_path / "second"
     run_compare(capsys, other, *arguments)
     assert read_rows(other) == [a, b]
@@ -101,6 +102,12 @@ def test_workdirs_are_evaluated(tmp_path: Path, capsys: Capture) -> None:
     assert untrained["top1"] == []
     assert untrained["num_params"] == 19_104_624
     assert mentions(text, "From the paper", "11,489")
+    # Evaluated at another size, it has more FLOPs per image; its training cost is the same.
+    larger = tmp_path / "larger"
+    run_compare(capsys, larger, f"a={trained_run}", "--image_size=32", "--no_throughput")
+    (resized,) = read_rows(larger)
+    assert resized["forward_flops"] > 2 * trained["forward_flops"]
+    assert resized["train_flops"] == trained["train_flops"]
     # Together with the config that it was trained from.
     both = tmp_path / "both"
     run_compare(capsys, both, f"b={config}", f"a={trained_run}", "--no_throughput")
@@ -147,3 +154,4 @@ def test_a_diverging_model_does_not_stop_the_others(tmp_path: Path, capsys: Capt
     assert mentions(text, "bad failed", "finite")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in rows] == [True, False]
+    assert [row["seeds"] for row in rows] == [[], [0]]

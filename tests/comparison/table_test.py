@@ -15,6 +15,7 @@ ROW = Row(
     "Mixer-custom",
     "mixer",
     (32, 32),
+    (0, 1),
     (98.0, 99.0),
     360,
     2,
@@ -118,6 +119,6 @@ def test_cost_unit_suits_the_smallest_cost(seconds: list[float], unit: str) -> N
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_models_without_measurements_have_a_row(file_format: str) -> None:
-    row = Row("Mixer-B/16", "", "Mixer-B/16", "mixer", (224, 224), (), None, 0, 1, 2)
+    row = Row("Mixer-B/16", "", "Mixer-B/16", "mixer", (224, 224), (), (), None, 0, 1, 2)
     table = Table([row], None, None, "", [], [])
     assert "Mixer-B/16" in format_table(table, file_format)

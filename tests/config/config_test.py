@@ -71,6 +71,8 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("model.family", "resnet", ["model.family", "mixer"]),
         ("model.variant", "Q/99", ["config.model.variant", "S/32", "H/14", "custom", "init_from"]),
         ("model.variant", "b/16", ["config.model.variant", "'b/16'", "mean B/16"]),
+        ("model.variant", "R50x1", ["config.model.variant", "'R50x1'", "model.family=bit"]),
+        ("model.pooling", "avg", ["config.model.pooling", "'', token, gap, map", "'avg'"]),
         ("model.gelu", "relu", ["model.gelu", "tanh", "exact"]),
         ("model.dropout", 1.0, ["model.dropout", "0", "0.999"]),
         ("model.scan_unroll", 13, ["model.scan_unroll", "12"]),

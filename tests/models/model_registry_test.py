@@ -36,6 +36,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_families_know_whether_they_have_a_gelu(family: ModelFamily) -> None:
+    fields = {field.name for field in dataclasses.fields(family.get_module_class())}
+    assert family.has_gelu == ("gelu" in fields)
+
+
 def test_list_models_names_every_variant() -> None:
     names = list_models()
     assert len(set(names)) == sum(len(family.variants) for family in FAMILIES.values())

@@ -154,6 +154,16 @@ def test_vtab_runs_of_vit_have_one_learning_rate_and_size() -> None:
     assert set(make_model_plan(SUITES["vtab1k"], "ViT-L/16", "224").image_sizes.values()) == {224}
 
 
+def test_a_tasks_own_size_is_rounded_to_whole_patches() -> None:
+    plan = make_model_plan(SUITES["vtab1k"], "ViT-H/14")
+    assert set(plan.image_sizes.values()) == {378}
+    task = plan.suite.tasks[0]
+    assert isinstance(task, FineTuneTask)
+    assert plan.final_runs(task, 0.01)[0].config.image_size == 378
+    with raises(UserError, "384", "14", "378", "392"):
+        make_model_plan(SUITES["vtab1k"], "ViT-H/14", "384")
+
+
 def test_another_image_size_changes_the_size_before_the_crop() -> None:
     plan = make_model_plan(SUITES["avg5"], "BiT-R50x1", "224")
     (task, *_) = plan.suite.tasks

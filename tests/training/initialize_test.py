@@ -229,8 +229,12 @@ def test_init_names_the_variant_of_other_weights(digits_dir: str, tmp_path: Path
 def test_init_names_the_family_of_other_weights(digits_dir: str, tmp_path: Path) -> None:
     vit = VitConfig(num_blocks=1, patch_size=4, hidden_dim=12, mlp_dim=20, num_heads=3)
     path = save_npz(random_weights(vit, (32, 32)), tmp_path / "ViT.npz")
-    with raises(UserError, path, "mixer", "--config.model.family=vit", "variant=init_from"):
+    with raises(UserError, path, "ViT-custom", "--config.model.family=vit", "variant=init_from"):
         start(small_config(digits_dir, init_from=path), tmp_path)
+    # As finetune_bit.py, which takes the architecture from weights of its family only.
+    config = small_config(digits_dir, init_from=path, model__family="bit", **FROM_WEIGHTS)
+    with raises(UserError, path, "ViT-custom", "'bit'", "BiT", "--config.model.family=vit"):
+        start(config, tmp_path)
 
 
 def test_resumed_run_does_not_read_init_from(
