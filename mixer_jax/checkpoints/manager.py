@@ -208,6 +208,7 @@ class CheckpointManager:
         """Raises UserError if a checkpoint cannot be read, RunError if its files are intact."""
         hook = sys.unraisablehook
         sys.unraisablehook = _AbandonedFilter(hook)
+        logging.getLogger("asyncio").addFilter(_is_not_abandoned)
         try:
             yield
         except (MemoryError, RunError, jax.errors.JaxRuntimeError):
@@ -264,9 +265,10 @@ def _ignore_abandoned_writes() -> None:
 
 
 def _is_not_abandoned(record: logging.LogRecord) -> bool:
-    """Filters what asyncio logs about a failed write of orbax that nobody waits for."""
+    """Filters what asyncio logs about a failed read or write of orbax that nobody waits for."""
     message = record.getMessage()
-    return "exception was never retrieved" not in message or "orbax" not in message
+    is_abandoned = "exception was never retrieved" in message
+    return not (is_abandoned and ("orbax" in message or "tensorstore" in message))
 
 
 def remove_unfinished_saves(workdir: str) -> None:

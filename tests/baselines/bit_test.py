@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.load import load_checkpoint
@@ -45,7 +45,7 @@ def test_logits_and_gradients(
 ) -> None:
     theirs = make_timm_model(torch, timm, CONFIGS[name])
     path = tmp_path / "model.safetensors"
-    save_file(theirs.state_dict(), path)
+    save_file({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, path)
     weights = load_checkpoint(path, image_size=size)
     assert weights.model_info.config == CONFIGS[name]
     rng = np.random.default_rng(0)

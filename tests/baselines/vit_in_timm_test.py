@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.load import load_checkpoint
@@ -45,7 +45,7 @@ def compare(torch: Any, theirs: Any, ours: Any, size: Any, folder: Path) -> None
     """Compares logits and the gradients of a function of them."""
     randomize(torch, theirs)
     path = folder / "model.safetensors"
-    save_file(theirs.state_dict(), path)
+    save_file({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, path)
     settings = {"model_args": {"num_heads": ours.config.num_heads}}
     (folder / "config.json").write_text(json.dumps(settings))
     weights = load_checkpoint(path, image_size=size)
