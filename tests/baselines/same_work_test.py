@@ -27,7 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mixer_config.VARIANTS, "tiny", mixer)
     monkeypatch.setitem(vit_config.VARIANTS, "tiny", vit_config.VitConfig(2, 16, 64, 128, 2))
     monkeypatch.setitem(bit_config.VARIANTS, "tiny", bit_config.BitConfig("1,1", 64))
-    monkeypatch.setattr(bit_family, "_NOT_IN_TIMM", ("tiny",))
+    monkeypatch.setattr(bit_family, "_NOT_IN_TIMM", (*bit_family._NOT_IN_TIMM, "tiny"))
 
 
 @pytest.mark.parametrize(
