@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--list",
         nargs="?",
-        const="",
-        choices=("", *FAMILIES),
+        const="all",
+        choices=("all", *FAMILIES),
         metavar="FAMILY",
-        help=f"list published weights, of one family ({', '.join(FAMILIES)}) or all, and exit",
+        help=f"list published weights, of all families or one ({', '.join(FAMILIES)}), and exit",
     )
     args = parser.parse_args(argv)
     if args.list is not None:

@@ -137,7 +137,7 @@ class Classifier:
 
         Args:
             weights: Weights on the host.
-            dtype: As in `load_pretrained`.
+            dtype: Dtype of the computation; see `load_pretrained`.
             source: Name of the weights for error messages.
         """
         self.model_info = weights.model_info

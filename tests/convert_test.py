@@ -209,7 +209,7 @@ def test_list_of_one_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert models == {"ViT"}
     assert mentions(out, "hf:timm/vit_base_patch16_384.augreg_in21k_ft_in1k", "86.01", "[3]")
     assert not mentions(out, "[1]")
-    with raises(UserError, "--list", "resnet", "bit"):
+    with raises(UserError, "--list must be one of all, mixer", "resnet", "bit"):
         convert.main(["--list=resnet"])
 
 

@@ -215,9 +215,9 @@ MODEL_ZOO = (
 )
 
 
-def format_model_zoo(family: str = "") -> str:
+def format_model_zoo(family: str = "all") -> str:
     """Formats the model zoo as one table per family, or as that of one family."""
-    prefixes = [f"{f.display_name}-" for f in FAMILIES.values() if family in ("", f.name)]
+    prefixes = [f"{f.display_name}-" for f in FAMILIES.values() if family in ("all", f.name)]
     entries = [[e for e in MODEL_ZOO if e.model.startswith(prefix)] for prefix in prefixes]
     tables = [_format_table(rows) for rows in entries if rows]
     found = {entry.note for rows in entries for entry in rows}

@@ -1,6 +1,6 @@
-"""Core-days of a run on a topology that is not attached, by `planning` in a process of its own.
+"""Core-days of a run on a topology that is not attached, planned in a separate process.
 
-The process has JAX without the devices of this machine, see `planning.topology.ENVIRONMENT`.
+In that process JAX does not use this machine's devices; see `planning.topology.ENVIRONMENT`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ def plan_core_days(
         config: Run with `num_steps`.
         num_classes: Classes of the training data.
         num_train: Examples of the training data.
-        topology: As the argument of `plan`, such as "v3:4x4".
+        topology: Topology as `plan` names it, such as "v3:4x4".
 
     Raises:
         UserError: The batch cannot be split over the devices, or the TPU compiler is missing.

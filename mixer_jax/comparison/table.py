@@ -34,7 +34,7 @@ class Row(NamedTuple):
         num_train: Number of training examples.
         train_flops: Model FLOPs of a training run.
         images_per_second: Inference throughput of one device at the best batch size.
-        batch_size: That batch size.
+        batch_size: Batch size with that throughput.
         device: Device of that measurement.
         device_seconds: Measured training time × devices of a run, mean over the runs.
         core_days: Lower bound on the core-days of a run on the topology of the table.

@@ -62,7 +62,7 @@ def test_google_layout_is_read(config: str, layout: Callable, prefix: str, tmp_p
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_google_layout_round_trip(config: str, num_classes: int, tmp_path: Path) -> None:
-    """From npz to ours and back: the same tensors, bit for bit."""
+    """Tensors of an npz file are the same after loading and exporting, bit for bit."""
     weights = random_weights(CONFIGS[config], class_names=("a", "b", "c")[:num_classes])
     tensors = pretrained_files.google_vit(weights.params)
     np.savez(tmp_path / "theirs.npz", **tensors)
@@ -75,7 +75,7 @@ def test_google_layout_round_trip(config: str, num_classes: int, tmp_path: Path)
 
 @pytest.mark.parametrize("config", TIMM_CONFIGS)
 def test_timm_layout_round_trip(config: str, tmp_path: Path) -> None:
-    """From timm to ours and back: the same tensors, bit for bit."""
+    """Tensors of timm are the same after loading and exporting, bit for bit."""
     weights = random_weights(CONFIGS[config], image_size=(16, 24))
     tensors = pretrained_files.timm_vit(weights.params)
     save_file(tensors, tmp_path / "theirs.safetensors")
@@ -163,7 +163,7 @@ def test_optimizer_next_to_weights_is_skipped(tmp_path: Path) -> None:
 
 
 def test_zeroed_head_is_kept_but_not_used(tmp_path: Path) -> None:
-    """As in imagenet21k/ViT-*.npz."""
+    """The published files imagenet21k/ViT-*.npz have such a head."""
     weights = random_weights(CONFIGS["pre_logits"], class_names=(), num_classes=21_843)
     for array in weights.params["head"].values():
         array[:] = 0

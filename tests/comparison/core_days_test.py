@@ -1,4 +1,4 @@
-"""Tests of core-days, planned in a process of its own. GPUs need no compiler."""
+"""Tests of core-days, planned in a separate process. GPUs need no compiler."""
 
 from pathlib import Path
 
