@@ -266,9 +266,11 @@ def _ignore_abandoned_writes() -> None:
 
 def _is_not_abandoned(record: logging.LogRecord) -> bool:
     """Filters what asyncio logs about a failed read or write of orbax that nobody waits for."""
-    message = record.getMessage()
-    is_abandoned = "exception was never retrieved" in message
-    return not (is_abandoned and ("orbax" in message or "tensorstore" in message))
+    if "exception was never retrieved" not in record.getMessage():
+        return True
+    # The message has the error, whose trace tells where it was raised.
+    text = logging.Formatter().format(record)
+    return "orbax" not in text and "tensorstore" not in text
 
 
 def remove_unfinished_saves(workdir: str) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint._src.path import async_path
 
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state, save_params_streaming
@@ -355,16 +356,20 @@ def test_asyncio_does_not_log_reads_and_writes_that_orbax_abandoned(
     caplog.clear()
     file = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "params"
 
-    def abandon(reason: str) -> None:
+    def abandon(error: Exception) -> None:
         loop = asyncio.new_event_loop()
-        loop.create_future().set_exception(ValueError(reason))
+        loop.create_future().set_exception(error)
         gc.collect()
         loop.close()
 
-    abandon(f"Error writing {file}")
-    abandon("Error opening driver: Error reading params/d/0 [tensorstore_spec='{}']")
+    abandon(ValueError(f"Error writing {file}"))
+    abandon(ValueError("Error reading params/d/0 [tensorstore_spec='{}']"))
+    # An error without the name of its file.
+    with pytest.raises(OSError) as raised:
+        asyncio.run(async_path.write_text(tmp_path, "text"))
+    abandon(raised.value)
     assert caplog.records == []
-    abandon("another")
+    abandon(ValueError("another"))
     assert [record.name for record in caplog.records] == ["asyncio"]
 
 
