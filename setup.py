@@ -21,6 +21,7 @@ CORE = [
     "huggingface-hub>=0.25",
     "jax>=0.7",
     "jaxtyping>=0.3",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "ml-collections>=1.0",
     "ml-dtypes>=0.5",
@@ -30,6 +31,7 @@ CORE = [
     # 1.0 is announced to replace the API that mixer_jax/checkpoints/manager.py uses.
     "orbax-checkpoint>=0.11.25,<1",
     "pillow>=11",
+    "pyarrow>=18",
     "safetensors>=0.8",
     "scikit-learn>=1.5",
     "simplejpeg>=1.9",
