@@ -77,7 +77,9 @@ setup(
     # A checkout has the configs at the top, where experiments are recorded.
     packages=[*find_packages(include=["mixer_jax", "mixer_jax.*"]), "mixer_jax.configs"],
     package_dir={"mixer_jax.configs": "configs"},
-    package_data={"mixer_jax": ["py.typed", "data/wordnet.tsv.gz"]},
+    package_data={
+        "mixer_jax": ["py.typed", "data/wordnet.tsv.gz", "visualization/templates/*.html"]
+    },
     entry_points={"console_scripts": ["mixer-jax = mixer_jax.__main__:main"]},
     zip_safe=False,
     install_requires=CORE,

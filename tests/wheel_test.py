@@ -82,8 +82,10 @@ def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:
         assert file.read(notice) == (root / "NOTICE").read_bytes()
     package = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.py")}
     configs = {Path("mixer_jax/configs", path.name) for path in (root / "configs").glob("*.py")}
-    others = {Path("mixer_jax/py.typed"), Path("mixer_jax/data/wordnet.tsv.gz")}
-    assert names == {str(path) for path in {*package, *configs, *others}}
+    data = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.html")}
+    assert Path("mixer_jax/visualization/templates/base.html") in data
+    data |= {Path("mixer_jax/py.typed"), Path("mixer_jax/data/wordnet.tsv.gz")}
+    assert names == {str(path) for path in {*package, *configs, *data}}
     assert f"Version: {mixer_jax.__version__}" in lines
     assert "License-Expression: Apache-2.0 AND LicenseRef-WordNet-3.0" in lines
     assert {"License-File: LICENSE", "License-File: NOTICE"} <= {*lines}
