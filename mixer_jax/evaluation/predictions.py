@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
@@ -76,9 +77,10 @@ def make_prediction_step(model: Any, mesh: Mesh) -> PredictionStep:
     def postprocess(logits: Array, batch: Batch) -> BatchPredictions:
         num_classes = logits.shape[1]
         num_top = num_classes if num_classes <= MAX_ALL_CLASSES else NUM_TOP
-        probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), num_top)
+        # In the same way as the metrics, so that the confidence is the first probability.
+        log_probs, classes = jax.lax.top_k(jax.nn.log_softmax(logits), num_top)
         return BatchPredictions(
-            batch_metrics(logits, batch), batch["label"], classes, probabilities
+            batch_metrics(logits, batch), batch["label"], classes, jnp.exp(log_probs)
         )
 
     return jit_inference(model, mesh, postprocess)

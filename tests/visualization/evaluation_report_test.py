@@ -224,6 +224,17 @@ def test_worst_mistakes_are_sorted_by_confidence_and_shown(tmp_path: Path) -> No
     assert shown == sorted(shown)
 
 
+def test_images_deleted_since_the_evaluation_are_left_out(tmp_path: Path) -> None:
+    source = make_source(50, tuple("abc"))
+    predictions = make_predictions(source)
+    (first,) = worst_mistakes(predictions, 1)
+    source.examples[first]["image"] = b""
+    page = write(tmp_path / "report", source, predictions)
+    is_wrong = predictions.predicted != predictions.labels
+    assert len(page.attributes("img", "src")) == is_wrong.sum()
+    assert predictions.names[first] not in page.text
+
+
 def test_perfect_predictions_have_no_mistakes(tmp_path: Path) -> None:
     source = make_source(20, tuple("abc"))
     predictions = make_predictions(source, accuracy=1.0)
