@@ -150,8 +150,7 @@ def test_installed_program_needs_neither_checkout_nor_tensorflow(
     assert mentions(run("evaluate", checkpoint, *digits, "--report=report"), "top-1")
     assert (folder / "report" / "index.html").exists()
     code = "from mixer_jax.data.wordnet import label_class; print(label_class('n02012849'))"
-    assert run(code, program="-c") == "crane (n02012849)
-"
+    assert run(code, program="-c") == "crane (n02012849)\n"
     for target in ("google", "timm", "stablehlo"):
         suffix = {"google": "npz", "timm": "safetensors"}.get(target, target)
         run("convert", "runs/digits_low", f"digits.{suffix}", f"--to={target}")
