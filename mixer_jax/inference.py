@@ -26,6 +26,7 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
 from mixer_jax.data.preprocess import crop_eval_image, eval_image
+from mixer_jax.data.wordnet import describe_class, label_class
 from mixer_jax.distributed.sharding import (
     batch_sharding,
     make_mesh,
@@ -45,11 +46,19 @@ if TYPE_CHECKING:
 
 
 class ClassProbability(NamedTuple):
-    """Probability of one class, whose name is its index as text if names are unknown."""
+    """Probability of one class.
+
+    Attributes:
+        class_index: Output of the head, from 0.
+        name: Name of the class; its index as text if names are unknown.
+        description: Words for a name that is a WordNet ID, as ImageNet's are: "tench, Tinca tinca"
+            for "n01440764". Empty for other names.
+    """
 
     class_index: int
     name: str
     probability: float
+    description: str = ""
 
 
 class Prediction(NamedTuple):
@@ -586,27 +595,38 @@ class Classifier:
             if image.pixels is None:
                 yield Prediction(image.name, [], image.error)
                 continue
-            pairs = zip(classes[row].tolist(), probabilities[row].tolist(), strict=True)
-            named = [ClassProbability(k, self._class_name(k), p) for k, p in pairs]
+            named = []
+            for k, p in zip(classes[row].tolist(), probabilities[row].tolist(), strict=True):
+                name = self._class_name(k)
+                named.append(ClassProbability(k, name, p, describe_class(name)))
             yield Prediction(image.name, named)
 
 
 def find_class(info: ModelInfo, target: SupportsIndex | str) -> int:
-    """Returns the index of a class, from its name or its index, also as text.
+    """Returns the index of a class, from its name, its words or its index, also as text.
 
     Raises:
-        UserError: There is no such class.
+        UserError: There is no such class, or several.
     """
-    names = info.class_names
-    if isinstance(target, str) and target in names:
-        return names.index(target)
-    text = str(target)
+    text, names = str(target), info.class_names
+    # A WordNet ID has several words, and several IDs can have the same.
+    spellings = [(name, *filter(None, describe_class(name).split(", "))) for name in names]
+    if isinstance(target, str):
+        if text in names:
+            return names.index(text)
+        matches = [index for index, spelling in enumerate(spellings) if text in spelling]
+        if len(matches) > 1:
+            options = " or ".join(names[index] for index in matches)
+            raise UserError(f"class must be one of the model's, got {text!r}: name {options}.")
+        if matches:
+            return matches[0]
     if text.isdecimal() and int(text) < info.num_classes:
         return int(text)
     rule = f"an index between 0 and {info.num_classes - 1}"
     if not names:
         raise UserError(f"class must be {rule} for a model without class names, got {text!r}.")
-    hint = suggest(text, names) or f" Names are {abbreviate(names)}."
+    hint = suggest(text, itertools.chain.from_iterable(spellings))
+    hint = hint or f" Names are {abbreviate(map(label_class, names))}."
     raise UserError(f"class must be a name of the model's classes or {rule}, got {text!r}.{hint}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mixer_jax.data.wordnet import label_class
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.saliency import Saliency
 from mixer_jax.visualization.figures import DPI, make_figure
@@ -63,7 +64,7 @@ def plot_saliency(saliencies: Saliency | Sequence[Saliency]) -> Any:
             alpha=np.abs(saliency.values) / limit,
             interpolation="nearest",
         )
-        _set_title(right, f"{saliency.name}: {saliency.probability:.1%}", cell_width)
+        _set_title(right, f"{label_class(saliency.name)}: {saliency.probability:.1%}", cell_width)
         colors = ScalarMappable(overlay.norm, overlay.cmap)
         figure.colorbar(colors, ax=right, label=_LABELS[saliency.method], fraction=0.05)
     return figure
@@ -79,7 +80,7 @@ def describe_saliency(saliency: Saliency) -> str:
     """Formats the class, its probability, and the largest value with its row and column."""
     row, column = np.unravel_index(saliency.values.argmax(), saliency.values.shape)
     return (
-        f"{saliency.image}: {saliency.name} {saliency.probability:.2%}, largest "
+        f"{saliency.image}: {label_class(saliency.name)} {saliency.probability:.2%}, largest "
         f"{_LABELS[saliency.method]} {saliency.values.max():.3g} at row {row}, column {column}"
     )
 

@@ -147,6 +147,15 @@ def test_classes_are_found_by_name_and_index(target: Any, index: int) -> None:
     assert find_class(make_classifier().model_info, target) == index
 
 
+def test_classes_are_found_by_words() -> None:
+    info = random_weights(class_names=("n01440764", "n02012849", "n03126707")).model_info
+    assert find_class(info, "tench") == find_class(info, "n01440764") == 0
+    with raises(UserError, "'crane'", "n02012849", "n03126707"):
+        find_class(info, "crane")
+    with raises(UserError, "'tensh'", "tench"):
+        find_class(info, "tensh")
+
+
 def test_names_that_are_numbers_come_before_indices() -> None:
     info = random_weights(class_names=("7", "8", "1")).model_info
     assert (find_class(info, "1"), find_class(info, 1)) == (2, 1)
