@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -276,4 +275,3 @@ def test_training_lowers_the_frequency_of_units_and_filters_below_noise() -> Non
     assert filter_frequency(trained) < filter_frequency(untrained)
     median = [np.median(sort_units(read_units(w)[0]).similarities) for w in (untrained, trained)]
     assert median[1] < median[0]
-    assert jax.tree.structure(trained.params) == jax.tree.structure(untrained.params)
