@@ -168,7 +168,7 @@ def _needed_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     return equations[::-1]
 
 
-def _is_constant(equation: JaxprEqn, inputs: list[Any]) -> bool:
+def _is_constant(equation: Any, inputs: list[Any]) -> bool:
     shapes = [variable.aval.shape for variable in equation.outvars]
     is_static = all(isinstance(length, int) for shape in shapes for length in shape)
     return is_static and not any(isinstance(value, jax.core.Tracer) for value in inputs)
