@@ -76,7 +76,7 @@ setup(
     # A checkout has the configs at the top, where experiments are recorded.
     packages=[*find_packages(include=["mixer_jax", "mixer_jax.*"]), "mixer_jax.configs"],
     package_dir={"mixer_jax.configs": "configs"},
-    package_data={"mixer_jax": ["py.typed"]},
+    package_data={"mixer_jax": ["py.typed", "visualization/templates/*.html"]},
     entry_points={"console_scripts": ["mixer-jax = mixer_jax.__main__:main"]},
     zip_safe=False,
     install_requires=CORE,

@@ -60,6 +60,7 @@ HEAVY = {
         "visualization/",
         "benchmarks/report.py",
     },
+    "jinja2": {"visualization/html.py"},
     "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
 }
 

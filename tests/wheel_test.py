@@ -80,7 +80,10 @@ def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:
         lines = file.read(metadata).decode().splitlines()
     package = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.py")}
     configs = {Path("mixer_jax/configs", path.name) for path in (root / "configs").glob("*.py")}
-    assert names == {str(path) for path in {*package, *configs, Path("mixer_jax/py.typed")}}
+    data = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.html")}
+    assert Path("mixer_jax/visualization/templates/base.html") in data
+    data.add(Path("mixer_jax/py.typed"))
+    assert names == {str(path) for path in {*package, *configs, *data}}
     assert f"Version: {mixer_jax.__version__}" in lines
     assert "License-Expression: Apache-2.0" in lines
     # Where the package is published, links to files of the checkout would lead nowhere.
