@@ -19,12 +19,12 @@ from mixer_jax.models.family import (
     Shape,
     TensorMapping,
     WeightLayout,
+    check_image_size,
 )
 from mixer_jax.models.mixer_config import (
     BLOCK_BACKENDS,
     VARIANTS,
     MixerConfig,
-    check_image_size,
     num_tokens,
 )
 
