@@ -1,4 +1,4 @@
-"""Plot a batch as training sees it: `python -m mixer_jax.visualize data --config=… --out=…`."""
+"""Plot training batches and pages of runs: `python -m mixer_jax.visualize COMMAND --out=…`."""
 
 import argparse
 import tempfile
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Plots what the arguments request; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.visualize",
-        description="Plot training batches.",
+        description="Plot training batches, and make pages of training runs.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data = commands.add_parser(

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -131,9 +132,11 @@ def _plot_metric(axes: Any, lines: Sequence[dict[str, Any]], key: str, **style: 
 
 
 def _finish_panel(axes: Any, title: str) -> None:
-    plotted = (value for line in axes.lines for value in line.get_ydata())
+    positive = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    # A few short intervals can have a throughput far above the others.
+    is_skewed = positive and max(positive) > 10 * statistics.median(positive)
     # A logarithmic axis needs a positive value.
-    if title == "loss" and any(value > 0 for value in plotted):
+    if (title == "loss" and positive) or (title == "images per second" and is_skewed):
         axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("step")

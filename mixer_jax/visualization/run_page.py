@@ -13,6 +13,7 @@ import markupsafe
 from etils import epath
 from ml_collections import ConfigDict
 
+import mixer_jax
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, from_dict
@@ -245,7 +246,7 @@ def render_run_page(runs: Sequence[Run], examples: Sequence[Examples]) -> str:
     return render_page(
         "run.html",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
-        subtitle=f"Training, as of {_format_time(now)}",
+        subtitle=f"Written {_format_time(now)} by mixer-jax {mixer_jax.__version__}",
         runs=[
             {
                 "name": run.name,
