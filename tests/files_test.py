@@ -17,6 +17,7 @@ from etils import epath
 from mixer_jax.errors import UserError
 from mixer_jax.files import (
     LineFile,
+    atomic_folder,
     atomic_target,
     atomic_write,
     file_lock,
@@ -310,3 +311,36 @@ def test_is_locked_recognizes_programs_that_run_here(tmp_path: Path) -> None:
     assert is_locked(path) is False
     path.write_text("")
     assert is_locked(path) is None
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_atomic_folder_appears_with_all_of_its_files(exists: bool, tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    if exists:
+        path.mkdir()
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("a")
+        assert exists == path.exists()
+    assert names(tmp_path) == ["report"]
+    assert names(path) == ["a"]
+    (tmp_path / "other").mkdir()
+    modes = {stat.S_IMODE(other.stat().st_mode) for other in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_atomic_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def write(error: BaseException | None = None) -> None:
+        with atomic_folder(tmp_path / "report") as folder:
+            (folder / "a").write_text("a")
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    assert names(tmp_path) == []
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "old").touch()
+    with pytest.raises(OSError, match="report"):
+        write()
+    assert names(tmp_path) == ["report"]
+    assert names(tmp_path / "report") == ["old"]

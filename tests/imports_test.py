@@ -61,7 +61,11 @@ HEAVY = {
         "benchmarks/report.py",
     },
     "jinja2": {"visualization/html.py"},
-    "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
+    "sklearn": {
+        "data/builders/digits.py",
+        "visualization/evaluation_report.py",
+        "benchmarks/pipelines.py",
+    },
 }
 
 

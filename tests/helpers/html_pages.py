@@ -49,8 +49,9 @@ class Page(HTMLParser):
             self.text += data
 
     def attributes(self, tag: str, name: str) -> list[str]:
-        """Lists the values of an attribute of all elements with a tag."""
-        return [attributes[name] for found, attributes in self.elements if found == tag]
+        """Lists the values of an attribute of all elements with a tag that have it."""
+        elements = [attributes for found, attributes in self.elements if found == tag]
+        return [attributes[name] for attributes in elements if name in attributes]
 
 
 def check_stands_alone(html: str) -> Page:
