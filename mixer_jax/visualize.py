@@ -1,4 +1,4 @@
-"""Plot training batches, weights and saliency: `python -m mixer_jax.visualize COMMAND --out=…`."""
+"""Plot batches, runs, weights and saliency: `python -m mixer_jax.visualize COMMAND --out=…`."""
 
 import argparse
 import tempfile
@@ -15,6 +15,7 @@ from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import FIELDS, RunConfig
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import atomic_write
+from mixer_jax.training.workdir import resolve_workdir
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.weights import PretrainedWeights
@@ -33,10 +34,11 @@ def main(argv: Sequence[str]) -> int:
     """Plots what the arguments request; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.visualize",
-        description="Plot training batches, weights, and what a prediction depends on.",
+        description="Plot training batches, runs, weights, and what predictions depend on.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data_command(commands)
+    _add_run_command(commands)
     _add_units_command(commands)
     _add_filters_command(commands)
     _add_saliency_command(commands)
@@ -44,13 +46,17 @@ def main(argv: Sequence[str]) -> int:
     # Only the config of `data` has keys to override.
     if overrides and args.command != "data":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if args.command == "run":
+        return _write_run_page(args)
     _check_out(args.out)
     if args.command == "data":
         figure, lines = _plot_data(args, overrides)
     else:
         plot = {"units": _plot_units, "filters": _plot_filters, "saliency": _plot_saliency}
         figure, lines = plot[args.command](args)
-    _write_figure(args.out, figure)
+    from mixer_jax.visualization.figures import render_figure
+
+    _write_out(args.out, render_figure(figure, args.out.suffix.lower().removeprefix(".")))
     for line in lines:
         print(line)
     return 0
@@ -94,6 +100,39 @@ def _plot_data(args: argparse.Namespace, overrides: Sequence[str]) -> _Drawing:
     _check_step("--step", args.step, config, len(source))
     figure, (title, *_) = _draw_batch(args.config, config, source, args.step, num_images)
     return _Drawing(figure, [f"{args.out}: {title}"])
+
+
+def _add_run_command(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="HTML page of training runs, also while they train",
+        description="Write a page with the curves of training runs over each other, their metrics, "
+        "throughput, configurations and differences, training images, bad images, hardware and "
+        "versions, as one HTML file. Reads the workdirs only, also while training writes to them.",
+    )
+    run.add_argument(
+        "--workdir",
+        required=True,
+        action="append",
+        help="folder or gs:// URL of a run; repeat it to compare runs",
+    )
+    run.add_argument("--out", required=True, type=Path, help="a file: .html")
+
+
+def _write_run_page(args: argparse.Namespace) -> int:
+    _check_out(args.out, (".html",))
+    workdirs = [resolve_workdir(workdir) for workdir in args.workdir]
+
+    # Imported here, once the arguments are valid: these are heavy.
+    common.configure_jax("", cpu_only=True)
+    from mixer_jax.visualization.run_page import load_examples, read_runs, render_run_page
+
+    runs = read_runs(workdirs)
+    page = render_run_page(runs, load_examples(runs))
+    _write_out(args.out, page)
+    for run in runs:
+        print(f"{args.out}: {run.name}, step {run.step:,}")
+    return 0
 
 
 def plot_batch(config: ConfigDict, step: int = 0, num_images: int | None = None) -> Any:
@@ -341,20 +380,17 @@ def _plot_saliency(args: argparse.Namespace) -> _Drawing:
     return _Drawing(plot_saliency(saliencies), [describe_saliency(row) for row in saliencies])
 
 
-def _write_figure(out: Path, figure: Any) -> None:
-    from mixer_jax.visualization.figures import render_figure
-
-    plot = render_figure(figure, out.suffix.lower().removeprefix("."))
+def _write_out(out: Path, content: str | bytes) -> None:
     try:
-        atomic_write(out, plot)
+        atomic_write(out, content)
     except OSError as error:
         raise RunError(f"--out={out} cannot be written ({error.strerror}).") from error
 
 
-def _check_out(out: Path) -> None:
-    """Raises UserError if the plot could not be written, before any work is done."""
-    if out.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"--out must end in {' or '.join(_SUFFIXES)}, got {out}.")
+def _check_out(out: Path, suffixes: Sequence[str] = _SUFFIXES) -> None:
+    """Raises UserError if a file could not be written, before any work is done."""
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
     if out.is_dir():
         raise UserError(f"--out must be a file, got the folder {out}.")
     if not out.parent.is_dir():
