@@ -238,7 +238,7 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False) -
         raise UserError(f"filter must be a pattern or a list of patterns, got {filter!r}.")
     patterns = [text.lower() for text in patterns if text]
     # Each with the names that a pattern can match.
-    names = {name: (name,) for name in list_model_names()}
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in list_model_names()}
     if pretrained:
         names = {entry.source: (entry.source, entry.model) for entry in MODEL_ZOO}
 
