@@ -28,6 +28,7 @@ COMMANDS = [
     "compare",
     "convert",
     "evaluate",
+    "extract",
     "main",
     "plan",
     "predict",
@@ -60,6 +61,7 @@ HEAVY = {
         "visualization/",
         "benchmarks/report.py",
     },
+    "pyarrow": {"evaluation/feature_files.py"},
     "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
 }
 
@@ -147,6 +149,7 @@ def test_modules_have_no_import_cycles() -> None:
             "mixer_jax.compare",
             {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2", "matplotlib"},
         ),
+        ("mixer_jax.extract", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "pyarrow"}),
         ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),
