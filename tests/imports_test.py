@@ -61,8 +61,13 @@ HEAVY = {
         "visualization/",
         "benchmarks/report.py",
     },
+    "jinja2": {"visualization/html.py"},
     "pyarrow": {"evaluation/feature_files.py"},
-    "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
+    "sklearn": {
+        "data/builders/digits.py",
+        "visualization/evaluation_report.py",
+        "benchmarks/pipelines.py",
+    },
 }
 
 

@@ -361,16 +361,6 @@ def test_without_a_head_there_are_features_and_no_classes(weights: PretrainedWei
             classifier.predict(images)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "num_outputs"),
-    [
-        ({}, 10),
-        ({"num_classes": 10}, 10),
-        ({"num_classes": 37}, 37),
-        ({"num_classes": 0}, 16),
-        ({"num_classes": 2, "class_names": ["cat", "dog"]}, 2),
-    ],
-)
 @pytest.mark.parametrize("config", [TINY, VitConfig(2, 4, 16, 24, 2), BitConfig("1,1", 8, "3x3")])
 def test_features_are_those_of_the_module(config: Any, photos: list[Path]) -> None:
     classifier = Classifier(random_weights(config))
@@ -399,10 +389,20 @@ def test_features_without_images_or_with_invalid_arguments(
     with raises(UserError, "batch_size", "0"):
         classifier.features([], batch_size=0)
     (tmp_path / "bad.png").write_text("not an image")
-    with pytest.raises(BadImageError, match="bad.png"):
+    with raises(BadImageError, str(tmp_path / "bad.png")):
         classifier.features([tmp_path / "bad.png"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "num_outputs"),
+    [
+        ({}, 10),
+        ({"num_classes": 10}, 10),
+        ({"num_classes": 37}, 37),
+        ({"num_classes": 0}, 16),
+        ({"num_classes": 2, "class_names": ["cat", "dog"]}, 2),
+    ],
+)
 def test_load_pretrained_replaces_the_head(
     weights: PretrainedWeights, tmp_path: Path, arguments: dict[str, Any], num_outputs: int
 ) -> None:

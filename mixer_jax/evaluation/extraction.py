@@ -219,7 +219,7 @@ def _compute_parts(
     )
     fn = make_layer_fn(extraction.model, mesh, extraction.layers, extraction.pool)
     dataset_pass = DatasetPass(fn, params, remaining, mesh, input_config._replace(skip_bad=True))
-    bad_images = iter(dataset_pass.bad_images)
+    bad_images = iter(dataset_pass.bad)
     builder = _PartBuilder(source, extraction.layers)
     for layers, mask in dataset_pass:
         stop = min(start + len(mask), len(source))

@@ -20,6 +20,7 @@ from mixer_jax.models.family import (
     Shape,
     TensorMapping,
     WeightLayout,
+    check_image_size,
     head_layers,
     stack_layers,
 )
@@ -27,7 +28,6 @@ from mixer_jax.models.mixer_config import (
     BLOCK_BACKENDS,
     VARIANTS,
     MixerConfig,
-    check_image_size,
     num_tokens,
 )
 

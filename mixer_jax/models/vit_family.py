@@ -18,10 +18,10 @@ from mixer_jax.models.family import (
     ResizedConfig,
     Shape,
     WeightLayout,
+    check_image_size,
     head_layers,
     stack_layers,
 )
-from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.models.vit_config import VARIANTS, VitConfig, grid_shape, num_tokens
 from mixer_jax.models.vit_layouts import LAYOUTS
 

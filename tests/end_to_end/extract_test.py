@@ -21,12 +21,16 @@ def test_killed_and_resumed_extraction_writes_the_same_bytes(suffix: str, tmp_pa
     out = tmp_path / f"features.{suffix}"
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.extract", *flags, f"--out={out}"]
     parts = tmp_path / f"{out.name}.parts"
-    for num_parts in (1, 4):
+
+    def num_parts() -> int:
+        return len(list(parts.glob("0*.npz")))
+
+    for at_least in (1, 4):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         with kill_at_end(process):
-            wait_until(lambda n=num_parts: len(list(parts.glob("0*.npz"))) >= n, process)
+            wait_until(lambda n=at_least: num_parts() >= n, process)  # type: ignore[misc]
         assert not out.exists()
-    assert len(list(parts.glob("0*.npz"))) < 16
+    assert num_parts() < 16
     done = run_cli("extract", *flags, f"--out={out}")
     assert "resumed" in done.stdout
     expected = tmp_path / f"expected.{suffix}"
