@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mixer_jax.errors import summarize_error
+from mixer_jax.errors import UserError, summarize_error
 
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
@@ -57,6 +58,26 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: Any) -> list[dict[str, Any]]:
+    """Reads a text file of one JSON object per line, except a last line that is incomplete.
+
+    Args:
+        path: `epath.Path`; a file that does not exist has no lines.
+
+    Raises:
+        UserError: A line is not a JSON object.
+    """
+    try:
+        text = path.read_text() if path.exists() else ""
+        # Complete lines end in a newline: what follows the last newline is empty or cut off.
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        if all(isinstance(line, dict) for line in lines):
+            return lines
+    except ValueError:
+        pass
+    raise UserError(f"{str(path)!r} has lines that are not JSON objects. Move the file away.")
 
 
 class LineFile:

@@ -1,5 +1,6 @@
 """Export of weights to other formats; each file is read back and compared before it is renamed."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,15 +20,25 @@ from mixer_jax.checkpoints.formats import (
 )
 from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    FORMATS,
+    HUB_FILE,
+    METADATA_SUFFIX,
+    TIMM_CONFIG_FILE,
+)
+from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
-from mixer_jax.files import remove_abandoned
+from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
 # Formats and the suffixes of their files; a run is a folder.
 SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
+# Folder that timm's "local-dir:" and the Hub have: model.safetensors and config.json.
+HUB_FOLDER = "hub folder"
+_FOLDERS = ("orbax", HUB_FOLDER)
 # Suffix that is added to a file's name for a second file: of metadata, or of a program's weights.
 SIDECAR_SUFFIXES = {"google": METADATA_SUFFIX, "stablehlo": ".safetensors"}
 _STEP = 0
@@ -48,6 +59,8 @@ _FILE_FORMATS = {
 def choose_format(format: str, target: str) -> str:
     """Returns the format of a target: `format`, or if empty, inferred from the target's suffix.
 
+    "timm" is `HUB_FOLDER` for a target without a suffix of files.
+
     Raises:
         UserError: The suffix belongs to no format, or to another one.
     """
@@ -64,8 +77,11 @@ def choose_format(format: str, target: str) -> str:
             "--to=orbax for a folder with a dot in its name."
         )
     # The name of a folder can contain a dot.
+    if format == "timm" and not target.endswith((*FORMATS, *filter(None, SUFFIXES.values()))):
+        return HUB_FOLDER
     if format and inferred != format and not (format == "orbax" and inferred is None):
         rule = f"end in {SUFFIXES[format]}" if SUFFIXES[format] else "be a folder"
+        rule += " or be a folder" if format == "timm" else ""
         raise UserError(f"target must {rule} for --to={format}, got {target!r}.")
     return format or str(inferred)
 
@@ -78,7 +94,7 @@ def target_files(format: str, target: str) -> list[str]:
 
 def check_target_available(format: str, target: str, force: bool) -> None:
     """Raises UserError if a target exists or cannot be written; `force` can replace files only."""
-    if format != "orbax":
+    if format not in _FOLDERS:
         for path in target_files(format, target):
             _check_folder_writable(Path(path).parent)
             if Path(path).is_dir():
@@ -140,10 +156,16 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _write_run(staged, weights)
             _compare_run(staged, weights)
         else:
+            path = staged
+            if format == HUB_FOLDER:
+                format, path = "timm", staged / HUB_FILE
+                staged.mkdir()
+                config = json.dumps(make_timm_config(weights.model_info), indent=2)
+                atomic_write(staged / TIMM_CONFIG_FILE, config + "\n")
             layout, write, open_file = _FILE_FORMATS[format]
             found = _find_layout(weights.model_info, layout, flat)
-            write(str(staged), layout_tensors(flat, found), weights.model_info.to_dict())
-            _compare_file(staged, open_file, layout_tensors(flat, found), weights.model_info)
+            write(str(path), layout_tensors(flat, found), weights.model_info.to_dict())
+            _compare_file(path, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
 
 
@@ -172,7 +194,7 @@ def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray
 
 def written_size(format: str, target: str) -> int:
     """Returns the size of a written target, in bytes."""
-    files = Path(target).rglob("*") if format == "orbax" else target_files(format, target)
+    files = Path(target).rglob("*") if format in _FOLDERS else target_files(format, target)
     return sum(path.stat().st_size for path in map(Path, files) if path.is_file())
 
 
