@@ -156,16 +156,16 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _write_run(staged, weights)
             _compare_run(staged, weights)
         else:
-            path = staged
+            file = staged
             if format == HUB_FOLDER:
-                format, path = "timm", staged / HUB_FILE
+                format, file = "timm", staged / HUB_FILE
                 staged.mkdir()
                 config = json.dumps(make_timm_config(weights.model_info), indent=2)
                 atomic_write(staged / TIMM_CONFIG_FILE, config + "\n")
             layout, write, open_file = _FILE_FORMATS[format]
             found = _find_layout(weights.model_info, layout, flat)
-            write(str(path), layout_tensors(flat, found), weights.model_info.to_dict())
-            _compare_file(path, open_file, layout_tensors(flat, found), weights.model_info)
+            write(str(file), layout_tensors(flat, found), weights.model_info.to_dict())
+            _compare_file(file, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
 
 

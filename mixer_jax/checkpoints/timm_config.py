@@ -69,7 +69,10 @@ def make_timm_config(model_info: ModelInfo) -> dict[str, Any]:
     modules = {tensor.path: tensor.name.removesuffix(".weight") for tensor in tensors}
     # Layers that timm replaces for other classes or channels.
     settings |= {"first_conv": modules["stem/kernel"], "classifier": modules["head/kernel"]}
-    config = {"architecture": family.full_name(model_info.variant), "model_args": {}}
+    config: dict[str, Any] = {
+        "architecture": family.full_name(model_info.variant),
+        "model_args": {},
+    }
     with contextlib.suppress(UserError):
         model = find_timm_model(model_info)
         config = {"architecture": model.name, "model_args": dict(model.args)}
