@@ -5,7 +5,7 @@
 FROM python:3.12-slim AS wheel
 
 WORKDIR /source
-COPY LICENSE README.md pyproject.toml setup.py ./
+COPY LICENSE NOTICE README.md pyproject.toml setup.py ./
 COPY configs configs
 COPY mixer_jax mixer_jax
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir=/wheel .

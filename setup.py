@@ -66,8 +66,9 @@ setup(
     long_description=_read_description(),
     long_description_content_type="text/markdown",
     author="The mixer_jax authors",
-    license_expression="Apache-2.0",
-    license_files=["LICENSE"],
+    # NOTICE has the license of WordNet, whose words data/wordnet.tsv.gz contains.
+    license_expression="Apache-2.0 AND LicenseRef-WordNet-3.0",
+    license_files=["LICENSE", "NOTICE"],
     keywords="MLP-Mixer, ViT, BiT, JAX, Flax, image classification, TPU, transfer learning",
     project_urls={"Paper": "https://arxiv.org/abs/2105.01601"},
     # On 3.14, only `make demo` is tested: TensorFlow, which the tests need, has no wheel for it.
@@ -76,7 +77,9 @@ setup(
     # A checkout has the configs at the top, where experiments are recorded.
     packages=[*find_packages(include=["mixer_jax", "mixer_jax.*"]), "mixer_jax.configs"],
     package_dir={"mixer_jax.configs": "configs"},
-    package_data={"mixer_jax": ["py.typed"]},
+    package_data={
+        "mixer_jax": ["py.typed", "data/wordnet.tsv.gz", "visualization/templates/*.html"]
+    },
     entry_points={"console_scripts": ["mixer-jax = mixer_jax.__main__:main"]},
     zip_safe=False,
     install_requires=CORE,

@@ -1,4 +1,4 @@
-"""Table of the licenses of all dependencies, in docs/reference/licenses.md.
+"""Table of the licenses of all dependencies, and NOTICE, in docs/reference/licenses.md.
 
     python docs/licenses.py
 
@@ -21,6 +21,8 @@ SECTIONS = {
     "requirements-test.txt": "Installed for tests",
     "requirements-docs.txt": "Installed to build the documentation",
 }
+# Section with the notices of data that the package contains.
+DATA = "Data in the package"
 # Names of licenses in metadata, or the beginning of their text, and their SPDX identifiers.
 _SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
@@ -42,12 +44,13 @@ _SPDX = {
 _INTRODUCTION = """\
 # Licenses of dependencies
 
-mixer_jax is licensed under Apache-2.0. The tables list every package that is installed on Linux,
-and the license that the package names. Wheels may contain libraries under other licenses, which
-their `*.dist-info` directories list: those of OpenCV contain FFmpeg (LGPL-2.1), for example. Tests
-run the programs hadolint and shellcheck (GPL-3.0) as processes. Accelerators need proprietary
-libraries: the extra `cuda` installs NVIDIA's, under NVIDIA's licenses, and `tpu` installs libtpu,
-under the Google Cloud Platform Terms of Service.
+mixer_jax is licensed under Apache-2.0; [one file](#data-in-the-package) has words of WordNet, under
+WordNet's license. The tables list every package that is installed on Linux, and the license that
+the package names. Wheels may contain libraries under other licenses, which their `*.dist-info`
+directories list: those of OpenCV contain FFmpeg (LGPL-2.1), for example. Tests run the programs
+hadolint and shellcheck (GPL-3.0) as processes. Accelerators need proprietary libraries: the extra
+`cuda` installs NVIDIA's, under NVIDIA's licenses, and `tpu` installs libtpu, under the Google Cloud
+Platform Terms of Service.
 
 Written by `python docs/licenses.py`.
 """
@@ -99,7 +102,9 @@ def format_page(root: Path) -> str:
         page += f"\n## {title}\n\n| package | license |\n|---|---|\n"
         for name in required_packages(root / file):
             page += f"| [{name}](https://pypi.org/project/{name}/) | {license_of(name)} |\n"
-    return page
+    notice = (root / "NOTICE").read_text(encoding="utf-8")
+    page += f"\n## {DATA}\n\nThe file NOTICE, which is also in the wheel:\n\n"
+    return f"{page}```text\n{notice}```\n"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixer_jax import __version__
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
+    from mixer_jax.evaluation.predictions import Predictions
 
 # Suffix of the dataset with the same images and ReaL labels (arXiv 2006.07159).
 _REAL = "_real"
@@ -32,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     from mixer_jax.evaluation.checkpoint import open_eval_source
 
     check_devices()
+    if args.report:
+        _check_one_process()
     weights = load_checkpoint(
         args.checkpoint,
         step=args.step,
@@ -59,14 +65,35 @@ def main(argv: Sequence[str]) -> int:
         )
         for name in names
     ]
+    if args.report and sources[0].multi_label:
+        raise UserError(
+            f"--report needs a dataset with one label per image, got {dataset} with any number. "
+            f"Leave out --report, or evaluate on {dataset.removesuffix(_REAL)}."
+        )
     common.warn_if_resized(weights.model_info)
     common.print_notes(sources[0])
     model = weights.model_info.build_model(args.dtype)
-    metrics = _evaluate(weights, model, sources, args)
+    metrics, predictions = _evaluate(weights, model, sources, args)
+    summary = _summarize(args, weights, model.execution.dtype, dataset, metrics)
     if args.json:
-        _print_json(args, weights, model.execution.dtype, dataset, metrics)
+        print(json.dumps(summary), flush=True)
     else:
         _print_table(args, weights, model.execution.dtype, sources[0].name, metrics)
+    if predictions is not None:
+        from mixer_jax.visualization.evaluation_report import PAGE, write_report
+
+        write_report(
+            Path(args.report),
+            f"{args.checkpoint} on {sources[0].name}",
+            _describe_model(weights, model.execution.dtype),
+            sources[0],
+            metrics[0],
+            predictions,
+            summary,
+            weights.model_info.exif_orientation,
+        )
+        if not args.json:
+            print(f"report             {Path(args.report) / PAGE}")
     return 0
 
 
@@ -95,9 +122,48 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="skip and count unusable images instead of failing",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write a new folder: a page with metrics per class, confusions, calibration and the "
+        "most confident mistakes (index.html), all predictions (predictions.csv) and metrics "
+        "(metrics.json)",
+    )
     args = parser.parse_args(argv)
     common.check_positive(args, "batch_size")
+    if args.report is not None:
+        _check_report(args.report)
     return args
+
+
+def _check_report(report: str) -> None:
+    """Raises UserError if the report could not be written, before any work is done."""
+    if not report or "://" in report:
+        raise UserError(f"--report must be a local folder, got {report!r}. Copy it afterwards.")
+    path = Path(report)
+    parent = path.absolute().parent
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--report must be a folder, got the file {path}.")
+    if not parent.is_dir():
+        raise UserError(f"--report={path}: folder {parent} does not exist. Create it first.")
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"--report={path} exists. Name a new folder, or delete this one.")
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--report={path}: folder {parent} cannot be written ({error.strerror})."
+        ) from error
+
+
+def _check_one_process() -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(
+            "--report must be used on one host, got a process that has joined "
+            f"{jax.process_count():,}. Run the command on one of them, or without --report."
+        )
 
 
 def _evaluate(
@@ -105,28 +171,41 @@ def _evaluate(
     model: Any,
     sources: list["Source"],
     args: argparse.Namespace,
-) -> list["ClassificationMetrics"]:
+) -> tuple[list["ClassificationMetrics"], "Predictions | None"]:
+    """Evaluates on every source; for a report, also returns the predictions for the first."""
     from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
     from mixer_jax.evaluation.checkpoint import make_input_config
     from mixer_jax.evaluation.classification import evaluate, make_eval_step
+    from mixer_jax.evaluation.predictions import make_prediction_step, predict_source
 
     mesh = make_mesh(data=0, fsdp=1)
-    eval_step = make_eval_step(model, mesh)
     params = shard_inference_params(weights.params, model, mesh)
     input_config = make_input_config(weights, args.batch_size, args.skip_bad_images)
-    return [evaluate(eval_step, params, source, mesh, input_config) for source in sources]
+    metrics: list[ClassificationMetrics] = []
+    predictions = None
+    if args.report:
+        step = make_prediction_step(model, mesh)
+        first, predictions = predict_source(step, params, sources[0], mesh, input_config)
+        metrics.append(first)
+    eval_step = make_eval_step(model, mesh)
+    metrics += [
+        evaluate(eval_step, params, source, mesh, input_config)
+        for source in sources[len(metrics) :]
+    ]
+    return metrics, predictions
 
 
-def _print_json(
+def _summarize(
     args: argparse.Namespace,
     weights: "PretrainedWeights",
     dtype: str,
     dataset: str,
     metrics: list["ClassificationMetrics"],
-) -> None:
+) -> dict[str, Any]:
+    """Collects what was evaluated, and its metrics, for JSON."""
     first, *real = metrics
     info = weights.model_info
-    result: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "checkpoint": args.checkpoint,
         "step": weights.step,
         "image_size": list(info.image_size),
@@ -136,8 +215,12 @@ def _print_json(
         "split": args.split,
         **first._asdict(),
     }
-    result |= {"real": real[0]._asdict()} if real else {}
-    print(json.dumps(result))
+    return summary | ({"real": real[0]._asdict()} if real else {})
+
+
+def _describe_model(weights: "PretrainedWeights", dtype: str) -> str:
+    step = "" if weights.step is None else f", step {weights.step:,}"
+    return f"{weights.model_info.name}{step}, {dtype}, mixer_jax {__version__}"
 
 
 def _print_table(

@@ -180,6 +180,25 @@ def atomic_target(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill, which becomes the local folder `path` on success.
+
+    Args:
+        path: Path at which there is nothing, or an empty folder.
+
+    Raises:
+        OSError: The folder cannot be written, or `path` has files by now.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_abandoned(path: Path) -> None:
     """Removes a local folder, as far as possible, to which threads may still be writing.
 

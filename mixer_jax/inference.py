@@ -24,6 +24,7 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
 from mixer_jax.data.preprocess import crop_eval_image, eval_image
+from mixer_jax.data.wordnet import describe_class
 from mixer_jax.distributed.sharding import (
     batch_sharding,
     make_mesh,
@@ -42,11 +43,19 @@ if TYPE_CHECKING:
 
 
 class ClassProbability(NamedTuple):
-    """Probability of one class, whose name is its index as text if names are unknown."""
+    """Probability of one class.
+
+    Attributes:
+        class_index: Output of the head, from 0.
+        name: Name of the class; its index as text if names are unknown.
+        description: Words for a name that is a WordNet ID, as ImageNet's are: "tench, Tinca tinca"
+            for "n01440764". Empty for other names.
+    """
 
     class_index: int
     name: str
     probability: float
+    description: str = ""
 
 
 class Prediction(NamedTuple):
@@ -492,8 +501,10 @@ class Classifier:
             if image.pixels is None:
                 yield Prediction(image.name, [], image.error)
                 continue
-            pairs = zip(classes[row].tolist(), probabilities[row].tolist(), strict=True)
-            named = [ClassProbability(k, names[k] if names else str(k), p) for k, p in pairs]
+            named = []
+            for k, p in zip(classes[row].tolist(), probabilities[row].tolist(), strict=True):
+                name = names[k] if names else str(k)
+                named.append(ClassProbability(k, name, p, describe_class(name)))
             yield Prediction(image.name, named)
 
 

@@ -107,7 +107,8 @@ def _write_table(predictions: Iterator["Prediction"]) -> None:
             continue
         print(prediction.image)
         for entry in prediction.classes:
-            print(f"  {entry.probability:7.2%}  {entry.name}", flush=True)
+            words = f"  {entry.description}" if entry.description else ""
+            print(f"  {entry.probability:7.2%}  {entry.name}{words}", flush=True)
 
 
 def _write_json(predictions: Iterator["Prediction"]) -> None:
@@ -127,12 +128,13 @@ def _write_json(predictions: Iterator["Prediction"]) -> None:
 def _write_csv(predictions: Iterator["Prediction"]) -> None:
     """Prints CSV with one line per predicted class, and one per unreadable image."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["image", "rank", "class_index", "name", "probability", "error"])
+    columns = ["class_index", "name", "probability", "description"]
+    writer.writerow(["image", "rank", *columns, "error"])
     for prediction in predictions:
         for rank, entry in enumerate(prediction.classes, 1):
             writer.writerow([prediction.image, rank, *entry, ""])
         if prediction.error:
-            writer.writerow([prediction.image, "", "", "", "", prediction.error])
+            writer.writerow([prediction.image, "", *[""] * len(columns), prediction.error])
 
 
 _WRITERS: dict[str, Callable[[Iterator["Prediction"]], None]] = {

@@ -1,20 +1,28 @@
 """Tests of `python -m mixer_jax.evaluate`."""
 
+import csv
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from sklearn.metrics import classification_report
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
+from mixer_jax.models.bit_config import BitConfig
+from mixer_jax.models.vit_config import VitConfig
+from tests.helpers.html_pages import check_stands_alone
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_npz, save_run
 
@@ -190,3 +198,138 @@ def test_evaluate_names_the_missing_real_data_set(
     arguments = [f"--checkpoint={run}", f"--data_dir={digits_dir}", "--dataset=digits", "--real"]
     with raises(UserError, "digits_real"):
         evaluate.main(arguments)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    """Folder of images whose names contain markup, formulas and other scripts."""
+    for index in range(COUNT):
+        for split in ("train", "test"):
+            folder = tmp_path / "photos" / split / PHOTO_CLASSES[index % 4]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index} <i>.png").write_bytes(encoded(index))
+    return f"folder:{tmp_path / 'photos'}"
+
+
+PHOTO_CLASSES = ("<script>alert(1)<", "\"'><img src=x>", "שלום", "🐝")
+
+
+def report_flags(checkpoint: str, dataset: str, report: Path) -> list[str]:
+    data = [f"--dataset={dataset}", "--split=test"]
+    return [f"--checkpoint={checkpoint}", *data, f"--report={report}"]
+
+
+def test_report_has_the_numbers_of_scikit_learn_and_every_image(
+    photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = random_weights(class_names=PHOTO_CLASSES)
+    run, report = save_run(weights, tmp_path / "run"), tmp_path / "report"
+    assert evaluate.main(report_flags(run, photos, report)) == 0
+    table = capsys.readouterr().out
+    assert mentions(table, f"{report}/index.html", "top-1")
+    page = check_stands_alone((report / "index.html").read_text("utf-8"))
+    with (report / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        path = Path(row["image"])
+        (expected,) = Classifier(weights).predict(str(path))
+        assert row["prediction"] == expected.classes[0].name
+        assert row["label"] == path.parent.name
+        for entry in expected.classes:
+            probability = float(row[f"probability: {entry.name}"])
+            assert probability == pytest.approx(entry.probability, rel=1e-3)
+        if row["label"] != row["prediction"]:
+            assert page.text.count(row["image"]) == 1
+    assert len(rows) == COUNT
+    metrics = json.loads((report / "metrics.json").read_text("utf-8"))
+    labels, predicted = zip(*((row["label"], row["prediction"]) for row in rows), strict=True)
+    expected_report = classification_report(labels, predicted, output_dict=True, zero_division=0)
+    for name in {*labels, *predicted}:
+        values = metrics["per_class"][name]
+        assert values["precision"] == expected_report[name]["precision"]
+        assert values["recall"] == expected_report[name]["recall"]
+        assert values["f1"] == expected_report[name]["f1-score"]
+        assert values["support"] == expected_report[name]["support"]
+    assert metrics["macro average"]["f1"] == expected_report["macro avg"]["f1-score"]
+    # The same as without a report.
+    assert evaluate.main([*report_flags(run, photos, report)[:3], "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain.pop("image_size") == metrics["image_size"]
+    assert plain == pytest.approx({name: metrics[name] for name in plain})
+
+
+def test_report_lists_unusable_images(photos: str, tmp_path: Path) -> None:
+    run = save_run(random_weights(class_names=PHOTO_CLASSES), tmp_path / "run")
+    bad = tmp_path / "photos" / "test" / PHOTO_CLASSES[2] / "bad.png"
+    bad.write_bytes(encoded(0)[:40])
+    flags = report_flags(run, photos, tmp_path / "report")
+    with raises(UserError, "bad.png"):
+        evaluate.main(flags)
+    assert not (tmp_path / "report").exists()
+    assert evaluate.main([*flags, "--skip_bad_images", "--batch_size=4"]) == 0
+    with (tmp_path / "report" / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        errors = {row["image"]: row["error"] for row in csv.DictReader(file)}
+    assert [name for name, error in errors.items() if error] == [str(bad)]
+    assert len(errors) == COUNT + 1
+
+
+def test_report_of_published_weights_and_real_labels(
+    weights: PretrainedWeights, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nameless = save_npz(weights, tmp_path / "nameless.npz", {"eval_crop": "resize"})
+    report = tmp_path / "report"
+    result = evaluate_json(nameless, data_dir, capsys, f"--report={report}", "--real")
+    metrics = json.loads((report / "metrics.json").read_text("utf-8"))
+    assert {name: metrics[name] for name in result} == result
+    assert {*metrics["per_class"]} <= {*NAMES}
+    assert sum(values["support"] for values in metrics["per_class"].values()) == COUNT
+    # Several labels per image.
+    data = [f"--data_dir={data_dir}", "--dataset=mixer_scored_real", "--split=validation"]
+    with raises(UserError, "--report", "mixer_scored_real"):
+        evaluate.main([f"--checkpoint={nameless}", *data, f"--report={tmp_path}/another"])
+
+
+@pytest.mark.parametrize("config", [VitConfig(1, 4, 16, 24, 2), BitConfig("1,1", 8)])
+def test_report_of_other_families(config: Any, tmp_path: Path) -> None:
+    weights = random_weights(config, image_size=(32, 32))
+    run, report = save_run(weights, tmp_path / "run"), tmp_path / "report"
+    evaluate.main(report_flags(run, "synthetic", report))
+    page = check_stands_alone((report / "index.html").read_text("utf-8"))
+    # Classes of synthetic data have indices as names.
+    metrics = json.loads((report / "metrics.json").read_text("utf-8"))
+    assert all(str(v["class_index"]) == name for name, v in metrics["per_class"].items())
+    assert weights.model_info.name in page.text
+
+
+def test_report_is_refused_before_the_evaluation(
+    weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(weights, tmp_path / "run")
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "folder").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for name, parts in {
+        "file": ["file", "folder"],
+        "full": ["full"],
+        "absent/report": ["absent"],
+        "file/report": ["file"],
+    }.items():
+        with raises(UserError, "--report", *parts):
+            evaluate.main(report_flags(run, "synthetic", tmp_path / name))
+    with raises(UserError, "--report", "gs://bucket/report"):
+        evaluate.main([f"--checkpoint={run}", "--report=gs://bucket/report"])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with raises(UserError, "--report", "2"):
+        evaluate.main(report_flags(run, "synthetic", tmp_path / "report"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_report_needs_a_writable_folder(
+    weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", refuse)
+    with raises(UserError, "--report", str(tmp_path), "Permission denied"):
+        evaluate.main(report_flags("weights.npz", "synthetic", tmp_path / "report"))

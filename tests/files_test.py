@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from etils import epath
 
-from mixer_jax.files import LineFile, atomic_target, atomic_write, file_lock
+from mixer_jax.files import LineFile, atomic_folder, atomic_target, atomic_write, file_lock
 from tests.helpers.messages import mentions
 from tests.helpers.object_store import BUCKET, object_store
 
@@ -282,3 +282,36 @@ def test_reading_and_preparing_data_raises_the_limit_on_open_files(
     script = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {shlex.join([sys.executable, '-c', code])}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_atomic_folder_appears_with_all_of_its_files(exists: bool, tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    if exists:
+        path.mkdir()
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("a")
+        assert exists == path.exists()
+    assert names(tmp_path) == ["report"]
+    assert names(path) == ["a"]
+    (tmp_path / "other").mkdir()
+    modes = {stat.S_IMODE(other.stat().st_mode) for other in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_atomic_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def write(error: BaseException | None = None) -> None:
+        with atomic_folder(tmp_path / "report") as folder:
+            (folder / "a").write_text("a")
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    assert names(tmp_path) == []
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "old").touch()
+    with pytest.raises(OSError, match="report"):
+        write()
+    assert names(tmp_path) == ["report"]
+    assert names(tmp_path / "report") == ["old"]

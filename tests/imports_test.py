@@ -64,7 +64,12 @@ HEAVY = {
         "visualization/",
         "benchmarks/report.py",
     },
-    "sklearn": {"data/builders/digits.py", "benchmarks/pipelines.py"},
+    "jinja2": {"visualization/html.py"},
+    "sklearn": {
+        "data/builders/digits.py",
+        "visualization/evaluation_report.py",
+        "benchmarks/pipelines.py",
+    },
 }
 
 

@@ -6,7 +6,9 @@ from types import ModuleType
 
 import pytest
 
+from mixer_jax.data.wordnet import TABLE
 from tests.helpers.docs_scripts import DOCS, load_docs_script
+from tests.helpers.messages import mentions
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,7 @@ def listed_packages() -> dict[str, list[str]]:
 
 def test_page_lists_the_packages_of_the_requirements(licenses: ModuleType, root: Path) -> None:
     listed = listed_packages()
+    assert listed.pop(licenses.DATA) == []
     assert set(listed) == set(licenses.SECTIONS.values())
     files = set(licenses.SECTIONS)
     assert files == {path.name for path in root.glob("requirements*.txt")} - {
@@ -53,3 +56,10 @@ def test_license_is_read_from_expression_field_classifier_or_text(
     }.items():
         assert expected in licenses.license_of(name)
         assert f"| {licenses.license_of(name)} |" in page
+
+
+def test_page_has_the_notices_of_data_in_the_package(root: Path) -> None:
+    notice = (root / "NOTICE").read_text()
+    assert TABLE.relative_to(root).as_posix() in notice
+    assert mentions(notice, "WordNet 3.0 Copyright 2006 by Princeton University", "timm")
+    assert notice in (root / "docs" / "reference" / "licenses.md").read_text()

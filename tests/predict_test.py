@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from mixer_jax.checkpoints.weights import replace_head
 from mixer_jax.cli import common
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
+from mixer_jax.data.wordnet import describe_class, imagenet_wnids
 from mixer_jax.errors import UserError
 from mixer_jax.inference import load_pretrained
 from tests.helpers.cli import run_cli
@@ -113,7 +113,8 @@ def test_json_is_one_document_with_one_image_per_line(
     images = [entry["image"] for entry in entries[:4]]
     assert images == [f"{workspace}/photos/{name}" for name in expected]
     assert entries[4] == {"image": f"{workspace}/bad.jpg", "error": reason}
-    assert entries[0]["classes"][0].keys() == {"class_index", "name", "probability"}
+    keys = {"class_index", "name", "probability", "description"}
+    assert entries[0]["classes"][0].keys() == keys
     assert [json.loads(line.rstrip(",")) for line in out.splitlines()[1:-1]] == entries
 
 
@@ -150,7 +151,8 @@ def test_csv_has_the_values_of_json(
     assert [row["rank"] for row in rows] == ["1", "2"] * 4
     assert rows[-1]["image"] == f"{workspace}/photos/with, comma.png"
     classes = [probability for entry in entries[:4] for probability in entry["classes"]]
-    for name, to_type in (("probability", float), ("name", str), ("class_index", int)):
+    columns = {"probability": float, "name": str, "class_index": int, "description": str}
+    for name, to_type in columns.items():
         assert [to_type(row[name]) for row in rows] == [entry[name] for entry in classes]
 
 
@@ -185,18 +187,48 @@ def test_labels_replace_class_names(
         assert probability["name"] == f"class nr {probability['class_index']}"
 
 
-def test_a_thousand_classes_are_named_by_wordnet_ids(
+@pytest.mark.parametrize("num_classes", [1_000, 11_221, 21_843])
+def test_imagenet_classes_are_named_by_wordnet_ids_and_in_words(
+    num_classes: int, tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = random_weights(class_names=(), num_classes=num_classes)
+    path = save_npz(weights, tmp_path / "Mixer.npz")
+    photo = f"{workspace}/photos/a.jpg"
+
+    def run(format: str) -> str:
+        arguments = [f"--checkpoint={path}", f"--format={format}", "--image_size=32"]
+        assert predict.main([*arguments, photo]) == 0
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert mentions(line, "Mixer-custom", "32", "16", "Appendix C")
+        return captured.out
+
+    (entry,) = json.loads(run("json"))
+    classes = entry["classes"]
+    for probability in classes:
+        assert probability["name"] == imagenet_wnids(num_classes)[probability["class_index"]]
+        assert probability["description"] == describe_class(probability["name"]) != ""
+    _, *lines = run("table").splitlines()
+    words = [f"{probability['name']}  {probability['description']}" for probability in classes]
+    assert [line.split("%  ")[1] for line in lines] == words
+    rows = csv.DictReader(io.StringIO(run("csv")))
+    assert [f"{row['name']}  {row['description']}" for row in rows] == words
+    predictions = load_pretrained(path, image_size=32).predict(photo)
+    assert [entry._asdict() for entry in predictions[0].classes] == classes
+
+
+def test_classes_of_a_run_that_are_wordnet_ids_are_described(
     tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save_npz(random_weights(class_names=(), num_classes=1000), tmp_path / "Mixer.npz")
-    arguments = [f"--checkpoint={path}", "--format=json", "--image_size=32"]
-    assert predict.main([*arguments, f"{workspace}/photos/a.jpg"]) == 0
-    captured = capsys.readouterr()
-    (entry,) = json.loads(captured.out)
-    for probability in entry["classes"]:
-        assert re.fullmatch(r"n[01]\d{7}", probability["name"])
-    (line,) = captured.err.splitlines()
-    assert mentions(line, "Mixer-custom", "32", "16", "Appendix C")
+    run = save_run(random_weights(class_names=("n02012849", "n03126707", "cat")), tmp_path)
+    assert predict.main([f"--checkpoint={run}", f"{workspace}/photos/a.jpg"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    # Both cranes keep their IDs.
+    assert sorted(line.split("%  ")[1] for line in lines) == [
+        "cat",
+        "n02012849  crane",
+        "n03126707  crane",
+    ]
 
 
 @pytest.mark.parametrize(

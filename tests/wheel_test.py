@@ -78,11 +78,17 @@ def test_wheel_has_the_package_and_the_configs(wheel: Path, root: Path) -> None:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         (metadata,) = [name for name in file.namelist() if name.endswith("/METADATA")]
         lines = file.read(metadata).decode().splitlines()
+        (notice,) = [name for name in file.namelist() if name.endswith("/licenses/NOTICE")]
+        assert file.read(notice) == (root / "NOTICE").read_bytes()
     package = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.py")}
     configs = {Path("mixer_jax/configs", path.name) for path in (root / "configs").glob("*.py")}
-    assert names == {str(path) for path in {*package, *configs, Path("mixer_jax/py.typed")}}
+    data = {path.relative_to(root) for path in (root / "mixer_jax").rglob("*.html")}
+    assert Path("mixer_jax/visualization/templates/base.html") in data
+    data |= {Path("mixer_jax/py.typed"), Path("mixer_jax/data/wordnet.tsv.gz")}
+    assert names == {str(path) for path in {*package, *configs, *data}}
     assert f"Version: {mixer_jax.__version__}" in lines
-    assert "License-Expression: Apache-2.0" in lines
+    assert "License-Expression: Apache-2.0 AND LicenseRef-WordNet-3.0" in lines
+    assert {"License-File: LICENSE", "License-File: NOTICE"} <= {*lines}
     # Where the package is published, links to files of the checkout would lead nowhere.
     assert "## Documentation" in lines
     assert re.findall(r"\]\((?!https?:).*?\)|<!--", "\n".join(lines)) == []
@@ -140,7 +146,11 @@ def test_installed_program_needs_neither_checkout_nor_tensorflow(
     assert cv2.imwrite(str(folder / "digit.png"), image)
     checkpoint = "--checkpoint=runs/digits_low"
     assert mentions(run("predict", checkpoint, "digit.png"), "digit.png")
-    assert mentions(run("evaluate", checkpoint, "--dataset=digits/low", "--split=test"), "top-1")
+    digits = ["--dataset=digits/low", "--split=test"]
+    assert mentions(run("evaluate", checkpoint, *digits, "--report=report"), "top-1")
+    assert (folder / "report" / "index.html").exists()
+    code = "from mixer_jax.data.wordnet import label_class; print(label_class('n02012849'))"
+    assert run(code, program="-c") == "crane (n02012849)\n"
     for target in ("google", "timm", "stablehlo"):
         suffix = {"google": "npz", "timm": "safetensors"}.get(target, target)
         run("convert", "runs/digits_low", f"digits.{suffix}", f"--to={target}")

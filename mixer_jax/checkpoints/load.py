@@ -1,7 +1,6 @@
 """Loading of weights of any format into host memory, at any image size."""
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import operator
@@ -53,6 +52,7 @@ from mixer_jax.checkpoints.weights import (
 )
 from mixer_jax.config.config import fill_defaults
 from mixer_jax.config.schema import FIELDS
+from mixer_jax.data.wordnet import imagenet_wnids
 from mixer_jax.errors import UserError
 from mixer_jax.models.family import CUSTOM
 from mixer_jax.models.registry import get_family
@@ -269,8 +269,8 @@ def _load_file(
     if loaded.layout.name == "timm" and metadata.keys().isdisjoint(METADATA_FIELDS):
         fields = _read_timm_fields(path, source, loaded, overrides)
     fields |= overrides
-    if "class_names" not in fields and loaded.num_classes == len(imagenet1k_wnids()):
-        fields["class_names"] = imagenet1k_wnids()
+    if "class_names" not in fields:
+        fields["class_names"] = imagenet_wnids(loaded.num_classes)
     if "image_size" not in fields:
         fields["image_size"] = _infer_image_size(loaded, requested_size, source)
     elif not loaded.fits_image_size(fields["image_size"]):
@@ -279,7 +279,6 @@ def _load_file(
             f"{name} must match {_describe_tokens(source, loaded)}, got {fields['image_size']}."
         )
     defaults: dict[str, Any] = {
-        "class_names": (),
         "gelu": loaded.layout.gelu,
         "eval_crop": loaded.layout.eval_crop,
         # Metadata of older versions has no fraction, and this one.
@@ -385,16 +384,3 @@ def _describe_tokens(source: str, loaded: LoadedWeights) -> str:
     if not loaded.num_tokens:
         return f"{source}, whose image sizes are multiples of {loaded.size_multiple} px"
     return f"{source}, which has {loaded.num_tokens} tokens of {loaded.size_multiple} px"
-
-
-def imagenet1k_wnids() -> tuple[str, ...]:
-    """Reads the WordNet IDs of the 1,000 ImageNet classes, in order; empty without TFDS.
-
-    They come from a file that TFDS ships. TFDS itself is not imported, because that takes seconds.
-    """
-    spec = importlib.util.find_spec("tensorflow_datasets")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / "datasets" / "imagenet2012" / "labels.txt"
-        if path.is_file():
-            return tuple(path.read_text().split())
-    return ()

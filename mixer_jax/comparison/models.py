@@ -55,9 +55,16 @@ def parse_models(arguments: list[str]) -> tuple[ModelSource, ...]:
     """Parses MODEL arguments, each optionally with a label: LABEL=MODEL.
 
     Raises:
-        UserError: An argument names no config, checkpoint or model, or two have the same label.
+        UserError: An argument names no config, checkpoint or model, two have the same label, or a
+            label is the name of a file of results.
     """
     models = tuple(map(_parse_model, arguments))
+    for model in models:
+        if model.folder.startswith("results."):
+            raise UserError(
+                f"name of a model must not start with 'results.', as the files of results do, got "
+                f"{model.label!r}. Name it with LABEL=MODEL."
+            )
     check_folder_names(
         [model.label for model in models],
         "models must have different names; name them with LABEL=MODEL",

@@ -1,7 +1,7 @@
 """Classification metrics over a split, with every example counted exactly once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,14 +110,15 @@ def per_example_metrics(
 
 def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
     """Jits the model, followed by `per_example_metrics`. See `jit_inference`."""
+    return jit_inference(model, mesh, batch_metrics)
 
-    def postprocess(logits: Array, batch: Batch) -> ExampleMetrics:
-        target_mask = batch["label"]
-        if target_mask.ndim == 1:
-            target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
-        return per_example_metrics(logits, target_mask, batch["mask"])
 
-    return jit_inference(model, mesh, postprocess)
+def batch_metrics(logits: Float[Array, "n classes"], batch: Batch) -> ExampleMetrics:
+    """Computes `per_example_metrics` for a batch of `eval_batches`."""
+    target_mask = batch["label"]
+    if target_mask.ndim == 1:
+        target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
+    return per_example_metrics(logits, target_mask, batch["mask"])
 
 
 def evaluate(
@@ -133,11 +134,20 @@ def evaluate(
         UserError: Images are unusable and must not be skipped, or no example counts.
     """
     dataset_pass = DatasetPass(eval_step, params, source, mesh, input_config)
-    batches = list(dataset_pass)
+    return aggregate_pass(list(dataset_pass), source, dataset_pass.num_bad)
+
+
+def aggregate_pass(
+    batches: Sequence[ExampleMetrics], source: Source, num_bad: int
+) -> ClassificationMetrics:
+    """Aggregates the metrics of all batches of a pass over a source.
+
+    Raises:
+        UserError: No example counts.
+    """
     if not any(batch.mask.any() for batch in batches):
         raise UserError(f"{source.name} has no example to evaluate on. Choose another split.")
     metrics = aggregate(jax.tree.map(lambda *columns: np.concatenate(columns), *batches))
-    num_bad = dataset_pass.num_bad
     num_unlabeled = len(source) - metrics.num_examples - num_bad
     return metrics._replace(num_bad=num_bad, num_unlabeled=num_unlabeled)
 
@@ -168,9 +178,33 @@ def calibration_error(
     """Computes the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
     if np.isnan(confidence).any():
         return math.nan
+    bins = calibration_bins(confidence, is_correct)
+    gaps = [abs(bin.confidence - bin.num_correct) for bin in bins]
+    return math.fsum(gaps) / len(confidence)
+
+
+class CalibrationBin(NamedTuple):
+    """Examples whose confidence is in one of `NUM_CALIBRATION_BINS` equal intervals.
+
+    Attributes:
+        confidence: Sum of the examples' confidence.
+    """
+
+    num_examples: int
+    num_correct: int
+    confidence: float
+
+
+def calibration_bins(
+    confidence: Float[np.ndarray, " n"], is_correct: Bool[np.ndarray, " n"]
+) -> list[CalibrationBin]:
+    """Groups examples by confidence, which must not be NaN, from 0 to 1."""
     bins = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
-    gaps = [
-        abs(math.fsum(confidence[bins == b].tolist()) - int(is_correct[bins == b].sum()))
+    return [
+        CalibrationBin(
+            int((bins == b).sum()),
+            int(is_correct[bins == b].sum()),
+            math.fsum(confidence[bins == b].tolist()),
+        )
         for b in range(NUM_CALIBRATION_BINS)
     ]
-    return math.fsum(gaps) / len(confidence)

@@ -75,6 +75,7 @@ class DatasetPass(Generic[Output]):
     """One pass of a compiled function over a source. Iterate over it once.
 
     Attributes:
+        bad: Unusable images on this host; complete after the last batch.
         num_bad: Unusable images on all hosts; known after the last batch.
     """
 
@@ -89,6 +90,7 @@ class DatasetPass(Generic[Output]):
         """Initializes a pass of `fn`, a result of `jit_inference`, over every example."""
         self._fn, self._params = fn, params
         self._source, self._mesh, self._input_config = source, mesh, input_config
+        self.bad: list[BadImage] = []
         self.num_bad = 0
 
     def __iter__(self) -> Iterator[Output]:
@@ -99,9 +101,8 @@ class DatasetPass(Generic[Output]):
                 images are unusable and `skip_bad` is false.
         """
         self._check_sizes()
-        bad: list[BadImage] = []
         pending: Output | None = None
-        with contextlib.closing(self._batches(bad)) as batches:
+        with contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 # Dispatched before the last output is read, so that the device never waits.
                 dispatched = self._fn(self._params, batch)
@@ -111,9 +112,9 @@ class DatasetPass(Generic[Output]):
         if pending is not None:
             yield jax.device_get(pending)
         # Only at the end: if this host raised at the first bad image, the others would hang.
-        self.num_bad = multihost.sum_across_hosts(len(bad))
+        self.num_bad = multihost.sum_across_hosts(len(self.bad))
         if self.num_bad and not self._input_config.skip_bad:
-            raise bad_images_error(self._source, bad, self.num_bad)
+            raise bad_images_error(self._source, self.bad, self.num_bad)
 
     def _check_sizes(self) -> None:
         """Checks that all hosts have as many batches, so that none waits for one that has ended."""
@@ -124,7 +125,7 @@ class DatasetPass(Generic[Output]):
                 f"{', '.join(f'{size:,}' for size in sizes)}. Copy the same files to every host."
             )
 
-    def _batches(self, bad: list[BadImage]) -> Any:
+    def _batches(self) -> Any:
         config = self._input_config
         return eval_batches(
             self._source,
@@ -137,7 +138,7 @@ class DatasetPass(Generic[Output]):
             num_threads=config.num_threads,
             prefetch_batches=config.prefetch_batches,
             sharding=batch_sharding(self._mesh),
-            on_bad_images=lambda step, found: bad.extend(found),
+            on_bad_images=lambda step, found: self.bad.extend(found),
         )
 
 

@@ -464,3 +464,14 @@ def architecture_key(
     """
     metadata = {"help": help_text, "unit": unit, "min": min}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_image_size(height: int, width: int, patch_size: int) -> None:
+    """Raises UserError, naming the nearest valid sizes, unless whole patches cover the image."""
+    for size in (height, width):
+        if size < patch_size or size % patch_size:
+            below = max(size // patch_size, 1) * patch_size
+            raise UserError(
+                f"image_size must be a multiple of patch_size ({patch_size}), got {size}. "
+                f"The nearest valid sizes are {below} and {below + patch_size}."
+            )

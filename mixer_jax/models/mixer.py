@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mixer_jax.models.execution import Execution
+from mixer_jax.models.family import check_image_size
 from mixer_jax.models.layers import (
     MLP_OUTPUT,
     Context,
@@ -20,7 +21,7 @@ from mixer_jax.models.layers import (
     classifier_head,
     map_over_vectors,
 )
-from mixer_jax.models.mixer_config import BLOCK_BACKENDS, MixerConfig, check_image_size
+from mixer_jax.models.mixer_config import BLOCK_BACKENDS, MixerConfig
 from mixer_jax.models.stack import block_stack, make_context
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from mixer_jax.errors import UserError
 from mixer_jax.models.family import ImageSize, architecture_key
 
 
@@ -41,17 +40,6 @@ BLOCK_BACKENDS = {
     "triton": "mixer_jax.kernels.triton.mixer_block:TritonMixerBackend",
     "mosaic": "mixer_jax.kernels.mosaic.mixer_block:MosaicMixerBackend",
 }
-
-
-def check_image_size(height: int, width: int, patch_size: int) -> None:
-    """Raises UserError, naming the nearest valid sizes, unless whole patches cover the image."""
-    for size in (height, width):
-        if size < patch_size or size % patch_size:
-            below = max(size // patch_size, 1) * patch_size
-            raise UserError(
-                f"image_size must be a multiple of patch_size ({patch_size}), got {size}. "
-                f"The nearest valid sizes are {below} and {below + patch_size}."
-            )
 
 
 def num_tokens(config: MixerConfig, image_size: int | ImageSize) -> int:

@@ -20,12 +20,12 @@ from mixer_jax.models.family import (
     TensorMapping,
     TimmModel,
     WeightLayout,
+    check_image_size,
 )
 from mixer_jax.models.mixer_config import (
     BLOCK_BACKENDS,
     VARIANTS,
     MixerConfig,
-    check_image_size,
     num_tokens,
 )
 

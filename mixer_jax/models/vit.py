@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mixer_jax.models.execution import Execution
+from mixer_jax.models.family import check_image_size
 from mixer_jax.models.layers import (
     ATTENTION,
     Context,
@@ -27,7 +28,6 @@ from mixer_jax.models.layers import (
     drop_tokens,
     map_over_vectors,
 )
-from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.models.stack import block_stack, make_context
 from mixer_jax.models.vit_config import VitConfig
 

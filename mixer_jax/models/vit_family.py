@@ -18,8 +18,8 @@ from mixer_jax.models.family import (
     Shape,
     TimmModel,
     WeightLayout,
+    check_image_size,
 )
-from mixer_jax.models.mixer_config import check_image_size
 from mixer_jax.models.vit_config import VARIANTS, VitConfig, grid_shape, num_tokens
 from mixer_jax.models.vit_layouts import LAYOUTS
 

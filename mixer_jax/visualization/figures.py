@@ -20,7 +20,12 @@ def make_figure(width: float, height: float, constrained: bool = False) -> Any:
 
 
 def render_figure(figure: Any, file_format: str) -> bytes:
-    """Renders a figure as "png", "jpg" or "pdf"."""
+    """Renders a figure as "png", "jpg", "pdf" or "svg"."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=DPI)
+    # The same figure is the same SVG: without a date, and with fixed identifiers.
+    metadata = {"Date": None} if file_format == "svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": "mixer_jax"}):
+        figure.savefig(buffer, format=file_format, dpi=DPI, metadata=metadata)
     return buffer.getvalue()

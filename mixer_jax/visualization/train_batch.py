@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int32, UInt8
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Source
+from mixer_jax.data.wordnet import label_class
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
 from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
@@ -200,6 +201,6 @@ def _format_label(
         targets = [""]
     lines = []
     for prefix, label, target in zip(("", "+ "), labels, targets, strict=False):
-        name, room = class_names[label], max_chars - len(prefix + target)
+        name, room = label_class(class_names[label]), max_chars - len(prefix + target)
         lines.append(prefix + (name if len(name) <= room else f"{name[: room - 1]}…") + target)
     return "\n".join(lines)

@@ -364,6 +364,6 @@ def test_predict_matches_timm_on_photographs(
         expected = model(inputs).softmax(-1).numpy()
     classifier = load_pretrained(str(tmp_path), dtype="float32")
     for row, prediction in enumerate(classifier.predict(photographs(), topk=10)):
-        for index, name, probability in prediction.classes:
+        for index, name, probability, _ in prediction.classes:
             assert name == names[index]
             assert probability == pytest.approx(expected[row, index], abs=1e-3)

@@ -50,6 +50,7 @@ def test_models_are_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["configs/digts.py"], ["digts.py", "digits.py"]),
         (["digits", "digits"], ["'digits' twice", "LABEL=MODEL"]),
         (["=digits"], ["LABEL=MODEL"]),
+        (["results.csv=digits"], ["results.csv", "LABEL=MODEL"]),
         (["a=digits", "runs/a"], ["'a' twice"]),
     ],
 )

@@ -120,3 +120,20 @@ def test_convert_that_cannot_write_leaves_nothing(name: str, tmp_path: Path) -> 
     assert list((tmp_path / "out").iterdir()) == []
     run_cli("convert", *arguments)
     assert (tmp_path / "out" / name).exists()
+
+
+def test_report_on_a_full_disk_leaves_nothing_and_prints_the_metrics(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    save_run(random_weights(), tmp_path / "weights")
+    fill(small_disk)
+    report = small_disk / "report"
+    arguments = f"--checkpoint={tmp_path}/weights", "--dataset=synthetic", f"--report={report}"
+    done = run_cli("evaluate", *arguments, code=1)
+    (line,) = done.stderr.splitlines()
+    assert mentions(line, str(report), "No space left on device")
+    assert mentions(done.stdout, "top-1")
+    assert {path.name for path in small_disk.iterdir()} == {"in_use", "filler"}
+    (small_disk / "filler").unlink()
+    run_cli("evaluate", *arguments)
+    assert (report / "index.html").exists()

@@ -211,6 +211,7 @@ def test_draw_train_batch_writes_the_whole_title() -> None:
         (0.83, NAMES, "0 0.83\n+ 1 0.17"),
         (0.9999, NAMES, "0 1.00\n+ 1 0.00"),
         (1.0, ("a class with too long a name", *NAMES[1:]), "a class with too l…"),
+        (1.0, ("n01440764", *NAMES[1:]), "tench (n01440764)"),
         (0.83, ("$5 bill", "$6", *NAMES[2:]), "$5 bill 0.83\n+ $6 0.17"),
         (
             0.83,

@@ -1,0 +1,392 @@
+"""Report of an evaluation: index.html, predictions.csv and metrics.json in one folder."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.source import Source
+from mixer_jax.errors import DiskFullError, RunError, no_space_reason
+from mixer_jax.evaluation.classification import (
+    NUM_CALIBRATION_BINS,
+    CalibrationBin,
+    ClassificationMetrics,
+    calibration_bins,
+)
+from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, Predictions
+from mixer_jax.files import atomic_folder
+from mixer_jax.visualization.figures import make_figure
+from mixer_jax.visualization.html import encode_figure, encode_thumbnail, render_page
+
+PAGE, PREDICTIONS, METRICS = "index.html", "predictions.csv", "metrics.json"
+# Classes up to which the confusion matrix is a table with names, and a picture.
+_MAX_TABLE_CLASSES, _MAX_PICTURE_CLASSES = 25, 200
+_NUM_PAIRS, _NUM_MISTAKES, _NUM_ERRORS = 50, 48, 50
+# Spreadsheet programs run a cell as a formula if its text begins with one of these.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+class ClassMetrics(NamedTuple):
+    """Metrics of one class, as fractions, or an average over classes.
+
+    Attributes:
+        name: Name of the class, or of the average.
+        precision: Fraction of the predictions of the class that are correct; 0 without any.
+        recall: Fraction of the images of the class that are found; 0 without any.
+        f1: Harmonic mean of precision and recall.
+        support: Number of images of the class.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class ClassReport(NamedTuple):
+    """Metrics per class.
+
+    Attributes:
+        classes: Metrics of the classes that are labels or predictions of any image, by index.
+        averages: Their mean, and their mean weighted by support.
+    """
+
+    classes: dict[int, ClassMetrics]
+    averages: list[ClassMetrics]
+
+
+class ConfusedPair(NamedTuple):
+    """Number of images of class `label` that are predicted to be of class `predicted`."""
+
+    label: int
+    predicted: int
+    num_images: int
+
+
+def write_report(
+    path: Path,
+    title: str,
+    subtitle: str,
+    source: Source,
+    metrics: ClassificationMetrics,
+    predictions: Predictions,
+    summary: dict[str, Any],
+    exif_orientation: bool,
+) -> None:
+    """Writes the report of an evaluation as a new folder, completely or not at all.
+
+    Args:
+        path: Folder, which must be empty if it exists.
+        title: Title of the page.
+        subtitle: Line below the title.
+        source: Source of the images, of which the worst mistakes are read again.
+        metrics: Metrics of the evaluation.
+        predictions: Predictions for the source.
+        summary: First entries of `metrics.json`.
+        exif_orientation: Whether images are rotated by their EXIF orientation.
+
+    Raises:
+        DiskFullError: The folder cannot be written for lack of space.
+        RunError: The folder cannot be written.
+    """
+    mask = predictions.mask
+    labels, predicted = predictions.labels[mask], predictions.predicted[mask]
+    report = class_report(labels, predicted, source.class_names)
+    pairs = confused_pairs(labels, predicted)
+    is_correct = predictions.rank[mask] == 0
+    bins = calibration_bins(predictions.confidence[mask], is_correct)
+    page = render_page(
+        "evaluation.html",
+        title=title,
+        subtitle=subtitle,
+        facts=_format_facts(metrics, report),
+        counts=metrics.format_counts(),
+        class_rows=_format_classes(report),
+        num_absent=source.num_classes - len(report.classes),
+        matrix=_matrix_cells(labels, predicted, source.class_names),
+        matrix_picture=_draw_matrix(labels, predicted, source.num_classes),
+        pair_rows=_format_pairs(pairs[:_NUM_PAIRS], report),
+        num_pairs=f"{len(pairs):,}",
+        calibration=encode_figure(draw_calibration(bins)),
+        calibration_error=f"{metrics.calibration_error:.2%}",
+        num_bins=NUM_CALIBRATION_BINS,
+        mistakes=list(_show_mistakes(source, predictions, exif_orientation)),
+        num_mistakes=f"{int((labels != predicted).sum()):,}",
+        error_rows=[
+            [predictions.names[index], reason]
+            for index, reason in list(predictions.errors.items())[:_NUM_ERRORS]
+        ],
+        num_errors=f"{len(predictions.errors):,}",
+    )
+    summary = summary | {
+        "per_class": {
+            values.name: {"class_index": index} | _without_name(values)
+            for index, values in report.classes.items()
+        },
+        **{values.name: _without_name(values) for values in report.averages},
+        "confused_pairs": [
+            pair._asdict()
+            | {
+                "label": source.class_names[pair.label],
+                "predicted": source.class_names[pair.predicted],
+            }
+            for pair in pairs[:_NUM_PAIRS]
+        ],
+        "calibration_bins": [bin._asdict() for bin in bins],
+    }
+    try:
+        with atomic_folder(path.absolute()) as folder:
+            (folder / PAGE).write_text(page, encoding="utf-8")
+            (folder / METRICS).write_text(
+                json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+            _write_predictions(folder / PREDICTIONS, predictions, source.class_names)
+    except OSError as error:
+        if reason := no_space_reason(error):
+            raise DiskFullError(
+                f"report {str(path)!r} cannot be written ({reason}). Free space and run the same "
+                "command again."
+            ) from error
+        raise RunError(
+            f"report {str(path)!r} cannot be written ({error.strerror or error})."
+        ) from error
+
+
+def class_report(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], class_names: Sequence[str]
+) -> ClassReport:
+    """Computes precision, recall, F1 and support per class, like scikit-learn's by default."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    indices = np.union1d(labels, predicted).tolist()
+
+    def score(average: str | None) -> Any:
+        return precision_recall_fscore_support(
+            labels, predicted, labels=indices, average=average, zero_division=0
+        )
+
+    classes = {
+        index: ClassMetrics(class_names[index], float(precision), float(recall), float(f1), int(n))
+        for index, precision, recall, f1, n in zip(indices, *score(None), strict=True)
+    }
+    averages = []
+    for average in ("macro", "weighted"):
+        precision, recall, f1, _ = score(average)
+        averages.append(
+            ClassMetrics(
+                f"{average} average", float(precision), float(recall), float(f1), len(labels)
+            )
+        )
+    return ClassReport(classes, averages)
+
+
+def confused_pairs(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]
+) -> list[ConfusedPair]:
+    """Counts the pairs of a label and another, predicted class; the most frequent come first."""
+    is_wrong = labels != predicted
+    wrong = np.stack([labels[is_wrong], predicted[is_wrong]])
+    pairs, counts = np.unique(wrong, axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows = zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True)
+    return [ConfusedPair(*row) for row in rows]
+
+
+def worst_mistakes(predictions: Predictions, count: int) -> Int[np.ndarray, " m"]:
+    """Finds the images with a wrong prediction, the most confident first."""
+    wrong = np.flatnonzero(predictions.mask & (predictions.predicted != predictions.labels))
+    confidence = predictions.confidence[wrong]
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
+
+
+def draw_calibration(bins: Sequence[CalibrationBin]) -> Any:
+    """Draws a reliability diagram: accuracy by confidence, above the number of images."""
+    figure = make_figure(5, 5, constrained=True)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    centers = (np.arange(len(bins)) + 0.5) / len(bins)
+    counts = np.array([bin.num_examples for bin in bins])
+    used = counts > 0
+    accuracy = np.array([bin.num_correct for bin in bins])[used] / counts[used]
+    confidence = np.array([bin.confidence for bin in bins])[used] / counts[used]
+    width = 0.94 / len(bins)
+    upper.bar(centers[used], accuracy, width, color="tab:blue", label="accuracy")
+    upper.plot(confidence, accuracy, "o", color="black", markersize=4, label="at mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color="gray", label="perfect calibration")
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    upper.legend(loc="upper left")
+    lower.bar(centers, counts, width, color="tab:gray")
+    lower.set(xlabel="confidence", ylabel="images")
+    return figure
+
+
+def _draw_matrix(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
+) -> str:
+    """Draws the confusion matrix of many classes, whose names have no room; else returns ""."""
+    if not _MAX_TABLE_CLASSES < num_classes <= _MAX_PICTURE_CLASSES:
+        return ""
+    figure = make_figure(8, 7, constrained=True)
+    axes = figure.subplots()
+    shares = _confusion_shares(_confusion_matrix(labels, predicted, num_classes))
+    image = axes.imshow(shares, cmap="magma_r", vmin=0, vmax=1)
+    axes.set(xlabel="predicted class, by index", ylabel="class, by index")
+    figure.colorbar(image, label="fraction of the class's images")
+    return encode_figure(figure, "png")
+
+
+class MatrixRow(NamedTuple):
+    """Row of the confusion matrix of few classes.
+
+    Attributes:
+        cells: Number of images, and fraction of the row, per predicted class.
+    """
+
+    name: str
+    cells: list[tuple[int, str]]
+
+
+def _matrix_cells(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], class_names: Sequence[str]
+) -> list[MatrixRow]:
+    """Formats the confusion matrix of few classes; [] for more."""
+    if len(class_names) > _MAX_TABLE_CLASSES:
+        return []
+    matrix = _confusion_matrix(labels, predicted, len(class_names))
+    shares = _confusion_shares(matrix)
+    return [
+        MatrixRow(name, [(n, f"{s:.2f}") for n, s in zip(counts, row, strict=True)])
+        for name, counts, row in zip(class_names, matrix.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _confusion_matrix(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
+) -> Int[np.ndarray, "classes classes"]:
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels, predicted, labels=range(num_classes))
+
+
+def _confusion_shares(matrix: Int[np.ndarray, "classes classes"]) -> Any:
+    """Divides each row by the number of images of its class, if there are any."""
+    return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+
+
+def _format_facts(metrics: ClassificationMetrics, report: ClassReport) -> list[tuple[str, str]]:
+    macro = report.averages[0]
+    return [
+        ("images", f"{metrics.num_examples:,}"),
+        ("top-1 accuracy", f"{metrics.top1:.2%}"),
+        ("top-5 accuracy", f"{metrics.top5:.2%}"),
+        ("macro F1", f"{macro.f1:.2%}"),
+        ("log-likelihood", f"{metrics.log_likelihood:.4f}"),
+        ("calibration error", f"{metrics.calibration_error:.2%}"),
+    ]
+
+
+def _format_classes(report: ClassReport) -> list[list[str]]:
+    """Formats the averages and the classes, lowest F1 first."""
+    worst = sorted(report.classes.items(), key=lambda item: (item[1].f1, item[0]))
+    rows = [("", values) for values in report.averages]
+    rows += [(str(index), values) for index, values in worst]
+    return [
+        [
+            values.name,
+            index,
+            *(f"{value:.2%}" for value in values[1:4]),
+            f"{values.support:,}",
+        ]
+        for index, values in rows
+    ]
+
+
+def _format_pairs(pairs: Sequence[ConfusedPair], report: ClassReport) -> list[list[str]]:
+    rows = []
+    for pair in pairs:
+        label, predicted = report.classes[pair.label], report.classes[pair.predicted]
+        share = f"{pair.num_images / label.support:.2%}"
+        rows.append([label.name, predicted.name, f"{pair.num_images:,}", share])
+    return rows
+
+
+def _show_mistakes(
+    source: Source, predictions: Predictions, exif_orientation: bool
+) -> Iterator[dict[str, Any]]:
+    """Reads the images of the most confident mistakes; those deleted since are left out."""
+    for index in worst_mistakes(predictions, _NUM_MISTAKES).tolist():
+        try:
+            encoded = source.examples[index]["image"]
+            pixels = decode(encoded, exif_orientation=exif_orientation)
+        except BadImageError:
+            continue
+        label, predicted = predictions.labels[index], predictions.predicted[index]
+        probability = math.exp(predictions.log_likelihood[index])
+        yield {
+            "uri": encode_thumbnail(pixels),
+            "name": predictions.names[index],
+            "predicted": source.class_names[predicted],
+            "confidence": f"{predictions.confidence[index]:.1%}",
+            "label": source.class_names[label],
+            "probability": f"{probability:.1%}",
+        }
+
+
+def _without_name(values: ClassMetrics) -> dict[str, float]:
+    return {name: value for name, value in values._asdict().items() if name != "name"}
+
+
+def _write_predictions(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+    """Writes one line per image, with the probabilities of all or of the most probable classes."""
+    names = [_escape_formula(name) for name in class_names]
+    num_top = predictions.top_classes.shape[1]
+    has_all = len(names) <= MAX_ALL_CLASSES
+    header = ["image", "label", "prediction", "label_probability", "error"]
+    if has_all:
+        header += [f"probability: {name}" for name in class_names]
+    else:
+        header += [
+            f"{part}_{k}" for k in range(1, num_top + 1) for part in ("class", "probability")
+        ]
+    likelihood = np.exp(predictions.log_likelihood)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for index, image in enumerate(predictions.names):
+            row = [_escape_formula(image)]
+            if not predictions.mask[index]:
+                writer.writerow(
+                    [*row, "", "", "", predictions.errors[index]] + [""] * (len(header) - 5)
+                )
+                continue
+            classes = predictions.top_classes[index]
+            probabilities = predictions.top_probabilities[index]
+            row += [
+                names[predictions.labels[index]],
+                names[classes[0]],
+                f"{likelihood[index]:.6g}",
+                "",
+            ]
+            if has_all:
+                row += [f"{p:.6g}" for p in probabilities[np.argsort(classes)].tolist()]
+            else:
+                for k, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
+                    row += [names[k], f"{p:.6g}"]
+            writer.writerow(row)
+
+
+def _escape_formula(text: str) -> str:
+    """Prefixes an apostrophe to a text that spreadsheet programs would run as a formula."""
+    if not text.startswith(_FORMULA_STARTS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
