@@ -172,12 +172,12 @@ def _training_data(config: dict[str, Any] | None) -> list[str]:
     entries = list(config.get("mixture", {}).values())
     default = config["dataset"]["name"]
     lines = [
-        f"{_dataset_name(entry['dataset'] or default)}, split `{entry['split']}`, "
+        f"{_escape(_dataset_name(entry['dataset'] or default))}, split `{entry['split']}`, "
         f"weight {entry['weight']:g}"
         for entry in entries
     ]
     if not lines:
-        lines = [f"{_dataset_name(default)}, split `{config['dataset']['train_split']}`"]
+        lines = [f"{_escape(_dataset_name(default))}, split `{config['dataset']['train_split']}`"]
     start = config["init_from"]
     if start:
         is_public = start.startswith(HUB) or any(model.source == start for model in MODEL_ZOO)
@@ -227,7 +227,7 @@ def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
     titles = ["dataset", "split", "images", "step", *(title for _, title, _ in _METRICS)]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for evaluation in evaluations:
-        cells = [_dataset_name(evaluation["dataset"]), f"`{evaluation['split']}`"]
+        cells = [_escape(_dataset_name(evaluation["dataset"])), f"`{evaluation['split']}`"]
         cells += [f"{evaluation.get('num_examples', 0):,.0f}", f"{evaluation['step']:,}"]
         cells += [
             format(evaluation[metric], style) if metric in evaluation else ""
@@ -251,8 +251,8 @@ def _intended_use(info: ModelInfo) -> list[str]:
 def _dataset_name(name: str) -> str:
     """Returns the public name of a dataset: not the path of a folder."""
     if name.startswith(FOLDER):
-        return f"a folder of images, {_escape(epath.Path(name.removeprefix(FOLDER)).name)}"
-    return f"`{name}`"
+        return f"a folder of images, {epath.Path(name.removeprefix(FOLDER)).name}"
+    return name
 
 
 def _dataset_id(name: str) -> str:

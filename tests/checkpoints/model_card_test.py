@@ -48,6 +48,7 @@ def test_card_has_data_recipe_and_metrics_at_the_step_of_the_weights(tmp_path: P
     card, sections = card_of(load_checkpoint(workdir), "mit")
     assert card.data.license == "mit"
     assert sections["License"].strip() == "mit"
+    assert {result.dataset_name for result in card.data.eval_results} == {"digits/all"}
     found = [
         (r.dataset_type, r.dataset_split, r.metric_type, r.metric_name, r.metric_value)
         for r in card.data.eval_results
@@ -57,7 +58,7 @@ def test_card_has_data_recipe_and_metrics_at_the_step_of_the_weights(tmp_path: P
         ("digits", "test", "accuracy", "top-5 accuracy", 0.9),
     ]
     assert mentions(sections["Evaluation"], "20.00%", "90.00%", "-1.5000", "360", "step")
-    assert mentions(sections["Training data"], "`digits/all`", "`train`")
+    assert mentions(sections["Training data"], "digits/all", "`train`")
     recipe = sections["Recipe"].splitlines()
     for line in ("seed = 3", "num_steps = 20", "batch_size = 16", "optimizer.warmup_steps = 2"):
         assert line in recipe
@@ -135,6 +136,18 @@ def test_class_names_cannot_break_the_page() -> None:
     _, sections = card_of(random_weights(class_names=many))
     assert mentions(sections["Model"], "1000", "class 19", "…")
     assert not mentions(sections["Model"], "class 20")
+
+
+def test_documentation_shows_a_card_with_the_same_parts(tmp_path: Path) -> None:
+    text = Path("docs/how_to/share.md").read_text()
+    (sample,) = re.findall(r"````markdown\n(.*?)````", text, re.DOTALL)
+    card, _ = card_of(load_checkpoint(saved_run(tmp_path)), "apache-2.0")
+    pattern = re.compile(r"^(?:#+ .*|[a-z_-]+:.*)$", re.MULTILINE)
+    parts = [
+        [re.sub(r"(?<=:).*|(?<=^# ).*", "", line) for line in pattern.findall(content)]
+        for content in (sample, str(card))
+    ]
+    assert parts[0] == parts[1]
 
 
 def code_blocks(text: str) -> list[str]:
