@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -21,6 +22,8 @@ from mixer_jax.errors import UserError, summarize_error
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _OPEN_FILES = 4096
+# Content of lock files.
+_OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
@@ -257,6 +260,27 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             if lock.is_locked:
                 path.unlink(missing_ok=True)
                 lock.release()
+
+
+def is_locked(path: Path) -> bool | None:
+    """Returns whether a program of this machine holds a lock, without touching its file.
+
+    None if that is unknown here: a program of another machine wrote the file and holds the lock, or
+    was killed.
+    """
+    if not path.exists():
+        return False
+    match = _OWNER.fullmatch(_read_owner(path))
+    if match is None or match["host"] != socket.gethostname() or sys.platform == "win32":
+        return None
+    try:
+        # Signal 0 only checks that the process exists.
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove_empty(folder: Path) -> None:
