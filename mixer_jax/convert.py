@@ -190,17 +190,28 @@ def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)
-        shape = ", ".join(map(str, (*model_info.image_size, 3)))
         return [
             "from pathlib import Path; from jax import export",
             "from safetensors.numpy import load_file",
             f"weights = load_file({weights_file})",
             f"logits = export.deserialize(Path({file}).read_bytes()).call(weights, images)",
-            f"# images: float32 (n, {shape}) in [-1, 1], for any n",
+            f"# images: {_describe_images(model_info)}",
+        ]
+    if format == "onnx":
+        return [
+            "import onnxruntime",
+            f"session = onnxruntime.InferenceSession({json.dumps(target, ensure_ascii=False)})",
+            '(logits,) = session.run(None, {"images": images})',
+            f"# images: {_describe_images(model_info)}",
         ]
     if not model_info.num_classes:
         return [f"python -m mixer_jax.main … --config.init_from={shlex.quote(target)}"]
     return [f"python -m mixer_jax.predict --checkpoint={shlex.quote(target)} photo.jpg"]
+
+
+def _describe_images(model_info: ModelInfo) -> str:
+    shape = ", ".join(map(str, (*model_info.image_size, 3)))
+    return f"float32 (n, {shape}) in [-1, 1], for any n"
 
 
 def _print_results(weights: PretrainedWeights, format: str, target: str, checks: str) -> None:

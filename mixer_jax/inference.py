@@ -324,7 +324,8 @@ class Classifier:
         Args:
             target: Path of a file, which is replaced if it exists. Its suffix selects the format:
                 .npz for Google's code, .safetensors for timm, .stablehlo for a program that needs
-                only JAX and safetensors. Without a suffix, a new folder in the format of runs.
+                only JAX and safetensors, .onnx for onnxruntime and other runtimes. Without a
+                suffix, a new folder in the format of runs.
 
         Returns:
             A description of the checks that passed.

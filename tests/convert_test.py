@@ -112,8 +112,11 @@ def test_convert_to_a_folder_of_timm_prints_its_name_there(
 
 
 @pytest.mark.slow
-def test_convert_to_stablehlo_prints_code_that_runs(workspace: Path, tmp_path: Path) -> None:
-    target = f"{tmp_path}/it's.stablehlo"
+@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+def test_convert_to_a_program_prints_code_that_runs(
+    format: str, workspace: Path, tmp_path: Path
+) -> None:
+    target = f"{tmp_path}/it's.{format}"
     result = run_cli("convert", f"{workspace}/w.npz", target)
     lines = usage_lines(result.stdout)
     assert mentions(lines[-1], "(n, 16, 16, 3)", "[-1, 1]")

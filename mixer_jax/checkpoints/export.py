@@ -1,5 +1,6 @@
 """Export of weights to other formats; each file is read back and compared before it is renamed."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -35,12 +36,21 @@ from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
 # Formats and the suffixes of their files; a run is a folder.
-SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
+SUFFIXES = {
+    "google": ".npz",
+    "timm": ".safetensors",
+    "orbax": "",
+    "stablehlo": ".stablehlo",
+    "onnx": ".onnx",
+}
 # Folder that timm's "local-dir:" and the Hub have: model.safetensors and config.json.
 HUB_FOLDER = "hub folder"
 _FOLDERS = ("orbax", HUB_FOLDER)
 # Suffix that is added to a file's name for a second file: of metadata, or of a program's weights.
 SIDECAR_SUFFIXES = {"google": METADATA_SUFFIX, "stablehlo": ".safetensors"}
+_LOGITS_CHECK = (
+    "random images, equal to the model within 1e-4 of the standard deviation of the logits"
+)
 _STEP = 0
 
 
@@ -93,7 +103,12 @@ def target_files(format: str, target: str) -> list[str]:
 
 
 def check_target_available(format: str, target: str, force: bool) -> None:
-    """Raises UserError if a target exists or cannot be written; `force` can replace files only."""
+    """Raises UserError if a target exists or cannot be written; `force` can replace files only.
+
+    It cannot be written either if a library that its format needs is not installed.
+    """
+    if format == "onnx":
+        _check_onnx_installed()
     if format not in _FOLDERS:
         for path in target_files(format, target):
             _check_folder_writable(Path(path).parent)
@@ -113,6 +128,15 @@ def check_target_available(format: str, target: str, force: bool) -> None:
         note = " --force does not replace folders." if force else ""
         raise UserError(f"target {target!r} exists.{note} Name a new folder, or delete this one.")
     _check_folder_writable(folder.parent)
+
+
+def _check_onnx_installed() -> None:
+    for name in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--to=onnx needs the library {name}, which is not installed. Run pip install "
+                '"mixer-jax[onnx]".'
+            )
 
 
 def _check_folder_writable(folder: Path) -> None:
@@ -150,8 +174,14 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             check_stablehlo(str(staged), weights)
             return (
                 "read the weights back, bit-identical; ran the program on batches of 1 and 3 "
-                "random images, equal to the model within 1e-4 of the spread of the logits"
+                f"{_LOGITS_CHECK}"
             )
+        if format == "onnx":
+            from mixer_jax.checkpoints.onnx_export import check_onnx, write_onnx
+
+            write_onnx(str(staged), weights)
+            check_onnx(str(staged), weights)
+            return f"ran the file in onnxruntime on batches of 1 and 3 {_LOGITS_CHECK}"
         if format == "orbax":
             _write_run(staged, weights)
             _compare_run(staged, weights)
