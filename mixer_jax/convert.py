@@ -94,16 +94,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--list must be the only argument.")
         print(format_model_zoo(args.list))
         return 0
-    if args.push_to_hub is None:
-        for name in ("license", "private", "dry_run"):
-            if getattr(args, name):
-                raise UserError(f"--{name} must come with --push_to_hub=OWNER/NAME.")
-    elif args.target or args.to:
-        raise UserError("TARGET and --to must be omitted with --push_to_hub, which uploads.")
-    elif not args.source:
-        raise UserError("SOURCE is required. See --help.")
-    else:
+    if args.push_to_hub is not None:
         return _push(args)
+    for name in ("license", "private", "dry_run"):
+        if getattr(args, name):
+            raise UserError(f"--{name} must come with --push_to_hub=OWNER/NAME.")
     if not args.source or not args.target:
         raise UserError("SOURCE and TARGET are required. See --help.")
     format = choose_format(args.to, args.target)
@@ -122,6 +117,9 @@ def _load(args: argparse.Namespace) -> PretrainedWeights:
     class_names = common.read_class_names(args.labels)
     # Formats of files need no JAX. Programs that are compiled here are not worth caching.
     common.configure_jax(compilation_cache="", cpu_only=True)
+    if args.push_to_hub and not args.dry_run:
+        # Weights can take long to download and convert.
+        check_access(args.push_to_hub)
     weights = load_checkpoint(
         args.source,
         step=args.step,
@@ -138,9 +136,11 @@ def _load(args: argparse.Namespace) -> PretrainedWeights:
 def _push(args: argparse.Namespace) -> int:
     """Uploads to the Hub, or prints what would be uploaded."""
     name = args.push_to_hub
+    if not args.source:
+        raise UserError("SOURCE is required. See --help.")
+    if args.target or args.to:
+        raise UserError("TARGET and --to must be omitted with --push_to_hub, which uploads.")
     check_repo_name(name)
-    if not args.dry_run:
-        check_access(name)
     weights = _load(args)
     if not args.license:
         print("The model card will have no license. Set one by --license=ID.", file=sys.stderr)
