@@ -26,13 +26,15 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED)
 	$(RUN) -m mixer_jax.main --config=configs/digits.py
 
-# What the tests need in addition: TensorFlow, to compare with it, and the TPU compiler, which needs
-# no TPU. requirements-tpu.txt is empty on platforms without it.
-$(TESTS): $(INSTALLED) requirements-test.txt requirements-tpu.txt
+# What the tests need in addition: TensorFlow, to compare with it, the TPU compiler, which needs no
+# TPU, and jax2onnx. requirements-tpu.txt is empty on platforms without it. requirements-onnx.txt says
+# why its packages are installed without dependencies.
+$(TESTS): $(INSTALLED) requirements-test.txt requirements-tpu.txt requirements-onnx.txt
 	$(RUN) -c 'import sys; v = sys.version_info; sys.exit(None if v < (3, 14) else f"error: Python must be 3.11 to 3.13 for tests, got {v.major}.{v.minor}: TensorFlow has no wheel for it. Run make clean, and pass PYTHON=python3.12.")'
 	@echo "Installing requirements-test.txt and requirements-tpu.txt into $(VENV) takes a few minutes."
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-test.txt \
 	  --requirement requirements-tpu.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-onnx.txt
 	@touch $@
 
 lint: $(TESTS)

@@ -48,6 +48,9 @@ TENSORFLOW = [
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
 ]
+# They convert to ONNX and run the result to check it. jax2onnx declares orbax-checkpoint below
+# 0.11.37, which CORE allows; requirements-onnx.txt keeps the later version of requirements.txt.
+ONNX = ["jax2onnx>=0.17.1", "onnx>=1.20.1", "onnxruntime>=1.24.1"]
 # Earlier versions wait for uploads at the end of a run without a timeout.
 WANDB = ["wandb>=0.28"]
 
@@ -119,6 +122,7 @@ setup(
             "tensorboard>=2.20",
             *WANDB,
         ],
+        "onnx": ONNX,
         "wandb": WANDB,
         "baselines": ["timm>=1.0.20", "torch>=2.7", "torchvision>=0.22"],
     },

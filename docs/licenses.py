@@ -3,7 +3,7 @@
     python docs/licenses.py
 
 Reads the metadata of installed packages: install requirements.txt, requirements-gcs.txt,
-requirements-test.txt and requirements-docs.txt first.
+requirements-onnx.txt, requirements-test.txt and requirements-docs.txt first.
 """
 
 import sys
@@ -18,6 +18,7 @@ PAGE = DOCS / "reference" / "licenses.md"
 SECTIONS = {
     "requirements.txt": "Installed with mixer_jax",
     "requirements-gcs.txt": "Installed by the extras `gcs` and `tpu`",
+    "requirements-onnx.txt": "Installed by the extra `onnx`",
     "requirements-test.txt": "Installed for tests",
     "requirements-docs.txt": "Installed to build the documentation",
 }
@@ -87,7 +88,11 @@ def license_of(name: str) -> str:
     known = beginnings or [_SPDX[name] for name in classifiers if name in _SPDX]
     if not text and not classifiers:
         # The metadata names none, but the package has the text.
-        files = [file for file in metadata.files(name) or [] if "/licenses/" in str(file)]
+        files = [
+            file
+            for file in metadata.files(name) or []
+            if ".dist-info/licenses/" in str(file) or str(file).endswith(".dist-info/LICENSE")
+        ]
         texts = " ".join(word for file in files for word in file.read_text().split())
         known = [spdx for title, spdx in _SPDX.items() if title in texts]
     if not known:

@@ -5,7 +5,8 @@ The public API. Names are imported on first use, so that `import mixer_jax` is i
 - `list_models()`: names of all models, e.g. "Mixer-B/16".
 - `create_model(name, num_classes, **overrides)`: Flax module, ready to `init` and `apply`.
 - `load_pretrained(source, …)`: `Classifier` with the weights of a workdir, of Google, timm or the
-  Hugging Face Hub, at any image size: images in, logits or named classes out.
+  Hugging Face Hub, at any image size: images in, logits or named classes out. `from_pretrained` is
+  the same function.
 - `load_config(name)`: configuration of a run, from a file or by the name of one in configs/.
 - `train(config, workdir)`: trains or fine-tunes a model, or resumes the run in `workdir`.
 - `plot_batch(config)`, `plot_curves(workdir)`: figures of a training batch and of a run.
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "create_model",
     "forward_intermediates",
+    "from_pretrained",
     "list_models",
     "load_config",
     "load_pretrained",
@@ -31,7 +33,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mixer_jax.config.loading import load_config
-    from mixer_jax.inference import Classifier, load_pretrained
+    from mixer_jax.inference import Classifier, from_pretrained, load_pretrained
     from mixer_jax.main import train
     from mixer_jax.models.registry import create_model, list_models
     from mixer_jax.models.stack import forward_intermediates
@@ -43,6 +45,7 @@ _MODULES = {
     "list_models": "mixer_jax.models.registry",
     "Classifier": "mixer_jax.inference",
     "load_pretrained": "mixer_jax.inference",
+    "from_pretrained": "mixer_jax.inference",
     "load_config": "mixer_jax.config.loading",
     "train": "mixer_jax.main",
     "plot_batch": "mixer_jax.visualize",

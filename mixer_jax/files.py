@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -27,6 +29,8 @@ from mixer_jax.errors import (
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _OPEN_FILES = 4096
+# Content of lock files.
+_OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
@@ -64,6 +68,26 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: Any) -> list[dict[str, Any]]:
+    """Reads a text file of one JSON object per line, except a last line that is incomplete.
+
+    Args:
+        path: `epath.Path`; a file that does not exist has no lines.
+
+    Raises:
+        UserError: A line is not a JSON object.
+    """
+    try:
+        text = path.read_text() if path.exists() else ""
+        # Complete lines end in a newline: what follows the last newline is empty or cut off.
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        if all(isinstance(line, dict) for line in lines):
+            return lines
+    except ValueError:
+        pass
+    raise UserError(f"{str(path)!r} has lines that are not JSON objects. Move the file away.")
 
 
 class LineFile:
@@ -266,6 +290,27 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             if lock.is_locked:
                 path.unlink(missing_ok=True)
                 lock.release()
+
+
+def is_locked(path: Path) -> bool | None:
+    """Returns whether a program of this machine holds a lock, without touching its file.
+
+    None if that is unknown here: a program of another machine wrote the file and holds the lock, or
+    was killed.
+    """
+    if not path.exists():
+        return False
+    match = _OWNER.fullmatch(_read_owner(path))
+    if match is None or match["host"] != socket.gethostname() or sys.platform == "win32":
+        return None
+    try:
+        # Signal 0 only checks that the process exists.
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove_empty(folder: Path) -> None:

@@ -134,6 +134,10 @@ def load_pretrained(
     return Classifier(weights, dtype, os.fspath(source))
 
 
+# The name that Hugging Face's libraries use, next to `Classifier.save_pretrained`.
+from_pretrained = load_pretrained
+
+
 class Classifier:
     """A model with its parameters on this host's devices.
 
@@ -371,7 +375,8 @@ class Classifier:
         Args:
             target: Path of a file, which is replaced if it exists. Its suffix selects the format:
                 .npz for Google's code, .safetensors for timm, .stablehlo for a program that needs
-                only JAX and safetensors. Without a suffix, a new folder in the format of runs.
+                only JAX and safetensors, .onnx for onnxruntime and other runtimes. Without a
+                suffix, a new folder in the format of runs.
 
         Returns:
             A description of the checks that passed.
@@ -390,6 +395,64 @@ class Classifier:
         format = choose_format("", target)
         check_target_available(format, target, force=True)
         return export_weights(self._weights, format, target)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes a folder for the Hugging Face Hub, timm's "local-dir:" and `load_pretrained`.
+
+        It contains model.safetensors and config.json. Models that timm cannot create by name are
+        written as well; `python -m mixer_jax.convert --to=timm` refuses them.
+
+        Args:
+            folder: New or empty folder.
+
+        Raises:
+            UserError: The folder has files or cannot be written, or timm's layout has no place for
+                a parameter.
+            DiskFullError: The disk is full.
+        """
+        from mixer_jax.checkpoints.export import HUB_FOLDER, check_target_available, export_weights
+
+        target = os.fspath(folder)
+        check_target_available(HUB_FOLDER, target, force=False)
+        export_weights(self._weights, HUB_FOLDER, target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str = "",
+        private: bool = False,
+        replace_card: bool = False,
+    ) -> str:
+        """Uploads the model to the Hugging Face Hub, with a generated model card.
+
+        The token is the one of `hf auth login` or HF_TOKEN.
+
+        Args:
+            repo_id: Name of the repository, OWNER/NAME. It is created if it does not exist.
+            license: Identifier of the license in the model card, e.g. "apache-2.0"; empty: none.
+            private: Whether a new repository is private.
+            replace_card: Whether to replace a model card that the repository has.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: The name or the token is invalid, the token lacks write permission, or timm's
+                layout has no place for a parameter.
+            DiskFullError: There is no space for temporary files.
+            RunError: The Hub cannot be reached, or fails.
+        """
+        from mixer_jax.checkpoints import hub
+
+        upload = hub.push_to_hub(
+            self._weights,
+            repo_id,
+            card_license=license,
+            private=private,
+            replace_card=replace_card,
+        )
+        return upload.url
 
     def iter_predictions(
         self,

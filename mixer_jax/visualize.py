@@ -1,5 +1,6 @@
-"""Plot a batch as training sees it: `python -m mixer_jax.visualize data --config=… --out=…`."""
+"""Plot training batches and pages of runs: `python -m mixer_jax.visualize COMMAND --out=…`."""
 
+import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import atomic_write
+from mixer_jax.training.workdir import resolve_workdir
 
 if TYPE_CHECKING:
     from mixer_jax.data.source import Source
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Plots what the arguments request; returns the exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.visualize",
-        description="Plot training batches.",
+        description="Plot training batches, and make pages of training runs.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data = commands.add_parser(
@@ -42,7 +44,12 @@ def main(argv: Sequence[str]) -> int:
     data.add_argument("--step", type=int, default=0, help="training step, from 0; default: 0")
     data.add_argument("--num_images", type=int, help=f"images to plot; default: {_NUM_IMAGES}")
     common.add_override_arg(data, "override a key, as for training")
+    _add_run_command(commands)
     args, overrides = parser.parse_known_args(argv)
+    if args.command == "run":
+        if overrides:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        return _write_run_page(args)
     _check_out(args.out)
     config = parse(load_config_with_overrides(args.config, overrides))
     num_images = _resolve_num_images("--num_images", args.num_images, _NUM_IMAGES, config)
@@ -57,11 +64,41 @@ def main(argv: Sequence[str]) -> int:
     _check_step("--step", args.step, config, len(source))
     figure, title = _draw_batch(args.config, config, source, args.step, num_images)
     plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
-    try:
-        atomic_write(args.out, plot)
-    except OSError as error:
-        raise RunError(f"--out={args.out} cannot be written ({error.strerror}).") from error
+    _write_out(args.out, plot)
     print(f"{args.out}: {title}")
+    return 0
+
+
+def _add_run_command(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="HTML page of training runs, also while they train",
+        description="Write a page with the curves of training runs over each other, their metrics, "
+        "throughput, configurations and differences, training images, bad images, hardware and "
+        "versions, as one HTML file. Reads the workdirs only, also while training writes to them.",
+    )
+    run.add_argument(
+        "--workdir",
+        required=True,
+        action="append",
+        help="folder or gs:// URL of a run; repeat it to compare runs",
+    )
+    run.add_argument("--out", required=True, type=Path, help="a file: .html")
+
+
+def _write_run_page(args: argparse.Namespace) -> int:
+    _check_out(args.out, (".html",))
+    workdirs = [resolve_workdir(workdir) for workdir in args.workdir]
+
+    # Imported here, once the arguments are valid: these are heavy.
+    common.configure_jax("", cpu_only=True)
+    from mixer_jax.visualization.run_page import load_examples, read_runs, render_run_page
+
+    runs = read_runs(workdirs)
+    page = render_run_page(runs, load_examples(runs))
+    _write_out(args.out, page)
+    for run in runs:
+        print(f"{args.out}: {run.name}, step {run.step:,}")
     return 0
 
 
@@ -129,10 +166,17 @@ def _check_step(name: str, step: int, config: RunConfig, num_examples: int) -> N
         )
 
 
-def _check_out(out: Path) -> None:
-    """Raises UserError if the plot could not be written, before any work is done."""
-    if out.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"--out must end in {' or '.join(_SUFFIXES)}, got {out}.")
+def _write_out(out: Path, content: str | bytes) -> None:
+    try:
+        atomic_write(out, content)
+    except OSError as error:
+        raise RunError(f"--out={out} cannot be written ({error.strerror}).") from error
+
+
+def _check_out(out: Path, suffixes: Sequence[str] = _SUFFIXES) -> None:
+    """Raises UserError if a file could not be written, before any work is done."""
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
     if out.is_dir():
         raise UserError(f"--out must be a file, got the folder {out}.")
     if not out.parent.is_dir():

@@ -14,8 +14,17 @@ from typing import Any
 import pytest
 from etils import epath
 
-from mixer_jax.files import LineFile, atomic_folder, atomic_target, atomic_write, file_lock
-from tests.helpers.messages import mentions
+from mixer_jax.errors import UserError
+from mixer_jax.files import (
+    LineFile,
+    atomic_folder,
+    atomic_target,
+    atomic_write,
+    file_lock,
+    is_locked,
+    read_json_lines,
+)
+from tests.helpers.messages import mentions, raises
 from tests.helpers.object_store import BUCKET, object_store
 
 HOLD_LOCK = """
@@ -282,6 +291,26 @@ def test_reading_and_preparing_data_raises_the_limit_on_open_files(
     script = f"ulimit -Sn 500; ulimit -Hn {hard}; exec {shlex.join([sys.executable, '-c', code])}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
+
+
+def test_read_json_lines_leaves_out_a_line_that_is_cut_off(tmp_path: Path) -> None:
+    path = epath.Path(tmp_path / "log.jsonl")
+    assert read_json_lines(path) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with raises(UserError, str(path)):
+        read_json_lines(path)
+
+
+def test_is_locked_recognizes_programs_that_run_here(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    assert is_locked(path) is False
+    with file_lock(path):
+        assert is_locked(path) is True
+    assert is_locked(path) is False
+    path.write_text("")
+    assert is_locked(path) is None
 
 
 @pytest.mark.parametrize("exists", [False, True])

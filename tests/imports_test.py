@@ -42,7 +42,11 @@ HEAVY = {
     "flax": {"models/", "training/step.py", "benchmarks/reference_"},
     "orbax": {"checkpoints/manager.py"},
     "safetensors": {"checkpoints/formats.py", "benchmarks/checkpoint_io.py"},
-    "huggingface_hub": {"checkpoints/resolve.py"},
+    "huggingface_hub": {
+        "checkpoints/hub.py",
+        "checkpoints/model_card.py",
+        "checkpoints/resolve.py",
+    },
     "torch": {
         "checkpoints/formats.py",
         "benchmarks/torch_runner.py",

@@ -14,7 +14,18 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).parent.parent / "mixer_jax"
 # Imported only where they are installed: by extras, or for comparisons.
-OPTIONAL = {"gcsfs", "libtpu", "pillow_heif", "tensorflow", "timm", "torch", "torchvision", "wandb"}
+OPTIONAL = {
+    "gcsfs",
+    "jax2onnx",
+    "libtpu",
+    "onnxruntime",
+    "pillow_heif",
+    "tensorflow",
+    "timm",
+    "torch",
+    "torchvision",
+    "wandb",
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,9 @@ def test_tensorflow_is_only_in_the_requirements_of_tests(
 
 def test_files_of_requirements_agree(root: Path) -> None:
     versions = pinned(root / "requirements.txt")
-    other = {name: pinned(root / f"requirements-{name}.txt") for name in ("cuda", "gcs", "test")}
+    other = {
+        name: pinned(root / f"requirements-{name}.txt") for name in ("cuda", "gcs", "onnx", "test")
+    }
     for name, extra in other.items():
         assert not extra.keys() & versions.keys(), name
     # It has packages of requirements.txt that only Windows needs without it.

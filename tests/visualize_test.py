@@ -1,4 +1,4 @@
-"""Tests of the command `visualize`: the plot, where it is written, and usage errors."""
+"""Tests of the command `visualize`: plots and pages, where they are written, and usage errors."""
 
 import sys
 from pathlib import Path
@@ -10,10 +10,12 @@ from mixer_jax import visualize
 from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.workdir import save_config
 from mixer_jax.visualization import train_batch
 from mixer_jax.visualization.figures import render_figure
 from mixer_jax.visualization.train_batch import draw_train_batch, format_caption, load_train_batch
 from tests.helpers.cli import run_cli
+from tests.helpers.html_pages import check_stands_alone
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config, to_flags
 
@@ -21,6 +23,13 @@ from tests.helpers.tiny_run import small_config, to_flags
 def make_argv(data_dir: str, out: Path, **changes: Any) -> list[str]:
     flags = ["--config=configs/digits.py", f"--out={out}", "--num_images=4"]
     return ["data", *flags, *to_flags(data_dir, **changes)]
+
+
+def fill_disk(self: Path, content: bytes) -> None:
+    """Replaces `Path.write_bytes`: writes a part, and fails."""
+    with self.open("wb") as file:
+        file.write(content[:100])
+    raise OSError(28, "No space left on device")
 
 
 def exit_code_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -156,11 +165,6 @@ def test_visualize_data_checks_the_folder_before_it_loads_images(
 def test_visualize_data_keeps_the_old_file_if_the_disk_is_full(
     digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_disk(self: Path, content: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(content[:100])
-        raise OSError(28, "No space left on device")
-
     out = tmp_path / "batch.png"
     out.write_bytes(b"an older plot")
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
@@ -168,3 +172,77 @@ def test_visualize_data_keeps_the_old_file_if_the_disk_is_full(
         visualize.main(make_argv(digits_dir, out))
     assert out.read_bytes() == b"an older plot"
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
+
+
+def make_workdir(folder: Path, data_dir: str = "/nowhere") -> Path:
+    """Writes the files of a run that has logged one step."""
+    workdir = folder / "run"
+    workdir.mkdir()
+    save_config(str(workdir), small_config(data_dir))
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    return workdir
+
+
+@pytest.mark.slow
+def test_visualize_run_writes_a_page_of_a_run(digits_dir: str, tmp_path: Path) -> None:
+    workdir = make_workdir(tmp_path, digits_dir)
+    (workdir / "metrics.jsonl").chmod(0o444)
+    workdir.chmod(0o555)
+    before = sorted(workdir.iterdir())
+    out = tmp_path / "run.html"
+    done = run_cli("visualize", "run", f"--workdir={workdir}", f"--out={out}")
+    assert mentions(done.stdout, str(out), "run", "1")
+    page = check_stands_alone(out.read_text())
+    assert page.attributes("data", "value") == ["2.5"]
+    # Two figures of curves, and the first images of the batch.
+    assert len(page.attributes("img", "src")) == 9
+    assert sorted(workdir.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--out=OUT.html"], ["--workdir"]),
+        (["--workdir=RUN"], ["--out"]),
+        (["--workdir=RUN", "--out=OUT.png"], ["--out", ".html"]),
+        (["--workdir=RUN", "--out=missing/a.html"], ["--out", "missing/a.html"]),
+        (["--workdir=", "--out=OUT.html"], ["workdir"]),
+        (["--workdir=RUN/none", "--out=OUT.html"], ["--workdir", "none", "exist"]),
+        (["--workdir=RUN/checkpoints", "--out=OUT.html"], ["--workdir", "config.json"]),
+        (["--workdir=RUN/new", "--out=OUT.html"], ["--workdir", "metrics"]),
+        (["--workdir=RUN", "--workdir=RUN/.", "--out=OUT.html"], ["--workdir", "2"]),
+        (["--workdir=RUN", "--out=OUT.html", "--config.seed=1"], ["--config.seed"]),
+    ],
+)
+def test_visualize_run_reports_usage_errors_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    parts: list[str],
+) -> None:
+    workdir = make_workdir(tmp_path)
+    (workdir / "checkpoints").mkdir()
+    (workdir / "new").mkdir()
+    save_config(str(workdir / "new"), small_config("/nowhere"))
+    paths = {"RUN": str(workdir), "OUT": f"{tmp_path}/page"}
+    for name, path in paths.items():
+        argv = [argument.replace(name, path) for argument in argv]
+    assert exit_code_of(["run", *argv], monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert mentions(error, *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_visualize_run_keeps_the_old_page_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = make_workdir(tmp_path)
+    out = tmp_path / "page.html"
+    out.write_text("an older page")
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with raises(RunError, str(out), "No space left on device"):
+        visualize.main(["run", f"--workdir={workdir}", f"--out={out}"])
+    assert out.read_text() == "an older page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]

@@ -1,5 +1,7 @@
 """Export of weights to other formats; each file is read back and compared before it is renamed."""
 
+import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -19,17 +21,36 @@ from mixer_jax.checkpoints.formats import (
 )
 from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    FORMATS,
+    HUB_FILE,
+    METADATA_SUFFIX,
+    TIMM_CONFIG_FILE,
+)
+from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
-from mixer_jax.files import remove_abandoned
+from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
 # Formats and the suffixes of their files; a run is a folder.
-SUFFIXES = {"google": ".npz", "timm": ".safetensors", "orbax": "", "stablehlo": ".stablehlo"}
+SUFFIXES = {
+    "google": ".npz",
+    "timm": ".safetensors",
+    "orbax": "",
+    "stablehlo": ".stablehlo",
+    "onnx": ".onnx",
+}
+# Folder that timm's "local-dir:" and the Hub have: model.safetensors and config.json.
+HUB_FOLDER = "hub folder"
+_FOLDERS = ("orbax", HUB_FOLDER)
 # Suffix that is added to a file's name for a second file: of metadata, or of a program's weights.
 SIDECAR_SUFFIXES = {"google": METADATA_SUFFIX, "stablehlo": ".safetensors"}
+_LOGITS_CHECK = (
+    "random images, equal to the model within 1e-4 of the standard deviation of the logits"
+)
 _STEP = 0
 
 
@@ -48,6 +69,8 @@ _FILE_FORMATS = {
 def choose_format(format: str, target: str) -> str:
     """Returns the format of a target: `format`, or if empty, inferred from the target's suffix.
 
+    "timm" is `HUB_FOLDER` for a target without a suffix of files.
+
     Raises:
         UserError: The suffix belongs to no format, or to another one.
     """
@@ -64,8 +87,11 @@ def choose_format(format: str, target: str) -> str:
             "--to=orbax for a folder with a dot in its name."
         )
     # The name of a folder can contain a dot.
+    if format == "timm" and not target.endswith((*FORMATS, *filter(None, SUFFIXES.values()))):
+        return HUB_FOLDER
     if format and inferred != format and not (format == "orbax" and inferred is None):
         rule = f"end in {SUFFIXES[format]}" if SUFFIXES[format] else "be a folder"
+        rule += " or be a folder" if format == "timm" else ""
         raise UserError(f"target must {rule} for --to={format}, got {target!r}.")
     return format or str(inferred)
 
@@ -77,8 +103,13 @@ def target_files(format: str, target: str) -> list[str]:
 
 
 def check_target_available(format: str, target: str, force: bool) -> None:
-    """Raises UserError if a target exists or cannot be written; `force` can replace files only."""
-    if format != "orbax":
+    """Raises UserError if a target exists or cannot be written; `force` can replace files only.
+
+    It cannot be written either if a library that its format needs is not installed.
+    """
+    if format == "onnx":
+        _check_onnx_installed()
+    if format not in _FOLDERS:
         for path in target_files(format, target):
             _check_folder_writable(Path(path).parent)
             if Path(path).is_dir():
@@ -97,6 +128,15 @@ def check_target_available(format: str, target: str, force: bool) -> None:
         note = " --force does not replace folders." if force else ""
         raise UserError(f"target {target!r} exists.{note} Name a new folder, or delete this one.")
     _check_folder_writable(folder.parent)
+
+
+def _check_onnx_installed() -> None:
+    for name in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--to=onnx needs the library {name}, which is not installed. Run pip install "
+                '"mixer-jax[onnx]".'
+            )
 
 
 def _check_folder_writable(folder: Path) -> None:
@@ -134,16 +174,28 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             check_stablehlo(str(staged), weights)
             return (
                 "read the weights back, bit-identical; ran the program on batches of 1 and 3 "
-                "random images, equal to the model within 1e-4 of the spread of the logits"
+                f"{_LOGITS_CHECK}"
             )
+        if format == "onnx":
+            from mixer_jax.checkpoints.onnx_export import check_onnx, write_onnx
+
+            write_onnx(str(staged), weights)
+            check_onnx(str(staged), weights)
+            return f"ran the file in onnxruntime on batches of 1 and 3 {_LOGITS_CHECK}"
         if format == "orbax":
             _write_run(staged, weights)
             _compare_run(staged, weights)
         else:
+            file = staged
+            if format == HUB_FOLDER:
+                format, file = "timm", staged / HUB_FILE
+                staged.mkdir()
+                config = json.dumps(make_timm_config(weights.model_info), indent=2)
+                atomic_write(staged / TIMM_CONFIG_FILE, config + "\n")
             layout, write, open_file = _FILE_FORMATS[format]
             found = _find_layout(weights.model_info, layout, flat)
-            write(str(staged), layout_tensors(flat, found), weights.model_info.to_dict())
-            _compare_file(staged, open_file, layout_tensors(flat, found), weights.model_info)
+            write(str(file), layout_tensors(flat, found), weights.model_info.to_dict())
+            _compare_file(file, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
 
 
@@ -172,7 +224,7 @@ def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray
 
 def written_size(format: str, target: str) -> int:
     """Returns the size of a written target, in bytes."""
-    files = Path(target).rglob("*") if format == "orbax" else target_files(format, target)
+    files = Path(target).rglob("*") if format in _FOLDERS else target_files(format, target)
     return sum(path.stat().st_size for path in map(Path, files) if path.is_file())
 
 

@@ -7,6 +7,7 @@ mistaken for a checkpoint. On disks, it has checksums of its files, which are ve
 anything is restored.
 """
 
+import inspect
 import json
 import logging
 import sys
@@ -309,7 +310,10 @@ def save_params_streaming(workdir: str, step: int, params: Tree, metadata: dict[
         metadata: JSON-serializable metadata.
     """
     _ignore_abandoned_writes()
-    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    handler_class, option = ocp.type_handlers.NumpyHandler, "deepcopy_host_arrays"
+    # orbax 0.11, which jax2onnx requires, lacks the option and always copies.
+    has_option = option in inspect.signature(handler_class).parameters
+    handler = handler_class(**({option: False} if has_option else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
     manager = ocp.CheckpointManager(
         epath.Path(workdir) / CHECKPOINT_DIR,

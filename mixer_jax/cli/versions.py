@@ -1,5 +1,6 @@
 """Versions and devices that a report of a problem should name."""
 
+import contextlib
 import os
 import platform
 from collections.abc import Iterator
@@ -29,16 +30,23 @@ _LIBRARIES = (
 )
 
 
+def list_versions() -> dict[str, str]:
+    """Returns the versions of this package, Python, the platform and installed libraries."""
+    versions = {
+        "mixer-jax": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
 def describe_environment() -> Iterator[str]:
     """Yields lines with the versions of this package, Python and libraries, and the devices."""
-    yield f"mixer-jax {__version__}"
-    yield f"python {platform.python_version()}"
-    yield f"platform {platform.platform()}"
-    for name in _LIBRARIES:
-        try:
-            yield f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
+    for name, version in list_versions().items():
+        yield f"{name} {version}"
     # Last, because JAX takes seconds to initialize devices.
     yield f"devices {_describe_devices()}"
 

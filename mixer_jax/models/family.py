@@ -77,6 +77,20 @@ class FileShapes(Protocol):
         """Returns whether the file has a parameter."""
 
 
+class TimmModel(NamedTuple):
+    """A model that timm creates by name.
+
+    Attributes:
+        name: Name of the model in timm.
+        args: Further arguments of `timm.create_model`, as JSON.
+        python_args: Those of `args` that timm takes as Python objects only, as source code.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    python_args: Mapping[str, str] = {}
+
+
 # Order of a parameter's axes in a tensor. Nested ones are merged into one, of length 1 if empty.
 Axes = tuple[int | tuple[int, ...], ...]
 
@@ -401,6 +415,26 @@ class ModelFamily(abc.ABC):
             UserError: timm has no such model.
         """
         raise UserError(f"timm must have a model for these weights, got {self.full_name(variant)}.")
+
+    def timm_model(self, config: Any, gelu: str) -> TimmModel:
+        """Finds the model of `timm.create_model` that a folder of weights can name.
+
+        Args:
+            config: Architecture config.
+            gelu: "tanh" or "exact".
+
+        Raises:
+            UserError: No named model has this architecture, whatever its arguments.
+        """
+        raise self.not_in_timm(config, f"timm names no {self.display_name}")
+
+    def not_in_timm(self, config: Any, reason: str) -> UserError:
+        """Creates the error for a model that timm cannot create by name."""
+        return UserError(
+            f"model must be one that timm creates by name, got "
+            f"{self.full_name(self.infer_variant(config))}: {reason}. Export a file that ends in "
+            ".safetensors instead."
+        )
 
     @abc.abstractmethod
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:

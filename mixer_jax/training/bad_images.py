@@ -13,7 +13,7 @@ from mixer_jax.config.schema import BadImagesConfig
 from mixer_jax.data.readers import BadImage
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
-from mixer_jax.files import LineFile
+from mixer_jax.files import LineFile, read_json_lines
 
 _FIELDS = {"step", "name", "reason"}
 
@@ -136,18 +136,31 @@ class BadImageLog:
         return (step - 1) * self._batch_size // self._num_examples
 
 
+def read_bad_images(workdir: str) -> list[dict[str, Any]]:
+    """Reads step, name and reason of the bad images of a run, from the logs of all hosts.
+
+    Raises:
+        UserError: A file is not a log of bad images.
+    """
+    paths = sorted(epath.Path(workdir).glob("bad_images_*.jsonl"))
+    entries = [entry for path in paths for entry in _read_log(path)]
+    return sorted(entries, key=lambda entry: (entry["step"], entry["name"]))
+
+
 def _log_path(workdir: str, host: int) -> epath.Path:
     return epath.Path(workdir) / f"bad_images_{host}.jsonl"
 
 
 def _read_entries(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
     """Reads the entries up to `last_step`, except one that a crash cut off."""
-    if not path.exists():
-        return []
+    return [entry for entry in _read_log(path) if entry["step"] <= last_step]
+
+
+def _read_log(path: epath.Path) -> list[dict[str, Any]]:
     try:
-        entries = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        entries = read_json_lines(path)
+        if all(entry.keys() == _FIELDS for entry in entries):
+            return entries
     except ValueError:
-        entries = [None]
-    if not all(isinstance(entry, dict) and entry.keys() == _FIELDS for entry in entries):
-        raise UserError(f"{str(path)!r} is not a log of bad images. Move the file away.")
-    return [entry for entry in entries if entry["step"] <= last_step]
+        pass
+    raise UserError(f"{str(path)!r} is not a log of bad images. Move the file away.")

@@ -1,6 +1,7 @@
 """The training loop: `train_and_evaluate`."""
 
 import contextlib
+import datetime
 import functools
 import signal
 import time
@@ -18,6 +19,7 @@ from mixer_jax.checkpoints.manager import (
 )
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
+from mixer_jax.cli.versions import list_versions
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
@@ -53,7 +55,12 @@ from mixer_jax.training.setup import (
     throughput_metrics,
 )
 from mixer_jax.training.tracking import RunLabel, WandbRun, check_wandb_installed
-from mixer_jax.training.workdir import lock_workdir, save_config, save_parameter_overview
+from mixer_jax.training.workdir import (
+    lock_workdir,
+    record_start,
+    save_config,
+    save_parameter_overview,
+)
 
 # Interval at which several hosts count bad images, for which their devices wait a moment.
 _SYNC_EVERY_STEPS = 10
@@ -235,6 +242,7 @@ class _TrainLoop:
         if is_primary:
             save_config(workdir, config)
             save_parameter_overview(workdir, self.state.params)
+            record_start(workdir, _start_record(self.experiment, self.start_step))
         self.logger = MetricsLogger(
             workdir,
             self.start_step,
@@ -469,7 +477,6 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
     config, info, mesh = experiment.config, experiment.model_info, experiment.mesh
     train, num_steps = experiment.datasets.train, experiment.num_steps
     notes = "".join(f"{note}\n" for note in experiment.datasets.notes)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
     if start_step == num_steps:
         status = "training is finished: evaluating the last checkpoint"
     else:
@@ -480,8 +487,8 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
         images = f"{config.batch_size:,} images per step"
         status = f"{start}, {images}; the first step includes compilation"
     return (
-        f"{get_family(info.family).full_name(info.variant)}, {num_params:,} parameters, "
-        f"{config.image_size} px\n"
+        f"{get_family(info.family).full_name(info.variant)}, "
+        f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{notes}"
@@ -489,3 +496,28 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )
+
+
+def _num_params(experiment: Experiment) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(experiment.state_shape.params))
+
+
+def _start_record(experiment: Experiment, start_step: int) -> dict[str, Any]:
+    """Returns what starts.jsonl records: time, model, data, devices and versions."""
+    info, mesh, train = experiment.model_info, experiment.mesh, experiment.datasets.train
+    return {
+        "step": start_step,
+        "num_steps": experiment.num_steps,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": get_family(info.family).full_name(info.variant),
+        "num_parameters": _num_params(experiment),
+        "train_data": train.name,
+        "num_train_examples": len(train),
+        "num_hosts": jax.process_count(),
+        "num_devices": mesh.size,
+        "device_kind": jax.devices()[0].device_kind,
+        "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+        "dtype": str(experiment.model.execution.dtype),
+        "backend": experiment.model.execution.backend,
+        "versions": list_versions(),
+    }

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from mixer_jax.errors import NonFiniteError, UserError, summarize_error
-from mixer_jax.files import LineFile
+from mixer_jax.errors import NonFiniteError, summarize_error
+from mixer_jax.files import LineFile, read_json_lines
 from mixer_jax.training.tracking import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,17 +31,9 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """Reads the lines of a run's `metrics.jsonl`, except one that a crash cut off.
 
     Raises:
-        UserError: A line is not JSON.
+        UserError: A line is not a JSON object.
     """
-    path = epath.Path(workdir) / METRICS_FILE
-    lines = path.read_text().split("\n") if path.exists() else []
-    # Complete lines end in a newline: what follows the last newline is empty or cut off.
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} has lines that are not JSON. Move the file away."
-        ) from error
+    return read_json_lines(epath.Path(workdir) / METRICS_FILE)
 
 
 class MetricsLogger:

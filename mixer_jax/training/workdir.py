@@ -25,10 +25,11 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import atomic_write, file_lock
+from mixer_jax.files import atomic_write, file_lock, read_json_lines
 
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.txt"
+STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
@@ -131,6 +132,25 @@ def save_parameter_overview(workdir: str, params: dict[str, Any]) -> None:
 
     overview = get_parameter_overview(params, include_stats="sharding")
     atomic_write(epath.Path(workdir) / PARAMETERS_FILE, f"{overview}\n")
+
+
+def record_start(workdir: str, start: dict[str, Any]) -> None:
+    """Adds a line to `workdir`/starts.jsonl: when, where and with what a run starts or resumes.
+
+    Raises:
+        UserError: The file exists and a line is not a JSON object.
+    """
+    lines = [json.dumps(line) for line in [*read_starts(workdir), start]]
+    atomic_write(epath.Path(workdir) / STARTS_FILE, "".join(f"{line}\n" for line in lines))
+
+
+def read_starts(workdir: str) -> list[dict[str, Any]]:
+    """Reads the lines of a run's `starts.jsonl`; empty for runs of older versions.
+
+    Raises:
+        UserError: A line is not a JSON object.
+    """
+    return read_json_lines(epath.Path(workdir) / STARTS_FILE)
 
 
 def to_json(config: RunConfig) -> str:

@@ -119,7 +119,7 @@ def draw_train_batch(view: TrainBatchView, class_names: Sequence[str], title: Se
     for row, (axes, pixels) in enumerate(zip(grid, denormalize(view.images), strict=False)):
         axes.imshow(pixels, interpolation="none")
         axes.set_axis_off()
-        label = _format_label(view, row, class_names, int(cell_size * _LABEL_CHARS))
+        label = format_label(view, row, class_names, int(cell_size * _LABEL_CHARS))
         axes.set_title(
             label, y=0, pad=-4, va="top", fontsize="small", family="monospace", parse_math=False
         )
@@ -191,10 +191,15 @@ def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sh
     return np.rint((images + 1.0) * 127.5).astype(np.uint8)
 
 
-def _format_label(
-    view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int
-) -> str:
-    """Formats the classes of one image and their targets, one line per class."""
+def format_label(view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int) -> str:
+    """Formats the classes of one image and their targets, one line per class.
+
+    Args:
+        view: Images from `load_train_batch`.
+        row: Index of the image.
+        class_names: Name of each class.
+        max_chars: Length to which lines are shortened.
+    """
     labels = list(dict.fromkeys((int(view.labels[row]), int(view.partner_labels[row]))))
     targets = [f" {view.targets[row, label]:.2f}" for label in labels]
     if targets == [" 1.00"]:

@@ -108,7 +108,7 @@ def test_run_on_a_full_disk_resumes_after_space_is_made(
     check_equal(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.stablehlo", "w"])
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.stablehlo", "w.onnx", "w"])
 def test_convert_that_cannot_write_leaves_nothing(name: str, tmp_path: Path) -> None:
     save_run(random_weights(), tmp_path / "weights")
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({FILE_LIMIT}, resource.RLIM_INFINITY))"

@@ -38,7 +38,7 @@ from mixer_jax.training.setup import (
     make_train_batches,
     throughput_metrics,
 )
-from mixer_jax.training.workdir import lock_workdir
+from mixer_jax.training.workdir import lock_workdir, read_starts
 from mixer_jax.visualization.curves import draw_curves
 from tests.helpers.lines import each_mentions, some_line_mentions
 from tests.helpers.messages import mentions, raises
@@ -171,6 +171,10 @@ def test_run_writes_checkpoints_config_events_and_metrics(finished: Path) -> Non
     assert mentions(stem, "(4, 4, 3, 16)", "float32", "768")
     num_params = sum(x.size for x in jax.tree.leaves(load_checkpoint(str(finished)).params))
     assert mentions(overview[-1], f"{num_params}")
+    (start,) = read_starts(str(finished))
+    assert (start["step"], start["num_steps"], start["num_parameters"]) == (0, 20, num_params)
+    assert (start["num_devices"], start["mesh"]) == (8, {"data": 8, "fsdp": 1})
+    assert start["versions"]["jax"] == jax.__version__
     lines = read_metrics(str(finished))
     assert event_losses(finished) == [
         (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines[:3]

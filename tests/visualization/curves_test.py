@@ -9,7 +9,13 @@ import pytest
 from PIL import Image
 
 from mixer_jax.visualization import curves
-from mixer_jax.visualization.curves import draw_curves, is_accuracy, save_curves
+from mixer_jax.visualization.curves import (
+    draw_curves,
+    draw_panel,
+    is_accuracy,
+    list_panels,
+    save_curves,
+)
 from tests.helpers.messages import mentions
 
 LINES: list[dict[str, Any]] = [
@@ -43,6 +49,32 @@ def test_draw_curves_plots_loss_learning_rate_and_accuracies() -> None:
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 0.0, "learning_rate": 0.0}]])
 def test_draw_curves_of_zero_losses_are_linear(lines: list[dict[str, Any]]) -> None:
     assert draw_curves(lines).axes[0].get_yscale() == "linear"
+
+
+def test_draw_panel_draws_runs_over_each_other() -> None:
+    second = [{"step": 4, "val/top1": 1.0}]
+    colors = ["#ff0000", "#0000ff"]
+    (axes,) = draw_panel("accuracy (%)", ["few/5_shot", "val/top1"], [LINES, second], colors).axes
+    drawn = {
+        (line.get_color(), line.get_linestyle()): list(zip(*line.get_data(), strict=True))
+        for line in axes.lines
+        if len(line.get_xdata())
+    }
+    assert drawn == {
+        ("#ff0000", "-"): [(2, 25.0)],
+        ("#ff0000", "--"): [(2, 50.0)],
+        ("#0000ff", "--"): [(4, 100.0)],
+    }
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["few/5_shot", "val"]
+
+
+@pytest.mark.parametrize(("last", "scale"), [(999.0, "linear"), (1_001.0, "log")])
+def test_a_throughput_far_above_the_others_is_drawn_on_a_log_scale(last: float, scale: str) -> None:
+    key = "images_per_second"
+    lines = [{"step": step, key: rate} for step, rate in enumerate([100.0, 100.0, last])]
+    assert "images per second" in list_panels([lines])
+    figure = draw_panel("images per second", [key], [lines], ["#ff0000"])
+    assert figure.axes[0].get_yscale() == scale
 
 
 def test_save_curves_writes_a_png(tmp_path: Path) -> None:
