@@ -5,7 +5,8 @@ The public API. Names are imported on first use, so that `import mixer_jax` is i
 - `list_models(filter, pretrained)`: names of models, e.g. "Mixer-B/16", or of published weights.
 - `create_model(name, num_classes, **overrides)`: Flax module, ready to `init` and `apply`.
 - `load_pretrained(source, …)`: `Classifier` with the weights of a workdir, of Google, timm or the
-  Hugging Face Hub, at any image size: images in, logits or named classes out.
+  Hugging Face Hub, at any image size: images in, logits or named classes out. `from_pretrained` is
+  the same function.
 - `load_config(name)`: configuration of a run, from a file or by the name of one in configs/.
 - `train(config, workdir)`: trains or fine-tunes a model, or resumes the run in `workdir`.
 - `evaluate(checkpoint, dataset)`: metrics of a checkpoint on every example of a split.
@@ -23,6 +24,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "forward_intermediates",
+    "from_pretrained",
     "list_models",
     "load_config",
     "load_pretrained",
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from mixer_jax.checkpoints.model_zoo import list_models
     from mixer_jax.config.loading import load_config
     from mixer_jax.evaluate import CallableModule
-    from mixer_jax.inference import Classifier, load_pretrained
+    from mixer_jax.inference import Classifier, from_pretrained, load_pretrained
     from mixer_jax.main import train
     from mixer_jax.models.registry import create_model
     from mixer_jax.models.stack import forward_intermediates
@@ -49,6 +51,7 @@ _MODULES = {
     "list_models": "mixer_jax.checkpoints.model_zoo",
     "Classifier": "mixer_jax.inference",
     "load_pretrained": "mixer_jax.inference",
+    "from_pretrained": "mixer_jax.inference",
     "load_config": "mixer_jax.config.loading",
     "train": "mixer_jax.main",
     "plot_batch": "mixer_jax.visualize",
