@@ -1,11 +1,14 @@
 """Convert weights between formats: `python -m mixer_jax.convert SOURCE TARGET`."""
 
+import argparse
 import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 
 from mixer_jax.checkpoints.export import (
+    HUB_FOLDER,
     SUFFIXES,
     check_target_available,
     choose_format,
@@ -13,10 +16,18 @@ from mixer_jax.checkpoints.export import (
     target_files,
     written_size,
 )
+from mixer_jax.checkpoints.hub import (
+    check_access,
+    check_repo_name,
+    push_to_hub,
+    staged_repository,
+)
 from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.model_card import CARD_FILE
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.model_zoo import format_model_zoo
-from mixer_jax.checkpoints.resolve import resolve_checkpoint
+from mixer_jax.checkpoints.resolve import HUB, resolve_checkpoint
+from mixer_jax.checkpoints.timm_config import find_timm_model, timm_expression, timm_folder_code
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
@@ -31,7 +42,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=common.CHECKPOINT_HELP)
     parser.add_argument(
-        "target", nargs="?", metavar="TARGET", help="output file, or output workdir for --to=orbax"
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="output file; or output folder: a workdir for --to=orbax, model.safetensors and "
+        "config.json for --to=timm",
     )
     parser.add_argument(
         "--to",
@@ -41,7 +56,30 @@ def main(argv: Sequence[str]) -> int:
     )
     common.add_checkpoint_override_args(parser)
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one per line")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing file, or with --push_to_hub an existing model card",
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        help="upload to the Hugging Face Hub instead of writing a TARGET",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        default="",
+        help="with --push_to_hub: license in the model card, e.g. apache-2.0; default: none",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push_to_hub: a new repository is private"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="with --push_to_hub: print what would be uploaded, without a network",
+    )
     parser.add_argument(
         "--list",
         nargs="?",
@@ -56,15 +94,32 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--list must be the only argument.")
         print(format_model_zoo(args.list))
         return 0
+    if args.push_to_hub is not None:
+        return _push(args)
+    for name in ("license", "private", "dry_run"):
+        if getattr(args, name):
+            raise UserError(f"--{name} must come with --push_to_hub=OWNER/NAME.")
     if not args.source or not args.target:
         raise UserError("SOURCE and TARGET are required. See --help.")
     format = choose_format(args.to, args.target)
     check_target_available(format, args.target, args.force)
+    weights = _load(args)
+    if format == HUB_FOLDER:
+        find_timm_model(weights.model_info)  # Raises UserError if timm has none.
+    checks = export_weights(weights, format, args.target)
+    _print_results(weights, format, args.target, checks)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> PretrainedWeights:
+    """Loads the source with the overrides of the arguments."""
     resolve_checkpoint(args.source, args.step)
     class_names = common.read_class_names(args.labels)
-
     # Formats of files need no JAX. Programs that are compiled here are not worth caching.
     common.configure_jax(compilation_cache="", cpu_only=True)
+    if args.push_to_hub and not args.dry_run:
+        # Weights can take long to download and convert.
+        check_access(args.push_to_hub)
     weights = load_checkpoint(
         args.source,
         step=args.step,
@@ -75,8 +130,39 @@ def main(argv: Sequence[str]) -> int:
         eval_crop_fraction=args.eval_crop_fraction,
     )
     common.warn_if_resized(weights.model_info)
-    checks = export_weights(weights, format, args.target)
-    _print_results(weights, format, args.target, checks)
+    return weights
+
+
+def _push(args: argparse.Namespace) -> int:
+    """Uploads to the Hub, or prints what would be uploaded."""
+    name = args.push_to_hub
+    if not args.source:
+        raise UserError("SOURCE is required. See --help.")
+    if args.target or args.to:
+        raise UserError("TARGET and --to must be omitted with --push_to_hub, which uploads.")
+    check_repo_name(name)
+    weights = _load(args)
+    if not args.license:
+        print("The model card will have no license. Set one by --license=ID.", file=sys.stderr)
+    if args.dry_run:
+        with staged_repository(weights, name, args.license) as folder:
+            print(f"would be uploaded to {HUB}{name}")
+            for path in sorted(folder.iterdir()):
+                print(f"  {path.name:<20}{path.stat().st_size:>15,} bytes")
+            print((folder / CARD_FILE).read_text(encoding="utf-8"), end="")
+        return 0
+    upload = push_to_hub(
+        weights, name, card_license=args.license, private=args.private, replace_card=args.force
+    )
+    print(f"model       {weights.model_info.name}")
+    print(f"uploaded    {upload.url}")
+    if upload.kept_card:
+        print(f"kept        {CARD_FILE} of the repository; --force replaces it")
+    print("usage")
+    print(f"  python -m mixer_jax.predict --checkpoint={HUB}{name} photo.jpg")
+    with contextlib.suppress(UserError):  # timm has no such model.
+        for line in timm_folder_code(weights.model_info, f"hf-hub:{name}"):
+            print(f"  {line}")
     return 0
 
 
@@ -86,15 +172,12 @@ def timm_snippet(model_info: ModelInfo, path: str) -> list[str]:
     Raises:
         UserError: timm has no such model.
     """
-    model = get_family(model_info.family).timm_expression(
-        model_info.variant,
-        model_info.config,
-        model_info.image_size,
-        model_info.num_classes,
-        model_info.gelu,
-    )
     file = json.dumps(path, ensure_ascii=False)
-    return ["import timm", f"model = {model}", f"timm.models.load_checkpoint(model, {file})"]
+    return [
+        "import timm",
+        f"model = {timm_expression(model_info)}",
+        f"timm.models.load_checkpoint(model, {file})",
+    ]
 
 
 def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
@@ -102,6 +185,8 @@ def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
     if format == "timm":
         with contextlib.suppress(UserError):  # timm has no such model.
             return timm_snippet(model_info, target)
+    if format == HUB_FOLDER:
+        return timm_folder_code(model_info, f"local-dir:{target}")
     if format == "stablehlo":
         paths = target_files(format, target)
         file, weights_file = (json.dumps(path, ensure_ascii=False) for path in paths)
@@ -137,11 +222,12 @@ def _print_results(weights: PretrainedWeights, format: str, target: str, checks:
         names = "named" if model_info.class_names else "without names"
         classes = f"{model_info.num_classes:,}, {names}"
     files = " and ".join(target_files(format, target))
+    size = f"{written_size(format, target) / 1e6:,.1f} MB"
     gelu = f", GELU {model_info.gelu}" if get_family(model_info.family).has_gelu else ""
     print(f"model       {model_info.name}{gelu}")
     print(f"parameters  {num_params:,}")
     print(f"classes     {classes}")
-    print(f"written     {files}, {written_size(format, target) / 1e6:,.1f} MB, format {format}")
+    print(f"written     {files}, {size}, format {'timm' if format == HUB_FOLDER else format}")
     print(f"checked     {checks}")
     print("usage")
     for line in _usage(model_info, format, target):

@@ -1,7 +1,6 @@
 """Plot batches, runs, weights and saliency: `python -m mixer_jax.visualize COMMAND --out=…`."""
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +12,7 @@ from mixer_jax.cli import common
 from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import FIELDS, RunConfig
-from mixer_jax.errors import RunError, UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.errors import UserError
 from mixer_jax.training.workdir import resolve_workdir
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if args.command == "run":
         return _write_run_page(args)
-    _check_out(args.out)
+    common.check_out(args.out, _SUFFIXES)
     if args.command == "data":
         figure, lines = _plot_data(args, overrides)
     else:
@@ -56,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         figure, lines = plot[args.command](args)
     from mixer_jax.visualization.figures import render_figure
 
-    _write_out(args.out, render_figure(figure, args.out.suffix.lower().removeprefix(".")))
+    common.write_out(args.out, render_figure(figure, args.out.suffix.lower().removeprefix(".")))
     for line in lines:
         print(line)
     return 0
@@ -120,7 +118,7 @@ def _add_run_command(commands: Any) -> None:
 
 
 def _write_run_page(args: argparse.Namespace) -> int:
-    _check_out(args.out, (".html",))
+    common.check_out(args.out, (".html",))
     workdirs = [resolve_workdir(workdir) for workdir in args.workdir]
 
     # Imported here, once the arguments are valid: these are heavy.
@@ -129,7 +127,7 @@ def _write_run_page(args: argparse.Namespace) -> int:
 
     runs = read_runs(workdirs)
     page = render_run_page(runs, load_examples(runs))
-    _write_out(args.out, page)
+    common.write_out(args.out, page)
     for run in runs:
         print(f"{args.out}: {run.name}, step {run.step:,}")
     return 0
@@ -378,29 +376,6 @@ def _plot_saliency(args: argparse.Namespace) -> _Drawing:
     except BadImageError as error:
         raise UserError(f"images must be readable, got {error}.") from error
     return _Drawing(plot_saliency(saliencies), [describe_saliency(row) for row in saliencies])
-
-
-def _write_out(out: Path, content: str | bytes) -> None:
-    try:
-        atomic_write(out, content)
-    except OSError as error:
-        raise RunError(f"--out={out} cannot be written ({error.strerror}).") from error
-
-
-def _check_out(out: Path, suffixes: Sequence[str] = _SUFFIXES) -> None:
-    """Raises UserError if a file could not be written, before any work is done."""
-    if out.suffix.lower() not in suffixes:
-        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
-    if out.is_dir():
-        raise UserError(f"--out must be a file, got the folder {out}.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: folder {out.parent} does not exist. Create it first.")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out={out}: folder {out.parent} cannot be written ({error.strerror})."
-        ) from error
 
 
 if __name__ == "__main__":

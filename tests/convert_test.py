@@ -20,6 +20,7 @@ from mixer_jax.cli import common
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.models.registry import get_family, parse_model_name
+from mixer_jax.models.vit_config import VitConfig
 from tests.helpers.cli import run_cli
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
@@ -86,6 +87,30 @@ def test_convert_a_run_with_overrides(workspace: Path, tmp_path: Path) -> None:
     assert (info.gelu, info.eval_crop) == ("exact", "bicubic")
 
 
+def test_convert_to_a_folder_of_timm_prints_its_name_there(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = random_weights(VitConfig(1, 4, 16, 24, 2))
+    export.export_weights(weights, "timm", f"{workspace}/vit.safetensors")
+    source, target = f"{workspace}/vit.safetensors", f"{tmp_path}/vit.tiny"
+    assert convert.main([source, target, "--to=timm"]) == 0
+    out = capsys.readouterr().out
+    assert mentions(out, f"{target},", "format timm", "bit-identical")
+    code = f'  model = timm.create_model("local-dir:{target}", pretrained=True).eval()'
+    assert code in out.splitlines()
+    assert sorted(path.name for path in Path(target).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = load_checkpoint(target)
+    assert_params_equal(loaded.params, weights.params)
+    assert loaded.model_info == weights.model_info
+    # An existing folder stays as it is.
+    with raises(UserError, target):
+        convert.main([source, target, "--to=timm", "--force"])
+    assert load_checkpoint(target).model_info == weights.model_info
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["stablehlo", "onnx"])
 def test_convert_to_a_program_prints_code_that_runs(
@@ -132,6 +157,11 @@ def test_force_replaces_a_file(workspace: Path, tmp_path: Path) -> None:
         (["{dir}/w.npz", "{dir}"], ["DIR"]),
         (["{dir}/w.npz", "t.safetensors", "--to=google"], ["google", "t.safetensors"]),
         (["{dir}/w.npz", "t.pth"], ["t.pth", "--to"]),
+        (["{dir}/w.npz", "t.pth", "--to=timm"], ["t.pth", ".safetensors", "folder"]),
+        # timm has no Mixer of this size.
+        (["{dir}/w.npz", "t", "--to=timm"], ["Mixer-custom", "4, 16 and 2", ".safetensors"]),
+        (["{dir}/w.npz", "{dir}/run", "--to=timm"], ["DIR/run"]),
+        (["{dir}/w.npz", "{dir}/run", "--to=timm", "--force"], ["DIR/run", "--force"]),
         (["{dir}/run", ".npz"], ["'.npz'"]),
         (["--list", "{dir}/w.npz", "t.npz"], ["--list"]),
         (["--list", "--to=google"], ["--list"]),

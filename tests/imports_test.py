@@ -28,6 +28,7 @@ COMMANDS = [
     "compare",
     "convert",
     "evaluate",
+    "extract",
     "main",
     "plan",
     "predict",
@@ -41,7 +42,11 @@ HEAVY = {
     "flax": {"models/", "training/step.py", "benchmarks/reference_"},
     "orbax": {"checkpoints/manager.py"},
     "safetensors": {"checkpoints/formats.py", "benchmarks/checkpoint_io.py"},
-    "huggingface_hub": {"checkpoints/resolve.py"},
+    "huggingface_hub": {
+        "checkpoints/hub.py",
+        "checkpoints/model_card.py",
+        "checkpoints/resolve.py",
+    },
     "torch": {
         "checkpoints/formats.py",
         "benchmarks/torch_runner.py",
@@ -61,6 +66,7 @@ HEAVY = {
         "benchmarks/report.py",
     },
     "jinja2": {"visualization/html.py"},
+    "pyarrow": {"evaluation/feature_files.py"},
     "sklearn": {
         "data/builders/digits.py",
         "visualization/evaluation_report.py",
@@ -152,6 +158,7 @@ def test_modules_have_no_import_cycles() -> None:
             "mixer_jax.compare",
             {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2", "matplotlib"},
         ),
+        ("mixer_jax.extract", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "pyarrow"}),
         ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),

@@ -1,6 +1,7 @@
 """Export of weights to other formats; each file is read back and compared before it is renamed."""
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -20,10 +21,17 @@ from mixer_jax.checkpoints.formats import (
 )
 from mixer_jax.checkpoints.layouts import layout_tensors
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, METADATA_SUFFIX
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    FORMATS,
+    HUB_FILE,
+    METADATA_SUFFIX,
+    TIMM_CONFIG_FILE,
+)
+from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
-from mixer_jax.files import remove_abandoned
+from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
 
@@ -35,6 +43,9 @@ SUFFIXES = {
     "stablehlo": ".stablehlo",
     "onnx": ".onnx",
 }
+# Folder that timm's "local-dir:" and the Hub have: model.safetensors and config.json.
+HUB_FOLDER = "hub folder"
+_FOLDERS = ("orbax", HUB_FOLDER)
 # Suffix that is added to a file's name for a second file: of metadata, or of a program's weights.
 SIDECAR_SUFFIXES = {"google": METADATA_SUFFIX, "stablehlo": ".safetensors"}
 _LOGITS_CHECK = (
@@ -58,6 +69,8 @@ _FILE_FORMATS = {
 def choose_format(format: str, target: str) -> str:
     """Returns the format of a target: `format`, or if empty, inferred from the target's suffix.
 
+    "timm" is `HUB_FOLDER` for a target without a suffix of files.
+
     Raises:
         UserError: The suffix belongs to no format, or to another one.
     """
@@ -74,8 +87,11 @@ def choose_format(format: str, target: str) -> str:
             "--to=orbax for a folder with a dot in its name."
         )
     # The name of a folder can contain a dot.
+    if format == "timm" and not target.endswith((*FORMATS, *filter(None, SUFFIXES.values()))):
+        return HUB_FOLDER
     if format and inferred != format and not (format == "orbax" and inferred is None):
         rule = f"end in {SUFFIXES[format]}" if SUFFIXES[format] else "be a folder"
+        rule += " or be a folder" if format == "timm" else ""
         raise UserError(f"target must {rule} for --to={format}, got {target!r}.")
     return format or str(inferred)
 
@@ -93,7 +109,7 @@ def check_target_available(format: str, target: str, force: bool) -> None:
     """
     if format == "onnx":
         _check_onnx_installed()
-    if format != "orbax":
+    if format not in _FOLDERS:
         for path in target_files(format, target):
             _check_folder_writable(Path(path).parent)
             if Path(path).is_dir():
@@ -170,10 +186,16 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _write_run(staged, weights)
             _compare_run(staged, weights)
         else:
+            file = staged
+            if format == HUB_FOLDER:
+                format, file = "timm", staged / HUB_FILE
+                staged.mkdir()
+                config = json.dumps(make_timm_config(weights.model_info), indent=2)
+                atomic_write(staged / TIMM_CONFIG_FILE, config + "\n")
             layout, write, open_file = _FILE_FORMATS[format]
             found = _find_layout(weights.model_info, layout, flat)
-            write(str(staged), layout_tensors(flat, found), weights.model_info.to_dict())
-            _compare_file(staged, open_file, layout_tensors(flat, found), weights.model_info)
+            write(str(file), layout_tensors(flat, found), weights.model_info.to_dict())
+            _compare_file(file, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"
 
 
@@ -202,7 +224,7 @@ def _find_layout(model_info: ModelInfo, name: str, flat: Mapping[str, np.ndarray
 
 def written_size(format: str, target: str) -> int:
     """Returns the size of a written target, in bytes."""
-    files = Path(target).rglob("*") if format == "orbax" else target_files(format, target)
+    files = Path(target).rglob("*") if format in _FOLDERS else target_files(format, target)
     return sum(path.stat().st_size for path in map(Path, files) if path.is_file())
 
 

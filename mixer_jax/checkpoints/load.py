@@ -229,10 +229,21 @@ def _load_run(
             f"pretrain_image_size of {source} must be omitted or "
             f"{format_image_size(model_info.image_size)}, got {overrides['image_size']}."
         )
+    # Class names alone change no metric.
+    is_as_trained = not any(
+        name != "class_names" and value != getattr(model_info, name)
+        for name, value in overrides.items()
+    )
     model_info = dataclasses.replace(model_info, **overrides)
     check_class_names(model_info, source)
     config = metadata.get("config")
-    return PretrainedWeights(params, model_info, config and fill_defaults(config), ref.step)
+    return PretrainedWeights(
+        params,
+        model_info,
+        config and fill_defaults(config),
+        ref.step,
+        ref.path if ref.format == RUN and is_as_trained else "",
+    )
 
 
 def _load_file(

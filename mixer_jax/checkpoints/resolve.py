@@ -54,7 +54,7 @@ TIMM_CONFIG_FILE = "config.json"
 # Time for which a connection to each address of the Hub is tried, in seconds.
 _CONNECT_SECONDS = 5.0
 # Codes of HTTP after which a retry may succeed, although those below 500 blame the request.
-_TRANSIENT_CODES = (408, 429)
+TRANSIENT_CODES = (408, 429)
 _DOWNLOAD_ELSEWHERE = (
     f"download its {HUB_FILE} and {TIMM_CONFIG_FILE} elsewhere, and pass the folder that contains "
     "them."
@@ -64,6 +64,8 @@ _DOWNLOAD_ELSEWHERE = (
 METADATA_SUFFIX = ".json"
 # Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
+# File of a workdir with the metrics of the run, one JSON object per line.
+METRICS_FILE = "metrics.jsonl"
 # Folder of a workdir that damaged checkpoints are moved to when the run resumes.
 DAMAGED_DIR = "damaged_checkpoints"
 # A checkpoint is complete once its folder has this file: on disks and in object stores.
@@ -333,7 +335,7 @@ def pin_revision(name: str) -> str:
         try:
             path = _get_hub_files(name, local_files_only=True)
         except errors.LocalEntryNotFoundError:
-            _check_connection(name)
+            _check_download(name)
             path = _get_hub_file(name, TIMM_CONFIG_FILE, local_files_only=False)
     # The cache has a folder per commit.
     return f"{name.partition('@')[0]}@{Path(path).parent.name}"
@@ -351,7 +353,7 @@ def _download_from_hub(name: str) -> str:
         try:
             return _get_hub_files(name, local_files_only=True)
         except errors.LocalEntryNotFoundError:
-            _check_connection(name)
+            _check_download(name)
             # Both are requested again, so that they are of the same revision.
             return _get_hub_files(name, local_files_only=False)
 
@@ -380,10 +382,22 @@ def _get_hub_file(name: str, file: str, *, local_files_only: bool) -> str:
     )
 
 
-def _check_connection(name: str) -> None:
+def _check_download(name: str) -> None:
+    """Raises RunError if the Hub cannot be reached."""
+    check_connection(
+        f"{HUB}{name} is not in the local cache",
+        f"Check the network connection, or {_DOWNLOAD_ELSEWHERE}",
+    )
+
+
+def check_connection(problem: str, fix: str) -> None:
     """Checks that the Hub can be reached, for which its library would try for half a minute.
 
     Behind a proxy, and if HF_HUB_OFFLINE is set, nothing is checked.
+
+    Args:
+        problem: Start of the error's message, without a period.
+        fix: Its last sentence.
 
     Raises:
         RunError: The Hub cannot be reached.
@@ -400,9 +414,8 @@ def _check_connection(name: str) -> None:
         socket.create_connection((host, port), _CONNECT_SECONDS).close()
     except OSError as error:
         raise RunError(
-            f"{HUB}{name} is not in the local cache, and the Hub at {host} cannot be reached "
-            f"({error.strerror or summarize_error(error)}). Check the network connection, or "
-            f"{_DOWNLOAD_ELSEWHERE}"
+            f"{problem}, and the Hub at {host} cannot be reached "
+            f"({error.strerror or summarize_error(error)}). {fix}"
         ) from error
 
 
@@ -446,7 +459,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         _check_space(f"{HUB}{name}", error, "HF_HOME")
         reason = f"{HUB}{name} cannot be downloaded: {summarize_error(error)}."
         code = getattr(getattr(error, "response", None), "status_code", 500)
-        is_rejected = 400 <= code < 500 and code not in _TRANSIENT_CODES
+        is_rejected = 400 <= code < 500 and code not in TRANSIENT_CODES
         if is_rejected or getattr(error, "filename", None) is not None:
             raise UserError(reason) from error
         raise RunError(f"{reason} Run the same command again.") from error

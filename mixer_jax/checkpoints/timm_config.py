@@ -1,5 +1,7 @@
 """timm's config.json: preprocessing, image size, GELU and class names of a file of weights."""
 
+import contextlib
+import json
 import os
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -7,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mixer_jax.checkpoints.model_info import is_crop_fraction, read_metadata_json
+from mixer_jax.checkpoints.model_info import ModelInfo, is_crop_fraction, read_metadata_json
 from mixer_jax.checkpoints.resolve import HUB, TIMM_CONFIG_FILE
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import FAMILIES
+from mixer_jax.models.family import TimmModel
+from mixer_jax.models.registry import FAMILIES, get_family
 
 # timm resizes the shorter side of an image to the model's size divided by crop_pct, then crops the
 # center.
 _CROP_MODE = "center"
+# Crop that resizes an image without keeping its aspect ratio.
+_SQUASH = "squash"
 _INTERPOLATIONS = ("bicubic", "bilinear")
 # Our names of timm's activation layers.
 _GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}
@@ -42,6 +47,97 @@ def read_timm_config(path: str, source: str) -> dict[str, Any]:
     is_generic = not any(family in name.name.lower() for family in FAMILIES)
     full_name = f"{name.parent.name}/{name.name}" if is_generic else name.name
     return _MIIL_CONFIG if _MIIL in full_name.lower() else {}
+
+
+def make_timm_config(model_info: ModelInfo) -> dict[str, Any]:
+    """Builds timm's config for weights: architecture, preprocessing and class names.
+
+    For a model that timm cannot create by name, the architecture is our name, which timm rejects.
+    """
+    family = get_family(model_info.family)
+    settings: dict[str, Any] = {
+        "input_size": [3, *model_info.image_size],
+        # timm's models of patches take images of one size.
+        "fixed_input_size": family.image_size_multiple(model_info.config) > 1,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        **_crop_settings(model_info),
+        "num_classes": model_info.num_classes,
+    }
+    layouts = family.weight_layouts()
+    tensors = next((layout.tensors for layout in layouts if layout.name == "timm"), ())
+    modules = {tensor.path: tensor.name.removesuffix(".weight") for tensor in tensors}
+    # Layers that timm replaces for other classes or channels.
+    settings |= {"first_conv": modules["stem/kernel"], "classifier": modules["head/kernel"]}
+    config: dict[str, Any] = {
+        "architecture": family.full_name(model_info.variant),
+        "model_args": {},
+    }
+    with contextlib.suppress(UserError):
+        model = find_timm_model(model_info)
+        config = {"architecture": model.name, "model_args": dict(model.args)}
+    if not config["model_args"]:
+        del config["model_args"]
+    config |= {"num_classes": model_info.num_classes, "pretrained_cfg": settings}
+    if model_info.class_names:
+        config["label_names"] = list(model_info.class_names)
+    return config
+
+
+def find_timm_model(model_info: ModelInfo) -> TimmModel:
+    """Finds the model of `timm.create_model` that a config can name.
+
+    Raises:
+        UserError: timm can create no such model by name.
+    """
+    family = get_family(model_info.family)
+    if model_info.permutation:
+        raise family.not_in_timm(model_info.config, "timm cannot permute pixels")
+    return family.timm_model(model_info.config, model_info.gelu)
+
+
+def timm_folder_code(model_info: ModelInfo, source: str) -> list[str]:
+    """Returns lines of Python that load a folder of weights in timm.
+
+    Args:
+        model_info: Description of the model.
+        source: Name of the folder in timm, "local-dir:PATH" or "hf-hub:OWNER/NAME".
+
+    Raises:
+        UserError: timm can create no such model by name.
+    """
+    model = find_timm_model(model_info)
+    args = [json.dumps(source, ensure_ascii=False), "pretrained=True"]
+    args += [f"{name}={value}" for name, value in model.python_args.items()]
+    return ["import timm", f"model = timm.create_model({', '.join(args)}).eval()"]
+
+
+def timm_expression(model_info: ModelInfo) -> str:
+    """Returns a Python expression that creates timm's model of any size, after `import timm`.
+
+    Raises:
+        UserError: timm has no such model.
+    """
+    return get_family(model_info.family).timm_expression(
+        model_info.variant,
+        model_info.config,
+        model_info.image_size,
+        model_info.num_classes,
+        model_info.gelu,
+    )
+
+
+def _crop_settings(model_info: ModelInfo) -> dict[str, Any]:
+    """Returns timm's crop that is the most similar to a model's, and equal to bicubic and bilinear.
+
+    The other crops average over areas, which is similar to Pillow's bilinear filter.
+    """
+    crop, fraction = model_info.eval_crop, model_info.eval_crop_fraction
+    return {
+        "interpolation": crop if crop in _INTERPOLATIONS else "bilinear",
+        "crop_mode": _SQUASH if crop in ("square", "resize") else _CROP_MODE,
+        "crop_pct": 1.0 if crop == "resize" else fraction,
+    }
 
 
 def parse_timm_fields(

@@ -31,12 +31,15 @@ class PretrainedWeights(NamedTuple):
         model_info: Description of the model.
         train_config: Config of the run that trained them, with defaults filled in; None if unknown.
         step: Step at which they were saved; None if unknown.
+        workdir: Workdir of the run, whose metrics are those of the weights; empty if unknown, or if
+            the weights or their use have been changed.
     """
 
     params: Tree
     model_info: ModelInfo
     train_config: dict[str, Any] | None = None
     step: int | None = None
+    workdir: str = ""
 
 
 def flatten_params(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,7 +101,8 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
         )
     config, method, note = family.resize_config(old.config, old.image_size, image_size)
     if method == "identity":
-        return weights._replace(model_info=dataclasses.replace(old, image_size=image_size))
+        resized = dataclasses.replace(old, image_size=image_size)
+        return weights._replace(model_info=resized, workdir="")
     note = note.format(format_image_size(old.image_size))
     new = dataclasses.replace(
         old,
@@ -108,7 +112,7 @@ def resize(weights: PretrainedWeights, image_size: tuple[int, int]) -> Pretraine
     )
     _check_fits_in_ram(new)
     params = family.resize_params(weights.params, old.config, old.image_size, image_size)
-    return weights._replace(params=params, model_info=new)
+    return weights._replace(params=params, model_info=new, workdir="")
 
 
 def replace_head(
@@ -142,7 +146,7 @@ def replace_head(
             "kernel": np.zeros(model_info.param_shapes()["head/kernel"], np.float32),
             "bias": np.full(num_classes, bias, np.float32),
         }
-    return weights._replace(params=params, model_info=model_info)
+    return weights._replace(params=params, model_info=model_info, workdir="")
 
 
 def has_untrained_head(params: Tree) -> bool:

@@ -15,23 +15,30 @@ from mixer_jax.models.bit_config import (
     BitConfig,
     convolutions,
     num_groups,
+    output_sizes,
     unit_path,
 )
 from mixer_jax.models.family import (
+    CUSTOM,
     CostModel,
     FileShapes,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     Path,
     ResizedConfig,
     Shape,
     TensorMapping,
+    TimmModel,
     WeightLayout,
+    head_layers,
 )
 
 # timm has no models of these variants.
 _NOT_IN_TIMM = ("R50x2", "R152x1", "R200x3")
+# Narrowest of timm's models with the same units per block.
+_TIMM_BASES = ("R50x1", "R101x1", "R152x2")
 
 
 class BitFamily(ModelFamily):
@@ -69,6 +76,26 @@ class BitFamily(ModelFamily):
         if num_classes:
             shapes |= {"head/kernel": (features, num_classes), "head/bias": (num_classes,)}
         return shapes
+
+    def layers(
+        self, config: BitConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        _, root_size, *block_sizes = output_sizes(config, image_size)
+        layers = {"stem": Layer((*root_size, config.root_width), "root")}
+        shape = layers["stem"].shape
+        for block, num_units in enumerate(config.units_per_block):
+            shape = (*block_sizes[block], 4 * config.middle_width(block))
+            for unit in range(num_units):
+                name = unit_path(block, unit).replace("/", ".")
+                layers[name] = Layer(shape, f"output of unit {unit + 1} of block {block + 1}")
+            layers[f"block{block + 1}"] = Layer(shape, f"output of block {block + 1}")
+        return {
+            **layers,
+            "feature_map": Layer(shape, "output of the last GroupNorm and ReLU"),
+            "pooled": Layer((config.num_features,), "mean over positions"),
+            **head_layers(config.num_features, num_classes),
+        }
 
     def forward_flops(
         self, config: BitConfig, image_size: int | ImageSize, num_classes: int
@@ -120,9 +147,8 @@ class BitFamily(ModelFamily):
         timm has no small root, and 32 groups in every layer.
         """
         if VARIANTS.get(variant) == config and variant not in _NOT_IN_TIMM:
-            name = f"resnetv2_{variant.removeprefix('R')}_bit"
-            return f'timm.create_model("{name}", num_classes={num_classes})'
-        if config.root != "7x7" or num_groups(config.root_width) != num_groups(64):
+            return f'timm.create_model("{_timm_name(variant)}", num_classes={num_classes})'
+        if _has_other_layers(config):
             return super().timm_expression(variant, config, image_size, num_classes, gelu)
         channels = (4 * config.middle_width(b) for b in range(len(config.units_per_block)))
         args = [
@@ -135,6 +161,24 @@ class BitFamily(ModelFamily):
             "conv_layer=timm.models.resnetv2.partial(timm.layers.StdConv2d, eps=1e-8)",
         ]
         return f"timm.models.resnetv2.ResNetV2({', '.join(args)})"
+
+    def timm_model(self, config: BitConfig, gelu: str) -> TimmModel:
+        """Finds timm's model with these units per block, whose number it cannot override."""
+        if _has_other_layers(config):
+            raise self.not_in_timm(
+                config, "timm's ResNets have a root of 7x7 and 32 groups in every layer"
+            )
+        variant = self.infer_variant(config)
+        if variant != CUSTOM and variant not in _NOT_IN_TIMM:
+            return TimmModel(_timm_name(variant), {})
+        base = next((name for name in _TIMM_BASES if VARIANTS[name].units == config.units), "")
+        if not base:
+            raise self.not_in_timm(config, f"timm names no BiT with units {config.units}")
+        # Both are multiplied by the width factor of the model.
+        factor = VARIANTS[base].root_width // 64
+        channels = [4 * config.middle_width(block) // factor for block in range(4)]
+        args = {"stem_chs": config.root_width // factor, "channels": channels}
+        return TimmModel(_timm_name(base), args)
 
     def infer_config(self, num_blocks: int, shape: FileShapes) -> InferredConfig:
         """Infers the architecture from the root's kernel and the names of the units."""
@@ -149,6 +193,15 @@ class BitFamily(ModelFamily):
     def is_cast(self, path: Path) -> bool:
         """Returns False: kernels are standardized in float32 before they are cast."""
         return False
+
+
+def _timm_name(variant: str) -> str:
+    return f"resnetv2_{variant.removeprefix('R')}_bit"
+
+
+def _has_other_layers(config: BitConfig) -> bool:
+    """Returns whether a model has a root or groups that timm's models do not have."""
+    return config.root != "7x7" or num_groups(config.root_width) != num_groups(64)
 
 
 def _count_units(shape: FileShapes, block: int) -> int:

@@ -14,12 +14,16 @@ from mixer_jax.models.family import (
     CostModel,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     ResizedConfig,
     Shape,
     TensorMapping,
+    TimmModel,
     WeightLayout,
     check_image_size,
+    head_layers,
+    stack_layers,
 )
 from mixer_jax.models.mixer_config import (
     BLOCK_BACKENDS,
@@ -89,6 +93,22 @@ class MixerFamily(ModelFamily):
             shapes |= {"head/kernel": (channels, num_classes), "head/bias": (num_classes,)}
         return shapes
 
+    def layers(
+        self, config: MixerConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        shape = (num_tokens(config, image_size), config.hidden_dim)
+        branches = {
+            "token_mixing": "token mixing of block {}, before it is added",
+            "channel_mixing": "channel mixing of block {}, before it is added",
+        }
+        return {
+            "stem": Layer(shape, "patch embedding"),
+            **stack_layers(config.num_blocks, shape, "output of block {}", branches),
+            "pooled": Layer((config.hidden_dim,), "mean over tokens"),
+            **head_layers(config.hidden_dim, num_classes),
+        }
+
     def forward_flops(
         self, config: MixerConfig, image_size: int | ImageSize, num_classes: int
     ) -> int:
@@ -157,8 +177,7 @@ class MixerFamily(ModelFamily):
         act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
         is_named = variant != _NOT_IN_TIMM and VARIANTS.get(variant) == config
         if is_named and image_size == _TIMM_IMAGE_SIZE:
-            name = f"mixer_{variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
-            args = [f'"{name}"', f"num_classes={num_classes}"]
+            args = [f'"{_timm_name(variant)}"', f"num_classes={num_classes}"]
             return f"timm.create_model({', '.join(args + act_layer)})"
         height, width = image_size
         mlp_dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
@@ -168,9 +187,31 @@ class MixerFamily(ModelFamily):
             f"patch_size={config.patch_size}",
             f"num_blocks={config.num_blocks}",
             f"embed_dim={config.hidden_dim}",
-            f"mlp_ratio=({', '.join(_timm_mlp_ratio(d, config.hidden_dim) for d in mlp_dims)})",
+            f"mlp_ratio=({', '.join(_timm_ratio_source(d, config.hidden_dim) for d in mlp_dims)})",
         ]
         return f"timm.models.mlp_mixer.MlpMixer({', '.join(args + act_layer)})"
+
+    def timm_model(self, config: MixerConfig, gelu: str) -> TimmModel:
+        """Finds timm's model with this patch size, width and depth, which it cannot override."""
+        names = (name for name in VARIANTS if name != _NOT_IN_TIMM)
+        name = next((n for n in names if _fixed_in_timm(VARIANTS[n]) == _fixed_in_timm(config)), "")
+        if not name:
+            raise self.not_in_timm(
+                config,
+                "timm's Mixers have fixed patch sizes, widths and numbers of blocks, and none has "
+                f"{config.patch_size}, {config.hidden_dim} and {config.num_blocks}",
+            )
+        args: dict[str, Any] = {}
+        if config != VARIANTS[name]:
+            dims = (config.tokens_mlp_dim, config.channels_mlp_dim)
+            args["mlp_ratio"] = [_timm_mlp_ratio(dim, config.hidden_dim) for dim in dims]
+        python_args = {}
+        if gelu == "tanh":
+            # timm's Mixer takes a class only. With the name of one, it fails instead of computing
+            # another function.
+            args["act_layer"] = "gelu_tanh"
+            python_args["act_layer"] = "timm.layers.GELUTanh"
+        return TimmModel(_timm_name(name), args, python_args)
 
     def infer_config(self, num_blocks: int, shape: Callable[[str], Shape]) -> InferredConfig:
         """Infers the architecture from the shapes of three kernels."""
@@ -186,10 +227,28 @@ def _grid(config: MixerConfig, image_size: ImageSize) -> tuple[int, int]:
     return height // config.patch_size, width // config.patch_size
 
 
-def _timm_mlp_ratio(mlp_dim: int, hidden_dim: int) -> str:
-    """Returns an expression that timm multiplies by `hidden_dim` and truncates to `mlp_dim`."""
+def _timm_name(variant: str) -> str:
+    return f"mixer_{variant.replace('/', '').lower()}_{_TIMM_IMAGE_SIZE[0]}"
+
+
+def _fixed_in_timm(config: MixerConfig) -> tuple[int, int, int]:
+    """Returns the dimensions that timm's named models do not take as arguments."""
+    return config.patch_size, config.hidden_dim, config.num_blocks
+
+
+def _timm_mlp_ratio(mlp_dim: int, hidden_dim: int) -> float:
+    """Returns a number that timm multiplies by `hidden_dim` and truncates to `mlp_dim`."""
+    return _ratio_numerator(mlp_dim, hidden_dim) / hidden_dim
+
+
+def _timm_ratio_source(mlp_dim: int, hidden_dim: int) -> str:
+    """Formats `_timm_mlp_ratio` as source code."""
+    return f"{_ratio_numerator(mlp_dim, hidden_dim)} / {hidden_dim}"
+
+
+def _ratio_numerator(mlp_dim: int, hidden_dim: int) -> float:
     is_exact = math.floor(mlp_dim / hidden_dim * hidden_dim) == mlp_dim
-    return f"{mlp_dim if is_exact else mlp_dim + 0.5} / {hidden_dim}"
+    return mlp_dim if is_exact else mlp_dim + 0.5
 
 
 def _map_tensors(

@@ -12,12 +12,16 @@ from mixer_jax.models.family import (
     FileShapes,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     Path,
     ResizedConfig,
     Shape,
+    TimmModel,
     WeightLayout,
     check_image_size,
+    head_layers,
+    stack_layers,
 )
 from mixer_jax.models.vit_config import VARIANTS, VitConfig, grid_shape, num_tokens
 from mixer_jax.models.vit_layouts import LAYOUTS
@@ -33,6 +37,7 @@ _TIMM_SIZES = {
     "G": "gigantic",
 }
 _TIMM_IMAGE_SIZE = (224, 224)
+_TIMM_POOLING = {"gap": "avg", "map": "map"}
 
 
 class VitFamily(ModelFamily):
@@ -91,6 +96,28 @@ class VitFamily(ModelFamily):
             shapes |= {"head/kernel": (width, num_classes), "head/bias": (num_classes,)}
         return shapes
 
+    def layers(
+        self, config: VitConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        rows, columns = grid_shape(config, image_size)
+        shape = (num_tokens(config, image_size), config.hidden_dim)
+        branches = {
+            "attention": "attention of block {}, before it is added",
+            "mlp": "MLP of block {}, before it is added",
+        }
+        pooling = {
+            "token": "class token",
+            "gap": "mean over tokens",
+            "map": "attention pooling",
+        }
+        return {
+            "stem": Layer((rows * columns, config.hidden_dim), "patch embedding"),
+            **stack_layers(config.num_blocks, shape, "output of block {}", branches),
+            "pooled": Layer((config.hidden_dim,), pooling[config.pooling]),
+            **head_layers(config.hidden_dim, num_classes),
+        }
+
     def forward_flops(
         self, config: VitConfig, image_size: int | ImageSize, num_classes: int
     ) -> int:
@@ -145,8 +172,7 @@ class VitFamily(ModelFamily):
         Raises:
             UserError: timm's model has no such position embedding or hidden layer.
         """
-        if config.pre_logits or config.pos_embedding != "learned":
-            reason = "pre_logits" if config.pre_logits else config.pos_embedding
+        if reason := _not_in_timm(config):
             raise UserError(
                 f"timm must have a model for these weights, got {self.full_name(variant)} with "
                 f"{reason}."
@@ -154,9 +180,7 @@ class VitFamily(ModelFamily):
         # timm's default GELU is exact.
         act_layer = ["act_layer=timm.layers.GELUTanh"] if gelu == "tanh" else []
         if VARIANTS.get(variant) == config and image_size == _TIMM_IMAGE_SIZE:
-            size, _, patch = variant.partition("/")
-            name = f"vit_{_TIMM_SIZES[size]}_patch{patch}_{_TIMM_IMAGE_SIZE[0]}"
-            args = [f'"{name}"', f"num_classes={num_classes}", *act_layer]
+            args = [f'"{_timm_name(variant)}"', f"num_classes={num_classes}", *act_layer]
             return f"timm.create_model({', '.join(args)})"
         height, width = image_size
         args = [
@@ -171,10 +195,37 @@ class VitFamily(ModelFamily):
         ]
         if config.pooling != "token":
             # The last LayerNorm precedes the mean.
-            pooling = {"gap": "avg", "map": "map"}[config.pooling]
-            args += [f'global_pool="{pooling}"', "class_token=False", "fc_norm=False"]
+            args += [
+                f'global_pool="{_TIMM_POOLING[config.pooling]}"',
+                "class_token=False",
+                "fc_norm=False",
+            ]
         args += act_layer
         return f"timm.models.vision_transformer.VisionTransformer({', '.join(args)})"
+
+    def timm_model(self, config: VitConfig, gelu: str) -> TimmModel:
+        """Finds the model of the variant with these dimensions, or one of other dimensions."""
+        if reason := _not_in_timm(config):
+            raise self.not_in_timm(config, f"timm's ViTs have no {reason}")
+        variant = self.infer_variant(config)
+        args: dict[str, Any] = {}
+        if variant == CUSTOM:
+            variant = "B/16"
+            args = {
+                "patch_size": config.patch_size,
+                "depth": config.num_blocks,
+                "embed_dim": config.hidden_dim,
+                "num_heads": config.num_heads,
+                # timm multiplies it by embed_dim and truncates.
+                "mlp_ratio": (config.mlp_dim + 0.5) / config.hidden_dim,
+            }
+        if config.pooling != "token":
+            # The last LayerNorm precedes the mean.
+            pooling = _TIMM_POOLING[config.pooling]
+            args |= {"global_pool": pooling, "class_token": False, "fc_norm": False}
+        if gelu == "tanh":
+            args["act_layer"] = "gelu_tanh"
+        return TimmModel(_timm_name(variant), args)
 
     def config_for_new_head(self, config: VitConfig) -> VitConfig:
         """Returns the config without pre_logits (arXiv 2010.11929, Section 3.2)."""
@@ -218,6 +269,18 @@ class VitFamily(ModelFamily):
     def is_cast(self, path: Path) -> bool:
         """Returns whether the model casts a parameter to the computation's dtype."""
         return super().is_cast(path) and path[0] != "pre_logits"
+
+
+def _timm_name(variant: str) -> str:
+    size, _, patch = variant.partition("/")
+    return f"vit_{_TIMM_SIZES[size]}_patch{patch}_{_TIMM_IMAGE_SIZE[0]}"
+
+
+def _not_in_timm(config: VitConfig) -> str:
+    """Returns what a model has but timm's do not; or ""."""
+    if config.pre_logits:
+        return "pre_logits"
+    return config.pos_embedding if config.pos_embedding != "learned" else ""
 
 
 def _dimensions(config: VitConfig) -> VitConfig:

@@ -14,6 +14,7 @@ import pytest
 from mixer_jax import config
 from mixer_jax.checkpoints import export, manager, stablehlo
 from mixer_jax.checkpoints.export import (
+    HUB_FOLDER,
     check_target_available,
     choose_format,
     export_weights,
@@ -22,10 +23,12 @@ from mixer_jax.checkpoints.export import (
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
 from mixer_jax.errors import DiskFullError, RunError, UserError
+from mixer_jax.inference import Classifier
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer_config import MixerConfig
+from tests.helpers.file_size_limit import file_size_limit
 from tests.helpers.messages import raises
-from tests.helpers.random_weights import random_weights
+from tests.helpers.random_weights import assert_params_equal, random_weights
 
 WEIGHT_FORMATS = ("google", "timm", "orbax")
 # Prints by how much converting a file grows the peak memory, in units of the file's size.
@@ -292,6 +295,33 @@ def test_export_weights_leaves_nothing_if_interrupted(
     assert not any(tmp_path.iterdir())
 
 
+def test_save_pretrained_leaves_nothing_on_a_full_disk(
+    weights: PretrainedWeights, tmp_path: Path
+) -> None:
+    model, target = Classifier(weights), str(tmp_path / "saved")
+    with file_size_limit(4000), raises(DiskFullError, target):
+        model.save_pretrained(target)
+    assert not any(tmp_path.iterdir())
+    model.save_pretrained(target)
+    assert_params_equal(load_checkpoint(target).params, weights.params)
+    # Not replaced, and an empty folder is.
+    with raises(UserError, target):
+        model.save_pretrained(target)
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    assert load_checkpoint(tmp_path / "empty").model_info == weights.model_info
+
+
+def test_a_folder_without_write_permission_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The administrator, who may run the tests, can write to all folders.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for format in (*export.SUFFIXES, HUB_FOLDER):
+        with raises(UserError, "writable", str(tmp_path)):
+            check_target_available(format, f"{tmp_path}/t", force=False)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_export_weights_rejects_weights_that_are_not_finite(number: float, tmp_path: Path) -> None:
     weights = random_weights()
@@ -311,6 +341,8 @@ def test_export_weights_rejects_weights_that_are_not_finite(number: float, tmp_p
         ("", "folder/w", "orbax"),
         ("timm", "a.b.safetensors", "timm"),
         ("orbax", "run.v2", "orbax"),
+        ("timm", "folder/w", HUB_FOLDER),
+        ("timm", "vit_b16.v2", HUB_FOLDER),
     ],
 )
 def test_choose_format_by_the_suffix(format: str, target: str, expected: str) -> None:
@@ -323,6 +355,8 @@ def test_choose_format_by_the_suffix(format: str, target: str, expected: str) ->
         ("", "w.pth", [".npz", ".safetensors", ".stablehlo", "--to=orbax"]),
         ("google", "w.safetensors", ["google", ".npz"]),
         ("google", "w", ["google", ".npz"]),
+        ("timm", "w.npz", ["timm", ".safetensors", "folder"]),
+        ("timm", "w.bin", ["timm", ".safetensors", "folder"]),
         ("stablehlo", "w.bin", ["stablehlo", ".stablehlo"]),
         ("onnx", "w.npz", ["onnx", ".onnx"]),
         ("orbax", "w.npz", ["orbax"]),

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mixer_jax.checkpoints.export import HUB_FOLDER, export_weights
 from mixer_jax.checkpoints.load import load_checkpoint
+from mixer_jax.checkpoints.timm_config import find_timm_model, make_timm_config
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, load_pretrained
+from mixer_jax.models.bit_config import BitConfig
+from mixer_jax.models.family import ModelFamily
+from mixer_jax.models.mixer_config import MixerConfig
+from mixer_jax.models.registry import FAMILIES, get_family
+from mixer_jax.models.vit_config import VitConfig
 from tests.helpers import pretrained_files
 from tests.helpers.hub_cache import (
     COMMIT,
@@ -20,7 +28,7 @@ from tests.helpers.hub_cache import (
     timm_config,
 )
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import assert_params_equal, random_weights
+from tests.helpers.random_weights import TINY, assert_params_equal, random_weights
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 MIIL = timm_config("bilinear", [0.0] * 3, [1.0] * 3)
@@ -184,3 +192,85 @@ def test_image_size_is_read_from_the_config(
     add_to_cache(hub_cache, random_weights().params, config)
     info = load_checkpoint(f"hf:{NAME}").model_info
     assert (info.image_size, info.resize_note) == (size, "")
+
+
+def family_of(config: Any) -> ModelFamily:
+    (family,) = (f for f in FAMILIES.values() if type(config) is f.config_class)
+    return family
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "args"),
+    [
+        (get_family("mixer").get_config("B/16"), "mixer_b16_224", {}),
+        (MixerConfig(8, 32, 512, 64, 1024), "mixer_s32_224", {"mlp_ratio": [64 / 512, 2.0]}),
+        (get_family("vit").get_config("Ti/16"), "vit_tiny_patch16_224", {}),
+        (
+            get_family("vit").get_config("Ti/16", pooling="gap"),
+            "vit_tiny_patch16_224",
+            {"global_pool": "avg", "class_token": False, "fc_norm": False},
+        ),
+        (get_family("bit").get_config("R50x1"), "resnetv2_50x1_bit", {}),
+        (
+            get_family("bit").get_config("R152x1"),
+            "resnetv2_152x2_bit",
+            {"stem_chs": 32, "channels": [128, 256, 512, 1024]},
+        ),
+    ],
+    ids=str,
+)
+def test_config_names_timms_model(config: Any, name: str, args: dict[str, Any]) -> None:
+    assert family_of(config).timm_model(config, "exact") == (name, args, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (MixerConfig(8, 14, 512, 256, 2048), ["Mixer-custom", "14, 512 and 8"]),
+        (get_family("mixer").get_config("H/14"), ["Mixer-H/14"]),
+        (get_family("vit").get_config("B/16", pre_logits=True), ["ViT-B/16", "pre_logits"]),
+        (BitConfig("2,1", 64), ["BiT-custom", "2,1"]),
+        (BitConfig("3,4,6,3", 16), ["BiT-custom", "32"]),
+        (BitConfig("3,4,6,3", 64, "3x3"), ["BiT-custom", "7x7"]),
+    ],
+    ids=str,
+)
+def test_models_that_timm_cannot_create_by_name_are_named(config: Any, parts: list[str]) -> None:
+    with raises(UserError, *parts, ".safetensors") as caught:
+        family_of(config).timm_model(config, "exact")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [TINY, VitConfig(1, 4, 16, 24, 2), BitConfig("1,1", 8, "3x3")])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_saved_folders_keep_every_field(config: Any, num_classes: int, tmp_path: Path) -> None:
+    names = tuple('"<é\n>' if index == 3 else str(index) for index in range(num_classes))
+    fields: dict[str, Any] = {"eval_crop": "square", "eval_crop_fraction": 0.9, "loss": "sigmoid"}
+    weights = random_weights(config, (16, 24), names, **fields)
+    export_weights(weights, HUB_FOLDER, f"{tmp_path}/saved")
+    loaded = load_checkpoint(f"{tmp_path}/saved")
+    assert_params_equal(loaded.params, weights.params)
+    assert loaded.model_info == weights.model_info
+
+
+@pytest.mark.parametrize(
+    ("crop", "expected"),
+    [
+        ("bicubic", ("bicubic", "center", 0.9)),
+        ("bilinear", ("bilinear", "center", 0.9)),
+        ("shorter_side", ("bilinear", "center", 0.9)),
+        ("square", ("bilinear", "squash", 0.9)),
+        ("resize", ("bilinear", "squash", 1.0)),
+    ],
+)
+def test_config_has_the_most_similar_crop_of_timm(crop: str, expected: tuple[Any, ...]) -> None:
+    info = random_weights(eval_crop=crop, eval_crop_fraction=0.9).model_info
+    settings = make_timm_config(info)["pretrained_cfg"]
+    assert tuple(settings[key] for key in ("interpolation", "crop_mode", "crop_pct")) == expected
+    assert settings["input_size"] == [3, 16, 16]
+
+
+def test_timm_cannot_permute_pixels() -> None:
+    info = random_weights(permutation=PixelPermutation("pixels", 16, 0)).model_info
+    with raises(UserError, "permute"):
+        find_timm_model(info)

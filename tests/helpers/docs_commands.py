@@ -40,6 +40,7 @@ _OTHER_PROGRAMS = frozenset(
         "find",
         "gcloud",
         "git",
+        "hf",
         "head",
         "jupyter",
         "jupytext",
