@@ -14,6 +14,7 @@ COMMANDS = (
     ("train", "main", "train or fine-tune a model from a config file"),
     ("evaluate", "evaluate", "evaluate a checkpoint on every example of a split"),
     ("predict", "predict", "classify image files"),
+    ("extract", "extract", "write features of images to a file"),
     ("transfer", "transfer", "evaluate a checkpoint by transfer to a suite of tasks"),
     ("compare", "compare", "compare models in accuracy, throughput and training cost"),
     ("convert", "convert", "convert weights between formats"),

@@ -160,18 +160,24 @@ def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
         choices: Known names.
         cutoff: Smallest similarity, between 0 and 1.
     """
-    folded = {choice.lower(): choice for choice in choices}
-    matches = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
-    return folded[matches[0]] if matches else None
+    return next(iter(_close_matches(name, choices, cutoff, limit=1)), None)
 
 
-def suggest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+def suggest(name: str, choices: Iterable[str], cutoff: float = 0.6, limit: int = 1) -> str:
     """Formats the question that ends a message about an unknown name; empty if none is similar.
 
     Args:
         name: Unknown name.
         choices: Known names.
         cutoff: Smallest similarity, between 0 and 1.
+        limit: Largest number of choices to name.
     """
-    match = nearest(name, choices, cutoff)
-    return f" Did you mean {match}?" if match else ""
+    *first, last = _close_matches(name, choices, cutoff, limit) or [""]
+    names = f"{', '.join(first)} or {last}" if first else last
+    return f" Did you mean {names}?" if names else ""
+
+
+def _close_matches(name: str, choices: Iterable[str], cutoff: float, limit: int) -> list[str]:
+    folded = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.lower(), folded, n=limit, cutoff=cutoff)
+    return [folded[match] for match in matches]

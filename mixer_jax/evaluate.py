@@ -1,8 +1,16 @@
-"""Evaluate a checkpoint: `python -m mixer_jax.evaluate --checkpoint=CHECKPOINT --dataset=…`."""
+"""Evaluate a checkpoint: `python -m mixer_jax.evaluate --checkpoint=CHECKPOINT --dataset=…`.
+
+In Python, call `mixer_jax.evaluate(checkpoint, dataset)`. That name is this module, which is
+therefore callable: importing a module `mixer_jax.evaluate` replaces whatever else has its name.
+"""
 
 import argparse
+import inspect
 import json
+import os
+import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +22,7 @@ from mixer_jax.config.schema import FIELDS
 from mixer_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from mixer_jax.checkpoints.load import ImageSize
     from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
@@ -47,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         eval_crop_fraction=args.eval_crop_fraction,
     )
     check_trained_head(weights, f"--checkpoint={args.checkpoint}")
-    dataset = args.dataset or (weights.train_config or {}).get("dataset", {}).get("name")
+    dataset = args.dataset or _training_dataset(weights)
     if not dataset:
         raise UserError(
             f"--checkpoint={args.checkpoint} does not record its training data. Pass --dataset."
@@ -74,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     common.print_notes(sources[0])
     model = weights.model_info.build_model(args.dtype)
     metrics, predictions = _evaluate(weights, model, sources, args)
-    summary = _summarize(args, weights, model.execution.dtype, dataset, metrics)
+    dtype = model.execution.dtype
+    summary = _summarize(args.checkpoint, weights, dtype, dataset, args.split, metrics)
     if args.json:
         print(json.dumps(summary), flush=True)
     else:
@@ -95,6 +105,72 @@ def main(argv: Sequence[str]) -> int:
         if not args.json:
             print(f"report             {Path(args.report) / PAGE}")
     return 0
+
+
+def evaluate(
+    checkpoint: str | os.PathLike,
+    dataset: str = "",
+    split: str = "test",
+    *,
+    step: int | None = None,
+    image_size: "ImageSize | None" = None,
+    data_dir: str = "",
+    batch_size: int = 256,
+    skip_bad_images: bool = False,
+    dtype: str = "",
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on every example of a split, like the command `evaluate`.
+
+    Classes are matched by name. The devices of one host are used.
+
+    Args:
+        checkpoint: Workdir of a run, file of weights, or name on the Hub; see `load_pretrained`.
+        dataset: TFDS name or folder:PATH; empty: the training dataset.
+        split: Split in TFDS syntax.
+        step: Step of a run's checkpoint; None: the newest.
+        image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.
+        data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
+        batch_size: Images per batch.
+        skip_bad_images: Whether unusable images are skipped and counted instead of failing.
+        dtype: "float32" or "bfloat16"; empty: that of the checkpoint, or by device.
+
+    Returns:
+        What the command prints with `--json`: `top1`, `top5`, `log_likelihood`,
+        `calibration_error`, `num_examples`, `num_bad` and `num_unlabeled`, and what was evaluated.
+
+    Raises:
+        UserError: The checkpoint does not exist or has no trained head, data is missing, the data
+            has classes that the model lacks, images are unusable, or an argument is invalid.
+    """
+    from mixer_jax.checkpoints.load import collect_overrides, load_checkpoint
+    from mixer_jax.inference import Classifier
+
+    collect_overrides(dtype=dtype)
+    weights = load_checkpoint(checkpoint, step=step, image_size=image_size)
+    dataset = dataset or _training_dataset(weights)
+    if not dataset:
+        raise UserError(f"{checkpoint} does not record its training data. Pass dataset.")
+    source = os.fspath(checkpoint)
+    classifier = Classifier(weights, dtype, source)
+    metrics = classifier.evaluate(
+        dataset, split, data_dir=data_dir, batch_size=batch_size, skip_bad_images=skip_bad_images
+    )
+    return _summarize(source, weights, classifier.model.execution.dtype, dataset, split, [metrics])
+
+
+class CallableModule(types.ModuleType):
+    """Module that is called like `evaluate`."""
+
+    __call__ = staticmethod(evaluate)
+    __signature__ = inspect.signature(evaluate)
+
+
+sys.modules[__name__].__class__ = CallableModule
+
+
+def _training_dataset(weights: "PretrainedWeights") -> str:
+    """Returns the name of the dataset that a run was trained on; empty if it is unknown."""
+    return (weights.train_config or {}).get("dataset", {}).get("name", "")
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -196,23 +272,24 @@ def _evaluate(
 
 
 def _summarize(
-    args: argparse.Namespace,
+    checkpoint: str,
     weights: "PretrainedWeights",
     dtype: str,
     dataset: str,
+    split: str,
     metrics: list["ClassificationMetrics"],
 ) -> dict[str, Any]:
     """Collects what was evaluated, and its metrics, for JSON."""
     first, *real = metrics
     info = weights.model_info
     summary: dict[str, Any] = {
-        "checkpoint": args.checkpoint,
+        "checkpoint": checkpoint,
         "step": weights.step,
         "image_size": list(info.image_size),
         "resolution": info.resize_note,
         "dtype": dtype,
         "dataset": dataset,
-        "split": args.split,
+        "split": split,
         **first._asdict(),
     }
     return summary | ({"real": real[0]._asdict()} if real else {})

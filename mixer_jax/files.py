@@ -17,7 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.errors import (
+    DiskFullError,
+    OutputWriteError,
+    RunError,
+    UserError,
+    no_space_reason,
+    summarize_error,
+)
 
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
@@ -162,6 +169,29 @@ class LineFile:
 
 def _join_lines(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
+
+
+@contextlib.contextmanager
+def output_errors(target: str) -> Iterator[None]:
+    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `target`.
+
+    Usage errors and failures of the run remain as they are.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        # Every file system has its own exceptions.
+        if space := no_space_reason(error):
+            raise DiskFullError(
+                f"{target} cannot be written ({space}). Free space and rerun the same command to "
+                "resume."
+            ) from error
+        reason = getattr(error, "strerror", None) or summarize_error(error)
+        raise OutputWriteError(
+            f"{target} must be writable ({reason}). Fix that and rerun the same command to resume."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.weights import (
@@ -34,9 +34,10 @@ from mixer_jax.distributed.sharding import (
 )
 from mixer_jax.distributed.xla_options import compiler_options
 from mixer_jax.errors import UserError
+from mixer_jax.models.family import PRE_LOGITS, Layer, check_layers
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family
-from mixer_jax.models.stack import use_partitionable_backend
+from mixer_jax.models.stack import compute_layers, use_partitionable_backend
 
 if TYPE_CHECKING:
     from mixer_jax.evaluation.classification import ClassificationMetrics
@@ -165,6 +166,7 @@ class Classifier:
         jit = functools.partial(jax.jit, compiler_options=options)
         self._logits = jit(lambda params, x: self.model.apply({"params": params}, x))
         self._top_k = jit(self._top_classes, static_argnums=2)
+        self._layers = jit(self._compute_layers, static_argnums=2)
 
     @property
     def params(self) -> Any:
@@ -276,6 +278,55 @@ class Classifier:
                     raise BadImageError(image.error, name=image.name)
             pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
         return np.asarray(normalize_images(jnp.asarray(pixels)))
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Activations that `features` returns: shape per image, and description, by name."""
+        return self.model_info.layers()
+
+    def features(
+        self,
+        images: Any,
+        layers: str | Sequence[str] = PRE_LOGITS,
+        batch_size: int = 32,
+        *,
+        exif_orientation: bool = True,
+    ) -> dict[str, Float32[np.ndarray, "n ..."]]:
+        """Computes features of photographs, or any other activations, in float32.
+
+        Args:
+            images: One image or any number of them in a sequence; see `predict`.
+            layers: Name of an activation, or several, as the property `layers` lists them; by
+                default the input of the head, one vector per image.
+            batch_size: Images per batch.
+            exif_orientation: Whether files and Pillow images are rotated by their EXIF orientation.
+
+        Returns:
+            Arrays by the names in `layers`, with one row per image.
+
+        Raises:
+            BadImageError: An input image is unreadable.
+            UserError: The model has no such layer, or images have another type, dtype or shape.
+        """
+        known = self.layers
+        names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers))
+        check_layers(names, known)
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        named_images = name_images(images, exif_orientation)
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        if named_images:
+            batch_size = self._round_batch_size(min(batch_size, len(named_images)))
+            batches = self._load_batches(named_images, batch_size, exif_orientation)
+            run = functools.partial(self._layers, self._params)
+            for batch, found in self._map_batches(batches, batch_size, lambda x: run(x, names)):
+                for image in batch:
+                    if image.pixels is None:
+                        raise BadImageError(image.error, name=image.name)
+                for name in names:
+                    rows[name].append(np.asarray(found[name])[: len(batch)])
+        empty = {name: np.zeros((0, *known[name].shape), np.float32) for name in names}
+        return {name: np.concatenate([empty[name], *rows[name]]) for name in names}
 
     def evaluate(
         self,
@@ -431,16 +482,28 @@ class Classifier:
                 f"batch_size={batch_size}."
             )
         topk = min(topk, self.model_info.num_classes)
-        power_of_two = 2 ** (batch_size - 1).bit_length()
-        batch_size = -(-power_of_two // self._mesh.size) * self._mesh.size
+        batch_size = self._round_batch_size(batch_size)
         if exif_orientation is None:
             exif_orientation = self.model_info.exif_orientation
         batches = self._load_batches(images, batch_size, exif_orientation)
         return self._classify_batches(batches, batch_size, topk)
 
+    def _round_batch_size(self, batch_size: int) -> int:
+        """Rounds up to a power of two and to a multiple of the number of devices."""
+        power_of_two = 2 ** (batch_size - 1).bit_length()
+        return -(-power_of_two // self._mesh.size) * self._mesh.size
+
     def _classify_batches(
         self, batches: Iterable[list["_LoadedImage"]], batch_size: int, topk: int
     ) -> Iterator[Prediction]:
+        run = functools.partial(self._top_k, self._params)
+        for batch, top_k in self._map_batches(batches, batch_size, lambda x: run(x, topk)):
+            yield from self._name_classes(batch, top_k)
+
+    def _map_batches(
+        self, batches: Iterable[list["_LoadedImage"]], batch_size: int, run: Callable[[Array], Any]
+    ) -> Iterator[tuple[list["_LoadedImage"], Any]]:
+        """Yields each batch and the output for its pixels, padded to `batch_size` rows."""
         pending: tuple[list[_LoadedImage], Any] | None = None
         for batch in batches:
             pixels = np.zeros((batch_size, *self.model_info.image_size, 3), np.uint8)
@@ -449,12 +512,12 @@ class Classifier:
                     pixels[row] = image.pixels
             on_device = jax.device_put(pixels, batch_sharding(self._mesh))
             # Dispatched before the last result is read, so that devices do not wait for the host.
-            dispatched = (batch, self._top_k(self._params, on_device, topk))
+            dispatched = (batch, run(on_device))
             if pending is not None:
-                yield from self._name_classes(*pending)
+                yield pending
             pending = dispatched
         if pending is not None:
-            yield from self._name_classes(*pending)
+            yield pending
 
     def _load_batches(
         self, images: Iterable[NamedImage | NamedPixels], batch_size: int, exif_orientation: bool
@@ -494,6 +557,11 @@ class Classifier:
         activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
         probabilities, classes = jax.lax.top_k(activation(logits), topk)
         return probabilities, classes
+
+    def _compute_layers(
+        self, params: Any, images: UInt8[Array, "n h w 3"], layers: tuple[str, ...]
+    ) -> dict[str, Float32[Array, "n ..."]]:
+        return compute_layers(self.model, params, normalize_images(images), layers)
 
     def _name_classes(self, batch: list["_LoadedImage"], top_k: Any) -> Iterator[Prediction]:
         probabilities, classes = (np.asarray(array) for array in top_k)

@@ -7,16 +7,21 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
-from mixer_jax.config.loading import default_run_name, load_config_with_overrides
+from mixer_jax.config.loading import (
+    apply_overrides,
+    default_run_name,
+    load_config,
+    load_config_with_overrides,
+)
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
 from mixer_jax.errors import UserError
@@ -76,7 +81,11 @@ def main(argv: Sequence[str]) -> int:
         return result.exit_code
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
+def train(
+    config: str | os.PathLike | ConfigDict,
+    workdir: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+) -> "TrainResult":
     """Trains a model, or resumes the run in `workdir`, like the command `train`.
 
     The first Ctrl-C, or "Interrupt" in a notebook, stops the run after saving a checkpoint. Scripts
@@ -89,12 +98,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
     `mixer_jax.distributed.multihost.propagate_failure()`, so that an error on one host ends all.
 
     Args:
-        config: Config from `load_config` or `mixer_jax.config.get_default`.
+        config: Name of a config, such as "digits" or "digits:low"; path of a config file; or config
+            from `load_config` or `mixer_jax.config.get_default`, which is not changed.
         workdir: Folder or URL for checkpoints, metrics and curves.
+        overrides: Values by dotted key that replace those of the config, such as
+            `{"optimizer.learning_rate": 3e-3}`.
 
     Returns:
-        The result, with the metrics of each evaluation in `scores`. `step` is less than `num_steps`
-        if the run was interrupted.
+        The result. `metrics` has the final metrics of all evaluations by name, such as
+        "test/top1". `step` is less than `num_steps` if the run was interrupted.
 
     Raises:
         UserError: The config is invalid, data is missing, the workdir belongs to another
@@ -108,6 +120,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> "TrainResult":
             "mixer_jax.train must not be called while a process that loads images imports the "
             'script. Put the call below `if __name__ == "__main__":`.'
         )
+    if isinstance(config, ConfigDict):
+        config = config.copy_and_resolve_references()
+        apply_overrides(config, overrides or {})
+    elif isinstance(config, str | os.PathLike):
+        config = load_config(config, overrides)
+    else:
+        raise UserError(f"config must be the name or path of a config, or one, got {config!r}.")
+    if not isinstance(workdir, str | os.PathLike):
+        raise UserError(f"workdir must be a folder or a URL, got {workdir!r}.")
     run_config = parse(config)
     resolved_workdir = workdirs.resolve_workdir(os.fspath(workdir))
     _prepare(run_config, resolved_workdir)

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 # Number of images from which on a progress bar is shown.
 _MIN_FOR_PROGRESS = 32
+_HTML = "html"
+# Images on a page, which then has about 8 MB.
+_MAX_HTML_IMAGES = 1_000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,10 +42,17 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="use images as they are stored; default: rotate them by their EXIF orientation",
     )
-    parser.add_argument("--format", choices=tuple(_WRITERS), default="table", help="output format")
+    parser.add_argument(
+        "--format", choices=(*_WRITERS, _HTML), default="table", help="output format"
+    )
+    parser.add_argument("--out", type=Path, help="file of --format=html, which ends in .html")
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch; default: 32")
     args = parser.parse_args(argv)
     common.check_positive(args, "topk", "batch_size")
+    if args.format == _HTML and args.out is None:
+        raise UserError("--format=html must have a file. Name it by --out=FILE.html.")
+    if args.format != _HTML and args.out is not None:
+        raise UserError(f"--out must be used with --format=html, got --format={args.format}.")
     names = [*args.images]
     if args.files_from:
         names += common.read_path_list(args.files_from, "--files_from")
@@ -49,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("IMAGE is required. Name files, folders, patterns, or - (standard input).")
     if [args.files_from, args.labels, *names].count("-") > 1:
         raise UserError('"-" must occur only once, because standard input can be read only once.')
+    if args.out is not None:
+        common.check_out(args.out, (".html",))
     resolve_checkpoint(args.checkpoint, args.step)
     class_names = common.read_class_names(args.labels)
 
@@ -76,6 +89,18 @@ def main(argv: Sequence[str]) -> int:
         dtype=args.dtype,
     )
     common.warn_if_resized(classifier.model_info)
+    num_found = len(images)
+    if args.format == _HTML:
+        from mixer_jax.visualization.prediction_page import Thumbnails, render_prediction_page
+
+        if num_found > _MAX_HTML_IMAGES:
+            print(
+                f"--format=html classifies the first {_MAX_HTML_IMAGES:,} of {num_found:,} images. "
+                "--format=csv classifies all.",
+                file=sys.stderr,
+            )
+        thumbnails = Thumbnails(images[:_MAX_HTML_IMAGES], not args.ignore_exif)
+        images = thumbnails.images
     predictions = classifier.iter_predictions(
         images,
         topk=args.topk,
@@ -94,7 +119,18 @@ def main(argv: Sequence[str]) -> int:
                 tqdm.write(f"{prediction.image}: {prediction.error}", file=sys.stderr)
             yield prediction
 
-    _WRITERS[args.format](with_progress())
+    if args.format == _HTML:
+        page = render_prediction_page(
+            [*with_progress()],
+            thumbnails,
+            model=classifier.model_info.name,
+            checkpoint=args.checkpoint,
+            num_found=num_found,
+        )
+        common.write_out(args.out, page)
+        print(f"{args.out}: {len(images):,} images")
+    else:
+        _WRITERS[args.format](with_progress())
     if num_bad:
         print(f"{num_bad:,} of {len(images):,} images are unreadable", file=sys.stderr)
     return 1 if num_bad else 0

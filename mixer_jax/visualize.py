@@ -1,7 +1,6 @@
 """Plot training batches and pages of runs: `python -m mixer_jax.visualize COMMAND --out=…`."""
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +11,7 @@ from mixer_jax.cli import common
 from mixer_jax.config.config import parse, resolve_num_steps
 from mixer_jax.config.loading import load_config_with_overrides
 from mixer_jax.config.schema import RunConfig
-from mixer_jax.errors import RunError, UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.errors import UserError
 from mixer_jax.training.workdir import resolve_workdir
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         if overrides:
             parser.error(f"unrecognized arguments: {' '.join(overrides)}")
         return _write_run_page(args)
-    _check_out(args.out)
+    common.check_out(args.out, _SUFFIXES)
     config = parse(load_config_with_overrides(args.config, overrides))
     num_images = _resolve_num_images("--num_images", args.num_images, _NUM_IMAGES, config)
 
@@ -64,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     _check_step("--step", args.step, config, len(source))
     figure, title = _draw_batch(args.config, config, source, args.step, num_images)
     plot = render_figure(figure, args.out.suffix.lower().removeprefix("."))
-    _write_out(args.out, plot)
+    common.write_out(args.out, plot)
     print(f"{args.out}: {title}")
     return 0
 
@@ -87,7 +85,7 @@ def _add_run_command(commands: Any) -> None:
 
 
 def _write_run_page(args: argparse.Namespace) -> int:
-    _check_out(args.out, (".html",))
+    common.check_out(args.out, (".html",))
     workdirs = [resolve_workdir(workdir) for workdir in args.workdir]
 
     # Imported here, once the arguments are valid: these are heavy.
@@ -96,7 +94,7 @@ def _write_run_page(args: argparse.Namespace) -> int:
 
     runs = read_runs(workdirs)
     page = render_run_page(runs, load_examples(runs))
-    _write_out(args.out, page)
+    common.write_out(args.out, page)
     for run in runs:
         print(f"{args.out}: {run.name}, step {run.step:,}")
     return 0
@@ -164,29 +162,6 @@ def _check_step(name: str, step: int, config: RunConfig, num_examples: int) -> N
             f"{name} must be between 0 and {num_steps - 1} in a run of {num_steps} steps, "
             f"got {step}."
         )
-
-
-def _write_out(out: Path, content: str | bytes) -> None:
-    try:
-        atomic_write(out, content)
-    except OSError as error:
-        raise RunError(f"--out={out} cannot be written ({error.strerror}).") from error
-
-
-def _check_out(out: Path, suffixes: Sequence[str] = _SUFFIXES) -> None:
-    """Raises UserError if a file could not be written, before any work is done."""
-    if out.suffix.lower() not in suffixes:
-        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
-    if out.is_dir():
-        raise UserError(f"--out must be a file, got the folder {out}.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: folder {out.parent} does not exist. Create it first.")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out={out}: folder {out.parent} cannot be written ({error.strerror})."
-        ) from error
 
 
 if __name__ == "__main__":

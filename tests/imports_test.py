@@ -28,6 +28,7 @@ COMMANDS = [
     "compare",
     "convert",
     "evaluate",
+    "extract",
     "main",
     "plan",
     "predict",
@@ -65,6 +66,7 @@ HEAVY = {
         "benchmarks/report.py",
     },
     "jinja2": {"visualization/html.py"},
+    "pyarrow": {"evaluation/feature_files.py"},
     "sklearn": {
         "data/builders/digits.py",
         "visualization/evaluation_report.py",
@@ -156,6 +158,7 @@ def test_modules_have_no_import_cycles() -> None:
             "mixer_jax.compare",
             {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2", "matplotlib"},
         ),
+        ("mixer_jax.extract", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "pyarrow"}),
         ("mixer_jax.predict", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.convert", {"jax", "flax", "orbax", "grain", "tensorflow_datasets", "cv2"}),
         ("mixer_jax.inference", {"orbax", "grain", "tensorflow_datasets", "sklearn"}),

@@ -22,8 +22,17 @@ from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.data.preprocess import eval_image
 from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier, Prediction
+from mixer_jax.models.bit_config import BitConfig
+from mixer_jax.models.stack import forward_intermediates
+from mixer_jax.models.vit_config import VitConfig
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights, save_run
+from tests.helpers.random_weights import (
+    DIGITS,
+    TINY,
+    assert_params_equal,
+    random_weights,
+    save_run,
+)
 
 PHOTO_SIZES = [(16, 16), (40, 24), (17, 31), (8, 8), (100, 60)]
 
@@ -350,6 +359,38 @@ def test_without_a_head_there_are_features_and_no_classes(weights: PretrainedWei
     for images in ([b""], []):
         with raises(UserError, "head"):
             classifier.predict(images)
+
+
+@pytest.mark.parametrize("config", [TINY, VitConfig(2, 4, 16, 24, 2), BitConfig("1,1", 8, "3x3")])
+def test_features_are_those_of_the_module(config: Any, photos: list[Path]) -> None:
+    classifier = Classifier(random_weights(config))
+    images = jnp.asarray(classifier.preprocess(photos))
+    _, expected = forward_intermediates(classifier.model, classifier.params, images)
+    layers = [name for name in classifier.layers if name != "logits"]
+    found = classifier.features(photos, layers, batch_size=2)
+    assert list(found) == layers
+    for name, array in found.items():
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    (pooled,) = classifier.features(photos[0]).values()
+    np.testing.assert_allclose(pooled, expected["pre_logits"][:1], rtol=1e-5, atol=1e-5)
+    logits = classifier.features(photos, "logits")["logits"]
+    np.testing.assert_allclose(logits, classifier(images), rtol=1e-5, atol=1e-5)
+
+
+def test_features_without_images_or_with_invalid_arguments(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    assert classifier.features([], "blocks.1")["blocks.1"].shape == (0, 24, 16)
+    with raises(UserError, "block1", "blocks.1"):
+        classifier.features([], "block1")
+    with raises(UserError, "layers", "stem"):
+        classifier.features([], [])
+    with raises(UserError, "batch_size", "0"):
+        classifier.features([], batch_size=0)
+    (tmp_path / "bad.png").write_text("not an image")
+    with raises(BadImageError, str(tmp_path / "bad.png")):
+        classifier.features([tmp_path / "bad.png"])
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from mixer_jax.cli import common
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.data.wordnet import describe_class, imagenet_wnids
-from mixer_jax.errors import UserError
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.inference import load_pretrained
 from tests.helpers.cli import run_cli
+from tests.helpers.html_pages import Page, check_stands_alone, visible_text
 from tests.helpers.images import encode_with_orientation, smooth
-from tests.helpers.messages import mentions
+from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, random_weights, save_npz, save_run
 
 
@@ -276,6 +277,10 @@ def test_classes_of_a_run_that_are_wordnet_ids_are_described(
         (["--checkpoint={workspace}/photos", "{photo}"], ["DIR/photos"]),
         (["--checkpoint={workspace}/gone.npz", "{photo}"], ["DIR/gone.npz"]),
         (["--format=xml", "{photo}"], ["--format", "xml"]),
+        (["--format=html", "{photo}"], ["--format=html", "--out"]),
+        (["--out={workspace}/a.html", "{photo}"], ["--out", "--format=html", "table"]),
+        (["--format=html", "--out={workspace}/a.htm", "{photo}"], ["DIR/a.htm", ".html"]),
+        (["--format=html", "--out={workspace}/none/a.html", "{photo}"], ["DIR/none"]),
         (["--dtype=float16", "{photo}"], ["--dtype", "float16"]),
     ],
 )
@@ -448,3 +453,93 @@ def test_json_and_csv_are_utf8_in_any_locale(
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
     )
     assert process.stdout.decode().count("Hündin") == 5
+
+
+def read_page(path: Path) -> Page:
+    """Parses a page; its text has a space between elements."""
+    text = path.read_text(encoding="utf-8")
+    page = check_stands_alone(text)
+    page.text = visible_text(text)
+    return page
+
+
+def test_page_has_the_answers_of_json(
+    workspace: Path, tmp_path: Path, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--topk=3", f"{workspace}/photos", f"{workspace}/bad.jpg"]
+    out = tmp_path / "page.html"
+    assert predict_main(workspace, "--format=html", f"--out={out}", *arguments) == 1
+    assert mentions(capsys.readouterr().out, str(out), "5")
+    predict_main(workspace, "--format=json", *arguments)
+    entries = json.loads(capsys.readouterr().out)
+    page = read_page(out)
+    classes = [entry for image in entries[:4] for entry in image["classes"]]
+    shown = [float(value) for value in page.attributes("data", "value")]
+    assert shown == [entry["probability"] for entry in classes]
+    bars = [values["style"] for _, values in page.elements if values.get("class") == "bar"]
+    assert bars == [f"width: {100 * entry['probability']:.2f}%" for entry in classes]
+    for entry in classes:
+        assert mentions(page.text, entry["name"], f"{100 * entry['probability']:.2f}%")
+    assert mentions(page.text, *(entry["image"] for entry in entries), reason, "5 images", "1")
+    # Thumbnails of the images that can be read.
+    kinds = [uri.partition(";")[0] for uri in page.attributes("img", "src")]
+    assert kinds == ["data:image/png"] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_page_shows_names_as_text(workspace: Path, tmp_path: Path) -> None:
+    nasty = [
+        "<script>alert(1)</script>",
+        "\"'><img src=x onerror=y>",
+        "\u05e9\u05dc\u05d5\u05dd&amp;\U0001f41d",
+    ]
+    labels, out = tmp_path / "names.txt", tmp_path / "page.html"
+    labels.write_text("".join(f"{name}\n" for name in [*nasty, *"0123456"]), encoding="utf-8")
+    photo = tmp_path / f"{nasty[2]}<b>.png"
+    photo.write_bytes((workspace / "photos" / "b.png").read_bytes())
+    arguments = [f"--labels={labels}", "--topk=10", f"--out={out}", str(photo)]
+    assert predict_main(workspace, "--format=html", *arguments) == 0
+    page = read_page(out)
+    assert all(name in page.text for name in [*nasty, photo.name])
+    assert "amp;amp;" in out.read_text(encoding="utf-8")
+
+
+def test_page_shows_wordnet_ids_in_words(tmp_path: Path, workspace: Path) -> None:
+    path = save_npz(random_weights(class_names=(), num_classes=1000), tmp_path / "Mixer.npz")
+    out = tmp_path / "page.html"
+    arguments = [f"--checkpoint={path}", "--format=html", f"--out={out}", "--topk=1000"]
+    assert predict.main([*arguments, f"{workspace}/photos/a.jpg"]) == 0
+    assert mentions(read_page(out).text, "tench, Tinca tinca", "n01440764")
+
+
+def test_page_has_a_limit(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(predict, "_MAX_HTML_IMAGES", 3)
+    out = tmp_path / "page.html"
+    arguments = ["--format=html", f"--out={out}", f"{workspace}/photos"]
+    assert predict_main(workspace, *arguments) == 0
+    assert mentions(capsys.readouterr().err, "3", "4", "--format=csv")
+    page = read_page(out)
+    assert len(page.attributes("img", "src")) == 3
+    assert mentions(page.text, "3 images", "first of 4", "--format=csv")
+
+
+def test_page_is_not_half_written_on_a_full_disk(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "page.html"
+    out.write_text("an older page")
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with raises(RunError, str(out), "No space left on device"):
+        predict_main(workspace, "--format=html", f"--out={out}", f"{workspace}/photos/a.jpg")
+    assert out.read_text() == "an older page"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +15,13 @@ from ml_collections import ConfigDict
 
 import mixer_jax
 from mixer_jax import config as config_lib
+from mixer_jax.checkpoints.model_zoo import MODEL_ZOO
+from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
 from mixer_jax.models.mixer_config import VARIANTS
+from mixer_jax.training.metrics import read_metrics
 from tests.helpers.messages import mentions, raises
 
 
@@ -36,6 +40,66 @@ def test_list_models_has_the_papers_models() -> None:
     assert {f"Mixer-{variant}" for variant in VARIANTS} <= set(mixer_jax.list_models())
     model = mixer_jax.create_model("Mixer-S/32", num_classes=3)
     assert model.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [
+        ("mixer-b/*", ["Mixer-B/32", "Mixer-B/16"]),
+        (["ViT-H/14", "BiT-R50x[13]"], ["ViT-H/14", "BiT-R50x1", "BiT-R50x3"]),
+        ("Mixer", []),
+    ],
+)
+def test_list_models_filters_by_wildcards(filter: str | list[str], expected: list[str]) -> None:
+    assert sorted(mixer_jax.list_models(filter)) == sorted(expected)
+
+
+def test_list_models_lists_pretrained_weights_by_their_name_or_model() -> None:
+    everything = mixer_jax.list_models(pretrained=True)
+    assert everything == [entry.source for entry in MODEL_ZOO]
+    assert mixer_jax.list_models("*", pretrained=True) == everything
+    on_hub = mixer_jax.list_models("hf:timm/mixer_*", pretrained=True)
+    assert "hf:timm/mixer_b16_224.goog_in21k" in on_hub
+    by_model = mixer_jax.list_models("Mixer-B/16", pretrained=True)
+    assert {"gs://mixer_models/imagenet1k/Mixer-B_16.npz", on_hub[0]} < {*by_model}
+    assert len(by_model) == sum(entry.model == "Mixer-B/16" for entry in MODEL_ZOO)
+    # `load_pretrained` finds the format of each.
+    for name in everything:
+        if name.startswith("hf:"):
+            assert resolve_checkpoint(name).format == "hub"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import mixer_jax",
+        "import mixer_jax.evaluate",
+        "from mixer_jax import evaluate",
+        "import mixer_jax; mixer_jax.evaluate; import mixer_jax.evaluate",
+    ],
+)
+def test_evaluate_is_function_and_command_in_any_order_of_imports(first: str) -> None:
+    code = f"""
+{first}
+import inspect, sys, mixer_jax
+before = mixer_jax.evaluate
+from mixer_jax import evaluate
+from mixer_jax.evaluate import main
+import mixer_jax.evaluate
+assert before is evaluate is mixer_jax.evaluate is sys.modules["mixer_jax.evaluate"]
+assert callable(main) and evaluate.main is main
+assert list(inspect.signature(mixer_jax.evaluate).parameters)[:3] == [
+    "checkpoint", "dataset", "split"
+]
+assert "jax" not in sys.modules
+try:
+    mixer_jax.evaluate("none.npz")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert mentions(done.stdout, "none.npz")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +126,132 @@ def workdir(config: ConfigDict, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert (result.step, result.num_steps, result.stopped_by) == (4, 4, None)
     assert result.scores.keys() == {"test"}
     assert result.scores["test"].as_dict()["num_examples"] == 360
+    assert result.metrics["test/num_examples"] == 360
+    last = {key: value for line in read_metrics(str(workdir)) for key, value in line.items()}
+    assert {name: last[name] for name in result.metrics} == result.metrics
     return workdir
+
+
+def test_evaluate_returns_what_the_command_prints(
+    workdir: Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = mixer_jax.evaluate(workdir, "digits", data_dir=digits_dir)
+    flags = [f"--checkpoint={workdir}", "--dataset=digits", f"--data_dir={digits_dir}", "--json"]
+    assert mixer_jax.evaluate.main(flags) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert result == mixer_jax.evaluate(str(workdir)) | {"dataset": "digits"}
+    smaller = mixer_jax.evaluate(workdir, "digits/low", "test[:50%]", step=2, image_size=32)
+    assert (smaller["step"], smaller["image_size"], smaller["split"]) == (2, [32, 32], "test[:50%]")
+    assert smaller["num_examples"] < 180
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"dataset": "digts"}, ["digts"]),
+        ({"split": "tset"}, ["tset"]),
+        ({"step": 3}, ["3"]),
+        ({"dtype": "float16"}, ["dtype", "float16"]),
+        ({"batch_size": 0}, ["batch_size", "0"]),
+        ({"image_size": 15}, ["image_size", "15"]),
+    ],
+)
+def test_evaluate_refuses_invalid_arguments(
+    workdir: Path, arguments: dict[str, Any], parts: list[str]
+) -> None:
+    with raises(UserError, *parts):
+        mixer_jax.evaluate(workdir, **arguments)
+
+
+def test_evaluate_needs_a_dataset_for_weights_that_do_not_record_it(
+    workdir: Path, tmp_path: Path
+) -> None:
+    mixer_jax.load_pretrained(workdir).export(tmp_path / "digits.npz")
+    with raises(UserError, "digits.npz", "dataset"):
+        mixer_jax.evaluate(tmp_path / "digits.npz")
+
+
+def test_train_takes_a_name_or_path_and_overrides(
+    config: ConfigDict, digits_dir: str, tmp_path: Path
+) -> None:
+    overrides = {
+        "num_steps": np.int64(2),
+        "optimizer.warmup_steps": 1,
+        "optimizer.learning_rate": np.float64(1e-3),
+        "batch_size": 16,
+        "model.num_blocks": 1,
+        "tensorboard": False,
+        "evals.test.every_steps": 1,
+        "dataset.data_dir": digits_dir,
+    }
+    result = mixer_jax.train("digits:low", tmp_path / "name", overrides)
+    assert (result.step, result.metrics["test/num_examples"] > 0) == (2, True)
+    saved = config_of(tmp_path / "name")
+    assert (saved.dataset.name, saved.num_steps, saved.evals.test.every_steps) == (
+        "digits/low",
+        2,
+        1,
+    )
+    before = config.to_dict()
+    short = {"num_steps": 2, "optimizer.warmup_steps": 1}
+    assert mixer_jax.train(config, tmp_path / "config", short).num_steps == 2
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "parts"),
+    [
+        ("digts", {}, ["digts", "digits"]),
+        ("digits", {"num_step": 1}, ["num_step", "num_steps"]),
+        ("digits", {"seed": "1"}, ["seed", "integer", "'1'"]),
+        ("digits", {"seed": 1.5}, ["seed", "integer", "1.5"]),
+        ("digits", {"tensorboard": 1}, ["tensorboard", "true or false", "1"]),
+        ("digits", {"batch_size": True}, ["batch_size", "integer", "True"]),
+        ("digits", {"recipe.loss": "hinge"}, ["recipe.loss", "softmax", "hinge"]),
+    ],
+)
+def test_train_refuses_invalid_configs_and_overrides(
+    config: Any, overrides: Any, parts: list[str], tmp_path: Path
+) -> None:
+    with raises(UserError, *parts):
+        mixer_jax.train(config, tmp_path / "run", overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_of_wrong_types_are_refused_in_one_line(tmp_path: Path) -> None:
+    # In a process without the checks of types that the tests add.
+    calls = {
+        "mixer_jax.list_models(3)": ["filter", "3"],
+        "mixer_jax.list_models(['ViT*', None])": ["filter", "None"],
+        "mixer_jax.load_config(None)": ["config", "None"],
+        "mixer_jax.load_config('digits', ['seed'])": ["overrides", "seed"],
+        "mixer_jax.train({'seed': 1}, 'run')": ["config", "seed"],
+        "mixer_jax.train('digits', None)": ["workdir", "None"],
+        "mixer_jax.train('digits', 'run', {3: 1})": ["overrides", "3"],
+        "mixer_jax.evaluate(None)": ["source", "None"],
+    }
+    code = f"""
+import mixer_jax
+for call in {[*calls]!r}:
+    try:
+        eval(call)
+    except mixer_jax.errors.UserError as error:
+        print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import mixer_jax.errors{code}"],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for (call, parts), line in zip(calls.items(), lines, strict=True):
+        assert mentions(line, *parts), call
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_writes_the_files_of_the_command_and_resumes(

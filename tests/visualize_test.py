@@ -1,6 +1,7 @@
 """Tests of the command `visualize`: plots and pages, where they are written, and usage errors."""
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_visualize_data_checks_the_folder_before_it_loads_images(
     def refuse(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(train_batch, "load_train_batch", None)
     with raises(UserError, str(tmp_path), "Permission denied"):
         visualize.main(make_argv(digits_dir, tmp_path / "batch.png"))

@@ -128,12 +128,13 @@ for row, query, found in zip(axes, queries, neighbors, strict=True):
 # %% [markdown]
 # ## Look inside
 #
-# `forward_intermediates` returns the activations of every layer by name. Those of blocks have a
-# leading axis of blocks: (blocks, images, tokens, channels). Models are Flax modules, so that
-# Flax's `model.apply(…, capture_intermediates=True)` works, too.
+# `features` returns activations of any layer by name, and `layers` lists the names. Those of blocks
+# have the shape (images, tokens, channels). Models are Flax modules, so that Flax's
+# `model.apply(…, capture_intermediates=True)` works, too.
 
 # %%
-logits, activations = mixer_jax.forward_intermediates(model.model, model.params, pixels[:4])
+names = [name for name in model.layers if name.endswith(".channel_mixing")]
+activations = model.features(list(images[:4]), names)
 {name: array.shape for name, array in activations.items()}
 
 # %% [markdown]
@@ -141,7 +142,7 @@ logits, activations = mixer_jax.forward_intermediates(model.model, model.params,
 # the image each block works:
 
 # %%
-norms = jnp.linalg.norm(activations["channel_mixing"], axis=-1)
+norms = np.linalg.norm(np.stack([activations[name] for name in names]), axis=-1)
 num_blocks, num_images, num_tokens = norms.shape
 figure, axes = plt.subplots(num_images, 1 + num_blocks, figsize=(5.4, 7), layout="constrained")
 for index, row in enumerate(axes):

@@ -12,7 +12,7 @@ from mixer_jax.config.schema import ARCHITECTURE_FIELDS, FIELDS, Field, Optimize
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import CUSTOM, ModelFamily
-from mixer_jax.models.registry import get_family, list_models, parse_model_name
+from mixer_jax.models.registry import get_family, list_model_names, parse_model_name
 
 # Frameworks, each measured in a process of its own.
 JAX, TORCH = "jax", "torch"
@@ -164,7 +164,7 @@ def add_model_arg(parser: argparse.ArgumentParser, default: str) -> None:
         "--model",
         default=default,
         metavar="NAME",
-        help=f"{', '.join(list_models())}; without a family, a Mixer; default: {default}",
+        help=f"{', '.join(list_model_names())}; without a family, a Mixer; default: {default}",
     )
 
 

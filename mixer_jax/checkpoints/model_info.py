@@ -13,6 +13,7 @@ from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.source import normalize_names
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
+from mixer_jax.models.family import Layer
 from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, build_model, get_family
 
 # Fields of `ModelInfo` that a file can set; the others are inferred from its tensors.
@@ -79,6 +80,10 @@ class ModelInfo:
         """Returns the shape of each parameter by its slash-separated path."""
         family = get_family(self.family)
         return family.param_shapes(self.config, self.image_size, self.num_classes)
+
+    def layers(self) -> dict[str, Layer]:
+        """Returns the shape per image and the description of each activation, by its name."""
+        return get_family(self.family).layers(self.config, self.image_size, self.num_classes)
 
     def build_model(self, dtype: str = "") -> Any:
         """Builds the Flax module, from images in [-1, 1] to logits.

@@ -1,10 +1,12 @@
 """Published weights, as data. NOTES says which facts are unverified."""
 
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mixer_jax.models.registry import FAMILIES
+from mixer_jax.errors import UserError
+from mixer_jax.models.registry import FAMILIES, list_model_names
 
 
 class PretrainedModel(NamedTuple):
@@ -213,6 +215,37 @@ MODEL_ZOO = (
     *_vit_models(),
     *_bit_models(),
 )
+
+
+def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False) -> list[str]:
+    """Lists models by name, e.g. "Mixer-B/16", or published weights.
+
+    Args:
+        filter: Pattern with shell wildcards, such as "vit-b*" or "*/16", or several, of which any
+            must match. Case is ignored. Empty: no filter. Weights are listed if the pattern matches
+            their own name or that of their model.
+        pretrained: Whether to list published weights, by the names that `load_pretrained` takes,
+            instead of models.
+
+    Returns:
+        Names in the order of families and sizes; [] if no name matches.
+
+    Raises:
+        UserError: `filter` is not text.
+    """
+    patterns = [filter] if isinstance(filter, str) else filter
+    if not isinstance(patterns, Sequence) or not all(isinstance(text, str) for text in patterns):
+        raise UserError(f"filter must be a pattern or a list of patterns, got {filter!r}.")
+    patterns = [text.lower() for text in patterns if text]
+    # Each with the names that a pattern can match.
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in list_model_names()}
+    if pretrained:
+        names = {entry.source: (entry.source, entry.model) for entry in MODEL_ZOO}
+
+    def matches(candidates: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(c.lower(), text) for c in candidates for text in patterns)
+
+    return [name for name, candidates in names.items() if not patterns or matches(candidates)]
 
 
 def format_model_zoo(family: str = "all") -> str:

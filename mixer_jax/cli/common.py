@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import RunError, UserError, exit_code
+from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from mixer_jax.checkpoints.model_info import ModelInfo
@@ -291,6 +293,35 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}.")
+
+
+def check_out(out: Path, suffixes: Sequence[str]) -> None:
+    """Raises UserError if the file of --out could not be written, before any work is done.
+
+    Args:
+        out: Path of the file.
+        suffixes: Suffixes of which it must have one.
+    """
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
+    if out.is_dir():
+        raise UserError(f"--out must be a file, got the folder {out}.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: folder {out.parent} does not exist. Create it first.")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--out={out}: folder {out.parent} cannot be written ({error.strerror})."
+        ) from error
+
+
+def write_out(out: Path, content: str | bytes) -> None:
+    """Writes the file of --out as a whole; raises RunError if that fails, e.g. on a full disk."""
+    try:
+        atomic_write(out, content)
+    except OSError as error:
+        raise RunError(f"--out={out} cannot be written ({error.strerror}).") from error
 
 
 def warn_if_resized(info: "ModelInfo") -> None:

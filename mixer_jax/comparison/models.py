@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, FORMATS, HUB_FILES
 from mixer_jax.config.loading import default_run_name, find_config_file, installed_configs
 from mixer_jax.errors import UserError, nearest
-from mixer_jax.models.registry import FAMILIES, list_models
+from mixer_jax.models.registry import FAMILIES, list_model_names
 
 Kind = Literal["config", "checkpoint", "architecture"]
 
@@ -84,7 +84,7 @@ def _parse_model(argument: str) -> ModelSource:
 
 def _find_kind(source: str) -> Kind:
     path = source.partition(":")[0]
-    if source in list_models():
+    if source in list_model_names():
         return "architecture"
     if path.endswith(".py"):
         find_config_file(path)
@@ -106,7 +106,7 @@ def _find_kind(source: str) -> Kind:
 
 def _unknown_model(source: str) -> UserError:
     configs = sorted(path.stem for path in installed_configs().glob("*.py"))
-    match = nearest(source.partition(":")[0], [*list_models(), *configs], cutoff=0.7)
+    match = nearest(source.partition(":")[0], [*list_model_names(), *configs], cutoff=0.7)
     hint = f" Did you mean {match}?" if match else ""
     return UserError(
         "model must be a config, a checkpoint or the full name of a model, such as Mixer-B/16, "

@@ -15,8 +15,7 @@ from etils import epath
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write
-from mixer_jax.suites.workdir import output_errors
+from mixer_jax.files import atomic_write, output_errors
 from mixer_jax.training.workdir import CONFIG_FILE, config_diff, to_json
 
 RESULT_FILE = "result.json"

@@ -50,7 +50,7 @@ from mixer_jax.errors import (
 )
 from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
 from mixer_jax.evaluation.classification import evaluate, make_eval_step
-from mixer_jax.files import atomic_write
+from mixer_jax.files import atomic_write, output_errors
 from mixer_jax.models.family import INIT_FROM
 from mixer_jax.models.registry import get_family, parse_model_name
 from mixer_jax.suites.cost import (
@@ -64,7 +64,6 @@ from mixer_jax.suites.workdir import (
     Throughput,
     check_not_run_workdir,
     delete_checkpoints,
-    output_errors,
     read_throughput,
     save_throughput,
 )

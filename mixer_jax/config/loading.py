@@ -9,8 +9,10 @@ errors are one line, with the nearest key, and commands need neither absl's flag
 """
 
 import importlib.util
+import numbers
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mixer_jax.config.compat import renamed_key_hint
 from mixer_jax.config.config import check_key_exists, flatten, nearest_key
-from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, get_field
+from mixer_jax.config.schema import BOOLEANS, FIELDS, NAMED_SECTIONS, Field, get_field
 from mixer_jax.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -92,17 +94,24 @@ def _suggest_flag(argument: str, flags: Iterable[str]) -> str:
     return "See --help."
 
 
-def load_config(config_spec: str) -> ConfigDict:
+def load_config(
+    config_spec: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
     """Calls `get_config` of a config file.
 
     Args:
-        config_spec: Path or name of a config, as `find_config_file` accepts it; `digits:low` calls
-            `get_config("low")`.
+        config_spec: Path or name of a config: "digits" is digits.py or configs/digits.py in the
+            working directory, or else the config of this name that comes with mixer_jax;
+            "digits:low" calls `get_config("low")`.
+        overrides: Values by dotted key, such as `{"optimizer.learning_rate": 3e-3}`.
 
     Raises:
         UserError: The file does not exist or fails, has no `get_config`, or the latter does not
-            take the argument.
+            take the argument; or a key of `overrides` does not exist, or its value is invalid.
     """
+    if not isinstance(config_spec, str | os.PathLike):
+        raise UserError(f"config must be the name or path of a config, got {config_spec!r}.")
+    config_spec = os.fspath(config_spec)
     path, argument = _split_config_spec(config_spec)
 
     def get_config(module: ModuleType) -> Any:
@@ -111,6 +120,7 @@ def load_config(config_spec: str) -> ConfigDict:
     config = exec_config_file(find_config_file(path), get_config, "config", config_spec)
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {config_spec!r}: get_config() must return a ConfigDict.")
+    apply_overrides(config, overrides or {})
     return config
 
 
@@ -213,18 +223,55 @@ def set_override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
         UserError: The key does not exist, or the text does not have its type.
     """
+    _set_value(config, path, _find_field(config, path).parse(f"config.{path}", text))
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets keys to Python values, also to numbers of NumPy.
+
+    Args:
+        config: Config that is changed.
+        overrides: Values by dotted key, such as `{"optimizer.learning_rate": 3e-3}`.
+
+    Raises:
+        UserError: A key does not exist, or a value has another type, is out of range or is not one
+            of the key's choices.
+    """
+    if not isinstance(overrides, Mapping):
+        raise UserError(
+            'overrides must be a dict of values by dotted key, such as {"optimizer.learning_rate": '
+            f"3e-3}}, got {overrides!r}."
+        )
+    for path, value in overrides.items():
+        if not isinstance(path, str):
+            raise UserError(f"overrides must have dotted keys, such as 'seed', got {path!r}.")
+        field = _find_field(config, path)
+        # Numbers of NumPy, and integers where a number is expected.
+        accepted = {int: numbers.Integral, float: numbers.Real}.get(field.type)
+        if accepted and isinstance(value, accepted) and not isinstance(value, bool):
+            value = field.type(value)
+        field.check(f"config.{path}", value)
+        _set_value(config, path, value)
+
+
+def _find_field(config: ConfigDict, path: str) -> Field:
+    """Looks up the declaration of a key that a config has."""
     present = flatten(config)
     entries = [key for key in present if key.partition(".")[0] in NAMED_SECTIONS]
     check_key_exists(path, [*FIELDS, *entries])
     if path not in present:
         raise UserError(f"config.{path} is missing. Start from config.get_default().")
+    field = get_field(path)
+    assert field is not None
+    return field
+
+
+def _set_value(config: ConfigDict, path: str, value: Any) -> None:
     *sections, name = path.split(".")
     node = config
     for section in sections:
         node = node[section]
-    field = get_field(path)
-    assert field is not None
-    node[name] = field.parse(f"config.{path}", text)
+    node[name] = value
 
 
 def _split_config_spec(config_spec: str) -> tuple[str, str]:

@@ -2,15 +2,18 @@
 
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mixer_jax.data.decode import MAX_PIXELS, BadImageError
+from mixer_jax.data.source import DIGEST, Example, Examples, Source
 from mixer_jax.errors import UserError
 
 STDIN = "-"
@@ -155,6 +158,34 @@ def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
             f"{failures[0]}{others if failures[1:] else ''}. Name images, folders or patterns."
         )
     return images
+
+
+class _ImageFiles(Examples):
+    """Images without labels."""
+
+    def __init__(self, images: Sequence[NamedImage]):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        name, read = self._images[index]
+        return Example(image=read(), labels=(), name=name)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Computes a digest of the names and sizes of the files."""
+        names, both = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        for name, _ in self._images:
+            names.update(f"{name}\0".encode())
+            size = os.stat(name).st_size if os.path.exists(name) else -1
+            both.update(f"{name}\0{size}\0".encode())
+        return {"files": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"}
+
+
+def image_source(images: Sequence[NamedImage]) -> Source:
+    """Makes a source of images without labels, such as those of `expand_image_paths`."""
+    return Source("images", _ImageFiles(images), class_names=())
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Feature extraction: the input of the head for every example of a split, in chunks."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from mixer_jax.data.loader import Batch
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
+from mixer_jax.models.stack import compute_layers
 
 
 class BatchFeatures(NamedTuple):
@@ -40,6 +42,34 @@ def make_feature_fn(model: Any, mesh: Mesh) -> FeatureFn:
         return BatchFeatures(features.astype(jnp.float32), batch["label"], batch["mask"])
 
     return jit_inference(model.clone(num_classes=0), mesh, postprocess)
+
+
+class LayerBatch(NamedTuple):
+    """Activations of a batch by name, including padding and bad images, which `mask` excludes."""
+
+    layers: dict[str, Float32[Array, "n ..."]]
+    mask: Bool[Array, " n"]
+
+
+def make_layer_fn(
+    model: Any, mesh: Mesh, layers: tuple[str, ...], pool: bool
+) -> Callable[[Any, Batch], LayerBatch]:
+    """Jits a model's activations, which stay sharded over the images of a batch.
+
+    Args:
+        model: Flax module.
+        mesh: Devices of this host.
+        layers: Names of activations; see `compute_layers`.
+        pool: Whether activations are averaged over tokens or positions.
+    """
+
+    def postprocess(found: dict[str, Array], batch: Batch) -> LayerBatch:
+        if pool:
+            found = {name: x.mean(tuple(range(1, x.ndim - 1))) for name, x in found.items()}
+        return LayerBatch(found, batch["mask"])
+
+    forward = functools.partial(compute_layers, layers=layers)
+    return jit_inference(model, mesh, postprocess, forward=forward, is_replicated=False)
 
 
 class FeatureExtractor:
@@ -77,13 +107,18 @@ class FeatureExtractor:
             rows = np.flatnonzero(mask)
             chunk = FeatureChunk(np.asarray(features)[rows], np.asarray(labels)[rows], start + rows)
             start += len(mask)
-            if not np.isfinite(chunk.features).all():
-                raise UserError(
-                    f"{self._name}: features must be finite, got NaN or infinity. The weights are "
-                    "damaged or diverged; choose another checkpoint."
-                )
+            check_finite(self._name, chunk.features)
             if len(rows):
                 yield chunk
+
+
+def check_finite(source_name: str, features: np.ndarray) -> None:
+    """Raises UserError if features of a source are not finite."""
+    if not np.isfinite(features).all():
+        raise UserError(
+            f"{source_name}: features must be finite, got NaN or infinity. The weights are damaged "
+            "or diverged; choose another checkpoint."
+        )
 
 
 def rechunk(chunks: Iterable[FeatureChunk], min_rows: int) -> Iterator[FeatureChunk]:

@@ -47,26 +47,39 @@ class EvalInputConfig(NamedTuple):
     permutation: PixelPermutation | None = None
 
 
+def _apply(model: Any, params: Any, images: Array) -> Array:
+    return model.apply({"params": params}, images)
+
+
 def jit_inference(
-    model: Any, mesh: Mesh, postprocess: Callable[[Array, Batch], Output]
+    model: Any,
+    mesh: Mesh,
+    postprocess: Callable[[Any, Batch], Output],
+    *,
+    forward: Callable[[Any, Any, Array], Any] = _apply,
+    is_replicated: bool = True,
 ) -> Callable[[Any, Batch], Output]:
     """Jits a model for parameters and a batch of `eval_batches`.
 
-    The result is replicated, so that every host can read all of it. Nothing is donated:
-    parameters outlive an evaluation.
+    Nothing is donated: parameters outlive an evaluation.
 
     Args:
         model: Flax module.
         mesh: Device mesh.
         postprocess: Function from the model's output and the batch to the result.
+        forward: Function from model, parameters and images in [-1, 1] to the output.
+        is_replicated: Whether every device gets all of the result, so that every host can read it;
+            otherwise, it is sharded over the images of the batch.
     """
     model = use_partitionable_backend(model, mesh.size)
     options = compiler_options(mesh.devices.flat[0].platform, model.execution.backend)
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=options)
+    out_sharding = replicated(mesh) if is_replicated else batch_sharding(mesh)
+
+    @functools.partial(jax.jit, out_shardings=out_sharding, compiler_options=options)
     def step(params: Any, batch: Batch) -> Output:
         params = replicate(params, mesh)
-        return postprocess(model.apply({"params": params}, normalize_images(batch["image"])), batch)
+        return postprocess(forward(model, params, normalize_images(batch["image"])), batch)
 
     return step
 
@@ -75,7 +88,7 @@ class DatasetPass(Generic[Output]):
     """One pass of a compiled function over a source. Iterate over it once.
 
     Attributes:
-        bad: Unusable images on this host; complete after the last batch.
+        bad: Unusable images on this host, in order; those of a batch precede its output.
         num_bad: Unusable images on all hosts; known after the last batch.
     """
 
@@ -150,5 +163,5 @@ def bad_images_error(source: Source, bad: list[BadImage], num_bad: int) -> UserE
         f"{source.name}: {num_bad:,} unusable {images}: "
         f"{named or 'listed by another host'}. Fix or remove them, or skip unusable "
         "images: --config.bad_images.skip_in_evaluation=true, or --skip_bad_images for "
-        "mixer_jax.evaluate."
+        "mixer_jax.evaluate and mixer_jax.extract."
     )

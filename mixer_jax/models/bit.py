@@ -251,7 +251,9 @@ class ResNetBlock(nn.Module):
             unit = nn.remat(unit, policy=_REMAT_POLICIES[self.remat])
         for index in range(self.num_units):
             stride = self.stride if index == 0 else 1
-            x = unit(self.middle_width, stride, self.ctx, name=f"unit{index + 1:02}")(x)
+            name = f"unit{index + 1:02}"
+            x = unit(self.middle_width, stride, self.ctx, name=name)(x)
+            self.sow("intermediates", f"{name}_output", x)
         return x
 
 
@@ -302,6 +304,8 @@ class BitResNet(nn.Module):
             x = ResNetBlock(num_units, width, stride, self.execution.remat, ctx, name=name)(x)
             self.sow("intermediates", f"{name}_output", x)
         x = nn.relu(GroupNorm(name="norm")(x))
+        self.sow("intermediates", "feature_map", x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        self.sow("intermediates", "pre_logits", x)
+        for name in ("pooled", "pre_logits"):
+            self.sow("intermediates", name, x)
         return classifier_head(self.num_classes, self.head_bias)(x) if self.num_classes else x

@@ -82,7 +82,7 @@ def num_groups(channels: int) -> int:
     return max(min(math.gcd(_MAX_GROUPS, channels), channels // 2), 1)
 
 
-def _output_sizes(config: BitConfig, image_size: int | ImageSize) -> list[ImageSize]:
+def output_sizes(config: BitConfig, image_size: int | ImageSize) -> list[ImageSize]:
     """Returns the height and width of the root's convolution, of the root, and of each block."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     _, root_stride = ROOTS[config.root]
@@ -119,7 +119,7 @@ class Convolution(NamedTuple):
 
 def convolutions(config: BitConfig, image_size: int | ImageSize) -> Iterator[Convolution]:
     """Yields all convolutions of a model in the order of the published layout."""
-    root_size, size, *block_sizes = _output_sizes(config, image_size)
+    root_size, size, *block_sizes = output_sizes(config, image_size)
     kernel_size, _ = ROOTS[config.root]
     yield Convolution("stem", (kernel_size, kernel_size, 3, config.root_width), root_size)
     inputs = config.root_width

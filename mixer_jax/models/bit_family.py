@@ -15,6 +15,7 @@ from mixer_jax.models.bit_config import (
     BitConfig,
     convolutions,
     num_groups,
+    output_sizes,
     unit_path,
 )
 from mixer_jax.models.family import (
@@ -23,6 +24,7 @@ from mixer_jax.models.family import (
     FileShapes,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     Path,
     ResizedConfig,
@@ -30,6 +32,7 @@ from mixer_jax.models.family import (
     TensorMapping,
     TimmModel,
     WeightLayout,
+    head_layers,
 )
 
 # timm has no models of these variants.
@@ -73,6 +76,26 @@ class BitFamily(ModelFamily):
         if num_classes:
             shapes |= {"head/kernel": (features, num_classes), "head/bias": (num_classes,)}
         return shapes
+
+    def layers(
+        self, config: BitConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        _, root_size, *block_sizes = output_sizes(config, image_size)
+        layers = {"stem": Layer((*root_size, config.root_width), "root")}
+        shape = layers["stem"].shape
+        for block, num_units in enumerate(config.units_per_block):
+            shape = (*block_sizes[block], 4 * config.middle_width(block))
+            for unit in range(num_units):
+                name = unit_path(block, unit).replace("/", ".")
+                layers[name] = Layer(shape, f"output of unit {unit + 1} of block {block + 1}")
+            layers[f"block{block + 1}"] = Layer(shape, f"output of block {block + 1}")
+        return {
+            **layers,
+            "feature_map": Layer(shape, "output of the last GroupNorm and ReLU"),
+            "pooled": Layer((config.num_features,), "mean over positions"),
+            **head_layers(config.num_features, num_classes),
+        }
 
     def forward_flops(
         self, config: BitConfig, image_size: int | ImageSize, num_classes: int

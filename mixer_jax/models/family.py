@@ -4,10 +4,10 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate, suggest
 from mixer_jax.models.execution import Execution
 
 # A variant whose architecture is given in full by overrides.
@@ -17,9 +17,19 @@ INIT_FROM = "init_from"
 # Attributes that configs set, and the values that have no effect in a model without them.
 OPTIONAL_ATTRIBUTES = {"gelu": "tanh", "stochastic_depth": 0.0, "dropout": 0.0, "head_bias": 0.0}
 
+# Layers of every model: the input of the head, and its output.
+PRE_LOGITS, LOGITS = "pre_logits", "logits"
+
 Path = tuple[str, ...]  # Names from the root of the parameter tree to one array.
 Shape = tuple[int, ...]
 ImageSize = tuple[int, int]  # Height and width, in pixels.
+
+
+class Layer(NamedTuple):
+    """Intermediate activation: its shape without the axis of images, and its meaning."""
+
+    shape: Shape
+    description: str
 
 
 class ResizedConfig(NamedTuple):
@@ -334,6 +344,14 @@ class ModelFamily(abc.ABC):
     ) -> dict[str, Shape]:
         """Returns the shape of each parameter by its slash-separated path."""
 
+    def layers(self, config: Any, image_size: ImageSize, num_classes: int) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation.
+
+        The module sows every name but "logits"; `block_stack` sows "tokens", "blocks.0" and so on.
+        """
+        width, _ = self.param_shapes(config, image_size, 1)["head/kernel"]
+        return head_layers(width, num_classes)
+
     def num_params(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
         """Returns the number of parameters; `num_classes` 0 means no head."""
         return sum(map(math.prod, self.param_shapes(config, image_size, num_classes).values()))
@@ -449,6 +467,44 @@ class ModelFamily(abc.ABC):
         These can be cast before they are sent to other devices, or once when they are loaded.
         """
         return path[-1] == "kernel" and path[0] != "head"
+
+
+def check_layers(layers: Sequence[str], known: Iterable[str]) -> None:
+    """Raises UserError, with similar names, unless all layers are known and there is one."""
+    names = list(known)
+    if not layers:
+        raise UserError(f"layers must not be empty. Choose among {abbreviate(names)}")
+    for name in layers:
+        if name not in names:
+            fix = suggest(name, names, limit=3) or f" Choose among {abbreviate(names)}"
+            raise UserError(
+                f"layers must be among the {len(names)} of the model, got {name!r}.{fix}"
+            )
+
+
+def stack_layers(
+    num_blocks: int, shape: Shape, block: str, branches: Mapping[str, str]
+) -> dict[str, Layer]:
+    """Returns the layers that `block_stack` and its blocks sow: branches, blocks, and "tokens".
+
+    Args:
+        num_blocks: Number of blocks.
+        shape: Tokens and channels.
+        block: Description of a block's output, with {} for its index.
+        branches: Description of each sown branch, with {} for the index of its block.
+    """
+    layers = {}
+    for index in range(num_blocks):
+        for name, description in branches.items():
+            layers[f"blocks.{index}.{name}"] = Layer(shape, description.format(index))
+        layers[f"blocks.{index}"] = Layer(shape, block.format(index))
+    return layers | {"tokens": Layer(shape, "output of the last LayerNorm")}
+
+
+def head_layers(width: int, num_classes: int) -> dict[str, Layer]:
+    """Returns the layers of every model: the input of the head, and the logits if it has one."""
+    layers = {PRE_LOGITS: Layer((width,), "features: input of the head")}
+    return layers | ({LOGITS: Layer((num_classes,), "output of the head")} if num_classes else {})
 
 
 def architecture_key(

@@ -125,5 +125,6 @@ class MlpMixer(nn.Module):
         # N blocks, then LayerNorm.
         x = block_stack(self, block, x, example_index, norm_name="pre_head_layer_norm")
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
-        self.sow("intermediates", "pre_logits", x)
+        for name in ("pooled", "pre_logits"):
+            self.sow("intermediates", name, x)
         return classifier_head(self.num_classes, self.head_bias)(x) if self.num_classes else x

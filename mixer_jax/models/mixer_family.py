@@ -14,6 +14,7 @@ from mixer_jax.models.family import (
     CostModel,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     ResizedConfig,
     Shape,
@@ -21,6 +22,8 @@ from mixer_jax.models.family import (
     TimmModel,
     WeightLayout,
     check_image_size,
+    head_layers,
+    stack_layers,
 )
 from mixer_jax.models.mixer_config import (
     BLOCK_BACKENDS,
@@ -89,6 +92,22 @@ class MixerFamily(ModelFamily):
         if num_classes:
             shapes |= {"head/kernel": (channels, num_classes), "head/bias": (num_classes,)}
         return shapes
+
+    def layers(
+        self, config: MixerConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        shape = (num_tokens(config, image_size), config.hidden_dim)
+        branches = {
+            "token_mixing": "token mixing of block {}, before it is added",
+            "channel_mixing": "channel mixing of block {}, before it is added",
+        }
+        return {
+            "stem": Layer(shape, "patch embedding"),
+            **stack_layers(config.num_blocks, shape, "output of block {}", branches),
+            "pooled": Layer((config.hidden_dim,), "mean over tokens"),
+            **head_layers(config.hidden_dim, num_classes),
+        }
 
     def forward_flops(
         self, config: MixerConfig, image_size: int | ImageSize, num_classes: int

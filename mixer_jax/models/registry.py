@@ -28,7 +28,7 @@ def get_family(name: str) -> ModelFamily:
     return FAMILIES[name]
 
 
-def list_models() -> list[str]:
+def list_model_names() -> list[str]:
     """Returns the full names of all variants of all families, e.g. "Mixer-B/16"."""
     return [f.full_name(variant) for f in FAMILIES.values() for variant in f.variants]
 
@@ -49,7 +49,7 @@ def parse_model_name(name: str) -> tuple[str, str]:
                 return family.name, variant
     if name == CUSTOM or name in FAMILIES[DEFAULT_FAMILY].variants:
         return DEFAULT_FAMILY, name
-    names = ", ".join([*list_models(), CUSTOM])
+    names = ", ".join([*list_model_names(), CUSTOM])
     raise UserError(f"model must be one of {names}, got {name!r}.")
 
 
@@ -57,8 +57,8 @@ def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> "nn.Mo
     """Creates a model by name, e.g. `create_model("Mixer-B/16", num_classes=10)`.
 
     Args:
-        name: One of `list_models()`; a bare variant such as "B/16" for Mixer; or "custom", which
-            needs every field of the architecture config as an override.
+        name: One of `mixer_jax.list_models()`; a bare variant such as "B/16" for Mixer; or
+            "custom", which needs every field of the architecture config as an override.
         num_classes: Outputs of the head; 0 returns features.
         **overrides: Fields of the architecture config, such as `patch_size`; fields of `Execution`,
             such as `dtype`, or `execution` as a whole; any other attribute of the module, such as

@@ -7,17 +7,17 @@ with the parameters of each block is accepted as well, and is unrolled.
 import dataclasses
 import operator
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from mixer_jax.models.execution import Execution
-from mixer_jax.models.family import ImageModel
+from mixer_jax.models.family import LOGITS, PRE_LOGITS, ImageModel, check_layers
 from mixer_jax.models.layers import (
     ATTENTION,
     MLP_OUTPUT,
@@ -183,7 +183,9 @@ def block_stack(
     backend_class = _backend_class(model, train)
     if backend_class is None:
         apply_block, carry = _xla_block(model, block, example_index), x
-        return norm(_apply_blocks(model, block, apply_block, carry, example_index))
+        tokens = norm(_apply_blocks(model, block, apply_block, carry, example_index))
+        model.sow("intermediates", "tokens", tokens)
+        return tokens
     backend: BlockBackend = backend_class(model, x.shape[0 if backend_class.token_major else 1])
 
     def apply_custom(params: Any, carry: Any, masks: Any, rngs: Any) -> tuple[Any, None]:
@@ -225,7 +227,7 @@ def _xla_block(model: Any, block: Any, example_index: Array) -> Any:
         if not captures:
             return block.apply(*args, rngs=rngs), None
         y, state = block.apply(*args, rngs=rngs, mutable=["intermediates"])
-        return y, _flatten_intermediates(state)
+        return y, (_flatten_intermediates(state), y)
 
     return apply
 
@@ -258,7 +260,8 @@ def _apply_blocks(
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scanned)
     if scanned:
         inputs = (blocks, stochastic_depth_rates(model), keys)
-        carry, captured = jax.lax.scan(apply, carry, inputs, unroll=execution.scan_unroll)
+        carry, stacked = jax.lax.scan(apply, carry, inputs, unroll=execution.scan_unroll)
+        outputs = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(num_blocks)]
     else:
         # Traced and lowered once for all blocks; the compiler inlines it for each.
         apply, outputs = jax.jit(apply), []
@@ -267,9 +270,11 @@ def _apply_blocks(
             drop_rate, rngs = jax.tree.map(operator.itemgetter(index), stacked)
             carry, output = apply(carry, (params, drop_rate, rngs))
             outputs.append(output)
-        captured = jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
-    if captured:
-        model.sow("intermediates", "blocks_output", captured)
+    for index, output in enumerate(outputs if _captures_intermediates(model) else []):
+        branches, x = output
+        for name, branch in branches.items():
+            model.sow("intermediates", f"blocks.{index}.{name}", branch)
+        model.sow("intermediates", f"blocks.{index}", x)
     return carry
 
 
@@ -288,26 +293,59 @@ def _unstack_blocks(blocks: Any) -> list[Any]:
 
 
 def forward_intermediates(
-    model: ImageModel, params: Any, images: Float[Array, "n h w 3"]
+    model: ImageModel,
+    params: Any,
+    images: Float[Array, "n h w 3"],
+    layers: Sequence[str] | None = None,
 ) -> tuple[Float[Array, "n outputs"], dict[str, Array]]:
     """Computes a model's outputs and its intermediate activations.
 
-    Activations are named after the layer that computes them, such as "stem" (n, s, c), and those of
-    nested modules after all modules, separated by slashes. Branches of blocks, before they are
-    added, have a leading axis of blocks: (num_blocks, n, s, c). Features are "pre_logits" (n, c).
+    Activations are named as by `ModelFamily.layers`, such as "stem" (n, s, c), "blocks.3", and
+    "blocks.3.token_mixing" for a branch of that block before it is added. "pre_logits" (n, c) is
+    the input of the head.
 
     Args:
         model: Model with or without a stack of blocks.
         params: Its parameters.
         images: Pixels in [-1, 1].
+        layers: Names of activations to return, in this order; None: all of them.
+
+    Raises:
+        UserError: The model has no such layer.
     """
     outputs, state = model.apply({"params": params}, images, mutable=["intermediates"])
     named = _flatten_intermediates(state)
-    named |= named.pop("blocks_output", {})
-    return outputs, {name.removesuffix("_output"): value for name, value in named.items()}
+    if layers is None:
+        return outputs, named
+    check_layers(layers, named)
+    return outputs, {name: named[name] for name in layers}
+
+
+def compute_layers(
+    model: ImageModel, params: Any, images: Float[Array, "n h w 3"], layers: Sequence[str]
+) -> dict[str, Float32[Array, "n ..."]]:
+    """Computes activations and logits by name, in float32.
+
+    The input of the head alone is computed by any block backend; other activations need "xla".
+
+    Args:
+        model: Model with or without a head.
+        params: Its parameters.
+        images: Pixels in [-1, 1].
+        layers: Names among `ModelFamily.layers`.
+    """
+    if set(layers) == {PRE_LOGITS}:
+        features = model.clone(num_classes=0).apply({"params": params}, images)
+        return {PRE_LOGITS: features.astype(jnp.float32)}
+    outputs, found = forward_intermediates(model, params, images)
+    found |= {LOGITS: outputs} if model.num_classes else {}
+    return {name: found[name].astype(jnp.float32) for name in layers}
 
 
 def _flatten_intermediates(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns sown activations by their slash-separated path."""
-    flat = flax.traverse_util.flatten_dict(state.get("intermediates", {}), sep="/")
-    return {name: value for name, (value,) in flat.items()}
+    """Returns sown activations by name.
+
+    Some are sown with the suffix "_output", since a module has the name of the layer.
+    """
+    flat = flax.traverse_util.flatten_dict(state.get("intermediates", {}), sep=".")
+    return {name.removesuffix("_output"): value for name, (value,) in flat.items()}

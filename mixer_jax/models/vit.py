@@ -206,6 +206,7 @@ class VisionTransformer(nn.Module):
         else:
             x = x[:, 0]
         x = x.astype(jnp.float32)
+        self.sow("intermediates", "pooled", x)
         if config.pre_logits:
             x = jnp.tanh(nn.Dense(config.hidden_dim, name="pre_logits")(x))
         self.sow("intermediates", "pre_logits_output", x)

@@ -12,6 +12,7 @@ from mixer_jax.models.family import (
     FileShapes,
     ImageSize,
     InferredConfig,
+    Layer,
     ModelFamily,
     Path,
     ResizedConfig,
@@ -19,6 +20,8 @@ from mixer_jax.models.family import (
     TimmModel,
     WeightLayout,
     check_image_size,
+    head_layers,
+    stack_layers,
 )
 from mixer_jax.models.vit_config import VARIANTS, VitConfig, grid_shape, num_tokens
 from mixer_jax.models.vit_layouts import LAYOUTS
@@ -92,6 +95,28 @@ class VitFamily(ModelFamily):
         if num_classes:
             shapes |= {"head/kernel": (width, num_classes), "head/bias": (num_classes,)}
         return shapes
+
+    def layers(
+        self, config: VitConfig, image_size: ImageSize, num_classes: int
+    ) -> dict[str, Layer]:
+        """Returns the activations that the module sows, by name in the order of computation."""
+        rows, columns = grid_shape(config, image_size)
+        shape = (num_tokens(config, image_size), config.hidden_dim)
+        branches = {
+            "attention": "attention of block {}, before it is added",
+            "mlp": "MLP of block {}, before it is added",
+        }
+        pooling = {
+            "token": "class token",
+            "gap": "mean over tokens",
+            "map": "attention pooling",
+        }
+        return {
+            "stem": Layer((rows * columns, config.hidden_dim), "patch embedding"),
+            **stack_layers(config.num_blocks, shape, "output of block {}", branches),
+            "pooled": Layer((config.hidden_dim,), pooling[config.pooling]),
+            **head_layers(config.hidden_dim, num_classes),
+        }
 
     def forward_flops(
         self, config: VitConfig, image_size: int | ImageSize, num_classes: int

@@ -10,7 +10,7 @@ from etils import epath
 
 from mixer_jax.checkpoints.model_info import format_image_size
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write
+from mixer_jax.files import atomic_write, output_errors
 from mixer_jax.models.registry import get_family
 from mixer_jax.suites.paper_results import PaperRow, find_row
 from mixer_jax.suites.plan import TransferPlan, final_folder, sweep_folder
@@ -26,7 +26,6 @@ from mixer_jax.suites.workdir import (
     PLAN_FILE,
     RunResult,
     Throughput,
-    output_errors,
     read_failure,
     read_plan,
     read_result,

@@ -9,7 +9,7 @@ from typing import Any
 from mixer_jax.config.compat import upgrade_overrides, upgrade_value
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.errors import UserError
-from mixer_jax.models.registry import FAMILIES, list_models
+from mixer_jax.models.registry import FAMILIES, list_model_names
 
 # Values of --image_size: the checkpoint's own size, or a size chosen per task.
 NATIVE, AUTO = "native", "auto"
@@ -339,7 +339,7 @@ def _check_task(task: Any) -> None:
     is_dict = isinstance(task.model_overrides, dict)
     check("model_overrides", is_dict, "be a dict of names of models and dicts of fields")
     for name, fields in task.model_overrides.items():
-        known = [*FAMILIES, *list_models()]
+        known = [*FAMILIES, *list_model_names()]
         _require(
             name in known, f"{source}: names in model_overrides", "be models or families", name
         )

@@ -16,15 +16,8 @@ from etils import epath
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
-from mixer_jax.errors import (
-    DiskFullError,
-    OutputWriteError,
-    RunError,
-    UserError,
-    no_space_reason,
-    summarize_error,
-)
-from mixer_jax.files import atomic_write, file_lock
+from mixer_jax.errors import RunError, UserError
+from mixer_jax.files import atomic_write, file_lock, output_errors
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
 from mixer_jax.suites.tasks import VALIDATION
@@ -81,29 +74,6 @@ class Throughput(NamedTuple):
     batch_size: int
     device: str
     image_size: tuple[int, int]
-
-
-@contextlib.contextmanager
-def output_errors(folder: str) -> Iterator[None]:
-    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `folder`.
-
-    Usage errors and failures of the run remain as they are.
-    """
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except Exception as error:
-        # Every file system has its own exceptions.
-        if space := no_space_reason(error):
-            raise DiskFullError(
-                f"{folder} cannot be written ({space}). Free space and rerun the same command to "
-                "resume."
-            ) from error
-        reason = getattr(error, "strerror", None) or summarize_error(error)
-        raise OutputWriteError(
-            f"{folder} must be writable ({reason}). Fix that and rerun the same command to resume."
-        ) from error
 
 
 def check_not_run_workdir(workdir: str) -> None:

@@ -93,6 +93,15 @@ class TrainResult(NamedTuple):
     has_curves: bool = False
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics at the last step by evaluation and name, e.g. "test/top1"; as metrics.jsonl."""
+        return {
+            f"{evaluation}/{name}": value
+            for evaluation, metrics in self.scores.items()
+            for name, value in metrics.as_dict().items()
+        }
+
+    @property
     def exit_code(self) -> int:
         """Exit code of a command that runs this: 2 means "do not retry"."""
         if self.failures:

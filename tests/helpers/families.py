@@ -13,6 +13,7 @@ import pytest
 
 from mixer_jax.models.family import ModelFamily, Shape
 from mixer_jax.models.registry import FAMILIES, create_model
+from mixer_jax.models.stack import forward_intermediates
 from tests.helpers.docs_pages import read_blocks
 from tests.helpers.models import param_shapes
 
@@ -32,6 +33,16 @@ def check_family(family: ModelFamily) -> None:
     shapes = family.param_shapes(config, (size, 2 * size), 5)
     tree = param_shapes(model, size, 2 * size)
     assert shapes == flat_shapes(tree)
+    images = jax.ShapeDtypeStruct((2, size, 2 * size, 3), np.float32)
+    _, activations = jax.eval_shape(
+        lambda params, images: forward_intermediates(model, params, images), tree, images
+    )
+    layers = family.layers(config, (size, 2 * size), 5)
+    assert {name: layer.shape for name, layer in layers.items()} == {
+        **{name: x.shape[1:] for name, x in activations.items()},
+        "logits": (5,),
+    }
+    assert "logits" not in family.layers(config, (size, size), 0)
     count = sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert family.num_params(config, (size, 2 * size), 5) == count
     resized = family.resize_config(config, (size, 2 * size), (2 * size, 4 * size))

@@ -1,5 +1,6 @@
 """Checks of HTML pages that must stand alone."""
 
+import html
 import re
 from html.parser import HTMLParser
 
@@ -52,6 +53,11 @@ class Page(HTMLParser):
         """Lists the values of an attribute of all elements with a tag that have it."""
         elements = [attributes for found, attributes in self.elements if found == tag]
         return [attributes[name] for attributes in elements if name in attributes]
+
+
+def visible_text(page: str) -> str:
+    """Extracts the text of a page, with a space between elements."""
+    return html.unescape(re.sub(r"<style>.*</style>|<[^>]+>", " ", page, flags=re.DOTALL))
 
 
 def check_stands_alone(html: str) -> Page:

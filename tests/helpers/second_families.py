@@ -40,7 +40,7 @@ from mixer_jax.models.layers import (
     classifier_head,
     dense,
 )
-from mixer_jax.models.registry import FAMILIES, create_model, get_family, list_models
+from mixer_jax.models.registry import FAMILIES, create_model, get_family, list_model_names
 from mixer_jax.models.stack import block_stack, forward_intermediates, make_context
 
 CONFIG_FILE = """
@@ -248,7 +248,10 @@ def main(folder: Path) -> None:
         "patch_mlp": ["--config.model.expansion=3", "--config.model.stochastic_depth=0.5"],
         "conv_net": ["--config.model.num_filters=7"],
     }
-    results: dict[str, Any] = {"models": list_models(), "help": config_lib.config.format_help()}
+    results: dict[str, Any] = {
+        "models": list_model_names(),
+        "help": config_lib.config.format_help(),
+    }
     for name, overrides in flags.items():
         selection = [f"--config.model.family={name}", "--config.model.variant=S"]
         workdir = str(folder / name)

@@ -18,7 +18,7 @@ from mixer_jax.models.registry import (
     build_model,
     create_model,
     get_family,
-    list_models,
+    list_model_names,
     parse_model_name,
 )
 from tests.helpers.families import check_family
@@ -43,7 +43,7 @@ def test_families_know_whether_they_have_a_gelu(family: ModelFamily) -> None:
 
 
 def test_list_models_names_every_variant() -> None:
-    names = list_models()
+    names = list_model_names()
     assert len(set(names)) == sum(len(family.variants) for family in FAMILIES.values())
     for name in names:
         family, variant = parse_model_name(name)
@@ -170,7 +170,7 @@ def test_planning_needs_no_jax() -> None:
     code = (
         "import sys; from mixer_jax.models import registry as r; f = r.get_family('mixer'); "
         "c = f.get_config('B/16'); f.param_shapes(c, 224, 10); f.forward_flops(c, 224, 10); "
-        "f.check_image_size(c, 224, 224); r.list_models(); "
+        "f.check_image_size(c, 224, 224); r.list_model_names(); "
         f"r.resolve_execution({SETTINGS!r}, 'tpu', 12, []); print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

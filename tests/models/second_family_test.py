@@ -51,7 +51,7 @@ def test_family_trains_evaluates_and_loads(
 
 
 def test_intermediates_need_no_stack_and_no_sow(results: dict[str, Any]) -> None:
-    assert results["patch_mlp"]["activations"] == []
+    assert results["patch_mlp"]["activations"] == ["blocks.0", "blocks.1", "tokens"]
     assert results["conv_net"]["activations"] == ["pre_logits"]
 
 

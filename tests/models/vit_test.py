@@ -145,7 +145,7 @@ def numpy_forward(params: Any, image: np.ndarray, config: VitConfig) -> dict[str
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     patch, width = config.patch_size, config.hidden_dim
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
-    found: dict[str, Any] = {"attention": [], "mlp": []}
+    found: dict[str, Any] = {}
     tokens, positions = [], []
     for row in range(rows):
         for column in range(columns):
@@ -162,22 +162,25 @@ def numpy_forward(params: Any, image: np.ndarray, config: VitConfig) -> dict[str
         z = np.concatenate([p["cls"][0], z])
     if config.pos_embedding == "learned":
         z = z + p["pos_embedding"][0]
-    for block in [jax.tree.map(operator.itemgetter(i), p["blocks"]) for i in range(2)]:
+    for i in range(2):
+        block = jax.tree.map(operator.itemgetter(i), p["blocks"])
         y = layer_norm(z, block["LayerNorm_0"])
-        found["attention"].append(attention(y, y, block["attention"]))
-        z = z + found["attention"][-1]
-        found["mlp"].append(mlp(layer_norm(z, block["LayerNorm_1"]), block["mlp"]))
-        z = z + found["mlp"][-1]
+        found[f"blocks.{i}.attention"] = attention(y, y, block["attention"])
+        z = z + found[f"blocks.{i}.attention"]
+        found[f"blocks.{i}.mlp"] = mlp(layer_norm(z, block["LayerNorm_1"]), block["mlp"])
+        z = z + found[f"blocks.{i}.mlp"]
+        found[f"blocks.{i}"] = z
     z = layer_norm(z, p["encoder_norm"])
+    found["tokens"] = z
     if config.pooling == "map":
         head = p["map_head"]
         y = attention(head["probe"][0], z, head["attention"])
         features = (y + mlp(layer_norm(y, head["LayerNorm_0"]), head["mlp"]))[0]
     else:
         features = z[0] if config.pooling == "token" else z.mean(0)
+    found["pooled"] = features
     if config.pre_logits:
         features = np.tanh(dense(features, p["pre_logits"]))
-    found = {name: np.stack(value) for name, value in found.items()}
     return {**found, "pre_logits": features, "logits": dense(features, p["head"])}
 
 
@@ -191,8 +194,7 @@ def test_forward_matches_paper(kind: str) -> None:
         np.testing.assert_allclose(logits[i], expected.pop("logits"), rtol=2e-5, atol=2e-5)
         assert activations.keys() == expected.keys()
         for name, value in expected.items():
-            actual = activations[name]
-            actual = actual[:, i] if name in ("attention", "mlp") else actual[i]
+            actual = activations[name][i]
             np.testing.assert_allclose(actual, value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
@@ -368,9 +370,9 @@ def test_dropout_has_its_four_places() -> None:
     _, state = jax.jit(
         lambda *args: model.apply(*args, rngs=rngs, mutable=["intermediates"]), static_argnums=2
     )(*args)
-    branches = state["intermediates"]["blocks_output"][0]
-    for name in ("attention_output", "mlp_output"):
-        assert np.mean(branches[name] == 0) == pytest.approx(0.5, abs=0.02)
+    for name in ("attention", "mlp"):
+        branches = [state["intermediates"][f"blocks.{i}.{name}"][0] for i in range(2)]
+        assert np.mean(np.stack(branches) == 0) == pytest.approx(0.5, abs=0.02)
     # Tokens after the position embedding: of blocks that add nothing, half the channels are zero.
     params = jax.tree.map(jnp.zeros_like, params)
     params["pos_embedding"] += 1.0

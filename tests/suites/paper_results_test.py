@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixer_jax.models.registry import list_models
+from mixer_jax.models.registry import list_model_names
 from mixer_jax.suites.paper_results import PAPER, find_row, infer_pretrain_dataset
 
 
@@ -70,7 +70,7 @@ def test_find_row_distinguishes_families(
 
 
 def test_models_of_the_rows_exist() -> None:
-    assert {row.model for row in PAPER} <= {*list_models()}
+    assert {row.model for row in PAPER} <= {*list_model_names()}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Tests of the page of training runs: what it shows, and of which workdirs."""
 
-import html
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from mixer_jax.visualization.run_page import (
     read_runs,
     render_run_page,
 )
-from tests.helpers.html_pages import Page, check_stands_alone
+from tests.helpers.html_pages import Page, check_stands_alone, visible_text
 from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import small_config
 
@@ -84,7 +83,7 @@ def render(*workdirs: str, examples: list[Examples] | None = None) -> Page:
     """Renders the page of some runs, parsed; its text has a space between elements."""
     page = render_run_page(read_runs(workdirs), examples or [])
     parsed = check_stands_alone(page)
-    parsed.text = html.unescape(re.sub(r"<style>.*</style>|<[^>]+>", " ", page, flags=re.DOTALL))
+    parsed.text = visible_text(page)
     return parsed
 
 
