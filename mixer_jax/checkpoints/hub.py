@@ -94,7 +94,8 @@ def staged_repository(
         except (DiskFullError, OSError) as error:
             problem = f"temporary files of {HUB}{name} cannot be written"
             fix = "set TMPDIR to a folder on another disk"
-            if space := no_space_reason(error):
+            # The cause of ours, which names the temporary target.
+            if space := no_space_reason(error.__cause__ or error):
                 raise DiskFullError(f"{problem} ({space}). Free space, or {fix}.") from error
             raise UserError(f"{problem}: {summarize_error(error)}. Instead, {fix}.") from error
         yield folder

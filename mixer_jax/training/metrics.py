@@ -13,11 +13,11 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from mixer_jax.checkpoints.resolve import METRICS_FILE
 from mixer_jax.errors import NonFiniteError, summarize_error
 from mixer_jax.files import LineFile, read_json_lines
 from mixer_jax.training.tracking import WandbRun
 
-METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "events"
 CURVES_FILE = "curves.png"
 # Interval at which events are uploaded to object stores, in seconds; on disks they are written
