@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,7 @@ def write_report(
     pairs = confused_pairs(labels, predicted)
     is_correct = predictions.rank[mask] == 0
     bins = calibration_bins(predictions.confidence[mask], is_correct)
+    shown_names = _remove_folder(predictions.names)
     page = render_page(
         "evaluation.html",
         title=title,
@@ -117,10 +119,10 @@ def write_report(
         calibration=encode_figure(draw_calibration(bins)),
         calibration_error=f"{metrics.calibration_error:.2%}",
         num_bins=NUM_CALIBRATION_BINS,
-        mistakes=list(_show_mistakes(source, predictions, exif_orientation)),
+        mistakes=list(_show_mistakes(source, predictions, shown_names, exif_orientation)),
         num_mistakes=f"{int((labels != predicted).sum()):,}",
         error_rows=[
-            [predictions.names[index], reason]
+            [shown_names[index], reason]
             for index, reason in list(predictions.errors.items())[:_NUM_ERRORS]
         ],
         num_errors=f"{len(predictions.errors):,}",
@@ -316,8 +318,16 @@ def _format_pairs(pairs: Sequence[ConfusedPair], report: ClassReport) -> list[li
     return rows
 
 
+def _remove_folder(names: list[str]) -> list[str]:
+    """Removes the folder that all paths share, so that the page can be sent to others."""
+    if len(names) < 2 or not all(map(os.path.isabs, names)):
+        return [os.path.basename(name) if os.path.isabs(name) else name for name in names]
+    folder = os.path.commonpath(names)
+    return [os.path.relpath(name, folder) for name in names]
+
+
 def _show_mistakes(
-    source: Source, predictions: Predictions, exif_orientation: bool
+    source: Source, predictions: Predictions, names: Sequence[str], exif_orientation: bool
 ) -> Iterator[dict[str, Any]]:
     """Reads the images of the most confident mistakes; those deleted since are left out."""
     for index in worst_mistakes(predictions, _NUM_MISTAKES).tolist():
@@ -330,7 +340,7 @@ def _show_mistakes(
         probability = math.exp(predictions.log_likelihood[index])
         yield {
             "uri": encode_thumbnail(pixels),
-            "name": predictions.names[index],
+            "name": names[index],
             "predicted": source.class_names[predicted],
             "confidence": f"{predictions.confidence[index]:.1%}",
             "label": source.class_names[label],

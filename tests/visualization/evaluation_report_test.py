@@ -235,6 +235,19 @@ def test_images_deleted_since_the_evaluation_are_left_out(tmp_path: Path) -> Non
     assert predictions.names[first] not in page.text
 
 
+def test_page_has_no_path_of_the_disk(tmp_path: Path) -> None:
+    source = make_source(50, tuple("abc"))
+    predictions = make_predictions(source)
+    names = predictions.names
+    absolute = predictions._replace(names=[f"/home/ada/photos/{name}" for name in names])
+    page = write(tmp_path / "report", source, absolute)
+    assert "ada" not in page.text
+    (worst,) = worst_mistakes(predictions, 1)
+    assert names[worst] in page.text
+    rows = read_predictions(tmp_path / "report")
+    assert [row["image"] for row in rows] == absolute.names
+
+
 def test_perfect_predictions_have_no_mistakes(tmp_path: Path) -> None:
     source = make_source(20, tuple("abc"))
     predictions = make_predictions(source, accuracy=1.0)
