@@ -375,7 +375,9 @@ def _plot_saliency(args: argparse.Namespace) -> _Drawing:
         )
     except BadImageError as error:
         raise UserError(f"images must be readable, got {error}.") from error
-    return _Drawing(plot_saliency(saliencies), [describe_saliency(row) for row in saliencies])
+    title = f"{args.out}: {classifier.model_info.name}, {args.method}"
+    lines = (describe_saliency(saliency) for saliency in saliencies)
+    return _Drawing(plot_saliency(saliencies), [title, *lines])
 
 
 if __name__ == "__main__":

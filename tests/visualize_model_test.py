@@ -92,7 +92,8 @@ def test_visualize_saliency_draws_every_family(
     classifier = load_pretrained(family)
     saliencies = classifier.saliency(["a.png", "b.png"], "class b", method, square_size=5, stride=2)
     assert out.read_bytes() == render_figure(plot_saliency(saliencies), "png")
-    lines = capsys.readouterr().out.splitlines()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert mentions(title, str(out), method)
     for line, saliency in zip(lines, saliencies, strict=True):
         row, column = np.unravel_index(saliency.values.argmax(), (16, 16))
         assert mentions(line, saliency.image, "class b", f"row {row}", f"column {column}")
@@ -104,7 +105,7 @@ def test_visualize_saliency_explains_the_prediction_by_default(
     out = tmp_path / "saliency.png"
     assert visualize.main(["saliency", "--checkpoint=mixer", f"--out={out}", "*.png"]) == 0
     predictions = load_pretrained("mixer").predict(["a.png", "b.png"])
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     for line, prediction in zip(lines, predictions, strict=True):
         assert mentions(line, prediction.image, prediction.classes[0].name)
 
