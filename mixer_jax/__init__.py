@@ -11,6 +11,8 @@ The public API. Names are imported on first use, so that `import mixer_jax` is i
 - `train(config, workdir)`: trains or fine-tunes a model, or resumes the run in `workdir`.
 - `evaluate(checkpoint, dataset)`: metrics of a checkpoint on every example of a split.
 - `plot_batch(config)`, `plot_curves(workdir)`: figures of a training batch and of a run.
+- `plot_units(classifier)`, `plot_filters(classifier)`: figures of weights over the image.
+- `plot_saliency(saliencies)`: figure of what predictions depend on, from `Classifier.saliency`.
 - `forward_intermediates(model, params, images)`: outputs and the activations of every layer.
 """
 
@@ -30,6 +32,9 @@ __all__ = [
     "load_pretrained",
     "plot_batch",
     "plot_curves",
+    "plot_filters",
+    "plot_saliency",
+    "plot_units",
     "train",
 ]
 
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
     from mixer_jax.models.registry import create_model
     from mixer_jax.models.stack import forward_intermediates
     from mixer_jax.visualization.curves import plot_curves
+    from mixer_jax.visualization.saliency import plot_saliency
+    from mixer_jax.visualization.units import plot_filters, plot_units
     from mixer_jax.visualize import plot_batch
 
     evaluate: CallableModule
@@ -56,6 +63,9 @@ _MODULES = {
     "train": "mixer_jax.main",
     "plot_batch": "mixer_jax.visualize",
     "plot_curves": "mixer_jax.visualization.curves",
+    "plot_filters": "mixer_jax.visualization.units",
+    "plot_saliency": "mixer_jax.visualization.saliency",
+    "plot_units": "mixer_jax.visualization.units",
     "forward_intermediates": "mixer_jax.models.stack",
 }
 

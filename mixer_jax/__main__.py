@@ -19,7 +19,7 @@ COMMANDS = (
     ("compare", "compare", "compare models in accuracy, throughput and training cost"),
     ("convert", "convert", "convert weights between formats"),
     ("prepare", "prepare", "prepare or convert a dataset"),
-    ("visualize", "visualize", "plot training batches, and make pages of training runs"),
+    ("visualize", "visualize", "plot batches, runs, weights, and what predictions depend on"),
     ("plan", "plan", "predict memory and time of a run on accelerators that are not attached"),
     ("benchmark", "benchmark", "measure speed and memory on this machine"),
 )

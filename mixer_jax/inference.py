@@ -2,11 +2,12 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
+from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import (
     PretrainedWeights,
     check_trained_head,
@@ -24,7 +26,7 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import NamedImage
 from mixer_jax.data.memory_images import NamedPixels, name_images
 from mixer_jax.data.preprocess import crop_eval_image, eval_image
-from mixer_jax.data.wordnet import describe_class
+from mixer_jax.data.wordnet import describe_class, label_class
 from mixer_jax.distributed.sharding import (
     batch_sharding,
     make_mesh,
@@ -33,7 +35,7 @@ from mixer_jax.distributed.sharding import (
     shard_params,
 )
 from mixer_jax.distributed.xla_options import compiler_options
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, abbreviate, suggest
 from mixer_jax.models.family import PRE_LOGITS, Layer, check_layers
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.registry import get_family
@@ -41,6 +43,7 @@ from mixer_jax.models.stack import compute_layers, use_partitionable_backend
 
 if TYPE_CHECKING:
     from mixer_jax.evaluation.classification import ClassificationMetrics
+    from mixer_jax.evaluation.saliency import Method, Saliency
 
 
 class ClassProbability(NamedTuple):
@@ -206,9 +209,13 @@ class Classifier:
             one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
             outputs = jax.eval_shape(self._logits, self._params, one)
             return jnp.zeros((0, *outputs.shape[1:]), outputs.dtype)
+        return self._logits(self._params, self._put_images(images))
+
+    def _put_images(self, images: Any) -> Array:
+        """Transfers images to the devices, divided among them if possible."""
         is_divisible = len(images) % self._mesh.size == 0
         sharding = batch_sharding(self._mesh) if is_divisible else replicated(self._mesh)
-        return self._logits(self._params, jax.device_put(images, sharding))
+        return jax.device_put(images, sharding)
 
     def predict(
         self,
@@ -269,15 +276,158 @@ class Classifier:
             BadImageError: An input image is unreadable.
             UserError: Images have another type, dtype or shape.
         """
-        pixels = np.zeros((0, *self.model_info.image_size, 3), np.uint8)
-        named_images = name_images(images, exif_orientation)
-        if named_images:
-            (batch,) = self._load_batches(named_images, len(named_images), exif_orientation)
-            for image in batch:
-                if image.pixels is None:
-                    raise BadImageError(image.error, name=image.name)
-            pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
+        pixels = self._load_all(name_images(images, exif_orientation), exif_orientation)
         return np.asarray(normalize_images(jnp.asarray(pixels)))
+
+    def _load_all(
+        self, images: Sequence[NamedImage | NamedPixels], exif_orientation: bool
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Crops and resizes images; raises BadImageError if one is unreadable."""
+        if not images:
+            return np.zeros((0, *self.model_info.image_size, 3), np.uint8)
+        (batch,) = self._load_batches(images, len(images), exif_orientation)
+        for image in batch:
+            if image.pixels is None:
+                raise BadImageError(image.error, name=image.name)
+        return np.stack([image.pixels for image in batch if image.pixels is not None])
+
+    def saliency(
+        self,
+        images: Any,
+        target: SupportsIndex | str | None = None,
+        method: "Method" = "occlusion",
+        *,
+        square_size: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 32,
+        exif_orientation: bool = True,
+    ) -> list["Saliency"]:
+        """Computes what a prediction depends on, as `python -m mixer_jax.visualize saliency`.
+
+        Values explain the log-odds of a class, log p − log(1 − p), in float32 (height, width):
+
+        - "occlusion" (arXiv 1311.2901): how much the log-odds drop when a square with the mean
+          color of the image hides the pixel, as a mean over all positions of the square that cover
+          it. Negative values: the class becomes more probable.
+        - "gradient" (arXiv 1312.6034): absolute value of the gradient of the log-odds with respect
+          to the pixel's red, green and blue in [-1, 1], the largest of the three.
+
+        `mixer_jax.plot_saliency` draws the result.
+
+        Args:
+            images: One image or several; see `predict`.
+            target: Name or index of the class; None: the prediction for each image.
+            method: "occlusion" or "gradient".
+            square_size: Side of the square, in pixels; None: a seventh of the image's shorter side.
+            stride: Step between two positions of the square, in pixels; None: half of its side.
+            batch_size: Images per batch.
+            exif_orientation: Whether files and Pillow images are rotated by their EXIF orientation.
+
+        Returns:
+            Saliency of each image, in order, also for a single image.
+
+        Raises:
+            BadImageError: An input image is unreadable.
+            UserError: The model has no trained head, there is no such class or method, or another
+                argument is out of range.
+        """
+        named_images = name_images(images, exif_orientation)
+        return list(
+            self.iter_saliency(
+                named_images,
+                target,
+                method,
+                square_size=square_size,
+                stride=stride,
+                batch_size=batch_size,
+                exif_orientation=exif_orientation,
+            )
+        )
+
+    def iter_saliency(
+        self,
+        images: Sequence[NamedImage | NamedPixels],
+        target: SupportsIndex | str | None,
+        method: "Method",
+        *,
+        square_size: int | None,
+        stride: int | None,
+        batch_size: int,
+        exif_orientation: bool,
+    ) -> Iterator["Saliency"]:
+        """Computes the saliency of images and yields it in order.
+
+        Args:
+            images: Names, and functions that read the bytes or return decoded pixels.
+            target: See `saliency`, also for the other arguments.
+            method: "occlusion" or "gradient".
+            square_size: Side of the square, in pixels.
+            stride: Step between two positions of the square, in pixels.
+            batch_size: Images per batch.
+            exif_orientation: Whether images are rotated by their EXIF orientation.
+
+        Raises:
+            BadImageError: An input image is unreadable.
+            UserError: See `saliency`.
+        """
+        from mixer_jax.evaluation.saliency import METHODS, Saliency, resolve_square
+
+        check_trained_head(self._weights, self._name)
+        if method not in METHODS:
+            raise UserError(f"method must be {' or '.join(METHODS)}, got {method!r}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        square = resolve_square(square_size, stride, self.model_info.image_size)
+        class_index = None if target is None else find_class(self.model_info, target)
+        pixels = self._load_all(images, exif_orientation)
+        # One image at a time, so that the batch size bounds the memory for any number of images.
+        for (name, _), image in zip(images, pixels, strict=True):
+            inputs = np.asarray(normalize_images(jnp.asarray(image)))
+            logits = self(inputs[None])
+            index = int(logits[0].argmax()) if class_index is None else class_index
+            if method == "gradient":
+                values = self._gradient_saliency(inputs, index)
+            else:
+                values = self._occlusion_saliency(inputs, index, *square, batch_size)
+            probability = float(self._activation(logits)[0, index])
+            class_name = self._class_name(index)
+            yield Saliency(name, image, index, class_name, probability, method, values)
+
+    def _occlusion_saliency(
+        self, image: np.ndarray, class_index: int, size: int, stride: int, batch_size: int
+    ) -> Float[np.ndarray, "h w"]:
+        from mixer_jax.evaluation.saliency import log_odds, occlusion_saliency
+
+        batch_size = self._round_batch_size(batch_size)
+        classes = np.full(batch_size, class_index)
+
+        def compute_log_odds(images: np.ndarray) -> np.ndarray:
+            return np.asarray(log_odds(self(images), classes, self.model_info.loss))
+
+        return occlusion_saliency(
+            compute_log_odds, image, square_size=size, stride=stride, batch_size=batch_size
+        )
+
+    def _gradient_saliency(self, image: np.ndarray, class_index: int) -> Float[np.ndarray, "h w"]:
+        gradient = self._log_odds_gradient(self._params, self._put_images(image[None]), class_index)
+        return np.abs(np.asarray(gradient[0])).max(-1)
+
+    @functools.cached_property
+    def _log_odds_gradient(self) -> Any:
+        """Compiled gradient of the log-odds of a class with respect to images."""
+        from mixer_jax.evaluation.saliency import log_odds
+
+        # Modules are what is tested for derivatives with respect to images.
+        execution = dataclasses.replace(self.model.execution, backend="xla")
+        model = self.model.clone(execution=execution)
+
+        def compute(images: Array, params: Any, class_index: Array) -> Array:
+            logits = model.apply({"params": params}, images)
+            classes = jnp.full(len(images), class_index)
+            return log_odds(logits, classes, self.model_info.loss).sum()
+
+        gradient = jax.grad(compute)
+        return jax.jit(lambda params, images, index: gradient(images, params, index))
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -554,9 +704,16 @@ class Classifier:
         self, params: Any, images: UInt8[Array, "n h w 3"], topk: int
     ) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         logits = self.model.apply({"params": params}, normalize_images(images))
-        activation = jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax
-        probabilities, classes = jax.lax.top_k(activation(logits), topk)
+        probabilities, classes = jax.lax.top_k(self._activation(logits), topk)
         return probabilities, classes
+
+    def _activation(self, logits: Float[Array, "n classes"]) -> Float[Array, "n classes"]:
+        """Converts logits to probabilities."""
+        return (jax.nn.sigmoid if self.model_info.loss == "sigmoid" else jax.nn.softmax)(logits)
+
+    def _class_name(self, class_index: int) -> str:
+        names = self.model_info.class_names
+        return names[class_index] if names else str(class_index)
 
     def _compute_layers(
         self, params: Any, images: UInt8[Array, "n h w 3"], layers: tuple[str, ...]
@@ -565,16 +722,43 @@ class Classifier:
 
     def _name_classes(self, batch: list["_LoadedImage"], top_k: Any) -> Iterator[Prediction]:
         probabilities, classes = (np.asarray(array) for array in top_k)
-        names = self.model_info.class_names
         for row, image in enumerate(batch):
             if image.pixels is None:
                 yield Prediction(image.name, [], image.error)
                 continue
             named = []
             for k, p in zip(classes[row].tolist(), probabilities[row].tolist(), strict=True):
-                name = names[k] if names else str(k)
+                name = self._class_name(k)
                 named.append(ClassProbability(k, name, p, describe_class(name)))
             yield Prediction(image.name, named)
+
+
+def find_class(info: ModelInfo, target: SupportsIndex | str) -> int:
+    """Returns the index of a class, from its name, its words or its index, also as text.
+
+    Raises:
+        UserError: There is no such class, or several.
+    """
+    text, names = str(target), info.class_names
+    # A WordNet ID has several words, and several IDs can have the same.
+    spellings = [(name, *filter(None, describe_class(name).split(", "))) for name in names]
+    if isinstance(target, str):
+        if text in names:
+            return names.index(text)
+        matches = [index for index, spelling in enumerate(spellings) if text in spelling]
+        if len(matches) > 1:
+            options = " or ".join(names[index] for index in matches)
+            raise UserError(f"class must be one of the model's, got {text!r}: name {options}.")
+        if matches:
+            return matches[0]
+    if text.isdecimal() and int(text) < info.num_classes:
+        return int(text)
+    rule = f"an index between 0 and {info.num_classes - 1}"
+    if not names:
+        raise UserError(f"class must be {rule} for a model without class names, got {text!r}.")
+    hint = suggest(text, itertools.chain.from_iterable(spellings))
+    hint = hint or f" Names are {abbreviate(map(label_class, names))}."
+    raise UserError(f"class must be a name of the model's classes or {rule}, got {text!r}.{hint}")
 
 
 class _LoadedImage(NamedTuple):

@@ -105,10 +105,11 @@ def test_every_argument_of_every_command_is_described(
     runs: dict[str, tuple[str, list[str]]] = {
         name: (module, []) for name, module, _ in COMMANDS if module != "benchmark"
     }
-    runs["visualize data"] = ("visualize", ["data"])
     for title in sections:
-        if title.startswith("benchmark "):
-            runs[title] = ("benchmark", title.split()[1:])
+        command, *rest = title.split()
+        if rest and command in ("benchmark", "visualize"):
+            runs[title] = (command, rest)
+    assert {"visualize data", "visualize units", "visualize saliency"} <= runs.keys()
     modes = ",".join(argv[0] for _, argv in runs.values() if argv[:1] and "--mode=" in argv[0])
     assert set(modes.replace("--mode=", "").split(",")) == set(MODES)
     for title, (module, argv) in runs.items():

@@ -122,6 +122,14 @@ class BitFamily(ModelFamily):
         """Returns the parameters as they are."""
         return params
 
+    def stem_filters(self, params: Any) -> Any:
+        """Returns the filters of the root convolution, standardized as the model applies them."""
+        import jax.numpy as jnp
+
+        from mixer_jax.models.bit import standardize_kernel
+
+        return standardize_kernel(jnp.asarray(params["stem"]["kernel"]))
+
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns Google's and timm's layouts."""
         return published_layouts()

@@ -391,6 +391,32 @@ class ModelFamily(abc.ABC):
     def resize_params(self, params: Any, config: Any, old: ImageSize, new: ImageSize) -> Any:
         """Adapts parameters, as numpy arrays, to another image size."""
 
+    def stem_filters(self, params: Any) -> Any:
+        """Returns the filters that the first layer applies to pixels.
+
+        Args:
+            params: Parameters, as NumPy or JAX arrays.
+
+        Returns:
+            Array (height, width, 3, filters); None if the family has no such layer.
+        """
+        return params[self.stem]["kernel"] if self.stem else None
+
+    def token_mixing_units(self, params: Any, config: Any, image_size: ImageSize) -> Any:
+        """Returns the input weights of the hidden units of MLPs that mix tokens.
+
+        Args:
+            params: Parameters, as NumPy or JAX arrays.
+            config: Architecture config.
+            image_size: Height and width, in pixels.
+
+        Returns:
+            Array (num_blocks, units, rows, columns), with one weight per patch of the image; None
+            if the family has no such MLPs.
+        """
+        del params, config, image_size
+        return None
+
     def config_for_new_head(self, config: Any) -> Any:
         """Returns the config without layers that fine-tuning replaces together with the head."""
         return config

@@ -154,6 +154,12 @@ class MixerFamily(ModelFamily):
 
         return resize_token_mixing(params, _grid(config, old), _grid(config, new))
 
+    def token_mixing_units(self, params: Any, config: MixerConfig, image_size: ImageSize) -> Any:
+        """Returns the input weights of the hidden units of token mixing, over the patches."""
+        kernel = params["blocks"]["token_mixing"]["Dense_0"]["kernel"]
+        num_blocks, _, num_units = kernel.shape
+        return kernel.swapaxes(1, 2).reshape(num_blocks, num_units, *_grid(config, image_size))
+
     def weight_layouts(self) -> tuple[WeightLayout, ...]:
         """Returns Google's and timm's layouts."""
         return GOOGLE, GOOGLE_LEGACY, TIMM
