@@ -253,8 +253,8 @@ def class_report(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]
     classes = {index: ClassMetrics(*row) for index, row in zip(indices, rows, strict=True)}
     averages = {}
     for average in ("macro", "weighted"):
-        values = map(float, score(average)[:3])
-        averages[f"{average} average"] = ClassMetrics(*values, len(labels))
+        precision, recall, f1 = map(float, score(average)[:3])
+        averages[f"{average} average"] = ClassMetrics(precision, recall, f1, len(labels))
     return ClassReport(classes, averages)
 
 
