@@ -23,6 +23,7 @@ CORE = [
     "jax>=0.7",
     "jaxtyping>=0.3",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "matplotlib>=3.8",
     "ml-collections>=1.0",
     "ml-dtypes>=0.5",
