@@ -18,10 +18,12 @@ CORE = [
     "filelock>=4.2",
     "flax>=0.12",
     "grain>=0.2.18",
-    "huggingface-hub>=0.25",
+    # The first with the program `hf`, which messages name.
+    "huggingface-hub>=0.34",
     "jax>=0.7",
     "jaxtyping>=0.3",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "matplotlib>=3.8",
     "ml-collections>=1.0",
     "ml-dtypes>=0.5",

@@ -18,6 +18,7 @@ from mixer_jax.checkpoints.export import (
 )
 from mixer_jax.checkpoints.hub import (
     check_access,
+    check_license,
     check_repo_name,
     push_to_hub,
     staged_repository,
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     parser = common.ArgumentParser(
         prog="python -m mixer_jax.convert",
-        description="Write weights in another format, read them back and compare.",
+        description="Write weights in another format, read them back and compare; or upload them "
+        "to the Hugging Face Hub.",
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=common.CHECKPOINT_HELP)
     parser.add_argument(
@@ -141,6 +143,7 @@ def _push(args: argparse.Namespace) -> int:
     if args.target or args.to:
         raise UserError("TARGET and --to must be omitted with --push_to_hub, which uploads.")
     check_repo_name(name)
+    check_license(args.license)
     weights = _load(args)
     if not args.license:
         print("The model card will have no license. Set one by --license=ID.", file=sys.stderr)
@@ -159,7 +162,7 @@ def _push(args: argparse.Namespace) -> int:
     if upload.kept_card:
         print(f"kept        {CARD_FILE} of the repository; --force replaces it")
     print("usage")
-    print(f"  python -m mixer_jax.predict --checkpoint={HUB}{name} photo.jpg")
+    print(f"  {_command(weights.model_info, HUB + name)}")
     with contextlib.suppress(UserError):  # timm has no such model.
         for line in timm_folder_code(weights.model_info, f"hf-hub:{name}"):
             print(f"  {line}")
@@ -204,9 +207,14 @@ def _usage(model_info: ModelInfo, format: str, target: str) -> list[str]:
             '(logits,) = session.run(None, {"images": images})',
             f"# images: {_describe_images(model_info)}",
         ]
+    return [_command(model_info, target)]
+
+
+def _command(model_info: ModelInfo, source: str) -> str:
+    """Returns a command of this package that uses weights."""
     if not model_info.num_classes:
-        return [f"python -m mixer_jax.main … --config.init_from={shlex.quote(target)}"]
-    return [f"python -m mixer_jax.predict --checkpoint={shlex.quote(target)} photo.jpg"]
+        return f"python -m mixer_jax.main … --config.init_from={shlex.quote(source)}"
+    return f"python -m mixer_jax.predict --checkpoint={shlex.quote(source)} photo.jpg"
 
 
 def _describe_images(model_info: ModelInfo) -> str:

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import sys
-import tempfile
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,19 +216,11 @@ def _check_report(report: str) -> None:
     if not report or "://" in report:
         raise UserError(f"--report must be a local folder, got {report!r}. Copy it afterwards.")
     path = Path(report)
-    parent = path.absolute().parent
     if path.exists() and not path.is_dir():
         raise UserError(f"--report must be a folder, got the file {path}.")
-    if not parent.is_dir():
-        raise UserError(f"--report={path}: folder {parent} does not exist. Create it first.")
-    try:
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"--report={path} exists. Name a new folder, or delete this one.")
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--report={path}: folder {parent} cannot be written ({error.strerror})."
-        ) from error
+    if os.access(path, os.R_OK) and any(path.iterdir()):
+        raise UserError(f"--report={path} exists. Name a new folder, or delete this one.")
+    common.check_parent_writable(f"--report={path}", path.absolute().parent)
 
 
 def _check_one_process() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,14 +124,7 @@ def _check_out(out: Path, force: bool) -> None:
         raise UserError(f"--out must be a file, got the folder {out}.")
     if out.exists() and not force:
         raise UserError(f"--out={out} exists. Name another file, or pass --force.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: folder {out.parent} does not exist. Create it first.")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out={out}: folder {out.parent} cannot be written ({error.strerror})."
-        ) from error
+    common.check_parent_writable(f"--out={out}", out.parent)
 
 
 def _open_source(weights: "PretrainedWeights", args: argparse.Namespace) -> "Source":

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -330,6 +331,6 @@ def test_report_needs_a_writable_folder(
     def refuse(dir: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
 
-    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with raises(UserError, "--report", str(tmp_path), "Permission denied"):
         evaluate.main(report_flags("weights.npz", "synthetic", tmp_path / "report"))

@@ -69,6 +69,7 @@ HEAVY = {
     "pyarrow": {"evaluation/feature_files.py"},
     "sklearn": {
         "data/builders/digits.py",
+        "evaluation/classification.py",
         "visualization/evaluation_report.py",
         "benchmarks/pipelines.py",
     },

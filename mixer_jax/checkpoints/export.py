@@ -186,14 +186,15 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
             _write_run(staged, weights)
             _compare_run(staged, weights)
         else:
+            is_folder = format == HUB_FOLDER
+            layout, write, open_file = _FILE_FORMATS["timm" if is_folder else format]
+            found = _find_layout(weights.model_info, layout, flat)
             file = staged
-            if format == HUB_FOLDER:
-                format, file = "timm", staged / HUB_FILE
+            if is_folder:
+                file = staged / HUB_FILE
                 staged.mkdir()
                 config = json.dumps(make_timm_config(weights.model_info), indent=2)
                 atomic_write(staged / TIMM_CONFIG_FILE, config + "\n")
-            layout, write, open_file = _FILE_FORMATS[format]
-            found = _find_layout(weights.model_info, layout, flat)
             write(str(file), layout_tensors(flat, found), weights.model_info.to_dict())
             _compare_file(file, open_file, layout_tensors(flat, found), weights.model_info)
         return "read back, bit-identical"

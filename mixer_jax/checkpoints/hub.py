@@ -1,6 +1,7 @@
 """Upload of weights to a repository of the Hugging Face Hub, with a generated model card."""
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from mixer_jax.errors import (
 )
 
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 class Upload(NamedTuple):
@@ -42,12 +44,21 @@ def check_repo_name(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        rule = " of at most 96 letters, digits, '-', '_' and '.'"
-    parts = name.split("/")
+        rule = " of at most 96 letters, digits, '-', '_' and '.', without '--', '..' and '.git'"
+    parts = str(name).split("/")
     if len(parts) != 2 or not all(parts):
         rule, fix = " with one slash", " OWNER is your user name or organization on the Hub."
     if rule:
         raise UserError(f"name on the Hub must be OWNER/NAME{rule}, got {name!r}.{fix}")
+
+
+def check_license(card_license: str) -> None:
+    """Raises UserError unless a license, or "" for none, can be an identifier of the Hub."""
+    if card_license and not _LICENSE.fullmatch(card_license):
+        raise UserError(
+            "license must be an identifier of the Hub in lower case, such as apache-2.0 or other, "
+            f"got {card_license!r}."
+        )
 
 
 def check_access(name: str) -> None:
@@ -82,9 +93,11 @@ def staged_repository(
         card_license: Identifier of the license in the model card; empty: none.
 
     Raises:
-        UserError: The weights have parameters for which the format has no place.
+        UserError: The license is invalid, or the weights have parameters for which the format has
+            no place.
         DiskFullError: There is no space for the temporary files.
     """
+    check_license(card_license)
     with contextlib.ExitStack() as stack:
         try:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "model")
@@ -121,16 +134,20 @@ def push_to_hub(
         replace_card: Whether to replace a model card that the repository has.
 
     Raises:
-        UserError: The name or the token is invalid, or the token lacks write permission.
+        UserError: The name, the license or the token is invalid, or the token lacks write
+            permission.
         DiskFullError: There is no space for temporary files.
         RunError: The Hub cannot be reached, or fails.
     """
     import huggingface_hub
 
+    check_license(card_license)
     check_access(name)
-    with staged_repository(weights, name, card_license) as folder, _upload_errors(name):
-        # Its warnings would appear next to our errors.
-        huggingface_hub.logging.set_verbosity_error()
+    with (
+        staged_repository(weights, name, card_license) as folder,
+        _upload_errors(name),
+        _without_warnings(),
+    ):
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private or None, exist_ok=True)
         kept_card = not replace_card and api.file_exists(name, CARD_FILE)
@@ -144,6 +161,19 @@ def push_to_hub(
 
 
 @contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silences the warnings of the Hub's library, which would appear next to our errors."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
 def _upload_errors(name: str) -> Iterator[None]:
     """Translates errors of the Hub's library, whose commits are applied completely or not at all.
 
@@ -151,7 +181,6 @@ def _upload_errors(name: str) -> Iterator[None]:
         UserError: The Hub rejects the request.
         RunError: The Hub cannot be reached, or fails.
     """
-    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -173,17 +202,28 @@ def _upload_errors(name: str) -> Iterator[None]:
                 f"and the Hub refuses it ({code}). Use your own name or organization as OWNER, or "
                 "a token with the role write."
             ) from error
-        reason = summarize_error(error)
+        reason = _summarize_without_token(error)
         if error.__cause__ and not isinstance(error, HfHubHTTPError):
-            reason += f" ({summarize_error(error.__cause__)})"
-        if token := huggingface_hub.get_token():
-            reason = reason.replace(token, "TOKEN")
+            reason += f" ({_summarize_without_token(error.__cause__)})"
         is_rejected = 400 <= code < 500 and code not in TRANSIENT_CODES
         if is_rejected or (isinstance(error, ValueError) and CARD_FILE in str(error)):
             raise UserError(f"{problem}: {reason}.") from error
         raise RunError(
             f"{problem}: {reason}. The files on the Hub are unchanged. Run the same command again."
         ) from error
+
+
+def _summarize_without_token(error: BaseException) -> str:
+    """Shortens the message of an error; replaces the user's token, also as a part of it."""
+    import huggingface_hub
+
+    text = str(error)
+    if token := huggingface_hub.get_token():
+        # Errors show headers with escapes for characters that cannot be printed.
+        for form in (token, repr(token)[1:-1]):
+            text = text.replace(form, "TOKEN")
+    # Without a message, an error is named by its type.
+    return summarize_error(ValueError(text) if text else error)
 
 
 def _status_code(error: BaseException | None) -> int:

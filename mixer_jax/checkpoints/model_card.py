@@ -38,10 +38,10 @@ _ALWAYS = ("batch_size", "image_size", "recipe.loss", "optimizer.name", "optimiz
 _METRICS = (
     ("top1", "top-1 accuracy", ".2%"),
     ("top5", "top-5 accuracy", ".2%"),
-    ("log_likelihood", "log-likelihood", ".4f"),
+    ("log_likelihood", "log-likelihood (nats per image)", ".4f"),
     ("calibration_error", "calibration error", ".2%"),
 )
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&~$])")
 
 
 def make_model_card(weights: PretrainedWeights, name: str, card_license: str = "") -> str:
@@ -78,11 +78,10 @@ def make_model_card(weights: PretrainedWeights, name: str, card_license: str = "
         library_name="timm" if _is_in_timm(info) else "mixer_jax",
         pipeline_tag=_TASK if info.num_classes else "image-feature-extraction",
         tags=["mixer_jax", "jax", get_family(info.family).display_name.lower()],
-        model_name=name.rpartition("/")[2],
+        # Of the evaluations, if there are any.
+        model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    if not results:
-        data.model_name = None
     sections = {
         "Use": _usage(info, name),
         "Model": _model(weights),
@@ -201,12 +200,12 @@ def _recipe(config: dict[str, Any] | None) -> list[str]:
 
 
 def _read_evaluations(weights: PretrainedWeights) -> Iterator[dict[str, Any]]:
-    """Yields the last evaluation of each split at or before the step of a run's weights."""
+    """Yields the evaluations of a run at the step of the weights; other steps are other weights."""
     config, step = weights.train_config, weights.step
     if config is None or step is None or not weights.workdir:
         return
     lines = read_json_lines(epath.Path(weights.workdir) / METRICS_FILE)
-    lines = [line for line in lines if line.get("step", step + 1) <= step]
+    lines = [line for line in lines if line.get("step") == step]
     default = EVAL_FIELDS["type"].default
     for name, entry in config.get("evals", {}).items():
         line = next((line for line in reversed(lines) if f"{name}/top1" in line), None)
@@ -223,7 +222,7 @@ def _read_evaluations(weights: PretrainedWeights) -> Iterator[dict[str, Any]]:
 
 def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
     if not evaluations:
-        return ["Not evaluated, or not stored with the weights."]
+        return ["Not evaluated at the step of these weights, or not stored with them."]
     titles = ["dataset", "split", "images", "step", *(title for _, title, _ in _METRICS)]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for evaluation in evaluations:

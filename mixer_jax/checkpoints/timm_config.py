@@ -71,14 +71,13 @@ def make_timm_config(model_info: ModelInfo) -> dict[str, Any]:
     settings |= {"first_conv": modules["stem/kernel"], "classifier": modules["head/kernel"]}
     config: dict[str, Any] = {
         "architecture": family.full_name(model_info.variant),
-        "model_args": {},
+        "num_classes": model_info.num_classes,
+        "pretrained_cfg": settings,
     }
     with contextlib.suppress(UserError):
         model = find_timm_model(model_info)
-        config = {"architecture": model.name, "model_args": dict(model.args)}
-    if not config["model_args"]:
-        del config["model_args"]
-    config |= {"num_classes": model_info.num_classes, "pretrained_cfg": settings}
+        config |= {"architecture": model.name}
+        config |= {"model_args": dict(model.args)} if model.args else {}
     if model_info.class_names:
         config["label_names"] = list(model_info.class_names)
     return config
@@ -181,7 +180,7 @@ def candidate_image_sizes(config: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def recorded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns fields of the architecture, named as in timm's models, that shapes may not tell."""
+    """Returns fields of the architecture that shapes may leave open, named as in timm's models."""
     return _model_args(config)
 
 

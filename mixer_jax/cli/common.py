@@ -306,13 +306,18 @@ def check_out(out: Path, suffixes: Sequence[str]) -> None:
         raise UserError(f"--out must end in {' or '.join(suffixes)}, got {out}.")
     if out.is_dir():
         raise UserError(f"--out must be a file, got the folder {out}.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: folder {out.parent} does not exist. Create it first.")
+    check_parent_writable(f"--out={out}", out.parent)
+
+
+def check_parent_writable(argument: str, parent: Path) -> None:
+    """Raises UserError if a folder, in which the path `argument` is to be written, cannot be."""
+    if not parent.is_dir():
+        raise UserError(f"{argument}: folder {parent} does not exist. Create it first.")
     try:
-        tempfile.TemporaryFile(dir=out.parent).close()
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise UserError(
-            f"--out={out}: folder {out.parent} cannot be written ({error.strerror})."
+            f"{argument}: folder {parent} cannot be written ({error.strerror})."
         ) from error
 
 

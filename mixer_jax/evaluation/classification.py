@@ -208,3 +208,71 @@ def calibration_bins(
         )
         for b in range(NUM_CALIBRATION_BINS)
     ]
+
+
+class ClassMetrics(NamedTuple):
+    """Metrics of one class, as fractions, or their average over classes.
+
+    Attributes:
+        precision: Fraction of the predictions of the class that are correct; 0 without any.
+        recall: Fraction of the images of the class that are found; 0 without any.
+        f1: Harmonic mean of precision and recall.
+        support: Number of images of the class.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class ClassReport(NamedTuple):
+    """Metrics per class.
+
+    Attributes:
+        classes: Metrics by class index, of classes that are the label or prediction of any image.
+        averages: Their "macro average", and their "weighted average" by support.
+    """
+
+    classes: dict[int, ClassMetrics]
+    averages: dict[str, ClassMetrics]
+
+
+def class_report(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> ClassReport:
+    """Computes precision, recall, F1 and support per class, as scikit-learn does by default."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    indices = np.union1d(labels, predicted).tolist()
+
+    def score(average: str | None) -> Any:
+        return precision_recall_fscore_support(
+            labels, predicted, labels=indices, average=average, zero_division=0
+        )
+
+    rows = zip(*(values.tolist() for values in score(None)), strict=True)
+    classes = {index: ClassMetrics(*row) for index, row in zip(indices, rows, strict=True)}
+    averages = {}
+    for average in ("macro", "weighted"):
+        precision, recall, f1 = map(float, score(average)[:3])
+        averages[f"{average} average"] = ClassMetrics(precision, recall, f1, len(labels))
+    return ClassReport(classes, averages)
+
+
+class ConfusedPair(NamedTuple):
+    """Number of images of class `label` that are predicted to be of class `predicted`."""
+
+    label: int
+    predicted: int
+    num_images: int
+
+
+def confused_pairs(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]
+) -> list[ConfusedPair]:
+    """Counts the pairs of a label and another, predicted class; the most frequent come first."""
+    is_wrong = labels != predicted
+    wrong = np.stack([labels[is_wrong], predicted[is_wrong]])
+    pairs, counts = np.unique(wrong, axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows = zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True)
+    return [ConfusedPair(*row) for row in rows]

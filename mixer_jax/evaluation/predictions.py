@@ -134,6 +134,13 @@ def predict_source(
     )
 
 
+def worst_mistakes(predictions: Predictions, count: int) -> Int[np.ndarray, " m"]:
+    """Finds the images with a wrong prediction, the most confident first."""
+    wrong = np.flatnonzero(predictions.mask & (predictions.predicted != predictions.labels))
+    confidence = predictions.confidence[wrong]
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
+
+
 class _NameRecorder(Sequence[Any]):
     """Examples whose names are recorded while they are read, in any thread.
 

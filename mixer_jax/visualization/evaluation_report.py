@@ -1,5 +1,6 @@
 """Report of an evaluation: index.html, predictions.csv and metrics.json in one folder."""
 
+import contextlib
 import csv
 import json
 import math
@@ -12,62 +13,29 @@ from jaxtyping import Int
 
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.source import Source
+from mixer_jax.data.wordnet import label_class
 from mixer_jax.errors import DiskFullError, RunError, no_space_reason
 from mixer_jax.evaluation.classification import (
     NUM_CALIBRATION_BINS,
     CalibrationBin,
     ClassificationMetrics,
+    ClassReport,
+    ConfusedPair,
     calibration_bins,
+    class_report,
+    confused_pairs,
 )
-from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, Predictions
+from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, Predictions, worst_mistakes
 from mixer_jax.files import atomic_folder
 from mixer_jax.visualization.figures import make_figure
 from mixer_jax.visualization.html import encode_figure, encode_thumbnail, render_page
 
 PAGE, PREDICTIONS, METRICS = "index.html", "predictions.csv", "metrics.json"
-# Classes up to which the confusion matrix is a table with names, and a picture.
+# Number of classes that occur, up to which the confusion matrix is a table, or a picture.
 _MAX_TABLE_CLASSES, _MAX_PICTURE_CLASSES = 25, 200
 _NUM_PAIRS, _NUM_MISTAKES, _NUM_ERRORS = 50, 48, 50
 # Spreadsheet programs run a cell as a formula if its text begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-class ClassMetrics(NamedTuple):
-    """Metrics of one class, as fractions, or an average over classes.
-
-    Attributes:
-        name: Name of the class, or of the average.
-        precision: Fraction of the predictions of the class that are correct; 0 without any.
-        recall: Fraction of the images of the class that are found; 0 without any.
-        f1: Harmonic mean of precision and recall.
-        support: Number of images of the class.
-    """
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
-
-
-class ClassReport(NamedTuple):
-    """Metrics per class.
-
-    Attributes:
-        classes: Metrics of the classes that are labels or predictions of any image, by index.
-        averages: Their mean, and their mean weighted by support.
-    """
-
-    classes: dict[int, ClassMetrics]
-    averages: list[ClassMetrics]
-
-
-class ConfusedPair(NamedTuple):
-    """Number of images of class `label` that are predicted to be of class `predicted`."""
-
-    label: int
-    predicted: int
-    num_images: int
 
 
 def write_report(
@@ -98,26 +66,27 @@ def write_report(
     """
     mask = predictions.mask
     labels, predicted = predictions.labels[mask], predictions.predicted[mask]
-    report = class_report(labels, predicted, source.class_names)
+    report = class_report(labels, predicted)
     pairs = confused_pairs(labels, predicted)
     is_correct = predictions.rank[mask] == 0
     bins = calibration_bins(predictions.confidence[mask], is_correct)
+    names = [label_class(name) for name in source.class_names]
     page = render_page(
         "evaluation.html",
         title=title,
         subtitle=subtitle,
         facts=_format_facts(metrics, report),
         counts=metrics.format_counts(),
-        class_rows=_format_classes(report),
+        class_rows=_format_classes(report, names),
         num_absent=source.num_classes - len(report.classes),
-        matrix=_matrix_cells(labels, predicted, source.class_names),
-        matrix_picture=_draw_matrix(labels, predicted, source.num_classes),
-        pair_rows=_format_pairs(pairs[:_NUM_PAIRS], report),
+        matrix=_matrix_rows(labels, predicted, [names[index] for index in report.classes]),
+        matrix_picture=_draw_matrix(labels, predicted, list(report.classes)),
+        pair_rows=_format_pairs(pairs[:_NUM_PAIRS], report, names),
         num_pairs=f"{len(pairs):,}",
         calibration=encode_figure(draw_calibration(bins)),
         calibration_error=f"{metrics.calibration_error:.2%}",
         num_bins=NUM_CALIBRATION_BINS,
-        mistakes=list(_show_mistakes(source, predictions, exif_orientation)),
+        mistakes=list(_show_mistakes(source, predictions, names, exif_orientation)),
         num_mistakes=f"{int((labels != predicted).sum()):,}",
         error_rows=[
             [predictions.names[index], reason]
@@ -127,10 +96,10 @@ def write_report(
     )
     summary = summary | {
         "per_class": {
-            values.name: {"class_index": index} | _without_name(values)
+            source.class_names[index]: {"class_index": index} | values._asdict()
             for index, values in report.classes.items()
         },
-        **{values.name: _without_name(values) for values in report.averages},
+        **{name: values._asdict() for name, values in report.averages.items()},
         "confused_pairs": [
             pair._asdict()
             | {
@@ -159,53 +128,6 @@ def write_report(
         ) from error
 
 
-def class_report(
-    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], class_names: Sequence[str]
-) -> ClassReport:
-    """Computes precision, recall, F1 and support per class, like scikit-learn's by default."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    indices = np.union1d(labels, predicted).tolist()
-
-    def score(average: str | None) -> Any:
-        return precision_recall_fscore_support(
-            labels, predicted, labels=indices, average=average, zero_division=0
-        )
-
-    classes = {
-        index: ClassMetrics(class_names[index], float(precision), float(recall), float(f1), int(n))
-        for index, precision, recall, f1, n in zip(indices, *score(None), strict=True)
-    }
-    averages = []
-    for average in ("macro", "weighted"):
-        precision, recall, f1, _ = score(average)
-        averages.append(
-            ClassMetrics(
-                f"{average} average", float(precision), float(recall), float(f1), len(labels)
-            )
-        )
-    return ClassReport(classes, averages)
-
-
-def confused_pairs(
-    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]
-) -> list[ConfusedPair]:
-    """Counts the pairs of a label and another, predicted class; the most frequent come first."""
-    is_wrong = labels != predicted
-    wrong = np.stack([labels[is_wrong], predicted[is_wrong]])
-    pairs, counts = np.unique(wrong, axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    rows = zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True)
-    return [ConfusedPair(*row) for row in rows]
-
-
-def worst_mistakes(predictions: Predictions, count: int) -> Int[np.ndarray, " m"]:
-    """Finds the images with a wrong prediction, the most confident first."""
-    wrong = np.flatnonzero(predictions.mask & (predictions.predicted != predictions.labels))
-    confidence = predictions.confidence[wrong]
-    return wrong[np.argsort(-confidence, kind="stable")[:count]]
-
-
 def draw_calibration(bins: Sequence[CalibrationBin]) -> Any:
     """Draws a reliability diagram: accuracy by confidence, above the number of images."""
     figure = make_figure(5, 5, constrained=True)
@@ -227,15 +149,21 @@ def draw_calibration(bins: Sequence[CalibrationBin]) -> Any:
 
 
 def _draw_matrix(
-    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], indices: Sequence[int]
 ) -> str:
     """Draws the confusion matrix of many classes, whose names have no room; else returns ""."""
-    if not _MAX_TABLE_CLASSES < num_classes <= _MAX_PICTURE_CLASSES:
+    if not _MAX_TABLE_CLASSES < len(indices) <= _MAX_PICTURE_CLASSES:
         return ""
+    from sklearn.metrics import confusion_matrix
+
     figure = make_figure(8, 7, constrained=True)
     axes = figure.subplots()
-    shares = _confusion_shares(_confusion_matrix(labels, predicted, num_classes))
+    shares = _confusion_shares(confusion_matrix(labels, predicted))
     image = axes.imshow(shares, cmap="magma_r", vmin=0, vmax=1)
+    ticks = range(0, len(indices), math.ceil(len(indices) / 10))
+    texts = [str(indices[tick]) for tick in ticks]
+    axes.set_xticks(ticks, texts)
+    axes.set_yticks(ticks, texts)
     axes.set(xlabel="predicted class, by index", ylabel="class, by index")
     figure.colorbar(image, label="fraction of the class's images")
     return encode_figure(figure, "png")
@@ -252,26 +180,20 @@ class MatrixRow(NamedTuple):
     cells: list[tuple[int, str]]
 
 
-def _matrix_cells(
-    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], class_names: Sequence[str]
+def _matrix_rows(
+    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], names: Sequence[str]
 ) -> list[MatrixRow]:
-    """Formats the confusion matrix of few classes; [] for more."""
-    if len(class_names) > _MAX_TABLE_CLASSES:
+    """Formats the confusion matrix of few classes, those that occur; [] for more."""
+    if len(names) > _MAX_TABLE_CLASSES:
         return []
-    matrix = _confusion_matrix(labels, predicted, len(class_names))
+    from sklearn.metrics import confusion_matrix
+
+    matrix = confusion_matrix(labels, predicted)
     shares = _confusion_shares(matrix)
     return [
         MatrixRow(name, [(n, f"{s:.2f}") for n, s in zip(counts, row, strict=True)])
-        for name, counts, row in zip(class_names, matrix.tolist(), shares.tolist(), strict=True)
+        for name, counts, row in zip(names, matrix.tolist(), shares.tolist(), strict=True)
     ]
-
-
-def _confusion_matrix(
-    labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
-) -> Int[np.ndarray, "classes classes"]:
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels, predicted, labels=range(num_classes))
 
 
 def _confusion_shares(matrix: Int[np.ndarray, "classes classes"]) -> Any:
@@ -280,66 +202,56 @@ def _confusion_shares(matrix: Int[np.ndarray, "classes classes"]) -> Any:
 
 
 def _format_facts(metrics: ClassificationMetrics, report: ClassReport) -> list[tuple[str, str]]:
-    macro = report.averages[0]
     return [
         ("images", f"{metrics.num_examples:,}"),
         ("top-1 accuracy", f"{metrics.top1:.2%}"),
         ("top-5 accuracy", f"{metrics.top5:.2%}"),
-        ("macro F1", f"{macro.f1:.2%}"),
+        ("macro F1", f"{report.averages['macro average'].f1:.2%}"),
         ("log-likelihood", f"{metrics.log_likelihood:.4f}"),
         ("calibration error", f"{metrics.calibration_error:.2%}"),
     ]
 
 
-def _format_classes(report: ClassReport) -> list[list[str]]:
+def _format_classes(report: ClassReport, names: Sequence[str]) -> list[list[str]]:
     """Formats the averages and the classes, lowest F1 first."""
     worst = sorted(report.classes.items(), key=lambda item: (item[1].f1, item[0]))
-    rows = [("", values) for values in report.averages]
-    rows += [(str(index), values) for index, values in worst]
+    rows = [(name, "", values) for name, values in report.averages.items()]
+    rows += [(names[index], str(index), values) for index, values in worst]
     return [
-        [
-            values.name,
-            index,
-            *(f"{value:.2%}" for value in values[1:4]),
-            f"{values.support:,}",
-        ]
-        for index, values in rows
+        [name, index, *(f"{value:.2%}" for value in values[:3]), f"{values.support:,}"]
+        for name, index, values in rows
     ]
 
 
-def _format_pairs(pairs: Sequence[ConfusedPair], report: ClassReport) -> list[list[str]]:
+def _format_pairs(
+    pairs: Sequence[ConfusedPair], report: ClassReport, names: Sequence[str]
+) -> list[list[str]]:
     rows = []
-    for pair in pairs:
-        label, predicted = report.classes[pair.label], report.classes[pair.predicted]
-        share = f"{pair.num_images / label.support:.2%}"
-        rows.append([label.name, predicted.name, f"{pair.num_images:,}", share])
+    for label, predicted, num_images in pairs:
+        share = f"{num_images / report.classes[label].support:.2%}"
+        rows.append([names[label], names[predicted], f"{num_images:,}", share])
     return rows
 
 
 def _show_mistakes(
-    source: Source, predictions: Predictions, exif_orientation: bool
+    source: Source, predictions: Predictions, names: Sequence[str], exif_orientation: bool
 ) -> Iterator[dict[str, Any]]:
-    """Reads the images of the most confident mistakes; those deleted since are left out."""
+    """Lists the most confident mistakes with their images, except those deleted since."""
     for index in worst_mistakes(predictions, _NUM_MISTAKES).tolist():
-        try:
+        uri = ""
+        with contextlib.suppress(BadImageError):
             encoded = source.examples[index]["image"]
-            pixels = decode(encoded, exif_orientation=exif_orientation)
-        except BadImageError:
-            continue
+            uri = encode_thumbnail(decode(encoded, exif_orientation=exif_orientation))
         label, predicted = predictions.labels[index], predictions.predicted[index]
         probability = math.exp(predictions.log_likelihood[index])
         yield {
-            "uri": encode_thumbnail(pixels),
+            "uri": uri,
             "name": predictions.names[index],
-            "predicted": source.class_names[predicted],
+            "predicted": names[predicted],
             "confidence": f"{predictions.confidence[index]:.1%}",
-            "label": source.class_names[label],
+            "label": names[label],
             "probability": f"{probability:.1%}",
         }
-
-
-def _without_name(values: ClassMetrics) -> dict[str, float]:
-    return {name: value for name, value in values._asdict().items() if name != "name"}
 
 
 def _write_predictions(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:

@@ -312,6 +312,15 @@ def test_save_pretrained_leaves_nothing_on_a_full_disk(
     assert load_checkpoint(tmp_path / "empty").model_info == weights.model_info
 
 
+def test_save_pretrained_names_a_family_without_timms_layout(
+    weights: PretrainedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixer_jax.models.mixer_family.MixerFamily.weight_layouts", lambda _: ())
+    with raises(UserError, "'mixer'", "timm"):
+        Classifier(weights).save_pretrained(tmp_path / "saved")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_without_write_permission_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import logging
 
 from mixer_jax import convert
 from mixer_jax.checkpoints.hub import push_to_hub
@@ -77,6 +78,25 @@ def test_second_upload_is_a_commit_that_keeps_the_card(
     assert b"mixer_jax" in hub.files(NAME)["README.md"]
 
 
+def test_upload_keeps_the_verbosity_of_the_hubs_library(
+    hub: Hub, weights: PretrainedWeights
+) -> None:
+    before = logging.get_verbosity()
+    push_to_hub(weights, NAME)
+    assert logging.get_verbosity() == before
+
+
+def test_upload_without_a_head_prints_a_command_that_takes_it(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = random_weights(class_names=())
+    path = save_safetensors(features, tmp_path / "w.safetensors", features.model_info.to_dict())
+    assert convert.main([path, f"--push_to_hub={NAME}", "--license=mit"]) == 0
+    out = capsys.readouterr().out
+    assert f"--config.init_from=hf:{NAME}" in out
+    assert "predict" not in out
+
+
 def test_classifier_uploads_itself(hub: Hub, source: str, weights: PretrainedWeights) -> None:
     model = load_pretrained(source)
     assert model.push_to_hub(NAME, license="mit") == f"{hub.url}/{NAME}"
@@ -141,6 +161,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> None:
         ("", ["''"]),
         ("ada/ti ny", ["'ada/ti ny'"]),
         (f"ada/{'x' * 120}", ["96"]),
+        ("ada/ti--ny", ["'ada/ti--ny'", "'--'"]),
         ("ada/tiny@main", ["'ada/tiny@main'"]),
     ],
 )
@@ -155,6 +176,43 @@ def test_bad_names_are_usage_errors(
             use()
         one_line(error)
     assert not hub.requests
+
+
+@pytest.mark.parametrize("license", ["MIT", "apache 2.0", "mit\n---\n# Other"])
+def test_bad_licenses_are_usage_errors(
+    license: str, hub: Hub, source: str, weights: PretrainedWeights
+) -> None:
+    for use in (
+        lambda: push_to_hub(weights, NAME, card_license=license),
+        lambda: convert.main(
+            [source, f"--push_to_hub={NAME}", f"--license={license}", "--dry_run"]
+        ),
+    ):
+        with raises(UserError, "license", "apache-2.0", repr(license)) as error:
+            use()
+        one_line(error)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("token", ["hf_ada", "hf_\x1bada"], ids=["", "escaped"])
+@pytest.mark.parametrize("before", [0, 190])
+def test_tokens_in_errors_of_the_library_are_hidden(
+    before: int,
+    token: str,
+    hub: Hub,
+    weights: PretrainedWeights,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    header = f"Bearer {token}".encode()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{'x' * before} illegal header {header!r}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", fail)
+    with raises(RunError, NAME) as error:
+        push_to_hub(weights, NAME)
+    assert "hf_" not in str(error.value)
 
 
 @pytest.mark.parametrize(

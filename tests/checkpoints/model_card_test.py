@@ -67,6 +67,16 @@ def test_card_has_data_recipe_and_metrics_at_the_step_of_the_weights(tmp_path: P
     assert not any(line.startswith("optimizer.b1") for line in recipe)
 
 
+def test_evaluations_at_other_steps_are_not_those_of_the_weights(tmp_path: Path) -> None:
+    workdir = saved_run(tmp_path)
+    path = Path(workdir, "metrics.jsonl")
+    others = [line for line in path.read_text().splitlines() if '"step": 20' not in line]
+    path.write_text("\n".join(others))
+    card, sections = card_of(load_checkpoint(workdir))
+    assert card.data.eval_results is None
+    assert "%" not in sections["Evaluation"]
+
+
 @pytest.mark.slow
 def test_card_of_a_real_run(digits_dir: str, tmp_path: Path) -> None:
     config = small_config(digits_dir, **NO_REGULARIZATION)
@@ -100,9 +110,8 @@ def test_other_class_names_keep_the_metrics_and_another_head_does_not(tmp_path: 
 
 def test_local_paths_are_not_published(tmp_path: Path) -> None:
     for init_from, public in ((f"{SECRET}/run", False), ("hf:timm/mixer_b16_224.goog_in21k", True)):
-        workdir = saved_run(
-            tmp_path / str(public), dataset__name=f"folder:{SECRET}/my_photos", init_from=init_from
-        )
+        name = f"folder:{SECRET}/my_photos"
+        workdir = saved_run(tmp_path / str(public), dataset__name=name, init_from=init_from)
         card, sections = card_of(load_checkpoint(workdir))
         assert "secret" not in str(card)
         assert mentions(sections["Training data"], "my\\_photos")
@@ -138,11 +147,23 @@ def test_class_names_cannot_break_the_page() -> None:
     assert not mentions(sections["Model"], "class 20")
 
 
+def test_names_of_datasets_cannot_break_the_page(tmp_path: Path) -> None:
+    name = 'my "photos": \n---\n# Other | `x` <b>~~all~~ $y$'
+    workdir = saved_run(tmp_path, dataset__name=f"folder:{SECRET}/{name}")
+    card, sections = card_of(load_checkpoint(workdir))
+    assert {name in result.dataset_name for result in card.data.eval_results} == {True}
+    assert list(sections)[-1] == "License"
+    row = sections["Evaluation"].strip().splitlines()[2]
+    escaped = 'my "photos": --- \\# Other \\| \\`x\\` &lt;b\\>\\~\\~all\\~\\~ \\$y\\$'
+    assert escaped in row
+    assert escaped in sections["Training data"]
+
+
 def test_documentation_shows_a_card_with_the_same_parts(tmp_path: Path) -> None:
     text = Path("docs/how_to/share.md").read_text()
     (sample,) = re.findall(r"````markdown\n(.*?)````", text, re.DOTALL)
     card, _ = card_of(load_checkpoint(saved_run(tmp_path)), "apache-2.0")
-    pattern = re.compile(r"^(?:#+ .*|[a-z_-]+:.*)$", re.MULTILINE)
+    pattern = re.compile(r"^(?:#+ .*|[a-z_-]+:.*|\| dataset .*)$", re.MULTILINE)
     parts = [
         [re.sub(r"(?<=:).*|(?<=^# ).*", "", line) for line in pattern.findall(content)]
         for content in (sample, str(card))

@@ -1,4 +1,7 @@
-"""Tests of ONNX files: they equal the model in onnxruntime, and say what they are."""
+"""Tests of ONNX files: they equal the model in onnxruntime, and say what they are.
+
+Those that convert are slow: importing jax2onnx takes about 10 s.
+"""
 
 import json
 from pathlib import Path
@@ -30,6 +33,7 @@ def run(path: Path, images: np.ndarray) -> np.ndarray:
     return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [
@@ -80,6 +84,7 @@ def check_file(weights: PretrainedWeights, tmp_path: Path) -> None:
         assert n == 1 or np.abs(expected[0] - expected[1]).max() > 0.01 * expected.std()
 
 
+@pytest.mark.slow
 def test_file_has_named_inputs_and_metadata(tmp_path: Path) -> None:
     weights = random_weights(class_names=("one", "zwei", "трий"), eval_crop="shorter_side")
     path = tmp_path / "w.onnx"
@@ -96,6 +101,7 @@ def test_file_has_named_inputs_and_metadata(tmp_path: Path) -> None:
     assert (fields["class_names"], fields["eval_crop"]) == (["one", "zwei", "трий"], "shorter_side")
 
 
+@pytest.mark.slow
 def test_check_onnx_rejects_other_weights_metadata_and_files(tmp_path: Path) -> None:
     path = tmp_path / "w.onnx"
     write_onnx(str(path), random_weights())
@@ -109,6 +115,7 @@ def test_check_onnx_rejects_other_weights_metadata_and_files(tmp_path: Path) -> 
         check_onnx(str(path), random_weights())
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = onnx_export.write_onnx
 
@@ -122,6 +129,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with file_size_limit(10_000), raises(DiskFullError, f"{tmp_path}/w.onnx", "File too large"):
         export_weights(random_weights(), "onnx", f"{tmp_path}/w.onnx")

@@ -5,12 +5,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from sklearn.metrics import classification_report
 
 from mixer_jax.evaluation.classification import (
     ClassificationMetrics,
     ExampleMetrics,
     aggregate,
     calibration_error,
+    class_report,
+    confused_pairs,
     per_example_metrics,
 )
 from tests.helpers.messages import raises
@@ -192,3 +195,21 @@ def test_aggregate_counts_nan_logits_as_incorrect(num_classes: int) -> None:
     # Zero would be a perfect calibration error.
     assert np.isnan(metrics.log_likelihood)
     assert np.isnan(metrics.calibration_error)
+
+
+def test_class_report_has_the_classes_that_occur() -> None:
+    labels, predicted = np.array([0, 0, 3]), np.array([0, 2, 3])
+    report = class_report(labels, predicted)
+    assert list(report.classes) == [0, 2, 3]
+    # Predicted once, never correctly; without an image of its own.
+    assert report.classes[2] == (0.0, 0.0, 0.0, 0)
+    expected = classification_report(labels, predicted, output_dict=True, zero_division=0)
+    for sort in ("macro", "weighted"):
+        values = expected[f"{sort} avg"]
+        assert report.averages[f"{sort} average"] == tuple(values.values())
+
+
+def test_confused_pairs_are_sorted_by_frequency() -> None:
+    labels, predicted = np.array([0, 1, 2, 2, 1, 1]), np.array([0, 0, 1, 1, 0, 2])
+    assert confused_pairs(labels, predicted) == [(1, 0, 2), (2, 1, 2), (1, 2, 1)]
+    assert confused_pairs(labels, labels) == []

@@ -81,12 +81,21 @@ def test_predictions_do_not_depend_on_the_batch_size() -> None:
     np.testing.assert_allclose(first.top_probabilities, second.top_probabilities, rtol=1e-5)
 
 
+def fill_head(weights: PretrainedWeights, value: float) -> PretrainedWeights:
+    def fill(path: Any, array: np.ndarray) -> np.ndarray:
+        return np.full_like(array, value) if "head" in jax.tree_util.keystr(path) else array
+
+    params = jax.tree_util.tree_map_with_path(fill, weights.params)
+    return PretrainedWeights(params, weights.model_info)
+
+
+def test_equally_probable_classes_are_wrong_and_the_first_is_the_prediction() -> None:
+    metrics, predictions = predict(fill_head(make_weights(3), 0.0))
+    assert metrics.top1 == 0
+    assert not predictions.predicted.any()
+    assert (predictions.rank == 2).all()
+
+
 def test_predictions_must_be_finite() -> None:
-    weights = make_weights(3)
-
-    def spoil(path: Any, array: np.ndarray) -> np.ndarray:
-        return np.full_like(array, np.nan) if "head" in jax.tree_util.keystr(path) else array
-
-    params = jax.tree_util.tree_map_with_path(spoil, weights.params)
     with raises(UserError, "NaN", str(COUNT)):
-        predict(PretrainedWeights(params, weights.model_info))
+        predict(fill_head(make_weights(3), np.nan))
