@@ -417,7 +417,7 @@ class Classifier:
         """Compiled gradient of the log-odds of a class with respect to images."""
         from mixer_jax.evaluation.saliency import log_odds
 
-        # Modules are what is tested for derivatives with respect to images.
+        # Derivatives with respect to images are tested for modules only, not for custom kernels.
         execution = dataclasses.replace(self.model.execution, backend="xla")
         model = self.model.clone(execution=execution)
 

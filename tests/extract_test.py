@@ -1,6 +1,7 @@
 """Tests of `python -m mixer_jax.extract`: files of features, their order, errors and resuming."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,50 @@ def test_stopped_extraction_resumes_to_the_same_bytes(
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_parts_of_another_size_are_refused(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_dataset("synthetic", "test", num_examples=45)
+    out = tmp_path / "features.npz"
+    extract_until("write_part", 1, workspace, source, out)
+    monkeypatch.setattr(extraction, "_MAX_PART_BATCHES", 4)
+    with raises(UserError, f"{out}.parts", "part_size", "16", "--force"):
+        extract_source(workspace, source, out)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_memory_does_not_grow_with_the_number_of_images(
+    suffix: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace_peak(num_examples: int) -> tuple[int, int]:
+        """Returns the peak of memory after the first part, and the size of the output."""
+        original, parts = extraction.write_part, []
+
+        def write_part(path: Path, part: Any) -> None:
+            original(path, part)
+            parts.append(path)
+            if len(parts) == 1:
+                # Compilation and imports are over.
+                tracemalloc.start()
+
+        out = tmp_path / f"{num_examples}.{suffix}"
+        source = open_dataset("synthetic", "test", num_examples=num_examples)
+        with monkeypatch.context() as patch:
+            patch.setattr(extraction, "write_part", write_part)
+            try:
+                extract_source(workspace, source, out)
+                return tracemalloc.get_traced_memory()[1], out.stat().st_size
+            finally:
+                tracemalloc.stop()
+
+    trace_peak(32)
+    (small, small_size), (large, large_size) = trace_peak(160), trace_peak(800)
+    assert large - small < 0.2 * (large_size - small_size)
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_another_request_is_refused_or_starts_over(workspace: Path, tmp_path: Path) -> None:
     source = open_dataset("synthetic", "test", num_examples=45)
     out = tmp_path / "features.npz"
@@ -305,9 +350,13 @@ def test_invalid_arguments_write_nothing(
     assert (tmp_path / "old.npz").read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["write_part", "_assemble"])
-def test_full_disk_leaves_parts_to_resume_from(name: str, workspace: Path, tmp_path: Path) -> None:
-    out = tmp_path / "features.npz"
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("write_part", "npz"), ("_assemble", "npz"), ("_assemble", "parquet")]
+)
+def test_full_disk_leaves_parts_to_resume_from(
+    name: str, suffix: str, workspace: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"features.{suffix}"
     original = getattr(extraction, name)
 
     def on_full_disk(*args: Any) -> None:
@@ -320,8 +369,7 @@ def test_full_disk_leaves_parts_to_resume_from(name: str, workspace: Path, tmp_p
         with raises(DiskFullError, str(out), "File too large"):
             extract_source(workspace, source, out)
     assert not out.exists()
-    extract_source(workspace, source, out)
-    assert len(read_npz(out)["names"]) == 24
+    assert extract_source(workspace, source, out).num_images == 24
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -25,7 +25,7 @@ from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, bad_images_e
 from mixer_jax.files import atomic_write, file_lock, output_errors
 
 _REQUEST_FILE = "request.json"
-# Bytes of a part, unless a batch has more, and its batches, which bound what a stop loses.
+# Largest part, in bytes (one batch may have more) and in batches. A stop loses one part at most.
 _PART_BYTES, _MAX_PART_BATCHES = 2**26, 32
 
 
@@ -70,7 +70,13 @@ class Extraction(NamedTuple):
 
 
 class ExtractionResult(NamedTuple):
-    """Numbers of images in an output and left out of it, and of those that a resumed one had."""
+    """What an extraction wrote.
+
+    Attributes:
+        num_images: Images in the output.
+        bad_images: Name and reason of each image that was left out.
+        num_resumed: Images that were read from parts of an earlier process, bad ones included.
+    """
 
     num_images: int
     bad_images: list[tuple[str, str]]
@@ -96,7 +102,7 @@ def extract_to_file(
         input_config: Input pipeline.
         out: Output file, whose suffix is a key of `WRITERS`.
         force: Whether to discard the parts of an unfinished extraction with another request.
-        on_progress: Callback with the number of images that another part has, bad ones included.
+        on_progress: Callback with the number of images in each finished part, bad ones included.
 
     Raises:
         UserError: Images are unusable and must not be skipped, none is usable, activations are not
@@ -111,7 +117,8 @@ def extract_to_file(
     source = extraction.source
     paths = [folder / f"{index:06}.npz" for index in range(math.ceil(len(source) / part_size))]
     with _lock(out):
-        _begin(folder, out, request, force)
+        # Versions of this module may differ in the size of parts.
+        _begin(folder, out, request | {"part_size": part_size}, force)
         done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
         num_resumed = min(done * part_size, len(source))
         on_progress(num_resumed)
@@ -174,9 +181,9 @@ def _begin(folder: Path, out: Path, request: dict[str, Any], force: bool) -> Non
             old = json.loads(path.read_text())
         if old != request and not force:
             raise UserError(
-                f"{folder} must have parts of the same request, got another one "
-                f"({abbreviate(_describe_changes(old, request))}). Repeat that one, choose another "
-                "--out, or pass --force to start over."
+                f"{folder} must have parts of the same request, got those of another "
+                f"({abbreviate(_describe_changes(old, request))}). Repeat that request, choose "
+                "another --out, or pass --force to start over."
             )
     with output_errors(str(out)):
         if old != request and folder.exists():
@@ -189,9 +196,9 @@ def _begin(folder: Path, out: Path, request: dict[str, Any], force: bool) -> Non
 
 
 def _describe_changes(old: Any, new: dict[str, Any]) -> list[str]:
-    """Describes what differs between two requests, short values by what they are."""
+    """Lists what differs between two requests, with the old value if it is short."""
     if not isinstance(old, dict):
-        return ["an unknown one"]
+        return ["unknown"]
     old, new = ({**x, **x.get("model", {}), "model": ""} for x in (old, new))
     changed = [key for key in new if old.get(key) != new[key]]
     return [

@@ -126,8 +126,8 @@ def read_units(
     units = family.token_mixing_units(model.params, info.config, info.image_size)
     if units is None:
         raise UserError(
-            f"units are those of MLPs that mix tokens, which {info.name} does not have. Draw the "
-            "filters of its first layer with visualize filters."
+            f"model must have MLPs that mix tokens, got {info.name}. Draw the filters of its first "
+            "layer with visualize filters."
         )
     return np.asarray(units)
 
@@ -182,7 +182,7 @@ def read_filters(
     filters = get_family(info.family).stem_filters(model.params)
     if filters is None:
         raise UserError(
-            f"filters are those of a first layer that is linear, which {info.name} does not have."
+            f"model must have a first layer whose filters can be drawn, got {info.name}."
         )
     filters = np.asarray(filters)
     return np.repeat(filters.mean(2, keepdims=True), 3, axis=2) if gray else filters

@@ -1,4 +1,4 @@
-"""Tests of feature extraction as real processes that are killed, and of their memory."""
+"""Tests of feature extraction as real processes that are killed."""
 
 import subprocess
 import sys

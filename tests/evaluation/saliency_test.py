@@ -87,6 +87,7 @@ def test_gradient_equals_finite_differences(config: Any, loss: str) -> None:
     assert saliency.values.max() > 0.01
 
 
+@pytest.mark.slow
 def test_occlusion_finds_the_planted_corner() -> None:
     weights = train(
         initial_weights(MixerConfig(1, 4, 16, 16, 32), 2), corner_task(2_000, 0), num_steps=150

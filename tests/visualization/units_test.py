@@ -254,6 +254,7 @@ def test_titles_name_permuted_images() -> None:
         assert mentions(figure.texts[0].get_text(), "patches", "permuted")
 
 
+@pytest.mark.slow
 def test_training_lowers_the_frequency_of_units_and_filters_below_noise() -> None:
     """Random weights are the control: the same statistic is that of noise."""
     config = MixerConfig(1, 2, 16, 16, 32)
