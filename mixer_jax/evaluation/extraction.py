@@ -53,7 +53,7 @@ class Extraction(NamedTuple):
         return {name: shape[-1:] if self.pool else shape for name, shape in shapes.items()}
 
     def request(self, batch_size: int) -> dict[str, Any]:
-        """Returns what determines the output, as plain data."""
+        """Returns everything that determines the output, as plain data."""
         info = self.weights.model_info.to_dict()
         del info["class_names"]
         return {
@@ -70,7 +70,7 @@ class Extraction(NamedTuple):
 
 
 class ExtractionResult(NamedTuple):
-    """What an extraction wrote.
+    """Counts of an extraction that is complete.
 
     Attributes:
         num_images: Images in the output.

@@ -101,7 +101,7 @@ class Parts:
 
 
 class Contents(NamedTuple):
-    """What a feature file contains.
+    """Contents of a feature file besides the arrays of its parts.
 
     Attributes:
         layers: Shape of each layer's activations, without the axis of images.

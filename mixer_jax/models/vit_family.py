@@ -277,7 +277,7 @@ def _timm_name(variant: str) -> str:
 
 
 def _not_in_timm(config: VitConfig) -> str:
-    """Returns what a model has but timm's do not; or ""."""
+    """Returns the feature of a model that timm's do not have, or ""."""
     if config.pre_logits:
         return "pre_logits"
     return config.pos_embedding if config.pos_embedding != "learned" else ""

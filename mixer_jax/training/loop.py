@@ -512,7 +512,7 @@ def _num_params(experiment: Experiment) -> int:
 
 
 def _start_record(experiment: Experiment, start_step: int) -> dict[str, Any]:
-    """Returns what starts.jsonl records: time, model, data, devices and versions."""
+    """Returns a line of starts.jsonl: time, model, data, devices and versions."""
     info, mesh, train = experiment.model_info, experiment.mesh, experiment.datasets.train
     return {
         "step": start_step,

@@ -40,7 +40,7 @@ _MAX_SVG_POINTS = 5_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a workdir records about a run.
+    """Records of a run in its workdir.
 
     Attributes:
         name: Name that distinguishes the run from the others on the page.
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the whole run; None if they are unknown."""
+        """Planned number of steps; None if it is unknown."""
         configured = self.config["num_steps"] or None
         return self.starts[-1].get("num_steps", configured) if self.starts else configured
 
