@@ -240,7 +240,8 @@ def test_report_has_the_numbers_of_scikit_learn_and_every_image(
             probability = float(row[f"probability: {entry.name}"])
             assert probability == pytest.approx(entry.probability, rel=1e-3)
         if row["label"] != row["prediction"]:
-            assert page.text.count(row["image"]) == 1
+            # Without the folder that all images share.
+            assert page.text.count(f"{path.parent.name}/{path.name}") == 1
     assert len(rows) == COUNT
     metrics = json.loads((report / "metrics.json").read_text("utf-8"))
     labels, predicted = zip(*((row["label"], row["prediction"]) for row in rows), strict=True)
