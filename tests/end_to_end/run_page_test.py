@@ -1,6 +1,7 @@
 """Tests of the page of a run that is training, was killed, or is finished."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,11 @@ pytestmark = pytest.mark.slow
 
 # Many more than a fast machine takes while a page is rendered.
 STEPS = 400
-CHANGES = {"num_steps": STEPS, "checkpoint__every_steps": 20, "evals__test__every_steps": 200}
+CHANGES: dict[str, Any] = {
+    "num_steps": STEPS,
+    "checkpoint__every_steps": 20,
+    "evals__test__every_steps": 200,
+}
 
 
 def read_state(workdir: Path) -> str:
