@@ -184,8 +184,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_commands_run_as_processes(tmp_path: Path, workspace: Path) -> None:
-    for command, *rest in (["units"], ["filters"], ["saliency", "a.png"]):
-        done = run_cli("visualize", command, "--checkpoint=mixer", f"--out={tmp_path}/a.pdf", *rest)
+def test_commands_run_as_processes(
+    tmp_path: Path, workspace: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    flags = f"--checkpoint={workspace}/mixer", f"--out={tmp_path}/a.pdf"
+    for command, *images in (["units"], ["filters"], ["saliency", f"{workspace}/a.png"]):
+        done = run_cli("visualize", command, *flags, *images)
         assert done.stderr == ""
         assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
