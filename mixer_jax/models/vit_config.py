@@ -59,7 +59,7 @@ class VitConfig:
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the first token is not a patch."""
+        """True if the first token is a class token, not a patch."""
         return self.pooling == "token"
 
 
