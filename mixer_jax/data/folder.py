@@ -77,18 +77,7 @@ def open_folder(path: str, split: str) -> Source:
         UserError: The folder, split or a class does not exist, a class or the split has no images,
             or the folder has directories that are neither splits nor classes.
     """
-    root = Path(path).expanduser()
-    if not path or "://" in path or not root.is_dir():
-        if not path or "://" in path:
-            reason = "is not a local path"
-        else:
-            reason = "is not a directory" if root.exists() else "does not exist"
-        raise UserError(
-            f"dataset 'folder:{path}' must be a local folder, but {path!r} {reason}. Write "
-            "folder:PATH, where PATH contains one directory of images per class, or train/ and "
-            "validation/, each with such directories."
-        )
-    root = root.absolute()
+    root = _resolve_root(path)
     directories = _find_splits(root)
     parent = root / directories.get(_TRAIN, "")
     classes = _class_directories(parent)
@@ -120,6 +109,33 @@ def open_folder(path: str, split: str) -> Source:
     return Source(
         f"folder:{path} {split}", _FolderExamples(root, files), tuple(classes), notes=tuple(notes)
     )
+
+
+def list_folder_splits(path: str) -> tuple[str, ...]:
+    """Lists the splits of an image folder, of which some may be held out from the training split.
+
+    Raises:
+        UserError: The folder does not exist, or has directories that are neither splits nor
+            classes.
+    """
+    directories = _find_splits(_resolve_root(path))
+    held_out = [split for split in directories if split != _TRAIN]
+    return _TRAIN, *(held_out or [_VALIDATION])
+
+
+def _resolve_root(path: str) -> Path:
+    root = Path(path).expanduser()
+    if not path or "://" in path or not root.is_dir():
+        if not path or "://" in path:
+            reason = "is not a local path"
+        else:
+            reason = "is not a directory" if root.exists() else "does not exist"
+        raise UserError(
+            f"dataset 'folder:{path}' must be a local folder, but {path!r} {reason}. Write "
+            "folder:PATH, where PATH contains one directory of images per class, or train/ and "
+            "validation/, each with such directories."
+        )
+    return root.absolute()
 
 
 def check_readable(source: Source) -> None:
