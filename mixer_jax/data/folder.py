@@ -115,8 +115,8 @@ def list_folder_splits(path: str) -> tuple[str, ...]:
             classes.
     """
     directories = _find_splits(_resolve_root(path))
-    held_out = [split for split in directories if split != _TRAIN]
-    return _TRAIN, *(held_out or [_VALIDATION])
+    held_out = [split for split in directories if split != TRAIN]
+    return TRAIN, *(held_out or [VALIDATION])
 
 
 def _resolve_root(path: str) -> Path:
