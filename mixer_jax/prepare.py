@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mixer_jax.cli import common
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import PATH_PREFIXES
 from mixer_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         help="directory of manual downloads; default: DATA_DIR/downloads/manual",
     )
     args = parser.parse_args(argv)
-    is_own = args.dataset.startswith(FOLDER)
+    is_own = args.dataset.startswith(PATH_PREFIXES)
     if is_own and not args.name:
         raise UserError(
             f"--name must be set to convert {args.dataset!r}, e.g. --name=my_images. Training does "

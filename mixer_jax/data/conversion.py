@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import display_path
-from mixer_jax.data.names import SYNTHETIC
+from mixer_jax.data.names import SYNTHETIC, split_label
 from mixer_jax.data.preparation import (
     FORMAT,
     UNDECODABLE,
@@ -214,7 +214,8 @@ def _write_dataset(
 
 def _root(dataset: str) -> str:
     """Returns the start of the paths of a local dataset's images."""
-    path = os.path.abspath(os.path.expanduser(dataset.partition(":")[2]))
+    path, _ = split_label(dataset.partition(":")[2])
+    path = os.path.abspath(os.path.expanduser(path))
     return display_path(path if os.path.isdir(path) else os.path.dirname(path)) + "/"
 
 
