@@ -198,7 +198,7 @@ class DatasetConfig:
 
     name: str = key(
         "imagenet2012",
-        'TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; '
+        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
         '"digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
