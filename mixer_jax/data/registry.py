@@ -1,8 +1,9 @@
 """Opening datasets by name."""
 
 from mixer_jax.data.folder import list_folder_splits, open_folder
+from mixer_jax.data.huggingface import list_hugging_face_splits, open_hugging_face
 from mixer_jax.data.manifest import list_manifest_splits, open_manifest
-from mixer_jax.data.names import FOLDER, MANIFEST, SYNTHETIC
+from mixer_jax.data.names import FOLDER, HUGGING_FACE, MANIFEST, SYNTHETIC
 from mixer_jax.data.source import Source
 from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.data.tfds import open_tfds
@@ -15,8 +16,8 @@ def open_dataset(
 
     Args:
         name: TFDS dataset with images and labels, optionally with @ and a label
-            ("clevr@count_all"); "folder:PATH"; "manifest:FILE", optionally with @ and a column;
-            "digits"; or "synthetic".
+            ("clevr@count_all"); "folder:PATH"; "manifest:FILE", or "hf:NAME_OR_PATH", both
+            optionally with @ and a column; "digits"; or "synthetic".
         split: Split in TFDS syntax, e.g. "train[:99%]"; any text for synthetic data.
         data_dir: Directory of the TFDS datasets; empty: TFDS's default.
         num_classes: Number of classes of synthetic data; 0: 1000. Ignored for other datasets.
@@ -32,6 +33,8 @@ def open_dataset(
         return open_folder(name.removeprefix(FOLDER), split)
     if name.startswith(MANIFEST):
         return open_manifest(name.removeprefix(MANIFEST), split)
+    if name.startswith(HUGGING_FACE):
+        return open_hugging_face(name.removeprefix(HUGGING_FACE), split)
     return open_tfds(name, split, data_dir)
 
 
@@ -43,4 +46,6 @@ def list_splits(name: str) -> tuple[str, ...]:
     """
     if name.startswith(MANIFEST):
         return list_manifest_splits(name.removeprefix(MANIFEST))
+    if name.startswith(HUGGING_FACE):
+        return list_hugging_face_splits(name.removeprefix(HUGGING_FACE))
     return list_folder_splits(name.removeprefix(FOLDER))
