@@ -1,10 +1,11 @@
 """Opening datasets by name."""
 
 from mixer_jax.data.folder import list_folder_splits, open_folder
-from mixer_jax.data.names import FOLDER, SYNTHETIC
+from mixer_jax.data.names import FOLDER, SYNTHETIC, WEB_DATASET
 from mixer_jax.data.source import Source
 from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.data.tfds import open_tfds
+from mixer_jax.data.webdataset import list_webdataset_splits, open_webdataset
 
 
 def open_dataset(
@@ -14,7 +15,8 @@ def open_dataset(
 
     Args:
         name: TFDS dataset with images and labels, optionally with @ and a label
-            ("clevr@count_all"); "folder:PATH"; "digits"; or "synthetic".
+            ("clevr@count_all"); "folder:PATH"; "wds:PATH", optionally with @ and a field;
+            "digits"; or "synthetic".
         split: Split in TFDS syntax, e.g. "train[:99%]"; any text for synthetic data.
         data_dir: Directory of the TFDS datasets; empty: TFDS's default.
         num_classes: Number of classes of synthetic data; 0: 1000. Ignored for other datasets.
@@ -28,6 +30,8 @@ def open_dataset(
         return synthetic_source(split, num_classes or 1000, num_examples or 1024)
     if name.startswith(FOLDER):
         return open_folder(name.removeprefix(FOLDER), split)
+    if name.startswith(WEB_DATASET):
+        return open_webdataset(name.removeprefix(WEB_DATASET), split)
     return open_tfds(name, split, data_dir)
 
 
@@ -37,4 +41,6 @@ def list_splits(name: str) -> tuple[str, ...]:
     Raises:
         UserError: The dataset does not exist.
     """
+    if name.startswith(WEB_DATASET):
+        return list_webdataset_splits(name.removeprefix(WEB_DATASET))
     return list_folder_splits(name.removeprefix(FOLDER))

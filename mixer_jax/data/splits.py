@@ -111,15 +111,20 @@ def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[s
 
 
 def hash_order(paths: Iterable[str]) -> np.ndarray:
-    """Returns the indices that sort paths or keys by a hash, so that slices contain all classes.
+    """Returns the indices that sort paths or keys by a hash, so that slices contain all classes."""
+    return np.argsort(hash_paths(paths), kind="stable")
 
-    The order depends on the paths alone, not on how a system stores accented letters.
+
+def hash_paths(paths: Iterable[str]) -> np.ndarray:
+    """Computes hashes of paths or keys, uint64 (num_paths,).
+
+    They depend on the paths alone, not on how a system stores accented letters.
     """
     digests = b"".join(
         hashlib.blake2b(os.fsencode(unicodedata.normalize("NFC", path)), digest_size=8).digest()
         for path in paths
     )
-    return np.argsort(np.frombuffer(digests, ">u8").astype(np.uint64), kind="stable")
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
