@@ -111,20 +111,21 @@ def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[s
 
 
 def hash_order(paths: Iterable[str]) -> np.ndarray:
-    """Returns the indices that sort paths or keys by a hash, so that slices contain all classes."""
+    """Returns the indices that sort paths or keys by a hash, so that slices contain all classes.
+
+    The order depends on the paths alone, not on how a system stores accented letters.
+    """
     return np.argsort(hash_paths(paths), kind="stable")
 
 
 def hash_paths(paths: Iterable[str]) -> np.ndarray:
-    """Computes hashes of paths or keys, uint64 (num_paths,).
+    """Computes a hash of each path or key in Unicode normal form NFC; uint64 (num_paths,)."""
+    return np.fromiter(map(_hash_path, paths), np.uint64)
 
-    They depend on the paths alone, not on how a system stores accented letters.
-    """
-    digests = b"".join(
-        hashlib.blake2b(os.fsencode(unicodedata.normalize("NFC", path)), digest_size=8).digest()
-        for path in paths
-    )
-    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+def _hash_path(path: str) -> int:
+    encoded = os.fsencode(unicodedata.normalize("NFC", path))
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
