@@ -45,7 +45,7 @@ _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 _CARD = "README.md"
 # Label that is missing, hidden or not a class.
 _NO_LABEL = -1
-_BAD_LABEL = "label is hidden, missing or not a class"
+_BAD_LABEL = "label is missing or not a class"
 
 
 def open_hugging_face(name: str, split: str) -> Source:
