@@ -104,11 +104,15 @@ def convert_dataset(dataset: str, name: str, data_dir: str = "") -> Conversion:
                 temp.replace(folder)
     except (OSError, RuntimeError) as error:
         # The writer of array_record raises RuntimeError.
-        reason = no_space_reason(error) or (str(error) if isinstance(error, OSError) else "")
-        if not reason:
+        fix = ""
+        if reason := no_space_reason(error):
+            fix = " Free space and run the same command again."
+        elif isinstance(error, OSError):
+            reason = str(error)
+        else:
             raise
         raise UserError(
-            f"dataset {name!r} cannot be written to {folder.parent}: {reason}."
+            f"dataset {name!r} cannot be written to {folder.parent}: {reason.rstrip('.')}.{fix}"
         ) from error
     notes = tuple(dict.fromkeys(note for source in sources.values() for note in source.notes))
     return Conversion(find_builder(name, data_dir), splits, class_names, notes)
