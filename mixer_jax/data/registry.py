@@ -1,7 +1,8 @@
 """Opening datasets by name."""
 
 from mixer_jax.data.folder import list_folder_splits, open_folder
-from mixer_jax.data.names import FOLDER, SYNTHETIC
+from mixer_jax.data.manifest import list_manifest_splits, open_manifest
+from mixer_jax.data.names import FOLDER, MANIFEST, SYNTHETIC
 from mixer_jax.data.source import Source
 from mixer_jax.data.synthetic import synthetic_source
 from mixer_jax.data.tfds import open_tfds
@@ -14,7 +15,8 @@ def open_dataset(
 
     Args:
         name: TFDS dataset with images and labels, optionally with @ and a label
-            ("clevr@count_all"); "folder:PATH"; "digits"; or "synthetic".
+            ("clevr@count_all"); "folder:PATH"; "manifest:FILE", optionally with @ and a column;
+            "digits"; or "synthetic".
         split: Split in TFDS syntax, e.g. "train[:99%]"; any text for synthetic data.
         data_dir: Directory of the TFDS datasets; empty: TFDS's default.
         num_classes: Number of classes of synthetic data; 0: 1000. Ignored for other datasets.
@@ -28,6 +30,8 @@ def open_dataset(
         return synthetic_source(split, num_classes or 1000, num_examples or 1024)
     if name.startswith(FOLDER):
         return open_folder(name.removeprefix(FOLDER), split)
+    if name.startswith(MANIFEST):
+        return open_manifest(name.removeprefix(MANIFEST), split)
     return open_tfds(name, split, data_dir)
 
 
@@ -37,4 +41,6 @@ def list_splits(name: str) -> tuple[str, ...]:
     Raises:
         UserError: The dataset does not exist.
     """
+    if name.startswith(MANIFEST):
+        return list_manifest_splits(name.removeprefix(MANIFEST))
     return list_folder_splits(name.removeprefix(FOLDER))
