@@ -198,8 +198,8 @@ class DatasetConfig:
 
     name: str = key(
         "imagenet2012",
-        'TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; '
-        '"digits"; "synthetic"',
+        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
+        'wds:PATH, e.g. wds:/data/imagenet; "digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")
