@@ -124,7 +124,8 @@ def evaluate(
 
     Args:
         checkpoint: Workdir of a run, file of weights, or name on the Hub; see `load_pretrained`.
-        dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH; empty: the training dataset.
+        dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH; empty: the training
+            dataset.
         split: Split in TFDS syntax.
         step: Step of a run's checkpoint; None: the newest.
         image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.

@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import itertools
+import math
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,6 @@ from mixer_jax.data.registry import open_dataset
 # Name of the format that the others are relative to.
 REFERENCE = "folder"
 _DATASET_NAME = "benchmark_images"
-_SHARD_FILES = 128
 # Images from which webdataset draws the next one; a common value.
 _SHUFFLE_BUFFER = 1000
 
@@ -57,7 +57,7 @@ class DatasetLocation(NamedTuple):
 
 
 def write_datasets(
-    splits: Mapping[str, Sequence[LabeledImage]], folder: Path
+    splits: Mapping[str, Sequence[LabeledImage]], folder: Path, shard_size: int = 128
 ) -> dict[str, DatasetLocation]:
     """Writes the same images in every format that mixer_jax reads.
 
@@ -67,6 +67,7 @@ def write_datasets(
     Args:
         splits: Images of each split, which must be "train" and "validation".
         folder: Folder to write to.
+        shard_size: Images per shard of WebDataset, and per file of Parquet.
 
     Returns:
         The dataset of each format.
@@ -74,7 +75,7 @@ def write_datasets(
     write_folder(splits, folder / "folder")
     convert_dataset(f"{FOLDER}{folder}/folder", _DATASET_NAME, str(folder / "array_record"))
     write_manifest(folder / "folder", folder / "manifest.csv")
-    write_shards(splits, folder / "wds")
+    write_shards(splits, folder / "wds", shard_size)
     datasets = {
         REFERENCE: DatasetLocation(f"{FOLDER}{folder}/folder"),
         "array_record": DatasetLocation(_DATASET_NAME, str(folder / "array_record")),
@@ -82,7 +83,7 @@ def write_datasets(
         "wds": DatasetLocation(f"{WEB_DATASET}{folder}/wds"),
     }
     try:
-        write_hugging_face(splits, folder / "arrow", folder / "parquet")
+        write_hugging_face(splits, folder / "arrow", folder / "parquet", shard_size)
     except ModuleNotFoundError as error:
         _print_missing(error, "datasets")
     else:
@@ -110,14 +111,16 @@ def write_manifest(folder: Path, manifest: Path) -> None:
             writer.writerow([path.relative_to(manifest.parent).as_posix(), class_name, split])
 
 
-def write_shards(splits: Mapping[str, Sequence[LabeledImage]], folder: Path) -> None:
-    """Writes WebDataset shards."""
+def write_shards(
+    splits: Mapping[str, Sequence[LabeledImage]], folder: Path, shard_size: int
+) -> None:
+    """Writes WebDataset shards of `shard_size` images."""
     folder.mkdir()
     for split, images in splits.items():
-        for number, start in enumerate(range(0, len(images), _SHARD_FILES)):
+        for number, start in enumerate(range(0, len(images), shard_size)):
             with tarfile.open(folder / f"{split}-{number:04d}.tar", "w") as shard:
                 for index, (image, class_name) in enumerate(
-                    images[start : start + _SHARD_FILES], start
+                    images[start : start + shard_size], start
                 ):
                     key = f"{split}{index:06d}"
                     _add_member(shard, f"{key}.jpg", image)
@@ -131,9 +134,9 @@ def _add_member(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_hugging_face(
-    splits: Mapping[str, Sequence[LabeledImage]], arrow: Path, parquet: Path
+    splits: Mapping[str, Sequence[LabeledImage]], arrow: Path, parquet: Path, shard_size: int
 ) -> None:
-    """Writes a dataset of the library `datasets` as Arrow and as Parquet files.
+    """Writes a dataset of the library `datasets` as Arrow, and as Parquet of `shard_size` images.
 
     Raises:
         ModuleNotFoundError: The library is not installed.
@@ -157,7 +160,10 @@ def write_hugging_face(
     }
     parquet.mkdir()
     for split, part in parts.items():
-        part.to_parquet(parquet / f"{split}-00000-of-00001.parquet")
+        num_shards = math.ceil(len(part) / shard_size)
+        for index in range(num_shards):
+            shard = part.shard(num_shards, index, contiguous=True)
+            shard.to_parquet(parquet / f"{split}-{index:05d}-of-{num_shards:05d}.parquet")
     datasets.DatasetDict(parts).save_to_disk(arrow)
 
 
@@ -241,7 +247,8 @@ def _webdataset_streams(folder: Path) -> list[_Stream]:
     shards = sorted(map(str, (folder / "wds").glob("train-*.tar")))
 
     def open_samples() -> Iterable[Any]:
-        dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0, repeat=True)
+        # Shards are sampled without an end; otherwise the buffer would run empty in every epoch.
+        dataset = webdataset.WebDataset(shards, resampled=True, shardshuffle=False, seed=0)
         return dataset.shuffle(_SHUFFLE_BUFFER, seed=0).to_tuple("jpg", "cls")
 
     return [_Stream("iterated", open_samples, lambda sample: sample[0])]

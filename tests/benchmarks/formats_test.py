@@ -27,8 +27,8 @@ IMAGES = [LabeledImage(file, f"class {index % 2}") for index, file in enumerate(
 @pytest.fixture
 def streams(tmp_path: Path) -> dict[str, Any]:
     """Streams of the libraries."""
-    formats.write_shards({"train": IMAGES}, tmp_path / "wds")
-    formats.write_hugging_face({"train": IMAGES}, tmp_path / "arrow", tmp_path / "parquet")
+    formats.write_shards({"train": IMAGES}, tmp_path / "wds", 4)
+    formats.write_hugging_face({"train": IMAGES}, tmp_path / "arrow", tmp_path / "parquet", 4)
     named = {"webdataset": formats._webdataset_streams, "datasets": formats._datasets_streams}
     return {
         f"{library} {stream.name}": stream
@@ -42,8 +42,9 @@ def streams(tmp_path: Path) -> dict[str, Any]:
 def test_libraries_read_all_images_shuffled_and_without_an_end(streams: dict[str, Any]) -> None:
     assert len(streams) == 3
     for stream in streams.values():
-        read = [stream.read(sample) for sample in itertools.islice(stream.open(), 24)]
-        # webdataset shuffles in a buffer, which spans epochs.
+        # webdataset samples shards, and shuffles in a buffer.
+        read = [stream.read(sample) for sample in itertools.islice(stream.open(), 200)]
+        assert len(read) == 200
         assert set(read) == set(FILES)
         assert read[:12] != FILES
 

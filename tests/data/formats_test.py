@@ -42,7 +42,7 @@ SPLITS = {"train": make_images(NUM_TRAIN, 0), "validation": make_images(NUM_VALI
 
 @pytest.fixture(scope="module")
 def locations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DatasetLocation]:
-    return write_datasets(SPLITS, tmp_path_factory.mktemp("formats"))
+    return write_datasets(SPLITS, tmp_path_factory.mktemp("formats"), shard_size=8)
 
 
 @pytest.fixture(params=FORMATS)
