@@ -5,6 +5,7 @@ mixer_jax reads each dataset as in training. The baselines are the libraries `we
 mixer_jax's function, in as many threads.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -179,6 +180,11 @@ def measure_formats(
         baselines: Whether to measure the libraries `webdataset` and `datasets`.
     """
     cv2.setNumThreads(0)
+    with contextlib.suppress(ModuleNotFoundError):
+        import datasets
+
+        # It converts Parquet to Arrow there.
+        datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
     images = [LabeledImage(file, f"class {i % 10}") for i, file in enumerate(config.files)]
     locations = write_datasets({"train": images, "validation": images[:10]}, folder)
     pipelines = [_our_pipeline(name, location, config) for name, location in locations.items()]

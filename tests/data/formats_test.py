@@ -1,9 +1,11 @@
 """Guarantees of the loader for datasets of every format, which contain the same images."""
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -41,8 +43,12 @@ SPLITS = {"train": make_images(NUM_TRAIN, 0), "validation": make_images(NUM_VALI
 
 
 @pytest.fixture(scope="module")
-def locations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DatasetLocation]:
-    return write_datasets(SPLITS, tmp_path_factory.mktemp("formats"), shard_size=8)
+def locations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, DatasetLocation]]:
+    folder = tmp_path_factory.mktemp("formats")
+    with pytest.MonkeyPatch.context() as patch:
+        # Parquet is converted in the cache.
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        yield write_datasets(SPLITS, folder, shard_size=8)
 
 
 @pytest.fixture(params=FORMATS)
@@ -143,9 +149,9 @@ def test_batches_do_not_depend_on_processes(train: Source) -> None:
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_hosts_load_disjoint_rows_of_the_same_batches(num_hosts: int, train: Source) -> None:
-    reader = TrainReader(train, 0, SIZE, AUGMENTED)
-
     def load(local_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Every host has its own copy of the opened dataset.
+        reader = TrainReader(pickle.loads(pickle.dumps(train)), 0, SIZE, AUGMENTED)
         chunks = Chunks(range(1, 4), local_rows, 8)
         positions = np.concatenate([chunk.positions for chunk in chunks])
         return positions, reader(positions).arrays["image"]
