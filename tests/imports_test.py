@@ -61,14 +61,13 @@ HEAVY = {
     "tensorboardX": {"training/metrics.py"},
     "wandb": {"training/tracking.py"},
     "tensorflow": {"benchmarks/tf_data.py"},
-    "datasets": {"benchmarks/formats.py"},
     "webdataset": {"benchmarks/formats.py"},
     "matplotlib": {
         "visualization/",
         "benchmarks/report.py",
     },
     "jinja2": {"visualization/html.py"},
-    "datasets": {"data/huggingface.py"},
+    "datasets": {"data/huggingface.py", "benchmarks/formats.py"},
     "pyarrow": {"data/huggingface.py", "evaluation/feature_files.py"},
     "sklearn": {
         "data/builders/digits.py",

@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.benchmarks.formats import DatasetLocation, LabeledImage, write_datasets
+from mixer_jax.data.conversion import convert_dataset
 from mixer_jax.data.loader import Batch, Chunks, eval_batches
 from mixer_jax.data.readers import TrainReader
 from mixer_jax.data.registry import list_splits, open_dataset
@@ -185,3 +187,20 @@ def test_evaluation_counts_every_example_once(location: DatasetLocation) -> None
     expected = sorted(CLASSES.index(image.class_name) for image in SPLITS["validation"])
     assert sorted(labels[mask]) == expected
     assert len({image.tobytes() for image in images[mask]}) == NUM_VALIDATION
+
+
+@pytest.mark.parametrize("format_name", [name for name in FORMATS if name != "array_record"])
+def test_conversion_keeps_batches_and_evaluation(
+    format_name: str, locations: dict[str, DatasetLocation], tmp_path: Path
+) -> None:
+    original, _ = locations[format_name]
+    convert_dataset(original, "converted", str(tmp_path))
+    for split in SPLITS:
+        before = open_dataset(original, split)
+        after = open_dataset("converted", split, str(tmp_path))
+        assert before.class_names == after.class_names
+        assert_identical(batches(before), batches(after))
+        names = [after.examples[index]["name"] for index in range(len(after))]
+        # They do not depend on where the original is.
+        assert not any(str(tmp_path.parent) in name or "formats" in name for name in names)
+        assert len(set(names)) == len(names)
