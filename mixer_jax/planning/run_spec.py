@@ -132,7 +132,7 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
         num_moments=adam_moments + (config.recipe.ema_decay > 0),
-        mixup=config.recipe.mixup > 0,
+        mixup=config.recipe.mixup > 0 or config.recipe.cutmix > 0,
         num_steps=num_steps,
     )
 
