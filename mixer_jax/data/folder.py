@@ -1,44 +1,35 @@
 """Image folders: user datasets with one directory per class."""
 
 import collections
-import hashlib
 import os
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import (
     display_path,
     has_image_suffix,
     is_ignored,
-    read_image,
     walk_images,
 )
-from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
-from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
-
-_TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
-# Names of splits, as directories and in split specs, in any capitalization.
-_SPELLINGS = {
-    _TRAIN: (_TRAIN, "training", "train_set", "training_set", "trainset"),
-    _VALIDATION: (_VALIDATION, "valid", "val", "dev", "validation_set", "val_set", "valset"),
-    _TEST: (_TEST, "testing", "test_set", "testset"),
-}
-_SPLIT_OF = {name: split for split, names in _SPELLINGS.items() for name in names}
-# Fraction of every class that is held out if the folder has no split for it.
-_HELD_OUT_FRACTION = 0.1
-# Directories of which a fingerprint has separate digests.
-_MAX_DIRECTORIES = 1000
-# Files whose sizes a thread reads at a time.
-_STAT_CHUNK = 1000
+from mixer_jax.data.labeled_files import LabeledFiles
+from mixer_jax.data.source import Source, normalize_names
+from mixer_jax.data.splits import (
+    SPELLINGS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    hash_order,
+    hold_out,
+    parse_split,
+    standard_split,
+    substitution_notes,
+)
+from mixer_jax.errors import UserError, abbreviate
 
 # Path of an image relative to the root, and the index of its class.
 _LabeledFile = tuple[str, int]
@@ -77,6 +68,53 @@ def open_folder(path: str, split: str) -> Source:
         UserError: The folder, split or a class does not exist, a class or the split has no images,
             or the folder has directories that are neither splits nor classes.
     """
+    root = _resolve_root(path)
+    directories = _find_splits(root)
+    parent = root / directories.get(TRAIN, "")
+    classes = _class_directories(parent)
+    _check_class_directories(parent, classes)
+    labels = {name: label for label, name in enumerate(classes)}
+    train_directory = directories.pop(TRAIN, ".")
+    listed = {TRAIN: _list_files(root, train_directory, labels)}
+    listed |= {name: _list_files(root, path, labels) for name, path in directories.items()}
+    _check_no_class_is_empty(parent, tuple(classes), listed[TRAIN])
+    # Splits that can be requested, and the directory of each.
+    splits = listed if directories else _hold_out(listed[TRAIN])
+    sizes = {name: len(part.files) for name, part in splits.items()}
+    slices = parse_split(split, sizes, f"folder {str(root)!r}")
+    files = [file for name, start, stop in slices for file in splits[name].files[start:stop]]
+    used = {splits[name].directory: splits[name] for name, _, _ in slices}
+    notes = [note for part in used.values() for note in _notes(root, part)]
+    if not files:
+        raise UserError(
+            f"split {split!r} of folder {str(root)!r} contains no images."
+            + "".join(f" {note}." for note in notes)
+        )
+    if len(classes) == 1:
+        notes += _notes_on_one_class(parent, *classes.items())
+    if directories:
+        notes += substitution_notes(split, tuple(directories), display_path(root))
+    return Source(
+        f"folder:{path} {split}",
+        LabeledFiles(root, [path for path, _ in files], [label for _, label in files]),
+        tuple(classes),
+        notes=tuple(notes),
+    )
+
+
+def list_folder_splits(path: str) -> tuple[str, ...]:
+    """Lists the splits of an image folder, of which some may be held out from the training split.
+
+    Raises:
+        UserError: The folder does not exist, or has directories that are neither splits nor
+            classes.
+    """
+    directories = _find_splits(_resolve_root(path))
+    held_out = [split for split in directories if split != TRAIN]
+    return TRAIN, *(held_out or [VALIDATION])
+
+
+def _resolve_root(path: str) -> Path:
     root = Path(path).expanduser()
     if not path or "://" in path or not root.is_dir():
         if not path or "://" in path:
@@ -88,170 +126,7 @@ def open_folder(path: str, split: str) -> Source:
             "folder:PATH, where PATH contains one directory of images per class, or train/ and "
             "validation/, each with such directories."
         )
-    root = root.absolute()
-    directories = _find_splits(root)
-    parent = root / directories.get(_TRAIN, "")
-    classes = _class_directories(parent)
-    _check_class_directories(parent, classes)
-    labels = {name: label for label, name in enumerate(classes)}
-    train_directory = directories.pop(_TRAIN, ".")
-    listed = {_TRAIN: _list_files(root, train_directory, labels)}
-    listed |= {name: _list_files(root, path, labels) for name, path in directories.items()}
-    _check_no_class_is_empty(parent, tuple(classes), listed[_TRAIN])
-    # Splits that can be requested, and the directory of each.
-    splits = listed if directories else _hold_out(listed[_TRAIN])
-    spec = _resolve_names(split, tuple(splits))
-    names, slices = _slice_splits(spec, split, splits, root)
-    files = [file for part in slices for file in part]
-    used = {splits[name].directory: splits[name] for name in names}
-    notes = [note for part in used.values() for note in _notes(root, part)]
-    if not files:
-        raise UserError(
-            f"split {split!r} of folder {str(root)!r} contains no images."
-            + "".join(f" {note}." for note in notes)
-        )
-    if len(classes) == 1:
-        notes += _notes_on_one_class(parent, *classes.items())
-    if directories and spec != _resolve_names(split, (_VALIDATION, _TEST)):
-        (held_out,) = directories
-        notes.append(
-            f"{display_path(root)} has one held-out split, {held_out}, which is used for {split!r}"
-        )
-    return Source(
-        f"folder:{path} {split}", _FolderExamples(root, files), tuple(classes), notes=tuple(notes)
-    )
-
-
-def check_readable(source: Source) -> None:
-    """Checks that every class of an opened folder that has images has one that can be decoded.
-
-    Raises:
-        UserError: Every image of some class is bad.
-    """
-    examples = source.examples
-    if not isinstance(examples, _FolderExamples):
-        raise TypeError(f"{source.name} is not a folder")
-    unreadable = [
-        f"{source.class_names[label]!r} (for example {error})"
-        for label, error in examples.find_unreadable_classes()
-    ]
-    if unreadable:
-        raise UserError(
-            f"{source.name} must have a readable image of every class, got none of "
-            f"{abbreviate(unreadable)}. Replace the files, or remove the directories."
-        )
-
-
-class _FolderExamples(Examples):
-    """Examples read from files; the paths are stored as one byte string to save memory."""
-
-    def __init__(self, root: Path, files: list[_LabeledFile]):
-        self._root = root
-        paths = [os.fsencode(path) for path, _ in files]
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths])
-        self._labels = np.array([label for _, label in files], np.int32)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        path = self._path(index)
-        labels = self.read_labels(index)
-        return Example(image=read_image(path), labels=labels, name=display_path(path))
-
-    def read_labels(self, index: int) -> tuple[int, ...]:
-        """Returns the class of a file, which follows from its path."""
-        return (int(self._labels[index]),)
-
-    def fingerprint(self) -> dict[str, str]:
-        """Computes digests of names and sizes of the files, for each directory if they are few."""
-        paths = [self._relative_path(index) for index in range(len(self))]
-        sizes = self._file_sizes()
-        directories = [unicodedata.normalize("NFC", os.path.dirname(path)) for path in paths]
-        is_split = len(set(directories)) <= _MAX_DIRECTORIES
-        digests: dict[str, list[Any]] = {}
-        for path, size, directory in zip(paths, sizes, directories, strict=True):
-            place = f" in {display_path(directory)}" if is_split else ""
-            if place not in digests:
-                digests[place] = [hashlib.blake2b(digest_size=8) for _ in range(2)]
-            names, both = digests[place]
-            name = os.fsencode(unicodedata.normalize("NFC", path)) + b"\0"
-            names.update(name)
-            both.update(name + str(size).encode() + b"\0")
-        return {
-            f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
-            for place, (names, both) in sorted(digests.items())
-        }
-
-    def check_files(self) -> None:
-        """Checks that the first file exists, also if it is a broken link."""
-        path = self._path(0)
-        try:
-            path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError(f"{display_path(path)} does not exist.") from None
-        except OSError as error:
-            raise RunError(f"{display_path(path)} cannot be read: {error.strerror}.") from error
-
-    def _file_sizes(self) -> list[int]:
-        """Returns the size of each file; -1 if it cannot be read."""
-
-        def get_sizes(start: int) -> list[int]:
-            stop = min(start + _STAT_CHUNK, len(self))
-            return [_file_size(self._path(index)) for index in range(start, stop)]
-
-        # Threads, because network file systems take a while to answer.
-        with ThreadPoolExecutor() as pool:
-            chunks = pool.map(get_sizes, range(0, len(self), _STAT_CHUNK))
-            return [size for chunk in chunks for size in chunk]
-
-    def find_unreadable_classes(self) -> list[tuple[int, str]]:
-        """Returns the labels whose images are all bad, and the error of the first image of each."""
-        order = np.argsort(self._labels, kind="stable")
-        labels, starts = np.unique(self._labels[order], return_index=True)
-        groups = np.split(order, starts[1:])
-        # Threads, because a file of a network file system takes milliseconds to open.
-        with ThreadPoolExecutor() as pool:
-            errors = list(pool.map(self._find_error, groups))
-        return [
-            (label, error)
-            for label, error in zip(labels.tolist(), errors, strict=True)
-            if error is not None
-        ]
-
-    def _find_error(self, indices: np.ndarray) -> str | None:
-        first = None
-        for index in indices.tolist():
-            error = _find_error(self._path(index))
-            if error is None:
-                return None
-            first = first or error
-        return first
-
-    def _path(self, index: int) -> Path:
-        return self._root / self._relative_path(index)
-
-    def _relative_path(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-def _find_error(path: Path) -> str | None:
-    """Returns the reason why a file is bad, or None; decodes only the first rows of most JPEGs."""
-    try:
-        decode(read_image(path), lambda height, width: (0, 0, 1, 1))
-    except BadImageError as error:
-        return str(error) if error.name else f"{display_path(path)}: {error}"
-    return None
+    return root.absolute()
 
 
 def _find_splits(root: Path) -> dict[str, str]:
@@ -263,16 +138,16 @@ def _find_splits(root: Path) -> dict[str, str]:
     found = collections.defaultdict[str, list[str]](list)
     others: list[str] = []
     for name in _subdirectories(root):
-        split = _SPLIT_OF.get(_normalize_split(name))
+        split = standard_split(name)
         (others if split is None else found[split]).append(name)
     # A class may be called "train" as well; its directory contains images and no directories.
-    if not any(_subdirectories(root / name) for name in found[_TRAIN]):
+    if not any(_subdirectories(root / name) for name in found[TRAIN]):
         return {}
-    train = found[_TRAIN][0]
+    train = found[TRAIN][0]
     rule = f"folder {str(root)!r} must contain, next to {train!r}, only splits"
     if others:
         raise UserError(
-            f"{rule}, got {abbreviate(map(repr, others))}. Rename it to {_VALIDATION} or {_TEST}, "
+            f"{rule}, got {abbreviate(map(repr, others))}. Rename it to {VALIDATION} or {TEST}, "
             "or move it away."
         )
     for split, names in found.items():
@@ -281,22 +156,7 @@ def _find_splits(root: Path) -> dict[str, str]:
                 f"{rule}, one directory for each, got {' and '.join(map(repr, names))} for "
                 f"{split}. Merge or rename them."
             )
-    return {split: found[split][0] for split in _SPELLINGS if found[split]}
-
-
-def _normalize_split(name: str) -> str:
-    return re.sub(r"[-\s]", "_", name.casefold())
-
-
-def _resolve_names(spec: str, splits: Sequence[str]) -> str:
-    """Replaces other names of splits in a spec; if one split is held out, it has all names."""
-    held_out = [name for name in splits if name != _TRAIN]
-
-    def resolve(match: re.Match[str]) -> str:
-        split = _SPLIT_OF.get(match[0].casefold(), match[0])
-        return held_out[0] if split in (_VALIDATION, _TEST) and len(held_out) == 1 else split
-
-    return re.sub(r"[^\W\d]\w*", resolve, spec)
+    return {split: found[split][0] for split in SPELLINGS if found[split]}
 
 
 def _class_directories(folder: Path) -> dict[str, str]:
@@ -330,24 +190,24 @@ def _check_class_directories(folder: Path, classes: dict[str, str]) -> None:
             f"folder {str(folder)!r} must contain directories, one per class, got none."
             + "".join(f" {note}." for note in _notes_on_loose_images(folder))
         )
-    if all(_normalize_split(name) in _SPLIT_OF for name in classes):
+    if all(standard_split(name) for name in classes):
         raise UserError(
-            f"folder {str(folder)!r} must contain {_TRAIN} with one directory per class, got "
-            f"{', '.join(classes)}. Rename the training split to {_TRAIN}, and others to "
-            f"{_VALIDATION} or {_TEST}."
+            f"folder {str(folder)!r} must contain {TRAIN} with one directory per class, got "
+            f"{', '.join(classes)}. Rename the training split to {TRAIN}, and others to "
+            f"{VALIDATION} or {TEST}."
         )
     nested = [folder / directory for directory in classes.values()]
     if all(_has_train_split(path) for path in nested):
         raise UserError(
             f"folder {str(folder)!r} must contain one directory per class, got directories that "
-            f"contain a {_TRAIN} split: {abbreviate(classes)}. Use folder:"
+            f"contain a {TRAIN} split: {abbreviate(classes)}. Use folder:"
             f"{display_path(nested[0])}."
         )
 
 
 def _has_train_split(folder: Path) -> bool:
     return any(
-        _SPLIT_OF.get(_normalize_split(name)) == _TRAIN and bool(_subdirectories(folder / name))
+        standard_split(name) == TRAIN and bool(_subdirectories(folder / name))
         for name in _subdirectories(folder)
     )
 
@@ -390,7 +250,7 @@ def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:
     unknown = [name for name in classes if name not in labels]
     if unknown:
         raise UserError(
-            f"directories of {str(root / directory)!r} must be classes of {_TRAIN}/, got "
+            f"directories of {str(root / directory)!r} must be classes of {TRAIN}/, got "
             f"{abbreviate(map(repr, unknown))}."
         )
     files: list[_LabeledFile] = []
@@ -401,12 +261,8 @@ def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:
         images = walk_images(folder, on_error=_raise_unreadable, on_skip=names.append)
         files += [(path.relative_to(root).as_posix(), labels[name]) for path in images]
         skipped[labels[name]] = Counter(Path(name).suffix.lower() for name in names)
-    return _Split(directory, sorted(files, key=_path_hash), skipped)
-
-
-def _path_hash(file: _LabeledFile) -> bytes:
-    path = unicodedata.normalize("NFC", file[0])
-    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
+    order = hash_order(path for path, _ in files)
+    return _Split(directory, [files[index] for index in order.tolist()], skipped)
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
@@ -415,37 +271,12 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 
 
 def _hold_out(split: _Split) -> dict[str, _Split]:
-    """Holds out the first files of every class; classes with one image stay in training."""
-    counts = np.bincount([label for _, label in split.files], minlength=1)
-    quotas = [max(1, round(_HELD_OUT_FRACTION * count)) if count > 1 else 0 for count in counts]
-    train: list[_LabeledFile] = []
-    validation: list[_LabeledFile] = []
-    for file in split.files:
-        held_out = quotas[file[1]] > 0
-        quotas[file[1]] -= held_out
-        (validation if held_out else train).append(file)
-    return {_TRAIN: split._replace(files=train), _VALIDATION: split._replace(files=validation)}
-
-
-def _slice_splits(
-    spec: str, requested: str, splits: dict[str, _Split], root: Path
-) -> tuple[list[str], list[list[_LabeledFile]]]:
-    """Returns the names of the splits that `spec` selects in TFDS syntax, and the slices."""
-    from tensorflow_datasets.core.splits import AbstractSplit
-
-    sizes = {
-        name: SimpleNamespace(num_examples=len(split.files), shard_lengths=[len(split.files)])
-        for name, split in splits.items()
+    """Holds out a tenth of every class."""
+    parts = hold_out(np.array([label for _, label in split.files], np.int64))
+    return {
+        name: split._replace(files=[split.files[index] for index in indices.tolist()])
+        for name, indices in zip((TRAIN, VALIDATION), parts, strict=True)
     }
-    try:
-        parts = list(AbstractSplit.from_spec(spec).to_absolute(sizes))
-    except ValueError as error:
-        raise UserError(
-            f"split of folder {str(root)!r} must be one of {', '.join(splits)}, or slices such as "
-            f'"train[:99%]", got {requested!r}.'
-        ) from error
-    slices = [splits[part.splitname].files[part.from_ : part.to] for part in parts]
-    return [part.splitname for part in parts], slices
 
 
 def _notes(root: Path, split: _Split) -> Iterator[str]:

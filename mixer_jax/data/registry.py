@@ -1,6 +1,6 @@
 """Opening datasets by name."""
 
-from mixer_jax.data.folder import open_folder
+from mixer_jax.data.folder import list_folder_splits, open_folder
 from mixer_jax.data.names import FOLDER, SYNTHETIC
 from mixer_jax.data.source import Source
 from mixer_jax.data.synthetic import synthetic_source
@@ -29,3 +29,12 @@ def open_dataset(
     if name.startswith(FOLDER):
         return open_folder(name.removeprefix(FOLDER), split)
     return open_tfds(name, split, data_dir)
+
+
+def list_splits(name: str) -> tuple[str, ...]:
+    """Lists the splits of a dataset whose name has a prefix, such as "folder:PATH".
+
+    Raises:
+        UserError: The dataset does not exist.
+    """
+    return list_folder_splits(name.removeprefix(FOLDER))

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
-from mixer_jax.data.folder import check_readable
+from mixer_jax.data.labeled_files import check_readable
 from mixer_jax.data.names import FOLDER
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixer_jax.data.decode import BadImageError, decode
-from mixer_jax.data.folder import check_readable
+from mixer_jax.data.labeled_files import check_readable
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError

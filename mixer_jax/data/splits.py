@@ -1,0 +1,161 @@
+"""Splits of datasets that are not TFDS's: names, slices, order, and examples that are held out."""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from mixer_jax.errors import UserError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+# Names of splits, in the data and in split specs, in any capitalization.
+SPELLINGS = {
+    TRAIN: (TRAIN, "training", "train_set", "training_set", "trainset"),
+    VALIDATION: (VALIDATION, "valid", "val", "dev", "validation_set", "val_set", "valset"),
+    TEST: (TEST, "testing", "test_set", "testset"),
+}
+_SPLIT_OF = {name: split for split, names in SPELLINGS.items() for name in names}
+# Fraction of every class that is held out if the data has no split for it.
+_HELD_OUT_FRACTION = 0.1
+
+
+class SplitSlice(NamedTuple):
+    """Range of examples of one split.
+
+    Attributes:
+        split: Name of the split.
+        start: Index of the first example.
+        stop: Index after the last example.
+    """
+
+    split: str
+    start: int
+    stop: int
+
+
+def standard_split(name: str) -> str | None:
+    """Returns "train", "validation" or "test" for any common spelling; None for other names."""
+    return _SPLIT_OF.get(re.sub(r"[-\s]", "_", name.casefold()))
+
+
+def standardize_splits(names: Iterable[str], description: str) -> dict[str, str]:
+    """Maps train, validation, test and other splits of the data to their names in the data.
+
+    Args:
+        names: Names of the splits in the data; those without another common spelling stay.
+        description: Dataset, for messages, e.g. "folder '/data'".
+
+    Raises:
+        UserError: Two names are spellings of the same split.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        split = standard_split(name) or name
+        if split in found:
+            raise UserError(
+                f"splits of {description} must have different names, got {found[split]!r} and "
+                f"{name!r} for {split}. Merge or rename them."
+            )
+        found[split] = name
+    return {name: found[name] for name in dict.fromkeys([*SPELLINGS, *found]) if name in found}
+
+
+def parse_split(spec: str, sizes: Mapping[str, int], description: str) -> list[SplitSlice]:
+    """Parses a split in TFDS syntax.
+
+    Other common spellings of train, validation and test are accepted. If the data has only one of
+    validation and test, it can be called by either name.
+
+    Args:
+        spec: Split in TFDS syntax, e.g. "train", "train[:99%]", "validation", "train+validation".
+        sizes: Number of examples of each split; train, validation and test by these names.
+        description: Dataset, for messages, e.g. "folder '/data'".
+
+    Raises:
+        UserError: The syntax is wrong, or a split or range does not exist.
+    """
+    from tensorflow_datasets.core.splits import AbstractSplit
+
+    infos = {
+        name: SimpleNamespace(num_examples=size, shard_lengths=[size])
+        for name, size in sizes.items()
+    }
+    try:
+        parts = list(AbstractSplit.from_spec(_resolve_names(spec, sizes)).to_absolute(infos))
+    except ValueError as error:
+        raise UserError(
+            f"split of {description} must be one of {', '.join(sizes)}, or slices such as "
+            f'"train[:99%]", got {spec!r}.'
+        ) from error
+    slices = [(part.splitname, slice(part.from_, part.to)) for part in parts]
+    return [SplitSlice(name, *part.indices(sizes[name])[:2]) for name, part in slices]
+
+
+def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[str]:
+    """Returns a note if `spec` names validation or test, and the other one is used for it.
+
+    Args:
+        spec: Split in TFDS syntax.
+        splits: Names of the splits in the data.
+        place: Path or name of the dataset, for the note.
+    """
+    if _resolve_names(spec, splits) == _resolve_names(spec, (VALIDATION, TEST)):
+        return []
+    (held_out,) = _held_out(splits)
+    return [f"{place} has one held-out split, {held_out}, which is used for {spec!r}"]
+
+
+def hash_order(paths: Iterable[str]) -> np.ndarray:
+    """Returns the indices that sort paths or keys by a hash, so that slices contain all classes.
+
+    The order depends on the paths alone, not on how a system stores accented letters.
+    """
+    digests = b"".join(
+        hashlib.blake2b(os.fsencode(unicodedata.normalize("NFC", path)), digest_size=8).digest()
+        for path in paths
+    )
+    return np.argsort(np.frombuffer(digests, ">u8").astype(np.uint64), kind="stable")
+
+
+def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divides examples into training and validation data, a tenth of every class.
+
+    The first examples of every class are held out; classes with one example stay in training.
+
+    Args:
+        labels: Class of each example, ordered by a hash; int (num_examples,). All zero for data
+            with several labels per example.
+
+    Returns:
+        Indices of the training examples and of the validation examples, both ascending.
+    """
+    counts = np.bincount(labels, minlength=1)
+    quotas = np.where(counts > 1, np.maximum(1, np.rint(_HELD_OUT_FRACTION * counts)), 0)
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(len(labels), np.int64)
+    ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    is_held_out = ranks < quotas[labels]
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _held_out(splits: Collection[str]) -> list[str]:
+    return [name for name in splits if name in (VALIDATION, TEST)]
+
+
+def _resolve_names(spec: str, splits: Collection[str]) -> str:
+    """Replaces other names of splits in a spec; if one split is held out, it has all names."""
+    held_out = _held_out(splits)
+
+    def resolve(match: re.Match[str]) -> str:
+        if match[0] in splits:
+            return match[0]
+        split = _SPLIT_OF.get(match[0].casefold(), match[0])
+        return held_out[0] if split in (VALIDATION, TEST) and len(held_out) == 1 else split
+
+    return re.sub(r"[^\W\d]\w*", resolve, spec)
