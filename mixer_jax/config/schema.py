@@ -197,7 +197,9 @@ class DatasetConfig:
     """Training data."""
 
     name: str = key(
-        "imagenet2012", 'TFDS name, optionally NAME@LABEL; folder:PATH; "digits"; "synthetic"'
+        "imagenet2012",
+        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
+        'wds:PATH, e.g. wds:/data/imagenet; "digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")

@@ -68,6 +68,10 @@ class LabeledFiles(Examples):
         start = self._label_ends[index - 1] if index else 0
         return tuple(self._labels[start : self._label_ends[index]].tolist())
 
+    def path_name(self, index: int) -> str:
+        """Returns the path of a file, for messages."""
+        return display_path(self._path(index))
+
     def fingerprint(self) -> dict[str, str]:
         """Computes digests of names and sizes of the files, for each directory if they are few."""
         directories: set[str] = set()
@@ -91,9 +95,19 @@ class LabeledFiles(Examples):
             for place, (names, both) in sorted(digests.items())
         }
 
+    def label_digest(self) -> str:
+        """Computes a digest of the class indices of all files, in their order."""
+        digest = hashlib.blake2b(self._labels.astype("<i4").tobytes(), digest_size=8)
+        if self._label_ends is not None:
+            digest.update(self._label_ends.astype("<i8").tobytes())
+        return digest.hexdigest()
+
     def check_files(self) -> None:
-        """Checks that the first file exists, also if it is a broken link."""
-        path = self._path(0)
+        """Checks that the first file exists, also if it is a broken link.
+
+        If the sizes have been read, it is the first one of those that existed then.
+        """
+        path = self._path(0 if self._sizes is None else int(np.argmax(self._sizes >= 0)))
         try:
             path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -111,8 +125,12 @@ class LabeledFiles(Examples):
         return self._sizes
 
     def _read_sizes(self, start: int) -> np.ndarray:
-        stop = min(start + _STAT_CHUNK, len(self))
-        return np.array([_file_size(self._path(index)) for index in range(start, stop)], np.int64)
+        # Paths are joined as bytes: pathlib takes longer than reading the size from a local disk.
+        root = os.path.join(os.fsencode(self._root), b"")
+        ends = self._ends[start : start + _STAT_CHUNK].tolist()
+        starts = [int(self._ends[start - 1]) if start else 0, *ends[:-1]]
+        paths = [self._paths[first:end] for first, end in zip(starts, ends, strict=True)]
+        return np.array([_file_size(os.path.join(root, path)) for path in paths], np.int64)
 
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""
@@ -171,7 +189,7 @@ def check_readable(source: Source) -> None:
         )
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: bytes) -> int:
     try:
         return os.stat(path).st_size
     except OSError:

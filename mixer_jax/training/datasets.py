@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mixer_jax.config.schema import EvalConfig, RunConfig
 from mixer_jax.data.labeled_files import check_readable
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import FOLDER, MANIFEST
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.distributed import multihost
@@ -125,7 +125,7 @@ def _open_train_source(config: RunConfig) -> Source:
             num_classes=dataset.num_classes,
             num_examples=dataset.num_examples,
         )
-        if name.startswith(FOLDER):
+        if name.startswith((FOLDER, MANIFEST)):
             check_readable(source)
         return source
 
