@@ -259,8 +259,8 @@ def sample_mixup(
     weights = MixupWeights(jnp.maximum(sample, 1.0 - sample))
     if recipe.cutmix:
         # The first two keys that are derived from `rng` are those of mixup's Beta distribution.
-        cutmix_rng = jax.random.fold_in(rng, 2)
-        weights = sample_cutmix(cutmix_rng, weights.label, *images.shape[1:3], recipe)
+        cutmix_rng, (height, width) = jax.random.fold_in(rng, 2), images.shape[1:3]
+        weights = sample_cutmix(cutmix_rng, weights.label, height, width, recipe)
     return MixupPairs(arrays, weights)
 
 
