@@ -51,11 +51,11 @@ _METADATA = re.compile(r"__[^/]*__($|/)")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _COMPRESSED = re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18")
 _LFS_POINTER = b"version https://git-lfs"
-# Header of a regular file: name, size, checksum, type, and magic number of either tar dialect. The
-# standard library reads the others, such as those of long names.
+# Header of a regular file, or of its PAX attributes: name, size, checksum, type, and magic number.
+# The standard library reads the others, such as those of long names.
 _PLAIN_HEADER = re.compile(
     rb"(?P<name>[^\0]{1,100})\0*(?<=^.{100}).{24}(?P<size>[0-7]{11})[\0 ].{12}"
-    rb"(?P<checksum>[0-7]{6})[\0 ]{2}0.{100}ustar[\0 ].{82}\0",
+    rb"(?P<checksum>[0-7]{6})[\0 ]{2}(?P<type>[0x]).{100}ustar[\0 ].{82}\0",
     re.DOTALL,
 )
 
@@ -415,7 +415,7 @@ class _Scan:
             return None
         if not isinstance(fields, dict):
             return None
-        self._fields = self._fields or tuple(map(str, list(fields)[:_MAX_LISTED]))
+        self._fields = self._fields or tuple(map(_replace_invalid, list(fields)[:_MAX_LISTED]))
         names = (self._field,) if self._field else _LABEL_FIELDS
         return next((fields[name] for name in names if name in fields), None)
 
@@ -452,10 +452,15 @@ def canonical_label(value: Any) -> str | None:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
-    text = unicodedata.normalize("NFC", str(value)).strip()
+    text = " ".join(unicodedata.normalize("NFC", _replace_invalid(str(value))).split())
     if _INTEGER.fullmatch(text):
         return str(int(text))
     return json.dumps(text) if text and isinstance(value, str) else None
+
+
+def _replace_invalid(text: str) -> str:
+    """Replaces halves of surrogate pairs, which JSON may contain, by escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def format_member(name: str) -> str:
@@ -464,6 +469,10 @@ def format_member(name: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# PAX attributes that change name, size or content; others, such as times, have no effect here.
+_PAX_CHANGES = re.compile(rb"path=|size=|charset=|GNU\.")
 
 
 def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
@@ -480,24 +489,31 @@ def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
         header = file.read(_BLOCK)
         if not header.strip(b"\0"):
             break
+        start = offset
         plain = _parse_plain_header(header)
-        if plain is not None:
-            name, size = plain
-            member = _Member(name, offset + _BLOCK, size, header)
-            next_offset = member.offset + _round_up(size)
+        if plain is not None and plain.is_pax:
+            # Python writes attributes for every file whose time has a fraction.
+            attributes = file.read(plain.size)
+            file.seek(start + _BLOCK + _round_up(plain.size))
+            following = file.read(_BLOCK)
+            plain = _parse_plain_header(following)
+            if plain is not None and not _PAX_CHANGES.search(attributes):
+                start, header = file.tell() - _BLOCK, following
+            else:
+                plain = None
+        if plain is not None and not plain.is_pax:
+            member = _Member(plain.name, start + _BLOCK, plain.size, header)
+            offset = member.offset + _round_up(plain.size)
         else:
-            info, next_offset = _read_header(file, path, offset, header, end)
-            start = info.offset_data
-            file.seek(start - _BLOCK)
-            member = _Member(info.name, start, info.size, file.read(_BLOCK))
+            info, offset = _read_header(file, path, offset, header, end)
             if not info.isreg() or info.issparse():
                 scan.num_not_regular += not info.isdir()
-                member = None
-        if member is not None and member.offset + member.size > end:
+                continue
+            file.seek(info.offset_data - _BLOCK)
+            member = _Member(info.name, info.offset_data, info.size, file.read(_BLOCK))
+        if member.offset + member.size > end:
             raise _truncated(path, end, member.name)
-        if member is not None:
-            yield member
-        offset = next_offset
+        yield member
     if not offset and not end:
         raise _not_usable(path, "is empty")
     if len(header) not in (0, _BLOCK):
@@ -511,8 +527,16 @@ def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
             )
 
 
-def _parse_plain_header(header: bytes) -> tuple[str, int] | None:
-    """Returns name and size of a regular file; None for all other headers.
+class _PlainHeader(NamedTuple):
+    """Header of a regular file, or of PAX attributes of the file that follows."""
+
+    name: str
+    size: int
+    is_pax: bool
+
+
+def _parse_plain_header(header: bytes) -> _PlainHeader | None:
+    """Parses the usual headers; returns None for all others.
 
     The standard library takes four times as long.
     """
@@ -520,7 +544,7 @@ def _parse_plain_header(header: bytes) -> tuple[str, int] | None:
     # The sum is computed as if the checksum itself were spaces.
     if match is None or int(match["checksum"], 8) != sum(header) - sum(header[148:156]) + 8 * 32:
         return None
-    return os.fsdecode(match["name"]), int(match["size"], 8)
+    return _PlainHeader(os.fsdecode(match["name"]), int(match["size"], 8), match["type"] == b"x")
 
 
 def _read_header(
@@ -536,7 +560,7 @@ def _read_header(
         info = None
     if info is not None and info.size >= 0 and archive.offset > offset:
         return info, archive.offset
-    if offset + _BLOCK >= end:
+    if file.tell() >= end:
         raise _truncated(path, end, "")
     if offset:
         raise _not_usable(path, f"is damaged at byte {offset:,}")

@@ -66,18 +66,19 @@ def images_of(path: Path, shard: ShardIndex) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("mtime", [0, 1.5])
 @pytest.mark.parametrize(
     "archive_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 )
 def test_all_dialects_have_the_members_that_tarfile_finds(
-    archive_format: int, tmp_path: Path
+    archive_format: int, mtime: float, tmp_path: Path
 ) -> None:
     names = ["a", "b/c", "./d", f"{'long/' * 18}name", "x" * 94]
     if archive_format != tarfile.USTAR_FORMAT:
         names += ["k" * 150, f"{'deep/' * 60}z", "Hündin", "犬"]
     path = tmp_path / "0.tar"
     members = [member for number, name in enumerate(names) for member in sample(name, number)]
-    write_shard(path, members, format=archive_format)
+    write_shard(path, members, mtime=mtime, format=archive_format)
     shard = index(path)
     expected = {f"{name.removeprefix('./')}.png": make_image(name) for name in names}
     assert images_of(path, shard) == expected
@@ -206,6 +207,8 @@ def test_two_files_of_one_name_are_rejected(name: str, tmp_path: Path) -> None:
         ("cat", '"cat"'),
         ("Hu\u0308ndin", '"H\\u00fcndin"'),
         ("7 cats", '"7 cats"'),
+        ("a\n\tcat", '"a cat"'),
+        ("\ud800", '"\\\\ud800"'),
         ([3, "1"], "[3, 1]"),
         (["cat", "dog"], '["cat", "dog"]'),
         ([], "[]"),
@@ -250,8 +253,8 @@ def test_labels_are_read_from_json(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
-def write_two(path: Path) -> bytes:
-    write_shard(path, [*sample("a", 0), *sample("b", 1)])
+def write_two(path: Path, mtime: float = 0) -> bytes:
+    write_shard(path, [*sample("a", 0), *sample("b", 1)], mtime=mtime)
     return path.read_bytes()
 
 
@@ -272,9 +275,10 @@ def test_truncated_shards_are_rejected(missing: int, tmp_path: Path) -> None:
             index(path)
 
 
-def test_every_truncation_is_rejected_or_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mtime", [0, 1.5])
+def test_every_truncation_is_rejected_or_loses_nothing(mtime: float, tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
-    content = write_two(path)
+    content = write_two(path, mtime)
     last = header_offsets(path)["b.png"]
     refused = 0
     for end in range(0, len(content), 64):
@@ -299,10 +303,13 @@ def test_a_missing_end_marker_is_recorded(tmp_path: Path) -> None:
     assert (names_of(shard), shard.has_end) == (["a.png", "b.png"], False)
 
 
+@pytest.mark.parametrize("mtime", [0, 1.5])
 @pytest.mark.parametrize("position", [0, 100, 124, 148, 156, 257])
-def test_damaged_headers_are_rejected_with_their_position(position: int, tmp_path: Path) -> None:
+def test_damaged_headers_are_rejected_with_their_position(
+    position: int, mtime: float, tmp_path: Path
+) -> None:
     path = tmp_path / "0.tar"
-    content = bytearray(write_two(path))
+    content = bytearray(write_two(path, mtime))
     offset = header_offsets(path)["b.cls"]
     content[offset + position] ^= 0x55
     path.write_bytes(content)

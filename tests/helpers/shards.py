@@ -15,13 +15,20 @@ from tests.helpers.images import encode
 Member = tuple[str, bytes]
 
 
-def write_shard(path: Path, members: Iterable[Member], **options: Any) -> None:
-    """Writes an archive; `options` are those of `tarfile.open`."""
+def write_shard(path: Path, members: Iterable[Member], mtime: float = 0, **options: Any) -> None:
+    """Writes an archive.
+
+    Args:
+        path: Path of the archive.
+        members: Files in the archive.
+        mtime: Time of all files; one with a fraction is a PAX attribute.
+        **options: Options of `tarfile.open`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            info.size = len(content)
+            info.size, info.mtime = len(content), mtime
             archive.addfile(info, io.BytesIO(content))
 
 
