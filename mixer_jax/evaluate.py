@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax import __version__
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
@@ -111,7 +112,7 @@ def evaluate(
     dataset: str = "",
     split: str = "test",
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: "ImageSize | None" = None,
     data_dir: str = "",
     batch_size: int = 256,
@@ -126,7 +127,8 @@ def evaluate(
         checkpoint: Workdir of a run, file of weights, or name on the Hub; see `load_pretrained`.
         dataset: TFDS name or folder:PATH; empty: the training dataset.
         split: Split in TFDS syntax.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.
         data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
         batch_size: Images per batch.

@@ -398,6 +398,12 @@ class CheckpointConfig:
     every_steps: int = key(1000, "interval; 0: none", unit="steps", min=0, resumable=True)
     every_minutes: float = key(0.0, "interval; 0: none", unit="min", min=0, resumable=True)
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
+    best_metric: str = key(
+        "",
+        "also keep the checkpoint with the best value of this metric, EVAL/METRIC as in "
+        "metrics.jsonl, e.g. validation/top1, and save at each of its evaluations; empty: none",
+        resumable=True,
+    )
 
 
 def parse_shots(name: str, text: str) -> tuple[int, ...]:
@@ -430,6 +436,9 @@ def parse_profile_steps(name: str, text: str) -> range:
     return steps
 
 
+_CLASSIFY_METRICS = ("top1", "top5", "log_likelihood", "calibration_error")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -450,6 +459,17 @@ class EvalConfig:
     def shot_counts(self) -> tuple[int, ...]:
         """Parsed `shots`. Raises UserError if they are not positive integers."""
         return parse_shots("shots", self.shots)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics by which checkpoints can be selected; which ones there are depends on the data.
+
+        Raises:
+            UserError: `shots` are not positive integers.
+        """
+        if self.type == "few_shot":
+            return tuple(f"{shots}_shot" for shots in self.shot_counts)
+        return _CLASSIFY_METRICS if self.type == "classify" else (self.type,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,6 +530,21 @@ class RunConfig:
         resumable=True,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping_patience: int = key(
+        0,
+        "stop after this many evaluations in a row without a better checkpoint.best_metric, e.g. "
+        "5; 0: never",
+        unit="evaluations",
+        min=0,
+        resumable=True,
+    )
+    early_stopping_min_delta: float = key(
+        0.0,
+        "smallest improvement of checkpoint.best_metric that counts, e.g. 0.001 for 0.1 % of an "
+        "accuracy",
+        min=0,
+        resumable=True,
+    )
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,
