@@ -315,6 +315,11 @@ class RecipeConfig:
         0.0, "sigmoid: smallest target of a class; the largest is 1 minus it", min=0, max=0.499
     )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
+    class_weights: Literal["none", "balanced"] = key(
+        "none",
+        "factor of the loss of an example, by its class; balanced: number of images / (number of "
+        "classes × images of the class), which averages to 1",
+    )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
     )

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
+
 from mixer_jax.config.config import check_warmup, resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
@@ -174,7 +176,10 @@ def placeholder_datasets(config: RunConfig) -> RunDatasets:
                 f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
             )
     class_names = tuple(map(str, range(num_classes)))
-    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
+    is_weighted = config.recipe.class_weights != "none"
+    class_weights = np.ones(num_classes, np.float32) if is_weighted else None
+    source = Source(dataset.name, range(num_examples), class_names)
+    return RunDatasets(source, {}, {}, class_weights=class_weights)
 
 
 def _count_examples(split: str, total: int) -> int:
