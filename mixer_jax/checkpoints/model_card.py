@@ -12,7 +12,7 @@ from mixer_jax.checkpoints.resolve import HUB, HUB_FILE, METRICS_FILE
 from mixer_jax.checkpoints.timm_config import find_timm_model, timm_expression, timm_folder_code
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import FOLDER, HUGGING_FACE, MANIFEST, WEB_DATASET
 from mixer_jax.errors import UserError
 from mixer_jax.files import read_json_lines
 from mixer_jax.models.registry import get_family
@@ -46,6 +46,13 @@ _MULTI_LABEL_METRICS = (
     ("mean_average_precision", "mean average precision", ".2%", "mean_average_precision"),
     ("micro_average_precision", "micro average precision", ".2%", ""),
 )
+# By prefix: the Hub's name for the kind of dataset, and a description.
+_OWN_DATASETS = {
+    FOLDER: ("imagefolder", "a folder of images"),
+    MANIFEST: ("imagefolder", "images of a manifest"),
+    HUGGING_FACE: ("parquet", "a Hugging Face dataset"),
+    WEB_DATASET: ("webdataset", "WebDataset shards"),
+}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&~$])")
 
 
@@ -269,15 +276,19 @@ def _intended_use(info: ModelInfo) -> list[str]:
 
 
 def _dataset_name(name: str) -> str:
-    """Returns the public name of a dataset: not the path of a folder."""
-    if name.startswith(FOLDER):
-        return f"a folder of images, {epath.Path(name.removeprefix(FOLDER)).name}"
+    """Returns the public name of a dataset: not the path of a folder or file."""
+    for prefix, (_, description) in _OWN_DATASETS.items():
+        if name.startswith(prefix):
+            return f"{description}, {epath.Path(name.removeprefix(prefix)).name}"
     return name
 
 
 def _dataset_id(name: str) -> str:
     """Returns the Hub's name for a kind of dataset."""
-    return "imagefolder" if name.startswith(FOLDER) else name.partition("/")[0]
+    for prefix, (kind, _) in _OWN_DATASETS.items():
+        if name.startswith(prefix):
+            return kind
+    return name.partition("/")[0]
 
 
 def _escape(text: str) -> str:

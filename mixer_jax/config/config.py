@@ -28,6 +28,8 @@ from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import FAMILIES, get_family
 
+# Schedules that do not end at a rate of their own.
+_COOLDOWN_TYPES = ("rsqrt", "none")
 # Limits of Weights & Biases for names of projects.
 _WANDB_RESERVED, _WANDB_MAX_LENGTH = r"/\#?%:", 128
 
@@ -202,7 +204,7 @@ def _check_rules(config: RunConfig) -> None:
         )
     if config.num_steps or config.dataset.num_examples:
         num_steps = resolve_num_steps(config, config.dataset.num_examples)
-        check_warmup(config, num_steps)
+        check_schedule(config, num_steps)
         check_profile_steps(config, num_steps)
 
 
@@ -213,6 +215,12 @@ def _check_recipe(config: RunConfig) -> None:
         raise UserError(
             "config.optimizer.decay_points must be set with config.optimizer.decay_type="
             f"'staircase', got {optimizer.decay_points!r}. For example: 0.3,0.6,0.9"
+        )
+    if optimizer.cooldown_steps and optimizer.decay_type not in _COOLDOWN_TYPES:
+        raise UserError(
+            "config.optimizer.cooldown_steps must be 0 with config.optimizer.decay_type="
+            f"{optimizer.decay_type!r}, got {optimizer.cooldown_steps}. Cooldown follows "
+            f"{' or '.join(_COOLDOWN_TYPES)}."
         )
     if recipe.min_target and recipe.loss != "sigmoid":
         raise UserError(
@@ -293,13 +301,18 @@ def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
 
-def check_warmup(config: RunConfig, num_steps: int) -> None:
-    """Raises UserError if warmup is longer than the run."""
-    warmup_steps = config.optimizer.warmup_steps
+def check_schedule(config: RunConfig, num_steps: int) -> None:
+    """Raises UserError if warmup and cooldown are longer than the run."""
+    warmup_steps, cooldown_steps = config.optimizer.warmup_steps, config.optimizer.cooldown_steps
     if warmup_steps > num_steps:
         raise UserError(
             f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
             f"got {warmup_steps}. Lower it or train for longer."
+        )
+    if cooldown_steps > num_steps - warmup_steps:
+        raise UserError(
+            f"config.optimizer.cooldown_steps must be at most the {num_steps - warmup_steps} steps "
+            f"after warmup, got {cooldown_steps}. Lower it or train for longer."
         )
 
 

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -12,6 +13,9 @@ from mixer_jax.errors import UserError, abbreviate
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
+
+# Integers in their usual spelling: "007" is a name.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 
 
 class Example(TypedDict):
@@ -131,6 +135,14 @@ def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
     Systems differ in how they store accented letters, as one or as two characters.
     """
     return tuple(unicodedata.normalize("NFC", name) for name in names)
+
+
+def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorts the names of classes: by value if all of them are integers, otherwise as text."""
+    names = list(names)
+    if all(_INTEGER.fullmatch(name) for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
 
 
 def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:

@@ -20,9 +20,9 @@ import cv2
 import numpy as np
 
 from mixer_jax.data.decode import BadImageError, decode
+from mixer_jax.data.names import LABEL_SEPARATOR
 from mixer_jax.errors import UserError
 
-LABEL_SEPARATOR = "@"
 # Default labels; the first one that the dataset has is used.
 _DEFAULT_LABELS = ("real_label", "label", "labels")
 # TFDS's value of a label that is not public; also used for labels that cannot be computed.

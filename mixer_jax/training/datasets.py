@@ -11,9 +11,9 @@ from jaxtyping import Float32, Int
 
 from mixer_jax.config.schema import EvalConfig, RecipeConfig, RunConfig
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.folder import check_readable
+from mixer_jax.data.labeled_files import check_readable
 from mixer_jax.data.loader import available_cpus
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import FOLDER, MANIFEST
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source, mix_sources, relabel
 from mixer_jax.distributed import multihost
@@ -186,7 +186,7 @@ def _open_train_source(config: RunConfig) -> Source:
             num_classes=dataset.num_classes,
             num_examples=dataset.num_examples,
         )
-        if name.startswith(FOLDER):
+        if name.startswith((FOLDER, MANIFEST)):
             check_readable(source)
         return source
 

@@ -16,7 +16,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.config.config import (
     check_profile_steps,
     check_scan_unroll,
-    check_warmup,
+    check_schedule,
     resolve_num_steps,
 )
 from mixer_jax.config.schema import PreprocessConfig, RunConfig
@@ -108,7 +108,7 @@ def build_experiment(
             does not have the steps to profile, or the backend is for other devices.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
-    check_warmup(config, num_steps)
+    check_schedule(config, num_steps)
     check_profile_steps(config, num_steps)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     check_divisible(

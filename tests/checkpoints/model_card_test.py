@@ -63,7 +63,7 @@ def test_card_has_data_recipe_and_metrics_at_the_step_of_the_weights(tmp_path: P
     for line in ("seed = 3", "num_steps = 20", "batch_size = 16", "optimizer.warmup_steps = 2"):
         assert line in recipe
     # A default is only listed if readers need it.
-    assert "optimizer.name = adam" in recipe
+    assert "optimizer.name = adamw" in recipe
     assert not any(line.startswith("optimizer.b1") for line in recipe)
 
 

@@ -84,7 +84,8 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("optimizer.learning_rate", float("nan"), ["optimizer.learning_rate"]),
         ("num_epochs", float("inf"), ["num_epochs"]),
         ("preprocess.max_shift", 224, ["preprocess.max_shift", "image_size"]),
-        ("optimizer.name", "sgd", ["optimizer.name", "adam", "momentum"]),
+        ("optimizer.name", "adamax", ["optimizer.name", "adamw", "sgd"]),
+        ("optimizer.cooldown_steps", 5, ["optimizer.cooldown_steps", "'linear'", "rsqrt", "none"]),
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
         ("evals.test.shots", "1,zero", ["evals.test.shots"]),
         ("wandb", "team/mixer", ["config.wandb", "/", "WANDB_ENTITY"]),
@@ -110,6 +111,15 @@ def test_parse_limits_the_length_of_a_project(config: ConfigDict) -> None:
     assert parse(config).wandb == config.wandb
     config.wandb += "p"
     with raises(UserError, "config.wandb", "128", "129"):
+        parse(config)
+
+
+def test_cooldown_is_within_the_steps_after_warmup(config: ConfigDict) -> None:
+    config.num_steps, config.optimizer.warmup_steps = 100, 40
+    config.optimizer.decay_type, config.optimizer.cooldown_steps = "rsqrt", 60
+    assert parse(config).optimizer.cooldown_steps == 60
+    config.optimizer.cooldown_steps = 61
+    with raises(UserError, "config.optimizer.cooldown_steps", "60", "61"):
         parse(config)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from mixer_jax.data.readers import shuffled_indices
-from mixer_jax.data.source import Example, Examples, Source, mix_sources, relabel, subset
+from mixer_jax.data.source import (
+    Example,
+    Examples,
+    Source,
+    mix_sources,
+    relabel,
+    sort_class_names,
+    subset,
+)
 from mixer_jax.errors import UserError
 from tests.helpers.messages import raises
 
@@ -114,6 +122,13 @@ def test_class_names_are_compared_and_stored_in_one_unicode_form() -> None:
     assert [mixed.examples[k]["labels"] for k in range(4)] == [(0,), (1,), (0,), (1,)]
     # Checkpoints of other programs may store the other form.
     assert relabel(make_source("x", 4, nfc), ("eau", "cafe\u0301")).class_names == nfc[::-1]
+
+
+def test_class_names_that_are_integers_are_sorted_by_value() -> None:
+    assert sort_class_names(map(str, range(12, -1, -1))) == tuple(map(str, range(13)))
+    assert sort_class_names(["10", "-1", "9"]) == ("-1", "9", "10")
+    assert sort_class_names(["10", "9", "09"]) == ("09", "10", "9")
+    assert sort_class_names(["10", "9", "cat"]) == ("10", "9", "cat")
 
 
 def test_sources_derived_from_others_keep_their_notes() -> None:

@@ -469,7 +469,7 @@ def test_diverged_run_stops_and_names_the_last_good_checkpoint(
 ) -> None:
     config = small_config(
         digits_dir,
-        optimizer__name="momentum",
+        optimizer__name="sgd",
         optimizer__learning_rate=1e30,
         optimizer__clip_norm=0.0,
         optimizer__warmup_steps=10,
