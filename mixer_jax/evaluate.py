@@ -124,7 +124,8 @@ def evaluate(
 
     Args:
         checkpoint: Workdir of a run, file of weights, or name on the Hub; see `load_pretrained`.
-        dataset: TFDS name or folder:PATH; empty: the training dataset.
+        dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH; empty: the training
+            dataset.
         split: Split in TFDS syntax.
         step: Step of a run's checkpoint; None: the newest.
         image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.
@@ -178,7 +179,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description="Evaluate a checkpoint on every example of a split, each counted once.",
     )
     common.add_checkpoint_args(parser)
-    parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the training dataset")
+    parser.add_argument("--dataset", help=f"{common.DATASET_HELP}; default: the training dataset")
     parser.add_argument("--split", default="test", help="split in TFDS syntax; default: test")
     parser.add_argument(
         "--data_dir",

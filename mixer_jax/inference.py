@@ -492,7 +492,7 @@ class Classifier:
         Classes are matched by name, as by the command `evaluate`.
 
         Args:
-            dataset: TFDS name or folder:PATH.
+            dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH.
             split: Split in TFDS syntax.
             data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
             batch_size: Images per batch.

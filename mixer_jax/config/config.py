@@ -198,9 +198,9 @@ def _check_rules(config: RunConfig) -> None:
             "config.preprocess.permute_patch_size must divide config.image_size "
             f"({config.image_size}), got {patch_size}. The nearest valid size is {nearest_size}."
         )
-    if config.recipe.mixup and config.batch_size < 2:
+    if (config.recipe.mixup or config.recipe.cutmix) and config.batch_size < 2:
         raise UserError(
-            f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
+            f"config.batch_size must be at least 2 with mixup or CutMix, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
         num_steps = resolve_num_steps(config, config.dataset.num_examples)

@@ -199,7 +199,8 @@ class DatasetConfig:
     name: str = key(
         "imagenet2012",
         "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
-        'wds:PATH, e.g. wds:/data/imagenet; "digits"; "synthetic"',
+        "hf:NAME_OR_PATH, e.g. hf:uoft-cs/cifar10; wds:PATH, e.g. wds:/data/imagenet; "
+        '"digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")
@@ -242,6 +243,12 @@ class PreprocessConfig:
     randaugment_layers: int = key(0, "RandAugment operations per image; 0 disables it", min=0)
     randaugment_magnitude: float = key(
         10.0, "RandAugment magnitude, on a scale of 0 to 10; larger values extrapolate", min=0
+    )
+    random_erasing: float = key(
+        0.0, "probability of erasing a box of a training image, e.g. 0.25; 0: never", min=0, max=1
+    )
+    random_erasing_mode: Literal["constant", "random", "pixel"] = key(
+        "constant", "fills the box with gray, one random color, or a random color per pixel"
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
@@ -317,6 +324,12 @@ class RecipeConfig:
         0.0, "sigmoid: smallest target of a class; the largest is 1 minus it", min=0, max=0.499
     )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
+    cutmix: float = key(
+        0.0, "parameter p of Beta(p, p), 1.0 in the CutMix paper; 0 disables CutMix", min=0
+    )
+    mixup_switch_prob: float = key(
+        0.5, "probability that a step uses CutMix if both mixup and CutMix are on", min=0, max=1
+    )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
     )

@@ -137,7 +137,7 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
         moments=(),
-        mixup=config.recipe.mixup > 0,
+        mixup=config.recipe.mixup > 0 or config.recipe.cutmix > 0,
         num_steps=num_steps,
     )
     averages = run.param_shapes.items() if config.recipe.ema_decay else ()

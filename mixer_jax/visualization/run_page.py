@@ -202,8 +202,9 @@ def load_examples(runs: Sequence[Run]) -> list[Examples]:
 
 def _affects_batches(key: str) -> bool:
     sections = ("dataset.", "mixture.", "preprocess.")
-    keys = ("batch_size", "image_size", "seed", "recipe.mixup", "recipe.label_smoothing")
-    return key.startswith(sections) or key in (*keys, "recipe.min_target")
+    keys = ("batch_size", "image_size", "seed", "recipe.label_smoothing", "recipe.min_target")
+    mixing = ("recipe.mixup", "recipe.cutmix", "recipe.mixup_switch_prob")
+    return key.startswith(sections) or key in (*keys, *mixing)
 
 
 def _load_examples(group: Sequence[Run]) -> Examples:

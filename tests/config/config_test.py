@@ -155,9 +155,10 @@ def test_parse_rejects_images_resized_to_less_than_the_crop(config: ConfigDict) 
         parse(config)
 
 
-def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:
-    config.recipe.mixup, config.batch_size = 0.5, 1
-    with raises(UserError, "batch_size", "1", "2", "mixup"):
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_parse_needs_two_images_for_mixup_and_cutmix(config: ConfigDict, name: str) -> None:
+    config.recipe[name], config.batch_size = 0.5, 1
+    with raises(UserError, "batch_size", "1", "2", "mixup", "CutMix"):
         parse(config)
     config.batch_size = 2
     parse(config)

@@ -80,6 +80,9 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     [
         {"recipe__mixup": 0.0, "preprocess__randaugment_layers": 2, "preprocess__flip": True},
         {"recipe__mixup": 0.5, "recipe__label_smoothing": 0.1, "seed": 3},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.0, "preprocess__random_erasing": 0.5},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.5, "recipe__mixup_switch_prob": 0.0},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.5, "recipe__mixup_switch_prob": 1.0},
     ],
 )
 def test_load_train_batch_equals_the_inputs_of_the_training_step(
@@ -90,7 +93,10 @@ def test_load_train_batch_equals_the_inputs_of_the_training_step(
     view = load_train_batch(config, open_datasets(config).train, STEP, config.batch_size)
     np.testing.assert_array_equal(view.images, images)
     np.testing.assert_allclose(view.targets.sum(0), targets, atol=1e-5)
-    assert (view.weight == 1.0) == (config.recipe.mixup == 0.0)
+    recipe = config.recipe
+    assert (view.weight == 1.0) == (recipe.mixup == recipe.cutmix == 0.0)
+    is_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or recipe.mixup_switch_prob == 1)
+    assert view.is_cutmix == is_cutmix
 
 
 class CountingExamples(Sequence[Example]):
@@ -148,6 +154,9 @@ def test_format_caption_names_bad_images(digits_dir: str) -> None:
         ({"preprocess__randaugment_layers": 2}, ("RandAugment", "2", "10")),
         ({"recipe__mixup": 0.0}, ()),
         ({"recipe__mixup": 0.5}, ("0.5", "0.750", "0.250")),
+        ({"recipe__cutmix": 1.0}, ("mixup", "0.2", "CutMix", "1", "probability", "0.5")),
+        ({"recipe__cutmix": 1.0, "recipe__mixup": 0.0}, ("CutMix", "1", "0.250")),
+        ({"preprocess__random_erasing": 0.25}, ("erasing", "25%", "gray")),
         ({"recipe__label_smoothing": 0.1}, ("0.1",)),
         ({"preprocess__permute": "pixels"}, ("all pixels",)),
         ({"preprocess__permute": "patches"}, ("patches", "16", "permuted")),
@@ -177,7 +186,7 @@ def random_view(count: int, size: int, weight: float = 1.0) -> TrainBatchView:
     partners = (labels + (weight < 1)).astype(np.int32) % 10
     one_hot = np.eye(10, dtype=np.float32)
     targets = np.float32(weight) * one_hot[labels] + np.float32(1 - weight) * one_hot[partners]
-    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, [])
+    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, False, [])
 
 
 def labels_of(figure: Figure) -> list[str]:
