@@ -56,7 +56,7 @@ def on_one_host(
 ) -> Path:
     """Workdir of a run on one host with four devices, whose images are loaded by two processes."""
     workdir = tmp_path_factory.mktemp("run") / "one"
-    changes = {"dataset__name": f"wds:{data}/shards", "loader__num_workers": 2}
+    changes: dict[str, Any] = {"dataset__name": f"wds:{data}/shards", "loader__num_workers": 2}
     finish(start("", workdir, {"JAX_NUM_CPU_DEVICES": "4"}, **settings, **changes))
     return workdir
 
@@ -97,7 +97,7 @@ def test_two_hosts_compute_the_same_as_one(
 def test_a_folder_of_the_same_images_is_the_same_run(
     on_one_host: Path, data: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    changes = {"dataset__name": f"folder:{data}/images"}
+    changes: dict[str, Any] = {"dataset__name": f"folder:{data}/images"}
     finish(start("", tmp_path, {"JAX_NUM_CPU_DEVICES": "4"}, **settings, **changes))
     assert losses(tmp_path) == losses(on_one_host)
     assert bad_images(tmp_path) == bad_images(on_one_host)
