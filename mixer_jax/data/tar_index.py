@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tarfile
 import unicodedata
@@ -66,7 +67,6 @@ _SHARD_VALUES = (
     "mtime_ns",
     "num_without_image",
     "num_not_regular",
-    "has_end",
     "extensions",
     "fields",
 )
@@ -116,7 +116,6 @@ class ShardIndex:
         mtime_ns: Time of its last change, in nanoseconds.
         num_without_image: Number of samples without an image, which are skipped.
         num_not_regular: Number of links, devices and sparse files, which are skipped.
-        has_end: Whether the archive has an end marker.
         extensions: Number of files by extension, of the most frequent ones.
         fields: Fields of the first JSON file.
     """
@@ -127,7 +126,6 @@ class ShardIndex:
     mtime_ns: int
     num_without_image: int
     num_not_regular: int
-    has_end: bool
     extensions: dict[str, int]
     fields: tuple[str, ...]
 
@@ -329,7 +327,6 @@ class _Scan:
     def __init__(self, path: Path, field: str):
         self._path, self._field = path, field
         self.num_not_regular = 0
-        self.has_end = False
         self._images: dict[str, tuple[str, int, int, int]] = {}
         self._keys = set[str]()
         # Index of the label by key; the .cls file takes precedence over the .json file.
@@ -392,7 +389,6 @@ class _Scan:
             mtime_ns=status.st_mtime_ns,
             num_without_image=len(self._keys) - len(self._images),
             num_not_regular=self.num_not_regular,
-            has_end=self.has_end,
             extensions=dict(self._extensions.most_common(_MAX_LISTED)),
             fields=self._fields,
         )
@@ -516,9 +512,15 @@ def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
         yield member
     if not offset and not end:
         raise _not_usable(path, "is empty")
-    if len(header) not in (0, _BLOCK):
+    if not header:
+        # An archive that was cut off between two members looks like this, too.
+        raise UserError(
+            f"shard {display_path(path)} must end with the end marker of tar, but ends at byte "
+            f"{end:,} without it. Download or write it again; or, if it is complete, run: head -c "
+            f"{2 * _BLOCK} /dev/zero >> {shlex.quote(display_path(path))}"
+        )
+    if len(header) < _BLOCK:
         raise _truncated(path, end, "")
-    scan.has_end = bool(header)
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             raise UserError(

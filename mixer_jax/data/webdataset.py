@@ -642,7 +642,6 @@ def _notes_on_shards(
     expected = shards.num_samples
     for names, what in (
         ([name for name in indexes if not lengths[name]], "without samples"),
-        ([name for name in indexes if not indexes[name].has_end], "without an end marker"),
         (
             [name for name in indexes if expected.get(name, lengths[name]) != lengths[name]],
             f"with another number of samples than in {_INFO_FILES[0]}",
