@@ -229,3 +229,30 @@ def average_precision(scores: Float32[np.ndarray, " n"], is_label: Bool[np.ndarr
     if not is_label.any() or np.isnan(scores).any():
         return math.nan
     return float(average_precision_score(is_label, scores))
+
+
+class ClassDecisions(NamedTuple):
+    """Decisions about one class, which is predicted if it is more probable than not.
+
+    Attributes:
+        precision: Fraction of the predictions that are correct; 0 without any.
+        recall: Fraction of the images of the class that are found; 0 without any.
+        f1: Harmonic mean of precision and recall.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def count_decisions(
+    labels: Bool[np.ndarray, "n classes"], predicted: Bool[np.ndarray, "n classes"]
+) -> list[ClassDecisions]:
+    """Computes precision, recall and F1 of every class, as scikit-learn does by default."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = [
+        precision_recall_fscore_support(a, b, average="binary", zero_division=0)[:3]
+        for a, b in zip(labels.T, predicted.T, strict=True)
+    ]
+    return [ClassDecisions(*map(float, column)) for column in columns]

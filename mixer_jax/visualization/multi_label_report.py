@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
-from mixer_jax.evaluation.multi_label import MultiLabelMetrics
+from mixer_jax.evaluation.multi_label import ClassDecisions, MultiLabelMetrics, count_decisions
 from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, NUM_TOP, MultiLabelPredictions
 from mixer_jax.visualization.evaluation_report import (
     NUM_ERRORS,
@@ -68,33 +68,6 @@ def write_multi_label_report(
     for name, values in zip(source.class_names, decisions, strict=True):
         summary["classes"][name] |= values._asdict()
     write_files(path, page, summary, _prediction_rows(predictions, source.class_names))
-
-
-class ClassDecisions(NamedTuple):
-    """Decisions about one class, which is predicted if it is more probable than not.
-
-    Attributes:
-        precision: Fraction of the predictions that are correct; 0 without any.
-        recall: Fraction of the images of the class that are found; 0 without any.
-        f1: Harmonic mean of precision and recall.
-    """
-
-    precision: float
-    recall: float
-    f1: float
-
-
-def count_decisions(
-    labels: Bool[np.ndarray, "n classes"], predicted: Bool[np.ndarray, "n classes"]
-) -> list[ClassDecisions]:
-    """Computes precision, recall and F1 of every class, as scikit-learn does by default."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = [
-        precision_recall_fscore_support(a, b, average="binary", zero_division=0)[:3]
-        for a, b in zip(labels.T, predicted.T, strict=True)
-    ]
-    return [ClassDecisions(*map(float, column)) for column in columns]
 
 
 def worst_images(
