@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 
     # 0.03 per 256 images. The paper's weight decay of 1e-4 is part of the gradient; with momentum
     # 0.9 it shrinks weights like this one, which is multiplied by the learning rate.
-    config.optimizer.name = "momentum"
+    config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.48
     config.optimizer.weight_decay = 1e-3
     config.optimizer.warmup_steps = 5_000

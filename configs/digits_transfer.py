@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.preprocess.eval_crop = "resize"
 
     config.recipe.loss = "softmax"
-    config.optimizer.name = "momentum"
+    config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.3
     config.optimizer.warmup_steps = 50
     config.optimizer.decay_type = "cosine"

@@ -47,7 +47,7 @@ def get_config(size: str = "224") -> ConfigDict:
     config.preprocess.eval_crop = "square" if size == "448" else "shorter_side"
 
     config.recipe.loss = "softmax"
-    config.optimizer.name = "momentum"
+    config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = 100
     config.optimizer.decay_type = "cosine"

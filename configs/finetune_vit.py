@@ -63,7 +63,7 @@ def get_config(task: str = "imagenet") -> ConfigDict:
     config.preprocess.eval_crop = "resize"
 
     config.recipe.loss = "softmax"
-    config.optimizer.name = "momentum"
+    config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = warmup
     config.optimizer.decay_type = "cosine"

@@ -3,7 +3,7 @@
     python docs/plan_tables.py [FOLDER]
 
 Writes plan_results.md and weak_scaling.md. Rows are kept in JSON files next to them, and compiled
-only if they are missing or their config file has changed. Compiling all of them takes about 12
+only if they are missing or their config file has changed. Compiling all of them takes about 20
 minutes on two cores. To compile a row again, remove it from its JSON file.
 """
 
@@ -40,14 +40,16 @@ COMMAND = "python docs/plan_tables.py"
 _MB, _MS = 1e6, 1e3
 
 # Config files and topologies.
-RESULT_RUNS = [
+RESULT_RUNS: list[tuple[str, str, dict[str, Any]]] = [
     *(
-        ("mixer_l16_i21k", topology)
+        ("mixer_l16_i21k", topology, {})
         for topology in ("v3:4x4", "v4:2x2x4", "v5e:4x8", "v5e:8x8", "v6e:4x8", "v5p:2x2x2")
     ),
-    *(("mixer_h14_jft", topology) for topology in ("v4:4x4x4", "v5e:8x16")),
-    *((f"mixer_{name}_jft", "v3:4x4") for name in ("s32", "s16", "b32", "b16", "l32")),
-    ("vit_h14_jft", "v4:4x4x4"),
+    *(("mixer_h14_jft", topology, {}) for topology in ("v4:4x4x4", "v5e:8x16")),
+    *((f"mixer_{name}_jft", "v3:4x4", {}) for name in ("s32", "s16", "b32", "b16", "l32")),
+    ("vit_h14_jft", "v4:4x4x4", {}),
+    # Without fsdp, it does not fit.
+    ("bit_r152x4_jft", "v3:16x16", {"mesh__fsdp": 8, "model__remat": "dots"}),
 ]
 RESULT_BATCH_SIZE = 4096
 # Settings tried if those of a config file do not fit, from the least recomputation to the most.
@@ -136,10 +138,10 @@ def make_tables() -> list[Table]:
     results = [
         RowSpec(
             f"{name} on {topology}",
-            _configured(_load_config(name, batch_size=RESULT_BATCH_SIZE)),
-            functools.partial(_result_row, name, topology),
+            _configured(_load_config(name, batch_size=RESULT_BATCH_SIZE, **overrides)),
+            functools.partial(_result_row, name, topology, overrides),
         )
-        for name, topology in RESULT_RUNS
+        for name, topology, overrides in RESULT_RUNS
     ]
     scaling = [scaling_row(topology, num_slices) for topology, num_slices in SCALING_RUNS]
     return [
@@ -227,20 +229,20 @@ def _configured(config: RunConfig) -> dict[str, Any]:
     return numbers | {"family": family.name, "architecture": dataclasses.asdict(architecture)}
 
 
-def _result_row(name: str, topology_name: str) -> dict[str, Any]:
+def _result_row(name: str, topology_name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Plans a config with its own settings or, if these do not fit, with the first that do."""
     topology = parse_topology(topology_name)
-    configs = [_load_config(name, batch_size=RESULT_BATCH_SIZE)]
+    overrides = {"batch_size": RESULT_BATCH_SIZE} | overrides
+    configs = [_load_config(name, **overrides)]
     num_blocks = _run_spec(configs[0], topology.num_devices).num_blocks
     for num_microbatches in MICROBATCHES:
         for remat in REMAT:
-            config = _load_config(
-                name,
-                batch_size=RESULT_BATCH_SIZE,
-                model__scan_unroll=1 if num_blocks else 0,
-                model__remat=remat,
-                recipe__grad_accum_steps=num_microbatches,
-            )
+            tried = {
+                "model__scan_unroll": 1 if num_blocks else 0,
+                "model__remat": remat,
+                "recipe__grad_accum_steps": num_microbatches,
+            }
+            config = _load_config(name, **(overrides | tried))
             estimate = estimate_memory(_run_spec(config, topology.num_devices)).total
             if estimate <= topology.hbm_bytes * _ESTIMATE_TOLERANCE:
                 configs.append(config)
@@ -319,10 +321,11 @@ def format_results_page(rows: Sequence[dict[str, Any]]) -> str:
         "is a lower bound on the time of a step: the longest of arithmetic, memory traffic and",
         "network, each at its peak rate. Core-days are devices × days; a device of v2, v3 or tpu7x",
         "is half a chip. Settings are those of the config file or, if these do not fit, the first",
-        f"that do of remat {', '.join(REMAT)}, then of more microbatches. The paper's core-days",
-        "are of TPU v3. Programs marked * were compiled with `--quick`, to less optimized ones.",
+        f"that do of remat {', '.join(REMAT)}, then of more microbatches; BiT-R152x4 overrides",
+        "`mesh.fsdp` and `model.remat`. The paper's core-days are of TPU v3. Programs marked *",
+        "were compiled with `--quick`, to less optimized ones.",
         "",
-        "| model | topology | chips | remat, microbatches, unroll | fits | "
+        "| model | topology | chips | remat, microbatches, unroll, fsdp | fits | "
         "GiB per device (available) | bound, ms | limit | images/s | MFU at bound | days | "
         "core-days | core-days in the paper | compile, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -337,7 +340,8 @@ def _format_result(row: dict[str, Any]) -> str:
         get_family(row["family"]).full_name(row["variant"]),
         row["topology"],
         f"{row['num_chips']}",
-        f"{settings['remat']}, {settings['num_microbatches']}, {unroll or 'all'}",
+        f"{settings['remat']}, {settings['num_microbatches']}, {unroll or 'all'}, "
+        f"{settings['fsdp']}",
         "yes" if row["fits"] else "no",
         f"{'?' if needed is None else f'{needed / GIB:.1f}'} ({row['available_bytes'] / GIB:.1f})",
     ]

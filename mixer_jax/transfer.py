@@ -112,7 +112,7 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         help="pre-training data of the checkpoint; default: inferred",
     )
     few = parser.add_argument_group("options for --suite=few_shot")
-    few.add_argument("--dataset", help="TFDS name or folder:PATH")
+    few.add_argument("--dataset", help=common.DATASET_HELP)
     few.add_argument("--train_split", default="train", help="default: train")
     few.add_argument(
         "--test_split", default="", help="default: validation for ImageNet, otherwise test"

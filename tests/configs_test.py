@@ -67,7 +67,7 @@ ADAM = {
     "recipe.mixup": 0.0,
     "recipe.ema_decay": 0.0,
     "preprocess.randaugment_layers": 0,
-    "optimizer.name": "adam",
+    "optimizer.name": "adamw",
     "optimizer.b1": 0.9,
     "optimizer.b2": 0.999,
     "optimizer.warmup_steps": 10_000,
@@ -134,7 +134,7 @@ BIT = ADAM | {
     "optimizer.clip_norm": 0.0,
 }
 BIT_SGD = BIT | {
-    "optimizer.name": "momentum",
+    "optimizer.name": "sgd",
     "optimizer.momentum": 0.9,
     "optimizer.learning_rate": 0.48,
     "optimizer.weight_decay": 1e-3,
@@ -229,7 +229,7 @@ def test_pretraining_config_has_the_papers_values(name: str) -> None:
     letter, patch_size = name.split("_")[1][0].upper(), name.split("_")[1][1:]
     assert (config.model.family, config.model.variant) == ("mixer", f"{letter}/{patch_size}")
     assert (config.batch_size, config.image_size, config.num_steps) == (4096, 224, 0)
-    assert config.optimizer.name == "adam"
+    assert config.optimizer.name == "adamw"
     assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
     assert (config.optimizer.warmup_steps, config.optimizer.decay_type) == (10_000, "linear")
     assert (config.optimizer.clip_norm, config.optimizer.end_learning_rate) == (1.0, 0.0)
@@ -272,7 +272,7 @@ def test_fine_tuning_config_of_vit_has_the_papers_values(task: str) -> None:
     assert (config.num_steps, config.optimizer.warmup_steps) == (steps, warmup_steps)
     assert (config.batch_size, config.image_size, config.init_head) == (512, 384, "new")
     optimizer, preprocess, recipe = config.optimizer, config.preprocess, config.recipe
-    assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("momentum", 0.9, 1.0)
+    assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("sgd", 0.9, 1.0)
     assert (optimizer.decay_type, optimizer.end_learning_rate) == ("cosine", 0.0)
     assert optimizer.learning_rate in grid
     assert optimizer.weight_decay == 0
@@ -308,7 +308,7 @@ def test_fine_tuning_config_of_bit_follows_hyperrule(argument: str) -> None:
     assert (preprocess.train_crop, preprocess.resize_size) == ("bilinear_crop", resize_size)
     assert (preprocess.eval_crop, preprocess.flip) == ("resize", True)
     assert (recipe.loss, recipe.mixup, recipe.label_smoothing) == ("softmax", mixup, 0.0)
-    assert (optimizer.name, optimizer.momentum, optimizer.learning_rate) == ("momentum", 0.9, 0.003)
+    assert (optimizer.name, optimizer.momentum, optimizer.learning_rate) == ("sgd", 0.9, 0.003)
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.0, 0.0)
     schedule = make_schedule(parse(config).optimizer, steps)
     for index, step in enumerate(decay_steps):
@@ -374,7 +374,7 @@ def test_config_is_valid_and_has_the_models_shapes(name: str) -> None:
     params, moments = experiment.state_shape.params, experiment.state_shape.opt_state
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
     # Adam has two moments per parameter, SGD one; and there are one or two counters.
-    size = (2 if config.optimizer.name == "adam" else 1) * expected
+    size = (2 if config.optimizer.name == "adamw" else 1) * expected
     assert sum(leaf.size for leaf in jax.tree.leaves(moments)) in (size + 1, size + 2)
 
 
@@ -478,7 +478,7 @@ def test_fine_tuning_config_has_the_papers_values(task: str) -> None:
     assert [entry.split for entry in config.evals.values()] == [eval_split]
     assert (config.batch_size, config.init_head) == (512, "new")
     optimizer = config.optimizer
-    assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("momentum", 0.9, 1.0)
+    assert (optimizer.name, optimizer.momentum, optimizer.clip_norm) == ("sgd", 0.9, 1.0)
     assert (optimizer.decay_type, optimizer.end_learning_rate) == ("cosine", 0.0)
     grid = (0.003, 0.01, 0.03, 0.06) if task == "imagenet" else (0.001, 0.003, 0.01, 0.03)
     assert optimizer.learning_rate in grid

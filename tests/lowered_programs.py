@@ -319,7 +319,7 @@ TRAINING: dict[str, Settings] = EXECUTION | {
 RECIPES: dict[str, Settings] = {
     "no_mixup": {"mixup": 0.0, "label_smoothing": 0.1},
     "ema": {"ema_decay": 0.99},
-    "momentum": {"optimizer": "momentum", "decay_type": "cosine", "clip_norm": 0.0},
+    "momentum": {"optimizer": "sgd", "decay_type": "cosine", "clip_norm": 0.0},
     "softmax": {"loss": "softmax", "decay_type": "none", "warmup_steps": 0},
     "mesh_data": {"num_devices": 4, "fsdp": 1},
     "mesh_grad_accum_2": {

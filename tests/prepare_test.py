@@ -19,6 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import mixer_jax.data.builders.digits  # noqa: F401  Registers digits with TFDS.
+from mixer_jax import prepare
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
 from tests.helpers.cli import run_cli
@@ -95,6 +96,47 @@ def test_prepare_names_the_library_of_a_dataset_that_needs_tensorflow(tmp_path: 
     (line,) = done.stderr.splitlines()
     assert mentions(line, "digits/low/1.0.0", "parquet", "TensorFlow", "pip install tensorflow")
     assert not list(tmp_path.rglob("*array_record*"))
+
+
+@pytest.mark.slow
+def test_prepare_converts_a_folder_to_a_dataset_of_the_printed_keys(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    for index, image in enumerate(noise):
+        folder = tmp_path / "my photos" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    (tmp_path / "my photos" / "cat" / "note.txt").touch()
+    arguments = (f"folder:{tmp_path}/my photos", "--name=pets", f"--data_dir={tmp_path}/my data")
+    done = run_cli("prepare", *arguments)
+    assert mentions(done.stderr, "1 .txt")
+    header, cat, dog, skipped = (line.split() for line in done.stdout.splitlines()[:4])
+    assert header == ["class", "train", "validation"]
+    assert (cat, dog) == (["cat", "2", "1"], ["dog", "2", "1"])
+    assert skipped == ["skipped", "0", "0"]
+    words = shlex.split(done.stdout.splitlines()[-1])
+    options = dict(word.split("=") for word in words if word.startswith("--"))
+    source = open_dataset(
+        options["--config.dataset.name"], "train", options["--config.dataset.data_dir"]
+    )
+    assert len(source) == 4
+    again = run_cli("prepare", *arguments, code=2)
+    assert again.stdout == ""
+    (line,) = again.stderr.splitlines()
+    assert mentions(line, "--name", "pets", f"{tmp_path}/my data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["folder:photos"], ["--name", "folder:photos"]),
+        (["cifar10", "--name=mine"], ["--name", "mine", "cifar10"]),
+        (["folder:missing", "--name=mine"], ["folder:missing"]),
+        (["folder:photos", "--name=mine", "--data_dir=gs://bucket"], ["gs://bucket"]),
+    ],
+)
+def test_usage_errors(arguments: list[str], parts: list[str]) -> None:
+    with raises(UserError, *parts):
+        prepare.main(arguments)
 
 
 def write_blocking_download(data_dir: Path, members: dict[str, bytes]) -> Path:

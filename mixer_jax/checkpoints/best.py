@@ -16,7 +16,15 @@ BEST: Literal["best"] = "best"
 # Metrics that are better the smaller they are.
 _SMALLER_IS_BETTER = ("loss", "calibration_error")
 # Metrics that are formatted as percentages, besides the accuracies of few-shot probes.
-_FRACTIONS = ("top1", "top5", "calibration_error", "mean_average_precision", "linear", "knn")
+_FRACTIONS = (
+    "top1",
+    "top5",
+    "calibration_error",
+    "mean_average_precision",
+    "micro_average_precision",
+    "linear",
+    "knn",
+)
 
 
 class MetricHistory:

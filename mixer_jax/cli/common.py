@@ -26,6 +26,7 @@ CHECKPOINT_HELP = (
     "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors, .pth or .ckpt, or "
     "hf:OWNER/NAME"
 )
+DATASET_HELP = "TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH"
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 # Messages of argparse and their replacements, the first that matches.
 _ARGPARSE_MESSAGES = {

@@ -24,6 +24,7 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {
     "preprocess.train_crop": {"shift": "random_shift"},
     "preprocess.eval_crop": {"whole": "resize"},
+    "optimizer.name": {"adam": "adamw", "momentum": "sgd"},
 }
 
 

@@ -28,6 +28,8 @@ from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
 from mixer_jax.models.registry import FAMILIES, get_family
 
+# Schedules that do not end at a rate of their own.
+_COOLDOWN_TYPES = ("rsqrt", "none")
 # Limits of Weights & Biases for names of projects.
 _WANDB_RESERVED, _WANDB_MAX_LENGTH = r"/\#?%:", 128
 
@@ -197,13 +199,13 @@ def _check_rules(config: RunConfig) -> None:
             "config.preprocess.permute_patch_size must divide config.image_size "
             f"({config.image_size}), got {patch_size}. The nearest valid size is {nearest_size}."
         )
-    if config.recipe.mixup and config.batch_size < 2:
+    if (config.recipe.mixup or config.recipe.cutmix) and config.batch_size < 2:
         raise UserError(
-            f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
+            f"config.batch_size must be at least 2 with mixup or CutMix, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
         num_steps = resolve_num_steps(config, config.dataset.num_examples)
-        check_warmup(config, num_steps)
+        check_schedule(config, num_steps)
         check_profile_steps(config, num_steps)
 
 
@@ -215,10 +217,21 @@ def _check_recipe(config: RunConfig) -> None:
             "config.optimizer.decay_points must be set with config.optimizer.decay_type="
             f"'staircase', got {optimizer.decay_points!r}. For example: 0.3,0.6,0.9"
         )
+    if optimizer.cooldown_steps and optimizer.decay_type not in _COOLDOWN_TYPES:
+        raise UserError(
+            "config.optimizer.cooldown_steps must be 0 with config.optimizer.decay_type="
+            f"{optimizer.decay_type!r}, got {optimizer.cooldown_steps}. Cooldown follows "
+            f"{' or '.join(_COOLDOWN_TYPES)}."
+        )
     if recipe.min_target and recipe.loss != "sigmoid":
         raise UserError(
             f"config.recipe.min_target must be 0 with config.recipe.loss={recipe.loss!r}, got "
             f"{recipe.min_target}. config.recipe.label_smoothing suits both losses."
+        )
+    if recipe.class_weights != "none" and recipe.min_target:
+        raise UserError(
+            "config.recipe.min_target must be 0 with config.recipe.class_weights="
+            f"{recipe.class_weights!r}, got {recipe.min_target}. Use config.recipe.label_smoothing."
         )
     if 0 < config.preprocess.resize_size < config.image_size:
         raise UserError(
@@ -320,13 +333,18 @@ def resolve_num_steps(config: RunConfig, num_examples: int) -> int:
     return config.num_steps or max(1, int(config.num_epochs * num_examples / config.batch_size))
 
 
-def check_warmup(config: RunConfig, num_steps: int) -> None:
-    """Raises UserError if warmup is longer than the run."""
-    warmup_steps = config.optimizer.warmup_steps
+def check_schedule(config: RunConfig, num_steps: int) -> None:
+    """Raises UserError if warmup and cooldown are longer than the run."""
+    warmup_steps, cooldown_steps = config.optimizer.warmup_steps, config.optimizer.cooldown_steps
     if warmup_steps > num_steps:
         raise UserError(
             f"config.optimizer.warmup_steps must be at most the number of steps ({num_steps}), "
             f"got {warmup_steps}. Lower it or train for longer."
+        )
+    if cooldown_steps > num_steps - warmup_steps:
+        raise UserError(
+            f"config.optimizer.cooldown_steps must be at most the {num_steps - warmup_steps} steps "
+            f"after warmup, got {cooldown_steps}. Lower it or train for longer."
         )
 
 

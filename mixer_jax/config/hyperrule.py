@@ -36,7 +36,7 @@ def bit_hyperrule(
         "preprocess.eval_crop": "resize",
         "recipe.loss": "softmax",
         "recipe.mixup": 0.0 if is_small else 0.1,
-        "optimizer.name": "momentum",
+        "optimizer.name": "sgd",
         "optimizer.learning_rate": 0.003,
         "optimizer.warmup_steps": 100 if is_small else 500,
         "optimizer.decay_type": "staircase",

@@ -197,7 +197,10 @@ class DatasetConfig:
     """Training data."""
 
     name: str = key(
-        "imagenet2012", 'TFDS name, optionally NAME@LABEL; folder:PATH; "digits"; "synthetic"'
+        "imagenet2012",
+        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
+        "hf:NAME_OR_PATH, e.g. hf:uoft-cs/cifar10; wds:PATH, e.g. wds:/data/imagenet; "
+        '"digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")
@@ -240,6 +243,12 @@ class PreprocessConfig:
     randaugment_layers: int = key(0, "RandAugment operations per image; 0 disables it", min=0)
     randaugment_magnitude: float = key(
         10.0, "RandAugment magnitude, on a scale of 0 to 10; larger values extrapolate", min=0
+    )
+    random_erasing: float = key(
+        0.0, "probability of erasing a box of a training image, e.g. 0.25; 0: never", min=0, max=1
+    )
+    random_erasing_mode: Literal["constant", "random", "pixel"] = key(
+        "constant", "fills the box with gray, one random color, or a random color per pixel"
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
@@ -315,6 +324,17 @@ class RecipeConfig:
         0.0, "sigmoid: smallest target of a class; the largest is 1 minus it", min=0, max=0.499
     )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
+    cutmix: float = key(
+        0.0, "parameter p of Beta(p, p), 1.0 in the CutMix paper; 0 disables CutMix", min=0
+    )
+    mixup_switch_prob: float = key(
+        0.5, "probability that a step uses CutMix if both mixup and CutMix are on", min=0, max=1
+    )
+    class_weights: Literal["none", "balanced"] = key(
+        "none",
+        "factor of the loss of an example, by its class; balanced: number of images / (number of "
+        "classes × images of the class), which averages to 1",
+    )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
     )
@@ -348,25 +368,60 @@ def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adam", "momentum"] = key("adam", "Adam, or SGD with momentum")
+    name: Literal["adamw", "sgd", "lion", "lamb", "muon", "adafactor"] = key(
+        "adamw",
+        "update rule of optax; sgd: with momentum; muon: for matrices of blocks, and AdamW for all "
+        "other parameters",
+    )
     learning_rate: float = key(1e-3, "peak learning rate, at the end of warmup", min=0)
     warmup_steps: int = key(10_000, "length of linear warmup from zero", unit="steps", min=0)
-    decay_type: Literal["linear", "cosine", "staircase", "none"] = key(
-        "linear", "decay after warmup; staircase: to a tenth at each of decay_points"
+    decay_type: Literal["linear", "cosine", "staircase", "rsqrt", "none"] = key(
+        "linear",
+        "decay after warmup; staircase: to a tenth at each of decay_points; rsqrt: by "
+        "1 / √(1 + steps since warmup / rsqrt_timescale)",
     )
     decay_points: str = key(
         "", "staircase: fractions of the steps, warmup included: 0.3,0.6,0.9 or 30/90,60/90,80/90"
     )
+    rsqrt_timescale: int = key(
+        10_000, "rsqrt: steps after which the rate is 1 / √2 of its peak", unit="steps", min=1
+    )
+    cooldown_steps: int = key(
+        0,
+        "rsqrt, none: length of the final linear decay to end_learning_rate; 0: none",
+        unit="steps",
+        min=0,
+    )
     end_learning_rate: float = key(
-        0.0, "learning rate at the last step of linear or cosine decay", min=0
+        0.0, "learning rate at the last step of linear or cosine decay, or of cooldown", min=0
     )
     weight_decay: float = key(
         0.0, "decoupled; multiplied by the learning rate; weight matrices only", min=0
     )
-    b1: float = key(0.9, "Adam's decay of the first moment", min=0, max=0.999999)
-    b2: float = key(0.999, "Adam's decay of the second moment", min=0, max=0.999999)
-    eps: float = key(1e-8, "Adam's epsilon", min=0)
-    momentum: float = key(0.9, "momentum of SGD", min=0, max=0.999999)
+    b1: float = key(
+        0.9,
+        "adamw, lamb, muon: decay of AdamW's first moment; lion: weight of its momentum in the "
+        "update",
+        min=0,
+        max=0.999999,
+    )
+    b2: float = key(
+        0.999,
+        "adamw, lamb, muon: decay of AdamW's second moment; lion: decay of its momentum, usually "
+        "0.99",
+        min=0,
+        max=0.999999,
+    )
+    eps: float = key(
+        1e-8, "adamw, lamb, muon: epsilon of AdamW and Muon; lamb: usually 1e-6", min=0
+    )
+    momentum: float = key(
+        0.9,
+        "sgd, muon, adafactor: decay of the momentum; muon: usually 0.95; adafactor: 0 needs no "
+        "memory for it",
+        min=0,
+        max=0.999999,
+    )
     clip_norm: float = key(1.0, "largest global gradient norm; 0 disables clipping", min=0)
 
     @functools.cached_property
@@ -436,7 +491,10 @@ def parse_profile_steps(name: str, text: str) -> range:
     return steps
 
 
-_CLASSIFY_METRICS = ("top1", "top5", "log_likelihood", "calibration_error")
+# Metrics of the head by which checkpoints can be selected: with one label per image, and with any
+# number.
+LABEL_METRICS = ("top1", "top5", "log_likelihood", "calibration_error")
+MULTI_LABEL_METRICS = ("mean_average_precision", "micro_average_precision", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,14 +520,15 @@ class EvalConfig:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics by which checkpoints can be selected; which ones there are depends on the data.
+        """Metrics by which checkpoints can be selected; those of the head depend on the data.
 
         Raises:
             UserError: `shots` are not positive integers.
         """
         if self.type == "few_shot":
             return tuple(f"{shots}_shot" for shots in self.shot_counts)
-        return _CLASSIFY_METRICS if self.type == "classify" else (self.type,)
+        is_head = self.type == "classify"
+        return LABEL_METRICS + MULTI_LABEL_METRICS if is_head else (self.type,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,23 @@
 """Image folders: user datasets with one directory per class."""
 
 import collections
-import hashlib
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import (
     display_path,
     has_image_suffix,
     is_ignored,
-    read_image,
     walk_images,
 )
-from mixer_jax.data.source import DIGEST, Example, Examples, Source, normalize_names
+from mixer_jax.data.labeled_files import LabeledFiles
+from mixer_jax.data.source import LabelArrays, Source, normalize_names
 from mixer_jax.data.splits import (
     SPELLINGS,
     TEST,
@@ -32,12 +29,7 @@ from mixer_jax.data.splits import (
     standard_split,
     substitution_notes,
 )
-from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
-
-# Directories of which a fingerprint has separate digests.
-_MAX_DIRECTORIES = 1000
-# Files whose sizes a thread reads at a time.
-_STAT_CHUNK = 1000
+from mixer_jax.errors import UserError, abbreviate
 
 # Path of an image relative to the root, and the index of its class.
 _LabeledFile = tuple[str, int]
@@ -76,18 +68,7 @@ def open_folder(path: str, split: str) -> Source:
         UserError: The folder, split or a class does not exist, a class or the split has no images,
             or the folder has directories that are neither splits nor classes.
     """
-    root = Path(path).expanduser()
-    if not path or "://" in path or not root.is_dir():
-        if not path or "://" in path:
-            reason = "is not a local path"
-        else:
-            reason = "is not a directory" if root.exists() else "does not exist"
-        raise UserError(
-            f"dataset 'folder:{path}' must be a local folder, but {path!r} {reason}. Write "
-            "folder:PATH, where PATH contains one directory of images per class, or train/ and "
-            "validation/, each with such directories."
-        )
-    root = root.absolute()
+    root = _resolve_root(path)
     directories = _find_splits(root)
     parent = root / directories.get(TRAIN, "")
     classes = _class_directories(parent)
@@ -113,141 +94,40 @@ def open_folder(path: str, split: str) -> Source:
         notes += _notes_on_one_class(parent, *classes.items())
     if directories:
         notes += substitution_notes(split, tuple(directories), display_path(root))
+    labels_of_files = LabelArrays(np.array([label for _, label in files], np.int32))
     return Source(
-        f"folder:{path} {split}", _FolderExamples(root, files), tuple(classes), notes=tuple(notes)
+        f"folder:{path} {split}",
+        LabeledFiles(root, [path for path, _ in files], labels_of_files),
+        tuple(classes),
+        notes=tuple(notes),
     )
 
 
-def check_readable(source: Source) -> None:
-    """Checks that every class of an opened folder that has images has one that can be decoded.
+def list_folder_splits(path: str) -> tuple[str, ...]:
+    """Lists the splits of an image folder, of which some may be held out from the training split.
 
     Raises:
-        UserError: Every image of some class is bad.
+        UserError: The folder does not exist, or has directories that are neither splits nor
+            classes.
     """
-    examples = source.examples
-    if not isinstance(examples, _FolderExamples):
-        raise TypeError(f"{source.name} is not a folder")
-    unreadable = [
-        f"{source.class_names[label]!r} (for example {error})"
-        for label, error in examples.find_unreadable_classes()
-    ]
-    if unreadable:
+    directories = _find_splits(_resolve_root(path))
+    held_out = [split for split in directories if split != TRAIN]
+    return TRAIN, *(held_out or [VALIDATION])
+
+
+def _resolve_root(path: str) -> Path:
+    root = Path(path).expanduser()
+    if not path or "://" in path or not root.is_dir():
+        if not path or "://" in path:
+            reason = "is not a local path"
+        else:
+            reason = "is not a directory" if root.exists() else "does not exist"
         raise UserError(
-            f"{source.name} must have a readable image of every class, got none of "
-            f"{abbreviate(unreadable)}. Replace the files, or remove the directories."
+            f"dataset 'folder:{path}' must be a local folder, but {path!r} {reason}. Write "
+            "folder:PATH, where PATH contains one directory of images per class, or train/ and "
+            "validation/, each with such directories."
         )
-
-
-class _FolderExamples(Examples):
-    """Examples read from files; the paths are stored as one byte string to save memory."""
-
-    def __init__(self, root: Path, files: list[_LabeledFile]):
-        self._root = root
-        paths = [os.fsencode(path) for path, _ in files]
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths])
-        self._labels = np.array([label for _, label in files], np.int32)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        path = self._path(index)
-        labels = self.read_labels(index)
-        return Example(image=read_image(path), labels=labels, name=display_path(path))
-
-    def read_labels(self, index: int) -> tuple[int, ...]:
-        """Returns the class of a file, which follows from its path."""
-        return (int(self._labels[index]),)
-
-    def fingerprint(self) -> dict[str, str]:
-        """Computes digests of names and sizes of the files, for each directory if they are few."""
-        paths = [self._relative_path(index) for index in range(len(self))]
-        sizes = self._file_sizes()
-        directories = [unicodedata.normalize("NFC", os.path.dirname(path)) for path in paths]
-        is_split = len(set(directories)) <= _MAX_DIRECTORIES
-        digests: dict[str, list[Any]] = {}
-        for path, size, directory in zip(paths, sizes, directories, strict=True):
-            place = f" in {display_path(directory)}" if is_split else ""
-            if place not in digests:
-                digests[place] = [hashlib.blake2b(digest_size=8) for _ in range(2)]
-            names, both = digests[place]
-            name = os.fsencode(unicodedata.normalize("NFC", path)) + b"\0"
-            names.update(name)
-            both.update(name + str(size).encode() + b"\0")
-        return {
-            f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
-            for place, (names, both) in sorted(digests.items())
-        }
-
-    def check_files(self) -> None:
-        """Checks that the first file exists, also if it is a broken link."""
-        path = self._path(0)
-        try:
-            path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError(f"{display_path(path)} does not exist.") from None
-        except OSError as error:
-            raise RunError(f"{display_path(path)} cannot be read: {error.strerror}.") from error
-
-    def _file_sizes(self) -> list[int]:
-        """Returns the size of each file; -1 if it cannot be read."""
-
-        def get_sizes(start: int) -> list[int]:
-            stop = min(start + _STAT_CHUNK, len(self))
-            return [_file_size(self._path(index)) for index in range(start, stop)]
-
-        # Threads, because network file systems take a while to answer.
-        with ThreadPoolExecutor() as pool:
-            chunks = pool.map(get_sizes, range(0, len(self), _STAT_CHUNK))
-            return [size for chunk in chunks for size in chunk]
-
-    def find_unreadable_classes(self) -> list[tuple[int, str]]:
-        """Returns the labels whose images are all bad, and the error of the first image of each."""
-        order = np.argsort(self._labels, kind="stable")
-        labels, starts = np.unique(self._labels[order], return_index=True)
-        groups = np.split(order, starts[1:])
-        # Threads, because a file of a network file system takes milliseconds to open.
-        with ThreadPoolExecutor() as pool:
-            errors = list(pool.map(self._find_error, groups))
-        return [
-            (label, error)
-            for label, error in zip(labels.tolist(), errors, strict=True)
-            if error is not None
-        ]
-
-    def _find_error(self, indices: np.ndarray) -> str | None:
-        first = None
-        for index in indices.tolist():
-            error = _find_error(self._path(index))
-            if error is None:
-                return None
-            first = first or error
-        return first
-
-    def _path(self, index: int) -> Path:
-        return self._root / self._relative_path(index)
-
-    def _relative_path(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-def _find_error(path: Path) -> str | None:
-    """Returns the reason why a file is bad, or None; decodes only the first rows of most JPEGs."""
-    try:
-        decode(read_image(path), lambda height, width: (0, 0, 1, 1))
-    except BadImageError as error:
-        return str(error) if error.name else f"{display_path(path)}: {error}"
-    return None
+    return root.absolute()
 
 
 def _find_splits(root: Path) -> dict[str, str]:

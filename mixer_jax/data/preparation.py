@@ -5,6 +5,7 @@ never mistaken for a complete one. Its leftovers are removed by the next prepara
 the dataset's lock.
 """
 
+import collections
 import contextlib
 import csv
 import errno
@@ -17,12 +18,14 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.errors import RunError, UserError
 from mixer_jax.files import file_lock
 
@@ -35,6 +38,9 @@ _TEMP_DIR = f"incomplete.{FORMAT}"
 # Suffix of the files in which TFDS stores the URLs of downloads.
 _URL_METADATA_SUFFIX = ".INFO.json"
 _INSTALL_TENSORFLOW = "Run pip install tensorflow."
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def is_prepared(builder: Any) -> bool:
@@ -59,29 +65,30 @@ def use_array_record(builder: Any) -> None:
 
 
 @contextlib.contextmanager
-def preparation_lock(builder: Any, *, wait: bool = False) -> Iterator[None]:
-    """Holds the dataset's lock, and removes leftovers of killed preparations.
+def preparation_lock(folder: Path, full_name: str, *, wait: bool = False) -> Iterator[None]:
+    """Holds a dataset's lock, and removes leftovers of killed preparations.
 
     Args:
-        builder: Builder of a dataset on the local file system.
+        folder: Local folder of this version of the dataset.
+        full_name: Name of the dataset with config and version, for messages.
         wait: Whether to wait for another process that prepares the dataset.
 
     Raises:
         UserError: Another process prepares the dataset, and `wait` is False.
         OSError: The folder cannot be written.
     """
-    path = Path(builder.data_path.parent, f".{builder.data_path.name}.lock")
+    path = folder.with_name(f".{folder.name}.lock")
     with contextlib.ExitStack() as stack:
         try:
             locked = stack.enter_context(file_lock(path, wait=wait))
         except BlockingIOError:
             raise UserError(
-                f"dataset {builder.info.full_name} is being prepared in "
-                f"{builder.data_path.parent} by another process. Wait until it has finished."
+                f"dataset {full_name} is being prepared in {folder.parent} by another process. "
+                "Wait until it has finished."
             ) from None
         # On file systems without locks, leftovers may be the work of a running process.
         if locked:
-            _remove_leftovers(Path(builder.data_path))
+            _remove_leftovers(folder)
         yield
 
 
@@ -291,6 +298,40 @@ def _register_format(temp_dir: Path, info_path: Path) -> None:
     temp_path.write_text(json.dumps(info, indent=2))
     shutil.copymode(info_path, temp_path)
     temp_path.replace(info_path)
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 0
+) -> Iterator[Result]:
+    """Applies a function in threads, and yields the results in order; only a few are in memory.
+
+    Args:
+        function: Function of an item.
+        items: Items, which are iterated over in the thread of the caller.
+        num_threads: Number of threads; 0: one per core.
+    """
+    num_threads = num_threads or os.cpu_count() or 1
+    pending: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 4 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def find_decoding_error(encoded: bytes) -> str:
+    """Decodes an image; returns the error in one line, or ""."""
+    try:
+        decode(encoded)
+    except BadImageError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _one_line(text: object) -> str:

@@ -8,11 +8,12 @@ import os
 import re
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.names import FOLDER, SYNTHETIC
+from mixer_jax.data.names import PATH_PREFIXES, SYNTHETIC
 from mixer_jax.data.preparation import (
     check_manual_download,
     convert_to_array_record,
@@ -211,14 +212,10 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             for a reason that the user can fix.
         RunError: The code of the dataset's builder fails.
     """
-    if name == SYNTHETIC or name.startswith(FOLDER):
+    if name == SYNTHETIC or name.startswith(PATH_PREFIXES):
         raise UserError(f"dataset {name!r} does not need preparation. Train on it directly.")
-    if "://" in data_dir:
-        raise UserError(
-            f"--data_dir must be a local folder, got {data_dir}. Prepare in a local folder and "
-            "copy it there."
-        )
-    data_dir = data_dir and os.path.abspath(os.path.expanduser(data_dir))
+    if data_dir:
+        data_dir = resolve_data_dir(data_dir)
     raise_open_file_limit()
     dataset, label = parse_dataset_name(name)
     builder = find_builder(dataset, data_dir)
@@ -230,7 +227,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
         # Before anything is written.
         check_manual_download(builder, manual_dir)
     try:
-        with preparation_lock(builder):
+        with _lock(builder):
             # Looked up again, since another process may just have prepared it.
             builder = find_builder(dataset, data_dir)
             if not is_prepared(builder):
@@ -240,6 +237,28 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     except OSError as error:
         raise UserError(f"dataset {dataset!r} cannot be written: {error}.") from error
     return find_builder(dataset, data_dir), False
+
+
+def _lock(builder: Any, *, wait: bool = False) -> AbstractContextManager[None]:
+    return preparation_lock(Path(builder.data_path), builder.info.full_name, wait=wait)
+
+
+def resolve_data_dir(data_dir: str) -> str:
+    """Makes the local directory of the TFDS datasets absolute; empty: TFDS's default.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if "://" in data_dir:
+        raise UserError(
+            f"--data_dir must be a local folder, got {data_dir}. Prepare in a local folder and "
+            "copy it there."
+        )
+    if not data_dir:
+        import tensorflow_datasets as tfds
+
+        data_dir = tfds.core.constants.DATA_DIR
+    return os.path.abspath(os.path.expanduser(data_dir))
 
 
 def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any:
@@ -267,7 +286,7 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
         _check_not_a_folder(name)
-        hint = suggest(bare_name, _dataset_names())
+        hint = suggest(bare_name, dataset_names())
         if for_training:
             hint += (
                 f" Put it into {searched}/{name} in TFDS's array_record format, set "
@@ -283,7 +302,7 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         if "BuilderConfig" in reason:
             configs = tfds.builder_cls(name.split("/")[0]).builder_configs
             reason += f" Available configs: {', '.join(configs)}."
-        names = _dataset_names()
+        names = dataset_names()
         hint = install_hint(reason) or ("" if bare_name in names else suggest(bare_name, names))
         raise UserError(
             f"dataset {name!r} cannot be opened from {searched}: {reason.rstrip('.')}.{hint}"
@@ -298,7 +317,8 @@ def _check_not_a_folder(name: str) -> None:
         )
 
 
-def _dataset_names() -> list[str]:
+def dataset_names() -> list[str]:
+    """Lists the names of the datasets of mixer_jax and TFDS."""
     import tensorflow_datasets as tfds
 
     return [*_BUILDER_MODULES, *tfds.list_builders(with_community_datasets=False)]
@@ -312,7 +332,7 @@ def _prepare_small_dataset(name: str, builder: Any) -> None:
     tfds.disable_progress_bar()
     try:
         # Other processes that open it wait for the lock, if the file system supports locks.
-        with preparation_lock(builder, wait=True), contextlib.redirect_stdout(io.StringIO()):
+        with _lock(builder, wait=True), contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except FileExistsError:
         pass  # Another process, on this host or another one, wrote the same dataset first.

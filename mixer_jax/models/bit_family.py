@@ -25,6 +25,7 @@ from mixer_jax.models.family import (
     ImageSize,
     InferredConfig,
     Layer,
+    MatrixAxes,
     ModelFamily,
     Path,
     ResizedConfig,
@@ -189,6 +190,11 @@ class BitFamily(ModelFamily):
         # Another root or no unit contradicts the tensors, which are then named.
         config = BitConfig(units or "1", root_width, roots.get(kernel_size, "7x7"))
         return InferredConfig(config, 0)
+
+    def matrix_axes(self, path: Path) -> MatrixAxes | None:
+        """Returns the axes of a unit's convolution as a matrix from its patches to its channels."""
+        is_unit = path[0].startswith("block") and path[-1] == "kernel"
+        return ((-4, -3, -2), (-1,)) if is_unit else None
 
     def is_cast(self, path: Path) -> bool:
         """Returns False: kernels are standardized in float32 before they are cast."""

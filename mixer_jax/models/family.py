@@ -23,6 +23,8 @@ PRE_LOGITS, LOGITS = "pre_logits", "logits"
 Path = tuple[str, ...]  # Names from the root of the parameter tree to one array.
 Shape = tuple[int, ...]
 ImageSize = tuple[int, int]  # Height and width, in pixels.
+# Input and output axes of a parameter that is a matrix, counted from its last axis, which is -1.
+MatrixAxes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Layer(NamedTuple):
@@ -478,6 +480,18 @@ class ModelFamily(abc.ABC):
     def is_weight_decayed(self, path: Path) -> bool:
         """Returns whether weight decay applies: to kernels, not to biases and normalization."""
         return path[-1] == "kernel"
+
+    def is_stacked(self, path: Path) -> bool:
+        """Returns whether a parameter has a leading axis of blocks."""
+        return path[0] == "blocks"
+
+    def matrix_axes(self, path: Path) -> MatrixAxes | None:
+        """Returns the axes of a hidden layer's matrix, which Muon orthogonalizes; else None.
+
+        These are kernels of blocks. Stem, head, biases, embeddings and scales are no such matrices
+        (arXiv 2502.16982, Section 2).
+        """
+        return ((-2,), (-1,)) if self.is_stacked(path) and path[-1] == "kernel" else None
 
     def is_fsdp_sharded(self, path: Path) -> bool:
         """Returns whether a parameter is sharded over "fsdp"; all others are replicated.

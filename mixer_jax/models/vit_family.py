@@ -13,6 +13,7 @@ from mixer_jax.models.family import (
     ImageSize,
     InferredConfig,
     Layer,
+    MatrixAxes,
     ModelFamily,
     Path,
     ResizedConfig,
@@ -265,6 +266,13 @@ class VitFamily(ModelFamily):
             )
         num_entries = shape("pos_embedding")[1] if is_learned else 0
         return InferredConfig(config, num_entries - (is_learned and has_class_token))
+
+    def matrix_axes(self, path: Path) -> MatrixAxes | None:
+        """Returns the axes of a block's matrix; those of attention are over all heads."""
+        axes = super().matrix_axes(path)
+        if axes is None or path[1] != "attention":
+            return axes
+        return ((-3, -2), (-1,)) if path[2] == "out" else ((-3,), (-2, -1))
 
     def is_cast(self, path: Path) -> bool:
         """Returns whether the model casts a parameter to the computation's dtype."""

@@ -1,8 +1,10 @@
 """Memory, traffic and communication of a training step, by formula."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from mixer_jax.models.family import Shape
 from mixer_jax.planning.hlo_collectives import (
     GRADIENTS,
     MIXUP_EXAMPLES,
@@ -45,16 +47,19 @@ class Memory(NamedTuple):
 
 def estimate_memory(run: RunSpec) -> Memory:
     """Estimates the peak memory of a training step; compilers may do better or worse."""
-    sharded = sum(
-        math.prod(shape) / (run.fsdp if _is_fsdp_sharded(run, path, shape) else 1)
-        for path, shape in run.param_shapes.items()
-    )
+
+    def sharded_size(arrays: Iterable[tuple[str, Shape]]) -> float:
+        return sum(
+            math.prod(shape) / (run.fsdp if _is_fsdp_sharded(run, path, shape) else 1)
+            for path, shape in arrays
+        )
+
     microbatch_per_device = run.images_per_device / run.num_microbatches
     # Microbatches' gradients are summed unsharded; kernels are gathered in the computation's dtype.
     gradients = _FLOAT32 * run.num_params * (2 if run.num_microbatches > 1 else 1)
     return Memory(
-        parameters=_FLOAT32 * sharded,
-        moments=_FLOAT32 * sharded * run.num_moments,
+        parameters=_FLOAT32 * sharded_size(run.param_shapes.items()),
+        moments=_FLOAT32 * sharded_size(run.moments),
         batch=run.images_per_device * _example_bytes(run),
         activations=microbatch_per_device * (run.saved_activation_bytes + run.live_block_bytes),
         gradients=gradients + run.itemsize * run.num_params,

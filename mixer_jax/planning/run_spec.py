@@ -2,16 +2,22 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-from mixer_jax.config.config import check_warmup, resolve_num_steps
+import jax
+import numpy as np
+
+from mixer_jax.checkpoints.weights import unflatten_params
+from mixer_jax.config.config import check_schedule, resolve_num_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.models.execution import Remat, resolve_execution
-from mixer_jax.models.family import INIT_FROM, ModelFamily
+from mixer_jax.models.family import INIT_FROM, ModelFamily, Shape
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import RunDatasets
+from mixer_jax.training.optimizer import make_optimizer
 
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
 # Classes and training examples, from TFDS.
@@ -36,8 +42,8 @@ class RunSpec(NamedTuple):
         num_microbatches: Microbatches per batch (gradient accumulation).
         fsdp: Devices that parameters are sharded over.
         scan_unroll: Blocks per iteration of the scan; 0 unrolls all.
-        num_moments: Float32 arrays per parameter, excluding the parameter itself: optimizer moments
-            and averaged parameters.
+        moments: Path of the parameter and shape of each float32 array of the state besides the
+            parameters: optimizer moments and averaged parameters.
         num_steps: Length of the run.
     """
 
@@ -52,7 +58,7 @@ class RunSpec(NamedTuple):
     num_devices: int
     remat: str
     scan_unroll: int
-    num_moments: int
+    moments: Sequence[tuple[str, Shape]]
     mixup: bool
     num_steps: int
 
@@ -117,10 +123,10 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
     """
     dataset = placeholder_datasets(config).train
     num_steps = resolve_num_steps(config, len(dataset))
-    check_warmup(config, num_steps)
-    adam_moments = 2 if config.optimizer.name == "adam" else 1
-    return RunSpec(
-        family=get_family(config.model.family),
+    check_schedule(config, num_steps)
+    family = get_family(config.model.family)
+    run = RunSpec(
+        family=family,
         architecture=config.model.architecture,
         image_size=config.image_size,
         num_classes=dataset.num_classes,
@@ -131,10 +137,24 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         num_devices=num_devices,
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
-        num_moments=adam_moments + (config.recipe.ema_decay > 0),
-        mixup=config.recipe.mixup > 0,
+        moments=(),
+        mixup=config.recipe.mixup > 0 or config.recipe.cutmix > 0,
         num_steps=num_steps,
     )
+    averages = run.param_shapes.items() if config.recipe.ema_decay else ()
+    return run._replace(moments=(*_optimizer_moments(config, run), *averages))
+
+
+def _optimizer_moments(config: RunConfig, run: RunSpec) -> Iterator[tuple[str, Shape]]:
+    """Yields the path of the parameter and the shape of each array of the optimizer's state."""
+    params = unflatten_params(
+        {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in run.param_shapes.items()}
+    )
+    tx = make_optimizer(config.optimizer, lambda step: 0.0, run.family)
+    for path, array in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names:  # Other arrays are counters.
+            yield "/".join(names), array.shape
 
 
 def resolve_for_platform(config: RunConfig, platform: str) -> RunConfig:
@@ -174,7 +194,10 @@ def placeholder_datasets(config: RunConfig) -> RunDatasets:
                 f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
             )
     class_names = tuple(map(str, range(num_classes)))
-    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
+    is_weighted = config.recipe.class_weights != "none"
+    class_weights = np.ones(num_classes, np.float32) if is_weighted else None
+    source = Source(dataset.name, range(num_examples), class_names)
+    return RunDatasets(source, {}, {}, class_weights=class_weights)
 
 
 def _count_examples(split: str, total: int) -> int:

@@ -160,7 +160,7 @@ def _make_config(
         config.preprocess.permute_seed = permutation.seed
 
     config.recipe.loss = "softmax"
-    config.optimizer.name = "momentum"
+    config.optimizer.name = "sgd"
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = task.warmup_steps
     config.optimizer.decay_type = "cosine"

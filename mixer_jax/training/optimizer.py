@@ -1,16 +1,23 @@
-"""Optimizer as an optax chain: clipping, Adam or momentum, weight decay (Section 3)."""
+"""Optimizer as an optax chain, by name: clipping, update rule, weight decay, learning rate."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from mixer_jax.config.schema import OptimizerConfig
-from mixer_jax.models.family import ModelFamily
+from mixer_jax.models.family import MatrixAxes, ModelFamily, Path
+
+# RMS of an update of Muon, as of AdamW's in practice, so that both take the same learning rate and
+# weight decay (arXiv 2502.16982, Section 2.2).
+_MUON_RMS = 0.2
+# Smallest axis over which Adafactor averages squared gradients (arXiv 2106.04560, authors' code).
+_ADAFACTOR_MIN_AXIS = 32
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -20,6 +27,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     that it would reach `end_learning_rate` at step `num_steps`, one after the last (Appendix B).
     With a staircase, it is a tenth of the former rate from each decay point on: the first step at
     or after that fraction of `num_steps` (arXiv 1912.11370, Section 3.3).
+
+    rsqrt divides the peak by √(1 + t / `rsqrt_timescale`), t steps after warmup. In the last
+    `cooldown_steps`, what the rate exceeds `end_learning_rate` by is multiplied by a factor that
+    falls linearly from 1 to 0, at step `num_steps` (arXiv 2106.04560, Section 3.5).
     """
     peak, end = config.learning_rate, config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
@@ -35,8 +46,12 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
                 for point in config.decay_fractions
             ],
         )
+    elif config.decay_type == "rsqrt":
+        decay = _rsqrt(peak, config.rsqrt_timescale)
     else:
         decay = optax.constant_schedule(peak)
+    if config.cooldown_steps:
+        decay = _cool_down(decay, end, decay_steps, config.cooldown_steps)
     if not config.warmup_steps:
         return decay
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
@@ -53,23 +68,133 @@ def _staircase(peak: float, steps: Sequence[int]) -> optax.Schedule:
     return schedule
 
 
+def _rsqrt(peak: float, timescale: int) -> optax.Schedule:
+    return lambda step: peak / jnp.sqrt(1.0 + step / timescale)
+
+
+def _cool_down(
+    decay: optax.Schedule, end: float, num_steps: int, cooldown_steps: int
+) -> optax.Schedule:
+    def schedule(step: Any) -> Any:
+        factor = jnp.clip((num_steps - step) / cooldown_steps, 0.0, 1.0)
+        return end + (decay(step) - end) * factor
+
+    return schedule
+
+
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, family: ModelFamily
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
-    Weight decay is multiplied by the scheduled learning rate (AdamW's convention).
+    Weight decay is multiplied by the scheduled learning rate (AdamW's convention). Stacked
+    parameters are updated as if the arrays of each block were separate.
     """
-    if config.name == "adam":
-        moments = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    else:
-        moments = optax.trace(config.momentum)
     mask = functools.partial(weight_decay_mask, family=family)
-    return optax.chain(
+    steps = [
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        moments,
+        _scale_by_name(config, family),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(schedule),
+    ]
+    if config.name == "lamb":
+        # The norm of an update includes weight decay.
+        steps.append(apply_per_block(optax.scale_by_trust_ratio(), family))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _scale_by_name(config: OptimizerConfig, family: ModelFamily) -> optax.GradientTransformation:
+    """Creates the transformation from gradients to updates before weight decay."""
+    if config.name == "sgd":
+        return optax.trace(config.momentum)
+    if config.name == "lion":
+        return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+    if config.name == "adafactor":
+        # As the authors of ViT train: with momentum, and not scaled by the norm of parameters.
+        scaling = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=_ADAFACTOR_MIN_AXIS),
+            optax.clip_by_block_rms(1.0),
+        )
+        momentum = optax.ema(config.momentum, debias=False)
+        return optax.chain(
+            apply_per_block(scaling, family), momentum if config.momentum else optax.identity()
+        )
+    if config.name == "muon":
+        return _scale_by_muon(config, family)
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def _scale_by_muon(config: OptimizerConfig, family: ModelFamily) -> optax.GradientTransformation:
+    """Creates Muon for matrices and Adam for all other parameters, both with Nesterov momentum."""
+
+    def scale(path: Path, update: Any) -> Any:
+        inputs, outputs = (
+            math.prod(update.shape[axis] for axis in axes) for axes in _matrix_axes(family, path)
+        )
+        return update * (_MUON_RMS * max(inputs, outputs) ** 0.5)
+
+    def dimension_numbers(updates: Any) -> Any:
+        return _map_by_path(
+            lambda path, _: optax.contrib.MuonDimensionNumbers(*_matrix_axes(family, path)), updates
+        )
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.momentum, eps=config.eps, weight_dimension_numbers=dimension_numbers
+        ),
+        optax.stateless(lambda updates, params: _map_by_path(scale, updates)),
+    )
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, nesterov=True)
+    return _choose(lambda path: family.matrix_axes(path) is not None, muon, adam)
+
+
+def _matrix_axes(family: ModelFamily, path: Path) -> MatrixAxes:
+    axes = family.matrix_axes(path)
+    assert axes is not None
+    return axes
+
+
+def apply_per_block(
+    tx: optax.GradientTransformation, family: ModelFamily
+) -> optax.GradientTransformation:
+    """Extends a transformation of separate arrays to the stacked arrays of blocks.
+
+    Each block's array of a stack is transformed like an array of its own: norms and means do not
+    mix blocks. All states of a stack have a leading axis of blocks.
+    """
+
+    def map_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
+        # Without a stack, there is nothing to map over.
+        return lambda tree, *args: (
+            jax.vmap(function)(tree, *args) if jax.tree.leaves(tree) else function(tree, *args)
+        )
+
+    stacked = optax.GradientTransformation(map_blocks(tx.init), map_blocks(tx.update))
+    return _choose(family.is_stacked, stacked, tx)
+
+
+def _choose(
+    condition: Callable[[Path], bool],
+    if_true: optax.GradientTransformation,
+    if_false: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Applies one of two transformations to each parameter, by its path.
+
+    Unlike those of `optax.partition`, the paths of states end with those of their parameters.
+    """
+
+    def mask(tree: Any, value: bool) -> Any:
+        return _map_by_path(lambda path, _: condition(path) is value, tree)
+
+    return optax.chain(
+        optax.masked(if_true, functools.partial(mask, value=True)),
+        optax.masked(if_false, functools.partial(mask, value=False)),
+    )
+
+
+def _map_by_path(function: Callable[[Path, Any], Any], tree: Any) -> Any:
+    """Maps over the path and the array of each parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: function(tuple(key.key for key in path), array), tree
     )
 
 
@@ -94,6 +219,4 @@ def weight_decay_mask(params: Any, family: ModelFamily) -> Any:
 
     For Mixer that is at all kernels, including those of stem and head (the authors' code).
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: family.is_weight_decayed(tuple(key.key for key in path)), params
-    )
+    return _map_by_path(lambda path, _: family.is_weight_decayed(path), params)

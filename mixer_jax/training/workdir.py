@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, CONFIG_FILE, list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import PATH_PREFIXES
 from mixer_jax.errors import (
     DiskFullError,
     RunError,
@@ -201,7 +201,7 @@ def config_diff(old: dict[str, Any], new: RunConfig) -> tuple[list[str], list[st
 
 
 def moved_folders(old: dict[str, Any], new: RunConfig) -> list[str]:
-    """Returns a line "key: old -> new" for each image folder with another path than in `old`."""
+    """Returns a line "key: old -> new" for each dataset with another path than in `old`."""
     before = flatten(ConfigDict(fill_defaults(old)))
     after = flatten(ConfigDict(new.to_dict()))
     return [
@@ -212,12 +212,15 @@ def moved_folders(old: dict[str, Any], new: RunConfig) -> list[str]:
 
 
 def _is_folder_moved(key: str, was: Any, now: Any) -> bool:
-    """Returns whether a key of the training data has the path of a folder before and after.
+    """Returns whether a key of the training data has a path in the same format before and after.
 
-    Whether the folders have the same files is compared later, by the fingerprint of the data.
+    Whether the same images are there is compared later, by the fingerprint of the data.
     """
-    is_folder = all(isinstance(name, str) and name.startswith(FOLDER) for name in (was, now))
-    return is_folder and _TRAIN_DATA_KEYS.fullmatch(key) is not None
+    is_path = any(
+        all(isinstance(name, str) and name.startswith(prefix) for name in (was, now))
+        for prefix in PATH_PREFIXES
+    )
+    return is_path and _TRAIN_DATA_KEYS.fullmatch(key) is not None
 
 
 def _check_writable(workdir: str) -> None:

@@ -225,8 +225,9 @@ def load_examples(runs: Sequence[Run]) -> list[Examples]:
 
 def _affects_batches(key: str) -> bool:
     sections = ("dataset.", "mixture.", "preprocess.")
-    keys = ("batch_size", "image_size", "seed", "recipe.mixup", "recipe.label_smoothing")
-    return key.startswith(sections) or key in (*keys, "recipe.min_target")
+    keys = ("batch_size", "image_size", "seed", "recipe.label_smoothing", "recipe.min_target")
+    mixing = ("recipe.mixup", "recipe.cutmix", "recipe.mixup_switch_prob")
+    return key.startswith(sections) or key in (*keys, *mixing)
 
 
 def _load_examples(group: Sequence[Run]) -> Examples:
@@ -401,7 +402,8 @@ def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.M
 
 def _format_number(key: str, value: float) -> markupsafe.Markup:
     """Formats a metric for reading, with its exact value as an attribute."""
-    if is_accuracy(key) or key.endswith("/top5") or key == MFU:
+    is_fraction = key.endswith(("/top5", "/micro_average_precision"))
+    if is_accuracy(key) or is_fraction or key == MFU:
         text = f"{value:.2%}"
     elif key in TIMINGS:
         text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

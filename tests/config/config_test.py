@@ -84,7 +84,8 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("optimizer.learning_rate", float("nan"), ["optimizer.learning_rate"]),
         ("num_epochs", float("inf"), ["num_epochs"]),
         ("preprocess.max_shift", 224, ["preprocess.max_shift", "image_size"]),
-        ("optimizer.name", "sgd", ["optimizer.name", "adam", "momentum"]),
+        ("optimizer.name", "adamax", ["optimizer.name", "adamw", "sgd"]),
+        ("optimizer.cooldown_steps", 5, ["optimizer.cooldown_steps", "'linear'", "rsqrt", "none"]),
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
         ("evals.test.shots", "1,zero", ["evals.test.shots"]),
         ("checkpoint.best_metric", "top1", ["checkpoint.best_metric", "test/top1", "'top1'"]),
@@ -117,7 +118,7 @@ def test_parse_names_the_key_and_the_value(
 
 
 def test_parse_takes_the_metrics_of_every_kind_of_evaluation(config: ConfigDict) -> None:
-    metrics = {"classify": "top5", "few_shot": "25_shot", "linear": "linear", "knn": "knn"}
+    metrics = {"classify": "loss", "few_shot": "25_shot", "linear": "linear", "knn": "knn"}
     config.evals.test.every_steps = 10
     for kind, metric in metrics.items():
         config.evals.test.type = kind
@@ -133,6 +134,15 @@ def test_parse_limits_the_length_of_a_project(config: ConfigDict) -> None:
     assert parse(config).wandb == config.wandb
     config.wandb += "p"
     with raises(UserError, "config.wandb", "128", "129"):
+        parse(config)
+
+
+def test_cooldown_is_within_the_steps_after_warmup(config: ConfigDict) -> None:
+    config.num_steps, config.optimizer.warmup_steps = 100, 40
+    config.optimizer.decay_type, config.optimizer.cooldown_steps = "rsqrt", 60
+    assert parse(config).optimizer.cooldown_steps == 60
+    config.optimizer.cooldown_steps = 61
+    with raises(UserError, "config.optimizer.cooldown_steps", "60", "61"):
         parse(config)
 
 
@@ -162,15 +172,25 @@ def test_parse_rejects_a_smallest_target_of_softmax(config: ConfigDict) -> None:
         parse(config)
 
 
+def test_parse_rejects_a_smallest_target_with_class_weights(config: ConfigDict) -> None:
+    config.recipe.class_weights, config.recipe.min_target = "balanced", 1e-4
+    with raises(UserError, "config.recipe.min_target", "0.0001", "balanced"):
+        parse(config)
+    config.recipe.class_weights = "sqrt"
+    with raises(UserError, "config.recipe.class_weights", "balanced", "sqrt"):
+        parse(config)
+
+
 def test_parse_rejects_images_resized_to_less_than_the_crop(config: ConfigDict) -> None:
     config.image_size, config.preprocess.resize_size = 224, 223
     with raises(UserError, "config.preprocess.resize_size", "223", "224"):
         parse(config)
 
 
-def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:
-    config.recipe.mixup, config.batch_size = 0.5, 1
-    with raises(UserError, "batch_size", "1", "2", "mixup"):
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_parse_needs_two_images_for_mixup_and_cutmix(config: ConfigDict, name: str) -> None:
+    config.recipe[name], config.batch_size = 0.5, 1
+    with raises(UserError, "batch_size", "1", "2", "mixup", "CutMix"):
         parse(config)
     config.batch_size = 2
     parse(config)

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from mixer_jax.data import preparation
 from mixer_jax.data.preparation import check_network, format_splits, preparation_lock
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.data.tfds import find_builder, prepare_tfds
+from mixer_jax.data.tfds import prepare_tfds
 from mixer_jax.errors import DatasetNotPreparedError, RunError, UserError
 from tests.helpers.messages import mentions, raises
 
@@ -200,7 +200,7 @@ def test_leftovers_of_killed_preparations_are_removed(
 
 
 def test_concurrent_preparation_is_an_error(tmp_path: Path) -> None:
-    with preparation_lock(find_builder("digits", str(tmp_path))):
+    with preparation_lock(tmp_path / "digits" / "all" / "1.0.0", "digits/all/1.0.0"):
         leftover = tmp_path / "digits" / "all" / "incomplete.AB12CD_1.0.0"
         leftover.mkdir()
         with raises(UserError, "digits/all/1.0.0", str(tmp_path / "digits" / "all")):

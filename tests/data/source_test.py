@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from mixer_jax.data.readers import shuffled_indices
-from mixer_jax.data.source import Example, Examples, Source, mix_sources, relabel, subset
+from mixer_jax.data.source import (
+    Example,
+    Examples,
+    Source,
+    mix_sources,
+    relabel,
+    sort_class_names,
+    subset,
+)
 from mixer_jax.errors import UserError
 from tests.helpers.messages import raises
 
@@ -80,6 +88,14 @@ def test_mix_sources_accepts_three_sources_or_one() -> None:
     ]
 
 
+def test_a_mixture_with_a_multi_label_source_is_multi_label() -> None:
+    several = Source("y", [Example(image=b"", labels=(1, 0), name="")], ("dog", "cat"), True)
+    mixed = mix_sources([make_source("x", 2, ("cat", "emu")), several], (1, 1))
+    assert mixed.multi_label
+    assert [example["labels"] for example in mixed.examples] == [(0,), (1,), (0, 2)]
+    assert not mix_sources([make_source("x", 2)], (1,)).multi_label
+
+
 def test_relabel_maps_labels_by_class_name() -> None:
     relabeled = relabel(make_source("x", 4, ("dog", "cat")), ("ant", "cat", "dog"))
     assert relabeled.class_names == ("ant", "cat", "dog")
@@ -106,6 +122,13 @@ def test_class_names_are_compared_and_stored_in_one_unicode_form() -> None:
     assert [mixed.examples[k]["labels"] for k in range(4)] == [(0,), (1,), (0,), (1,)]
     # Checkpoints of other programs may store the other form.
     assert relabel(make_source("x", 4, nfc), ("eau", "cafe\u0301")).class_names == nfc[::-1]
+
+
+def test_class_names_that_are_integers_are_sorted_by_value() -> None:
+    assert sort_class_names(map(str, range(12, -1, -1))) == tuple(map(str, range(13)))
+    assert sort_class_names(["10", "-1", "9"]) == ("-1", "9", "10")
+    assert sort_class_names(["10", "9", "09"]) == ("09", "10", "9")
+    assert sort_class_names(["10", "9", "cat"]) == ("10", "9", "cat")
 
 
 def test_sources_derived_from_others_keep_their_notes() -> None:

@@ -44,7 +44,7 @@ def make_run(**changes: Any) -> RunSpec:
         num_devices=16,
         remat="dots",
         scan_unroll=1,
-        num_moments=2,
+        moments=2 * list(get_family("mixer").param_shapes(VARIANTS["S/16"], 224, 18_291).items()),
         mixup=False,
         num_steps=86_400,
     )

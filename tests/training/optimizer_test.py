@@ -1,12 +1,17 @@
 """Tests of schedule and optimizer against formulas in NumPy."""
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
+from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
@@ -85,6 +90,41 @@ def test_staircase_points_count_from_the_start_of_warmup() -> None:
     assert rates == pytest.approx([0.5, 0.975, 0.1, 0.1, 0.01])
 
 
+def big_vision_rate(step: int, warmup: int, timescale: int, cooldown: int, total: int) -> float:
+    """Computes rsqrt with warmup and cooldown to zero as big_vision does."""
+    rate = 1.0 if step < warmup else 1 / math.sqrt(1 + (step - warmup) / timescale)
+    return rate * min(1, step / warmup) * min(1, (total - step) / cooldown)
+
+
+@pytest.mark.parametrize("step", [0, 3, 10, 11, 60, 79, 80, 81, 99, 100])
+def test_rsqrt_with_cooldown_equals_its_formula(step: int) -> None:
+    config = OptimizerConfig(
+        learning_rate=0.5,
+        warmup_steps=10,
+        decay_type="rsqrt",
+        rsqrt_timescale=30,
+        cooldown_steps=20,
+    )
+    rate = float(make_schedule(config, num_steps=100)(jnp.int32(step)))
+    assert rate == pytest.approx(0.5 * big_vision_rate(step, 10, 30, 20, 100), rel=1e-6)
+
+
+@pytest.mark.parametrize("decay_type", ["none", "rsqrt"])
+def test_cooldown_ends_at_the_end_learning_rate(decay_type: Any) -> None:
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        warmup_steps=0,
+        decay_type=decay_type,
+        rsqrt_timescale=50,
+        cooldown_steps=10,
+        end_learning_rate=0.2,
+    )
+    schedule = make_schedule(config, num_steps=60)
+    start, middle, end = (float(schedule(jnp.int32(step))) for step in (50, 55, 60))
+    plain = [1.0, 1.0] if decay_type == "none" else [0.5**0.5, (50 / 105) ** 0.5]
+    assert [start, middle, end] == pytest.approx([plain[0], (plain[1] + 0.2) / 2, 0.2], rel=1e-6)
+
+
 def test_make_schedule_without_warmup_starts_at_the_peak() -> None:
     schedule = make_schedule(OptimizerConfig(learning_rate=0.01, warmup_steps=0), num_steps=100)
     assert float(schedule(jnp.int32(0))) == pytest.approx(0.01)
@@ -123,7 +163,7 @@ def numpy_optimizer(name: str, params: Any, all_grads: list[Any], rates: list[fl
     v = {k: np.zeros_like(x) for k, x in p.items()}
     for t, (tree, rate) in enumerate(zip(all_grads, rates, strict=True), start=1):
         for k, g in clip(flat(tree)).items():
-            if name == "adam":
+            if name == "adamw":
                 m[k] = 0.9 * m[k] + 0.1 * g
                 v[k] = 0.999 * v[k] + 0.001 * g**2
                 direction = (m[k] / (1 - 0.9**t)) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-8)
@@ -135,7 +175,7 @@ def numpy_optimizer(name: str, params: Any, all_grads: list[Any], rates: list[fl
     return p
 
 
-@pytest.mark.parametrize("name", ["adam", "momentum"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_make_optimizer_equals_numpy_over_two_steps(name: Any) -> None:
     params, all_grads = params_and_grads()
     rates = [0.01, 0.02]
@@ -151,9 +191,140 @@ def test_make_optimizer_equals_numpy_over_two_steps(name: Any) -> None:
         np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=1e-7, err_msg=key)
 
 
+BLOCK_SHAPES = {"kernel": (48, 32), "bias": (32,)}
+SHAPES = {"stem": {"kernel": (3, 3, 4), "bias": (4,)}, "head": {"kernel": (32, 2), "bias": (2,)}}
+WEIGHT_DECAY = 0.1
+
+
+def random_tree(shapes: Any, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def stack(params: Any) -> Any:
+    """Stacks the parameters of blocks."""
+    blocks = [params[name] for name in params if name.startswith("block")]
+    rest = {name: node for name, node in params.items() if not name.startswith("block")}
+    return rest | {"blocks": jax.tree.map(lambda *arrays: jnp.stack(arrays), *blocks)}
+
+
+def kernels(tree: Any) -> Any:
+    return {node: {name: name == "kernel" for name in tree[node]} for node in tree}
+
+
+def muon_axes(params: Any) -> Any:
+    def axes(node: str, name: str) -> Any:
+        is_matrix = node.startswith("block") and name == "kernel"
+        return optax.contrib.MuonDimensionNumbers() if is_matrix else None
+
+    return {node: {name: axes(node, name) for name in params[node]} for node in params}
+
+
+# The optimizers of optax with the same settings, and those that differ from a config's defaults.
+ALIASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (
+        functools.partial(optax.adamw, b2=0.95, weight_decay=WEIGHT_DECAY, mask=kernels),
+        {"b2": 0.95, "weight_decay": WEIGHT_DECAY},
+    ),
+    "sgd": (functools.partial(optax.sgd, momentum=0.8), {"momentum": 0.8}),
+    "lion": (
+        functools.partial(optax.lion, weight_decay=WEIGHT_DECAY, mask=kernels),
+        {"b2": 0.99, "weight_decay": WEIGHT_DECAY},
+    ),
+    "lamb": (
+        functools.partial(optax.lamb, weight_decay=WEIGHT_DECAY, mask=kernels),
+        {"eps": 1e-6, "weight_decay": WEIGHT_DECAY},
+    ),
+    "muon": (
+        functools.partial(
+            optax.contrib.muon, consistent_rms=0.2, muon_weight_dimension_numbers=muon_axes
+        ),
+        {"momentum": 0.95},
+    ),
+    "adafactor": (
+        functools.partial(
+            optax.adafactor,
+            min_dim_size_to_factor=32,
+            multiply_by_parameter_scale=False,
+            momentum=0.9,
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_make_optimizer_equals_optax_and_updates_each_block_separately(name: Any) -> None:
+    alias, settings = ALIASES[name]
+    shapes = SHAPES | {"block0": BLOCK_SHAPES, "block1": BLOCK_SHAPES}
+    start, target = random_tree(shapes, seed=0), random_tree(shapes, seed=1)
+    # Blocks whose parameters and gradients have other magnitudes.
+    start["block1"] = jax.tree.map(lambda x: 10 * x, start["block1"])
+    config = OptimizerConfig(name=name, clip_norm=0.0, **settings)
+
+    def train(tx: optax.GradientTransformation, params: Any, target: Any) -> Any:
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            grads = jax.tree.map(lambda x, y: (x - y) + jnp.sin(3 * x), params, target)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        for _ in range(50):
+            params, state = step(params, state)
+        return params
+
+    actual = train(make_optimizer(config, lambda step: 0.01, MIXER), stack(start), stack(target))
+    expected = stack(train(alias(0.01), start, target))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=str(path))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).mean()) > 0.01, actual, stack(start))
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "shape", "matrix"),
+    [
+        ("mixer", "blocks/token_mixing/Dense_0/kernel", (2, 8, 6), (8, 6)),
+        ("vit", "blocks/attention/query/kernel", (2, 8, 2, 3), (8, 6)),
+        ("vit", "blocks/attention/out/kernel", (2, 2, 3, 8), (6, 8)),
+        ("vit", "blocks/mlp/Dense_0/kernel", (2, 8, 6), (8, 6)),
+        ("bit", "block1/unit01/conv2/kernel", (3, 3, 2, 8), (18, 8)),
+    ],
+)
+def test_muon_orthogonalizes_the_matrix_of_each_block(
+    family: str, path: str, shape: tuple[int, ...], matrix: tuple[int, int]
+) -> None:
+    config = OptimizerConfig(name="muon", clip_norm=0.0)
+    tx = make_optimizer(config, lambda step: -1.0, get_family(family))
+    params = unflatten_params({path: random_tree(shape, seed=0)})
+    updates, _ = tx.update(params, tx.init(params), params)
+    (update,) = jax.tree.leaves(updates)
+    singular_values = np.linalg.svd(np.reshape(update, (-1, *matrix)), compute_uv=False)
+    # Five iterations end between 0.7 and 1.2, times the scale of the update.
+    scaled = singular_values / (0.2 * max(matrix) ** 0.5)
+    assert 0.6 < scaled.min() < scaled.max() < 1.3
+
+
+@pytest.mark.parametrize("path", ["stem/kernel", "head/kernel", "blocks/LayerNorm_0/scale"])
+def test_muon_leaves_all_other_parameters_to_adam(path: str) -> None:
+    params = unflatten_params({path: random_tree((3, 5), seed=0)})
+    config = OptimizerConfig(name="muon", clip_norm=0.0)
+    updates = []
+    for tx in (make_optimizer(config, lambda step: 0.1, MIXER), optax.nadam(0.1)):
+        updates += jax.tree.leaves(tx.update(params, tx.init(params), params)[0])
+    np.testing.assert_array_equal(*updates)
+
+
 def test_make_optimizer_with_clip_norm_zero_does_not_clip() -> None:
     params, all_grads = params_and_grads()
-    tx = make_optimizer(OptimizerConfig(name="momentum", clip_norm=0.0), lambda step: 1.0, MIXER)
+    tx = make_optimizer(OptimizerConfig(name="sgd", clip_norm=0.0), lambda step: 1.0, MIXER)
     updates, _ = tx.update(all_grads[0], tx.init(params), params)
     np.testing.assert_allclose(
         flat(updates)["stem/bias"], -flat(all_grads[0])["stem/bias"], rtol=1e-6

@@ -17,7 +17,6 @@ Resources needed for preparation, in addition to the download:
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import hashlib
@@ -33,8 +32,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from mixer_jax.data.decode import BadImageError, decode
-from mixer_jax.data.preparation import UNDECODABLE
+from mixer_jax.data.preparation import UNDECODABLE, find_decoding_error, map_in_order
 from mixer_jax.errors import UserError
 
 _SYNSET = re.compile(r"n\d{8}")
@@ -118,29 +116,8 @@ def _is_held_out(name: str) -> bool:
 
 
 def _try_decode_all(files: Iterator[_ImageFile]) -> Iterator[tuple[_ImageFile, str]]:
-    """Yields each file with the error from decoding it, or "".
-
-    Files are decoded in parallel and yielded in order; only a few are in memory at a time.
-    """
-    num_threads = os.cpu_count() or 1
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        pending: collections.deque[tuple[_ImageFile, concurrent.futures.Future[str]]]
-        pending = collections.deque()
-        for file in files:
-            pending.append((file, pool.submit(_try_decode, file.content)))
-            if len(pending) > 4 * num_threads:
-                oldest, error = pending.popleft()
-                yield oldest, error.result()
-        for oldest, error in pending:
-            yield oldest, error.result()
-
-
-def _try_decode(content: bytes) -> str:
-    try:
-        decode(content)
-    except BadImageError as error:
-        return " ".join(str(error).split())
-    return ""
+    """Yields each file with the error from decoding it, or ""."""
+    return map_in_order(lambda file: (file, find_decoding_error(file.content)), files)
 
 
 def _find_download(manual_dir: Path) -> Path:
