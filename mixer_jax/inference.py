@@ -43,6 +43,7 @@ from mixer_jax.models.stack import compute_layers, use_partitionable_backend
 
 if TYPE_CHECKING:
     from mixer_jax.evaluation.classification import ClassificationMetrics
+    from mixer_jax.evaluation.multi_label import MultiLabelMetrics
     from mixer_jax.evaluation.saliency import Method, Saliency
 
 
@@ -486,10 +487,11 @@ class Classifier:
         data_dir: str = "",
         batch_size: int = 256,
         skip_bad_images: bool = False,
-    ) -> "ClassificationMetrics":
+    ) -> "ClassificationMetrics | MultiLabelMetrics":
         """Evaluates the model on every example of a split, each counted once.
 
-        Classes are matched by name, as by the command `evaluate`.
+        Classes are matched by name, as by the command `evaluate`. A multi-label model has other
+        metrics than one that was trained with a single label per image.
 
         Args:
             dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH.
@@ -504,7 +506,7 @@ class Classifier:
         """
         # Prediction does not need datasets, which take longer to import than everything else.
         from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
-        from mixer_jax.evaluation.classification import evaluate, make_eval_step
+        from mixer_jax.evaluation.classification import make_evaluator
 
         check_trained_head(self._weights, self._name)
         if batch_size < 1:
@@ -516,8 +518,9 @@ class Classifier:
             )
         source = open_eval_source(self._weights, dataset, split, data_dir)
         input_config = make_input_config(self._weights, batch_size, skip_bad_images)
-        eval_step = make_eval_step(self.model, self._mesh)
-        return evaluate(eval_step, self._params, source, self._mesh, input_config)
+        multi_label = self.model_info.multi_label
+        evaluate = make_evaluator(self.model, self._mesh, input_config, multi_label)
+        return evaluate(source, self._params)
 
     def export(self, target: str | os.PathLike) -> str:
         """Writes the model in another format, reads it back and compares, like `convert`.

@@ -227,6 +227,11 @@ def _check_recipe(config: RunConfig) -> None:
             f"config.recipe.min_target must be 0 with config.recipe.loss={recipe.loss!r}, got "
             f"{recipe.min_target}. config.recipe.label_smoothing suits both losses."
         )
+    if recipe.class_weights != "none" and recipe.min_target:
+        raise UserError(
+            "config.recipe.min_target must be 0 with config.recipe.class_weights="
+            f"{recipe.class_weights!r}, got {recipe.min_target}. Use config.recipe.label_smoothing."
+        )
     if 0 < config.preprocess.resize_size < config.image_size:
         raise UserError(
             f"config.preprocess.resize_size must be 0 or at least config.image_size "

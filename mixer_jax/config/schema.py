@@ -330,6 +330,11 @@ class RecipeConfig:
     mixup_switch_prob: float = key(
         0.5, "probability that a step uses CutMix if both mixup and CutMix are on", min=0, max=1
     )
+    class_weights: Literal["none", "balanced"] = key(
+        "none",
+        "factor of the loss of an example, by its class; balanced: number of images / (number of "
+        "classes × images of the class), which averages to 1",
+    )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
     )

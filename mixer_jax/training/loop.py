@@ -11,12 +11,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mixer_jax.checkpoints.manager import (
     CheckpointManager,
     move_damaged_checkpoints,
     remove_unfinished_saves,
 )
+from mixer_jax.checkpoints.model_info import get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.cli.versions import list_versions
@@ -36,7 +38,7 @@ from mixer_jax.errors import (
 )
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
-from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.datasets import RunDatasets, balanced_class_weights, open_datasets
 from mixer_jax.training.initialize import (
     InitSource,
     describe_init,
@@ -234,6 +236,7 @@ class _TrainLoop:
             datasets.check_hosts()
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
+        datasets = _add_class_weights(config, datasets, init)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
         self.num_steps = self.experiment.num_steps
         if init is not None and init.damaged_steps:
@@ -481,6 +484,40 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
+def _add_class_weights(
+    config: RunConfig, datasets: RunDatasets, init: InitSource | None
+) -> RunDatasets:
+    """Adds the class weights of the recipe, if any; all hosts must call it together.
+
+    A run that resumes takes those of its checkpoint: reading all labels may take long.
+    """
+    if config.recipe.class_weights == "none":
+        return datasets
+    if init is not None and init.metadata is not None:
+        saved = get_metadata(init.metadata, "class_weights", "the checkpoint")
+        return datasets._replace(class_weights=np.array(saved, np.float32))
+    train, num_threads = datasets.train, config.loader.num_threads
+    if multihost.is_primary_process():
+        print(f"class weights: reading {len(train):,} labels", flush=True)
+    weights = multihost.compute_once(lambda: balanced_class_weights(train, num_threads))
+    return datasets._replace(class_weights=weights)
+
+
+def _describe_class_weights(datasets: RunDatasets) -> str:
+    """Formats a line with the range of the class weights, if any."""
+    weights, names = datasets.class_weights, datasets.train.class_names
+    if weights is None:
+        return ""
+    found = np.flatnonzero(weights)
+    low, high = found[weights[found].argmin()], found[weights[found].argmax()]
+    text = (
+        f"class weights: {weights[low]:.4g} ({names[low]}) to {weights[high]:.4g} ({names[high]})"
+    )
+    if num_absent := len(weights) - len(found):
+        text += f", {num_absent:,} classes without training images"
+    return f"{text}\n"
+
+
 def _describe_run(experiment: Experiment, start_step: int, init: InitSource | None) -> str:
     """Formats model, data, devices and, in the last line, the status of a run."""
     config, info, mesh = experiment.config, experiment.model_info, experiment.mesh
@@ -495,12 +532,14 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
             start = f"starting training: {num_steps:,} steps"
         images = f"{config.batch_size:,} images per step"
         status = f"{start}, {images}; the first step includes compilation"
+    labels = "classes, any number per image" if train.multi_label else "classes"
     return (
         f"{get_family(info.family).full_name(info.variant)}, "
         f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
-        f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
+        f"{train.name}: {len(train):,} images, {train.num_classes:,} {labels}\n"
         f"{notes}"
+        f"{_describe_class_weights(experiment.datasets)}"
         f"{mesh.size} × {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"

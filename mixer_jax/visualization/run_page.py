@@ -377,7 +377,8 @@ def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.M
 
 def _format_number(key: str, value: float) -> markupsafe.Markup:
     """Formats a metric for reading, with its exact value as an attribute."""
-    if is_accuracy(key) or key.endswith("/top5") or key == MFU:
+    is_fraction = key.endswith(("/top5", "/micro_average_precision"))
+    if is_accuracy(key) or is_fraction or key == MFU:
         text = f"{value:.2%}"
     elif key in TIMINGS:
         text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

@@ -149,6 +149,15 @@ def test_parse_rejects_a_smallest_target_of_softmax(config: ConfigDict) -> None:
         parse(config)
 
 
+def test_parse_rejects_a_smallest_target_with_class_weights(config: ConfigDict) -> None:
+    config.recipe.class_weights, config.recipe.min_target = "balanced", 1e-4
+    with raises(UserError, "config.recipe.min_target", "0.0001", "balanced"):
+        parse(config)
+    config.recipe.class_weights = "sqrt"
+    with raises(UserError, "config.recipe.class_weights", "balanced", "sqrt"):
+        parse(config)
+
+
 def test_parse_rejects_images_resized_to_less_than_the_crop(config: ConfigDict) -> None:
     config.image_size, config.preprocess.resize_size = 224, 223
     with raises(UserError, "config.preprocess.resize_size", "223", "224"):
