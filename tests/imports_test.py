@@ -72,6 +72,7 @@ HEAVY = {
     "sklearn": {
         "data/builders/digits.py",
         "evaluation/classification.py",
+        "evaluation/multi_label.py",
         "visualization/evaluation_report.py",
         "benchmarks/pipelines.py",
     },
