@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
+import numpy as np
 
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.config.config import check_schedule, resolve_num_steps
@@ -193,7 +194,10 @@ def placeholder_datasets(config: RunConfig) -> RunDatasets:
                 f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
             )
     class_names = tuple(map(str, range(num_classes)))
-    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
+    is_weighted = config.recipe.class_weights != "none"
+    class_weights = np.ones(num_classes, np.float32) if is_weighted else None
+    source = Source(dataset.name, range(num_examples), class_names)
+    return RunDatasets(source, {}, {}, class_weights=class_weights)
 
 
 def _count_examples(split: str, total: int) -> int:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt8
 
 from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
@@ -62,10 +63,18 @@ def jit_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
+    class_weights: Float32[np.ndarray, " classes"] | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
     """Jits `train_step` with the shardings of the state; the compiled step donates the state."""
     step = functools.partial(
-        train_step, recipe=recipe, seed=seed, model=model, tx=tx, schedule=schedule, mesh=mesh
+        train_step,
+        recipe=recipe,
+        seed=seed,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        mesh=mesh,
+        class_weights=class_weights,
     )
     platform = mesh.devices.flat[0].platform
     return jax.jit(
@@ -87,19 +96,21 @@ def train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
+    class_weights: Float32[np.ndarray, " classes"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step on a batch.
 
     Args:
         state: State before the step.
-        batch: `image` uint8 (n, h, w, 3) and `label` int32 (n,); n is a multiple of microbatches ×
-            devices.
+        batch: `image` uint8 (n, h, w, 3), and `label` int32 (n,) or, with several labels per image,
+            bool (n, classes); n is a multiple of microbatches × devices.
         recipe: Loss, regularization and averaging.
         seed: Root of the randomness of all steps.
         model: Model, from images to logits.
         tx: Optax chain.
         schedule: Learning rate of the chain by step, for the metrics.
         mesh: Device mesh over which the state and the batch are sharded.
+        class_weights: Factor of the loss of an example, by its label; None: 1.
 
     Returns:
         The state after the step, and scalar metrics: `loss`, `learning_rate`, and `gradient_norm`
@@ -109,6 +120,9 @@ def train_step(
     labels = smooth_labels(
         batch["label"], model.num_classes, recipe.label_smoothing, recipe.min_target
     )
+    if class_weights is not None:
+        # Mixed together with the targets, whose sum it is.
+        labels *= jnp.asarray(class_weights)[batch["label"]][:, None]
     pairs = None
     if recipe.mixup or recipe.cutmix:
         pairs = sample_mixup(mixup_rng, batch["image"], labels, recipe)
@@ -126,7 +140,7 @@ def train_step(
             example_index=example_index,
             rngs=dict(zip(("dropout", "stochastic_depth"), jax.random.split(rng), strict=True)),
         )
-        return cross_entropy(logits, targets, recipe.loss)
+        return cross_entropy(logits, targets, recipe.loss, class_weights is not None)
 
     arrays = (batch["image"], labels) if pairs is None else pairs.arrays
     shared = (None if pairs is None else pairs.weights, model_rng)
@@ -200,14 +214,22 @@ def accumulate_gradients(
 
 
 def smooth_labels(
-    labels: Int[Array, " n"], num_classes: int, smoothing: float, min_target: float = 0.0
+    labels: Int[Array, " n"] | Bool[Array, "n classes"],
+    num_classes: int,
+    smoothing: float,
+    min_target: float = 0.0,
 ) -> Float[Array, "n classes"]:
     """Converts labels to one-hot vectors and spreads `smoothing` of their mass over all classes.
+
+    Multi-hot labels, which have no such mass, become vectors of zeros and ones.
 
     Targets are then clipped to [min_target, 1 − min_target], which moves both classes of each
     binary decision of the sigmoid loss (10⁻⁴ for ViTs on ImageNet-1k, in Scenic's config).
     """
-    targets = jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
+    if labels.ndim == 2:
+        targets = labels.astype(jnp.float32)
+    else:
+        targets = jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
     return jnp.clip(targets, min_target, 1.0 - min_target) if min_target else targets
 
 
@@ -318,14 +340,21 @@ def apply_mixup(
 
 
 def cross_entropy(
-    logits: Float[Array, "n classes"], labels: Float[Array, "n classes"], loss: str
+    logits: Float[Array, "n classes"],
+    labels: Float[Array, "n classes"],
+    loss: str,
+    is_weighted: bool = False,
 ) -> Float[Array, ""]:
     """Computes the mean cross-entropy of examples with soft labels, from float32 logits.
 
     `loss` is "sigmoid", the sum of a binary cross-entropy per class (the authors' code), or
-    "softmax".
+    "softmax". If `is_weighted`, labels are multiplied by the weight of their example, their sum.
     """
-    if loss == "sigmoid":
+    if loss == "sigmoid" and is_weighted:
+        negatives = jnp.sum(labels, axis=-1, keepdims=True) - labels
+        log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+        per_example = -jnp.sum(labels * log_p + negatives * log_not_p, axis=-1)
+    elif loss == "sigmoid":
         per_example = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
     else:
         per_example = optax.softmax_cross_entropy(logits, labels)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 from mixer_jax.config.schema import RecipeConfig, RunConfig
 from mixer_jax.data.readers import BadImage, TrainReader
@@ -39,7 +39,7 @@ class TrainBatchView(NamedTuple):
     Attributes:
         images: Inputs of the model, in [-1, 1].
         targets: Targets of the loss.
-        labels: Classes of the images.
+        labels: Classes of the images, multi-hot if they may have any number of labels.
         partner_labels: Classes of the images mixed into them; without any, equal to `labels`.
         weight: Weight of each label against that of its partner; 1 without mixup and CutMix.
         is_cutmix: Whether the partners fill a box (CutMix) or all pixels (mixup).
@@ -48,8 +48,8 @@ class TrainBatchView(NamedTuple):
 
     images: Float32[np.ndarray, "n s s 3"]
     targets: Float32[np.ndarray, "n classes"]
-    labels: Int32[np.ndarray, " n"]
-    partner_labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | Bool[np.ndarray, "n classes"]
+    partner_labels: Int32[np.ndarray, " n"] | Bool[np.ndarray, "n classes"]
     weight: float
     is_cutmix: bool
     bad: list[BadImage]
@@ -81,7 +81,7 @@ def load_train_batch(
     # Compiled, like the training step, so that the compiler rounds in the same way.
     images, targets, weights = jax.jit(finish)(arrays["image"], arrays["label"])
     labels = arrays["label"]
-    partner_labels = np.roll(labels, 1) if has_partners else labels
+    partner_labels = np.roll(labels, 1, axis=0) if has_partners else labels
     # A weight of mixup is never 0.
     has_box = weights.pixels is not None and bool((weights.pixels == 0).any())
     first = len(rows) - num_images
@@ -220,18 +220,29 @@ def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sh
 def format_label(view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int) -> str:
     """Formats the classes of one image and their targets, one line per class.
 
+    Multi-hot labels have one line per image instead, with all of its classes, and its weight.
+
     Args:
         view: Images from `load_train_batch`.
         row: Index of the image.
         class_names: Name of each class.
         max_chars: Length to which lines are shortened.
     """
-    labels = list(dict.fromkeys((int(view.labels[row]), int(view.partner_labels[row]))))
-    targets = [f" {view.targets[row, label]:.2f}" for label in labels]
-    if targets == [" 1.00"]:
-        targets = [""]
+    pair = view.labels[row], view.partner_labels[row]
+    if view.labels.ndim == 2:
+        members = [[class_names[k] for k in np.flatnonzero(labels).tolist()] for labels in pair]
+        names = [", ".join(map(label_class, found)) or "no label" for found in members]
+        targets = [f" {view.weight:.2f}", f" {1 - view.weight:.2f}"]
+        if view.weight == 1:
+            names, targets = names[:1], [""]
+    else:
+        labels = list(dict.fromkeys(map(int, pair)))
+        names = [label_class(class_names[label]) for label in labels]
+        targets = [f" {view.targets[row, label]:.2f}" for label in labels]
+        if targets == [" 1.00"]:
+            targets = [""]
     lines = []
-    for prefix, label, target in zip(("", "+ "), labels, targets, strict=False):
-        name, room = label_class(class_names[label]), max_chars - len(prefix + target)
+    for prefix, name, target in zip(("", "+ "), names, targets, strict=False):
+        room = max_chars - len(prefix + target)
         lines.append(prefix + (name if len(name) <= room else f"{name[: room - 1]}…") + target)
     return "\n".join(lines)

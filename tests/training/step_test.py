@@ -60,6 +60,8 @@ def take_steps(
     seed: int = 0,
     mesh: Mesh | None = None,
     batch_size: int = 8,
+    class_weights: np.ndarray | None = None,
+    multi_label: bool = False,
     **recipe: Any,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     model, mesh = model or make_model(), mesh or mesh_of(1, 1)
@@ -70,10 +72,14 @@ def take_steps(
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
     sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
-    step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh)
+    step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh, class_weights)
+    batch = make_batch(batch_size)
+    if multi_label:
+        labels = np.random.default_rng(1).random((batch_size, NUM_CLASSES)) < 0.4
+        batch["label"] = jnp.asarray(labels)
     history = []
     for _ in range(count):
-        state, metrics = step(state, make_batch(batch_size))
+        state, metrics = step(state, batch)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -103,6 +109,54 @@ def test_smooth_labels_moves_both_targets_of_binary_decisions() -> None:
     labels = np.asarray(smooth_labels(jnp.array([2]), 1_000, 0.0, 1e-4))
     assert labels[0, 2] == np.float32(1 - 1e-4)
     assert set(np.delete(labels[0], 2)) == {np.float32(1e-4)}
+
+
+def test_multi_hot_labels_are_targets_that_mix() -> None:
+    labels = jnp.array([[True, False, True], [False, False, False]])
+    targets = smooth_labels(labels, 3, 0.0)
+    np.testing.assert_array_equal(targets, [[1, 0, 1], [0, 0, 0]])
+    np.testing.assert_allclose(smooth_labels(labels, 3, 0.0, 0.1)[0], [0.9, 0.1, 0.9], rtol=1e-6)
+    images = jnp.zeros((2, 2, 2, 3), jnp.uint8)
+    pairs = sample_mixup(jax.random.key(0), images, targets, RecipeConfig(mixup=0.5))
+    _, mixed = apply_mixup(pairs.arrays, MixupWeights(jnp.float32(0.75)))
+    np.testing.assert_allclose(mixed, [[0.75, 0, 0.75], [0.25, 0, 0.25]])
+
+
+CLASS_WEIGHTS = np.array([0.5, 2.0, 5.0], np.float32)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_mixed_examples_are_those_of_their_labels(loss: str, smoothing: float) -> None:
+    """Linear in the two examples of a mixture, each with the weight of its own label."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)
+    first, second = (smooth_labels(jnp.array(y), 3, smoothing) for y in ([0, 1, 2], [2, 0, 2]))
+    weights = jnp.asarray(CLASS_WEIGHTS)[:, None]
+    mixed = 0.7 * first * weights + 0.3 * second * weights[jnp.array([2, 0, 2])]
+    expected = np.mean(
+        [
+            share
+            * CLASS_WEIGHTS[label]
+            * float(cross_entropy(logits[i : i + 1], y[i : i + 1], loss))
+            for share, y, labels in ((0.7, first, [0, 1, 2]), (0.3, second, [2, 0, 2]))
+            for i, label in enumerate(labels)
+        ]
+    )
+    # A mean over three examples of the sums of two parts each.
+    found = float(cross_entropy(logits, mixed, loss, is_weighted=True))
+    assert found == pytest.approx(2 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_class_weights_scale_the_loss_of_their_examples(loss: str) -> None:
+    model = make_model(head_bias=1.0)
+    _, (plain,) = take_steps(1, model, loss=loss)
+    _, (same,) = take_steps(1, model, loss=loss, class_weights=np.ones(3, np.float32))
+    assert same["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    # Labels are 0 1 2 0 1 2 0 1, and a zero head gives every example the same loss.
+    _, (weighted,) = take_steps(1, model, loss=loss, class_weights=CLASS_WEIGHTS)
+    factor = CLASS_WEIGHTS[np.arange(8) % 3].mean()
+    assert weighted["loss"] == pytest.approx(factor * plain["loss"], rel=1e-6)
 
 
 def test_mixup_with_the_smaller_weight_mixes_the_reversed_batch() -> None:
@@ -325,6 +379,30 @@ def test_devices_and_microbatches_change_only_rounding(
     assert_trees_equal(single.params, sharded.params, tolerance=1e-5)
     for a, b in zip(expected, actual, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"multi_label": True, "loss": "sigmoid"},
+        {"class_weights": CLASS_WEIGHTS, "loss": "sigmoid"},
+        {"class_weights": CLASS_WEIGHTS, "loss": "softmax", "label_smoothing": 0.1},
+    ],
+    ids=["multi_label", "weighted_sigmoid", "weighted_softmax"],
+)
+def test_devices_and_microbatches_change_only_rounding_of_other_labels(
+    settings: dict[str, Any],
+) -> None:
+    model = make_model(head_bias=1.0)
+    settings = settings | {"mixup": 0.5, "batch_size": 16}
+    single, expected = take_steps(3, model, **settings)
+    for layout, num_microbatches in (((8, 1), 2), ((2, 4), 1), ((1, 1), 8)):
+        sharded, actual = take_steps(
+            3, model, mesh=mesh_of(*layout), grad_accum_steps=num_microbatches, **settings
+        )
+        assert_trees_equal(single.params, sharded.params, tolerance=1e-5)
+        for a, b in zip(expected, actual, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_train_step_randomness_follows_from_seed_and_step() -> None:

@@ -29,6 +29,7 @@ from mixer_jax.visualization.train_batch import (
     denormalize,
     draw_train_batch,
     format_caption,
+    format_label,
     load_train_batch,
 )
 from tests.helpers.batches import mesh_of
@@ -129,6 +130,24 @@ def test_load_train_batch_reads_only_the_images_it_returns(
     assert view.weight == batch.weight
     # With mixup, the partner of the first one, too.
     assert examples.num_reads == num_images + (mixup > 0)
+
+
+def test_images_with_several_labels_are_drawn_with_all_of_them(shapes_dir: str) -> None:
+    settings = {"dataset__name": "mixer_shapes", "recipe__loss": "sigmoid"}
+    config = small_config(shapes_dir, **settings, recipe__mixup=0.5)
+    source = open_datasets(config).train
+    view = load_train_batch(config, source, STEP, config.batch_size)
+    mixed = view.weight * view.labels + (1 - view.weight) * view.partner_labels
+    np.testing.assert_allclose(view.targets, mixed, atol=1e-6)
+    assert not view.labels.any(axis=1).all()
+    for row in range(config.batch_size):
+        own, partner = format_label(view, row, source.class_names, 100).splitlines()
+        for line, labels in ((own, view.labels[row]), (partner, view.partner_labels[row])):
+            named = [name in line for name in source.class_names]
+            assert named == labels.tolist()
+            assert ("no label" in line) == (not labels.any())
+        assert mentions(own, f"{view.weight:.2f}")
+    assert draw_train_batch(view, source.class_names, ["title"])
 
 
 def test_format_caption_names_bad_images(digits_dir: str) -> None:
