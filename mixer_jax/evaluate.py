@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax import __version__
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
@@ -122,7 +123,7 @@ def evaluate(
     dataset: str = "",
     split: str = "test",
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: "ImageSize | None" = None,
     data_dir: str = "",
     batch_size: int = 256,
@@ -138,7 +139,8 @@ def evaluate(
         dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH; empty: the training
             dataset.
         split: Split in TFDS syntax.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.
         data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
         batch_size: Images per batch.

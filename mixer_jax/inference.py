@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import (
@@ -80,7 +81,7 @@ class Prediction(NamedTuple):
 def load_pretrained(
     source: str | os.PathLike,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: ImageSize | None = None,
     pretrain_image_size: ImageSize | None = None,
     num_classes: int | None = None,
@@ -96,7 +97,8 @@ def load_pretrained(
         source: A run's workdir or WORKDIR/checkpoints/STEP, also copied elsewhere; Google's .npz;
             timm's .safetensors, .pth or .ckpt; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL
             such as gs://BUCKET/Mixer-B_16.npz.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Side, or height and width, of the images in pixels. Weights are tiled for
             integer multiples of their size (the paper's Appendix C) and interpolated for
             others. None: their own size.

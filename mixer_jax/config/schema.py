@@ -453,6 +453,12 @@ class CheckpointConfig:
     every_steps: int = key(1000, "interval; 0: none", unit="steps", min=0, resumable=True)
     every_minutes: float = key(0.0, "interval; 0: none", unit="min", min=0, resumable=True)
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
+    best_metric: str = key(
+        "",
+        "also keep the checkpoint with the best value of this metric, EVAL/METRIC as in "
+        "metrics.jsonl, e.g. validation/top1, and save at each of its evaluations; empty: none",
+        resumable=True,
+    )
 
 
 def parse_shots(name: str, text: str) -> tuple[int, ...]:
@@ -485,6 +491,12 @@ def parse_profile_steps(name: str, text: str) -> range:
     return steps
 
 
+# Metrics of the head by which checkpoints can be selected: with one label per image, and with any
+# number.
+LABEL_METRICS = ("top1", "top5", "log_likelihood", "calibration_error")
+MULTI_LABEL_METRICS = ("mean_average_precision", "micro_average_precision", "loss")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -505,6 +517,18 @@ class EvalConfig:
     def shot_counts(self) -> tuple[int, ...]:
         """Parsed `shots`. Raises UserError if they are not positive integers."""
         return parse_shots("shots", self.shots)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics by which checkpoints can be selected; those of the head depend on the data.
+
+        Raises:
+            UserError: `shots` are not positive integers.
+        """
+        if self.type == "few_shot":
+            return tuple(f"{shots}_shot" for shots in self.shot_counts)
+        is_head = self.type == "classify"
+        return LABEL_METRICS + MULTI_LABEL_METRICS if is_head else (self.type,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,6 +589,21 @@ class RunConfig:
         resumable=True,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping_patience: int = key(
+        0,
+        "stop after this many evaluations in a row without a better checkpoint.best_metric, e.g. "
+        "5; 0: never",
+        unit="evaluations",
+        min=0,
+        resumable=True,
+    )
+    early_stopping_min_delta: float = key(
+        0.0,
+        "smallest improvement of checkpoint.best_metric that counts, e.g. 0.001 for 0.1 % of an "
+        "accuracy",
+        min=0,
+        resumable=True,
+    )
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int
 
-from mixer_jax.config.schema import EvalConfig, RecipeConfig, RunConfig
+from mixer_jax.config.schema import (
+    LABEL_METRICS,
+    MULTI_LABEL_METRICS,
+    EvalConfig,
+    RecipeConfig,
+    RunConfig,
+)
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.labeled_files import check_readable
 from mixer_jax.data.loader import available_cpus
@@ -88,6 +94,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
             classes of an evaluation are missing from its training split.
     """
     train = open_train_dataset(config)
+    _check_best_metric(config, train)
     evals, probe_train = {}, {}
     for name, entry in config.evals.items():
         source = _open_eval_split(config, entry, entry.split)
@@ -135,6 +142,22 @@ def _check_multi_label_recipe(recipe: RecipeConfig, name: str) -> None:
                 f"config.recipe.{key} must be {value!r} for {name}, which has any number of labels "
                 f"per image, got {got!r}. {fix}"
             )
+
+
+def _check_best_metric(config: RunConfig, train: Source) -> None:
+    """Raises UserError if `checkpoint.best_metric` is of the head, and not defined for the data."""
+    name = config.checkpoint.best_metric
+    evaluation, _, metric = name.rpartition("/")
+    if not name or config.evals[evaluation].type != "classify":
+        return
+    metrics = MULTI_LABEL_METRICS if train.multi_label else LABEL_METRICS
+    if metric not in metrics:
+        labels = "any number of labels" if train.multi_label else "one label"
+        choices = ", ".join(f"{evaluation}/{choice}" for choice in metrics)
+        raise UserError(
+            f"config.checkpoint.best_metric must be one of {choices} for {train.name}, which has "
+            f"{labels} per image, got {name!r}."
+        )
 
 
 def balanced_class_weights(source: Source, num_threads: int = 0) -> Float32[np.ndarray, " classes"]:

@@ -481,6 +481,22 @@ def test_the_index_of_a_read_only_folder_is_stored_in_the_cache(
     assert names == []
 
 
+def test_a_read_only_index_is_completed_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    shards = {f"{n}.tar": tmp_path / f"{n}.tar" for n in range(3)}
+    for path in shards.values():
+        write_two(path)
+    index_shards(tmp_path, shards)
+    deny(monkeypatch, tmp_path)
+    write_shard(shards["1.tar"], sample("c", 2))
+    for expected in (["1.tar"], []):
+        with scanned(monkeypatch) as names:
+            indexes, notes = index_shards(tmp_path, shards)
+        assert (names, notes) == (expected, [])
+        assert labels_of(indexes["1.tar"]) == {"c.png": "2"}
+
+
 def test_without_any_writable_folder_the_index_is_built_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:

@@ -314,6 +314,17 @@ def test_labels_may_be_lists(tmp_path: Path) -> None:
     assert labels(open_shards(tmp_path)) == {"0": (0, 1), "1": (0,)}
 
 
+def test_a_class_that_is_held_out_entirely_is_noted(tmp_path: Path) -> None:
+    write_labels(tmp_path / "0.tar", *(["common"] for _ in range(20)))
+    (rare,) = labels(open_shards(tmp_path, "validation[:1]"))
+    values = [["common", "rare"] if str(number) == rare else ["common"] for number in range(20)]
+    write_labels(tmp_path / "0.tar", *values)
+    source = open_shards(tmp_path)
+    assert source.class_names == ("common", "rare")
+    (note,) = source.notes
+    assert mentions(note, "1", "2", "rare")
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -484,9 +495,9 @@ def test_the_fingerprint_changes_with_names_sizes_and_labels(tmp_path: Path) -> 
     assert change.startswith("labels")
 
 
-def test_check_files_finds_shards_that_are_missing_or_incomplete(
-    tmp_path: Path, source: Source
-) -> None:
+def test_check_files_finds_shards_that_are_missing_or_incomplete(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"train": 40, "test": 3}, per_shard=6)
+    source = open_shards(tmp_path)
     source.check_files()
     path = tmp_path / "toy-train-0004.tar"
     content = path.read_bytes()

@@ -117,6 +117,23 @@ def test_recipes_for_one_label_are_refused_for_several(
     assert "\n" not in str(caught.value)
 
 
+def test_best_metrics_that_the_data_lack_are_refused(shapes_dir: str, digits_dir: str) -> None:
+    multi_label = (shapes_dir, {"dataset__name": "mixer_shapes", "recipe__loss": "sigmoid"})
+    for (data_dir, settings), metric, other in (
+        (multi_label, "top1", "mean_average_precision"),
+        ((digits_dir, {}), "loss", "log_likelihood"),
+    ):
+        accepted, refused = (
+            small_config(data_dir, checkpoint__best_metric=f"test/{name}", **settings)
+            for name in (other, metric)
+        )
+        open_datasets(accepted)
+        with raises(
+            UserError, "config.checkpoint.best_metric", f"test/{other}", f"'test/{metric}'"
+        ):
+            open_datasets(refused)
+
+
 def write_class(folder: Path, count: int, content: bytes, suffix: str = ".png") -> None:
     folder.mkdir(parents=True)
     for number in range(count):
