@@ -34,6 +34,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
+from mixer_jax.models.param_groups import count_frozen, layer_factors
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -499,12 +500,32 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
         f"{get_family(info.family).full_name(info.variant)}, "
         f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
+        f"{_describe_layers(experiment)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
         f"{notes}"
         f"{mesh.size} × {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )
+
+
+def _describe_layers(experiment: Experiment) -> str:
+    """Formats lines about frozen parameters, and about layer-wise learning rates."""
+    optimizer, info = experiment.config.optimizer, experiment.model_info
+    family, lines = get_family(info.family), ""
+    if optimizer.freeze_patterns:
+        size = (experiment.config.image_size, info.num_classes)
+        num_frozen = count_frozen(optimizer.freeze_patterns, family, info.config, *size)
+        lines += (
+            f"{_num_params(experiment) - num_frozen:,} parameters are trained, {num_frozen:,} are "
+            f"frozen ({optimizer.freeze})\n"
+        )
+    if optimizer.layer_decay < 1:
+        factors = layer_factors(optimizer.layer_decay, family, info.config)
+        first, *blocks, head = (f"{layer} {factor:.3g}" for layer, factor in factors.items())
+        middle = blocks if len(blocks) < 3 else [f"{blocks[0]} to {blocks[-1]}"]
+        lines += f"learning-rate factors: {', '.join([first, *middle, head])}\n"
+    return lines
 
 
 def _num_params(experiment: Experiment) -> int:
