@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import display_path, read_image
-from mixer_jax.data.source import DIGEST, Example, Examples, Source
+from mixer_jax.data.source import DIGEST, Example, Examples, LabelArrays, Source
 from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
 
 # Directories of which a fingerprint has separate digests.
@@ -26,21 +25,13 @@ _STAT_CHUNK = 1000
 class LabeledFiles(Examples):
     """Examples read from files; the paths are stored as one byte string to save memory."""
 
-    def __init__(
-        self,
-        root: Path,
-        paths: Iterable[str],
-        labels: ArrayLike,
-        label_ends: ArrayLike | None = None,
-    ):
+    def __init__(self, root: Path, paths: Iterable[str], labels: LabelArrays):
         """Stores paths and labels.
 
         Args:
             root: Absolute folder.
             paths: Path of each image: relative to the root, or absolute.
-            labels: Class indices of all images, one image after the other.
-            label_ends: Index into `labels` after the last label of each image; None: every image
-                has one label.
+            labels: Labels of each image.
         """
         self._root = root
         joined, ends = bytearray(), array.array("q")
@@ -48,8 +39,7 @@ class LabeledFiles(Examples):
             joined += os.fsencode(path)
             ends.append(len(joined))
         self._paths, self._ends = bytes(joined), np.array(ends, np.int64)
-        self._labels = np.asarray(labels, np.int32)
-        self._label_ends = None if label_ends is None else np.asarray(label_ends, np.int64)
+        self.labels = labels
         self._sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -63,10 +53,11 @@ class LabeledFiles(Examples):
 
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Returns the classes of a file, which is not read."""
-        if self._label_ends is None:
-            return (int(self._labels[index]),)
-        start = self._label_ends[index - 1] if index else 0
-        return tuple(self._labels[start : self._label_ends[index]].tolist())
+        return self.labels.read(index)
+
+    def path_name(self, index: int) -> str:
+        """Returns the path of a file, for messages."""
+        return display_path(self._path(index))
 
     def fingerprint(self) -> dict[str, str]:
         """Computes digests of names and sizes of the files, for each directory if they are few."""
@@ -92,8 +83,11 @@ class LabeledFiles(Examples):
         }
 
     def check_files(self) -> None:
-        """Checks that the first file exists, also if it is a broken link."""
-        path = self._path(0)
+        """Checks that the first file exists, also if it is a broken link.
+
+        If the sizes have been read, it is the first one of those that existed then.
+        """
+        path = self._path(0 if self._sizes is None else int(np.argmax(self._sizes >= 0)))
         try:
             path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -111,17 +105,18 @@ class LabeledFiles(Examples):
         return self._sizes
 
     def _read_sizes(self, start: int) -> np.ndarray:
-        stop = min(start + _STAT_CHUNK, len(self))
-        return np.array([_file_size(self._path(index)) for index in range(start, stop)], np.int64)
+        # Paths are joined as bytes: pathlib takes longer than reading the size from a local disk.
+        root = os.path.join(os.fsencode(self._root), b"")
+        ends = self._ends[start : start + _STAT_CHUNK].tolist()
+        starts = [int(self._ends[start - 1]) if start else 0, *ends[:-1]]
+        paths = [self._paths[first:end] for first, end in zip(starts, ends, strict=True)]
+        return np.array([_file_size(os.path.join(root, path)) for path in paths], np.int64)
 
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""
-        order = np.argsort(self._labels, kind="stable")
-        labels, starts = np.unique(self._labels[order], return_index=True)
-        files = order
-        if self._label_ends is not None:
-            files = np.searchsorted(self._label_ends, order, side="right")
-        groups = np.split(files, starts[1:])
+        order = np.argsort(self.labels.values, kind="stable")
+        labels, starts = np.unique(self.labels.values[order], return_index=True)
+        groups = np.split(self.labels.owners[order], starts[1:])
         # Threads, because a file of a network file system takes milliseconds to open.
         with ThreadPoolExecutor() as pool:
             errors = list(pool.map(self._find_error, groups))
@@ -171,7 +166,7 @@ def check_readable(source: Source) -> None:
         )
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: bytes) -> int:
     try:
         return os.stat(path).st_size
     except OSError:

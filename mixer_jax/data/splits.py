@@ -115,11 +115,17 @@ def hash_order(paths: Iterable[str]) -> np.ndarray:
 
     The order depends on the paths alone, not on how a system stores accented letters.
     """
-    digests = b"".join(
-        hashlib.blake2b(os.fsencode(unicodedata.normalize("NFC", path)), digest_size=8).digest()
-        for path in paths
-    )
-    return np.argsort(np.frombuffer(digests, ">u8").astype(np.uint64), kind="stable")
+    return np.argsort(hash_paths(paths), kind="stable")
+
+
+def hash_paths(paths: Iterable[str]) -> np.ndarray:
+    """Computes a hash of each path or key in Unicode normal form NFC; uint64 (num_paths,)."""
+    return np.fromiter(map(_hash_path, paths), np.uint64)
+
+
+def _hash_path(path: str) -> int:
+    encoded = os.fsencode(unicodedata.normalize("NFC", path))
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

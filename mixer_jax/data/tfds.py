@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixer_jax.data.decode import BadImageError
-from mixer_jax.data.names import FOLDER, SYNTHETIC
+from mixer_jax.data.names import PATH_PREFIXES, SYNTHETIC
 from mixer_jax.data.preparation import (
     check_manual_download,
     convert_to_array_record,
@@ -212,7 +212,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             for a reason that the user can fix.
         RunError: The code of the dataset's builder fails.
     """
-    if name == SYNTHETIC or name.startswith(FOLDER):
+    if name == SYNTHETIC or name.startswith(PATH_PREFIXES):
         raise UserError(f"dataset {name!r} does not need preparation. Train on it directly.")
     if data_dir:
         data_dir = resolve_data_dir(data_dir)

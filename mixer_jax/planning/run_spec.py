@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
+import numpy as np
 
 from mixer_jax.checkpoints.weights import unflatten_params
 from mixer_jax.config.config import check_schedule, resolve_num_steps
@@ -137,7 +138,7 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
         moments=(),
-        mixup=config.recipe.mixup > 0,
+        mixup=config.recipe.mixup > 0 or config.recipe.cutmix > 0,
         num_steps=num_steps,
     )
     averages = run.param_shapes.items() if config.recipe.ema_decay else ()
@@ -193,7 +194,10 @@ def placeholder_datasets(config: RunConfig) -> RunDatasets:
                 f"{dataset.name!r}, got 0. Set it, for example --config.dataset.{key}=1000."
             )
     class_names = tuple(map(str, range(num_classes)))
-    return RunDatasets(Source(dataset.name, range(num_examples), class_names), {}, {})
+    is_weighted = config.recipe.class_weights != "none"
+    class_weights = np.ones(num_classes, np.float32) if is_weighted else None
+    source = Source(dataset.name, range(num_examples), class_names)
+    return RunDatasets(source, {}, {}, class_weights=class_weights)
 
 
 def _count_examples(split: str, total: int) -> int:

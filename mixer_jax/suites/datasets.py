@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.data.names import FOLDER
+from mixer_jax.data.names import FOLDER, MANIFEST
 from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
@@ -38,7 +38,7 @@ class SuiteData(NamedTuple):
 
 
 def resolve_folders(suite: Suite) -> Suite:
-    """Makes the paths of "folder:PATH" datasets absolute and expands ~."""
+    """Makes the paths of folders and manifests absolute and expands ~."""
     tasks: list[Task] = []
     for task in suite.tasks:
         fields: dict[str, Any] = {"dataset": _resolve_folder(task.dataset)}
@@ -149,10 +149,11 @@ def choose_image_size(
 
 
 def _resolve_folder(dataset: str) -> str:
-    path = dataset.removeprefix(FOLDER)
-    if path == dataset or not path or "://" in path:
-        return dataset
-    return FOLDER + os.path.abspath(os.path.expanduser(path))
+    for prefix in (FOLDER, MANIFEST):
+        path = dataset.removeprefix(prefix)
+        if path != dataset and path and "://" not in path:
+            return prefix + os.path.abspath(os.path.expanduser(path))
+    return dataset
 
 
 def _check_sizes(task: Task, sources: list[Source], data: SuiteData) -> None:

@@ -31,9 +31,10 @@ from mixer_jax.distributed.sharding import (
     state_sharding,
 )
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
+from mixer_jax.evaluation.classification import ClassificationMetrics, make_evaluator
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.multi_label import MultiLabelMetrics
 from mixer_jax.evaluation.probes import (
     LazyLabels,
     ProbeConfig,
@@ -55,7 +56,7 @@ from mixer_jax.training.step import (
     update_norm,
 )
 
-EvalMetrics = ClassificationMetrics | ProbeMetrics
+EvalMetrics = ClassificationMetrics | MultiLabelMetrics | ProbeMetrics
 # From parameters to metrics.
 Evaluator = Callable[[Any], EvalMetrics]
 
@@ -124,6 +125,7 @@ def build_experiment(
     check_freeze(patterns, family, model_info.config, config.image_size)
     tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
 
+    class_weights = datasets.class_weights
     has_ema = config.recipe.ema_decay > 0
     make_state = functools.partial(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
@@ -147,6 +149,7 @@ def build_experiment(
             tx,
             schedule,
             mesh,
+            class_weights,
             sam_rho=config.optimizer.sam_rho,
             frozen=frozen_mask(shape.params, config.optimizer, family, model_info.config),
         ),
@@ -161,6 +164,7 @@ def build_experiment(
             "num_steps": num_steps,
             "num_train_examples": len(datasets.train),
             "train_data": dict(datasets.fingerprint),
+            "class_weights": None if class_weights is None else class_weights.tolist(),
             "config": config.to_dict(),
             "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
         },
@@ -208,15 +212,15 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.preprocess.eval_crop_fraction,
         PixelPermutation.from_config(config.preprocess),
     )
-    eval_step = make_eval_step(experiment.model, mesh)
+    evaluate = make_evaluator(
+        experiment.model, mesh, input_config, experiment.model_info.multi_label
+    )
     feature_fn = make_feature_fn(experiment.model, mesh)
     evaluators: dict[str, Evaluator] = {}
     for name, entry in config.evals.items():
         source = datasets.evals[name]
         if entry.type == "classify":
-            evaluators[name] = functools.partial(
-                evaluate, eval_step, source=source, mesh=mesh, input_config=input_config
-            )
+            evaluators[name] = functools.partial(evaluate, source)
             continue
         train = datasets.probe_train[name]
         probe = ProbeConfig(entry.type, entry.shot_counts, tuple(range(entry.num_seeds)))
@@ -315,6 +319,7 @@ def make_model_info(
         loss=config.recipe.loss,
         dtype=config.model.dtype,
         permutation=PixelPermutation.from_config(config.preprocess),
+        multi_label=datasets.train.multi_label,
     )
 
 
