@@ -181,13 +181,15 @@ def test_names_are_shown_as_text(tmp_path: Path, name: str) -> None:
 
 def test_examples_are_the_images_of_the_first_batch(tmp_path: Path, digits_dir: str) -> None:
     workdirs = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+    changed: dict[str, Any] = {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"recipe__cutmix": 1.0}}
+    for folder, changes in changed.items():
         (tmp_path / folder).mkdir()
-        workdirs.append(make_run(tmp_path / folder, digits_dir, seed=seed, log_every_steps=5))
+        workdirs.append(make_run(tmp_path / folder, digits_dir, log_every_steps=5, **changes))
     runs = read_runs(workdirs)
-    first, second = load_examples(runs)
-    assert (first.names, second.names) == (["a", "b"], ["c"])
-    assert (first.problem, second.problem) == ("", "")
+    first, second, third = load_examples(runs)
+    assert (first.names, second.names, third.names) == (["a", "b"], ["c"], ["d"])
+    assert (first.problem, second.problem, third.problem) == ("", "", "")
+    assert mentions(" ".join(third.caption), "CutMix")
     assert len(first.images) == len(second.images) == 8
     assert [image["uri"] for image in first.images] != [image["uri"] for image in second.images]
     page = check_stands_alone(render_run_page(runs, [first, second]))
