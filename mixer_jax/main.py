@@ -123,7 +123,7 @@ def _train_seeds(
     if outcome.results:
         count, path = len(outcome.results), f"{workdir}/{workdirs.SEEDS_FILE}"
         log(f"\n{format_table(outcome.results)}\n")
-        log(f"mean ± sample standard deviation of {count} seeds, written: {path}")
+        log(f"mean ± sample standard deviation of {count} seeds, written to {path}")
     if outcome.stopped_by is None:
         return 0
     log("\nstopped; the same command resumes")

@@ -243,7 +243,10 @@ def find_checkpoint(path: str, step: Step | None = None) -> tuple[str, int]:
     steps = list_steps(workdir)
     if not steps:
         problem = "contains no checkpoint" if epath.Path(workdir).exists() else "does not exist"
-        raise UserError(f"{path!r} {problem}. Pass a workdir or a file of weights.{_hint(path)}")
+        fix = "Pass a workdir or a file of weights."
+        if runs := sorted(Path(workdir).glob(f"*/{CHECKPOINT_DIR}")):
+            fix = f"Pass one of the workdirs in it, for example {runs[0].parent}."
+        raise UserError(f"{path!r} {problem}. {fix}{_hint(path)}")
     if step == BEST:
         return workdir, _find_best_step(path, workdir, steps)
     if step is not None and step not in steps:

@@ -242,8 +242,14 @@ def _check_recipe(config: RunConfig) -> None:
 
 
 def _check_best_metric(config: RunConfig) -> None:
-    """Checks that an evaluation logs `checkpoint.best_metric` while the run trains."""
+    """Checks `checkpoint.best_metric`, which an evaluation must log while the run trains."""
     name = config.checkpoint.best_metric
+    if config.early_stopping_min_delta and not config.early_stopping_patience:
+        raise UserError(
+            "config.early_stopping_patience must be at least 1 with "
+            f"config.early_stopping_min_delta={config.early_stopping_min_delta:g}, got 0. For "
+            "example: --config.early_stopping_patience=5"
+        )
     metrics = [
         f"{evaluation}/{metric}"
         for evaluation, entry in config.evals.items()

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from mixer_jax.config.compat import RENAMED_VALUES
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, suggest
 from mixer_jax.models.family import INIT_FROM
 from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, get_family
 
@@ -68,7 +68,10 @@ class Field:
             raise UserError(f"{name} must be {_TYPE_NAMES[self.type]}, {got}")
         if self.choices and value not in self.choices:
             renamed = RENAMED_VALUES.get(name.removeprefix("config."), {})
-            hint = f" It is now {renamed[value]!r}." if value in renamed else ""
+            if value in renamed:
+                hint = f" It is now {renamed[value]!r}."
+            else:
+                hint = suggest(value, self.choices)
             choices = ", ".join(choice or "''" for choice in self.choices)
             raise UserError(f"{name} must be one of {choices}, {got}{hint}")
         if isinstance(value, float) and not math.isfinite(value):

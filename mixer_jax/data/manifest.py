@@ -26,7 +26,7 @@ from mixer_jax.data.splits import (
     standard_split,
     substitution_notes,
 )
-from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.errors import UserError, abbreviate, suggest
 
 _PATH, _LABEL, _LABELS, _SPLIT = "path", "label", "labels", "split"
 _CSV, _JSONL = (".csv",), (".jsonl", ".ndjson")
@@ -164,7 +164,7 @@ class _Table:
         """Reads the file; `label` is the column of the label, or "" for `label` or `labels`."""
         suffix = self.file.suffix.lower()
         if suffix not in _CSV + _JSONL:
-            self._fail(f"have the suffix {' or '.join(_CSV + _JSONL)}", suffix or "none")
+            self._fail(f"have one of the suffixes {', '.join(_CSV + _JSONL)}", suffix or "none")
         try:
             with self.file.open(encoding="utf-8-sig", newline="") as file:
                 (self._read_csv if suffix in _CSV else self._read_jsonl)(file, label)
@@ -337,7 +337,9 @@ class _Table:
     def _index_split(self, split: str | None, line: int) -> int:
         name = standard_split((split or "").strip())
         if name is None:
-            self._fail(f"have {', '.join(_SPLITS)} in column {_SPLIT}", repr(split), line)
+            *first, last = _SPLITS
+            rule = f"have {', '.join(first)} or {last} in column {_SPLIT}"
+            self._fail(rule, repr(split), line, suggest(split or "", _SPLITS).strip())
         self._known_splits[split] = code = _SPLITS.index(name)
         return code
 

@@ -152,10 +152,11 @@ class TrainReader(Reader):
                 return example["labels"]
             except BadImageError as error:
                 bad_images.append(BadImage(error.name or name, error.reason))
+                problem = error.description
             index = self._indices[position + 1 + int(rng.integers(_SUBSTITUTE_RANGE))]
         raise RunError(
             f"{self._source.name}: {_MAX_SUBSTITUTES} images in a row cannot be used; the last is "
-            f"{bad_images[-1].name} ({bad_images[-1].reason})."
+            f"{bad_images[-1].name}: {problem}."
         )
 
 

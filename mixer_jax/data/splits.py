@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, suggest
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # Names of splits, in the data and in split specs, in any capitalization.
@@ -88,9 +88,10 @@ def parse_split(spec: str, sizes: Mapping[str, int], description: str) -> list[S
     try:
         parts = list(AbstractSplit.from_spec(_resolve_names(spec, sizes)).to_absolute(infos))
     except ValueError as error:
+        hint = suggest(spec, sizes) if spec.isidentifier() else ""
         raise UserError(
             f"split of {description} must be one of {', '.join(sizes)}, or slices such as "
-            f'"train[:99%]", got {spec!r}.'
+            f'"train[:99%]", got {spec!r}.{hint}'
         ) from error
     slices = [(part.splitname, slice(part.from_, part.to)) for part in parts]
     return [SplitSlice(name, *part.indices(sizes[name])[:2]) for name, part in slices]

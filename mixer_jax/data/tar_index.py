@@ -580,7 +580,7 @@ def _round_up(size: int) -> int:
 
 
 def _truncated(path: Path, end: int, name: str) -> UserError:
-    place = f" inside of {format_member(name)!r}" if name else " inside of a header"
+    place = f" inside {format_member(name)!r}" if name else " inside a header"
     return _not_usable(path, f"ends at byte {end:,}{place}")
 
 

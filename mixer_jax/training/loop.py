@@ -503,9 +503,10 @@ class _TrainLoop:
             found = f"the best is {format_value(name, self.history.values[best])} at step {best:,}"
         delta = self.config.early_stopping_min_delta
         by = f" by more than {delta:g}" if delta else ""
+        count = self.config.early_stopping_patience
         self.logger.progress.print(
             f"stopped early at step {step:,} of {self.num_steps:,}: {name} has not improved{by} in "
-            f"{self.config.early_stopping_patience:,} evaluations; {found}"
+            f"{count:,} evaluation{'s' if count > 1 else ''}; {found}"
         )
 
     def find_best_checkpoint(self) -> BestCheckpoint | None:

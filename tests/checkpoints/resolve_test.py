@@ -284,6 +284,13 @@ def test_a_workdir_that_does_not_exist_differs_from_one_without_checkpoints(tmp_
     assert not mentions(str(caught.value), "exist")
 
 
+def test_a_folder_of_workdirs_names_one_of_them(tmp_path: Path) -> None:
+    (tmp_path / "seed1" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "seed0" / "checkpoints").mkdir(parents=True)
+    with raises(UserError, repr(str(tmp_path)), f"{tmp_path}/seed0"):
+        resolve_checkpoint(str(tmp_path))
+
+
 def test_a_revision_can_be_named(hub_cache: Path) -> None:
     add_to_cache(hub_cache, random_weights(seed=0).params, GOOGLE)
     add_to_cache(hub_cache, random_weights(seed=1).params, GOOGLE, OTHER_COMMIT)

@@ -301,6 +301,7 @@ JSONL_ERRORS = {
     f'{GOOD}\n{{"path": "\\ud800.png", "label": "x"}}': ("line 2",),
     f'{GOOD}\n{{"path": "\\u0000.png", "label": "x"}}': ("line 2",),
     '{"path": "a.png", "label": "x", "split": null}': ("split", "None", "line 1"),
+    '{"path": "a.png", "label": "x", "split": "tset"}': ("'tset'", "line 1", "mean test"),
     '{"path": "a.png", "label": ["x"]}\n{"path": "b.png", "label": "x"}': ("'x'", "line 2"),
     "[" * 100_000: ("line 1",),
 }

@@ -47,6 +47,8 @@ def test_specs_are_resolved_with_the_names_of_the_data() -> None:
     for spec in ("holdout", "", "train[", "train[:200%]", "train[:201]"):
         with raises(UserError, "data 'x'", repr(spec), "train, validation, extra"):
             parse_split(spec, sizes, "data 'x'")
+    with raises(UserError, "'trian'", "mean train"):
+        parse_split("trian", sizes, "data 'x'")
 
 
 def test_a_split_that_stands_for_another_one_is_noted() -> None:
