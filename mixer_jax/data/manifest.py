@@ -166,8 +166,10 @@ def _read_table(path: str) -> _Table:
                 if not columns:
                     columns, label = list(row), _find_label_column(row, label)
                     multi_label = isinstance(row[label], list)
-                if missing := [name for name in (_PATH, label) if name not in row]:
-                    raise _InvalidRowError(line, f"have {missing[0]!r}", ", ".join(row) or "none")
+                for name in (_PATH, label, _SPLIT):
+                    if (name in row) != (name in columns):
+                        rule = f"have {name!r} in every row or in none"
+                        raise _InvalidRowError(line, rule, ", ".join(row) or "no columns")
                 paths.append(_normalize_path(line, row[_PATH], prefix))
                 labels.append(_read_labels(line, row[label], multi_label))
                 splits.append(_read_split(line, row[_SPLIT]) if _SPLIT in row else TRAIN)

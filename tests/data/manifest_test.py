@@ -289,6 +289,8 @@ JSONL_ERRORS = {
     f"{GOOD}\n[1]": ("list", "line 2"),
     f"{GOOD}\n{{}}": ("path", "line 2"),
     f'{GOOD}\n{{"path": "b.png"}}': ("label", "path", "line 2"),
+    f'{GOOD}\n{{"path": "b.png", "label": "x", "split": "test"}}': ("split", "line 2"),
+    f'{{"path": "a.png", "label": "x", "split": "test"}}\n{GOOD}': ("split", "line 2"),
     f'{GOOD}\n{{"path": 3, "label": "x"}}': ("path", "3", "line 2"),
     f'{GOOD}\n{{"path": "b.png", "label": null}}': ("None", "line 2"),
     f'{GOOD}\n{{"path": "b.png", "label": 1}}\n{{"path": "c.png", "label": true}}': (
