@@ -150,7 +150,7 @@ def _optimizer_moments(config: RunConfig, run: RunSpec) -> Iterator[tuple[str, S
     params = unflatten_params(
         {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in run.param_shapes.items()}
     )
-    tx = make_optimizer(config.optimizer, lambda step: 0.0, run.family)
+    tx = make_optimizer(config.optimizer, lambda step: 0.0, run.family, run.architecture)
     for path, array in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if names:  # Other arrays are counters.

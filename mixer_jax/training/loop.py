@@ -37,6 +37,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
+from mixer_jax.models.param_groups import count_frozen, layer_factors
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import RunDatasets, balanced_class_weights, open_datasets
@@ -627,6 +628,7 @@ def _describe_run(
         f"{get_family(info.family).full_name(info.variant)}, "
         f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
+        f"{_describe_layers(experiment)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} {labels}\n"
         f"{notes}"
         f"{_describe_class_weights(experiment.datasets)}"
@@ -634,6 +636,25 @@ def _describe_run(
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )
+
+
+def _describe_layers(experiment: Experiment) -> str:
+    """Formats lines about frozen parameters, and about layer-wise learning rates."""
+    optimizer, info = experiment.config.optimizer, experiment.model_info
+    family, lines = get_family(info.family), ""
+    if optimizer.freeze_patterns:
+        size = (experiment.config.image_size, info.num_classes)
+        num_frozen = count_frozen(optimizer.freeze_patterns, family, info.config, *size)
+        lines += (
+            f"{_num_params(experiment) - num_frozen:,} parameters are trained, {num_frozen:,} are "
+            f"frozen ({optimizer.freeze})\n"
+        )
+    if optimizer.layer_decay < 1:
+        factors = layer_factors(optimizer.layer_decay, family, info.config)
+        first, *blocks, head = (f"{layer} {factor:.3g}" for layer, factor in factors.items())
+        middle = blocks if len(blocks) < 3 else [f"{blocks[0]} to {blocks[-1]}"]
+        lines += f"learning-rate factors: {', '.join([first, *middle, head])}\n"
+    return lines
 
 
 def _num_params(experiment: Experiment) -> int:

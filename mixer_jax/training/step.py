@@ -64,6 +64,8 @@ def jit_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     class_weights: Float32[np.ndarray, " classes"] | None = None,
+    sam_rho: float = 0.0,
+    frozen: Params | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
     """Jits `train_step` with the shardings of the state; the compiled step donates the state."""
     step = functools.partial(
@@ -75,6 +77,8 @@ def jit_train_step(
         schedule=schedule,
         mesh=mesh,
         class_weights=class_weights,
+        sam_rho=sam_rho,
+        frozen=frozen,
     )
     platform = mesh.devices.flat[0].platform
     return jax.jit(
@@ -97,6 +101,8 @@ def train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     class_weights: Float32[np.ndarray, " classes"] | None = None,
+    sam_rho: float = 0.0,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step on a batch.
 
@@ -111,10 +117,12 @@ def train_step(
         schedule: Learning rate of the chain by step, for the metrics.
         mesh: Device mesh over which the state and the batch are sharded.
         class_weights: Factor of the loss of an example, by its label; None: 1.
+        sam_rho: Norm of SAM's perturbation; 0 disables it.
+        frozen: Masks of the parameters that stay as they are, from `frozen_mask`; None: none.
 
     Returns:
-        The state after the step, and scalar metrics: `loss`, `learning_rate`, and `gradient_norm`
-        before clipping.
+        The state after the step, and scalar metrics: `loss` at the parameters before the step,
+        `learning_rate`, and `gradient_norm` before clipping.
     """
     mixup_rng, model_rng = step_rngs(seed, state.step)
     labels = smooth_labels(
@@ -128,6 +136,7 @@ def train_step(
         pairs = sample_mixup(mixup_rng, batch["image"], labels, recipe)
 
     def loss_fn(params: Params, microbatch: Any, shared: Any) -> Float[Array, ""]:
+        params = replace_frozen(frozen, params, jax.lax.stop_gradient)
         (arrays, example_index), (weights, rng) = microbatch, shared
         if weights is None:
             images, targets = normalize_images(arrays[0]), arrays[1]
@@ -151,20 +160,61 @@ def train_step(
     )
     family = get_family(model.family)
     cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=family)
-    loss, grads = sharded_value_and_grad(per_device, mesh, cast, family)(
-        state.params, (arrays, jnp.arange(len(labels))), shared
-    )
+
+    def compute_gradients(params: Params) -> tuple[Float[Array, ""], Params]:
+        value_and_grad = sharded_value_and_grad(per_device, mesh, cast, family)
+        loss, grads = value_and_grad(params, (arrays, jnp.arange(len(labels))), shared)
+        # Those of frozen parameters are zero: replaced, they are not summed over the devices.
+        return loss, replace_frozen(frozen, grads, jnp.zeros_like)
+
+    loss, grads = compute_gradients(state.params)
+    if sam_rho:
+        _, grads = compute_gradients(perturb_params(state.params, grads, sam_rho))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    params = keep_frozen(frozen, state.params, params)
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - recipe.ema_decay)
+        ema_params = keep_frozen(frozen, state.ema_params, ema_params)
     metrics = {
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "gradient_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def perturb_params(params: Params, grads: Params, rho: float) -> Params:
+    """Moves parameters by `rho` along their gradient (SAM, arXiv 2010.01412, Equation 2).
+
+    The gradient is that of the whole batch, so that the result does not depend on the number of
+    devices; the authors perturb by the gradient of each device's examples.
+    """
+    factor = rho / jnp.maximum(optax.tree.norm(grads), jnp.finfo(jnp.float32).tiny)
+    return jax.tree.map(lambda param, grad: param + factor * grad, params, grads)
+
+
+def replace_frozen(
+    frozen: Params | None, tree: Params, function: Callable[[Array], Array]
+) -> Params:
+    """Applies a function to the entries of a tree like the parameters that are frozen."""
+    return tree if frozen is None else keep_frozen(frozen, jax.tree.map(function, tree), tree)
+
+
+def keep_frozen(frozen: Params | None, old: Params, new: Params) -> Params:
+    """Takes the frozen entries of trees like the parameters from `old`, and the others from `new`.
+
+    `frozen` has masks that broadcast to the parameters; None: none is frozen.
+    """
+    if frozen is None:
+        return new
+
+    def choose(mask: Any, x: Array, y: Array) -> Array:
+        # Without a selection where all is frozen, so that the gradient is known to be zero.
+        return x if mask.all() else jnp.where(mask, x, y) if mask.any() else y
+
+    return jax.tree.map(choose, frozen, old, new)
 
 
 def update_norm(before: Params, after: Params) -> Float[Array, ""]:

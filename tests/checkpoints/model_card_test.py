@@ -134,6 +134,20 @@ def test_local_paths_are_not_published(tmp_path: Path) -> None:
         assert card.data.eval_results[0].dataset_type == "imagefolder"
 
 
+@pytest.mark.parametrize(
+    ("prefix", "kind"),
+    [("manifest:", "imagefolder"), ("hf:", "parquet"), ("wds:", "webdataset")],
+)
+def test_local_paths_of_other_formats_are_not_published(
+    prefix: str, kind: str, tmp_path: Path
+) -> None:
+    workdir = saved_run(tmp_path, dataset__name=f"{prefix}{SECRET}/my_photos")
+    card, sections = card_of(load_checkpoint(workdir))
+    assert "secret" not in str(card)
+    assert mentions(sections["Training data"], "my\\_photos")
+    assert card.data.eval_results[0].dataset_type == kind
+
+
 def test_card_without_a_run_names_what_is_unknown() -> None:
     card, sections = card_of(random_weights())
     assert card.data.license is None
