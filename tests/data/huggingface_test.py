@@ -394,6 +394,17 @@ def test_configs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert requested == [("cifar10",), ("org/name",), ("org/name", "config")]
 
 
+def test_names_on_the_hub_are_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    local = write_hub_layout(tmp_path / "toy", "parquet", train=make([0, 1, 1]), test=make([0, 1]))
+    expected = open_dataset(local, "train").fingerprint()
+    shutil.rmtree(tmp_path / "toy")
+    # As if it had been downloaded.
+    (tmp_path / "cache/toy").rename(tmp_path / "cache/organization___toy")
+    source = open_dataset("hf:organization/toy", "train")
+    assert source.fingerprint() == expected
+    assert source.examples[2]["name"] == "hf:organization/toy train, row 2: 2.png"
+
+
 def test_unknown_splits_are_rejected(tmp_path: Path) -> None:
     name = save(tmp_path / "toy", train=make([0, 1]), test=make([0]), extra=make([1]))
     assert len(open_dataset(name, "extra")) == 1
