@@ -459,15 +459,17 @@ def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], Label
 
     feature = tables[0].features[column]
     item = _item(feature)
+    kind = tables[0].data.schema.field(column).type
     chunks = []
     for table in tables:
         if table.features.get(column) == feature:
-            chunks += table.select_columns([column])[:].column(0).chunks
+            chunks += table.select_columns([column])[:].column(0).cast(kind).chunks
         else:
-            chunks.append(pa.nulls(len(table), chunks[0].type))
-    values = pa.chunked_array(chunks)
+            chunks.append(pa.nulls(len(table), kind))
+    values = pa.chunked_array(chunks, kind)
     ends = None
     if item is not feature:
+        values = values.cast(pa.list_(kind.value_type))
         # A list that is missing is not an empty list: it has one label, which is missing.
         values = pc.coalesce(values, pa.scalar([None], values.type))
         ends = np.cumsum(pc.list_value_length(values).to_numpy().astype(np.int64))

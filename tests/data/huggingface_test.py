@@ -443,3 +443,9 @@ def test_images_are_not_copied_into_memory(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < size / 4
     assert len(pickle.dumps(source)) < 10_000
     assert np.all([source.examples[k]["labels"] == (k % 2,) for k in range(100)])
+
+
+def test_lists_of_a_fixed_length_are_read(tmp_path: Path) -> None:
+    dataset = make([["b", "a"], ["a", "c"]], datasets.List(datasets.Value("string"), length=2))
+    name = save(tmp_path / "toy", train=dataset, test=dataset)
+    assert classes(open_dataset(name, "train")) == [("b", "a"), ("a", "c")]
