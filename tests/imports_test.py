@@ -66,7 +66,8 @@ HEAVY = {
         "benchmarks/report.py",
     },
     "jinja2": {"visualization/html.py"},
-    "pyarrow": {"evaluation/feature_files.py"},
+    "datasets": {"data/huggingface.py"},
+    "pyarrow": {"data/huggingface.py", "evaluation/feature_files.py"},
     "sklearn": {
         "data/builders/digits.py",
         "evaluation/classification.py",

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = Path(__file__).parent.parent / "mixer_jax"
 # Imported only where they are installed: by extras, or for comparisons.
 OPTIONAL = {
+    "datasets",
     "gcsfs",
     "jax2onnx",
     "libtpu",

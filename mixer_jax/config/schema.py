@@ -199,6 +199,7 @@ class DatasetConfig:
     name: str = key(
         "imagenet2012",
         "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
+        "hf:NAME_OR_PATH, e.g. hf:uoft-cs/cifar10; wds:PATH, e.g. wds:/data/imagenet; "
         '"digits"; "synthetic"',
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)

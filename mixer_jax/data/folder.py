@@ -17,7 +17,7 @@ from mixer_jax.data.image_files import (
     walk_images,
 )
 from mixer_jax.data.labeled_files import LabeledFiles
-from mixer_jax.data.source import Source, normalize_names
+from mixer_jax.data.source import LabelArrays, Source, normalize_names
 from mixer_jax.data.splits import (
     SPELLINGS,
     TEST,
@@ -94,9 +94,10 @@ def open_folder(path: str, split: str) -> Source:
         notes += _notes_on_one_class(parent, *classes.items())
     if directories:
         notes += substitution_notes(split, tuple(directories), display_path(root))
+    labels_of_files = LabelArrays(np.array([label for _, label in files], np.int32))
     return Source(
         f"folder:{path} {split}",
-        LabeledFiles(root, [path for path, _ in files], [label for _, label in files]),
+        LabeledFiles(root, [path for path, _ in files], labels_of_files),
         tuple(classes),
         notes=tuple(notes),
     )

@@ -43,7 +43,7 @@ _SYSTEM_DIRECTORIES = {
 }
 _SYSTEM_FILES = {"desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"}
 # An uncompressed image of MAX_PIXELS with 16 bits for each of red, green, blue and alpha.
-_MAX_BYTES = 8 * MAX_PIXELS
+MAX_BYTES = 8 * MAX_PIXELS
 
 
 def has_image_suffix(name: str) -> bool:
@@ -70,7 +70,7 @@ def read_image(path: Path) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > _MAX_BYTES:
+            if size > MAX_BYTES:
                 raise BadImageError("file too large", f"{size:,} bytes", display_path(path))
             return file.readall()
     except OSError as error:
@@ -234,9 +234,9 @@ def _raise(error: BadImageError) -> bytes:
 
 def _read_stdin() -> bytes:
     try:
-        encoded = sys.stdin.buffer.read(_MAX_BYTES + 1)
+        encoded = sys.stdin.buffer.read(MAX_BYTES + 1)
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "") from None
-    if len(encoded) > _MAX_BYTES:
-        raise BadImageError("file too large", f"over {_MAX_BYTES:,} bytes")
+    if len(encoded) > MAX_BYTES:
+        raise BadImageError("file too large", f"over {MAX_BYTES:,} bytes")
     return encoded

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import display_path, read_image
-from mixer_jax.data.source import DIGEST, Example, Examples, Source
+from mixer_jax.data.source import DIGEST, Example, Examples, LabelArrays, Source
 from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
 
 # Directories of which a fingerprint has separate digests.
@@ -26,21 +25,13 @@ _STAT_CHUNK = 1000
 class LabeledFiles(Examples):
     """Examples read from files; the paths are stored as one byte string to save memory."""
 
-    def __init__(
-        self,
-        root: Path,
-        paths: Iterable[str],
-        labels: ArrayLike,
-        label_ends: ArrayLike | None = None,
-    ):
+    def __init__(self, root: Path, paths: Iterable[str], labels: LabelArrays):
         """Stores paths and labels.
 
         Args:
             root: Absolute folder.
             paths: Path of each image: relative to the root, or absolute.
-            labels: Class indices of all images, one image after the other.
-            label_ends: Index into `labels` after the last label of each image; None: every image
-                has one label.
+            labels: Labels of each image.
         """
         self._root = root
         joined, ends = bytearray(), array.array("q")
@@ -48,8 +39,7 @@ class LabeledFiles(Examples):
             joined += os.fsencode(path)
             ends.append(len(joined))
         self._paths, self._ends = bytes(joined), np.array(ends, np.int64)
-        self._labels = np.asarray(labels, np.int32)
-        self._label_ends = None if label_ends is None else np.asarray(label_ends, np.int64)
+        self.labels = labels
         self._sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -63,10 +53,7 @@ class LabeledFiles(Examples):
 
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Returns the classes of a file, which is not read."""
-        if self._label_ends is None:
-            return (int(self._labels[index]),)
-        start = self._label_ends[index - 1] if index else 0
-        return tuple(self._labels[start : self._label_ends[index]].tolist())
+        return self.labels.read(index)
 
     def path_name(self, index: int) -> str:
         """Returns the path of a file, for messages."""
@@ -94,13 +81,6 @@ class LabeledFiles(Examples):
             f"files{place}": f"{DIGEST}{names.hexdigest()}-{both.hexdigest()}"
             for place, (names, both) in sorted(digests.items())
         }
-
-    def label_digest(self) -> str:
-        """Computes a digest of the class indices of all files, in their order."""
-        digest = hashlib.blake2b(self._labels.astype("<i4").tobytes(), digest_size=8)
-        if self._label_ends is not None:
-            digest.update(self._label_ends.astype("<i8").tobytes())
-        return digest.hexdigest()
 
     def check_files(self) -> None:
         """Checks that the first file exists, also if it is a broken link.
@@ -134,12 +114,9 @@ class LabeledFiles(Examples):
 
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""
-        order = np.argsort(self._labels, kind="stable")
-        labels, starts = np.unique(self._labels[order], return_index=True)
-        files = order
-        if self._label_ends is not None:
-            files = np.searchsorted(self._label_ends, order, side="right")
-        groups = np.split(files, starts[1:])
+        order = np.argsort(self.labels.values, kind="stable")
+        labels, starts = np.unique(self.labels.values[order], return_index=True)
+        groups = np.split(self.labels.owners[order], starts[1:])
         # Threads, because a file of a network file system takes milliseconds to open.
         with ThreadPoolExecutor() as pool:
             errors = list(pool.map(self._find_error, groups))

@@ -2,6 +2,7 @@
 
 import array
 import csv
+import dataclasses
 import json
 import os
 import unicodedata
@@ -14,7 +15,7 @@ import numpy as np
 from mixer_jax.data.image_files import display_path
 from mixer_jax.data.labeled_files import LabeledFiles
 from mixer_jax.data.names import MANIFEST, split_label
-from mixer_jax.data.source import Source, normalize_names, sort_class_names
+from mixer_jax.data.source import LabelArrays, Source, normalize_names, sort_class_names
 from mixer_jax.data.splits import (
     SPELLINGS,
     TRAIN,
@@ -356,23 +357,22 @@ class _Table:
         ) from None
 
 
-def _index_classes(table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
+def _index_classes(table: _Table) -> tuple[tuple[str, ...], LabelArrays]:
     """Sorts the classes.
 
     Returns:
-        Name of each class, and the class indices of all rows, one row after the other.
+        Name of each class, and the labels of all rows.
 
     Raises:
         UserError: A class occurs in other splits than the training split alone.
     """
-    splits, labels = np.asarray(table.splits), np.asarray(table.labels)
-    names = list(table.classes)
-    ends = np.asarray(table.label_ends)
-    split_of_label = np.repeat(splits, np.diff(ends, prepend=0))
+    names, splits = list(table.classes), np.asarray(table.splits)
+    values = np.asarray(table.labels)
+    labels = LabelArrays(values, np.asarray(table.label_ends) if table.multi_label else None)
     train = _SPLITS.index(TRAIN)
     if train in splits:
         is_known = np.zeros(len(names), bool)
-        is_known[labels[split_of_label == train]] = True
+        is_known[values[splits[labels.owners] == train]] = True
         unknown = [name for name, known in zip(names, is_known, strict=True) if not known]
         if unknown:
             raise UserError(
@@ -383,15 +383,15 @@ def _index_classes(table: _Table) -> tuple[tuple[str, ...], np.ndarray]:
     class_names = sort_class_names(names)
     index_of = {name: index for index, name in enumerate(class_names)}
     remap = np.array([index_of[name] for name in names], np.int32)
-    return class_names, remap[labels] if len(names) else labels
+    return class_names, dataclasses.replace(labels, values=remap[values])
 
 
-def _divide_rows(table: _Table, labels: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
+def _divide_rows(table: _Table, labels: LabelArrays) -> tuple[dict[str, np.ndarray], bool]:
     """Divides the rows into splits, ordered by a hash of their paths.
 
     Args:
         table: Manifest.
-        labels: Class indices of all rows, one row after the other.
+        labels: Labels of all rows.
 
     Returns:
         Rows of each split, and whether those of "validation" are held out from the training split.
@@ -403,7 +403,7 @@ def _divide_rows(table: _Table, labels: np.ndarray) -> tuple[dict[str, np.ndarra
     if is_held_out:
         rows = rows_of[TRAIN]
         # Several labels per image have no common stratification.
-        classes = np.zeros(len(rows), np.int64) if table.multi_label else labels[rows]
+        classes = np.zeros(len(rows), np.int64) if table.multi_label else labels.values[rows]
         train, validation = hold_out(classes)
         rows_of = {TRAIN: rows[train], VALIDATION: rows[validation]}
     return rows_of, is_held_out
@@ -414,23 +414,13 @@ class _ManifestFiles(LabeledFiles):
 
     def fingerprint(self) -> dict[str, str]:
         """Computes digests of names and sizes of the files, and one of the labels."""
-        return super().fingerprint() | {"labels": self.label_digest()}
+        return super().fingerprint() | {"labels": self.labels.digest()}
 
 
 # Runtime type checkers would read examples if these functions declared LabeledFiles, a sequence.
-def _select(table: _Table, rows: np.ndarray, labels: np.ndarray) -> Any:
+def _select(table: _Table, rows: np.ndarray, labels: LabelArrays) -> Any:
     """Makes the examples of some rows, in their order."""
-    paths = map(table.path, rows.tolist())
-    root = table.root
-    if not table.multi_label:
-        return _ManifestFiles(root, paths, labels[rows])
-    ends = np.asarray(table.label_ends)
-    counts = np.diff(ends, prepend=0)[rows]
-    selected_ends = np.cumsum(counts)
-    # Of each label: its place among those of its row, and the first label of that row.
-    places = np.arange(counts.sum()) - np.repeat(selected_ends - counts, counts)
-    starts = np.repeat(ends[rows] - counts, counts)
-    return _ManifestFiles(root, paths, labels[starts + places], selected_ends)
+    return _ManifestFiles(table.root, map(table.path, rows.tolist()), labels.select(rows))
 
 
 def _check_files(table: _Table, examples: Any) -> list[str]:

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
+
 from mixer_jax.errors import UserError, abbreviate
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
@@ -50,6 +52,58 @@ class Examples(Sequence[Example]):
             MissingFileError: A file does not exist.
             RunError: A file cannot be read.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelArrays:
+    """Labels of many examples, in compact arrays.
+
+    Attributes:
+        values: Class indices of all examples, one example after the other; integers.
+        ends: Index into `values` after the last label of each example; None: every example has one
+            label.
+    """
+
+    values: np.ndarray
+    ends: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.ends is None else len(self.ends)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Index of the example of each label, (num_labels,)."""
+        return np.repeat(np.arange(len(self)), self._counts())
+
+    def read(self, index: int) -> tuple[int, ...]:
+        """Returns the labels of one example."""
+        if self.ends is None:
+            return (int(self.values[index]),)
+        start = self.ends[index - 1] if index else 0
+        return tuple(self.values[start : self.ends[index]].tolist())
+
+    def select(self, indices: np.ndarray) -> "LabelArrays":
+        """Selects examples, in the order of `indices`, (n,)."""
+        if self.ends is None:
+            return LabelArrays(self.values[indices])
+        counts = self._counts()[indices]
+        ends = np.cumsum(counts)
+        # Of each label: its place among those of its example, and the first label of that one.
+        places = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+        starts = np.repeat(self.ends[indices] - counts, counts)
+        return LabelArrays(self.values[starts + places], ends)
+
+    def digest(self) -> str:
+        """Computes a digest of all labels, in their order."""
+        digest = hashlib.blake2b(self.values.astype("<i8").tobytes(), digest_size=8)
+        if self.ends is not None:
+            digest.update(self.ends.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _counts(self) -> np.ndarray:
+        if self.ends is None:
+            return np.ones(len(self), np.int64)
+        return np.diff(self.ends, prepend=0)
 
 
 class MixtureComponent(NamedTuple):

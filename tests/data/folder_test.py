@@ -323,7 +323,7 @@ def test_files_above_the_size_limit_are_bad_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, *numbered("a", count=2))
-    monkeypatch.setattr("mixer_jax.data.image_files._MAX_BYTES", len(PNG))
+    monkeypatch.setattr("mixer_jax.data.image_files.MAX_BYTES", len(PNG))
     with raises(BadImageError, f"{tmp_path}/a/", ".png", str(len(PNG) + 1)):
         open_folder(tmp_path).examples[0]
 
