@@ -12,6 +12,8 @@ INIT = (ROOT / "mixer_jax" / "__init__.py").read_text(encoding="utf-8")
 
 CORE = [
     "absl-py>=2.1",
+    # Writes datasets; grain reads them with it. It has no wheel for Windows.
+    'array-record>=0.8; sys_platform != "win32"',
     # Its overview of parameters; its periodic actions import TensorFlow.
     "clu>=0.0.12",
     "etils[epath,epy]>=1.10",

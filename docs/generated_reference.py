@@ -27,6 +27,7 @@ _UNITS = {
     "min": "minutes",
     "steps": "steps",
     "epochs": "epochs",
+    "evaluations": "evaluations",
     "images": "images",
     "batches": "batches",
     "devices": "devices",

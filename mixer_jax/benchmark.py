@@ -4,6 +4,7 @@
     python -m mixer_jax.benchmark --mode=compile --model=L/16
     python -m mixer_jax.benchmark --mode=hbm_traffic --model=B/16 --topology=v6e:2x2
     python -m mixer_jax.benchmark --mode=input
+    python -m mixer_jax.benchmark --mode=input --formats
     python -m mixer_jax.benchmark --mode=weights
     python -m mixer_jax.benchmark --mode=checkpoints
 

@@ -19,7 +19,6 @@ from mixer_jax.comparison.plan import (
     EvalData,
     find_eval_data,
     make_entries,
-    parse_seeds,
     parse_variation,
 )
 from mixer_jax.comparison.table import FORMATS, format_table
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if args.topology is not None:
         parse_topology(args.topology)
     variation = None if args.vary is None else parse_variation(args.vary)
-    seeds = None if args.seeds is None else parse_seeds(args.seeds)
+    seeds = None if args.seeds is None else common.parse_seeds(args.seeds)
     entries = make_entries(models, overrides, variation)
     data = find_eval_data(entries)
     _check_checkpoint_args(args, models)

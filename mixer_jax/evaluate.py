@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixer_jax import __version__
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.schema import FIELDS
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from mixer_jax.checkpoints.weights import PretrainedWeights
     from mixer_jax.data.source import Source
     from mixer_jax.evaluation.classification import ClassificationMetrics
-    from mixer_jax.evaluation.predictions import Predictions
+    from mixer_jax.evaluation.multi_label import MultiLabelMetrics
+    from mixer_jax.evaluation.predictions import MultiLabelPredictions, Predictions
+
+    Metrics = ClassificationMetrics | MultiLabelMetrics
 
 # Suffix of the dataset with the same images and ReaL labels (arXiv 2006.07159).
 _REAL = "_real"
@@ -60,6 +64,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--checkpoint={args.checkpoint} does not record its training data. Pass --dataset."
         )
+    multi_label = weights.model_info.multi_label
+    if args.real and multi_label:
+        raise UserError(
+            f"--real must be used with a model of one label per image, got --checkpoint="
+            f"{args.checkpoint}, a multi-label model. Leave out --real."
+        )
     names = [dataset, dataset + _REAL] if args.real else [dataset]
     sources = [
         open_eval_source(
@@ -73,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         )
         for name in names
     ]
-    if args.report and sources[0].multi_label:
+    if args.report and sources[0].multi_label and not multi_label:
         raise UserError(
             f"--report needs a dataset with one label per image, got {dataset} with any number. "
             f"Leave out --report, or evaluate on {dataset.removesuffix(_REAL)}."
@@ -90,8 +100,10 @@ def main(argv: Sequence[str]) -> int:
         _print_table(args, weights, model.execution.dtype, sources[0].name, metrics)
     if predictions is not None:
         from mixer_jax.visualization.evaluation_report import PAGE, write_report
+        from mixer_jax.visualization.multi_label_report import write_multi_label_report
 
-        write_report(
+        write: Any = write_multi_label_report if multi_label else write_report
+        write(
             Path(args.report),
             f"{args.checkpoint} on {sources[0].name}",
             _describe_model(weights, model.execution.dtype),
@@ -111,7 +123,7 @@ def evaluate(
     dataset: str = "",
     split: str = "test",
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: "ImageSize | None" = None,
     data_dir: str = "",
     batch_size: int = 256,
@@ -124,9 +136,11 @@ def evaluate(
 
     Args:
         checkpoint: Workdir of a run, file of weights, or name on the Hub; see `load_pretrained`.
-        dataset: TFDS name or folder:PATH; empty: the training dataset.
+        dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH; empty: the training
+            dataset.
         split: Split in TFDS syntax.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Side, or height and width, of the images in pixels; None: the checkpoint's own.
         data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
         batch_size: Images per batch.
@@ -136,6 +150,9 @@ def evaluate(
     Returns:
         What the command prints with `--json`: `top1`, `top5`, `log_likelihood`,
         `calibration_error`, `num_examples`, `num_bad` and `num_unlabeled`, and what was evaluated.
+        For a multi-label model, `mean_average_precision`, `micro_average_precision`, `loss`,
+        `num_scored_classes`, `num_examples`, `num_bad`, and `classes` with the average precision
+        of each.
 
     Raises:
         UserError: The checkpoint does not exist or has no trained head, data is missing, the data
@@ -178,7 +195,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description="Evaluate a checkpoint on every example of a split, each counted once.",
     )
     common.add_checkpoint_args(parser)
-    parser.add_argument("--dataset", help="TFDS name or folder:PATH; default: the training dataset")
+    parser.add_argument("--dataset", help=f"{common.DATASET_HELP}; default: the training dataset")
     parser.add_argument("--split", default="test", help="split in TFDS syntax; default: test")
     parser.add_argument(
         "--data_dir",
@@ -238,27 +255,32 @@ def _evaluate(
     model: Any,
     sources: list["Source"],
     args: argparse.Namespace,
-) -> tuple[list["ClassificationMetrics"], "Predictions | None"]:
+) -> tuple[list["Metrics"], "Predictions | MultiLabelPredictions | None"]:
     """Evaluates on every source; for a report, also returns the predictions for the first."""
     from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
     from mixer_jax.evaluation.checkpoint import make_input_config
-    from mixer_jax.evaluation.classification import evaluate, make_eval_step
-    from mixer_jax.evaluation.predictions import make_prediction_step, predict_source
+    from mixer_jax.evaluation.classification import make_evaluator
+    from mixer_jax.evaluation.multi_label import make_score_step
+    from mixer_jax.evaluation.predictions import (
+        make_prediction_step,
+        predict_multi_label_source,
+        predict_source,
+    )
 
     mesh = make_mesh(data=0, fsdp=1)
     params = shard_inference_params(weights.params, model, mesh)
     input_config = make_input_config(weights, args.batch_size, args.skip_bad_images)
-    metrics: list[ClassificationMetrics] = []
-    predictions = None
+    multi_label = weights.model_info.multi_label
+    metrics: list[Metrics] = []
+    predictions: Any = None
     if args.report:
-        step = make_prediction_step(model, mesh)
-        first, predictions = predict_source(step, params, sources[0], mesh, input_config)
+        make_step: Any = make_score_step if multi_label else make_prediction_step
+        predict: Any = predict_multi_label_source if multi_label else predict_source
+        step = make_step(model, mesh)
+        first, predictions = predict(step, params, sources[0], mesh, input_config)
         metrics.append(first)
-    eval_step = make_eval_step(model, mesh)
-    metrics += [
-        evaluate(eval_step, params, source, mesh, input_config)
-        for source in sources[len(metrics) :]
-    ]
+    evaluate = make_evaluator(model, mesh, input_config, multi_label)
+    metrics += [evaluate(source, params) for source in sources[len(metrics) :]]
     return metrics, predictions
 
 
@@ -268,7 +290,7 @@ def _summarize(
     dtype: str,
     dataset: str,
     split: str,
-    metrics: list["ClassificationMetrics"],
+    metrics: list["Metrics"],
 ) -> dict[str, Any]:
     """Collects what was evaluated, and its metrics, for JSON."""
     first, *real = metrics
@@ -281,9 +303,9 @@ def _summarize(
         "dtype": dtype,
         "dataset": dataset,
         "split": split,
-        **first._asdict(),
+        **first.as_json(),
     }
-    return summary | ({"real": real[0]._asdict()} if real else {})
+    return summary | ({"real": real[0].as_json()} if real else {})
 
 
 def _describe_model(weights: "PretrainedWeights", dtype: str) -> str:
@@ -296,7 +318,7 @@ def _print_table(
     weights: "PretrainedWeights",
     dtype: str,
     source_name: str,
-    metrics: list["ClassificationMetrics"],
+    metrics: list["Metrics"],
 ) -> None:
     first, *real = metrics
     step = "" if weights.step is None else f", step {weights.step:,}"
@@ -304,12 +326,10 @@ def _print_table(
     print(f"model              {weights.model_info.name}, {dtype}")
     print(f"data               {source_name}")
     print(f"counted            {first.format_counts()}")
-    print(f"top-1              {first.top1:.2%}")
-    print(f"top-5              {first.top5:.2%}")
-    print(f"log-likelihood     {first.log_likelihood:.4f} nats per image")
-    print(f"calibration error  {first.calibration_error:.2%}")
+    for line in first.format_table():
+        print(line)
     for real_metrics in real:
-        print(f"ReaL               {real_metrics.top1:.2%}")
+        print(f"ReaL               {real_metrics.as_dict()['top1']:.2%}")
         print(f"counted            {real_metrics.format_counts()}")
 
 

@@ -63,7 +63,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     common.add_checkpoint_args(parser)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder or pattern")
     parser.add_argument("--files_from", metavar="FILE", help="more images, one per line")
-    parser.add_argument("--dataset", help="TFDS name or folder:PATH, instead of images")
+    parser.add_argument("--dataset", help=f"{common.DATASET_HELP}; instead of images")
     parser.add_argument("--split", default="test", help="split in TFDS syntax; default: test")
     parser.add_argument(
         "--data_dir",

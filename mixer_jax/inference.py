@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.load import ImageSize, collect_overrides, load_checkpoint
 from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.weights import (
@@ -43,6 +44,7 @@ from mixer_jax.models.stack import compute_layers, use_partitionable_backend
 
 if TYPE_CHECKING:
     from mixer_jax.evaluation.classification import ClassificationMetrics
+    from mixer_jax.evaluation.multi_label import MultiLabelMetrics
     from mixer_jax.evaluation.saliency import Method, Saliency
 
 
@@ -79,7 +81,7 @@ class Prediction(NamedTuple):
 def load_pretrained(
     source: str | os.PathLike,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: ImageSize | None = None,
     pretrain_image_size: ImageSize | None = None,
     num_classes: int | None = None,
@@ -95,7 +97,8 @@ def load_pretrained(
         source: A run's workdir or WORKDIR/checkpoints/STEP, also copied elsewhere; Google's .npz;
             timm's .safetensors, .pth or .ckpt; "hf:OWNER/NAME" for the Hugging Face Hub; or a URL
             such as gs://BUCKET/Mixer-B_16.npz.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Side, or height and width, of the images in pixels. Weights are tiled for
             integer multiples of their size (the paper's Appendix C) and interpolated for
             others. None: their own size.
@@ -486,13 +489,14 @@ class Classifier:
         data_dir: str = "",
         batch_size: int = 256,
         skip_bad_images: bool = False,
-    ) -> "ClassificationMetrics":
+    ) -> "ClassificationMetrics | MultiLabelMetrics":
         """Evaluates the model on every example of a split, each counted once.
 
-        Classes are matched by name, as by the command `evaluate`.
+        Classes are matched by name, as by the command `evaluate`. A multi-label model has other
+        metrics than one that was trained with a single label per image.
 
         Args:
-            dataset: TFDS name or folder:PATH.
+            dataset: TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH.
             split: Split in TFDS syntax.
             data_dir: TFDS data directory; empty: that of the training run, or TFDS's own.
             batch_size: Images per batch.
@@ -504,7 +508,7 @@ class Classifier:
         """
         # Prediction does not need datasets, which take longer to import than everything else.
         from mixer_jax.evaluation.checkpoint import make_input_config, open_eval_source
-        from mixer_jax.evaluation.classification import evaluate, make_eval_step
+        from mixer_jax.evaluation.classification import make_evaluator
 
         check_trained_head(self._weights, self._name)
         if batch_size < 1:
@@ -516,8 +520,9 @@ class Classifier:
             )
         source = open_eval_source(self._weights, dataset, split, data_dir)
         input_config = make_input_config(self._weights, batch_size, skip_bad_images)
-        eval_step = make_eval_step(self.model, self._mesh)
-        return evaluate(eval_step, self._params, source, self._mesh, input_config)
+        multi_label = self.model_info.multi_label
+        evaluate = make_evaluator(self.model, self._mesh, input_config, multi_label)
+        return evaluate(source, self._params)
 
     def export(self, target: str | os.PathLike) -> str:
         """Writes the model in another format, reads it back and compares, like `convert`.

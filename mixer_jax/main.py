@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import multiprocessing
 import os
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import list_saved_steps, resolve_checkpoint
+from mixer_jax.checkpoints.best import BEST, format_metric
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_saved_steps, resolve_checkpoint
 from mixer_jax.cli import common
 from mixer_jax.config.config import format_help, parse
 from mixer_jax.config.loading import (
@@ -21,6 +23,7 @@ from mixer_jax.config.loading import (
     default_run_name,
     load_config,
     load_config_with_overrides,
+    parse_overrides,
 )
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed.hardware import joins_hosts
@@ -60,11 +63,26 @@ def main(argv: Sequence[str]) -> int:
         help="config file, or the name of one in configs/, e.g. digits or configs/digits.py:low",
     )
     common.add_workdir_arg(parser, "runs/CONFIG_NAME")
+    parser.add_argument(
+        "--seeds",
+        metavar="SEED,SEED,…",
+        help="train with each of these seeds, e.g. 0,1,2, one after the other in WORKDIR/seed0, "
+        "WORKDIR/seed1, …, and print mean and standard deviation of their metrics; finished runs "
+        "are skipped",
+    )
     common.add_override_arg(parser, "override a key, e.g. --config.optimizer.learning_rate=3e-3")
     args, overrides = parser.parse_known_args(argv)
     config = parse(load_config_with_overrides(args.config, overrides, vars(args)))
     workdir = args.workdir or f"runs/{default_run_name(args.config)}"
     resolved_workdir = workdirs.resolve_workdir(workdir)
+    if args.seeds is not None:
+        for key, value in parse_overrides(overrides, vars(args)):
+            if key == "seed":
+                raise UserError(
+                    f"--config.seed must be left out with --seeds, got {value}. --seeds sets it."
+                )
+        seeds = common.parse_seeds(args.seeds)
+        return _train_seeds(config, workdir, resolved_workdir, seeds)
     check_wandb_installed(config.wandb)
     with contextlib.ExitStack() as stack:
         if not joins_hosts(config.distributed):
@@ -79,6 +97,37 @@ def main(argv: Sequence[str]) -> int:
                 print(format_summary(result, workdir, config), flush=True)
             result.raise_failures()
         return result.exit_code
+
+
+def _train_seeds(
+    config: RunConfig, workdir: str, resolved_workdir: str, seeds: Sequence[int]
+) -> int:
+    """Trains with several seeds and prints their metrics; returns the exit code."""
+    if not config.evals:
+        raise UserError("config.evals must have an evaluation with --seeds, got none.")
+    check_wandb_installed(config.wandb)
+    workdirs.check_seeds_workdir(resolved_workdir)
+    for seed in seeds:
+        run_config = dataclasses.replace(config, seed=seed)
+        _check_run(run_config, workdirs.seed_workdir(resolved_workdir, seed))
+    common.configure_jax(config.compilation_cache)
+    from mixer_jax.distributed.multihost import is_primary_process, propagate_failure
+    from mixer_jax.suites.seeds import format_table, run_seeds
+
+    def log(text: str) -> None:
+        if is_primary_process():
+            print(text, flush=True)
+
+    with propagate_failure():
+        outcome = run_seeds(config, resolved_workdir, seeds, log)
+    if outcome.results:
+        count, path = len(outcome.results), f"{workdir}/{workdirs.SEEDS_FILE}"
+        log(f"\n{format_table(outcome.results)}\n")
+        log(f"mean ± sample standard deviation of {count} seeds, written: {path}")
+    if outcome.stopped_by is None:
+        return 0
+    log("\nstopped; the same command resumes")
+    return 128 + outcome.stopped_by
 
 
 def train(
@@ -139,11 +188,17 @@ def train(
 
 def _prepare(config: RunConfig, workdir: str) -> None:
     """Checks what can be checked before JAX is imported, and configures JAX."""
-    for change in workdirs.check_workdir(workdir, config):
+    for change in _check_run(config, workdir):
         print(f"changed since this run was last started: {change}")
+    common.configure_jax(config.compilation_cache)
+
+
+def _check_run(config: RunConfig, workdir: str) -> list[str]:
+    """Checks workdir and weights; returns a line per key that has changed."""
+    changes = workdirs.check_workdir(workdir, config)
     if config.init_from and not list_saved_steps(workdir):
         resolve_checkpoint(config.init_from)
-    common.configure_jax(config.compilation_cache)
+    return changes
 
 
 def _train(config: RunConfig, workdir: str) -> "TrainResult":
@@ -155,14 +210,15 @@ def _train(config: RunConfig, workdir: str) -> "TrainResult":
 
 def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> str:
     """Formats what a run ends with: metrics, files, and the commands to run next."""
-    checkpoint = f"{workdir}/checkpoints/{result.step}"
-    if result.step < result.num_steps:
+    checkpoint = f"{workdir}/{CHECKPOINT_DIR}/{result.step}"
+    if not result.is_finished:
         return (
             f"\nstopped at step {result.step:,} of {result.num_steps:,}, saved as {checkpoint}; "
             "the same command resumes"
         )
     classified = [entry for entry in config.evals.values() if entry.type == "classify"]
     evaluate = [_program("python"), "-m", "mixer_jax.evaluate", f"--checkpoint={workdir}"]
+    evaluate += [f"--step={BEST}"] if result.best else []
     for entry in classified[:1]:
         evaluate += [f"--dataset={entry.dataset or config.dataset.name}", f"--split={entry.split}"]
         if config.dataset.data_dir:
@@ -170,6 +226,9 @@ def format_summary(result: "TrainResult", workdir: str, config: RunConfig) -> st
     events = f"{workdir}/{EVENTS_FOLDER}"
     lines = ["", *(f"{name}: {scores.format_summary()}" for name, scores in result.scores.items())]
     lines += [f"checkpoint  {checkpoint}"]
+    if best := result.best:
+        metric = format_metric(best.metric, best.value)
+        lines += [f"best        {workdir}/{CHECKPOINT_DIR}/{best.step}, {metric}"]
     lines += [f"curves      {workdir}/{CURVES_FILE}"] if result.has_curves else []
     lines += [f"metrics     {workdir}/{METRICS_FILE}"]
     lines += [f"events      {events}"] if config.tensorboard else []

@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     # Heavy libraries are imported only after the arguments are valid.
     common.configure_jax(compilation_cache="")
     from mixer_jax.data.preparation import format_splits
+    from mixer_jax.data.tfds import prepare_tfds, resolve_data_dir
 
     if is_own:
         from mixer_jax.data.conversion import convert_dataset, format_counts
@@ -60,17 +61,14 @@ def main(argv: Sequence[str]) -> int:
         for note in conversion.notes:
             print(note, file=sys.stderr)
         print(format_counts(conversion), end="\n\n")
-        builder, root = conversion.builder, conversion.builder.data_path.parent.parent
+        builder = conversion.builder
     else:
-        from mixer_jax.data.tfds import prepare_tfds
-
         builder, already_prepared = prepare_tfds(args.dataset, args.data_dir, args.manual_dir)
         if already_prepared:
             print(f"{builder.info.full_name} is already prepared")
-        root = builder.data_dir_root
     print(format_splits(builder))
-    keys = {"name": args.name or args.dataset, "data_dir": shlex.quote(str(root))}
-    overrides = (f"--config.dataset.{key}={value}" for key, value in keys.items())
+    keys = {"name": args.name or args.dataset, "data_dir": resolve_data_dir(args.data_dir)}
+    overrides = (f"--config.dataset.{key}={shlex.quote(value)}" for key, value in keys.items())
     print(f"use with     {' '.join(overrides)}")
     return 0
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixer_jax.checkpoints.resolve import (
-    CHECKPOINT_DIR,
     FORMATS,
     HUB_FILES,
     RUN,
     CheckpointRef,
+    is_checkpoint_path,
     resolve_checkpoint,
 )
 from mixer_jax.cli import common
@@ -112,7 +112,7 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         help="pre-training data of the checkpoint; default: inferred",
     )
     few = parser.add_argument_group("options for --suite=few_shot")
-    few.add_argument("--dataset", help="TFDS name or folder:PATH")
+    few.add_argument("--dataset", help=common.DATASET_HELP)
     few.add_argument("--train_split", default="train", help="default: train")
     few.add_argument(
         "--test_split", default="", help="default: validation for ImageNet, otherwise test"
@@ -213,7 +213,7 @@ def _default_workdir(checkpoint: CheckpointRef, args: argparse.Namespace) -> str
         name = path.name.removesuffix(suffixes[0]) if is_file else path.name
     parts = [name, Path(args.suite).stem]
     given = Path(args.checkpoint)
-    if args.step is not None or (given.parent.name == CHECKPOINT_DIR and given.name.isdecimal()):
+    if args.step is not None or is_checkpoint_path(given):
         parts.insert(1, str(checkpoint.step))
     if args.suite == _FEW_SHOT:
         parts.append(args.dataset)

@@ -48,6 +48,16 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Data directory with the multi-label task of `tests.helpers.shapes`."""
+    from tests.helpers.shapes import write_shapes
+
+    folder = str(tmp_path_factory.mktemp("shapes"))
+    write_shapes(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def run_in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the checkout the current directory of every test."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from sklearn.metrics import classification_report
+from sklearn.metrics import average_precision_score, classification_report
 
 from mixer_jax import evaluate
 from mixer_jax.checkpoints.weights import PretrainedWeights, replace_head, resize
@@ -23,6 +23,7 @@ from mixer_jax.errors import UserError
 from mixer_jax.inference import Classifier
 from mixer_jax.models.bit_config import BitConfig
 from mixer_jax.models.vit_config import VitConfig
+from tests.helpers import shapes
 from tests.helpers.html_pages import check_stands_alone
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import random_weights, save_npz, save_run
@@ -289,6 +290,71 @@ def test_report_of_published_weights_and_real_labels(
     data = [f"--data_dir={data_dir}", "--dataset=mixer_scored_real", "--split=validation"]
     with raises(UserError, "--report", "mixer_scored_real"):
         evaluate.main([f"--checkpoint={nameless}", *data, f"--report={tmp_path}/another"])
+
+
+@pytest.fixture(scope="module")
+def multi_label_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    weights = random_weights(class_names=shapes.NAMES, loss="sigmoid", multi_label=True)
+    return save_run(weights, tmp_path_factory.mktemp("multi_label"))
+
+
+def evaluate_shapes(run: str, data_dir: str, *flags: str) -> None:
+    data = [f"--data_dir={data_dir}", "--dataset=mixer_shapes", "--split=test"]
+    assert evaluate.main([f"--checkpoint={run}", *data, *flags]) == 0
+
+
+def test_evaluate_a_multi_label_model(
+    multi_label_run: str, shapes_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_shapes(multi_label_run, shapes_dir)
+    table = capsys.readouterr().out.splitlines()
+    report = tmp_path / "report"
+    evaluate_shapes(multi_label_run, shapes_dir, "--json", f"--report={report}")
+    result = json.loads(capsys.readouterr().out)
+    count = shapes.COUNTS["test"]
+    assert (result["num_examples"], result["num_scored_classes"]) == (count, 3)
+    with (report / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == count
+    labels = np.array([[name in row["labels"].split("|") for name in shapes.NAMES] for row in rows])
+    start = shapes.COUNTS["train"]
+    assert (
+        labels.sum(0).tolist()
+        == np.bincount(
+            [label for index in range(start, start + count) for label in shapes.draw(index)[1]],
+            minlength=4,
+        ).tolist()
+    )
+    probabilities = np.array(
+        [[float(row[f"probability: {name}"]) for name in shapes.NAMES] for row in rows]
+    )
+    precisions = average_precision_score(labels[:, :3], probabilities[:, :3], average=None)
+    metrics = json.loads((report / "metrics.json").read_text("utf-8"))
+    expected_report = classification_report(
+        labels, probabilities > 0.5, output_dict=True, zero_division=0
+    )
+    for index, name in enumerate(shapes.NAMES[:3]):
+        values = metrics["classes"][name]
+        assert result["classes"][name].items() <= values.items()
+        # Probabilities in the file are rounded.
+        assert values["average_precision"] == pytest.approx(precisions[index], abs=1e-3)
+        assert values["recall"] == pytest.approx(expected_report[str(index)]["recall"], abs=1e-3)
+        assert values["num_images"] == expected_report[str(index)]["support"]
+        # Named with its average precision.
+        assert any(mentions(line, name, f"{values['average_precision']:.2%}") for line in table)
+    assert result["classes"]["unicorn"]["average_precision"] is None
+    mean = result["mean_average_precision"]
+    assert mean == pytest.approx(precisions.mean(), abs=1e-3)
+    assert any(mentions(line, "mAP", f"{mean:.2%}") for line in table)
+    page = check_stands_alone((report / "index.html").read_text("utf-8"))
+    assert f"{mean:.2%}" in page.text
+    predicted = {name: sum(name in row["predictions"] for row in rows) for name in shapes.NAMES}
+    assert (probabilities > 0.5).sum(0).tolist() == list(predicted.values())
+
+
+def test_a_multi_label_model_has_no_real_accuracy(multi_label_run: str, shapes_dir: str) -> None:
+    with raises(UserError, "--real", multi_label_run):
+        evaluate_shapes(multi_label_run, shapes_dir, "--real")
 
 
 @pytest.mark.parametrize("config", [VitConfig(1, 4, 16, 24, 2), BitConfig("1,1", 8)])

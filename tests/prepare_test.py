@@ -119,6 +119,8 @@ def test_prepare_converts_a_folder_to_a_dataset_of_the_printed_keys(tmp_path: Pa
         options["--config.dataset.name"], "train", options["--config.dataset.data_dir"]
     )
     assert len(source) == 4
+    prepared = run_cli("prepare", "pets", f"--data_dir={tmp_path}/my data")
+    assert prepared.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     again = run_cli("prepare", *arguments, code=2)
     assert again.stdout == ""
     (line,) = again.stderr.splitlines()

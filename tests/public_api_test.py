@@ -20,6 +20,7 @@ from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import UserError
+from mixer_jax.evaluation.classification import ClassificationMetrics
 from mixer_jax.models.mixer_config import VARIANTS
 from mixer_jax.training.metrics import read_metrics
 from tests.helpers.messages import mentions, raises
@@ -314,10 +315,13 @@ def test_classifier_evaluates_like_the_run(
     metrics = classifier.evaluate("digits", data_dir=digits_dir, batch_size=100)
     final = mixer_jax.train(config_of(workdir), workdir).scores["test"]
     assert metrics.num_examples == 360
+    assert isinstance(metrics, ClassificationMetrics)
     assert metrics.top1 == final.as_dict()["top1"]
     # Classes are matched by name: those of the digits 5 to 9 have other indices in this data.
     high = classifier.evaluate("digits/high", data_dir=digits_dir)
     low = classifier.evaluate("digits/low", data_dir=digits_dir)
+    assert isinstance(high, ClassificationMetrics)
+    assert isinstance(low, ClassificationMetrics)
     num_correct = high.top1 * high.num_examples + low.top1 * low.num_examples
     assert num_correct == pytest.approx(metrics.top1 * 360)
     features = mixer_jax.load_pretrained(workdir, num_classes=0)

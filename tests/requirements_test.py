@@ -26,6 +26,7 @@ OPTIONAL = {
     "torch",
     "torchvision",
     "wandb",
+    "webdataset",
 }
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,13 @@ from mixer_jax.benchmarks.report import Column, print_table
 from mixer_jax.cli import common
 from mixer_jax.errors import UserError
 
-DESCRIPTION = "Measure the input pipeline on this machine, with JPEG decoding alone and tf.data."
+DESCRIPTION = (
+    "Measure the input pipeline on this machine, with JPEG decoding alone and tf.data; or, with "
+    "--formats, compare the formats of datasets."
+)
 
 # Files that are generated without --images.
-_NUM_FILES = 64
+_NUM_FILES, _NUM_FORMAT_FILES = 64, 512
 # Name, default, smallest value and help of each number.
 _NUMBERS = [
     ("image_size", 224, 1, "in pixels; default: 224"),
@@ -41,7 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, _, text in _NUMBERS:
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument(
-        "--no_baselines", action="store_true", help="skip tf.data, which needs TensorFlow"
+        "--formats",
+        action="store_true",
+        help="read the JPEG files as a folder, in array_record, by a manifest, as a dataset of "
+        "Hugging Face and as WebDataset shards, which are written to a temporary folder, and by "
+        "the libraries webdataset and datasets",
+    )
+    parser.add_argument(
+        "--no_baselines",
+        action="store_true",
+        help="skip tf.data, which needs TensorFlow, or the other libraries",
     )
 
 
@@ -62,7 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     folder, num_cores = args.images, available_cpus()
     num_threads = args.num_threads or num_cores
-    files = pipelines.read_jpegs(folder) if folder else pipelines.sample_jpegs(_NUM_FILES)
+    num_files = _NUM_FORMAT_FILES if args.formats else _NUM_FILES
+    files = pipelines.read_jpegs(folder) if folder else pipelines.sample_jpegs(num_files)
     images_per_round = math.ceil(512 * num_threads / args.batch_size) * args.batch_size
     config = pipelines.PipelineConfig(
         files=files,
@@ -77,10 +91,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     memory = None
     if args.memory_images:
         memory = pipelines.measure_memory_growth(config, args.memory_images)
-    tf_data = None if args.no_baselines else _import_tf_data()
-    measurements = pipelines.measure_pipelines(config, args.rounds, tf_data)
+    versions = {"jax": jax.__version__}
+    if args.formats:
+        from mixer_jax.benchmarks.formats import measure_formats
 
-    versions = {"jax": jax.__version__} | ({"tensorflow": tf_data.VERSION} if tf_data else {})
+        with tempfile.TemporaryDirectory() as temporary:
+            measurements = measure_formats(
+                config, Path(temporary), args.rounds, baselines=not args.no_baselines
+            )
+    else:
+        tf_data = None if args.no_baselines else _import_tf_data()
+        measurements = pipelines.measure_pipelines(config, args.rounds, tf_data)
+        versions |= {"tensorflow": tf_data.VERSION} if tf_data else {}
     return {
         "files": len(files),
         "median_kilobytes": round(statistics.median(len(file) for file in files) / 1000, 1),

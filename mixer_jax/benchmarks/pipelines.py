@@ -108,8 +108,9 @@ class Measurement(NamedTuple):
     Attributes:
         images_per_second_per_core: Rate divided by the cores that the pipeline can use.
         milliseconds: Time of one core per image at that rate.
-        relative_time: Time per image relative to mixer_jax's for the same task in the same round;
-            for decoding alone, relative to mixer_jax's decoding, crop and flip.
+        relative_time: Time per image relative to that of a reference in the same round: mixer_jax
+            for the same task, or, for decoding alone, its decoding, crop and flip; the folder for
+            formats of datasets.
     """
 
     task: str
@@ -119,19 +120,33 @@ class Measurement(NamedTuple):
     milliseconds: float
     relative_time: float
 
+    @classmethod
+    def from_rates(
+        cls, pipeline: Pipeline, rates: np.ndarray, reference: np.ndarray
+    ) -> "Measurement":
+        """Summarizes the images/s of each round, and of the reference in the same rounds."""
+        rate = float(np.median(rates))
+        return cls(
+            pipeline.task,
+            pipeline.name,
+            rate,
+            rate / pipeline.num_cores,
+            1000 * pipeline.num_cores / rate,
+            float(np.median(reference / rates)),
+        )
 
-class _RepeatedFiles(Sequence[Example]):
-    """Dataset of the length of ImageNet-1k that repeats a few files."""
 
-    def __init__(self, files: Sequence[bytes]):
-        self._files = files
+class RepeatedExamples(Sequence[Example]):
+    """Dataset of the length of ImageNet-1k that repeats a few examples."""
+
+    def __init__(self, examples: Sequence[Any]):
+        self._examples = examples
 
     def __len__(self) -> int:
         return _NUM_EXAMPLES
 
     def __getitem__(self, index: Any) -> Any:
-        file = self._files[index % len(self._files)]
-        return Example(image=file, labels=(0,), name=str(index))
+        return self._examples[index % len(self._examples)]
 
 
 def measure_pipelines(
@@ -148,18 +163,20 @@ def measure_pipelines(
     if tf_data is not None:
         pipelines += _tf_data_pipelines(config, images, tf_data)
     pipelines.sort(key=lambda pipeline: TASKS.index(pipeline.task))
-    rounds = [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)]
-    rates = np.array(rounds[1:]).T
+    rates = measure_rates(pipelines, config, num_rounds)
     our_rates = {p.task: r for p, r in zip(pipelines, rates, strict=True) if p.name == OURS}
-    measurements = []
-    for (task, name, num_cores, _), by_round in zip(pipelines, rates, strict=True):
-        rate = float(np.median(by_round))
-        relative_time = float(np.median(our_rates.get(task, our_rates[CROP]) / by_round))
-        milliseconds = 1000 * num_cores / rate
-        measurements.append(
-            Measurement(task, name, rate, rate / num_cores, milliseconds, relative_time)
-        )
-    return measurements
+    return [
+        Measurement.from_rates(pipeline, by_round, our_rates.get(pipeline.task, our_rates[CROP]))
+        for pipeline, by_round in zip(pipelines, rates, strict=True)
+    ]
+
+
+def measure_rates(
+    pipelines: Sequence[Pipeline], config: PipelineConfig, num_rounds: int
+) -> np.ndarray:
+    """Measures images/s, (num_pipelines, num_rounds), after a round of warmup."""
+    rounds = [[_measure_rate(p.open(), config) for p in pipelines] for _ in range(num_rounds + 1)]
+    return np.array(rounds[1:]).T
 
 
 def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, Any]:
@@ -187,14 +204,24 @@ def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, 
     }
 
 
-def our_batches(config: PipelineConfig, num_batches: int, *, randaugment: bool) -> Iterator[Batch]:
-    """Yields batches of mixer_jax's training pipeline on the host."""
+def our_batches(
+    config: PipelineConfig,
+    num_batches: int,
+    *,
+    randaugment: bool,
+    examples: Sequence[Any] | None = None,
+) -> Iterator[Batch]:
+    """Yields batches of mixer_jax's training pipeline on the host, by default of the files."""
+    if examples is None:
+        examples = RepeatedExamples(
+            [Example(image=file, labels=(0,), name="") for file in config.files]
+        )
     num_threads, num_workers = config.our_num_threads, config.our_num_workers
     if num_threads:
         num_workers = num_workers or 1
         num_threads //= num_workers
     return train_batches(
-        Source("benchmark", _RepeatedFiles(config.files), ("",)),
+        Source("benchmark", examples, ("",)),
         seed=0,
         start_step=0,
         num_steps=num_batches,
@@ -312,8 +339,12 @@ def _measure_rate(stream: Iterator[int], config: PipelineConfig) -> float:
 def _cropped_images(config: PipelineConfig) -> np.ndarray:
     """Prepares one training image of each file, as the input of RandAugment."""
     rng = np.random.default_rng(0)
-    settings = {"image_size": config.image_size, **_preprocess_args(randaugment=False)}
-    return np.stack([train_image(file, rng, **settings) for file in config.files])
+    return np.stack([crop_image(file, rng, config.image_size) for file in config.files])
+
+
+def crop_image(file: bytes, rng: np.random.Generator, image_size: int) -> np.ndarray:
+    """Decodes a random Inception crop and flips it at random."""
+    return train_image(file, rng, image_size=image_size, **_preprocess_args(randaugment=False))
 
 
 def _resident_bytes() -> int:

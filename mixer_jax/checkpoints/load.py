@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from mixer_jax.checkpoints.best import Step
 from mixer_jax.checkpoints.formats import READERS
 from mixer_jax.checkpoints.layouts import LoadedWeights, read_pretrained
 from mixer_jax.checkpoints.model_info import (
@@ -68,7 +69,7 @@ _SIGMOID_MEAN_BIAS = -2.0
 def load_checkpoint(
     source: str | os.PathLike,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     image_size: ImageSize | None = None,
     pretrain_image_size: ImageSize | None = None,
     class_names: Sequence[str] = (),
@@ -82,7 +83,8 @@ def load_checkpoint(
 
     Args:
         source: Name of the checkpoint; see `resolve_checkpoint`.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best" by its `checkpoint.best_metric`; None: the
+            newest.
         image_size: Image size to resize the weights to, in pixels: a side, or height and width.
             Weights are tiled for integer multiples (Appendix C) and interpolated for others. None:
             no resizing.

@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,24 +67,56 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
                 sync(path)
 
 
+# From steps to the one to keep, if any.
+FindBestStep = Callable[[Sequence[int]], int | None]
+
+
+class _KeepBest:
+    """Preservation policy of orbax that keeps the best checkpoint."""
+
+    def __init__(self, find_best: FindBestStep):
+        self._find_best = find_best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Returns which checkpoints are kept."""
+        best = self._find_best([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
 class CheckpointManager:
     """Checkpoints of one run."""
 
-    def __init__(self, workdir: str, max_to_keep: int | None = None, *, checksums: bool = True):
+    def __init__(
+        self,
+        workdir: str,
+        max_to_keep: int | None = None,
+        *,
+        find_best: FindBestStep | None = None,
+        checksums: bool = True,
+    ):
         """Opens the checkpoints of a run. All hosts must call it together.
 
         Args:
             workdir: Absolute path or URL of the run.
             max_to_keep: Number of checkpoints to keep, the newest. The folder is created if needed,
                 and unfinished saves are deleted. None: open for reading only.
+            find_best: Function that selects the best of some steps, whose checkpoint is kept as
+                well. It is called at every save and must return the same on all hosts.
             checksums: Whether saves on disks have checksums.
         """
         is_reader = max_to_keep is None
         # Object stores keep and verify their own checksums.
         self._is_remote = "://" in workdir
         self._has_checksums = checksums and not self._is_remote
+        self._max_to_keep, self._find_best = max_to_keep, find_best
+        kept: dict[str, Any] = {"max_to_keep": max_to_keep}
+        if find_best is not None:
+            # orbax deletes checkpoints only once the one that is being saved is complete.
+            policies = ocp.checkpoint_managers
+            newest, best = policies.LatestN(max_to_keep), _KeepBest(find_best)
+            kept = {"preservation_policy": policies.AnyPreservationPolicy([newest, best])}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
+            **kept,
             create=not is_reader,
             read_only=is_reader,
             cleanup_tmp_directories=not is_reader,
@@ -97,6 +129,10 @@ class CheckpointManager:
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, and of saves that have not ended yet."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: dict[str, Tree], metadata: dict[str, Any]) -> None:
         """Starts a save of trees of arrays by name, and of JSON-serializable metadata.
@@ -203,6 +239,20 @@ class CheckpointManager:
             if metadata.pop(_HAS_CHECKSUMS, False):
                 require_checksums(self._folder / str(step))
             return metadata
+
+    def delete_outdated(self) -> None:
+        """Deletes checkpoints that are neither among the newest nor the best.
+
+        A save does so before its own step is evaluated. All hosts must call it together.
+        """
+        if self._find_best is None or self._max_to_keep is None:
+            return
+        self.wait()
+        steps = self.all_steps()
+        best = self._find_best(steps)
+        for step in steps[: -self._max_to_keep]:
+            if step != best:
+                self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until all saves are written. All hosts must call it together."""

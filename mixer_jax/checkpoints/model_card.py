@@ -1,7 +1,7 @@
 """Model card of weights: what they are, how they were trained, and how to load them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -34,12 +34,17 @@ _RECIPE_KEYS = (
 )
 # Keys that are listed even if they have their defaults.
 _ALWAYS = ("batch_size", "image_size", "recipe.loss", "optimizer.name", "optimizer.learning_rate")
-# Metrics of an evaluation: name in a run, name in the card, format. Accuracies are metadata too.
+# Metrics of an evaluation: name in a run, name in the card, format, and the Hub's type if they are
+# metadata too.
 _METRICS = (
-    ("top1", "top-1 accuracy", ".2%"),
-    ("top5", "top-5 accuracy", ".2%"),
-    ("log_likelihood", "log-likelihood (nats per image)", ".4f"),
-    ("calibration_error", "calibration error", ".2%"),
+    ("top1", "top-1 accuracy", ".2%", "accuracy"),
+    ("top5", "top-5 accuracy", ".2%", "accuracy"),
+    ("log_likelihood", "log-likelihood (nats per image)", ".4f", ""),
+    ("calibration_error", "calibration error", ".2%", ""),
+)
+_MULTI_LABEL_METRICS = (
+    ("mean_average_precision", "mean average precision", ".2%", "mean_average_precision"),
+    ("micro_average_precision", "micro average precision", ".2%", ""),
 )
 # By prefix: the Hub's name for the kind of dataset, and a description.
 _OWN_DATASETS = {
@@ -65,20 +70,21 @@ def make_model_card(weights: PretrainedWeights, name: str, card_license: str = "
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     info, config = weights.model_info, weights.train_config
-    evaluations = list(_read_evaluations(weights))
+    metrics = _MULTI_LABEL_METRICS if info.multi_label else _METRICS
+    evaluations = list(_read_evaluations(weights, metrics[0][0]))
     results = [
         EvalResult(
             task_type=_TASK,
             dataset_type=_dataset_id(evaluation["dataset"]),
             dataset_name=_dataset_name(evaluation["dataset"]),
             dataset_split=evaluation["split"],
-            metric_type="accuracy",
+            metric_type=metric_type,
             metric_name=title,
             metric_value=round(evaluation[metric], 6),
         )
         for evaluation in evaluations
-        for metric, title, _ in _METRICS
-        if metric in evaluation and title.endswith("accuracy")
+        for metric, title, _, metric_type in metrics
+        if metric in evaluation and metric_type
     ]
     data = ModelCardData(
         license=card_license or None,
@@ -94,7 +100,7 @@ def make_model_card(weights: PretrainedWeights, name: str, card_license: str = "
         "Model": _model(weights),
         "Training data": _training_data(config),
         "Recipe": _recipe(config),
-        "Evaluation": _evaluation(evaluations),
+        "Evaluation": _evaluation(evaluations, metrics),
         "Intended use": _intended_use(info),
         "License": [card_license or "The author has not stated a license."],
     }
@@ -107,7 +113,8 @@ def make_model_card(weights: PretrainedWeights, name: str, card_license: str = "
 def _summary(info: ModelInfo) -> str:
     purpose = "A feature extractor"
     if info.num_classes:
-        purpose = f"An image classifier with {info.num_classes:,} classes"
+        kind = "A multi-label" if info.multi_label else "An"
+        purpose = f"{kind} image classifier with {info.num_classes:,} classes"
     return f"{purpose}: {info.name}, saved by mixer_jax. The files have the layout of timm."
 
 
@@ -206,8 +213,11 @@ def _recipe(config: dict[str, Any] | None) -> list[str]:
     return [*_code("", lines), "", "Other keys have the defaults of mixer_jax."]
 
 
-def _read_evaluations(weights: PretrainedWeights) -> Iterator[dict[str, Any]]:
-    """Yields the evaluations of a run at the step of the weights; other steps are other weights."""
+def _read_evaluations(weights: PretrainedWeights, metric: str) -> Iterator[dict[str, Any]]:
+    """Yields the evaluations of a run at the step of the weights; other steps are other weights.
+
+    `metric` is one that all evaluations have.
+    """
     config, step = weights.train_config, weights.step
     if config is None or step is None or not weights.workdir:
         return
@@ -215,7 +225,8 @@ def _read_evaluations(weights: PretrainedWeights) -> Iterator[dict[str, Any]]:
     lines = [line for line in lines if line.get("step") == step]
     default = EVAL_FIELDS["type"].default
     for name, entry in config.get("evals", {}).items():
-        line = next((line for line in reversed(lines) if f"{name}/top1" in line), None)
+        key = f"{name}/{metric}"
+        line = next((line for line in reversed(lines) if key in line), None)
         if line is None or entry["type"] != default:
             continue
         dataset = entry["dataset"] or config["dataset"]["name"]
@@ -227,17 +238,19 @@ def _read_evaluations(weights: PretrainedWeights) -> Iterator[dict[str, Any]]:
         }
 
 
-def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
+def _evaluation(
+    evaluations: list[dict[str, Any]], metrics: Sequence[tuple[str, str, str, str]]
+) -> list[str]:
     if not evaluations:
         return ["Not evaluated at the step of these weights, or not stored with them."]
-    titles = ["dataset", "split", "images", "step", *(title for _, title, _ in _METRICS)]
+    titles = ["dataset", "split", "images", "step", *(title for _, title, _, _ in metrics)]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for evaluation in evaluations:
         cells = [_escape(_dataset_name(evaluation["dataset"])), f"`{evaluation['split']}`"]
         cells += [f"{evaluation.get('num_examples', 0):,.0f}", f"{evaluation['step']:,}"]
         cells += [
             format(evaluation[metric], style) if metric in evaluation else ""
-            for metric, _, style in _METRICS
+            for metric, _, style, _ in metrics
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "Measured during training by the author of this repository."]
@@ -246,9 +259,17 @@ def _evaluation(evaluations: list[dict[str, Any]]) -> list[str]:
 def _intended_use(info: ModelInfo) -> list[str]:
     if not info.num_classes:
         return ["Features of images, for example to train a classifier on them."]
-    return [
+    assigns = (
         "The model assigns one of the classes above to a photograph or picture. It does so for "
-        "every image, also for one that shows none of the classes. Its answers are as good as its "
+        "every image, also for one that shows none of the classes."
+    )
+    if info.multi_label:
+        assigns = (
+            "For each of the classes above, the model gives the probability that a photograph or "
+            "picture shows it."
+        )
+    return [
+        f"{assigns} Its answers are as good as its "
         "training data is similar to your images: measure the accuracy on your own images before "
         "you rely on it, and do not let it decide about people."
     ]

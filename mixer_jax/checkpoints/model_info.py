@@ -28,6 +28,7 @@ METADATA_FIELDS = (
     "dtype",
     "resize_note",
     "permutation",
+    "multi_label",
 )
 # Present names of fields in metadata of older checkpoints.
 _OLD_FIELDS = {"widths": "config", "resolution": "resize_note"}
@@ -53,6 +54,8 @@ class ModelInfo:
             at it.
         eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
         permutation: Permutation of the pixels of all images; None: none.
+        multi_label: Whether the head decides about every class on its own, trained on images with
+            any number of labels.
     """
 
     family: str
@@ -69,6 +72,7 @@ class ModelInfo:
     resize_note: str = ""
     eval_crop_fraction: float = FIELDS["preprocess.eval_crop_fraction"].default
     permutation: PixelPermutation | None = None
+    multi_label: bool = False
 
     @property
     def name(self) -> str:
@@ -205,6 +209,7 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
         "exif_orientation": (False, True),
         "loss": FIELDS["recipe.loss"].choices,
         "dtype": FIELDS["model.dtype"].choices,
+        "multi_label": (False, True),
     }
 
     def error(name: str, rule: str) -> UserError:

@@ -4,6 +4,7 @@ Resolution reads names only; neither needs JAX or orbax.
 """
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from mixer_jax.checkpoints.best import BEST, MetricHistory, Step
 from mixer_jax.errors import (
     DiskFullError,
     RunError,
@@ -24,6 +26,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
+from mixer_jax.files import read_json_lines
 
 HUB = "hf:"
 # timm's spellings of the same.
@@ -64,8 +67,9 @@ _DOWNLOAD_ELSEWHERE = (
 METADATA_SUFFIX = ".json"
 # Folder of a workdir that holds its checkpoints, one folder per step.
 CHECKPOINT_DIR = "checkpoints"
-# File of a workdir with the metrics of the run, one JSON object per line.
+# Files of a workdir with the metrics of the run, one JSON object per line, and with its config.
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
 # Folder of a workdir that damaged checkpoints are moved to when the run resumes.
 DAMAGED_DIR = "damaged_checkpoints"
 # A checkpoint is complete once its folder has this file: on disks and in object stores.
@@ -88,7 +92,7 @@ class CheckpointRef(NamedTuple):
     step: int | None = None
 
 
-def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
+def resolve_checkpoint(source: str, step: Step | None = None) -> CheckpointRef:
     """Resolves the name of a checkpoint.
 
     Args:
@@ -96,7 +100,7 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
             a folder with model.safetensors or pytorch_model.bin; or "hf:OWNER/NAME" for the Hugging
             Face Hub, also as "hf-hub:OWNER/NAME" or, unless there is such a folder, "OWNER/NAME".
             Folders and files can be URLs, such as gs://BUCKET/PATH.
-        step: Step of a run's checkpoint; None: the newest.
+        step: Step of a run's checkpoint, or "best"; None: the newest.
 
     Raises:
         UserError: No such checkpoint exists, or its format is unknown.
@@ -112,7 +116,7 @@ def resolve_checkpoint(source: str, step: int | None = None) -> CheckpointRef:
         return _resolve(source, step)
 
 
-def _resolve(source: str, step: int | None) -> CheckpointRef:
+def _resolve(source: str, step: Step | None) -> CheckpointRef:
     path = epath.Path(source).expanduser()
     format = next((name for suffix, name in FORMATS.items() if path.name.endswith(suffix)), None)
     prefix = next((prefix for prefix in _HUB_PREFIXES if source.startswith(prefix)), "")
@@ -148,8 +152,7 @@ def _is_copied_checkpoint(source: str) -> bool:
     """Returns whether a folder is a complete checkpoint that is not in a workdir."""
     folder = epath.Path(source).expanduser()
     folder = folder if "://" in source else folder.resolve()
-    is_in_workdir = folder.name.isdecimal() and folder.parent.name == CHECKPOINT_DIR
-    return not is_in_workdir and (folder / _complete_mark(source)).is_file()
+    return not is_checkpoint_path(folder) and (folder / _complete_mark(source)).is_file()
 
 
 @contextlib.contextmanager
@@ -219,30 +222,77 @@ def _complete_mark(path: str) -> str:
     return COMMITTED if "://" in path else INDEX
 
 
-def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
+def find_checkpoint(path: str, step: Step | None = None) -> tuple[str, int]:
     """Returns the workdir and the step of a run's checkpoint; step None means the newest.
 
     Args:
-        path: A workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: Step of the checkpoint.
+        path: A workdir, its `checkpoints` folder, or one checkpoint in it: `checkpoints/STEP` or
+            `checkpoints/best`.
+        step: Step of the checkpoint, or "best".
 
     Raises:
-        UserError: The workdir contains no checkpoint of this step.
+        UserError: The workdir contains no checkpoint of this step, or "best" is not defined.
     """
     folder = epath.Path(path).expanduser()
     folder = folder if "://" in path else folder.resolve()
-    if folder.name.isdecimal() and folder.parent.name == CHECKPOINT_DIR:
-        step = int(folder.name) if step is None else step
+    if is_checkpoint_path(folder):
+        named = BEST if folder.name == BEST else int(folder.name)
+        step = named if step is None else step
         folder = folder.parent
     workdir = str(folder.parent if folder.name == CHECKPOINT_DIR else folder)
     steps = list_steps(workdir)
     if not steps:
         problem = "contains no checkpoint" if epath.Path(workdir).exists() else "does not exist"
         raise UserError(f"{path!r} {problem}. Pass a workdir or a file of weights.{_hint(path)}")
+    if step == BEST:
+        return workdir, _find_best_step(path, workdir, steps)
     if step is not None and step not in steps:
         available = ", ".join(map(str, steps))
         raise UserError(f"step of checkpoint {path!r} must be one of {available}, got {step}.")
     return workdir, steps[-1] if step is None else step
+
+
+def is_checkpoint_path(path: Path | epath.Path) -> bool:
+    """Returns whether a path is that of a checkpoint in a workdir: checkpoints/STEP or /best."""
+    is_step = path.name.isdecimal() or (path.name == BEST and not path.exists())
+    return is_step and path.parent.name == CHECKPOINT_DIR
+
+
+def _find_best_step(path: str, workdir: str, steps: list[int]) -> int:
+    """Returns the step with the best logged value among those with a checkpoint.
+
+    Raises:
+        UserError: The run has no `checkpoint.best_metric`, or no value of it yet.
+    """
+    name = _read_best_metric(workdir)
+    newest = f"Pass one of the steps {', '.join(map(str, steps))}, or no step for the newest."
+    if not name:
+        raise UserError(
+            f"step of checkpoint {path!r} must be a number, got {BEST!r}: its run was trained "
+            f"without config.checkpoint.best_metric. {newest}"
+        )
+    lines = read_json_lines(epath.Path(workdir) / METRICS_FILE)
+    best = MetricHistory(name, lines).best_step(steps)
+    if best is None:
+        raise UserError(
+            f"step of checkpoint {path!r} must be a number, got {BEST!r}: no checkpoint has a "
+            f"value of {name}. {newest}"
+        )
+    return best
+
+
+def _read_best_metric(workdir: str) -> str:
+    """Reads `checkpoint.best_metric` of a run; empty if it has none."""
+    # Not at the top, since few names need it.
+    from mixer_jax.config.config import fill_defaults
+
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return ""
+    try:
+        return fill_defaults(json.loads(path.read_text()))["checkpoint"]["best_metric"]
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{str(path)!r} is not the config of a run.") from error
 
 
 def _hint(source: str) -> str:

@@ -135,7 +135,9 @@ def replace_head(
     names = () if isinstance(class_names, int) else tuple(class_names)
     num_classes = class_names if isinstance(class_names, int) else len(names)
     old = weights.model_info
-    model_info = dataclasses.replace(old, num_classes=num_classes, class_names=names, loss=loss)
+    model_info = dataclasses.replace(
+        old, num_classes=num_classes, class_names=names, loss=loss, multi_label=False
+    )
     params = {name: value for name, value in weights.params.items() if name != "head"}
     if num_classes:
         config = get_family(old.family).config_for_new_head(old.config)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import RunError, UserError, exit_code
@@ -25,6 +26,7 @@ CHECKPOINT_HELP = (
     "a workdir or RUN/checkpoints/STEP, Google's .npz, timm's .safetensors, .pth or .ckpt, or "
     "hf:OWNER/NAME"
 )
+DATASET_HELP = "TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH"
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 # Messages of argparse and their replacements, the first that matches.
 _ARGPARSE_MESSAGES = {
@@ -206,7 +208,11 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
 def add_checkpoint_override_args(parser: ArgumentParser) -> None:
     """Adds the arguments that select one step of a run and override a checkpoint's metadata."""
     parser.add_argument(
-        "--step", type=int, help="checkpoint step in a workdir; default: the newest"
+        "--step",
+        type=parse_step,
+        metavar="STEP",
+        help='checkpoint step in a workdir, or "best" by its checkpoint.best_metric; default: the '
+        "newest",
     )
     parser.add_argument(
         "--image_size",
@@ -273,6 +279,33 @@ def add_workdir_arg(parser: ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--workdir", type=parse_workdir, help=f"folder or gs:// URL; default: {default}"
     )
+
+
+def parse_step(text: str) -> Step:
+    """Parses the step of a checkpoint.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is neither an integer nor "best".
+    """
+    if text == BEST:
+        return BEST
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or {BEST}, got {text!r}.") from None
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UserError(f"--seeds must be a list of integers such as 0,1,2, got {text!r}.")
+    seeds = tuple(map(int, parts))
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must be different integers, got {text!r}. Name each seed once.")
+    for seed in seeds:
+        FIELDS["seed"].check("--seeds", seed)
+    return seeds
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

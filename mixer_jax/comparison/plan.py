@@ -81,18 +81,6 @@ def parse_variation(text: str) -> Variation:
     return Variation(key, parts)
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Parses seeds such as "0,1,2"; raises UserError unless they are different integers."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts) or len(set(parts)) < len(
-        parts
-    ):
-        raise UserError(
-            f"--seeds must be a list of different integers such as 0,1,2, got {text!r}."
-        )
-    return tuple(map(int, parts))
-
-
 def make_entries(
     models: Sequence[ModelSource], overrides: Overrides, variation: Variation | None
 ) -> list[Entry]:

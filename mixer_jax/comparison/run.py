@@ -489,7 +489,7 @@ def _complete_run(
         )
         trained = train_and_evaluate(config, folder, plot=save_curves, label=label)
         stopped_by = trained.stopped_by
-        if trained.step < trained.num_steps:
+        if not trained.is_finished:
             raise _StoppedError(stopped_by)
         trained.raise_failures()
         seconds = device_days(read_metrics(folder), config.batch_size) * _SECONDS_PER_DAY

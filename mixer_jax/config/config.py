@@ -26,6 +26,7 @@ from mixer_jax.config.schema import (
 )
 from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
+from mixer_jax.models.param_groups import check_freeze
 from mixer_jax.models.registry import FAMILIES, get_family
 
 # Schedules that do not end at a rate of their own.
@@ -176,6 +177,7 @@ def _check_rules(config: RunConfig) -> None:
         parse_shots(f"config.evals.{name}.shots", entry.shots)
     _check_model(config)
     _check_wandb(config.wandb)
+    _check_best_metric(config)
     parse_profile_steps("config.profile_steps", config.profile_steps)
     if not config.num_steps and not config.num_epochs:
         raise UserError("config.num_steps or config.num_epochs must be set, got 0 for both.")
@@ -198,9 +200,9 @@ def _check_rules(config: RunConfig) -> None:
             "config.preprocess.permute_patch_size must divide config.image_size "
             f"({config.image_size}), got {patch_size}. The nearest valid size is {nearest_size}."
         )
-    if config.recipe.mixup and config.batch_size < 2:
+    if (config.recipe.mixup or config.recipe.cutmix) and config.batch_size < 2:
         raise UserError(
-            f"config.batch_size must be at least 2 with mixup, got {config.batch_size}."
+            f"config.batch_size must be at least 2 with mixup or CutMix, got {config.batch_size}."
         )
     if config.num_steps or config.dataset.num_examples:
         num_steps = resolve_num_steps(config, config.dataset.num_examples)
@@ -227,10 +229,46 @@ def _check_recipe(config: RunConfig) -> None:
             f"config.recipe.min_target must be 0 with config.recipe.loss={recipe.loss!r}, got "
             f"{recipe.min_target}. config.recipe.label_smoothing suits both losses."
         )
+    if recipe.class_weights != "none" and recipe.min_target:
+        raise UserError(
+            "config.recipe.min_target must be 0 with config.recipe.class_weights="
+            f"{recipe.class_weights!r}, got {recipe.min_target}. Use config.recipe.label_smoothing."
+        )
     if 0 < config.preprocess.resize_size < config.image_size:
         raise UserError(
             f"config.preprocess.resize_size must be 0 or at least config.image_size "
             f"({config.image_size}), got {config.preprocess.resize_size}."
+        )
+
+
+def _check_best_metric(config: RunConfig) -> None:
+    """Checks that an evaluation logs `checkpoint.best_metric` while the run trains."""
+    name = config.checkpoint.best_metric
+    metrics = [
+        f"{evaluation}/{metric}"
+        for evaluation, entry in config.evals.items()
+        for metric in entry.metrics
+    ]
+    if not name:
+        if config.early_stopping_patience:
+            fix = f"For example: --config.checkpoint.best_metric={metrics[0]}" if metrics else ""
+            raise UserError(
+                "config.checkpoint.best_metric must be set with config.early_stopping_patience="
+                f"{config.early_stopping_patience}, got ''. {fix or 'Declare an evaluation first.'}"
+            )
+        return
+    if name not in metrics:
+        choices = f"one of {', '.join(metrics)}" if metrics else "'' without an evaluation"
+        raise UserError(
+            f"config.checkpoint.best_metric must be {choices}, got {name!r}."
+            f"{suggest(name, metrics)}"
+        )
+    evaluation = name.rpartition("/")[0]
+    if not config.evals[evaluation].every_steps:
+        raise UserError(
+            f"config.evals.{evaluation}.every_steps must be at least 1 with "
+            f"config.checkpoint.best_metric={name!r}, got 0. For example: "
+            f"--config.evals.{evaluation}.every_steps=100"
         )
 
 
@@ -279,6 +317,8 @@ def _check_model(config: RunConfig) -> None:
             + (f" Set {hint} to use it." if hint else suggest(model.variant, choices))
         )
     family.check_image_size(model.architecture, config.image_size, config.image_size)
+    patterns = config.optimizer.freeze_patterns
+    check_freeze(patterns, family, model.architecture, config.image_size)
     check_scan_unroll(model.scan_unroll, family.num_blocks(model.architecture))
 
 

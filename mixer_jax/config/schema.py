@@ -244,6 +244,12 @@ class PreprocessConfig:
     randaugment_magnitude: float = key(
         10.0, "RandAugment magnitude, on a scale of 0 to 10; larger values extrapolate", min=0
     )
+    random_erasing: float = key(
+        0.0, "probability of erasing a box of a training image, e.g. 0.25; 0: never", min=0, max=1
+    )
+    random_erasing_mode: Literal["constant", "random", "pixel"] = key(
+        "constant", "fills the box with gray, one random color, or a random color per pixel"
+    )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
         "shorter_side, square: resize by area averaging, then center-crop; bicubic, bilinear: "
@@ -318,6 +324,17 @@ class RecipeConfig:
         0.0, "sigmoid: smallest target of a class; the largest is 1 minus it", min=0, max=0.499
     )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
+    cutmix: float = key(
+        0.0, "parameter p of Beta(p, p), 1.0 in the CutMix paper; 0 disables CutMix", min=0
+    )
+    mixup_switch_prob: float = key(
+        0.5, "probability that a step uses CutMix if both mixup and CutMix are on", min=0, max=1
+    )
+    class_weights: Literal["none", "balanced"] = key(
+        "none",
+        "factor of the loss of an example, by its class; balanced: number of images / (number of "
+        "classes × images of the class), which averages to 1",
+    )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
     )
@@ -406,6 +423,29 @@ class OptimizerConfig:
         max=0.999999,
     )
     clip_norm: float = key(1.0, "largest global gradient norm; 0 disables clipping", min=0)
+    sam_rho: float = key(
+        0.0,
+        "sharpness-aware minimization (SAM): distance from the parameters at which the gradient is "
+        "computed, such as 0.1; doubles the time of a step; 0 disables it",
+        min=0,
+    )
+    layer_decay: float = key(
+        1.0,
+        "factor of the learning rate from each layer to the one before it, such as 0.75; the "
+        "head's is 1; 1 disables it",
+        min=0.01,
+        max=1,
+    )
+    freeze: str = key(
+        "",
+        "layers or parameters that are not trained, by name or wildcard, separated by commas: "
+        "stem,blocks.0 or stem,blocks.*,*bias; empty: none",
+    )
+
+    @property
+    def freeze_patterns(self) -> tuple[str, ...]:
+        """Patterns of `freeze`."""
+        return tuple(pattern.strip() for pattern in self.freeze.split(",") if pattern.strip())
 
     @functools.cached_property
     def decay_fractions(self) -> tuple[Fraction, ...]:
@@ -436,6 +476,12 @@ class CheckpointConfig:
     every_steps: int = key(1000, "interval; 0: none", unit="steps", min=0, resumable=True)
     every_minutes: float = key(0.0, "interval; 0: none", unit="min", min=0, resumable=True)
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
+    best_metric: str = key(
+        "",
+        "also keep the checkpoint with the best value of this metric, EVAL/METRIC as in "
+        "metrics.jsonl, e.g. validation/top1, and save at each of its evaluations; empty: none",
+        resumable=True,
+    )
 
 
 def parse_shots(name: str, text: str) -> tuple[int, ...]:
@@ -468,6 +514,12 @@ def parse_profile_steps(name: str, text: str) -> range:
     return steps
 
 
+# Metrics of the head by which checkpoints can be selected: with one label per image, and with any
+# number.
+LABEL_METRICS = ("top1", "top5", "log_likelihood", "calibration_error")
+MULTI_LABEL_METRICS = ("mean_average_precision", "micro_average_precision", "loss")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """An entry of `config.evals`: a split that is evaluated under the name of the entry."""
@@ -488,6 +540,18 @@ class EvalConfig:
     def shot_counts(self) -> tuple[int, ...]:
         """Parsed `shots`. Raises UserError if they are not positive integers."""
         return parse_shots("shots", self.shots)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics by which checkpoints can be selected; those of the head depend on the data.
+
+        Raises:
+            UserError: `shots` are not positive integers.
+        """
+        if self.type == "few_shot":
+            return tuple(f"{shots}_shot" for shots in self.shot_counts)
+        is_head = self.type == "classify"
+        return LABEL_METRICS + MULTI_LABEL_METRICS if is_head else (self.type,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -548,6 +612,21 @@ class RunConfig:
         resumable=True,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping_patience: int = key(
+        0,
+        "stop after this many evaluations in a row without a better checkpoint.best_metric, e.g. "
+        "5; 0: never",
+        unit="evaluations",
+        min=0,
+        resumable=True,
+    )
+    early_stopping_min_delta: float = key(
+        0.0,
+        "smallest improvement of checkpoint.best_metric that counts, e.g. 0.001 for 0.1 % of an "
+        "accuracy",
+        min=0,
+        resumable=True,
+    )
     log_every_steps: int = key(50, "interval of metrics", unit="steps", min=1, resumable=True)
     log_update_norm: bool = key(
         False,

@@ -104,11 +104,15 @@ def convert_dataset(dataset: str, name: str, data_dir: str = "") -> Conversion:
                 temp.replace(folder)
     except (OSError, RuntimeError) as error:
         # The writer of array_record raises RuntimeError.
-        reason = no_space_reason(error) or (str(error) if isinstance(error, OSError) else "")
-        if not reason:
+        fix = ""
+        if reason := no_space_reason(error):
+            fix = " Free space and run the same command again."
+        elif isinstance(error, OSError):
+            reason = str(error)
+        else:
             raise
         raise UserError(
-            f"dataset {name!r} cannot be written to {folder.parent}: {reason}."
+            f"dataset {name!r} cannot be written to {folder.parent}: {reason.rstrip('.')}.{fix}"
         ) from error
     notes = tuple(dict.fromkeys(note for source in sources.values() for note in source.notes))
     return Conversion(find_builder(name, data_dir), splits, class_names, notes)
@@ -188,14 +192,14 @@ def _write_dataset(
         supervised_keys=("image", "label"),
     )
     info.set_file_format(FORMAT)
-    root = _root(dataset)
+    prefixes = _name_prefixes(dataset)
     counts, infos = {}, []
     with tqdm(
         total=sum(map(len, sources.values())), desc="converting", unit=" examples", mininterval=1
     ) as bar:
         for split, source in sources.items():
             writer = _ShardWriter(folder / f"{name}-{split}.{FORMAT}", info.features)
-            counts[split] = _write_split(source, root, multi_label, writer, folder, bar)
+            counts[split] = _write_split(source, prefixes, multi_label, writer, folder, bar)
             writer.finish()
             infos.append(
                 tfds.core.SplitInfo(
@@ -212,15 +216,21 @@ def _write_dataset(
     return counts
 
 
-def _root(dataset: str) -> str:
-    """Returns the start of the paths of a local dataset's images."""
-    path, _ = split_label(dataset.partition(":")[2])
-    path = os.path.abspath(os.path.expanduser(path))
-    return display_path(path if os.path.isdir(path) else os.path.dirname(path)) + "/"
+def _name_prefixes(dataset: str) -> tuple[str, str]:
+    """Returns the starts of the names of examples that depend on where the dataset is."""
+    name, _ = split_label(dataset)
+    path = os.path.abspath(os.path.expanduser(name.partition(":")[2]))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    return f"{display_path(folder)}/", f"{name} "
 
 
 def _write_split(
-    source: Source, root: str, multi_label: bool, writer: "_ShardWriter", folder: Path, bar: Any
+    source: Source,
+    prefixes: tuple[str, ...],
+    multi_label: bool,
+    writer: "_ShardWriter",
+    folder: Path,
+    bar: Any,
 ) -> ConvertedSplit:
     examples_per_class = np.zeros(source.num_classes, np.int64)
     num_skipped = 0
@@ -235,8 +245,8 @@ def _write_split(
 
     for example, path, error in map_in_order(read, range(len(source))):
         bar.update()
-        # Paths relative to the dataset, which are the same wherever it is.
-        path = path.removeprefix(root)
+        for prefix in prefixes:
+            path = path.removeprefix(prefix)
         if example is None or error:
             num_skipped += 1
             with open(folder / UNDECODABLE, "a", newline="", encoding="utf-8") as file:

@@ -228,18 +228,20 @@ class _HuggingFaceData:
             labels: Its labels.
         """
         total = len(self.class_names)
-        absent = set(range(total)) - set(self._labels[TRAIN].values.tolist())
-        names = (repr(self.class_names[label]) for label in sorted(absent))
+        has_examples, is_selected = (
+            np.isin(np.arange(total), values)
+            for values in (self._labels[TRAIN].values, labels.values)
+        )
         notes = []
-        if absent:
+        if not has_examples.all():
+            absent = np.flatnonzero(~has_examples).tolist()
             notes.append(
                 f"{self.name}: {len(absent):,} of {total:,} classes have no examples in {TRAIN}: "
-                f"{abbreviate(names)}"
+                f"{abbreviate(repr(self.class_names[label]) for label in absent)}"
             )
-        num_present = len(set(labels.values.tolist()) - {_NO_LABEL})
-        if num_present < total - len(absent):
+        if is_selected.sum() < has_examples.sum():
             notes.append(
-                f"{self.name}: {split!r} has examples of only {num_present:,} of {total:,} "
+                f"{self.name}: {split!r} has examples of only {is_selected.sum():,} of {total:,} "
                 "classes; slices have the order of the dataset"
             )
         return notes
@@ -382,12 +384,14 @@ def _load(datasets: Any, path: str, description: str) -> dict[str, Any]:
     """
     folder = Path(path).expanduser()
     parts = path.split("/")
+    problem = "cannot be read"
     if path and folder.is_dir():
         arguments = [str(folder.absolute())]
     elif "/" in path and (folder.parent / _CARD).is_file() and not folder.exists():
         arguments = [str(folder.parent.absolute()), folder.name]
     elif path and all(parts) and len(parts) <= 3 and not folder.exists() and path[0] not in ".~":
         arguments = ["/".join(parts[:2]), *parts[2:]]
+        problem = "is not a local folder, and cannot be read from the Hub"
     else:
         reason = "is not a folder" if path and folder.exists() else "does not exist"
         raise UserError(
@@ -412,7 +416,7 @@ def _load(datasets: Any, path: str, description: str) -> dict[str, Any]:
                 " Check the name and the network connection; without a network, only datasets in "
                 "the cache can be read."
             )
-        raise UserError(f"{description} cannot be read: {reason}.{hint}") from error
+        raise UserError(f"{description} {problem}: {reason}.{hint}") from error
     if isinstance(loaded, datasets.Dataset):
         # A slice that was saved is named like "train[:10%]".
         name = re.match(r"\w+", str(loaded.split or ""))

@@ -83,7 +83,7 @@ def train_batches(
         on_bad_images: Callback for the bad images of a batch, called when the batch is yielded.
 
     Yields:
-        `image` uint8 (batch_size, image_size, image_size, 3) and `label` int32 (batch_size,).
+        `image` and `label`, as described in `TrainReader`, with batch_size rows.
 
     Raises:
         RunError: A hundred images in a row cannot be used, or a worker process was killed.
@@ -106,6 +106,7 @@ def eval_batches(
     eval_crop_fraction: float = CROP_FRACTION,
     exif_orientation: bool,
     permutation: PixelPermutation | None = None,
+    count_unlabeled: bool = False,
     num_threads: int,
     prefetch_batches: int,
     sharding: jax.sharding.Sharding,
@@ -123,6 +124,7 @@ def eval_batches(
         eval_crop_fraction: Its side, as a fraction of the resized image's.
         exif_orientation: Whether to apply the EXIF orientation.
         permutation: Permutation of the pixels.
+        count_unlabeled: Whether images without labels count: they have none of the classes.
         num_threads: Threads that load images; 0: one per CPU core. Worker processes are not used.
         prefetch_batches: Number of batches loaded ahead on this host.
         sharding: Sharding of the batch axis.
@@ -132,7 +134,13 @@ def eval_batches(
         `image`, `label` and `mask`, as described in `EvalReader`, with batch_size rows.
     """
     reader = EvalReader(
-        source, image_size, eval_crop, exif_orientation, eval_crop_fraction, permutation
+        source,
+        image_size,
+        eval_crop,
+        exif_orientation,
+        eval_crop_fraction,
+        permutation,
+        count_unlabeled,
     )
     steps = range(math.ceil(len(source) / batch_size))
     chunks = Chunks(steps, _local_rows(sharding, batch_size), batch_size)

@@ -300,9 +300,17 @@ def _register_format(temp_dir: Path, info_path: Path) -> None:
     temp_path.replace(info_path)
 
 
-def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Applies a function by one thread per core; yields the results in order, few ahead."""
-    num_threads = os.cpu_count() or 1
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 0
+) -> Iterator[Result]:
+    """Applies a function in threads, and yields the results in order; only a few are in memory.
+
+    Args:
+        function: Function of an item.
+        items: Items, which are iterated over in the thread of the caller.
+        num_threads: Number of threads; 0: one per core.
+    """
+    num_threads = num_threads or os.cpu_count() or 1
     pending: collections.deque[Future[Result]] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
         try:

@@ -24,6 +24,12 @@ _TIMM_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampli
 # torchvision's.
 _INCEPTION_ASPECTS, _INCEPTION_ATTEMPTS = (0.75, 1.33), 100
 _RESIZED_CROP_ASPECTS, _RESIZED_CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
+# Range of areas (fractions of the image's) and of aspect ratios (height by width), and number of
+# attempts of random erasing in timm.
+_ERASED_AREAS, _ERASED_ASPECTS, _ERASING_ATTEMPTS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
+# Models see level v as v / 127.5 − 1: 127 and 128 are equally near to 0, and RandAugment fills with
+# 128.
+_ERASED_LEVEL = 128
 
 
 def train_image(
@@ -37,12 +43,14 @@ def train_image(
     flip: bool,
     randaugment_layers: int,
     randaugment_magnitude: float,
+    random_erasing: float = 0.0,
+    random_erasing_mode: str = "constant",
     resize_size: int = 0,
     exif_orientation: bool = False,
     permutation: PixelPermutation | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decodes, randomly crops, flips and augments one training image.
+    """Decodes, randomly crops, flips, augments and erases one training image.
 
     Args:
         encoded: Bytes of one image file.
@@ -55,6 +63,8 @@ def train_image(
         flip: Whether to flip half of the images horizontally.
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
         randaugment_magnitude: RandAugment magnitude, on a scale of 0 to 10.
+        random_erasing: Probability of erasing a box of the image.
+        random_erasing_mode: What the box is filled with; see `erase_random_box`.
         resize_size: Height and width before "random_crop" and "bilinear_crop", in pixels; 0: 8/7 of
             `image_size`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
@@ -85,6 +95,8 @@ def train_image(
         image = rand_augment(
             image, rng, num_layers=randaugment_layers, magnitude=randaugment_magnitude
         )
+    if random_erasing and rng.random() < random_erasing:
+        image = erase_random_box(image, rng, random_erasing_mode)
     if permutation is not None:
         image = permutation(image)
     if image is not out:
@@ -349,3 +361,45 @@ def random_shift(image: np.ndarray, rng: np.random.Generator, max_shift: int) ->
     padded = cv2.copyMakeBorder(image, *(max_shift,) * 4, cv2.BORDER_CONSTANT)
     top, left = max_shift + dy, max_shift + dx
     return padded[top : top + height, left : left + width]
+
+
+def erase_random_box(image: np.ndarray, rng: np.random.Generator, mode: str) -> np.ndarray:
+    """Erases a random box of an image (Zhong et al. 2017, arXiv 1708.04896, Algorithm 1).
+
+    The box has the distribution of timm's `RandomErasing`: its area is uniform between 2 % and a
+    third of the image's, and its aspect ratio log-uniform between 0.3 and 3.3. After ten samples
+    that do not fit into the image, nothing is erased.
+
+    Args:
+        image: uint8 RGB (height, width, 3); it is not modified.
+        rng: The only source of randomness.
+        mode: What the box is filled with: "constant", a gray that the model's normalization maps
+            to almost 0; "random", one color; or "pixel", a color for each pixel. Random levels are
+            uniform in 0…255, as in the paper; those of timm are normal.
+
+    Returns:
+        The image with the box erased, uint8 (height, width, 3).
+    """
+    height, width = image.shape[:2]
+    low, high = (math.log(aspect) for aspect in _ERASED_ASPECTS)
+    min_area, max_area = _ERASED_AREAS
+    for _ in range(_ERASING_ATTEMPTS):
+        area = (min_area + (max_area - min_area) * rng.random()) * height * width
+        aspect = math.exp(low + (high - low) * rng.random())
+        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            image = image.copy()
+            image[top : top + box_height, left : left + box_width] = _sample_fill(
+                rng, mode, box_height, box_width
+            )
+            return image
+    return image
+
+
+def _sample_fill(rng: np.random.Generator, mode: str, height: int, width: int) -> np.ndarray | int:
+    if mode == "constant":
+        return _ERASED_LEVEL
+    shape = (height, width, 3) if mode == "pixel" else (3,)
+    return rng.integers(256, size=shape, dtype=np.uint8)

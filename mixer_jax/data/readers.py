@@ -95,7 +95,8 @@ class Reader(abc.ABC):
 class TrainReader(Reader):
     """Reads training examples: shuffled, augmented, with substitutes for bad images.
 
-    Its arrays are `image` uint8 (n, image_size, image_size, 3) and `label` int32 (n,).
+    Its arrays are `image` uint8 (n, image_size, image_size, 3), and `label` int32 (n,) or, for
+    multi-label sources, bool (n, num_classes).
     """
 
     def __init__(self, source: Source, seed: int, image_size: int, preprocess: dict[str, Any]):
@@ -115,7 +116,7 @@ class TrainReader(Reader):
         """Allocates `image` and `label`."""
         size = self._image_size
         images = _aligned_zeros((num_rows, size, size, 3), np.uint8)
-        return {"image": images, "label": _aligned_zeros((num_rows,), np.int32)}
+        return {"image": images, "label": _allocate_labels(self._source, num_rows)}
 
     def fill(self, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> list[BadImage]:
         """Preprocesses the images at `positions`, (n,), into n rows of `arrays`.
@@ -127,13 +128,14 @@ class TrainReader(Reader):
         rngs = _PerExampleRng(self._seed)
         bad_images: list[BadImage] = []
         for row, position in enumerate(positions.tolist()):
-            labels[row] = self._read(position, rngs.at(position), images[row], bad_images)
+            targets = self._read(position, rngs.at(position), images[row], bad_images)
+            _set_labels(labels, row, targets)
         return bad_images
 
     def _read(
         self, position: int, rng: np.random.Generator, out: np.ndarray, bad_images: list[BadImage]
-    ) -> int:
-        """Preprocesses one image, or a substitute, into `out` and returns its label."""
+    ) -> tuple[int, ...]:
+        """Preprocesses one image, or a substitute, into `out` and returns its labels."""
         index = self._indices[position]
         for _ in range(_MAX_SUBSTITUTES):
             name = ""
@@ -147,7 +149,7 @@ class TrainReader(Reader):
                     **self._preprocess,
                     out=out,
                 )
-                return example["labels"][0]
+                return example["labels"]
             except BadImageError as error:
                 bad_images.append(BadImage(error.name or name, error.reason))
             index = self._indices[position + 1 + int(rng.integers(_SUBSTITUTE_RANGE))]
@@ -162,7 +164,7 @@ class EvalReader(Reader):
 
     Its arrays are `image` uint8 (n, height, width, 3); `label` int32 (n,), or bool
     (n, num_classes) for multi-label sources; and `mask` bool (n,), which is False for padding, bad
-    images and images without labels.
+    images and, unless they count, images without labels.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class EvalReader(Reader):
         exif_orientation: bool,
         eval_crop_fraction: float = CROP_FRACTION,
         permutation: PixelPermutation | None = None,
+        count_unlabeled: bool = False,
     ):
         """Stores the settings that determine the images.
 
@@ -183,8 +186,10 @@ class EvalReader(Reader):
             exif_orientation: Whether to apply the EXIF orientation.
             eval_crop_fraction: Side of the crop, as a fraction of the resized image's.
             permutation: Permutation of the pixels.
+            count_unlabeled: Whether images without labels count: they have none of the classes.
         """
         self._source, self._image_size = source, image_size
+        self._count_unlabeled = count_unlabeled
         self._preprocess: dict[str, Any] = {
             "eval_crop": eval_crop,
             "eval_crop_fraction": eval_crop_fraction,
@@ -194,9 +199,7 @@ class EvalReader(Reader):
 
     def allocate(self, num_rows: int) -> dict[str, np.ndarray]:
         """Allocates `image`, `label` and `mask`."""
-        labels = _aligned_zeros((num_rows,), np.int32)
-        if self._source.multi_label:
-            labels = _aligned_zeros((num_rows, self._source.num_classes), np.bool_)
+        labels = _allocate_labels(self._source, num_rows)
         images = _aligned_zeros((num_rows, *self._image_size, 3), np.uint8)
         return {"image": images, "label": labels, "mask": _aligned_zeros((num_rows,), np.bool_)}
 
@@ -217,12 +220,8 @@ class EvalReader(Reader):
             except BadImageError as error:
                 bad_images.append(BadImage(error.name or name, error.reason))
                 continue
-            targets = list(example["labels"])
-            if self._source.multi_label:
-                labels[row, targets] = True
-            else:
-                labels[row] = targets[0]
-            mask[row] = bool(targets)
+            _set_labels(labels, row, example["labels"])
+            mask[row] = bool(example["labels"]) or self._count_unlabeled
         return bad_images
 
 
@@ -241,6 +240,20 @@ def median_image_area(source: Source) -> float:
             continue
         areas.append(height * width)
     return statistics.median(areas) if areas else 0.0
+
+
+def _allocate_labels(source: Source, num_rows: int) -> np.ndarray:
+    if source.multi_label:
+        return _aligned_zeros((num_rows, source.num_classes), np.bool_)
+    return _aligned_zeros((num_rows,), np.int32)
+
+
+def _set_labels(labels: np.ndarray, row: int, targets: tuple[int, ...]) -> None:
+    """Sets a zeroed row of multi-hot labels, or a single label."""
+    if labels.ndim == 2:
+        labels[row, list(targets)] = True
+    else:
+        labels[row] = targets[0]
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:

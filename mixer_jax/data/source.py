@@ -202,7 +202,8 @@ def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
 def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
     """Mixes sources, to be sampled in proportion to their weights.
 
-    The classes are the union of the sources' classes; classes with the same name are merged. Each
+    The classes are the union of the sources' classes; classes with the same name are merged. An
+    example may have several labels if it may in any source. Each
     source is shuffled on its own, and all of it is seen before any of its examples repeats.
 
     Args:
@@ -218,6 +219,7 @@ def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
         " + ".join(names),
         _ConcatExamples([source.examples for source in relabeled], starts),
         class_names,
+        any(source.multi_label for source in sources),
         mixture=tuple(map(MixtureComponent, starts, stops, weights)),
         notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
     )

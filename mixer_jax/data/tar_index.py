@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tarfile
 import unicodedata
@@ -34,6 +35,7 @@ from mixer_jax.files import atomic_write, file_lock
 
 # Changes with the content of the file or with the rules by which members become samples.
 _VERSION = 1
+_FILE_NAME = "mixer_jax_index"
 _CACHE = Path("~/.cache/mixer_jax/tar_indexes")
 _BLOCK = 512
 # Members of other files lie between the headers: a larger buffer would read much of the images.
@@ -58,15 +60,14 @@ _PLAIN_HEADER = re.compile(
     rb"(?P<checksum>[0-7]{6})[\0 ]{2}(?P<type>[0x]).{100}ustar[\0 ].{82}\0",
     re.DOTALL,
 )
-
-
+# PAX attributes that change name, size or content; others, such as times, have no effect here.
+_PAX_CHANGES = re.compile(rb"path=|size=|charset=|GNU\.")
 # Fields of an index that are stored for each shard.
 _SHARD_VALUES = (
     "size",
     "mtime_ns",
     "num_without_image",
     "num_not_regular",
-    "has_end",
     "extensions",
     "fields",
 )
@@ -116,7 +117,6 @@ class ShardIndex:
         mtime_ns: Time of its last change, in nanoseconds.
         num_without_image: Number of samples without an image, which are skipped.
         num_not_regular: Number of links, devices and sparse files, which are skipped.
-        has_end: Whether the archive has an end marker.
         extensions: Number of files by extension, of the most frequent ones.
         fields: Fields of the first JSON file.
     """
@@ -127,7 +127,6 @@ class ShardIndex:
     mtime_ns: int
     num_without_image: int
     num_not_regular: int
-    has_end: bool
     extensions: dict[str, int]
     fields: tuple[str, ...]
 
@@ -169,28 +168,29 @@ def index_shards(
             the same name.
     """
     suffix = field if re.fullmatch(r"[\w.-]{0,64}", field) else _digest(field)
-    name = f"mixer_jax_index{suffix and '@'}{suffix}.npz"
+    name = f"{_FILE_NAME}{suffix and '@'}{suffix}.npz"
     files = [folder / name, _CACHE.expanduser() / _digest(str(folder)) / name]
+    indexes: dict[str, ShardIndex] = {}
     for file in files:
-        stored = _load(file)
-        if not _find_outdated(shards, stored):
-            return {name: stored[name] for name in shards}, []
-    scanned: dict[str, ShardIndex] = {}
+        _add_current(shards, _load(file), indexes)
+        if len(indexes) == len(shards):
+            return {name: indexes[name] for name in shards}, []
     for file in files:
         lock = file.with_name(f".{file.name}.lock")
         with contextlib.suppress(OSError), file_lock(lock, wait=True):
             # Another process may have built the index in the meantime.
-            stored = _load(file) | scanned
+            stored = _load(file)
+            _add_current(shards, stored, indexes)
             try:
-                _scan_shards(_find_outdated(shards, stored), field, scanned)
+                _scan_shards(shards, field, indexes)
             finally:
                 # Also if another shard is damaged: the user replaces it and runs the command again.
-                if scanned:
-                    _save(file, _select_existing(stored | scanned, folder))
-            return {name: (stored | scanned)[name] for name in shards}, []
-    _scan_shards(_find_outdated(shards, scanned), field, scanned)
+                if indexes:
+                    _save(file, _select_existing(stored | indexes, folder))
+            return {name: indexes[name] for name in shards}, []
+    _scan_shards(shards, field, indexes)
     places = " nor ".join(display_path(file.parent) for file in files)
-    return scanned, [f"the index is built at every start, since neither {places} can be written"]
+    return indexes, [f"the index is built at every start, since neither {places} can be written"]
 
 
 def read_member(path: Path, offset: int, size: int, header_crc: int, name: str) -> bytes:
@@ -224,8 +224,8 @@ def read_member(path: Path, offset: int, size: int, header_crc: int, name: str) 
         raise BadImageError("cannot be read", error.strerror or "", name) from None
     if len(data) < _BLOCK + size or zlib.crc32(data[:_BLOCK]) != header_crc:
         raise RunError(
-            f"shard {display_path(path)} has changed since it was indexed. Restart the run, which "
-            "indexes it again."
+            f"shard {display_path(path)} has changed since it was indexed. Restart the run, or "
+            f"delete the index, {_FILE_NAME}*.npz, if that does not help."
         )
     return data[_BLOCK:]
 
@@ -242,20 +242,17 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()
 
 
-def _find_outdated(
-    shards: Mapping[str, Path], indexes: Mapping[str, ShardIndex]
-) -> dict[str, Path]:
-    """Returns the shards that are not indexed, or have another size or time than in the index."""
-    outdated = {}
-    for name, path in shards.items():
+def _add_current(
+    shards: Mapping[str, Path], stored: Mapping[str, ShardIndex], indexes: dict[str, ShardIndex]
+) -> None:
+    """Adds stored indexes of shards whose size and time have not changed to `indexes`."""
+    for name in shards.keys() & stored.keys() - indexes.keys():
         try:
-            status = path.stat()
+            status = shards[name].stat()
         except OSError as error:
-            raise _cannot_read(path, error) from error
-        index = indexes.get(name)
-        if index is None or (index.size, index.mtime_ns) != (status.st_size, status.st_mtime_ns):
-            outdated[name] = path
-    return outdated
+            raise _cannot_read(shards[name], error) from error
+        if (stored[name].size, stored[name].mtime_ns) == (status.st_size, status.st_mtime_ns):
+            indexes[name] = stored[name]
 
 
 def _select_existing(indexes: dict[str, ShardIndex], folder: Path) -> dict[str, ShardIndex]:
@@ -268,11 +265,12 @@ def _cannot_read(path: Path, error: OSError) -> UserError:
 
 
 def _scan_shards(shards: Mapping[str, Path], field: str, indexes: dict[str, ShardIndex]) -> None:
-    """Indexes shards, and adds them to `indexes`.
+    """Indexes the shards that are not in `indexes`, and adds them.
 
     Raises:
         UserError: Some shard cannot be used; the others are added nevertheless.
     """
+    shards = {name: path for name, path in shards.items() if name not in indexes}
     if not shards:
         return
     folder = os.path.commonpath([path.parent for path in shards.values()])
@@ -329,7 +327,6 @@ class _Scan:
     def __init__(self, path: Path, field: str):
         self._path, self._field = path, field
         self.num_not_regular = 0
-        self.has_end = False
         self._images: dict[str, tuple[str, int, int, int]] = {}
         self._keys = set[str]()
         # Index of the label by key; the .cls file takes precedence over the .json file.
@@ -392,7 +389,6 @@ class _Scan:
             mtime_ns=status.st_mtime_ns,
             num_without_image=len(self._keys) - len(self._images),
             num_not_regular=self.num_not_regular,
-            has_end=self.has_end,
             extensions=dict(self._extensions.most_common(_MAX_LISTED)),
             fields=self._fields,
         )
@@ -471,10 +467,6 @@ def format_member(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# PAX attributes that change name, size or content; others, such as times, have no effect here.
-_PAX_CHANGES = re.compile(rb"path=|size=|charset=|GNU\.")
-
-
 def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
     """Yields the regular files of an archive, and counts other members.
 
@@ -516,9 +508,15 @@ def _iter_members(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[_Member]:
         yield member
     if not offset and not end:
         raise _not_usable(path, "is empty")
-    if len(header) not in (0, _BLOCK):
+    if not header:
+        # An archive that was cut off between two members looks like this, too.
+        raise UserError(
+            f"shard {display_path(path)} must end with the end marker of tar, but ends at byte "
+            f"{end:,} without it. Download or write it again; or, if it is complete, run: head -c "
+            f"{2 * _BLOCK} /dev/zero >> {shlex.quote(display_path(path))}"
+        )
+    if len(header) < _BLOCK:
         raise _truncated(path, end, "")
-    scan.has_end = bool(header)
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             raise UserError(

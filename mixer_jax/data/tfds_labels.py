@@ -1,7 +1,9 @@
 """Labels of TFDS datasets: features of an example, or classes computed from them.
 
 A dataset is named NAME or NAME@LABEL. The default label is the feature `label`, or `real_label` for
-datasets with several correct answers (ReaL, arXiv 2006.07159). The computed labels are those of
+datasets with several correct answers (ReaL, arXiv 2006.07159), or `labels` for those with any
+number of labels. Labels of objects in an image are named by their path, `objects/label`, and are
+labels of the image. The computed labels are those of
 VTAB (arXiv 1910.04867), with the thresholds of its authors' code (google-research/task_adaptation,
 task_adaptation/data/{clevr,dsprites,kitti,smallnorb}.py).
 """
@@ -9,6 +11,7 @@ task_adaptation/data/{clevr,dsprites,kitti,smallnorb}.py).
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +24,7 @@ from mixer_jax.data.names import LABEL_SEPARATOR
 from mixer_jax.errors import UserError
 
 # Default labels; the first one that the dataset has is used.
-_DEFAULT_LABELS = ("real_label", "label")
+_DEFAULT_LABELS = ("real_label", "label", "labels")
 # TFDS's value of a label that is not public; also used for labels that cannot be computed.
 _HIDDEN = -1
 
@@ -92,14 +95,23 @@ def _list_label_specs(base_name: str, features: Any) -> dict[str, LabelSpec]:
     import tensorflow_datasets as tfds
 
     specs = {}
-    for name, feature in features.items():
-        is_sequence = hasattr(feature, "feature")
-        element = feature.feature if is_sequence else feature
+
+    def add(path: tuple[str, ...], element: Any, multi_label: bool) -> None:
         if isinstance(element, tfds.features.ClassLabel):
             # Some datasets define their classes only when they are prepared.
             class_names = () if element.num_classes is None else tuple(element.names)
-            extract = functools.partial(_extract_feature, name)
-            specs[name] = LabelSpec({name: ()}, class_names, extract, is_sequence)
+            extract = functools.partial(_extract_feature, path)
+            specs["/".join(path)] = LabelSpec(
+                {path[0]: path[1:]}, class_names, extract, multi_label
+            )
+
+    for name, feature in features.items():
+        is_sequence = hasattr(feature, "feature")
+        element = feature.feature if is_sequence else feature
+        add((name,), element, is_sequence)
+        if is_sequence and hasattr(element, "items"):
+            for part, subfeature in element.items():
+                add((name, part), subfeature, True)
     for name, spec in _COMPUTED_LABELS.get(base_name, {}).items():
         # A user's dataset may have the same name but other features.
         if all(
@@ -115,8 +127,10 @@ def _has_subfeature(feature: Any, name: str) -> bool:
     return hasattr(element, "keys") and name in element
 
 
-def _extract_feature(feature: str, example: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(np.atleast_1d(example[feature]).tolist())
+def _extract_feature(path: tuple[str, ...], example: Mapping[str, Any]) -> tuple[int, ...]:
+    value: Any = functools.reduce(operator.getitem, path, example)
+    # An image may show several objects of one class.
+    return tuple(dict.fromkeys(np.atleast_1d(value).tolist()))
 
 
 def _count_objects(example: Mapping[str, Any]) -> tuple[int]:
@@ -168,7 +182,7 @@ def _grouped_label(feature: str, num_values: int, name: str) -> LabelSpec:
 
 def _named_label(feature: str, class_names: tuple[str, ...]) -> LabelSpec:
     """Specifies a feature as the label, with class names that TFDS lacks."""
-    return LabelSpec({feature: ()}, class_names, functools.partial(_extract_feature, feature))
+    return LabelSpec({feature: ()}, class_names, functools.partial(_extract_feature, (feature,)))
 
 
 _MIN_OBJECTS, _MAX_OBJECTS = 3, 10

@@ -134,7 +134,8 @@ def open_webdataset(path: str, split: str) -> Source:
         )
     if TRAIN in indices:
         present = samples.label_ids[indices[TRAIN]]
-        notes += _check_train_classes(present, classes, description, place)
+        is_held_out = len(shards.splits) == 1
+        notes += _check_train_classes(present, classes, is_held_out, description, place)
     examples = _ShardExamples(
         [shards.folder / name for name in shards.paths],
         [indexes[name].size for name in shards.paths],
@@ -597,19 +598,19 @@ def _name_integers(largest: int, folder: Path, description: str, notes: list[str
 
 
 def _check_train_classes(
-    label_ids: np.ndarray, classes: _Classes, description: str, place: str
+    label_ids: np.ndarray, classes: _Classes, is_held_out: bool, description: str, place: str
 ) -> list[str]:
     """Returns a note if classes have no training images, as in a part of a dataset.
 
     Raises:
-        UserError: The classes are those of labels that are names, which may be misspelled.
+        UserError: They are names that only another split of the data has, perhaps misspelled.
     """
     present_ids = np.flatnonzero(np.bincount(label_ids + 1)[1:]).tolist()
     present = {index for label_id in present_ids for index in classes.label_sets[label_id]}
     empty = [name for index, name in enumerate(classes.names) if index not in present]
     if not empty:
         return []
-    if classes.have_names:
+    if classes.have_names and not is_held_out:
         raise UserError(
             f"{description} must have training images of each of its {len(classes.names):,} "
             f"classes, got none of {abbreviate(map(repr, empty))}. Correct the labels of the other "
@@ -642,7 +643,6 @@ def _notes_on_shards(
     expected = shards.num_samples
     for names, what in (
         ([name for name in indexes if not lengths[name]], "without samples"),
-        ([name for name in indexes if not indexes[name].has_end], "without an end marker"),
         (
             [name for name in indexes if expected.get(name, lengths[name]) != lengths[name]],
             f"with another number of samples than in {_INFO_FILES[0]}",

@@ -14,6 +14,11 @@ from mixer_jax.data.loader import Batch
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
+from mixer_jax.evaluation.multi_label import (
+    MultiLabelMetrics,
+    evaluate_multi_label,
+    make_score_step,
+)
 
 NUM_CALIBRATION_BINS = 15
 
@@ -51,6 +56,19 @@ class ClassificationMetrics(NamedTuple):
         """Returns every metric by name."""
         return {name: float(value) for name, value in self._asdict().items()}
 
+    def as_json(self) -> dict[str, Any]:
+        """Converts to JSON-serializable metrics."""
+        return self._asdict()
+
+    def format_table(self) -> list[str]:
+        """Formats the lines that the command `evaluate` prints."""
+        return [
+            f"top-1              {self.top1:.2%}",
+            f"top-5              {self.top5:.2%}",
+            f"log-likelihood     {self.log_likelihood:.4f} nats per image",
+            f"calibration error  {self.calibration_error:.2%}",
+        ]
+
     def format_progress(self) -> str:
         """Formats the line that is logged during training."""
         return (
@@ -83,6 +101,8 @@ class ExampleMetrics(NamedTuple):
 
 
 EvalStep = Callable[[Any, Batch], ExampleMetrics]
+# From a source and parameters to metrics.
+Evaluator = Callable[[Source, Any], ClassificationMetrics | MultiLabelMetrics]
 
 
 def per_example_metrics(
@@ -106,6 +126,27 @@ def per_example_metrics(
     rank = jnp.where(jnp.isnan(log_probs[:, 0]), max(logits.shape[1], 5), rank)
     log_likelihood = jax.nn.logsumexp(log_probs, axis=1, where=target_mask)
     return ExampleMetrics(rank, log_likelihood, jnp.exp(jnp.max(log_probs, axis=1)), mask)
+
+
+def make_evaluator(
+    model: Any, mesh: Mesh, input_config: EvalInputConfig, multi_label: bool
+) -> Evaluator:
+    """Creates the function that evaluates a model.
+
+    Args:
+        model: Flax module.
+        mesh: Device mesh.
+        input_config: Input pipeline.
+        multi_label: Whether the model was trained on images with any number of labels. Otherwise,
+            several labels of an image are several correct answers, of which it has to find one.
+    """
+    if multi_label:
+        score_step = make_score_step(model, mesh)
+        return lambda source, params: evaluate_multi_label(
+            score_step, params, source, mesh, input_config
+        )
+    eval_step = make_eval_step(model, mesh)
+    return lambda source, params: evaluate(eval_step, params, source, mesh, input_config)
 
 
 def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:

@@ -34,6 +34,7 @@ class EvalInputConfig(NamedTuple):
         image_size: Height and width, in pixels.
         skip_bad: Whether unusable images are skipped; otherwise they are an error.
         num_threads: Threads that load images; 0 chooses by the number of cores.
+        count_unlabeled: Whether images without labels count: they have none of the classes.
     """
 
     batch_size: int
@@ -45,6 +46,7 @@ class EvalInputConfig(NamedTuple):
     prefetch_batches: int
     eval_crop_fraction: float = CROP_FRACTION
     permutation: PixelPermutation | None = None
+    count_unlabeled: bool = False
 
 
 def _apply(model: Any, params: Any, images: Array) -> Array:
@@ -148,6 +150,7 @@ class DatasetPass(Generic[Output]):
             eval_crop_fraction=config.eval_crop_fraction,
             exif_orientation=config.exif_orientation,
             permutation=config.permutation,
+            count_unlabeled=config.count_unlabeled,
             num_threads=config.num_threads,
             prefetch_batches=config.prefetch_batches,
             sharding=batch_sharding(self._mesh),

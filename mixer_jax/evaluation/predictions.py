@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.loader import Batch
+from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
 from mixer_jax.evaluation.classification import (
@@ -21,6 +22,7 @@ from mixer_jax.evaluation.classification import (
     batch_metrics,
 )
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
+from mixer_jax.evaluation.multi_label import MultiLabelMetrics, ScoreStep, score_source
 
 # Up to MAX_ALL_CLASSES, probabilities of all classes are kept; otherwise those of the NUM_TOP most
 # probable ones, so that memory does not depend on the number of classes.
@@ -57,6 +59,29 @@ class Predictions(NamedTuple):
     def predicted(self) -> Int32[np.ndarray, " n"]:
         """Most probable class of each image; of several, the first."""
         return self.top_classes[:, 0]
+
+
+class MultiLabelPredictions(NamedTuple):
+    """Predictions of a multi-label model for the n images of a source, in its order.
+
+    Attributes:
+        names: Path of each file, or position in the dataset.
+        labels: Classes of each image; only valid where `mask` is set.
+        probabilities: Probability of each class, on its own.
+        mask: Images that count; the others are unusable.
+        errors: Reason why an image is unusable, by its index.
+    """
+
+    names: list[str]
+    labels: Bool[np.ndarray, "n classes"]
+    probabilities: Float32[np.ndarray, "n classes"]
+    mask: Bool[np.ndarray, " n"]
+    errors: dict[int, str]
+
+    @property
+    def predicted(self) -> Bool[np.ndarray, "n classes"]:
+        """Classes that are more probable than not."""
+        return self.probabilities > 0.5
 
 
 class BatchPredictions(NamedTuple):
@@ -104,23 +129,14 @@ def predict_source(
         UserError: Images are unusable and must not be skipped, no example counts, or the model's
             output for an image is not finite.
     """
-    recorder = _NameRecorder(source.examples)
-    recorded = dataclasses.replace(source, examples=recorder)
+    recorded, names = _record_names(source)
     dataset_pass = DatasetPass(step, params, recorded, mesh, input_config)
     batches = list(dataset_pass)
     metrics = aggregate_pass([batch.metrics for batch in batches], source, dataset_pass.num_bad)
     # The last batch is padded.
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *batches)
     mask = joined.metrics.mask
-    num_nan = int(np.isnan(joined.metrics.confidence[mask]).sum())
-    if num_nan:
-        raise UserError(
-            f"the model's output must be finite for a report, got NaN for {num_nan:,} of "
-            f"{metrics.num_examples:,} images. The run that trained it has diverged."
-        )
-    reasons = dict(dataset_pass.bad)
-    names = recorder.names
-    errors = {index: reasons.get(names[index], "") for index in np.flatnonzero(~mask).tolist()}
+    _check_finite(joined.metrics.confidence[mask])
     return metrics, Predictions(
         names,
         joined.labels,
@@ -130,8 +146,55 @@ def predict_source(
         joined.metrics.rank,
         joined.metrics.log_likelihood,
         joined.metrics.confidence,
-        errors,
+        _list_errors(names, mask, dataset_pass.bad),
     )
+
+
+def predict_multi_label_source(
+    step: ScoreStep, params: Any, source: Source, mesh: Mesh, input_config: EvalInputConfig
+) -> tuple[MultiLabelMetrics, MultiLabelPredictions]:
+    """Evaluates a source like `evaluate_multi_label`, and keeps the prediction for every image.
+
+    The process must be the only one. Arguments are those of `score_source`.
+
+    Raises:
+        UserError: Images are unusable and must not be skipped, no example has a label, or the
+            model's output for an image is not finite.
+    """
+    recorded, names = _record_names(source)
+    metrics, scores, bad = score_source(step, params, recorded, mesh, input_config)
+    logits, mask = np.asarray(scores.logits), np.asarray(scores.mask)
+    _check_finite(logits[mask].sum(axis=1))
+    return metrics, MultiLabelPredictions(
+        names,
+        np.asarray(scores.labels),
+        np.asarray(jax.nn.sigmoid(logits)),
+        mask,
+        _list_errors(names, mask, bad),
+    )
+
+
+def _record_names(source: Source) -> tuple[Source, list[str]]:
+    """Returns a source and the list of its names, which is filled while the source is read."""
+    recorder = _NameRecorder(source.examples)
+    return dataclasses.replace(source, examples=recorder), recorder.names
+
+
+def _check_finite(outputs: Float[np.ndarray, " n"]) -> None:
+    """Raises UserError if the output for any image is NaN."""
+    if num_nan := int(np.isnan(outputs).sum()):
+        raise UserError(
+            f"the model's output must be finite for a report, got NaN for {num_nan:,} of "
+            f"{len(outputs):,} images. The run that trained it has diverged."
+        )
+
+
+def _list_errors(
+    names: list[str], mask: Bool[np.ndarray, " n"], bad: list[BadImage]
+) -> dict[int, str]:
+    """Returns the reason why an image is unusable, by its index."""
+    reasons = dict(bad)
+    return {index: reasons.get(names[index], "") for index in np.flatnonzero(~mask).tolist()}
 
 
 def worst_mistakes(predictions: Predictions, count: int) -> Int[np.ndarray, " m"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.data.names import FOLDER, MANIFEST
+from mixer_jax.data.names import FOLDER, MANIFEST, WEB_DATASET
 from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
@@ -38,7 +38,7 @@ class SuiteData(NamedTuple):
 
 
 def resolve_folders(suite: Suite) -> Suite:
-    """Makes the paths of folders and manifests absolute and expands ~."""
+    """Makes the paths of folders, manifests and shards absolute and expands ~."""
     tasks: list[Task] = []
     for task in suite.tasks:
         fields: dict[str, Any] = {"dataset": _resolve_folder(task.dataset)}
@@ -149,7 +149,7 @@ def choose_image_size(
 
 
 def _resolve_folder(dataset: str) -> str:
-    for prefix in (FOLDER, MANIFEST):
+    for prefix in (FOLDER, MANIFEST, WEB_DATASET):
         path = dataset.removeprefix(prefix)
         if path != dataset and path and "://" not in path:
             return prefix + os.path.abspath(os.path.expanduser(path))

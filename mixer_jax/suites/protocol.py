@@ -169,7 +169,7 @@ def _train(context: TaskContext, run: Run, folder: str) -> tuple[RunResult, sign
             run.config, folder, context.weights, plot=save_curves, label=label
         )
         stopped_by = result.stopped_by
-        if result.step < result.num_steps:
+        if not result.is_finished:
             raise TaskInterruptedError(stopped_by)
         result.raise_failures()
         scores = {name: metrics.as_dict() for name, metrics in result.scores.items()}

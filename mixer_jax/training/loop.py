@@ -11,12 +11,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from mixer_jax.checkpoints.best import MetricHistory, format_value, has_stopped_early
 from mixer_jax.checkpoints.manager import (
     CheckpointManager,
     move_damaged_checkpoints,
     remove_unfinished_saves,
 )
+from mixer_jax.checkpoints.model_info import get_metadata
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_steps
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.cli.versions import list_versions
@@ -34,9 +37,10 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
+from mixer_jax.models.param_groups import count_frozen, layer_factors
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
-from mixer_jax.training.datasets import open_datasets
+from mixer_jax.training.datasets import RunDatasets, balanced_class_weights, open_datasets
 from mixer_jax.training.initialize import (
     InitSource,
     describe_init,
@@ -73,16 +77,30 @@ class EvalFailure(NamedTuple):
     is_usage_error: bool
 
 
+class BestCheckpoint(NamedTuple):
+    """Checkpoint with the best value of `checkpoint.best_metric`, of several the earliest.
+
+    Attributes:
+        metric: Name as in metrics.jsonl, e.g. "validation/top1".
+    """
+
+    step: int
+    metric: str
+    value: float
+
+
 class TrainResult(NamedTuple):
     """Result of a run.
 
     Attributes:
         step: Steps taken.
         num_steps: Steps of the whole run.
-        scores: Metrics at the last step by evaluation; empty if the run stopped before it.
+        scores: Metrics at the last step by evaluation; empty if the run was interrupted before it.
         stopped_by: Signal that was received, or None; SIGTERM if another host received one.
         failures: Evaluations whose last attempt failed, by name.
         has_curves: Whether curves.png was drawn, on the primary process.
+        stopped_early: Whether the run ended at `step` because of `early_stopping_patience`.
+        best: Best checkpoint, if the run has a `checkpoint.best_metric` and has evaluated it.
     """
 
     step: int
@@ -91,6 +109,13 @@ class TrainResult(NamedTuple):
     stopped_by: signal.Signals | None
     failures: Mapping[str, EvalFailure] = MappingProxyType({})
     has_curves: bool = False
+    stopped_early: bool = False
+    best: BestCheckpoint | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended: at its last step, or early; otherwise it can be resumed."""
+        return self.stopped_early or self.step == self.num_steps
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -107,7 +132,7 @@ class TrainResult(NamedTuple):
         if self.failures:
             is_usage = all(failure.is_usage_error for failure in self.failures.values())
             return 2 if is_usage else 1
-        if self.stopped_by is not None and self.step < self.num_steps:
+        if self.stopped_by is not None and not self.is_finished:
             return 128 + self.stopped_by
         return 0
 
@@ -130,6 +155,7 @@ def train_and_evaluate(
 ) -> TrainResult:
     """Trains a model to the end of the run, resuming from the newest checkpoint in `workdir`.
 
+    The run ends early after `early_stopping_patience` evaluations without improvement.
     An evaluation that fails does not end the run; see `TrainResult.raise_failures`.
 
     Args:
@@ -234,6 +260,7 @@ class _TrainLoop:
             datasets.check_hosts()
         is_primary = multihost.is_primary_process()
         init = find_init_source(config, workdir, weights)
+        datasets = _add_class_weights(config, datasets, init)
         self.experiment = build_experiment(config, datasets, init_info=init and init.model_info)
         self.num_steps = self.experiment.num_steps
         if init is not None and init.damaged_steps:
@@ -243,9 +270,11 @@ class _TrainLoop:
         self.wandb_run = stack.enter_context(
             WandbRun(config.wandb if is_primary else "", workdir, config.to_dict(), label)
         )
-        self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep)
-        stack.callback(self.checkpoints.close)
         self.start_step = self.saved_step = 0 if init is None else init.resume_step
+        self.history = multihost.compute_once(self.read_history)
+        find_best = self.history.best_step if self.history.name else None
+        self.checkpoints = CheckpointManager(workdir, config.checkpoint.keep, find_best=find_best)
+        stack.callback(self.checkpoints.close)
         self.saved_at = time.monotonic()
         self.state, loss_window = restore_or_init(self.experiment, self.checkpoints, init)
         if is_primary:
@@ -265,7 +294,10 @@ class _TrainLoop:
             wandb_run=self.wandb_run,
         )
         stack.callback(self.logger.close)
-        self.logger.progress.print(_describe_run(self.experiment, self.start_step, init))
+        is_finished = self.start_step == self.num_steps or has_stopped_early(config, self.history)
+        self.logger.progress.print(
+            _describe_run(self.experiment, self.start_step, init, is_finished)
+        )
         self.bad_images = BadImageLog(
             workdir,
             self.start_step,
@@ -288,22 +320,25 @@ class _TrainLoop:
         step = self.start_step
         scores: dict[str, EvalMetrics] = {}
         failures: dict[str, EvalFailure] = {}
-        if step == self.num_steps:
-            self.evaluate(step, self.evaluators, scores, failures)
-        elif step:
-            self.evaluate(step, self.find_missing_evals(step), scores, failures)
-        for step, batch in self.iter_batches():
+        evaluated: list[str] = []
+        if step:
+            is_last = step == self.num_steps
+            evaluated = [*self.evaluators] if is_last else self.find_missing_evals(step)
+            self.evaluate(step, evaluated, scores, failures)
+        stops_early = self.should_stop_early(step)
+        for step, batch in () if stops_early else self.iter_batches():
             self.take_step(step, batch)
             is_last = step == self.num_steps
             is_stopping, is_late = self.sync_hosts(step)
+            evaluated = self.list_due_evals(step)
             is_saving = (
                 is_last
                 or is_stopping
                 or is_late
                 or _is_due(step, self.config.checkpoint.every_steps)
+                or self.best_eval in evaluated
             )
-            due_evals = self.list_due_evals(step)
-            if due_evals or is_saving:
+            if evaluated or is_saving:
                 self.check_finite(step)
             with self.logger.progress.pause():
                 # Before the evaluations: a preempted machine leaves less time than they may take.
@@ -311,11 +346,20 @@ class _TrainLoop:
                 if is_saving:
                     self.save(step)
                 if is_last or not is_stopping:
-                    self.evaluate(step, due_evals, scores, failures)
+                    self.evaluate(step, evaluated, scores, failures)
             if is_stopping:
                 break
-        is_finished, signaled = step == self.num_steps, self.shutdown.received
-        if signaled is not None and not is_finished:
+            if stops_early := self.should_stop_early(step):
+                break
+        if stops_early:
+            self.print_early_stop(step)
+            # As at the last step.
+            rest = [name for name in self.evaluators if name not in evaluated]
+            self.evaluate(step, rest, scores, failures)
+        is_finished, signaled = stops_early or step == self.num_steps, self.shutdown.received
+        if is_finished:
+            self.checkpoints.delete_outdated()
+        elif signaled is not None:
             # Callers other than `mixer_jax.main` print nothing else about it.
             self.logger.progress.print(f"{signaled.name}: stopped after step {step:,}")
         self.bad_images.print_summary()
@@ -323,7 +367,15 @@ class _TrainLoop:
             raise RunError(self.bad_images.stop_message(self.saved_step))
         if not is_finished:
             scores, failures = {}, {}
-        return TrainResult(step, self.num_steps, scores, signaled, failures)
+        return TrainResult(
+            step,
+            self.num_steps,
+            scores,
+            signaled,
+            failures,
+            stopped_early=stops_early,
+            best=self.find_best_checkpoint(),
+        )
 
     def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
         """Draws the curves of a run, and passes its result on to Weights & Biases."""
@@ -428,6 +480,41 @@ class _TrainLoop:
         )
         return [name for name in names if name not in logged]
 
+    def read_history(self) -> MetricHistory:
+        """Reads the values of `checkpoint.best_metric` up to the step that the run resumes at."""
+        name = self.config.checkpoint.best_metric
+        lines = read_metrics(self.workdir) if name and self.start_step else []
+        return MetricHistory(name, (line for line in lines if line["step"] <= self.start_step))
+
+    @property
+    def best_eval(self) -> str:
+        """Evaluation of `checkpoint.best_metric`; empty if there is none."""
+        return self.history.name.rpartition("/")[0]
+
+    def should_stop_early(self, step: int) -> bool:
+        """Returns whether the run ends at a step before its last one; the same on all hosts."""
+        return step < self.num_steps and has_stopped_early(self.config, self.history)
+
+    def print_early_stop(self, step: int) -> None:
+        """Prints that training has stopped early, and why."""
+        name, best = self.history.name, self.history.best_step()
+        found = "it has had no finite value"
+        if best is not None:
+            found = f"the best is {format_value(name, self.history.values[best])} at step {best:,}"
+        delta = self.config.early_stopping_min_delta
+        by = f" by more than {delta:g}" if delta else ""
+        self.logger.progress.print(
+            f"stopped early at step {step:,} of {self.num_steps:,}: {name} has not improved{by} in "
+            f"{self.config.early_stopping_patience:,} evaluations; {found}"
+        )
+
+    def find_best_checkpoint(self) -> BestCheckpoint | None:
+        """Finds the best checkpoint, which is on disk once all saves have ended."""
+        step = self.history.best_step(self.checkpoints.all_steps()) if self.history.name else None
+        if step is None:
+            return None
+        return BestCheckpoint(step, self.history.name, self.history.values[step])
+
     def evaluate(
         self,
         step: int,
@@ -453,7 +540,12 @@ class _TrainLoop:
                 self.logger.progress.print(f"step {step:,}: {name} failed: {message}")
             else:
                 scores[name] = result
-                self.logger.log_eval(step, name, result.as_dict(), result.format_progress())
+                metrics = result.as_dict()
+                self.logger.log_eval(step, name, metrics, result.format_progress())
+                if name == self.best_eval:
+                    value = metrics[self.history.name.rpartition("/")[2]]
+                    # That of the primary process, which is logged.
+                    self.history.add(step, multihost.compute_once(functools.partial(float, value)))
 
     def run_evaluator(self, name: str) -> EvalMetrics:
         """Runs an evaluation; raises RunError if the memory of a device is full."""
@@ -481,12 +573,48 @@ def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _describe_run(experiment: Experiment, start_step: int, init: InitSource | None) -> str:
+def _add_class_weights(
+    config: RunConfig, datasets: RunDatasets, init: InitSource | None
+) -> RunDatasets:
+    """Adds the class weights of the recipe, if any; all hosts must call it together.
+
+    A run that resumes takes those of its checkpoint: reading all labels may take long.
+    """
+    if config.recipe.class_weights == "none":
+        return datasets
+    if init is not None and init.metadata is not None:
+        saved = get_metadata(init.metadata, "class_weights", "the checkpoint")
+        return datasets._replace(class_weights=np.array(saved, np.float32))
+    train, num_threads = datasets.train, config.loader.num_threads
+    if multihost.is_primary_process():
+        print(f"class weights: reading {len(train):,} labels", flush=True)
+    weights = multihost.compute_once(lambda: balanced_class_weights(train, num_threads))
+    return datasets._replace(class_weights=weights)
+
+
+def _describe_class_weights(datasets: RunDatasets) -> str:
+    """Formats a line with the range of the class weights, if any."""
+    weights, names = datasets.class_weights, datasets.train.class_names
+    if weights is None:
+        return ""
+    found = np.flatnonzero(weights)
+    low, high = found[weights[found].argmin()], found[weights[found].argmax()]
+    text = (
+        f"class weights: {weights[low]:.4g} ({names[low]}) to {weights[high]:.4g} ({names[high]})"
+    )
+    if num_absent := len(weights) - len(found):
+        text += f", {num_absent:,} classes without training images"
+    return f"{text}\n"
+
+
+def _describe_run(
+    experiment: Experiment, start_step: int, init: InitSource | None, is_finished: bool
+) -> str:
     """Formats model, data, devices and, in the last line, the status of a run."""
     config, info, mesh = experiment.config, experiment.model_info, experiment.mesh
     train, num_steps = experiment.datasets.train, experiment.num_steps
     notes = "".join(f"{note}\n" for note in experiment.datasets.notes)
-    if start_step == num_steps:
+    if is_finished:
         status = "training is finished: evaluating the last checkpoint"
     else:
         if start_step:
@@ -495,16 +623,38 @@ def _describe_run(experiment: Experiment, start_step: int, init: InitSource | No
             start = f"starting training: {num_steps:,} steps"
         images = f"{config.batch_size:,} images per step"
         status = f"{start}, {images}; the first step includes compilation"
+    labels = "classes, any number per image" if train.multi_label else "classes"
     return (
         f"{get_family(info.family).full_name(info.variant)}, "
         f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
-        f"{train.name}: {len(train):,} images, {train.num_classes:,} classes\n"
+        f"{_describe_layers(experiment)}"
+        f"{train.name}: {len(train):,} images, {train.num_classes:,} {labels}\n"
         f"{notes}"
+        f"{_describe_class_weights(experiment.datasets)}"
         f"{mesh.size} × {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )
+
+
+def _describe_layers(experiment: Experiment) -> str:
+    """Formats lines about frozen parameters, and about layer-wise learning rates."""
+    optimizer, info = experiment.config.optimizer, experiment.model_info
+    family, lines = get_family(info.family), ""
+    if optimizer.freeze_patterns:
+        size = (experiment.config.image_size, info.num_classes)
+        num_frozen = count_frozen(optimizer.freeze_patterns, family, info.config, *size)
+        lines += (
+            f"{_num_params(experiment) - num_frozen:,} parameters are trained, {num_frozen:,} are "
+            f"frozen ({optimizer.freeze})\n"
+        )
+    if optimizer.layer_decay < 1:
+        factors = layer_factors(optimizer.layer_decay, family, info.config)
+        first, *blocks, head = (f"{layer} {factor:.3g}" for layer, factor in factors.items())
+        middle = blocks if len(blocks) < 3 else [f"{blocks[0]} to {blocks[-1]}"]
+        lines += f"learning-rate factors: {', '.join([first, *middle, head])}\n"
+    return lines
 
 
 def _num_params(experiment: Experiment) -> int:

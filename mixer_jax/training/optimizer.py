@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
 from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.models.family import MatrixAxes, ModelFamily, Path
+from mixer_jax.models.param_groups import frozen_blocks, learning_rate_factors
 
 # RMS of an update of Muon, as of AdamW's in practice, so that both take the same learning rate and
 # weight decay (arXiv 2502.16982, Section 2.2).
@@ -83,12 +85,22 @@ def _cool_down(
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, family: ModelFamily
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    family: ModelFamily,
+    architecture: Any = None,
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
     Weight decay is multiplied by the scheduled learning rate (AdamW's convention). Stacked
-    parameters are updated as if the arrays of each block were separate.
+    parameters are updated as if the arrays of each block were separate. Arrays that are frozen as a
+    whole have no state; `train_step` keeps the values of all frozen parameters.
+
+    Args:
+        config: Config of the optimizer.
+        schedule: Learning rate by step.
+        family: Family of the model.
+        architecture: Its architecture config, for layer decay and freezing.
     """
     mask = functools.partial(weight_decay_mask, family=family)
     steps = [
@@ -99,7 +111,46 @@ def make_optimizer(
     if config.name == "lamb":
         # The norm of an update includes weight decay.
         steps.append(apply_per_block(optax.scale_by_trust_ratio(), family))
-    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    if config.layer_decay < 1:
+        factors = functools.partial(learning_rate_factors, config.layer_decay, family, architecture)
+        steps.append(
+            optax.stateless(
+                lambda updates, params: _map_by_path(
+                    lambda path, update: update * _per_block(factors(path), update), updates
+                )
+            )
+        )
+    tx = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    if not config.freeze_patterns:
+        return tx
+    return optax.masked(
+        tx,
+        lambda params: jax.tree.map(
+            lambda frozen: not frozen.all(), frozen_mask(params, config, family, architecture)
+        ),
+    )
+
+
+def frozen_mask(
+    params: Any, config: OptimizerConfig, family: ModelFamily, architecture: Any
+) -> Any:
+    """Builds a tree like `params` of boolean arrays that are True where parameters are frozen.
+
+    Their shapes broadcast to those of the parameters. Returns None if no parameter is frozen.
+    """
+    patterns = config.freeze_patterns
+    if not patterns:
+        return None
+    return _map_by_path(
+        lambda path, array: _per_block(frozen_blocks(patterns, family, architecture, path), array),
+        params,
+    )
+
+
+def _per_block(values: Sequence[bool] | Sequence[float], array: Any) -> np.ndarray:
+    """Converts a value per block, or a single one, to an array that broadcasts to a parameter."""
+    dtype = np.float32 if isinstance(values[0], float) else np.bool_
+    return np.asarray(values, dtype).reshape(-1, *(1,) * (array.ndim - 1))
 
 
 def _scale_by_name(config: OptimizerConfig, family: ModelFamily) -> optax.GradientTransformation:

@@ -31,9 +31,10 @@ from mixer_jax.distributed.sharding import (
     state_sharding,
 )
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.classification import ClassificationMetrics, evaluate, make_eval_step
+from mixer_jax.evaluation.classification import ClassificationMetrics, make_evaluator
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
+from mixer_jax.evaluation.multi_label import MultiLabelMetrics
 from mixer_jax.evaluation.probes import (
     LazyLabels,
     ProbeConfig,
@@ -43,9 +44,10 @@ from mixer_jax.evaluation.probes import (
 )
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.param_groups import check_freeze
 from mixer_jax.models.registry import build_model, get_family
 from mixer_jax.training.datasets import RunDatasets
-from mixer_jax.training.optimizer import make_optimizer, make_schedule
+from mixer_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from mixer_jax.training.step import (
     Metrics,
     TrainState,
@@ -54,7 +56,7 @@ from mixer_jax.training.step import (
     update_norm,
 )
 
-EvalMetrics = ClassificationMetrics | ProbeMetrics
+EvalMetrics = ClassificationMetrics | MultiLabelMetrics | ProbeMetrics
 # From parameters to metrics.
 Evaluator = Callable[[Any], EvalMetrics]
 
@@ -104,7 +106,8 @@ def build_experiment(
 
     Raises:
         UserError: The batch cannot be split over the devices, warmup is longer than the run, it
-            does not have the steps to profile, or the backend is for other devices.
+            does not have the steps to profile, the backend is for other devices, or a pattern of
+            frozen parameters matches none.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
     check_schedule(config, num_steps)
@@ -118,8 +121,11 @@ def build_experiment(
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
-    tx = make_optimizer(config.optimizer, schedule, family)
+    patterns = config.optimizer.freeze_patterns
+    check_freeze(patterns, family, model_info.config, config.image_size)
+    tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
 
+    class_weights = datasets.class_weights
     has_ema = config.recipe.ema_decay > 0
     make_state = functools.partial(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
@@ -135,7 +141,18 @@ def build_experiment(
         model_info,
         state_shape=abstract_state(shape, sharding),
         create_state=jax.jit(make_state, out_shardings=sharding),
-        train_step=jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh),
+        train_step=jit_train_step(
+            config.recipe,
+            config.seed,
+            sharding,
+            model,
+            tx,
+            schedule,
+            mesh,
+            class_weights,
+            sam_rho=config.optimizer.sam_rho,
+            frozen=frozen_mask(shape.params, config.optimizer, family, model_info.config),
+        ),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
         ),
@@ -147,6 +164,7 @@ def build_experiment(
             "num_steps": num_steps,
             "num_train_examples": len(datasets.train),
             "train_data": dict(datasets.fingerprint),
+            "class_weights": None if class_weights is None else class_weights.tolist(),
             "config": config.to_dict(),
             "versions": {"mixer_jax": mixer_jax.__version__, "jax": jax.__version__},
         },
@@ -194,15 +212,15 @@ def make_evaluators(experiment: Experiment) -> dict[str, Evaluator]:
         config.preprocess.eval_crop_fraction,
         PixelPermutation.from_config(config.preprocess),
     )
-    eval_step = make_eval_step(experiment.model, mesh)
+    evaluate = make_evaluator(
+        experiment.model, mesh, input_config, experiment.model_info.multi_label
+    )
     feature_fn = make_feature_fn(experiment.model, mesh)
     evaluators: dict[str, Evaluator] = {}
     for name, entry in config.evals.items():
         source = datasets.evals[name]
         if entry.type == "classify":
-            evaluators[name] = functools.partial(
-                evaluate, eval_step, source=source, mesh=mesh, input_config=input_config
-            )
+            evaluators[name] = functools.partial(evaluate, source)
             continue
         train = datasets.probe_train[name]
         probe = ProbeConfig(entry.type, entry.shot_counts, tuple(range(entry.num_seeds)))
@@ -231,21 +249,28 @@ def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
-    """Computes the model FLOPs of training on one image: three times those of a forward pass."""
+    """Computes the model FLOPs of training on one image: three times those of a forward pass.
+
+    SAM computes two gradients.
+    """
     info = experiment.model_info
     family = get_family(info.family)
-    return 3 * family.forward_flops(info.config, info.image_size, info.num_classes)
+    num_gradients = 2 if experiment.config.optimizer.sam_rho else 1
+    return 3 * num_gradients * family.forward_flops(info.config, info.image_size, info.num_classes)
 
 
 def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict[str, float]:
-    """Computes throughput in total and per device, and MFU on devices of known peak FLOP/s."""
+    """Computes throughput in total and per device, and MFU on devices of known peak FLOP/s.
+
+    Without MFU if parameters are frozen, because the FLOPs depend on which.
+    """
     per_device = images_per_second / experiment.mesh.size
     metrics = {
         "images_per_second": images_per_second,
         "images_per_second_per_device": per_device,
     }
     peak = peak_flops(jax.devices()[0].device_kind)
-    if peak:
+    if peak and not experiment.config.optimizer.freeze_patterns:
         metrics["model_flops_utilization"] = train_flops_per_image(experiment) * per_device / peak
     return metrics
 
@@ -294,6 +319,7 @@ def make_model_info(
         loss=config.recipe.loss,
         dtype=config.model.dtype,
         permutation=PixelPermutation.from_config(config.preprocess),
+        multi_label=datasets.train.multi_label,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, list_saved_steps
+from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, CONFIG_FILE, list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.data.names import PATH_PREFIXES
@@ -27,9 +27,10 @@ from mixer_jax.errors import (
 )
 from mixer_jax.files import atomic_write, file_lock, read_json_lines
 
-CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.txt"
 STARTS_FILE = "starts.jsonl"
+# Table of the runs of several seeds, in the folder that has their workdirs.
+SEEDS_FILE = "seeds.json"
 LOCK_FILE = ".lock"
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
@@ -49,6 +50,20 @@ def resolve_workdir(workdir: str) -> str:
             "the working directory."
         )
     return workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+
+
+def seed_workdir(workdir: str, seed: int) -> str:
+    """Returns the workdir of one of the runs with several seeds."""
+    return f"{workdir.rstrip('/')}/seed{seed}"
+
+
+def check_seeds_workdir(workdir: str) -> None:
+    """Raises UserError if the folder for runs of several seeds has a run itself."""
+    if (epath.Path(workdir) / CONFIG_FILE).exists() or list_saved_steps(workdir):
+        raise UserError(
+            f"workdir {workdir!r} must not have a run itself with --seeds, whose runs are in "
+            f"folders of it such as {seed_workdir(workdir, 0)}. {_OTHER_WORKDIR}."
+        )
 
 
 @contextlib.contextmanager
@@ -100,6 +115,11 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
         UserError: The folder cannot be written, or has checkpoints of another experiment.
     """
     _check_writable(workdir)
+    if (epath.Path(workdir) / SEEDS_FILE).exists():
+        raise UserError(
+            f"workdir {workdir!r} has runs of several seeds ({SEEDS_FILE}). {_OTHER_WORKDIR}, or "
+            "pass --seeds."
+        )
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         if list_saved_steps(workdir):

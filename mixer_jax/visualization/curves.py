@@ -16,6 +16,7 @@ from mixer_jax.training.workdir import resolve_workdir
 from mixer_jax.visualization.figures import make_figure, render_figure
 
 MFU = "model_flops_utilization"
+_MAP = "mean_average_precision"
 # Panels of curves.png.
 _CURVES_PANELS = ("loss", "learning rate", "accuracy (%)")
 _LINE_STYLES = ("-", "--", ":", "-.")
@@ -59,9 +60,8 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> Any:
     for axes, title in zip(figure.subplots(1, 3), _CURVES_PANELS, strict=True):
         keys = panels[title]
         for key in keys:
-            _plot_metric(axes, lines, key, label=key.removesuffix("/top1"))
-        if len(keys) > 1:
-            axes.legend()
+            _plot_metric(axes, lines, key, label=_format_key(key))
+        _add_legend(axes, keys)
         _finish_panel(axes, title)
     return figure
 
@@ -83,10 +83,9 @@ def draw_panel(
     for lines, color in zip(runs, colors, strict=True):
         for key, style in styles.items():
             _plot_metric(axes, lines, key, color=color, linestyle=style)
-    if len(keys) > 1:
-        for key, style in styles.items():
-            axes.plot([], [], color="gray", linestyle=style, label=key.removesuffix("/top1"))
-        axes.legend()
+    for key, style in styles.items():
+        axes.plot([], [], color="gray", linestyle=style, label=_format_key(key))
+    _add_legend(axes, keys)
     _finish_panel(axes, title)
     return figure
 
@@ -131,6 +130,17 @@ def _plot_metric(axes: Any, lines: Sequence[dict[str, Any]], key: str, **style: 
     )
 
 
+def _format_key(key: str) -> str:
+    """Formats a metric of a panel for its legend."""
+    return key.removesuffix("/top1").replace(f"/{_MAP}", " mAP")
+
+
+def _add_legend(axes: Any, keys: Sequence[str]) -> None:
+    """Adds a legend unless the title of the panel says what its only metric is."""
+    if len(keys) > 1 or any(key.endswith(_MAP) for key in keys):
+        axes.legend()
+
+
 def _finish_panel(axes: Any, title: str) -> None:
     positive = [value for line in axes.lines for value in line.get_ydata() if value > 0]
     # A few short intervals can have a throughput far above the others.
@@ -144,6 +154,6 @@ def _finish_panel(axes: Any, title: str) -> None:
 
 
 def is_accuracy(key: str) -> bool:
-    """Returns whether a metric is an accuracy: of the head, or of a probe."""
+    """Returns whether a metric is an accuracy of the head or of a probe, or mAP."""
     evaluation, _, name = key.rpartition("/")
-    return bool(evaluation) and (name in ("top1", "linear", "knn") or name.endswith("_shot"))
+    return bool(evaluation) and (name in ("top1", _MAP, "linear", "knn") or name.endswith("_shot"))

@@ -5,7 +5,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from mixer_jax.visualization.html import encode_figure, encode_thumbnail, render
 PAGE, PREDICTIONS, METRICS = "index.html", "predictions.csv", "metrics.json"
 # Number of classes that occur, up to which the confusion matrix is a table, or a picture.
 _MAX_TABLE_CLASSES, _MAX_PICTURE_CLASSES = 25, 200
-_NUM_PAIRS, _NUM_MISTAKES, _NUM_ERRORS = 50, 48, 50
+_NUM_PAIRS, NUM_MISTAKES, NUM_ERRORS = 50, 48, 50
 # Spreadsheet programs run a cell as a formula if its text begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -71,7 +71,7 @@ def write_report(
     pairs = confused_pairs(labels, predicted)
     is_correct = predictions.rank[mask] == 0
     bins = calibration_bins(predictions.confidence[mask], is_correct)
-    shown = predictions._replace(names=_remove_folder(predictions.names))
+    shown = predictions._replace(names=remove_folder(predictions.names))
     names = [label_class(name) for name in source.class_names]
     page = render_page(
         "evaluation.html",
@@ -92,7 +92,7 @@ def write_report(
         num_mistakes=f"{int((labels != predicted).sum()):,}",
         error_rows=[
             [shown.names[index], reason]
-            for index, reason in list(shown.errors.items())[:_NUM_ERRORS]
+            for index, reason in list(shown.errors.items())[:NUM_ERRORS]
         ],
         num_errors=f"{len(predictions.errors):,}",
     )
@@ -112,13 +112,32 @@ def write_report(
         ],
         "calibration_bins": [bin._asdict() for bin in bins],
     }
+    write_files(path, page, summary, _prediction_rows(predictions, source.class_names))
+
+
+def write_files(
+    path: Path, page: str, summary: dict[str, Any], rows: Iterable[Sequence[str]]
+) -> None:
+    """Writes the files of a report as a new folder, completely or not at all.
+
+    Args:
+        path: Folder, which must be empty if it exists.
+        page: HTML of the page.
+        summary: Content of `metrics.json`.
+        rows: Lines of `predictions.csv`.
+
+    Raises:
+        DiskFullError: The folder cannot be written for lack of space.
+        RunError: The folder cannot be written.
+    """
     try:
         with atomic_folder(path.absolute()) as folder:
             (folder / PAGE).write_text(page, encoding="utf-8")
             (folder / METRICS).write_text(
                 json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
             )
-            _write_predictions(folder / PREDICTIONS, predictions, source.class_names)
+            with (folder / PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
         if reason := no_space_reason(error):
             raise DiskFullError(
@@ -235,7 +254,7 @@ def _format_pairs(
     return rows
 
 
-def _remove_folder(names: list[str]) -> list[str]:
+def remove_folder(names: list[str]) -> list[str]:
     """Removes the folder that all paths share, so that the page can be sent to others."""
     if len(names) < 2 or not all(map(os.path.isabs, names)):
         return [os.path.basename(name) if os.path.isabs(name) else name for name in names]
@@ -247,15 +266,11 @@ def _show_mistakes(
     source: Source, predictions: Predictions, names: Sequence[str], exif_orientation: bool
 ) -> Iterator[dict[str, Any]]:
     """Lists the most confident mistakes with their images, except those deleted since."""
-    for index in worst_mistakes(predictions, _NUM_MISTAKES).tolist():
-        uri = ""
-        with contextlib.suppress(BadImageError):
-            encoded = source.examples[index]["image"]
-            uri = encode_thumbnail(decode(encoded, exif_orientation=exif_orientation))
+    for index in worst_mistakes(predictions, NUM_MISTAKES).tolist():
         label, predicted = predictions.labels[index], predictions.predicted[index]
         probability = math.exp(predictions.log_likelihood[index])
         yield {
-            "uri": uri,
+            "uri": read_thumbnail(source, index, exif_orientation),
             "name": predictions.names[index],
             "predicted": names[predicted],
             "confidence": f"{predictions.confidence[index]:.1%}",
@@ -264,9 +279,17 @@ def _show_mistakes(
         }
 
 
-def _write_predictions(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Writes one line per image, with the probabilities of all or of the most probable classes."""
-    names = [_escape_formula(name) for name in class_names]
+def read_thumbnail(source: Source, index: int, exif_orientation: bool) -> str:
+    """Reads an image as the URI of its thumbnail; "" if it has been deleted."""
+    with contextlib.suppress(BadImageError):
+        encoded = source.examples[index]["image"]
+        return encode_thumbnail(decode(encoded, exif_orientation=exif_orientation))
+    return ""
+
+
+def _prediction_rows(predictions: Predictions, class_names: Sequence[str]) -> Iterator[list[str]]:
+    """Yields one line per image, with the probabilities of all or of the most probable classes."""
+    names = [escape_formula(name) for name in class_names]
     num_top = predictions.top_classes.shape[1]
     has_all = len(names) <= MAX_ALL_CLASSES
     header = ["image", "label", "prediction", "label_probability", "error"]
@@ -277,33 +300,29 @@ def _write_predictions(path: Path, predictions: Predictions, class_names: Sequen
             f"{part}_{k}" for k in range(1, num_top + 1) for part in ("class", "probability")
         ]
     likelihood = np.exp(predictions.log_likelihood)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for index, image in enumerate(predictions.names):
-            row = [_escape_formula(image)]
-            if not predictions.mask[index]:
-                writer.writerow(
-                    [*row, "", "", "", predictions.errors[index]] + [""] * (len(header) - 5)
-                )
-                continue
-            classes = predictions.top_classes[index]
-            probabilities = predictions.top_probabilities[index]
-            row += [
-                names[predictions.labels[index]],
-                names[classes[0]],
-                f"{likelihood[index]:.6g}",
-                "",
-            ]
-            if has_all:
-                row += [f"{p:.6g}" for p in probabilities[np.argsort(classes)].tolist()]
-            else:
-                for k, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
-                    row += [names[k], f"{p:.6g}"]
-            writer.writerow(row)
+    yield header
+    for index, image in enumerate(predictions.names):
+        row = [escape_formula(image)]
+        if not predictions.mask[index]:
+            yield [*row, "", "", "", predictions.errors[index]] + [""] * (len(header) - 5)
+            continue
+        classes = predictions.top_classes[index]
+        probabilities = predictions.top_probabilities[index]
+        row += [
+            names[predictions.labels[index]],
+            names[classes[0]],
+            f"{likelihood[index]:.6g}",
+            "",
+        ]
+        if has_all:
+            row += [f"{p:.6g}" for p in probabilities[np.argsort(classes)].tolist()]
+        else:
+            for k, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
+                row += [names[k], f"{p:.6g}"]
+        yield row
 
 
-def _escape_formula(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Prefixes an apostrophe to a text that spreadsheet programs would run as a formula."""
     if not text.startswith(_FORMULA_STARTS):
         return text

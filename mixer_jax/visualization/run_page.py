@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import mixer_jax
+from mixer_jax.checkpoints.best import MetricHistory, format_metric, has_stopped_early
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, from_dict
@@ -76,10 +77,23 @@ class Run:
         return self.starts[-1].get("num_steps", configured) if self.starts else configured
 
     @property
+    def history(self) -> MetricHistory:
+        """Values of `checkpoint.best_metric`."""
+        return MetricHistory(self.config["checkpoint"]["best_metric"], self.lines)
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """True if `early_stopping_patience` ends the run at its last step."""
+        # The config of a run that cannot stop early may be of a version with other keys.
+        is_possible = self.config["early_stopping_patience"] and self.step != self.num_steps
+        return bool(is_possible) and has_stopped_early(from_dict(self.config), self.history)
+
+    @property
     def is_finished(self) -> bool:
-        """True if the last step is taken and saved, and no process is training."""
-        is_saved = self.num_steps in self.saved_steps or not self.saved_steps
-        return self.step == self.num_steps and is_saved and not self.is_training
+        """True if the run has ended at a step that is saved, and no process is training."""
+        is_saved = self.step in self.saved_steps or not self.saved_steps
+        has_ended = self.step == self.num_steps or self.has_stopped_early
+        return has_ended and is_saved and not self.is_training
 
     @property
     def state(self) -> str:
@@ -93,14 +107,23 @@ class Run:
     @property
     def progress(self) -> str:
         """Last step, and the number of steps if it is known."""
-        return f"{self.step:,}" + (f" of {self.num_steps:,}" if self.num_steps else "")
+        end = ", stopped early" if self.has_stopped_early else ""
+        return f"{self.step:,}" + (f" of {self.num_steps:,}" if self.num_steps else "") + end
+
+    @property
+    def best_checkpoint(self) -> str:
+        """Step and value of the best checkpoint; empty if the run has none."""
+        step = self.history.best_step(self.saved_steps)
+        if step is None:
+            return ""
+        return f"step {step:,}, {format_metric(self.history.name, self.history.values[step])}"
 
     @property
     def missing_evals(self) -> list[str]:
         """Evaluations without a result at the last step of a finished run."""
         if not self.is_finished:
             return []
-        last = {key for line in self.lines if line["step"] == self.num_steps for key in line}
+        last = {key for line in self.lines if line["step"] == self.step for key in line}
         logged = {key.rpartition("/")[0] for key in last}
         return [name for name in self.config["evals"] if name not in logged]
 
@@ -202,8 +225,9 @@ def load_examples(runs: Sequence[Run]) -> list[Examples]:
 
 def _affects_batches(key: str) -> bool:
     sections = ("dataset.", "mixture.", "preprocess.")
-    keys = ("batch_size", "image_size", "seed", "recipe.mixup", "recipe.label_smoothing")
-    return key.startswith(sections) or key in (*keys, "recipe.min_target")
+    keys = ("batch_size", "image_size", "seed", "recipe.label_smoothing", "recipe.min_target")
+    mixing = ("recipe.mixup", "recipe.cutmix", "recipe.mixup_switch_prob")
+    return key.startswith(sections) or key in (*keys, *mixing)
 
 
 def _load_examples(group: Sequence[Run]) -> Examples:
@@ -294,6 +318,7 @@ def _list_facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("state", run.state),
         ("step", run.progress),
+        ("best checkpoint", run.best_checkpoint or "–"),
         ("model", str(start.get("model", "–"))),
         ("parameters", _format_value(start.get("num_parameters", "–"))),
         ("data", str(start.get("train_data", "–"))),
@@ -349,14 +374,14 @@ def _draw_panels(runs: Sequence[Run], colors: Sequence[str]) -> list[dict[str, s
 
 
 def _metric_rows(runs: Sequence[Run]) -> list[list[Any]]:
-    """Lists the last value of every metric, and the best of every accuracy, by run."""
+    """Lists the last value of every metric, and the best of accuracies and best metrics, by run."""
     keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
     rows = []
     for key in [key for key in keys if key not in ("step", *TIMINGS)]:
         values = [last_by_step(run.lines, key) for run in runs]
         rows.append([key, *(_format_last(key, points) for points in values)])
-        if is_accuracy(key):
-            rows.append([f"{key}, best", *(_format_best(key, points) for points in values)])
+        if is_accuracy(key) or any(key == run.history.name for run in runs):
+            rows.append([f"{key}, best", *(_format_best(key, run.lines) for run in runs)])
     return rows
 
 
@@ -364,9 +389,10 @@ def _format_last(key: str, points: dict[int, float]) -> Any:
     return _format_point(key, points, max(points)) if points else ""
 
 
-def _format_best(key: str, points: dict[int, float]) -> Any:
-    # The first step of the best value.
-    return _format_point(key, points, max(points, key=points.__getitem__)) if points else ""
+def _format_best(key: str, lines: Sequence[dict[str, Any]]) -> Any:
+    history = MetricHistory(key, lines)
+    step = history.best_step()
+    return "" if step is None else _format_point(key, history.values, step)
 
 
 def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.Markup:
@@ -376,7 +402,8 @@ def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.M
 
 def _format_number(key: str, value: float) -> markupsafe.Markup:
     """Formats a metric for reading, with its exact value as an attribute."""
-    if is_accuracy(key) or key.endswith("/top5") or key == MFU:
+    is_fraction = key.endswith(("/top5", "/micro_average_precision"))
+    if is_accuracy(key) or is_fraction or key == MFU:
         text = f"{value:.2%}"
     elif key in TIMINGS:
         text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

@@ -8,15 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 
-from mixer_jax.config.schema import RunConfig
+from mixer_jax.config.schema import RecipeConfig, RunConfig
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
 from mixer_jax.models.layers import normalize_images
 from mixer_jax.training.setup import train_preprocess_args
-from mixer_jax.training.step import apply_mixup, sample_mixup, smooth_labels, step_rngs
+from mixer_jax.training.step import (
+    MixupWeights,
+    apply_mixup,
+    sample_mixup,
+    smooth_labels,
+    step_rngs,
+)
 from mixer_jax.visualization.figures import DPI, make_figure
 
 # Sizes in inches, and characters per inch.
@@ -28,22 +34,24 @@ _TITLE_CHARS, _LABEL_CHARS = 12, 11
 
 
 class TrainBatchView(NamedTuple):
-    """First images of a training batch, after crop, augmentation and mixup.
+    """First images of a training batch, after crop, augmentation, and mixup or CutMix.
 
     Attributes:
         images: Inputs of the model, in [-1, 1].
         targets: Targets of the loss.
-        labels: Classes of the images.
-        partner_labels: Classes of the images mixed into them; without mixup, equal to `labels`.
-        weight: Weight of each image and its label against those of its partner; 1 without mixup.
+        labels: Classes of the images, multi-hot if they may have any number of labels.
+        partner_labels: Classes of the images mixed into them; without any, equal to `labels`.
+        weight: Weight of each label against that of its partner; 1 without mixup and CutMix.
+        is_cutmix: Whether the partners fill a box (CutMix) or all pixels (mixup).
         bad: Bad images, which other images replace.
     """
 
     images: Float32[np.ndarray, "n s s 3"]
     targets: Float32[np.ndarray, "n classes"]
-    labels: Int32[np.ndarray, " n"]
-    partner_labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | Bool[np.ndarray, "n classes"]
+    partner_labels: Int32[np.ndarray, " n"] | Bool[np.ndarray, "n classes"]
     weight: float
+    is_cutmix: bool
     bad: list[BadImage]
 
 
@@ -51,36 +59,39 @@ def load_train_batch(
     config: RunConfig, source: Source, step: int, num_images: int
 ) -> TrainBatchView:
     """Loads the first images of the batch of `step`, and no others, as the run would."""
-    mixup = config.recipe.mixup
+    recipe = config.recipe
+    has_partners = recipe.mixup > 0 or recipe.cutmix > 0
     # The partner of an image is the one before it, and that of the first image is the last of the
     # batch. With that one in front, rolling these few by one pairs them as rolling the batch does.
-    rows = np.arange(-1 if mixup else 0, num_images) % config.batch_size
+    rows = np.arange(-1 if has_partners else 0, num_images) % config.batch_size
     preprocess = train_preprocess_args(config.preprocess)
     reader = TrainReader(source, config.seed, config.image_size, preprocess)
     arrays, bad = reader(step * config.batch_size + rows)
 
-    def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        recipe = config.recipe
+    def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, MixupWeights]:
         targets = smooth_labels(
             labels, source.num_classes, recipe.label_smoothing, recipe.min_target
         )
-        if not mixup:
-            return normalize_images(images), targets, jnp.ones(())
+        if not has_partners:
+            return normalize_images(images), targets, MixupWeights(jnp.ones(()))
         mixup_rng, _ = step_rngs(config.seed, step)
-        pairs = sample_mixup(mixup_rng, images, targets, mixup)
-        return *apply_mixup(pairs.arrays, pairs.weight), pairs.weight
+        pairs = sample_mixup(mixup_rng, images, targets, recipe)
+        return *apply_mixup(pairs.arrays, pairs.weights), pairs.weights
 
     # Compiled, like the training step, so that the compiler rounds in the same way.
-    images, targets, weight = jax.jit(finish)(arrays["image"], arrays["label"])
+    images, targets, weights = jax.jit(finish)(arrays["image"], arrays["label"])
     labels = arrays["label"]
-    partner_labels = np.roll(labels, 1) if mixup else labels
+    partner_labels = np.roll(labels, 1, axis=0) if has_partners else labels
+    # A weight of mixup is never 0.
+    has_box = weights.pixels is not None and bool((weights.pixels == 0).any())
     first = len(rows) - num_images
     return TrainBatchView(
         np.asarray(images)[first:],
         np.asarray(targets)[first:],
         labels[first:],
         partner_labels[first:],
-        float(weight),
+        float(weights.label),
+        has_box or (recipe.cutmix > 0 and not recipe.mixup),
         bad,
     )
 
@@ -159,17 +170,18 @@ def format_caption(
             f"RandAugment with {preprocess.randaugment_layers} layers of magnitude "
             f"{preprocess.randaugment_magnitude:g}"
         )
+    if preprocess.random_erasing:
+        fill = {"constant": "gray", "random": "a random color", "pixel": "random pixels"}
+        augment += (
+            f"; random erasing of {preprocess.random_erasing:.0%} of the images with "
+            f"{fill[preprocess.random_erasing_mode]}"
+        )
     permutation = {
         "none": "",
         "patches": f"patches of {preprocess.permute_patch_size} pixels permuted; ",
         "pixels": "all pixels permuted; ",
     }[preprocess.permute]
-    labels = "no mixup"
-    if recipe.mixup:
-        labels = (
-            f"mixup {recipe.mixup:g}: {view.weight:.3f} of each image and {1 - view.weight:.3f} of "
-            "the image before it"
-        )
+    labels = _describe_mixup(recipe, view)
     if recipe.label_smoothing:
         labels += f"; label smoothing {recipe.label_smoothing:g}"
     if recipe.min_target:
@@ -186,6 +198,20 @@ def format_caption(
     return title
 
 
+def _describe_mixup(recipe: RecipeConfig, view: TrainBatchView) -> str:
+    names = {"mixup": recipe.mixup, "CutMix": recipe.cutmix}
+    text = " or ".join(f"{name} {alpha:g}" for name, alpha in names.items() if alpha)
+    if not text:
+        return "no mixup"
+    if recipe.mixup and recipe.cutmix:
+        text += f" with probability {recipe.mixup_switch_prob:g}, here "
+        text += "CutMix" if view.is_cutmix else "mixup"
+    text += f": {view.weight:.3f} of each image and "
+    if view.is_cutmix:
+        return text + f"a box with {1 - view.weight:.3f} of the image before it"
+    return text + f"{1 - view.weight:.3f} of the image before it"
+
+
 def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Converts inputs of the model in [-1, 1] to the nearest pixel values."""
     return np.rint((images + 1.0) * 127.5).astype(np.uint8)
@@ -194,18 +220,29 @@ def denormalize(images: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sh
 def format_label(view: TrainBatchView, row: int, class_names: Sequence[str], max_chars: int) -> str:
     """Formats the classes of one image and their targets, one line per class.
 
+    Multi-hot labels have one line per image instead, with all of its classes, and its weight.
+
     Args:
         view: Images from `load_train_batch`.
         row: Index of the image.
         class_names: Name of each class.
         max_chars: Length to which lines are shortened.
     """
-    labels = list(dict.fromkeys((int(view.labels[row]), int(view.partner_labels[row]))))
-    targets = [f" {view.targets[row, label]:.2f}" for label in labels]
-    if targets == [" 1.00"]:
-        targets = [""]
+    pair = view.labels[row], view.partner_labels[row]
+    if view.labels.ndim == 2:
+        members = [[class_names[k] for k in np.flatnonzero(labels).tolist()] for labels in pair]
+        names = [", ".join(map(label_class, found)) or "no label" for found in members]
+        targets = [f" {view.weight:.2f}", f" {1 - view.weight:.2f}"]
+        if view.weight == 1:
+            names, targets = names[:1], [""]
+    else:
+        labels = list(dict.fromkeys(map(int, pair)))
+        names = [label_class(class_names[label]) for label in labels]
+        targets = [f" {view.targets[row, label]:.2f}" for label in labels]
+        if targets == [" 1.00"]:
+            targets = [""]
     lines = []
-    for prefix, label, target in zip(("", "+ "), labels, targets, strict=False):
-        name, room = label_class(class_names[label]), max_chars - len(prefix + target)
+    for prefix, name, target in zip(("", "+ "), names, targets, strict=False):
+        room = max_chars - len(prefix + target)
         lines.append(prefix + (name if len(name) <= room else f"{name[: room - 1]}…") + target)
     return "\n".join(lines)

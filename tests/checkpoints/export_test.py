@@ -59,6 +59,7 @@ def weights() -> PretrainedWeights:
         loss="sigmoid",
         dtype="float32",
         resize_note="tiled from 8 px",
+        multi_label=True,
     )
     weights.params["stem"]["bias"][:4] = (-0.0, 0.0, 1e-42, 3e38)
     return weights

@@ -116,11 +116,16 @@ def test_metadata_of_an_archive_is_used(tmp_path: Path) -> None:
         "eval_crop": "square",
         "exif_orientation": True,
         "dtype": "bfloat16",
+        "multi_label": True,
     }
     weights = random_weights(image_size=(16, 32), class_names=THREE_CLASSES)
     path = save_npz(weights, tmp_path / "Mixer.npz", metadata)
     info = load_checkpoint(path).model_info.to_dict()
     assert {name: info[name] for name in metadata} == metadata
+    # Metadata of older versions does not know several labels.
+    del metadata["multi_label"]
+    path = save_npz(weights, tmp_path / "Mixer.npz", metadata)
+    assert not load_checkpoint(path).model_info.multi_label
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,7 @@ def test_metadata_of_an_archive_is_used(tmp_path: Path) -> None:
         ({"dtype": "int8"}, ["dtype", "int8"]),
         ({"exif_orientation": "yes"}, ["exif_orientation", "yes"]),
         ({"resize_note": 3}, ["resize_note", "3"]),
+        ({"multi_label": "yes"}, ["multi_label", "yes"]),
         ({"num_classes": 5}, ["num_classes", "5", "3"]),
         ({"variant": "B/16"}, ["variant", "B/16", "custom"]),
         ({"config": {"num_blocks": 2}}, ["config", "{'num_blocks': 2}"]),

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.path import async_path
 
+from mixer_jax.checkpoints import manager as manager_module
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.manager import CheckpointManager, abstract_state, save_params_streaming
 from mixer_jax.checkpoints.resolve import find_checkpoint, list_steps
@@ -126,6 +127,58 @@ def test_save_syncs_all_files_before_the_checkpoint_gets_its_name(
     assert log.events[-1] == ("sync", str(tmp_path / "checkpoints"))
     assert ("sync", str(folder / "_CHECKPOINT_METADATA")) in log.events[named:]
     assert list_steps(str(tmp_path)) == [2]
+
+
+def test_the_best_checkpoint_is_kept_next_to_the_newest(tmp_path: Path) -> None:
+    workdir, best = str(tmp_path), 0
+    offered: list[list[int]] = []
+
+    def find_best(steps: Sequence[int]) -> int | None:
+        offered.append([*steps])
+        return best if best in steps else None
+
+    checkpoints = CheckpointManager(workdir, max_to_keep=2, find_best=find_best)
+    kept = []
+    # A step is evaluated after it is saved.
+    for step, best_before in ((1, 0), (2, 1), (3, 1), (4, 1), (5, 4), (6, 4), (7, 4)):
+        best = best_before
+        checkpoints.save(step, {"params": make_tree(step)}, {})
+        checkpoints.wait()
+        kept.append(list_steps(workdir))
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
+    assert offered[-1] == [4, 6, 7] or offered[-1] == [4, 5, 6, 7]
+    # The last step is the best one: nothing is saved after it.
+    best = 7
+    checkpoints.delete_outdated()
+    assert list_steps(workdir) == [6, 7]
+    checkpoints.close()
+    # A later process has the same checkpoints.
+    best = 6
+    checkpoints = CheckpointManager(workdir, max_to_keep=1, find_best=find_best)
+    checkpoints.save(8, {"params": make_tree(8)}, {})
+    checkpoints.close()
+    assert list_steps(workdir) == [6, 8]
+    restored = CheckpointManager(workdir).restore(6, {"params": make_tree(0)})["params"]
+    np.testing.assert_array_equal(restored["kernel"], make_tree(6)["kernel"])
+
+
+def test_nothing_is_deleted_before_the_new_checkpoint_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that fails leaves the checkpoints that it would have replaced."""
+    checkpoints = CheckpointManager(str(tmp_path), max_to_keep=1, find_best=lambda steps: None)
+    checkpoints.save(1, {"params": make_tree(1)}, {})
+    checkpoints.wait()
+
+    def fail(folder: Path, **kwargs: Any) -> None:
+        raise OSError("no space for step 2")
+
+    # Called just before the folder gets its name.
+    monkeypatch.setattr(manager_module, "write_checksums", fail)
+    checkpoints.save(2, {"params": make_tree(2)}, {})
+    with pytest.raises(OSError, match="step 2"):
+        checkpoints.wait()
+    assert list_steps(str(tmp_path)) == [1]
 
 
 def test_restore_shards_arrays_as_requested(run: str) -> None:

@@ -67,6 +67,21 @@ def test_card_has_data_recipe_and_metrics_at_the_step_of_the_weights(tmp_path: P
     assert not any(line.startswith("optimizer.b1") for line in recipe)
 
 
+def test_card_of_a_multi_label_model_has_its_metrics(tmp_path: Path) -> None:
+    config = small_config("").to_dict()
+    weights = random_weights(loss="sigmoid", multi_label=True)
+    workdir = save_run(weights, tmp_path / "run", step=20, config=config)
+    line = {"step": 20, "test/mean_average_precision": 0.75, "test/num_examples": 360.0}
+    Path(workdir, "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+    card, sections = card_of(load_checkpoint(workdir))
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("mean_average_precision", 0.75)
+    assert mentions(sections["Evaluation"], "mean average precision", "75.00%")
+    assert "top-1" not in sections["Evaluation"]
+    assert "probability" in sections["Intended use"]
+    assert "multi-label" in card.text
+
+
 def test_evaluations_at_other_steps_are_not_those_of_the_weights(tmp_path: Path) -> None:
     workdir = saved_run(tmp_path)
     path = Path(workdir, "metrics.jsonl")
@@ -117,6 +132,20 @@ def test_local_paths_are_not_published(tmp_path: Path) -> None:
         assert mentions(sections["Training data"], "my\\_photos")
         assert (init_from in sections["Training data"]) == public
         assert card.data.eval_results[0].dataset_type == "imagefolder"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind"),
+    [("manifest:", "imagefolder"), ("hf:", "parquet"), ("wds:", "webdataset")],
+)
+def test_local_paths_of_other_formats_are_not_published(
+    prefix: str, kind: str, tmp_path: Path
+) -> None:
+    workdir = saved_run(tmp_path, dataset__name=f"{prefix}{SECRET}/my_photos")
+    card, sections = card_of(load_checkpoint(workdir))
+    assert "secret" not in str(card)
+    assert mentions(sections["Training data"], "my\\_photos")
+    assert card.data.eval_results[0].dataset_type == kind
 
 
 def test_card_without_a_run_names_what_is_unknown() -> None:

@@ -1,6 +1,7 @@
 """Tests of names of checkpoints: files, runs, the Hub, and URLs."""
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -21,9 +22,10 @@ from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
 from mixer_jax.checkpoints.resolve import resolve_checkpoint
 from mixer_jax.config.config import parse
 from mixer_jax.config.loading import load_config
+from mixer_jax.config.schema import CheckpointConfig, RunConfig
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.errors import DiskFullError, RunError, UserError
-from mixer_jax.training.workdir import check_workdir
+from mixer_jax.training.workdir import check_workdir, save_config
 from tests.helpers import pretrained_files
 from tests.helpers.hub_cache import COMMIT, GOOGLE, NAME, OTHER_COMMIT, add_to_cache
 from tests.helpers.messages import mentions, raises
@@ -304,6 +306,56 @@ def test_pin_checkpoint_names_the_step_and_the_commit(hub_cache: Path, tmp_path:
     assert_params_equal(load_checkpoint(source, step=step).params, random_weights(seed=0).params)
     with raises(UserError, "someone/other"):
         pin_checkpoint("hf:someone/other")
+
+
+def write_records(workdir: str, best_metric: str, top1: dict[int, float]) -> None:
+    """Writes config.json and metrics.jsonl of a run."""
+    checkpoint = CheckpointConfig(best_metric=best_metric)
+    save_config(workdir, RunConfig(checkpoint=checkpoint))
+    lines = [json.dumps({"step": step, "val/top1": value}) for step, value in top1.items()]
+    Path(workdir, "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_best_is_the_saved_step_with_the_best_logged_value(tmp_path: Path) -> None:
+    run = ""
+    for step in (10, 20, 40):
+        run = save_run(random_weights(seed=step), tmp_path / "run", step=step, keep=3)
+    write_records(run, "val/top1", {10: 0.5, 20: 0.7, 30: 0.9, 40: 0.7})
+    for name in (run, f"{run}/checkpoints", f"{run}/checkpoints/40"):
+        assert resolve_checkpoint(name, "best") == ("run", run, 20)
+    named = f"{run}/checkpoints/best"
+    assert resolve_checkpoint(named) == ("run", run, 20)
+    assert resolve_checkpoint(named, 40) == ("run", run, 40)
+    # The best step may change between the calls of two hosts.
+    source, pinned = pin_checkpoint(named)
+    write_records(run, "val/top1", {10: 0.8, 20: 0.7})
+    assert_params_equal(load_checkpoint(source, step=pinned).params, random_weights(seed=20).params)
+    best = load_checkpoint(run, step="best")
+    assert best.step == 10
+    assert_params_equal(best.params, random_weights(seed=10).params)
+
+
+def test_best_needs_a_metric_with_values(tmp_path: Path) -> None:
+    run = save_run(random_weights(), tmp_path / "run", step=10)
+    for _ in range(2):
+        # Without config.json, and with that of a run without the metric.
+        with raises(UserError, "'best'", "config.checkpoint.best_metric", "10"):
+            resolve_checkpoint(run, "best")
+        write_records(run, "", {10: 0.5})
+    write_records(run, "val/top1", {20: 0.5})
+    with raises(UserError, "'best'", "val/top1", "10"):
+        resolve_checkpoint(f"{run}/checkpoints/best")
+    Path(run, "config.json").write_text("[]")
+    with raises(UserError, "config.json"):
+        resolve_checkpoint(run, "best")
+    with raises(UserError, "steps"):
+        resolve_checkpoint(save_npz(random_weights(), tmp_path / "weights.npz"), "best")
+
+
+def test_a_copy_named_best_is_that_copy(tmp_path: Path) -> None:
+    run = save_run(random_weights(), tmp_path / "run", step=10)
+    shutil.copytree(f"{run}/checkpoints/10", f"{run}/checkpoints/best")
+    assert resolve_checkpoint(f"{run}/checkpoints/best").format == "copy"
 
 
 def record_requests(monkeypatch: pytest.MonkeyPatch, is_offline: bool = False) -> list[str]:

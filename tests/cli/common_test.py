@@ -219,6 +219,21 @@ def test_add_checkpoint_args_leaves_the_metadata_of_the_checkpoint_by_default() 
         parser.parse_args(["--checkpoint=a", "--dtype=auto"])
 
 
+def test_parse_step_reads_an_integer_or_best() -> None:
+    assert (common.parse_step("20"), common.parse_step("best")) == (20, "best")
+    parser = common.ArgumentParser(prog="test")
+    common.add_checkpoint_args(parser)
+    with raises(UserError, "--step", "best", "'newest'"):
+        parser.parse_args(["--checkpoint=a", "--step=newest"])
+
+
+def test_parse_seeds_reads_different_integers() -> None:
+    assert common.parse_seeds("0,7, 3") == (0, 7, 3)
+    for text in ("", "0,0", "0,00", "a", "-1", "1.5", "0,", "4294967296"):
+        with raises(UserError, "--seeds", text or "''"):
+            common.parse_seeds(text)
+
+
 def test_parse_image_size_reads_a_side_or_height_and_width() -> None:
     assert common.parse_image_size("448") == (448, 448)
     assert common.parse_image_size("384x512") == (384, 512)

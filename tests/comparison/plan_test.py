@@ -11,7 +11,6 @@ from mixer_jax.comparison.plan import (
     Variation,
     find_eval_data,
     make_entries,
-    parse_seeds,
     parse_variation,
     scale_num_steps,
     train_flops,
@@ -76,18 +75,14 @@ def test_an_error_of_a_config_names_the_model(tmp_path: Path) -> None:
         entries_of(f"b={config}", num_steps="1")
 
 
-def test_variations_and_seeds_are_parsed() -> None:
+def test_variations_are_parsed() -> None:
     assert parse_variation("optimizer.learning_rate=0.1, 0.3") == Variation(
         "optimizer.learning_rate", ("0.1", "0.3")
     )
     assert parse_variation("config.seed=1").title == "seed"
-    assert parse_seeds("0,7, 3") == (0, 7, 3)
     for text in ("seed", "=1", "seed=", "seed=1,,2", "seed=1,1", "split=a:b,a b"):
         with pytest.raises(UserError, match="--vary"):
             parse_variation(text)
-    for text in ("", "0,0", "a", "-1", "1.5"):
-        with pytest.raises(UserError, match="--seeds"):
-            parse_seeds(text)
 
 
 def test_scaled_steps_give_equal_flops(tmp_path: Path) -> None:

@@ -85,9 +85,25 @@ def test_parse_keeps_every_value(config: ConfigDict) -> None:
         ("num_epochs", float("inf"), ["num_epochs"]),
         ("preprocess.max_shift", 224, ["preprocess.max_shift", "image_size"]),
         ("optimizer.name", "adamax", ["optimizer.name", "adamw", "sgd"]),
+        ("optimizer.sam_rho", -0.1, ["optimizer.sam_rho", "0"]),
+        ("optimizer.layer_decay", 0.0, ["optimizer.layer_decay", "1"]),
+        ("optimizer.layer_decay", 1.5, ["optimizer.layer_decay", "1"]),
+        ("optimizer.freeze", "block.1", ["optimizer.freeze", "'block.1'", "mean blocks.1"]),
+        ("optimizer.freeze", "*", ["optimizer.freeze", "blocks.0", "head"]),
         ("optimizer.cooldown_steps", 5, ["optimizer.cooldown_steps", "'linear'", "rsqrt", "none"]),
         ("evals.test.every_steps", -5, ["evals.test.every_steps"]),
         ("evals.test.shots", "1,zero", ["evals.test.shots"]),
+        ("checkpoint.best_metric", "top1", ["checkpoint.best_metric", "test/top1", "'top1'"]),
+        (
+            "checkpoint.best_metric",
+            "val/top1",
+            ["test/top1", "test/top5", "'val/top1'"],
+        ),
+        ("checkpoint.best_metric", "test/num_bad", ["test/log_likelihood", "'test/num_bad'"]),
+        ("checkpoint.best_metric", "test/top1", ["evals.test.every_steps", "'test/top1'", "0"]),
+        ("early_stopping_patience", 3, ["checkpoint.best_metric", "3", "test/top1"]),
+        ("early_stopping_patience", -1, ["early_stopping_patience", "-1"]),
+        ("early_stopping_min_delta", -0.1, ["early_stopping_min_delta", "-0.1"]),
         ("wandb", "team/mixer", ["config.wandb", "/", "WANDB_ENTITY"]),
         ("wandb", "true", ["config.wandb", "project", "true", "--config.wandb=mixer"]),
         ("wandb", True, ["config.wandb", "string"]),
@@ -104,6 +120,18 @@ def test_parse_names_the_key_and_the_value(
     with raises(UserError, str(value), *parts) as caught:
         parse(config)
     assert "\n" not in str(caught.value)
+
+
+def test_parse_takes_the_metrics_of_every_kind_of_evaluation(config: ConfigDict) -> None:
+    metrics = {"classify": "loss", "few_shot": "25_shot", "linear": "linear", "knn": "knn"}
+    config.evals.test.every_steps = 10
+    for kind, metric in metrics.items():
+        config.evals.test.type = kind
+        config.checkpoint.best_metric = f"test/{metric}"
+        assert parse(config).checkpoint.best_metric == f"test/{metric}"
+    with raises(UserError, "test/knn", "'test/25_shot'"):
+        config.checkpoint.best_metric = "test/25_shot"
+        parse(config)
 
 
 def test_parse_limits_the_length_of_a_project(config: ConfigDict) -> None:
@@ -149,15 +177,25 @@ def test_parse_rejects_a_smallest_target_of_softmax(config: ConfigDict) -> None:
         parse(config)
 
 
+def test_parse_rejects_a_smallest_target_with_class_weights(config: ConfigDict) -> None:
+    config.recipe.class_weights, config.recipe.min_target = "balanced", 1e-4
+    with raises(UserError, "config.recipe.min_target", "0.0001", "balanced"):
+        parse(config)
+    config.recipe.class_weights = "sqrt"
+    with raises(UserError, "config.recipe.class_weights", "balanced", "sqrt"):
+        parse(config)
+
+
 def test_parse_rejects_images_resized_to_less_than_the_crop(config: ConfigDict) -> None:
     config.image_size, config.preprocess.resize_size = 224, 223
     with raises(UserError, "config.preprocess.resize_size", "223", "224"):
         parse(config)
 
 
-def test_parse_needs_two_images_for_mixup(config: ConfigDict) -> None:
-    config.recipe.mixup, config.batch_size = 0.5, 1
-    with raises(UserError, "batch_size", "1", "2", "mixup"):
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_parse_needs_two_images_for_mixup_and_cutmix(config: ConfigDict, name: str) -> None:
+    config.recipe[name], config.batch_size = 0.5, 1
+    with raises(UserError, "batch_size", "1", "2", "mixup", "CutMix"):
         parse(config)
     config.batch_size = 2
     parse(config)

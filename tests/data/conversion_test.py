@@ -96,6 +96,23 @@ def test_tfds_reads_the_result_without_this_package(photos: Path, tmp_path: Path
     assert builder.info.supervised_keys == ("image", "label")
 
 
+def test_several_labels_per_image_become_a_sequence(photos: Path, tmp_path: Path) -> None:
+    rows = [("train/cat/0.jpeg", "cat|dög"), ("train/cat/1.png", ""), ("train/dög/0.jpeg", "dög")]
+    lines = ["path,labels,split", *(f"{path},{labels},train" for path, labels in rows)]
+    lines.append("validation/cat/0.jpeg,cat,validation")
+    (photos / "labels.csv").write_text("\n".join(lines))
+    result = convert_dataset(f"manifest:{photos}/labels.csv", "my_photos", str(tmp_path / "data"))
+    assert result.splits["train"].examples_per_class.tolist() == [1, 2]
+    original = open_dataset(f"manifest:{photos}/labels.csv", "train")
+    converted = open_dataset("my_photos", "train", str(tmp_path / "data"))
+    assert converted.multi_label
+    assert converted.class_names == ("cat", "dög")
+    assert sorted(example["labels"] for example in examples_of(converted)) == [(), (0, 1), (1,)]
+    for before, after in zip(examples_of(original), examples_of(converted), strict=True):
+        assert (before["image"], before["labels"]) == (after["image"], after["labels"])
+        assert after["name"] == f"my_photos train: {os.path.relpath(before['name'], photos)}"
+
+
 def test_held_out_images_become_a_split(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos") / "train"
     convert(photos, tmp_path / "data")

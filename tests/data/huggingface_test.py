@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer_jax.data.decode import BadImageError
+from mixer_jax.data.readers import BadImage
 from mixer_jax.data.registry import list_splits, open_dataset
 from mixer_jax.data.source import Source, describe_changes
 from mixer_jax.errors import UserError
+from tests.helpers.bad_images import reason_of
+from tests.helpers.batches import assert_identical, small_train_batches
 from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions, raises
 
@@ -205,6 +208,32 @@ def test_bad_rows_are_bad_images(tmp_path: Path) -> None:
         open_dataset(name, "test")
 
 
+def test_bad_rows_are_replaced_in_batches(tmp_path: Path) -> None:
+    dataset = make([k % 2 for k in range(10)])
+    rows = dataset.data.table.column("image").to_pylist()
+    rows[3], rows[6] = {"bytes": b"broken", "path": None}, None
+    table = pa.table({"image": rows, "label": dataset["label"][:]}, dataset.features.arrow_schema)
+    (tmp_path / "toy").mkdir()
+    pq.write_table(table, tmp_path / "toy/train.parquet")
+    make([0]).to_parquet(str(tmp_path / "toy/test.parquet"))
+    source = open_dataset(f"hf:{tmp_path / 'toy'}", "train")
+    reports: list[dict[int, list[BadImage]]] = [{}, {}]
+    batches = [
+        small_train_batches(
+            start, 10, examples=source.examples, on_bad_images=report.__setitem__, num_threads=start
+        )
+        for start, report in zip((1, 3), reports, strict=True)
+    ]
+    next(batches[0])
+    next(batches[0])
+    assert_identical(*batches)
+    bad = {image for images in reports[1].values() for image in images}
+    name = f"hf:{tmp_path / 'toy'} train"
+    assert {image.name for image in bad} == {f"{name}, row 3", f"{name}, row 6"}
+    assert BadImage(f"{name}, row 3", reason_of(b"broken")) in bad
+    assert {step: reports[0][step] for step in reports[1]} == reports[1]
+
+
 def test_an_at_sign_selects_the_column_of_the_label(tmp_path: Path) -> None:
     coarse = datasets.ClassLabel(names=["x", "y", "z"])
     fine = make(
@@ -359,6 +388,17 @@ def test_configs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("cifar10", "org/name", "org/name/config@label"):
         assert len(open_dataset(f"hf:{name}", "train")) == 2
     assert requested == [("cifar10",), ("org/name",), ("org/name", "config")]
+
+
+def test_names_on_the_hub_are_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    local = write_hub_layout(tmp_path / "toy", "parquet", train=make([0, 1, 1]), test=make([0, 1]))
+    expected = open_dataset(local, "train").fingerprint()
+    shutil.rmtree(tmp_path / "toy")
+    # As if it had been downloaded.
+    (tmp_path / "cache/toy").rename(tmp_path / "cache/organization___toy")
+    source = open_dataset("hf:organization/toy", "train")
+    assert source.fingerprint() == expected
+    assert source.examples[2]["name"] == "hf:organization/toy train, row 2: 2.png"
 
 
 def test_unknown_splits_are_rejected(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.labeled_files import check_readable
+from mixer_jax.data.readers import BadImage
 from mixer_jax.data.registry import list_splits, open_dataset
 from mixer_jax.data.source import Source, describe_changes
 from mixer_jax.errors import MissingFileError, UserError
+from tests.helpers.batches import AUGMENTED, assert_identical, small_train_batches
 from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions, raises
 
@@ -99,6 +102,29 @@ def test_the_same_files_have_the_order_and_identity_of_a_folder(tmp_path: Path) 
         assert folder.fingerprint().items() <= manifest.fingerprint().items()
     assert list_splits(name) == ("train", "validation")
     assert len(open_dataset(name, "test")) == 4
+
+
+def test_batches_are_those_of_a_folder_with_bad_images_too(tmp_path: Path) -> None:
+    paths = [f"{name}/{number}.png" for name in ("a", "b") for number in range(8)]
+    write_images(tmp_path, paths)
+    for number, path in enumerate(paths):
+        pixels = np.full((4, 5, 3), 10 * number + 1, np.uint8)
+        (tmp_path / path).write_bytes(encode(pixels, "PNG"))
+    (tmp_path / "a/1.png").write_bytes(b"broken")
+    name = write_csv(tmp_path, f"path,label {' '.join(f'{path},{path[0]}' for path in paths)}")
+    sources = [open_dataset(n, "train") for n in (f"folder:{tmp_path}", name)]
+    (tmp_path / "b/2.png").unlink()
+    reports: list[dict[int, list[BadImage]]] = [{}, {}]
+    folder, manifest = (
+        small_train_batches(
+            0, 12, preprocess=AUGMENTED, examples=s.examples, on_bad_images=report.__setitem__
+        )
+        for s, report in zip(sources, reports, strict=True)
+    )
+    assert_identical(folder, manifest)
+    assert reports[0] == reports[1]
+    names = {image.name for images in reports[1].values() for image in images}
+    assert names == {f"{tmp_path}/a/1.png", f"{tmp_path}/b/2.png"}
 
 
 def test_classes_that_are_integers_are_sorted_by_value(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of preprocessing: crops and their distributions, flips, resizing."""
+"""Tests of preprocessing: crops and their distributions, flips, resizing, random erasing."""
 
 from collections import Counter
 from typing import Any
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mixer_jax.data import preprocess
+from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.preprocess import (
+    erase_random_box,
     eval_image,
     sample_resized_crop,
     train_image,
@@ -241,6 +243,109 @@ def test_randaugment_is_applied_after_crop_and_flip() -> None:
         expected = rand_augment(plain, np.random.default_rng(seed), num_layers=2, magnitude=10.0)
         result = train_image(encoded, rng, image_size=32, **settings)
         np.testing.assert_array_equal(result, expected)
+
+
+def erased_box(before: np.ndarray, after: np.ndarray) -> tuple[int, int, int, int]:
+    """Finds top, left, height and width of the only box in which two images differ."""
+    different = (before != after).any(-1)
+    (rows, columns) = (np.flatnonzero(different.any(axis)) for axis in (1, 0))
+    top, left, height, width = rows[0], columns[0], len(rows), len(columns)
+    assert different.sum() == height * width
+    assert different[top : top + height, left : left + width].all()
+    return int(top), int(left), height, width
+
+
+def test_erased_boxes_have_the_sizes_and_positions_of_their_formula() -> None:
+    # No level of the image is that of the box.
+    image, rng = np.zeros((100, 140, 3), np.uint8), np.random.default_rng(0)
+    boxes = np.array(
+        [erased_box(image, erase_random_box(image, rng, "constant")) for _ in range(3000)]
+    )
+    top, left, height, width = boxes.T
+    assert image.max() == 0
+    assert (height < 100).all()
+    assert (width < 140).all()
+    # Height and width are rounded to integers.
+    assert ((height + 0.5) * (width + 0.5) >= 0.02 * 14_000).all()
+    assert ((height - 0.5) * (width - 0.5) <= 14_000 / 3).all()
+    assert ((height + 0.5) / (width - 0.5) >= 0.3).all()
+    assert ((height - 0.5) / (width + 0.5) <= 1 / 0.3).all()
+    # Boxes of up to a fifth of the area fit with any aspect ratio: areas are uniform there, and
+    # aspect ratios log-uniform.
+    areas, aspects = height * width / 14_000, np.log(height / width)
+    small = areas < 0.2
+    assert areas[small].mean() == pytest.approx((0.02 + 0.2) / 2, abs=0.006)
+    assert aspects[small].mean() == pytest.approx(0.0, abs=0.06)
+    assert aspects[small].std() == pytest.approx(np.log(1 / 0.3) / 3**0.5, abs=0.03)
+    for start, free in ((top[small], 100 - height[small]), (left[small], 140 - width[small])):
+        assert (start <= free).all()
+        assert (start / free).mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (2, 2)])
+def test_images_too_small_for_a_box_are_not_erased(shape: tuple[int, int]) -> None:
+    image, rng = noise(*shape), np.random.default_rng(0)
+    results = [erase_random_box(image, rng, "pixel") for _ in range(20)]
+    if 1 in shape:
+        assert all((result == image).all() for result in results)
+    assert {result.shape for result in results} == {(*shape, 3)}
+
+
+@pytest.mark.parametrize(("mode", "max_colors"), [("constant", 1), ("random", 1), ("pixel", 2**24)])
+def test_erased_boxes_have_one_color_or_noise(mode: str, max_colors: int) -> None:
+    # Positions of the box are the same in all modes.
+    before, rng = np.full((64, 64, 3), 7, np.uint8), np.random.default_rng
+    top, left, height, width = erased_box(before, erase_random_box(before, rng(1), "constant"))
+    erased = erase_random_box(before, rng(1), mode)
+    box = erased[top : top + height, left : left + width]
+    outside = np.ones((64, 64), bool)
+    outside[top : top + height, left : left + width] = False
+    assert (erased[outside] == 7).all()
+    colors = np.unique(box.reshape(-1, 3), axis=0)
+    if max_colors == 1:
+        assert len(colors) == 1
+    else:
+        # Uniform levels, independent per pixel and channel.
+        assert len(colors) > 0.9 * height * width
+        assert box.mean() == pytest.approx(127.5, abs=6)
+        assert box.std() == pytest.approx(256 / 12**0.5, abs=4)
+        assert abs(np.corrcoef(box[..., 0].ravel(), box[..., 1].ravel())[0, 1]) < 0.15
+    if mode == "constant":
+        # The model sees almost 0.
+        assert np.abs(box / 127.5 - 1).max() < 0.004
+    if mode == "random":
+        fills = {erase_random_box(before, rng(seed), mode).max() for seed in range(20)}
+        assert len(fills) > 10
+
+
+def test_train_image_erases_with_its_probability_after_everything_random() -> None:
+    encoded = encode(smooth(40, 40), "PNG")
+    settings = PLAIN | {"train_crop": "inception", "flip": True, "randaugment_layers": 2}
+    permutation = PixelPermutation("pixels", 8, 0)
+    num_erased = 0
+    for seed in range(200):
+
+        def draw(seed: int = seed, **changes: Any) -> np.ndarray:
+            rng = np.random.default_rng(seed)
+            return train_image(encoded, rng, image_size=32, **settings | changes)
+
+        plain, erased = draw(), draw(random_erasing=0.3, random_erasing_mode="pixel")
+        if (plain == erased).all():
+            continue
+        # Crop, flip and RandAugment are those of the image without a box.
+        different = (plain != erased).any(-1)
+        rows, columns = np.flatnonzero(different.any(1)), np.flatnonzero(different.any(0))
+        box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        assert different[box].mean() > 0.99
+        assert different[box].size < 32 * 32 / 2
+        num_erased += 1
+        if num_erased < 5:
+            permuted = draw(
+                random_erasing=0.3, random_erasing_mode="pixel", permutation=permutation
+            )
+            np.testing.assert_array_equal(permuted, permutation(erased))
+    # 60 are expected, with a standard deviation of 6.5.
+    assert 35 < num_erased < 85
 
 
 def test_train_image_resizes_without_antialiasing() -> None:

@@ -71,13 +71,30 @@ def test_train_reader_fills_only_the_given_rows() -> None:
         assert not array[5:].any()
 
 
-def test_eval_reader_encodes_multiple_labels_or_none() -> None:
-    targets = [(2, 7), (), (9,)]
-    examples = [Example(image=encoded(0), labels=labels, name="") for labels in targets]
-    source = Source("real", examples, tuple("abcdefghij"), multi_label=True)
-    arrays = EvalReader(source, (SIZE, SIZE), "resize", exif_orientation=False)(np.arange(4)).arrays
-    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*targets, ()]
-    assert arrays["mask"].tolist() == [True, False, True, False]
+SEVERAL = [(2, 7), (), (9,)]
+MULTI_LABEL_SOURCE = Source(
+    "real",
+    [Example(image=encoded(0), labels=labels, name="") for labels in SEVERAL],
+    tuple("abcdefghij"),
+    multi_label=True,
+)
+
+
+@pytest.mark.parametrize("count_unlabeled", [False, True])
+def test_eval_reader_encodes_multiple_labels_or_none(count_unlabeled: bool) -> None:
+    reader = EvalReader(
+        MULTI_LABEL_SOURCE, (SIZE, SIZE), "resize", False, count_unlabeled=count_unlabeled
+    )
+    arrays = reader(np.arange(4)).arrays
+    assert [tuple(np.flatnonzero(row)) for row in arrays["label"]] == [*SEVERAL, ()]
+    assert arrays["mask"].tolist() == [True, count_unlabeled, True, False]
+
+
+def test_train_reader_encodes_multiple_labels_or_none() -> None:
+    reader = TrainReader(MULTI_LABEL_SOURCE, 0, SIZE, PREPROCESS)
+    labels = reader(np.arange(3)).arrays["label"]
+    assert (labels.shape, labels.dtype) == ((3, 10), np.bool_)
+    assert sorted(tuple(np.flatnonzero(row).tolist()) for row in labels) == sorted(SEVERAL)
 
 
 def test_eval_reader_leaves_rows_of_bad_images_and_padding_empty() -> None:

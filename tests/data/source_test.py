@@ -88,6 +88,14 @@ def test_mix_sources_accepts_three_sources_or_one() -> None:
     ]
 
 
+def test_a_mixture_with_a_multi_label_source_is_multi_label() -> None:
+    several = Source("y", [Example(image=b"", labels=(1, 0), name="")], ("dog", "cat"), True)
+    mixed = mix_sources([make_source("x", 2, ("cat", "emu")), several], (1, 1))
+    assert mixed.multi_label
+    assert [example["labels"] for example in mixed.examples] == [(0,), (1,), (0, 2)]
+    assert not mix_sources([make_source("x", 2)], (1,)).multi_label
+
+
 def test_relabel_maps_labels_by_class_name() -> None:
     relabeled = relabel(make_source("x", 4, ("dog", "cat")), ("ant", "cat", "dog"))
     assert relabeled.class_names == ("ant", "cat", "dog")

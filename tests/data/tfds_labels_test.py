@@ -155,6 +155,33 @@ def test_any_class_label_can_be_requested(name: str, class_names: tuple[str, ...
     assert label.extract({name.split("@")[1]: np.int64(3)}) == (3,)
 
 
+VOC_LABEL = tfds.features.ClassLabel(names=["bird", "cat", "dog"])
+VOC_LIKE = tfds.features.FeaturesDict(
+    {
+        "image": tfds.features.Image(),
+        "labels": tfds.features.Sequence(VOC_LABEL),
+        "objects": tfds.features.Sequence(
+            {"label": VOC_LABEL, "area": tfds.features.Scalar(np.int64)}
+        ),
+    }
+)
+
+
+def test_sequences_of_labels_and_of_objects_are_multi_label() -> None:
+    for name in ("my", "my@labels"):
+        label = get_label_spec(name, VOC_LIKE)
+        assert label.multi_label
+        assert label.extract({"labels": np.array([2, 0])}) == (2, 0)
+        assert label.extract({"labels": np.zeros(0, np.int64)}) == ()
+    label = get_label_spec("my@objects/label", VOC_LIKE)
+    assert (label.features, label.multi_label) == ({"objects": ("label",)}, True)
+    assert label.class_names == ("bird", "cat", "dog")
+    # An image has a class once, whatever the number of its objects.
+    assert label.extract({"objects": {"label": np.array([2, 0, 2])}}) == (2, 0)
+    with raises(UserError, "my@labels", "my@objects/label", "objects/area"):
+        get_label_spec("my@objects/area", VOC_LIKE)
+
+
 def test_real_label_is_the_default_label() -> None:
     label = label_spec("imagenet2012_real")
     assert label.multi_label

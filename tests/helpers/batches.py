@@ -22,7 +22,13 @@ UNCHANGED: dict[str, Any] = {
     "randaugment_layers": 0,
     "randaugment_magnitude": 10.0,
 }
-AUGMENTED = UNCHANGED | {"train_crop": "inception", "flip": True, "randaugment_layers": 2}
+AUGMENTED = UNCHANGED | {
+    "train_crop": "inception",
+    "flip": True,
+    "randaugment_layers": 2,
+    "random_erasing": 0.5,
+    "random_erasing_mode": "pixel",
+}
 
 
 class RecordingSource(Sequence[Example]):

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def start(
     new_group: bool = False,
     optimized: bool = False,
     cwd: Path | None = None,
+    arguments: Sequence[str] = (),
     **overrides: Any,
 ) -> subprocess.Popen[str]:
     """Starts a run with the settings of `RUN`.
@@ -53,12 +54,18 @@ def start(
         new_group: Whether to start a process group, as shells do, for signals to all processes.
         optimized: Whether XLA optimizes the program, as it does for users.
         cwd: Working directory; None: that of the tests.
+        arguments: Further arguments of the command.
         **overrides: Changes of `RUN`.
     """
     command = [sys.executable, "-W", "error", "-m", "mixer_jax.main", "--config=configs/digits.py"]
     optimizations = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} if optimized else {}
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *to_flags(data_dir, **{**RUN, **overrides})],
+        [
+            *command,
+            f"--workdir={workdir}",
+            *to_flags(data_dir, **{**RUN, **overrides}),
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -46,9 +46,11 @@ def random_weights(
     return PretrainedWeights(unflatten_params(flat), model_info)
 
 
-def save_run(weights: PretrainedWeights, workdir: Path, step: int = 1, **metadata: Any) -> str:
+def save_run(
+    weights: PretrainedWeights, workdir: Path, step: int = 1, keep: int = 1, **metadata: Any
+) -> str:
     """Saves weights as a checkpoint of a run, and returns its workdir."""
-    checkpoints = CheckpointManager(str(workdir), max_to_keep=1)
+    checkpoints = CheckpointManager(str(workdir), max_to_keep=keep)
     metadata = {"model_info": weights.model_info.to_dict(), "ema": False, **metadata}
     checkpoints.save(step, {"params": weights.params}, metadata)
     checkpoints.close()

@@ -57,6 +57,13 @@ def test_moments_are_the_arrays_of_the_state(name: str, family: str, digits_dir:
     assert estimate_memory(run).moments == num_bytes
 
 
+@pytest.mark.parametrize(("name", "paired"), [("mixup", True), ("cutmix", True), ("", False)])
+def test_run_spec_has_the_partners_of_mixup_and_cutmix(name: str, paired: bool) -> None:
+    flags = [f"--config.recipe.{key}={1.0 if key == name else 0.0}" for key in ("mixup", "cutmix")]
+    config = parse(load_config_with_overrides("configs/digits.py", flags))
+    assert run_spec(resolve_for_platform(config, "tpu"), num_devices=1).mixup == paired
+
+
 def test_run_spec_rejects_runs_shorter_than_their_warmup() -> None:
     flags = ["--config.num_steps=0", "--config.num_epochs=1", "--config.batch_size=100"]
     flags += ["--config.optimizer.warmup_steps=15", "--config.dataset.num_examples=0"]

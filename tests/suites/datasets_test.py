@@ -137,9 +137,13 @@ def test_resolve_folders_makes_paths_absolute(
         dataclasses.replace(HIGH, dataset="folder:a", extra_evals={"b": ("folder:../b", "test")}),
         dataclasses.replace(PROBE, dataset="folder:~/c"),
         dataclasses.replace(PROBE, name="d", dataset="digits/high"),
+        dataclasses.replace(PROBE, name="e", dataset="manifest:e.csv@genus"),
+        dataclasses.replace(PROBE, name="f", dataset="wds:~/{a,b}.tar"),
     )
-    a, c, d = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
+    a, c, d, e, f = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
     assert (a.dataset, c.dataset) == (f"folder:{tmp_path}/a", "folder:/home/me/c")
     assert isinstance(a, FineTuneTask)
     assert a.extra_evals == {"b": (f"folder:{tmp_path.parent}/b", "test")}
     assert d.dataset == "digits/high"
+    assert e.dataset == f"manifest:{tmp_path}/e.csv@genus"
+    assert f.dataset == "wds:/home/me/{a,b}.tar"

@@ -11,13 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import BadImagesConfig, EvalConfig, MixtureConfig
+from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.registry import open_dataset
+from mixer_jax.data.source import Example, Examples, Source, mix_sources
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.training.datasets import RunDatasets, open_datasets, open_train_dataset
+from mixer_jax.training.datasets import (
+    RunDatasets,
+    balanced_class_weights,
+    open_datasets,
+    open_train_dataset,
+)
 from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.setup import build_experiment, make_train_batches
@@ -47,6 +55,83 @@ def test_mixture_is_trained_on_and_its_parts_are_evaluated(digits_dir: str, tmp_
     assert np.mean(np.asarray(labels) < 5) == 4 / 16
     scores = train_and_evaluate(config, str(tmp_path)).scores
     assert (scores["all"].num_examples, scores["low"].num_examples) == (360, 193)
+
+
+CLASSES = ("common", "unseen", "rare", "rarest")
+
+
+def labeled_source(labels: list[int], name: str = "toy") -> Source:
+    examples = [Example(image=PNG, labels=(label,), name=f"{label}") for label in labels]
+    return Source(name, examples, CLASSES)
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn() -> None:
+    labels = [0] * 70 + [2] * 25 + [3] * 5
+    weights = balanced_class_weights(labeled_source(labels))
+    found = np.array([0, 2, 3])
+    expected = compute_class_weight("balanced", classes=found, y=labels)
+    np.testing.assert_allclose(weights[found], expected, rtol=1e-6)
+    assert weights[1] == 0
+    assert weights[labels].mean() == pytest.approx(1)
+
+
+def test_balanced_class_weights_of_a_mixture_follow_what_is_sampled() -> None:
+    sources = [labeled_source([0] * 90 + [2] * 10), labeled_source([3] * 10)]
+    weights = balanced_class_weights(mix_sources(sources, (0.5, 1.5)))
+    # Sampled fractions: 0.25 × 0.9, 0.25 × 0.1, and 0.75.
+    assert weights.tolist() == pytest.approx([1 / (3 * 0.225), 0, 1 / (3 * 0.025), 1 / (3 * 0.75)])
+
+
+def test_labels_that_cannot_be_read_have_no_weight() -> None:
+    class Unreadable(Examples):
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("images must not be read")
+
+        def read_labels(self, index: int) -> tuple[int, ...]:
+            if index == 2:
+                raise BadImageError("damaged record")
+            return (0,) if index < 3 else (2,)
+
+    source = Source("toy", Unreadable(), CLASSES)
+    assert balanced_class_weights(source, num_threads=2).tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("loss", "softmax", "sigmoid"),
+        ("label_smoothing", 0.1, "config.recipe.min_target"),
+        ("class_weights", "balanced", "none"),
+    ],
+)
+def test_recipes_for_one_label_are_refused_for_several(
+    key: str, value: Any, fix: str, shapes_dir: str
+) -> None:
+    settings = {"recipe__loss": "sigmoid", f"recipe__{key}": value}
+    config = small_config(shapes_dir, dataset__name="mixer_shapes", **settings)
+    with raises(UserError, f"config.recipe.{key}", "mixer_shapes", repr(value), fix) as caught:
+        open_train_dataset(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_best_metrics_that_the_data_lack_are_refused(shapes_dir: str, digits_dir: str) -> None:
+    multi_label = (shapes_dir, {"dataset__name": "mixer_shapes", "recipe__loss": "sigmoid"})
+    for (data_dir, settings), metric, other in (
+        (multi_label, "top1", "mean_average_precision"),
+        ((digits_dir, {}), "loss", "log_likelihood"),
+    ):
+        accepted, refused = (
+            small_config(data_dir, checkpoint__best_metric=f"test/{name}", **settings)
+            for name in (other, metric)
+        )
+        open_datasets(accepted)
+        with raises(
+            UserError, "config.checkpoint.best_metric", f"test/{other}", f"'test/{metric}'"
+        ):
+            open_datasets(refused)
 
 
 def write_class(folder: Path, count: int, content: bytes, suffix: str = ".png") -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -351,7 +352,7 @@ def write_folder(folder: Path) -> None:
             (folder / "test" / name / f"{index}.bmp").write_bytes(image)
 
 
-def save_folder_run(folder: Path, workdir: Path, **changes: Any) -> None:
+def save_folder_run(folder: Path | str, workdir: Path, **changes: Any) -> None:
     config = folder_config(folder)
     check_workdir(str(workdir), config)
     experiment = build_experiment(config, open_datasets(config))
@@ -365,7 +366,8 @@ def save_folder_run(folder: Path, workdir: Path, **changes: Any) -> None:
 
 
 def folder_config(folder: Path | str) -> RunConfig:
-    return small_config("", dataset__name=f"folder:{folder}", batch_size=8, **NO_REGULARIZATION)
+    name = str(folder) if str(folder).startswith("manifest:") else f"folder:{folder}"
+    return small_config("", dataset__name=name, batch_size=8, **NO_REGULARIZATION)
 
 
 def resume(folder: Path | str, workdir: Path) -> None:
@@ -384,6 +386,27 @@ def test_run_resumes_with_a_moved_folder(tmp_path: Path, monkeypatch: pytest.Mon
         resume(spelling, tmp_path / "run")
     (tmp_path / "images").rename(tmp_path / "moved")
     resume(tmp_path / "moved", tmp_path / "run")
+
+
+def test_run_resumes_with_a_moved_manifest_of_the_same_labels(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images")
+    paths = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("images/*/*/*"))
+    rows = "".join(f"{path},{path.parts[2]},{path.parts[1]}\n" for path in paths)
+    (tmp_path / "m.csv").write_text(f"path,label,split\n{rows}")
+    save_folder_run(f"manifest:{tmp_path}/m.csv", tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    for name in ("images", "m.csv"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    resume(f"manifest:{tmp_path}/moved/m.csv", tmp_path / "run")
+    # The other class has the same number of images.
+    swapped = {"1.bmp,cat": "1.bmp,dog", "1.bmp,dog": "1.bmp,cat"}
+    rows = re.sub("|".join(swapped), lambda match: swapped[match[0]], rows)
+    (tmp_path / "moved/m.csv").write_text(f"path,label,split\n{rows}")
+    with raises(UserError, "labels", "step 3", "--workdir"):
+        resume(f"manifest:{tmp_path}/moved/m.csv", tmp_path / "run")
+    # The format is a part of the experiment, although the images are the same.
+    with raises(UserError, "dataset.name", "--workdir"):
+        resume(tmp_path / "moved/images", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

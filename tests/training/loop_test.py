@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.config.schema import EvalConfig
 from mixer_jax.distributed.multihost import GracefulShutdown
 from mixer_jax.errors import DiskFullError, RunError, UserError
+from mixer_jax.evaluation.classification import ClassificationMetrics
 from mixer_jax.training import loop as loop_module
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
@@ -197,7 +199,8 @@ def test_finished_run_evaluates_its_checkpoint_again(
     experiment = build_experiment(config, open_datasets(config))
     *description, status, score = capsys.readouterr().out.splitlines()
     for step in (0, 15):
-        *expected, other_status = loop_module._describe_run(experiment, step, None).splitlines()
+        text = loop_module._describe_run(experiment, step, None, is_finished=False)
+        *expected, other_status = text.splitlines()
         assert description == expected
         assert status != other_status
     assert mentions(score, "20", "test", f"{result.scores['test'].as_dict()['top1']:.2%}")
@@ -288,6 +291,172 @@ def test_bug_in_an_evaluation_prints_its_traceback_and_holds_no_parameters(
         result.raise_failures()
     # Function and line, which the message does not contain.
     assert mentions(capsys.readouterr().err, "Traceback", "multiply_by_text", "bias @ text")
+
+
+def scripted_evaluators(values: list[float]) -> Callable[[Experiment], dict[str, Any]]:
+    """Returns a replacement of `make_evaluators` whose evaluation "test" has these accuracies.
+
+    The value of a step depends on the step only, as after a kill. The steps are those that `values`
+    are evaluated at by `STOPPING`.
+    """
+
+    def make(experiment: Experiment) -> dict[str, Any]:
+        real = make_evaluators(experiment)
+
+        def evaluate(params: Any) -> Any:
+            step = int(CURRENT_STEP[0])
+            metrics = real["test"](params)
+            assert isinstance(metrics, ClassificationMetrics)
+            return metrics._replace(top1=values[step // 2 - 1])
+
+        return real | {"test": evaluate}
+
+    return make
+
+
+CURRENT_STEP = [0]
+# A run of 20 steps that is evaluated every 2 steps and otherwise saves only at the end.
+STOPPING = NO_REGULARIZATION | {
+    "checkpoint__every_steps": 0,
+    "checkpoint__keep": 1,
+    "checkpoint__best_metric": "test/top1",
+    "evals__test__every_steps": 2,
+}
+ACCURACIES = [0.2, 0.5, 0.4, 0.5, 0.3, 0.7, 0.6, 0.8, 0.1, 0.8]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the accuracies of the evaluation "test" by `ACCURACIES`."""
+    monkeypatch.setattr(loop_module, "make_evaluators", scripted_evaluators(ACCURACIES))
+    evaluate = loop_module._TrainLoop.evaluate
+
+    def record_step(self: Any, step: int, *args: Any) -> None:
+        CURRENT_STEP[0] = step
+        evaluate(self, step, *args)
+
+    monkeypatch.setattr(loop_module._TrainLoop, "evaluate", record_step)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_best_checkpoint_is_kept_next_to_the_newest(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits_dir, **STOPPING)
+    kept = []
+    save = loop_module._TrainLoop.save
+
+    def record_kept(self: Any, step: int) -> None:
+        save(self, step)
+        self.checkpoints.wait()
+        kept.append(list_steps(str(tmp_path)))
+
+    monkeypatch.setattr(loop_module._TrainLoop, "save", record_kept)
+    result = train_and_evaluate(config, str(tmp_path))
+    assert result.best == (16, "test/top1", 0.8)
+    assert (result.step, result.stopped_early, result.is_finished) == (20, False, True)
+    # A checkpoint is saved before it is evaluated.
+    expected = [[2], [2, 4], [4, 6], [4, 8], [4, 10], [4, 12], [12, 14], [12, 16], [16, 18]]
+    assert kept == [*expected, [16, 20]]
+    assert load_checkpoint(str(tmp_path), step="best").step == 16
+
+
+@pytest.mark.usefixtures("scripted")
+def test_last_checkpoint_is_kept_alone_if_it_is_the_best(digits_dir: str, tmp_path: Path) -> None:
+    config = small_config(digits_dir, **STOPPING | {"num_steps": 16})
+    assert train_and_evaluate(config, str(tmp_path)).best == (16, "test/top1", 0.8)
+    assert list_steps(str(tmp_path)) == [16]
+
+
+@pytest.mark.usefixtures("scripted")
+def test_early_stopping_ends_the_run_as_its_last_step_does(
+    digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = EvalConfig(dataset="digits/all", split="test[:50%]")
+
+    def run(workdir: Path, patience: int, **changes: Any) -> Any:
+        config = small_config(digits_dir, early_stopping_patience=patience, **STOPPING | changes)
+        config = dataclasses.replace(config, evals={"final": final, **config.evals})
+        return train_and_evaluate(config, str(workdir))
+
+    workdir = tmp_path / "run"
+    result = run(workdir, 3)
+    assert (result.step, result.num_steps, result.exit_code) == (10, 20, 0)
+    assert (result.stopped_early, result.is_finished) == (True, True)
+    assert result.best == (4, "test/top1", 0.5)
+    # All evaluations, also those that are due at the end only.
+    assert result.scores.keys() == {"final", "test"}
+    assert list_steps(str(workdir)) == [4, 10]
+    line = next(x for x in capsys.readouterr().out.splitlines() if mentions(x, "stopped", "10"))
+    assert mentions(line, "20", "test/top1", "3", "50.00%", "4")
+    logged = read_metrics(str(workdir))
+
+    # The same command does not train further, and logs nothing.
+    again = run(workdir, 3)
+    assert (again.step, again.stopped_early, again.metrics) == (10, True, result.metrics)
+    assert read_metrics(str(workdir)) == logged
+    out = capsys.readouterr().out
+    assert some_line_mentions(out, "training is finished")
+    assert some_line_mentions(out, "stopped early", "10")
+
+    # More patience resumes, and the result is that of a run with this patience.
+    result = run(workdir, 4)
+    assert (result.step, result.stopped_early, result.best) == (20, False, (16, "test/top1", 0.8))
+    run(tmp_path / "patient", 4)
+    lines = [
+        line
+        for line in without_timings(workdir)
+        if line["step"] != 10 or not any(key.startswith("final/") for key in line)
+    ]
+    assert lines == without_timings(tmp_path / "patient")
+    assert list_steps(str(workdir)) == list_steps(str(tmp_path / "patient")) == [16, 20]
+    for step in (16, 20):
+        actual, expected = (
+            load_checkpoint(str(folder), step=step).params
+            for folder in (workdir, tmp_path / "patient")
+        )
+        assert_params_equal(actual, expected)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_less_patience_ends_a_run_where_it_is(digits_dir: str, tmp_path: Path) -> None:
+    def run(patience: int, min_delta: float = 0.0) -> Any:
+        config = small_config(
+            digits_dir,
+            early_stopping_patience=patience,
+            early_stopping_min_delta=min_delta,
+            **STOPPING,
+        )
+        return train_and_evaluate(config, str(tmp_path))
+
+    assert run(3).step == 10
+    assert (run(1).step, run(1).stopped_early) == (10, True)
+    # At step 12, 0.7 is better by 0.2 than 0.5.
+    assert (run(4, min_delta=0.25).step, run(4, min_delta=0.15).step) == (12, 20)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_stop_that_was_killed_before_its_evaluation_is_made_up_for(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits_dir, early_stopping_patience=3, **STOPPING)
+    evaluate = loop_module._TrainLoop.evaluate
+
+    def fail_at_step_10(self: Any, step: int, *args: Any) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+        evaluate(self, step, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module._TrainLoop, "evaluate", fail_at_step_10)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_evaluate(config, str(tmp_path))
+    assert list_steps(str(tmp_path)) == [4, 10]
+    result = train_and_evaluate(config, str(tmp_path))
+    assert (result.step, result.stopped_early, result.best) == (10, True, (4, "test/top1", 0.5))
+    assert [line["step"] for line in read_metrics(str(tmp_path)) if "test/top1" in line] == [
+        *range(2, 11, 2)
+    ]
 
 
 def test_checkpoint_has_the_metadata_to_use_it(finished: Path) -> None:

@@ -99,6 +99,6 @@ def test_save_curves_prints_why_it_fails(
 
 def test_is_accuracy_selects_accuracies_of_head_and_probes() -> None:
     names = ("test/top1", "few/1_shot", "few/25_shot", "line/linear", "near/knn")
-    assert all(is_accuracy(name) for name in names)
+    assert all(is_accuracy(name) for name in (*names, "test/mean_average_precision"))
     others = ("loss", "few/1_shot_std", "line/penalty", "test/top5", "near/num_train", "linear")
     assert not any(is_accuracy(name) for name in others)

@@ -68,6 +68,7 @@ def make_run(
     **changes: Any,
 ) -> str:
     """Writes the files of a run, as training does."""
+    workdir.mkdir(exist_ok=True)
     save_config(str(workdir), small_config(data_dir, **changes))
     record_start(str(workdir), START)
     writer = MetricsWriter(str(workdir), 0, is_primary=True, tensorboard=False)
@@ -180,13 +181,15 @@ def test_names_are_shown_as_text(tmp_path: Path, name: str) -> None:
 
 def test_examples_are_the_images_of_the_first_batch(tmp_path: Path, digits_dir: str) -> None:
     workdirs = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+    changed: dict[str, Any] = {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"recipe__cutmix": 1.0}}
+    for folder, changes in changed.items():
         (tmp_path / folder).mkdir()
-        workdirs.append(make_run(tmp_path / folder, digits_dir, seed=seed, log_every_steps=5))
+        workdirs.append(make_run(tmp_path / folder, digits_dir, log_every_steps=5, **changes))
     runs = read_runs(workdirs)
-    first, second = load_examples(runs)
-    assert (first.names, second.names) == (["a", "b"], ["c"])
-    assert (first.problem, second.problem) == ("", "")
+    first, second, third = load_examples(runs)
+    assert (first.names, second.names, third.names) == (["a", "b"], ["c"], ["d"])
+    assert (first.problem, second.problem, third.problem) == ("", "", "")
+    assert mentions(" ".join(third.caption), "CutMix")
     assert len(first.images) == len(second.images) == 8
     assert [image["uri"] for image in first.images] != [image["uri"] for image in second.images]
     page = check_stands_alone(render_run_page(runs, [first, second]))
@@ -248,6 +251,30 @@ def test_state_of_runs(tmp_path: Path) -> None:
     assert minutes is not None
     # Since 1970.
     assert int(minutes[1].replace(",", "")) > 25_000_000
+
+
+def test_best_checkpoint_and_early_stop_are_shown(tmp_path: Path) -> None:
+    values = {4: 0.5, 8: 0.25, 12: 0.375}
+    lines = [(step, {"test/log_likelihood": -value}) for step, value in values.items()]
+    settings: dict[str, Any] = {
+        "lines": [(2, {"loss": 1.0}), *lines],
+        "saved_steps": (4, 12),
+        "evals__test__every_steps": 4,
+        "checkpoint__best_metric": "test/log_likelihood",
+    }
+    stopped = make_run(tmp_path / "stopped", early_stopping_patience=1, **settings)
+    run = only_run(stopped)
+    assert (run.state, run.progress, run.missing_evals) == (
+        "finished",
+        "12 of 20, stopped early",
+        [],
+    )
+    # The best one of those that are kept.
+    page = render(stopped)
+    assert mentions(page.text, "best checkpoint", "step 12", "test/log_likelihood -0.3750")
+    assert mentions(page.text, "test/log_likelihood, best", "-0.25", "step 8")
+    patient = make_run(tmp_path / "patient", early_stopping_patience=2, **settings)
+    assert only_run(patient).state == "interrupted"
 
 
 def test_missing_evaluations_of_a_finished_run_are_named(tmp_path: Path) -> None:

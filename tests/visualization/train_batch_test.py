@@ -29,6 +29,7 @@ from mixer_jax.visualization.train_batch import (
     denormalize,
     draw_train_batch,
     format_caption,
+    format_label,
     load_train_batch,
 )
 from tests.helpers.batches import mesh_of
@@ -80,6 +81,9 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     [
         {"recipe__mixup": 0.0, "preprocess__randaugment_layers": 2, "preprocess__flip": True},
         {"recipe__mixup": 0.5, "recipe__label_smoothing": 0.1, "seed": 3},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.0, "preprocess__random_erasing": 0.5},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.5, "recipe__mixup_switch_prob": 0.0},
+        {"recipe__cutmix": 1.0, "recipe__mixup": 0.5, "recipe__mixup_switch_prob": 1.0},
     ],
 )
 def test_load_train_batch_equals_the_inputs_of_the_training_step(
@@ -90,7 +94,10 @@ def test_load_train_batch_equals_the_inputs_of_the_training_step(
     view = load_train_batch(config, open_datasets(config).train, STEP, config.batch_size)
     np.testing.assert_array_equal(view.images, images)
     np.testing.assert_allclose(view.targets.sum(0), targets, atol=1e-5)
-    assert (view.weight == 1.0) == (config.recipe.mixup == 0.0)
+    recipe = config.recipe
+    assert (view.weight == 1.0) == (recipe.mixup == recipe.cutmix == 0.0)
+    is_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or recipe.mixup_switch_prob == 1)
+    assert view.is_cutmix == is_cutmix
 
 
 class CountingExamples(Sequence[Example]):
@@ -125,6 +132,24 @@ def test_load_train_batch_reads_only_the_images_it_returns(
     assert examples.num_reads == num_images + (mixup > 0)
 
 
+def test_images_with_several_labels_are_drawn_with_all_of_them(shapes_dir: str) -> None:
+    settings = {"dataset__name": "mixer_shapes", "recipe__loss": "sigmoid"}
+    config = small_config(shapes_dir, **settings, recipe__mixup=0.5)
+    source = open_datasets(config).train
+    view = load_train_batch(config, source, STEP, config.batch_size)
+    mixed = view.weight * view.labels + (1 - view.weight) * view.partner_labels
+    np.testing.assert_allclose(view.targets, mixed, atol=1e-6)
+    assert not view.labels.any(axis=1).all()
+    for row in range(config.batch_size):
+        own, partner = format_label(view, row, source.class_names, 100).splitlines()
+        for line, labels in ((own, view.labels[row]), (partner, view.partner_labels[row])):
+            named = [name in line for name in source.class_names]
+            assert named == labels.tolist()
+            assert ("no label" in line) == (not labels.any())
+        assert mentions(own, f"{view.weight:.2f}")
+    assert draw_train_batch(view, source.class_names, ["title"])
+
+
 def test_format_caption_names_bad_images(digits_dir: str) -> None:
     config = small_config(digits_dir, recipe__mixup=0.0)
     source = synthetic_source("train", num_classes=10, num_examples=8, image_size=16)
@@ -148,6 +173,9 @@ def test_format_caption_names_bad_images(digits_dir: str) -> None:
         ({"preprocess__randaugment_layers": 2}, ("RandAugment", "2", "10")),
         ({"recipe__mixup": 0.0}, ()),
         ({"recipe__mixup": 0.5}, ("0.5", "0.750", "0.250")),
+        ({"recipe__cutmix": 1.0}, ("mixup", "0.2", "CutMix", "1", "probability", "0.5")),
+        ({"recipe__cutmix": 1.0, "recipe__mixup": 0.0}, ("CutMix", "1", "0.250")),
+        ({"preprocess__random_erasing": 0.25}, ("erasing", "25%", "gray")),
         ({"recipe__label_smoothing": 0.1}, ("0.1",)),
         ({"preprocess__permute": "pixels"}, ("all pixels",)),
         ({"preprocess__permute": "patches"}, ("patches", "16", "permuted")),
@@ -177,7 +205,7 @@ def random_view(count: int, size: int, weight: float = 1.0) -> TrainBatchView:
     partners = (labels + (weight < 1)).astype(np.int32) % 10
     one_hot = np.eye(10, dtype=np.float32)
     targets = np.float32(weight) * one_hot[labels] + np.float32(1 - weight) * one_hot[partners]
-    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, [])
+    return TrainBatchView(pixels / 127.5 - 1, targets, labels, partners, weight, False, [])
 
 
 def labels_of(figure: Figure) -> list[str]:

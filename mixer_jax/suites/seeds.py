@@ -1,0 +1,212 @@
+"""Runs of one config with several seeds: `python -m mixer_jax.main --seeds=0,1,2`.
+
+Each seed has its own workdir, WORKDIR/seed0, WORKDIR/seed1 and so on, which is that of an ordinary
+run. Whether a run is finished, and its metrics, are read from there.
+"""
+
+import dataclasses
+import functools
+import json
+import posixpath
+import signal
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from mixer_jax.checkpoints.best import MetricHistory, format_value, has_stopped_early
+from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
+from mixer_jax.checkpoints.resolve import list_saved_steps
+from mixer_jax.checkpoints.weights import PretrainedWeights
+from mixer_jax.config.schema import RunConfig
+from mixer_jax.distributed import multihost
+from mixer_jax.files import atomic_write, output_errors
+from mixer_jax.training.loop import BestCheckpoint, train_and_evaluate
+from mixer_jax.training.metrics import read_metrics
+from mixer_jax.training.tracking import RunLabel
+from mixer_jax.training.workdir import SEEDS_FILE, check_workdir, read_starts, seed_workdir
+from mixer_jax.visualization.curves import save_curves
+from mixer_jax.visualization.tables import align_columns
+
+# Ending of the name of a metric at the step of the best checkpoint.
+_BEST = ", best"
+
+
+class SeedResult(NamedTuple):
+    """Result of a finished run.
+
+    Attributes:
+        step: Steps taken.
+        metrics: Metrics at this step, named as in metrics.jsonl.
+        best: Best checkpoint, if the run has a `checkpoint.best_metric`.
+    """
+
+    seed: int
+    step: int
+    metrics: dict[str, float]
+    best: BestCheckpoint | None = None
+
+
+class SeedsOutcome(NamedTuple):
+    """Results of the finished runs, and the signal that stopped the others, if any."""
+
+    results: list[SeedResult]
+    stopped_by: signal.Signals | None = None
+
+
+def run_seeds(
+    config: RunConfig, workdir: str, seeds: Sequence[int], log: Callable[[str], None]
+) -> SeedsOutcome:
+    """Trains a config with every seed, one after the other, and writes seeds.json.
+
+    Finished runs are skipped, unless the config has changed, and others are resumed.
+
+    Args:
+        config: Config of the runs, whose seed is replaced.
+        workdir: Absolute path or URL; its runs are checked by `check_workdir`.
+        seeds: Different seeds.
+        log: Prints a line.
+
+    Raises:
+        UserError, RunError: A run fails. Results of those that have finished are kept.
+    """
+    multihost.initialize_distributed(config.distributed, config.distributed_timeout)
+    multihost.check_devices()
+    is_primary = multihost.is_primary_process()
+    configs = {seed: dataclasses.replace(config, seed=seed) for seed in seeds}
+    weights = _load_init_weights(config, [seed_workdir(workdir, seed) for seed in seeds])
+    results: list[SeedResult] = []
+    for index, (seed, run_config) in enumerate(configs.items(), start=1):
+        folder = seed_workdir(workdir, seed)
+        changes, result = multihost.compute_once(functools.partial(_inspect, folder, run_config))
+        is_stopping, received = False, None
+        title = f"seed {seed} ({index} of {len(seeds)}): {folder}"
+        if result is not None and not changes:
+            log(f"{title} is finished")
+        else:
+            log(f"\n{title}")
+            for change in changes:
+                log(f"changed since this run was last started: {change}")
+            label = RunLabel(f"seed{seed}", posixpath.basename(workdir.rstrip("/")))
+            trained = train_and_evaluate(run_config, folder, weights, plot=save_curves, label=label)
+            received = trained.stopped_by
+            if not trained.is_finished:
+                return SeedsOutcome(results, received)
+            trained.raise_failures()
+            result = SeedResult(seed, trained.step, trained.metrics, trained.best)
+            # The signal may have reached a single host after the last step at which hosts
+            # synchronize.
+            is_stopping = multihost.any_host(received is not None)
+        results.append(result)
+        if is_primary:
+            _save(workdir, results)
+        if is_stopping and index < len(seeds):
+            return SeedsOutcome(results, received or signal.SIGTERM)
+    return SeedsOutcome(results)
+
+
+def _inspect(workdir: str, config: RunConfig) -> tuple[list[str], SeedResult | None]:
+    """Returns what has changed since a run was last started, and its result if it is finished."""
+    return check_workdir(workdir, config), read_result(workdir, config)
+
+
+def _load_init_weights(config: RunConfig, folders: Sequence[str]) -> PretrainedWeights | None:
+    """Loads the weights of `config.init_from` once for all runs that have not started yet."""
+    if not config.init_from:
+        return None
+    has_new = multihost.compute_once(
+        lambda: any(not list_saved_steps(folder) for folder in folders)
+    )
+    if not has_new:
+        return None
+    source, step = multihost.compute_once(lambda: pin_checkpoint(config.init_from))
+    return load_checkpoint(source, step=step)
+
+
+def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
+    """Reads the result of a run from its log; returns None if the run is not finished.
+
+    Raises:
+        UserError: A file of the run is damaged.
+    """
+    saved, starts = list_saved_steps(workdir), read_starts(workdir)
+    if not saved or not starts:
+        return None
+    step, lines = saved[-1], read_metrics(workdir)
+    history = MetricHistory(config.checkpoint.best_metric, lines)
+    if step != starts[-1]["num_steps"] and not has_stopped_early(config, history):
+        return None
+    metrics = {
+        key: value
+        for line in lines
+        if line["step"] == step
+        for key, value in line.items()
+        if key.rpartition("/")[0] in config.evals
+    }
+    if {key.rpartition("/")[0] for key in metrics} != config.evals.keys():
+        return None
+    best_step = history.best_step(saved)
+    best = None
+    if best_step is not None:
+        best = BestCheckpoint(best_step, history.name, history.values[best_step])
+    return SeedResult(config.seed, step, metrics, best)
+
+
+def _save(workdir: str, results: Sequence[SeedResult]) -> None:
+    """Writes seeds.json, or raises OutputWriteError or DiskFullError."""
+    with output_errors(workdir):
+        path = epath.Path(workdir) / SEEDS_FILE
+        atomic_write(path, json.dumps(to_json(results), indent=2) + "\n")
+
+
+def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
+    """Converts results to plain data: every run, the means and the sample standard deviations."""
+    columns = _columns(results)
+    return {
+        "seeds": [result.seed for result in results],
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "std": {name: _sample_std(values) for name, values in columns.items()},
+        "runs": {
+            f"{result.seed}": {
+                "step": result.step,
+                "best": result.best and result.best._asdict(),
+                "metrics": result.metrics,
+            }
+            for result in results
+        },
+    }
+
+
+def format_table(results: Sequence[SeedResult]) -> str:
+    """Formats the metrics of every seed, with mean and sample standard deviation."""
+    header = ["", *(f"seed {result.seed}" for result in results), "mean ± std"]
+    lines = [header]
+    for name, values in _columns(results).items():
+        # Counts are equal.
+        if name.rpartition("/")[2].startswith("num_"):
+            continue
+        mean, std = statistics.fmean(values), _sample_std(values)
+        metric = name.removesuffix(_BEST)
+        summary = format_value(metric, mean)
+        summary += "" if std is None else f" ± {format_value(metric, std)}"
+        lines.append([name, *(format_value(metric, value) for value in values), summary])
+    return "\n".join(align_columns(lines))
+
+
+def _columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
+    """Returns the values of each metric by seed: of the best checkpoint, and at the last step."""
+    columns: dict[str, list[float]] = {}
+    if all(result.best for result in results):
+        for result in results:
+            assert result.best is not None
+            columns.setdefault(f"{result.best.metric}{_BEST}", []).append(result.best.value)
+    for name in results[0].metrics:
+        if all(name in result.metrics for result in results):
+            columns[name] = [result.metrics[name] for result in results]
+    return columns
+
+
+def _sample_std(values: Sequence[float]) -> float | None:
+    """Computes the standard deviation with n − 1; None for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
