@@ -26,6 +26,7 @@ from mixer_jax.config.schema import (
 )
 from mixer_jax.errors import UserError, nearest, suggest
 from mixer_jax.models.family import CUSTOM, INIT_FROM
+from mixer_jax.models.param_groups import check_freeze
 from mixer_jax.models.registry import FAMILIES, get_family
 
 # Schedules that do not end at a rate of their own.
@@ -316,6 +317,8 @@ def _check_model(config: RunConfig) -> None:
             + (f" Set {hint} to use it." if hint else suggest(model.variant, choices))
         )
     family.check_image_size(model.architecture, config.image_size, config.image_size)
+    patterns = config.optimizer.freeze_patterns
+    check_freeze(patterns, family, model.architecture, config.image_size)
     check_scan_unroll(model.scan_unroll, family.num_blocks(model.architecture))
 
 

@@ -423,6 +423,29 @@ class OptimizerConfig:
         max=0.999999,
     )
     clip_norm: float = key(1.0, "largest global gradient norm; 0 disables clipping", min=0)
+    sam_rho: float = key(
+        0.0,
+        "sharpness-aware minimization (SAM): distance from the parameters at which the gradient is "
+        "computed, such as 0.1; doubles the time of a step; 0 disables it",
+        min=0,
+    )
+    layer_decay: float = key(
+        1.0,
+        "factor of the learning rate from each layer to the one before it, such as 0.75; the "
+        "head's is 1; 1 disables it",
+        min=0.01,
+        max=1,
+    )
+    freeze: str = key(
+        "",
+        "layers or parameters that are not trained, by name or wildcard, separated by commas: "
+        "stem,blocks.0 or stem,blocks.*,*bias; empty: none",
+    )
+
+    @property
+    def freeze_patterns(self) -> tuple[str, ...]:
+        """Patterns of `freeze`."""
+        return tuple(pattern.strip() for pattern in self.freeze.split(",") if pattern.strip())
 
     @functools.cached_property
     def decay_fractions(self) -> tuple[Fraction, ...]:

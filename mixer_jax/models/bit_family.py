@@ -98,6 +98,16 @@ class BitFamily(ModelFamily):
             **head_layers(config.num_features, num_classes),
         }
 
+    def layer_groups(self, config: BitConfig) -> dict[str, Sequence[str]]:
+        """Groups modules by depth: root, units, and head."""
+        units = [
+            unit_path(block, unit).replace("/", ".")
+            for block, num_units in enumerate(config.units_per_block)
+            for unit in range(num_units)
+        ]
+        groups: dict[str, Sequence[str]] = {"stem": ["stem"], **{unit: [unit] for unit in units}}
+        return groups | {units[-1]: [units[-1], "norm"], "head": ["head"]}
+
     def forward_flops(
         self, config: BitConfig, image_size: int | ImageSize, num_classes: int
     ) -> int:

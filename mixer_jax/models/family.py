@@ -258,6 +258,8 @@ class ModelFamily(abc.ABC):
     # Name of the first layer if it is linear, so that the normalization of pixels can be folded
     # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
+    # Modules of the head. `layer_groups` assigns all others after the blocks to the last block.
+    head_modules: ClassVar[tuple[str, ...]] = ("head",)
     # Whether the models have a GELU, and so its variant in the metadata has a meaning.
     has_gelu: ClassVar[bool] = True
     # Custom backends of a stack of blocks besides "xla", as "module:class"; imported when used.
@@ -353,6 +355,29 @@ class ModelFamily(abc.ABC):
         """
         width, _ = self.param_shapes(config, image_size, 1)["head/kernel"]
         return head_layers(width, num_classes)
+
+    def layer_groups(self, config: Any) -> dict[str, Sequence[str]]:
+        """Groups modules by depth, from the input to the head, for layer-wise learning rates.
+
+        Groups are those of timm: modules before the blocks are the first, and a normalization after
+        the blocks belongs to the last block.
+
+        Returns:
+            Names of the modules by layer; "blocks.3" is a block of a stack.
+        """
+        shapes = self.param_shapes(config, self.image_size_multiple(config), num_classes=1)
+        modules = list(dict.fromkeys(path.partition("/")[0] for path in shapes))
+        head = [module for module in modules if module in self.head_modules]
+        body = [module for module in modules if module not in self.head_modules]
+        groups: dict[str, Sequence[str]]
+        if self.num_blocks(config):
+            index = body.index("blocks")
+            blocks = [f"blocks.{block}" for block in range(self.num_blocks(config))]
+            groups = {"stem": body[:index], **{block: [block] for block in blocks}}
+            groups[blocks[-1]] = [blocks[-1], *body[index + 1 :]]
+        else:
+            groups = {module: [module] for module in body}
+        return groups | {"head": head}
 
     def num_params(self, config: Any, image_size: int | ImageSize, num_classes: int) -> int:
         """Returns the number of parameters; `num_classes` 0 means no head."""

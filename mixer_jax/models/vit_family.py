@@ -48,6 +48,7 @@ class VitFamily(ModelFamily):
     display_name = "ViT"
     config_class = VitConfig
     variants = VARIANTS
+    head_modules = ("map_head", "pre_logits", "head")
     regions: ClassVar[Mapping[str, str]] = vit_costs.REGIONS
 
     def infer_variant(self, config: VitConfig) -> str:

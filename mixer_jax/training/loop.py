@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixer_jax.checkpoints.best import MetricHistory, format_value, has_stopped_early
+from mixer_jax.checkpoints.best import (
+    BestCheckpoint,
+    MetricHistory,
+    format_value,
+    has_stopped_early,
+)
 from mixer_jax.checkpoints.manager import (
     CheckpointManager,
     move_damaged_checkpoints,
@@ -37,6 +42,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
+from mixer_jax.models.param_groups import count_frozen, layer_factors
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import RunDatasets, balanced_class_weights, open_datasets
@@ -74,18 +80,6 @@ class EvalFailure(NamedTuple):
 
     message: str
     is_usage_error: bool
-
-
-class BestCheckpoint(NamedTuple):
-    """Checkpoint with the best value of `checkpoint.best_metric`, of several the earliest.
-
-    Attributes:
-        metric: Name as in metrics.jsonl, e.g. "validation/top1".
-    """
-
-    step: int
-    metric: str
-    value: float
 
 
 class TrainResult(NamedTuple):
@@ -373,7 +367,8 @@ class _TrainLoop:
             signaled,
             failures,
             stopped_early=stops_early,
-            best=self.find_best_checkpoint(),
+            # On disk once all saves have ended.
+            best=self.history.best_checkpoint(self.checkpoints.all_steps()),
         )
 
     def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
@@ -507,13 +502,6 @@ class _TrainLoop:
             f"{self.config.early_stopping_patience:,} evaluations; {found}"
         )
 
-    def find_best_checkpoint(self) -> BestCheckpoint | None:
-        """Finds the best checkpoint, which is on disk once all saves have ended."""
-        step = self.history.best_step(self.checkpoints.all_steps()) if self.history.name else None
-        if step is None:
-            return None
-        return BestCheckpoint(step, self.history.name, self.history.values[step])
-
     def evaluate(
         self,
         step: int,
@@ -627,6 +615,7 @@ def _describe_run(
         f"{get_family(info.family).full_name(info.variant)}, "
         f"{_num_params(experiment):,} parameters, {config.image_size} px\n"
         f"{describe_init(experiment, init)}"
+        f"{_describe_layers(experiment)}"
         f"{train.name}: {len(train):,} images, {train.num_classes:,} {labels}\n"
         f"{notes}"
         f"{_describe_class_weights(experiment.datasets)}"
@@ -634,6 +623,25 @@ def _describe_run(
         f"fsdp={mesh.shape['fsdp']}, {experiment.model.execution.dtype}\n"
         f"{status}"
     )
+
+
+def _describe_layers(experiment: Experiment) -> str:
+    """Formats lines about frozen parameters, and about layer-wise learning rates."""
+    optimizer, info = experiment.config.optimizer, experiment.model_info
+    family, lines = get_family(info.family), ""
+    if optimizer.freeze_patterns:
+        size = (experiment.config.image_size, info.num_classes)
+        num_frozen = count_frozen(optimizer.freeze_patterns, family, info.config, *size)
+        lines += (
+            f"{_num_params(experiment) - num_frozen:,} parameters are trained, {num_frozen:,} are "
+            f"frozen ({optimizer.freeze})\n"
+        )
+    if optimizer.layer_decay < 1:
+        factors = layer_factors(optimizer.layer_decay, family, info.config)
+        first, *blocks, head = (f"{layer} {factor:.3g}" for layer, factor in factors.items())
+        middle = blocks if len(blocks) < 3 else [f"{blocks[0]} to {blocks[-1]}"]
+        lines += f"learning-rate factors: {', '.join([first, *middle, head])}\n"
+    return lines
 
 
 def _num_params(experiment: Experiment) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
 from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.models.family import MatrixAxes, ModelFamily, Path
+from mixer_jax.models.param_groups import frozen_blocks, learning_rate_factors
 
-# RMS of an update of Muon, as of AdamW's in practice, so that both take the same learning rate and
+# RMS of Muon's updates. AdamW's have about the same, so that both take the same learning rate and
 # weight decay (arXiv 2502.16982, Section 2.2).
 _MUON_RMS = 0.2
 # Smallest axis over which Adafactor averages squared gradients (arXiv 2106.04560, authors' code).
@@ -29,8 +31,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     or after that fraction of `num_steps` (arXiv 1912.11370, Section 3.3).
 
     rsqrt divides the peak by √(1 + t / `rsqrt_timescale`), t steps after warmup. In the last
-    `cooldown_steps`, what the rate exceeds `end_learning_rate` by is multiplied by a factor that
-    falls linearly from 1 to 0, at step `num_steps` (arXiv 2106.04560, Section 3.5).
+    `cooldown_steps`, the difference to `end_learning_rate` is multiplied by a factor that falls
+    linearly from 1 to 0 at step `num_steps` (arXiv 2106.04560, Section 3.5).
     """
     peak, end = config.learning_rate, config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
@@ -83,12 +85,23 @@ def _cool_down(
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, family: ModelFamily
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    family: ModelFamily,
+    architecture: Any = None,
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
-    Weight decay is multiplied by the scheduled learning rate (AdamW's convention). Stacked
-    parameters are updated as if the arrays of each block were separate.
+    Weight decay is multiplied by the scheduled learning rate (AdamW's convention). `layer_decay`
+    scales the final update, weight decay included. Stacked parameters are updated as if the arrays
+    of each block were separate. Arrays that are frozen as a whole have no state; `train_step` keeps
+    the values of all frozen parameters.
+
+    Args:
+        config: Config of the optimizer.
+        schedule: Learning rate by step.
+        family: Family of the model.
+        architecture: Its architecture config, for layer decay and freezing.
     """
     mask = functools.partial(weight_decay_mask, family=family)
     steps = [
@@ -99,7 +112,46 @@ def make_optimizer(
     if config.name == "lamb":
         # The norm of an update includes weight decay.
         steps.append(apply_per_block(optax.scale_by_trust_ratio(), family))
-    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    if config.layer_decay < 1:
+        factors = functools.partial(learning_rate_factors, config.layer_decay, family, architecture)
+        steps.append(
+            optax.stateless(
+                lambda updates, params: _map_by_path(
+                    lambda path, update: update * _per_block(factors(path), update), updates
+                )
+            )
+        )
+    tx = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    if not config.freeze_patterns:
+        return tx
+    return optax.masked(
+        tx,
+        lambda params: jax.tree.map(
+            lambda frozen: not frozen.all(), frozen_mask(params, config, family, architecture)
+        ),
+    )
+
+
+def frozen_mask(
+    params: Any, config: OptimizerConfig, family: ModelFamily, architecture: Any
+) -> Any:
+    """Builds a tree like `params` of boolean arrays that are True where parameters are frozen.
+
+    Their shapes broadcast to those of the parameters. Returns None if no parameter is frozen.
+    """
+    patterns = config.freeze_patterns
+    if not patterns:
+        return None
+    return _map_by_path(
+        lambda path, array: _per_block(frozen_blocks(patterns, family, architecture, path), array),
+        params,
+    )
+
+
+def _per_block(values: Sequence[bool] | Sequence[float], array: Any) -> np.ndarray:
+    """Converts a value per block, or a single one, to an array that broadcasts to a parameter."""
+    dtype = np.float32 if isinstance(values[0], float) else np.bool_
+    return np.asarray(values, dtype).reshape(-1, *(1,) * (array.ndim - 1))
 
 
 def _scale_by_name(config: OptimizerConfig, family: ModelFamily) -> optax.GradientTransformation:
@@ -109,7 +161,7 @@ def _scale_by_name(config: OptimizerConfig, family: ModelFamily) -> optax.Gradie
     if config.name == "lion":
         return optax.scale_by_lion(b1=config.b1, b2=config.b2)
     if config.name == "adafactor":
-        # As the authors of ViT train: with momentum, and not scaled by the norm of parameters.
+        # As in the code of ViT's authors: with momentum, and not scaled by the RMS of parameters.
         scaling = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=_ADAFACTOR_MIN_AXIS),
             optax.clip_by_block_rms(1.0),
@@ -179,7 +231,8 @@ def _choose(
 ) -> optax.GradientTransformation:
     """Applies one of two transformations to each parameter, by its path.
 
-    Unlike those of `optax.partition`, the paths of states end with those of their parameters.
+    Unlike with `optax.partition`, the path of a moment ends with the path of its parameter, by
+    which it is sharded.
     """
 
     def mask(tree: Any, value: bool) -> Any:

@@ -44,9 +44,10 @@ from mixer_jax.evaluation.probes import (
 )
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import INIT_FROM
+from mixer_jax.models.param_groups import check_freeze
 from mixer_jax.models.registry import build_model, get_family
 from mixer_jax.training.datasets import RunDatasets
-from mixer_jax.training.optimizer import make_optimizer, make_schedule
+from mixer_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from mixer_jax.training.step import (
     Metrics,
     TrainState,
@@ -105,7 +106,8 @@ def build_experiment(
 
     Raises:
         UserError: The batch cannot be split over the devices, warmup is longer than the run, it
-            does not have the steps to profile, or the backend is for other devices.
+            does not have the steps to profile, the backend is for other devices, or a pattern of
+            frozen parameters matches none.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
     check_schedule(config, num_steps)
@@ -119,7 +121,9 @@ def build_experiment(
     model = _build_model(config, model_info, device)
     schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
-    tx = make_optimizer(config.optimizer, schedule, family)
+    patterns = config.optimizer.freeze_patterns
+    check_freeze(patterns, family, model_info.config, config.image_size)
+    tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
 
     class_weights = datasets.class_weights
     has_ema = config.recipe.ema_decay > 0
@@ -146,6 +150,8 @@ def build_experiment(
             schedule,
             mesh,
             class_weights,
+            sam_rho=config.optimizer.sam_rho,
+            frozen=frozen_mask(shape.params, config.optimizer, family, model_info.config),
         ),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
@@ -243,21 +249,28 @@ def train_preprocess_args(config: PreprocessConfig) -> dict[str, Any]:
 
 
 def train_flops_per_image(experiment: Experiment) -> int:
-    """Computes the model FLOPs of training on one image: three times those of a forward pass."""
+    """Computes the model FLOPs of training on one image: three times those of a forward pass.
+
+    SAM computes two gradients.
+    """
     info = experiment.model_info
     family = get_family(info.family)
-    return 3 * family.forward_flops(info.config, info.image_size, info.num_classes)
+    num_gradients = 2 if experiment.config.optimizer.sam_rho else 1
+    return 3 * num_gradients * family.forward_flops(info.config, info.image_size, info.num_classes)
 
 
 def throughput_metrics(experiment: Experiment, images_per_second: float) -> dict[str, float]:
-    """Computes throughput in total and per device, and MFU on devices of known peak FLOP/s."""
+    """Computes throughput in total and per device, and MFU on devices of known peak FLOP/s.
+
+    Without MFU if parameters are frozen, because the FLOPs depend on which.
+    """
     per_device = images_per_second / experiment.mesh.size
     metrics = {
         "images_per_second": images_per_second,
         "images_per_second_per_device": per_device,
     }
     peak = peak_flops(jax.devices()[0].device_kind)
-    if peak:
+    if peak and not experiment.config.optimizer.freeze_patterns:
         metrics["model_flops_utilization"] = train_flops_per_image(experiment) * per_device / peak
     return metrics
 

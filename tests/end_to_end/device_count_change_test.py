@@ -12,7 +12,12 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init, save_state
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from tests.helpers.tiny_run import FAMILY_OVERRIDES, NO_REGULARIZATION, small_config
+from tests.helpers.tiny_run import (
+    FAMILY_OVERRIDES,
+    NO_REGULARIZATION,
+    OPTIMIZER_OVERRIDES,
+    small_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -27,12 +32,12 @@ History = list[tuple[str, float]]
 
 
 def run(
-    data_dir: str, workdir: Path, layouts: list[tuple[int, int, range]], family: str
+    data_dir: str, workdir: Path, layouts: list[tuple[int, int, range]], overrides: dict[str, Any]
 ) -> History:
     """Trains on one layout of devices after the other, each from the checkpoint of the last."""
     history = []
     for num_devices, fsdp, steps in layouts:
-        config = small_config(data_dir, **SETTINGS | FAMILY_OVERRIDES[family], mesh__fsdp=fsdp)
+        config = small_config(data_dir, **SETTINGS | overrides, mesh__fsdp=fsdp)
         experiment = build_experiment(config, open_datasets(config), jax.devices()[:num_devices])
         init = find_init_source(config, str(workdir))
         assert (init.resume_step if init else 0) == steps.start
@@ -52,12 +57,15 @@ def run(
     return history
 
 
-@pytest.mark.parametrize("family", FAMILY_OVERRIDES)
+@pytest.mark.parametrize("name", [*FAMILY_OVERRIDES, *OPTIMIZER_OVERRIDES])
 def test_the_number_of_devices_changes_neither_examples_nor_losses(
-    digits_dir: str, tmp_path: Path, family: str
+    digits_dir: str, tmp_path: Path, name: str
 ) -> None:
-    expected = run(digits_dir, tmp_path / "constant", CONSTANT, family)
-    actual = run(digits_dir, tmp_path / "changing", CHANGING, family)
+    overrides = (FAMILY_OVERRIDES | OPTIMIZER_OVERRIDES)[name]
+    if name == "frozen":
+        overrides = overrides | {"model__num_blocks": 2}
+    expected = run(digits_dir, tmp_path / "constant", CONSTANT, overrides)
+    actual = run(digits_dir, tmp_path / "changing", CHANGING, overrides)
     assert [examples for examples, _ in actual] == [examples for examples, _ in expected]
     assert len({examples for examples, _ in expected}) == STEPS
     np.testing.assert_allclose(

@@ -29,7 +29,7 @@ from tests.helpers.processes import (
     untimed_metrics,
     wait_until,
 )
-from tests.helpers.tiny_run import FAMILY_OVERRIDES, NO_REGULARIZATION
+from tests.helpers.tiny_run import FAMILY_OVERRIDES, NO_REGULARIZATION, OPTIMIZER_OVERRIDES
 
 pytestmark = pytest.mark.slow
 
@@ -91,11 +91,11 @@ def assert_same_result(workdir: Path, expected: Path) -> None:
             np.testing.assert_array_equal(a, b, err_msg=item)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILY_OVERRIDES if name != "mixer"])
-def test_killed_and_resumed_run_of_another_family_equals_an_uninterrupted_one(
-    family: str, digits_dir: str, tmp_path: Path
+@pytest.mark.parametrize("name", ["vit", "bit", *OPTIMIZER_OVERRIDES])
+def test_killed_and_resumed_run_of_another_family_or_optimizer_equals_an_uninterrupted_one(
+    name: str, digits_dir: str, tmp_path: Path
 ) -> None:
-    overrides = FAMILY_OVERRIDES[family]
+    overrides = (FAMILY_OVERRIDES | OPTIMIZER_OVERRIDES)[name]
     killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
     # At least one save is finished: the next one waits for it.
     step = random.SystemRandom().randint(21, 45)

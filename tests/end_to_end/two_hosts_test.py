@@ -110,6 +110,30 @@ def test_two_hosts_compute_the_same_as_one(runs: Runs, name: str) -> None:
     assert (one["test/num_examples"], one["test/num_bad"]) == (27, 13)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset__name": "mixer_shapes", "recipe__loss": "sigmoid"},
+        {"recipe__class_weights": "balanced"},
+    ],
+    ids=["multi_label", "class_weights"],
+)
+def test_two_hosts_have_the_same_labels_and_weights_as_one(
+    changes: dict[str, Any], settings: dict[str, Any], shapes_dir: str, tmp_path: Path
+) -> None:
+    settings = settings | changes | {"num_steps": 6}
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(shapes_dir, one, {"JAX_NUM_CPU_DEVICES": "4"}, **settings))
+    outs = [finish(process) for process in start_two_hosts(shapes_dir, two, **settings)]
+    assert ("class weights" in outs[0]) == ("recipe__class_weights" in changes)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    expected, actual = (read_metrics(str(workdir))[-1] for workdir in (one, two))
+    names = [key for key in expected if key.startswith("test/")]
+    assert {key: actual[key] for key in names} == pytest.approx(
+        {key: expected[key] for key in names}, rel=1e-5
+    )
+
+
 def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
     runs: Runs, settings: dict[str, Any], tmp_path: Path
 ) -> None:

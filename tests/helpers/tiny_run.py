@@ -43,6 +43,13 @@ FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
     | {"model__family": "bit", "model__units": "1,1", "model__root_width": 8}
     | {"model__root": "3x3", "model__stochastic_depth": 0.0, "model__dropout": 0.0},
 }
+# Settings of optimizers whose state or step differs from that of AdamW.
+OPTIMIZER_OVERRIDES: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer__name": "muon"},
+    "adafactor": {"optimizer__name": "adafactor"},
+    "sam": {"optimizer__sam_rho": 0.05},
+    "frozen": {"optimizer__freeze": "stem,blocks.0", "optimizer__layer_decay": 0.7},
+}
 
 
 def to_flags(data_dir: str, **changes: Any) -> list[str]:

@@ -322,6 +322,58 @@ def test_muon_leaves_all_other_parameters_to_adam(path: str) -> None:
     np.testing.assert_array_equal(*updates)
 
 
+def stacked_params() -> tuple[Any, Any]:
+    """Returns the architecture and the parameters of a Mixer of three blocks."""
+    sizes = {"num_blocks": 3, "patch_size": 2, "hidden_dim": 4}
+    config = MIXER.get_config("custom", **sizes, tokens_mlp_dim=3, channels_mlp_dim=5)
+    shapes = unflatten_params(MIXER.param_shapes(config, 4, 2))
+    return config, random_tree(shapes, seed=0)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_layer_decay_scales_updates_and_weight_decay(name: Any) -> None:
+    architecture, params = stacked_params()
+    settings: dict[str, Any] = {"name": name, "clip_norm": 0.0, "weight_decay": 0.1}
+    updates = []
+    for decay in (1.0, 0.5):
+        config = OptimizerConfig(layer_decay=decay, **settings)
+        tx = make_optimizer(config, lambda step: 0.1, MIXER, architecture)
+        updates.append(tx.update(params, tx.init(params), params)[0])
+    factors = {"stem": 0.5**4, "pre_head_layer_norm": 0.5, "head": 1.0}
+    for module in updates[0]:
+        for plain, scaled in zip(*(jax.tree.leaves(u[module]) for u in updates), strict=True):
+            factor = np.array([0.5**3, 0.5**2, 0.5]).reshape(-1, *(1,) * (plain.ndim - 1))
+            expected = plain * factors.get(module, factor)
+            np.testing.assert_allclose(scaled, expected, rtol=1e-6, err_msg=module)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_arrays_that_are_frozen_as_a_whole_have_no_state(name: Any) -> None:
+    architecture, params = stacked_params()
+    config = OptimizerConfig(name=name, freeze="stem,blocks,pre_head*")
+    tx = make_optimizer(config, lambda step: 0.1, MIXER, architecture)
+    state = tx.init(params)
+    plain = make_optimizer(OptimizerConfig(name=name), lambda step: 0.1, MIXER)
+    expected = plain.init({"head": params["head"]})
+    sizes = [sorted(x.size for x in jax.tree.leaves(tree)) for tree in (state, expected)]
+    assert sizes[0] == sizes[1]
+
+
+def test_frozen_parameters_do_not_count_in_the_norm_of_clipping() -> None:
+    architecture, params = stacked_params()
+    grads = jax.tree.map(jnp.zeros_like, params) | {"head": params["head"]}
+    updates = []
+    for freeze in ("", "stem"):
+        config = OptimizerConfig(name="sgd", freeze=freeze)
+        tx = make_optimizer(config, lambda step: 1.0, MIXER, architecture)
+        updates.append(tx.update(grads, tx.init(params), params)[0]["head"])
+        # The stem's gradient would now be clipped as well.
+        grads["stem"] = jax.tree.map(lambda x: 100 * x, params["stem"])
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(updates[0][leaf], updates[1][leaf])
+    assert float(optax.tree.norm(updates[1])) == pytest.approx(1)
+
+
 def test_make_optimizer_with_clip_norm_zero_does_not_clip() -> None:
     params, all_grads = params_and_grads()
     tx = make_optimizer(OptimizerConfig(name="sgd", clip_norm=0.0), lambda step: 1.0, MIXER)

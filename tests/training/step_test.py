@@ -1,7 +1,9 @@
-"""Tests of the training step: loss, mixup, CutMix, accumulation, averaging and randomness."""
+"""Tests of the training step: microbatches, devices, SAM, freezing, averaging and randomness."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +11,18 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.config.schema import RecipeConfig
+from mixer_jax.config.schema import OptimizerConfig, RecipeConfig
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.models.layers import normalize_images
+from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.training.optimizer import frozen_mask, make_optimizer
 from mixer_jax.training.step import (
-    MixupWeights,
     TrainState,
     accumulate_gradients,
-    apply_mixup,
     create_state,
-    cross_entropy,
     jit_train_step,
-    sample_mixup,
-    smooth_labels,
+    perturb_params,
+    train_step,
     update_norm,
 )
 from tests.helpers.batches import mesh_of
@@ -89,62 +89,7 @@ def assert_trees_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-def test_cross_entropy_equals_float64_formulas() -> None:
-    logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]])
-    labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.7, 0.3]])
-    z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
-    p = 1 / (1 + np.exp(-z))
-    sigmoid = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum(1).mean()
-    softmax = -(y * np.log(np.exp(z) / np.exp(z).sum(1, keepdims=True))).sum(1).mean()
-    assert float(cross_entropy(logits, labels, "sigmoid")) == pytest.approx(sigmoid, rel=1e-6)
-    assert float(cross_entropy(logits, labels, "softmax")) == pytest.approx(softmax, rel=1e-6)
-
-
-def test_smooth_labels_spreads_mass_evenly() -> None:
-    labels = np.asarray(smooth_labels(jnp.array([2]), 4, 0.2))
-    np.testing.assert_allclose(labels, [[0.05, 0.05, 0.85, 0.05]], rtol=1e-6)
-
-
-def test_smooth_labels_moves_both_targets_of_binary_decisions() -> None:
-    labels = np.asarray(smooth_labels(jnp.array([2]), 1_000, 0.0, 1e-4))
-    assert labels[0, 2] == np.float32(1 - 1e-4)
-    assert set(np.delete(labels[0], 2)) == {np.float32(1e-4)}
-
-
-def test_multi_hot_labels_are_targets_that_mix() -> None:
-    labels = jnp.array([[True, False, True], [False, False, False]])
-    targets = smooth_labels(labels, 3, 0.0)
-    np.testing.assert_array_equal(targets, [[1, 0, 1], [0, 0, 0]])
-    np.testing.assert_allclose(smooth_labels(labels, 3, 0.0, 0.1)[0], [0.9, 0.1, 0.9], rtol=1e-6)
-    images = jnp.zeros((2, 2, 2, 3), jnp.uint8)
-    pairs = sample_mixup(jax.random.key(0), images, targets, RecipeConfig(mixup=0.5))
-    _, mixed = apply_mixup(pairs.arrays, MixupWeights(jnp.float32(0.75)))
-    np.testing.assert_allclose(mixed, [[0.75, 0, 0.75], [0.25, 0, 0.25]])
-
-
 CLASS_WEIGHTS = np.array([0.5, 2.0, 5.0], np.float32)
-
-
-@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weights_of_mixed_examples_are_those_of_their_labels(loss: str, smoothing: float) -> None:
-    """Linear in the two examples of a mixture, each with the weight of its own label."""
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)
-    first, second = (smooth_labels(jnp.array(y), 3, smoothing) for y in ([0, 1, 2], [2, 0, 2]))
-    weights = jnp.asarray(CLASS_WEIGHTS)[:, None]
-    mixed = 0.7 * first * weights + 0.3 * second * weights[jnp.array([2, 0, 2])]
-    expected = np.mean(
-        [
-            share
-            * CLASS_WEIGHTS[label]
-            * float(cross_entropy(logits[i : i + 1], y[i : i + 1], loss))
-            for share, y, labels in ((0.7, first, [0, 1, 2]), (0.3, second, [2, 0, 2]))
-            for i, label in enumerate(labels)
-        ]
-    )
-    # A mean over three examples of the sums of two parts each.
-    found = float(cross_entropy(logits, mixed, loss, is_weighted=True))
-    assert found == pytest.approx(2 * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
@@ -157,140 +102,6 @@ def test_class_weights_scale_the_loss_of_their_examples(loss: str) -> None:
     _, (weighted,) = take_steps(1, model, loss=loss, class_weights=CLASS_WEIGHTS)
     factor = CLASS_WEIGHTS[np.arange(8) % 3].mean()
     assert weighted["loss"] == pytest.approx(factor * plain["loss"], rel=1e-6)
-
-
-def test_mixup_with_the_smaller_weight_mixes_the_reversed_batch() -> None:
-    """BiT's weight may be below a half, which only reorders the mixed batch."""
-    images = jax.random.randint(jax.random.key(0), (5, 2, 2, 3), 0, 256).astype(jnp.uint8)
-    labels = jnp.eye(5)
-    recipe = RecipeConfig(mixup=0.1)
-    pairs = sample_mixup(jax.random.key(1), images, labels, recipe)
-    reverse = sample_mixup(jax.random.key(1), images[::-1], labels[::-1], recipe)
-    mixed, targets = apply_mixup(pairs.arrays, MixupWeights(jnp.float32(0.25)))
-    expected, expected_targets = apply_mixup(reverse.arrays, MixupWeights(jnp.float32(0.75)))
-    order = -np.arange(5) % 5
-    np.testing.assert_allclose(mixed, expected[order], atol=1e-6)
-    np.testing.assert_array_equal(targets, expected_targets[order])
-
-
-def test_sample_mixup_weight_is_the_larger_of_two_beta_fractions() -> None:
-    def sample_weight(rng: jax.Array) -> jax.Array:
-        images, labels = jnp.zeros((2, 1, 1, 3), jnp.uint8), jnp.zeros((2, NUM_CLASSES))
-        return sample_mixup(rng, images, labels, RecipeConfig(mixup=0.5)).weights.label
-
-    weights = np.asarray(
-        jax.jit(jax.vmap(sample_weight))(jax.random.split(jax.random.key(0), 4000))
-    )
-    assert weights.min() >= 0.5
-    assert weights.max() <= 1.0
-    # For Beta(½, ½), the arcsine law, E max(b, 1−b) = ½ + 1/π and the median is (1 + sin(π/4)) / 2.
-    assert weights.mean() == pytest.approx(0.5 + 1 / np.pi, abs=0.01)
-    assert np.median(weights) == pytest.approx((1 + np.sin(np.pi / 4)) / 2, abs=0.01)
-
-
-def test_mixup_partners_are_the_batch_rolled_by_one() -> None:
-    batch = make_batch(4)
-    labels = jnp.eye(4)
-    pairs = sample_mixup(jax.random.key(0), batch["image"], labels, RecipeConfig(mixup=0.5))
-    images, mixed = apply_mixup(pairs.arrays, MixupWeights(jnp.float32(0.75)))
-    pixels = np.asarray(batch["image"], np.float64) / 127.5 - 1
-    expected = 0.75 * pixels + 0.25 * pixels[[3, 0, 1, 2]]
-    np.testing.assert_allclose(images, expected, atol=1e-6)
-    np.testing.assert_allclose(mixed, 0.75 * np.eye(4) + 0.25 * np.eye(4)[[3, 0, 1, 2]])
-
-
-def draw_weights(count: int, height: int, width: int, **recipe: Any) -> Any:
-    """Samples the weights of `count` steps, stacked."""
-
-    def draw(rng: jax.Array) -> MixupWeights:
-        images, labels = jnp.zeros((2, height, width, 3), jnp.uint8), jnp.zeros((2, NUM_CLASSES))
-        return sample_mixup(rng, images, labels, RecipeConfig(**recipe)).weights
-
-    weights = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), count))
-    return jax.tree.map(np.asarray, weights)
-
-
-def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Finds top, left, height and width of the boxes of CutMix's masks, (n, 1, h, w, 1)."""
-    inside = masks[:, 0, :, :, 0] == 0
-    rows, columns = inside.any(2), inside.any(1)
-    corners = [rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)]
-    # They have all pixels of their rows and columns.
-    np.testing.assert_array_equal(inside.sum((1, 2)), corners[2] * corners[3])
-    return np.stack(corners, axis=1)
-
-
-def test_cutmix_replaces_a_box_and_weights_labels_by_its_exact_area() -> None:
-    # No pixel is that of its partner.
-    levels = np.random.default_rng(0).integers(64, size=(4, 8, 8, 3), dtype=np.uint8)
-    pixels = jnp.asarray(levels + np.arange(0, 256, 64, dtype=np.uint8)[:, None, None, None])
-    labels = jnp.eye(4)
-    before = np.asarray(jax.jit(normalize_images)(pixels))
-    partners = before[[3, 0, 1, 2]]
-    mix = jax.jit(lambda pairs: apply_mixup(*pairs))
-    areas = set()
-    for seed in range(30):
-        rng = jax.random.key(seed)
-        pairs = sample_mixup(rng, pixels, labels, RecipeConfig(cutmix=1.0))
-        images, targets = map(np.asarray, mix(pairs))
-        is_partner = images == partners
-        np.testing.assert_array_equal(images, np.where(is_partner, partners, before))
-        # The same box in all images and channels.
-        assert (is_partner == is_partner[:1, :, :, :1]).all()
-        ((_, _, height, width),) = boxes_of(1.0 - is_partner[None, :1, :, :, :1])
-        weight = 1 - height * width / 64
-        expected = weight * np.eye(4) + (1 - weight) * np.eye(4)[[3, 0, 1, 2]]
-        np.testing.assert_array_equal(targets, expected.astype(np.float32))
-        areas.add(height * width)
-    assert len(areas) > 10
-
-
-def test_cutmix_boxes_have_the_distribution_of_their_formula() -> None:
-    height, width, count = 20, 32, 4000
-    rng = np.random.default_rng(0)
-    sides = np.sqrt(1 - rng.beta(0.5, 0.5, count))
-    expected = []
-    for length in (height, width):
-        size, center = (length * sides).astype(int), rng.integers(length, size=count)
-        start = center - size // 2
-        expected.append(np.clip([start, start + size], 0, length))
-    (top, bottom), (left, right) = expected
-    weights = draw_weights(count, height, width, cutmix=0.5)
-    boxes = boxes_of(weights.pixels)
-    np.testing.assert_allclose(
-        weights.label, 1 - boxes[:, 2] * boxes[:, 3] / (height * width), rtol=1e-6
-    )
-    reference = 1 - (bottom - top) * (right - left) / (height * width)
-    # Standard errors are 0.006.
-    assert weights.label.mean() == pytest.approx(reference.mean(), abs=0.03)
-    for quantile in (0.25, 0.5, 0.75):
-        found, wanted = (np.quantile(w, quantile) for w in (weights.label, reference))
-        assert found == pytest.approx(wanted, abs=0.04)
-    for found, wanted in zip(boxes.T, (top, left, bottom - top, right - left), strict=True):
-        # Where the box is empty, it has no corner.
-        selected = (found[boxes[:, 2] > 0], wanted[bottom > top])
-        assert selected[0].mean() == pytest.approx(selected[1].mean(), abs=0.6)
-        assert selected[0].std() == pytest.approx(selected[1].std(), abs=0.4)
-    # Some boxes are clipped and not square.
-    ratio = boxes[:, 2] / np.maximum(boxes[:, 3], 1)
-    assert len(np.unique(ratio)) > 20
-
-
-@pytest.mark.parametrize("switch_prob", [0.0, 0.3, 1.0])
-def test_mixup_switch_prob_is_the_fraction_of_steps_with_cutmix(switch_prob: float) -> None:
-    count, shape = 1000, (6, 6)
-    mixup = draw_weights(count, *shape, mixup=0.5)
-    cutmix = draw_weights(count, *shape, cutmix=1.0)
-    both = draw_weights(count, *shape, mixup=0.5, cutmix=1.0, mixup_switch_prob=switch_prob)
-    assert mixup.pixels is None
-    # Every step has the weights of one of them, bit by bit.
-    is_cutmix = both.label != mixup.label
-    np.testing.assert_array_equal(both.label, np.where(is_cutmix, cutmix.label, mixup.label))
-    per_step = (count, 1, 1, 1, 1)
-    pixels = np.where(is_cutmix.reshape(per_step), cutmix.pixels, mixup.label.reshape(per_step))
-    np.testing.assert_array_equal(both.pixels, pixels)
-    # A standard deviation of 0.015.
-    assert is_cutmix.mean() == pytest.approx(switch_prob, abs=0.06 * (0 < switch_prob < 1))
 
 
 def test_train_step_starts_with_the_loss_of_a_zero_head() -> None:
@@ -427,6 +238,152 @@ def test_ema_params_follow_their_formula() -> None:
     plain, _ = take_steps(count=1)
     assert plain.ema_params is None
     assert plain.eval_params is plain.params
+
+
+class LinearModel(nn.Module):
+    """Softmax regression on pixels."""
+
+    family: ClassVar[str] = "mixer"
+    num_classes: ClassVar[int] = NUM_CLASSES
+    execution: ClassVar[Execution] = Execution()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool, example_index: jax.Array) -> jax.Array:
+        return nn.Dense(NUM_CLASSES, name="head")(images.reshape(len(images), -1))
+
+
+def numpy_sam(params: Any, batch: Any, rho: float, rate: float) -> tuple[Any, float]:
+    """Takes a step of SAM with SGD on softmax regression, in float64; returns the loss as well."""
+    x = np.asarray(batch["image"], np.float64).reshape(len(batch["label"]), -1) / 127.5 - 1
+    targets = np.eye(NUM_CLASSES)[np.asarray(batch["label"])]
+
+    def loss_and_gradient(params: Any) -> tuple[float, Any]:
+        logits = x @ params["kernel"] + params["bias"]
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        error = (p - targets) / len(x)
+        loss = -np.mean(np.log((p * targets).sum(axis=1)))
+        return loss, {"kernel": x.T @ error, "bias": error.sum(axis=0)}
+
+    loss, grads = loss_and_gradient(params)
+    norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
+    perturbed = {name: params[name] + rho * grads[name] / norm for name in params}
+    _, grads = loss_and_gradient(perturbed)
+    return {name: params[name] - rate * grads[name] for name in params}, loss
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_sam_equals_numpy(num_microbatches: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (8 * 8 * 3, NUM_CLASSES), "bias": (NUM_CLASSES,)}
+    expected: Any = {name: rng.normal(0.0, 0.1, shape) for name, shape in shapes.items()}
+    params = {"head": jax.tree.map(jnp.float32, expected)}
+    tx, mesh = optax.sgd(0.02), mesh_of(1, 1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), None)
+    for _ in range(5):
+        state, metrics = train_step(
+            state,
+            make_batch(),
+            recipe=RecipeConfig(loss="softmax", grad_accum_steps=num_microbatches),
+            seed=0,
+            model=LinearModel(),
+            tx=tx,
+            schedule=optax.constant_schedule(0.02),
+            mesh=mesh,
+            sam_rho=0.3,
+        )
+        before, (expected, loss) = expected, numpy_sam(expected, make_batch(), 0.3, 0.02)
+        # That of the parameters before the step.
+        assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
+        plain, _ = numpy_sam(before, make_batch(), 0.0, 0.02)
+        for name in expected:
+            np.testing.assert_allclose(state.params["head"][name], expected[name], atol=2e-6)
+            assert np.abs(expected[name] - plain[name]).max() > 1e-4
+
+
+def test_sam_with_a_zero_gradient_leaves_parameters() -> None:
+    params = {"w": jnp.arange(3.0)}
+    assert_trees_equal(perturb_params(params, {"w": jnp.zeros(3)}, 0.1), params)
+
+
+# Settings of optimizers, with frozen parameters of each family.
+RECIPES: dict[str, dict[str, Any]] = {
+    "adafactor": {"name": "adafactor"},
+    "lamb": {"name": "lamb"},
+    "layer_decay": {"layer_decay": 0.7},
+    "muon": {"name": "muon"},
+    "sam": {"name": "sgd", "sam_rho": 0.1},
+    "frozen": {"freeze": "stem,blocks.0"},
+}
+
+
+def train(
+    family: str, optimizer: dict[str, Any], mesh: Mesh | None = None, **recipe: Any
+) -> tuple[TrainState, TrainState, list[dict[str, float]]]:
+    """Takes three steps; returns the states before and after them, and their metrics."""
+    model = make_model(num_blocks=2, family=family, head_bias=1.0, **REGULARIZERS[family])
+    mesh = mesh or mesh_of(1, 1)
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **optimizer)
+    schedule = optax.constant_schedule(config.learning_rate)
+    tx = make_optimizer(config, schedule, get_family(family), model.config)
+    settings = RecipeConfig(loss="softmax", mixup=0.5, ema_decay=0.9, **recipe)
+    state = create_state(jax.random.key(7), model, tx, image_size=8, ema=True)
+    sharding = state_sharding(state, mesh, get_family(family))
+    frozen = frozen_mask(state.params, config, get_family(family), model.config)
+    settings_of_step = {"sam_rho": config.sam_rho, "frozen": frozen}
+    step = jit_train_step(settings, 0, sharding, model, tx, schedule, mesh, **settings_of_step)
+    start = jax.tree.map(np.array, state)
+    state, history = jax.device_put(state, sharding), []
+    for _ in range(3):
+        state, metrics = step(state, make_batch(16))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return start, jax.device_get(state), history
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("mixer", name) for name in RECIPES] + [("vit", "muon"), ("bit", "muon")],
+)
+def test_devices_and_microbatches_do_not_change_what_an_optimizer_computes(
+    name: str, family: str
+) -> None:
+    # The gradient of the bias of keys is zero but for rounding, which Adam would amplify.
+    optimizer = RECIPES[name] | ({"eps": 1e-4} if family == "vit" else {})
+    _, single, expected = train(family, optimizer)
+    _, sharded, actual = train(family, optimizer, mesh_of(2, 4), grad_accum_steps=2)
+    assert_trees_equal(single.params, sharded.params, tolerance=1e-4)
+    for a, b in zip(expected, actual, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "muon", "adafactor"])
+def test_frozen_parameters_and_their_averages_stay_bit_identical(name: str) -> None:
+    patterns = "stem,blocks.1,blocks.0.token_mixing.Dense_0.bias"
+    start, state, _ = train("mixer", {"name": name, "freeze": patterns, "sam_rho": 0.05})
+
+    def split(tree: Any) -> tuple[list[bytes], list[bytes]]:
+        blocks = [jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(2)]
+        bias = blocks[0]["token_mixing"]["Dense_0"].pop("bias")
+        frozen = [*jax.tree.leaves((tree["stem"], blocks[1])), bias]
+        trained = jax.tree.leaves((blocks[0], tree["head"], tree["pre_head_layer_norm"]))
+        return [x.tobytes() for x in frozen], [x.tobytes() for x in trained]
+
+    for before, after in (
+        (start.params, state.params),
+        (start.ema_params, state.ema_params),
+    ):
+        (frozen, trained), (still_frozen, moved) = split(before), split(after)
+        assert still_frozen == frozen
+        assert not set(moved) & set(trained)
+
+
+def test_gradient_norm_is_that_of_trained_parameters() -> None:
+    _, _, (all_trained, *_) = train("mixer", {"name": "sgd"})
+    _, _, (frozen, *_) = train("mixer", {"name": "sgd", "freeze": "head,blocks.0"})
+    _, _, (others, *_) = train("mixer", {"name": "sgd", "freeze": "stem,blocks.1,pre_head*"})
+    norms = [metrics["gradient_norm"] for metrics in (frozen, others, all_trained)]
+    assert math.hypot(*norms[:2]) == pytest.approx(norms[2], rel=1e-5)
+    assert frozen["loss"] == pytest.approx(all_trained["loss"], rel=1e-6)
 
 
 def test_train_step_lowers_the_loss() -> None:
