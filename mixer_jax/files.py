@@ -32,6 +32,7 @@ _OPEN_FILES = 4096
 # Content of lock files.
 _OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
+_NO_SYNC = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
 
 def raise_open_file_limit() -> None:
@@ -51,7 +52,7 @@ def raise_open_file_limit() -> None:
 
 
 def atomic_write(path: Any, content: str | bytes) -> None:
-    """Writes a file so that readers find either all of it or the old one, even after a crash.
+    """Writes a file so that readers find either all of it or the old one, even after a power loss.
 
     Args:
         path: `pathlib.Path`, or `epath.Path` for URLs.
@@ -64,10 +65,44 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Without it, file systems may store the new name before the contents.
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+def sync(path: Any) -> None:
+    """Waits until the contents of a file, or the names in a folder, survive a loss of power.
+
+    Does nothing at URLs: object stores answer only when the contents are safe.
+
+    Args:
+        path: `pathlib.Path` or `epath.Path`.
+
+    Raises:
+        OSError: The disk is full or failing.
+    """
+    if "://" in os.fspath(path):
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync, or not folders; Windows cannot open folders.
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Calls `sync` for a local folder and for everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def read_json_lines(path: Any) -> list[dict[str, Any]]:
@@ -135,12 +170,14 @@ class LineFile:
             self._pending = self._background.submit(self._write)
 
     def flush(self) -> None:
-        """Waits until all lines are written.
+        """Waits until all lines are written, and survive a loss of power.
 
         Raises:
             Exception: They cannot be written. Object stores raise various exceptions.
         """
         if self._background is None:
+            if self._path.exists():
+                sync(self._path)
             return
         if self._pending is not None:
             futures.wait([self._pending])

@@ -121,9 +121,9 @@ def _train_seeds(
     with propagate_failure():
         outcome = run_seeds(config, resolved_workdir, seeds, log)
     if outcome.results:
-        count, path = len(outcome.results), f"{workdir}/{workdirs.SEEDS_FILE}"
         log(f"\n{format_table(outcome.results)}\n")
-        log(f"mean ± sample standard deviation of {count} seeds, written to {path}")
+        note = ", std: sample standard deviation" if len(outcome.results) > 1 else ""
+        log(f"written to {workdir}/{workdirs.SEEDS_FILE}{note}")
     if outcome.stopped_by is None:
         return 0
     log("\nstopped; the same command resumes")

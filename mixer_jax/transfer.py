@@ -88,7 +88,7 @@ def _parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     )
     add = parser.add_argument
     add("--checkpoint", metavar="CHECKPOINT", help=common.CHECKPOINT_HELP)
-    add("--step", type=int, help="checkpoint step in a workdir; default: the newest")
+    common.add_step_arg(parser)
     add("--suite", metavar="NAME or FILE.py", help=f"{', '.join(SUITES)}, {_FEW_SHOT}, or a file")
     common.add_workdir_arg(parser, "runs/CHECKPOINT_SUITE")
     add(

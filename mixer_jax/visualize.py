@@ -230,9 +230,7 @@ def _add_weights_args(parser: common.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="CHECKPOINT", help=common.CHECKPOINT_HELP
     )
-    parser.add_argument(
-        "--step", type=int, help="checkpoint step in a workdir; default: the newest"
-    )
+    common.add_step_arg(parser)
     _add_out_arg(parser)
 
 

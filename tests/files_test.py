@@ -26,6 +26,7 @@ from mixer_jax.files import (
 )
 from tests.helpers.messages import mentions, raises
 from tests.helpers.object_store import BUCKET, object_store
+from tests.helpers.sync_log import log_syncs
 
 HOLD_LOCK = """
 import sys, time
@@ -94,6 +95,26 @@ def test_atomic_write_keeps_the_old_file_on_failure(
         atomic_write(path, "new")
     assert names(tmp_path) == ["a.json"]
     assert path.read_text() == "old"
+
+
+def test_atomic_write_syncs_the_contents_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_syncs(monkeypatch)
+    atomic_write(tmp_path / "file", "new")
+    (event, temporary), *others = log.events
+    assert (event, Path(temporary).name[:5]) == ("sync", "file.")
+    assert others == [("rename", str(tmp_path / "file")), ("sync", str(tmp_path))]
+
+
+def test_line_file_syncs_its_lines_when_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), ["first"])
+    file.append("second")
+    log = log_syncs(monkeypatch)
+    file.flush()
+    assert log.events == [("sync", str(tmp_path / "log"))]
 
 
 def test_atomic_write_encodes_text_as_utf_8(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ same checkpoint and stops at the same step as one that was not.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mixer_jax.config.schema import RunConfig
 
@@ -25,6 +25,18 @@ _FRACTIONS = (
     "linear",
     "knn",
 )
+
+
+class BestCheckpoint(NamedTuple):
+    """Checkpoint with the best value of a metric; of several equal ones, the earliest.
+
+    Attributes:
+        metric: Name as in metrics.jsonl, e.g. "validation/top1".
+    """
+
+    step: int
+    metric: str
+    value: float
 
 
 class MetricHistory:
@@ -46,13 +58,13 @@ class MetricHistory:
     def add(self, step: int, value: float) -> None:
         """Adds the value of a step.
 
-        The first one counts if the checkpoint of a step is evaluated again: other devices may round
-        differently, which must not change which checkpoint is best.
+        If the checkpoint of a step is evaluated again, the first value counts: other devices may
+        round differently, which must not change which checkpoint is best.
         """
         self.values.setdefault(step, float(value))
 
     def best_step(self, steps: Iterable[int] | None = None) -> int | None:
-        """Returns the step with the best value, of several the earliest; None if there is none.
+        """Returns the earliest step with the best value; None if no value is finite.
 
         Args:
             steps: Steps to choose from; None: all.
@@ -61,13 +73,18 @@ class MetricHistory:
         finite = [step for step in candidates if math.isfinite(self.values[step])]
         return max(finite, key=lambda step: self._rank(self.values[step]), default=None)
 
+    def best_checkpoint(self, steps: Iterable[int]) -> BestCheckpoint | None:
+        """Returns the best of the checkpoints of some steps; None if none has a finite value."""
+        step = self.best_step(steps)
+        return None if step is None else BestCheckpoint(step, self.name, self.values[step])
+
     def count_evals_without_improvement(self, every_steps: int, min_delta: float) -> int:
         """Counts the evaluations since the last one that improved by more than `min_delta`.
 
         Args:
-            every_steps: Interval of the evaluation. Values of other steps do not count: those of a
-                run that has ended there.
-            min_delta: Difference to the best value of the earlier improvements.
+            every_steps: Interval of the evaluation. Values at other steps do not count; they are
+                from the last step of a run that was then continued.
+            min_delta: Smallest difference to the value of the last improvement that is one itself.
         """
         count, best = 0, -math.inf
         for step, value in self.values.items():

@@ -33,7 +33,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
-from mixer_jax.files import remove_abandoned
+from mixer_jax.files import remove_abandoned, sync, sync_tree
 
 Tree = Any
 
@@ -46,17 +46,25 @@ _METADATA = "metadata"
 
 
 class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Temporary folder of a step, whose checksums are written before it gets its name.
+    """Temporary folder of a step, which is complete and synced before it gets its name.
 
     In the thread that writes the checkpoint, and on the primary process only.
     """
 
     async def finalize(self) -> None:
         # Items are written to temporary folders as well.
-        if self.get_final().name.isdecimal():
+        is_step = self.get_final().name.isdecimal()
+        if is_step:
             # orbax changes or writes these two when it renames the folder.
             write_checksums(Path(self.get()), exclude=(INDEX, COMMITTED))
+            # orbax syncs arrays, but not their metadata. Older checkpoints are removed only after
+            # this one survives a loss of power.
+            sync_tree(Path(self.get()))
         await super().finalize()
+        if is_step:
+            final = Path(self.get_final())
+            for path in (final / INDEX, final / COMMITTED, final, final.parent):
+                sync(path)
 
 
 # From steps to the one to keep, if any.

@@ -205,8 +205,8 @@ def add_checkpoint_args(parser: ArgumentParser) -> None:
     )
 
 
-def add_checkpoint_override_args(parser: ArgumentParser) -> None:
-    """Adds the arguments that select one step of a run and override a checkpoint's metadata."""
+def add_step_arg(parser: ArgumentParser) -> None:
+    """Adds --step, which selects one checkpoint of a run."""
     parser.add_argument(
         "--step",
         type=parse_step,
@@ -214,6 +214,11 @@ def add_checkpoint_override_args(parser: ArgumentParser) -> None:
         help='checkpoint step in a workdir, or "best" by its checkpoint.best_metric; default: the '
         "newest",
     )
+
+
+def add_checkpoint_override_args(parser: ArgumentParser) -> None:
+    """Adds the arguments that select one step of a run and override a checkpoint's metadata."""
+    add_step_arg(parser)
     parser.add_argument(
         "--image_size",
         type=parse_image_size,

@@ -1,14 +1,12 @@
 """Manifests: tables of image files with labels, as CSV or JSONL."""
 
-import array
 import csv
-import dataclasses
+import functools
 import json
 import os
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +24,13 @@ from mixer_jax.data.splits import (
     standard_split,
     substitution_notes,
 )
-from mixer_jax.errors import UserError, abbreviate, suggest
+from mixer_jax.errors import UserError, abbreviate
 
 _PATH, _LABEL, _LABELS, _SPLIT = "path", "label", "labels", "split"
-_CSV, _JSONL = (".csv",), (".jsonl", ".ndjson")
 # Between the labels of one image in CSV.
 _SEPARATOR = "|"
-_SPLITS = tuple(SPELLINGS)
+# Number of the line and cells by column of each row.
+_Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
 def open_manifest(path: str, split: str) -> Source:
@@ -56,21 +54,23 @@ def open_manifest(path: str, split: str) -> Source:
         UserError: The file, split or a column does not exist; a row is not well-formed; an image is
             listed twice; a class has no row in the training split; or no image exists.
     """
-    table = _Table(path)
-    class_names, labels = _index_classes(table)
-    rows_of, is_held_out = _divide_rows(table, labels)
-    notes = list(table.notes)
-    if not is_held_out:
-        notes += substitution_notes(split, rows_of, display_path(table.file))
-    sizes = {name: len(rows) for name, rows in rows_of.items()}
+    table = _read_table(path)
+    sizes = {name: len(rows) for name, rows in table.splits.items()}
     slices = parse_split(split, sizes, table.description)
-    rows = np.concatenate([rows_of[name][start:stop] for name, start, stop in slices])
+    rows = np.concatenate([table.splits[name][start:stop] for name, start, stop in slices])
     if not len(rows):
         raise UserError(f"split {split!r} of {table.description} contains no images.")
-    examples = _select(table, rows, labels)
-    notes += _check_files(table, examples)
+    examples: Any = _ManifestFiles(
+        table.file.parent, (table.paths[row] for row in rows.tolist()), table.labels.select(rows)
+    )
+    place = display_path(table.file)
+    notes = [
+        f"{place}: {note}" for note in (*table.notes, *_notes_on_missing_files(table, examples))
+    ]
+    notes += [] if table.is_held_out else substitution_notes(split, table.splits, place)
+    multi_label = table.labels.ends is not None
     return Source(
-        f"{MANIFEST}{path} {split}", examples, class_names, table.multi_label, notes=tuple(notes)
+        f"{MANIFEST}{path} {split}", examples, table.class_names, multi_label, notes=tuple(notes)
     )
 
 
@@ -83,332 +83,7 @@ def list_manifest_splits(path: str) -> tuple[str, ...]:
     Raises:
         UserError: The file does not exist or is not well-formed.
     """
-    table = _Table(path)
-    rows_of, _ = _divide_rows(table, _index_classes(table)[1])
-    return tuple(name for name, rows in rows_of.items() if len(rows))
-
-
-def _find_file(path: str) -> tuple[Path, str]:
-    """Returns the absolute path of a manifest, and the column of the label or ""."""
-    if path and "://" not in path:
-        # The name of a file may contain an @.
-        for name, label in ((path, ""), split_label(path)):
-            file = Path(name).expanduser()
-            if file.is_file():
-                return file.absolute(), label
-    path, _ = split_label(path)
-    if not path or "://" in path:
-        reason = "is not a local path"
-    else:
-        reason = "is not a file" if Path(path).expanduser().exists() else "does not exist"
-    raise UserError(
-        f"dataset '{MANIFEST}{path}' must be a local CSV or JSONL file, but {path!r} {reason}. "
-        f"Write {MANIFEST}FILE, where FILE has the columns {_PATH} and {_LABEL}."
-    )
-
-
-class _Table:
-    """Rows of a manifest, in compact arrays: a manifest may have millions.
-
-    Attributes:
-        file: Absolute path of the manifest.
-        root: Folder of the manifest.
-        description: Name of the manifest, for messages.
-        digests: Hash of each row's path.
-        splits: Index into `_SPLITS` of each row.
-        labels: Indices into `classes` of all rows, one row after the other.
-        label_ends: Index into `labels` after the last label of each row.
-        classes: Index of each class by name, in the order of the rows.
-        multi_label: Whether a row may have any number of labels.
-        notes: Lines for the user about what is not used.
-    """
-
-    def __init__(self, path: str):
-        """Reads a manifest.
-
-        Args:
-            path: Local file, optionally with @ and the column of the label.
-
-        Raises:
-            UserError: The file cannot be read, or a column or row is not well-formed.
-        """
-        file, label = _find_file(path)
-        self.root, self.description = file.parent, f"manifest {str(file)!r}"
-        self.file, self._root_prefix = file, os.path.join(file.parent, "")
-        self._paths, self._ends, self._lines = bytearray(), array.array("q"), array.array("q")
-        self.splits, self.labels = array.array("b"), array.array("i")
-        self.label_ends = array.array("q")
-        self.classes: dict[str, int] = {}
-        self.multi_label = False
-        self.notes: list[str] = []
-        # Indices of classes and splits by their spellings in the file.
-        self._known_labels: dict[str | int, int] = {}
-        self._known_splits: dict[str | None, int] = {None: _SPLITS.index(TRAIN)}
-        self._read(label)
-        self.digests = hash_paths(self._paths_in_order())
-        self._check_no_duplicates()
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def path(self, row: int) -> str:
-        """Returns the path of one row: relative to the folder of the manifest, or absolute."""
-        start = self._ends[row - 1] if row else 0
-        return os.fsdecode(bytes(self._paths[start : self._ends[row]]))
-
-    def _paths_in_order(self) -> Iterator[str]:
-        """Yields the path of every row."""
-        return map(self.path, range(len(self)))
-
-    def _read(self, label: str) -> None:
-        """Reads the file; `label` is the column of the label, or "" for `label` or `labels`."""
-        suffix = self.file.suffix.lower()
-        if suffix not in _CSV + _JSONL:
-            self._fail(f"have one of the suffixes {', '.join(_CSV + _JSONL)}", suffix or "none")
-        try:
-            with self.file.open(encoding="utf-8-sig", newline="") as file:
-                (self._read_csv if suffix in _CSV else self._read_jsonl)(file, label)
-        except UnicodeDecodeError:
-            self._fail("be UTF-8", "another encoding", self._find_undecodable_line())
-        except OSError as error:
-            raise UserError(f"{self.description} cannot be read: {error.strerror}.") from error
-        if not len(self):
-            self._fail("have a row for each image", "none")
-
-    def _check_no_duplicates(self) -> None:
-        """Checks that no two rows have the same path."""
-        order = np.argsort(self.digests, kind="stable")
-        digests = self.digests[order]
-        is_repeated = digests[1:] == digests[:-1]
-        if not is_repeated.any():
-            return
-        first = np.flatnonzero(is_repeated)[0]
-        rows = order[first : first + 2].tolist()
-        lines = " and ".join(str(self._lines[row]) for row in rows)
-        fix = (
-            "Remove all but one row of each."
-            if self.multi_label
-            else f"Remove all but one row of each; several labels belong in a column {_LABELS}."
-        )
-        self._fail(
-            "list every image once",
-            f"{int(is_repeated.sum()):,} repeated, for example {self.path(rows[0])!r} in lines "
-            f"{lines}",
-            fix=fix,
-        )
-
-    def _read_csv(self, file: Any, label: str) -> None:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            indices = self._find_columns([name.strip() for name in header], label)
-            path_index, label_index, split_index = indices
-            for row in reader:
-                if not row:
-                    continue
-                line = reader.line_num
-                if len(row) != len(header):
-                    self._fail(f"have {len(header)} cells in each row", f"{len(row)}", line)
-                labels: Sequence[Any] = (row[label_index].strip(),)
-                if self.multi_label:
-                    labels = row[label_index].split(_SEPARATOR) if labels[0] else ()
-                split = None if split_index is None else row[split_index]
-                self._add(line, row[path_index], labels, split)
-        except csv.Error as error:
-            self._fail("be CSV", str(error), reader.line_num)
-
-    def _read_jsonl(self, file: Any, label_column: str) -> None:
-        columns: list[str] = []
-        path_key = label_key = ""
-        split_key: str | None = None
-        for line, text in enumerate(file, 1):
-            if text.isspace():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "deep nesting"
-                self._fail("have one JSON object per line", f"invalid JSON ({reason})", line)
-            if not isinstance(row, dict):
-                self._fail("have one JSON object per line", f"{type(row).__name__}", line)
-            if not columns:
-                columns = list(row)
-                path_index, label_index, split_index = self._find_columns(
-                    columns, label_column, row
-                )
-                path_key, label_key = columns[path_index], columns[label_index]
-                split_key = None if split_index is None else columns[split_index]
-            try:
-                path, labels = row[path_key], row[label_key]
-                split = None if split_key is None else row[split_key]
-            except KeyError as error:
-                self._fail(f"have {error} in each line", f"{', '.join(row) or 'none'}", line)
-            if self.multi_label != isinstance(labels, list):
-                rule = "lists of labels" if self.multi_label else "one label, not a list,"
-                self._fail(f"have {rule} in each line", repr(labels), line)
-            for key, value in ((path_key, path), (split_key, split)):
-                if key is not None and not isinstance(value, str):
-                    self._fail(f"have text as {key}", repr(value), line)
-            labels = labels if self.multi_label else [labels]
-            for label in labels:
-                # Booleans are integers in Python.
-                if type(label) not in (str, int):
-                    self._fail("have labels that are text or integers", repr(label), line)
-            self._add(line, path, labels, split)
-
-    def _find_columns(
-        self, columns: list[str], label: str, first_row: dict[str, Any] | None = None
-    ) -> tuple[int, int, int | None]:
-        """Finds the columns of path, label and split; sets `multi_label`.
-
-        Args:
-            columns: Names of the columns.
-            label: Requested column of the label, or "".
-            first_row: First row of a JSONL file.
-        """
-        folded = [column.casefold() for column in columns]
-        names = ", ".join(columns) or "none"
-        candidates = [label.casefold()] if label else [_LABEL, _LABELS]
-        found = [name for name in candidates if name in folded]
-        if _PATH not in folded or not found:
-            self._fail(
-                f"have the columns {_PATH} and {label or f'{_LABEL} or {_LABELS}'}",
-                names,
-                1,
-                f"Rename the columns, or choose the label by {MANIFEST}FILE@COLUMN.",
-            )
-        if len(found) > 1:
-            self._fail(
-                f"have one of the columns {_LABEL} and {_LABELS}",
-                names,
-                1,
-                f"Choose by {MANIFEST}{self.file}@{_LABEL} or @{_LABELS}.",
-            )
-        used = [_PATH, *found, _SPLIT]
-        repeated = [name for name in used if folded.count(name) > 1]
-        if repeated:
-            self._fail("have columns with different names", names, 1)
-        path_index, label_index = folded.index(_PATH), folded.index(found[0])
-        split_index = folded.index(_SPLIT) if _SPLIT in folded else None
-        self.multi_label = found[0] == _LABELS
-        if first_row is not None:
-            self.multi_label = isinstance(first_row[columns[label_index]], list)
-        ignored = [name for name in columns if name.casefold() not in used]
-        if ignored:
-            self.notes.append(
-                f"{display_path(self.file)}: ignored columns {abbreviate(map(repr, ignored))}"
-            )
-        return path_index, label_index, split_index
-
-    def _add(self, line: int, path: str, labels: Sequence[Any], split: str | None) -> None:
-        """Adds a row; `split` is None for a manifest without a column of splits."""
-        if not path or "://" in path or "\0" in path:
-            self._fail("have paths of local files", repr(path), line)
-        if path.startswith(self._root_prefix):
-            path = path[len(self._root_prefix) :]
-        if "./" in path or "//" in path:
-            path = str(PurePosixPath(path))
-        try:
-            self._paths += os.fsencode(path)
-        except UnicodeEncodeError:
-            self._fail("have paths of local files", repr(path), line)
-        self._ends.append(len(self._paths))
-        self._lines.append(line)
-        try:
-            indices = [self._known_labels[label] for label in labels]
-        except KeyError:
-            indices = [self._index_label(label, line) for label in labels]
-        self.labels.extend(dict.fromkeys(indices) if self.multi_label else indices)
-        self.label_ends.append(len(self.labels))
-        code = self._known_splits.get(split)
-        self.splits.append(self._index_split(split, line) if code is None else code)
-
-    def _index_label(self, label: Any, line: int) -> int:
-        """Returns the index of a class, which may be new."""
-        (name,) = normalize_names([str(label).strip()])
-        if not name:
-            self._fail("have labels that are not empty", repr(label), line)
-        if any(unicodedata.category(character) == "Cs" for character in name):
-            self._fail("have labels that are valid Unicode", repr(label), line)
-        index = self.classes.setdefault(name, len(self.classes))
-        self._known_labels[label] = index
-        return index
-
-    def _index_split(self, split: str | None, line: int) -> int:
-        name = standard_split((split or "").strip())
-        if name is None:
-            *first, last = _SPLITS
-            rule = f"have {', '.join(first)} or {last} in column {_SPLIT}"
-            self._fail(rule, repr(split), line, suggest(split or "", _SPLITS).strip())
-        self._known_splits[split] = code = _SPLITS.index(name)
-        return code
-
-    def _find_undecodable_line(self) -> int:
-        with self.file.open("rb") as file:
-            for line, text in enumerate(file, 1):
-                try:
-                    text.decode()
-                except UnicodeDecodeError:
-                    return line
-        return 1
-
-    def _fail(self, rule: str, got: str, line: int | None = None, fix: str = "") -> NoReturn:
-        place = "" if line is None else f" in line {line:,}"
-        raise UserError(
-            f"{self.description} must {rule}, got {got}{place}.{fix and f' {fix}'}"
-        ) from None
-
-
-def _index_classes(table: _Table) -> tuple[tuple[str, ...], LabelArrays]:
-    """Sorts the classes.
-
-    Returns:
-        Name of each class, and the labels of all rows.
-
-    Raises:
-        UserError: A class occurs in other splits than the training split alone.
-    """
-    names, splits = list(table.classes), np.asarray(table.splits)
-    values = np.asarray(table.labels)
-    labels = LabelArrays(values, np.asarray(table.label_ends) if table.multi_label else None)
-    train = _SPLITS.index(TRAIN)
-    if train in splits:
-        is_known = np.zeros(len(names), bool)
-        is_known[values[splits[labels.owners] == train]] = True
-        unknown = [name for name, known in zip(names, is_known, strict=True) if not known]
-        if unknown:
-            raise UserError(
-                f"{table.description} must have classes of its {TRAIN} split in other splits, got "
-                f"{abbreviate(map(repr, sorted(unknown)))}, which {TRAIN} lacks. Add such rows to "
-                f"{TRAIN}, or remove them."
-            )
-    class_names = sort_class_names(names)
-    index_of = {name: index for index, name in enumerate(class_names)}
-    remap = np.array([index_of[name] for name in names], np.int32)
-    return class_names, dataclasses.replace(labels, values=remap[values])
-
-
-def _divide_rows(table: _Table, labels: LabelArrays) -> tuple[dict[str, np.ndarray], bool]:
-    """Divides the rows into splits, ordered by a hash of their paths.
-
-    Args:
-        table: Manifest.
-        labels: Labels of all rows.
-
-    Returns:
-        Rows of each split, and whether those of "validation" are held out from the training split.
-    """
-    order = np.argsort(table.digests, kind="stable")
-    splits = np.asarray(table.splits)[order]
-    rows_of = {name: order[splits == code] for code, name in enumerate(_SPLITS) if code in splits}
-    is_held_out = set(rows_of) == {TRAIN}
-    if is_held_out:
-        rows = rows_of[TRAIN]
-        # Several labels per image have no common stratification.
-        classes = np.zeros(len(rows), np.int64) if table.multi_label else labels.values[rows]
-        train, validation = hold_out(classes)
-        rows_of = {TRAIN: rows[train], VALIDATION: rows[validation]}
-    return rows_of, is_held_out
+    return tuple(name for name, rows in _read_table(path).splits.items() if len(rows))
 
 
 class _ManifestFiles(LabeledFiles):
@@ -419,14 +94,258 @@ class _ManifestFiles(LabeledFiles):
         return super().fingerprint() | {"labels": self.labels.digest()}
 
 
-# Runtime type checkers would read examples if these functions declared LabeledFiles, a sequence.
-def _select(table: _Table, rows: np.ndarray, labels: LabelArrays) -> Any:
-    """Makes the examples of some rows, in their order."""
-    return _ManifestFiles(table.root, map(table.path, rows.tolist()), labels.select(rows))
+class _Table(NamedTuple):
+    """Rows of a manifest.
+
+    Attributes:
+        file: Absolute path of the manifest.
+        paths: Path of each row's image: relative to the folder of the manifest, or absolute.
+        labels: Labels of all rows, as indices into `class_names`.
+        class_names: Name of each class.
+        splits: Rows of each split, ordered by a hash of their paths.
+        is_held_out: Whether "validation" is held out from the training split.
+        notes: Lines for the user about columns that are not used.
+    """
+
+    file: Path
+    paths: list[str]
+    labels: LabelArrays
+    class_names: tuple[str, ...]
+    splits: dict[str, np.ndarray]
+    is_held_out: bool
+    notes: list[str]
+
+    @property
+    def description(self) -> str:
+        """Name of the manifest, for messages."""
+        return _describe(self.file)
 
 
-def _check_files(table: _Table, examples: Any) -> list[str]:
-    """Returns a note on files that do not exist.
+class _InvalidRowError(Exception):
+    """A row is not well-formed; the arguments are the line, the rule and the value."""
+
+
+def _describe(file: Path) -> str:
+    return f"manifest {str(file)!r}"
+
+
+def _find_file(path: str) -> tuple[Path, str]:
+    """Returns the absolute path of a manifest, and the column of the label or ""."""
+    # The name of a file may contain an @.
+    for name, label in ((path, ""), split_label(path)):
+        file = Path(name).expanduser()
+        if file.is_file():
+            return file.absolute(), label
+    raise UserError(
+        f"dataset '{MANIFEST}{path}' must be a local CSV or JSONL file that exists, got {name!r}. "
+        f"Write {MANIFEST}FILE, where FILE has the columns {_PATH} and {_LABEL}."
+    )
+
+
+def _read_table(path: str) -> _Table:
+    """Reads a manifest.
+
+    Raises:
+        UserError: The file cannot be read, or is not well-formed.
+    """
+    file, label = _find_file(path)
+    description, suffix = _describe(file), file.suffix.lower()
+    if suffix not in _READERS:
+        raise UserError(
+            f"{description} must have the suffix {' or '.join(_READERS)}, got {suffix or 'none'}."
+        )
+    prefix = os.path.join(file.parent, "")
+    paths: list[str] = []
+    labels: list[list[str]] = []
+    splits: list[str] = []
+    columns: list[str] = []
+    multi_label = False
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            for line, row in _READERS[suffix](stream):
+                if not columns:
+                    columns, label = list(row), _find_label_column(row, label)
+                    multi_label = isinstance(row[label], list)
+                for name in (_PATH, label, _SPLIT):
+                    if (name in row) != (name in columns):
+                        rule = f"have {name!r} in every row or in none"
+                        raise _InvalidRowError(line, rule, ", ".join(row) or "no columns")
+                paths.append(_normalize_path(line, row[_PATH], prefix))
+                labels.append(_read_labels(line, row[label], multi_label))
+                splits.append(_read_split(line, row[_SPLIT]) if _SPLIT in row else TRAIN)
+    except _InvalidRowError as error:
+        line, rule, got = error.args
+        raise UserError(f"{description} must {rule}, got {got} in line {line:,}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{description} must be UTF-8, got another encoding.") from error
+    except OSError as error:
+        raise UserError(f"{description} cannot be read: {error.strerror}.") from error
+    if not paths:
+        raise UserError(
+            f"{description} must have a row for each image below the columns {_PATH} and {_LABEL}, "
+            "got none."
+        )
+    class_names = sort_class_names({name for names in labels for name in names})
+    _check_classes(description, class_names, labels, splits)
+    index_of = {name: index for index, name in enumerate(class_names)}
+    values = np.array([index_of[name] for names in labels for name in names], np.int32)
+    ends = np.cumsum(list(map(len, labels))) if multi_label else None
+    label_arrays = LabelArrays(values, ends)
+    rows_of, is_held_out = _divide_rows(description, paths, splits, label_arrays)
+    ignored = [repr(name) for name in columns if name not in (_PATH, label, _SPLIT)]
+    notes = [f"ignored columns {abbreviate(ignored)}"] if ignored else []
+    return _Table(file, paths, label_arrays, class_names, rows_of, is_held_out, notes)
+
+
+def _read_csv(stream: Iterable[str]) -> _Rows:
+    """Yields the rows of a CSV file; several labels are a list."""
+    reader = csv.reader(stream, strict=True)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        if len(set(columns)) < len(columns):
+            raise _InvalidRowError(1, "have columns with different names", ", ".join(columns))
+        for cells in filter(None, reader):
+            if len(cells) != len(columns):
+                rule = f"have {len(columns)} cells in each row"
+                raise _InvalidRowError(reader.line_num, rule, str(len(cells)))
+            row: dict[str, Any] = dict(zip(columns, cells, strict=True))
+            if _LABELS in row:
+                row[_LABELS] = row[_LABELS].split(_SEPARATOR) if row[_LABELS].strip() else []
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise _InvalidRowError(reader.line_num, "be CSV", str(error)) from error
+
+
+def _read_jsonl(stream: Iterable[str]) -> _Rows:
+    """Yields the objects of a JSONL file."""
+    for line, text in enumerate(stream, 1):
+        if text.isspace():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _InvalidRowError(line, "have one JSON object per line", "invalid JSON") from error
+        if not isinstance(row, dict):
+            raise _InvalidRowError(line, "have one JSON object per line", type(row).__name__)
+        yield line, row
+
+
+_READERS: Mapping[str, Callable[[Any], _Rows]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+}
+
+
+def _find_label_column(row: Mapping[str, Any], requested: str) -> str:
+    """Finds the column of the label in the first row."""
+    found = [name for name in ([requested] if requested else [_LABEL, _LABELS]) if name in row]
+    if _PATH not in row or len(found) != 1:
+        rule = f"{_PATH} and {requested or f'one of {_LABEL} and {_LABELS}'}"
+        raise _InvalidRowError(
+            1, f"have the columns {rule} (another label is {MANIFEST}FILE@COLUMN)", ", ".join(row)
+        )
+    return found[0]
+
+
+def _normalize_path(line: int, path: Any, prefix: str) -> str:
+    """Checks a path; one below the folder of the manifest is relative, as in a folder."""
+    try:
+        is_valid = path and "://" not in path and b"\0" not in os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
+        is_valid = False
+    if not is_valid:
+        raise _InvalidRowError(line, "have the path of a local file in each row", repr(path))
+    path = path.removeprefix(prefix)
+    return str(PurePosixPath(path)) if "./" in path or "//" in path else path
+
+
+def _read_labels(line: int, cell: Any, multi_label: bool) -> list[str]:
+    """Returns the names of the classes of a row, without repetitions."""
+    if isinstance(cell, list) != multi_label:
+        rule = "a list of labels" if multi_label else "one label, not a list,"
+        raise _InvalidRowError(line, f"have {rule} in each row", repr(cell))
+    names = []
+    for label in cell if multi_label else [cell]:
+        # Booleans are integers in Python.
+        if type(label) not in (str, int) or not (name := _class_name(label)):
+            raise _InvalidRowError(line, "have labels that are text or integers", ascii(label))
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _class_name(label: str | int) -> str:
+    """Normalizes a label; returns "" if it is empty or not valid Unicode."""
+    (name,) = normalize_names([str(label).strip()])
+    return "" if any("\ud800" <= letter <= "\udfff" for letter in name) else name
+
+
+def _read_split(line: int, cell: Any) -> str:
+    if not isinstance(cell, str) or not (split := _standard_split(cell)):
+        rule = f"have {', '.join(SPELLINGS)} in column {_SPLIT}"
+        raise _InvalidRowError(line, rule, repr(cell))
+    return split
+
+
+@functools.lru_cache
+def _standard_split(name: str) -> str | None:
+    return standard_split(name.strip())
+
+
+def _check_classes(
+    description: str, class_names: Iterable[str], labels: list[list[str]], splits: list[str]
+) -> None:
+    """Checks that the training split, if there is one, has every class."""
+    if TRAIN not in splits:
+        return
+    known = {
+        name
+        for names, split in zip(labels, splits, strict=True)
+        if split == TRAIN
+        for name in names
+    }
+    unknown = [repr(name) for name in class_names if name not in known]
+    if unknown:
+        raise UserError(
+            f"{description} must have all classes in its {TRAIN} split, got {abbreviate(unknown)} "
+            f"in others. Add such rows to {TRAIN}, or remove them."
+        )
+
+
+def _divide_rows(
+    description: str, paths: list[str], splits: list[str], labels: LabelArrays
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Divides the rows into splits, ordered by a hash of their paths.
+
+    Returns:
+        Rows of each split, and whether those of "validation" are held out from the training split.
+
+    Raises:
+        UserError: Two rows have the same path.
+    """
+    digests = hash_paths(paths)
+    order = np.argsort(digests, kind="stable")
+    repeated = order[1:][np.diff(digests[order]) == 0]
+    if len(repeated):
+        raise UserError(
+            f"{description} must list every image once, got {len(repeated):,} repeated, for "
+            f"example {paths[repeated[0]]!r}. Remove all but one row of each; several labels "
+            f"belong in one row, in a column {_LABELS}."
+        )
+    split_of = np.array(splits)[order]
+    rows_of = {name: order[split_of == name] for name in SPELLINGS if name in splits}
+    is_held_out = set(rows_of) == {TRAIN}
+    if is_held_out:
+        # Several labels per image have no common stratification.
+        classes = np.zeros(len(order), np.int64) if labels.ends is not None else labels.values
+        train, validation = hold_out(classes[order])
+        rows_of = {TRAIN: order[train], VALIDATION: order[validation]}
+    return rows_of, is_held_out
+
+
+def _notes_on_missing_files(table: _Table, examples: Any) -> Iterator[str]:
+    """Yields a note on files that do not exist.
 
     Raises:
         UserError: No file exists.
@@ -434,12 +353,11 @@ def _check_files(table: _Table, examples: Any) -> list[str]:
     is_missing = examples.file_sizes() < 0
     count = int(is_missing.sum())
     if not count:
-        return []
+        return
     example = examples.path_name(int(np.flatnonzero(is_missing)[0]))
     if count == len(examples):
         raise UserError(
             f"{table.description} must list images that exist, relative to its folder or by "
             f"absolute paths, got none; for example, {example} is missing."
         )
-    missing = f"missing {count:,} of {len(examples):,} images"
-    return [f"{display_path(table.file)}: {missing}, for example {example}"]
+    yield f"missing {count:,} of {len(examples):,} images, for example {example}"

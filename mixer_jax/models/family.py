@@ -258,7 +258,7 @@ class ModelFamily(abc.ABC):
     # Name of the first layer if it is linear, so that the normalization of pixels can be folded
     # into its kernel and bias; else empty.
     stem: ClassVar[str] = "stem"
-    # Modules of the head, which `layer_groups` does not count to the last block.
+    # Modules of the head. `layer_groups` assigns all others after the blocks to the last block.
     head_modules: ClassVar[tuple[str, ...]] = ("head",)
     # Whether the models have a GELU, and so its variant in the metadata has a meaning.
     has_gelu: ClassVar[bool] = True

@@ -95,7 +95,8 @@ def min_hbm_bytes(run: RunSpec) -> float:
     memory = estimate_memory(run)
     update = 2 * (memory.parameters + memory.moments) + memory.parameters
     activations = 2 * run.images_per_device * run.saved_activation_bytes
-    return update + activations + 2 * run.num_microbatches * run.itemsize * run.num_params
+    kernels = 2 * run.num_microbatches * run.itemsize * run.num_params
+    return update + run.num_gradients * (activations + kernels)
 
 
 def estimate_collectives(run: RunSpec) -> list[Collective]:
@@ -130,4 +131,11 @@ def estimate_collectives(run: RunSpec) -> list[Collective]:
         Collective("collective-permute", "u8", axis, MIXUP_EXAMPLES, 1, example * run.mixup, ring),
         Collective("all-reduce", "f32", axis, SCALARS, 1, _FLOAT32, world),
     ]
-    return [c for c in collectives if c.num_bytes and len(c.replica_groups[0]) > 1]
+    count = run.num_gradients
+    return [
+        c
+        if c.tensor_role == MIXUP_EXAMPLES
+        else c._replace(num_executions=count, num_bytes=count * c.num_bytes)
+        for c in collectives
+        if c.num_bytes and len(c.replica_groups[0]) > 1
+    ]

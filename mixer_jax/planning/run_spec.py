@@ -45,6 +45,7 @@ class RunSpec(NamedTuple):
         moments: Path of the parameter and shape of each float32 array of the state besides the
             parameters: optimizer moments and averaged parameters.
         num_steps: Length of the run.
+        num_gradients: Gradients computed per step; 2 with SAM.
     """
 
     family: ModelFamily
@@ -61,6 +62,7 @@ class RunSpec(NamedTuple):
     moments: Sequence[tuple[str, Shape]]
     mixup: bool
     num_steps: int
+    num_gradients: int = 1
 
     @property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,16 +86,18 @@ class RunSpec(NamedTuple):
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of the model per step, over all devices: three forward passes."""
+        """FLOPs of the model per step, over all devices: three forward passes per gradient."""
         flops = self.family.forward_flops(self.architecture, self.image_size, self.num_classes)
-        return 3 * self.batch_size * flops
+        return 3 * self.num_gradients * self.batch_size * flops
 
     @property
     def recomputed_flops(self) -> int:
         """FLOPs that rematerialization adds per step, over all devices, counting matmuls only."""
         costs = self.family.cost_model
-        return self.batch_size * costs.recomputed_flops(
-            self.architecture, self.image_size, self.remat
+        return (
+            self.num_gradients
+            * self.batch_size
+            * costs.recomputed_flops(self.architecture, self.image_size, self.remat)
         )
 
     @property
@@ -140,6 +144,7 @@ def run_spec(config: RunConfig, num_devices: int) -> RunSpec:
         moments=(),
         mixup=config.recipe.mixup > 0 or config.recipe.cutmix > 0,
         num_steps=num_steps,
+        num_gradients=2 if config.optimizer.sam_rho else 1,
     )
     averages = run.param_shapes.items() if config.recipe.ema_decay else ()
     return run._replace(moments=(*_optimizer_moments(config, run), *averages))

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from mixer_jax.checkpoints.best import MetricHistory, format_value, has_stopped_early
-from mixer_jax.checkpoints.load import load_checkpoint, pin_checkpoint
+from mixer_jax.checkpoints.best import (
+    BestCheckpoint,
+    MetricHistory,
+    format_value,
+    has_stopped_early,
+)
 from mixer_jax.checkpoints.resolve import list_saved_steps
-from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.distributed import multihost
 from mixer_jax.files import atomic_write, output_errors
-from mixer_jax.training.loop import BestCheckpoint, train_and_evaluate
+from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.tracking import RunLabel
 from mixer_jax.training.workdir import SEEDS_FILE, check_workdir, read_starts, seed_workdir
@@ -73,15 +76,12 @@ def run_seeds(
     """
     multihost.initialize_distributed(config.distributed, config.distributed_timeout)
     multihost.check_devices()
-    is_primary = multihost.is_primary_process()
-    configs = {seed: dataclasses.replace(config, seed=seed) for seed in seeds}
-    weights = _load_init_weights(config, [seed_workdir(workdir, seed) for seed in seeds])
     results: list[SeedResult] = []
-    for index, (seed, run_config) in enumerate(configs.items(), start=1):
-        folder = seed_workdir(workdir, seed)
-        changes, result = multihost.compute_once(functools.partial(_inspect, folder, run_config))
-        is_stopping, received = False, None
-        title = f"seed {seed} ({index} of {len(seeds)}): {folder}"
+    for index, seed in enumerate(seeds, start=1):
+        folder, run_config = seed_workdir(workdir, seed), dataclasses.replace(config, seed=seed)
+        changes = multihost.compute_once(functools.partial(check_workdir, folder, run_config))
+        result = multihost.compute_once(functools.partial(read_result, folder, run_config))
+        title, stopped_by = f"seed {seed} ({index} of {len(seeds)}): {folder}", None
         if result is not None and not changes:
             log(f"{title} is finished")
         else:
@@ -89,39 +89,21 @@ def run_seeds(
             for change in changes:
                 log(f"changed since this run was last started: {change}")
             label = RunLabel(f"seed{seed}", posixpath.basename(workdir.rstrip("/")))
-            trained = train_and_evaluate(run_config, folder, weights, plot=save_curves, label=label)
-            received = trained.stopped_by
+            trained = train_and_evaluate(run_config, folder, plot=save_curves, label=label)
+            stopped_by = trained.stopped_by
             if not trained.is_finished:
-                return SeedsOutcome(results, received)
+                return SeedsOutcome(results, stopped_by)
             trained.raise_failures()
             result = SeedResult(seed, trained.step, trained.metrics, trained.best)
-            # The signal may have reached a single host after the last step at which hosts
-            # synchronize.
-            is_stopping = multihost.any_host(received is not None)
         results.append(result)
-        if is_primary:
-            _save(workdir, results)
-        if is_stopping and index < len(seeds):
-            return SeedsOutcome(results, received or signal.SIGTERM)
+        if multihost.is_primary_process():
+            with output_errors(workdir):
+                text = json.dumps(to_json(results), indent=2) + "\n"
+                atomic_write(epath.Path(workdir) / SEEDS_FILE, text)
+        # After the last step, at which hosts synchronize, a signal may reach only some of them.
+        if multihost.any_host(stopped_by is not None) and index < len(seeds):
+            return SeedsOutcome(results, stopped_by or signal.SIGTERM)
     return SeedsOutcome(results)
-
-
-def _inspect(workdir: str, config: RunConfig) -> tuple[list[str], SeedResult | None]:
-    """Returns what has changed since a run was last started, and its result if it is finished."""
-    return check_workdir(workdir, config), read_result(workdir, config)
-
-
-def _load_init_weights(config: RunConfig, folders: Sequence[str]) -> PretrainedWeights | None:
-    """Loads the weights of `config.init_from` once for all runs that have not started yet."""
-    if not config.init_from:
-        return None
-    has_new = multihost.compute_once(
-        lambda: any(not list_saved_steps(folder) for folder in folders)
-    )
-    if not has_new:
-        return None
-    source, step = multihost.compute_once(lambda: pin_checkpoint(config.init_from))
-    return load_checkpoint(source, step=step)
 
 
 def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
@@ -146,18 +128,7 @@ def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
     }
     if {key.rpartition("/")[0] for key in metrics} != config.evals.keys():
         return None
-    best_step = history.best_step(saved)
-    best = None
-    if best_step is not None:
-        best = BestCheckpoint(best_step, history.name, history.values[best_step])
-    return SeedResult(config.seed, step, metrics, best)
-
-
-def _save(workdir: str, results: Sequence[SeedResult]) -> None:
-    """Writes seeds.json, or raises OutputWriteError or DiskFullError."""
-    with output_errors(workdir):
-        path = epath.Path(workdir) / SEEDS_FILE
-        atomic_write(path, json.dumps(to_json(results), indent=2) + "\n")
+    return SeedResult(config.seed, step, metrics, history.best_checkpoint(saved))
 
 
 def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
@@ -179,23 +150,22 @@ def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
 
 
 def format_table(results: Sequence[SeedResult]) -> str:
-    """Formats the metrics of every seed, with mean and sample standard deviation."""
-    header = ["", *(f"seed {result.seed}" for result in results), "mean ± std"]
-    lines = [header]
+    """Formats the metrics of every seed; of several, with mean and sample standard deviation."""
+    summary = ["mean ± std"] if len(results) > 1 else []
+    lines = [["", *(f"seed {result.seed}" for result in results), *summary]]
     for name, values in _columns(results).items():
         # Counts are equal.
         if name.rpartition("/")[2].startswith("num_"):
             continue
+        format_one = functools.partial(format_value, name.removesuffix(_BEST))
         mean, std = statistics.fmean(values), _sample_std(values)
-        metric = name.removesuffix(_BEST)
-        summary = format_value(metric, mean)
-        summary += "" if std is None else f" ± {format_value(metric, std)}"
-        lines.append([name, *(format_value(metric, value) for value in values), summary])
+        summary = [] if std is None else [f"{format_one(mean)} ± {format_one(std)}"]
+        lines.append([name, *map(format_one, values), *summary])
     return "\n".join(align_columns(lines))
 
 
 def _columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
-    """Returns the values of each metric by seed: of the best checkpoint, and at the last step."""
+    """Lists the values of each metric over the seeds: of the best checkpoint, and of the last."""
     columns: dict[str, list[float]] = {}
     if all(result.best for result in results):
         for result in results:

@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixer_jax.checkpoints.best import MetricHistory, format_value, has_stopped_early
+from mixer_jax.checkpoints.best import (
+    BestCheckpoint,
+    MetricHistory,
+    format_value,
+    has_stopped_early,
+)
 from mixer_jax.checkpoints.manager import (
     CheckpointManager,
     move_damaged_checkpoints,
@@ -75,18 +80,6 @@ class EvalFailure(NamedTuple):
 
     message: str
     is_usage_error: bool
-
-
-class BestCheckpoint(NamedTuple):
-    """Checkpoint with the best value of `checkpoint.best_metric`, of several the earliest.
-
-    Attributes:
-        metric: Name as in metrics.jsonl, e.g. "validation/top1".
-    """
-
-    step: int
-    metric: str
-    value: float
 
 
 class TrainResult(NamedTuple):
@@ -374,7 +367,8 @@ class _TrainLoop:
             signaled,
             failures,
             stopped_early=stops_early,
-            best=self.find_best_checkpoint(),
+            # On disk once all saves have ended.
+            best=self.history.best_checkpoint(self.checkpoints.all_steps()),
         )
 
     def finish(self, result: TrainResult, plot: Callable[[str], bool] | None) -> TrainResult:
@@ -501,20 +495,15 @@ class _TrainLoop:
         found = "it has had no finite value"
         if best is not None:
             found = f"the best is {format_value(name, self.history.values[best])} at step {best:,}"
-        delta = self.config.early_stopping_min_delta
+        patience, delta = (
+            self.config.early_stopping_patience,
+            self.config.early_stopping_min_delta,
+        )
         by = f" by more than {delta:g}" if delta else ""
-        count = self.config.early_stopping_patience
         self.logger.progress.print(
             f"stopped early at step {step:,} of {self.num_steps:,}: {name} has not improved{by} in "
-            f"{count:,} evaluation{'s' if count > 1 else ''}; {found}"
+            f"{patience:,} evaluation{'s' if patience > 1 else ''}; {found}"
         )
-
-    def find_best_checkpoint(self) -> BestCheckpoint | None:
-        """Finds the best checkpoint, which is on disk once all saves have ended."""
-        step = self.history.best_step(self.checkpoints.all_steps()) if self.history.name else None
-        if step is None:
-            return None
-        return BestCheckpoint(step, self.history.name, self.history.values[step])
 
     def evaluate(
         self,

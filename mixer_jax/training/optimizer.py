@@ -15,7 +15,7 @@ from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.models.family import MatrixAxes, ModelFamily, Path
 from mixer_jax.models.param_groups import frozen_blocks, learning_rate_factors
 
-# RMS of an update of Muon, as of AdamW's in practice, so that both take the same learning rate and
+# RMS of Muon's updates. AdamW's have about the same, so that both take the same learning rate and
 # weight decay (arXiv 2502.16982, Section 2.2).
 _MUON_RMS = 0.2
 # Smallest axis over which Adafactor averages squared gradients (arXiv 2106.04560, authors' code).
@@ -31,8 +31,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     or after that fraction of `num_steps` (arXiv 1912.11370, Section 3.3).
 
     rsqrt divides the peak by √(1 + t / `rsqrt_timescale`), t steps after warmup. In the last
-    `cooldown_steps`, what the rate exceeds `end_learning_rate` by is multiplied by a factor that
-    falls linearly from 1 to 0, at step `num_steps` (arXiv 2106.04560, Section 3.5).
+    `cooldown_steps`, the difference to `end_learning_rate` is multiplied by a factor that falls
+    linearly from 1 to 0 at step `num_steps` (arXiv 2106.04560, Section 3.5).
     """
     peak, end = config.learning_rate, config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
@@ -92,9 +92,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Creates the optax chain.
 
-    Weight decay is multiplied by the scheduled learning rate (AdamW's convention). Stacked
-    parameters are updated as if the arrays of each block were separate. Arrays that are frozen as a
-    whole have no state; `train_step` keeps the values of all frozen parameters.
+    Weight decay is multiplied by the scheduled learning rate (AdamW's convention). `layer_decay`
+    scales the final update, weight decay included. Stacked parameters are updated as if the arrays
+    of each block were separate. Arrays that are frozen as a whole have no state; `train_step` keeps
+    the values of all frozen parameters.
 
     Args:
         config: Config of the optimizer.
@@ -160,7 +161,7 @@ def _scale_by_name(config: OptimizerConfig, family: ModelFamily) -> optax.Gradie
     if config.name == "lion":
         return optax.scale_by_lion(b1=config.b1, b2=config.b2)
     if config.name == "adafactor":
-        # As the authors of ViT train: with momentum, and not scaled by the norm of parameters.
+        # As in the code of ViT's authors: with momentum, and not scaled by the RMS of parameters.
         scaling = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=_ADAFACTOR_MIN_AXIS),
             optax.clip_by_block_rms(1.0),
@@ -230,7 +231,8 @@ def _choose(
 ) -> optax.GradientTransformation:
     """Applies one of two transformations to each parameter, by its path.
 
-    Unlike those of `optax.partition`, the paths of states end with those of their parameters.
+    Unlike with `optax.partition`, the path of a moment ends with the path of its parameter, by
+    which it is sharded.
     """
 
     def mask(tree: Any, value: bool) -> Any:

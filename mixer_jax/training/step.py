@@ -1,4 +1,7 @@
-"""The training step, a pure function of state and batch: mixup, loss, gradients and update."""
+"""The training step, a pure function of state and batch: gradients, update and averaging.
+
+Targets and loss are in loss.py, mixup and CutMix in mixup.py, and the optax chain in optimizer.py.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
 from mixer_jax.distributed.xla_options import compiler_options
-from mixer_jax.models.layers import normalize_images
 from mixer_jax.models.params import cast_weights
 from mixer_jax.models.registry import get_family
 from mixer_jax.models.stack import active_backend
+from mixer_jax.training.loss import cross_entropy, make_targets
+from mixer_jax.training.mixup import apply_mixup, sample_mixup
 
 Params = Any
 Metrics = dict[str, Array]
@@ -116,32 +120,26 @@ def train_step(
         tx: Optax chain.
         schedule: Learning rate of the chain by step, for the metrics.
         mesh: Device mesh over which the state and the batch are sharded.
-        class_weights: Factor of the loss of an example, by its label; None: 1.
+        class_weights: Factor of the loss of an example, by its class; None: 1.
         sam_rho: Norm of SAM's perturbation; 0 disables it.
-        frozen: Masks of the parameters that stay as they are, from `frozen_mask`; None: none.
+        frozen: Tree of masks that are True where parameters are frozen, from `frozen_mask`; None if
+            none are.
 
     Returns:
         The state after the step, and scalar metrics: `loss` at the parameters before the step,
-        `learning_rate`, and `gradient_norm` before clipping.
+        `learning_rate`, and `gradient_norm` before clipping, with SAM at the perturbed parameters.
     """
     mixup_rng, model_rng = step_rngs(seed, state.step)
-    labels = smooth_labels(
-        batch["label"], model.num_classes, recipe.label_smoothing, recipe.min_target
-    )
-    if class_weights is not None:
-        # Mixed together with the targets, whose sum it is.
-        labels *= jnp.asarray(class_weights)[batch["label"]][:, None]
-    pairs = None
-    if recipe.mixup or recipe.cutmix:
-        pairs = sample_mixup(mixup_rng, batch["image"], labels, recipe)
+    targets = make_targets(batch["label"], model.num_classes, recipe, class_weights)
+    pairs, weights = sample_mixup(mixup_rng, batch["image"], targets, recipe)
+    # `examples` are split over devices and microbatches, which all get the same `shared`.
+    examples, shared = (pairs, jnp.arange(len(targets))), (weights, model_rng)
 
-    def loss_fn(params: Params, microbatch: Any, shared: Any) -> Float[Array, ""]:
+    def loss_fn(params: Params, examples: Any, shared: Any) -> Float[Array, ""]:
+        (pairs, example_index), (weights, rng) = examples, shared
+        # Without it, the backward pass would compute gradients of frozen parameters, too.
         params = replace_frozen(frozen, params, jax.lax.stop_gradient)
-        (arrays, example_index), (weights, rng) = microbatch, shared
-        if weights is None:
-            images, targets = normalize_images(arrays[0]), arrays[1]
-        else:
-            images, targets = apply_mixup(arrays, weights)
+        images, targets = apply_mixup(pairs, weights)
         logits = model.apply(
             {"params": params},
             images,
@@ -149,22 +147,23 @@ def train_step(
             example_index=example_index,
             rngs=dict(zip(("dropout", "stochastic_depth"), jax.random.split(rng), strict=True)),
         )
-        return cross_entropy(logits, targets, recipe.loss, class_weights is not None)
+        return cross_entropy(logits, targets, recipe.loss, is_weighted=class_weights is not None)
 
-    arrays = (batch["image"], labels) if pairs is None else pairs.arrays
-    shared = (None if pairs is None else pairs.weights, model_rng)
-    per_device = functools.partial(
-        accumulate_gradients,
-        jax.value_and_grad(loss_fn),
-        num_microbatches=recipe.grad_accum_steps,
-    )
     family = get_family(model.family)
-    cast = functools.partial(cast_weights, dtype=model.execution.dtype, family=family)
+    value_and_grad = sharded_value_and_grad(
+        functools.partial(
+            accumulate_gradients,
+            jax.value_and_grad(loss_fn),
+            num_microbatches=recipe.grad_accum_steps,
+        ),
+        mesh,
+        functools.partial(cast_weights, dtype=model.execution.dtype, family=family),
+        family,
+    )
 
     def compute_gradients(params: Params) -> tuple[Float[Array, ""], Params]:
-        value_and_grad = sharded_value_and_grad(per_device, mesh, cast, family)
-        loss, grads = value_and_grad(params, (arrays, jnp.arange(len(labels))), shared)
-        # Those of frozen parameters are zero: replaced, they are not summed over the devices.
+        loss, grads = value_and_grad(params, examples, shared)
+        # They are zero already; as constants, they are not summed over the devices.
         return loss, replace_frozen(frozen, grads, jnp.zeros_like)
 
     loss, grads = compute_gradients(state.params)
@@ -176,6 +175,7 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - recipe.ema_decay)
+        # Averaging a parameter with itself would round.
         ema_params = keep_frozen(frozen, state.ema_params, ema_params)
     metrics = {
         "loss": loss,
@@ -198,20 +198,21 @@ def perturb_params(params: Params, grads: Params, rho: float) -> Params:
 def replace_frozen(
     frozen: Params | None, tree: Params, function: Callable[[Array], Array]
 ) -> Params:
-    """Applies a function to the entries of a tree like the parameters that are frozen."""
+    """Applies a function to the frozen entries of a tree that has the shapes of the parameters."""
     return tree if frozen is None else keep_frozen(frozen, jax.tree.map(function, tree), tree)
 
 
 def keep_frozen(frozen: Params | None, old: Params, new: Params) -> Params:
-    """Takes the frozen entries of trees like the parameters from `old`, and the others from `new`.
+    """Selects the frozen entries of `old`, and all others of `new`.
 
-    `frozen` has masks that broadcast to the parameters; None: none is frozen.
+    Both have the shapes of the parameters. `frozen` is a tree of masks that broadcast to them, or
+    None if no parameter is frozen.
     """
     if frozen is None:
         return new
 
     def choose(mask: Any, x: Array, y: Array) -> Array:
-        # Without a selection where all is frozen, so that the gradient is known to be zero.
+        # No `where` if all of an array is frozen, so that JAX knows its gradient to be zero.
         return x if mask.all() else jnp.where(mask, x, y) if mask.any() else y
 
     return jax.tree.map(choose, frozen, old, new)
@@ -261,151 +262,3 @@ def accumulate_gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), jax.tree.map(split, batch))
     return jax.tree.map(lambda x: x / num_microbatches, total)
-
-
-def smooth_labels(
-    labels: Int[Array, " n"] | Bool[Array, "n classes"],
-    num_classes: int,
-    smoothing: float,
-    min_target: float = 0.0,
-) -> Float[Array, "n classes"]:
-    """Converts labels to one-hot vectors and spreads `smoothing` of their mass over all classes.
-
-    Multi-hot labels, which have no such mass, become vectors of zeros and ones.
-
-    Targets are then clipped to [min_target, 1 − min_target], which moves both classes of each
-    binary decision of the sigmoid loss (10⁻⁴ for ViTs on ImageNet-1k, in Scenic's config).
-    """
-    if labels.ndim == 2:
-        targets = labels.astype(jnp.float32)
-    else:
-        targets = jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
-    return jnp.clip(targets, min_target, 1.0 - min_target) if min_target else targets
-
-
-# Images and their partners' images, labels and their partners' labels.
-PairArrays = tuple[
-    UInt8[Array, "n h w 3"],
-    UInt8[Array, "n h w 3"],
-    Float[Array, "n classes"],
-    Float[Array, "n classes"],
-]
-
-
-class MixupWeights(NamedTuple):
-    """Weights of all examples of a batch; those of their partners are 1 minus these.
-
-    Attributes:
-        label: Weight of an example's label, λ.
-        pixels: Weight of each pixel of its image; CutMix: 0 in the box and 1 outside. None: λ.
-    """
-
-    label: Float[Array, ""]
-    pixels: Float[Array, "1 h w 1"] | None = None
-
-
-class MixupPairs(NamedTuple):
-    """Examples and their partners before mixing, and the weights of the examples."""
-
-    arrays: PairArrays
-    weights: MixupWeights
-
-
-def sample_mixup(
-    rng: Key[Array, ""],
-    images: UInt8[Array, "n h w 3"],
-    labels: Float[Array, "n classes"],
-    recipe: RecipeConfig,
-) -> MixupPairs:
-    """Pairs the examples of a batch, and samples the weights that mixup or CutMix mixes them with.
-
-    The partners are the batch rolled by one (the authors' code). The whole batch is rolled, as
-    uint8; mixing follows per microbatch, in float32.
-
-    Mixup's weight is λ = max(b, 1−b), b from Beta(p, p). BiT takes b itself (arXiv 1912.11370).
-    That trains the same model: with weight 1−λ, a batch becomes the mixtures that its reverse
-    becomes with weight λ, and the order of a batch is random.
-    """
-    sample = jax.random.beta(rng, recipe.mixup, recipe.mixup) if recipe.mixup else jnp.ones(())
-    arrays = (images, jnp.roll(images, 1, axis=0), labels, jnp.roll(labels, 1, axis=0))
-    weights = MixupWeights(jnp.maximum(sample, 1.0 - sample))
-    if recipe.cutmix:
-        # The first two keys that are derived from `rng` are those of mixup's Beta distribution.
-        cutmix_rng, (height, width) = jax.random.fold_in(rng, 2), images.shape[1:3]
-        weights = sample_cutmix(cutmix_rng, weights.label, height, width, recipe)
-    return MixupPairs(arrays, weights)
-
-
-def sample_cutmix(
-    rng: Key[Array, ""],
-    mixup_weight: Float[Array, ""],
-    height: int,
-    width: int,
-    recipe: RecipeConfig,
-) -> MixupWeights:
-    """Samples CutMix's weights, or keeps those of mixup in the steps that use mixup.
-
-    If a recipe has both, a step uses CutMix with probability `mixup_switch_prob`, as in timm.
-    """
-    mask_rng, switch_rng = jax.random.split(rng)
-    mask = sample_cutmix_mask(mask_rng, height, width, recipe.cutmix)
-    use_cutmix = jax.random.bernoulli(switch_rng, recipe.mixup_switch_prob if recipe.mixup else 1.0)
-    return MixupWeights(
-        label=jnp.where(use_cutmix, jnp.mean(mask), mixup_weight),
-        pixels=jnp.where(use_cutmix, mask, mixup_weight),
-    )
-
-
-def sample_cutmix_mask(
-    rng: Key[Array, ""], height: int, width: int, alpha: float
-) -> Float[Array, "1 h w 1"]:
-    """Samples CutMix's mask, which is 0 in a box and 1 outside (arXiv 1905.04899, Section 3.1).
-
-    Sides of the box are √(1−λ) of those of the image, λ from Beta(alpha, alpha), and its center is
-    uniform. Where it extends beyond the image it is clipped, so that the mean of the mask may be
-    larger than λ. Labels are weighted by that mean (the authors' code).
-    """
-    lambda_rng, *center_rngs = jax.random.split(rng, 3)
-    fraction = jnp.sqrt(1.0 - jax.random.beta(lambda_rng, alpha, alpha))
-
-    def sample_interval(rng: Key[Array, ""], length: int) -> Bool[Array, " length"]:
-        size = jnp.int32(length * fraction)
-        start = jax.random.randint(rng, (), 0, length) - size // 2
-        index = jnp.arange(length)
-        return (start <= index) & (index < start + size)
-
-    rows, columns = map(sample_interval, center_rngs, (height, width))
-    in_box = rows[:, None] & columns[None, :]
-    return jnp.where(in_box, 0.0, 1.0)[None, :, :, None]
-
-
-def apply_mixup(
-    arrays: PairArrays, weights: MixupWeights
-) -> tuple[Float[Array, "n h w 3"], Float[Array, "n classes"]]:
-    """Mixes images, normalized to [-1, 1], and labels with those of their partners."""
-    images, partner_images, labels, partner_labels = arrays
-    weight = weights.label if weights.pixels is None else weights.pixels
-    mixed = weight * normalize_images(images) + (1.0 - weight) * normalize_images(partner_images)
-    return mixed, weights.label * labels + (1.0 - weights.label) * partner_labels
-
-
-def cross_entropy(
-    logits: Float[Array, "n classes"],
-    labels: Float[Array, "n classes"],
-    loss: str,
-    is_weighted: bool = False,
-) -> Float[Array, ""]:
-    """Computes the mean cross-entropy of examples with soft labels, from float32 logits.
-
-    `loss` is "sigmoid", the sum of a binary cross-entropy per class (the authors' code), or
-    "softmax". If `is_weighted`, labels are multiplied by the weight of their example, their sum.
-    """
-    if loss == "sigmoid" and is_weighted:
-        negatives = jnp.sum(labels, axis=-1, keepdims=True) - labels
-        log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-        per_example = -jnp.sum(labels * log_p + negatives * log_not_p, axis=-1)
-    elif loss == "sigmoid":
-        per_example = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
-    else:
-        per_example = optax.softmax_cross_entropy(logits, labels)
-    return jnp.mean(per_example)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
@@ -14,15 +13,10 @@ from mixer_jax.config.schema import RecipeConfig, RunConfig
 from mixer_jax.data.readers import BadImage, TrainReader
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
-from mixer_jax.models.layers import normalize_images
+from mixer_jax.training.loss import make_targets
+from mixer_jax.training.mixup import apply_mixup, sample_mixup
 from mixer_jax.training.setup import train_preprocess_args
-from mixer_jax.training.step import (
-    MixupWeights,
-    apply_mixup,
-    sample_mixup,
-    smooth_labels,
-    step_rngs,
-)
+from mixer_jax.training.step import step_rngs
 from mixer_jax.visualization.figures import DPI, make_figure
 
 # Sizes in inches, and characters per inch.
@@ -68,29 +62,26 @@ def load_train_batch(
     reader = TrainReader(source, config.seed, config.image_size, preprocess)
     arrays, bad = reader(step * config.batch_size + rows)
 
-    def finish(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, MixupWeights]:
-        targets = smooth_labels(
-            labels, source.num_classes, recipe.label_smoothing, recipe.min_target
-        )
-        if not has_partners:
-            return normalize_images(images), targets, MixupWeights(jnp.ones(()))
+    def finish(images: jax.Array, labels: jax.Array) -> Any:
+        targets = make_targets(labels, source.num_classes, recipe)
         mixup_rng, _ = step_rngs(config.seed, step)
-        pairs = sample_mixup(mixup_rng, images, targets, recipe)
-        return *apply_mixup(pairs.arrays, pairs.weights), pairs.weights
+        pairs, weights = sample_mixup(mixup_rng, images, targets, recipe)
+        return *apply_mixup(pairs, weights), weights
 
     # Compiled, like the training step, so that the compiler rounds in the same way.
     images, targets, weights = jax.jit(finish)(arrays["image"], arrays["label"])
     labels = arrays["label"]
     partner_labels = np.roll(labels, 1, axis=0) if has_partners else labels
     # A weight of mixup is never 0.
-    has_box = weights.pixels is not None and bool((weights.pixels == 0).any())
+    pixels = weights and weights.pixels
+    has_box = pixels is not None and bool((pixels == 0).any())
     first = len(rows) - num_images
     return TrainBatchView(
         np.asarray(images)[first:],
         np.asarray(targets)[first:],
         labels[first:],
         partner_labels[first:],
-        float(weights.label),
+        float(weights.target) if weights else 1.0,
         has_box or (recipe.cutmix > 0 and not recipe.mixup),
         bad,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixer_jax.data.preprocess import erase_random_box
-from mixer_jax.training.step import sample_cutmix_mask
+from mixer_jax.training.mixup import sample_cutmix_mask
 
 STATS: Any = importlib.import_module("scipy.stats")
 pytestmark = pytest.mark.baselines

@@ -29,6 +29,7 @@ from mixer_jax.training.setup import Experiment, build_experiment
 from mixer_jax.training.step import TrainState
 from tests.helpers.messages import mentions, raises
 from tests.helpers.random_weights import DIGITS, assert_params_equal, random_weights
+from tests.helpers.sync_log import log_syncs
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
 CONFIG = {
@@ -107,6 +108,25 @@ def test_save_keeps_the_newest_and_restore_is_bit_identical(run: str) -> None:
         restored = checkpoints.restore(step, {"params": make_tree(0)})["params"]
         for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(make_tree(step)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_save_syncs_all_files_before_the_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_syncs(monkeypatch)
+    manager = CheckpointManager(str(tmp_path), 1)
+    for step in (1, 2):
+        manager.save(step, {"params": {"x": jnp.arange(3)}}, {})
+    manager.close()
+    folder = tmp_path / "checkpoints" / "2"
+    named = log.index("rename", folder)
+    files = {path.name for path in folder.rglob("*")}
+    assert "metadata" in files
+    assert files <= log.names_synced_before(named) | {"_CHECKPOINT_METADATA"}
+    # orbax changes this file last.
+    assert log.events[-1] == ("sync", str(tmp_path / "checkpoints"))
+    assert ("sync", str(folder / "_CHECKPOINT_METADATA")) in log.events[named:]
+    assert list_steps(str(tmp_path)) == [2]
 
 
 def test_the_best_checkpoint_is_kept_next_to_the_newest(tmp_path: Path) -> None:

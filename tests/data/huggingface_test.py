@@ -285,8 +285,8 @@ def test_classes_without_examples_are_noted(tmp_path: Path) -> None:
     name = save(tmp_path / "toy", train=make([0] * 5 + [1] * 5, feature), test=make([0], feature))
     (absent,) = open_dataset(name, "train").notes
     assert mentions(absent, name, "1", "3", "'unused'")
-    _, few = open_dataset(name, "train[:30%]").notes
-    assert mentions(few, "'train[:30%]'", "1", "3")
+    (few,) = open_dataset(name, "train[:30%]").notes
+    assert mentions(few, "train[:30%]", "2", "3", "'b'", "'unused'")
     assert open_dataset(name, "test").notes == ()
 
 
@@ -295,8 +295,12 @@ def test_classes_of_other_splits_must_be_known(tmp_path: Path) -> None:
     splits = {"train": make(["a", "b"], text), "test": make(["a", "c"], text)}
     name = save(tmp_path / "toy", **splits)
     assert open_dataset(name, "train").class_names == ("a", "b")
-    with raises(UserError, "'test'", "'c'", name):
-        open_dataset(name, "test")
+    test = open_dataset(name, "test")
+    assert test.read_labels(0) == (0,)
+    with raises(BadImageError, name, "row 1"):
+        test.read_labels(1)
+    (note,) = test.notes
+    assert mentions(note, name, "test", "1", "train")
     splits["test"] = splits["test"].remove_columns("label")
     unlabeled = save(tmp_path / "unlabeled", **splits)
     assert len(open_dataset(unlabeled, "train")) == 2
@@ -347,7 +351,7 @@ def test_datasets_that_cannot_be_read_are_a_one_line_error(
     for name, named in {
         "hf:": ("local folder",),
         "hf:gs://bucket/x": ("local folder", "gs://bucket/x"),
-        f"hf:{tmp_path}/absent": (f"{tmp_path}/absent", "exist"),
+        f"hf:{tmp_path}/absent": (f"{tmp_path}/absent", "folder"),
         f"hf:{tmp_path}/file": (f"{tmp_path}/file", "folder"),
         f"hf:{tmp_path}/empty": (f"{tmp_path}/empty",),
         f"hf:{tmp_path}/script": (f"{tmp_path}/script", "script.py"),
@@ -439,3 +443,9 @@ def test_images_are_not_copied_into_memory(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < size / 4
     assert len(pickle.dumps(source)) < 10_000
     assert np.all([source.examples[k]["labels"] == (k % 2,) for k in range(100)])
+
+
+def test_lists_of_a_fixed_length_are_read(tmp_path: Path) -> None:
+    dataset = make([["b", "a"], ["a", "c"]], datasets.List(datasets.Value("string"), length=2))
+    name = save(tmp_path / "toy", train=dataset, test=dataset)
+    assert classes(open_dataset(name, "train")) == [("b", "a"), ("a", "c")]

@@ -183,7 +183,7 @@ def test_a_tenth_of_multi_label_data_is_held_out(tmp_path: Path) -> None:
 def test_an_at_sign_selects_the_column_of_the_label(tmp_path: Path) -> None:
     text = "path,species,Genus,split 1.png,lion,cats,train 2.png,wolf,dogs,train"
     name = write_csv(tmp_path, text, name="a@b.csv", images=["1.png", "2.png"])
-    source = open_dataset(f"{name}@genus", "train")
+    source = open_dataset(f"{name}@Genus", "train")
     assert source.class_names == ("cats", "dogs")
     # A column that is not used may be a typing error, such as Split.
     (note,) = source.notes
@@ -268,8 +268,8 @@ CSV_ERRORS = {
     "path,label,split a.png,x,train b.png,y,test": ("'y'", "train"),
     'path,label a.png,x "b.png,y': ("line 3",),
     'path,label a.png,x "b.png"c,y': ("line 3",),
-    "path,label,split a.png,x,train b.png,x,train ./a.png,x,test": ("1", "'a.png'", "2 and 4"),
-    f"path,label {NFC}.png,x {NFD}.png,y": ("1", "2 and 3", "labels"),
+    "path,label,split a.png,x,train b.png,x,train ./a.png,x,test": ("1", "'a.png'"),
+    f"path,label {NFC}.png,x {NFD}.png,y": ("1", f"'{NFD}.png'", "labels"),
 }
 
 
@@ -289,6 +289,8 @@ JSONL_ERRORS = {
     f"{GOOD}\n[1]": ("list", "line 2"),
     f"{GOOD}\n{{}}": ("path", "line 2"),
     f'{GOOD}\n{{"path": "b.png"}}': ("label", "path", "line 2"),
+    f'{GOOD}\n{{"path": "b.png", "label": "x", "split": "test"}}': ("split", "line 2"),
+    f'{{"path": "a.png", "label": "x", "split": "test"}}\n{GOOD}': ("split", "line 2"),
     f'{GOOD}\n{{"path": 3, "label": "x"}}': ("path", "3", "line 2"),
     f'{GOOD}\n{{"path": "b.png", "label": null}}': ("None", "line 2"),
     f'{GOOD}\n{{"path": "b.png", "label": 1}}\n{{"path": "c.png", "label": true}}': (
@@ -301,7 +303,7 @@ JSONL_ERRORS = {
     f'{GOOD}\n{{"path": "\\ud800.png", "label": "x"}}': ("line 2",),
     f'{GOOD}\n{{"path": "\\u0000.png", "label": "x"}}': ("line 2",),
     '{"path": "a.png", "label": "x", "split": null}': ("split", "None", "line 1"),
-    '{"path": "a.png", "label": "x", "split": "tset"}': ("'tset'", "line 1", "mean test"),
+    '{"path": "a.png", "label": "x", "split": "tset"}': ("'tset'", "line 1", "test"),
     '{"path": "a.png", "label": ["x"]}\n{"path": "b.png", "label": "x"}': ("'x'", "line 2"),
     "[" * 100_000: ("line 1",),
 }
@@ -322,10 +324,10 @@ def test_other_files_are_rejected(tmp_path: Path) -> None:
     cases = {
         "": ("local",),
         "gs://bucket/m.csv": ("local", "gs://bucket/m.csv"),
-        f"{tmp_path}/absent.csv@label": ("exist", f"{tmp_path}/absent.csv"),
+        f"{tmp_path}/absent.csv@label": ("local", f"{tmp_path}/absent.csv"),
         f"{tmp_path}": (f"{tmp_path}", "file"),
         f"{tmp_path}/m.txt": (".txt", ".csv", ".jsonl"),
-        f"{tmp_path}/m.csv": ("UTF-8", "line 3"),
+        f"{tmp_path}/m.csv": ("UTF-8",),
     }
     for path, named in cases.items():
         with raises(UserError, *named):

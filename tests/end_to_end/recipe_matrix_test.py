@@ -1,4 +1,4 @@
-"""Resuming, devices and microbatches over augmentation, optimizer, loss, averaging and family."""
+"""Resuming, devices and microbatches over pairs of controls of a recipe, and of model families."""
 
 import itertools
 from pathlib import Path
@@ -29,6 +29,15 @@ AUGMENTATIONS: dict[str, Settings] = {
 OPTIMIZERS = ("adamw", "sgd", "lion", "lamb", "muon", "adafactor")
 LOSSES = ("softmax", "sigmoid")
 EMA_DECAYS = (0.0, 0.9)
+CONTROLS: dict[str, Settings] = {
+    "plain": {},
+    "sam": {"optimizer__sam_rho": 0.1},
+    "weighted": {
+        "optimizer__layer_decay": 0.75,
+        "optimizer__freeze": "*bias",
+        "recipe__class_weights": "balanced",
+    },
+}
 FAMILIES = tuple(FAMILY_OVERRIDES)
 
 
@@ -39,20 +48,27 @@ class Recipe(NamedTuple):
     optimizer: str
     loss: str
     ema_decay: float
+    control: str
     family: str
 
 
 # Each augmentation with each optimizer; the rest varies such that every pair of choices occurs.
 RECIPES = [
-    Recipe(augmentation, optimizer, LOSSES[(i + j) % 2], EMA_DECAYS[(i + j // 2) % 2], family)
+    Recipe(
+        augmentation,
+        optimizer,
+        LOSSES[(i + j) % 2],
+        EMA_DECAYS[(i + j // 2) % 2],
+        tuple(CONTROLS)[(i + 2 * j) % 3],
+        FAMILIES[(i + j) % 3],
+    )
     for i, augmentation in enumerate(AUGMENTATIONS)
     for j, optimizer in enumerate(OPTIMIZERS)
-    for family in [FAMILIES[(i + j) % 3]]
 ]
 
 
 def test_recipes_have_every_pair_of_choices() -> None:
-    kinds = (tuple(AUGMENTATIONS), OPTIMIZERS, LOSSES, EMA_DECAYS, FAMILIES)
+    kinds = (tuple(AUGMENTATIONS), OPTIMIZERS, LOSSES, EMA_DECAYS, tuple(CONTROLS), FAMILIES)
     for a, b in itertools.combinations(range(len(kinds)), 2):
         pairs = {(recipe[a], recipe[b]) for recipe in RECIPES}
         assert pairs == set(itertools.product(kinds[a], kinds[b]))
@@ -85,6 +101,7 @@ def test_resuming_is_exact_and_devices_and_microbatches_change_only_rounding(
         **NO_REGULARIZATION,
         **FAMILY_OVERRIDES[recipe.family],
         **AUGMENTATIONS[recipe.augmentation],
+        **CONTROLS[recipe.control],
         "num_steps": STEPS,
         "optimizer__name": recipe.optimizer,
         "recipe__loss": recipe.loss,

@@ -18,6 +18,7 @@ from mixer_jax.planning.cost_model import (
     estimate_collectives,
     estimate_eval_memory,
     estimate_memory,
+    min_hbm_bytes,
 )
 from mixer_jax.planning.run_spec import (
     REMAT_POLICIES,
@@ -64,6 +65,15 @@ def test_estimate_memory() -> None:
     assert run.saved_activation_bytes == NUM_BLOCKS * 2 * (3 * tokens + hidden)
     assert make_run(remat="full").saved_activation_bytes == NUM_BLOCKS * 2 * tokens
     assert estimate_memory(make_run(num_microbatches=2)).activations == memory.activations / 2
+
+
+def test_sam_doubles_flops_and_gradients() -> None:
+    plain, sam = (make_run(fsdp=4, num_gradients=count) for count in (1, 2))
+    assert sam.executed_flops == 2 * plain.executed_flops
+    assert estimate_memory(sam) == estimate_memory(plain)
+    sums = [sum(c.num_bytes for c in estimate_collectives(run)) for run in (plain, sam)]
+    assert sums[1] == 2 * sums[0]
+    assert min_hbm_bytes(plain) < min_hbm_bytes(sam) < 2 * min_hbm_bytes(plain)
 
 
 def test_estimate_memory_decreases_with_recomputation() -> None:

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from mixer_jax import main
+from mixer_jax.checkpoints.best import BestCheckpoint
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
 from mixer_jax.suites import seeds as seeds_module
 from mixer_jax.suites.seeds import SeedResult, format_table, read_result, run_seeds, to_json
 from mixer_jax.training import loop as loop_module
-from mixer_jax.training.loop import BestCheckpoint, train_and_evaluate
+from mixer_jax.training.loop import train_and_evaluate
 from mixer_jax.training.metrics import read_metrics
 from mixer_jax.training.workdir import check_workdir
 from tests.helpers.lines import some_line_mentions
 from tests.helpers.messages import mentions, raises
-from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config, to_flags
 
 TINY = NO_REGULARIZATION | {
@@ -115,33 +115,6 @@ def test_a_run_without_all_evaluations_is_not_finished(finished: Path, config: R
     more = dataclasses.replace(config, evals={**config.evals, "more": config.evals["test"]})
     assert read_result(workdir, more) is None
     assert read_result(str(finished / "seed2"), config) is None
-
-
-def test_pretrained_weights_are_loaded_once(
-    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
-    load_checkpoint = seeds_module.load_checkpoint
-
-    def record(source: str, **kwargs: Any) -> Any:
-        loaded.append(source)
-        return load_checkpoint(source, **kwargs)
-
-    for module in (seeds_module, loop_module.find_init_source.__globals__):
-        target = module if isinstance(module, dict) else vars(module)
-        monkeypatch.setitem(target, "load_checkpoint", record)
-    run = save_run(random_weights(), tmp_path / "pretrained")
-    config = small_config(
-        digits_dir,
-        **TINY
-        | {"num_steps": 2, "init_from": run, "model__variant": "init_from"}
-        | dict.fromkeys(("model__num_blocks", "model__channels_mlp_dim"), 0)
-        | dict.fromkeys(("model__patch_size", "model__hidden_dim", "model__tokens_mlp_dim"), 0),
-    )
-    for _ in range(2):
-        outcome = run_seeds(config, str(tmp_path / "runs"), (0, 1), print)
-        assert len(outcome.results) == 2
-    assert loaded == [run]
 
 
 def test_table_has_mean_and_sample_standard_deviation() -> None:
