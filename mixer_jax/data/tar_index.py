@@ -36,7 +36,7 @@ _VERSION = 3
 _FILE_NAME = "mixer_jax_index"
 _CACHE = Path("~/.cache/mixer_jax/tar_indexes")
 # Position and size of an image in its shard, in bytes; hash of its name; position of the end of its
-# name in `Shard.names`; CRC-32 of the header before it; and index of its label in `TarIndex.labels`.
+# name in `Shard.names`; CRC-32 of the header before it; index of its label in `TarIndex.labels`.
 _SAMPLE = np.dtype(
     [
         *(("offset", "<i8"), ("size", "<i8"), ("hash", "<u8")),
