@@ -84,9 +84,10 @@ def main(argv: Sequence[str]) -> int:
         for name in names
     ]
     if args.report and sources[0].multi_label and not multi_label:
+        other = dataset.removesuffix(_REAL) if dataset.endswith(_REAL) else "another dataset"
         raise UserError(
-            f"--report needs a dataset with one label per image, got {dataset} with any number. "
-            f"Leave out --report, or evaluate on {dataset.removesuffix(_REAL)}."
+            f"--report must be used with a dataset of one label per image, got {dataset} with any "
+            f"number. Leave out --report, or evaluate on {other}."
         )
     common.warn_if_resized(weights.model_info)
     common.print_notes(sources[0])

@@ -122,7 +122,8 @@ def _train_seeds(
         outcome = run_seeds(config, resolved_workdir, seeds, log)
     if outcome.results:
         log(f"\n{format_table(outcome.results)}\n")
-        log(f"std: sample standard deviation. Written to {workdir}/{workdirs.SEEDS_FILE}")
+        note = ", std: sample standard deviation" if len(outcome.results) > 1 else ""
+        log(f"written to {workdir}/{workdirs.SEEDS_FILE}{note}")
     if outcome.stopped_by is None:
         return 0
     log("\nstopped; the same command resumes")

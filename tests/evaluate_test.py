@@ -352,6 +352,12 @@ def test_evaluate_a_multi_label_model(
     assert (probabilities > 0.5).sum(0).tolist() == list(predicted.values())
 
 
+def test_a_report_of_one_label_is_refused_for_several(shapes_dir: str, tmp_path: Path) -> None:
+    run = save_run(random_weights(class_names=shapes.NAMES), tmp_path / "run")
+    with raises(UserError, "--report", "mixer_shapes"):
+        evaluate_shapes(run, shapes_dir, f"--report={tmp_path}/report")
+
+
 def test_a_multi_label_model_has_no_real_accuracy(multi_label_run: str, shapes_dir: str) -> None:
     with raises(UserError, "--real", multi_label_run):
         evaluate_shapes(multi_label_run, shapes_dir, "--real")

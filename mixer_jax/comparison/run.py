@@ -261,6 +261,11 @@ def _open_models(
             data = data or _find_checkpoint_data(model)
         else:
             model = _open_architecture(request, entry)
+        if model.info.multi_label:
+            raise UserError(
+                f"{entry.model.label} must have one label per image to be compared by top-1 "
+                "accuracy, got a multi-label model. Evaluate it with mixer_jax.evaluate."
+            )
         models.append(model)
     if data is None and any(model.weights for model in models):
         raise UserError(

@@ -221,8 +221,8 @@ def _check_recipe(config: RunConfig) -> None:
     if optimizer.cooldown_steps and optimizer.decay_type not in _COOLDOWN_TYPES:
         raise UserError(
             "config.optimizer.cooldown_steps must be 0 with config.optimizer.decay_type="
-            f"{optimizer.decay_type!r}, got {optimizer.cooldown_steps}. Cooldown follows "
-            f"{' or '.join(_COOLDOWN_TYPES)}."
+            f"{optimizer.decay_type!r}, got {optimizer.cooldown_steps}. Cooldown requires "
+            f"decay_type {' or '.join(_COOLDOWN_TYPES)}."
         )
     if recipe.min_target and recipe.loss != "sigmoid":
         raise UserError(

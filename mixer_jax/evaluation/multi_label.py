@@ -26,7 +26,7 @@ class ClassPrecision(NamedTuple):
     """Average precision of one class.
 
     Attributes:
-        average_precision: As a fraction; NaN without any image of the class.
+        average_precision: Fraction; NaN without any image of the class, or if logits are NaN.
         num_images: Number of images of the class.
     """
 
@@ -36,11 +36,11 @@ class ClassPrecision(NamedTuple):
 
 
 class MultiLabelMetrics(NamedTuple):
-    """Metrics of independent decisions for every class, as fractions.
+    """Metrics of images with any number of labels, as fractions.
 
     Attributes:
         mean_average_precision: Mean of the classes' average precision, over those with an image.
-        micro_average_precision: Average precision of all decisions of all classes together.
+        micro_average_precision: Average precision of all pairs of an image and a class together.
         loss: Mean over examples of the binary cross-entropy, summed over classes, in nats.
         num_scored_classes: Number of classes with an image, which the mean is over.
         num_bad: Examples skipped because their images are unusable.
@@ -61,7 +61,8 @@ class MultiLabelMetrics(NamedTuple):
         if self.num_bad:
             parts.append(f"{self.num_bad:,} unusable skipped")
         if without := len(self.classes) - self.num_scored_classes:
-            parts.append(f"{without:,} of {len(self.classes):,} classes without an image left out")
+            scored = f"{self.num_scored_classes:,} of {len(self.classes):,} classes"
+            parts.append(f"{scored} ({without:,} without images)")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, float]:
@@ -231,8 +232,8 @@ def average_precision(scores: Float32[np.ndarray, " n"], is_label: Bool[np.ndarr
     return float(average_precision_score(is_label, scores))
 
 
-class ClassDecisions(NamedTuple):
-    """Decisions about one class, which is predicted if it is more probable than not.
+class ThresholdMetrics(NamedTuple):
+    """Metrics of one class, which is predicted if it is more probable than not, as fractions.
 
     Attributes:
         precision: Fraction of the predictions that are correct; 0 without any.
@@ -245,14 +246,11 @@ class ClassDecisions(NamedTuple):
     f1: float
 
 
-def count_decisions(
+def threshold_metrics(
     labels: Bool[np.ndarray, "n classes"], predicted: Bool[np.ndarray, "n classes"]
-) -> list[ClassDecisions]:
+) -> list[ThresholdMetrics]:
     """Computes precision, recall and F1 of every class, as scikit-learn does by default."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    columns = [
-        precision_recall_fscore_support(a, b, average="binary", zero_division=0)[:3]
-        for a, b in zip(labels.T, predicted.T, strict=True)
-    ]
-    return [ClassDecisions(*map(float, column)) for column in columns]
+    columns = precision_recall_fscore_support(labels, predicted, average=None, zero_division=0)[:3]
+    return [ThresholdMetrics(*values) for values in np.stack(columns, axis=1).tolist()]

@@ -150,18 +150,17 @@ def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
 
 
 def format_table(results: Sequence[SeedResult]) -> str:
-    """Formats the metrics of every seed, with mean and sample standard deviation."""
-    header = ["", *(f"seed {result.seed}" for result in results), "mean ± std"]
-    lines = [header]
+    """Formats the metrics of every seed; of several, with mean and sample standard deviation."""
+    summary = ["mean ± std"] if len(results) > 1 else []
+    lines = [["", *(f"seed {result.seed}" for result in results), *summary]]
     for name, values in _columns(results).items():
         # Counts are equal.
         if name.rpartition("/")[2].startswith("num_"):
             continue
+        format_one = functools.partial(format_value, name.removesuffix(_BEST))
         mean, std = statistics.fmean(values), _sample_std(values)
-        metric = name.removesuffix(_BEST)
-        summary = format_value(metric, mean)
-        summary += "" if std is None else f" ± {format_value(metric, std)}"
-        lines.append([name, *(format_value(metric, value) for value in values), summary])
+        summary = [] if std is None else [f"{format_one(mean)} ± {format_one(std)}"]
+        lines.append([name, *map(format_one, values), *summary])
     return "\n".join(align_columns(lines))
 
 

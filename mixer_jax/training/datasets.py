@@ -132,9 +132,9 @@ def open_train_dataset(config: RunConfig) -> Source:
 def _check_multi_label_recipe(recipe: RecipeConfig, name: str) -> None:
     """Raises UserError if a recipe is only defined for one label per image."""
     rules: list[tuple[str, Any, str]] = [
-        ("loss", "sigmoid", "It decides about every class on its own."),
+        ("loss", "sigmoid", "The softmax loss needs one label per image."),
         ("label_smoothing", 0.0, "config.recipe.min_target smooths the target of every class."),
-        ("class_weights", "none", "They are defined for one label per image."),
+        ("class_weights", "none", "Class weights are defined for one label per image."),
     ]
     for key, value, fix in rules:
         if (got := getattr(recipe, key)) != value:

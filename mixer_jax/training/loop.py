@@ -495,11 +495,14 @@ class _TrainLoop:
         found = "it has had no finite value"
         if best is not None:
             found = f"the best is {format_value(name, self.history.values[best])} at step {best:,}"
-        delta = self.config.early_stopping_min_delta
+        patience, delta = (
+            self.config.early_stopping_patience,
+            self.config.early_stopping_min_delta,
+        )
         by = f" by more than {delta:g}" if delta else ""
         self.logger.progress.print(
             f"stopped early at step {step:,} of {self.num_steps:,}: {name} has not improved{by} in "
-            f"{self.config.early_stopping_patience:,} evaluations; {found}"
+            f"{patience:,} evaluation{'s' if patience > 1 else ''}; {found}"
         )
 
     def evaluate(

@@ -9,7 +9,11 @@ from jaxtyping import Bool, Float
 
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
-from mixer_jax.evaluation.multi_label import ClassDecisions, MultiLabelMetrics, count_decisions
+from mixer_jax.evaluation.multi_label import (
+    MultiLabelMetrics,
+    ThresholdMetrics,
+    threshold_metrics,
+)
 from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, NUM_TOP, MultiLabelPredictions
 from mixer_jax.visualization.evaluation_report import (
     NUM_ERRORS,
@@ -38,7 +42,7 @@ def write_multi_label_report(
     """Writes the report of an evaluation as a new folder; see `evaluation_report.write_report`."""
     mask = predictions.mask
     labels, predicted = predictions.labels[mask], predictions.predicted[mask]
-    decisions = count_decisions(labels, predicted)
+    thresholded = threshold_metrics(labels, predicted)
     names = [label_class(name) for name in source.class_names]
     shown = predictions._replace(names=remove_folder(predictions.names))
     page = render_page(
@@ -53,7 +57,7 @@ def write_multi_label_report(
             ("labels per image", f"{labels.sum(axis=1).mean():.2f}"),
         ],
         counts=metrics.format_counts(),
-        class_rows=_format_classes(metrics, decisions, names),
+        class_rows=_format_classes(metrics, thresholded, names),
         num_absent=len(names) - metrics.num_scored_classes,
         false_positives=list(_show(source, shown, names, exif_orientation, is_label=False)),
         num_false_positives=f"{int((predicted & ~labels).sum()):,}",
@@ -65,7 +69,7 @@ def write_multi_label_report(
         ],
         num_errors=f"{len(predictions.errors):,}",
     )
-    for name, values in zip(source.class_names, decisions, strict=True):
+    for name, values in zip(source.class_names, thresholded, strict=True):
         summary["classes"][name] |= values._asdict()
     write_files(path, page, summary, _prediction_rows(predictions, source.class_names))
 
@@ -73,7 +77,7 @@ def write_multi_label_report(
 def worst_images(
     predictions: MultiLabelPredictions, is_label: bool, count: int
 ) -> list[tuple[int, int]]:
-    """Finds the images with the worst wrong decisions, and the class of the worst one of each.
+    """Finds the images with the worst errors, and the class of the worst error of each.
 
     Args:
         predictions: Predictions for a source.
@@ -112,7 +116,7 @@ def _show(
 
 
 def _format_classes(
-    metrics: MultiLabelMetrics, decisions: Sequence[ClassDecisions], names: Sequence[str]
+    metrics: MultiLabelMetrics, thresholded: Sequence[ThresholdMetrics], names: Sequence[str]
 ) -> list[list[str]]:
     """Formats the classes that have an image, lowest average precision first."""
     found = [k for k, values in enumerate(metrics.classes) if values.num_images]
@@ -122,7 +126,7 @@ def _format_classes(
             names[k],
             str(k),
             f"{metrics.classes[k].average_precision:.2%}",
-            *(f"{value:.2%}" for value in decisions[k]),
+            *(f"{value:.2%}" for value in thresholded[k]),
             f"{metrics.classes[k].num_images:,}",
         ]
         for k in found

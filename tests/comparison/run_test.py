@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from mixer_jax import compare
 from mixer_jax.checkpoints.weights import PretrainedWeights
 from mixer_jax.comparison import run
 from mixer_jax.errors import UserError
 from mixer_jax.suites.workdir import Throughput
-from tests.helpers.messages import mentions
+from tests.helpers.messages import mentions, raises
+from tests.helpers.random_weights import random_weights, save_run
 from tests.helpers.tiny_comparison import read_rows, run_compare, write_config
 
 Capture = pytest.CaptureFixture[str]
@@ -155,3 +157,10 @@ def test_a_diverging_model_does_not_stop_the_others(tmp_path: Path, capsys: Capt
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in rows] == [True, False]
     assert [row["seeds"] for row in rows] == [[], [0]]
+
+
+def test_multi_label_models_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    weights = random_weights(class_names=("cat", "dog"), loss="sigmoid", multi_label=True)
+    source = save_run(weights, tmp_path / "several")
+    with raises(UserError, "several", "multi-label"):
+        compare.main([source, "--dataset=digits", "--split=test", f"--workdir={tmp_path}/table"])

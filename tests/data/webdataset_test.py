@@ -113,7 +113,7 @@ def test_shards_of_the_webdataset_library_are_read_identically(tmp_path: Path) -
     assert read == written
 
 
-def write_timm(root: Path, **changes: Any) -> None:
+def write_timm(root: Path) -> None:
     """Writes a dataset in the layout of timm's imagenet-1k-wds."""
     info: dict[str, Any] = {"name": "imagenet1k", "splits": {}}
     for split, digits, shards in (("train", 4, 3), ("validation", 2, 2)):
@@ -133,7 +133,7 @@ def write_timm(root: Path, **changes: Any) -> None:
             "num_samples": 10 * shards,
             "filenames": filenames,
             "shard_lengths": [10] * shards,
-        } | changes
+        }
     (root / "_info.json").write_text(json.dumps(info))
 
 
@@ -145,24 +145,12 @@ def test_timms_layout(tmp_path: Path) -> None:
     assert list_splits(f"wds:{tmp_path}") == ("train", "validation")
     # One more shard, and one that is missing.
     write_dataset(tmp_path, {"train": 3})
-    (note,) = open_shards(tmp_path).notes
-    assert mentions(note, "toy-train-0000.tar", "_info.json")
-    assert len(open_shards(tmp_path)) == 30
+    assert mentions(error_of(tmp_path), "5", "6", "toy-train-0000.tar", "_info.json")
+    (tmp_path / "toy-train-0000.tar").unlink()
     (tmp_path / "imagenet1k-train-0001.tar").unlink()
     assert mentions(error_of(tmp_path), "5", "4", "imagenet1k-train-0001.tar")
-    pattern = tmp_path / "imagenet1k-{train-{0000..0002..2},validation-{00..01}}.tar"
+    pattern = tmp_path / "imagenet1k-{train-{0000,0002},validation-{00..01}}.tar"
     assert len(open_shards(pattern)) == len(open_shards(pattern, "validation")) == 20
-
-
-def test_another_number_of_samples_than_timm_says_is_noted(tmp_path: Path) -> None:
-    write_timm(tmp_path, shard_lengths=[10, 11])
-    (note,) = open_shards(tmp_path).notes
-    assert mentions(note, "imagenet1k-train-0001.tar", "_info.json")
-
-
-def test_other_labels_of_timm_are_named(tmp_path: Path) -> None:
-    write_timm(tmp_path, alt_label="label_12k")
-    assert any(mentions(note, "@label_12k", "train") for note in open_shards(tmp_path).notes)
 
 
 @pytest.mark.parametrize(
@@ -190,15 +178,13 @@ def test_folders_of_shards_are_splits(tmp_path: Path) -> None:
     assert len(open_shards(f"{tmp_path}/{{train,test}}/0.tar", "test")) == 5
 
 
-def test_class_names_need_not_be_used_but_must_suffice(tmp_path: Path) -> None:
+def test_class_names_must_suffice_and_differ(tmp_path: Path) -> None:
     write_dataset(tmp_path, {"train": 6, "test": 6}, num_classes=3)
     path = tmp_path / "classnames.txt"
     path.write_text("a\nb\n")
     assert mentions(error_of(tmp_path), str(path), "2")
     path.write_text("crane\nb\ncrane\n")
-    source = open_shards(tmp_path)
-    assert source.class_names == ("0", "1", "2")
-    assert mentions(source.notes[0], str(path))
+    assert mentions(error_of(tmp_path), str(path), "2")
     path.write_text("a\nb\nc\nd\n")
     source = open_shards(tmp_path)
     assert source.class_names == ("a", "b", "c", "d")
@@ -288,9 +274,16 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
     source = open_shards(tmp_path)
     assert source.class_names == ("H\u00fcndin", "cat", "dog")
     assert labels(source) == {"0": (2,), "1": (1,), "2": (0,), "3": (1,)}
-    # Numbers of classes stay names next to others only if they are written as names.
-    write_labels(tmp_path / "test-0.tar", "bird")
-    assert mentions(error_of(tmp_path), "'bird'", "4")
+    # Perhaps misspelled.
+    write_labels(tmp_path / "test-0.tar", "dogg")
+    (note,) = open_shards(tmp_path).notes
+    assert mentions(note, "1", "4", "dogg")
+    # Integers are names next to others, and with zeros in front.
+    write_labels(tmp_path / "test-0.tar", 7)
+    assert open_shards(tmp_path).class_names == ("7", "H\u00fcndin", "cat", "dog")
+    for split in ("train", "test"):
+        write_labels(tmp_path / f"{split}-0.tar", "007", "010")
+    assert open_shards(tmp_path).class_names == ("007", "010")
 
 
 def test_integers_without_training_images_are_noted(tmp_path: Path) -> None:
@@ -327,11 +320,7 @@ def test_a_class_that_is_held_out_entirely_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [
-        ((0, "cat"), ["0", "'cat'"]),
-        (([1, 0, 0, 1],), ["[1, 0, 0, 1]"]),
-        ((3, 5_000_000), ["1000000", "5000000", "@FIELD"]),
-    ],
+    [(([1, 0, 0, 1],), ["list", "'0.json'"]), ((3, 5_000_000), ["1000000", "5000000", "@FIELD"])],
 )
 def test_labels_that_are_not_classes_are_rejected(
     values: tuple[Any, ...], named: list[str], tmp_path: Path
@@ -351,8 +340,8 @@ def test_a_field_is_selected_by_its_name(tmp_path: Path) -> None:
     assert source.name.startswith(f"wds:{folder}@animal")
     # timm marks samples that are not in a subset of the classes by -1.
     subset = open_shards(f"{folder}/train-{{0..0}}.tar@label_12k", "all")
-    assert len(subset) == 5
-    assert any(mentions(note, "1", "negative") for note in subset.notes)
+    assert subset.class_names == ("0", "1", "2", "3", "4")
+    assert any(mentions(note, "1", "bad") for note in subset.notes)
     message = error_of(folder)
     assert mentions(message, ".cls", ".json", ".png", "caption", "animal", "label_12k", "@FIELD")
     assert mentions(error_of(f"{folder}@animals"), "'animals'", "caption", "animal", "label_12k")
@@ -377,17 +366,12 @@ def test_samples_without_a_label_are_bad_images(tmp_path: Path) -> None:
     assert mentions(error_of(tmp_path, "test"), "'test'", "2")
 
 
-def test_files_that_are_not_used_are_counted(tmp_path: Path) -> None:
-    members = [*sample("a", 0), *sample("b", 1), ("c.txt", b""), ("d.cls", b"1")]
-    write_shard(tmp_path / "train-0.tar", members)
+def test_samples_without_an_image_are_counted(tmp_path: Path) -> None:
+    members = [*sample("a", 0), *sample("b", 1), ("c.json", b"{}"), ("d.cls", b"1")]
+    write_shard(tmp_path / "train-0.tar", [*members, ("README.md", b"")])
     write_shard(tmp_path / "train-1.tar", [])
-    write_shard(tmp_path / "test-0.tar", [*sample("a", 0), ("x.txt", b"")])
-    notes = open_shards(tmp_path).notes
-    assert len(notes) == 3
-    assert mentions(notes[0], str(tmp_path), "2")
-    assert mentions(notes[1], "1", "train-1.tar")
-    assert mentions(notes[2], "1")
-    assert mentions(open_shards(tmp_path, "test").notes[0], "1")
+    (note,) = open_shards(tmp_path, "all").notes
+    assert mentions(note, str(tmp_path), "2")
 
 
 def test_names_that_repeat_in_other_shards_are_examples_of_their_own(tmp_path: Path) -> None:
@@ -400,14 +384,6 @@ def test_names_that_repeat_in_other_shards_are_examples_of_their_own(tmp_path: P
     source = open_shards(tmp_path, "all")
     assert len({source.examples[index]["image"] for index in range(6)}) == 6
     assert not source.notes
-
-
-def test_copies_of_shards_are_noted(tmp_path: Path) -> None:
-    write_dataset(tmp_path, {"train": 10})
-    (path,) = tmp_path.glob("*.tar")
-    (tmp_path / "toy-train-0000 (1).tar").write_bytes(path.read_bytes())
-    (note,) = open_shards(tmp_path).notes
-    assert mentions(note, str(tmp_path), "10")
 
 
 def test_corrupt_images_are_bad_images(tmp_path: Path) -> None:
@@ -434,8 +410,7 @@ def test_members_that_are_not_images_are_listed(tmp_path: Path) -> None:
         ("toy-train-{0000..0004}.tar", ["3", "5", "toy-train-0002.tar"]),
         ("*.tgz", ["*.tgz"]),
         ("empty", ["folder:", "empty"]),
-        ("packed", ["a.tar.gz", "gunzip"]),
-        ("{0..9999999}.tar", ["1000000"]),
+        ("packed", ["not compressed"]),
     ],
 )
 def test_paths_without_shards_are_rejected(
@@ -474,7 +449,7 @@ def test_patterns_select_the_same_shards_as_the_folder(
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a", "a{0..3}b", "{08..11}", "{3..1}", "{0..10..5}", "{a,b}{1..2}", "x{a,b{1..2}}", "{,a}"],
+    ["a", "a{0..3}b", "{08..11}", "{3..1}", "{9..11}", "{a,b}{1..2}", "x{a,b{1..2}}", "{,a}"],
 )
 def test_expand_braces_agrees_with_the_webdataset_library(pattern: str) -> None:
     assert expand_braces(pattern) == sorted(wds.shardlists.expand_urls(pattern))
@@ -500,9 +475,9 @@ def test_check_files_finds_shards_that_are_missing_or_incomplete(tmp_path: Path)
     source = open_shards(tmp_path)
     source.check_files()
     path = tmp_path / "toy-train-0004.tar"
-    content = path.read_bytes()
+    content, mtime_ns = path.read_bytes(), path.stat().st_mtime_ns
     path.write_bytes(content[:100])
-    with raises(RunError, str(path), "100", str(len(content))):
+    with raises(RunError, str(path)):
         source.check_files()
     path.unlink()
     with raises(MissingFileError, str(path)):
@@ -510,5 +485,8 @@ def test_check_files_finds_shards_that_are_missing_or_incomplete(tmp_path: Path)
     # Shards of other splits need not be there.
     (tmp_path / "toy-test-0000.tar").unlink()
     path.write_bytes(content)
-    os.utime(path)
+    os.utime(path, ns=(mtime_ns, mtime_ns))
     source.check_files()
+    os.utime(path, ns=(mtime_ns, mtime_ns + 1))
+    with raises(RunError, str(path)):
+        source.check_files()
