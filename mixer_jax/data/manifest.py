@@ -168,7 +168,7 @@ def _read_table(path: str) -> _Table:
                     multi_label = isinstance(row[label], list)
                 for name in (_PATH, label, _SPLIT):
                     if (name in row) != (name in columns):
-                        rule = f"have {name!r} in every row or in none"
+                        rule = f"have the columns {', '.join(columns)} in each row"
                         raise _InvalidRowError(line, rule, ", ".join(row) or "no columns")
                 paths.append(_normalize_path(line, row[_PATH], prefix))
                 labels.append(_read_labels(line, row[label], multi_label))
@@ -243,7 +243,9 @@ def _find_label_column(row: Mapping[str, Any], requested: str) -> str:
     if _PATH not in row or len(found) != 1:
         rule = f"{_PATH} and {requested or f'one of {_LABEL} and {_LABELS}'}"
         raise _InvalidRowError(
-            1, f"have the columns {rule} (another label is {MANIFEST}FILE@COLUMN)", ", ".join(row)
+            1,
+            f"have the columns {rule} (or another label, by {MANIFEST}FILE@COLUMN)",
+            ", ".join(row),
         )
     return found[0]
 

@@ -14,6 +14,7 @@ import re
 import sys
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,13 +32,16 @@ from mixer_jax.files import atomic_write, file_lock
 Label = str | tuple[str, ...] | None
 
 # Changes with the content of the file or with the rules by which members become samples.
-_VERSION = 2
+_VERSION = 3
 _FILE_NAME = "mixer_jax_index"
 _CACHE = Path("~/.cache/mixer_jax/tar_indexes")
 # Position and size of an image in its shard, in bytes; hash of its name; position of the end of its
-# name in `Shard.names`; and index of its label in `TarIndex.labels`.
+# name in `Shard.names`; CRC-32 of the header before it; index of its label in `TarIndex.labels`.
 _SAMPLE = np.dtype(
-    [("offset", "<i8"), ("size", "<i8"), ("hash", "<u8"), ("name_end", "<i4"), ("label", "<i4")]
+    [
+        *(("offset", "<i8"), ("size", "<i8"), ("hash", "<u8")),
+        *(("name_end", "<i4"), ("header_crc", "<u4"), ("label", "<i4")),
+    ]
 )
 _BLOCK = 512
 # Members of other files lie between the headers: the default, which is a megabyte on some network
@@ -77,50 +81,66 @@ class Shard:
         return display_path(f"{self.path}/{name}")
 
     def read(self, row: int) -> bytes:
-        """Reads an image.
+        """Reads an image, and the header before it, by which a replaced shard is noticed.
+
+        The time of the last change would not do: hosts may have copies of their own.
 
         Raises:
             BadImageError: It cannot be read, or is larger than any image that may be decoded.
             MissingFileError: The shard does not exist.
             RunError: The shard has changed since it was indexed.
         """
-        offset, size = (int(self.samples[field][row]) for field in ("offset", "size"))
+        offset, size, header_crc = (
+            int(self.samples[field][row]) for field in ("offset", "size", "header_crc")
+        )
         if size > MAX_BYTES:
             raise BadImageError("file too large", f"{size:,} bytes", self.name(row))
         try:
             # Opened anew for every image, as the files of a folder are: nothing is shared by
             # threads. A larger buffer would read more than the image.
             with self.path.open("rb", buffering=_BLOCK) as file:
-                self._check_unchanged(os.fstat(file.fileno()))
-                file.seek(offset)
-                return file.read(size)
+                file.seek(offset - _BLOCK)
+                header, image = file.read(_BLOCK), file.read(size)
         except FileNotFoundError:
             raise self._missing() from None
         except OSError as error:
             raise BadImageError("cannot be read", error.strerror or "", self.name(row)) from None
+        if len(image) < size or zlib.crc32(header) != header_crc:
+            raise self._changed()
+        return image
+
+    def is_current(self) -> bool:
+        """Returns whether the archive has the size and time that it had when it was indexed."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
     def check(self) -> None:
-        """Checks that the shard exists and has not changed since it was indexed.
+        """Checks that the archive exists on this host, with the size that it was indexed with.
 
         Raises:
             MissingFileError: It does not exist.
-            RunError: It has changed or cannot be read.
+            RunError: It has another size or cannot be read.
         """
         try:
-            self._check_unchanged(self.path.stat())
+            size = self.path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             raise self._missing() from None
         except OSError as error:
             raise RunError(
                 f"{display_path(self.path)} cannot be read: {error.strerror}."
             ) from error
+        if size != self.size:
+            raise self._changed()
 
-    def _check_unchanged(self, status: os.stat_result) -> None:
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise RunError(
-                f"shard {display_path(self.path)} must not change during a run, but has changed "
-                "since it was indexed. Restart the run."
-            )
+    def _changed(self) -> RunError:
+        return RunError(
+            f"shard {display_path(self.path)} must not change during a run, and must be the same "
+            "on all hosts, but differs from when it was indexed. Restart the run, which indexes it "
+            "again."
+        )
 
     def _missing(self) -> MissingFileError:
         return MissingFileError(f"shard {display_path(self.path)} does not exist.")
@@ -201,11 +221,8 @@ def _load(file: Path, folder: Path) -> TarIndex:
             parts = samples[start:stop], names[names_start:names_stop]
             start, names_start = stop, names_stop
             shard = Shard(folder / name, size, mtime_ns, num_skipped, *parts)
-            try:
-                shard.check()
-            except RunError:
-                continue
-            index.shards[name] = shard
+            if shard.is_current():
+                index.shards[name] = shard
     # There is no index, or it is damaged in any way.
     except Exception:
         return TarIndex({}, [])
@@ -289,8 +306,8 @@ def _scan_shard(path: Path, field: str) -> tuple[Shard, list[Label]]:
         Index of the shard, without indices of labels; and the label of each sample.
     """
     names = set[str]()
-    # Name, offset and size of the image, and label, by key.
-    images: dict[str, tuple[str, int, int]] = {}
+    # Name, offset, size and CRC-32 of the header of the image, and label, by key.
+    images: dict[str, tuple[str, int, int, int]] = {}
     labels: dict[str, Label] = {}
     with path.open("rb", buffering=_BUFFER_SIZE) as file:
         status = os.fstat(file.fileno())
@@ -313,14 +330,15 @@ def _scan_shard(path: Path, field: str) -> tuple[Shard, list[Label]]:
                 value = fields.get(field) if field else fields.get("label", fields.get("cls"))
                 labels[key] = parse_label(value)
             elif "." not in extension and has_image_suffix(name):
-                image = (name, info.offset_data, info.size)
+                file.seek(info.offset_data - _BLOCK)
+                image = (name, info.offset_data, info.size, zlib.crc32(file.read(_BLOCK)))
                 # If a sample has several images, the first one by name: jpg before png.
                 images[key] = min(image, images.get(key, image))
-    encoded = [os.fsencode(name) for name, _, _ in images.values()]
+    encoded = [os.fsencode(name) for name, *_ in images.values()]
     samples = np.zeros(len(images), _SAMPLE)
-    samples["offset"] = [offset for _, offset, _ in images.values()]
-    samples["size"] = [size for _, _, size in images.values()]
-    samples["hash"] = hash_paths(name for name, _, _ in images.values())
+    for column, field in enumerate(("offset", "size", "header_crc"), 1):
+        samples[field] = [image[column] for image in images.values()]
+    samples["hash"] = hash_paths(name for name, *_ in images.values())
     samples["name_end"] = list(itertools.accumulate(map(len, encoded)))
     num_skipped = len(labels.keys() - images.keys())
     shard = Shard(path, status.st_size, status.st_mtime_ns, num_skipped, samples, b"".join(encoded))
