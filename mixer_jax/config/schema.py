@@ -71,7 +71,7 @@ class Field:
             if value in renamed:
                 hint = f" It is now {renamed[value]!r}."
             else:
-                hint = suggest(value, self.choices)
+                hint = suggest(str(value), self.choices)
             choices = ", ".join(choice or "''" for choice in self.choices)
             raise UserError(f"{name} must be one of {choices}, {got}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
