@@ -10,6 +10,7 @@ minutes on two cores. To compile a row again, remove it from its JSON file.
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -223,8 +224,12 @@ def _run_spec(config: RunConfig, num_devices: int) -> RunSpec:
 
 def _configured(config: RunConfig) -> dict[str, Any]:
     """Returns the numbers that a row depends on, for any number of devices."""
-    numbers = _run_spec(config, num_devices=1)._asdict()
+    run = _run_spec(config, num_devices=1)
+    numbers = run._asdict()
     del numbers["num_devices"]
+    # Their total size says as much as a list of all shapes.
+    size = sum(math.prod(shape) for _, shape in numbers.pop("moments"))
+    numbers["num_moments"] = round(size / run.num_params, 3)
     family, architecture = numbers["family"], numbers["architecture"]
     return numbers | {"family": family.name, "architecture": dataclasses.asdict(architecture)}
 

@@ -487,7 +487,10 @@ def test_fine_tuning_config_has_the_papers_values(task: str) -> None:
         "loss": "softmax",
         "label_smoothing": 0.0,
         "min_target": 0.0,
+        "class_weights": "none",
         "mixup": 0.0,
+        "cutmix": 0.0,
+        "mixup_switch_prob": 0.5,
         "grad_accum_steps": 1,
         "ema_decay": 0.0,
     }
