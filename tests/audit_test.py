@@ -46,11 +46,15 @@ class _Database(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def run_database(status: int) -> Iterator[tuple[str, set[str]]]:
     """Yields the address of a database, and the set of packages that it was asked for."""
-    handler = type("Database", (_Database,), {"queried": set(), "status": status})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+
+    class Database(_Database):
+        pass
+
+    Database.queried, Database.status = set(), status
+    with ThreadingHTTPServer(("127.0.0.1", 0), Database) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1/query", handler.queried
+        yield f"http://127.0.0.1:{server.server_port}/v1/query", Database.queried
         server.shutdown()
         thread.join()
 

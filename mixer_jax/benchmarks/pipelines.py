@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -211,7 +211,7 @@ def our_batches(
     randaugment: bool,
     examples: Sequence[Any] | None = None,
     first_step: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields batches of mixer_jax's training pipeline on the host, by default of the files."""
     if examples is None:
         examples = RepeatedExamples(
