@@ -17,10 +17,9 @@ from mixer_jax.data.source import LabelArrays, Source, normalize_names, sort_cla
 from mixer_jax.data.splits import (
     SPELLINGS,
     TRAIN,
-    VALIDATION,
     hash_paths,
     hold_out,
-    parse_split,
+    select_rows,
     standard_split,
     substitution_notes,
 )
@@ -55,11 +54,7 @@ def open_manifest(path: str, split: str) -> Source:
             listed twice; a class has no row in the training split; or no image exists.
     """
     table = _read_table(path)
-    sizes = {name: len(rows) for name, rows in table.splits.items()}
-    slices = parse_split(split, sizes, table.description)
-    rows = np.concatenate([table.splits[name][start:stop] for name, start, stop in slices])
-    if not len(rows):
-        raise UserError(f"split {split!r} of {table.description} contains no images.")
+    rows, _ = select_rows(split, table.splits, table.description)
     examples: Any = _ManifestFiles(
         table.file.parent, (table.paths[row] for row in rows.tolist()), table.labels.select(rows)
     )
@@ -172,7 +167,7 @@ def _read_table(path: str) -> _Table:
                         raise _InvalidRowError(line, rule, ", ".join(row) or "no columns")
                 paths.append(_normalize_path(line, row[_PATH], prefix))
                 labels.append(_read_labels(line, row[label], multi_label))
-                splits.append(_read_split(line, row[_SPLIT]) if _SPLIT in row else TRAIN)
+                splits.append(_read_split(line, row.get(_SPLIT, TRAIN)))
     except _InvalidRowError as error:
         line, rule, got = error.args
         raise UserError(f"{description} must {rule}, got {got} in line {line:,}.") from None
@@ -339,10 +334,7 @@ def _divide_rows(
     rows_of = {name: order[split_of == name] for name in SPELLINGS if name in splits}
     is_held_out = set(rows_of) == {TRAIN}
     if is_held_out:
-        # Several labels per image have no common stratification.
-        classes = np.zeros(len(order), np.int64) if labels.ends is not None else labels.values
-        train, validation = hold_out(classes[order])
-        rows_of = {TRAIN: order[train], VALIDATION: order[validation]}
+        rows_of = hold_out(order, labels)
     return rows_of, is_held_out
 
 
