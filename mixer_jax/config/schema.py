@@ -258,8 +258,7 @@ class PreprocessConfig:
     )
     random_erasing_mode: Literal["constant", "random", "pixel"] = key(
         "constant",
-        "what random_erasing fills the box with: gray, one random color, or a random color per "
-        "pixel",
+        "fill of the box of random_erasing: gray, one random color, or a random color per pixel",
         example="pixel",
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(

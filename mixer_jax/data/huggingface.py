@@ -42,6 +42,8 @@ from mixer_jax.errors import UserError, abbreviate, summarize_error
 # Columns that are chosen if types do not tell them apart; the first one that exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "cls")
+# Type of a label in Arrow; that of a ClassLabel is int64.
+_LABEL_TYPE = re.compile(r"u?int\d+|(large_)?string|string_view")
 # Files of the folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write.
 _SAVED = ("state.json", "dataset_dict.json")
 # File that lists the configs of a dataset.
@@ -151,7 +153,7 @@ def _open(name: str) -> _Dataset:
         split: np.arange(end - len(table), end)
         for (split, table), end in zip(tables.items(), ends, strict=True)
     }
-    class_names, labels = _read_labels(list(tables.values()), label)
+    class_names, labels = _load_labels(list(tables.values()), label)
     is_held_out = TRAIN in splits and not {VALIDATION, TEST} & set(splits)
     if is_held_out:
         rows = splits[TRAIN]
@@ -384,7 +386,11 @@ def _find_label_column(features: Mapping[str, Any], requested: str, name: str) -
     """Finds the column of the label: the requested one, or by name, or the only ClassLabel."""
     import datasets
 
-    choices = [key for key, feature in features.items() if _is_label(_item(feature))]
+    choices = [
+        key
+        for key, feature in features.items()
+        if _LABEL_TYPE.fullmatch(getattr(_item(feature), "dtype", ""))
+    ]
     classes = [key for key in choices if isinstance(_item(features[key]), datasets.ClassLabel)]
     if requested:
         found = [key for key in choices if key == requested]
@@ -401,11 +407,6 @@ def _find_label_column(features: Mapping[str, Any], requested: str, name: str) -
     return found[0]
 
 
-def _is_label(item: Any) -> bool:
-    # ClassLabel has the type int64, too.
-    return bool(re.fullmatch(r"u?int\d+|(large_)?string|string_view", getattr(item, "dtype", "")))
-
-
 def _item(feature: Any) -> Any:
     """Returns the feature of the items of a list, and other features as they are."""
     return getattr(feature, "feature", feature)
@@ -415,8 +416,8 @@ def _format_columns(features: Mapping[str, Any]) -> str:
     return abbreviate((f"{key} ({type(value).__name__})" for key, value in features.items()), 12)
 
 
-def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], LabelArrays]:
-    """Reads the labels of all rows, one split after the other.
+def _load_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], LabelArrays]:
+    """Loads the labels of all rows, one split after the other.
 
     Args:
         tables: Dataset of each split in the format "arrow".

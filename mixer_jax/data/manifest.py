@@ -94,6 +94,7 @@ class _Table(NamedTuple):
 
     Attributes:
         file: Absolute path of the manifest.
+        description: Name of the manifest, for messages.
         paths: Path of each row's image: relative to the folder of the manifest, or absolute.
         labels: Labels of all rows, as indices into `class_names`.
         class_names: Name of each class.
@@ -103,6 +104,7 @@ class _Table(NamedTuple):
     """
 
     file: Path
+    description: str
     paths: list[str]
     labels: LabelArrays
     class_names: tuple[str, ...]
@@ -110,18 +112,9 @@ class _Table(NamedTuple):
     is_held_out: bool
     notes: list[str]
 
-    @property
-    def description(self) -> str:
-        """Name of the manifest, for messages."""
-        return _describe(self.file)
-
 
 class _InvalidRowError(Exception):
     """A row is not well-formed; the arguments are the line, the rule and the value."""
-
-
-def _describe(file: Path) -> str:
-    return f"manifest {str(file)!r}"
 
 
 def _find_file(path: str) -> tuple[Path, str]:
@@ -144,7 +137,7 @@ def _read_table(path: str) -> _Table:
         UserError: The file cannot be read, or is not well-formed.
     """
     file, label = _find_file(path)
-    description, suffix = _describe(file), file.suffix.lower()
+    description, suffix = f"manifest {str(file)!r}", file.suffix.lower()
     if suffix not in _READERS:
         raise UserError(
             f"{description} must have the suffix {' or '.join(_READERS)}, got {suffix or 'none'}."
@@ -189,7 +182,7 @@ def _read_table(path: str) -> _Table:
     rows_of, is_held_out = _divide_rows(description, paths, splits, label_arrays)
     ignored = [repr(name) for name in columns if name not in (_PATH, label, _SPLIT)]
     notes = [f"ignored columns {abbreviate(ignored)}"] if ignored else []
-    return _Table(file, paths, label_arrays, class_names, rows_of, is_held_out, notes)
+    return _Table(file, description, paths, label_arrays, class_names, rows_of, is_held_out, notes)
 
 
 def _read_csv(stream: Iterable[str]) -> _Rows:
@@ -279,15 +272,11 @@ def _class_name(label: str | int) -> str:
 
 
 def _read_split(line: int, cell: Any) -> str:
-    if not isinstance(cell, str) or not (split := _standard_split(cell)):
+    split = standard_split(cell.strip()) if isinstance(cell, str) else None
+    if split is None:
         rule = f"have {', '.join(SPELLINGS)} in column {_SPLIT}"
         raise _InvalidRowError(line, rule, repr(cell))
     return split
-
-
-@functools.lru_cache
-def _standard_split(name: str) -> str | None:
-    return standard_split(name.strip())
 
 
 def _check_classes(

@@ -1,5 +1,6 @@
 """Splits of datasets that are not TFDS's: names, slices, order, and examples that are held out."""
 
+import functools
 import hashlib
 import os
 import re
@@ -39,6 +40,7 @@ class SplitSlice(NamedTuple):
     stop: int
 
 
+@functools.lru_cache
 def standard_split(name: str) -> str | None:
     """Returns "train", "validation" or "test" for any common spelling; None for other names."""
     return _SPLIT_OF.get(re.sub(r"[-\s]", "_", name.casefold()))

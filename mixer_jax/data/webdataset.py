@@ -84,7 +84,7 @@ def open_webdataset(path: str, split: str) -> Source:
     used, label_ids = np.unique(samples["label"], return_inverse=True)
     distinct = [index.labels[label] for label in used]
     if not any(distinct):
-        raise _no_labels(shards[0], field, description)
+        raise _missing_labels_error(shards[0], field, description)
     class_names, index_of = _find_classes(distinct, folder, description)
     labels = _index_labels(distinct, index_of).select(label_ids)
 
@@ -223,7 +223,7 @@ def _find_classes(
     Raises:
         UserError: An integer is not the index of a class.
     """
-    found = set(itertools.chain.from_iterable(map(_classes_of, labels)))
+    found = set(itertools.chain.from_iterable(map(_list_classes, labels)))
     if not all(map(_INTEGER.fullmatch, found)):
         names = sort_class_names(found)
         return names, {name: label for label, name in enumerate(names)}
@@ -243,7 +243,7 @@ def _find_classes(
     return names, {str(label): label for label in range(len(names))}
 
 
-def _classes_of(label: Label) -> tuple[str, ...]:
+def _list_classes(label: Label) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else label or ()
 
 
@@ -251,14 +251,14 @@ def _index_labels(labels: Sequence[Label], index_of: Mapping[str, int]) -> Label
     """Converts labels to indices of classes; one that is missing or not a class is -1."""
     indices = []
     for label in labels:
-        found = sorted(index_of.get(name, NO_LABEL) for name in _classes_of(label))
+        found = sorted(index_of.get(name, NO_LABEL) for name in _list_classes(label))
         indices.append([NO_LABEL] if label is None or NO_LABEL in found else found)
     values = np.array(list(itertools.chain(*indices)), np.int64)
     is_multi_label = any(isinstance(label, tuple) for label in labels)
     return LabelArrays(values, np.cumsum(list(map(len, indices))) if is_multi_label else None)
 
 
-def _no_labels(shard: Shard, field: str, description: str) -> UserError:
+def _missing_labels_error(shard: Shard, field: str, description: str) -> UserError:
     """Makes an error that lists what the samples have instead of images with labels."""
     place = f"the field {field!r}" if field else 'KEY.cls or the field "label" or "cls"'
     return UserError(
@@ -303,7 +303,7 @@ def _find_shards(location: str, description: str) -> tuple[Path, dict[str, list[
     found: dict[str, list[str]] = {}
     unknown: list[str] = []
     for name in sorted(set(names)):
-        split = _split_of_name(folder / name)
+        split = _infer_split(folder / name)
         (found.setdefault(split, []) if split else unknown).append(name)
     if unknown and found:
         raise UserError(
@@ -317,7 +317,7 @@ def _find_shards(location: str, description: str) -> tuple[Path, dict[str, list[
     return folder, {split: found[split] for split in standardize_splits(found, description)}
 
 
-def _split_of_name(path: Path) -> str | None:
+def _infer_split(path: Path) -> str | None:
     """Returns the split that is named last in the name of a shard, or that of its folder."""
     words = re.split(r"[^0-9A-Za-z]+", path.stem)
     splits = [split for word in words if (split := standard_split(word))]

@@ -58,9 +58,9 @@ def write_multi_label_report(
         counts=metrics.format_counts(),
         class_rows=_format_classes(metrics, thresholded, names),
         num_absent=len(names) - metrics.num_scored_classes,
-        false_positives=list(_show(source, shown, names, exif_orientation, is_label=False)),
+        false_positives=list(_show_errors(source, shown, names, exif_orientation, is_label=False)),
         num_false_positives=f"{int((predicted & ~labels).sum()):,}",
-        missed=list(_show(source, shown, names, exif_orientation, is_label=True)),
+        missed=list(_show_errors(source, shown, names, exif_orientation, is_label=True)),
         num_missed=f"{int((labels & ~predicted).sum()):,}",
         **list_unusable_images(shown.names, shown.errors),
     )
@@ -92,7 +92,7 @@ def worst_images(
     return [(index, int(classes[index])) for index in order.tolist() if worst[index] >= 0]
 
 
-def _show(
+def _show_errors(
     source: Source,
     predictions: MultiLabelPredictions,
     names: Sequence[str],
