@@ -133,7 +133,7 @@ def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[s
     """
     if _resolve_names(spec, splits) == _resolve_names(spec, (VALIDATION, TEST)):
         return []
-    (held_out,) = _held_out(splits)
+    (held_out,) = _list_held_out(splits)
     return [f"{place} has one held-out split, {held_out}, which is used for {spec!r}"]
 
 
@@ -182,13 +182,13 @@ def hold_out(rows: np.ndarray, labels: LabelArrays) -> dict[str, np.ndarray]:
     return {TRAIN: rows[~is_held_out], VALIDATION: rows[is_held_out]}
 
 
-def _held_out(splits: Collection[str]) -> list[str]:
+def _list_held_out(splits: Collection[str]) -> list[str]:
     return [name for name in splits if name in (VALIDATION, TEST)]
 
 
 def _resolve_names(spec: str, splits: Collection[str]) -> str:
     """Replaces other names of splits in a spec; if one split is held out, it has all names."""
-    held_out = _held_out(splits)
+    held_out = _list_held_out(splits)
 
     def resolve(match: re.Match[str]) -> str:
         if match[0] in splits:

@@ -336,8 +336,8 @@ def _scan_shard(path: Path, field: str) -> tuple[Shard, list[Label]]:
                 images[key] = min(image, images.get(key, image))
     encoded = [os.fsencode(name) for name, *_ in images.values()]
     samples = np.zeros(len(images), _SAMPLE)
-    for column, field in enumerate(("offset", "size", "header_crc"), 1):
-        samples[field] = [image[column] for image in images.values()]
+    for position, column in enumerate(("offset", "size", "header_crc"), 1):
+        samples[column] = [image[position] for image in images.values()]
     samples["hash"] = hash_paths(name for name, *_ in images.values())
     samples["name_end"] = list(itertools.accumulate(map(len, encoded)))
     num_skipped = len(labels.keys() - images.keys())

@@ -106,9 +106,9 @@ def build_experiment(
             architecture it takes; None: the architecture of the config.
 
     Raises:
-        UserError: The batch cannot be split over the devices, warmup is longer than the run, it
-            does not have the steps to profile, the backend is for other devices, or a pattern of
-            frozen parameters matches none.
+        UserError: The batch cannot be split over the devices, the schedule is longer than the run,
+            the run does not have the steps to profile, the backend is for other devices, or
+            patterns of frozen parameters match none or all.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
     check_schedule(config, num_steps)
