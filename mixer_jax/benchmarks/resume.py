@@ -7,6 +7,7 @@ when it has imported the libraries and started JAX.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from mixer_jax.benchmarks.report import Column, print_table
@@ -130,7 +130,7 @@ def _write_dataset(folder: Path, num_files: int) -> None:
     rng = np.random.default_rng(0)
     # Smooth, as photographs are.
     blocks = rng.integers(0, 256, (_NUM_IMAGES, 8, 8, 3), np.uint8)
-    files = [cv2.imencode(".jpg", cv2.resize(b, (_SIDE, _SIDE)))[1].tobytes() for b in blocks]
+    files = [_encode(block) for block in blocks]
     images = [
         LabeledImage(files[index % _NUM_IMAGES], f"class {index % _NUM_CLASSES}")
         for index in range(_EXAMPLES_PER_FILE)
@@ -148,6 +148,14 @@ def _write_dataset(folder: Path, num_files: int) -> None:
     info_path.write_text(json.dumps(info))
 
 
+def _encode(block: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(block).resize((_SIDE, _SIDE)).save(buffer, "jpeg")
+    return buffer.getvalue()
+
+
 def _run_process(folder: str, step: int, batch_size: int) -> dict[str, float]:
     command = [sys.executable, "-m", __name__, folder, str(step), str(batch_size)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -158,15 +166,17 @@ def _measure_process(folder: str, step: int, batch_size: int) -> dict[str, float
     """Opens the dataset and loads the batch of one step, in a process that does nothing else."""
     common.configure_jax(compilation_cache="")
     import jax
-    import tensorflow_datasets  # noqa: F401
     from array_record.python import array_record_data_source  # noqa: F401
 
     from mixer_jax.benchmarks.pipelines import PipelineConfig, our_batches, resident_bytes
     from mixer_jax.data.readers import shuffled_indices
     from mixer_jax.data.registry import open_dataset
+    from mixer_jax.data.tfds import resolve_data_dir
 
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
+    # Imports TFDS.
+    resolve_data_dir("")
     bare, wall, cpu = resident_bytes(), time.perf_counter(), time.process_time()
     values: dict[str, float] = {}
 
