@@ -29,7 +29,7 @@ from mixer_jax.data.splits import (
     TRAIN,
     VALIDATION,
     hash_order,
-    hold_out,
+    hold_out_rows,
     parse_split,
     standardize_splits,
     substitution_notes,
@@ -178,13 +178,9 @@ def _open(name: str) -> _Dataset:
 
 
 def _hold_out(rows: np.ndarray, labels: LabelArrays) -> dict[str, np.ndarray]:
-    """Divides the rows of the training split."""
-    # Several labels per image have no common stratification. One is added, as counts of classes
-    # start at 0: rows without a label are a class of their own.
-    classes = np.zeros(len(rows), np.int64) if labels.ends is not None else labels.values[rows] + 1
+    """Divides the rows of the training split, which stay in order."""
     order = hash_order(str(row) for row in range(len(rows)))
-    train, validation = (np.sort(order[part]) for part in hold_out(classes[order]))
-    return {TRAIN: rows[train], VALIDATION: rows[validation]}
+    return {split: np.sort(part) for split, part in hold_out_rows(rows[order], labels).items()}
 
 
 def _notes_on_absent_classes(
@@ -195,7 +191,7 @@ def _notes_on_absent_classes(
     if not absent:
         return []
     listed = abbreviate(repr(class_names[label]) for label in absent)
-    return [f"{place}: no examples of {len(absent):,} of {len(class_names):,} classes: {listed}"]
+    return [f"{place}: {len(absent):,} of {len(class_names):,} classes have no images: {listed}"]
 
 
 class _HuggingFaceExamples(Examples):

@@ -17,9 +17,8 @@ from mixer_jax.data.source import LabelArrays, Source, normalize_names, sort_cla
 from mixer_jax.data.splits import (
     SPELLINGS,
     TRAIN,
-    VALIDATION,
     hash_paths,
-    hold_out,
+    hold_out_rows,
     parse_split,
     standard_split,
     substitution_notes,
@@ -339,10 +338,7 @@ def _divide_rows(
     rows_of = {name: order[split_of == name] for name in SPELLINGS if name in splits}
     is_held_out = set(rows_of) == {TRAIN}
     if is_held_out:
-        # Several labels per image have no common stratification.
-        classes = np.zeros(len(order), np.int64) if labels.ends is not None else labels.values
-        train, validation = hold_out(classes[order])
-        rows_of = {TRAIN: order[train], VALIDATION: order[validation]}
+        rows_of = hold_out_rows(order, labels)
     return rows_of, is_held_out
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixer_jax.data.source import LabelArrays
 from mixer_jax.errors import UserError, suggest
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -135,8 +136,7 @@ def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The first examples of every class are held out; classes with one example stay in training.
 
     Args:
-        labels: Class of each example, ordered by a hash; int (num_examples,). All zero for data
-            with several labels per example.
+        labels: Class of each example, ordered by a hash; int (num_examples,).
 
     Returns:
         Indices of the training examples and of the validation examples, both ascending.
@@ -149,6 +149,26 @@ def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
     is_held_out = ranks < quotas[labels]
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def hold_out_rows(rows: np.ndarray, labels: LabelArrays) -> dict[str, np.ndarray]:
+    """Divides the rows of a training split into training and validation data, as `hold_out` does.
+
+    Several labels per example have no common stratification: a tenth of all rows is held out. Rows
+    without a label, -1, are a class of their own.
+
+    Args:
+        rows: Indices into the labels, ordered by a hash; int (num_rows,).
+        labels: Labels of all rows of the dataset.
+
+    Returns:
+        Rows of the splits "train" and "validation", in the order in which they were.
+    """
+    # Counts of classes start at 0.
+    is_multi_label = labels.ends is not None
+    classes = np.zeros(len(rows), np.int64) if is_multi_label else labels.values[rows] + 1
+    train, validation = hold_out(classes)
+    return {TRAIN: rows[train], VALIDATION: rows[validation]}
 
 
 def _held_out(splits: Collection[str]) -> list[str]:

@@ -27,7 +27,7 @@ from mixer_jax.data.source import (
 from mixer_jax.data.splits import (
     TRAIN,
     VALIDATION,
-    hold_out,
+    hold_out_rows,
     parse_split,
     standard_split,
     standardize_splits,
@@ -211,13 +211,7 @@ def _order_splits(
         start += count
     if list(rows_of) != [TRAIN]:
         return rows_of
-    rows = rows_of[TRAIN]
-    # Several labels per image have no common stratification. One is added, as counts of classes
-    # start at 0: samples without a label are a class of their own.
-    is_multi_label = labels.ends is not None
-    classes = np.zeros(len(rows), np.int64) if is_multi_label else labels.values[rows] + 1
-    train, validation = hold_out(classes)
-    return {TRAIN: rows[train], VALIDATION: rows[validation]}
+    return hold_out_rows(rows_of[TRAIN], labels)
 
 
 def _notes_on_empty_classes(
@@ -366,6 +360,11 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
         paths += files
         if not files:
             missing.append(path)
+    if missing == [pattern] and not glob.has_magic(pattern):
+        raise UserError(
+            f"{description} must be a local folder of .tar files or a pattern of existing ones, "
+            f"but {location!r} does not exist. Check the path."
+        )
     if missing:
         raise UserError(
             f"{description} must be a local folder of .tar files or a pattern of existing ones, "

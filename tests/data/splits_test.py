@@ -5,10 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mixer_jax.data.source import LabelArrays
 from mixer_jax.data.splits import (
     SplitSlice,
     hash_order,
     hold_out,
+    hold_out_rows,
     parse_split,
     standard_split,
     standardize_splits,
@@ -84,3 +86,14 @@ def test_a_tenth_of_every_class_is_held_out(seed: int) -> None:
         held_out, rest = (part[labels[part] == label] for part in (validation, train))
         assert not len(held_out) or not len(rest) or held_out.max() < rest.min()
     assert [len(part) for part in hold_out(np.zeros(0, np.int64))] == [0, 0]
+
+
+def test_rows_without_a_label_are_a_class_and_several_labels_are_not_stratified() -> None:
+    rows = np.random.default_rng(0).permutation(40)
+    values = np.where(np.arange(40) < 20, -1, 3)
+    parts = hold_out_rows(rows, LabelArrays(values))
+    assert np.bincount(values[parts["validation"]] + 1).tolist() == [2, 0, 0, 0, 2]
+    assert sorted([*parts["train"], *parts["validation"]]) == list(range(40))
+    parts = hold_out_rows(rows, LabelArrays(np.repeat(values, 2), np.arange(2, 82, 2)))
+    assert (parts["validation"] == rows[:4]).all()
+    assert (parts["train"] == rows[4:]).all()
