@@ -15,7 +15,7 @@ from etils import epath
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write, output_errors
+from mixer_jax.files import atomic_write, output_errors, parse_json
 from mixer_jax.training.workdir import CONFIG_FILE, config_diff, to_json
 
 RESULT_FILE = "result.json"
@@ -86,7 +86,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
         if not isinstance(data, dict):
             raise ValueError
     except ValueError as error:
@@ -103,7 +103,10 @@ def check_same_run(folder: str, config: RunConfig) -> None:
     if saved is not None and (
         (epath.Path(folder) / RESULT_FILE).exists() or list_saved_steps(folder)
     ):
-        _, differences = config_diff(saved, config)
+        try:
+            _, differences = config_diff(saved, config)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UserError(f"{folder}/{CONFIG_FILE} is not the config of a run.") from error
         _check_no_differences(folder, differences)
 
 

@@ -58,7 +58,11 @@ def is_ignored(name: str) -> bool:
 
 def display_path(path: str | Path) -> str:
     """Formats a path as valid Unicode, with escapes for other bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # Text from JSON can be invalid in other ways than names of files.
+        encoded = os.fspath(path).encode(errors="backslashreplace")
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def read_image(path: Path) -> bytes:

@@ -16,8 +16,8 @@ from mixer_jax.errors import UserError, abbreviate
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
 
-# Integers in their usual spelling: "007" is a name.
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+# Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 class Example(TypedDict):

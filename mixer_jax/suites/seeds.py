@@ -117,7 +117,7 @@ def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
         return None
     step, lines = saved[-1], read_metrics(workdir)
     history = MetricHistory(config.checkpoint.best_metric, lines)
-    if step != starts[-1]["num_steps"] and not has_stopped_early(config, history):
+    if step != starts[-1].get("num_steps") and not has_stopped_early(config, history):
         return None
     metrics = {
         key: value

@@ -17,7 +17,7 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.files import atomic_write, file_lock, output_errors
+from mixer_jax.files import atomic_write, file_lock, output_errors, parse_json
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
 from mixer_jax.suites.tasks import VALIDATION
@@ -130,7 +130,7 @@ def read_plan(workdir: str) -> TransferPlan | None:
     if not path.exists():
         return None
     try:
-        data = tasks.rename_keys(json.loads(path.read_text()), _RENAMED_FIELDS)
+        data = tasks.rename_keys(parse_json(path.read_bytes()), _RENAMED_FIELDS)
         fields = data | {
             "suite": tasks.from_json(data["suite"]),
             "model_info": ModelInfo.from_dict(data["model_info"], str(path)),
@@ -235,7 +235,7 @@ def read_result(
     if not path.exists():
         return None
     try:
-        result = RunResult(**json.loads(path.read_text()))
+        result = RunResult(**parse_json(path.read_bytes()))
         required = [] if result.failed else [result.scores[e][m] for e in evals for m in metrics]
         values = [value for scores in result.scores.values() for value in scores.values()]
         numbers = [result.seconds, *required, *values]
@@ -285,7 +285,9 @@ def clear_failure(folder: str) -> None:
 def read_failure(folder: str) -> str:
     """Reads the reason of `save_failure`; empty if the task has not failed."""
     path = epath.Path(folder) / FAILED_FILE
-    return path.read_text().partition("\n")[0] if path.exists() else ""
+    if not path.exists():
+        return ""
+    return path.read_bytes().decode(errors="replace").partition("\n")[0]
 
 
 def save_throughput(workdir: str, throughput: Throughput) -> None:
@@ -300,7 +302,7 @@ def read_throughput(workdir: str) -> Throughput | None:
     if not path.exists():
         return None
     try:
-        throughput = Throughput(**json.loads(path.read_text()))
+        throughput = Throughput(**parse_json(path.read_bytes()))
         height, width = throughput.image_size
         return throughput._replace(image_size=(height, width))
     except (ValueError, TypeError) as error:

@@ -1,0 +1,74 @@
+"""Inputs that once made a parser fail: the name of the target, and the bytes."""
+
+_DEEP = b"[" * 100_000
+
+CORPUS: list[tuple[str, bytes]] = [
+    # An image without pixels was decoded to an array without elements.
+    (
+        "images",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\0\0\0\x01\0\x08\x02\0\0\0\x12\x9e\xe0\xf1"
+        b"\0\0\0\x0cIDATx\x9cc`\xa0=\0\0\0d\0\x01\xcf\x04\x88\x1a\0\0\0\0IEND\xaeB`\x82",
+    ),
+    # JSON that nests deeply raised RecursionError.
+    *(
+        (name, _DEEP)
+        for name in (
+            "run: config.json",
+            "run: metrics.jsonl",
+            "run: starts.jsonl",
+            "run: bad_images_0.jsonl",
+            "suite: plan",
+            "suite: result",
+            "suite: throughput",
+            "comparison: result",
+            "checkpoint: checksums",
+        )
+    ),
+    ("run: metrics.jsonl", _DEEP + b"\n"),
+    # Values of other types in logs.
+    ("run: metrics.jsonl", b'{"step": "1", "loss": 1}\n'),
+    ("run: metrics.jsonl", b'{"step": 1, "loss": "low"}\n'),
+    ("run: metrics.jsonl", b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n"),
+    ("run: metrics.jsonl", b'{"step": 20, "test/top1": null}\n'),
+    ("run: starts.jsonl", b'{"step": 0, "mesh": [], "num_devices": "8"}\n'),
+    ("run: bad_images_0.jsonl", b'{"step": "x", "name": 1, "reason": null}\n'),
+    ("run: config.json", b'{"early_stopping_patience": 1}'),
+    ("run: config.json", b'{"checkpoint": {"best_metric": 1}}'),
+    ("run: config.json", b'{"num_steps": "many"}'),
+    # A metric's name that Matplotlib read as a formula.
+    ("run: plots", b'{"step": 1, "$\\\\frac{$/top1": 0.5, "a/top1": 0.5}\n'),
+    # The file of a lock with a process id that no system has.
+    ("run: lock", b"process 99999999999999999999 on host"),
+    ("suite: failure", b"\xff\xfe\n"),
+    (
+        "checkpoint: checksums",
+        b'{"algorithm": "crc32", "part_size": 67108864, "files": {"params/a":'
+        b' {"size": Infinity, "checksums": [Infinity]}}}',
+    ),
+    # Errors of several lines.
+    ("prepare: ImageNet-21k", b"not an archive"),
+    ("topologies", b"v5e:\n8"),
+    # Numbers of thousands of digits, and ones that take hours to compute.
+    ("topologies", b"h100:" + b"9" * 5000),
+    ("seeds", b"9" * 5000),
+    ("image sizes", b"9" * 5000),
+    ("overrides", b"--config.optimizer.decay_points=1e-999999999"),
+    ("overrides", b"--config.profile_steps=1:" + b"9" * 5000),
+    ("overrides", b"--config.model.family=vit\0--config.model.hidden_dim=999999999999"),
+    ("overrides", b"--config.image_size=99999999999999999999"),
+    ("manifest: CSV", b"path,label\na.png," + b"9" * 5000 + b"\nb.png,1\n"),
+    ("braces", b"/a/{0..99999999999}.tar"),
+    ("braces", b"/a/" + b"{0..99}" * 10 + b".tar"),
+    # An architecture with values of other types.
+    (
+        "checkpoint: metadata",
+        b'{"model_info": {"family": "bit", "variant": "x", "config": {"units":'
+        b' "1", "root_width": 8, "root": 0}, "num_classes": 2, "image_size": 32}}',
+    ),
+    (
+        "checkpoint: metadata",
+        b'{"model_info": {"family": "vit", "variant": "x", "config":'
+        b' {"num_blocks": 1, "patch_size": 4, "hidden_dim": 8, "mlp_dim": 8, "num_heads": 0},'
+        b' "num_classes": 2, "image_size": 32}}',
+    ),
+]
