@@ -255,20 +255,20 @@ def _load_run(data: bytes, folder: Path) -> None:
 
 
 TARGETS = [
-    Target("weights: npz", _npz_seeds, functools.partial(_load, ".npz"), _mutate_npz, 2),
-    Target("weights: JSON of npz", _npz_json_seeds, _load_npz_json, mutate_json, 2),
+    Target("weights: npz", _npz_seeds, functools.partial(_load, ".npz"), _mutate_npz, 5),
+    Target("weights: JSON of npz", _npz_json_seeds, _load_npz_json, mutate_json, 10),
     Target(
         "weights: safetensors",
         _safetensors_seeds,
         functools.partial(_load, ".safetensors"),
         mutate_safetensors,
-        2,
+        5,
     ),
-    Target("weights: timm's config", _timm_config_seeds, _load_timm_config, mutate_json, 2),
+    Target("weights: timm's config", _timm_config_seeds, _load_timm_config, mutate_json, 10),
     Target("checkpoint: metadata", _metadata_seeds, _parse_metadata, mutate_json),
     Target("checkpoint: checksums", _checksums_seeds, _verify_checksums, mutate_json),
-    Target("checkpoint: all files", _run_seeds, _load_run, _mutate_run, 20),
+    Target("checkpoint: all files", _run_seeds, _load_run, _mutate_run, 50),
 ]
 if importlib.util.find_spec("torch"):
     load_torch = functools.partial(_load, ".pth")
-    TARGETS.append(Target("weights: PyTorch", _torch_seeds, load_torch, _mutate_torch, 2))
+    TARGETS.append(Target("weights: PyTorch", _torch_seeds, load_torch, _mutate_torch, 20))
