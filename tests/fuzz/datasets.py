@@ -267,19 +267,19 @@ def _archive_seeds() -> Sequence[bytes]:
 
 TARGETS = [
     Target(
-        "manifest: CSV", lambda: _CSV, functools.partial(_open_manifest, ".csv"), mutate_cells, 3
+        "manifest: CSV", lambda: _CSV, functools.partial(_open_manifest, ".csv"), mutate_cells, 5
     ),
     Target(
         "manifest: JSONL",
         lambda: _JSONL,
         functools.partial(_open_manifest, ".jsonl"),
         mutate_json_lines,
-        3,
+        5,
     ),
-    Target("hf: Parquet", _parquet_seeds, _open_parquet, mutate, 50),
-    Target("hf: saved dataset", _arrow_seeds, _open_arrow, _mutate_named, 20),
-    Target("wds: shard", _tar_seeds, _open_shard, mutate_tar, 5),
-    Target("wds: index", _index_seeds, _open_with_index, _mutate_index, 5),
+    Target("hf: Parquet", _parquet_seeds, _open_parquet, mutate, 200),
+    Target("hf: saved dataset", _arrow_seeds, _open_arrow, _mutate_named, 50),
+    Target("wds: shard", _tar_seeds, _open_shard, mutate_tar, 10),
+    Target("wds: index", _index_seeds, _open_with_index, _mutate_index, 20),
     Target(
         "wds: _info.json",
         lambda: [b'{"splits": {"train": {"name": "train", "filenames": ["train.tar"]}}}'],
@@ -292,7 +292,7 @@ TARGETS = [
         lambda: [b"dog\ncat\n"],
         functools.partial(_open_with_file, "classnames.txt"),
         mutate_text,
-        5,
+        10,
     ),
     Target("prepare: ImageNet-21k", _archive_seeds, _read_archive, mutate_tar),
 ]

@@ -92,7 +92,7 @@ def _read_paths(data: bytes, folder: Path) -> None:
 
 
 TARGETS = [
-    Target("overrides", _override_seeds, _parse_overrides, _mutate_override, 2),
+    Target("overrides", _override_seeds, _parse_overrides, _mutate_override, 4),
     _text_target("splits", _parse_split, "train", "train[:99%]", "train[5:]+validation[-3:]"),
     _text_target("topologies", parse_topology, "v5e:8x8", "v4:2x2x4", "h100:16"),
     _text_target("braces", _expand_braces, "/a/{000..011}.tar", "/a/{b,c}/{0..3}-{d,{e,f}}.tar"),

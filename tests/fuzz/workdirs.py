@@ -270,7 +270,7 @@ def _read_parts(data: bytes, folder: Path) -> None:
 
 def _run_target(name: str, seeds_of: Callable[[], Sequence[bytes]], mutate_file: Any) -> Target:
     return Target(
-        f"run: {name}", seeds_of, functools.partial(_read_run, name), mutate_file, cost=20
+        f"run: {name}", seeds_of, functools.partial(_read_run, name), mutate_file, cost=60
     )
 
 
@@ -279,8 +279,8 @@ TARGETS = [
     _run_target("metrics.jsonl", lambda: [_lines(_METRICS)], mutate_json_lines),
     _run_target("starts.jsonl", lambda: [_lines([_START, _START])], mutate_json_lines),
     _run_target("bad_images_0.jsonl", lambda: [_lines(_BAD)], mutate_json_lines),
-    Target("run: plots", _plot_seeds, _plot, mutate_json_lines, 500),
-    Target("run: model card", lambda: [_lines(_METRICS)], _make_card, mutate_json_lines, 5),
+    Target("run: plots", _plot_seeds, _plot, mutate_json_lines, 1000),
+    Target("run: model card", lambda: [_lines(_METRICS)], _make_card, mutate_json_lines, 10),
     Target(
         "run: lock",
         lambda: [f"process {os.getpid()} on {socket.gethostname()}".encode()],
@@ -293,7 +293,7 @@ TARGETS = [
             functools.partial(lambda name: [_suite_files()[name]], name),
             functools.partial(_read_suite, name),
             mutator,
-            cost=5,
+            cost=10,
         )
         for title, name, mutator in (
             ("plan", "suite.json", mutate_json),
@@ -306,9 +306,9 @@ TARGETS = [
         lambda: [b"reason\n\ntrace\n"],
         functools.partial(_read_suite, "high/failed.txt"),
         mutate_text,
-        5,
+        10,
     ),
     Target("comparison: result", _comparison_seeds, _read_comparison, mutate_json),
-    Target("comparison: config", _config_seeds, _check_same_run, mutate_json, 5),
+    Target("comparison: config", _config_seeds, _check_same_run, mutate_json, 10),
     Target("features: part", _part_seeds, _read_parts, mutate_zip, 2),
 ]
