@@ -57,4 +57,4 @@ def _write_report(data: bytes, folder: Path) -> None:
     check_stands_alone((out / PAGE).read_text("utf-8"))
 
 
-TARGETS = [Target("report of an evaluation", _seeds, _write_report, mutate_json, 100)]
+TARGETS = [Target("report of an evaluation", _seeds, _write_report, mutate_json, 200)]

@@ -49,6 +49,7 @@ def _mutate_override(data: bytes, rng: np.random.Generator) -> bytes:
 
 def _parse_overrides(data: bytes, folder: Path) -> None:
     config = get_default()
+    config.num_steps = 100_000
     for path, text in parse_overrides(_decode(data).split("\0")):
         set_override(config, path, text)
     parse(config)
