@@ -35,7 +35,7 @@ _VALUES = (
 @functools.cache
 def _override_seeds() -> Sequence[bytes]:
     return [
-        f"--config.{path}={str(field.default).lower()}".encode()
+        f"--config.{path}={field.default}".encode()
         for path, field in FIELDS.items()
         if str(field.default)
     ]
