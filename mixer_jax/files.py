@@ -67,7 +67,11 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     # Several programs may write the same file at once: each has its own temporary file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            # Names of files can contain bytes that are not UTF-8, which Python represents by
+            # surrogates.
+            content = content.encode(errors="backslashreplace")
+        temporary.write_bytes(content)
         # Without it, file systems may store the new name before the contents.
         sync(temporary)
         temporary.replace(path)
@@ -139,6 +143,11 @@ def _children(node: Any) -> Iterable[Any]:
 def is_integer(value: Any) -> bool:
     """Returns whether a value from JSON is an integer of 64 bits; Python's have any length."""
     return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value from JSON is a number that can be converted to float."""
+    return isinstance(value, float) or is_integer(value)
 
 
 def read_json_lines(path: Any) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import is_integer, parse_json, read_json_lines
+from mixer_jax.files import is_integer, is_number, parse_json, read_json_lines
 
 HUB = "hf:"
 # timm's spellings of the same.
@@ -269,18 +269,13 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     path = epath.Path(workdir) / METRICS_FILE
     lines = read_json_lines(path)
     if not all(
-        is_integer(line.get("step")) and all(map(_is_metric, line.values())) for line in lines
+        is_integer(line.get("step")) and all(map(is_number, line.values())) for line in lines
     ):
         raise UserError(
             f"{str(path)!r} has lines without a step, or with values that are not numbers. Move "
             "the file away."
         )
     return lines
-
-
-def _is_metric(value: Any) -> bool:
-    # Other integers cannot be converted to floating-point numbers.
-    return isinstance(value, float) or is_integer(value)
 
 
 def _find_best_step(path: str, workdir: str, steps: list[int]) -> int:

@@ -15,7 +15,7 @@ from etils import epath
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write, output_errors, parse_json
+from mixer_jax.files import atomic_write, is_number, output_errors, parse_json
 from mixer_jax.training.workdir import CONFIG_FILE, config_diff, to_json
 
 RESULT_FILE = "result.json"
@@ -58,9 +58,10 @@ def read_result(folder: str, data: str) -> Result | None:
     try:
         result = Result(**fields)
         numbers = [result.metrics["top1"], result.metrics["num_examples"]]
-        if not all(isinstance(number, int | float) for number in numbers):
+        numbers += [*result.metrics.values(), result.device_seconds or 0.0]
+        if not all(map(is_number, numbers)):
             raise TypeError
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a result. Remove it to repeat the run.") from error
     if result.data != data:
         raise UserError(

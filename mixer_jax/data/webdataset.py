@@ -45,8 +45,8 @@ _MAX_CLASSES = 1_000_000
 # Label that is missing or not a class.
 _NO_LABEL = -1
 _BAD_LABEL = "label is missing or not a class"
-# Largest number of paths that a pattern stands for.
-_MAX_PATHS = 1_000_000
+# Largest number of paths that a pattern stands for, and of their characters.
+_MAX_PATHS, _MAX_CHARACTERS = 500_000, 2**26
 # A range, or alternatives, in the innermost braces.
 _BRACES = re.compile(
     r"\{(?:(?P<first>\d{1,18})\.\.(?P<last>\d{1,18})|(?P<alternatives>[^{}]*,[^{}]*))\}"
@@ -388,6 +388,7 @@ def expand_braces(pattern: str) -> list[str]:
         UserError: There are too many paths to be those of files.
     """
     pending, paths = [pattern], set[str]()
+    num_paths = num_characters = 0
     while pending:
         path = pending.pop()
         match = _BRACES.search(path)
@@ -403,9 +404,13 @@ def expand_braces(pattern: str) -> list[str]:
         else:
             values = match["alternatives"].split(",")
             count = len(values)
-        if count + len(pending) + len(paths) > _MAX_PATHS:
+        # Those that several alternatives share count each time.
+        num_paths += count
+        num_characters += count * len(path)
+        if num_paths > _MAX_PATHS or num_characters > _MAX_CHARACTERS:
             raise UserError(
-                f"pattern of shards must stand for at most {_MAX_PATHS:,} paths, got {pattern!r}."
+                f"pattern of shards must stand for at most {_MAX_PATHS:,} paths, and those for "
+                f"{_MAX_CHARACTERS:,} characters, got {pattern!r}."
             )
         before, after = path[: match.start()], path[match.end() :]
         pending += [before + value + after for value in values]

@@ -17,7 +17,14 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.files import atomic_write, file_lock, output_errors, parse_json
+from mixer_jax.files import (
+    atomic_write,
+    file_lock,
+    is_integer,
+    is_number,
+    output_errors,
+    parse_json,
+)
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
 from mixer_jax.suites.tasks import VALIDATION
@@ -137,12 +144,27 @@ def read_plan(workdir: str) -> TransferPlan | None:
             "overrides": tuple(upgrade_overrides(data["overrides"]).items()),
             "data_notes": tuple(data["data_notes"]),
         }
-        return TransferPlan(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        plan = TransferPlan(**fields)
+        _check_plan(plan)
+        return plan
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} must be a suite's plan, but is damaged or has an unknown format. Choose "
             "another --workdir."
         ) from error
+
+
+def _check_plan(plan: TransferPlan) -> None:
+    """Raises ValueError, KeyError or TypeError if a value of a saved plan has another type."""
+    tasks.check_suite(plan.suite)
+    texts = [plan.checkpoint, plan.data_dir, plan.pretrain_dataset, plan.digest, *plan.data_notes]
+    sizes = [plan.image_sizes[task.name] for task in plan.suite.tasks]
+    if not (
+        all(isinstance(text, str) for text in [*texts, *dict(plan.overrides).values()])
+        and all(is_integer(size) and size > 0 for size in sizes)
+        and (plan.device_days is None or is_number(plan.device_days))
+    ):
+        raise TypeError("a value has another type")
 
 
 def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
@@ -239,9 +261,7 @@ def read_result(
         required = [] if result.failed else [result.scores[e][m] for e in evals for m in metrics]
         values = [value for scores in result.scores.values() for value in scores.values()]
         numbers = [result.seconds, *required, *values]
-        if not isinstance(result.failed, str) or not all(
-            isinstance(n, int | float) for n in numbers
-        ):
+        if not isinstance(result.failed, str) or not all(map(is_number, numbers)):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a run's result. Remove it to repeat the run.") from error
@@ -304,6 +324,13 @@ def read_throughput(workdir: str) -> Throughput | None:
     try:
         throughput = Throughput(**parse_json(path.read_bytes()))
         height, width = throughput.image_size
+        sizes = (height, width, throughput.batch_size)
+        if (
+            not all(map(is_integer, sizes))
+            or not is_number(throughput.images_per_second)
+            or not isinstance(throughput.device, str)
+        ):
+            raise TypeError
         return throughput._replace(image_size=(height, width))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged. Remove it to measure again.") from error

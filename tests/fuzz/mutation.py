@@ -153,7 +153,8 @@ def _mutate_node(document: Any, rng: np.random.Generator) -> Any:
             container.extend([container[key]] * int(rng.integers(1, 4)))
         case 4 if isinstance(container[key], int | float):
             factor = pick(rng, (-1, 2, 0.5, 1e6, 1e30))
-            container[key] = container[key] * factor
+            # Larger integers cannot be multiplied by floating-point numbers.
+            container[key] = min(container[key], 2**1000) * factor
         case 5 if isinstance(container[key], str):
             text = mutate_text(container[key].encode("utf-8", "replace"), rng)
             container[key] = text.decode("utf-8", "replace")

@@ -188,7 +188,7 @@ def _read_suite(name: str, data: bytes, folder: Path) -> None:
         assert plan is not None
         table = make_table(plan, str(workdir), throughput)
         for format_table in (as_text, as_csv, as_json, as_markdown):
-            format_table(table).encode()
+            format_table(table).encode(errors="backslashreplace")
         suite_workdir.save_plan(str(workdir), make_plan())
     finally:
         (workdir / name).unlink()
