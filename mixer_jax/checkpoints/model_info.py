@@ -126,6 +126,8 @@ class ModelInfo:
             UserError: A field is missing or has an invalid value.
         """
         with _metadata_errors(source):
+            if not isinstance(data, dict):
+                raise TypeError("it is not a JSON object")
             data = upgrade_metadata(data)
             # Older versions had Mixers only.
             family = data.get("family", DEFAULT_FAMILY)

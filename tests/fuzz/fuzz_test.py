@@ -19,13 +19,13 @@ from tests.fuzz.targets import TARGETS
 
 BY_NAME = {target.name: target for target in TARGETS}
 # Inputs of a fast target, and of one that is slower by its cost.
-NUM_INPUTS = 40
+NUM_INPUTS = 20
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
 )
 SETTINGS = settings(
-    max_examples=20,
+    max_examples=10,
     derandomize=True,
     database=None,
     deadline=None,

@@ -75,6 +75,7 @@ def _load(suffix: str, data: bytes, folder: Path) -> None:
 
 @functools.cache
 def _npz_json_seeds() -> Sequence[bytes]:
+    _npz_seeds()
     info = random_weights().model_info.to_dict()
     return [json.dumps(info).encode(), b'{"image_size": [16, 16], "class_names": ["a"]}']
 
@@ -97,11 +98,12 @@ def _safetensors_seeds() -> Sequence[bytes]:
 
 @functools.cache
 def _timm_config_seeds() -> Sequence[bytes]:
+    _safetensors_seeds()
     config = {
         "architecture": "mixer_b16_224",
         "num_classes": 10,
         "model_args": {"act_layer": "gelu_tanh", "img_size": 16},
-        "label_names": ["a", "b"],
+        "label_names": [*"abcdefghij"],
         "pretrained_cfg": {
             "input_size": [3, 16, 16],
             "mean": [0.485, 0.456, 0.406],
@@ -109,7 +111,7 @@ def _timm_config_seeds() -> Sequence[bytes]:
             "interpolation": "bilinear",
             "crop_mode": "center",
             "crop_pct": 0.9,
-            "label_names": {"0": "a", "1": "b"},
+            "label_names": {str(index): name for index, name in enumerate("abcdefghij")},
         },
     }
     return [json.dumps(config).encode()]
@@ -119,7 +121,7 @@ def _load_timm_config(data: bytes, folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(_safetensors_seeds()[1])
     (folder / "config.json").write_bytes(data)
-    load_checkpoint(str(path), class_names=["x"] * 10 if b"label_names" not in data else ())
+    load_checkpoint(str(path))
 
 
 class _Hostile:

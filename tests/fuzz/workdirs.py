@@ -17,7 +17,7 @@ from mixer_jax.comparison import results as comparison_results
 from mixer_jax.config.config import get_default, parse
 from mixer_jax.config.schema import BadImagesConfig, RunConfig
 from mixer_jax.evaluation.feature_files import Part, Parts, write_part
-from mixer_jax.files import is_locked
+from mixer_jax.files import is_locked, parse_json
 from mixer_jax.suites import seeds, tasks
 from mixer_jax.suites import workdir as suite_workdir
 from mixer_jax.suites.table import as_csv, as_json, as_markdown, as_text, make_table
@@ -242,7 +242,7 @@ def _read_comparison(data: bytes, folder: Path) -> None:
     assert result is not None
     assert float(result.metrics["top1"]) >= 0
     json.dumps(comparison_results.dataclasses.asdict(result))
-    comparison_results.check_same_model(str(workdir), {"family": "mixer", "variant": "S/16"})
+    comparison_results.check_same_model(str(workdir), parse_json(data))
 
 
 def _check_same_run(data: bytes, folder: Path) -> None:
