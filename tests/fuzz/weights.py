@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mixer_jax.checkpoints.checksums import (
     CHECKSUMS_FILE,
@@ -202,7 +203,7 @@ def _verify_checksums(data: bytes, folder: Path) -> None:
     (folder / "params/a").write_bytes(b"a" * 100)
     (folder / CHECKSUMS_FILE).write_bytes(data)
     try:
-        verify_checksums(folder)
+        verify_checksums(epath.Path(folder))
     except DamagedFileError as error:  # The checkpoint manager names the folder.
         raise UserError(str(error)) from error
 
