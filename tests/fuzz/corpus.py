@@ -1,6 +1,40 @@
 """Inputs that once made a parser fail: the name of the target, and the bytes."""
 
+import json
+import struct
+import tarfile
+from typing import Any
+
+from mixer_jax.suites.workdir import to_json
+from tests.helpers.pretrained_files import zip_archive
+from tests.helpers.tiny_suite import make_plan
+
 _DEEP = b"[" * 100_000
+
+
+def _plan(**changes: Any) -> bytes:
+    """Makes the plan of a suite."""
+    return json.dumps(to_json(make_plan()) | changes).encode()
+
+
+def _plan_of_task(**changes: Any) -> bytes:
+    """Makes the plan of a suite whose first task has other fields."""
+    plan = json.loads(_plan())
+    plan["suite"]["tasks"][0] |= changes
+    return json.dumps(plan).encode()
+
+
+def _npy(header: bytes) -> bytes:
+    """Makes an .npy file of float32 with any header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+def _tar_of_claimed_size() -> bytes:
+    """Makes an archive whose attributes claim more bytes than there is memory for."""
+    info = tarfile.TarInfo("a.png")
+    info.type, info.size = b"x", 2**62
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
 
 CORPUS: list[tuple[str, bytes]] = [
     # An image without pixels was decoded to an array without elements.
@@ -52,13 +86,41 @@ CORPUS: list[tuple[str, bytes]] = [
     ("topologies", b"h100:" + b"9" * 5000),
     ("seeds", b"9" * 5000),
     ("image sizes", b"9" * 5000),
-    ("overrides", b"--config.optimizer.decay_points=1e-999999999"),
+    (
+        "overrides",
+        b"--config.optimizer.decay_type=staircase\0--config.optimizer.decay_points=1e-999999999",
+    ),
     ("overrides", b"--config.profile_steps=1:" + b"9" * 5000),
     ("overrides", b"--config.model.family=vit\0--config.model.hidden_dim=999999999999"),
     ("overrides", b"--config.image_size=99999999999999999999"),
     ("manifest: CSV", b"path,label\na.png," + b"9" * 5000 + b"\nb.png,1\n"),
     ("braces", b"/a/{0..99999999999}.tar"),
     ("braces", b"/a/" + b"{0..99}" * 10 + b".tar"),
+    ("braces", b"{d,{e,f}}.tarb,c}/{0." * 9),
+    # Plans and results of suites with values of other types.
+    ("suite: plan", _plan(image_sizes={})),
+    ("suite: plan", _plan(image_sizes={"high": [], "low": 16, "probe": 16})),
+    ("suite: plan", _plan_of_task(learning_rates=[])),
+    ("suite: plan", _plan_of_task(learning_rates=["0.1"])),
+    ("suite: plan", _plan_of_task(extra_evals=True)),
+    (
+        "suite: throughput",
+        b'{"images_per_second": "1", "batch_size": 8, "device": "x", "image_size": [16, 16]}',
+    ),
+    ("comparison: config", b'{"num_steps": "many"}'),
+    (
+        "comparison: result",
+        b'{"data": "digits test", "metrics": {"top1": 1' + b"0" * 400 + b', "num_examples": 1}}',
+    ),
+    # Headers that NumPy cannot parse, and that tarfile cannot read.
+    ("features: part", zip_archive("names.npy", _npy(b"{'descr': (\n"))),
+    ("wds: shard", _tar_of_claimed_size()),
+    # Names that are not valid Unicode, and with a line break.
+    ("wds: _info.json", b'{"splits": {"train": {"filenames": ["\\ud800.tar"]}}}'),
+    (
+        "manifest: JSONL",
+        b'{"path": "a\\nb.png", "label": "x"}\n{"path": "a.png", "label": "y"}\n',
+    ),
     # An architecture with values of other types.
     (
         "checkpoint: metadata",
