@@ -1,11 +1,13 @@
 """Inputs that once made a parser fail: the name of the target, and the bytes."""
 
 import json
+import socket
 import struct
 import tarfile
 from typing import Any
 
 from mixer_jax.suites.workdir import to_json
+from tests.helpers.images import png_with_header_size
 from tests.helpers.pretrained_files import zip_archive
 from tests.helpers.tiny_suite import make_plan
 
@@ -38,11 +40,8 @@ def _tar_of_claimed_size() -> bytes:
 
 CORPUS: list[tuple[str, bytes]] = [
     # An image without pixels was decoded to an array without elements.
-    (
-        "images",
-        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\0\0\0\x01\0\x08\x02\0\0\0\x12\x9e\xe0\xf1"
-        b"\0\0\0\x0cIDATx\x9cc`\xa0=\0\0\0d\0\x01\xcf\x04\x88\x1a\0\0\0\0IEND\xaeB`\x82",
-    ),
+    ("images", png_with_header_size(0, 256)),
+    ("images", png_with_header_size(2**31, 0)),
     # JSON that nests deeply raised RecursionError.
     *(
         (name, _DEEP)
@@ -72,7 +71,7 @@ CORPUS: list[tuple[str, bytes]] = [
     # A metric's name that Matplotlib read as a formula.
     ("run: plots", b'{"step": 1, "$\\\\frac{$/top1": 0.5, "a/top1": 0.5}\n'),
     # The file of a lock with a process id that no system has.
-    ("run: lock", b"process 99999999999999999999 on host"),
+    ("run: lock", f"process {10**20} on {socket.gethostname()}".encode()),
     ("suite: failure", b"\xff\xfe\n"),
     (
         "checkpoint: checksums",
@@ -107,7 +106,7 @@ CORPUS: list[tuple[str, bytes]] = [
         "suite: throughput",
         b'{"images_per_second": "1", "batch_size": 8, "device": "x", "image_size": [16, 16]}',
     ),
-    ("comparison: config", b'{"num_steps": "many"}'),
+    ("comparison: config", b'{"evals": 1}'),
     (
         "comparison: result",
         b'{"data": "digits test", "metrics": {"top1": 1' + b"0" * 400 + b', "num_examples": 1}}',
@@ -124,8 +123,9 @@ CORPUS: list[tuple[str, bytes]] = [
     # An architecture with values of other types.
     (
         "checkpoint: metadata",
-        b'{"model_info": {"family": "bit", "variant": "x", "config": {"units":'
-        b' "1", "root_width": 8, "root": 0}, "num_classes": 2, "image_size": 32}}',
+        b'{"model_info": {"family": "bit", "variant": "x", "config": {"units": "1", "root_width":'
+        b' 8, "root": 0}, "num_classes": 2, "image_size": 32, "class_names": [], "gelu": "tanh",'
+        b' "eval_crop": "resize", "exif_orientation": false, "loss": "softmax"}}',
     ),
     (
         "checkpoint: metadata",
@@ -133,4 +133,5 @@ CORPUS: list[tuple[str, bytes]] = [
         b' {"num_blocks": 1, "patch_size": 4, "hidden_dim": 8, "mlp_dim": 8, "num_heads": 0},'
         b' "num_classes": 2, "image_size": 32}}',
     ),
+    ("weights: timm's config", b'{"mean": [1' + b"0" * 400 + b", 0, 0]}"),
 ]
