@@ -423,7 +423,8 @@ def _format_field(path: str, field: Field, width: int) -> str:
     default = str(field.default).lower() if field.type is bool else str(field.default) or '""'
     start = f"  {path:<{_PATH_WIDTH - 2}}{default} {field.unit}".rstrip()
     choices = f" [{'|'.join(field.choices)}]" if len(field.choices) > 1 else ""
-    lines = textwrap.wrap(field.help + choices, width - indent, break_on_hyphens=False)
+    example = f"; e.g. {field.example}" if field.example and not choices else ""
+    lines = textwrap.wrap(field.help + example + choices, width - indent, break_on_hyphens=False)
     if len(start) >= indent:
         lines.insert(0, "")
     return f"\n{' ' * indent}".join([f"{start:<{indent}}{lines[0]}".rstrip(), *lines[1:]])

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import mixer_jax
-from mixer_jax.checkpoints.best import MetricHistory, format_metric, has_stopped_early
+from mixer_jax.checkpoints.best import MetricHistory, format_metric, has_stopped_early, is_fraction
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, from_dict
@@ -409,8 +409,7 @@ def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.M
 
 def _format_number(key: str, value: float) -> markupsafe.Markup:
     """Formats a metric for reading, with its exact value as an attribute."""
-    is_fraction = key.endswith(("/top5", "/micro_average_precision"))
-    if is_accuracy(key) or is_fraction or key == MFU:
+    if is_fraction(key) or key == MFU:
         text = f"{value:.2%}"
     elif key in TIMINGS:
         text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
