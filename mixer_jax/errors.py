@@ -103,6 +103,19 @@ def write_failure_reason(error: BaseException | None, folder: str) -> str:
     return ""
 
 
+def describe_file_failure(error: OSError) -> str:
+    """Formats an error of a full or failing disk, or of missing permissions, and its fix; or ""."""
+    if error.errno not in _NO_SPACE + _FAILING + _REFUSED:
+        return ""
+    path = _file_name(error)
+    name = repr(path) if path else "a file"
+    fix = "Free space" if error.errno in _NO_SPACE else "Check the file system and its permissions"
+    return (
+        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix}, and run the same "
+        "command again."
+    )
+
+
 def is_failing(error: BaseException) -> bool:
     """Returns whether an error was caused by a disk or file server that fails, perhaps briefly."""
     return any(_find_system_errors(error, _FAILING))

@@ -8,7 +8,6 @@ anything is restored.
 """
 
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -33,7 +32,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
-from mixer_jax.files import name_file, remove_abandoned, sync, sync_tree
+from mixer_jax.files import name_file, parse_json, remove_abandoned, sync, sync_tree
 
 Tree = Any
 
@@ -246,13 +245,14 @@ class CheckpointManager:
     def delete_outdated(self) -> None:
         """Deletes checkpoints that are neither among the newest nor the best.
 
-        A save does so before its own step is evaluated. All hosts must call it together.
+        A save does so before its own step is evaluated, and may be interrupted. All hosts must call
+        it together.
         """
-        if self._find_best is None or self._max_to_keep is None:
+        if self._max_to_keep is None:
             return
         self.wait()
         steps = self.all_steps()
-        best = self._find_best(steps)
+        best = self._find_best(steps) if self._find_best is not None else None
         with name_file(self._folder):
             for step in steps[: -self._max_to_keep]:
                 if step != best:
@@ -300,7 +300,7 @@ def _read_json(folder: Any, file: str) -> Any:
     with read_errors(folder, file):
         content = (folder / file).read_bytes()
     try:
-        return json.loads(content)
+        return parse_json(content)
     except ValueError as error:
         raise DamagedFileError(f"{file} is not valid JSON") from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
-from mixer_jax.errors import RunError, UserError, exit_code
+from mixer_jax.errors import RunError, UserError, describe_file_failure, exit_code
 from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
+    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -74,6 +74,13 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
             sys.stdout.flush()
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
+        code = exit_code(error)
+    except OSError as error:
+        # Disks and file servers may fail wherever a command writes.
+        description = describe_file_failure(error)
+        if not description:
+            raise
+        print(f"error: {description}", file=sys.stderr)
         code = exit_code(error)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
@@ -303,7 +310,7 @@ def parse_step(text: str) -> Step:
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
         raise UserError(f"--seeds must be integers of at least 0, such as 0,1,2, got {text!r}.")
     seeds = tuple(map(int, parts))
     if len(set(seeds)) < len(seeds):
@@ -320,7 +327,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
         argparse.ArgumentTypeError: The text has another form.
     """
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}.")
     return int(sides[0]), int(sides[-1])
 

@@ -365,6 +365,11 @@ class RecipeConfig:
     )
 
 
+# Fractions, or numbers with an exponent of up to two digits: Python computes 1e-999999999 exactly,
+# which would take hours.
+_FRACTION = re.compile(r"\s*[0-9.]{1,30}(e-?[0-9]{1,2}|/[0-9]{1,30})?\s*", re.IGNORECASE)
+
+
 def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
     """Parses fractions of a run, such as "0.3,0.6,0.9" or "30/90,60/90"; empty text is none.
 
@@ -372,7 +377,10 @@ def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
         UserError: The text is not a list of increasing fractions; the message starts with `name`.
     """
     try:
-        points = [Fraction(point) for point in text.split(",")] if text.strip() else []
+        parts = text.split(",") if text.strip() else []
+        if not all(map(_FRACTION.fullmatch, parts)):
+            raise ValueError
+        points = list(map(Fraction, parts))
     except (ValueError, ZeroDivisionError):
         points = [Fraction(0)]
     if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
@@ -528,7 +536,7 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
         UserError: The text is not a list of positive integers; the message starts with `name`.
     """
     numbers = [number.strip() for number in text.strip("()[] ").split(",")]
-    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+    if not all(re.fullmatch("[0-9]{1,9}", number) and int(number) for number in numbers):
         raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
     return tuple(dict.fromkeys(map(int, numbers)))
 
@@ -541,7 +549,7 @@ def parse_profile_steps(name: str, text: str) -> range:
     """
     if not text:
         return range(0)
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
     steps = range(int(match[1]), int(match[2])) if match else range(0)
     if not steps or not steps[0]:
         raise UserError(
@@ -620,7 +628,9 @@ class RunConfig:
     eval_batch_size: int = key(
         1024, "evaluation batch over all devices and hosts", unit="images", min=1, resumable=True
     )
-    image_size: int = key(224, "side of the square images that the model sees", unit="px", min=1)
+    image_size: int = key(
+        224, "side of the square images that the model sees", unit="px", min=1, max=2**16
+    )
     init_from: str = key(
         "", "checkpoint to fine-tune: a workdir, a file or hf:OWNER/NAME, as --checkpoint"
     )

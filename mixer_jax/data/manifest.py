@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from mixer_jax.data.splits import (
     substitution_notes,
 )
 from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.files import parse_json
 
 _PATH, _LABEL, _LABELS, _SPLIT = "path", "label", "labels", "split"
 # Between the labels of one image in CSV.
@@ -210,8 +210,8 @@ def _read_jsonl(stream: Iterable[str]) -> _Rows:
         if text.isspace():
             continue
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             raise _InvalidRowError(line, "have one JSON object per line", "invalid JSON") from error
         if not isinstance(row, dict):
             raise _InvalidRowError(line, "have one JSON object per line", type(row).__name__)

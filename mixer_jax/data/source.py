@@ -19,8 +19,8 @@ DIGEST = "blake2b:"
 NO_LABEL = -1
 BAD_LABEL = "label is missing or not a class"
 
-# Integers in their usual spelling: "007" is a name.
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+# Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 

@@ -26,7 +26,7 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import MAX_BYTES, display_path, has_image_suffix
 from mixer_jax.data.splits import hash_paths
 from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
-from mixer_jax.files import atomic_write, file_lock
+from mixer_jax.files import atomic_write, file_lock, parse_json
 
 # Class, or classes, of an image; None if they are missing.
 Label = str | tuple[str, ...] | None
@@ -362,7 +362,8 @@ def _iter_members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                 if info.isreg() and not info.issparse():
                     yield info
                 offset = min(archive.offset, size)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+    # Headers can claim sizes that do not fit in memory.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError):
         pass
     # The archive ends at a block of zeros. The standard library ends at the end of the file and at
     # damaged headers, too.
@@ -390,8 +391,8 @@ def _read_start(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
 def _read_fields(file: BinaryIO, info: tarfile.TarInfo) -> dict[str, Any]:
     """Reads the JSON file of a sample; empty if it is not an object."""
     try:
-        fields = json.loads(_read_start(file, info))
-    except (ValueError, RecursionError):
+        fields = parse_json(_read_start(file, info))
+    except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
 

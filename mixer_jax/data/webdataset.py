@@ -4,10 +4,9 @@ import bisect
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from mixer_jax.data.splits import (
 )
 from mixer_jax.data.tar_index import Label, Shard, describe_files, index_shards
 from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.files import parse_json
 
 # timm's list of the shards of each split, and CLIP benchmark's list of class names.
 _INFO_FILE = "_info.json"
@@ -45,8 +45,12 @@ _CLASS_NAMES_FILE = "classnames.txt"
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _MAX_CLASSES = 1_000_000
+# Largest number of paths that a pattern stands for, and of their characters.
+_MAX_PATHS, _MAX_CHARACTERS = 500_000, 2**26
 # A range, or alternatives, in the innermost braces.
-_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<alternatives>[^{}]*,[^{}]*))\}")
+_BRACES = re.compile(
+    r"\{(?:(?P<first>\d{1,18})\.\.(?P<last>\d{1,18})|(?P<alternatives>[^{}]*,[^{}]*))\}"
+)
 
 
 def open_webdataset(path: str, split: str) -> Source:
@@ -345,6 +349,11 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
         paths += files
         if not files:
             missing.append(path)
+    if missing == [pattern] and not glob.has_magic(pattern):
+        raise UserError(
+            f"{description} must be a local folder of .tar files or a pattern of existing ones, "
+            f"but {location!r} does not exist. Check the path."
+        )
     if missing:
         raise UserError(
             f"{description} must be a local folder of .tar files or a pattern of existing ones, "
@@ -357,18 +366,39 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands {00..11} and {a,b} as shells and the webdataset library do; sorted."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if match["first"]:
-        first, last = sorted((match["first"], match["last"]), key=int)
-        numbers = range(int(first), int(last) + 1)
-        values = [f"{number:0{len(first)}d}" for number in numbers]
-    else:
-        values = match["alternatives"].split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return sorted({path for value in values for path in expand_braces(before + value + after)})
+    """Expands {00..11} and {a,b} as shells and the webdataset library do; sorted.
+
+    Raises:
+        UserError: There are too many paths to be those of files.
+    """
+    pending, paths = [pattern], set[str]()
+    num_paths = num_characters = 0
+    while pending:
+        path = pending.pop()
+        match = _BRACES.search(path)
+        if match is None:
+            paths.add(path)
+            continue
+        values: Iterable[str]
+        if match["first"]:
+            first, last = sorted((match["first"], match["last"]), key=int)
+            numbers = range(int(first), int(last) + 1)
+            count = len(numbers)
+            values = (f"{number:0{len(first)}d}" for number in numbers)
+        else:
+            values = match["alternatives"].split(",")
+            count = len(values)
+        # Those that several alternatives share count each time.
+        num_paths += count
+        num_characters += count * len(path)
+        if num_paths > _MAX_PATHS or num_characters > _MAX_CHARACTERS:
+            raise UserError(
+                f"pattern of shards must stand for at most {_MAX_PATHS:,} paths, and those for "
+                f"{_MAX_CHARACTERS:,} characters, got {pattern!r}."
+            )
+        before, after = path[: match.start()], path[match.end() :]
+        pending += [before + value + after for value in values]
+    return sorted(paths)
 
 
 def _read_info(folder: Path, names: list[str], description: str) -> dict[str, list[str]]:
@@ -384,9 +414,9 @@ def _read_info(folder: Path, names: list[str], description: str) -> dict[str, li
     """
     path = folder / _INFO_FILE
     try:
-        splits = json.loads(path.read_bytes())["splits"]
+        splits = parse_json(path.read_bytes())["splits"]
         listed = {name: list(map(str, info["filenames"])) for name, info in splits.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{display_path(path)} must list the shards of each split in JSON, as timm's datasets "
             f"do ({type(error).__name__}: {error}). Fix it, or remove it to infer the splits from "
