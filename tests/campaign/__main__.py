@@ -33,8 +33,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="default: random")
     parser.add_argument("--only", metavar="KIND,…", help="kinds of faults; default: all")
     parser.add_argument(
-        "--first", type=int, metavar="INDEX", help="index of the first fault of each kind, to "
-        "repeat it; default: after those in results.jsonl"
+        "--first",
+        type=int,
+        metavar="INDEX",
+        help="index of the first fault of each kind, to "
+        "repeat it; default: after those in results.jsonl",
     )
     parser.add_argument(
         "--workdir", type=Path, help="folder for runs and results; default: a temporary one"

@@ -89,9 +89,7 @@ def restart_with_library(folder: Path, arguments: Sequence[str]) -> None:
     command = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", str(library)]
     source = Path(__file__).parent / "faults.c"
     try:
-        subprocess.run(
-            [*command, str(source), "-ldl"], check=True, capture_output=True, text=True
-        )
+        subprocess.run([*command, str(source), "-ldl"], check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError("gcc must be installed: it compiles tests/campaign/faults.c.") from None
     except subprocess.CalledProcessError as error:

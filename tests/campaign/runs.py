@@ -66,6 +66,11 @@ class Folders:
         return self.disk / "run"
 
     @property
+    def images(self) -> Path:
+        """Image files of runs that train on such."""
+        return self.root / "images"
+
+    @property
     def outside(self) -> Path:
         """Current folder, home and folder for temporary files; the run must leave them empty."""
         return self.root / "outside"

@@ -5,15 +5,19 @@ import dataclasses
 import json
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixer_jax.checkpoints.resolve import list_steps
 from tests.campaign import runs
 from tests.campaign.preload import Call, Faults
 from tests.campaign.runs import Folders, LostError, Process, Result
+from tests.helpers.images import encode
 from tests.helpers.processes import RUN, STEPS, first_reported_step, last_step
 
 # One block compiles faster than two.
@@ -21,6 +25,15 @@ SETTINGS = RUN | {"model__num_blocks": 1, "model__stochastic_depth": 0.0}
 # A run that resumes may repeat the steps since its last checkpoint. The save of that one may have
 # been unfinished; then also those since the one before.
 _MAX_REPEATED_STEPS = 2 * SETTINGS["checkpoint__every_steps"] + SETTINGS["log_every_steps"]
+
+
+# A run on image files in `Folders.images`, of which none may be bad.
+IMAGE_SETTINGS = SETTINGS | {
+    "bad_images__max_count": 0,
+    "bad_images__max_fraction": 0.0,
+    "preprocess__max_shift": 0,
+}
+_NUM_IMAGES = 80
 
 
 class NotInjectedError(Exception):
@@ -59,33 +72,40 @@ class Campaign:
     folder: Path
     faults: Faults
     data_dir: str
-    _reference: Reference | None = None
+    _references: dict[bool, Reference] = dataclasses.field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
         """Compiled programs."""
         return self.folder / "cache"
 
-    def reference(self) -> Reference:
-        """Returns the undisturbed run, after running it at the first call.
+    def reference(self, has_images: bool = False) -> Reference:
+        """Returns an undisturbed run, after running it at the first call.
+
+        Args:
+            has_images: Whether it trains on image files, instead of a TFDS dataset.
 
         Raises:
             LostError: It fails, or a second one ends with another result.
         """
-        if self._reference is None:
+        if has_images not in self._references:
             # Compiles all programs, and is compared with the second one.
-            first = self._run_undisturbed("first")
-            self._reference = self._run_undisturbed("second")
-            if difference := self._reference.result.difference(first.result):
+            first = self._run_undisturbed(has_images, "first")
+            second = self._run_undisturbed(has_images, "second")
+            if difference := second.result.difference(first.result):
                 raise LostError(f"two undisturbed runs differ: {difference}")
-        return self._reference
+            self._references[has_images] = second
+        return self._references[has_images]
 
-    def _run_undisturbed(self, name: str) -> Reference:
-        folders = Folders(self.folder / "reference" / name, self.cache)
+    def _run_undisturbed(self, has_images: bool, name: str) -> Reference:
+        kind = "images" if has_images else "digits"
+        folders = Folders(self.folder / f"reference_{kind}" / name, self.cache)
         shutil.rmtree(folders.root, ignore_errors=True)
+        folders.create()
+        settings = write_images(folders.images) if has_images else SETTINGS
         self.faults.arm(folders.disk, is_logging=True)
         start = time.monotonic()
-        process = runs.start(folders, "run", self.data_dir, SETTINGS)
+        process = runs.start(folders, "run", self.data_dir, settings)
         if process.finish() != 0:
             raise LostError(f"an undisturbed run fails: {process.err}")
         seconds = time.monotonic() - start
@@ -101,11 +121,22 @@ class Campaign:
             process = runs.start(folders, "run", self.data_dir, SETTINGS)
             while process.wait(0.01) is None and 30 not in list_steps(str(folders.workdir)):
                 pass
-            process.send(runs.signal.SIGTERM)
+            process.send(signal.SIGTERM)
             if process.finish() != 143:
                 raise LostError(f"the run to damage was not interrupted: {process.err}")
             (folders.root / "done").touch()
         return folders.workdir
+
+
+def write_images(folder: Path) -> dict[str, Any]:
+    """Writes image files of two classes; returns the settings of a run on them."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", _NUM_IMAGES), ("test", 20)):
+        for index in range(count):
+            path = folder / split / f"{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(rng.integers(256, size=(16, 16, 3), dtype=np.uint8), "PNG"))
+    return IMAGE_SETTINGS | {"dataset__name": f"folder:{folder}"}
 
 
 class Trial:
@@ -117,6 +148,7 @@ class Trial:
         index: Index among the faults of its kind.
         folders: Folders of the run.
         parameters: Parameters of the fault, for the log.
+        settings: Settings of the run.
     """
 
     def __init__(self, campaign: Campaign, rng: random.Random, index: int, folder: Path):
@@ -124,6 +156,8 @@ class Trial:
         self.campaign, self.rng, self.index = campaign, rng, index
         self.folders = Folders(folder, campaign.cache)
         self.parameters: dict[str, Any] = {}
+        self.settings: dict[str, Any] = SETTINGS
+        self._has_images = False
         self._num_starts = 0
         shutil.rmtree(folder, ignore_errors=True)
         self.folders.create()
@@ -141,7 +175,12 @@ class Trial:
     @property
     def reference(self) -> Reference:
         """Undisturbed run."""
-        return self.campaign.reference()
+        return self.campaign.reference(self._has_images)
+
+    def use_images(self, **changes: Any) -> None:
+        """Makes it a run on image files of its own, with changes of its settings."""
+        self._has_images = True
+        self.settings = write_images(self.folders.images) | changes
 
     @property
     def timeout(self) -> float:
@@ -168,7 +207,7 @@ class Trial:
         """Starts or resumes the run."""
         self._num_starts += 1
         name = f"start{self._num_starts}"
-        return runs.start(self.folders, name, self.campaign.data_dir, SETTINGS, before)
+        return runs.start(self.folders, name, self.campaign.data_dir, self.settings, before)
 
     def copy_interrupted_run(self) -> None:
         """Makes the workdir a copy of a run that was stopped after two checkpoints."""
@@ -194,11 +233,11 @@ class Trial:
             raise LostError(f"{process.name} ended with {code} and an error")
         return code
 
-    def recover(self) -> str:
-        """Resumes the run without a fault, and compares its end; returns "recovered".
+    def resume(self) -> Process:
+        """Resumes the run without a fault, to its end.
 
         Raises:
-            LostError: It fails, repeats too many steps, or ends otherwise than the undisturbed run.
+            LostError: It fails, or repeats too many steps.
         """
         self.faults.disarm()
         before = last_step(self.workdir)
@@ -210,7 +249,15 @@ class Trial:
             self.record(resumed_from=resumed_from)
             if before - resumed_from > _MAX_REPEATED_STEPS:
                 raise LostError(f"resumed from step {resumed_from} after step {before}")
-        self.check_result(process)
+        return process
+
+    def recover(self) -> str:
+        """Resumes the run and compares its end with the undisturbed run; returns "recovered".
+
+        Raises:
+            LostError: It fails, repeats too many steps, or differs.
+        """
+        self.check_result(self.resume())
         return "recovered"
 
     def check_result(self, process: Process) -> None:
