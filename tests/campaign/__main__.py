@@ -43,22 +43,19 @@ def main() -> int:
         "--workdir", type=Path, help="folder for runs and results; default: a temporary one"
     )
     args = parser.parse_args()
-    # JAX must not start a backend for an accelerator that another process uses.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if args.workdir is None:
-        args.workdir = Path(tempfile.mkdtemp(prefix="campaign"))
-    args.workdir = args.workdir.absolute()
-    if "FAULT_FOLDER" not in os.environ:
-        shutil.rmtree(args.workdir / "faults", ignore_errors=True)
-        (args.workdir / "faults").mkdir(parents=True)
-    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
-    arguments = sys.argv[1:]
-    if args.seed is None:
-        arguments += [f"--seed={seed}"]
-    if f"--workdir={args.workdir}" not in arguments:
-        arguments += [f"--workdir={args.workdir}"]
-    preload.restart_with_library(args.workdir / "faults", ["-m", "tests.campaign", *arguments])
-    print(f"seed {seed}, workdir {args.workdir}", flush=True)
+    workdir = (args.workdir or Path(tempfile.mkdtemp(prefix="campaign"))).absolute()
+    seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
+    faults = workdir / "faults"
+    if os.environ.get("FAULT_FOLDER") != str(faults):
+        # The library only watches programs that start with it.
+        shutil.rmtree(faults, ignore_errors=True)
+        faults.mkdir(parents=True)
+        env = os.environ | preload.build_library(faults)
+        # Backends of accelerators would disturb other programs.
+        env["JAX_PLATFORMS"] = "cpu"
+        command = [sys.executable, "-m", "tests.campaign", *sys.argv[1:]]
+        os.execve(sys.executable, [*command, f"--seed={seed}", f"--workdir={workdir}"], env)
+    print(f"seed {seed}, workdir {workdir}", flush=True)
     return _run(args, seed)
 
 
@@ -70,7 +67,9 @@ def _run(args: argparse.Namespace, seed: int) -> int:
     for name in names:
         if name not in KINDS:
             raise UserError(f"--only must be some of {', '.join(KINDS)}, got {name!r}.")
-    campaign = Campaign(args.workdir, preload.Faults(), _prepare_digits(args.workdir))
+    campaign = Campaign(
+        args.workdir, preload.Faults(args.workdir / "faults"), _prepare_digits(args.workdir)
+    )
     results = Results(args.workdir, seed)
     deadline = time.monotonic() + (args.minutes or 1e9) * 60
     first = args.first

@@ -74,7 +74,7 @@ __attribute__((constructor)) static void start(void) {
   if (shared != MAP_FAILED) state = shared;
 }
 
-// Completes a path that may be relative to a folder. Returns whether it is below the root.
+// Completes a path that may be relative to a folder. Returns whether it is the root or below it.
 static int resolve(int folder, const char *path, char *full) {
   if (!state || !state->root[0] || !path) return 0;
   if (path[0] == '/') {
@@ -96,7 +96,7 @@ static int resolve(int folder, const char *path, char *full) {
     }
   }
   size_t length = strlen(state->root);
-  return !strncmp(full, state->root, length) && full[length] == '/';
+  return !strncmp(full, state->root, length) && (full[length] == '/' || !full[length]);
 }
 
 static int resolve_fd(int fd, char *full) {

@@ -1,7 +1,7 @@
 """Faults in system calls, injected by the preload library `faults.c`.
 
-The campaign and its child processes share the state of the library: the campaign chooses a fault
-with `Faults.arm`, and the next process that it starts meets the fault.
+Programs that run with the library share its state: one of them, the campaign, chooses a fault with
+`Faults.arm`, and the next process that it starts meets the fault.
 """
 
 import ctypes
@@ -11,9 +11,8 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from mixer_jax.errors import UserError
 
 # Equal to `enum call` in faults.c.
 CALLS = ("write", "sync", "create", "rename", "mkdir", "remove", "truncate")
-_FOLDER = "FAULT_FOLDER"
 
 
 class Action(enum.IntEnum):
@@ -73,39 +71,35 @@ class Call(NamedTuple):
     replaced: int
 
 
-def restart_with_library(folder: Path, arguments: Sequence[str]) -> None:
-    """Compiles the library and starts this program again with it, unless that has been done.
+def build_library(folder: Path) -> dict[str, str]:
+    """Compiles the library; returns the environment variables of programs that it watches.
 
     Args:
-        folder: Empty folder for the library and its state, on the file system of the runs.
-        arguments: Command of the program, after the interpreter.
+        folder: Empty folder for the library and its state, on the file system that is watched.
 
     Raises:
         UserError: gcc is missing or fails.
     """
-    if _FOLDER in os.environ:
-        return
-    library = folder / "faults.so"
-    command = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", str(library)]
-    source = Path(__file__).parent / "faults.c"
+    library, source = folder / "faults.so", Path(__file__).parent / "faults.c"
+    command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
     try:
-        subprocess.run([*command, str(source), "-ldl"], check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError("gcc must be installed: it compiles tests/campaign/faults.c.") from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"gcc must compile {source}, got:\n{error.stderr}") from None
     (folder / "state").write_bytes(bytes(ctypes.sizeof(_State)))
+    (folder / "calls.log").touch()
     (folder / "removed").mkdir()
-    env = os.environ | {_FOLDER: str(folder), "LD_PRELOAD": str(library)}
-    os.execve(sys.executable, [sys.executable, *arguments], env)
+    return {"FAULT_FOLDER": str(folder), "LD_PRELOAD": str(library)}
 
 
 class Faults:
     """State of the library in this process and its child processes."""
 
-    def __init__(self) -> None:
-        """Opens the state; the program must have been started by `restart_with_library`."""
-        self._folder = Path(os.environ[_FOLDER])
+    def __init__(self, folder: Path):
+        """Opens the state in the folder of `build_library`."""
+        self._folder = folder
         with (self._folder / "state").open("r+b") as file:
             self._state = _State.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(_State)))
 

@@ -28,7 +28,7 @@ import tensorflow_datasets  # noqa: F401
 import mixer_jax.data.tfds
 import mixer_jax.main
 import mixer_jax.training.loop
-import mixer_jax.visualization.curves  # noqa: F401
+import mixer_jax.visualization.curves
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.cli import common
 from tests.helpers.processes import final_arrays, untimed_metrics
