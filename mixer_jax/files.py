@@ -22,6 +22,9 @@ from mixer_jax.errors import (
     OutputWriteError,
     RunError,
     UserError,
+    WriteFailureError,
+    is_failing,
+    iter_causes,
     no_space_reason,
     summarize_error,
 )
@@ -29,6 +32,8 @@ from mixer_jax.errors import (
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _OPEN_FILES = 4096
+# Names of the temporary files of `atomic_write`.
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 # Content of lock files.
 _OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
@@ -63,15 +68,47 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     """
     # Several programs may write the same file at once: each has its own temporary file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with name_file(path):
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            # Without it, file systems may store the new name before the contents.
+            sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        sync(path.parent)
+
+
+def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
+    """Removes temporary files that killed or failed calls of `atomic_write` left, if possible.
+
+    Args:
+        folder: Local folder.
+        names: Patterns of the names of files that no other program is writing.
+    """
+    for name in names:
+        for path in folder.glob(f"{name}.*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                _unlink(path)
+
+
+@contextlib.contextmanager
+def name_file(path: Any) -> Iterator[None]:
+    """Adds the name of a file to errors of the operating system that name none.
+
+    Errors when a file is opened name it, but not those when it is written, synced or closed.
+
+    Args:
+        path: File, or folder of several, that the block writes.
+    """
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        # Without it, file systems may store the new name before the contents.
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        for cause in iter_causes(error):
+            if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+                cause.filename = os.fspath(path)
         raise
-    sync(path.parent)
 
 
 def sync(path: Any) -> None:
@@ -88,11 +125,12 @@ def sync(path: Any) -> None:
     if "://" in os.fspath(path):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with name_file(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         # Some file systems cannot sync, or not folders; Windows cannot open folders.
         if error.errno not in _NO_SYNC:
@@ -161,7 +199,7 @@ class LineFile:
             OSError: A local file cannot be written.
         """
         if self._background is None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with name_file(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(_join_lines(lines))
             return
         self._lines += lines
@@ -215,7 +253,7 @@ def _join_lines(lines: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def output_errors(target: str) -> Iterator[None]:
-    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `target`.
+    """Raises OutputWriteError or WriteFailureError if the block fails to write into `target`.
 
     Usage errors and failures of the run remain as they are.
     """
@@ -231,6 +269,11 @@ def output_errors(target: str) -> Iterator[None]:
                 "resume."
             ) from error
         reason = getattr(error, "strerror", None) or summarize_error(error)
+        if is_failing(error):
+            raise WriteFailureError(
+                f"{target} cannot be written ({reason}). Check the file system and rerun the same "
+                "command to resume."
+            ) from error
         raise OutputWriteError(
             f"{target} must be writable ({reason}). Fix that and rerun the same command to resume."
         ) from error
@@ -252,7 +295,7 @@ def atomic_target(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -334,7 +377,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             yield lock.is_locked
         finally:
             if lock.is_locked:
-                path.unlink(missing_ok=True)
+                _unlink(path)
                 lock.release()
 
 
@@ -357,6 +400,13 @@ def is_locked(path: Path) -> bool | None:
     except PermissionError:
         pass
     return True
+
+
+def _unlink(path: Any) -> None:
+    """Removes a file, which is left if that fails: it does no harm, and is not worth an error."""
+    # Errors of object stores are of many types.
+    with contextlib.suppress(Exception):
+        path.unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:

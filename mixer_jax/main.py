@@ -160,8 +160,8 @@ def train(
     Raises:
         UserError: The config is invalid, data is missing, the workdir belongs to another
             experiment, a script has no guard, or an evaluation failed and a retry would fail, too.
-        RunError: Training diverged, the disk is full, another process is training in `workdir`, or
-            an evaluation failed for a reason that may pass.
+        RunError: Training diverged, the disk is full or fails, another process is training in
+            `workdir`, or an evaluation failed for a reason that may pass.
     """
     # Set while Python imports the script of the parent process. See `multiprocessing.spawn`.
     if getattr(multiprocessing.current_process(), "_inheriting", False):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import shlex
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from mixer_jax.files import (
     atomic_write,
     file_lock,
     is_locked,
+    name_file,
     read_json_lines,
 )
 from tests.helpers.messages import mentions, raises
@@ -95,6 +97,51 @@ def test_atomic_write_keeps_the_old_file_on_failure(
         atomic_write(path, "new")
     assert names(tmp_path) == ["a.json"]
     assert path.read_text() == "old"
+
+
+def test_errors_of_writes_and_syncs_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), [])
+    (tmp_path / "log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space") as caught:
+        file.append("line")
+    assert caught.value.filename == str(tmp_path / "log")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        atomic_write(tmp_path / "a.json", "new")
+    assert str(caught.value.filename).startswith(f"{tmp_path}/a.json.")
+    assert names(tmp_path) == ["log"]
+
+
+def test_name_file_names_the_causes_of_errors_and_keeps_other_names(tmp_path: Path) -> None:
+    unnamed, named = OSError(errno.EIO, "failed"), OSError(errno.EIO, "failed", "other")
+    with pytest.raises(ValueError, match="saving"), name_file(tmp_path):
+        raise ValueError("saving") from ExceptionGroup("several", [unnamed, named])
+    assert (unnamed.filename, named.filename) == (str(tmp_path), "other")
+
+
+def test_files_that_cannot_be_removed_cause_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+    with pytest.raises(KeyError), atomic_target(tmp_path / "weights"):
+        raise KeyError
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        atomic_write(tmp_path / "a.json", "new")
+    assert caught.value.__context__ is None
 
 
 def test_atomic_write_syncs_the_contents_before_the_name(

@@ -33,7 +33,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
-from mixer_jax.files import remove_abandoned, sync, sync_tree
+from mixer_jax.files import name_file, remove_abandoned, sync, sync_tree
 
 Tree = Any
 
@@ -124,7 +124,8 @@ class CheckpointManager:
             temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        with name_file(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
@@ -144,7 +145,9 @@ class CheckpointManager:
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         metadata = metadata | {_HAS_CHECKSUMS: self._has_checksums}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
-        self._manager.save(step, args=args, force=True)
+        # Also raises errors of the previous save.
+        with name_file(self._folder):
+            self._manager.save(step, args=args, force=True)
 
     def restore(
         self, step: int, targets: dict[str, Tree], *, is_verified: bool = False
@@ -250,17 +253,20 @@ class CheckpointManager:
         self.wait()
         steps = self.all_steps()
         best = self._find_best(steps)
-        for step in steps[: -self._max_to_keep]:
-            if step != best:
-                self._manager.delete(step)
+        with name_file(self._folder):
+            for step in steps[: -self._max_to_keep]:
+                if step != best:
+                    self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until all saves are written. All hosts must call it together."""
-        self._manager.wait_until_finished()
+        with name_file(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until all saves are written. All hosts must call it together."""
-        self._manager.close()
+        with name_file(self._folder):
+            self._manager.close()
 
     @contextmanager
     def _damage_errors(self, step: int, *, is_intact: bool = False) -> Iterator[None]:

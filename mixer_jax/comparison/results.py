@@ -41,7 +41,7 @@ class Result:
 
 
 def save_result(folder: str, result: Result) -> None:
-    """Writes the result in `folder`, or raises OutputWriteError or DiskFullError."""
+    """Writes the result in `folder`, or raises OutputWriteError or WriteFailureError."""
     save_json(folder, RESULT_FILE, dataclasses.asdict(result))
 
 
@@ -70,7 +70,7 @@ def read_result(folder: str, data: str) -> Result | None:
 
 
 def save_json(folder: str, name: str, data: Any) -> None:
-    """Writes a JSON file in `folder`, or raises OutputWriteError or DiskFullError."""
+    """Writes a JSON file in `folder`, or raises OutputWriteError or WriteFailureError."""
     with output_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         atomic_write(epath.Path(folder) / name, json.dumps(data, indent=2) + "\n")

@@ -108,7 +108,7 @@ def extract_to_file(
         UserError: Images are unusable and must not be skipped, none is usable, activations are not
             finite, or an unfinished extraction with the same output has another request.
         RunError: Another process writes the same output.
-        OutputWriteError, DiskFullError: The output cannot be written.
+        OutputWriteError, WriteFailureError: The output cannot be written.
     """
     folder = out.with_name(f"{out.name}.parts")
     batch_size = math.ceil(input_config.batch_size / mesh.size) * mesh.size

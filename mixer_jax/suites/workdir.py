@@ -153,7 +153,7 @@ def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
 
     Raises:
         UserError: The workdir contains results of a different suite or checkpoint.
-        OutputWriteError, DiskFullError: The workdir cannot be written.
+        OutputWriteError, WriteFailureError: The workdir cannot be written.
     """
     path = epath.Path(workdir) / PLAN_FILE
     with output_errors(workdir), contextlib.ExitStack() as stack:
@@ -289,7 +289,7 @@ def read_failure(folder: str) -> str:
 
 
 def save_throughput(workdir: str, throughput: Throughput) -> None:
-    """Writes the measured throughput, or raises OutputWriteError or DiskFullError."""
+    """Writes the measured throughput, or raises OutputWriteError or WriteFailureError."""
     with output_errors(workdir):
         atomic_write(epath.Path(workdir) / THROUGHPUT_FILE, _to_text(throughput._asdict()))
 

@@ -13,7 +13,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, CONFIG_FILE, list_saved_steps
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    CONFIG_FILE,
+    METRICS_FILE,
+    list_saved_steps,
+)
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.data.names import PATH_PREFIXES
@@ -21,17 +26,27 @@ from mixer_jax.errors import (
     DiskFullError,
     RunError,
     UserError,
+    WriteFailureError,
     install_hint,
+    is_failing,
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import atomic_write, file_lock, read_json_lines
+from mixer_jax.files import atomic_write, file_lock, read_json_lines, remove_temporary_files
+from mixer_jax.training.metrics import CURVES_FILE
+from mixer_jax.training.tracking import RUN_ID_FILE
 
 PARAMETERS_FILE = "parameters.txt"
 STARTS_FILE = "starts.jsonl"
 # Table of the runs of several seeds, in the folder that has their workdirs.
 SEEDS_FILE = "seeds.json"
 LOCK_FILE = ".lock"
+_PROBE = ".probe"
+# Patterns of the files that a run writes by `atomic_write`, and the one of `check_workdir`.
+_WRITTEN_FILES = (
+    *(CONFIG_FILE, PARAMETERS_FILE, STARTS_FILE, METRICS_FILE, CURVES_FILE, RUN_ID_FILE),
+    *("bad_images_*.jsonl", _PROBE),
+)
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
 # Locked workdirs of this process, and the threads that hold them.
@@ -77,7 +92,7 @@ def lock_workdir(workdir: str) -> Iterator[None]:
         workdir: Absolute path or URL. It is created, and removed afterwards if it is still empty.
 
     Raises:
-        RunError: Another process is training in the workdir, or its disk is full.
+        RunError: Another process is training in the workdir, or its disk is full or failing.
         UserError: The folder cannot be written.
     """
     key = (workdir, threading.get_ident())
@@ -94,6 +109,7 @@ def lock_workdir(workdir: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise _not_writable(workdir, error) from error
+        remove_temporary_files(Path(workdir), _WRITTEN_FILES)
         _locked.add(key)
         try:
             yield
@@ -229,9 +245,10 @@ def _check_writable(workdir: str) -> None:
         # Object stores have no folders. Elsewhere a usage error must not leave an empty one behind.
         while "://" not in workdir and not folder.exists():
             folder = folder.parent
-        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe = folder / f"{_PROBE}.{uuid.uuid4().hex}.tmp"
         probe.write_text("")
-        probe.unlink()
+        # The start of a run in the workdir may have removed it. See `lock_workdir`.
+        probe.unlink(missing_ok=True)
     except Exception as error:
         # Every file system raises its own exceptions.
         raise _not_writable(workdir, error) from error
@@ -243,6 +260,11 @@ def _check_writable(workdir: str) -> None:
 def _not_writable(workdir: str, error: Exception) -> UserError | RunError:
     if space := no_space_reason(error):
         return DiskFullError(f"workdir {workdir!r} cannot be written ({space}). Free space.")
+    if is_failing(error):
+        return WriteFailureError(
+            f"workdir {workdir!r} cannot be written ({summarize_error(error)}). Check the file "
+            "system and run the same command again."
+        )
     if isinstance(error, ImportError):
         # File systems of URLs need a library each.
         reason = summarize_error(error)
