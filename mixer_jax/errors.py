@@ -174,6 +174,16 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
+def is_host_memory_full(error: BaseException) -> bool:
+    """Returns whether an error was caused by a lack of memory of this machine."""
+    return any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or "can't start new thread" in str(cause)
+        for cause in iter_causes(error)
+    )
+
+
 def exit_code(error: BaseException) -> int:
     """Returns the exit code of a command that ends with an error: 2 means "do not retry"."""
     if isinstance(error, UserError):

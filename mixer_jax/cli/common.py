@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
-from mixer_jax.errors import RunError, UserError, exit_code
+from mixer_jax.errors import (
+    RunError,
+    UserError,
+    exit_code,
+    is_host_memory_full,
+    summarize_error,
+)
 from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -77,6 +83,15 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
         code = exit_code(error)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
+        code = exit_code(error)
+    except Exception as error:
+        if not is_host_memory_full(error):
+            raise
+        print(
+            f"error: the memory of this machine is full ({summarize_error(error)}). Free memory, "
+            "or lift the limit on it, and run the same command again.",
+            file=sys.stderr,
+        )
         code = exit_code(error)
     sys.exit(code)
 
