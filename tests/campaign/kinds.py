@@ -252,8 +252,8 @@ def _replace_image(
 ) -> Callable[[Trial], str]:
     """Disturbs a run on image files, of which one changes, and restores the file.
 
-    With the settings of these runs, one unusable image ends the run in one line. A step that has
-    used a substitute is not repeated when the run resumes, but it is in the log of bad images.
+    With the settings of these runs, one unusable image ends the run in one line. A run does not
+    repeat a step that has used a substitute, nor an evaluation during training that has failed.
     """
 
     def inject(trial: Trial) -> str:
@@ -279,12 +279,15 @@ def _replace_image(
             return RECOVERED
         if str(image) not in process.error_line and "bad_images" not in process.error_line:
             raise LostError("the message names neither the image nor the log of bad images")
-        is_logged = bad_images.exists() and image.name in bad_images.read_text()
-        if is_logged and list_steps(str(trial.workdir)):
-            trial.record(is_logged=True)
-            trial.resume()
-            return REFUSED
-        return trial.recover()
+        has_substitute = bad_images.exists() and image.name in bad_images.read_text()
+        has_failed_evaluation = process.error_line.startswith("error: evaluation")
+        trial.record(has_substitute=has_substitute, has_failed_evaluation=has_failed_evaluation)
+        if not has_substitute and not has_failed_evaluation:
+            return trial.recover()
+        process = trial.resume()
+        if not has_substitute:
+            trial.check_arrays(process)
+        return REFUSED
 
     return inject
 

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -69,6 +71,11 @@ class Folders:
     def images(self) -> Path:
         """Image files of runs that train on such."""
         return self.root / "images"
+
+    @property
+    def digests(self) -> Path:
+        """Digests of the arrays that the run has ended with."""
+        return self.root / "digests.json"
 
     @property
     def outside(self) -> Path:
@@ -197,7 +204,15 @@ def start(
         _set_up_process(folders)
         before()
         sys.argv = ["main.py", *arguments]
-        common.run_cli(mixer_jax.main.main, needs_output=False)
+        try:
+            common.run_cli(mixer_jax.main.main, needs_output=False)
+        except SystemExit as error:
+            if error.code == 0:
+                # In this process, because JAX is not initialized in the campaign's own one.
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+                logging.disable()
+                _write_digests(folders)
+            raise
 
     return Process(fork(train, folders.logs / name), name, folders.logs)
 
@@ -282,30 +297,23 @@ class Result:
         return "" if self.scores == other.scores else f"scores: {self.scores} and {other.scores}"
 
 
-def read_result(folders: Folders, process: Process, step: int) -> Result:
-    """Reads the result of a finished run, in a process of its own.
+def _write_digests(folders: Folders) -> None:
+    """Writes digests of the arrays of the newest checkpoint."""
+    digests = {}
+    step = list_steps(str(folders.workdir))[-1]
+    for item, leaves in final_arrays(folders.workdir, step).items():
+        digest = hashlib.sha256(f"step {step} ".encode())
+        for leaf in leaves:
+            digest.update(f"{leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes())
+        digests[item] = digest.hexdigest()
+    folders.digests.write_text(json.dumps(digests))
 
-    Raises:
-        LostError: The workdir lacks the last checkpoint, or it cannot be read.
-    """
-    target = folders.root / "result.json"
-    target.unlink(missing_ok=True)
 
-    def write_digests() -> None:
-        arrays = {}
-        for item, leaves in final_arrays(folders.workdir, step).items():
-            digest = hashlib.sha256()
-            for leaf in leaves:
-                digest.update(f"{leaf.dtype} {leaf.shape} ".encode() + leaf.tobytes())
-            arrays[item] = digest.hexdigest()
-        target.write_text(json.dumps(arrays))
-
-    reader = Process(fork(write_digests, folders.logs / "reader"), "reader", folders.logs)
-    if reader.finish() != 0:
-        raise LostError(f"the last checkpoint cannot be read: {reader.err}")
+def read_result(folders: Folders, process: Process) -> Result:
+    """Reads the result of a run that a process has finished."""
     scores = [line for line in process.out.splitlines() if line.startswith("test: ")]
     return Result(
-        json.loads(target.read_text()),
+        json.loads(folders.digests.read_text()),
         untimed_metrics(folders.workdir),
         scores[-1] if scores else "none",
     )

@@ -18,7 +18,7 @@ from tests.campaign import runs
 from tests.campaign.preload import Call, Faults
 from tests.campaign.runs import Folders, LostError, Process, Result
 from tests.helpers.images import encode
-from tests.helpers.processes import RUN, STEPS, first_reported_step, last_step
+from tests.helpers.processes import RUN, first_reported_step, last_step
 
 # One block compiles faster than two.
 SETTINGS = RUN | {"model__num_blocks": 1, "model__stochastic_depth": 0.0}
@@ -110,7 +110,7 @@ class Campaign:
             raise LostError(f"an undisturbed run fails: {process.err}")
         seconds = time.monotonic() - start
         self.faults.disarm()
-        result = runs.read_result(folders, process, STEPS)
+        result = runs.read_result(folders, process)
         return Reference(result, seconds, tuple(self.faults.read_log()))
 
     def interrupted_run(self) -> Path:
@@ -264,12 +264,17 @@ class Trial:
         """Raises LostError if a finished run differs from the undisturbed one."""
         if process.err:
             raise LostError(f"{process.name} has finished and printed an error")
-        result = runs.read_result(self.folders, process, STEPS)
+        result = runs.read_result(self.folders, process)
         if difference := result.difference(self.reference.result):
             raise LostError(f"differs from the undisturbed run in its {difference}")
         for path in runs.find_leftovers(self.workdir):
             raise LostError(f"{path.relative_to(self.workdir)} is left behind")
         self.folders.check_outside()
+
+    def check_arrays(self, process: Process) -> None:
+        """Raises LostError if the arrays of a finished run differ from the undisturbed one."""
+        if runs.read_result(self.folders, process).arrays != self.reference.result.arrays:
+            raise LostError("differs from the undisturbed run in its arrays")
 
     def check_undisturbed(self, process: Process) -> None:
         """Checks a run that has finished before the fault.

@@ -101,7 +101,7 @@ def test_run_cli_shows_the_traceback_of_a_bug() -> None:
         ("KeyboardInterrupt", 130, ["interrupted"]),
         ("MemoryError", 1, ["memory", "MemoryError"]),
         ("ValueError('cannot load') from OSError(12, 'no memory')", 1, ["memory", "cannot load"]),
-        ("RuntimeError('can\'t start new thread')", 1, ["memory", "new thread"]),
+        ('RuntimeError("can\'t start new thread")', 1, ["memory", "new thread"]),
     ],
 )
 def test_run_cli_turns_errors_into_one_line_and_an_exit_code(
