@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -60,8 +61,12 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, seed: int) -> int:
+    from tests.campaign import runs
     from tests.campaign.kinds import KINDS
     from tests.campaign.trial import Campaign
+
+    # As Ctrl-C, after which the table is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     names = args.only.split(",") if args.only else [*KINDS]
     for name in names:
@@ -88,6 +93,7 @@ def _run(args: argparse.Namespace, seed: int) -> int:
         print("stopped")
     finally:
         campaign.faults.disarm()
+        runs.kill_all()
     descriptions = {name: kind.description for name, kind in KINDS.items()}
     table = results.write_table(descriptions)
     print(f"\n{table}")
@@ -96,6 +102,7 @@ def _run(args: argparse.Namespace, seed: int) -> int:
 
 def _inject(campaign: Any, inject: Any, kind: str, index: int, seed: int) -> dict[str, Any]:
     """Injects one fault and returns its line of results.jsonl."""
+    from tests.campaign import runs
     from tests.campaign.runs import LostError
     from tests.campaign.trial import NotInjectedError, Trial
 
@@ -112,6 +119,7 @@ def _inject(campaign: Any, inject: Any, kind: str, index: int, seed: int) -> dic
         # Likely a bug of the campaign; it must not end the others.
         outcome, reason = "lost", traceback.format_exc()
     campaign.faults.disarm()
+    runs.kill_all()
     result = {
         "kind": kind,
         "index": index,

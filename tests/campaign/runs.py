@@ -37,6 +37,10 @@ from tests.helpers.processes import final_arrays, untimed_metrics
 from tests.helpers.tiny_run import to_flags
 
 ROOT = Path(__file__).parent.parent.parent
+# Folders in `Folders.outside`.
+_OUTSIDE = ("cwd", "home", "tmp")
+# Process ids since the last `kill_all`.
+_started: list[int] = []
 # An undisturbed process that takes longer hangs, even on a busy machine.
 TIMEOUT_SECONDS = 600.0
 
@@ -98,9 +102,6 @@ class Folders:
         found += [path for path in self.disk.iterdir() if path != self.workdir]
         if found:
             raise LostError(f"written outside of the workdir: {found[0]}")
-
-
-_OUTSIDE = ("cwd", "home", "tmp")
 
 
 class Process:
@@ -227,6 +228,7 @@ def fork(function: Callable[[], object], output: Path) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid:
+        _started.append(pid)
         return pid
     code = 1
     try:
@@ -236,7 +238,8 @@ def fork(function: Callable[[], object], output: Path) -> int:
             os.dup2(file, descriptor)
             os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         try:
             function()
             code = 0
@@ -251,6 +254,16 @@ def fork(function: Callable[[], object], output: Path) -> int:
             stream.flush()
     finally:
         os._exit(code)
+
+
+def kill_all() -> None:
+    """Kills all processes that have been forked, and those that they have started."""
+    for pid in _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+    _started.clear()
 
 
 def _set_up_process(folders: Folders) -> None:
