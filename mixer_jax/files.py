@@ -34,8 +34,11 @@ _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _OPEN_FILES = 4096
 # Names of the temporary files of `atomic_write`.
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
-# Content of lock files.
-_OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
+# Files of this library nest fewer than ten.
+_MAX_JSON_DEPTH = 100
+# Content of lock files. No system has process ids of more digits.
+_OWNER = re.compile(r"process (?P<pid>[0-9]{1,9}) on (?P<host>.+)")
+_MAX_OWNER = 300
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _NO_SYNC = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
@@ -70,7 +73,11 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     with name_file(path):
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, str):
+                # Names of files can contain bytes that are not UTF-8, which Python represents by
+                # surrogates.
+                content = content.encode(errors="backslashreplace")
+            temporary.write_bytes(content)
             # Without it, file systems may store the new name before the contents.
             sync(temporary)
             temporary.replace(path)
@@ -143,6 +150,44 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON that may be damaged or hostile.
+
+    Raises:
+        ValueError: The text is not JSON in UTF-8, or is nested so deeply that functions which call
+            themselves would fail.
+    """
+    try:
+        document = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deeply") from error
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) <= _MAX_JSON_DEPTH:  # type: ignore[arg-type]
+        return document
+    nodes, depth = [document], 0
+    while nodes := [child for node in nodes for child in _children(node)]:
+        depth += 1
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError("JSON is nested too deeply")
+    return document
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """Returns the lists and dicts in a node of a JSON document."""
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return (value for value in values if isinstance(value, list | dict))
+
+
+def is_integer(value: Any) -> bool:
+    """Returns whether a value from JSON is an integer of 64 bits; Python's have any length."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value from JSON is a number that can be converted to float."""
+    return isinstance(value, float) or is_integer(value)
+
+
 def read_json_lines(path: Any) -> list[dict[str, Any]]:
     """Reads a text file of one JSON object per line, except a last line that is incomplete.
 
@@ -155,7 +200,7 @@ def read_json_lines(path: Any) -> list[dict[str, Any]]:
     try:
         text = path.read_text() if path.exists() else ""
         # Complete lines end in a newline: what follows the last newline is empty or cut off.
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = [parse_json(line) for line in text.split("\n")[:-1]]
         if all(isinstance(line, dict) for line in lines):
             return lines
     except ValueError:
@@ -416,6 +461,7 @@ def _remove_empty(folder: Path) -> None:
 
 def _read_owner(lock_file: Path) -> str:
     try:
-        return lock_file.read_text() or "another process"
+        owner = " ".join(lock_file.read_text(errors="replace").split())[:_MAX_OWNER]
+        return owner or "another process"
     except OSError:
         return "another process"

@@ -104,7 +104,10 @@ def _train_seeds(
 ) -> int:
     """Trains with several seeds and prints their metrics; returns the exit code."""
     if not config.evals:
-        raise UserError("config.evals must have an evaluation with --seeds, got none.")
+        raise UserError(
+            "config.evals must have an evaluation with --seeds, got none. Declare one in the "
+            "config file."
+        )
     check_wandb_installed(config.wandb)
     workdirs.check_seeds_workdir(resolved_workdir)
     for seed in seeds:

@@ -8,7 +8,6 @@ anything is restored.
 """
 
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -33,7 +32,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
-from mixer_jax.files import name_file, remove_abandoned, sync, sync_tree
+from mixer_jax.files import name_file, parse_json, remove_abandoned, sync, sync_tree
 
 Tree = Any
 
@@ -300,7 +299,7 @@ def _read_json(folder: Any, file: str) -> Any:
     with read_errors(folder, file):
         content = (folder / file).read_bytes()
     try:
-        return json.loads(content)
+        return parse_json(content)
     except ValueError as error:
         raise DamagedFileError(f"{file} is not valid JSON") from error
 

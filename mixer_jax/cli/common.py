@@ -318,7 +318,7 @@ def parse_step(text: str) -> Step:
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
         raise UserError(f"--seeds must be integers of at least 0, such as 0,1,2, got {text!r}.")
     seeds = tuple(map(int, parts))
     if len(set(seeds)) < len(seeds):
@@ -335,7 +335,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
         argparse.ArgumentTypeError: The text has another form.
     """
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}.")
     return int(sides[0]), int(sides[-1])
 

@@ -16,6 +16,8 @@ from mixer_jax.data.decode import MAX_PIXELS, BadImageError
 from mixer_jax.data.source import DIGEST, Example, Examples, Source
 from mixer_jax.errors import UserError
 
+# Line breaks, and what makes terminals move their cursor or change colors.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 STDIN = "-"
 # Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
@@ -57,8 +59,13 @@ def is_ignored(name: str) -> bool:
 
 
 def display_path(path: str | Path) -> str:
-    """Formats a path as valid Unicode, with escapes for other bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Formats a path as one line of valid Unicode, with escapes for other bytes."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # Text from JSON can be invalid in other ways than names of files.
+        encoded = os.fspath(path).encode(errors="backslashreplace")
+    text = encoded.decode("utf-8", "backslashreplace")
+    return _CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def read_image(path: Path) -> bytes:

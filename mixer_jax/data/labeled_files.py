@@ -122,23 +122,23 @@ class LabeledFiles(Examples):
         order = np.argsort(self.labels.values, kind="stable")
         labels, starts = np.unique(self.labels.values[order], return_index=True)
         groups = np.split(self.labels.owners[order], starts[1:])
+
+        def find_first_error(indices: np.ndarray) -> str | None:
+            """Returns the error of the first image if all are bad."""
+            first = _find_error(self._path(indices[0]))
+            if first is None:
+                return None
+            others = (_find_error(self._path(index)) for index in indices[1:].tolist())
+            return first if all(others) else None
+
         # Threads, because a file of a network file system takes milliseconds to open.
         with ThreadPoolExecutor() as pool:
-            errors = list(pool.map(self._find_error, groups))
+            errors = list(pool.map(find_first_error, groups))
         return [
             (label, error)
             for label, error in zip(labels.tolist(), errors, strict=True)
             if error is not None
         ]
-
-    def _find_error(self, indices: np.ndarray) -> str | None:
-        first = None
-        for index in indices.tolist():
-            error = _find_error(self._path(index))
-            if error is None:
-                return None
-            first = first or error
-        return first
 
     def _path(self, index: int) -> Path:
         return self._root / self._relative_path(index)

@@ -117,7 +117,7 @@ def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
         return None
     step, lines = saved[-1], read_metrics(workdir)
     history = MetricHistory(config.checkpoint.best_metric, lines)
-    if step != starts[-1]["num_steps"] and not has_stopped_early(config, history):
+    if step != starts[-1].get("num_steps") and not has_stopped_early(config, history):
         return None
     metrics = {
         key: value
@@ -133,7 +133,7 @@ def read_result(workdir: str, config: RunConfig) -> SeedResult | None:
 
 def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
     """Converts results to plain data: every run, the means and the sample standard deviations."""
-    columns = _columns(results)
+    columns = _list_columns(results)
     return {
         "seeds": [result.seed for result in results],
         "mean": {name: statistics.fmean(values) for name, values in columns.items()},
@@ -153,7 +153,7 @@ def format_table(results: Sequence[SeedResult]) -> str:
     """Formats the metrics of every seed; of several, with mean and sample standard deviation."""
     summary = ["mean ± std"] if len(results) > 1 else []
     lines = [["", *(f"seed {result.seed}" for result in results), *summary]]
-    for name, values in _columns(results).items():
+    for name, values in _list_columns(results).items():
         # Counts are equal.
         if name.rpartition("/")[2].startswith("num_"):
             continue
@@ -164,7 +164,7 @@ def format_table(results: Sequence[SeedResult]) -> str:
     return "\n".join(align_columns(lines))
 
 
-def _columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
+def _list_columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
     """Lists the values of each metric over the seeds: of the best checkpoint, and of the last."""
     columns: dict[str, list[float]] = {}
     if all(result.best for result in results):

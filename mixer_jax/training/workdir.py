@@ -32,7 +32,13 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import atomic_write, file_lock, read_json_lines, remove_temporary_files
+from mixer_jax.files import (
+    atomic_write,
+    file_lock,
+    parse_json,
+    read_json_lines,
+    remove_temporary_files,
+)
 from mixer_jax.training.metrics import CURVES_FILE
 from mixer_jax.training.tracking import RUN_ID_FILE
 
@@ -41,6 +47,16 @@ STARTS_FILE = "starts.jsonl"
 # Table of the runs of several seeds, in the folder that has their workdirs.
 SEEDS_FILE = "seeds.json"
 LOCK_FILE = ".lock"
+# Types of what other modules read from starts.
+_START_TYPES = {
+    "step": int,
+    "num_steps": int,
+    "time": str,
+    "num_devices": int,
+    "device_kind": str,
+    "mesh": dict,
+    "versions": dict,
+}
 _PROBE = ".probe"
 # Patterns of the files that a run writes by `atomic_write`, and the one of `check_workdir`.
 _WRITTEN_FILES = (
@@ -144,7 +160,7 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
             )
         return []
     try:
-        resumable, incompatible = config_diff(json.loads(path.read_text()), config)
+        resumable, incompatible = config_diff(parse_json(path.read_bytes()), config)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
@@ -184,9 +200,15 @@ def read_starts(workdir: str) -> list[dict[str, Any]]:
     """Reads the lines of a run's `starts.jsonl`; empty for runs of older versions.
 
     Raises:
-        UserError: A line is not a JSON object.
+        UserError: A line is not a JSON object, or a value has another type than in a start.
     """
-    return read_json_lines(epath.Path(workdir) / STARTS_FILE)
+    path = epath.Path(workdir) / STARTS_FILE
+    starts = read_json_lines(path)
+    for start in starts:
+        for name, kind in _START_TYPES.items():
+            if name in start and not isinstance(start[name], kind):
+                raise UserError(f"{str(path)!r} is not a log of starts. Move the file away.")
+    return starts
 
 
 def to_json(config: RunConfig) -> str:
