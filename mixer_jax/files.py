@@ -104,7 +104,8 @@ def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
 def name_file(path: Any) -> Iterator[None]:
     """Adds the name of a file to errors of the operating system that name none.
 
-    Errors when a file is opened name it, but not those when it is written, synced or closed.
+    Errors when a file is opened name it, but not those when it is written, synced or closed. Those
+    when a folder is removed with its files name them without the folder.
 
     Args:
         path: File, or folder of several, that the block writes.
@@ -113,8 +114,10 @@ def name_file(path: Any) -> Iterator[None]:
         yield
     except Exception as error:
         for cause in iter_causes(error):
-            if isinstance(cause, OSError) and cause.errno and cause.filename is None:
-                cause.filename = os.fspath(path)
+            if isinstance(cause, OSError) and cause.errno:
+                name = cause.filename
+                if name is None or (isinstance(name, str) and not os.path.isabs(name)):
+                    cause.filename = os.fspath(path)
         raise
 
 

@@ -119,10 +119,12 @@ def test_errors_of_writes_and_syncs_name_the_file(
 
 
 def test_name_file_names_the_causes_of_errors_and_keeps_other_names(tmp_path: Path) -> None:
-    unnamed, named = OSError(errno.EIO, "failed"), OSError(errno.EIO, "failed", "other")
+    # As of `shutil.rmtree`, relative to a folder that it has opened.
+    names = [None, "relative", "/other"]
+    errors = [OSError(errno.EIO, "failed", name) for name in names]
     with pytest.raises(ValueError, match="saving"), name_file(tmp_path):
-        raise ValueError("saving") from ExceptionGroup("several", [unnamed, named])
-    assert (unnamed.filename, named.filename) == (str(tmp_path), "other")
+        raise ValueError("saving") from ExceptionGroup("several", errors)
+    assert [error.filename for error in errors] == [str(tmp_path), str(tmp_path), "/other"]
 
 
 def test_files_that_cannot_be_removed_cause_no_error(

@@ -18,9 +18,9 @@ from mixer_jax.distributed.hardware import silence_libtpu
 from mixer_jax.errors import (
     RunError,
     UserError,
+    describe_file_failure,
+    describe_full_memory,
     exit_code,
-    is_host_memory_full,
-    summarize_error,
 )
 from mixer_jax.files import atomic_write
 
@@ -56,8 +56,8 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
+    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -85,13 +85,11 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
         print("interrupted", file=sys.stderr)
         code = exit_code(error)
     except Exception as error:
-        if not is_host_memory_full(error):
+        # Disks, file servers and the memory may fail wherever a command uses them.
+        description = describe_file_failure(error) or describe_full_memory(error)
+        if not description:
             raise
-        print(
-            f"error: the memory of this machine is full ({summarize_error(error)}). Free memory, "
-            "or lift the limit on it, and run the same command again.",
-            file=sys.stderr,
-        )
+        print(f"error: {description}", file=sys.stderr)
         code = exit_code(error)
     sys.exit(code)
 

@@ -38,7 +38,7 @@ from mixer_jax.errors import (
     UserError,
     WriteFailureError,
     describe_error,
-    is_host_memory_full,
+    describe_full_memory,
     is_out_of_memory,
     no_space_path,
     no_space_reason,
@@ -540,7 +540,7 @@ class _TrainLoop:
             except recoverable as error:
                 message = describe_error(error)
                 is_known = isinstance(error, UserError | RunError | OSError)
-                if not is_known and not is_host_memory_full(error):
+                if not is_known and not describe_full_memory(error):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))
