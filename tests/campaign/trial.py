@@ -180,6 +180,8 @@ class Trial:
     def use_images(self, **changes: Any) -> None:
         """Makes it a run on image files of its own, with changes of its settings."""
         self._has_images = True
+        # Now, not while the run is in progress.
+        self.campaign.reference(has_images=True)
         self.settings = write_images(self.folders.images) | changes
 
     @property

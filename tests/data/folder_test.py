@@ -342,7 +342,7 @@ def test_pipes_are_bad_images_and_do_not_block(tmp_path: Path) -> None:
 def test_files_that_change_after_their_fingerprint_are_bad_images(tmp_path: Path) -> None:
     write(tmp_path, *numbered("a", count=2))
     source = open_folder(tmp_path)
-    source.examples.fingerprint()
+    source.fingerprint()
     size = len(source.examples[0]["image"])
     for path in tmp_path.glob("a/*"):
         path.write_bytes(path.read_bytes() + b"more")
