@@ -103,6 +103,19 @@ def write_failure_reason(error: BaseException | None, folder: str) -> str:
     return ""
 
 
+def describe_file_failure(error: Exception) -> str:
+    """Formats an error of a full or failing disk, or of missing permissions, and its fix; or ""."""
+    if not isinstance(error, OSError) or error.errno not in _NO_SPACE + _FAILING + _REFUSED:
+        return ""
+    path = _file_name(error)
+    name = repr(path) if path else "a file"
+    fix = "Free space" if error.errno in _NO_SPACE else "Check the file system and its permissions"
+    return (
+        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix}, and run the same "
+        "command again."
+    )
+
+
 def is_failing(error: BaseException) -> bool:
     """Returns whether an error was caused by a disk or file server that fails, perhaps briefly."""
     return any(_find_system_errors(error, _FAILING))
@@ -172,6 +185,22 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of a device or host ran out."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def describe_full_memory(error: Exception) -> str:
+    """Formats an error that a lack of the machine's memory caused, and its fix; or ""."""
+    is_memory_full = any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or "can't start new thread" in str(cause)
+        for cause in iter_causes(error)
+    )
+    if not is_memory_full:
+        return ""
+    return (
+        f"the memory of this machine is full ({summarize_error(error)}). Free memory, or lift the "
+        "limit on it, and run the same command again."
+    )
 
 
 def exit_code(error: BaseException) -> int:

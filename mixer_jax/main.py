@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         "--seeds",
         metavar="SEED,SEED,…",
         help="train with each of these seeds, e.g. 0,1,2, one after the other in WORKDIR/seed0, "
-        "WORKDIR/seed1, …, and print mean and standard deviation of their metrics; finished runs "
-        "are skipped",
+        "WORKDIR/seed1, …, and print mean and standard deviation of the metrics of all finished "
+        "seeds in WORKDIR; finished runs are skipped",
     )
     common.add_override_arg(parser, "override a key, e.g. --config.optimizer.learning_rate=3e-3")
     args, overrides = parser.parse_known_args(argv)

@@ -119,10 +119,12 @@ def test_errors_of_writes_and_syncs_name_the_file(
 
 
 def test_name_file_names_the_causes_of_errors_and_keeps_other_names(tmp_path: Path) -> None:
-    unnamed, named = OSError(errno.EIO, "failed"), OSError(errno.EIO, "failed", "other")
+    # As of `shutil.rmtree`, relative to a folder that it has opened.
+    names = [None, "relative", "/other"]
+    errors = [OSError(errno.EIO, "failed", name) for name in names]
     with pytest.raises(ValueError, match="saving"), name_file(tmp_path):
-        raise ValueError("saving") from ExceptionGroup("several", [unnamed, named])
-    assert (unnamed.filename, named.filename) == (str(tmp_path), "other")
+        raise ValueError("saving") from ExceptionGroup("several", errors)
+    assert [error.filename for error in errors] == [str(tmp_path), str(tmp_path), "/other"]
 
 
 def test_files_that_cannot_be_removed_cause_no_error(
@@ -162,6 +164,28 @@ def test_line_file_syncs_its_lines_when_flushed(
     log = log_syncs(monkeypatch)
     file.flush()
     assert log.events == [("sync", str(tmp_path / "log"))]
+
+
+def test_line_file_syncs_its_name_when_it_is_first_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), [])
+    file.flush()
+    file.append("first")
+    log = log_syncs(monkeypatch)
+    file.flush()
+    file.append("second")
+    file.flush()
+    path = str(tmp_path / "log")
+    assert log.events == [("sync", path), ("sync", str(tmp_path)), ("sync", path)]
+
+
+def test_file_lock_syncs_the_names_of_new_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_syncs(monkeypatch)
+    with file_lock(tmp_path / "runs" / "mine" / ".lock"):
+        assert {path for _, path in log.events} == {str(tmp_path), str(tmp_path / "runs")}
 
 
 def test_atomic_write_encodes_text_as_utf_8(tmp_path: Path) -> None:

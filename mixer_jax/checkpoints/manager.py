@@ -252,13 +252,14 @@ class CheckpointManager:
     def delete_outdated(self) -> None:
         """Deletes checkpoints that are neither among the newest nor the best.
 
-        A save does so before its own step is evaluated. All hosts must call it together.
+        A save does so before its own step is evaluated, and may be interrupted. All hosts must call
+        it together.
         """
-        if self._find_best is None or self._max_to_keep is None:
+        if self._max_to_keep is None:
             return
         self.wait()
         steps = self.all_steps()
-        best = self._find_best(steps)
+        best = self._find_best(steps) if self._find_best is not None else None
         with name_file(self._folder):
             for step in steps[: -self._max_to_keep]:
                 if step != best:

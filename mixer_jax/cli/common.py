@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
-from mixer_jax.errors import RunError, UserError, exit_code
+from mixer_jax.errors import (
+    RunError,
+    UserError,
+    describe_file_failure,
+    describe_full_memory,
+    exit_code,
+)
 from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -50,8 +56,8 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
+    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -77,6 +83,13 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
         code = exit_code(error)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
+        code = exit_code(error)
+    except Exception as error:
+        # Disks, file servers and the memory may fail wherever a command uses them.
+        description = describe_file_failure(error) or describe_full_memory(error)
+        if not description:
+            raise
+        print(f"error: {description}", file=sys.stderr)
         code = exit_code(error)
     sys.exit(code)
 

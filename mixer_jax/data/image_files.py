@@ -72,16 +72,27 @@ def read_image(path: Path) -> bytes:
     """Reads the bytes of one image file.
 
     Raises:
-        BadImageError: The file cannot be read, or is larger than any image that may be decoded.
+        BadImageError: It is not a file, cannot be read, or is larger than any image that may be
+            decoded.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise BadImageError("file too large", f"{size:,} bytes", display_path(path))
+        # Opening a pipe must not wait for a program that writes to it.
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a file", "", display_path(path))
+            if status.st_size > MAX_BYTES:
+                raise BadImageError(
+                    "file too large", f"{status.st_size:,} bytes", display_path(path)
+                )
             return file.readall()
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Windows has no such flag, and no such files.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def walk_images(

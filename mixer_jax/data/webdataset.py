@@ -349,6 +349,11 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
         paths += files
         if not files:
             missing.append(path)
+    if missing == [pattern] and not glob.has_magic(pattern):
+        raise UserError(
+            f"{description} must be a local folder of .tar files or a pattern of existing ones, "
+            f"but {location!r} does not exist. Check the path."
+        )
     if missing:
         raise UserError(
             f"{description} must be a local folder of .tar files or a pattern of existing ones, "

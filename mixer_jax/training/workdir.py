@@ -152,19 +152,13 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
             f"workdir {workdir!r} has runs of several seeds ({SEEDS_FILE}). {_OTHER_WORKDIR}, or "
             "pass --seeds."
         )
-    path = epath.Path(workdir) / CONFIG_FILE
-    if not path.exists():
+    if not (epath.Path(workdir) / CONFIG_FILE).exists():
         if list_saved_steps(workdir):
             raise UserError(
                 f"workdir {workdir!r} has checkpoints but no {CONFIG_FILE}. {_OTHER_WORKDIR}."
             )
         return []
-    try:
-        resumable, incompatible = config_diff(parse_json(path.read_bytes()), config)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
-        ) from error
+    resumable, incompatible = config_diff(read_config(workdir), config)
     if incompatible and list_saved_steps(workdir):
         raise UserError(
             f"workdir {workdir!r} belongs to another experiment ({'; '.join(incompatible)}). "
@@ -176,6 +170,23 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
 def save_config(workdir: str, config: RunConfig) -> None:
     """Writes the config to `workdir`/config.json."""
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+    """Reads the config in `workdir`/config.json, as saved.
+
+    Raises:
+        UserError: The file cannot be read, or is not a config.
+    """
+    try:
+        config = parse_json((epath.Path(workdir) / CONFIG_FILE).read_bytes())
+        # Also upgrades a copy, which fails if it is not a config.
+        flatten(ConfigDict(fill_defaults(config)))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
+        ) from error
+    return config
 
 
 def save_parameter_overview(workdir: str, params: dict[str, Any]) -> None:

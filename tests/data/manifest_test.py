@@ -229,6 +229,13 @@ def test_missing_files_are_counted_and_bad(tmp_path: Path) -> None:
         open_dataset(name, "all")
 
 
+def test_images_without_any_label_can_be_read(tmp_path: Path) -> None:
+    name = write_csv(tmp_path, "path,labels 1.png, 2.png,", images=["1.png", "2.png"])
+    source = open_dataset(name, "all")
+    check_readable(source)
+    assert (source.class_names, source.read_labels(1)) == ((), ())
+
+
 def test_fingerprints_do_not_depend_on_the_location(tmp_path: Path) -> None:
     text = "path,label,split 1.png,a,train 2.png,b,train"
     for folder in ("one", "two"):

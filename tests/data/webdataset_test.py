@@ -503,3 +503,9 @@ def test_copies_of_another_host_are_read_and_replaced_shards_noticed(tmp_path: P
     first.write_bytes(second.read_bytes())
     with raises(RunError, str(first)):
         list(source.examples)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    assert mentions(error_of(tmp_path / "absent"), f"'{tmp_path}/absent'", "does not exist")
+    # A pattern may only be incomplete.
+    assert mentions(error_of(f"{tmp_path}/train-{{0..2}}.tar"), "3 of 3")
