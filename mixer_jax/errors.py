@@ -103,9 +103,9 @@ def write_failure_reason(error: BaseException | None, folder: str) -> str:
     return ""
 
 
-def describe_file_failure(error: OSError) -> str:
+def describe_file_failure(error: Exception) -> str:
     """Formats an error of a full or failing disk, or of missing permissions, and its fix; or ""."""
-    if error.errno not in _NO_SPACE + _FAILING + _REFUSED:
+    if not isinstance(error, OSError) or error.errno not in _NO_SPACE + _FAILING + _REFUSED:
         return ""
     path = _file_name(error)
     name = repr(path) if path else "a file"
@@ -185,6 +185,22 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of a device or host ran out."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def describe_full_memory(error: Exception) -> str:
+    """Formats an error that a lack of the machine's memory caused, and its fix; or ""."""
+    is_memory_full = any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or "can't start new thread" in str(cause)
+        for cause in iter_causes(error)
+    )
+    if not is_memory_full:
+        return ""
+    return (
+        f"the memory of this machine is full ({summarize_error(error)}). Free memory, or lift the "
+        "limit on it, and run the same command again."
+    )
 
 
 def exit_code(error: BaseException) -> int:

@@ -228,7 +228,9 @@ class LineFile:
         """
         self._path, self._interval = path, interval
         self._lines = list(lines)
-        if self._lines or path.exists():
+        # Whether the name of the file survives a loss of power.
+        self._is_name_synced = bool(self._lines or path.exists())
+        if self._is_name_synced:
             atomic_write(path, _join_lines(self._lines))
         self._num_written = len(self._lines)
         self._is_local = "://" not in str(path)
@@ -264,6 +266,9 @@ class LineFile:
         if self._background is None:
             if self._path.exists():
                 sync(self._path)
+                if not self._is_name_synced:
+                    sync(self._path.parent)
+                    self._is_name_synced = True
             return
         if self._pending is not None:
             futures.wait([self._pending])
@@ -394,9 +399,13 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     import filelock
 
     with contextlib.ExitStack() as stack:
-        for folder in reversed([folder for folder in path.parents if not folder.exists()]):
+        created = [folder for folder in path.parents if not folder.exists()]
+        for folder in reversed(created):
             stack.callback(_remove_empty, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in created:
+            # A folder whose name is lost with the power takes everything in it along.
+            sync(folder.parent)
         timeout = -1 if wait else 0
         lock = filelock.FileLock(path, timeout=timeout, mode=0o666, fallback_to_soft=False)
         try:

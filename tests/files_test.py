@@ -166,6 +166,28 @@ def test_line_file_syncs_its_lines_when_flushed(
     assert log.events == [("sync", str(tmp_path / "log"))]
 
 
+def test_line_file_syncs_its_name_when_it_is_first_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), [])
+    file.flush()
+    file.append("first")
+    log = log_syncs(monkeypatch)
+    file.flush()
+    file.append("second")
+    file.flush()
+    path = str(tmp_path / "log")
+    assert log.events == [("sync", path), ("sync", str(tmp_path)), ("sync", path)]
+
+
+def test_file_lock_syncs_the_names_of_new_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_syncs(monkeypatch)
+    with file_lock(tmp_path / "runs" / "mine" / ".lock"):
+        assert {path for _, path in log.events} == {str(tmp_path), str(tmp_path / "runs")}
+
+
 def test_atomic_write_encodes_text_as_utf_8(tmp_path: Path) -> None:
     atomic_write(tmp_path / "a", "×")
     atomic_write(tmp_path / "b", b"\xff")

@@ -123,8 +123,15 @@ class CheckpointManager:
             temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
-        with name_file(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            with name_file(self._folder):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # orbax reads the index of every checkpoint.
+            raise UserError(
+                f"{self._folder} has a checkpoint with a damaged {INDEX} "
+                f"({summarize_error(error)}). Move its folder elsewhere."
+            ) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""

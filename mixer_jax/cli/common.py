@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
-from mixer_jax.errors import RunError, UserError, describe_file_failure, exit_code
+from mixer_jax.errors import (
+    RunError,
+    UserError,
+    describe_file_failure,
+    describe_full_memory,
+    exit_code,
+)
 from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -75,15 +81,15 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = exit_code(error)
-    except OSError as error:
-        # Disks and file servers may fail wherever a command writes.
-        description = describe_file_failure(error)
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        code = exit_code(error)
+    except Exception as error:
+        # Disks, file servers and the memory may fail wherever a command uses them.
+        description = describe_file_failure(error) or describe_full_memory(error)
         if not description:
             raise
         print(f"error: {description}", file=sys.stderr)
-        code = exit_code(error)
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
         code = exit_code(error)
     sys.exit(code)
 

@@ -48,8 +48,13 @@ class LabeledFiles(Examples):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         path = self._path(index)
-        labels = self.read_labels(index)
-        return Example(image=read_image(path), labels=labels, name=display_path(path))
+        image, labels = read_image(path), self.read_labels(index)
+        size = len(image) if self._sizes is None else int(self._sizes[index])
+        if size not in (-1, len(image)):
+            # Fingerprints contain the sizes: the run could not resume with this file.
+            detail = f"{len(image):,} instead of {size:,} bytes"
+            raise BadImageError("changed since it was listed", detail, display_path(path))
+        return Example(image=image, labels=labels, name=display_path(path))
 
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Returns the classes of a file, which is not read."""

@@ -38,6 +38,7 @@ from mixer_jax.errors import (
     UserError,
     WriteFailureError,
     describe_error,
+    describe_full_memory,
     is_out_of_memory,
     no_space_path,
     no_space_reason,
@@ -538,7 +539,8 @@ class _TrainLoop:
                 result = self.run_evaluator(name)
             except recoverable as error:
                 message = describe_error(error)
-                if not isinstance(error, UserError | RunError | OSError):
+                is_known = isinstance(error, UserError | RunError | OSError)
+                if not is_known and not describe_full_memory(error):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))

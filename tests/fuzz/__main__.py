@@ -10,6 +10,7 @@ target, the seed and its number. Prints a table, and keeps the inputs that faile
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -112,11 +113,12 @@ def _read_status(name: str) -> int:
 
 
 def fuzz(args: argparse.Namespace) -> dict[str, Row]:
-    """Runs all inputs, and starts a process again after each one that ended early."""
+    """Runs all inputs, or those until Ctrl-C; starts a process again after one that ended early."""
     rows: dict[str, Row] = collections.defaultdict(Row)
     start = "/0"
-    while start:
-        start = _run_worker(args, start, rows)
+    with contextlib.suppress(KeyboardInterrupt):
+        while start:
+            start = _run_worker(args, start, rows)
     return rows
 
 
@@ -156,7 +158,7 @@ def _run_worker(args: argparse.Namespace, start: str, rows: dict[str, Row]) -> s
             else:
                 _keep(args, rows, name, index, outcome, detail)
     finally:
-        if process.poll() is None and has_waited:
+        if process.poll() is None and (has_waited or sys.exc_info()[0]):
             process.kill()
         code = process.wait()
         assert process.stdout is not None

@@ -134,4 +134,7 @@ CORPUS: list[tuple[str, bytes]] = [
         b' "num_classes": 2, "image_size": 32}}',
     ),
     ("weights: timm's config", b'{"mean": [1' + b"0" * 400 + b", 0, 0]}"),
+    # The index of a checkpoint, with values of other types, which orbax does not expect.
+    ("checkpoint: all files", b'_CHECKPOINT_METADATA\n{"performance_metrics": 0}'),
+    ("checkpoint: all files", b'_CHECKPOINT_METADATA\n{"item_handlers": 0}'),
 ]
