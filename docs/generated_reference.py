@@ -8,6 +8,7 @@ import ast
 import importlib
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from unittest import mock
 
@@ -184,10 +185,16 @@ def _format_fields(fields: dict[str, Field]) -> str:
             path,
             path.replace(".", "-").lower(),
             _field_facts(field),
-            _sentence(field.help, field.choices),
+            _sentence(field.help, field.choices) + _format_example(path, field),
         )
         for path, field in fields.items()
     )
+
+
+def _format_example(path: str, field: Field) -> str:
+    if not field.example:
+        return ""
+    return f" Example: `--config.{path}={shlex.quote(field.example)}`."
 
 
 def _field_facts(field: Field) -> list[str]:
@@ -218,7 +225,9 @@ def _sentence(text: str, choices: Sequence[str] = ()) -> str:
     text = re.sub(r"([<*])", r"\\\1", text)
     text = re.sub(r"(--[\w.]+(=[^\s,;]*\w)?)", r"`\1`", text)
     first = re.match(r"[a-z]+(-[a-z]+)*(?=[ ,;.]|$)|default(?=:)", text)
-    if first and first[0] not in choices:
+    # "muon, adafactor: …" starts with values of another key.
+    starts_with_values = re.match(r"\w+(, \w+)+:", text)
+    if first and first[0] not in choices and not starts_with_values:
         text = text[0].upper() + text[1:]
     return text if text.endswith((".", "!")) else f"{text}."
 

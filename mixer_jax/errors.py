@@ -5,7 +5,7 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,10 @@ _MAX_REASON = 200
 _INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A failing disk or device, and a file server that is gone or has restarted.
+_FAILING = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
+# A file system that has become read-only, and permissions that were taken away.
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What JAX and PyTorch write when memory runs out.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
@@ -53,8 +57,12 @@ class NonFiniteError(RunError):
     """Loss or parameters have become NaN or infinite on all hosts; a retry fails as well."""
 
 
-class DiskFullError(RunError):
-    """A result cannot be written for lack of space; a retry fails as well until there is more."""
+class WriteFailureError(RunError):
+    """The file system fails to write a result; a retry fails as well until that is fixed."""
+
+
+class DiskFullError(WriteFailureError):
+    """A result cannot be written for lack of space."""
 
 
 def no_space_reason(error: BaseException | None) -> str:
@@ -62,12 +70,8 @@ def no_space_reason(error: BaseException | None) -> str:
 
     It contains the system's message for the lack of space, and the error's own.
     """
-    lack = _find_no_space(error)
-    if error is None or lack is None:
-        return ""
-    reason = os.strerror(lack.code)
-    text = summarize_error(error)
-    return text if reason in text else f"{reason}; {type(error).__name__}: {text}"
+    found = next(_find_system_errors(error, _NO_SPACE), None)
+    return "" if error is None or found is None else _format_reason(error, found)
 
 
 def no_space_path(error: BaseException, folder: str) -> str:
@@ -77,46 +81,126 @@ def no_space_path(error: BaseException, folder: str) -> str:
         error: Error for which `no_space_reason` is not empty.
         folder: Absolute path or URL, which is returned if the error names no other file.
     """
-    lack = _find_no_space(error)
-    path = getattr(lack and lack.error, "filename", None)
-    if not isinstance(path, str | bytes | os.PathLike):
-        return folder
-    path = os.fsdecode(path)
-    if "://" in folder:
-        # Object stores name their files in various ways, but never by a local path.
-        is_inside = not os.path.isabs(path)
-    else:
-        is_inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    return folder if is_inside else path
+    found = next(_find_system_errors(error, _NO_SPACE), None)
+    path = found and _file_name(found.error)
+    return folder if not path or _is_inside(path, folder) else path
 
 
-class _NoSpace(NamedTuple):
-    """Error that reports a lack of space, and its code."""
+def write_failure_reason(error: BaseException | None, folder: str) -> str:
+    """Returns why a file system failed, such as "Input/output error", and the file; or "".
+
+    Args:
+        error: Error, whose causes are searched.
+        folder: Absolute path or URL. Only errors that name a file in it count: that a dataset
+            cannot be read says nothing about the workdir.
+    """
+    for found in _find_system_errors(error, _FAILING + _REFUSED):
+        path = _file_name(found.error)
+        if path and _is_inside(path, folder):
+            return f"{os.strerror(found.code)}: {path}"
+        if not path and _names_folder(found.error, folder):
+            return os.strerror(found.code)
+    return ""
+
+
+def describe_file_failure(error: Exception) -> str:
+    """Formats an error of a full or failing disk, or of missing permissions, and its fix; or ""."""
+    if not isinstance(error, OSError) or error.errno not in _NO_SPACE + _FAILING + _REFUSED:
+        return ""
+    path = _file_name(error)
+    name = repr(path) if path else "a file"
+    fix = "Free space" if error.errno in _NO_SPACE else "Check the file system and its permissions"
+    return (
+        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix}, and run the same "
+        "command again."
+    )
+
+
+def is_failing(error: BaseException) -> bool:
+    """Returns whether an error was caused by a disk or file server that fails, perhaps briefly."""
+    return any(_find_system_errors(error, _FAILING))
+
+
+def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that led to it, also those in exception groups."""
+    seen = set[int]()
+    remaining = [error]
+    while remaining:
+        error = remaining.pop(0)
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            remaining += error.exceptions
+        context = None if error.__suppress_context__ else error.__context__
+        remaining.append(error.__cause__ or context)
+
+
+class _SystemError(NamedTuple):
+    """Error of the operating system, or of a library that quotes one, and its code."""
 
     error: BaseException
     code: int
 
 
-def _find_no_space(error: BaseException | None) -> _NoSpace | None:
-    """Finds the lack of disk space among an error and those that led to it.
+def _find_system_errors(
+    error: BaseException | None, codes: Sequence[int]
+) -> Iterator[_SystemError]:
+    """Finds errors with some codes among an error and those that led to it.
 
     Libraries raise errors of many types; their messages contain the system's.
     """
-    seen = set[int]()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        for code in _NO_SPACE:
-            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                return _NoSpace(error, code)
-        context = None if error.__suppress_context__ else error.__context__
-        error = error.__cause__ or context
-    return None
+    for cause in iter_causes(error):
+        for code in codes:
+            if getattr(cause, "errno", None) == code or os.strerror(code) in str(cause):
+                yield _SystemError(cause, code)
+
+
+def _format_reason(error: BaseException, found: _SystemError) -> str:
+    reason, text = os.strerror(found.code), summarize_error(error)
+    return text if reason in text else f"{reason}; {type(error).__name__}: {text}"
+
+
+def _file_name(error: BaseException) -> str:
+    """Returns the name of the file in an error of the operating system, or ""."""
+    path = getattr(error, "filename", None)
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    if "://" in folder:
+        # Object stores name their files in various ways, but never by a local path.
+        return not os.path.isabs(path)
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _names_folder(error: BaseException, folder: str) -> bool:
+    """Returns whether a message names a file in a folder."""
+    names = {folder.rstrip("/"), folder if "://" in folder else os.path.realpath(folder)}
+    return any(f"{name}/" in str(error) for name in names)
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of a device or host ran out."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def describe_full_memory(error: Exception) -> str:
+    """Formats an error that a lack of the machine's memory caused, and its fix; or ""."""
+    is_memory_full = any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or "can't start new thread" in str(cause)
+        for cause in iter_causes(error)
+    )
+    if not is_memory_full:
+        return ""
+    return (
+        f"the memory of this machine is full ({summarize_error(error)}). Free memory, or lift the "
+        "limit on it, and run the same command again."
+    )
 
 
 def exit_code(error: BaseException) -> int:

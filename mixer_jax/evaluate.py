@@ -273,12 +273,17 @@ def _evaluate(
     input_config = make_input_config(weights, args.batch_size, args.skip_bad_images)
     multi_label = weights.model_info.multi_label
     metrics: list[Metrics] = []
-    predictions: Any = None
+    first: Metrics
+    step: Any
+    predictions: Predictions | MultiLabelPredictions | None = None
     if args.report:
-        make_step: Any = make_score_step if multi_label else make_prediction_step
-        predict: Any = predict_multi_label_source if multi_label else predict_source
-        step = make_step(model, mesh)
-        first, predictions = predict(step, params, sources[0], mesh, input_config)
+        inputs = params, sources[0], mesh, input_config
+        if multi_label:
+            step = make_score_step(model, mesh)
+            first, predictions = predict_multi_label_source(step, *inputs)
+        else:
+            step = make_prediction_step(model, mesh)
+            first, predictions = predict_source(step, *inputs)
         metrics.append(first)
     evaluate = make_evaluator(model, mesh, input_config, multi_label)
     metrics += [evaluate(source, params) for source in sources[len(metrics) :]]

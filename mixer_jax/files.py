@@ -22,6 +22,9 @@ from mixer_jax.errors import (
     OutputWriteError,
     RunError,
     UserError,
+    WriteFailureError,
+    is_failing,
+    iter_causes,
     no_space_reason,
     summarize_error,
 )
@@ -29,8 +32,13 @@ from mixer_jax.errors import (
 # Every 0.1 seconds: removals at most, and checks after which a folder stays away.
 _REMOVE_ATTEMPTS, _GONE_CHECKS = 50, 10
 _OPEN_FILES = 4096
-# Content of lock files.
-_OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
+# Names of the temporary files of `atomic_write`.
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
+# Files of this library nest fewer than ten.
+_MAX_JSON_DEPTH = 100
+# Content of lock files. No system has process ids of more digits.
+_OWNER = re.compile(r"process (?P<pid>[0-9]{1,9}) on (?P<host>.+)")
+_MAX_OWNER = 300
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _NO_SYNC = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
@@ -63,15 +71,54 @@ def atomic_write(path: Any, content: str | bytes) -> None:
     """
     # Several programs may write the same file at once: each has its own temporary file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with name_file(path):
+        try:
+            if isinstance(content, str):
+                # Names of files can contain bytes that are not UTF-8, which Python represents by
+                # surrogates.
+                content = content.encode(errors="backslashreplace")
+            temporary.write_bytes(content)
+            # Without it, file systems may store the new name before the contents.
+            sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        sync(path.parent)
+
+
+def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
+    """Removes temporary files that killed or failed calls of `atomic_write` left, if possible.
+
+    Args:
+        folder: Local folder.
+        names: Patterns of the names of files that no other program is writing.
+    """
+    for name in names:
+        for path in folder.glob(f"{name}.*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                _unlink(path)
+
+
+@contextlib.contextmanager
+def name_file(path: Any) -> Iterator[None]:
+    """Adds the name of a file to errors of the operating system that name none.
+
+    Errors when a file is opened name it, but not those when it is written, synced or closed. Those
+    when a folder is removed with its files name them without the folder.
+
+    Args:
+        path: File, or folder of several, that the block writes.
+    """
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        # Without it, file systems may store the new name before the contents.
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        for cause in iter_causes(error):
+            if isinstance(cause, OSError) and cause.errno:
+                name = cause.filename
+                if name is None or (isinstance(name, str) and not os.path.isabs(name)):
+                    cause.filename = os.fspath(path)
         raise
-    sync(path.parent)
 
 
 def sync(path: Any) -> None:
@@ -88,11 +135,12 @@ def sync(path: Any) -> None:
     if "://" in os.fspath(path):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with name_file(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         # Some file systems cannot sync, or not folders; Windows cannot open folders.
         if error.errno not in _NO_SYNC:
@@ -103,6 +151,44 @@ def sync_tree(folder: Path) -> None:
     """Calls `sync` for a local folder and for everything in it."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON that may be damaged or hostile.
+
+    Raises:
+        ValueError: The text is not JSON in UTF-8, or is nested so deeply that functions which call
+            themselves would fail.
+    """
+    try:
+        document = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deeply") from error
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) <= _MAX_JSON_DEPTH:  # type: ignore[arg-type]
+        return document
+    nodes, depth = [document], 0
+    while nodes := [child for node in nodes for child in _children(node)]:
+        depth += 1
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError("JSON is nested too deeply")
+    return document
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """Returns the lists and dicts in a node of a JSON document."""
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return (value for value in values if isinstance(value, list | dict))
+
+
+def is_integer(value: Any) -> bool:
+    """Returns whether a value from JSON is an integer of 64 bits; Python's have any length."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value from JSON is a number that can be converted to float."""
+    return isinstance(value, float) or is_integer(value)
 
 
 def read_json_lines(path: Any) -> list[dict[str, Any]]:
@@ -117,7 +203,7 @@ def read_json_lines(path: Any) -> list[dict[str, Any]]:
     try:
         text = path.read_text() if path.exists() else ""
         # Complete lines end in a newline: what follows the last newline is empty or cut off.
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = [parse_json(line) for line in text.split("\n")[:-1]]
         if all(isinstance(line, dict) for line in lines):
             return lines
     except ValueError:
@@ -142,7 +228,9 @@ class LineFile:
         """
         self._path, self._interval = path, interval
         self._lines = list(lines)
-        if self._lines or path.exists():
+        # Whether the name of the file survives a loss of power.
+        self._is_name_synced = bool(self._lines or path.exists())
+        if self._is_name_synced:
             atomic_write(path, _join_lines(self._lines))
         self._num_written = len(self._lines)
         self._is_local = "://" not in str(path)
@@ -159,7 +247,7 @@ class LineFile:
             OSError: A local file cannot be written.
         """
         if self._background is None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with name_file(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(_join_lines(lines))
             return
         self._lines += lines
@@ -178,6 +266,9 @@ class LineFile:
         if self._background is None:
             if self._path.exists():
                 sync(self._path)
+                if not self._is_name_synced:
+                    sync(self._path.parent)
+                    self._is_name_synced = True
             return
         if self._pending is not None:
             futures.wait([self._pending])
@@ -210,7 +301,7 @@ def _join_lines(lines: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def output_errors(target: str) -> Iterator[None]:
-    """Raises OutputWriteError, or DiskFullError, if the block fails to write into `target`.
+    """Raises OutputWriteError or WriteFailureError if the block fails to write into `target`.
 
     Usage errors and failures of the run remain as they are.
     """
@@ -226,6 +317,11 @@ def output_errors(target: str) -> Iterator[None]:
                 "resume."
             ) from error
         reason = getattr(error, "strerror", None) or summarize_error(error)
+        if is_failing(error):
+            raise WriteFailureError(
+                f"{target} cannot be written ({reason}). Check the file system and rerun the same "
+                "command to resume."
+            ) from error
         raise OutputWriteError(
             f"{target} must be writable ({reason}). Fix that and rerun the same command to resume."
         ) from error
@@ -247,7 +343,7 @@ def atomic_target(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -303,9 +399,13 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     import filelock
 
     with contextlib.ExitStack() as stack:
-        for folder in reversed([folder for folder in path.parents if not folder.exists()]):
+        created = [folder for folder in path.parents if not folder.exists()]
+        for folder in reversed(created):
             stack.callback(_remove_empty, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in created:
+            # A folder whose name is lost with the power takes everything in it along.
+            sync(folder.parent)
         timeout = -1 if wait else 0
         lock = filelock.FileLock(path, timeout=timeout, mode=0o666, fallback_to_soft=False)
         try:
@@ -325,7 +425,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             yield lock.is_locked
         finally:
             if lock.is_locked:
-                path.unlink(missing_ok=True)
+                _unlink(path)
                 lock.release()
 
 
@@ -350,6 +450,13 @@ def is_locked(path: Path) -> bool | None:
     return True
 
 
+def _unlink(path: Any) -> None:
+    """Removes a file, which is left if that fails: it does no harm, and is not worth an error."""
+    # Errors of object stores are of many types.
+    with contextlib.suppress(Exception):
+        path.unlink(missing_ok=True)
+
+
 def _remove_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -357,6 +464,7 @@ def _remove_empty(folder: Path) -> None:
 
 def _read_owner(lock_file: Path) -> str:
     try:
-        return lock_file.read_text() or "another process"
+        owner = " ".join(lock_file.read_text(errors="replace").split())[:_MAX_OWNER]
+        return owner or "another process"
     except OSError:
         return "another process"

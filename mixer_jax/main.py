@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         "--seeds",
         metavar="SEED,SEED,…",
         help="train with each of these seeds, e.g. 0,1,2, one after the other in WORKDIR/seed0, "
-        "WORKDIR/seed1, …, and print mean and standard deviation of their metrics; finished runs "
-        "are skipped",
+        "WORKDIR/seed1, …, and print mean and standard deviation of the metrics of all finished "
+        "seeds in WORKDIR; finished runs are skipped",
     )
     common.add_override_arg(parser, "override a key, e.g. --config.optimizer.learning_rate=3e-3")
     args, overrides = parser.parse_known_args(argv)
@@ -104,7 +104,10 @@ def _train_seeds(
 ) -> int:
     """Trains with several seeds and prints their metrics; returns the exit code."""
     if not config.evals:
-        raise UserError("config.evals must have an evaluation with --seeds, got none.")
+        raise UserError(
+            "config.evals must have an evaluation with --seeds, got none. Declare one in the "
+            "config file."
+        )
     check_wandb_installed(config.wandb)
     workdirs.check_seeds_workdir(resolved_workdir)
     for seed in seeds:
@@ -160,8 +163,8 @@ def train(
     Raises:
         UserError: The config is invalid, data is missing, the workdir belongs to another
             experiment, a script has no guard, or an evaluation failed and a retry would fail, too.
-        RunError: Training diverged, the disk is full, another process is training in `workdir`, or
-            an evaluation failed for a reason that may pass.
+        RunError: Training diverged, the disk is full or fails, another process is training in
+            `workdir`, or an evaluation failed for a reason that may pass.
     """
     # Set while Python imports the script of the parent process. See `multiprocessing.spawn`.
     if getattr(multiprocessing.current_process(), "_inheriting", False):

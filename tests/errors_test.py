@@ -1,11 +1,12 @@
 """Tests of exceptions and of what messages say about them."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from mixer_jax.errors import no_space_path, no_space_reason
+from mixer_jax.errors import no_space_path, no_space_reason, write_failure_reason
 from tests.helpers.messages import mentions
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.jsonl")
@@ -68,3 +69,39 @@ def test_no_space_path_resolves_links(tmp_path: Path) -> None:
 
 def test_no_space_path_is_the_folder_if_the_error_names_no_file() -> None:
     assert no_space_path(OSError(errno.ENOSPC, "No space left on device"), "/run") == "/run"
+
+
+def system_error(code: int, path: str | None = "/disk/run/metrics.jsonl") -> OSError:
+    return OSError(code, os.strerror(code), path)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.ENOTCONN],
+)
+def test_write_failure_reason_names_the_file(code: int) -> None:
+    error = system_error(code)
+    wrapped = ExceptionGroup("several", [KeyError("top1"), ValueError("failed")])
+    wrapped.exceptions[1].__cause__ = error
+    for raised in (error, wrapped):
+        reason = write_failure_reason(raised, "/disk/run")
+        assert mentions(reason, os.strerror(code), "/disk/run/metrics.jsonl")
+        assert write_failure_reason(raised, "/disk/other") == ""
+
+
+def test_write_failure_reason_reads_the_messages_of_libraries() -> None:
+    text = 'Error writing "/disk/run/checkpoints/5/d": [OS error 5: EIO Input/output error]'
+    assert write_failure_reason(ValueError(text), "/disk/run") == "Input/output error"
+    assert write_failure_reason(ValueError(text), "/disk/ru") == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        system_error(errno.EIO, None),
+        system_error(errno.ENOENT),
+        ValueError("/disk/run/metrics.jsonl"),
+    ],
+)
+def test_write_failure_reason_is_empty_without_a_file_or_a_failure(error: Exception) -> None:
+    assert write_failure_reason(error, "/disk/run") == ""

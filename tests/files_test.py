@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import shlex
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from mixer_jax.files import (
     atomic_write,
     file_lock,
     is_locked,
+    name_file,
     read_json_lines,
 )
 from tests.helpers.messages import mentions, raises
@@ -97,6 +99,53 @@ def test_atomic_write_keeps_the_old_file_on_failure(
     assert path.read_text() == "old"
 
 
+def test_errors_of_writes_and_syncs_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), [])
+    (tmp_path / "log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space") as caught:
+        file.append("line")
+    assert caught.value.filename == str(tmp_path / "log")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        atomic_write(tmp_path / "a.json", "new")
+    assert str(caught.value.filename).startswith(f"{tmp_path}/a.json.")
+    assert names(tmp_path) == ["log"]
+
+
+def test_name_file_names_the_causes_of_errors_and_keeps_other_names(tmp_path: Path) -> None:
+    # As of `shutil.rmtree`, relative to a folder that it has opened.
+    names = [None, "relative", "/other"]
+    errors = [OSError(errno.EIO, "failed", name) for name in names]
+    with pytest.raises(ValueError, match="saving"), name_file(tmp_path):
+        raise ValueError("saving") from ExceptionGroup("several", errors)
+    assert [error.filename for error in errors] == [str(tmp_path), str(tmp_path), "/other"]
+
+
+def test_files_that_cannot_be_removed_cause_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+    with file_lock(tmp_path / ".lock") as held:
+        assert held
+    with pytest.raises(KeyError), atomic_target(tmp_path / "weights"):
+        raise KeyError
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        atomic_write(tmp_path / "a.json", "new")
+    assert caught.value.__context__ is None
+
+
 def test_atomic_write_syncs_the_contents_before_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +164,28 @@ def test_line_file_syncs_its_lines_when_flushed(
     log = log_syncs(monkeypatch)
     file.flush()
     assert log.events == [("sync", str(tmp_path / "log"))]
+
+
+def test_line_file_syncs_its_name_when_it_is_first_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LineFile(epath.Path(tmp_path / "log"), [])
+    file.flush()
+    file.append("first")
+    log = log_syncs(monkeypatch)
+    file.flush()
+    file.append("second")
+    file.flush()
+    path = str(tmp_path / "log")
+    assert log.events == [("sync", path), ("sync", str(tmp_path)), ("sync", path)]
+
+
+def test_file_lock_syncs_the_names_of_new_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_syncs(monkeypatch)
+    with file_lock(tmp_path / "runs" / "mine" / ".lock"):
+        assert {path for _, path in log.events} == {str(tmp_path), str(tmp_path / "runs")}
 
 
 def test_atomic_write_encodes_text_as_utf_8(tmp_path: Path) -> None:

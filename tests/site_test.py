@@ -42,15 +42,18 @@ def test_every_config_key_is_described_once() -> None:
         assert ("resumed" in text) == field.resumable, name
 
 
-def test_ranges_and_units_of_a_config_key() -> None:
+def test_ranges_units_and_example_of_a_config_key() -> None:
     fields = {
         "size": Field(int, 4, "side of a patch", unit="px", min=1),
         "rate": Field(float, 0.5, "rate", min=0, max=0.9, resumable=True),
+        "freeze": Field(str, "", "layers", example="stem,*bias"),
     }
-    size, rate = ENTRY.findall(generated_reference._format_fields(fields))
+    size, rate, freeze = ENTRY.findall(generated_reference._format_fields(fields))
     assert "Integer in pixels; default `4`; at least 1." in size[2]
     assert "Side of a patch." in size[2]
     assert "Number; default `0.5`; from 0 to 0.9; may change" in rate[2]
+    # Shells expand an asterisk.
+    assert "Layers. Example: `--config.freeze='stem,*bias'`." in freeze[2]
 
 
 def test_every_installed_config_is_listed_with_its_purpose(root: Path) -> None:
@@ -128,6 +131,7 @@ def test_help_becomes_a_sentence_without_changing_identifiers() -> None:
     assert sentence("default: test") == "Default: test."
     assert sentence("native: that of the checkpoint") == "native: that of the checkpoint."
     assert sentence("few_shot: images") == "few_shot: images."
+    assert sentence("muon, adafactor: decay") == "muon, adafactor: decay."
     assert sentence("inception, resize", ("inception", "resize")) == "inception, resize."
     assert sentence("as --config.seed=1, e.g. <N>") == r"As `--config.seed=1`, e.g. \<N>."
 

@@ -237,7 +237,7 @@ class _Stream(NamedTuple):
     """Endless stream of a library.
 
     Attributes:
-        name: What it does.
+        name: Access pattern.
         open: Function that starts a stream of samples, which one thread reads.
         read: Function from a sample to the bytes of an image, for any thread.
     """

@@ -28,7 +28,7 @@ from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import build_model, resolve_dtype
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-from mixer_jax.training.step import create_state, jit_train_step
+from mixer_jax.training.step import create_state, jit_train_step, train_step
 
 
 class StepFunction(NamedTuple):
@@ -208,7 +208,16 @@ def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction
         create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
     )
     sharding = state_sharding(jax.eval_shape(init_state), mesh, workload.family)
-    function = jit_train_step(RecipeConfig(), 0, sharding, model, tx, schedule, mesh)
+    step = functools.partial(
+        train_step,
+        recipe=RecipeConfig(),
+        seed=0,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        mesh=mesh,
+    )
+    function = jit_train_step(step, sharding, mesh, model)
     return StepFunction(function, init_state, True)
 
 

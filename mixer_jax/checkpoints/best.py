@@ -118,6 +118,10 @@ def format_metric(name: str, value: float) -> str:
 
 def format_value(name: str, value: float) -> str:
     """Formats the value of a metric, fractions as percentages."""
+    return f"{value:.2%}" if is_fraction(name) else f"{value:.4f}"
+
+
+def is_fraction(name: str) -> bool:
+    """Returns whether a metric is a fraction, such as an accuracy or mean average precision."""
     metric = name.rpartition("/")[2]
-    is_fraction = metric in _FRACTIONS or metric.endswith("_shot")
-    return f"{value:.2%}" if is_fraction else f"{value:.4f}"
+    return metric in _FRACTIONS or metric.endswith("_shot")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixer_jax.errors import RunError, summarize_error
+from mixer_jax.files import parse_json
 
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "crc32"
@@ -107,7 +108,7 @@ def verify_checksums(
     with read_errors(folder, CHECKSUMS_FILE):
         data = (folder / CHECKSUMS_FILE).read_bytes()
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         if (content["algorithm"], content["part_size"]) != (_ALGORITHM, _PART_SIZE):
             raise ValueError("unknown algorithm")
         files = {
@@ -120,7 +121,7 @@ def verify_checksums(
             for file, (size, checksums) in files.items()
             for start, checksum in zip(_part_starts(size), checksums, strict=True)
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedFileError(f"{CHECKSUMS_FILE} is not valid") from error
     for file, (size, _) in files.items():
         _check_size(folder, file, size)

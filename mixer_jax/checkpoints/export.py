@@ -30,7 +30,15 @@ from mixer_jax.checkpoints.resolve import (
 )
 from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
-from mixer_jax.errors import DiskFullError, RunError, UserError, no_space_reason
+from mixer_jax.errors import (
+    DiskFullError,
+    RunError,
+    UserError,
+    WriteFailureError,
+    is_failing,
+    no_space_reason,
+    summarize_error,
+)
 from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
@@ -155,6 +163,7 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
     Raises:
         UserError: The target cannot be written, or the weights are not finite.
         DiskFullError: The target cannot be written for lack of space.
+        WriteFailureError: The disk or file server of the target fails.
         RunError: The target differs from the weights when it is read back.
     """
     flat = dict(flatten_params(weights.params))
@@ -250,6 +259,11 @@ def _staged(target: str) -> Iterator[Path]:
             raise DiskFullError(
                 f"target {target!r} cannot be written ({reason}). Free space and run the same "
                 "command again."
+            ) from error
+        if is_failing(error):
+            raise WriteFailureError(
+                f"target {target!r} cannot be written ({summarize_error(error)}). Check the file "
+                "system and run the same command again."
             ) from error
         if not isinstance(error, OSError):
             raise

@@ -220,9 +220,7 @@ def _load_run(
         model_info = ModelInfo.from_metadata(metadata, source)
         item = "ema_params" if get_metadata(metadata, "ema", source) else "params"
         shapes = model_info.param_shapes()
-        target = unflatten_params(
-            {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-        )
+        target = _allocate(shapes, source)
         params = checkpoints.restore(step, {item: target})[item]
     finally:
         checkpoints.close()
@@ -246,6 +244,19 @@ def _load_run(
         ref.step,
         ref.path if ref.format == RUN and is_as_trained else "",
     )
+
+
+def _allocate(shapes: dict[str, tuple[int, ...]], source: str) -> Any:
+    """Allocates parameters; raises UserError if metadata claims more than there is memory for."""
+    try:
+        return unflatten_params(
+            {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+        )
+    except (MemoryError, ValueError) as error:
+        count = sum(map(math.prod, shapes.values()))
+        raise UserError(
+            f"{source} needs memory for {count:,} parameters, which this machine does not have."
+        ) from error
 
 
 def _load_file(

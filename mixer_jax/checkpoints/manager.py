@@ -8,7 +8,6 @@ anything is restored.
 """
 
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -33,7 +32,7 @@ from mixer_jax.checkpoints.checksums import (
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
 from mixer_jax.errors import RunError, UserError, summarize_error
-from mixer_jax.files import remove_abandoned, sync, sync_tree
+from mixer_jax.files import name_file, parse_json, remove_abandoned, sync, sync_tree
 
 Tree = Any
 
@@ -124,7 +123,15 @@ class CheckpointManager:
             temporary_path_class=_ChecksummedPath if self._has_checksums else None,
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            with name_file(self._folder):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # orbax reads the index of every checkpoint.
+            raise UserError(
+                f"{self._folder} has a checkpoint with a damaged {INDEX} "
+                f"({summarize_error(error)}). Move its folder elsewhere."
+            ) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
@@ -144,7 +151,9 @@ class CheckpointManager:
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         metadata = metadata | {_HAS_CHECKSUMS: self._has_checksums}
         args = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **saves)
-        self._manager.save(step, args=args, force=True)
+        # Also raises errors of the previous save.
+        with name_file(self._folder):
+            self._manager.save(step, args=args, force=True)
 
     def restore(
         self, step: int, targets: dict[str, Tree], *, is_verified: bool = False
@@ -243,24 +252,28 @@ class CheckpointManager:
     def delete_outdated(self) -> None:
         """Deletes checkpoints that are neither among the newest nor the best.
 
-        A save does so before its own step is evaluated. All hosts must call it together.
+        A save does so before its own step is evaluated, and may be interrupted. All hosts must call
+        it together.
         """
-        if self._find_best is None or self._max_to_keep is None:
+        if self._max_to_keep is None:
             return
         self.wait()
         steps = self.all_steps()
-        best = self._find_best(steps)
-        for step in steps[: -self._max_to_keep]:
-            if step != best:
-                self._manager.delete(step)
+        best = self._find_best(steps) if self._find_best is not None else None
+        with name_file(self._folder):
+            for step in steps[: -self._max_to_keep]:
+                if step != best:
+                    self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until all saves are written. All hosts must call it together."""
-        self._manager.wait_until_finished()
+        with name_file(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until all saves are written. All hosts must call it together."""
-        self._manager.close()
+        with name_file(self._folder):
+            self._manager.close()
 
     @contextmanager
     def _damage_errors(self, step: int, *, is_intact: bool = False) -> Iterator[None]:
@@ -294,7 +307,7 @@ def _read_json(folder: Any, file: str) -> Any:
     with read_errors(folder, file):
         content = (folder / file).read_bytes()
     try:
-        return json.loads(content)
+        return parse_json(content)
     except ValueError as error:
         raise DamagedFileError(f"{file} is not valid JSON") from error
 

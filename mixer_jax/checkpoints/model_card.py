@@ -8,13 +8,12 @@ from etils import epath
 
 from mixer_jax.checkpoints.model_info import ModelInfo, format_image_size
 from mixer_jax.checkpoints.model_zoo import MODEL_ZOO
-from mixer_jax.checkpoints.resolve import HUB, HUB_FILE, METRICS_FILE
+from mixer_jax.checkpoints.resolve import HUB, HUB_FILE, read_metrics
 from mixer_jax.checkpoints.timm_config import find_timm_model, timm_expression, timm_folder_code
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
 from mixer_jax.config.schema import EVAL_FIELDS, FIELDS
 from mixer_jax.data.names import FOLDER, HUGGING_FACE, MANIFEST, WEB_DATASET
 from mixer_jax.errors import UserError
-from mixer_jax.files import read_json_lines
 from mixer_jax.models.registry import get_family
 
 CARD_FILE = "README.md"
@@ -221,8 +220,7 @@ def _read_evaluations(weights: PretrainedWeights, metric: str) -> Iterator[dict[
     config, step = weights.train_config, weights.step
     if config is None or step is None or not weights.workdir:
         return
-    lines = read_json_lines(epath.Path(weights.workdir) / METRICS_FILE)
-    lines = [line for line in lines if line.get("step") == step]
+    lines = [line for line in read_metrics(weights.workdir) if line["step"] == step]
     default = EVAL_FIELDS["type"].default
     for name, entry in config.get("evals", {}).items():
         key = f"{name}/{metric}"

@@ -1,17 +1,17 @@
 """Checkpoint metadata: what is needed to use weights but cannot be inferred from their tensors."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mixer_jax.config.compat import upgrade_value
-from mixer_jax.config.schema import FIELDS
+from mixer_jax.config.schema import ARCHITECTURE_FIELDS, FIELDS
 from mixer_jax.data.permutation import PixelPermutation
 from mixer_jax.data.source import normalize_names
 from mixer_jax.errors import UserError
+from mixer_jax.files import is_integer, parse_json
 from mixer_jax.models.execution import AUTO, AUTO_UNROLL
 from mixer_jax.models.family import Layer
 from mixer_jax.models.registry import DEFAULT_FAMILY, FAMILIES, build_model, get_family
@@ -30,6 +30,8 @@ METADATA_FIELDS = (
     "permutation",
     "multi_label",
 )
+# Largest side of images, and number of classes, that metadata may claim.
+_MAX_LENGTH = 2**24
 # Present names of fields in metadata of older checkpoints.
 _OLD_FIELDS = {"widths": "config", "resolution": "resize_note"}
 
@@ -124,17 +126,26 @@ class ModelInfo:
             UserError: A field is missing or has an invalid value.
         """
         with _metadata_errors(source):
+            if not isinstance(data, dict):
+                raise TypeError("it is not a JSON object")
             data = upgrade_metadata(data)
             # Older versions had Mixers only.
             family = data.get("family", DEFAULT_FAMILY)
             if family not in FAMILIES:
                 known = ", ".join(FAMILIES)
                 raise UserError(f"{source}: family must be one of {known}, got {family!r}.")
+            variant, num_classes = data["variant"], data["num_classes"]
+            if not isinstance(variant, str):
+                raise UserError(f"{source}: variant must be text, got {variant!r}.")
+            if not is_integer(num_classes) or not 0 <= num_classes < _MAX_LENGTH:
+                raise UserError(
+                    f"{source}: num_classes must be from 0 to {_MAX_LENGTH:,}, got {num_classes!r}."
+                )
             return cls(
                 family,
-                data["variant"],
-                FAMILIES[family].config_class(**data["config"]),
-                num_classes=data["num_classes"],
+                variant,
+                _parse_architecture(FAMILIES[family].config_class, data["config"], source),
+                num_classes=num_classes,
                 **validate_metadata(data, source),
             )
 
@@ -162,6 +173,22 @@ class ModelInfo:
             }
             del data["widths"]
         return cls.from_dict(data, source)
+
+
+def _parse_architecture(config_class: type, data: dict[str, Any], source: str) -> Any:
+    """Converts untrusted metadata to the config of a family.
+
+    Raises:
+        UserError: A field has an invalid value.
+        TypeError: A field is missing or unknown.
+    """
+    for name, value in data.items():
+        if field := ARCHITECTURE_FIELDS.get(name):
+            field.check(f"{source}: config.{name}", value)
+            # 0 and "" are only valid in configs of runs, where they keep the variant's value.
+            if not value and field.type is not bool:
+                raise UserError(f"{source}: config.{name} must not be {value!r}.")
+    return config_class(**data)
 
 
 def upgrade_metadata(data: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +250,9 @@ def validate_metadata(data: dict[str, Any], source: str = "") -> dict[str, Any]:
     if "image_size" in fields:
         size = fields["image_size"]
         pair = size if isinstance(size, list | tuple) else [size, size]
-        if len(pair) != 2 or not all(type(length) is int and length > 0 for length in pair):
+        if len(pair) != 2 or not all(
+            is_integer(length) and 0 < length <= _MAX_LENGTH for length in pair
+        ):
             raise error("image_size", "height and width in pixels")
         fields["image_size"] = tuple(pair)
     if "class_names" in fields:
@@ -279,8 +308,8 @@ def read_metadata_json(path: Path) -> dict[str, Any]:
 def parse_metadata_json(content: str | bytes, source: str) -> dict[str, Any]:
     """Parses metadata; raises UserError, which starts with `source`, unless it is a JSON object."""
     try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(content)
+    except ValueError as error:
         raise UserError(f"{source} is not JSON. Fix or remove it.") from error
     if not isinstance(data, dict):
         name = type(data).__name__

@@ -4,7 +4,6 @@ Resolution reads names only; neither needs JAX or orbax.
 """
 
 import contextlib
-import json
 import re
 import shutil
 import socket
@@ -13,7 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -26,7 +25,7 @@ from mixer_jax.errors import (
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import read_json_lines
+from mixer_jax.files import is_integer, is_number, parse_json, read_json_lines
 
 HUB = "hf:"
 # timm's spellings of the same.
@@ -261,6 +260,24 @@ def is_checkpoint_path(path: Path | epath.Path) -> bool:
     return is_step and path.parent.name == CHECKPOINT_DIR
 
 
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """Reads the lines of a run's `metrics.jsonl`, except one that a crash cut off.
+
+    Raises:
+        UserError: A line is not a JSON object of numbers with a step.
+    """
+    path = epath.Path(workdir) / METRICS_FILE
+    lines = read_json_lines(path)
+    if not all(
+        is_integer(line.get("step")) and all(map(is_number, line.values())) for line in lines
+    ):
+        raise UserError(
+            f"{str(path)!r} has lines without a step, or with values that are not numbers. Move "
+            "the file away."
+        )
+    return lines
+
+
 def _find_best_step(path: str, workdir: str, steps: list[int]) -> int:
     """Returns the step with the best logged value among those with a checkpoint.
 
@@ -274,7 +291,7 @@ def _find_best_step(path: str, workdir: str, steps: list[int]) -> int:
             f"step of checkpoint {path!r} must be a number, got {BEST!r}: its run was trained "
             f"without config.checkpoint.best_metric. {newest}"
         )
-    lines = read_json_lines(epath.Path(workdir) / METRICS_FILE)
+    lines = read_metrics(workdir)
     best = MetricHistory(name, lines).best_step(steps)
     if best is None:
         raise UserError(
@@ -293,7 +310,7 @@ def _read_best_metric(workdir: str) -> str:
     if not path.exists():
         return ""
     try:
-        return fill_defaults(json.loads(path.read_text()))["checkpoint"]["best_metric"]
+        return fill_defaults(parse_json(path.read_bytes()))["checkpoint"]["best_metric"]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is not the config of a run.") from error
 

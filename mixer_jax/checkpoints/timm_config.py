@@ -206,7 +206,7 @@ def fold_normalization(stem: dict[str, Any] | None, config: dict[str, Any], sour
         is_valid = mean.shape == std.shape == (3,) and bool(
             np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
         raise UserError(

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mixer_jax.checkpoints.best import BEST, Step
 from mixer_jax.config.schema import FIELDS
 from mixer_jax.distributed.hardware import silence_libtpu
-from mixer_jax.errors import RunError, UserError, exit_code
+from mixer_jax.errors import (
+    RunError,
+    UserError,
+    describe_file_failure,
+    describe_full_memory,
+    exit_code,
+)
 from mixer_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -50,8 +56,8 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2 and failed runs with 1, after one line on standard error. Commands that
-    Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
+    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -77,6 +83,13 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
         code = exit_code(error)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
+        code = exit_code(error)
+    except Exception as error:
+        # Disks, file servers and the memory may fail wherever a command uses them.
+        description = describe_file_failure(error) or describe_full_memory(error)
+        if not description:
+            raise
+        print(f"error: {description}", file=sys.stderr)
         code = exit_code(error)
     sys.exit(code)
 
@@ -303,7 +316,7 @@ def parse_step(text: str) -> Step:
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
         raise UserError(f"--seeds must be integers of at least 0, such as 0,1,2, got {text!r}.")
     seeds = tuple(map(int, parts))
     if len(set(seeds)) < len(seeds):
@@ -320,7 +333,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
         argparse.ArgumentTypeError: The text has another form.
     """
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}.")
     return int(sides[0]), int(sides[-1])
 

@@ -15,7 +15,7 @@ from etils import epath
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.errors import UserError
-from mixer_jax.files import atomic_write, output_errors
+from mixer_jax.files import atomic_write, is_number, output_errors, parse_json
 from mixer_jax.training.workdir import CONFIG_FILE, config_diff, to_json
 
 RESULT_FILE = "result.json"
@@ -41,7 +41,7 @@ class Result:
 
 
 def save_result(folder: str, result: Result) -> None:
-    """Writes the result in `folder`, or raises OutputWriteError or DiskFullError."""
+    """Writes the result in `folder`, or raises OutputWriteError or WriteFailureError."""
     save_json(folder, RESULT_FILE, dataclasses.asdict(result))
 
 
@@ -58,9 +58,10 @@ def read_result(folder: str, data: str) -> Result | None:
     try:
         result = Result(**fields)
         numbers = [result.metrics["top1"], result.metrics["num_examples"]]
-        if not all(isinstance(number, int | float) for number in numbers):
+        numbers += [*result.metrics.values(), result.device_seconds or 0.0]
+        if not all(map(is_number, numbers)):
             raise TypeError
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a result. Remove it to repeat the run.") from error
     if result.data != data:
         raise UserError(
@@ -70,7 +71,7 @@ def read_result(folder: str, data: str) -> Result | None:
 
 
 def save_json(folder: str, name: str, data: Any) -> None:
-    """Writes a JSON file in `folder`, or raises OutputWriteError or DiskFullError."""
+    """Writes a JSON file in `folder`, or raises OutputWriteError or WriteFailureError."""
     with output_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         atomic_write(epath.Path(folder) / name, json.dumps(data, indent=2) + "\n")
@@ -86,7 +87,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
         if not isinstance(data, dict):
             raise ValueError
     except ValueError as error:
@@ -103,7 +104,10 @@ def check_same_run(folder: str, config: RunConfig) -> None:
     if saved is not None and (
         (epath.Path(folder) / RESULT_FILE).exists() or list_saved_steps(folder)
     ):
-        _, differences = config_diff(saved, config)
+        try:
+            _, differences = config_diff(saved, config)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UserError(f"{folder}/{CONFIG_FILE} is not the config of a run.") from error
         _check_no_differences(folder, differences)
 
 

@@ -5,6 +5,8 @@ once more (see loading.py). `parse` then checks the whole, before any device is 
 converts it to a `RunConfig`.
 """
 
+import functools
+import operator
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -45,6 +47,9 @@ def fill_defaults(saved: dict[str, Any]) -> dict[str, Any]:
 
     The default of a key is what runs did before the key existed. Old spellings of keys and values
     are translated. No entry is added to evals or mixture.
+
+    Raises:
+        TypeError, AttributeError: It is not a config: a section or value has another type.
     """
     tree = upgrade_config(saved)
     for path, field in FIELDS.items():
@@ -57,7 +62,21 @@ def fill_defaults(saved: dict[str, Any]) -> dict[str, Any]:
         for entry in tree.get(section, {}).values():
             for name, field in fields.items():
                 entry.setdefault(name, field.default)
+    for path, field in FIELDS.items():
+        _check_saved_type(path, field, functools.reduce(operator.getitem, path.split("."), tree))
+    for section, fields in NAMED_SECTIONS.items():
+        for name, entry in tree.get(section, {}).items():
+            for key, field in fields.items():
+                _check_saved_type(f"{section}.{name}.{key}", field, entry[key])
     return tree
+
+
+def _check_saved_type(path: str, field: Field, value: Any) -> None:
+    """Raises TypeError unless a value of a saved config has the type of its key."""
+    # JSON that other programs wrote has 1 instead of 1.0.
+    accepted = (int, float) if field.type is float else (field.type,)
+    if type(value) not in accepted:
+        raise TypeError(f"{path} must be {field.type.__name__}")
 
 
 def evals(**entries: dict[str, Any]) -> ConfigDict:
@@ -404,7 +423,8 @@ def _format_field(path: str, field: Field, width: int) -> str:
     default = str(field.default).lower() if field.type is bool else str(field.default) or '""'
     start = f"  {path:<{_PATH_WIDTH - 2}}{default} {field.unit}".rstrip()
     choices = f" [{'|'.join(field.choices)}]" if len(field.choices) > 1 else ""
-    lines = textwrap.wrap(field.help + choices, width - indent, break_on_hyphens=False)
+    example = f"; e.g. {field.example}" if field.example and not choices else ""
+    lines = textwrap.wrap(field.help + example + choices, width - indent, break_on_hyphens=False)
     if len(start) >= indent:
         lines.insert(0, "")
     return f"\n{' ' * indent}".join([f"{start:<{indent}}{lines[0]}".rstrip(), *lines[1:]])

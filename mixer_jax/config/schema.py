@@ -33,6 +33,7 @@ class Field:
         type: int, float, bool or str.
         default: Value where a config does not set the key.
         help: One line, without the unit.
+        example: Another value than the default, as it is written on the command line.
         unit: Unit of the value, e.g. "px"; empty for plain numbers and text.
         choices: Allowed values, if they can be listed.
         min: Smallest value allowed.
@@ -43,6 +44,7 @@ class Field:
     type: type
     default: Any
     help: str
+    example: str = ""
     unit: str = ""
     choices: tuple[str, ...] = ()
     min: float = -math.inf
@@ -201,9 +203,9 @@ class DatasetConfig:
 
     name: str = key(
         "imagenet2012",
-        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE, e.g. manifest:birds.csv; "
-        "hf:NAME_OR_PATH, e.g. hf:uoft-cs/cifar10; wds:PATH, e.g. wds:/data/imagenet; "
+        "TFDS name, optionally NAME@LABEL; folder:PATH; manifest:FILE; hf:NAME_OR_PATH; wds:PATH; "
         '"digits"; "synthetic"',
+        example="hf:uoft-cs/cifar10",
     )
     data_dir: str = key("", "TFDS folder; empty: the default of TFDS", resumable=True)
     train_split: str = key("train", "training split, in TFDS syntax")
@@ -248,10 +250,16 @@ class PreprocessConfig:
         10.0, "RandAugment magnitude, on a scale of 0 to 10; larger values extrapolate", min=0
     )
     random_erasing: float = key(
-        0.0, "probability of erasing a box of a training image, e.g. 0.25; 0: never", min=0, max=1
+        0.0,
+        "probability of erasing a box of a training image; 0 disables it",
+        example="0.25",
+        min=0,
+        max=1,
     )
     random_erasing_mode: Literal["constant", "random", "pixel"] = key(
-        "constant", "fills the box with gray, one random color, or a random color per pixel"
+        "constant",
+        "fill of the box of random_erasing: gray, one random color, or a random color per pixel",
+        example="pixel",
     )
     eval_crop: Literal["shorter_side", "square", "bicubic", "bilinear", "resize"] = key(
         "shorter_side",
@@ -328,15 +336,23 @@ class RecipeConfig:
     )
     mixup: float = key(0.0, "parameter p of Beta(p, p); 0 disables mixup", min=0)
     cutmix: float = key(
-        0.0, "parameter p of Beta(p, p), 1.0 in the CutMix paper; 0 disables CutMix", min=0
+        0.0,
+        "parameter p of Beta(p, p), 1 in the CutMix paper; 0 disables CutMix",
+        example="1.0",
+        min=0,
     )
     mixup_switch_prob: float = key(
-        0.5, "probability that a step uses CutMix if both mixup and CutMix are on", min=0, max=1
+        0.5,
+        "probability that a step uses CutMix if both mixup and CutMix are on",
+        example="0.3",
+        min=0,
+        max=1,
     )
     class_weights: Literal["none", "balanced"] = key(
         "none",
         "factor of the loss of an example, by its class; balanced: number of images / (number of "
         "classes × images of the class), which averages to 1",
+        example="balanced",
     )
     grad_accum_steps: int = key(
         1, "microbatches that each batch is split into", min=1, resumable=True
@@ -349,6 +365,11 @@ class RecipeConfig:
     )
 
 
+# Fractions, or numbers with an exponent of up to two digits: Python computes 1e-999999999 exactly,
+# which would take hours.
+_FRACTION = re.compile(r"\s*[0-9.]{1,30}(e-?[0-9]{1,2}|/[0-9]{1,30})?\s*", re.IGNORECASE)
+
+
 def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
     """Parses fractions of a run, such as "0.3,0.6,0.9" or "30/90,60/90"; empty text is none.
 
@@ -356,7 +377,10 @@ def parse_decay_points(name: str, text: str) -> tuple[Fraction, ...]:
         UserError: The text is not a list of increasing fractions; the message starts with `name`.
     """
     try:
-        points = [Fraction(point) for point in text.split(",")] if text.strip() else []
+        parts = text.split(",") if text.strip() else []
+        if not all(map(_FRACTION.fullmatch, parts)):
+            raise ValueError
+        points = list(map(Fraction, parts))
     except (ValueError, ZeroDivisionError):
         points = [Fraction(0)]
     if points != sorted(set(points)) or not all(0 < point < 1 for point in points):
@@ -375,6 +399,7 @@ class OptimizerConfig:
         "adamw",
         "update rule of optax; sgd: with momentum; muon: for matrices of blocks, and AdamW for all "
         "other parameters",
+        example="lion",
     )
     learning_rate: float = key(1e-3, "peak learning rate, at the end of warmup", min=0)
     warmup_steps: int = key(10_000, "length of linear warmup from zero", unit="steps", min=0)
@@ -382,16 +407,24 @@ class OptimizerConfig:
         "linear",
         "decay after warmup; staircase: to a tenth at each of decay_points; rsqrt: by "
         "1 / √(1 + steps since warmup / rsqrt_timescale)",
+        example="cosine",
     )
     decay_points: str = key(
-        "", "staircase: fractions of the steps, warmup included: 0.3,0.6,0.9 or 30/90,60/90,80/90"
+        "",
+        "staircase: fractions of the steps, warmup included, as numbers or quotients",
+        example="30/90,60/90,80/90",
     )
     rsqrt_timescale: int = key(
-        10_000, "rsqrt: steps after which the rate is 1 / √2 of its peak", unit="steps", min=1
+        10_000,
+        "rsqrt: steps after which the rate is 1 / √2 of its peak",
+        example="1000",
+        unit="steps",
+        min=1,
     )
     cooldown_steps: int = key(
         0,
-        "rsqrt, none: length of the final linear decay to end_learning_rate; 0: none",
+        "rsqrt, none: length of the final linear decay to end_learning_rate; 0 disables it",
+        example="5000",
         unit="steps",
         min=0,
     )
@@ -412,16 +445,21 @@ class OptimizerConfig:
         0.999,
         "adamw, lamb, muon: decay of AdamW's second moment; lion: decay of its momentum, usually "
         "0.99",
+        example="0.99",
         min=0,
         max=0.999999,
     )
     eps: float = key(
-        1e-8, "adamw, lamb, muon: epsilon of AdamW and Muon; lamb: usually 1e-6", min=0
+        1e-8,
+        "adamw, lamb, muon: epsilon of AdamW and Muon; lamb: usually 1e-6",
+        example="1e-6",
+        min=0,
     )
     momentum: float = key(
         0.9,
-        "sgd, muon, adafactor: decay of the momentum; muon: usually 0.95; adafactor: 0 needs no "
-        "memory for it",
+        "sgd, muon, adafactor: decay of the momentum; muon: usually 0.95; adafactor: 0 disables "
+        "it and saves its memory",
+        example="0.95",
         min=0,
         max=0.999999,
     )
@@ -429,20 +467,23 @@ class OptimizerConfig:
     sam_rho: float = key(
         0.0,
         "sharpness-aware minimization (SAM): distance from the parameters at which the gradient is "
-        "computed, such as 0.1; doubles the time of a step; 0 disables it",
+        "computed; doubles the time of a step; 0 disables it",
+        example="0.1",
         min=0,
     )
     layer_decay: float = key(
         1.0,
-        "factor of the learning rate from each layer to the one before it, such as 0.75; the "
-        "head's is 1; 1 disables it",
+        "factor of the learning rate from each layer to the one before it; the head has the full "
+        "rate; 1 disables it",
+        example="0.75",
         min=0.01,
         max=1,
     )
     freeze: str = key(
         "",
-        "layers or parameters that are not trained, by name or wildcard, separated by commas: "
-        "stem,blocks.0 or stem,blocks.*,*bias; empty: none",
+        "layers or parameters that are not trained, by name or with wildcards, separated by "
+        "commas; empty: none",
+        example="stem,blocks.0,*bias",
     )
 
     @property
@@ -481,8 +522,9 @@ class CheckpointConfig:
     keep: int = key(2, "newest checkpoints to keep", min=1, resumable=True)
     best_metric: str = key(
         "",
-        "also keep the checkpoint with the best value of this metric, EVAL/METRIC as in "
-        "metrics.jsonl, e.g. validation/top1, and save at each of its evaluations; empty: none",
+        "metric, as EVAL/METRIC in metrics.jsonl, whose best checkpoint is kept as well; a "
+        "checkpoint is saved at each of its evaluations; empty: none",
+        example="test/top1",
         resumable=True,
     )
 
@@ -494,7 +536,7 @@ def parse_shots(name: str, text: str) -> tuple[int, ...]:
         UserError: The text is not a list of positive integers; the message starts with `name`.
     """
     numbers = [number.strip() for number in text.strip("()[] ").split(",")]
-    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+    if not all(re.fullmatch("[0-9]{1,9}", number) and int(number) for number in numbers):
         raise UserError(f"{name} must be a list of positive integers such as 1,5,10, got {text!r}.")
     return tuple(dict.fromkeys(map(int, numbers)))
 
@@ -507,7 +549,7 @@ def parse_profile_steps(name: str, text: str) -> range:
     """
     if not text:
         return range(0)
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
     steps = range(int(match[1]), int(match[2])) if match else range(0)
     if not steps or not steps[0]:
         raise UserError(
@@ -586,7 +628,9 @@ class RunConfig:
     eval_batch_size: int = key(
         1024, "evaluation batch over all devices and hosts", unit="images", min=1, resumable=True
     )
-    image_size: int = key(224, "side of the square images that the model sees", unit="px", min=1)
+    image_size: int = key(
+        224, "side of the square images that the model sees", unit="px", min=1, max=2**16
+    )
     init_from: str = key(
         "", "checkpoint to fine-tune: a workdir, a file or hf:OWNER/NAME, as --checkpoint"
     )
@@ -617,16 +661,18 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     early_stopping_patience: int = key(
         0,
-        "stop after this many evaluations in a row without a better checkpoint.best_metric, e.g. "
-        "5; 0: never",
+        "stop after this many evaluations in a row without a better checkpoint.best_metric; 0: "
+        "never",
+        example="5",
         unit="evaluations",
         min=0,
         resumable=True,
     )
     early_stopping_min_delta: float = key(
         0.0,
-        "smallest improvement of checkpoint.best_metric that counts, e.g. 0.001 for 0.1 % of an "
-        "accuracy",
+        "smallest improvement of checkpoint.best_metric that counts; accuracies are fractions, so "
+        "that 0.001 is 0.1 %",
+        example="0.001",
         min=0,
         resumable=True,
     )

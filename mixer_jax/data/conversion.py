@@ -32,7 +32,14 @@ from mixer_jax.data.preparation import (
 from mixer_jax.data.registry import list_splits, open_dataset
 from mixer_jax.data.source import Example, Source, relabel
 from mixer_jax.data.tfds import dataset_names, find_builder, resolve_data_dir
-from mixer_jax.errors import UserError, abbreviate, no_space_reason
+from mixer_jax.errors import (
+    UserError,
+    WriteFailureError,
+    abbreviate,
+    is_failing,
+    no_space_reason,
+    summarize_error,
+)
 
 _VERSION = "1.0.0"
 # Shards of TFDS have at most this size. More files would exceed the limit on open files.
@@ -104,6 +111,11 @@ def convert_dataset(dataset: str, name: str, data_dir: str = "") -> Conversion:
                 temp.replace(folder)
     except (OSError, RuntimeError) as error:
         # The writer of array_record raises RuntimeError.
+        if is_failing(error):
+            raise WriteFailureError(
+                f"dataset {name!r} cannot be written to {folder.parent} "
+                f"({summarize_error(error)}). Check the file system and run the same command again."
+            ) from error
         fix = ""
         if reason := no_space_reason(error):
             fix = " Free space and run the same command again."

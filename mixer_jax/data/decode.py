@@ -383,6 +383,8 @@ def _decode_png(encoded: bytes) -> tuple[np.ndarray, int]:
     header = chunks[b"IHDR"]
     width, height = int.from_bytes(header[:4]), int.from_bytes(header[4:8])
     check_image_area(height, width)
+    if not height * width:
+        raise BadImageError("empty image", f"{width} × {height}")
     bits, color_type, _, _, interlaced = header[8:13]
     mode, samples = _PNG_MODES[color_type, bits]
     with _reject_failures(_PNG_ROWS):

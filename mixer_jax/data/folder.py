@@ -273,10 +273,10 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 
 def _hold_out(split: _Split) -> dict[str, _Split]:
     """Holds out a tenth of every class."""
-    parts = hold_out(np.array([label for _, label in split.files], np.int64))
+    labels = LabelArrays(np.array([label for _, label in split.files], np.int64))
     return {
-        name: split._replace(files=[split.files[index] for index in indices.tolist()])
-        for name, indices in zip((TRAIN, VALIDATION), parts, strict=True)
+        name: split._replace(files=[split.files[row] for row in rows.tolist()])
+        for name, rows in hold_out(np.arange(len(labels)), labels).items()
     }
 
 

@@ -16,11 +16,14 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import read_image
 from mixer_jax.data.names import HUGGING_FACE, split_label
 from mixer_jax.data.source import (
+    BAD_LABEL,
     DIGEST,
+    NO_LABEL,
     Example,
     Examples,
     LabelArrays,
     Source,
+    absent_class_notes,
     normalize_names,
     sort_class_names,
 )
@@ -30,7 +33,7 @@ from mixer_jax.data.splits import (
     VALIDATION,
     hash_order,
     hold_out,
-    parse_split,
+    select_rows,
     standardize_splits,
     substitution_notes,
 )
@@ -39,13 +42,12 @@ from mixer_jax.errors import UserError, abbreviate, summarize_error
 # Columns that are chosen if types do not tell them apart; the first one that exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "cls")
+# Type of a label in Arrow; that of a ClassLabel is int64.
+_LABEL_TYPE = re.compile(r"u?int\d+|(large_)?string|string_view")
 # Files of the folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write.
 _SAVED = ("state.json", "dataset_dict.json")
 # File that lists the configs of a dataset.
 _CARD = "README.md"
-# Label that is missing, hidden or not a class.
-_NO_LABEL = -1
-_BAD_LABEL = "label is missing or not a class"
 
 
 def open_hugging_face(name: str, split: str) -> Source:
@@ -75,23 +77,19 @@ def open_hugging_face(name: str, split: str) -> Source:
             cannot be read; or the split has no labels.
     """
     data = _open(name)
-    sizes = {key: len(rows) for key, rows in data.splits.items()}
-    slices = parse_split(split, sizes, data.description)
-    rows = np.concatenate([data.splits[key][start:stop] for key, start, stop in slices])
-    if not len(rows):
-        raise UserError(f"split {split!r} of {data.description} contains no images.")
+    rows, used = select_rows(split, data.splits, data.description)
     labels = data.labels.select(rows)
     place = f"{data.name} {split}"
     notes = [] if data.is_held_out else substitution_notes(split, data.splits, data.name)
-    if num_missing := int((labels.values == _NO_LABEL).sum()):
+    if num_missing := int((labels.values == NO_LABEL).sum()):
         if num_missing == len(labels.values):
             raise UserError(
                 f"split {split!r} of {data.description} must have labels, got none that is a class "
                 f"of {TRAIN}. Use another split, or choose a column by {data.name}@COLUMN."
             )
         notes.append(f"{place}: {num_missing:,} labels are missing or not classes of {TRAIN}")
-    if any(key == TRAIN for key, _, _ in slices):
-        notes += _notes_on_absent_classes(place, data.class_names, labels)
+    if TRAIN in used:
+        notes += absent_class_notes(data.class_names, labels, place)
     return Source(
         f"{HUGGING_FACE}{name} {split}",
         _HuggingFaceExamples(data.name, data.images, rows, labels, data.root),
@@ -122,7 +120,7 @@ class _Dataset(NamedTuple):
         root: Local folder of the dataset; the working directory for one of the Hub.
         images: Dataset with the column of images alone, by the name of the split in the data.
         class_names: Name of each class.
-        labels: Labels of all rows, as indices into `class_names`, or `_NO_LABEL`.
+        labels: Labels of all rows, as indices into `class_names`, or `NO_LABEL`.
         splits: Rows of each split.
         is_held_out: Whether "validation" is held out from the training split.
     """
@@ -138,12 +136,7 @@ class _Dataset(NamedTuple):
 
 
 def _open(name: str) -> _Dataset:
-    """Opens all splits of a dataset.
-
-    Raises:
-        UserError: The library is not installed, or the dataset or a column does not exist or
-            cannot be read.
-    """
+    """Opens all splits of a dataset; see `open_hugging_face`."""
     path, label = (name, "") if Path(name).expanduser().is_dir() else split_label(name)
     name = f"{HUGGING_FACE}{path}"
     description = f"dataset {name!r}"
@@ -160,10 +153,13 @@ def _open(name: str) -> _Dataset:
         split: np.arange(end - len(table), end)
         for (split, table), end in zip(tables.items(), ends, strict=True)
     }
-    class_names, labels = _read_labels(list(tables.values()), label)
+    class_names, labels = _load_labels(list(tables.values()), label)
     is_held_out = TRAIN in splits and not {VALIDATION, TEST} & set(splits)
     if is_held_out:
-        splits |= _hold_out(splits[TRAIN], labels)
+        rows = splits[TRAIN]
+        order = hash_order(str(row) for row in range(len(rows)))
+        # Rows keep the order of the dataset.
+        splits |= {key: np.sort(part) for key, part in hold_out(rows[order], labels).items()}
     folder = Path(path).expanduser()
     return _Dataset(
         name,
@@ -175,27 +171,6 @@ def _open(name: str) -> _Dataset:
         splits,
         is_held_out,
     )
-
-
-def _hold_out(rows: np.ndarray, labels: LabelArrays) -> dict[str, np.ndarray]:
-    """Divides the rows of the training split."""
-    # Several labels per image have no common stratification. One is added, as counts of classes
-    # start at 0: rows without a label are a class of their own.
-    classes = np.zeros(len(rows), np.int64) if labels.ends is not None else labels.values[rows] + 1
-    order = hash_order(str(row) for row in range(len(rows)))
-    train, validation = (np.sort(order[part]) for part in hold_out(classes[order]))
-    return {TRAIN: rows[train], VALIDATION: rows[validation]}
-
-
-def _notes_on_absent_classes(
-    place: str, class_names: tuple[str, ...], labels: LabelArrays
-) -> list[str]:
-    """Returns a note on classes that have no examples."""
-    absent = np.setdiff1d(np.arange(len(class_names)), labels.values).tolist()
-    if not absent:
-        return []
-    listed = abbreviate(repr(class_names[label]) for label in absent)
-    return [f"{place}: no examples of {len(absent):,} of {len(class_names):,} classes: {listed}"]
 
 
 class _HuggingFaceExamples(Examples):
@@ -278,8 +253,8 @@ class _HuggingFaceExamples(Examples):
 
     def _read_labels(self, index: int, name: str) -> tuple[int, ...]:
         labels = self._labels.read(index)
-        if _NO_LABEL in labels:
-            raise BadImageError(_BAD_LABEL, "", name)
+        if NO_LABEL in labels:
+            raise BadImageError(BAD_LABEL, "", name)
         return labels
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -411,7 +386,11 @@ def _find_label_column(features: Mapping[str, Any], requested: str, name: str) -
     """Finds the column of the label: the requested one, or by name, or the only ClassLabel."""
     import datasets
 
-    choices = [key for key, feature in features.items() if _is_label(_item(feature))]
+    choices = [
+        key
+        for key, feature in features.items()
+        if _LABEL_TYPE.fullmatch(getattr(_item(feature), "dtype", ""))
+    ]
     classes = [key for key in choices if isinstance(_item(features[key]), datasets.ClassLabel)]
     if requested:
         found = [key for key in choices if key == requested]
@@ -428,11 +407,6 @@ def _find_label_column(features: Mapping[str, Any], requested: str, name: str) -
     return found[0]
 
 
-def _is_label(item: Any) -> bool:
-    # ClassLabel has the type int64, too.
-    return bool(re.fullmatch(r"u?int\d+|(large_)?string|string_view", getattr(item, "dtype", "")))
-
-
 def _item(feature: Any) -> Any:
     """Returns the feature of the items of a list, and other features as they are."""
     return getattr(feature, "feature", feature)
@@ -442,8 +416,8 @@ def _format_columns(features: Mapping[str, Any]) -> str:
     return abbreviate((f"{key} ({type(value).__name__})" for key, value in features.items()), 12)
 
 
-def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], LabelArrays]:
-    """Reads the labels of all rows, one split after the other.
+def _load_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], LabelArrays]:
+    """Loads the labels of all rows, one split after the other.
 
     Args:
         tables: Dataset of each split in the format "arrow".
@@ -451,7 +425,7 @@ def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], Label
             type or other classes there than the first split.
 
     Returns:
-        Name of each class, and the labels as indices into these or `_NO_LABEL`.
+        Name of each class, and the labels as indices into these or `NO_LABEL`.
     """
     import datasets
     import pyarrow as pa
@@ -479,7 +453,7 @@ def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], Label
     spellings = encoded.dictionary.to_pylist()
     if isinstance(item, datasets.ClassLabel):
         class_names = normalize_names(item.names)
-        indices = [value if 0 <= value < len(class_names) else _NO_LABEL for value in spellings]
+        indices = [value if 0 <= value < len(class_names) else NO_LABEL for value in spellings]
     else:
         names = normalize_names(str(value).strip() for value in spellings)
         # The labels of the first split, which is the training split if there is one.
@@ -487,6 +461,6 @@ def _read_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], Label
         used = np.unique(codes[:end]).tolist()
         class_names = sort_class_names({names[code] for code in used if code >= 0} - {""})
         index_of = {name: index for index, name in enumerate(class_names)}
-        indices = [index_of.get(name, _NO_LABEL) for name in names]
+        indices = [index_of.get(name, NO_LABEL) for name in names]
     # The last one is that of missing labels, whose code is -1.
-    return class_names, LabelArrays(np.array([*indices, _NO_LABEL])[codes], ends)
+    return class_names, LabelArrays(np.array([*indices, NO_LABEL])[codes], ends)

@@ -16,6 +16,8 @@ from mixer_jax.data.decode import MAX_PIXELS, BadImageError
 from mixer_jax.data.source import DIGEST, Example, Examples, Source
 from mixer_jax.errors import UserError
 
+# Line breaks, and what makes terminals move their cursor or change colors.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 STDIN = "-"
 # Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
@@ -57,24 +59,39 @@ def is_ignored(name: str) -> bool:
 
 
 def display_path(path: str | Path) -> str:
-    """Formats a path as valid Unicode, with escapes for other bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Formats a path as one line of valid Unicode, with escapes for other bytes."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # Text from JSON can be invalid in other ways than names of files.
+        encoded = os.fspath(path).encode(errors="backslashreplace")
+    text = encoded.decode("utf-8", "backslashreplace")
+    return _CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def read_image(path: Path) -> bytes:
     """Reads the bytes of one image file.
 
     Raises:
-        BadImageError: The file cannot be read, or is larger than any image that may be decoded.
+        BadImageError: The file cannot be read, is a pipe or a device, or is larger than any image
+            that may be decoded.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise BadImageError("file too large", f"{size:,} bytes", display_path(path))
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            # Pipes may never end, nor do devices such as /dev/zero.
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a regular file", name=display_path(path))
+            if status.st_size > MAX_BYTES:
+                size = f"{status.st_size:,} bytes"
+                raise BadImageError("file too large", size, display_path(path))
             return file.readall()
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; unlike `open` with `flags` only, it does not wait for a writer of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def walk_images(

@@ -48,8 +48,13 @@ class LabeledFiles(Examples):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         path = self._path(index)
-        labels = self.read_labels(index)
-        return Example(image=read_image(path), labels=labels, name=display_path(path))
+        image, labels = read_image(path), self.read_labels(index)
+        size = len(image) if self._sizes is None else int(self._sizes[index])
+        if size not in (-1, len(image)):
+            # Fingerprints contain the sizes: the run could not resume with this file.
+            detail = f"{len(image):,} instead of {size:,} bytes"
+            raise BadImageError("changed since it was listed", detail, display_path(path))
+        return Example(image=image, labels=labels, name=display_path(path))
 
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Returns the classes of a file, which is not read."""
@@ -114,26 +119,26 @@ class LabeledFiles(Examples):
 
     def find_unreadable_classes(self) -> list[tuple[int, str]]:
         """Returns the labels whose images are all bad, and the error of the first image of each."""
+        if not len(self.labels.values):
+            return []
         order = np.argsort(self.labels.values, kind="stable")
         labels, starts = np.unique(self.labels.values[order], return_index=True)
         groups = np.split(self.labels.owners[order], starts[1:])
+
+        def find_first_error(indices: np.ndarray) -> str | None:
+            """Returns the error of the first image if all are bad."""
+            errors = (_find_error(self._path(index)) for index in indices.tolist())
+            first = next(errors)
+            return first if first is not None and all(errors) else None
+
         # Threads, because a file of a network file system takes milliseconds to open.
         with ThreadPoolExecutor() as pool:
-            errors = list(pool.map(self._find_error, groups))
+            errors = list(pool.map(find_first_error, groups))
         return [
             (label, error)
             for label, error in zip(labels.tolist(), errors, strict=True)
             if error is not None
         ]
-
-    def _find_error(self, indices: np.ndarray) -> str | None:
-        first = None
-        for index in indices.tolist():
-            error = _find_error(self._path(index))
-            if error is None:
-                return None
-            first = first or error
-        return first
 
     def _path(self, index: int) -> Path:
         return self._root / self._relative_path(index)

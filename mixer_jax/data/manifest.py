@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,14 +16,14 @@ from mixer_jax.data.source import LabelArrays, Source, normalize_names, sort_cla
 from mixer_jax.data.splits import (
     SPELLINGS,
     TRAIN,
-    VALIDATION,
     hash_paths,
     hold_out,
-    parse_split,
+    select_rows,
     standard_split,
     substitution_notes,
 )
 from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.files import parse_json
 
 _PATH, _LABEL, _LABELS, _SPLIT = "path", "label", "labels", "split"
 # Between the labels of one image in CSV.
@@ -55,11 +54,7 @@ def open_manifest(path: str, split: str) -> Source:
             listed twice; a class has no row in the training split; or no image exists.
     """
     table = _read_table(path)
-    sizes = {name: len(rows) for name, rows in table.splits.items()}
-    slices = parse_split(split, sizes, table.description)
-    rows = np.concatenate([table.splits[name][start:stop] for name, start, stop in slices])
-    if not len(rows):
-        raise UserError(f"split {split!r} of {table.description} contains no images.")
+    rows, _ = select_rows(split, table.splits, table.description)
     examples: Any = _ManifestFiles(
         table.file.parent, (table.paths[row] for row in rows.tolist()), table.labels.select(rows)
     )
@@ -99,6 +94,7 @@ class _Table(NamedTuple):
 
     Attributes:
         file: Absolute path of the manifest.
+        description: Name of the manifest, for messages.
         paths: Path of each row's image: relative to the folder of the manifest, or absolute.
         labels: Labels of all rows, as indices into `class_names`.
         class_names: Name of each class.
@@ -108,6 +104,7 @@ class _Table(NamedTuple):
     """
 
     file: Path
+    description: str
     paths: list[str]
     labels: LabelArrays
     class_names: tuple[str, ...]
@@ -115,18 +112,9 @@ class _Table(NamedTuple):
     is_held_out: bool
     notes: list[str]
 
-    @property
-    def description(self) -> str:
-        """Name of the manifest, for messages."""
-        return _describe(self.file)
-
 
 class _InvalidRowError(Exception):
     """A row is not well-formed; the arguments are the line, the rule and the value."""
-
-
-def _describe(file: Path) -> str:
-    return f"manifest {str(file)!r}"
 
 
 def _find_file(path: str) -> tuple[Path, str]:
@@ -149,7 +137,7 @@ def _read_table(path: str) -> _Table:
         UserError: The file cannot be read, or is not well-formed.
     """
     file, label = _find_file(path)
-    description, suffix = _describe(file), file.suffix.lower()
+    description, suffix = f"manifest {str(file)!r}", file.suffix.lower()
     if suffix not in _READERS:
         raise UserError(
             f"{description} must have the suffix {' or '.join(_READERS)}, got {suffix or 'none'}."
@@ -172,7 +160,7 @@ def _read_table(path: str) -> _Table:
                         raise _InvalidRowError(line, rule, ", ".join(row) or "no columns")
                 paths.append(_normalize_path(line, row[_PATH], prefix))
                 labels.append(_read_labels(line, row[label], multi_label))
-                splits.append(_read_split(line, row[_SPLIT]) if _SPLIT in row else TRAIN)
+                splits.append(_read_split(line, row.get(_SPLIT, TRAIN)))
     except _InvalidRowError as error:
         line, rule, got = error.args
         raise UserError(f"{description} must {rule}, got {got} in line {line:,}.") from None
@@ -194,7 +182,7 @@ def _read_table(path: str) -> _Table:
     rows_of, is_held_out = _divide_rows(description, paths, splits, label_arrays)
     ignored = [repr(name) for name in columns if name not in (_PATH, label, _SPLIT)]
     notes = [f"ignored columns {abbreviate(ignored)}"] if ignored else []
-    return _Table(file, paths, label_arrays, class_names, rows_of, is_held_out, notes)
+    return _Table(file, description, paths, label_arrays, class_names, rows_of, is_held_out, notes)
 
 
 def _read_csv(stream: Iterable[str]) -> _Rows:
@@ -222,8 +210,8 @@ def _read_jsonl(stream: Iterable[str]) -> _Rows:
         if text.isspace():
             continue
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             raise _InvalidRowError(line, "have one JSON object per line", "invalid JSON") from error
         if not isinstance(row, dict):
             raise _InvalidRowError(line, "have one JSON object per line", type(row).__name__)
@@ -284,15 +272,11 @@ def _class_name(label: str | int) -> str:
 
 
 def _read_split(line: int, cell: Any) -> str:
-    if not isinstance(cell, str) or not (split := _standard_split(cell)):
+    split = standard_split(cell.strip()) if isinstance(cell, str) else None
+    if split is None:
         rule = f"have {', '.join(SPELLINGS)} in column {_SPLIT}"
         raise _InvalidRowError(line, rule, repr(cell))
     return split
-
-
-@functools.lru_cache
-def _standard_split(name: str) -> str | None:
-    return standard_split(name.strip())
 
 
 def _check_classes(
@@ -339,10 +323,7 @@ def _divide_rows(
     rows_of = {name: order[split_of == name] for name in SPELLINGS if name in splits}
     is_held_out = set(rows_of) == {TRAIN}
     if is_held_out:
-        # Several labels per image have no common stratification.
-        classes = np.zeros(len(order), np.int64) if labels.ends is not None else labels.values
-        train, validation = hold_out(classes[order])
-        rows_of = {TRAIN: order[train], VALIDATION: order[validation]}
+        rows_of = hold_out(order, labels)
     return rows_of, is_held_out
 
 

@@ -64,7 +64,7 @@ def train_image(
         randaugment_layers: Number of RandAugment operations per image; 0 disables RandAugment.
         randaugment_magnitude: RandAugment magnitude, on a scale of 0 to 10.
         random_erasing: Probability of erasing a box of the image.
-        random_erasing_mode: What the box is filled with; see `erase_random_box`.
+        random_erasing_mode: Fill of the box; see `erase_random_box`.
         resize_size: Height and width before "random_crop" and "bilinear_crop", in pixels; 0: 8/7 of
             `image_size`.
         exif_orientation: Whether to apply the EXIF orientation; see `decode`.
@@ -373,9 +373,9 @@ def erase_random_box(image: np.ndarray, rng: np.random.Generator, mode: str) -> 
     Args:
         image: uint8 RGB (height, width, 3); it is not modified.
         rng: The only source of randomness.
-        mode: What the box is filled with: "constant", a gray that the model's normalization maps
-            to almost 0; "random", one color; or "pixel", a color for each pixel. Random levels are
-            uniform in 0…255, as in the paper; those of timm are normal.
+        mode: Fill of the box: "constant", a gray that the model's normalization maps to almost 0;
+            "random", one color; or "pixel", a color for each pixel. Random levels are uniform in
+            0…255, as in the paper; those of timm are normal.
 
     Returns:
         The image with the box erased, uint8 (height, width, 3).
@@ -391,15 +391,11 @@ def erase_random_box(image: np.ndarray, rng: np.random.Generator, mode: str) -> 
             top = int(rng.integers(height - box_height + 1))
             left = int(rng.integers(width - box_width + 1))
             image = image.copy()
-            image[top : top + box_height, left : left + box_width] = _sample_fill(
-                rng, mode, box_height, box_width
-            )
+            box = image[top : top + box_height, left : left + box_width]
+            if mode == "constant":
+                box[:] = _ERASED_LEVEL
+            else:
+                shape = box.shape if mode == "pixel" else (3,)
+                box[:] = rng.integers(256, size=shape, dtype=np.uint8)
             return image
     return image
-
-
-def _sample_fill(rng: np.random.Generator, mode: str, height: int, width: int) -> np.ndarray | int:
-    if mode == "constant":
-        return _ERASED_LEVEL
-    shape = (height, width, 3) if mode == "pixel" else (3,)
-    return rng.integers(256, size=shape, dtype=np.uint8)

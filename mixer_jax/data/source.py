@@ -15,9 +15,13 @@ from mixer_jax.errors import UserError, abbreviate
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
+# Label that is missing or not a class, and the reason why its image is bad.
+NO_LABEL = -1
+BAD_LABEL = "label is missing or not a class"
 
-# Integers in their usual spelling: "007" is a name.
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+# Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Example(TypedDict):
@@ -59,7 +63,7 @@ class LabelArrays:
     """Labels of many examples, in compact arrays.
 
     Attributes:
-        values: Class indices of all examples, one example after the other; integers.
+        values: Class indices of all examples, or NO_LABEL, one example after the other; integers.
         ends: Index into `values` after the last label of each example; None: every example has one
             label.
     """
@@ -184,11 +188,15 @@ class Source:
 
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Converts names to Unicode normal form NFC.
+    r"""Converts names to Unicode normal form NFC, and control characters to escapes such as \x1b.
 
-    Systems differ in how they store accented letters, as one or as two characters.
+    Systems differ in how they store accented letters, as one or as two characters. Control
+    characters in names of other people's classes would change the terminal that shows them.
     """
-    return tuple(unicodedata.normalize("NFC", name) for name in names)
+    return tuple(
+        _CONTROL.sub(lambda match: ascii(match[0])[1:-1], unicodedata.normalize("NFC", name))
+        for name in names
+    )
 
 
 def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -199,12 +207,27 @@ def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def absent_class_notes(class_names: Sequence[str], labels: LabelArrays, place: str) -> list[str]:
+    """Returns a note if classes have no examples.
+
+    Args:
+        class_names: Name of each class.
+        labels: Labels of the examples.
+        place: Dataset and split, for the note.
+    """
+    absent = np.setdiff1d(np.arange(len(class_names)), labels.values).tolist()
+    if not absent:
+        return []
+    listed = abbreviate(repr(class_names[label]) for label in absent)
+    return [f"{place}: no examples of {len(absent):,} of {len(class_names):,} classes: {listed}"]
+
+
 def mix_sources(sources: Sequence[Source], weights: Sequence[float]) -> Source:
     """Mixes sources, to be sampled in proportion to their weights.
 
-    The classes are the union of the sources' classes; classes with the same name are merged. An
-    example may have several labels if it may in any source. Each
-    source is shuffled on its own, and all of it is seen before any of its examples repeats.
+    The classes are the union of the sources' classes; classes with the same name are merged. The
+    mixture is multi-label if any source is. Each source is shuffled on its own, and all of it is
+    seen before any of its examples repeats.
 
     Args:
         sources: Sources to mix.

@@ -1,5 +1,6 @@
 """Splits of datasets that are not TFDS's: names, slices, order, and examples that are held out."""
 
+import functools
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixer_jax.data.source import LabelArrays
 from mixer_jax.errors import UserError, suggest
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -38,6 +40,7 @@ class SplitSlice(NamedTuple):
     stop: int
 
 
+@functools.lru_cache
 def standard_split(name: str) -> str | None:
     """Returns "train", "validation" or "test" for any common spelling; None for other names."""
     return _SPLIT_OF.get(re.sub(r"[-\s]", "_", name.casefold()))
@@ -97,6 +100,29 @@ def parse_split(spec: str, sizes: Mapping[str, int], description: str) -> list[S
     return [SplitSlice(name, *part.indices(sizes[name])[:2]) for name, part in slices]
 
 
+def select_rows(
+    spec: str, rows_of: Mapping[str, np.ndarray], description: str
+) -> tuple[np.ndarray, set[str]]:
+    """Selects the rows of a split in TFDS syntax.
+
+    Args:
+        spec: Split, as for `parse_split`.
+        rows_of: Rows of each split of the data.
+        description: Dataset, for messages.
+
+    Returns:
+        The rows, and the splits of the data that they belong to.
+
+    Raises:
+        UserError: The syntax is wrong, a split or range does not exist, or it is empty.
+    """
+    slices = parse_split(spec, {name: len(rows) for name, rows in rows_of.items()}, description)
+    rows = np.concatenate([rows_of[name][start:stop] for name, start, stop in slices])
+    if not len(rows):
+        raise UserError(f"split {spec!r} of {description} contains no images.")
+    return rows, {name for name, _, _ in slices}
+
+
 def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[str]:
     """Returns a note if `spec` names validation or test, and the other one is used for it.
 
@@ -107,7 +133,7 @@ def substitution_notes(spec: str, splits: Collection[str], place: str) -> list[s
     """
     if _resolve_names(spec, splits) == _resolve_names(spec, (VALIDATION, TEST)):
         return []
-    (held_out,) = _held_out(splits)
+    (held_out,) = _list_held_out(splits)
     return [f"{place} has one held-out split, {held_out}, which is used for {spec!r}"]
 
 
@@ -129,35 +155,40 @@ def _hash_path(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
-def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(rows: np.ndarray, labels: LabelArrays) -> dict[str, np.ndarray]:
     """Divides examples into training and validation data, a tenth of every class.
 
     The first examples of every class are held out; classes with one example stay in training.
+    Examples without a label are a class of their own. Multi-label data has no common
+    stratification: a tenth of all examples is held out.
 
     Args:
-        labels: Class of each example, ordered by a hash; int (num_examples,). All zero for data
-            with several labels per example.
+        rows: Indices into `labels`, ordered by a hash, int (num_examples,).
+        labels: Labels of the examples.
 
     Returns:
-        Indices of the training examples and of the validation examples, both ascending.
+        Rows of "train" and "validation", both in the order of `rows`.
     """
-    counts = np.bincount(labels, minlength=1)
+    # Counts of classes start at 0, and NO_LABEL is -1.
+    is_multi_label = labels.ends is not None
+    classes = np.zeros(len(rows), np.int64) if is_multi_label else labels.values[rows] + 1
+    counts = np.bincount(classes, minlength=1)
     quotas = np.where(counts > 1, np.maximum(1, np.rint(_HELD_OUT_FRACTION * counts)), 0)
-    by_class = np.argsort(labels, kind="stable")
+    by_class = np.argsort(classes, kind="stable")
     starts = np.cumsum(counts) - counts
-    ranks = np.empty(len(labels), np.int64)
-    ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
-    is_held_out = ranks < quotas[labels]
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    ranks = np.empty(len(rows), np.int64)
+    ranks[by_class] = np.arange(len(rows)) - np.repeat(starts, counts)
+    is_held_out = ranks < quotas[classes]
+    return {TRAIN: rows[~is_held_out], VALIDATION: rows[is_held_out]}
 
 
-def _held_out(splits: Collection[str]) -> list[str]:
+def _list_held_out(splits: Collection[str]) -> list[str]:
     return [name for name in splits if name in (VALIDATION, TEST)]
 
 
 def _resolve_names(spec: str, splits: Collection[str]) -> str:
     """Replaces other names of splits in a spec; if one split is held out, it has all names."""
-    held_out = _held_out(splits)
+    held_out = _list_held_out(splits)
 
     def resolve(match: re.Match[str]) -> str:
         if match[0] in splits:

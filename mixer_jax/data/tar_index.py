@@ -26,7 +26,7 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import MAX_BYTES, display_path, has_image_suffix
 from mixer_jax.data.splits import hash_paths
 from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
-from mixer_jax.files import atomic_write, file_lock
+from mixer_jax.files import atomic_write, file_lock, parse_json
 
 # Class, or classes, of an image; None if they are missing.
 Label = str | tuple[str, ...] | None
@@ -102,11 +102,11 @@ class Shard:
                 file.seek(offset - _BLOCK)
                 header, image = file.read(_BLOCK), file.read(size)
         except FileNotFoundError:
-            raise self._missing() from None
+            raise self._missing_error() from None
         except OSError as error:
             raise BadImageError("cannot be read", error.strerror or "", self.name(row)) from None
         if len(image) < size or zlib.crc32(header) != header_crc:
-            raise self._changed()
+            raise self._changed_error()
         return image
 
     def is_current(self) -> bool:
@@ -127,22 +127,22 @@ class Shard:
         try:
             size = self.path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            raise self._missing() from None
+            raise self._missing_error() from None
         except OSError as error:
             raise RunError(
                 f"{display_path(self.path)} cannot be read: {error.strerror}."
             ) from error
         if size != self.size:
-            raise self._changed()
+            raise self._changed_error()
 
-    def _changed(self) -> RunError:
+    def _changed_error(self) -> RunError:
         return RunError(
             f"shard {display_path(self.path)} must not change during a run, and must be the same "
             "on all hosts, but differs from when it was indexed. Restart the run, which indexes it "
             "again."
         )
 
-    def _missing(self) -> MissingFileError:
+    def _missing_error(self) -> MissingFileError:
         return MissingFileError(f"shard {display_path(self.path)} does not exist.")
 
 
@@ -336,8 +336,8 @@ def _scan_shard(path: Path, field: str) -> tuple[Shard, list[Label]]:
                 images[key] = min(image, images.get(key, image))
     encoded = [os.fsencode(name) for name, *_ in images.values()]
     samples = np.zeros(len(images), _SAMPLE)
-    for column, field in enumerate(("offset", "size", "header_crc"), 1):
-        samples[field] = [image[column] for image in images.values()]
+    for position, column in enumerate(("offset", "size", "header_crc"), 1):
+        samples[column] = [image[position] for image in images.values()]
     samples["hash"] = hash_paths(name for name, *_ in images.values())
     samples["name_end"] = list(itertools.accumulate(map(len, encoded)))
     num_skipped = len(labels.keys() - images.keys())
@@ -362,7 +362,8 @@ def _iter_members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                 if info.isreg() and not info.issparse():
                     yield info
                 offset = min(archive.offset, size)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+    # Headers can claim sizes that do not fit in memory.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError):
         pass
     # The archive ends at a block of zeros. The standard library ends at the end of the file and at
     # damaged headers, too.
@@ -390,8 +391,8 @@ def _read_start(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
 def _read_fields(file: BinaryIO, info: tarfile.TarInfo) -> dict[str, Any]:
     """Reads the JSON file of a sample; empty if it is not an object."""
     try:
-        fields = json.loads(_read_start(file, info))
-    except (ValueError, RecursionError):
+        fields = parse_json(_read_start(file, info))
+    except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
 

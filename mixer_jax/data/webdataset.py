@@ -4,10 +4,9 @@ import bisect
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,28 @@ from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import display_path
 from mixer_jax.data.names import FOLDER, WEB_DATASET, split_label
 from mixer_jax.data.source import (
+    BAD_LABEL,
     DIGEST,
+    NO_LABEL,
     Example,
     Examples,
     LabelArrays,
     Source,
+    absent_class_notes,
     sort_class_names,
 )
 from mixer_jax.data.splits import (
     TRAIN,
     VALIDATION,
     hold_out,
-    parse_split,
+    select_rows,
     standard_split,
     standardize_splits,
     substitution_notes,
 )
 from mixer_jax.data.tar_index import Label, Shard, describe_files, index_shards
 from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.files import parse_json
 
 # timm's list of the shards of each split, and CLIP benchmark's list of class names.
 _INFO_FILE = "_info.json"
@@ -42,11 +45,12 @@ _CLASS_NAMES_FILE = "classnames.txt"
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _MAX_CLASSES = 1_000_000
-# Label that is missing or not a class.
-_NO_LABEL = -1
-_BAD_LABEL = "label is missing or not a class"
+# Largest number of paths that a pattern stands for, and of their characters.
+_MAX_PATHS, _MAX_CHARACTERS = 500_000, 2**26
 # A range, or alternatives, in the innermost braces.
-_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<alternatives>[^{}]*,[^{}]*))\}")
+_BRACES = re.compile(
+    r"\{(?:(?P<first>\d{1,18})\.\.(?P<last>\d{1,18})|(?P<alternatives>[^{}]*,[^{}]*))\}"
+)
 
 
 def open_webdataset(path: str, split: str) -> Source:
@@ -84,7 +88,7 @@ def open_webdataset(path: str, split: str) -> Source:
     used, label_ids = np.unique(samples["label"], return_inverse=True)
     distinct = [index.labels[label] for label in used]
     if not any(distinct):
-        raise _no_labels(shards[0], field, description)
+        raise _missing_labels_error(shards[0], field, description)
     class_names, index_of = _find_classes(distinct, folder, description)
     labels = _index_labels(distinct, index_of).select(label_ids)
 
@@ -95,10 +99,9 @@ def open_webdataset(path: str, split: str) -> Source:
     rows_of = _order_splits(samples["hash"], counts, labels)
     if len(counts) > 1 or TRAIN not in counts:
         notes += substitution_notes(split, rows_of, place)
-    slices = parse_split(split, {name: len(rows) for name, rows in rows_of.items()}, description)
-    rows = np.concatenate([rows_of[name][start:stop] for name, start, stop in slices])
+    rows, used_splits = select_rows(split, rows_of, description)
     selected = labels.select(rows)
-    num_bad = np.count_nonzero(selected.values == _NO_LABEL)
+    num_bad = np.count_nonzero(selected.values == NO_LABEL)
     if num_bad == len(rows):
         raise UserError(
             f"split {split!r} of {description} must contain images with labels, got {len(rows):,} "
@@ -108,9 +111,8 @@ def open_webdataset(path: str, split: str) -> Source:
         notes.append(f"{place}: {num_bad:,} images are bad, since their label is not a class")
     if num_skipped := sum(shard.num_skipped for shard in shards):
         notes.append(f"{place}: skipped {num_skipped:,} samples without an image")
-    if TRAIN in rows_of:
-        train = labels.select(rows_of[TRAIN])
-        notes += _notes_on_empty_classes(class_names, train.values, place)
+    if TRAIN in used_splits:
+        notes += absent_class_notes(class_names, selected, f"{place} {split}")
     return Source(
         f"{WEB_DATASET}{path} {split}",
         _ShardExamples(shards, rows, selected),
@@ -162,9 +164,9 @@ class _ShardExamples(Examples):
     def read_labels(self, index: int) -> tuple[int, ...]:
         """Returns the labels of an image, which is not read."""
         labels = self._labels.read(range(len(self))[index])
-        if _NO_LABEL in labels:
+        if NO_LABEL in labels:
             shard, row = self._locate(index)
-            raise BadImageError(_BAD_LABEL, "", shard.name(row))
+            raise BadImageError(BAD_LABEL, "", shard.name(row))
         return labels
 
     def fingerprint(self) -> dict[str, str]:
@@ -211,26 +213,7 @@ def _order_splits(
         start += count
     if list(rows_of) != [TRAIN]:
         return rows_of
-    rows = rows_of[TRAIN]
-    # Several labels per image have no common stratification. One is added, as counts of classes
-    # start at 0: samples without a label are a class of their own.
-    is_multi_label = labels.ends is not None
-    classes = np.zeros(len(rows), np.int64) if is_multi_label else labels.values[rows] + 1
-    train, validation = hold_out(classes)
-    return {TRAIN: rows[train], VALIDATION: rows[validation]}
-
-
-def _notes_on_empty_classes(
-    class_names: Sequence[str], train_labels: np.ndarray, place: str
-) -> Iterator[str]:
-    """Yields a note if classes have no training images, as in a part of a dataset."""
-    is_empty = ~np.isin(np.arange(len(class_names)), train_labels)
-    if count := np.count_nonzero(is_empty):
-        empty = [class_names[label] for label in np.flatnonzero(is_empty).tolist()]
-        yield (
-            f"{place}: {count:,} of {len(class_names):,} classes have no training images: "
-            f"{abbreviate(empty)}"
-        )
+    return hold_out(rows_of[TRAIN], labels)
 
 
 def _find_classes(
@@ -244,7 +227,7 @@ def _find_classes(
     Raises:
         UserError: An integer is not the index of a class.
     """
-    found = set(itertools.chain.from_iterable(map(_classes_of, labels)))
+    found = set(itertools.chain.from_iterable(map(_list_classes, labels)))
     if not all(map(_INTEGER.fullmatch, found)):
         names = sort_class_names(found)
         return names, {name: label for label, name in enumerate(names)}
@@ -264,7 +247,7 @@ def _find_classes(
     return names, {str(label): label for label in range(len(names))}
 
 
-def _classes_of(label: Label) -> tuple[str, ...]:
+def _list_classes(label: Label) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else label or ()
 
 
@@ -272,14 +255,14 @@ def _index_labels(labels: Sequence[Label], index_of: Mapping[str, int]) -> Label
     """Converts labels to indices of classes; one that is missing or not a class is -1."""
     indices = []
     for label in labels:
-        found = sorted(index_of.get(name, _NO_LABEL) for name in _classes_of(label))
-        indices.append([_NO_LABEL] if label is None or _NO_LABEL in found else found)
+        found = sorted(index_of.get(name, NO_LABEL) for name in _list_classes(label))
+        indices.append([NO_LABEL] if label is None or NO_LABEL in found else found)
     values = np.array(list(itertools.chain(*indices)), np.int64)
     is_multi_label = any(isinstance(label, tuple) for label in labels)
     return LabelArrays(values, np.cumsum(list(map(len, indices))) if is_multi_label else None)
 
 
-def _no_labels(shard: Shard, field: str, description: str) -> UserError:
+def _missing_labels_error(shard: Shard, field: str, description: str) -> UserError:
     """Makes an error that lists what the samples have instead of images with labels."""
     place = f"the field {field!r}" if field else 'KEY.cls or the field "label" or "cls"'
     return UserError(
@@ -324,7 +307,7 @@ def _find_shards(location: str, description: str) -> tuple[Path, dict[str, list[
     found: dict[str, list[str]] = {}
     unknown: list[str] = []
     for name in sorted(set(names)):
-        split = _split_of_name(folder / name)
+        split = _infer_split(folder / name)
         (found.setdefault(split, []) if split else unknown).append(name)
     if unknown and found:
         raise UserError(
@@ -338,7 +321,7 @@ def _find_shards(location: str, description: str) -> tuple[Path, dict[str, list[
     return folder, {split: found[split] for split in standardize_splits(found, description)}
 
 
-def _split_of_name(path: Path) -> str | None:
+def _infer_split(path: Path) -> str | None:
     """Returns the split that is named last in the name of a shard, or that of its folder."""
     words = re.split(r"[^0-9A-Za-z]+", path.stem)
     splits = [split for word in words if (split := standard_split(word))]
@@ -366,6 +349,11 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
         paths += files
         if not files:
             missing.append(path)
+    if missing == [pattern] and not glob.has_magic(pattern):
+        raise UserError(
+            f"{description} must be a local folder of .tar files or a pattern of existing ones, "
+            f"but {location!r} does not exist. Check the path."
+        )
     if missing:
         raise UserError(
             f"{description} must be a local folder of .tar files or a pattern of existing ones, "
@@ -378,18 +366,39 @@ def _expand_pattern(pattern: str, location: str, description: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands {00..11} and {a,b} as shells and the webdataset library do; sorted."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if match["first"]:
-        first, last = sorted((match["first"], match["last"]), key=int)
-        numbers = range(int(first), int(last) + 1)
-        values = [f"{number:0{len(first)}d}" for number in numbers]
-    else:
-        values = match["alternatives"].split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return sorted({path for value in values for path in expand_braces(before + value + after)})
+    """Expands {00..11} and {a,b} as shells and the webdataset library do; sorted.
+
+    Raises:
+        UserError: There are too many paths to be those of files.
+    """
+    pending, paths = [pattern], set[str]()
+    num_paths = num_characters = 0
+    while pending:
+        path = pending.pop()
+        match = _BRACES.search(path)
+        if match is None:
+            paths.add(path)
+            continue
+        values: Iterable[str]
+        if match["first"]:
+            first, last = sorted((match["first"], match["last"]), key=int)
+            numbers = range(int(first), int(last) + 1)
+            count = len(numbers)
+            values = (f"{number:0{len(first)}d}" for number in numbers)
+        else:
+            values = match["alternatives"].split(",")
+            count = len(values)
+        # Those that several alternatives share count each time.
+        num_paths += count
+        num_characters += count * len(path)
+        if num_paths > _MAX_PATHS or num_characters > _MAX_CHARACTERS:
+            raise UserError(
+                f"pattern of shards must stand for at most {_MAX_PATHS:,} paths, and those for "
+                f"{_MAX_CHARACTERS:,} characters, got {pattern!r}."
+            )
+        before, after = path[: match.start()], path[match.end() :]
+        pending += [before + value + after for value in values]
+    return sorted(paths)
 
 
 def _read_info(folder: Path, names: list[str], description: str) -> dict[str, list[str]]:
@@ -405,9 +414,9 @@ def _read_info(folder: Path, names: list[str], description: str) -> dict[str, li
     """
     path = folder / _INFO_FILE
     try:
-        splits = json.loads(path.read_bytes())["splits"]
+        splits = parse_json(path.read_bytes())["splits"]
         listed = {name: list(map(str, info["filenames"])) for name, info in splits.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{display_path(path)} must list the shards of each split in JSON, as timm's datasets "
             f"do ({type(error).__name__}: {error}). Fix it, or remove it to infer the splits from "

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from mixer_jax.data.loader import Batch
 from mixer_jax.data.source import Source
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference, label_mask
 from mixer_jax.evaluation.multi_label import (
     MultiLabelMetrics,
-    evaluate_multi_label,
     make_score_step,
+    score_source,
 )
 
 NUM_CALIBRATION_BINS = 15
@@ -142,8 +142,8 @@ def make_evaluator(
     """
     if multi_label:
         score_step = make_score_step(model, mesh)
-        return lambda source, params: evaluate_multi_label(
-            score_step, params, source, mesh, input_config
+        return lambda source, params: (
+            score_source(score_step, params, source, mesh, input_config).metrics
         )
     eval_step = make_eval_step(model, mesh)
     return lambda source, params: evaluate(eval_step, params, source, mesh, input_config)
@@ -156,10 +156,7 @@ def make_eval_step(model: Any, mesh: Mesh) -> EvalStep:
 
 def batch_metrics(logits: Float[Array, "n classes"], batch: Batch) -> ExampleMetrics:
     """Computes `per_example_metrics` for a batch of `eval_batches`."""
-    target_mask = batch["label"]
-    if target_mask.ndim == 1:
-        target_mask = jax.nn.one_hot(target_mask, logits.shape[1], dtype=jnp.bool_)
-    return per_example_metrics(logits, target_mask, batch["mask"])
+    return per_example_metrics(logits, label_mask(batch, logits.shape[1]), batch["mask"])
 
 
 def evaluate(
@@ -279,22 +276,38 @@ class ClassReport(NamedTuple):
     averages: dict[str, ClassMetrics]
 
 
+def class_metrics(
+    labels: Int[np.ndarray, " n"] | Bool[np.ndarray, "n classes"],
+    predicted: Int[np.ndarray, " n"] | Bool[np.ndarray, "n classes"],
+    indices: Sequence[int] | None = None,
+) -> list[ClassMetrics]:
+    """Computes the metrics of every class, as scikit-learn does by default.
+
+    Args:
+        labels: Class of each image, or its mask of classes.
+        predicted: Predicted class of each image, or its mask of predicted classes.
+        indices: Classes; None: all that are in a label or prediction, or all of the masks.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        labels, predicted, labels=indices, average=None, zero_division=0
+    )
+    return [ClassMetrics(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
 def class_report(labels: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> ClassReport:
-    """Computes precision, recall, F1 and support per class, as scikit-learn does by default."""
+    """Computes the metrics of the classes that occur, and their averages."""
     from sklearn.metrics import precision_recall_fscore_support
 
     indices = np.union1d(labels, predicted).tolist()
-
-    def score(average: str | None) -> Any:
-        return precision_recall_fscore_support(
-            labels, predicted, labels=indices, average=average, zero_division=0
-        )
-
-    rows = zip(*(values.tolist() for values in score(None)), strict=True)
-    classes = {index: ClassMetrics(*row) for index, row in zip(indices, rows, strict=True)}
+    classes = dict(zip(indices, class_metrics(labels, predicted, indices), strict=True))
     averages = {}
     for average in ("macro", "weighted"):
-        precision, recall, f1 = map(float, score(average)[:3])
+        scores = precision_recall_fscore_support(
+            labels, predicted, labels=indices, average=average, zero_division=0
+        )
+        precision, recall, f1 = map(float, scores[:3])
         averages[f"{average} average"] = ClassMetrics(precision, recall, f1, len(labels))
     return ClassReport(classes, averages)
 

@@ -22,7 +22,7 @@ from mixer_jax.errors import RunError, UserError, abbreviate
 from mixer_jax.evaluation.feature_files import WRITERS, Contents, Part, Parts, write_part
 from mixer_jax.evaluation.features import check_finite, make_layer_fn
 from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, bad_images_error
-from mixer_jax.files import atomic_write, file_lock, output_errors
+from mixer_jax.files import atomic_write, file_lock, output_errors, parse_json
 
 _REQUEST_FILE = "request.json"
 # Largest part, in bytes (one batch may have more) and in batches. A stop loses one part at most.
@@ -108,7 +108,7 @@ def extract_to_file(
         UserError: Images are unusable and must not be skipped, none is usable, activations are not
             finite, or an unfinished extraction with the same output has another request.
         RunError: Another process writes the same output.
-        OutputWriteError, DiskFullError: The output cannot be written.
+        OutputWriteError, WriteFailureError: The output cannot be written.
     """
     folder = out.with_name(f"{out.name}.parts")
     batch_size = math.ceil(input_config.batch_size / mesh.size) * mesh.size
@@ -178,7 +178,7 @@ def _begin(folder: Path, out: Path, request: dict[str, Any], force: bool) -> Non
     old: Any = None
     if any(folder.glob("*.npz")):
         with contextlib.suppress(OSError, ValueError):
-            old = json.loads(path.read_text())
+            old = parse_json(path.read_bytes())
         if old != request and not force:
             raise UserError(
                 f"{folder} must have parts of the same request, got those of another "

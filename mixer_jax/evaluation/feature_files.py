@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from mixer_jax.errors import RunError
-from mixer_jax.files import atomic_target
+from mixer_jax.files import atomic_target, parse_json
 
 # Names of arrays in a part, next to those of layers.
 _NAMES, _LABELS, _BAD = "names", "labels", "bad_images"
@@ -87,17 +87,30 @@ class Parts:
 
     def bad_images(self) -> list[tuple[str, str]]:
         """Returns name and reason of every image that was left out."""
-        lists = (json.loads(str(self._read(path, _BAD))) for path in self._paths)
-        return [(name, reason) for bad in lists for name, reason in bad]
+        found = []
+        for path in self._paths:
+            try:
+                for name, reason in parse_json(str(self._read(path, _BAD))):
+                    found.append((str(name), str(reason)))
+            except (ValueError, TypeError) as error:
+                raise _damaged(path) from error
+        return found
 
     def _read(self, path: Path, name: str) -> np.ndarray:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return arrays[name]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise RunError(
-                f"{path} is damaged. Delete it and rerun the same command to compute it again."
-            ) from error
+                array = arrays[name]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError("not an array")
+                return array
+        except OSError:
+            raise
+        except Exception as error:  # NumPy raises errors of many types.
+            raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is damaged. Delete it and rerun the same command to compute it again.")
 
 
 class Contents(NamedTuple):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from mixer_jax.data.loader import Batch, eval_batches
 from mixer_jax.data.permutation import PixelPermutation
@@ -84,6 +85,12 @@ def jit_inference(
         return postprocess(forward(model, params, normalize_images(batch["image"])), batch)
 
     return step
+
+
+def label_mask(batch: Batch, num_classes: int) -> Bool[Array, "n classes"]:
+    """Converts the labels of a batch of `eval_batches` to masks of classes."""
+    labels = batch["label"]
+    return jax.nn.one_hot(labels, num_classes, dtype=jnp.bool_) if labels.ndim == 1 else labels
 
 
 class DatasetPass(Generic[Output]):

@@ -16,7 +16,7 @@ from mixer_jax.data.readers import BadImage
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
 from mixer_jax.errors import UserError
-from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference
+from mixer_jax.evaluation.loop import DatasetPass, EvalInputConfig, jit_inference, label_mask
 
 # Classes of which the command `evaluate` prints a line.
 _MAX_TABLE_CLASSES = 100
@@ -138,9 +138,7 @@ def make_score_step(model: Any, mesh: Mesh) -> ScoreStep:
     """Jits the model, followed by the scores of each image. See `jit_inference`."""
 
     def postprocess(logits: Array, batch: Batch) -> ExampleScores:
-        labels = batch["label"]
-        if labels.ndim == 1:
-            labels = jax.nn.one_hot(labels, logits.shape[1], dtype=jnp.bool_)
+        labels = label_mask(batch, logits.shape[1])
         loss = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
         return ExampleScores(logits, labels, jnp.sum(loss, axis=1), batch["mask"])
 
@@ -190,13 +188,6 @@ def score_source(
     return ScoredSource(metrics, scores, dataset_pass.bad)
 
 
-def evaluate_multi_label(
-    step: ScoreStep, params: Any, source: Source, mesh: Mesh, input_config: EvalInputConfig
-) -> MultiLabelMetrics:
-    """Computes multi-label metrics over every example of a source; see `score_source`."""
-    return score_source(step, params, source, mesh, input_config).metrics
-
-
 def aggregate_scores(scores: ExampleScores, class_names: Sequence[str]) -> MultiLabelMetrics:
     """Aggregates the scores of examples, at least one of which has a label.
 
@@ -230,27 +221,3 @@ def average_precision(scores: Float32[np.ndarray, " n"], is_label: Bool[np.ndarr
     if not is_label.any() or np.isnan(scores).any():
         return math.nan
     return float(average_precision_score(is_label, scores))
-
-
-class ThresholdMetrics(NamedTuple):
-    """Metrics of one class, which is predicted if it is more probable than not, as fractions.
-
-    Attributes:
-        precision: Fraction of the predictions that are correct; 0 without any.
-        recall: Fraction of the images of the class that are found; 0 without any.
-        f1: Harmonic mean of precision and recall.
-    """
-
-    precision: float
-    recall: float
-    f1: float
-
-
-def threshold_metrics(
-    labels: Bool[np.ndarray, "n classes"], predicted: Bool[np.ndarray, "n classes"]
-) -> list[ThresholdMetrics]:
-    """Computes precision, recall and F1 of every class, as scikit-learn does by default."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(labels, predicted, average=None, zero_division=0)[:3]
-    return [ThresholdMetrics(*values) for values in np.stack(columns, axis=1).tolist()]

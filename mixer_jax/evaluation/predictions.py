@@ -153,7 +153,7 @@ def predict_source(
 def predict_multi_label_source(
     step: ScoreStep, params: Any, source: Source, mesh: Mesh, input_config: EvalInputConfig
 ) -> tuple[MultiLabelMetrics, MultiLabelPredictions]:
-    """Evaluates a source like `evaluate_multi_label`, and keeps the prediction for every image.
+    """Evaluates a source like `score_source`, and keeps the prediction for every image.
 
     The process must be the only one. Arguments are those of `score_source`.
 

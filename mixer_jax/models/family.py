@@ -572,6 +572,10 @@ def head_layers(width: int, num_classes: int) -> dict[str, Layer]:
     return layers | ({LOGITS: Layer((num_classes,), "output of the head")} if num_classes else {})
 
 
+# Largest number of blocks, channels and so on: functions that count up to one must end.
+_MAX_SIZE = 2**20
+
+
 def architecture_key(
     help_text: str, unit: str = "", min: float = 0, default: Any = dataclasses.MISSING
 ) -> Any:
@@ -583,7 +587,7 @@ def architecture_key(
         min: Smallest value allowed; 0, or "" for text, keeps the variant's value.
         default: Value of variants that do not set it.
     """
-    metadata = {"help": help_text, "unit": unit, "min": min}
+    metadata = {"help": help_text, "unit": unit, "min": min, "max": _MAX_SIZE}
     return dataclasses.field(default=default, metadata=metadata)
 
 

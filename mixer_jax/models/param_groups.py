@@ -83,8 +83,8 @@ def count_frozen(
 def layer_factors(decay: float, family: ModelFamily, architecture: Any) -> dict[str, float]:
     """Computes the factor of the learning rate of each layer, from the input to the head.
 
-    It is 1 for the head, and decays by `decay` from each layer to the one before it, as in BEiT's
-    code (arXiv 2106.08254) and timm.
+    The factor is 1 for the head, and is multiplied by `decay` from each layer to the one before it,
+    as in BEiT's code (arXiv 2106.08254) and timm.
     """
     layers = list(family.layer_groups(architecture))
     return {layer: decay ** (len(layers) - 1 - depth) for depth, layer in enumerate(layers)}

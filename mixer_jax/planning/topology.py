@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from typing import Any, NamedTuple
 
 from mixer_jax.distributed.hardware import CHIPS, ChipSpec
@@ -88,7 +89,7 @@ def parse_topology(name: str, num_slices: int = 1) -> Topology:
     chip = CHIPS.get(chip_name)
     if chip is None:
         raise UserError(
-            f"--topology must name one of the chips {', '.join(CHIPS)}, got {name}. "
+            f"--topology must name one of the chips {', '.join(CHIPS)}, got {name!r}. "
             "Pass, for example, v5e:8x8 or h100:16."
         )
     if num_slices < 1:
@@ -99,18 +100,18 @@ def parse_topology(name: str, num_slices: int = 1) -> Topology:
             f"Pass the total number of GPUs, for example --topology={chip_name}:16."
         )
     sides = size.split("x")
-    grid = tuple(int(side) for side in sides if side.isascii() and side.isdecimal())
+    grid = tuple(int(side) for side in sides if re.fullmatch("[0-9]{1,9}", side))
     if len(grid) != len(sides) or len(grid) != (chip.torus_dims or 1) or 0 in grid:
         rule = f"{chip.torus_dims} sides" if chip.is_tpu else "the number of GPUs"
         sizes = _SIZES[chip.torus_dims] if chip.is_tpu else "8, 16 or 64"
         raise UserError(
-            f"--topology must give {rule} for {chip_name}, got {name}. "
+            f"--topology must give {rule} for {chip_name}, got {name!r}. "
             f"Pass, for example, {chip_name}:{sizes}."
         )
     if chip.nvlink_domain and grid[0] > chip.nvlink_domain and grid[0] % chip.nvlink_domain:
         raise UserError(
             f"--topology must have up to {chip.nvlink_domain} {chip_name}, one machine, or a "
-            f"multiple of {chip.nvlink_domain}, got {name}."
+            f"multiple of {chip.nvlink_domain}, got {name!r}."
         )
     return Topology(name, chip, grid, num_slices)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.data.names import FOLDER, MANIFEST, WEB_DATASET
+from mixer_jax.data.names import HUGGING_FACE, PATH_PREFIXES
 from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
@@ -38,7 +38,7 @@ class SuiteData(NamedTuple):
 
 
 def resolve_folders(suite: Suite) -> Suite:
-    """Makes the paths of folders, manifests and shards absolute and expands ~."""
+    """Makes the paths of datasets that are not TFDS's absolute, and expands ~."""
     tasks: list[Task] = []
     for task in suite.tasks:
         fields: dict[str, Any] = {"dataset": _resolve_folder(task.dataset)}
@@ -149,10 +149,14 @@ def choose_image_size(
 
 
 def _resolve_folder(dataset: str) -> str:
-    for prefix in (FOLDER, MANIFEST, WEB_DATASET):
+    for prefix in PATH_PREFIXES:
         path = dataset.removeprefix(prefix)
-        if path != dataset and path and "://" not in path:
-            return prefix + os.path.abspath(os.path.expanduser(path))
+        if path == dataset or not path or "://" in path:
+            continue
+        resolved = os.path.abspath(os.path.expanduser(path))
+        # Another name is that of a dataset on the Hub.
+        if prefix != HUGGING_FACE or os.path.isdir(resolved):
+            return prefix + resolved
     return dataset
 
 

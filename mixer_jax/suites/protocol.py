@@ -20,7 +20,7 @@ from mixer_jax.data.preprocess import CROP_FRACTION
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import any_host, compute_once, is_primary_process
 from mixer_jax.distributed.sharding import make_mesh, shard_inference_params
-from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, describe_error
+from mixer_jax.errors import NonFiniteError, OutputWriteError, WriteFailureError, describe_error
 from mixer_jax.evaluation.features import make_feature_fn
 from mixer_jax.evaluation.loop import EvalInputConfig
 from mixer_jax.evaluation.probes import ProbeConfig, run_probe
@@ -78,14 +78,14 @@ def run_tasks(context: TaskContext, tasks: Sequence[Task]) -> dict[str, str]:
 
     Raises:
         TaskInterruptedError: The current run was stopped.
-        OutputWriteError, DiskFullError: A result cannot be written.
+        OutputWriteError, WriteFailureError: A result cannot be written.
     """
     failures = {}
     for index, task in enumerate(tasks, start=1):
         context.log(f"\n[{index}/{len(tasks)}] {task.name}")
         try:
             run_task(context, task)
-        except (TaskInterruptedError, OutputWriteError, DiskFullError):
+        except (TaskInterruptedError, OutputWriteError, WriteFailureError):
             raise
         except Exception as error:
             # Any error, even running out of memory, ends only its own task.

@@ -105,7 +105,7 @@ def report(workdir: str) -> None:
 
     Raises:
         UserError: The workdir contains no suite, or a file is damaged.
-        OutputWriteError, DiskFullError: The table cannot be written.
+        OutputWriteError, WriteFailureError: The table cannot be written.
     """
     plan = read_plan(workdir)
     if plan is None:

@@ -17,7 +17,14 @@ from mixer_jax.checkpoints.model_info import ModelInfo
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR
 from mixer_jax.config.compat import upgrade_overrides
 from mixer_jax.errors import RunError, UserError
-from mixer_jax.files import atomic_write, file_lock, output_errors
+from mixer_jax.files import (
+    atomic_write,
+    file_lock,
+    is_integer,
+    is_number,
+    output_errors,
+    parse_json,
+)
 from mixer_jax.suites import tasks
 from mixer_jax.suites.plan import TransferPlan, is_resumable
 from mixer_jax.suites.tasks import VALIDATION
@@ -130,19 +137,34 @@ def read_plan(workdir: str) -> TransferPlan | None:
     if not path.exists():
         return None
     try:
-        data = tasks.rename_keys(json.loads(path.read_text()), _RENAMED_FIELDS)
+        data = tasks.rename_keys(parse_json(path.read_bytes()), _RENAMED_FIELDS)
         fields = data | {
             "suite": tasks.from_json(data["suite"]),
             "model_info": ModelInfo.from_dict(data["model_info"], str(path)),
             "overrides": tuple(upgrade_overrides(data["overrides"]).items()),
             "data_notes": tuple(data["data_notes"]),
         }
-        return TransferPlan(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        plan = TransferPlan(**fields)
+        _check_plan(plan)
+        return plan
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} must be a suite's plan, but is damaged or has an unknown format. Choose "
             "another --workdir."
         ) from error
+
+
+def _check_plan(plan: TransferPlan) -> None:
+    """Raises ValueError, KeyError or TypeError if a value of a saved plan has another type."""
+    tasks.check_suite(plan.suite)
+    texts = [plan.checkpoint, plan.data_dir, plan.pretrain_dataset, plan.digest, *plan.data_notes]
+    sizes = [plan.image_sizes[task.name] for task in plan.suite.tasks]
+    if not (
+        all(isinstance(text, str) for text in [*texts, *dict(plan.overrides).values()])
+        and all(is_integer(size) and size > 0 for size in sizes)
+        and (plan.device_days is None or is_number(plan.device_days))
+    ):
+        raise TypeError("a value has another type")
 
 
 def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
@@ -153,7 +175,7 @@ def save_plan(workdir: str, plan: TransferPlan) -> list[str]:
 
     Raises:
         UserError: The workdir contains results of a different suite or checkpoint.
-        OutputWriteError, DiskFullError: The workdir cannot be written.
+        OutputWriteError, WriteFailureError: The workdir cannot be written.
     """
     path = epath.Path(workdir) / PLAN_FILE
     with output_errors(workdir), contextlib.ExitStack() as stack:
@@ -235,13 +257,11 @@ def read_result(
     if not path.exists():
         return None
     try:
-        result = RunResult(**json.loads(path.read_text()))
+        result = RunResult(**parse_json(path.read_bytes()))
         required = [] if result.failed else [result.scores[e][m] for e in evals for m in metrics]
         values = [value for scores in result.scores.values() for value in scores.values()]
         numbers = [result.seconds, *required, *values]
-        if not isinstance(result.failed, str) or not all(
-            isinstance(n, int | float) for n in numbers
-        ):
+        if not isinstance(result.failed, str) or not all(map(is_number, numbers)):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a run's result. Remove it to repeat the run.") from error
@@ -285,11 +305,13 @@ def clear_failure(folder: str) -> None:
 def read_failure(folder: str) -> str:
     """Reads the reason of `save_failure`; empty if the task has not failed."""
     path = epath.Path(folder) / FAILED_FILE
-    return path.read_text().partition("\n")[0] if path.exists() else ""
+    if not path.exists():
+        return ""
+    return path.read_bytes().decode(errors="replace").partition("\n")[0]
 
 
 def save_throughput(workdir: str, throughput: Throughput) -> None:
-    """Writes the measured throughput, or raises OutputWriteError or DiskFullError."""
+    """Writes the measured throughput, or raises OutputWriteError or WriteFailureError."""
     with output_errors(workdir):
         atomic_write(epath.Path(workdir) / THROUGHPUT_FILE, _to_text(throughput._asdict()))
 
@@ -300,8 +322,15 @@ def read_throughput(workdir: str) -> Throughput | None:
     if not path.exists():
         return None
     try:
-        throughput = Throughput(**json.loads(path.read_text()))
+        throughput = Throughput(**parse_json(path.read_bytes()))
         height, width = throughput.image_size
+        sizes = (height, width, throughput.batch_size)
+        if (
+            not all(map(is_integer, sizes))
+            or not is_number(throughput.images_per_second)
+            or not isinstance(throughput.device, str)
+        ):
+            raise TypeError
         return throughput._replace(image_size=(height, width))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged. Remove it to measure again.") from error

@@ -13,9 +13,7 @@ from mixer_jax.config.schema import BadImagesConfig
 from mixer_jax.data.readers import BadImage
 from mixer_jax.distributed import multihost
 from mixer_jax.errors import UserError
-from mixer_jax.files import LineFile, read_json_lines
-
-_FIELDS = {"step", "name", "reason"}
+from mixer_jax.files import LineFile, is_integer, read_json_lines
 
 
 class BadImageLog:
@@ -159,8 +157,14 @@ def _read_entries(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
 def _read_log(path: epath.Path) -> list[dict[str, Any]]:
     try:
         entries = read_json_lines(path)
-        if all(entry.keys() == _FIELDS for entry in entries):
+        if all(map(_is_entry, entries)):
             return entries
     except ValueError:
         pass
     raise UserError(f"{str(path)!r} is not a log of bad images. Move the file away.")
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    texts = (entry.get("name"), entry.get("reason"))
+    is_valid = is_integer(entry.get("step")) and all(isinstance(text, str) for text in texts)
+    return is_valid and len(entry) == 3

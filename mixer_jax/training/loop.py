@@ -36,11 +36,14 @@ from mixer_jax.errors import (
     NonFiniteError,
     RunError,
     UserError,
+    WriteFailureError,
     describe_error,
+    describe_full_memory,
     is_out_of_memory,
     no_space_path,
     no_space_reason,
     summarize_error,
+    write_failure_reason,
 )
 from mixer_jax.models.param_groups import count_frozen, layer_factors
 from mixer_jax.models.registry import get_family
@@ -163,6 +166,7 @@ def train_and_evaluate(
         UserError: Data is missing, or the batch cannot be split over the devices.
         DiskFullError: `workdir`, or the file that the message names, cannot be written for lack of
             space.
+        WriteFailureError: `workdir` cannot be written for another reason, such as a failing disk.
         RunError: Loss, gradients or parameters are not finite, too many images are bad, the memory
             of a device is full, or another process is training in `workdir`.
     """
@@ -181,11 +185,11 @@ def train_and_evaluate(
         raise
     except Exception as error:
         # Also those of saves in the background, which end with the stack.
-        reason = no_space_reason(error)
+        space, failure = no_space_reason(error), write_failure_reason(error, workdir)
         is_memory_full = _is_device_memory_full(error)
-        if not reason and not is_memory_full:
+        if not space and not failure and not is_memory_full:
             raise
-        saved = _last_checkpoint(workdir, max(list_steps(workdir), default=0))
+        saved = _find_last_checkpoint(workdir)
         if is_memory_full:
             raise RunError(
                 f"{_describe_full_memory(error)} Last good checkpoint: {saved}. Try "
@@ -193,10 +197,15 @@ def train_and_evaluate(
                 "and on several devices --config.mesh.fsdp=2; a run that has started resumes with "
                 "them."
             ) from error
+        if not space:
+            raise WriteFailureError(
+                f"workdir {workdir!r} cannot be written ({failure}). Last good checkpoint: {saved}."
+                " Check the file system and run the same command to resume."
+            ) from error
         path = no_space_path(error, workdir)
         name = f"workdir {path!r}" if path == workdir else repr(path)
         raise DiskFullError(
-            f"{name} cannot be written ({reason}). Last good checkpoint: {saved}. "
+            f"{name} cannot be written ({space}). Last good checkpoint: {saved}. "
             "Free space and run the same command to resume."
         ) from error
 
@@ -211,6 +220,13 @@ def _describe_full_memory(error: Exception) -> str:
 
 def _last_checkpoint(workdir: str, step: int) -> str:
     return f"{workdir}/{CHECKPOINT_DIR}/{step}" if step else "none"
+
+
+def _find_last_checkpoint(workdir: str) -> str:
+    try:
+        return _last_checkpoint(workdir, max(list_steps(workdir), default=0))
+    except OSError as error:
+        return f"unknown ({error.strerror})"
 
 
 def _free_space(workdir: str, _type: Any, error: BaseException | None, _traceback: Any) -> None:
@@ -523,7 +539,8 @@ class _TrainLoop:
                 result = self.run_evaluator(name)
             except recoverable as error:
                 message = describe_error(error)
-                if not isinstance(error, UserError | RunError | OSError):
+                is_known = isinstance(error, UserError | RunError | OSError)
+                if not is_known and not describe_full_memory(error):
                     # Likely a bug, which the message alone does not locate.
                     traceback.print_exception(error)
                 failures[name] = EvalFailure(message, isinstance(error, UserError))

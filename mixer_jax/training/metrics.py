@@ -13,9 +13,9 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from mixer_jax.checkpoints.resolve import METRICS_FILE
+from mixer_jax.checkpoints.resolve import METRICS_FILE, read_metrics
 from mixer_jax.errors import NonFiniteError, summarize_error
-from mixer_jax.files import LineFile, read_json_lines
+from mixer_jax.files import LineFile
 from mixer_jax.training.tracking import WandbRun
 
 EVENTS_FOLDER = "events"
@@ -25,15 +25,6 @@ CURVES_FILE = "curves.png"
 _UPLOAD_INTERVAL = 30.0
 # Measured by the clock, so they differ between repetitions of a run; everything else is identical.
 TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
-
-
-def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Reads the lines of a run's `metrics.jsonl`, except one that a crash cut off.
-
-    Raises:
-        UserError: A line is not a JSON object.
-    """
-    return read_json_lines(epath.Path(workdir) / METRICS_FILE)
 
 
 class MetricsLogger:

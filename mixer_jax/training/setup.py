@@ -49,10 +49,11 @@ from mixer_jax.models.registry import build_model, get_family
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from mixer_jax.training.step import (
-    Metrics,
     TrainState,
+    TrainStep,
     create_state,
     jit_train_step,
+    train_step,
     update_norm,
 )
 
@@ -82,7 +83,7 @@ class Experiment(NamedTuple):
     model_info: ModelInfo
     state_shape: TrainState
     create_state: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: TrainStep
     copy_params: Callable[[Any], Any]
     update_norm: Callable[[Any, Any], jax.Array]
     param_norm: Callable[[Any], jax.Array]
@@ -105,9 +106,9 @@ def build_experiment(
             architecture it takes; None: the architecture of the config.
 
     Raises:
-        UserError: The batch cannot be split over the devices, warmup is longer than the run, it
-            does not have the steps to profile, the backend is for other devices, or a pattern of
-            frozen parameters matches none.
+        UserError: The batch cannot be split over the devices, the schedule is longer than the run,
+            the run does not have the steps to profile, the backend is for other devices, or
+            patterns of frozen parameters match none or all.
     """
     num_steps = resolve_num_steps(config, len(datasets.train))
     check_schedule(config, num_steps)
@@ -125,13 +126,24 @@ def build_experiment(
     check_freeze(patterns, family, model_info.config, config.image_size)
     tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
 
-    class_weights = datasets.class_weights
-    has_ema = config.recipe.ema_decay > 0
+    class_weights, has_ema = datasets.class_weights, config.recipe.ema_decay > 0
     make_state = functools.partial(
         create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
     )
     shape = jax.eval_shape(make_state)
     sharding = state_sharding(shape, mesh, family)
+    step = functools.partial(
+        train_step,
+        recipe=config.recipe,
+        seed=config.seed,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        mesh=mesh,
+        class_weights=class_weights,
+        sam_rho=config.optimizer.sam_rho,
+        frozen=frozen_mask(shape.params, config.optimizer, family, model_info.config),
+    )
     return Experiment(
         config,
         datasets,
@@ -141,18 +153,7 @@ def build_experiment(
         model_info,
         state_shape=abstract_state(shape, sharding),
         create_state=jax.jit(make_state, out_shardings=sharding),
-        train_step=jit_train_step(
-            config.recipe,
-            config.seed,
-            sharding,
-            model,
-            tx,
-            schedule,
-            mesh,
-            class_weights,
-            sam_rho=config.optimizer.sam_rho,
-            frozen=frozen_mask(shape.params, config.optimizer, family, model_info.config),
-        ),
+        train_step=jit_train_step(step, sharding, mesh, model),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params
         ),

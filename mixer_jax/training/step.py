@@ -45,6 +45,10 @@ class TrainState(NamedTuple):
         return self.params if self.ema_params is None else self.ema_params
 
 
+# From the state and a batch to the next state and the metrics.
+TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
+
+
 def create_state(
     rng: Key[Array, ""],
     model: nn.Module,
@@ -60,30 +64,16 @@ def create_state(
 
 
 def jit_train_step(
-    recipe: RecipeConfig,
-    seed: int,
-    sharding: TrainState,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    class_weights: Float32[np.ndarray, " classes"] | None = None,
-    sam_rho: float = 0.0,
-    frozen: Params | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """Jits `train_step` with the shardings of the state; the compiled step donates the state."""
-    step = functools.partial(
-        train_step,
-        recipe=recipe,
-        seed=seed,
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        mesh=mesh,
-        class_weights=class_weights,
-        sam_rho=sam_rho,
-        frozen=frozen,
-    )
+    step: TrainStep, sharding: TrainState, mesh: Mesh, model: nn.Module
+) -> TrainStep:
+    """Jits a training step with the shardings of the state; the compiled step donates the state.
+
+    Args:
+        step: `train_step` with all arguments but the state and the batch.
+        sharding: Sharding of each array of the state.
+        mesh: Device mesh of the step.
+        model: Model of the step, by which the options of the compiler are chosen.
+    """
     platform = mesh.devices.flat[0].platform
     return jax.jit(
         step,
@@ -137,7 +127,7 @@ def train_step(
 
     def loss_fn(params: Params, examples: Any, shared: Any) -> Float[Array, ""]:
         (pairs, example_index), (weights, rng) = examples, shared
-        # Without it, the backward pass would compute gradients of frozen parameters, too.
+        # Otherwise, the backward pass would compute gradients of frozen parameters as well.
         params = replace_frozen(frozen, params, jax.lax.stop_gradient)
         images, targets = apply_mixup(pairs, weights)
         logits = model.apply(
@@ -163,7 +153,7 @@ def train_step(
 
     def compute_gradients(params: Params) -> tuple[Float[Array, ""], Params]:
         loss, grads = value_and_grad(params, examples, shared)
-        # They are zero already; as constants, they are not summed over the devices.
+        # Gradients of frozen parameters are zero already; constants are not summed over devices.
         return loss, replace_frozen(frozen, grads, jnp.zeros_like)
 
     loss, grads = compute_gradients(state.params)

@@ -13,7 +13,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, CONFIG_FILE, list_saved_steps
+from mixer_jax.checkpoints.resolve import (
+    CHECKPOINT_DIR,
+    CONFIG_FILE,
+    METRICS_FILE,
+    list_saved_steps,
+)
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.data.names import PATH_PREFIXES
@@ -21,17 +26,43 @@ from mixer_jax.errors import (
     DiskFullError,
     RunError,
     UserError,
+    WriteFailureError,
     install_hint,
+    is_failing,
     no_space_reason,
     summarize_error,
 )
-from mixer_jax.files import atomic_write, file_lock, read_json_lines
+from mixer_jax.files import (
+    atomic_write,
+    file_lock,
+    parse_json,
+    read_json_lines,
+    remove_temporary_files,
+)
+from mixer_jax.training.metrics import CURVES_FILE
+from mixer_jax.training.tracking import RUN_ID_FILE
 
 PARAMETERS_FILE = "parameters.txt"
 STARTS_FILE = "starts.jsonl"
 # Table of the runs of several seeds, in the folder that has their workdirs.
 SEEDS_FILE = "seeds.json"
 LOCK_FILE = ".lock"
+# Types of what other modules read from starts.
+_START_TYPES = {
+    "step": int,
+    "num_steps": int,
+    "time": str,
+    "num_devices": int,
+    "device_kind": str,
+    "mesh": dict,
+    "versions": dict,
+}
+_PROBE = ".probe"
+# Patterns of the files that a run writes by `atomic_write`, and the one of `check_workdir`.
+_WRITTEN_FILES = (
+    *(CONFIG_FILE, PARAMETERS_FILE, STARTS_FILE, METRICS_FILE, CURVES_FILE, RUN_ID_FILE),
+    *("bad_images_*.jsonl", _PROBE),
+)
 _TRAIN_DATA_KEYS = re.compile(r"dataset\.name|mixture\.[^.]+\.dataset")
 _OTHER_WORKDIR = "Choose another --workdir"
 # Locked workdirs of this process, and the threads that hold them.
@@ -77,7 +108,7 @@ def lock_workdir(workdir: str) -> Iterator[None]:
         workdir: Absolute path or URL. It is created, and removed afterwards if it is still empty.
 
     Raises:
-        RunError: Another process is training in the workdir, or its disk is full.
+        RunError: Another process is training in the workdir, or its disk is full or failing.
         UserError: The folder cannot be written.
     """
     key = (workdir, threading.get_ident())
@@ -94,6 +125,7 @@ def lock_workdir(workdir: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise _not_writable(workdir, error) from error
+        remove_temporary_files(Path(workdir), _WRITTEN_FILES)
         _locked.add(key)
         try:
             yield
@@ -120,19 +152,13 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
             f"workdir {workdir!r} has runs of several seeds ({SEEDS_FILE}). {_OTHER_WORKDIR}, or "
             "pass --seeds."
         )
-    path = epath.Path(workdir) / CONFIG_FILE
-    if not path.exists():
+    if not (epath.Path(workdir) / CONFIG_FILE).exists():
         if list_saved_steps(workdir):
             raise UserError(
                 f"workdir {workdir!r} has checkpoints but no {CONFIG_FILE}. {_OTHER_WORKDIR}."
             )
         return []
-    try:
-        resumable, incompatible = config_diff(json.loads(path.read_text()), config)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
-        ) from error
+    resumable, incompatible = config_diff(read_config(workdir), config)
     if incompatible and list_saved_steps(workdir):
         raise UserError(
             f"workdir {workdir!r} belongs to another experiment ({'; '.join(incompatible)}). "
@@ -144,6 +170,23 @@ def check_workdir(workdir: str, config: RunConfig) -> list[str]:
 def save_config(workdir: str, config: RunConfig) -> None:
     """Writes the config to `workdir`/config.json."""
     atomic_write(epath.Path(workdir) / CONFIG_FILE, to_json(config))
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+    """Reads the config in `workdir`/config.json, as saved.
+
+    Raises:
+        UserError: The file cannot be read, or is not a config.
+    """
+    try:
+        config = parse_json((epath.Path(workdir) / CONFIG_FILE).read_bytes())
+        # Also upgrades a copy, which fails if it is not a config.
+        flatten(ConfigDict(fill_defaults(config)))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
+        ) from error
+    return config
 
 
 def save_parameter_overview(workdir: str, params: dict[str, Any]) -> None:
@@ -168,9 +211,15 @@ def read_starts(workdir: str) -> list[dict[str, Any]]:
     """Reads the lines of a run's `starts.jsonl`; empty for runs of older versions.
 
     Raises:
-        UserError: A line is not a JSON object.
+        UserError: A line is not a JSON object, or a value has another type than in a start.
     """
-    return read_json_lines(epath.Path(workdir) / STARTS_FILE)
+    path = epath.Path(workdir) / STARTS_FILE
+    starts = read_json_lines(path)
+    for start in starts:
+        for name, kind in _START_TYPES.items():
+            if name in start and not isinstance(start[name], kind):
+                raise UserError(f"{str(path)!r} is not a log of starts. Move the file away.")
+    return starts
 
 
 def to_json(config: RunConfig) -> str:
@@ -229,9 +278,10 @@ def _check_writable(workdir: str) -> None:
         # Object stores have no folders. Elsewhere a usage error must not leave an empty one behind.
         while "://" not in workdir and not folder.exists():
             folder = folder.parent
-        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe = folder / f"{_PROBE}.{uuid.uuid4().hex}.tmp"
         probe.write_text("")
-        probe.unlink()
+        # The start of a run in the workdir may have removed it. See `lock_workdir`.
+        probe.unlink(missing_ok=True)
     except Exception as error:
         # Every file system raises its own exceptions.
         raise _not_writable(workdir, error) from error
@@ -243,6 +293,11 @@ def _check_writable(workdir: str) -> None:
 def _not_writable(workdir: str, error: Exception) -> UserError | RunError:
     if space := no_space_reason(error):
         return DiskFullError(f"workdir {workdir!r} cannot be written ({space}). Free space.")
+    if is_failing(error):
+        return WriteFailureError(
+            f"workdir {workdir!r} cannot be written ({summarize_error(error)}). Check the file "
+            "system and run the same command again."
+        )
     if isinstance(error, ImportError):
         # File systems of URLs need a library each.
         reason = summarize_error(error)

@@ -132,7 +132,9 @@ def _plot_metric(axes: Any, lines: Sequence[dict[str, Any]], key: str, **style: 
 
 def _format_key(key: str) -> str:
     """Formats a metric of a panel for its legend."""
-    return key.removesuffix("/top1").replace(f"/{_MAP}", " mAP")
+    text = key.removesuffix("/top1").replace(f"/{_MAP}", " mAP")
+    # Between dollar signs, Matplotlib expects formulas.
+    return text.replace("$", r"\$")
 
 
 def _add_legend(axes: Any, keys: Sequence[str]) -> None:

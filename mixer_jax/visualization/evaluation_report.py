@@ -5,12 +5,12 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.source import Source
@@ -26,7 +26,7 @@ from mixer_jax.evaluation.classification import (
     class_report,
     confused_pairs,
 )
-from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, Predictions, worst_mistakes
+from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, NUM_TOP, Predictions, worst_mistakes
 from mixer_jax.files import atomic_folder
 from mixer_jax.visualization.figures import make_figure
 from mixer_jax.visualization.html import encode_figure, encode_thumbnail, render_page
@@ -34,7 +34,7 @@ from mixer_jax.visualization.html import encode_figure, encode_thumbnail, render
 PAGE, PREDICTIONS, METRICS = "index.html", "predictions.csv", "metrics.json"
 # Number of classes that occur, up to which the confusion matrix is a table, or a picture.
 _MAX_TABLE_CLASSES, _MAX_PICTURE_CLASSES = 25, 200
-_NUM_PAIRS, NUM_MISTAKES, NUM_ERRORS = 50, 48, 50
+_NUM_PAIRS, NUM_MISTAKES, _NUM_ERRORS = 50, 48, 50
 # Spreadsheet programs run a cell as a formula if its text begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -90,11 +90,7 @@ def write_report(
         num_bins=NUM_CALIBRATION_BINS,
         mistakes=list(_show_mistakes(source, shown, names, exif_orientation)),
         num_mistakes=f"{int((labels != predicted).sum()):,}",
-        error_rows=[
-            [shown.names[index], reason]
-            for index, reason in list(shown.errors.items())[:NUM_ERRORS]
-        ],
-        num_errors=f"{len(predictions.errors):,}",
+        **list_unusable_images(shown.names, shown.errors),
     )
     summary = summary | {
         "per_class": {
@@ -262,6 +258,12 @@ def remove_folder(names: list[str]) -> list[str]:
     return [os.path.relpath(name, folder) for name in names]
 
 
+def list_unusable_images(names: Sequence[str], errors: Mapping[int, str]) -> dict[str, Any]:
+    """Lists the first unusable images with their errors, and their number, for the page."""
+    rows = [[names[index], reason] for index, reason in list(errors.items())[:_NUM_ERRORS]]
+    return {"error_rows": rows, "num_errors": f"{len(errors):,}"}
+
+
 def _show_mistakes(
     source: Source, predictions: Predictions, names: Sequence[str], exif_orientation: bool
 ) -> Iterator[dict[str, Any]]:
@@ -290,15 +292,8 @@ def read_thumbnail(source: Source, index: int, exif_orientation: bool) -> str:
 def _prediction_rows(predictions: Predictions, class_names: Sequence[str]) -> Iterator[list[str]]:
     """Yields one line per image, with the probabilities of all or of the most probable classes."""
     names = [escape_formula(name) for name in class_names]
-    num_top = predictions.top_classes.shape[1]
-    has_all = len(names) <= MAX_ALL_CLASSES
     header = ["image", "label", "prediction", "label_probability", "error"]
-    if has_all:
-        header += [f"probability: {name}" for name in class_names]
-    else:
-        header += [
-            f"{part}_{k}" for k in range(1, num_top + 1) for part in ("class", "probability")
-        ]
+    header += probability_titles(class_names)
     likelihood = np.exp(predictions.log_likelihood)
     yield header
     for index, image in enumerate(predictions.names):
@@ -307,19 +302,36 @@ def _prediction_rows(predictions: Predictions, class_names: Sequence[str]) -> It
             yield [*row, "", "", "", predictions.errors[index]] + [""] * (len(header) - 5)
             continue
         classes = predictions.top_classes[index]
-        probabilities = predictions.top_probabilities[index]
         row += [
             names[predictions.labels[index]],
             names[classes[0]],
             f"{likelihood[index]:.6g}",
             "",
         ]
-        if has_all:
-            row += [f"{p:.6g}" for p in probabilities[np.argsort(classes)].tolist()]
-        else:
-            for k, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
-                row += [names[k], f"{p:.6g}"]
-        yield row
+        yield row + format_probabilities(names, classes, predictions.top_probabilities[index])
+
+
+def probability_titles(class_names: Sequence[str]) -> list[str]:
+    """Lists the titles of the columns of `format_probabilities`."""
+    if len(class_names) <= MAX_ALL_CLASSES:
+        return [f"probability: {name}" for name in class_names]
+    return [f"{part}_{k}" for k in range(1, NUM_TOP + 1) for part in ("class", "probability")]
+
+
+def format_probabilities(
+    names: Sequence[str], classes: Int[np.ndarray, " k"], probabilities: Float[np.ndarray, " k"]
+) -> list[str]:
+    """Formats the probabilities of all classes, or names and probabilities of the first ones.
+
+    Args:
+        names: Name of each class.
+        classes: All classes up to `MAX_ALL_CLASSES`, otherwise `NUM_TOP`; the most probable first.
+        probabilities: Their probabilities.
+    """
+    if len(names) <= MAX_ALL_CLASSES:
+        return [f"{p:.6g}" for p in probabilities[np.argsort(classes)].tolist()]
+    pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
+    return [cell for k, p in pairs for cell in (names[k], f"{p:.6g}")]
 
 
 def escape_formula(text: str) -> str:

@@ -9,16 +9,15 @@ from jaxtyping import Bool, Float
 
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
-from mixer_jax.evaluation.multi_label import (
-    MultiLabelMetrics,
-    ThresholdMetrics,
-    threshold_metrics,
-)
+from mixer_jax.evaluation.classification import ClassMetrics, class_metrics
+from mixer_jax.evaluation.multi_label import MultiLabelMetrics
 from mixer_jax.evaluation.predictions import MAX_ALL_CLASSES, NUM_TOP, MultiLabelPredictions
 from mixer_jax.visualization.evaluation_report import (
-    NUM_ERRORS,
     NUM_MISTAKES,
     escape_formula,
+    format_probabilities,
+    list_unusable_images,
+    probability_titles,
     read_thumbnail,
     remove_folder,
     write_files,
@@ -42,7 +41,7 @@ def write_multi_label_report(
     """Writes the report of an evaluation as a new folder; see `evaluation_report.write_report`."""
     mask = predictions.mask
     labels, predicted = predictions.labels[mask], predictions.predicted[mask]
-    thresholded = threshold_metrics(labels, predicted)
+    thresholded = class_metrics(labels, predicted)
     names = [label_class(name) for name in source.class_names]
     shown = predictions._replace(names=remove_folder(predictions.names))
     page = render_page(
@@ -59,18 +58,15 @@ def write_multi_label_report(
         counts=metrics.format_counts(),
         class_rows=_format_classes(metrics, thresholded, names),
         num_absent=len(names) - metrics.num_scored_classes,
-        false_positives=list(_show(source, shown, names, exif_orientation, is_label=False)),
+        false_positives=list(_show_errors(source, shown, names, exif_orientation, is_label=False)),
         num_false_positives=f"{int((predicted & ~labels).sum()):,}",
-        missed=list(_show(source, shown, names, exif_orientation, is_label=True)),
+        missed=list(_show_errors(source, shown, names, exif_orientation, is_label=True)),
         num_missed=f"{int((labels & ~predicted).sum()):,}",
-        error_rows=[
-            [shown.names[index], reason]
-            for index, reason in list(shown.errors.items())[:NUM_ERRORS]
-        ],
-        num_errors=f"{len(predictions.errors):,}",
+        **list_unusable_images(shown.names, shown.errors),
     )
     for name, values in zip(source.class_names, thresholded, strict=True):
-        summary["classes"][name] |= values._asdict()
+        scores = {"precision": values.precision, "recall": values.recall, "f1": values.f1}
+        summary["classes"][name] |= scores
     write_files(path, page, summary, _prediction_rows(predictions, source.class_names))
 
 
@@ -96,7 +92,7 @@ def worst_images(
     return [(index, int(classes[index])) for index in order.tolist() if worst[index] >= 0]
 
 
-def _show(
+def _show_errors(
     source: Source,
     predictions: MultiLabelPredictions,
     names: Sequence[str],
@@ -116,7 +112,7 @@ def _show(
 
 
 def _format_classes(
-    metrics: MultiLabelMetrics, thresholded: Sequence[ThresholdMetrics], names: Sequence[str]
+    metrics: MultiLabelMetrics, thresholded: Sequence[ClassMetrics], names: Sequence[str]
 ) -> list[list[str]]:
     """Formats the classes that have an image, lowest average precision first."""
     found = [k for k, values in enumerate(metrics.classes) if values.num_images]
@@ -126,7 +122,7 @@ def _format_classes(
             names[k],
             str(k),
             f"{metrics.classes[k].average_precision:.2%}",
-            *(f"{value:.2%}" for value in thresholded[k]),
+            *(f"{value:.2%}" for value in thresholded[k][:3]),
             f"{metrics.classes[k].num_images:,}",
         ]
         for k in found
@@ -137,30 +133,21 @@ def _prediction_rows(
     predictions: MultiLabelPredictions, class_names: Sequence[str]
 ) -> Iterator[list[str]]:
     """Yields one line per image, with the probabilities of all or of the most probable classes."""
+    names = [escape_formula(name) for name in class_names]
+    num_shown = len(names) if len(names) <= MAX_ALL_CLASSES else NUM_TOP
 
     def join(is_member: Bool[np.ndarray, " classes"]) -> str:
         members = np.flatnonzero(is_member).tolist()
         return escape_formula(_SEPARATOR.join(class_names[k] for k in members))
 
-    header = ["image", "labels", "predictions", "error"]
-    has_all = len(class_names) <= MAX_ALL_CLASSES
-    if has_all:
-        header += [f"probability: {name}" for name in class_names]
-    else:
-        header += [
-            f"{part}_{k}" for k in range(1, NUM_TOP + 1) for part in ("class", "probability")
-        ]
+    header = ["image", "labels", "predictions", "error", *probability_titles(class_names)]
     yield header
     for index, image in enumerate(predictions.names):
         row = [escape_formula(image)]
         if not predictions.mask[index]:
             yield [*row, "", "", predictions.errors[index]] + [""] * (len(header) - 4)
             continue
-        probabilities = predictions.probabilities[index]
         row += [join(predictions.labels[index]), join(predictions.predicted[index]), ""]
-        if has_all:
-            row += [f"{p:.6g}" for p in probabilities.tolist()]
-        else:
-            for k in np.argsort(-probabilities, kind="stable")[:NUM_TOP].tolist():
-                row += [escape_formula(class_names[k]), f"{probabilities[k]:.6g}"]
-        yield row
+        probabilities = predictions.probabilities[index]
+        classes = np.argsort(-probabilities, kind="stable")[:num_shown]
+        yield row + format_probabilities(names, classes, probabilities[classes])

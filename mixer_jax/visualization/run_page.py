@@ -14,13 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import mixer_jax
-from mixer_jax.checkpoints.best import MetricHistory, format_metric, has_stopped_early
+from mixer_jax.checkpoints.best import MetricHistory, format_metric, has_stopped_early, is_fraction
 from mixer_jax.checkpoints.resolve import list_saved_steps
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, from_dict
 from mixer_jax.distributed.hardware import peak_flops
 from mixer_jax.errors import UserError, describe_error
-from mixer_jax.files import is_locked
+from mixer_jax.files import is_locked, parse_json
 from mixer_jax.training.bad_images import read_bad_images
 from mixer_jax.training.metrics import METRICS_FILE, TIMINGS, read_metrics
 from mixer_jax.training.workdir import CONFIG_FILE, LOCK_FILE, read_starts
@@ -84,7 +84,6 @@ class Run:
     @property
     def has_stopped_early(self) -> bool:
         """True if `early_stopping_patience` ends the run at its last step."""
-        # The config of a run that cannot stop early may be of a version with other keys.
         is_possible = self.config["early_stopping_patience"] and self.step != self.num_steps
         return bool(is_possible) and has_stopped_early(from_dict(self.config), self.history)
 
@@ -168,12 +167,11 @@ def _read_run(workdir: str, name: str) -> Run:
             f"--workdir={workdir} has no metrics yet. Try again when the run has logged its first "
             "steps."
         )
-    if not all(isinstance(line.get("step"), int) for line in lines):
-        raise UserError(f"{str(metrics_path)!r} has lines without a step. Move the file away.")
     try:
-        config = fill_defaults(json.loads(config_path.read_text()))
+        config = fill_defaults(parse_json(config_path.read_bytes()))
         flatten(ConfigDict(config))
-    except (ValueError, AttributeError, TypeError) as error:
+        _check_early_stopping(config)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{str(config_path)!r} is not the config of a run.") from error
     return Run(
         name=name,
@@ -186,6 +184,15 @@ def _read_run(workdir: str, name: str) -> Run:
         is_training=is_training,
         written=datetime.datetime.fromtimestamp(metrics_path.stat().mtime, datetime.UTC),
     )
+
+
+def _check_early_stopping(config: dict[str, Any]) -> None:
+    """Raises an error if a saved config stops early by an evaluation that it does not have."""
+    # The config of a run that cannot stop early may be of a version with other keys.
+    if config["early_stopping_patience"]:
+        name = config["checkpoint"]["best_metric"].rpartition("/")[0]
+        if from_dict(config).evals[name].every_steps < 1:
+            raise ValueError
 
 
 def _short_names(workdirs: Sequence[str]) -> list[str]:
@@ -402,8 +409,7 @@ def _format_point(key: str, points: dict[int, float], step: int) -> markupsafe.M
 
 def _format_number(key: str, value: float) -> markupsafe.Markup:
     """Formats a metric for reading, with its exact value as an attribute."""
-    is_fraction = key.endswith(("/top5", "/micro_average_precision"))
-    if is_accuracy(key) or is_fraction or key == MFU:
+    if is_fraction(key) or key == MFU:
         text = f"{value:.2%}"
     elif key in TIMINGS:
         text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

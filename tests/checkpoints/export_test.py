@@ -22,7 +22,7 @@ from mixer_jax.checkpoints.export import (
 )
 from mixer_jax.checkpoints.load import load_checkpoint
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params, unflatten_params
-from mixer_jax.errors import DiskFullError, RunError, UserError
+from mixer_jax.errors import DiskFullError, RunError, UserError, WriteFailureError
 from mixer_jax.inference import Classifier
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.mixer_config import MixerConfig
@@ -275,9 +275,20 @@ def test_export_weights_deletes_a_program_that_differs(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "expected", "reason"),
+    [
+        (OSError(28, "No space left"), DiskFullError, "No space left on device"),
+        (OSError(5, "Input/output error"), WriteFailureError, "Input/output error"),
+        # Of a library.
+        (ValueError("write: Input/output error"), WriteFailureError, "Input/output error"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
 def test_export_weights_leaves_nothing_if_interrupted(
     error: BaseException,
+    expected: type[BaseException],
+    reason: str,
     weights: PretrainedWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -289,9 +300,7 @@ def test_export_weights_leaves_nothing_if_interrupted(
     file_format = export._FILE_FORMATS["google"]
     monkeypatch.setitem(export._FILE_FORMATS, "google", file_format._replace(write=write))
     target = target_of("google", tmp_path)
-    is_full = isinstance(error, OSError)
-    expected = DiskFullError if is_full else KeyboardInterrupt
-    with raises(expected, *([target, "No space left on device"] if is_full else [])):
+    with raises(expected, *([target, reason] if reason else [])):
         export_weights(weights, "google", target)
     assert not any(tmp_path.iterdir())
 

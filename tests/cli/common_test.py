@@ -99,6 +99,11 @@ def test_run_cli_shows_the_traceback_of_a_bug() -> None:
         ("UserError('x must be 1')", 2, ["x must be 1"]),
         ("RunError('disk failed')", 1, ["disk failed"]),
         ("KeyboardInterrupt", 130, ["interrupted"]),
+        ("MemoryError", 1, ["memory", "MemoryError"]),
+        ("ValueError('cannot load') from OSError(12, 'no memory')", 1, ["memory", "cannot load"]),
+        ('RuntimeError("can\'t start new thread")', 1, ["memory", "new thread"]),
+        ("OSError(5, 'failed', '/disk/out.json')", 1, ["/disk/out.json", "Input/output error"]),
+        ("OSError(30, 'failed')", 1, ["Read-only file system"]),
     ],
 )
 def test_run_cli_turns_errors_into_one_line_and_an_exit_code(

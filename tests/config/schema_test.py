@@ -41,6 +41,14 @@ def test_fields_have_help_and_a_valid_default() -> None:
         assert field.min <= field.max
 
 
+def test_examples_are_valid_values_other_than_the_default() -> None:
+    for path, field in DECLARED.items():
+        if field.example:
+            value = field.parse(path, field.example)
+            field.check(path, value)
+            assert value != field.default, path
+
+
 def test_fields_have_the_type_of_their_annotation() -> None:
     for section in (RunConfig, *SECTION_TYPES.values(), *ENTRY_TYPES.values()):
         hints = typing.get_type_hints(section)

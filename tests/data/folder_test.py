@@ -328,6 +328,28 @@ def test_files_above_the_size_limit_are_bad_images(
         open_folder(tmp_path).examples[0]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_are_bad_images_and_do_not_block(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("a", count=2))
+    source = open_folder(tmp_path)
+    for path in tmp_path.glob("a/*"):
+        path.unlink()
+        os.mkfifo(path)
+    with raises(BadImageError, f"{tmp_path}/a/", ".png", "not a regular file"):
+        source.examples[0]
+
+
+def test_files_that_change_after_their_fingerprint_are_bad_images(tmp_path: Path) -> None:
+    write(tmp_path, *numbered("a", count=2))
+    source = open_folder(tmp_path)
+    source.fingerprint()
+    size = len(source.examples[0]["image"])
+    for path in tmp_path.glob("a/*"):
+        path.write_bytes(path.read_bytes() + b"more")
+    with raises(BadImageError, f"{tmp_path}/a/", ".png", str(size), str(size + 4)):
+        source.examples[0]
+
+
 def test_class_names_may_be_unicode(tmp_path: Path) -> None:
     write(tmp_path, *numbered("Hündin", "犬"))
     assert open_folder(tmp_path).class_names == ("Hündin", "犬")

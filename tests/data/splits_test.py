@@ -5,11 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mixer_jax.data.source import NO_LABEL, LabelArrays
 from mixer_jax.data.splits import (
     SplitSlice,
     hash_order,
     hold_out,
     parse_split,
+    select_rows,
     standard_split,
     standardize_splits,
     substitution_notes,
@@ -73,8 +75,10 @@ def test_the_order_is_a_permutation_that_ignores_the_unicode_form() -> None:
 def test_a_tenth_of_every_class_is_held_out(seed: int) -> None:
     labels = np.repeat(np.arange(6), [100, 34, 5, 2, 1, 15])
     np.random.default_rng(seed).shuffle(labels)
-    train, validation = hold_out(labels)
-    assert sorted([*train, *validation]) == list(range(len(labels)))
+    # One class is that of examples without a label.
+    rows = np.arange(len(labels))
+    train, validation = hold_out(rows, LabelArrays(labels + NO_LABEL)).values()
+    assert sorted([*train, *validation]) == rows.tolist()
     assert (np.diff(train) > 0).all()
     assert (np.diff(validation) > 0).all()
     # Half of 1.5 is rounded to the even number.
@@ -83,4 +87,22 @@ def test_a_tenth_of_every_class_is_held_out(seed: int) -> None:
     for label in range(6):
         held_out, rest = (part[labels[part] == label] for part in (validation, train))
         assert not len(held_out) or not len(rest) or held_out.max() < rest.min()
-    assert [len(part) for part in hold_out(np.zeros(0, np.int64))] == [0, 0]
+    # Rows keep their order.
+    parts = hold_out(rows[::-1], LabelArrays(labels)).values()
+    assert all((np.diff(part) < 0).all() for part in parts)
+    no_rows = np.zeros(0, np.int64)
+    assert [len(part) for part in hold_out(no_rows, LabelArrays(no_rows)).values()] == [0, 0]
+
+
+def test_a_tenth_of_multi_label_examples_is_held_out() -> None:
+    labels = LabelArrays(np.arange(60) % 7, np.arange(0, 120, 3)[:40] // 2)
+    train, validation = hold_out(np.arange(40), labels).values()
+    assert [validation.tolist(), len(train)] == [[0, 1, 2, 3], 36]
+
+
+def test_rows_of_a_split_are_selected() -> None:
+    rows_of = {"train": np.array([3, 1, 2]), "validation": np.array([0])}
+    rows, used = select_rows("train[1:]+val", rows_of, "folder '/data'")
+    assert (rows.tolist(), used) == ([1, 2, 0], {"train", "validation"})
+    with raises(UserError, "'train[:0]'", "/data"):
+        select_rows("train[:0]", rows_of, "folder '/data'")

@@ -11,11 +11,11 @@ import pytest
 import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mixer_jax.data import tar_index, webdataset
+from mixer_jax.data import tar_index
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.readers import EvalReader
 from mixer_jax.data.registry import list_splits, open_dataset
-from mixer_jax.data.source import Source, describe_changes
+from mixer_jax.data.source import BAD_LABEL, Source, describe_changes
 from mixer_jax.data.webdataset import expand_braces
 from mixer_jax.errors import MissingFileError, RunError, UserError
 from tests.helpers.batches import AUGMENTED, assert_identical, small_train_batches
@@ -292,7 +292,8 @@ def test_integers_without_training_images_are_noted(tmp_path: Path) -> None:
     source = open_shards(tmp_path)
     assert source.class_names == ("0", "1", "2", "3", "4")
     (note,) = source.notes
-    assert mentions(note, "3", "5", "1, 2, 4")
+    assert mentions(note, "3", "5", "'1', '2', '4'")
+    assert open_shards(tmp_path, "test").notes == ()
 
 
 def test_labels_may_be_lists(tmp_path: Path) -> None:
@@ -362,7 +363,7 @@ def test_samples_without_a_label_are_bad_images(tmp_path: Path) -> None:
         except BadImageError as error:
             bad.append((Path(error.name).parent.name, error.reason))
     assert len(bad) == 5
-    assert set(bad) == {("train-0.tar", webdataset._BAD_LABEL)}
+    assert set(bad) == {("train-0.tar", BAD_LABEL)}
     assert mentions(error_of(tmp_path, "test"), "'test'", "2")
 
 
@@ -502,3 +503,9 @@ def test_copies_of_another_host_are_read_and_replaced_shards_noticed(tmp_path: P
     first.write_bytes(second.read_bytes())
     with raises(RunError, str(first)):
         list(source.examples)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    assert mentions(error_of(tmp_path / "absent"), f"'{tmp_path}/absent'", "does not exist")
+    # A pattern may only be incomplete.
+    assert mentions(error_of(f"{tmp_path}/train-{{0..2}}.tar"), "3 of 3")

@@ -139,11 +139,15 @@ def test_resolve_folders_makes_paths_absolute(
         dataclasses.replace(PROBE, name="d", dataset="digits/high"),
         dataclasses.replace(PROBE, name="e", dataset="manifest:e.csv@genus"),
         dataclasses.replace(PROBE, name="f", dataset="wds:~/{a,b}.tar"),
+        dataclasses.replace(PROBE, name="g", dataset="hf:g"),
+        dataclasses.replace(PROBE, name="h", dataset="hf:owner/g"),
     )
-    a, c, d, e, f = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
+    (tmp_path / "g").mkdir()
+    a, c, d, e, f, g, h = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
     assert (a.dataset, c.dataset) == (f"folder:{tmp_path}/a", "folder:/home/me/c")
     assert isinstance(a, FineTuneTask)
     assert a.extra_evals == {"b": (f"folder:{tmp_path.parent}/b", "test")}
     assert d.dataset == "digits/high"
     assert e.dataset == f"manifest:{tmp_path}/e.csv@genus"
     assert f.dataset == "wds:/home/me/{a,b}.tar"
+    assert (g.dataset, h.dataset) == (f"hf:{tmp_path}/g", "hf:owner/g")

@@ -12,7 +12,13 @@ import pytest
 from jax.experimental import multihost_utils
 
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.errors import DiskFullError, NonFiniteError, OutputWriteError, UserError
+from mixer_jax.errors import (
+    DiskFullError,
+    NonFiniteError,
+    OutputWriteError,
+    UserError,
+    WriteFailureError,
+)
 from mixer_jax.evaluation.probes import ProbeMetrics
 from mixer_jax.suites import protocol, workdir
 from mixer_jax.suites.protocol import (
@@ -127,6 +133,7 @@ def test_run_tasks_retries_a_diverged_final_run(
     [
         (OSError(errno.ENOSPC, "No space left on device"), DiskFullError),
         (OSError(errno.EROFS, "Read-only file system"), OutputWriteError),
+        (OSError(errno.EIO, "Input/output error"), WriteFailureError),
     ],
 )
 def test_run_tasks_raises_if_a_result_cannot_be_written(

@@ -41,7 +41,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Runs with the seeds 3 and 1, for tests that only read them."""
     workdir = tmp_path_factory.mktemp("seeds")
     outcome = run_seeds(config, str(workdir), (3, 1), print)
-    assert [result.seed for result in outcome.results] == [3, 1]
+    assert [result.seed for result in outcome.results] == [1, 3]
     return workdir
 
 
@@ -61,7 +61,7 @@ def test_each_seed_is_an_ordinary_run(finished: Path, config: RunConfig, tmp_pat
     data = json.loads((finished / "seeds.json").read_text())
     values = [log_likelihood(finished / f"seed{seed}") for seed in (3, 1)]
     assert values[0] != values[1]
-    assert data["seeds"] == [3, 1]
+    assert data["seeds"] == [1, 3]
     assert data["mean"]["test/log_likelihood"] == statistics.fmean(values)
     assert data["std"]["test/log_likelihood"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert data["runs"]["3"]["metrics"]["test/log_likelihood"] == values[0]
@@ -79,10 +79,17 @@ def test_finished_runs_are_skipped(
     outcome = run_seeds(config, str(finished), (3, 1), print)
     assert (finished / "seeds.json").read_text() == before
     assert outcome.stopped_by is None
-    # A change that affects results is evaluated again.
+    # Those of earlier commands stay in the table.
+    outcome = run_seeds(config, str(finished), (1,), print)
+    assert [result.seed for result in outcome.results] == [1, 3]
+    assert (finished / "seeds.json").read_text() == before
+    # A change that affects results is evaluated again; other runs do not have it.
     evals = {"test": dataclasses.replace(config.evals["test"], split="train")}
+    lines: list[str] = []
     with pytest.raises(AssertionError):
-        run_seeds(dataclasses.replace(config, evals=evals), str(finished), (3, 1), print)
+        run_seeds(dataclasses.replace(config, evals=evals), str(finished), (1,), lines.append)
+    assert mentions(lines[0], f"{finished}/seed3")
+    assert (finished / "seeds.json").read_text() == before
 
 
 def test_a_stopped_run_is_resumed_and_the_next_ones_are_not_started(

@@ -1,5 +1,6 @@
 """Tests of the training step: microbatches, devices, SAM, freezing, averaging and randomness."""
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -72,7 +73,21 @@ def take_steps(
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
     sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
-    step = jit_train_step(settings, seed, sharding, model, tx, schedule, mesh, class_weights)
+    step = jit_train_step(
+        functools.partial(
+            train_step,
+            recipe=settings,
+            seed=seed,
+            model=model,
+            tx=tx,
+            schedule=schedule,
+            mesh=mesh,
+            class_weights=class_weights,
+        ),
+        sharding,
+        mesh,
+        model,
+    )
     batch = make_batch(batch_size)
     if multi_label:
         labels = np.random.default_rng(1).random((batch_size, NUM_CLASSES)) < 0.4
@@ -329,9 +344,22 @@ def train(
     settings = RecipeConfig(loss="softmax", mixup=0.5, ema_decay=0.9, **recipe)
     state = create_state(jax.random.key(7), model, tx, image_size=8, ema=True)
     sharding = state_sharding(state, mesh, get_family(family))
-    frozen = frozen_mask(state.params, config, get_family(family), model.config)
-    settings_of_step = {"sam_rho": config.sam_rho, "frozen": frozen}
-    step = jit_train_step(settings, 0, sharding, model, tx, schedule, mesh, **settings_of_step)
+    step = jit_train_step(
+        functools.partial(
+            train_step,
+            recipe=settings,
+            seed=0,
+            model=model,
+            tx=tx,
+            schedule=schedule,
+            mesh=mesh,
+            sam_rho=config.sam_rho,
+            frozen=frozen_mask(state.params, config, get_family(family), model.config),
+        ),
+        sharding,
+        mesh,
+        model,
+    )
     start = jax.tree.map(np.array, state)
     state, history = jax.device_put(state, sharding), []
     for _ in range(3):

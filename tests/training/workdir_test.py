@@ -23,7 +23,7 @@ from mixer_jax.config.schema import (
     OptimizerConfig,
     RunConfig,
 )
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import RunError, UserError, WriteFailureError
 from mixer_jax.files import file_lock
 from mixer_jax.training.workdir import (
     check_workdir,
@@ -82,6 +82,30 @@ def test_lock_workdir_is_released_after_a_failure(tmp_path: Path) -> None:
         raise KeyError
     with file_lock(tmp_path / ".lock") as held:
         assert held
+
+
+def test_lock_workdir_removes_what_killed_writes_of_a_run_left(tmp_path: Path) -> None:
+    abandoned = "0" * 32
+    names = {f"{name}.{abandoned}.tmp" for name in ("config.json", "bad_images_1.jsonl", ".probe")}
+    others = {"config.json", f"page.html.{abandoned}.tmp", "config.json.mine.tmp"}
+    for name in names | others:
+        (tmp_path / name).touch()
+    with lock_workdir(str(tmp_path)):
+        assert {path.name for path in tmp_path.iterdir()} == {*others, ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EIO, WriteFailureError), (errno.EROFS, UserError)]
+)
+def test_lock_workdir_tells_failing_file_systems_from_those_it_must_not_write(
+    code: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code), f"{tmp_path}/run")
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with raises(kind, f"{tmp_path}/run", os.strerror(code)), lock_workdir(f"{tmp_path}/run"):
+        pass
 
 
 def test_lock_workdir_ignores_object_stores_and_rejects_folders_it_cannot_write(

@@ -1,6 +1,7 @@
 """Tests of the plot of a training batch: it shows what the training step feeds to the model."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from mixer_jax.training.step import TrainState, jit_train_step
+from mixer_jax.training.step import TrainState, jit_train_step, train_step
 from mixer_jax.visualization.figures import DPI, render_figure
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
@@ -68,7 +69,20 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     tx = optax.sgd(schedule)
     state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
     sharding = state_sharding(state, mesh, get_family("mixer"))
-    step = jit_train_step(config.recipe, config.seed, sharding, model, tx, schedule, mesh)
+    step = jit_train_step(
+        functools.partial(
+            train_step,
+            recipe=config.recipe,
+            seed=config.seed,
+            model=model,
+            tx=tx,
+            schedule=schedule,
+            mesh=mesh,
+        ),
+        sharding,
+        mesh,
+        model,
+    )
     state, _ = step(state, batch)
     jax.effects_barrier()
     # The gradient of the softmax loss at equal logits is 1 / classes − the mean target.

@@ -33,8 +33,10 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from mixer_jax.data.preparation import UNDECODABLE, find_decoding_error, map_in_order
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, summarize_error
 
+# What reading a damaged archive raises. Headers can claim sizes that do not fit in memory.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)
 _SYNSET = re.compile(r"n\d{8}")
 _LAYOUTS = (
     "one archive (.tar, .tar.gz) of nXXXXXXXX.tar files, or a folder of nXXXXXXXX.tar files, or a "
@@ -154,7 +156,7 @@ def _is_archive_of_archives(path: Path) -> bool:
     try:
         with tarfile.open(path) as archive:
             first = next((member for member in archive if member.isfile()), None)
-    except (tarfile.TarError, EOFError, zlib.error):
+    except _DAMAGE:
         return False
     return first is not None and bool(_archive_synset(first.name))
 
@@ -242,5 +244,7 @@ def _reporting_damage(path: Path) -> Iterator[None]:
     """Raises UserError if reading an archive shows that it is truncated or damaged."""
     try:
         yield
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged or truncated ({error}). Download it again.") from error
+    except _DAMAGE as error:
+        raise UserError(
+            f"{path} is damaged or truncated ({summarize_error(error)}). Download it again."
+        ) from error

@@ -1,0 +1,70 @@
+"""Damage to the files of a checkpoint."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def list_files(checkpoint: Path) -> list[str]:
+    """Lists the files of a checkpoint, relative to it, in an order that does not depend on names.
+
+    Files of arrays have random names: the i-th file of one checkpoint has the same meaning as the
+    i-th of another one, which may have a different number of them.
+    """
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(checkpoint).as_posix() for path in files)
+
+
+def _truncate(path: Path, other: Path, rng: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))] if data else b"")
+
+
+def _empty(path: Path, other: Path, rng: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def _flip_bit(path: Path, other: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def _delete(path: Path, other: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+def _swap(path: Path, other: Path, rng: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def _copy(path: Path, other: Path, rng: random.Random) -> None:
+    shutil.copyfile(other, path)
+
+
+def _extend(path: Path, other: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 100)))
+
+
+def _replace_by_folder(path: Path, other: Path, rng: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+SWAPPED = "swapped with another step's"
+# Functions that take the file to damage, the same file of another checkpoint, and a source of
+# randomness. Only a swap damages the other file as well.
+DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
+    "truncated": _truncate,
+    "zero-length": _empty,
+    "one bit flipped": _flip_bit,
+    "deleted": _delete,
+    SWAPPED: _swap,
+    "replaced by another step's": _copy,
+    "extended": _extend,
+    "replaced by a folder": _replace_by_folder,
+}

@@ -1,0 +1,386 @@
+"""Kinds of faults.
+
+Each kind is a function that disturbs the run of a `Trial`, checks how its process ends, resumes it,
+and returns "recovered" or "refused". It raises LostError if the run does neither as it must, and
+NotInjectedError if the run has finished before the fault.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixer_jax.checkpoints.resolve import list_steps
+from mixer_jax.training import loop
+from tests.campaign.damage import DAMAGES, SWAPPED, list_files
+from tests.campaign.preload import CALLS, Action
+from tests.campaign.runs import LostError, Process
+from tests.campaign.trial import Trial
+from tests.helpers.images import encode
+from tests.helpers.processes import STEPS
+
+RECOVERED, REFUSED = "recovered", "refused"
+# Calls that fail on a full disk, and on one that was mounted read-only or lost its permissions.
+_ALLOCATING = ("write", "sync", "create", "mkdir", "truncate")
+_CHANGING_NAMES = ("create", "rename", "mkdir", "remove")
+_ERRORS = {
+    "ENOSPC": _ALLOCATING,
+    "EDQUOT": _ALLOCATING,
+    "EIO": CALLS,
+    "EROFS": tuple(name for name in CALLS if name != "sync"),
+    "EACCES": _CHANGING_NAMES,
+}
+
+
+class Kind(NamedTuple):
+    """Kind of faults.
+
+    Attributes:
+        description: Row of the table.
+        inject: Function that disturbs a run and recovers it.
+        weight: Relative number of faults.
+    """
+
+    description: str
+    inject: Callable[[Trial], str]
+    weight: float = 1.0
+
+
+def kill_at_random_time(trial: Trial) -> str:
+    """Kills the run at a random time."""
+    process = trial.start()
+    if process.wait(trial.draw_seconds()) is not None:
+        trial.check_undisturbed(process)
+    process.send(signal.SIGKILL)
+    trial.check_end(process, [-signal.SIGKILL])
+    return trial.recover()
+
+
+def kill_in_random_call(trial: Trial) -> str:
+    """Kills the run before or in the middle of a random system call that changes the workdir."""
+    action = trial.rng.choice([Action.KILL, Action.KILL_INSIDE])
+    trial.record(action=action.name)
+    trial.faults.arm(trial.folders.disk, action, trial.draw_call(CALLS))
+    process = trial.start()
+    code = trial.check_end(process, [-signal.SIGKILL])
+    if code == 0:
+        trial.check_undisturbed(process)
+    return trial.recover()
+
+
+def lose_power(trial: Trial) -> str:
+    """Kills the run in a random system call, and discards what had not been synced."""
+    sizes = trial.inode_sizes()
+    trial.faults.arm(trial.folders.disk, Action.KILL, trial.draw_call(CALLS), is_logging=True)
+    process = trial.start()
+    code = trial.check_end(process, [-signal.SIGKILL])
+    if code == 0:
+        trial.check_undisturbed(process)
+    discarded = trial.faults.discard_unsynced(trial.folders.disk, sizes, trial.rng)
+    trial.record(discarded=dict(discarded))
+    return trial.recover()
+
+
+def _stop(number: signal.Signals, code: int) -> Callable[[Trial], str]:
+    def inject(trial: Trial) -> str:
+        process = trial.start()
+        if process.wait(trial.draw_seconds()) is not None:
+            trial.check_undisturbed(process)
+        process.send(number)
+        # Before the run handles signals, they end the process.
+        trial.check_end(process, [code, -number])
+        return trial.recover()
+
+    return inject
+
+
+def terminate_then_kill(trial: Trial) -> str:
+    """Sends SIGTERM at a random time, and kills the run while it saves."""
+    process = trial.start()
+    if process.wait(trial.draw_seconds()) is not None:
+        trial.check_undisturbed(process)
+    process.send(signal.SIGTERM)
+    seconds = trial.rng.uniform(0, 0.5)
+    trial.record(seconds_until_kill=round(seconds, 3))
+    process.wait(seconds)
+    process.send(signal.SIGKILL)
+    trial.check_end(process, [143, -signal.SIGTERM, -signal.SIGKILL])
+    return trial.recover()
+
+
+def suspend(trial: Trial) -> str:
+    """Suspends the run for a while; it must finish as if nothing had happened."""
+    process = trial.start()
+    if process.wait(trial.draw_seconds()) is not None:
+        trial.check_undisturbed(process)
+    process.send(signal.SIGSTOP)
+    seconds = trial.rng.uniform(0.1, 2)
+    trial.record(seconds_suspended=round(seconds, 3))
+    process.wait(seconds)
+    process.send(signal.SIGCONT)
+    trial.check_end(process, [])
+    trial.check_result(process)
+    return RECOVERED
+
+
+def _fail(error: str, action: Action) -> Callable[[Trial], str]:
+    def inject(trial: Trial) -> str:
+        calls = _ERRORS[error]
+        call = trial.draw_call(calls)
+        trial.faults.arm(trial.folders.disk, action, call, calls, error=getattr(errno, error))
+        process = trial.start()
+        trial.check_end(process, [1, 2])
+        if not trial.faults.was_reached:
+            trial.check_undisturbed(process)
+        return trial.recover()
+
+    return inject
+
+
+def make_read_only(trial: Trial) -> str:
+    """Starts the interrupted run again in a workdir that cannot be written."""
+    trial.copy_interrupted_run()
+    trial.faults.arm(
+        trial.folders.disk, Action.FAIL_FROM_THEN_ON, 1, _ERRORS["EROFS"], error=errno.EROFS
+    )
+    process = trial.start()
+    if trial.check_end(process, [1, 2]) == 0:
+        raise LostError("finished although nothing could be written")
+    if str(trial.workdir) not in process.error_line:
+        raise LostError("the message does not name the workdir")
+    return trial.recover()
+
+
+def move_clock_back(trial: Trial) -> str:
+    """Sets the clock back at a random call, by up to a week; the run must not notice."""
+    seconds = -trial.rng.randint(1, 7 * 24 * 3600)
+    trial.record(clock_seconds=seconds)
+    trial.faults.arm(
+        trial.folders.disk, Action.MOVE_CLOCK, trial.draw_call(CALLS), clock_seconds=seconds
+    )
+    process = trial.start()
+    trial.check_end(process, [])
+    if not trial.faults.was_reached:
+        trial.check_undisturbed(process)
+    trial.check_result(process)
+    return RECOVERED
+
+
+def start_twice(trial: Trial) -> str:
+    """Starts the run twice; one of them must refuse, and the other one must not notice."""
+    first = trial.start()
+    seconds = trial.rng.choice([0.0, trial.draw_seconds()])
+    trial.record(seconds=round(seconds, 3))
+    if first.wait(seconds) is not None:
+        trial.check_undisturbed(first)
+    second = trial.start()
+    codes = [trial.check_end(process, [1]) for process in (first, second)]
+    if codes == [1, 1]:
+        raise LostError("both refuse")
+    for process, code in zip((first, second), codes, strict=True):
+        if code == 1 and str(trial.workdir) not in process.error_line:
+            raise LostError("the message does not name the workdir")
+    trial.check_result(second if codes[0] else first)
+    return RECOVERED
+
+
+def put_nan_into_parameters(trial: Trial) -> str:
+    """Makes one parameter NaN at a random step, as a NaN in one gradient does.
+
+    The run must end in one line without saving it, and resume once the cause is gone.
+    """
+    step = trial.rng.randint(1, STEPS)
+    trial.record(step=step)
+    take_step = loop._TrainLoop.take_step
+
+    def take_bad_step(self: Any, number: int, batch: Any) -> None:
+        take_step(self, number, batch)
+        if number == step:
+            import jax
+
+            leaves, tree = jax.tree.flatten(self.state.params)
+            index = trial.rng.randrange(len(leaves))
+            bad = leaves[index].at[(0,) * leaves[index].ndim].set(np.nan)
+            leaves[index] = jax.device_put(bad, leaves[index].sharding)
+            self.state = self.state._replace(params=jax.tree.unflatten(tree, leaves))
+
+    process = trial.start(lambda: setattr(loop._TrainLoop, "take_step", take_bad_step))
+    if trial.check_end(process, [1]) == 0:
+        raise LostError("finished with a parameter that is not a number")
+    if "must be finite" not in process.error_line:
+        raise LostError("the message does not name the cause")
+    trial.recover()
+    return REFUSED
+
+
+def limit_memory(trial: Trial) -> str:
+    """Limits the address space of the run at a random time to slightly more than it uses.
+
+    Libraries that cannot allocate memory may abort.
+    """
+    process = trial.start()
+    if process.wait(trial.draw_seconds()) is not None:
+        trial.check_undisturbed(process)
+    mebibytes = trial.rng.choice([0, 1, 10, 100])
+    trial.record(mebibytes=mebibytes)
+    with contextlib.suppress(ProcessLookupError):
+        limit = _address_space(process) + mebibytes * 2**20
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    trial.check_end(process, [1, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS])
+    return trial.recover()
+
+
+def _address_space(process: Process) -> int:
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def _draw_image(trial: Trial) -> Path:
+    image = trial.rng.choice(sorted(trial.folders.images.glob("*/*/*.png")))
+    trial.record(image=str(image.relative_to(trial.folders.images)))
+    return image
+
+
+def _replace_image(
+    replace: Callable[[Path], object],
+) -> Callable[[Trial], str]:
+    """Disturbs a run on image files, of which one changes, and restores the file.
+
+    With the settings of these runs, one unusable image ends the run in one line. A run does not
+    repeat a step that has used a substitute, nor an evaluation during training that has failed.
+    """
+
+    def inject(trial: Trial) -> str:
+        trial.use_images()
+        image = _draw_image(trial)
+        original = image.read_bytes()
+        process = trial.start()
+        if process.wait(trial.draw_seconds()) is not None:
+            trial.check_undisturbed(process)
+        # At once, as a program that copies data does.
+        temporary = trial.folders.root / "replacement"
+        replace(temporary)
+        if temporary.exists():
+            os.replace(temporary, image)
+        else:
+            image.unlink()
+        code = trial.check_end(process, [1, 2])
+        image.unlink(missing_ok=True)
+        image.write_bytes(original)
+        bad_images = trial.workdir / "bad_images_0.jsonl"
+        if code == 0:
+            trial.check_result(process)
+            return RECOVERED
+        if str(image) not in process.error_line and "bad_images" not in process.error_line:
+            raise LostError("the message names neither the image nor the log of bad images")
+        has_substitute = bad_images.exists() and image.name in bad_images.read_text()
+        has_failed_evaluation = process.error_line.startswith("error: evaluation")
+        trial.record(has_substitute=has_substitute, has_failed_evaluation=has_failed_evaluation)
+        if not has_substitute and not has_failed_evaluation:
+            return trial.recover()
+        process = trial.resume()
+        if not has_substitute:
+            trial.check_arrays(process)
+        return REFUSED
+
+    return inject
+
+
+def _write_other_image(path: Path) -> None:
+    path.write_bytes(encode(np.zeros((20, 20, 3), np.uint8), "PNG"))
+
+
+def kill_loader_process(trial: Trial) -> str:
+    """Kills one of two processes that load the images."""
+    trial.use_images(loader__num_workers=2)
+    process = trial.start()
+    seconds = trial.draw_seconds()
+    while process.wait(0.01) is None and not _loader_processes(process):
+        pass
+    process.wait(seconds / 2)
+    victims = _loader_processes(process)
+    if not victims:
+        trial.check_undisturbed(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(trial.rng.choice(victims), signal.SIGKILL)
+    trial.check_end(process, [1])
+    return trial.recover()
+
+
+def _loader_processes(process: Process) -> list[int]:
+    found = []
+    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            with contextlib.suppress(OSError):
+                if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(int(child))
+    return sorted(found)
+
+
+def damage_checkpoint(trial: Trial) -> str:
+    """Damages a file of the newest of two checkpoints; the run resumes from an intact one.
+
+    The faults of this kind go through all pairs of a file and a damage in turn.
+    """
+    trial.copy_interrupted_run()
+    checkpoints = trial.workdir / "checkpoints"
+    older, newer = (checkpoints / str(step) for step in list_steps(str(trial.workdir)))
+    files, other_files = list_files(newer), list_files(older)
+    index = trial.index % (len(files) * len(DAMAGES))
+    file, damage = files[index // len(DAMAGES)], [*DAMAGES][index % len(DAMAGES)]
+    # The same file, or that with the same position among the files with random names.
+    place = files.index(file)
+    other = file if file in other_files else other_files[min(place, len(other_files) - 1)]
+    trial.record(file=file, damage=damage)
+    DAMAGES[damage](newer / file, older / other, trial.rng)
+    if damage != SWAPPED:
+        return trial.recover()
+    # Both checkpoints are damaged, unless the files are equal.
+    process = trial.start()
+    if trial.check_end(process, [2]) == 0:
+        trial.check_result(process)
+        return RECOVERED
+    for checkpoint in (older, newer):
+        if str(checkpoint) not in process.error_line:
+            raise LostError("the message does not name both checkpoints")
+    DAMAGES[damage](newer / file, older / other, trial.rng)
+    trial.recover()
+    return REFUSED
+
+
+KINDS: dict[str, Kind] = {
+    "kill_time": Kind("SIGKILL at a random time", kill_at_random_time, 6),
+    "kill_call": Kind("SIGKILL in a random system call", kill_in_random_call, 8),
+    "power_loss": Kind("power loss: SIGKILL, unsynced data discarded", lose_power, 6),
+    "sigterm": Kind("SIGTERM", _stop(signal.SIGTERM, 143), 2),
+    "sigint": Kind("SIGINT (Ctrl-C)", _stop(signal.SIGINT, 130)),
+    "sighup": Kind("SIGHUP (lost connection)", _stop(signal.SIGHUP, 129)),
+    "sigterm_kill": Kind("SIGTERM, then SIGKILL within 0.5 s", terminate_then_kill, 2),
+    "suspend": Kind("SIGSTOP, SIGCONT within 2 s", suspend),
+    **{
+        f"{error.lower()}_once": Kind(f"one call fails: {error}", _fail(error, Action.FAIL_ONCE))
+        for error in _ERRORS
+    },
+    **{
+        f"{error.lower()}_lasting": Kind(
+            f"all calls fail from one on: {error}", _fail(error, Action.FAIL_FROM_THEN_ON)
+        )
+        for error in _ERRORS
+    },
+    "read_only": Kind("read-only workdir", make_read_only, 0.5),
+    "clock_back": Kind("clock set back", move_clock_back),
+    "two_runs": Kind("two runs in one workdir", start_twice),
+    "nan": Kind("NaN in one parameter", put_nan_into_parameters),
+    "memory": Kind("limit on memory", limit_memory),
+    "image_changed": Kind("an image file changes", _replace_image(_write_other_image)),
+    "image_vanished": Kind("an image file vanishes", _replace_image(lambda path: None)),
+    "image_hangs": Kind("an image file becomes a pipe that blocks", _replace_image(os.mkfifo)),
+    "loader_killed": Kind("SIGKILL of a loader process", kill_loader_process),
+    "checkpoint": Kind("a damaged file of the newest checkpoint", damage_checkpoint, 12),
+}
