@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "lion": {
         "optimizer.name": "lion",
-        "optimizer.learning_rate": 0.004,
+        "optimizer.learning_rate": 0.032,
         "optimizer.weight_decay": 0.6,
         "optimizer.b2": 0.99,
     },
