@@ -2,7 +2,8 @@
 # make test    lint, types and every test that is not slow
 # make test-slow, make test-baselines    whole runs and TPU compilation; comparisons with PyTorch
 # make docs    builds the documentation site in site/
-# make test-all    the three test targets above; CI runs them and make docs
+# make audit    looks up known vulnerabilities of dependencies
+# make test-all    the three test targets above; CI runs them, make docs and make audit
 # make format    formats the code and fixes what ruff can fix
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ DOCS := $(VENV)/.docs
 BASELINES := $(VENV)/.baselines
 PYTEST := $(RUN) -m pytest --numprocesses=2
 
-.PHONY: demo test test-slow test-baselines test-all docs lint format clean
+.PHONY: demo test test-slow test-baselines test-all docs audit lint format clean
 
 # Python compiles modules when they are imported: 3 s for the demo, instead of 20 s for all of them.
 $(INSTALLED): requirements.txt
@@ -37,10 +38,12 @@ $(TESTS): $(INSTALLED) requirements-test.txt requirements-tpu.txt requirements-o
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-onnx.txt
 	@touch $@
 
+# What bandit calls low are asserts, imports and subprocesses without a shell.
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/bandit --quiet --recursive --severity-level=medium mixer_jax configs docs launch setup.py
 
 format: $(TESTS)
 	$(VENV)/bin/ruff check --fix .
@@ -71,6 +74,10 @@ $(DOCS): $(INSTALLED) requirements-docs.txt
 # The variable silences a notice of the theme about its successor.
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# A notice where the database of vulnerabilities cannot be reached.
+audit: $(TESTS)
+	@$(RUN) -m tests.audit
 
 test-all: test test-slow test-baselines
 

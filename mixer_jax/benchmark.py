@@ -7,6 +7,7 @@
     python -m mixer_jax.benchmark --mode=input --formats
     python -m mixer_jax.benchmark --mode=weights
     python -m mixer_jax.benchmark --mode=checkpoints
+    python -m mixer_jax.benchmark --mode=resume
 
 Candidates are timed in interleaved rounds, so that a machine that slows down slows all of them.
 """
@@ -27,6 +28,7 @@ MODES = {
     "input": "input",
     "weights": "checkpoint_io",
     "checkpoints": "checkpoint_save",
+    "resume": "resume",
 }
 
 

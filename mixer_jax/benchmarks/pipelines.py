@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -195,7 +195,7 @@ def measure_memory_growth(config: PipelineConfig, num_images: int) -> dict[str, 
     mebibytes = []
     for count, _ in enumerate(our_batches(config, num_batches, randaugment=True), start=1):
         if count in readings:
-            mebibytes.append(_resident_bytes() / 2**20)
+            mebibytes.append(resident_bytes() / 2**20)
     growth = 100 * (mebibytes[-1] / mebibytes[0] - 1)
     return {
         "images": [count * config.batch_size for count in readings],
@@ -210,7 +210,8 @@ def our_batches(
     *,
     randaugment: bool,
     examples: Sequence[Any] | None = None,
-) -> Iterator[Batch]:
+    first_step: int = 0,
+) -> Generator[Batch, None, None]:
     """Yields batches of mixer_jax's training pipeline on the host, by default of the files."""
     if examples is None:
         examples = RepeatedExamples(
@@ -223,8 +224,8 @@ def our_batches(
     return train_batches(
         Source("benchmark", examples, ("",)),
         seed=0,
-        start_step=0,
-        num_steps=num_batches,
+        start_step=first_step,
+        num_steps=first_step + num_batches,
         batch_size=config.batch_size,
         image_size=config.image_size,
         preprocess=_preprocess_args(randaugment=randaugment),
@@ -347,7 +348,7 @@ def crop_image(file: bytes, rng: np.random.Generator, image_size: int) -> np.nda
     return train_image(file, rng, image_size=image_size, **_preprocess_args(randaugment=False))
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Returns the resident memory of this process and its workers."""
     resident = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:

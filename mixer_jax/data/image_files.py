@@ -72,26 +72,25 @@ def read_image(path: Path) -> bytes:
     """Reads the bytes of one image file.
 
     Raises:
-        BadImageError: It is not a file, cannot be read, or is larger than any image that may be
-            decoded.
+        BadImageError: The file cannot be read, is a pipe or a device, or is larger than any image
+            that may be decoded.
     """
     try:
-        # Opening a pipe must not wait for a program that writes to it.
         with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
+            # Pipes may never end, nor do devices such as /dev/zero.
             if not stat.S_ISREG(status.st_mode):
-                raise BadImageError("not a file", "", display_path(path))
+                raise BadImageError("not a regular file", name=display_path(path))
             if status.st_size > MAX_BYTES:
-                raise BadImageError(
-                    "file too large", f"{status.st_size:,} bytes", display_path(path)
-                )
+                size = f"{status.st_size:,} bytes"
+                raise BadImageError("file too large", size, display_path(path))
             return file.readall()
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    # Windows has no such flag, and no such files.
+    """Opens a file; unlike `open` with `flags` only, it does not wait for a writer of a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

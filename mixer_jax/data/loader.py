@@ -40,7 +40,8 @@ CHUNK_SIZE = 16
 _CORES_PER_WORKER = 8
 # Maximum number of chunks of each worker in shared memory.
 _SHARED_CHUNKS_PER_WORKER = 4
-_SHARED_MEMORY = Path("/dev/shm")
+# Only its free space is read; the names of files in it are chosen by Python.
+_SHARED_MEMORY = Path("/dev/shm")  # nosec B108
 # Message of Grain.
 _WORKER_KILLED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 # Option of the Python processes that are started from here.

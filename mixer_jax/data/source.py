@@ -21,6 +21,7 @@ BAD_LABEL = "label is missing or not a class"
 
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Example(TypedDict):
@@ -187,11 +188,15 @@ class Source:
 
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Converts names to Unicode normal form NFC.
+    r"""Converts names to Unicode normal form NFC, and control characters to escapes such as \x1b.
 
-    Systems differ in how they store accented letters, as one or as two characters.
+    Systems differ in how they store accented letters, as one or as two characters. Control
+    characters in names of other people's classes would change the terminal that shows them.
     """
-    return tuple(unicodedata.normalize("NFC", name) for name in names)
+    return tuple(
+        _CONTROL.sub(lambda match: ascii(match[0])[1:-1], unicodedata.normalize("NFC", name))
+        for name in names
+    )
 
 
 def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:

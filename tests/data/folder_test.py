@@ -335,7 +335,7 @@ def test_pipes_are_bad_images_and_do_not_block(tmp_path: Path) -> None:
     for path in tmp_path.glob("a/*"):
         path.unlink()
         os.mkfifo(path)
-    with raises(BadImageError, f"{tmp_path}/a/", ".png", "not a file"):
+    with raises(BadImageError, f"{tmp_path}/a/", ".png", "not a regular file"):
         source.examples[0]
 
 

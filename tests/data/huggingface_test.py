@@ -368,6 +368,15 @@ def test_datasets_that_cannot_be_read_are_a_one_line_error(
     assert capfd.readouterr() == ("", "")
 
 
+def test_scripts_of_datasets_are_not_executed(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "photos.py").write_text(f"open({str(tmp_path / 'created')!r}, 'w')")
+    with raises(UserError, str(folder), "photos.py"):
+        open_dataset(f"hf:{folder}", "train")
+    assert not (tmp_path / "created").exists()
+
+
 def test_configs_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for config, labels in (("low", [0] * 10), ("high", [1] * 10)):
         (tmp_path / "toy").mkdir(exist_ok=True)

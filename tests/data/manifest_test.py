@@ -89,6 +89,24 @@ def test_rows_become_examples_of_their_split(suffix: str, tmp_path: Path) -> Non
         source.examples[2]
 
 
+def test_pipes_and_devices_are_bad_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    name = write_csv(tmp_path, "path,label,split pipe.png,a,train /dev/zero,a,train x.png,a,test")
+    source = open_dataset(name, "train")
+    for index in range(2):
+        with raises(BadImageError, "regular"):
+            source.examples[index]
+
+
+def test_control_characters_in_class_names_are_escaped(tmp_path: Path) -> None:
+    write_images(tmp_path, ["1.png", "2.png"])
+    rows = [("1.png", "cat\x1b]0;title\x07"), ("2.png", "dog\x9b2J")]
+    lines = [json.dumps({"path": path, "label": label, "split": "train"}) for path, label in rows]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    source = open_dataset(f"manifest:{tmp_path}/m.jsonl", "train")
+    assert source.class_names == ("cat\\x1b]0;title\\x07", "dog\\x9b2J")
+
+
 def test_the_same_files_have_the_order_and_identity_of_a_folder(tmp_path: Path) -> None:
     paths = [f"{name}/{number}.png" for name in ("a", "b") for number in range(20)]
     write_images(tmp_path, paths)

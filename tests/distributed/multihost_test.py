@@ -16,7 +16,7 @@ import pytest
 from mixer_jax.distributed import hardware, multihost
 from mixer_jax.errors import UserError
 from tests.helpers.messages import mentions, raises
-from tests.helpers.processes import two_host_env
+from tests.helpers.processes import host_env
 
 # Precedes the code of two processes that form one run.
 PREAMBLE = """
@@ -40,7 +40,7 @@ def start_python(code: str, *argv: str, **env: str) -> subprocess.Popen[str]:
 
 
 def start_two_processes(code: str) -> list[subprocess.Popen[str]]:
-    return [start_python(PREAMBLE + code, **env) for env in two_host_env(num_devices=2)]
+    return [start_python(PREAMBLE + code, **env) for env in host_env(2, num_devices=2)]
 
 
 @pytest.fixture

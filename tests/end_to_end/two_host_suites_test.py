@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.messages import mentions
-from tests.helpers.processes import finish, two_host_env
+from tests.helpers.processes import finish, host_env
 from tests.helpers.tiny_suite import save_weights
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 def test_two_hosts_compute_the_table_of_one(tmp_path: Path, digits_dir: str) -> None:
     save_weights(tmp_path)
     (tmp_path / "small.py").write_text(SUITE)
-    envs = two_host_env(num_devices=1)
+    envs = host_env(2, num_devices=1)
     both = [start(tmp_path, digits_dir, tmp_path / "two", **env) for env in envs]
     alone = start(tmp_path, digits_dir, tmp_path / "one")
     first, second, _ = map(finish, [*both, alone])

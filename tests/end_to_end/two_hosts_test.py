@@ -22,10 +22,10 @@ from tests.helpers.processes import (
     finish,
     first_reported_step,
     has_reached,
+    host_env,
     reports_stop,
     start,
     start_two_hosts,
-    two_host_env,
     untimed_metrics,
     wait_until,
 )
@@ -224,7 +224,7 @@ def test_data_that_one_host_lacks_are_an_error_on_both(
     workdir = tmp_path / "run"
     both = [
         start(data, workdir, {**env, "PYTHONPATH": str(root)}, cwd=host, **settings)
-        for env, host in zip(two_host_env(num_devices=1), hosts, strict=True)
+        for env, host in zip(host_env(2, num_devices=1), hosts, strict=True)
     ]
     errors = [process.communicate(timeout=90)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
@@ -235,7 +235,7 @@ def test_data_that_one_host_lacks_are_an_error_on_both(
 
 def test_a_host_whose_peer_never_joins_ends(settings: dict[str, Any], tmp_path: Path) -> None:
     # Each waits for the other process of a different run.
-    envs = [two_host_env(num_devices=1)[process_id] for process_id in range(2)]
+    envs = [host_env(2, num_devices=1)[process_id] for process_id in range(2)]
     waiting = [start("", tmp_path, env, **settings, distributed_timeout=2) for env in envs]
     for process in waiting:
         _, errors = process.communicate(timeout=60)

@@ -14,7 +14,7 @@ from mixer_jax.data.registry import open_dataset
 from mixer_jax.evaluation.probes import LazyLabels, ProbeConfig, sample_all_shots
 from tests.helpers.images import encode
 from tests.helpers.messages import mentions
-from tests.helpers.processes import two_host_env
+from tests.helpers.processes import host_env
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def run_on_one_host(folder: Path, batch_size: int) -> Any:
 
 def run_on_two_hosts(folders: tuple[Path, Path], *arguments: str, code: int = 0) -> list[Any]:
     """Runs the probe on two hosts, each with its own copy of the files."""
-    envs = two_host_env(num_devices=1)
+    envs = host_env(2, num_devices=1)
     both = [start(folder, env, *arguments) for folder, env in zip(folders, envs, strict=True)]
     return [finish(process, code) for process in both]
 

@@ -75,26 +75,24 @@ def start(
     )
 
 
-def two_host_env(num_devices: int) -> list[dict[str, str]]:
-    """Returns the environment variables of two processes with `num_devices` each, for one run."""
+def host_env(num_hosts: int, num_devices: int) -> list[dict[str, str]]:
+    """Returns the environment variables of processes with `num_devices` each, for one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     shared = {
         "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_PROCESSES": str(num_hosts),
         "JAX_NUM_CPU_DEVICES": str(num_devices),
     }
-    return [shared | {"JAX_PROCESS_ID": str(process_id)} for process_id in range(2)]
+    return [shared | {"JAX_PROCESS_ID": str(process_id)} for process_id in range(num_hosts)]
 
 
 def start_two_hosts(
     data_dir: str, workdir: Path, num_devices: int = 2, **overrides: Any
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
     """Starts one run on two hosts: processes with `num_devices` each."""
-    first, second = (
-        start(data_dir, workdir, env, **overrides) for env in two_host_env(num_devices)
-    )
+    first, second = (start(data_dir, workdir, env, **overrides) for env in host_env(2, num_devices))
     return first, second
 
 

@@ -24,6 +24,11 @@ from tests.helpers.messages import mentions, raises
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config, to_flags
 from tests.helpers.wandb_records import OfflineRun, read_offline_runs
 
+TOKENS = {
+    "HF_TOKEN": "hf_0123456789abcdef",
+    "WANDB_API_KEY": "fedcba98" * 5,
+    "AWS_SECRET_ACCESS_KEY": "aws-0123456789abcdef",
+}
 UNREACHABLE = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
 
@@ -69,9 +74,15 @@ def read_run(workdir: Path) -> OfflineRun:
     return run
 
 
-def test_run_has_config_metrics_scores_and_curves(
-    offline: None, digits_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_run_has_config_metrics_scores_and_curves_but_no_tokens(
+    offline: None,
+    digits_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    for name, value in TOKENS.items():
+        monkeypatch.setenv(name, value)
     workdir = tmp_path / "run"
     settings = NO_REGULARIZATION | {"num_steps": 6, "evals__test__every_steps": 3}
     config = small_config(digits_dir, wandb="demo", **settings)
@@ -90,7 +101,13 @@ def test_run_has_config_metrics_scores_and_curves(
     with Image.open(image) as logged, Image.open(workdir / "curves.png") as drawn:
         np.testing.assert_array_equal(np.asarray(logged), np.asarray(drawn))
     assert (run.exit_code, run.is_preempting) == (0, False)
-    assert mentions(capsys.readouterr().err, "wandb", "sync", str(run.folder))
+    captured = capfd.readouterr()
+    assert mentions(captured.err, "wandb", "sync", str(run.folder))
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files.keys() > {"config.json", "starts.jsonl", "metrics.jsonl", "debug-internal.log"}
+    files["output"] = (captured.out + captured.err).encode()
+    for name, content in files.items():
+        assert not any(token.encode() in content for token in TOKENS.values()), name
 
 
 def test_resumed_run_continues_the_same_run_and_repeats_steps(
