@@ -142,6 +142,8 @@ def _open(name: str) -> _Dataset:
     description = f"dataset {name!r}"
     loaded = _load(path, description)
     names = standardize_splits(loaded, description)
+    if not names:
+        raise UserError(f"{description} must have a split, got none. Save it again.")
     features = loaded[next(iter(names.values()))].features
     image = _find_image_column(features, description)
     label = _find_label_column(features, label, name)
@@ -452,7 +454,7 @@ def _load_labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], Label
     codes = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
     spellings = encoded.dictionary.to_pylist()
     if isinstance(item, datasets.ClassLabel):
-        class_names = normalize_names(item.names)
+        class_names = normalize_names(map(str, item.names))
         indices = [value if 0 <= value < len(class_names) else NO_LABEL for value in spellings]
     else:
         names = normalize_names(str(value).strip() for value in spellings)

@@ -137,4 +137,11 @@ CORPUS: list[tuple[str, bytes]] = [
     # The index of a checkpoint, with values of other types, which orbax does not expect.
     ("checkpoint: all files", b'_CHECKPOINT_METADATA\n{"performance_metrics": 0}'),
     ("checkpoint: all files", b'_CHECKPOINT_METADATA\n{"item_handlers": 0}'),
+    # Saved datasets without splits, and with names of classes that are not text.
+    ("hf: saved dataset", b'dataset_dict.json\n{"splits": []}'),
+    (
+        "hf: saved dataset",
+        b'train/dataset_info.json\n{"features": {"image": {"_type": "Image"},'
+        b' "label": {"names": [1, 2], "_type": "ClassLabel"}}}',
+    ),
 ]
