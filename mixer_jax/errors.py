@@ -58,7 +58,7 @@ class NonFiniteError(RunError):
 
 
 class WriteFailureError(RunError):
-    """The file system fails to write a result; a retry fails as well until that is fixed."""
+    """The file system fails, usually to write; a retry fails as well until that is fixed."""
 
 
 class DiskFullError(WriteFailureError):
@@ -116,9 +116,23 @@ def describe_file_failure(error: Exception) -> str:
     )
 
 
-def is_failing(error: BaseException) -> bool:
-    """Returns whether an error was caused by a disk or file server that fails, perhaps briefly."""
-    return any(_find_system_errors(error, _FAILING))
+def disk_failure(problem: str, error: BaseException) -> WriteFailureError | None:
+    """Makes the error of a command that a full or failing disk ends; None for other errors.
+
+    Args:
+        problem: What cannot be done, such as "report 'page' cannot be written".
+        error: Error that was caught, whose causes are searched. Usage errors and failures of the
+            run have a message already.
+    """
+    if isinstance(error, UserError | RunError):
+        return None
+    again = "run the same command again."
+    if reason := no_space_reason(error):
+        return DiskFullError(f"{problem} ({reason}). Free space and {again}")
+    if found := next(_find_system_errors(error, _FAILING), None):
+        reason = _format_reason(error, found)
+        return WriteFailureError(f"{problem} ({reason}). Check the file system and {again}")
+    return None
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:

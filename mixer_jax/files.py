@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mixer_jax.errors import (
-    DiskFullError,
     OutputWriteError,
     RunError,
     UserError,
-    WriteFailureError,
-    is_failing,
+    disk_failure,
     iter_causes,
-    no_space_reason,
     summarize_error,
 )
 
@@ -311,17 +308,9 @@ def output_errors(target: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Every file system has its own exceptions.
-        if space := no_space_reason(error):
-            raise DiskFullError(
-                f"{target} cannot be written ({space}). Free space and rerun the same command to "
-                "resume."
-            ) from error
+        if failure := disk_failure(f"{target} cannot be written", error):
+            raise failure from error
         reason = getattr(error, "strerror", None) or summarize_error(error)
-        if is_failing(error):
-            raise WriteFailureError(
-                f"{target} cannot be written ({reason}). Check the file system and rerun the same "
-                "command to resume."
-            ) from error
         raise OutputWriteError(
             f"{target} must be writable ({reason}). Fix that and rerun the same command to resume."
         ) from error

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.errors import no_space_path, no_space_reason, write_failure_reason
+from mixer_jax.errors import (
+    DiskFullError,
+    RunError,
+    WriteFailureError,
+    disk_failure,
+    no_space_path,
+    no_space_reason,
+    write_failure_reason,
+)
 from tests.helpers.messages import mentions
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.jsonl")
@@ -105,3 +113,26 @@ def test_write_failure_reason_reads_the_messages_of_libraries() -> None:
 )
 def test_write_failure_reason_is_empty_without_a_file_or_a_failure(error: Exception) -> None:
     assert write_failure_reason(error, "/disk/run") == ""
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (NO_SPACE, DiskFullError),
+        (system_error(errno.EIO), WriteFailureError),
+        (system_error(errno.EACCES), None),
+    ],
+)
+def test_disk_failure_of_a_library_quotes_the_cause(
+    cause: OSError, kind: type[Exception] | None
+) -> None:
+    error = RuntimeError("writer failed")
+    error.__cause__ = cause
+    failure = disk_failure("report 'page' cannot be written", error)
+    assert type(failure) is (kind or type(None))
+    if kind:
+        reason = os.strerror(cause.errno or 0)
+        assert mentions(str(failure), "report 'page'", "writer failed", reason)
+    reported = RunError("loss is nan")
+    reported.__cause__ = cause
+    assert disk_failure("report 'page' cannot be written", reported) is None

@@ -22,16 +22,7 @@ from mixer_jax.checkpoints.resolve import (
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.data.names import PATH_PREFIXES
-from mixer_jax.errors import (
-    DiskFullError,
-    RunError,
-    UserError,
-    WriteFailureError,
-    install_hint,
-    is_failing,
-    no_space_reason,
-    summarize_error,
-)
+from mixer_jax.errors import RunError, UserError, disk_failure, install_hint, summarize_error
 from mixer_jax.files import (
     atomic_write,
     file_lock,
@@ -291,13 +282,8 @@ def _check_writable(workdir: str) -> None:
 
 
 def _not_writable(workdir: str, error: Exception) -> UserError | RunError:
-    if space := no_space_reason(error):
-        return DiskFullError(f"workdir {workdir!r} cannot be written ({space}). Free space.")
-    if is_failing(error):
-        return WriteFailureError(
-            f"workdir {workdir!r} cannot be written ({summarize_error(error)}). Check the file "
-            "system and run the same command again."
-        )
+    if failure := disk_failure(f"workdir {workdir!r} cannot be written", error):
+        return failure
     if isinstance(error, ImportError):
         # File systems of URLs need a library each.
         reason = summarize_error(error)
