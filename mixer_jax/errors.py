@@ -245,6 +245,19 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {summarize_error(error)}."
 
 
+def missing_library_error(feature: str, library: str, install: str) -> UserError:
+    """Makes the error of a feature that needs a library which is not installed.
+
+    Args:
+        feature: What needs the library, such as "--to=onnx".
+        library: Name of the library.
+        install: Arguments of pip install.
+    """
+    return UserError(
+        f"{feature} needs {library}, which is not installed. Run pip install {install}."
+    )
+
+
 def install_hint(reason: str) -> str:
     """Formats how to install the library that the message of an error names; empty if none."""
     return "".join(f" {fix}" for library, fix in _INSTALL_HINTS.items() if library in reason)

@@ -30,7 +30,7 @@ from mixer_jax.checkpoints.resolve import (
 )
 from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
-from mixer_jax.errors import RunError, UserError, disk_failure
+from mixer_jax.errors import RunError, UserError, disk_failure, missing_library_error
 from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
@@ -133,10 +133,7 @@ def check_target_available(format: str, target: str, force: bool) -> None:
 def _check_onnx_installed() -> None:
     for name in ("jax2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"--to=onnx needs the library {name}, which is not installed. Run pip install "
-                '"mixer-jax[onnx]".'
-            )
+            raise missing_library_error("--to=onnx", f"the library {name}", '"mixer-jax[onnx]"')
 
 
 def _check_folder_writable(folder: Path) -> None:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mixer_jax.data.decode import MAX_PIXELS, BadImageError
-from mixer_jax.data.source import DIGEST, Example, Examples, Source
+from mixer_jax.data.source import (
+    DIGEST,
+    Example,
+    Examples,
+    Source,
+    escape_control_characters,
+)
 from mixer_jax.errors import UserError
 
-# Line breaks, and what makes terminals move their cursor or change colors.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 STDIN = "-"
 # Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
@@ -64,8 +68,7 @@ def display_path(path: str | Path) -> str:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:  # Text from JSON can be invalid in other ways than names of files.
         encoded = os.fspath(path).encode(errors="backslashreplace")
-    text = encoded.decode("utf-8", "backslashreplace")
-    return _CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
+    return escape_control_characters(encoded.decode("utf-8", "backslashreplace"))
 
 
 def read_image(path: Path, *, allow_pipe: bool = False) -> bytes:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mixer_jax.data.decode import BadImageError, decode
-from mixer_jax.errors import RunError, UserError, disk_failure
+from mixer_jax.errors import RunError, UserError, disk_failure, missing_library_error
 from mixer_jax.files import file_lock
 
 FORMAT = "array_record"
@@ -36,7 +36,6 @@ _INFO_FILE = "dataset_info.json"
 _TEMP_DIR = f"incomplete.{FORMAT}"
 # Suffix of the files in which TFDS stores the URLs of downloads.
 _URL_METADATA_SUFFIX = ".INFO.json"
-_INSTALL_TENSORFLOW = "Run pip install tensorflow."
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -159,9 +158,8 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
         if failure := disk_failure(problem, error):
             raise failure from error
         if isinstance(error, ImportError) and error.name == "tensorflow":
-            raise UserError(
-                f"preparing dataset {name} needs TensorFlow, which is not installed. "
-                f"{_INSTALL_TENSORFLOW}"
+            raise missing_library_error(
+                f"preparing dataset {name}", "TensorFlow", "tensorflow"
             ) from error
         # Builders check user input by assertions, and failed downloads are OSErrors.
         if isinstance(error, OSError | AssertionError | ImportError):
@@ -234,11 +232,9 @@ def convert_to_array_record(builder: Any) -> None:
         OSError: The folder cannot be written.
     """
     if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"converting dataset {builder.info.full_name} from "
-            f"{builder.info.file_format.value} needs TensorFlow, which is not installed. "
-            f"{_INSTALL_TENSORFLOW}"
-        )
+        old_format = builder.info.file_format.value
+        feature = f"converting dataset {builder.info.full_name} from {old_format}"
+        raise missing_library_error(feature, "TensorFlow", "tensorflow")
     shards = list(_list_shards(builder))
     temp_dir = Path(builder.data_path, _TEMP_DIR)
     total = sum(num_examples for _, _, num_examples in shards)

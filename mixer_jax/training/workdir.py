@@ -168,15 +168,16 @@ def read_config(workdir: str) -> dict[str, Any]:
 
     Raises:
         UserError: The file cannot be read, or is not a config.
+        WriteFailureError: The disk is failing.
     """
     try:
         config = parse_json((epath.Path(workdir) / CONFIG_FILE).read_bytes())
         # Also upgrades a copy, which fails if it is not a config.
         flatten(ConfigDict(fill_defaults(config)))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
-        ) from error
+        problem = f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read"
+        failure = disk_failure(problem, error)
+        raise failure or UserError(f"{problem}. {_OTHER_WORKDIR}.") from error
     return config
 
 
