@@ -317,7 +317,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
-        raise UserError(f"--seeds must be integers of at least 0, such as 0,1,2, got {text!r}.")
+        raise UserError(
+            f"--seeds must be integers from 0 to {FIELDS['seed'].max}, such as 0,1,2, got {text!r}."
+        )
     seeds = tuple(map(int, parts))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds must be different integers, got {text!r}. Name each seed once.")
