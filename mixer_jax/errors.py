@@ -111,7 +111,7 @@ def describe_file_failure(error: Exception) -> str:
     name = repr(path) if path else "a file"
     fix = "Free space" if error.errno in _NO_SPACE else "Check the file system and its permissions"
     return (
-        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix}, and run the same "
+        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix} and run the same "
         "command again."
     )
 

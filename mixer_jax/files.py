@@ -101,8 +101,8 @@ def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
 def name_file(path: Any) -> Iterator[None]:
     """Adds the name of a file to errors of the operating system that name none.
 
-    Errors when a file is opened name it, but not those when it is written, synced or closed. Those
-    when a folder is removed with its files name them without the folder.
+    Python names a file in errors of opening it, but not of writing, syncing or closing it. Errors
+    of removing a folder with its files name them without the folder.
 
     Args:
         path: File, or folder of several, that the block writes.
@@ -154,8 +154,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parses JSON that may be damaged or hostile.
 
     Raises:
-        ValueError: The text is not JSON in UTF-8, or is nested so deeply that functions which call
-            themselves would fail.
+        ValueError: The text is not JSON in UTF-8, or is nested so deeply that recursive functions
+            would fail.
     """
     try:
         document = json.loads(text)
@@ -393,7 +393,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             stack.callback(_remove_empty, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in created:
-            # A folder whose name is lost with the power takes everything in it along.
+            # Otherwise, a loss of power could remove the folder with everything in it.
             sync(folder.parent)
         timeout = -1 if wait else 0
         lock = filelock.FileLock(path, timeout=timeout, mode=0o666, fallback_to_soft=False)

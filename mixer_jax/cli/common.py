@@ -56,8 +56,9 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
-    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, and failures of runs, disks and memory with 1, after one line on
+    standard error. Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with
+    130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.

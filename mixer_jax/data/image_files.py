@@ -100,7 +100,7 @@ def read_image(path: Path, *, allow_pipe: bool = False) -> bytes:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; unlike `open` with `flags` only, it does not wait for a writer of a pipe."""
+    """Opens a file; if it is a pipe, does not wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
