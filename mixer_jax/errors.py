@@ -116,6 +116,17 @@ def describe_file_failure(error: Exception) -> str:
     )
 
 
+def read_error(problem: str, error: OSError) -> UserError | RunError:
+    """Makes the error of a file that cannot be read; a failing disk is not a usage error.
+
+    Args:
+        problem: What cannot be done, such as "manifest 'birds.csv' cannot be read".
+        error: Error that was caught.
+    """
+    kind = RunError if error.errno in _FAILING else UserError
+    return kind(f"{problem}: {error.strerror}.")
+
+
 def disk_failure(problem: str, error: BaseException) -> WriteFailureError | None:
     """Makes the error of a command that a full or failing disk ends; None for other errors.
 

@@ -9,10 +9,12 @@ import pytest
 from mixer_jax.errors import (
     DiskFullError,
     RunError,
+    UserError,
     WriteFailureError,
     disk_failure,
     no_space_path,
     no_space_reason,
+    read_error,
     write_failure_reason,
 )
 from tests.helpers.messages import mentions
@@ -136,3 +138,14 @@ def test_disk_failure_of_a_library_quotes_the_cause(
     reported = RunError("loss is nan")
     reported.__cause__ = cause
     assert disk_failure("report 'page' cannot be written", reported) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EIO, RunError), (errno.ESTALE, RunError), (errno.EACCES, UserError)]
+)
+def test_read_error_is_a_usage_error_unless_the_disk_fails(
+    code: int, kind: type[Exception]
+) -> None:
+    error = read_error("manifest 'birds.csv' cannot be read", system_error(code))
+    assert type(error) is kind
+    assert mentions(str(error), "birds.csv", os.strerror(code))

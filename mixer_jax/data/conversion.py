@@ -143,13 +143,12 @@ def _check_is_free(folder: Path) -> None:
 def _merge_class_names(dataset: str, sources: list[Source]) -> tuple[str, ...]:
     """Merges the classes of all splits, those of the first split first."""
     names = tuple(dict.fromkeys(name for source in sources for name in source.class_names))
-    # TFDS stores the names in a text file, one per line, and strips them when it reads them.
-    unstorable = [
-        name for name in names if not name or name.strip() != name or re.search(r"[\r\n]", name)
-    ]
+    # TFDS stores the names in a text file, one per line, and strips them when it reads them. Line
+    # breaks in names have been escaped.
+    unstorable = [name for name in names if not name or name.strip() != name]
     if unstorable:
         raise UserError(
-            f"names of classes of {dataset} must be one line without spaces at its ends, got "
+            f"names of classes of {dataset} must not be empty, nor have spaces at their ends, got "
             f"{abbreviate(map(repr, unstorable))}. Rename them."
         )
     return names

@@ -216,7 +216,7 @@ def test_an_existing_dataset_is_not_replaced(photos: Path, tmp_path: Path) -> No
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["cat ", "a\nb"])
+@pytest.mark.parametrize("name", ["cat ", " cat"])
 def test_class_names_that_tfds_cannot_store_are_an_error(
     name: str, photos: Path, tmp_path: Path
 ) -> None:
