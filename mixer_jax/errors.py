@@ -123,8 +123,8 @@ def read_error(problem: str, error: OSError) -> UserError | RunError:
         problem: What cannot be done, such as "manifest 'birds.csv' cannot be read".
         error: Error that was caught.
     """
-    kind = RunError if error.errno in _FAILING else UserError
-    return kind(f"{problem}: {error.strerror}.")
+    message = f"{problem}: {error.strerror}."
+    return RunError(message) if error.errno in _FAILING else UserError(message)
 
 
 def disk_failure(problem: str, error: BaseException) -> WriteFailureError | None:
