@@ -149,3 +149,9 @@ def test_read_error_is_a_usage_error_unless_the_disk_fails(
     error = read_error("manifest 'birds.csv' cannot be read", system_error(code))
     assert type(error) is kind
     assert mentions(str(error), "birds.csv", os.strerror(code))
+
+
+@pytest.mark.parametrize("error_type", [UserError, RunError])
+def test_messages_are_one_line_whatever_text_they_quote(error_type: type[Exception]) -> None:
+    message = str(error_type("class 'a\nb\x1b[31m\u2028c' is unknown."))
+    assert message == r"class 'a\nb\x1b[31m\u2028c' is unknown."

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixer_jax.errors import UserError
+from mixer_jax.data.decode import BadImageError
 from mixer_jax.files import parse_json
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz.corpus import CORPUS
@@ -106,7 +106,7 @@ def test_watch_sees_programs_and_files_outside(code: str, tmp_path: Path) -> Non
 
 def test_errors_of_several_lines_are_failures(tmp_path: Path) -> None:
     def run(data: bytes, folder: Path) -> None:
-        raise UserError(data.decode())
+        raise BadImageError(data.decode())
 
     target = Target("lines", lambda: [b""], run)
     assert not run_input(target, b"one", tmp_path)
