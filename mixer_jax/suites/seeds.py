@@ -8,6 +8,7 @@ have all finished seeds of the workdir: after `--seeds=0,1`, `--seeds=2` adds on
 import dataclasses
 import functools
 import json
+import math
 import posixpath
 import re
 import signal
@@ -219,4 +220,6 @@ def _list_columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
 
 def _sample_std(values: Sequence[float]) -> float | None:
     """Computes the standard deviation with n − 1; None for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    if len(values) == 1:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

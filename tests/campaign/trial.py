@@ -57,7 +57,7 @@ class Reference:
         result: What it ended with.
         calls: Number of system calls that change files, by name.
         progress: Time since the start in seconds, and number of these calls so far; at equal
-            intervals until its end.
+            intervals until the last one.
     """
 
     result: Result
@@ -118,8 +118,10 @@ class Campaign:
         if process.finish() != 0:
             raise LostError(f"an undisturbed run fails: {process.err}")
         self.faults.disarm()
-        result = runs.read_result(folders, process)
-        return Reference(result, self.faults.count_calls(), progress)
+        calls = self.faults.count_calls()
+        # After the last call, the process only reads what the run has saved.
+        progress = [entry for entry in progress if entry[1] < calls.total()]
+        return Reference(runs.read_result(folders, process), calls, progress)
 
     def interrupted_run(self) -> Path:
         """Returns the workdir of a run that was stopped after two checkpoints; do not change it."""

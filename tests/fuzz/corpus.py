@@ -111,6 +111,14 @@ CORPUS: list[tuple[str, bytes]] = [
         "comparison: result",
         b'{"data": "digits test", "metrics": {"top1": 1' + b"0" * 400 + b', "num_examples": 1}}',
     ),
+    # Metrics that are not finite, of which no standard deviation can be computed.
+    (
+        "suite: result",
+        b'{"scores": {"test": {"top1": -Infinity, "log_likelihood": -1.0, "num_examples": 100}},'
+        b' "seconds": 1.0, "failed": ""}',
+    ),
+    ("comparison: result", b'{"data": "digits test", "metrics": {"top1": NaN, "num_examples": 9}}'),
+    ("run: metrics.jsonl", b'{"step": 20, "test/top1": -Infinity, "test/num_examples": 360}\n'),
     # Headers that NumPy cannot parse, and that tarfile cannot read.
     ("features: part", zip_archive("names.npy", _npy(b"{'descr': (\n"))),
     ("wds: shard", _tar_of_claimed_size()),

@@ -1,5 +1,6 @@
-"""Fuzzing in short: a few inputs of every target, those that once failed, and what is noticed."""
+"""A few inputs of every fuzzing target, those that once failed, and tests of what is noticed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from mixer_jax.errors import UserError
 from mixer_jax.files import parse_json
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz.corpus import CORPUS
+from tests.fuzz.mutation import mutate_json, mutate_json_lines
 from tests.fuzz.target import Target, Violation, run_input
 from tests.fuzz.targets import TARGETS
 
 BY_NAME = {target.name: target for target in TARGETS}
 # Inputs of a fast target, and of one that is slower by its cost.
 NUM_INPUTS = 20
+JSON_MUTATIONS = (mutate_json, mutate_json_lines)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
@@ -49,15 +52,13 @@ def test_parsers_refuse_what_once_failed(name: str, data: bytes, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "name", [t.name for t in TARGETS if t.cost <= 10 and t.seeds()[0][:1] == b"{"]
+    "name", [t.name for t in TARGETS if t.mutate in JSON_MUTATIONS and t.cost <= 10]
 )
 @SETTINGS
 @given(document=JSON)
 def test_parsers_of_json_refuse_any_json(
     name: str, document: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    import json
-
     folder = tmp_path_factory.getbasetemp() / "".join(filter(str.isalnum, name))
     folder.mkdir(exist_ok=True)
     run_input(BY_NAME[name], json.dumps(document).encode() + b"\n", folder)
