@@ -1,5 +1,6 @@
 """A few inputs of every fuzzing target, those that once failed, and tests of what is noticed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from mixer_jax.files import parse_json
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz.corpus import CORPUS
 from tests.fuzz.mutation import mutate_json, mutate_json_lines
-from tests.fuzz.target import Target, Violation, run_input
+from tests.fuzz.target import Target, Violation, run_input, watch
 from tests.fuzz.targets import TARGETS
 
 BY_NAME = {target.name: target for target in TARGETS}
@@ -94,15 +95,22 @@ def run_code(code: str) -> Target:
         "subprocess.run(['true'])",
         "Path(folder.parent, 'outside').write_text('')",
         "os.mkdir(folder.parent / 'outside')",
-        "os.rename(folder / 'a', folder / 'b') if os.mkdir(folder / 'a') else os.rmdir('/none')",
+        "Path(f'{folder}_beside').write_text('')",
+        "os.rmdir(folder.parent / 'absent')",
+        "os.mkdir(folder / 'a') or os.rename(folder / 'a', folder.parent / 'b')",
+        "os.symlink(folder, folder.parent / 'link')",
     ],
 )
 def test_watch_sees_programs_and_files_outside(code: str, tmp_path: Path) -> None:
     folder = tmp_path / "inside"
     folder.mkdir()
-    with pytest.raises((Violation, FileNotFoundError)):
-        run_input(run_code(code), b"", folder)
-    assert run_input(run_code("Path(folder, 'inside').write_text('')"), b"", folder)
+    with pytest.raises(Violation), watch(folder), contextlib.suppress(FileNotFoundError):
+        run_code(code).run(b"", folder)
+
+
+def test_watch_allows_files_inside(tmp_path: Path) -> None:
+    code = "os.rename(folder / 'a', folder / 'b') if (folder / 'a').mkdir() is None else 0"
+    assert run_input(run_code(code), b"", tmp_path)
 
 
 def test_errors_of_several_lines_are_failures(tmp_path: Path) -> None:
