@@ -60,13 +60,15 @@ def read_result(folder: str, data: str) -> Result | None:
         result = Result(**fields)
         if not all(map(is_number, [*result.metrics.values(), result.device_seconds or 0.0])):
             raise TypeError
-        if not all(math.isfinite(result.metrics[name]) for name in ("top1", "num_examples")):
+        top1, num_examples = result.metrics["top1"], result.metrics["num_examples"]
+        if not 0 <= top1 <= 1 or not math.isfinite(num_examples):
             raise TypeError
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a result. Remove it to repeat the run.") from error
     if result.data != data:
         raise UserError(
-            f"{folder!r} has a result on {result.data}, not on {data}. Choose another --workdir."
+            f"{folder!r} has a result on {result.data!r}, not on {data!r}. "
+            "Choose another --workdir."
         )
     return result
 

@@ -263,6 +263,8 @@ def read_result(
         values = [value for scores in result.scores.values() for value in scores.values()]
         if not isinstance(result.failed, str) or not all(map(is_number, [result.seconds, *values])):
             raise TypeError
+        if not all(0 <= value <= 1 for m, value in required if m == "top1"):
+            raise TypeError
         # The log-likelihood of a model that has diverged may be infinite.
         if not all(math.isfinite(value) for m, value in required if m != "log_likelihood"):
             raise TypeError
