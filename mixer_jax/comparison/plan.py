@@ -72,7 +72,7 @@ def parse_variation(text: str) -> Variation:
     key, separator, values = text.partition("=")
     key = key.removeprefix("config.")
     parts = tuple(value.strip() for value in values.split(","))
-    if not key or not key.isprintable() or not separator or not all(parts):
+    if not key or not separator or not all(parts):
         raise UserError(
             f"--vary must be KEY=VALUE,VALUE,…, got {text!r}. "
             "For example: --vary=optimizer.learning_rate=0.001,0.003"

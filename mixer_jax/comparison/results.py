@@ -67,8 +67,7 @@ def read_result(folder: str, data: str) -> Result | None:
         raise UserError(f"{path} is not a result. Remove it to repeat the run.") from error
     if result.data != data:
         raise UserError(
-            f"{folder!r} has a result on {result.data!r}, not on {data!r}. "
-            "Choose another --workdir."
+            f"{folder!r} has a result on {result.data}, not on {data}. Choose another --workdir."
         )
     return result
 

@@ -66,8 +66,6 @@ def parse_overrides(argv: Sequence[str], flags: Iterable[str] = ()) -> Overrides
         if not match:
             raise UserError(f"unknown argument {argument!r}. {_suggest_flag(argument, flags)}")
         negated, path, text = match.groups()
-        if not path.isprintable():
-            raise UserError(f"argument {argument!r} must name a key. --help lists all keys.")
         field = get_field(path)
         is_boolean = field is not None and field.type is bool
         if negated:

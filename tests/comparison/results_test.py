@@ -28,7 +28,7 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     assert read_result(folder, "digits test") is None
     save_result(folder, RESULT)
     assert read_result(folder, "digits test") == RESULT
-    with pytest.raises(UserError, match="'digits test', not on 'digits train'"):
+    with pytest.raises(UserError, match="digits test, not on digits train"):
         read_result(folder, "digits train")
 
 
