@@ -58,7 +58,7 @@ class NonFiniteError(RunError):
 
 
 class WriteFailureError(RunError):
-    """The file system fails to write a result; a retry fails as well until that is fixed."""
+    """The file system fails, usually to write; a retry fails as well until that is fixed."""
 
 
 class DiskFullError(WriteFailureError):
@@ -111,14 +111,39 @@ def describe_file_failure(error: Exception) -> str:
     name = repr(path) if path else "a file"
     fix = "Free space" if error.errno in _NO_SPACE else "Check the file system and its permissions"
     return (
-        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix}, and run the same "
+        f"{name} cannot be read or written ({os.strerror(error.errno)}). {fix} and run the same "
         "command again."
     )
 
 
-def is_failing(error: BaseException) -> bool:
-    """Returns whether an error was caused by a disk or file server that fails, perhaps briefly."""
-    return any(_find_system_errors(error, _FAILING))
+def read_error(problem: str, error: OSError) -> UserError | RunError:
+    """Makes the error of a file that cannot be read; a failing disk is not a usage error.
+
+    Args:
+        problem: What cannot be done, such as "manifest 'birds.csv' cannot be read".
+        error: Error that was caught.
+    """
+    message = f"{problem}: {error.strerror}."
+    return RunError(message) if error.errno in _FAILING else UserError(message)
+
+
+def disk_failure(problem: str, error: BaseException) -> WriteFailureError | None:
+    """Makes the error of a command that a full or failing disk ends; None for other errors.
+
+    Args:
+        problem: What cannot be done, such as "report 'page' cannot be written".
+        error: Error that was caught, whose causes are searched. Usage errors and failures of the
+            run have a message already.
+    """
+    if isinstance(error, UserError | RunError):
+        return None
+    again = "run the same command again."
+    if reason := no_space_reason(error):
+        return DiskFullError(f"{problem} ({reason}). Free space and {again}")
+    if found := next(_find_system_errors(error, _FAILING), None):
+        reason = _format_reason(error, found)
+        return WriteFailureError(f"{problem} ({reason}). Check the file system and {again}")
+    return None
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -229,6 +254,19 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, UserError | RunError):
         return str(error)
     return f"{type(error).__name__}: {summarize_error(error)}."
+
+
+def missing_library_error(feature: str, library: str, install: str) -> UserError:
+    """Makes the error of a feature that needs a library which is not installed.
+
+    Args:
+        feature: What needs the library, such as "--to=onnx".
+        library: Name of the library.
+        install: Arguments of pip install.
+    """
+    return UserError(
+        f"{feature} needs {library}, which is not installed. Run pip install {install}."
+    )
 
 
 def install_hint(reason: str) -> str:

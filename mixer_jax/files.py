@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mixer_jax.errors import (
-    DiskFullError,
     OutputWriteError,
     RunError,
     UserError,
-    WriteFailureError,
-    is_failing,
+    disk_failure,
     iter_causes,
-    no_space_reason,
     summarize_error,
 )
 
@@ -104,8 +101,8 @@ def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
 def name_file(path: Any) -> Iterator[None]:
     """Adds the name of a file to errors of the operating system that name none.
 
-    Errors when a file is opened name it, but not those when it is written, synced or closed. Those
-    when a folder is removed with its files name them without the folder.
+    Python names a file in errors of opening it, but not of writing, syncing or closing it. Errors
+    of removing a folder with its files name them without the folder.
 
     Args:
         path: File, or folder of several, that the block writes.
@@ -157,8 +154,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parses JSON that may be damaged or hostile.
 
     Raises:
-        ValueError: The text is not JSON in UTF-8, or is nested so deeply that functions which call
-            themselves would fail.
+        ValueError: The text is not JSON in UTF-8, or is nested so deeply that recursive functions
+            would fail.
     """
     try:
         document = json.loads(text)
@@ -311,17 +308,9 @@ def output_errors(target: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Every file system has its own exceptions.
-        if space := no_space_reason(error):
-            raise DiskFullError(
-                f"{target} cannot be written ({space}). Free space and rerun the same command to "
-                "resume."
-            ) from error
+        if failure := disk_failure(f"{target} cannot be written", error):
+            raise failure from error
         reason = getattr(error, "strerror", None) or summarize_error(error)
-        if is_failing(error):
-            raise WriteFailureError(
-                f"{target} cannot be written ({reason}). Check the file system and rerun the same "
-                "command to resume."
-            ) from error
         raise OutputWriteError(
             f"{target} must be writable ({reason}). Fix that and rerun the same command to resume."
         ) from error
@@ -404,7 +393,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             stack.callback(_remove_empty, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in created:
-            # A folder whose name is lost with the power takes everything in it along.
+            # Otherwise, a loss of power could remove the folder with everything in it.
             sync(folder.parent)
         timeout = -1 if wait else 0
         lock = filelock.FileLock(path, timeout=timeout, mode=0o666, fallback_to_soft=False)

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from mixer_jax.errors import no_space_path, no_space_reason, write_failure_reason
+from mixer_jax.errors import (
+    DiskFullError,
+    RunError,
+    UserError,
+    WriteFailureError,
+    disk_failure,
+    no_space_path,
+    no_space_reason,
+    read_error,
+    write_failure_reason,
+)
 from tests.helpers.messages import mentions
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.jsonl")
@@ -105,3 +115,37 @@ def test_write_failure_reason_reads_the_messages_of_libraries() -> None:
 )
 def test_write_failure_reason_is_empty_without_a_file_or_a_failure(error: Exception) -> None:
     assert write_failure_reason(error, "/disk/run") == ""
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (NO_SPACE, DiskFullError),
+        (system_error(errno.EIO), WriteFailureError),
+        (system_error(errno.EACCES), None),
+    ],
+)
+def test_disk_failure_of_a_library_quotes_the_cause(
+    cause: OSError, kind: type[Exception] | None
+) -> None:
+    error = RuntimeError("writer failed")
+    error.__cause__ = cause
+    failure = disk_failure("report 'page' cannot be written", error)
+    assert type(failure) is (kind or type(None))
+    if kind:
+        reason = os.strerror(cause.errno or 0)
+        assert mentions(str(failure), "report 'page'", "writer failed", reason)
+    reported = RunError("loss is nan")
+    reported.__cause__ = cause
+    assert disk_failure("report 'page' cannot be written", reported) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EIO, RunError), (errno.ESTALE, RunError), (errno.EACCES, UserError)]
+)
+def test_read_error_is_a_usage_error_unless_the_disk_fails(
+    code: int, kind: type[Exception]
+) -> None:
+    error = read_error("manifest 'birds.csv' cannot be read", system_error(code))
+    assert type(error) is kind
+    assert mentions(str(error), "birds.csv", os.strerror(code))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from mixer_jax import predict
 from mixer_jax.checkpoints.weights import replace_head
 from mixer_jax.cli import common
+from mixer_jax.data import image_files
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.image_files import expand_image_paths
 from mixer_jax.data.wordnet import describe_class, imagenet_wnids
@@ -387,6 +389,26 @@ def test_folders_are_searched_as_in_training(
     expected = [f"{tmp_path}/{name}" for name in ("b.png", "deep/a.png", "secret")]
     assert names(captured.out) == expected
     assert mentions(captured.err.splitlines()[0], f"{tmp_path}/secret")
+
+
+def test_a_pipe_is_read_if_it_is_named_but_not_by_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    ((_, read),) = expand_image_paths([f"{tmp_path}/*.png"])
+    with raises(BadImageError, "not a regular file"):
+        read()
+    ((name, read),) = expand_image_paths([f"{tmp_path}/pipe.png"])
+    # More than a pipe holds at a time.
+    content = b"image" * 100_000
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit((tmp_path / "pipe.png").write_bytes, content)
+        assert read() == content
+        assert written.result() == len(content)
+        monkeypatch.setattr(image_files, "MAX_BYTES", 100)
+        pool.submit((tmp_path / "pipe.png").write_bytes, b"image" * 100)
+        with raises(BadImageError, name, "100"):
+            read()
 
 
 def test_a_file_named_dash_is_found_by_a_pattern(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mixer_jax.cli.common import check_positive
 from mixer_jax.config.schema import ARCHITECTURE_FIELDS, FIELDS, Field, OptimizerConfig
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, missing_library_error
 from mixer_jax.models.execution import check_backend
 from mixer_jax.models.family import CUSTOM, ModelFamily
 from mixer_jax.models.registry import get_family, list_model_names, parse_model_name
@@ -271,9 +271,8 @@ def parse_baselines(
                 f"Leave {REFERENCE} out."
             )
         if TIMM in names and missing:
-            raise UserError(
-                f"--baselines={args.baselines} needs {missing}, which is not installed. "
-                f"Run pip install torch timm, or leave {TIMM} out."
+            raise missing_library_error(
+                f"--baselines={args.baselines}", missing, f"torch timm, or leave {TIMM} out"
             )
     if TIMM in names and not args.no_torch_compile:
         names.append(TIMM_COMPILED)

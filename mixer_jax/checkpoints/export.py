@@ -30,15 +30,7 @@ from mixer_jax.checkpoints.resolve import (
 )
 from mixer_jax.checkpoints.timm_config import make_timm_config
 from mixer_jax.checkpoints.weights import PretrainedWeights, flatten_params
-from mixer_jax.errors import (
-    DiskFullError,
-    RunError,
-    UserError,
-    WriteFailureError,
-    is_failing,
-    no_space_reason,
-    summarize_error,
-)
+from mixer_jax.errors import RunError, UserError, disk_failure, missing_library_error
 from mixer_jax.files import atomic_write, remove_abandoned
 from mixer_jax.models.family import WeightLayout
 from mixer_jax.models.registry import get_family
@@ -141,10 +133,7 @@ def check_target_available(format: str, target: str, force: bool) -> None:
 def _check_onnx_installed() -> None:
     for name in ("jax2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"--to=onnx needs the library {name}, which is not installed. Run pip install "
-                '"mixer-jax[onnx]".'
-            )
+            raise missing_library_error("--to=onnx", f"the library {name}", '"mixer-jax[onnx]"')
 
 
 def _check_folder_writable(folder: Path) -> None:
@@ -162,8 +151,7 @@ def export_weights(weights: PretrainedWeights, format: str, target: str) -> str:
 
     Raises:
         UserError: The target cannot be written, or the weights are not finite.
-        DiskFullError: The target cannot be written for lack of space.
-        WriteFailureError: The disk or file server of the target fails.
+        WriteFailureError: The disk of the target is full or failing.
         RunError: The target differs from the weights when it is read back.
     """
     flat = dict(flatten_params(weights.params))
@@ -253,18 +241,10 @@ def _staged(target: str) -> Iterator[Path]:
         # Users know the target, not the temporary folder.
         raise type(error)(str(error).replace(str(folder), str(final.parent))) from error
     except Exception as error:
-        if reason := no_space_reason(error):
+        if failure := disk_failure(f"target {target!r} cannot be written", error):
             if folder is not None:
                 remove_abandoned(folder)
-            raise DiskFullError(
-                f"target {target!r} cannot be written ({reason}). Free space and run the same "
-                "command again."
-            ) from error
-        if is_failing(error):
-            raise WriteFailureError(
-                f"target {target!r} cannot be written ({summarize_error(error)}). Check the file "
-                "system and run the same command again."
-            ) from error
+            raise failure from error
         if not isinstance(error, OSError):
             raise
         raise UserError(

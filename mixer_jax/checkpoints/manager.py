@@ -130,7 +130,7 @@ class CheckpointManager:
             # orbax reads the index of every checkpoint.
             raise UserError(
                 f"{self._folder} has a checkpoint with a damaged {INDEX} "
-                f"({summarize_error(error)}). Move its folder elsewhere."
+                f"({summarize_error(error)}). Move that checkpoint elsewhere."
             ) from error
 
     def latest_step(self) -> int | None:

@@ -137,7 +137,7 @@ class ModelInfo:
             variant, num_classes = data["variant"], data["num_classes"]
             if not isinstance(variant, str):
                 raise UserError(f"{source}: variant must be text, got {variant!r}.")
-            if not is_integer(num_classes) or not 0 <= num_classes < _MAX_LENGTH:
+            if not is_integer(num_classes) or not 0 <= num_classes <= _MAX_LENGTH:
                 raise UserError(
                     f"{source}: num_classes must be from 0 to {_MAX_LENGTH:,}, got {num_classes!r}."
                 )

@@ -21,6 +21,7 @@ from mixer_jax.errors import (
     DiskFullError,
     RunError,
     UserError,
+    disk_failure,
     install_hint,
     no_space_reason,
     summarize_error,
@@ -156,13 +157,15 @@ def _is_copied_checkpoint(source: str) -> bool:
 
 @contextlib.contextmanager
 def _access_errors(source: str) -> Iterator[None]:
-    """Raises UserError if a file or a URL cannot be accessed, DiskFullError for lack of space."""
+    """Raises UserError if a file or a URL cannot be accessed, WriteFailureError if a disk fails."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         _check_space(f"checkpoint {source!r}", error, "TMPDIR")
+        if failure := disk_failure(f"checkpoint {source!r} cannot be accessed", error):
+            raise failure from error
         # Libraries that read URLs raise errors of many types.
         if not isinstance(error, OSError) and "://" not in source:
             raise

@@ -56,8 +56,9 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2, failed runs and file systems with 1, after one line on standard error.
-    Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with 130, 143 and 129.
+    Usage errors exit with 2, and failures of runs, disks and memory with 1, after one line on
+    standard error. Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with
+    130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -317,7 +318,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Parses seeds such as "0,1,2"; raises UserError unless they are different valid seeds."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
-        raise UserError(f"--seeds must be integers of at least 0, such as 0,1,2, got {text!r}.")
+        raise UserError(
+            f"--seeds must be integers from 0 to {FIELDS['seed'].max}, such as 0,1,2, got {text!r}."
+        )
     seeds = tuple(map(int, parts))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds must be different integers, got {text!r}. Name each seed once.")

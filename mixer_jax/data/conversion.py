@@ -32,14 +32,7 @@ from mixer_jax.data.preparation import (
 from mixer_jax.data.registry import list_splits, open_dataset
 from mixer_jax.data.source import Example, Source, relabel
 from mixer_jax.data.tfds import dataset_names, find_builder, resolve_data_dir
-from mixer_jax.errors import (
-    UserError,
-    WriteFailureError,
-    abbreviate,
-    is_failing,
-    no_space_reason,
-    summarize_error,
-)
+from mixer_jax.errors import UserError, abbreviate, disk_failure
 
 _VERSION = "1.0.0"
 # Shards of TFDS have at most this size. More files would exceed the limit on open files.
@@ -94,6 +87,7 @@ def convert_dataset(dataset: str, name: str, data_dir: str = "") -> Conversion:
         UserError: The dataset cannot be opened, a split has no readable images, the name is not
             valid or is taken, the names of classes cannot be stored, or the folder cannot be
             written.
+        WriteFailureError: The disk is full or failing.
     """
     data_dir = resolve_data_dir(data_dir)
     _check_name(name)
@@ -110,22 +104,13 @@ def convert_dataset(dataset: str, name: str, data_dir: str = "") -> Conversion:
                 splits = _write_dataset(dataset, name, sources, temp)
                 temp.replace(folder)
     except (OSError, RuntimeError) as error:
+        problem = f"dataset {name!r} cannot be written to {folder.parent}"
+        if failure := disk_failure(problem, error):
+            raise failure from error
         # The writer of array_record raises RuntimeError.
-        if is_failing(error):
-            raise WriteFailureError(
-                f"dataset {name!r} cannot be written to {folder.parent} "
-                f"({summarize_error(error)}). Check the file system and run the same command again."
-            ) from error
-        fix = ""
-        if reason := no_space_reason(error):
-            fix = " Free space and run the same command again."
-        elif isinstance(error, OSError):
-            reason = str(error)
-        else:
+        if not isinstance(error, OSError):
             raise
-        raise UserError(
-            f"dataset {name!r} cannot be written to {folder.parent}: {reason.rstrip('.')}.{fix}"
-        ) from error
+        raise UserError(f"{problem}: {str(error).rstrip('.')}.") from error
     notes = tuple(dict.fromkeys(note for source in sources.values() for note in source.notes))
     return Conversion(find_builder(name, data_dir), splits, class_names, notes)
 
@@ -158,13 +143,12 @@ def _check_is_free(folder: Path) -> None:
 def _merge_class_names(dataset: str, sources: list[Source]) -> tuple[str, ...]:
     """Merges the classes of all splits, those of the first split first."""
     names = tuple(dict.fromkeys(name for source in sources for name in source.class_names))
-    # TFDS stores the names in a text file, one per line, and strips them when it reads them.
-    unstorable = [
-        name for name in names if not name or name.strip() != name or re.search(r"[\r\n]", name)
-    ]
+    # TFDS stores the names in a text file, one per line, and strips them when it reads them. Line
+    # breaks in names have been escaped.
+    unstorable = [name for name in names if not name or name.strip() != name]
     if unstorable:
         raise UserError(
-            f"names of classes of {dataset} must be one line without spaces at its ends, got "
+            f"names of classes of {dataset} must not be empty, nor have spaces at their ends, got "
             f"{abbreviate(map(repr, unstorable))}. Rename them."
         )
     return names

@@ -29,7 +29,7 @@ from mixer_jax.data.splits import (
     standard_split,
     substitution_notes,
 )
-from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.errors import UserError, abbreviate, read_error
 
 # Path of an image relative to the root, and the index of its class.
 _LabeledFile = tuple[str, int]
@@ -267,8 +267,7 @@ def _list_files(root: Path, directory: str, labels: dict[str, int]) -> _Split:
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
-    reason = error.strerror
-    raise UserError(f"folder {str(error.filename)!r} cannot be read: {reason}.") from error
+    raise read_error(f"folder {str(error.filename)!r} cannot be read", error) from error
 
 
 def _hold_out(split: _Split) -> dict[str, _Split]:

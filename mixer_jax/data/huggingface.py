@@ -37,7 +37,7 @@ from mixer_jax.data.splits import (
     standardize_splits,
     substitution_notes,
 )
-from mixer_jax.errors import UserError, abbreviate, summarize_error
+from mixer_jax.errors import UserError, abbreviate, missing_library_error, summarize_error
 
 # Columns that are chosen if types do not tell them apart; the first one that exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -293,9 +293,8 @@ def _load(path: str, description: str) -> dict[str, Any]:
         # A folder called "datasets" can be imported as well.
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
-        raise UserError(
-            f"{description} needs the library datasets, which is not installed. Run "
-            'pip install "mixer-jax[datasets]".'
+        raise missing_library_error(
+            description, "the library datasets", '"mixer-jax[datasets]"'
         ) from error
     folder = Path(path).expanduser()
     parts = path.split("/")

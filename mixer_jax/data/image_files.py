@@ -10,14 +10,18 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mixer_jax.data.decode import MAX_PIXELS, BadImageError
-from mixer_jax.data.source import DIGEST, Example, Examples, Source
+from mixer_jax.data.source import (
+    DIGEST,
+    Example,
+    Examples,
+    Source,
+    escape_control_characters,
+)
 from mixer_jax.errors import UserError
 
-# Line breaks, and what makes terminals move their cursor or change colors.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 STDIN = "-"
 # Display name of an image, and a function that reads its bytes.
 NamedImage = tuple[str, Callable[[], bytes]]
@@ -64,33 +68,39 @@ def display_path(path: str | Path) -> str:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:  # Text from JSON can be invalid in other ways than names of files.
         encoded = os.fspath(path).encode(errors="backslashreplace")
-    text = encoded.decode("utf-8", "backslashreplace")
-    return _CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
+    return escape_control_characters(encoded.decode("utf-8", "backslashreplace"))
 
 
-def read_image(path: Path) -> bytes:
+def read_image(path: Path, *, allow_pipe: bool = False) -> bytes:
     """Reads the bytes of one image file.
 
+    Args:
+        path: File.
+        allow_pipe: Whether the file may be a pipe, which is read to its end.
+
     Raises:
-        BadImageError: The file cannot be read, is a pipe or a device, or is larger than any image
-            that may be decoded.
+        BadImageError: The file cannot be read, is a device or a pipe that is not allowed, or is
+            larger than any image that may be decoded.
     """
+    opener = None if allow_pipe else _open_without_waiting
     try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+        with open(path, "rb", opener=opener) as file:
             status = os.fstat(file.fileno())
+            if allow_pipe and stat.S_ISFIFO(status.st_mode):
+                return _read_stream(file, display_path(path))
             # Pipes may never end, nor do devices such as /dev/zero.
             if not stat.S_ISREG(status.st_mode):
                 raise BadImageError("not a regular file", name=display_path(path))
             if status.st_size > MAX_BYTES:
                 size = f"{status.st_size:,} bytes"
                 raise BadImageError("file too large", size, display_path(path))
-            return file.readall()
+            return file.read()
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "", display_path(path)) from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; unlike `open` with `flags` only, it does not wait for a writer of a pipe."""
+    """Opens a file; if it is a pipe, does not wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -147,8 +157,9 @@ def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
     be processed.
 
     Args:
-        patterns: Files; folders, searched recursively and sorted by path; glob patterns such as
-            "holiday/*.jpg"; or "-" for one image on standard input.
+        patterns: Files, or pipes such as those of a shell's <(command); folders, searched
+            recursively and sorted by path; glob patterns such as "holiday/*.jpg"; or "-" for one
+            image on standard input.
 
     Raises:
         UserError: A pattern is empty, or no pattern matches an image.
@@ -162,8 +173,9 @@ def expand_image_paths(patterns: Iterable[str]) -> list[NamedImage]:
             images.append(("standard input", _read_stdin))
             continue
         try:
+            named = Path(os.path.expanduser(pattern))
             images += [
-                (display_path(path), functools.partial(read_image, path))
+                (display_path(path), functools.partial(read_image, path, allow_pipe=path == named))
                 for path in _expand(pattern)
             ]
         except BadImageError as error:
@@ -251,9 +263,13 @@ def _raise(error: BadImageError) -> bytes:
 
 def _read_stdin() -> bytes:
     try:
-        encoded = sys.stdin.buffer.read(MAX_BYTES + 1)
+        return _read_stream(sys.stdin.buffer)
     except OSError as error:
         raise BadImageError("cannot be read", error.strerror or "") from None
+
+
+def _read_stream(stream: BinaryIO, name: str = "") -> bytes:
+    encoded = stream.read(MAX_BYTES + 1)
     if len(encoded) > MAX_BYTES:
-        raise BadImageError("file too large", f"over {MAX_BYTES:,} bytes")
+        raise BadImageError("file too large", f"over {MAX_BYTES:,} bytes", name)
     return encoded

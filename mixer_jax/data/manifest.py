@@ -22,7 +22,7 @@ from mixer_jax.data.splits import (
     standard_split,
     substitution_notes,
 )
-from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.errors import UserError, abbreviate, read_error
 from mixer_jax.files import parse_json
 
 _PATH, _LABEL, _LABELS, _SPLIT = "path", "label", "labels", "split"
@@ -167,7 +167,7 @@ def _read_table(path: str) -> _Table:
     except UnicodeDecodeError as error:
         raise UserError(f"{description} must be UTF-8, got another encoding.") from error
     except OSError as error:
-        raise UserError(f"{description} cannot be read: {error.strerror}.") from error
+        raise read_error(f"{description} cannot be read", error) from error
     if not paths:
         raise UserError(
             f"{description} must have a row for each image below the columns {_PATH} and {_LABEL}, "

@@ -8,7 +8,6 @@ the dataset's lock.
 import collections
 import contextlib
 import csv
-import errno
 import importlib.util
 import json
 import logging
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mixer_jax.data.decode import BadImageError, decode
-from mixer_jax.errors import RunError, UserError
+from mixer_jax.errors import RunError, UserError, disk_failure, missing_library_error
 from mixer_jax.files import file_lock
 
 FORMAT = "array_record"
@@ -37,7 +36,6 @@ _INFO_FILE = "dataset_info.json"
 _TEMP_DIR = f"incomplete.{FORMAT}"
 # Suffix of the files in which TFDS stores the URLs of downloads.
 _URL_METADATA_SUFFIX = ".INFO.json"
-_INSTALL_TENSORFLOW = "Run pip install tensorflow."
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -135,6 +133,7 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
     Raises:
         UserError: A part of the download is missing, the folder cannot be written, or the network
             is unavailable.
+        WriteFailureError: The disk is full or failing.
         RunError: The code of the dataset's builder fails.
     """
     import tensorflow_datasets as tfds
@@ -151,24 +150,25 @@ def download_and_prepare(builder: Any, manual_dir: Path) -> None:
         # TFDS prints its progress; standard output is reserved for the result.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(download_config=config)
-    except UserError:
+    except (UserError, RunError):
         raise
-    except (OSError, AssertionError, ImportError) as error:
+    except Exception as error:
+        problem = f"dataset {name} cannot be prepared in {builder.data_path.parent}"
+        # The writers raise exceptions of various types if the disk is full.
+        if failure := disk_failure(problem, error):
+            raise failure from error
         if isinstance(error, ImportError) and error.name == "tensorflow":
-            raise UserError(
-                f"preparing dataset {name} needs TensorFlow, which is not installed. "
-                f"{_INSTALL_TENSORFLOW}"
+            raise missing_library_error(
+                f"preparing dataset {name}", "TensorFlow", "tensorflow"
             ) from error
         # Builders check user input by assertions, and failed downloads are OSErrors.
-        hint = f" Manual downloads are expected in {manual_dir}."
-        raise UserError(
-            f"dataset {name} cannot be prepared in {builder.data_path.parent}: {_one_line(error)}."
-            f"{hint if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ''}"
-        ) from error
-    except Exception as error:
-        # The writers raise exceptions of various types if the disk is full.
-        disk_full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-        raise (UserError if disk_full else RunError)(
+        if isinstance(error, OSError | AssertionError | ImportError):
+            hint = f" Manual downloads are expected in {manual_dir}."
+            raise UserError(
+                f"{problem}: {_one_line(error)}."
+                f"{hint if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ''}"
+            ) from error
+        raise RunError(
             f"preparing dataset {name} failed: {type(error).__name__}: {_one_line(error)}."
         ) from error
 
@@ -228,14 +228,13 @@ def convert_to_array_record(builder: Any) -> None:
     Raises:
         UserError: TensorFlow is missing, a shard is missing or damaged, or its number of examples
             differs from the dataset's metadata.
+        WriteFailureError: The disk is full or failing.
         OSError: The folder cannot be written.
     """
     if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"converting dataset {builder.info.full_name} from "
-            f"{builder.info.file_format.value} needs TensorFlow, which is not installed. "
-            f"{_INSTALL_TENSORFLOW}"
-        )
+        old_format = builder.info.file_format.value
+        feature = f"converting dataset {builder.info.full_name} from {old_format}"
+        raise missing_library_error(feature, "TensorFlow", "tensorflow")
     shards = list(_list_shards(builder))
     temp_dir = Path(builder.data_path, _TEMP_DIR)
     total = sum(num_examples for _, _, num_examples in shards)
@@ -282,7 +281,9 @@ def _copy_shard(file_format: Any, source: Path, target: Path, num_examples: int)
         written = ArrayRecordFileAdapter.num_examples(target)
     except Exception as error:
         # Exceptions of TensorFlow, array_record and Arrow have no common base class.
-        raise UserError(f"{source} cannot be converted: {_one_line(error)}.") from error
+        problem = f"{source} cannot be converted"
+        failure = disk_failure(problem, error)
+        raise failure or UserError(f"{problem}: {_one_line(error)}.") from error
     if written != num_examples:
         raise UserError(
             f"{source} must contain {num_examples:,} examples according to {_INFO_FILE}, got "

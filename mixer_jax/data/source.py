@@ -21,7 +21,8 @@ BAD_LABEL = "label is missing or not a class"
 
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Line breaks, and what makes terminals move their cursor or change colors.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Example(TypedDict):
@@ -187,16 +188,18 @@ class Source:
         _check_files(self.examples)
 
 
+def escape_control_characters(text: str) -> str:
+    r"""Replaces line breaks and other control characters by escapes such as \x1b."""
+    return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:
     r"""Converts names to Unicode normal form NFC, and control characters to escapes such as \x1b.
 
     Systems differ in how they store accented letters, as one or as two characters. Control
-    characters in names of other people's classes would change the terminal that shows them.
+    characters in the names of other people's classes would change the terminal that shows them.
     """
-    return tuple(
-        _CONTROL.sub(lambda match: ascii(match[0])[1:-1], unicodedata.normalize("NFC", name))
-        for name in names
-    )
+    return tuple(escape_control_characters(unicodedata.normalize("NFC", name)) for name in names)
 
 
 def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:

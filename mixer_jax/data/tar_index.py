@@ -25,7 +25,7 @@ import numpy as np
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.image_files import MAX_BYTES, display_path, has_image_suffix
 from mixer_jax.data.splits import hash_paths
-from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate
+from mixer_jax.errors import MissingFileError, RunError, UserError, abbreviate, read_error
 from mixer_jax.files import atomic_write, file_lock, parse_json
 
 # Class, or classes, of an image; None if they are missing.
@@ -275,7 +275,7 @@ def _add_shards(index: TarIndex, folder: Path, names: list[str], field: str) -> 
     """Scans the shards that are not in the index, and adds them.
 
     Raises:
-        UserError: Some shards cannot be used; the others are added nevertheless.
+        UserError, RunError: Some shards cannot be used; the others are added nevertheless.
     """
     names = [name for name in names if name not in index.shards]
     if not names:
@@ -288,7 +288,7 @@ def _add_shards(index: TarIndex, folder: Path, names: list[str], field: str) -> 
     with ThreadPoolExecutor() as pool:
         scans = pool.map(lambda name: _try_scan(folder / name, field), names)
         for name, scan in zip(names, scans, strict=True):
-            if isinstance(scan, UserError):
+            if isinstance(scan, UserError | RunError):
                 errors[name] = scan
                 continue
             shard, labels = scan
@@ -301,15 +301,16 @@ def _add_shards(index: TarIndex, folder: Path, names: list[str], field: str) -> 
     if errors:
         first, *others = errors
         rest = abbreviate(map(display_path, others))
-        raise UserError(f"{errors[first]}{rest and f' Not usable either: {rest}.'}")
+        error = errors[first]
+        raise type(error)(f"{error}{rest and f' Not usable either: {rest}.'}")
 
 
-def _try_scan(path: Path, field: str) -> tuple[Shard, list[Label]] | UserError:
+def _try_scan(path: Path, field: str) -> tuple[Shard, list[Label]] | UserError | RunError:
     """Scans a shard, or returns the error."""
     try:
         return _scan_shard(path, field)
     except OSError as error:
-        return UserError(f"shard {display_path(path)} cannot be read: {error.strerror}.")
+        return read_error(f"shard {display_path(path)} cannot be read", error)
     except UserError as error:
         return error
 

@@ -38,6 +38,7 @@ from mixer_jax.errors import (
     MissingFileError,
     RunError,
     UserError,
+    disk_failure,
     install_hint,
     suggest,
     summarize_error,
@@ -210,6 +211,7 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
     Raises:
         UserError: The dataset or label does not exist, needs no preparation, or cannot be prepared
             for a reason that the user can fix.
+        WriteFailureError: The disk is full or failing.
         RunError: The code of the dataset's builder fails.
     """
     if name == SYNTHETIC or name.startswith(PATH_PREFIXES):
@@ -235,7 +237,8 @@ def prepare_tfds(name: str, data_dir: str = "", manual_dir: str = "") -> tuple[A
             elif not has_random_access(builder):
                 convert_to_array_record(builder)
     except OSError as error:
-        raise UserError(f"dataset {dataset!r} cannot be written: {error}.") from error
+        problem = f"dataset {dataset!r} cannot be written"
+        raise disk_failure(problem, error) or UserError(f"{problem}: {error}.") from error
     return find_builder(dataset, data_dir), False
 
 
@@ -337,10 +340,9 @@ def _prepare_small_dataset(name: str, builder: Any) -> None:
     except FileExistsError:
         pass  # Another process, on this host or another one, wrote the same dataset first.
     except OSError as error:
-        raise UserError(
-            f"dataset {name!r} cannot be written to {builder.data_path}: {error}. Set "
-            "--config.dataset.data_dir to a writable folder."
-        ) from error
+        problem = f"dataset {name!r} cannot be written to {builder.data_path}"
+        fix = "Set --config.dataset.data_dir to a writable folder."
+        raise disk_failure(problem, error) or UserError(f"{problem}: {error}. {fix}") from error
 
 
 def _not_prepared_error(name: str, builder: Any) -> DatasetNotPreparedError:

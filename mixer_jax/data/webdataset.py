@@ -45,7 +45,7 @@ _CLASS_NAMES_FILE = "classnames.txt"
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _MAX_CLASSES = 1_000_000
-# Largest number of paths that a pattern stands for, and of their characters.
+# Largest number of paths that a pattern expands to, and of their characters.
 _MAX_PATHS, _MAX_CHARACTERS = 500_000, 2**26
 # A range, or alternatives, in the innermost braces.
 _BRACES = re.compile(
@@ -369,7 +369,7 @@ def expand_braces(pattern: str) -> list[str]:
     """Expands {00..11} and {a,b} as shells and the webdataset library do; sorted.
 
     Raises:
-        UserError: There are too many paths to be those of files.
+        UserError: The pattern expands to too many paths.
     """
     pending, paths = [pattern], set[str]()
     num_paths = num_characters = 0
@@ -388,13 +388,13 @@ def expand_braces(pattern: str) -> list[str]:
         else:
             values = match["alternatives"].split(",")
             count = len(values)
-        # Those that several alternatives share count each time.
+        # Paths that follow from several alternatives count each time.
         num_paths += count
         num_characters += count * len(path)
         if num_paths > _MAX_PATHS or num_characters > _MAX_CHARACTERS:
             raise UserError(
-                f"pattern of shards must stand for at most {_MAX_PATHS:,} paths, and those for "
-                f"{_MAX_CHARACTERS:,} characters, got {pattern!r}."
+                f"pattern of shards must expand to at most {_MAX_PATHS:,} paths with "
+                f"{_MAX_CHARACTERS:,} characters, got {pattern!r}. Name fewer shards."
             )
         before, after = path[: match.start()], path[match.end() :]
         pending += [before + value + after for value in values]

@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from mixer_jax.distributed.hardware import CHIPS, ChipSpec
-from mixer_jax.errors import UserError, summarize_error
+from mixer_jax.errors import UserError, missing_library_error, summarize_error
 
 # To be set before JAX is imported. Devices of this machine are not used, another process may be
 # compiling, and the compilation cache cannot load programs for devices that are not present.
@@ -135,9 +135,8 @@ def tpu_devices(topology: Topology) -> list[Any]:
         UserError: The compiler, libtpu, is not installed, or does not support the size.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "Planning for TPUs needs libtpu, the TPU compiler, which is not installed. "
-            'Run pip install "jax[tpu]" (Linux on x86-64).'
+        raise missing_library_error(
+            "planning for TPUs", "libtpu, the TPU compiler", '"jax[tpu]" (Linux on x86-64)'
         )
     import jax
     from jax.experimental import topologies

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mixer_jax.checkpoints.model_info import ModelInfo
-from mixer_jax.data.names import HUGGING_FACE, PATH_PREFIXES
+from mixer_jax.data.names import HUGGING_FACE, PATH_PREFIXES, split_label
 from mixer_jax.data.readers import median_image_area
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.source import Source
@@ -155,7 +155,8 @@ def _resolve_folder(dataset: str) -> str:
             continue
         resolved = os.path.abspath(os.path.expanduser(path))
         # Another name is that of a dataset on the Hub.
-        if prefix != HUGGING_FACE or os.path.isdir(resolved):
+        folders = resolved, split_label(resolved)[0]
+        if prefix != HUGGING_FACE or any(map(os.path.isdir, folders)):
             return prefix + resolved
     return dataset
 

@@ -73,8 +73,8 @@ def run_seeds(
 ) -> SeedsOutcome:
     """Trains a config with every seed, one after the other, and writes seeds.json.
 
-    Finished runs are skipped, unless the config has changed, and others are resumed. Those of other
-    seeds in the workdir are part of the result if they are finished and have the same config.
+    Finished runs are skipped, unless the config has changed, and others are resumed. Finished runs
+    of other seeds in the workdir are part of the result if they have the same config.
 
     Args:
         config: Config of the runs, whose seed is replaced.

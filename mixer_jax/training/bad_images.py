@@ -22,7 +22,7 @@ class BadImageLog:
     Each host logs the images that it has seen. The number of bad images is the largest sum over all
     hosts in one epoch, in which every image is seen by one host; a step that spans two epochs
     counts for the first. A resumed run drops entries after its checkpoint and counts from zero, so
-    images that were repaired in the meantime no longer count.
+    images that were restored in the meantime no longer count.
     """
 
     def __init__(
@@ -126,8 +126,9 @@ class BadImageLog:
             f"{'is' if self._num_bad == 1 else 'are'} bad, more than "
             f"config.bad_images.max_fraction={self._config.max_fraction:g} and "
             f"config.bad_images.max_count={self._config.max_count:,} allow. They are listed in "
-            f"{self._path.parent}/bad_images_*.jsonl. Repair them or raise max_fraction, and run "
-            f"the same command to resume from step {saved_step:,}."
+            f"{self._path.parent}/bad_images_*.jsonl. Restore files that have changed or raise "
+            f"max_fraction, and run the same command to resume from step {saved_step:,}. To train "
+            "with repaired files, start a new run in another --workdir."
         )
 
     def _epoch(self, step: int) -> int:

@@ -225,7 +225,7 @@ def _check_same_data(experiment: Experiment, metadata: dict[str, Any], source: s
     if changes:
         raise UserError(
             f"training data must be as in {source}, got other {abbreviate(changes, 4)}. Restore "
-            "the data, or choose another --workdir."
+            "the data to resume, or choose another --workdir to train with the changed data."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from mixer_jax.errors import UserError, exit_code, summarize_error
+from mixer_jax.errors import UserError, exit_code, missing_library_error, summarize_error
 from mixer_jax.files import atomic_write
 
 RUN_ID_FILE = "wandb_run_id.txt"
@@ -36,10 +36,7 @@ def check_wandb_installed(project: str) -> None:
     # namespace package, which has no origin.
     spec = importlib.util.find_spec("wandb") if project else None
     if project and (spec is None or spec.origin is None):
-        raise UserError(
-            f"config.wandb={project} needs the library wandb, which is not installed. "
-            "Run pip install wandb."
-        )
+        raise missing_library_error(f"config.wandb={project}", "the library wandb", "wandb")
 
 
 class RunLabel(NamedTuple):

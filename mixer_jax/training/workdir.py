@@ -22,16 +22,7 @@ from mixer_jax.checkpoints.resolve import (
 from mixer_jax.config.config import fill_defaults, flatten
 from mixer_jax.config.schema import RunConfig, get_field
 from mixer_jax.data.names import PATH_PREFIXES
-from mixer_jax.errors import (
-    DiskFullError,
-    RunError,
-    UserError,
-    WriteFailureError,
-    install_hint,
-    is_failing,
-    no_space_reason,
-    summarize_error,
-)
+from mixer_jax.errors import RunError, UserError, disk_failure, install_hint, summarize_error
 from mixer_jax.files import (
     atomic_write,
     file_lock,
@@ -177,15 +168,16 @@ def read_config(workdir: str) -> dict[str, Any]:
 
     Raises:
         UserError: The file cannot be read, or is not a config.
+        WriteFailureError: The disk is failing.
     """
     try:
         config = parse_json((epath.Path(workdir) / CONFIG_FILE).read_bytes())
         # Also upgrades a copy, which fails if it is not a config.
         flatten(ConfigDict(fill_defaults(config)))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read. {_OTHER_WORKDIR}."
-        ) from error
+        problem = f"workdir {workdir!r} has a {CONFIG_FILE} that cannot be read"
+        failure = disk_failure(problem, error)
+        raise failure or UserError(f"{problem}. {_OTHER_WORKDIR}.") from error
     return config
 
 
@@ -291,13 +283,8 @@ def _check_writable(workdir: str) -> None:
 
 
 def _not_writable(workdir: str, error: Exception) -> UserError | RunError:
-    if space := no_space_reason(error):
-        return DiskFullError(f"workdir {workdir!r} cannot be written ({space}). Free space.")
-    if is_failing(error):
-        return WriteFailureError(
-            f"workdir {workdir!r} cannot be written ({summarize_error(error)}). Check the file "
-            "system and run the same command again."
-        )
+    if failure := disk_failure(f"workdir {workdir!r} cannot be written", error):
+        return failure
     if isinstance(error, ImportError):
         # File systems of URLs need a library each.
         reason = summarize_error(error)

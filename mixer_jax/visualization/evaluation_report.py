@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.source import Source
 from mixer_jax.data.wordnet import label_class
-from mixer_jax.errors import DiskFullError, RunError, no_space_reason
+from mixer_jax.errors import RunError, disk_failure
 from mixer_jax.evaluation.classification import (
     NUM_CALIBRATION_BINS,
     CalibrationBin,
@@ -62,7 +62,6 @@ def write_report(
         exif_orientation: Whether images are rotated by their EXIF orientation.
 
     Raises:
-        DiskFullError: The folder cannot be written for lack of space.
         RunError: The folder cannot be written.
     """
     mask = predictions.mask
@@ -123,7 +122,6 @@ def write_files(
         rows: Lines of `predictions.csv`.
 
     Raises:
-        DiskFullError: The folder cannot be written for lack of space.
         RunError: The folder cannot be written.
     """
     try:
@@ -139,14 +137,9 @@ def write_files(
             ) as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
-        if reason := no_space_reason(error):
-            raise DiskFullError(
-                f"report {str(path)!r} cannot be written ({reason}). Free space and run the same "
-                "command again."
-            ) from error
-        raise RunError(
-            f"report {str(path)!r} cannot be written ({error.strerror or error})."
-        ) from error
+        problem = f"report {str(path)!r} cannot be written"
+        failure = disk_failure(problem, error)
+        raise failure or RunError(f"{problem} ({error.strerror or error}).") from error
 
 
 def draw_calibration(bins: Sequence[CalibrationBin]) -> Any:

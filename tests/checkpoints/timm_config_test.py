@@ -244,7 +244,7 @@ def test_models_that_timm_cannot_create_by_name_are_named(config: Any, parts: li
 @pytest.mark.parametrize("config", [TINY, VitConfig(1, 4, 16, 24, 2), BitConfig("1,1", 8, "3x3")])
 @pytest.mark.parametrize("num_classes", [0, 10])
 def test_saved_folders_keep_every_field(config: Any, num_classes: int, tmp_path: Path) -> None:
-    names = tuple('"<é\n>' if index == 3 else str(index) for index in range(num_classes))
+    names = tuple('"<é>' if index == 3 else str(index) for index in range(num_classes))
     fields: dict[str, Any] = {"eval_crop": "square", "eval_crop_fraction": 0.9, "loss": "sigmoid"}
     weights = random_weights(config, (16, 24), names, **fields)
     export_weights(weights, HUB_FOLDER, f"{tmp_path}/saved")

@@ -21,7 +21,13 @@ from mixer_jax.data import preparation
 from mixer_jax.data.preparation import check_network, format_splits, preparation_lock
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.data.tfds import prepare_tfds
-from mixer_jax.errors import DatasetNotPreparedError, RunError, UserError
+from mixer_jax.errors import (
+    DatasetNotPreparedError,
+    DiskFullError,
+    RunError,
+    UserError,
+    WriteFailureError,
+)
 from tests.helpers.messages import mentions, raises
 
 SHARDS = 10
@@ -30,7 +36,8 @@ FAILURES = {
     "network": ConnectionError("no route to host"),
     "library": ImportError("no module named apache_beam"),
     "tensorflow": ModuleNotFoundError("pip install tensorflow", name="tensorflow"),
-    "disk": RuntimeError("write() failed: No space left on device"),
+    "full_disk": RuntimeError("write() failed: No space left on device"),
+    "failing_disk": OSError(errno.EIO, os.strerror(errno.EIO), "/disk/file"),
     "bug": KeyError("unknown"),
 }
 
@@ -231,14 +238,16 @@ def test_builder_failures_are_one_line_errors_without_leftovers(
 ) -> None:
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "file").touch()
-    expected = RunError if failure == "bug" else UserError
+    disk_errors = {"full_disk": DiskFullError, "failing_disk": WriteFailureError}
+    expected = {"bug": RunError, **disk_errors}.get(failure, UserError)
     with pytest.raises(expected) as caught:
         prepare_tfds(f"mixer_failing/{failure}", str(tmp_path), str(tmp_path / "manual"))
     message = str(caught.value)
     assert mentions(message, f"mixer_failing/{failure}")
     assert " ".join(str(FAILURES[failure]).split()) in message
     assert "\n" not in message
-    assert mentions(message, f"{tmp_path}/manual") == (failure not in ("bug", "disk", "tensorflow"))
+    is_hinted = failure not in ("bug", "tensorflow", *disk_errors)
+    assert mentions(message, f"{tmp_path}/manual") == is_hinted
     assert not list(tmp_path.rglob("incomplete*"))
     assert not list(tmp_path.rglob("*.lock"))
 

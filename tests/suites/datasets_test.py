@@ -141,9 +141,10 @@ def test_resolve_folders_makes_paths_absolute(
         dataclasses.replace(PROBE, name="f", dataset="wds:~/{a,b}.tar"),
         dataclasses.replace(PROBE, name="g", dataset="hf:g"),
         dataclasses.replace(PROBE, name="h", dataset="hf:owner/g"),
+        dataclasses.replace(PROBE, name="i", dataset="hf:g@coarse"),
     )
     (tmp_path / "g").mkdir()
-    a, c, d, e, f, g, h = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
+    a, c, d, e, f, g, h, i = resolve_folders(dataclasses.replace(SUITE, tasks=tasks)).tasks
     assert (a.dataset, c.dataset) == (f"folder:{tmp_path}/a", "folder:/home/me/c")
     assert isinstance(a, FineTuneTask)
     assert a.extra_evals == {"b": (f"folder:{tmp_path.parent}/b", "test")}
@@ -151,3 +152,4 @@ def test_resolve_folders_makes_paths_absolute(
     assert e.dataset == f"manifest:{tmp_path}/e.csv@genus"
     assert f.dataset == "wds:/home/me/{a,b}.tar"
     assert (g.dataset, h.dataset) == (f"hf:{tmp_path}/g", "hf:owner/g")
+    assert i.dataset == f"hf:{tmp_path}/g@coarse"
