@@ -4,6 +4,7 @@ import difflib
 import errno
 import itertools
 import os
+import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 _MAX_REASON = 200
 # How to install a library that reads URLs, by its name in error messages.
 _INSTALL_HINTS = {"gcsfs": "Run pip install gcsfs."}
+# Line breaks, and what makes terminals move their cursor or change colors.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # A full disk, an exceeded quota, and an exceeded limit on the size of files.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A failing disk or device, and a file server that is gone or has restarted.
@@ -22,11 +25,20 @@ _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 
 
+def escape_control_characters(text: str) -> str:
+    r"""Replaces line breaks and other control characters by escapes such as \x1b."""
+    return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 class UserError(ValueError):
     """Usage error: one line with the value, the rule it breaks, and the fix.
 
-    Commands (`python -m mixer_jax.*`) print it without a stack trace and exit with code 2.
+    Commands (`python -m mixer_jax.*`) print it without a stack trace and exit with code 2. Line
+    breaks and control characters of foreign text in the message are escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__(escape_control_characters(message))
 
 
 class DatasetNotPreparedError(UserError):
@@ -46,7 +58,10 @@ class OutputWriteError(UserError):
 
 
 class RunError(RuntimeError):
-    """Failure that is not a usage error; commands exit with code 1."""
+    """Failure that is not a usage error, in one line as those; commands exit with code 1."""
+
+    def __init__(self, message: str):
+        super().__init__(escape_control_characters(message))
 
 
 class MissingFileError(RunError):

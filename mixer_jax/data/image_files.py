@@ -18,9 +18,8 @@ from mixer_jax.data.source import (
     Example,
     Examples,
     Source,
-    escape_control_characters,
 )
-from mixer_jax.errors import UserError
+from mixer_jax.errors import UserError, escape_control_characters
 
 STDIN = "-"
 # Display name of an image, and a function that reads its bytes.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from mixer_jax.errors import UserError, abbreviate
+from mixer_jax.errors import UserError, abbreviate, escape_control_characters
 
 # Start of the digests in fingerprints: one of names and, after a hyphen, one of names and sizes.
 DIGEST = "blake2b:"
@@ -21,8 +21,6 @@ BAD_LABEL = "label is missing or not a class"
 
 # Integers in their usual spelling: "007" is a name. Those of more digits are identifiers.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-# Line breaks, and what makes terminals move their cursor or change colors.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Example(TypedDict):
@@ -186,11 +184,6 @@ class Source:
             RunError: The file cannot be read.
         """
         _check_files(self.examples)
-
-
-def escape_control_characters(text: str) -> str:
-    r"""Replaces line breaks and other control characters by escapes such as \x1b."""
-    return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def normalize_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -597,9 +597,8 @@ def test_run_does_not_save_parameters_that_are_not_finite(
 def test_full_device_memory_ends_the_run_and_names_what_needs_less(
     digits_dir: str, tmp_path: Path
 ) -> None:
-    config = small_config(
-        digits_dir, **{**NO_REGULARIZATION, "model__channels_mlp_dim": 400_000_000_000}
-    )
+    sizes = {"model__hidden_dim": 2**20, "model__channels_mlp_dim": 2**20}
+    config = small_config(digits_dir, **{**NO_REGULARIZATION, **sizes})
     with raises(RunError, "memory", "grad_accum_steps", "remat", "fsdp", "checkpoint: none"):
         train_and_evaluate(config, str(tmp_path))
 
