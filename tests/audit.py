@@ -1,4 +1,4 @@
-"""Looks up known vulnerabilities of the pinned dependencies in the database OSV.
+"""Command that looks up known vulnerabilities of the pinned dependencies in the database OSV.
 
     python -m tests.audit [OPTION OF pip-audit]...
 

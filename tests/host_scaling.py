@@ -1,18 +1,20 @@
-"""Runs on 1 to 16 hosts, simulated by processes on this machine: start, agreement, checkpoints.
+"""Scaling of start-up and checkpoints with hosts, which are simulated by processes.
 
     python -m tests.host_scaling [--hosts=1,2,4,8,16] [--steps=50]
 
 Trains a small model on digits, with one device per host. For each number of hosts it prints the
 time from the start of the processes to the first step, the median time of a save until the
 checkpoint is complete, and the number of files of a checkpoint. It fails unless the parameters of
-all hosts are equal, bit by bit, at every save. The processes share the cores of this machine: times
-bound the cost per host, and are not those of hosts with cores of their own.
+all hosts are equal, bit by bit, at every save. The processes share the cores of this machine, so
+hosts with cores of their own are faster.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,11 +31,11 @@ from mixer_jax.checkpoints.manager import CheckpointManager
 from mixer_jax.data.registry import open_dataset
 from mixer_jax.distributed.multihost import initialize_distributed
 from mixer_jax.training.loop import train_and_evaluate
-from tests.helpers.processes import host_env, last_step
+from tests.helpers.processes import host_env, kill_at_end, last_step
 from tests.helpers.tiny_run import NO_REGULARIZATION, small_config
 
-_SAVES = 5
-_TIMEOUT = 3600
+_NUM_SAVES = 5
+_TIMEOUT_SECONDS = 3600
 
 
 class HostScaling(NamedTuple):
@@ -55,7 +57,7 @@ class HostScaling(NamedTuple):
 
 
 def measure(num_hosts: int, num_steps: int, data_dir: str, workdir: Path) -> HostScaling:
-    """Runs `num_steps` steps on `num_hosts` processes.
+    """Measures one run of `num_steps` steps on `num_hosts` processes.
 
     Raises:
         RuntimeError: A process failed, or the hosts' parameters differ.
@@ -70,20 +72,21 @@ def measure(num_hosts: int, num_steps: int, data_dir: str, workdir: Path) -> Hos
         str(num_steps),
     ]
     start = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for env in host_env(num_hosts, num_devices=1)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for env in host_env(num_hosts, num_devices=1):
+            process = subprocess.Popen(
+                command,
+                env=os.environ | env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(stack.enter_context(kill_at_end(process)))
         while last_step(workdir) < 1 and all(process.poll() is None for process in processes):
             time.sleep(0.02)
         start_seconds = time.monotonic() - start
-        outputs = [process.communicate(timeout=_TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+        outputs = [process.communicate(timeout=_TIMEOUT_SECONDS) for process in processes]
     total_seconds = time.monotonic() - start
     for process, (_, err) in zip(processes, outputs, strict=True):
         if process.returncode:
@@ -91,7 +94,7 @@ def measure(num_hosts: int, num_steps: int, data_dir: str, workdir: Path) -> Hos
     # Gloo prints to standard output too.
     hosts = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     digests = {tuple(host["digests"]) for host in hosts}
-    if len(digests) > 1 or len(set(hosts[0]["digests"])) < _SAVES:
+    if len(digests) > 1 or len(set(hosts[0]["digests"])) < _NUM_SAVES:
         raise RuntimeError(f"parameters must be equal on all hosts and change, got {digests}")
     by_save = zip(*(host["seconds"] for host in hosts), strict=True)
     files = (workdir / "checkpoints" / str(num_steps)).rglob("*")
@@ -125,7 +128,7 @@ def _train(data_dir: str, workdir: str, num_steps: int) -> None:
     settings = NO_REGULARIZATION | {
         "num_steps": num_steps,
         "batch_size": 128,
-        "checkpoint__every_steps": num_steps // _SAVES,
+        "checkpoint__every_steps": num_steps // _NUM_SAVES,
         "evals__test__every_steps": num_steps,
     }
     train_and_evaluate(small_config(data_dir, **settings), workdir)
@@ -138,6 +141,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--hosts", default="1,2,4,8,16", help="default: 1,2,4,8,16")
     parser.add_argument("--steps", type=int, default=50, help="default: 50")
     args = parser.parse_args(argv)
+    # Runs the handlers that end the processes of the hosts.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     print("| hosts | first step, s | whole run, s | save, s | files of a checkpoint |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

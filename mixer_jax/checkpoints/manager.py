@@ -121,6 +121,11 @@ class CheckpointManager:
             cleanup_tmp_directories=not is_reader,
             # The default of orbax depends on the object store.
             temporary_path_class=_ChecksummedPath if self._has_checksums else None,
+            # If a folder cannot be created in the background, threads of orbax wait for it for five
+            # minutes. On disks, creating it takes no time.
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=self._is_remote
+            ),
         )
         self._folder = epath.Path(workdir) / CHECKPOINT_DIR
         try:

@@ -8,6 +8,7 @@ read from there, so that a later call prints the same.
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -57,9 +58,10 @@ def read_result(folder: str, data: str) -> Result | None:
     path = f"{folder}/{RESULT_FILE}"
     try:
         result = Result(**fields)
-        numbers = [result.metrics["top1"], result.metrics["num_examples"]]
-        numbers += [*result.metrics.values(), result.device_seconds or 0.0]
-        if not all(map(is_number, numbers)):
+        if not all(map(is_number, [*result.metrics.values(), result.device_seconds or 0.0])):
+            raise TypeError
+        top1, num_examples = result.metrics["top1"], result.metrics["num_examples"]
+        if not 0 <= top1 <= 1 or not math.isfinite(num_examples):
             raise TypeError
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a result. Remove it to repeat the run.") from error

@@ -214,19 +214,37 @@ def _load(file: Path, folder: Path) -> TarIndex:
             if metadata["version"] != _VERSION:
                 return index
             samples, names = stored["samples"], stored["names"].tobytes()
-        for label in metadata["labels"]:
-            index.labels.append(tuple(label) if isinstance(label, list) else label)
+        index.labels.extend(map(parse_label, metadata["labels"]))
         start = names_start = 0
         for name, size, mtime_ns, num_skipped, stop, names_stop in metadata["shards"]:
             parts = samples[start:stop], names[names_start:names_stop]
             start, names_start = stop, names_stop
             shard = Shard(folder / name, size, mtime_ns, num_skipped, *parts)
+            _check_samples(shard, len(index.labels))
             if shard.is_current():
                 index.shards[name] = shard
     # There is no index, or it is damaged in any way.
     except Exception:
         return TarIndex({}, [])
     return index
+
+
+def _check_samples(shard: Shard, num_labels: int) -> None:
+    """Raises ValueError if an index that was read is not one that `_save` writes."""
+    samples, ends = shard.samples, shard.samples["name_end"]
+    is_valid = (
+        samples.dtype == _SAMPLE
+        and isinstance(shard.num_skipped, int)
+        and shard.num_skipped >= 0
+        and samples["offset"].min(initial=_BLOCK) >= _BLOCK
+        and samples["size"].min(initial=0) >= 0
+        and np.diff(ends, prepend=0).min(initial=0) >= 0
+        and ends.max(initial=0) == len(shard.names)
+        and samples["label"].min(initial=0) >= 0
+        and samples["label"].max(initial=-1) < num_labels
+    )
+    if not is_valid:
+        raise ValueError(f"the index of {display_path(shard.path)} is damaged")
 
 
 def _save(file: Path, index: TarIndex) -> None:

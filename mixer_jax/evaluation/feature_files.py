@@ -4,6 +4,7 @@ A file is assembled from parts, one of which is in memory at a time.
 """
 
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ class Parts:
             RunError: A part is damaged.
         """
         self._paths = paths
-        self.sizes = [len(self._read(path, _NAMES)) for path in paths]
+        self.sizes = [len(self._read_names(path)) for path in paths]
 
     @property
     def num_images(self) -> int:
@@ -75,7 +76,7 @@ class Parts:
 
     def names(self) -> Iterator[np.ndarray]:
         """Yields the names of images in each part."""
-        return (self._read(path, _NAMES) for path in self._paths)
+        return map(self._read_names, self._paths)
 
     def labels(self) -> Iterator[np.ndarray]:
         """Yields the labels in each part."""
@@ -102,11 +103,21 @@ class Parts:
                 array = arrays[name]
                 if not isinstance(array, np.ndarray):
                     raise ValueError("not an array")
+                if array.dtype.kind == "U" and array.size:
+                    characters = array.reshape(-1).view(f"{array.dtype.byteorder}u4")
+                    if characters.max() > sys.maxunicode:
+                        raise ValueError("not text")
                 return array
         except OSError:
             raise
         except Exception as error:  # NumPy raises errors of many types.
             raise _damaged(path) from error
+
+    def _read_names(self, path: Path) -> np.ndarray:
+        names = self._read(path, _NAMES)
+        if names.ndim != 1:
+            raise _damaged(path)
+        return names
 
 
 def _damaged(path: Path) -> RunError:

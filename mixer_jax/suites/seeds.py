@@ -8,6 +8,7 @@ have all finished seeds of the workdir: after `--seeds=0,1`, `--seeds=2` adds on
 import dataclasses
 import functools
 import json
+import math
 import posixpath
 import re
 import signal
@@ -176,7 +177,7 @@ def to_json(results: Sequence[SeedResult]) -> dict[str, Any]:
     columns = _list_columns(results)
     return {
         "seeds": [result.seed for result in results],
-        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "mean": {name: _mean(values) for name, values in columns.items()},
         "std": {name: _sample_std(values) for name, values in columns.items()},
         "runs": {
             f"{result.seed}": {
@@ -198,7 +199,7 @@ def format_table(results: Sequence[SeedResult]) -> str:
         if name.rpartition("/")[2].startswith("num_"):
             continue
         format_one = functools.partial(format_value, name.removesuffix(_BEST))
-        mean, std = statistics.fmean(values), _sample_std(values)
+        mean, std = _mean(values), _sample_std(values)
         summary = [] if std is None else [f"{format_one(mean)} ± {format_one(std)}"]
         lines.append([name, *map(format_one, values), *summary])
     return "\n".join(align_columns(lines))
@@ -217,6 +218,16 @@ def _list_columns(results: Sequence[SeedResult]) -> dict[str, list[float]]:
     return columns
 
 
+def _mean(values: Sequence[float]) -> float:
+    """Computes the mean; NaN if a value is not finite or so large that the sum overflows."""
+    try:
+        return statistics.fmean(values)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 def _sample_std(values: Sequence[float]) -> float | None:
     """Computes the standard deviation with n − 1; None for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    if len(values) == 1:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

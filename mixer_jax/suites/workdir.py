@@ -7,6 +7,7 @@ result.json in its folder, every failed task a failed.txt.
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,10 +259,14 @@ def read_result(
         return None
     try:
         result = RunResult(**parse_json(path.read_bytes()))
-        required = [] if result.failed else [result.scores[e][m] for e in evals for m in metrics]
+        required = [(m, result.scores[e][m]) for e in evals for m in metrics if not result.failed]
         values = [value for scores in result.scores.values() for value in scores.values()]
-        numbers = [result.seconds, *required, *values]
-        if not isinstance(result.failed, str) or not all(map(is_number, numbers)):
+        if not isinstance(result.failed, str) or not all(map(is_number, [result.seconds, *values])):
+            raise TypeError
+        if not all(0 <= value <= 1 for m, value in required if m == "top1"):
+            raise TypeError
+        # The log-likelihood of a model that has diverged may be infinite.
+        if not all(math.isfinite(value) for m, value in required if m != "log_likelihood"):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a run's result. Remove it to repeat the run.") from error

@@ -128,9 +128,13 @@ def write_files(
         with atomic_folder(path.absolute()) as folder:
             (folder / PAGE).write_text(page, encoding="utf-8")
             (folder / METRICS).write_text(
-                json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+                json.dumps(summary, ensure_ascii=False, indent=1) + "\n",
+                encoding="utf-8",
+                errors="backslashreplace",
             )
-            with (folder / PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
+            with (folder / PREDICTIONS).open(
+                "w", encoding="utf-8", errors="backslashreplace", newline=""
+            ) as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
         problem = f"report {str(path)!r} cannot be written"

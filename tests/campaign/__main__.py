@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixer_jax.errors import UserError
-from tests.campaign import preload
+from tests.helpers.faults import Faults, build_library
 
 OUTCOMES = ("recovered", "refused", "lost")
 NOT_INJECTED = "not injected"
@@ -29,16 +30,20 @@ def main() -> int:
         description="Injects faults into training runs, resumes them, and compares their results "
         "bit by bit with those of an undisturbed run.",
     )
-    parser.add_argument("--faults", type=int, help="number of faults; default: no limit")
-    parser.add_argument("--minutes", type=float, help="duration; default: no limit")
+    parser.add_argument(
+        "--faults", type=int, default=sys.maxsize, help="number of faults; default: no limit"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="duration; default: no limit"
+    )
     parser.add_argument("--seed", type=int, help="default: random")
     parser.add_argument("--only", metavar="KIND,…", help="kinds of faults; default: all")
     parser.add_argument(
         "--first",
         type=int,
         metavar="INDEX",
-        help="index of the first fault of each kind, to "
-        "repeat it; default: after those in results.jsonl",
+        help="index of the first fault of each kind, to repeat it; default: after those in "
+        "results.jsonl",
     )
     parser.add_argument(
         "--workdir", type=Path, help="folder for runs and results; default: a temporary one"
@@ -51,7 +56,7 @@ def main() -> int:
         # The library only watches programs that start with it.
         shutil.rmtree(faults, ignore_errors=True)
         faults.mkdir(parents=True)
-        env = os.environ | preload.build_library(faults)
+        env = os.environ | build_library(faults)
         # Backends of accelerators would disturb other programs.
         env["JAX_PLATFORMS"] = "cpu"
         command = [sys.executable, "-m", "tests.campaign", *sys.argv[1:]]
@@ -73,16 +78,16 @@ def _run(args: argparse.Namespace, seed: int) -> int:
         if name not in KINDS:
             raise UserError(f"--only must be some of {', '.join(KINDS)}, got {name!r}.")
     campaign = Campaign(
-        args.workdir, preload.Faults(args.workdir / "faults"), _prepare_digits(args.workdir)
+        args.workdir, Faults(args.workdir / "faults"), _prepare_digits(args.workdir)
     )
     results = Results(args.workdir, seed)
-    deadline = time.monotonic() + (args.minutes or 1e9) * 60
+    deadline = time.monotonic() + args.minutes * 60
     first = args.first
     indices = {name: results.next_index(name) if first is None else first for name in names}
     done: Counter[str] = Counter()
     try:
         campaign.reference()
-        while time.monotonic() < deadline and done.total() < (args.faults or sys.maxsize):
+        while time.monotonic() < deadline and done.total() < args.faults:
             name = min(names, key=lambda name: (done[name] + 0.5) / KINDS[name].weight)
             done[name] += 1
             result = _inject(campaign, KINDS[name].inject, name, indices[name], seed)
@@ -91,12 +96,17 @@ def _run(args: argparse.Namespace, seed: int) -> int:
             print(_describe(result, done.total()), flush=True)
     except KeyboardInterrupt:
         print("stopped")
+    except runs.LostError as error:
+        # Of the undisturbed run: no fault can be injected.
+        sys.exit(f"error: {error}")
     finally:
         campaign.faults.disarm()
         runs.kill_all()
     descriptions = {name: kind.description for name, kind in KINDS.items()}
     table = results.write_table(descriptions)
     print(f"\n{table}")
+    if number := results.count(NOT_INJECTED):
+        print(f"\n{number:,} more were not injected, because the run had ended before.")
     return 1 if results.count("lost") else 0
 
 
@@ -106,7 +116,7 @@ def _inject(campaign: Any, inject: Any, kind: str, index: int, seed: int) -> dic
     from tests.campaign.runs import LostError
     from tests.campaign.trial import NotInjectedError, Trial
 
-    folder = campaign.folder / "trials" / f"{kind}-{index}"
+    folder = campaign.folder / "trials" / f"{kind}-{seed}-{index}"
     trial = Trial(campaign, random.Random(f"{seed}/{kind}/{index}"), index, folder)
     start, reason = time.monotonic(), ""
     try:
@@ -129,9 +139,7 @@ def _inject(campaign: Any, inject: Any, kind: str, index: int, seed: int) -> dic
         "parameters": trial.parameters,
         "seconds": round(time.monotonic() - start, 2),
     }
-    if outcome == "lost":
-        trial.save_log(result)
-    else:
+    if outcome != "lost":
         shutil.rmtree(folder)
     return result
 
@@ -143,40 +151,48 @@ def _describe(result: dict[str, Any], number: int) -> str:
     if result["outcome"] == "lost":
         text += (
             f"\n       {result['reason']}\n       repeat with --only={kind} --first={index} "
-            f"--faults=1 --seed={seed}; kept in trials/{kind}-{index}"
+            f"--faults=1 --seed={seed}; kept in trials/{kind}-{seed}-{index}"
         )
     return text
 
 
 class Results:
-    """Results of a campaign: results.jsonl, results.json and table.md in its folder."""
+    """Results of campaigns: results.jsonl, results.json and table.md in their folder.
+
+    A fault that is repeated replaces its earlier result.
+    """
 
     def __init__(self, folder: Path, seed: int):
         """Reads the results of earlier campaigns in the same folder."""
         self._folder, self._seed = folder, seed
         self._path = folder / "results.jsonl"
-        text = self._path.read_text() if self._path.exists() else ""
-        self._results: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        # By kind, seed and index.
+        self._results: dict[tuple[str, int, int], dict[str, Any]] = {}
+        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+            self._store(json.loads(line))
 
     def next_index(self, kind: str) -> int:
         """Returns the index after those of a kind that have been injected with the same seed."""
-        found = (r["index"] for r in self._results if (r["kind"], r["seed"]) == (kind, self._seed))
+        found = (index for *key, index in self._results if key == [kind, self._seed])
         return max(found, default=-1) + 1
 
     def add(self, result: dict[str, Any]) -> None:
-        """Appends a result."""
-        self._results.append(result)
+        """Adds a result."""
+        self._store(result)
         with self._path.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
+    def _store(self, result: dict[str, Any]) -> None:
+        self._results[result["kind"], result["seed"], result["index"]] = result
+
     def count(self, outcome: str) -> int:
         """Counts the results with an outcome."""
-        return sum(result["outcome"] == outcome for result in self._results)
+        return sum(result["outcome"] == outcome for result in self._results.values())
 
     def write_table(self, descriptions: dict[str, str]) -> str:
         """Writes results.json and table.md; returns the table."""
         counts = defaultdict[str, Counter[str]](Counter)
-        for result in self._results:
+        for result in self._results.values():
             if result["outcome"] != NOT_INJECTED:
                 counts[result["kind"]][result["outcome"]] += 1
         rows = {kind: counts[kind] for kind in descriptions if kind in counts}
@@ -186,7 +202,7 @@ class Results:
             kind: {"injected": row.total(), **{name: row[name] for name in OUTCOMES}}
             for kind, row in rows.items()
         }
-        seeds = sorted({result["seed"] for result in self._results})
+        seeds = sorted({seed for _, seed, _ in self._results})
         content = {"seeds": seeds, "kinds": summary}
         (self._folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
         return table

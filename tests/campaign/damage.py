@@ -7,11 +7,7 @@ from pathlib import Path
 
 
 def list_files(checkpoint: Path) -> list[str]:
-    """Lists the files of a checkpoint, relative to it, in an order that does not depend on names.
-
-    Files of arrays have random names: the i-th file of one checkpoint has the same meaning as the
-    i-th of another one, which may have a different number of them.
-    """
+    """Lists the files of a checkpoint, relative to it, in alphabetical order."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     return sorted(path.relative_to(checkpoint).as_posix() for path in files)
 
@@ -56,8 +52,8 @@ def _replace_by_folder(path: Path, other: Path, rng: random.Random) -> None:
 
 
 SWAPPED = "swapped with another step's"
-# Functions that take the file to damage, the same file of another checkpoint, and a source of
-# randomness. Only a swap damages the other file as well.
+# Functions of the file to damage, the same file of another checkpoint, and a source of randomness.
+# Only a swap damages the other file, too.
 DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "truncated": _truncate,
     "zero-length": _empty,

@@ -18,14 +18,17 @@ import numpy as np
 
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.training import loop
+from mixer_jax.training.workdir import read_starts
 from tests.campaign.damage import DAMAGES, SWAPPED, list_files
-from tests.campaign.preload import CALLS, Action
 from tests.campaign.runs import LostError, Process
-from tests.campaign.trial import Trial
+from tests.campaign.trial import CRASHES, Trial
+from tests.helpers.faults import CALLS, Action
 from tests.helpers.images import encode
-from tests.helpers.processes import STEPS
+from tests.helpers.processes import STEPS, last_step
 
 RECOVERED, REFUSED = "recovered", "refused"
+_MAX_SECONDS_UNTIL_KILL = 0.5
+_MAX_SECONDS_SUSPENDED = 2.0
 # Calls that fail on a full disk, and on one that was mounted read-only or lost its permissions.
 _ALLOCATING = ("write", "sync", "create", "mkdir", "truncate")
 _CHANGING_NAMES = ("create", "rename", "mkdir", "remove")
@@ -54,11 +57,10 @@ class Kind(NamedTuple):
 
 def kill_at_random_time(trial: Trial) -> str:
     """Kills the run at a random time."""
-    process = trial.start()
-    if process.wait(trial.draw_seconds()) is not None:
-        trial.check_undisturbed(process)
+    process = trial.start_until_random_time()
     process.send(signal.SIGKILL)
-    trial.check_end(process, [-signal.SIGKILL])
+    if trial.check_end(process, [-signal.SIGKILL]) == 0:
+        trial.check_undisturbed(process)
     return trial.recover()
 
 
@@ -68,33 +70,32 @@ def kill_in_random_call(trial: Trial) -> str:
     trial.record(action=action.name)
     trial.faults.arm(trial.folders.disk, action, trial.draw_call(CALLS))
     process = trial.start()
-    code = trial.check_end(process, [-signal.SIGKILL])
-    if code == 0:
+    if trial.check_end(process, [-signal.SIGKILL]) == 0:
         trial.check_undisturbed(process)
     return trial.recover()
 
 
 def lose_power(trial: Trial) -> str:
     """Kills the run in a random system call, and discards what had not been synced."""
-    sizes = trial.inode_sizes()
     trial.faults.arm(trial.folders.disk, Action.KILL, trial.draw_call(CALLS), is_logging=True)
     process = trial.start()
-    code = trial.check_end(process, [-signal.SIGKILL])
-    if code == 0:
+    if trial.check_end(process, [-signal.SIGKILL]) == 0:
         trial.check_undisturbed(process)
-    discarded = trial.faults.discard_unsynced(trial.folders.disk, sizes, trial.rng)
+    discarded = trial.faults.discard_unsynced(trial.folders.disk, trial.rng)
     trial.record(discarded=dict(discarded))
     return trial.recover()
 
 
-def _stop(number: signal.Signals, code: int) -> Callable[[Trial], str]:
+def _stop(number: signal.Signals) -> Callable[[Trial], str]:
+    """Stops the run by a signal at a random time."""
+
     def inject(trial: Trial) -> str:
-        process = trial.start()
-        if process.wait(trial.draw_seconds()) is not None:
-            trial.check_undisturbed(process)
+        process = trial.start_until_random_time()
         process.send(number)
+        step = last_step(trial.workdir)
         # Before the run handles signals, they end the process.
-        trial.check_end(process, [code, -number])
+        code = trial.check_end(process, [128 + number, -number])
+        trial.check_stopped(code, step)
         return trial.recover()
 
     return inject
@@ -102,25 +103,23 @@ def _stop(number: signal.Signals, code: int) -> Callable[[Trial], str]:
 
 def terminate_then_kill(trial: Trial) -> str:
     """Sends SIGTERM at a random time, and kills the run while it saves."""
-    process = trial.start()
-    if process.wait(trial.draw_seconds()) is not None:
-        trial.check_undisturbed(process)
+    process = trial.start_until_random_time()
     process.send(signal.SIGTERM)
-    seconds = trial.rng.uniform(0, 0.5)
+    step = last_step(trial.workdir)
+    seconds = trial.rng.uniform(0, _MAX_SECONDS_UNTIL_KILL)
     trial.record(seconds_until_kill=round(seconds, 3))
     process.wait(seconds)
     process.send(signal.SIGKILL)
-    trial.check_end(process, [143, -signal.SIGTERM, -signal.SIGKILL])
+    code = trial.check_end(process, [143, -signal.SIGTERM, -signal.SIGKILL])
+    trial.check_stopped(code, step)
     return trial.recover()
 
 
 def suspend(trial: Trial) -> str:
     """Suspends the run for a while; it must finish as if nothing had happened."""
-    process = trial.start()
-    if process.wait(trial.draw_seconds()) is not None:
-        trial.check_undisturbed(process)
+    process = trial.start_until_random_time()
     process.send(signal.SIGSTOP)
-    seconds = trial.rng.uniform(0.1, 2)
+    seconds = trial.rng.uniform(0.1, _MAX_SECONDS_SUSPENDED)
     trial.record(seconds_suspended=round(seconds, 3))
     process.wait(seconds)
     process.send(signal.SIGCONT)
@@ -130,6 +129,8 @@ def suspend(trial: Trial) -> str:
 
 
 def _fail(error: str, action: Action) -> Callable[[Trial], str]:
+    """Lets a random system call fail, or all from then on."""
+
     def inject(trial: Trial) -> str:
         calls = _ERRORS[error]
         call = trial.draw_call(calls)
@@ -174,15 +175,18 @@ def move_clock_back(trial: Trial) -> str:
 
 def start_twice(trial: Trial) -> str:
     """Starts the run twice; one of them must refuse, and the other one must not notice."""
-    first = trial.start()
-    seconds = trial.rng.choice([0.0, trial.draw_seconds()])
-    trial.record(seconds=round(seconds, 3))
-    if first.wait(seconds) is not None:
-        trial.check_undisturbed(first)
+    is_simultaneous = trial.rng.random() < 0.5
+    trial.record(is_simultaneous=is_simultaneous)
+    first = trial.start() if is_simultaneous else trial.start_until_random_time()
     second = trial.start()
     codes = [trial.check_end(process, [1]) for process in (first, second)]
     if codes == [1, 1]:
         raise LostError("both refuse")
+    if codes == [0, 0]:
+        # The one that started last has found a finished run.
+        if read_starts(str(trial.workdir))[-1]["step"] < STEPS:
+            raise LostError("both have trained")
+        trial.check_undisturbed(first)
     for process, code in zip((first, second), codes, strict=True):
         if code == 1 and str(trial.workdir) not in process.error_line:
             raise LostError("the message does not name the workdir")
@@ -232,7 +236,7 @@ def limit_memory(trial: Trial) -> str:
     save = loop._TrainLoop.save
 
     def set_limit() -> None:
-        limit = _address_space() + mebibytes * 2**20
+        limit = _measure_address_space() + mebibytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     def lift_limit() -> None:
@@ -254,23 +258,23 @@ def limit_memory(trial: Trial) -> str:
         finally:
             lift_limit()
 
-    def limit() -> None:
+    def replace_functions() -> None:
         if phase == "loading":
             loop.make_train_batches = load_with_little_memory  # type: ignore[assignment]
             loop._TrainLoop.save = save_with_memory  # type: ignore[method-assign]
         else:
             loop._TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
 
-    process = trial.start(limit)
-    code = trial.check_end(process, [1, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS])
-    if code == 1 and process.error_line.startswith("error: evaluation"):
+    process = trial.start(replace_functions)
+    code = trial.check_end(process, [1, *CRASHES])
+    if code == 1 and _has_failed_evaluation(process):
         # An evaluation during training that has failed is not repeated.
         trial.check_arrays(trial.resume())
         return REFUSED
     return trial.recover()
 
 
-def _address_space() -> int:
+def _measure_address_space() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
 
@@ -281,9 +285,7 @@ def _draw_image(trial: Trial) -> Path:
     return image
 
 
-def _replace_image(
-    replace: Callable[[Path], object],
-) -> Callable[[Trial], str]:
+def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
     """Disturbs a run on image files, of which one changes, and restores the file.
 
     With the settings of these runs, one unusable image ends the run in one line. A run does not
@@ -294,9 +296,7 @@ def _replace_image(
         trial.use_images()
         image = _draw_image(trial)
         original = image.read_bytes()
-        process = trial.start()
-        if process.wait(trial.draw_seconds()) is not None:
-            trial.check_undisturbed(process)
+        process = trial.start_until_random_time()
         # At once, as a program that copies data does.
         temporary = trial.folders.root / "replacement"
         replace(temporary)
@@ -307,14 +307,14 @@ def _replace_image(
         code = trial.check_end(process, [1, 2])
         image.unlink(missing_ok=True)
         image.write_bytes(original)
-        bad_images = trial.workdir / "bad_images_0.jsonl"
         if code == 0:
             trial.check_result(process)
             return RECOVERED
         if str(image) not in process.error_line and "bad_images" not in process.error_line:
             raise LostError("the message names neither the image nor the log of bad images")
+        bad_images = trial.workdir / "bad_images_0.jsonl"
         has_substitute = bad_images.exists() and image.name in bad_images.read_text()
-        has_failed_evaluation = process.error_line.startswith("error: evaluation")
+        has_failed_evaluation = _has_failed_evaluation(process)
         trial.record(has_substitute=has_substitute, has_failed_evaluation=has_failed_evaluation)
         if not has_substitute and not has_failed_evaluation:
             return trial.recover()
@@ -326,6 +326,10 @@ def _replace_image(
     return inject
 
 
+def _has_failed_evaluation(process: Process) -> bool:
+    return process.error_line.startswith("error: evaluation")
+
+
 def _write_other_image(path: Path) -> None:
     path.write_bytes(encode(np.zeros((20, 20, 3), np.uint8), "PNG"))
 
@@ -333,21 +337,19 @@ def _write_other_image(path: Path) -> None:
 def kill_loader_process(trial: Trial) -> str:
     """Kills one of two processes that load the images."""
     trial.use_images(loader__num_workers=2)
-    process = trial.start()
-    seconds = trial.draw_seconds()
-    while process.wait(0.01) is None and not _loader_processes(process):
-        pass
-    process.wait(seconds / 2)
-    victims = _loader_processes(process)
-    if not victims:
-        trial.check_undisturbed(process)
+    process = trial.start_until_random_time()
+    # They start after the run has.
+    while not (victims := _list_loader_processes(process)):
+        if process.wait(0.01) is not None:
+            trial.check_undisturbed(process)
     with contextlib.suppress(ProcessLookupError):
         os.kill(trial.rng.choice(victims), signal.SIGKILL)
+    # 0: it was not needed any more.
     trial.check_end(process, [1])
     return trial.recover()
 
 
-def _loader_processes(process: Process) -> list[int]:
+def _list_loader_processes(process: Process) -> list[int]:
     found = []
     for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
         for child in path.read_text().split():
@@ -360,7 +362,7 @@ def _loader_processes(process: Process) -> list[int]:
 def damage_checkpoint(trial: Trial) -> str:
     """Damages a file of the newest of two checkpoints; the run resumes from an intact one.
 
-    The faults of this kind go through all pairs of a file and a damage in turn.
+    The indices of trials go through all pairs of a file and a damage.
     """
     trial.copy_interrupted_run()
     checkpoints = trial.workdir / "checkpoints"
@@ -368,9 +370,9 @@ def damage_checkpoint(trial: Trial) -> str:
     files, other_files = list_files(newer), list_files(older)
     index = trial.index % (len(files) * len(DAMAGES))
     file, damage = files[index // len(DAMAGES)], [*DAMAGES][index % len(DAMAGES)]
-    # The same file, or that with the same position among the files with random names.
-    place = files.index(file)
-    other = file if file in other_files else other_files[min(place, len(other_files) - 1)]
+    # The same file, or the one at the same position if its name is random.
+    position = min(files.index(file), len(other_files) - 1)
+    other = file if file in other_files else other_files[position]
     trial.record(file=file, damage=damage)
     DAMAGES[damage](newer / file, older / other, trial.rng)
     if damage != SWAPPED:
@@ -392,11 +394,13 @@ KINDS: dict[str, Kind] = {
     "kill_time": Kind("SIGKILL at a random time", kill_at_random_time, 6),
     "kill_call": Kind("SIGKILL in a random system call", kill_in_random_call, 8),
     "power_loss": Kind("power loss: SIGKILL, unsynced data discarded", lose_power, 6),
-    "sigterm": Kind("SIGTERM", _stop(signal.SIGTERM, 143), 2),
-    "sigint": Kind("SIGINT (Ctrl-C)", _stop(signal.SIGINT, 130)),
-    "sighup": Kind("SIGHUP (lost connection)", _stop(signal.SIGHUP, 129)),
-    "sigterm_kill": Kind("SIGTERM, then SIGKILL within 0.5 s", terminate_then_kill, 2),
-    "suspend": Kind("SIGSTOP, SIGCONT within 2 s", suspend),
+    "sigterm": Kind("SIGTERM", _stop(signal.SIGTERM), 2),
+    "sigint": Kind("SIGINT (Ctrl-C)", _stop(signal.SIGINT)),
+    "sighup": Kind("SIGHUP (lost connection)", _stop(signal.SIGHUP)),
+    "sigterm_kill": Kind(
+        f"SIGTERM, then SIGKILL within {_MAX_SECONDS_UNTIL_KILL:g} s", terminate_then_kill, 2
+    ),
+    "suspend": Kind(f"SIGSTOP, SIGCONT within {_MAX_SECONDS_SUSPENDED:g} s", suspend),
     **{
         f"{error.lower()}_once": Kind(f"one call fails: {error}", _fail(error, Action.FAIL_ONCE))
         for error in _ERRORS

@@ -1,12 +1,14 @@
-"""One fault: a run in a folder of its own that is disturbed, resumed and compared."""
+"""One fault: a run in a folder of its own that is disturbed, resumed and compared.
 
-import contextlib
+Random times and calls are drawn from an undisturbed run.
+"""
+
 import dataclasses
-import json
 import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,21 @@ import numpy as np
 
 from mixer_jax.checkpoints.resolve import list_steps
 from tests.campaign import runs
-from tests.campaign.preload import Call, Faults
 from tests.campaign.runs import Folders, LostError, Process, Result
+from tests.helpers.faults import Faults
 from tests.helpers.images import encode
-from tests.helpers.processes import RUN, first_reported_step, last_step
+from tests.helpers.processes import RUN, STEPS, first_reported_step, last_step
 
 # One block compiles faster than two.
 SETTINGS = RUN | {"model__num_blocks": 1, "model__stochastic_depth": 0.0}
 # A run that resumes may repeat the steps since its last checkpoint. The save of that one may have
 # been unfinished; then also those since the one before.
 _MAX_REPEATED_STEPS = 2 * SETTINGS["checkpoint__every_steps"] + SETTINGS["log_every_steps"]
-
+# The log may lag behind the run by the steps since the last save, at which it is flushed, and those
+# since the last line.
+_MAX_UNLOGGED_STEPS = _MAX_REPEATED_STEPS
+# Signals by which libraries end a process that has no memory left.
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 # A run on image files in `Folders.images`, of which none may be bad.
 IMAGE_SETTINGS = SETTINGS | {
@@ -34,6 +40,9 @@ IMAGE_SETTINGS = SETTINGS | {
     "preprocess__max_shift": 0,
 }
 _NUM_IMAGES = 80
+# Interval of `Reference.progress`.
+_INTERVAL_SECONDS = 0.01
+_POLL_SECONDS = 0.002
 
 
 class NotInjectedError(Exception):
@@ -46,22 +55,19 @@ class Reference:
 
     Attributes:
         result: What it ended with.
-        seconds: Duration.
-        calls: System calls that changed its workdir.
+        calls: Number of system calls that change files, by name.
+        progress: Time since the start in seconds, and number of these calls so far; at equal
+            intervals until the last one.
     """
 
     result: Result
-    seconds: float
-    calls: tuple[Call, ...]
-
-    def num_calls(self, names: Sequence[str]) -> int:
-        """Number of calls with one of these names."""
-        return sum(call.name in names for call in self.calls)
+    calls: Counter[str]
+    progress: Sequence[tuple[float, int]]
 
 
 @dataclasses.dataclass
 class Campaign:
-    """What all trials share.
+    """State that all trials share.
 
     Attributes:
         folder: Folder of the campaign.
@@ -103,15 +109,19 @@ class Campaign:
         shutil.rmtree(folders.root, ignore_errors=True)
         folders.create()
         settings = write_images(folders.images) if has_images else SETTINGS
-        self.faults.arm(folders.disk, is_logging=True)
+        self.faults.arm(folders.disk)
         start = time.monotonic()
         process = runs.start(folders, "run", self.data_dir, settings)
+        progress = [(0.0, 0)]
+        while process.wait(_INTERVAL_SECONDS) is None and progress[-1][0] < runs.TIMEOUT_SECONDS:
+            progress.append((time.monotonic() - start, self.faults.num_calls))
         if process.finish() != 0:
             raise LostError(f"an undisturbed run fails: {process.err}")
-        seconds = time.monotonic() - start
         self.faults.disarm()
-        result = runs.read_result(folders, process)
-        return Reference(result, seconds, tuple(self.faults.read_log()))
+        calls = self.faults.count_calls()
+        # After the last call, the process only reads what the run has saved.
+        progress = [entry for entry in progress if entry[1] < calls.total()]
+        return Reference(runs.read_result(folders, process), calls, progress)
 
     def interrupted_run(self) -> Path:
         """Returns the workdir of a run that was stopped after two checkpoints; do not change it."""
@@ -184,26 +194,41 @@ class Trial:
         self.campaign.reference(has_images=True)
         self.settings = write_images(self.folders.images) | changes
 
-    @property
-    def timeout(self) -> float:
-        """Duration after which a run hangs, in seconds."""
-        return max(60.0, 10 * self.reference.seconds)
-
     def record(self, **parameters: Any) -> None:
         """Adds parameters of the fault to the log."""
         self.parameters |= parameters
 
-    def draw_seconds(self) -> float:
-        """Draws a random time during the run."""
-        seconds = self.rng.uniform(0, self.reference.seconds)
-        self.record(seconds=round(seconds, 3))
-        return seconds
-
     def draw_call(self, names: Sequence[str]) -> int:
-        """Draws a random call during the run, among those with these names."""
-        call = self.rng.randint(1, self.reference.num_calls(names))
+        """Draws the index of a random system call, from 1, among those with these names."""
+        call = self.rng.randint(1, sum(self.reference.calls[name] for name in names))
         self.record(call=call)
         return call
+
+    def start_until_random_time(self) -> Process:
+        """Starts the run, and waits until a random time during it.
+
+        The time is drawn uniformly from the undisturbed run, and expressed by the last system call
+        before it and a delay, which the next call ends. So it does not depend on how busy the
+        machine is, now or then.
+
+        Raises:
+            LostError: The run has ended before, and has failed or differs.
+            NotInjectedError: The run has ended before, and is correct.
+        """
+        progress = self.reference.progress
+        seconds, call = self.rng.choice(progress)
+        delay = seconds - next(start for start, calls in progress if calls == call)
+        self.record(after_call=call, delay_seconds=round(delay, 3))
+        self.faults.arm(self.folders.disk)
+        process = self.start()
+        while self.faults.num_calls < call and process.wait(0.0) is None:
+            time.sleep(_POLL_SECONDS)
+        deadline = time.monotonic() + delay
+        while self.faults.num_calls <= call and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        if process.wait(0.0) is not None:
+            self.check_undisturbed(process)
+        return process
 
     def start(self, before: Callable[[], object] = lambda: None) -> Process:
         """Starts or resumes the run."""
@@ -221,62 +246,80 @@ class Trial:
         Args:
             process: Process of the run.
             codes: Exit codes that are right after the fault, or signals as negative numbers, other
-                than 0. With 1 and 2, the run must print one line on standard error.
+                than 0. With 1 and 2, the run must print one line on standard error; with others
+                except `CRASHES`, none.
 
         Raises:
-            LostError: It hangs, prints a stack trace, or ends otherwise.
+            LostError: It hangs, prints something else, or ends otherwise.
         """
-        code = process.finish(self.timeout)
+        code = process.finish()
         if code in (1, 2):
             self.record(message=process.error_line)
         if code != 0 and code not in codes:
             raise LostError(f"{process.name} ended with {code}")
-        if code in (0, 143, 129) and process.err:
-            raise LostError(f"{process.name} ended with {code} and an error")
+        # Ctrl-C before the run handles signals.
+        is_interrupted = code == 130 and process.err == "interrupted\n"
+        if process.err and code not in (1, 2, *CRASHES) and not is_interrupted:
+            raise LostError(f"{process.name} ended with {code} and printed an error")
         return code
 
     def resume(self) -> Process:
         """Resumes the run without a fault, to its end.
 
         Raises:
-            LostError: It fails, or repeats too many steps.
+            LostError: It fails, repeats too many steps, or leaves files behind.
         """
         self.faults.disarm()
         before = last_step(self.workdir)
         process = self.start()
-        if process.finish(self.timeout) != 0:
+        if process.finish() != 0:
             raise LostError(f"the same command fails: {process.err.strip()}")
         if last_step(self.workdir) > before:
             resumed_from = first_reported_step(process.out)
             self.record(resumed_from=resumed_from)
             if before - resumed_from > _MAX_REPEATED_STEPS:
                 raise LostError(f"resumed from step {resumed_from} after step {before}")
+        self._check_files(process)
         return process
 
     def recover(self) -> str:
         """Resumes the run and compares its end with the undisturbed run; returns "recovered".
 
         Raises:
-            LostError: It fails, repeats too many steps, or differs.
+            LostError: It fails, repeats too many steps, leaves files behind, or differs.
         """
         self.check_result(self.resume())
         return "recovered"
 
     def check_result(self, process: Process) -> None:
         """Raises LostError if a finished run differs from the undisturbed one."""
-        if process.err:
-            raise LostError(f"{process.name} has finished and printed an error")
+        self._check_files(process)
         result = runs.read_result(self.folders, process)
         if difference := result.difference(self.reference.result):
             raise LostError(f"differs from the undisturbed run in its {difference}")
-        for path in runs.find_leftovers(self.workdir):
-            raise LostError(f"{path.relative_to(self.workdir)} is left behind")
-        self.folders.check_outside()
 
     def check_arrays(self, process: Process) -> None:
         """Raises LostError if the arrays of a finished run differ from the undisturbed one."""
         if runs.read_result(self.folders, process).arrays != self.reference.result.arrays:
             raise LostError("differs from the undisturbed run in its arrays")
+
+    def _check_files(self, process: Process) -> None:
+        """Raises LostError if a finished run has printed an error or left files behind."""
+        if process.err:
+            raise LostError(f"{process.name} has finished and printed an error")
+        for path in runs.find_leftovers(self.workdir):
+            raise LostError(f"{path.relative_to(self.workdir)} is left behind")
+        self.folders.check_outside()
+
+    def check_stopped(self, code: int, step: int) -> None:
+        """Raises LostError if a run has finished although a signal should have stopped it.
+
+        Args:
+            code: Its exit code.
+            step: Last step in its log after the signal was sent.
+        """
+        if code == 0 and step + _MAX_UNLOGGED_STEPS < STEPS:
+            raise LostError(f"finished although it was stopped at about step {step}")
 
     def check_undisturbed(self, process: Process) -> None:
         """Checks a run that has finished before the fault.
@@ -288,15 +331,3 @@ class Trial:
         self.check_end(process, [])
         self.check_result(process)
         raise NotInjectedError
-
-    def inode_sizes(self) -> dict[int, int]:
-        """Returns the sizes of all files by inode."""
-        found = {}
-        for path in self.folders.disk.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                found[path.stat().st_ino] = path.stat().st_size
-        return found
-
-    def save_log(self, outcome: dict[str, Any]) -> None:
-        """Writes the outcome next to the output of the run."""
-        (self.folders.root / "outcome.json").write_text(json.dumps(outcome, indent=2) + "\n")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixer_jax.data import tar_index
@@ -353,6 +354,24 @@ def test_a_damaged_index_is_built_again(content: bytes, tmp_path: Path) -> None:
         file.write_bytes(damaged)
         assert labels_of(index(path)) == expected
         assert file.read_bytes() == stored
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("label", 2), ("label", -1), ("offset", 0), ("size", -1), ("name_end", 99), ("name_end", -1)],
+)
+def test_an_index_with_impossible_values_is_built_again(
+    field: str, value: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "0.tar"
+    write_two(path)
+    expected = labels_of(index(path))
+    (file,) = tmp_path.glob("*.npz")
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    arrays["samples"][field][0] = value
+    np.savez(file, **arrays)
+    assert labels_of(index(path)) == expected
 
 
 def test_an_index_of_another_version_is_built_again(

@@ -2,19 +2,23 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from mixer_jax.checkpoints.resolve import list_steps
-from tests.helpers.failing_files import Fault, compile_library, fault_env
+from tests.helpers.faults import CALLS, IS_SUPPORTED, Action, Faults, build_library
 from tests.helpers.messages import mentions
 from tests.helpers.processes import final_arrays, finish, start, untimed_metrics
 from tests.helpers.tiny_run import NO_REGULARIZATION
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not IS_SUPPORTED, reason="needs Linux and a C compiler"),
+]
 
 RUN: dict[str, Any] = {
     **NO_REGULARIZATION,
@@ -27,9 +31,36 @@ RUN: dict[str, Any] = {
 }
 
 
+class Fault(NamedTuple):
+    """Calls that fail.
+
+    Attributes:
+        calls: Names of the calls.
+        paths: Pattern of their paths.
+        code: Error, such as errno.EIO.
+        first: Index of the first matching call that fails, from 1.
+        is_lasting: Whether all matching calls after that one fail, too.
+    """
+
+    calls: Sequence[str]
+    paths: str
+    code: int = errno.EIO
+    first: int = 1
+    is_lasting: bool = False
+
+    def arm(self, faults: Faults, workdir: Path) -> None:
+        """Makes the calls of the next program fail."""
+        action = Action.FAIL_FROM_THEN_ON if self.is_lasting else Action.FAIL_ONCE
+        paths = self.paths.format(workdir=workdir)
+        faults.arm(workdir, action, self.first, self.calls, paths=paths, error=self.code)
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_library(tmp_path_factory.mktemp("library"))
+def watch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Faults, dict[str, str]]:
+    """Faults, and environment variables of a program that meets them."""
+    folder = tmp_path_factory.mktemp("faults")
+    env = build_library(folder)
+    return Faults(folder), env
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +79,32 @@ def file_names(workdir: Path) -> set[str]:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("mkdir */checkpoints", errno.EROFS),
-        Fault("write */metrics.jsonl", errno.ESTALE, first=2),
+        Fault(["mkdir"], "*/checkpoints", errno.EROFS),
+        Fault(["write"], "*/metrics.jsonl", errno.ESTALE, first=2),
         # Arrays, which are not written by Python; the checkpoint as a whole; one that is deleted.
-        Fault("fsync */4.*/params*/d/*"),
-        Fault("open */4.*/params*/d/*", errno.EACCES),
-        Fault("rename */4.orbax-checkpoint-tmp", errno.EPERM),
-        Fault("unlink */checkpoints/2/*", errno.EIO),
+        Fault(["sync"], "*/4.*/params*/d/*"),
+        Fault(["create"], "*/4.*/params*/d/*", errno.EACCES),
+        Fault(["rename"], "*/4.orbax-checkpoint-tmp", errno.EPERM),
+        Fault(["remove"], "*/checkpoints/2/*", errno.EIO),
         # From then on, nothing can be written any more, nor removed.
-        Fault("* {workdir}/*", errno.EROFS, first=60, is_lasting=True),
-        Fault("* {workdir}/checkpoints/4*", errno.EIO, is_lasting=True),
-        Fault("[!o]* */config.json*", errno.EIO, is_lasting=True),
+        Fault(CALLS, "{workdir}/*", errno.EROFS, first=60, is_lasting=True),
+        Fault(CALLS, "{workdir}/checkpoints/4*", errno.EIO, is_lasting=True),
+        Fault(["write", "sync", "rename", "remove"], "*/config.json*", is_lasting=True),
     ],
 )
 def test_run_names_its_checkpoint_and_resumes_after_a_write_failure(
-    fault: Fault, library: Path, undisturbed: Path, digits_dir: str, tmp_path: Path
+    fault: Fault,
+    watch: tuple[Faults, dict[str, str]],
+    undisturbed: Path,
+    digits_dir: str,
+    tmp_path: Path,
 ) -> None:
-    workdir, log = tmp_path / "run", tmp_path / "failed"
-    fault = fault._replace(pattern=fault.pattern.format(workdir=workdir))
-    process = start(digits_dir, workdir, fault_env(fault, library, log), **RUN)
+    faults, env = watch
+    workdir = tmp_path / "run"
+    fault.arm(faults, workdir)
+    process = start(digits_dir, workdir, env, **RUN)
     _, err = process.communicate(timeout=180)
-    assert log.read_text().count("\n") >= 1 + fault.is_lasting
+    assert faults.was_reached
     assert process.returncode == 1, err
     (line,) = err.splitlines()
     steps = list_steps(str(workdir))
@@ -83,13 +119,14 @@ def test_run_names_its_checkpoint_and_resumes_after_a_write_failure(
 
 
 def test_run_ends_well_if_only_its_lock_file_cannot_be_removed(
-    library: Path, digits_dir: str, tmp_path: Path
+    watch: tuple[Faults, dict[str, str]], digits_dir: str, tmp_path: Path
 ) -> None:
-    workdir, log = tmp_path / "run", tmp_path / "failed"
-    fault = Fault("unlink */.lock")
-    process = start(digits_dir, workdir, fault_env(fault, library, log), **RUN)
+    faults, env = watch
+    workdir = tmp_path / "run"
+    Fault(["remove"], "{workdir}/.lock").arm(faults, workdir)
+    process = start(digits_dir, workdir, env, **RUN)
     _, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")
-    assert log.read_text() == f"unlink {workdir}/.lock\n"
+    assert faults.was_reached
     finish(start(digits_dir, workdir, **RUN))
     assert ".lock" not in file_names(workdir)

@@ -2,10 +2,10 @@
 
     python -m tests.fuzz --inputs=10000 --seed=0
 
-Damages small valid inputs and checks what the parsers do: they accept an input or refuse it with
+Damages small valid inputs and checks what the parsers do: they accept an input or refuse it in
 one line; they do not crash, hang, use much memory, run programs, or write outside of their folder.
 Parsers run in a process with limits, which is replaced when it ends. An input depends only on the
-target, the seed and its number. Prints a table, and keeps the inputs that failed.
+target, the seed and its index. Prints a table, and keeps the inputs that failed.
 """
 
 import argparse
@@ -31,12 +31,22 @@ _HANG_SECONDS = 5
 # Other programs may keep the machine busy, so the limit is on processor time; this one, on time
 # by the clock, is for processes that wait.
 _WAIT_SECONDS = 90
-_MEMORY = 2 * 2**30
+# Address space in addition to that at the start, in bytes; the stacks of threads are part of it.
+_MEMORY = 4 * 2**30
+_MAX_KEPT_INPUTS = 200
 
 
 @dataclasses.dataclass
 class Row:
-    """Results of a target."""
+    """Results of a target.
+
+    Attributes:
+        accepted: Number of accepted inputs.
+        refused: Number of refused inputs.
+        failures: A line per input that failed.
+        slowest: Most processor time that an input took, in seconds.
+        memory: Most memory in addition to that before the first input, in MiB.
+    """
 
     accepted: int = 0
     refused: int = 0
@@ -58,7 +68,7 @@ def select_targets(only: Sequence[str]) -> list[Any]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Runs targets and prints a line of JSON per input, and one before it."""
+    """Runs targets and prints two lines of JSON per input: before and after it."""
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
@@ -89,18 +99,19 @@ def work(args: argparse.Namespace) -> None:
                 detail = traceback.format_exc(limit=-4)
             seconds = time.process_time() - begin
             signal.setitimer(signal.ITIMER_PROF, 0)
-            memory = (_read_status("VmHWM") - base) / 2**20 if index % 50 == 0 else 0
+            memory = (_read_status("VmHWM") - base) / 2**20
             print(json.dumps(["end", outcome, seconds, memory, detail]), file=results, flush=True)
 
 
 def _limit_memory() -> None:
-    """Limits the memory of this process to what it has, and a bound, and the stacks of threads."""
-    limit = _read_status("VmSize") + _MEMORY + 2**31
+    """Limits the address space of this process to `_MEMORY` more than it has."""
+    limit = _read_status("VmSize") + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _reset_peak_memory() -> int:
+    """Resets the peak of the memory of this process; returns what it has now, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _read_status("VmRSS")
 
@@ -113,7 +124,7 @@ def _read_status(name: str) -> int:
 
 
 def fuzz(args: argparse.Namespace) -> dict[str, Row]:
-    """Runs all inputs, or those until Ctrl-C; starts a process again after one that ended early."""
+    """Runs all inputs, or those until Ctrl-C, in as many processes as parsers crash, and one."""
     rows: dict[str, Row] = collections.defaultdict(Row)
     start = "/0"
     with contextlib.suppress(KeyboardInterrupt):
@@ -123,7 +134,16 @@ def fuzz(args: argparse.Namespace) -> dict[str, Row]:
 
 
 def _run_worker(args: argparse.Namespace, start: str, rows: dict[str, Row]) -> str:
-    """Runs inputs from `start` on; returns where to go on, or "" after the last one."""
+    """Runs inputs in a process until it ends.
+
+    Args:
+        args: Arguments of the command.
+        start: Target and index of the first input; "/0" for the first target.
+        rows: Results by target, which are updated.
+
+    Returns:
+        Target and index of the input after the one that ended the process; "" after the last one.
+    """
     command = [sys.executable, "-m", "tests.fuzz", "--worker", f"--start={start}"]
     command += [f"--inputs={args.inputs}", f"--seed={args.seed}", f"--folder={args.folder}"]
     command += [f"--only={text}" for text in args.only]
@@ -194,7 +214,7 @@ def _keep(
     """Records a failure, and writes its input."""
     (target,) = (target for target in select_targets([]) if target.name == name)
     rows[name].failures.append(f"{name} {index}: {kind}")
-    if len(rows[name].failures) > 200:
+    if len(rows[name].failures) > _MAX_KEPT_INPUTS:
         return
     folder = args.folder / "failures"
     folder.mkdir(exist_ok=True)

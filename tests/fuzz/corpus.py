@@ -12,6 +12,7 @@ from tests.helpers.pretrained_files import zip_archive
 from tests.helpers.tiny_suite import make_plan
 
 _DEEP = b"[" * 100_000
+_NAME_HEADER = b"{'descr': '<U1', 'fortran_order': False, 'shape': (%b)}\n"
 
 
 def _plan(**changes: Any) -> bytes:
@@ -81,6 +82,10 @@ CORPUS: list[tuple[str, bytes]] = [
     # Errors of several lines.
     ("prepare: ImageNet-21k", b"not an archive"),
     ("topologies", b"v5e:\n8"),
+    ("overrides", b"--config.model.fa\nly=mixer"),
+    ("overrides", b"--config.\rname"),
+    ("variations", b"mo\ndel.hidden_dim=8,8"),
+    ("comparison: result", b'{"data": "a\\nb", "metrics": {"top1": 1, "num_examples": 9}}'),
     # Numbers of thousands of digits, and ones that take hours to compute.
     ("topologies", b"h100:" + b"9" * 5000),
     ("seeds", b"9" * 5000),
@@ -111,10 +116,26 @@ CORPUS: list[tuple[str, bytes]] = [
         "comparison: result",
         b'{"data": "digits test", "metrics": {"top1": 1' + b"0" * 400 + b', "num_examples": 1}}',
     ),
+    # Metrics that are not finite, of which no standard deviation can be computed.
+    (
+        "suite: result",
+        b'{"scores": {"test": {"top1": -Infinity, "log_likelihood": -1.0, "num_examples": 100}},'
+        b' "seconds": 1.0, "failed": ""}',
+    ),
+    ("comparison: result", b'{"data": "digits test", "metrics": {"top1": NaN, "num_examples": 9}}'),
+    ("run: metrics.jsonl", b'{"step": 20, "test/top1": -Infinity, "test/num_examples": 360}\n'),
+    ("run: metrics.jsonl", b'{"step": 20, "test/top1": 1e308, "test/num_examples": 360}\n'),
     # Headers that NumPy cannot parse, and that tarfile cannot read.
     ("features: part", zip_archive("names.npy", _npy(b"{'descr': (\n"))),
+    # Names that are not a list, and that are not text.
+    ("features: part", zip_archive("names.npy", _npy(_NAME_HEADER % b"") + b"a\0\0\0")),
+    ("features: part", zip_archive("names.npy", _npy(_NAME_HEADER % b"1,") + b"\xff" * 4)),
     ("wds: shard", _tar_of_claimed_size()),
     # Names that are not valid Unicode, and with a line break.
+    (
+        "report of an evaluation",
+        b'{"classes": ["a", "\\udfff"], "images": ["\\ud800"], "error": "x"}',
+    ),
     ("wds: _info.json", b'{"splits": {"train": {"filenames": ["\\ud800.tar"]}}}'),
     (
         "manifest: JSONL",

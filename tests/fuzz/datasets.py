@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -32,6 +33,8 @@ from tests.helpers.images import encode, noise
 from tests.helpers.shards import json_sample, sample, write_shard
 
 _PNG = encode(noise(4, 5), "PNG")
+# Time of the last change that an index stores.
+_SHARD_TIME = 1_000_000_000
 
 
 def _read(source: Source) -> None:
@@ -92,7 +95,7 @@ def _parquet_seeds() -> Sequence[bytes]:
 
 @functools.cache
 def _arrow_seeds() -> Sequence[bytes]:
-    """Makes a folder of `save_to_disk`, of which one file is mutated: its name is in a line."""
+    """Makes an input per file of a saved dataset: a line with its name, and the contents."""
     seeds = []
     for path in sorted(_saved_dataset().rglob("*")):
         if path.is_file():
@@ -115,7 +118,7 @@ def _saved_dataset() -> Path:
 
 
 def _use_cache(folder: Path) -> None:
-    """Keeps Arrow files out of the cache of the user, and the Hub out of the tests."""
+    """Keeps Arrow files out of the user's cache, and prevents requests to the Hub."""
     import datasets
     import huggingface_hub.constants
 
@@ -180,29 +183,19 @@ def _open_shard(data: bytes, folder: Path) -> None:
 def _index_seeds() -> Sequence[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.tar").write_bytes(_tar_seeds()[0])
+        os.utime(Path(folder, "train.tar"), (_SHARD_TIME, _SHARD_TIME))
         open_webdataset(folder, "train")
         return [Path(folder, "mixer_jax_index.npz").read_bytes()]
 
 
 def _open_with_index(data: bytes, folder: Path) -> None:
-    """Opens a shard whose index names the folder, size and time of the shard."""
+    """Opens a shard with an index that counts as current."""
     root = folder / "indexed"
     root.mkdir(exist_ok=True)
     (root / "train.tar").write_bytes(_tar_seeds()[0])
-    (root / "mixer_jax_index.npz").write_bytes(_update_index(data, root / "train.tar"))
+    os.utime(root / "train.tar", (_SHARD_TIME, _SHARD_TIME))
+    (root / "mixer_jax_index.npz").write_bytes(data)
     _read(open_webdataset(str(root), "train"))
-
-
-def _update_index(data: bytes, shard: Path) -> bytes:
-    """Writes the time of a shard to its index, so that it counts as current."""
-    old, new = _index_time(), shard.stat().st_mtime_ns
-    return data.replace(b"%d" % old, b"%d" % new) if old else data
-
-
-@functools.cache
-def _index_time() -> int:
-    with np.load(io.BytesIO(_index_seeds()[0])) as stored:
-        return json.loads(stored["metadata"].tobytes())["shards"][0][2]
 
 
 def _mutate_index(data: bytes, rng: np.random.Generator) -> bytes:
@@ -233,20 +226,12 @@ def _mutate_index(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _open_with_file(name: str, data: bytes, folder: Path) -> None:
-    """Opens shards next to which there is a file of their dataset."""
+    """Opens a shard next to a file that describes its dataset."""
     root = folder / name
     root.mkdir(exist_ok=True)
-    (root / "train.tar").write_bytes(_numbered_shard())
+    write_shard(root / "train.tar", sample("a", 1, _PNG))
     (root / name).write_bytes(data)
     _read(open_webdataset(str(root), "train"))
-
-
-@functools.cache
-def _numbered_shard() -> bytes:
-    return _tar(lambda path: write_shard(path, sample("a", 1, _PNG)))
-
-
-_numbered_shard()
 
 
 def _read_archive(data: bytes, folder: Path) -> None:

@@ -28,7 +28,16 @@ _EXECUTION = (
     "pty.spawn",
     "socket.connect",
 )
-_WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
+# Events that change files, and the positions of the changed paths in their arguments.
+_WRITES = {
+    "os.remove": (0,),
+    "os.rename": (0, 1),
+    "os.rmdir": (0,),
+    "os.mkdir": (0,),
+    "os.link": (1,),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -69,6 +78,8 @@ def run_input(target: Target, data: bytes, folder: Path) -> bool:
     Raises:
         Exception: The parser failed in any other way.
     """
+    # Makes valid files elsewhere, at the first call.
+    target.seeds()
     with watch(folder):
         try:
             target.run(data, folder)
@@ -119,7 +130,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     elif event in _WRITES:
         # The last argument is the descriptor of a folder that relative paths are in, or -1.
         folder = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
-        _check_path(event, arguments[0], folder)
+        for position in _WRITES[event]:
+            _check_path(event, arguments[position], folder)
 
 
 def _check_path(event: str, path: Any, folder: Any = -1) -> None:
@@ -130,10 +142,12 @@ def _check_path(event: str, path: Any, folder: Any = -1) -> None:
     if isinstance(folder, int) and folder >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
     resolved = os.path.realpath(path)
-    allowed = (_Watch.folder, "/dev/null")
+    is_allowed = resolved in (_Watch.folder, "/dev/null") or resolved.startswith(
+        f"{_Watch.folder}/"
+    )
     caches = (tempfile.gettempdir(), *map(os.path.expanduser, ("~/.cache", "~/.config")))
     is_cache = "__pycache__" in resolved or any(
         resolved.startswith(f"{cache}/") for cache in caches if not _Watch.folder.startswith(cache)
     )
-    if not resolved.startswith(allowed) and not is_cache:
+    if not is_allowed and not is_cache:
         _Watch.violations.append(f"{event} {resolved}"[:300])

@@ -1,7 +1,8 @@
-"""Targets that read files of workdirs: configs, metrics, results suites and comparisons."""
+"""Targets that read files of workdirs: configs, metrics, results of suites and comparisons."""
 
 import functools
 import json
+import math
 import os
 import socket
 import tempfile
@@ -16,6 +17,7 @@ from mixer_jax.checkpoints.resolve import find_checkpoint
 from mixer_jax.comparison import results as comparison_results
 from mixer_jax.config.config import get_default, parse
 from mixer_jax.config.schema import BadImagesConfig, RunConfig
+from mixer_jax.errors import RunError, UserError
 from mixer_jax.evaluation.feature_files import Part, Parts, write_part
 from mixer_jax.files import is_locked, parse_json
 from mixer_jax.suites import seeds, tasks
@@ -105,7 +107,7 @@ def _make_run(folder: Path, **files: bytes) -> Path:
 def _read_run(name: str, data: bytes, folder: Path) -> None:
     """Reads a run as the page of runs, `--seeds` and a later start of it do."""
     workdir = str(_make_run(folder, **{name: data}))
-    errors = []
+    errors: list[Exception] = []
     steps: tuple[Callable[[], Any], ...] = (
         lambda: find_checkpoint(workdir, "best"),
         lambda: _read_seeds(workdir),
@@ -117,7 +119,7 @@ def _read_run(name: str, data: bytes, folder: Path) -> None:
     for step in steps:
         try:
             step()
-        except ValueError as error:
+        except (UserError, RunError) as error:
             errors.append(error)
     if errors:
         raise errors[0]
@@ -240,7 +242,7 @@ def _read_comparison(data: bytes, folder: Path) -> None:
         (workdir / name).write_bytes(data)
     result = comparison_results.read_result(str(workdir), "digits test")
     assert result is not None
-    assert float(result.metrics["top1"]) >= 0
+    assert math.isfinite(result.metrics["top1"])
     json.dumps(comparison_results.dataclasses.asdict(result))
     comparison_results.check_same_model(str(workdir), parse_json(data))
 

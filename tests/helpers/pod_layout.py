@@ -1,4 +1,4 @@
-"""Dry run of 1,024 hosts: which examples each loads, and which parts of arrays it writes and reads.
+"""Dry run of a pod: the examples that each host loads, and the bytes that it writes and reads.
 
     JAX_NUM_CPU_DEVICES=1024 python -m tests.helpers.pod_layout FSDP
 
@@ -132,5 +132,5 @@ def _is_tiling(slices: list[Bounds], shape: tuple[int, ...]) -> bool:
 
 
 if __name__ == "__main__":
-    made = make_mesh(0, int(sys.argv[1]))
-    print(json.dumps(plan_examples(made) | plan_checkpoint(made)))
+    pod = make_mesh(0, int(sys.argv[1]))
+    print(json.dumps(plan_examples(pod) | plan_checkpoint(pod)))

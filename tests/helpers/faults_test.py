@@ -1,4 +1,4 @@
-"""Tests of the preload library on small programs."""
+"""Tests of injected faults, on a small program."""
 
 import os
 import random
@@ -6,15 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.campaign.preload import Action, Faults, build_library
+from tests.helpers.faults import IS_SUPPORTED, Action, Faults, build_library
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc"
-)
+pytestmark = pytest.mark.skipif(not IS_SUPPORTED, reason="needs Linux and a C compiler")
 # Writes a file atomically, twice, and removes a file.
 PROGRAM = """
 import os, time
@@ -63,6 +62,8 @@ def test_calls_below_the_folder_are_counted_and_logged(watched: Watched) -> None
     watched.faults.arm(watched.disk, is_logging=True)
     assert watched.run().returncode == 0
     assert [call.name for call in watched.faults.read_log()] == CALLS
+    assert watched.faults.num_calls == len(CALLS)
+    assert watched.faults.count_calls() == Counter(CALLS) | {"mkdir": 0, "truncate": 0}
     # Nothing elsewhere.
     watched.faults.arm(watched.disk / "elsewhere", is_logging=True)
     (watched.disk / "old").touch()
@@ -101,22 +102,30 @@ def test_writes_fail(action: Action, calls: int, expected: str, watched: Watched
     assert (watched.files()["new"] == "second") == (action == Action.FAIL_ONCE)
 
 
+def test_calls_fail_on_files_that_match(watched: Watched) -> None:
+    watched.faults.arm(
+        watched.disk, Action.FAIL_FROM_THEN_ON, 1, ["create", "remove"], paths="*/o*d", error=13
+    )
+    assert "Permission denied: 'old'" in watched.run().stderr
+    assert watched.faults.num_calls == 1
+    assert watched.files() == {"file": "second", "log": "unsynced", "old": "old"}
+
+
 def test_clock_is_set_back(watched: Watched) -> None:
     watched.faults.arm(watched.disk, Action.MOVE_CLOCK, len(CALLS), clock_seconds=-1000)
     assert -1000 <= float(watched.run().stdout) < -900
 
 
-def test_loss_of_power_discards_only_what_is_not_synced(watched: Watched) -> None:
+def test_power_loss_discards_only_what_is_not_synced(watched: Watched) -> None:
     found = []
     for seed in range(16):
         shutil.rmtree(watched.disk)
         watched.disk.mkdir()
         (watched.disk / "old").write_text("old")
-        sizes = {path.stat().st_ino: path.stat().st_size for path in watched.disk.iterdir()}
         # Before the second rename, or never.
         watched.faults.arm(watched.disk, Action.KILL, 9 if seed % 2 else 99, is_logging=True)
         watched.run()
-        watched.faults.discard_unsynced(watched.disk, sizes, random.Random(seed))
+        watched.faults.discard_unsynced(watched.disk, random.Random(seed))
         found.append(watched.files())
     for files in found[1::2]:
         assert files["file"] == "first"

@@ -1,7 +1,8 @@
 """Faults in system calls, injected by the preload library `faults.c`.
 
-Programs that run with the library share its state: one of them, the campaign, chooses a fault with
-`Faults.arm`, and the next process that it starts meets the fault.
+Programs that run with the library share its state. One program chooses a fault with `Faults.arm`,
+and the next one that it starts meets the fault. The library also reaches calls that are not
+Python's, such as those that write the arrays of checkpoints.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +20,13 @@ from typing import NamedTuple
 
 from mixer_jax.errors import UserError
 
-# Equal to `enum call` in faults.c.
+# Equal to `enum call` in faults.c. "create" is an open that creates a file, "truncate" also one
+# that empties it, and "remove" also removes folders.
 CALLS = ("write", "sync", "create", "rename", "mkdir", "remove", "truncate")
+IS_SUPPORTED = sys.platform == "linux" and shutil.which("cc") is not None
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_PATH_MAX = 4096
 
 
 class Action(enum.IntEnum):
@@ -27,7 +34,7 @@ class Action(enum.IntEnum):
 
     NONE = 0
     KILL = 1
-    # Half of the bytes are written, or the call has succeeded, but the process does not learn it.
+    # Half of the bytes are written, or the call succeeds, but does not return.
     KILL_INSIDE = 2
     FAIL_ONCE = 3
     FAIL_FROM_THEN_ON = 4
@@ -38,14 +45,15 @@ class _State(ctypes.Structure):
     """Equal to `struct state` in faults.c."""
 
     _fields_ = (
-        ("num_calls", ctypes.c_int64),
-        ("at_call", ctypes.c_int64),
+        ("counts", ctypes.c_int64 * len(CALLS)),
+        ("num_matches", ctypes.c_int64),
+        ("at_match", ctypes.c_int64),
         ("clock_seconds", ctypes.c_int64),
         ("action", ctypes.c_int32),
         ("error", ctypes.c_int32),
-        ("mask", ctypes.c_int32),
         ("is_logging", ctypes.c_int32),
-        ("root", ctypes.c_char * 4096),
+        ("root", ctypes.c_char * _PATH_MAX),
+        ("pattern", ctypes.c_char * (2 * _PATH_MAX)),
     )
 
 
@@ -78,16 +86,16 @@ def build_library(folder: Path) -> dict[str, str]:
         folder: Empty folder for the library and its state, on the file system that is watched.
 
     Raises:
-        UserError: gcc is missing or fails.
+        UserError: The C compiler is missing or fails.
     """
-    library, source = folder / "faults.so", Path(__file__).parent / "faults.c"
-    command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    library = folder / "faults.so"
+    command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(_SOURCE), "-ldl"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("gcc must be installed: it compiles tests/campaign/faults.c.") from None
+        raise UserError(f"a C compiler (cc) must be installed to compile {_SOURCE}.") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"gcc must compile {source}, got:\n{error.stderr}") from None
+        raise UserError(f"cc must compile {_SOURCE}, got:\n{error.stderr}") from None
     (folder / "state").write_bytes(bytes(ctypes.sizeof(_State)))
     (folder / "calls.log").touch()
     (folder / "removed").mkdir()
@@ -95,7 +103,7 @@ def build_library(folder: Path) -> dict[str, str]:
 
 
 class Faults:
-    """State of the library in this process and its child processes."""
+    """State of the library, shared with the programs that it watches."""
 
     def __init__(self, folder: Path):
         """Opens the state in the folder of `build_library`."""
@@ -110,17 +118,20 @@ class Faults:
         at_call: int = 0,
         calls: Iterable[str] = CALLS,
         *,
+        paths: str = "*",
         error: int = 0,
         clock_seconds: int = 0,
         is_logging: bool = False,
     ) -> None:
-        """Chooses the next fault, and counts from zero.
+        """Chooses the next fault, and counts calls from zero.
 
         Args:
-            root: Folder; calls that change files below it are counted.
+            root: Folder; only calls that change it or files below it are counted.
             action: What happens.
-            at_call: Number of the call at which it happens; the first is 1.
-            calls: Names of the calls that are counted and that may fail.
+            at_call: Index of the call at which it happens, from 1, among those with a name in
+                `calls` and a path that matches `paths`; only they can fail.
+            calls: Some of `CALLS`.
+            paths: Pattern of absolute paths, in which "*" also matches "/".
             error: Error number of calls that fail.
             clock_seconds: What is added to the clock, in seconds.
             is_logging: Whether to log calls, for `read_log` and `discard_unsynced`.
@@ -130,9 +141,10 @@ class Faults:
         (self._folder / "removed").mkdir()
         os.truncate(self._folder / "calls.log", 0)
         state = self._state
-        state.num_calls, state.at_call, state.action = 0, at_call, action
+        state.counts[:] = [0] * len(CALLS)
+        state.num_matches, state.at_match, state.action = 0, at_call, action
         state.error, state.clock_seconds, state.is_logging = error, clock_seconds, is_logging
-        state.mask = sum(1 << CALLS.index(name) for name in calls)
+        state.pattern = f"@({'|'.join(calls)}) ".encode() + os.fsencode(paths)
         state.root = os.fsencode(root)
 
     def disarm(self) -> None:
@@ -141,9 +153,18 @@ class Faults:
         self._state.action = Action.NONE
 
     @property
+    def num_calls(self) -> int:
+        """Number of calls since `arm` that match its arguments, including those that failed."""
+        return self._state.num_matches
+
+    @property
     def was_reached(self) -> bool:
         """Whether the chosen call has happened."""
-        return 0 < self._state.at_call <= self._state.num_calls
+        return 0 < self._state.at_match <= self.num_calls
+
+    def count_calls(self) -> Counter[str]:
+        """Counts all calls below the root since `arm` by name, including those that failed."""
+        return Counter(dict(zip(CALLS, self._state.counts, strict=True)))
 
     def read_log(self) -> list[Call]:
         """Reads the calls that have succeeded since `arm`."""
@@ -155,43 +176,39 @@ class Faults:
             )
         return calls
 
-    def discard_unsynced(
-        self, root: Path, sizes_before: dict[int, int], rng: random.Random
-    ) -> Counter[str]:
-        """Discards what a loss of power may discard: contents and names that were not synced.
+    def discard_unsynced(self, root: Path, rng: random.Random) -> Counter[str]:
+        """Discards what a power loss may discard: contents and names that were not synced.
 
         A random number of the last changes of names is undone, in reverse order, as by a file
-        system that journals its metadata. Each file with unsynced contents is cut, to the size that
-        was synced or to a random larger one.
+        system that journals its metadata. Each file that was created or emptied since `arm` and has
+        unsynced contents is cut, to the size that was synced or to a random larger one.
 
         Args:
             root: Folder of `arm`, whose processes have ended.
-            sizes_before: Size by inode of the files at the time of `arm`, all of them synced.
             rng: Source of randomness.
 
         Returns:
             Number of discarded changes by the name of the call.
         """
         self.disarm()
-        calls = self.read_log()
         discarded: Counter[str] = Counter()
-        synced_sizes = dict(sizes_before)
+        synced_sizes: dict[int, int] = {}
         unsynced_names: list[Call] = []
-        for call in calls:
+        for call in self.read_log():
             if call.name == "sync":
                 synced_sizes[call.inode] = call.size
                 unsynced_names = [c for c in unsynced_names if c.folder != call.inode]
-            elif call.name in ("create", "rename", "mkdir", "remove"):
+            elif call.name in ("create", "truncate"):
+                synced_size = synced_sizes.get(call.inode, call.size)
+                synced_sizes[call.inode] = min(synced_size, call.size)
+            if call.name in ("create", "rename", "mkdir", "remove"):
                 unsynced_names.append(call)
-            if call.name in ("create", "truncate"):
-                synced_sizes[call.inode] = 0
-        changed = {call.inode for call in calls if call.name in ("write", "truncate", "create")}
         for path in sorted(root.rglob("*")):
             status = path.lstat()
-            synced = synced_sizes.get(status.st_ino, 0)
-            if path.is_file() and status.st_ino in changed and status.st_size > synced:
+            synced_size = synced_sizes.get(status.st_ino, status.st_size)
+            if path.is_file() and status.st_size > synced_size:
                 is_partly_kept = rng.random() < 0.5
-                kept = rng.randrange(synced, status.st_size) if is_partly_kept else synced
+                kept = rng.randrange(synced_size, status.st_size) if is_partly_kept else synced_size
                 os.truncate(path, kept)
                 discarded["write"] += 1
         num_undone = rng.randint(0, len(unsynced_names))
@@ -201,6 +218,7 @@ class Faults:
         return discarded
 
     def _undo(self, call: Call) -> None:
+        """Undoes the change of a name."""
         path, removed = Path(call.path), self._folder / "removed" / str(call.replaced)
         # Absent if a folder above it was removed, and that was synced.
         if call.name == "create":

@@ -1,8 +1,8 @@
 // Preload library that injects faults into the system calls of a program.
 //
 // It counts the calls that change files below one folder. At a chosen call it kills the process,
-// lets calls fail, or sets the clock back. It also writes a log of these calls, from which
-// `preload.py` computes what a loss of power may discard.
+// makes calls fail, or sets the clock back. It also logs these calls; from the log, `faults.py`
+// computes what a power loss may discard.
 //
 // $FAULT_FOLDER has the shared state (`state`), the log (`calls.log`), and a hard link to every
 // file that was removed or replaced (`removed/INODE`).
@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -26,24 +27,25 @@
 #include <time.h>
 #include <unistd.h>
 
-// Equal to `CALLS` in preload.py: bit i of a mask is call i.
-enum call { WRITE, SYNC, CREATE, RENAME, MKDIR, REMOVE, TRUNCATE };
+// Equal to `CALLS` in faults.py.
+enum call { WRITE, SYNC, CREATE, RENAME, MKDIR, REMOVE, TRUNCATE, NUM_CALL_NAMES };
 static const char *const NAMES[] = {"write",  "sync",   "create",  "rename",
                                     "mkdir",  "remove", "truncate"};
 
-// Equal to `Action` in preload.py.
+// Equal to `Action` in faults.py.
 enum action { NONE, KILL, KILL_INSIDE, FAIL_ONCE, FAIL_FROM_THEN_ON, MOVE_CLOCK };
 
-// Equal to `_State` in preload.py.
+// Equal to `_State` in faults.py.
 struct state {
-  int64_t num_calls;      // Calls in `mask` so far.
-  int64_t at_call;        // First is 1.
-  int64_t clock_seconds;  // Added to the clock by MOVE_CLOCK.
+  int64_t counts[NUM_CALL_NAMES];  // Calls below `root` so far.
+  int64_t num_matches;             // Those of them that match `pattern`.
+  int64_t at_match;                // Index of the call at which the fault happens, from 1; 0: none.
+  int64_t clock_seconds;           // Added to the clock by MOVE_CLOCK.
   int32_t action;
   int32_t error;
-  int32_t mask;
   int32_t is_logging;
-  char root[PATH_MAX];  // Folder whose files are watched; empty: none.
+  char root[PATH_MAX];         // Folder whose files are watched; empty: none.
+  char pattern[2 * PATH_MAX];  // Pattern of "NAME PATH", such as "@(write|sync) *.json".
 };
 
 static struct state *state;
@@ -107,12 +109,15 @@ static int resolve_fd(int fd, char *full) {
 
 // Counts a call and injects the fault if it is due. Returns the error that the call must fail with,
 // 0, or -1 if the process must be killed in the middle of the call.
-static int inject(enum call call) {
-  if (!(state->mask >> call & 1)) return 0;
-  int64_t number = __atomic_add_fetch(&state->num_calls, 1, __ATOMIC_SEQ_CST);
-  if (!state->at_call || number < state->at_call) return 0;
+static int inject(enum call call, const char *path) {
+  __atomic_add_fetch(&state->counts[call], 1, __ATOMIC_SEQ_CST);
+  char text[PATH_MAX + 16];
+  snprintf(text, sizeof text, "%s %s", NAMES[call], path);
+  if (fnmatch(state->pattern, text, FNM_EXTMATCH)) return 0;
+  int64_t index = __atomic_add_fetch(&state->num_matches, 1, __ATOMIC_SEQ_CST);
+  if (!state->at_match || index < state->at_match) return 0;
   if (state->action == FAIL_FROM_THEN_ON) return state->error;
-  if (number > state->at_call) return 0;
+  if (index > state->at_match) return 0;
   if (state->action == KILL) kill(getpid(), SIGKILL);
   if (state->action == KILL_INSIDE) return -1;
   return state->action == FAIL_ONCE ? state->error : 0;
@@ -173,7 +178,7 @@ static ino_t keep_removed(const char *path) {
   do { \
     char path[PATH_MAX]; \
     if (!resolve_fd(FD, path)) return REAL_CALL; \
-    int error = inject(CALL); \
+    int error = inject(CALL, path); \
     if (error < 0) { \
       HALF; \
       kill(getpid(), SIGKILL); \
@@ -258,7 +263,7 @@ static int open_file(int folder, const char *name, int flags, mode_t mode) {
   int is_created = flags & O_CREAT && !before;
   if (!is_created && !(flags & O_TRUNC)) return real(folder, name, flags, mode);
   enum call call = is_created ? CREATE : TRUNCATE;
-  int error = inject(call);
+  int error = inject(call, path);
   if (error > 0) {
     errno = error;
     return -1;
@@ -305,7 +310,7 @@ int renameat2(int folder, const char *path, int other_folder, const char *other,
   int is_below = resolve(folder, path, source);
   is_below = resolve(other_folder, other, target) && is_below;
   if (!is_below) return real(folder, path, other_folder, other, flags);
-  int error = inject(RENAME);
+  int error = inject(RENAME, source);
   if (error > 0) {
     errno = error;
     return -1;
@@ -330,7 +335,7 @@ int mkdirat(int folder, const char *name, mode_t mode) {
   REAL(mkdirat);
   char path[PATH_MAX];
   if (!resolve(folder, name, path)) return real(folder, name, mode);
-  int error = inject(MKDIR);
+  int error = inject(MKDIR, path);
   if (error > 0) {
     errno = error;
     return -1;
@@ -347,7 +352,7 @@ int unlinkat(int folder, const char *name, int flags) {
   REAL(unlinkat);
   char path[PATH_MAX];
   if (!resolve(folder, name, path)) return real(folder, name, flags);
-  int error = inject(REMOVE);
+  int error = inject(REMOVE, path);
   if (error > 0) {
     errno = error;
     return -1;
@@ -364,7 +369,7 @@ int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
 int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 static int64_t clock_offset(void) {
-  int is_due = state && state->action == MOVE_CLOCK && state->num_calls >= state->at_call;
+  int is_due = state && state->action == MOVE_CLOCK && state->num_matches >= state->at_match;
   return is_due ? state->clock_seconds : 0;
 }
 
