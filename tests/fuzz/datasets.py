@@ -1,5 +1,6 @@
 """Targets that open datasets: manifests, Parquet and Arrow files, and tar shards."""
 
+import contextlib
 import functools
 import io
 import json
@@ -7,9 +8,10 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -108,22 +110,23 @@ def _arrow_seeds() -> Sequence[bytes]:
 def _saved_dataset() -> Path:
     import datasets
 
-    _use_cache(Path(tempfile.mkdtemp()))
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])}
     rows = {"image": [{"bytes": _PNG, "path": None}] * 3, "label": [0, 1, 0]}
-    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     folder = Path(tempfile.mkdtemp(), "saved")
-    datasets.DatasetDict({"train": dataset}).save_to_disk(folder)
+    with _use_cache(Path(tempfile.mkdtemp())):
+        dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        datasets.DatasetDict({"train": dataset}).save_to_disk(folder)
     return folder
 
 
-def _use_cache(folder: Path) -> None:
+@contextlib.contextmanager
+def _use_cache(folder: Path) -> Iterator[None]:
     """Keeps Arrow files out of the user's cache, and prevents requests to the Hub."""
-    import datasets
-    import huggingface_hub.constants
-
-    datasets.config.HF_DATASETS_CACHE = str(folder)
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    with (
+        mock.patch("datasets.config.HF_DATASETS_CACHE", str(folder)),
+        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+    ):
+        yield
 
 
 def _open_parquet(data: bytes, folder: Path) -> None:
@@ -132,8 +135,8 @@ def _open_parquet(data: bytes, folder: Path) -> None:
     root.mkdir()
     (root / "train.parquet").write_bytes(data)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    _use_cache(folder / "cache")
-    _read(open_hugging_face(str(root), "train"))
+    with _use_cache(folder / "cache"):
+        _read(open_hugging_face(str(root), "train"))
 
 
 def _open_arrow(data: bytes, folder: Path) -> None:
@@ -142,8 +145,8 @@ def _open_arrow(data: bytes, folder: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(_saved_dataset(), root)
     (root / name.decode()).write_bytes(content)
-    _use_cache(folder / "cache")
-    _read(open_hugging_face(str(root), "train"))
+    with _use_cache(folder / "cache"):
+        _read(open_hugging_face(str(root), "train"))
 
 
 def _mutate_named(data: bytes, rng: np.random.Generator) -> bytes:
