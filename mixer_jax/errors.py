@@ -37,7 +37,7 @@ class UserError(ValueError):
     breaks and control characters of foreign text in the message are escaped.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(escape_control_characters(message))
 
 
@@ -60,7 +60,7 @@ class OutputWriteError(UserError):
 class RunError(RuntimeError):
     """Failure that is not a usage error, in one line as those; commands exit with code 1."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(escape_control_characters(message))
 
 
