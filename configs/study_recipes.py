@@ -1,4 +1,4 @@
-"""What augmentation, regularization and optimizer each add to a small Mixer on few images.
+"""Recipes of a small Mixer on few images: augmentation, regularization and optimizers compared.
 
     python -m mixer_jax.main --config=configs/study_recipes.py:cutmix   # or another key of RECIPES
 

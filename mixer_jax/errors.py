@@ -58,7 +58,7 @@ class OutputWriteError(UserError):
 
 
 class RunError(RuntimeError):
-    """Failure that is not a usage error, in one line as those; commands exit with code 1."""
+    """Failure that is not a usage error, with a message of one line; commands exit with code 1."""
 
     def __init__(self, message: str = ""):
         super().__init__(escape_control_characters(message))
@@ -73,7 +73,7 @@ class NonFiniteError(RunError):
 
 
 class WriteFailureError(RunError):
-    """The file system fails, usually to write; a retry fails as well until that is fixed."""
+    """The file system fails, usually while writing; retries fail as well until it is fixed."""
 
 
 class DiskFullError(WriteFailureError):

@@ -166,6 +166,8 @@ def _measure_process(folder: str, step: int, batch_size: int) -> dict[str, float
     """Opens the dataset and loads the batch of one step, in a process that does nothing else."""
     common.configure_jax(compilation_cache="")
     import jax
+
+    # Part of the process, not of opening the dataset.
     from array_record.python import array_record_data_source  # noqa: F401
 
     from mixer_jax.benchmarks.pipelines import PipelineConfig, our_batches, resident_bytes

@@ -77,7 +77,7 @@ class _KeepBest:
         self._find_best = find_best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Returns which checkpoints are kept."""
+        """Returns for each checkpoint whether it is the best one."""
         best = self._find_best([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]
 

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mixer_jax.data.decode import MAX_PIXELS, BadImageError
-from mixer_jax.data.source import (
-    DIGEST,
-    Example,
-    Examples,
-    Source,
-)
+from mixer_jax.data.source import DIGEST, Example, Examples, Source
 from mixer_jax.errors import UserError, escape_control_characters
 
 STDIN = "-"

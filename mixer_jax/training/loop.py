@@ -110,7 +110,7 @@ class TrainResult(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended: at its last step, or early; otherwise it can be resumed."""
+        """True if the run has ended, at its last step or early; otherwise it can be resumed."""
         return self.stopped_early or self.step == self.num_steps
 
     @property

@@ -285,7 +285,7 @@ def _set_up_process(folders: Folders) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run must have in common with an undisturbed one.
+    """Result of a finished run, which must equal that of an undisturbed one.
 
     Attributes:
         arrays: Digest of all arrays of the last checkpoint, by item.

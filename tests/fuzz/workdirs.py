@@ -31,6 +31,7 @@ from tests.fuzz.mutation import mutate_json, mutate_json_lines, mutate_text, mut
 from tests.fuzz.target import Target
 from tests.helpers.html_pages import check_stands_alone
 from tests.helpers.random_weights import random_weights
+from tests.helpers.tiny_run import START
 from tests.helpers.tiny_suite import SUITE, make_plan
 
 _EVAL = "test"
@@ -40,20 +41,6 @@ _METRICS: list[dict[str, Any]] = [
     {"step": 20, "loss": 1.5, "learning_rate": 0.1, "images_per_second": 91.0},
     {"step": 20, "model_flops_utilization": 0.3, "test/top1": 0.6, "test/num_examples": 360},
 ]
-_START: dict[str, Any] = {
-    "step": 0,
-    "num_steps": 20,
-    "time": "2026-01-02T03:04:05+00:00",
-    "model": "Mixer-S/16",
-    "num_parameters": 1_234_567,
-    "train_data": "digits/all train",
-    "num_train_examples": 1_437,
-    "num_hosts": 2,
-    "num_devices": 8,
-    "device_kind": "NVIDIA H200",
-    "mesh": {"data": 4, "fsdp": 2},
-    "versions": {"mixer-jax": "0.1.0", "jax": "0.10.2"},
-}
 _BAD = [
     {"step": 3, "name": "a.jpg", "reason": "incomplete"},
     {"step": 7, "name": "b.jpg", "reason": "incomplete"},
@@ -96,7 +83,7 @@ def _make_run(folder: Path, **files: bytes) -> Path:
     contents = {
         "config.json": _config_seeds()[0],
         "metrics.jsonl": _lines(_METRICS),
-        "starts.jsonl": _lines([_START]),
+        "starts.jsonl": _lines([START]),
         "bad_images_0.jsonl": _lines(_BAD),
     }
     for name, content in {**contents, **files}.items():
@@ -279,7 +266,7 @@ def _run_target(name: str, seeds_of: Callable[[], Sequence[bytes]], mutate_file:
 TARGETS = [
     _run_target("config.json", _config_seeds, mutate_json),
     _run_target("metrics.jsonl", lambda: [_lines(_METRICS)], mutate_json_lines),
-    _run_target("starts.jsonl", lambda: [_lines([_START, _START])], mutate_json_lines),
+    _run_target("starts.jsonl", lambda: [_lines([START, START])], mutate_json_lines),
     _run_target("bad_images_0.jsonl", lambda: [_lines(_BAD)], mutate_json_lines),
     Target("run: plots", _plot_seeds, _plot, mutate_json_lines, 1000),
     Target("run: model card", lambda: [_lines(_METRICS)], _make_card, mutate_json_lines, 10),

@@ -30,7 +30,7 @@ _PATH_MAX = 4096
 
 
 class Action(enum.IntEnum):
-    """What happens at the chosen call; equal to `enum action` in faults.c."""
+    """Effect on the chosen call; equal to `enum action` in faults.c."""
 
     NONE = 0
     KILL = 1
@@ -159,7 +159,7 @@ class Faults:
 
     @property
     def was_reached(self) -> bool:
-        """Whether the chosen call has happened."""
+        """True if the chosen call has happened."""
         return 0 < self._state.at_match <= self.num_calls
 
     def count_calls(self) -> Counter[str]:

@@ -23,6 +23,23 @@ OVERRIDES: dict[str, Any] = {
     "checkpoint.every_steps": 5,
     "evals.test.every_steps": 10,
 }
+# Line of starts.jsonl.
+START: dict[str, Any] = {
+    "step": 0,
+    "num_steps": 20,
+    "time": "2026-01-02T03:04:05+00:00",
+    "model": "Mixer-S/16",
+    "num_parameters": 1_234_567,
+    "train_data": "digits/all train",
+    "num_train_examples": 1_437,
+    "num_hosts": 2,
+    "num_devices": 8,
+    "device_kind": "NVIDIA H200",
+    "mesh": {"data": 4, "fsdp": 2},
+    "dtype": "bfloat16",
+    "backend": "triton",
+    "versions": {"mixer-jax": "0.1.0", "jax": "0.10.2"},
+}
 # Changes that make the program faster to compile.
 NO_REGULARIZATION: dict[str, Any] = {
     "model__num_blocks": 1,

@@ -25,24 +25,8 @@ from mixer_jax.visualization.run_page import (
 )
 from tests.helpers.html_pages import Page, check_stands_alone, visible_text
 from tests.helpers.messages import mentions, raises
-from tests.helpers.tiny_run import small_config
+from tests.helpers.tiny_run import START, small_config
 
-START: dict[str, Any] = {
-    "step": 0,
-    "num_steps": 20,
-    "time": "2026-01-02T03:04:05+00:00",
-    "model": "Mixer-S/16",
-    "num_parameters": 1_234_567,
-    "train_data": "digits/all train",
-    "num_train_examples": 1_437,
-    "num_hosts": 2,
-    "num_devices": 8,
-    "device_kind": "NVIDIA H200",
-    "mesh": {"data": 4, "fsdp": 2},
-    "dtype": "bfloat16",
-    "backend": "triton",
-    "versions": {"mixer-jax": "0.1.0", "jax": "0.10.2"},
-}
 LINES: list[tuple[int, dict[str, float]]] = [
     (10, {"loss": 2.0123456789, "learning_rate": 0.1, "images_per_second": 90.0}),
     (10, {"test/top1": 0.9166666666666666, "test/num_examples": 360.0}),
