@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.cli.common import check_positive
 from mixer_jax.errors import UserError
 from tests.helpers.faults import Faults, build_library
 
@@ -49,6 +50,8 @@ def main() -> int:
         "--workdir", type=Path, help="folder for runs and results; default: a temporary one"
     )
     args = parser.parse_args()
+    check_positive(args, "faults")
+    _list_kinds(args.only)
     workdir = (args.workdir or Path(tempfile.mkdtemp(prefix="campaign"))).absolute()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     faults = workdir / "faults"
@@ -65,6 +68,17 @@ def main() -> int:
     return _run(args, seed)
 
 
+def _list_kinds(only: str | None) -> list[str]:
+    """Returns the kinds of faults that `--only` selects; raises UserError for unknown ones."""
+    from tests.campaign.kinds import KINDS
+
+    names = only.split(",") if only else [*KINDS]
+    for name in names:
+        if name not in KINDS:
+            raise UserError(f"--only must be some of {', '.join(KINDS)}, got {name!r}.")
+    return names
+
+
 def _run(args: argparse.Namespace, seed: int) -> int:
     from tests.campaign import runs
     from tests.campaign.kinds import KINDS
@@ -73,10 +87,7 @@ def _run(args: argparse.Namespace, seed: int) -> int:
     # As Ctrl-C, after which the table is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    names = args.only.split(",") if args.only else [*KINDS]
-    for name in names:
-        if name not in KINDS:
-            raise UserError(f"--only must be some of {', '.join(KINDS)}, got {name!r}.")
+    names = _list_kinds(args.only)
     campaign = Campaign(
         args.workdir, Faults(args.workdir / "faults"), _prepare_digits(args.workdir)
     )
@@ -248,4 +259,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

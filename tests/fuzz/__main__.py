@@ -27,6 +27,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixer_jax.cli.common import check_positive
+from mixer_jax.errors import UserError
+
 _HANG_SECONDS = 5
 # Other programs may keep the machine busy, so the limit is on processor time; this one, on time
 # by the clock, is for processes that wait.
@@ -72,7 +75,13 @@ def work(args: argparse.Namespace) -> None:
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
+    import matplotlib
+
     from tests.fuzz.target import run_input
+
+    # Matplotlib creates its folders in HOME, outside of the folder that parsers may write to.
+    matplotlib.get_configdir()
+    matplotlib.get_cachedir()
 
     skip_target, skip_index = args.start.rsplit("/", 1)
     targets = select_targets(args.only)
@@ -258,6 +267,9 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
+    check_positive(args, "inputs")
+    if not select_targets(args.only):
+        raise UserError(f"--only must be part of a target's name, got {', '.join(args.only)}.")
     os.environ["JAX_PLATFORMS"] = "cpu"
     args.folder = Path(args.folder or tempfile.mkdtemp()).absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -272,4 +284,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
