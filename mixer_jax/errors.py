@@ -23,6 +23,8 @@ _FAILING = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What JAX and PyTorch write when memory runs out.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
+# What Gloo, NCCL, JAX and orbax write when another host does not answer.
+_LOST_HOST = ("gloo", "nccl", "coordination service", "coordinationservice", "barrier")
 
 
 def escape_control_characters(text: str) -> str:
@@ -241,6 +243,17 @@ def describe_full_memory(error: Exception) -> str:
         f"the memory of this machine is full ({summarize_error(error)}). Free memory, or lift the "
         "limit on it, and run the same command again."
     )
+
+
+def describe_lost_host(error: BaseException) -> str:
+    """Formats an error that the loss of another host of the run caused, and its fix; or ""."""
+    for cause in iter_causes(error):
+        if any(phrase in str(cause).lower() for phrase in _LOST_HOST):
+            return (
+                f"another host was lost, or cannot be reached ({summarize_error(cause)}). Run the "
+                "same command again on all hosts."
+            )
+    return ""
 
 
 def exit_code(error: BaseException) -> int:

@@ -31,7 +31,7 @@ from mixer_jax.checkpoints.checksums import (
 )
 from mixer_jax.checkpoints.resolve import CHECKPOINT_DIR, COMMITTED, DAMAGED_DIR, INDEX
 from mixer_jax.checkpoints.weights import flatten_params, unflatten_params
-from mixer_jax.errors import RunError, UserError, summarize_error
+from mixer_jax.errors import RunError, UserError, describe_lost_host, summarize_error
 from mixer_jax.files import name_file, parse_json, remove_abandoned, sync, sync_tree
 
 Tree = Any
@@ -132,6 +132,8 @@ class CheckpointManager:
             with name_file(self._folder):
                 self._manager = ocp.CheckpointManager(self._folder, options=options)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if describe_lost_host(error):
+                raise
             # orbax reads the index of every checkpoint.
             raise UserError(
                 f"{self._folder} has a checkpoint with a damaged {INDEX} "
@@ -293,6 +295,8 @@ class CheckpointManager:
             # checkpoint may be intact.
             raise
         except Exception as error:
+            if describe_lost_host(error):
+                raise
             # orbax raises errors of many types. The hook stays, because reads may still be ending.
             warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
             if is_intact:

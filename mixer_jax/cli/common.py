@@ -20,6 +20,7 @@ from mixer_jax.errors import (
     UserError,
     describe_file_failure,
     describe_full_memory,
+    describe_lost_host,
     exit_code,
 )
 from mixer_jax.files import atomic_write
@@ -56,9 +57,9 @@ _ARGPARSE_MESSAGES = {
 def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) -> NoReturn:
     """Runs a command and exits with the code that it returns.
 
-    Usage errors exit with 2, and failures of runs, disks and memory with 1, after one line on
-    standard error. Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit with
-    130, 143 and 129.
+    Usage errors exit with 2, and failures of runs, disks, memory and other hosts with 1, after one
+    line on standard error. Commands that Ctrl-C, SIGTERM or SIGHUP stopped and that can resume exit
+    with 130, 143 and 129.
 
     Args:
         main: Function from the arguments to the exit code.
@@ -86,8 +87,10 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
         print("interrupted", file=sys.stderr)
         code = exit_code(error)
     except Exception as error:
-        # Disks, file servers and the memory may fail wherever a command uses them.
-        description = describe_file_failure(error) or describe_full_memory(error)
+        # Disks, file servers, the memory and other hosts may fail wherever a command uses them.
+        description = (
+            describe_file_failure(error) or describe_full_memory(error) or describe_lost_host(error)
+        )
         if not description:
             raise
         print(f"error: {description}", file=sys.stderr)

@@ -408,6 +408,24 @@ def test_failed_read_of_a_verified_checkpoint_is_not_damage(
         checkpoints.restore(100, {"params": make_tree(0)}, is_verified=True)
 
 
+def test_a_lost_host_is_not_damage(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective of orbax may fail, in the thread of the caller, as an error of any type."""
+
+    def lose_host(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    checkpoints = CheckpointManager(run)
+    monkeypatch.setattr(checkpoints._manager, "restore", lose_host)
+    for is_verified in (False, True):
+        with raises(ValueError, "Gloo") as caught:
+            checkpoints.restore(100, {"params": make_tree(0)}, is_verified=is_verified)
+        assert not isinstance(caught.value, UserError)
+    monkeypatch.setattr(manager_module.ocp, "CheckpointManager", lose_host)
+    with raises(ValueError, "Gloo") as caught:
+        CheckpointManager(run)
+    assert not isinstance(caught.value, UserError)
+
+
 def test_failing_store_is_not_damaged_metadata(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Path(run) / "checkpoints" / "100"
     checkpoints = CheckpointManager(run)

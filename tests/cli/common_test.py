@@ -104,6 +104,16 @@ def test_run_cli_shows_the_traceback_of_a_bug() -> None:
         ('RuntimeError("can\'t start new thread")', 1, ["memory", "new thread"]),
         ("OSError(5, 'failed', '/disk/out.json')", 1, ["/disk/out.json", "Input/output error"]),
         ("OSError(30, 'failed')", 1, ["Read-only file system"]),
+        (
+            "ValueError('UNKNOWN: Gloo AllGather failed: Connection reset by peer')",
+            1,
+            ["another host", "Gloo", "Connection reset by peer"],
+        ),
+        (
+            "TimeoutError('failed') from RuntimeError('Barrier failed:\\nTask 1 timeout')",
+            1,
+            ["another host", "Task 1 timeout"],
+        ),
     ],
 )
 def test_run_cli_turns_errors_into_one_line_and_an_exit_code(

@@ -144,6 +144,7 @@ def test_a_killed_host_ends_the_other_and_the_run_resumes_bit_identically(
         errors = [process.communicate(timeout=60)[1] for process in both]
         assert both[killed].returncode == -signal.SIGKILL
         assert both[1 - killed].returncode in LOST_HOST, errors
+        assert "Traceback" not in errors[1 - killed], errors
     saved = list_steps(str(tmp_path))
     assert saved in ([], [6], [6, 12], [12, 18])
 
