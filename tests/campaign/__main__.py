@@ -1,6 +1,7 @@
 """Fault campaign: `python -m tests.campaign`. See docs/reliability.md."""
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -82,8 +83,11 @@ def _list_kinds(only: str | None) -> list[str]:
 def _run(args: argparse.Namespace, seed: int) -> int:
     from tests.campaign import runs
     from tests.campaign.kinds import KINDS
-    from tests.campaign.trial import Campaign
+    from tests.campaign.trial import Campaign, RunType
 
+    # The garbage collector of a forked process would copy what this one has imported.
+    gc.collect()
+    gc.freeze()
     # As Ctrl-C, after which the table is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -97,7 +101,7 @@ def _run(args: argparse.Namespace, seed: int) -> int:
     indices = {name: results.next_index(name) if first is None else first for name in names}
     done: Counter[str] = Counter()
     try:
-        campaign.reference()
+        campaign.reference(RunType())
         while time.monotonic() < deadline and done.total() < args.faults:
             name = min(names, key=lambda name: (done[name] + 0.5) / KINDS[name].weight)
             done[name] += 1
@@ -116,8 +120,8 @@ def _run(args: argparse.Namespace, seed: int) -> int:
     descriptions = {name: kind.description for name, kind in KINDS.items()}
     table = results.write_table(descriptions)
     print(f"\n{table}")
-    if number := results.count(NOT_INJECTED):
-        print(f"\n{number:,} more were not injected, because the run had ended before.")
+    for reason, number in results.not_injected().items():
+        print(f"\n{number:,} more were not injected: {reason}.")
     return 1 if results.count("lost") else 0
 
 
@@ -132,8 +136,8 @@ def _inject(campaign: Any, inject: Any, kind: str, index: int, seed: int) -> dic
     start, reason = time.monotonic(), ""
     try:
         outcome = inject(trial)
-    except NotInjectedError:
-        outcome = NOT_INJECTED
+    except NotInjectedError as error:
+        outcome, reason = NOT_INJECTED, str(error)
     except LostError as error:
         outcome, reason = "lost", str(error)
     except Exception:
@@ -199,6 +203,11 @@ class Results:
     def count(self, outcome: str) -> int:
         """Counts the results with an outcome."""
         return sum(result["outcome"] == outcome for result in self._results.values())
+
+    def not_injected(self) -> Counter[str]:
+        """Counts the faults that were not injected by their reason."""
+        found = (r for r in self._results.values() if r["outcome"] == NOT_INJECTED)
+        return Counter(result["reason"] for result in found)
 
     def write_table(self, descriptions: dict[str, str]) -> str:
         """Writes results.json and table.md; returns the table."""

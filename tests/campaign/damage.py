@@ -5,6 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from mixer_jax.checkpoints.resolve import list_steps
+from tests.campaign.runs import LostError
+from tests.campaign.trial import Trial
+
 
 def list_files(checkpoint: Path) -> list[str]:
     """Lists the files of a checkpoint, relative to it, in alphabetical order."""
@@ -64,3 +68,35 @@ DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "extended": _extend,
     "replaced by a folder": _replace_by_folder,
 }
+
+
+def damage_checkpoint(trial: Trial) -> str:
+    """Damages a file of the newest of two checkpoints; the run resumes from an intact one.
+
+    The indices of trials go through all pairs of a file and a damage. Returns "recovered", or
+    "refused" if both checkpoints are damaged.
+    """
+    trial.copy_interrupted_run()
+    checkpoints = trial.workdir / "checkpoints"
+    older, newer = (checkpoints / str(step) for step in list_steps(str(trial.workdir)))
+    files, other_files = list_files(newer), list_files(older)
+    index = trial.index % (len(files) * len(DAMAGES))
+    file, damage = files[index // len(DAMAGES)], [*DAMAGES][index % len(DAMAGES)]
+    # The same file, or the one at the same position if its name is random.
+    position = min(files.index(file), len(other_files) - 1)
+    other = file if file in other_files else other_files[position]
+    trial.record(file=file, damage=damage)
+    DAMAGES[damage](newer / file, older / other, trial.rng)
+    if damage != SWAPPED:
+        return trial.recover()
+    # Both checkpoints are damaged, unless the files are equal.
+    process = trial.start_any()
+    if trial.check_end(process, [2]) == 0:
+        trial.check_result(process)
+        return "recovered"
+    for checkpoint in (older, newer):
+        if str(checkpoint) not in process.error_line:
+            raise LostError("the message does not name both checkpoints")
+    DAMAGES[damage](newer / file, older / other, trial.rng)
+    trial.recover()
+    return "refused"

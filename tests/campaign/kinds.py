@@ -12,16 +12,20 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mixer_jax.checkpoints.resolve import list_steps
-from mixer_jax.training import loop
+from mixer_jax.training import loop, setup
+from mixer_jax.training import step as training_step
 from mixer_jax.training.workdir import read_starts
-from tests.campaign.damage import DAMAGES, SWAPPED, list_files
+from tests.campaign.damage import damage_checkpoint
+from tests.campaign.hosts import HOST_KINDS
 from tests.campaign.runs import LostError, Process
-from tests.campaign.trial import CRASHES, Trial
+from tests.campaign.trial import CRASHES, Kind, Trial
 from tests.helpers.faults import CALLS, Action
 from tests.helpers.images import encode
 from tests.helpers.processes import STEPS, last_step
@@ -41,22 +45,9 @@ _ERRORS = {
 }
 
 
-class Kind(NamedTuple):
-    """Kind of faults.
-
-    Attributes:
-        description: Row of the table.
-        inject: Function that disturbs a run and recovers it.
-        weight: Relative number of faults.
-    """
-
-    description: str
-    inject: Callable[[Trial], str]
-    weight: float = 1.0
-
-
 def kill_at_random_time(trial: Trial) -> str:
     """Kills the run at a random time."""
+    trial.draw_start()
     process = trial.start_until_random_time()
     process.send(signal.SIGKILL)
     if trial.check_end(process, [-signal.SIGKILL]) == 0:
@@ -66,6 +57,7 @@ def kill_at_random_time(trial: Trial) -> str:
 
 def kill_in_random_call(trial: Trial) -> str:
     """Kills the run before or in the middle of a random system call that changes the workdir."""
+    trial.draw_start()
     action = trial.rng.choice([Action.KILL, Action.KILL_INSIDE])
     trial.record(action=action.name)
     trial.faults.arm(trial.folders.disk, action, trial.draw_call(CALLS))
@@ -77,6 +69,7 @@ def kill_in_random_call(trial: Trial) -> str:
 
 def lose_power(trial: Trial) -> str:
     """Kills the run in a random system call, and discards what had not been synced."""
+    trial.draw_start()
     trial.faults.arm(trial.folders.disk, Action.KILL, trial.draw_call(CALLS), is_logging=True)
     process = trial.start()
     if trial.check_end(process, [-signal.SIGKILL]) == 0:
@@ -132,6 +125,7 @@ def _fail(error: str, action: Action) -> Callable[[Trial], str]:
     """Lets a random system call fail, or all from then on."""
 
     def inject(trial: Trial) -> str:
+        trial.draw_start()
         calls = _ERRORS[error]
         call = trial.draw_call(calls)
         trial.faults.arm(trial.folders.disk, action, call, calls, error=getattr(errno, error))
@@ -194,29 +188,43 @@ def start_twice(trial: Trial) -> str:
     return RECOVERED
 
 
-def put_nan_into_parameters(trial: Trial) -> str:
-    """Makes one parameter NaN at a random step, as a NaN in one gradient does.
+def put_nan_into_gradient(trial: Trial) -> str:
+    """Makes one entry of the gradient NaN at a random step.
 
     The run must end in one line without saving it, and resume once the cause is gone.
     """
-    step = trial.rng.randint(1, STEPS)
+    step, random_index = trial.rng.randint(1, STEPS), trial.rng.randrange(2**20)
     trial.record(step=step)
-    take_step = loop._TrainLoop.take_step
 
-    def take_bad_step(self: Any, number: int, batch: Any) -> None:
-        take_step(self, number, batch)
-        if number == step:
-            import jax
+    def add_nan(gradient: Any) -> Any:
+        leaves, tree = jax.tree.flatten(gradient)
+        index = random_index % len(leaves)
+        leaves[index] = leaves[index].at[(0,) * leaves[index].ndim].set(jnp.nan)
+        return jax.tree.unflatten(tree, leaves)
 
-            leaves, tree = jax.tree.flatten(self.state.params)
-            index = trial.rng.randrange(len(leaves))
-            bad = leaves[index].at[(0,) * leaves[index].ndim].set(np.nan)
-            leaves[index] = jax.device_put(bad, leaves[index].sharding)
-            self.state = self.state._replace(params=jax.tree.unflatten(tree, leaves))
+    jit_train_step, differentiate = setup.jit_train_step, training_step.sharded_value_and_grad
 
-    process = trial.start(lambda: setattr(loop._TrainLoop, "take_step", take_bad_step))
+    def differentiate_badly(*args: Any) -> Any:
+        value_and_grad = differentiate(*args)
+
+        def bad_value_and_grad(*args: Any) -> tuple[Any, Any]:
+            value, gradient = value_and_grad(*args)
+            return value, add_nan(gradient)
+
+        return bad_value_and_grad
+
+    def jit_both(take_step: Any, *args: Any) -> Any:
+        def take_bad_step(*args: Any) -> Any:
+            with mock.patch.object(training_step, "sharded_value_and_grad", differentiate_badly):
+                return take_step(*args)
+
+        # Two programs: a condition in the program could change the rounding of the other steps.
+        good, bad = jit_train_step(take_step, *args), jit_train_step(take_bad_step, *args)
+        return lambda state, batch: (bad if state.step == step - 1 else good)(state, batch)
+
+    process = trial.start(lambda: setattr(setup, "jit_train_step", jit_both))
     if trial.check_end(process, [1]) == 0:
-        raise LostError("finished with a parameter that is not a number")
+        raise LostError("finished with a gradient that is not a number")
     if "must be finite" not in process.error_line:
         raise LostError("the message does not name the cause")
     trial.recover()
@@ -318,9 +326,9 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
         trial.record(has_substitute=has_substitute, has_failed_evaluation=has_failed_evaluation)
         if not has_substitute and not has_failed_evaluation:
             return trial.recover()
-        process = trial.resume()
+        resumed = trial.resume()
         if not has_substitute:
-            trial.check_arrays(process)
+            trial.check_arrays(resumed)
         return REFUSED
 
     return inject
@@ -359,37 +367,6 @@ def _list_loader_processes(process: Process) -> list[int]:
     return sorted(found)
 
 
-def damage_checkpoint(trial: Trial) -> str:
-    """Damages a file of the newest of two checkpoints; the run resumes from an intact one.
-
-    The indices of trials go through all pairs of a file and a damage.
-    """
-    trial.copy_interrupted_run()
-    checkpoints = trial.workdir / "checkpoints"
-    older, newer = (checkpoints / str(step) for step in list_steps(str(trial.workdir)))
-    files, other_files = list_files(newer), list_files(older)
-    index = trial.index % (len(files) * len(DAMAGES))
-    file, damage = files[index // len(DAMAGES)], [*DAMAGES][index % len(DAMAGES)]
-    # The same file, or the one at the same position if its name is random.
-    position = min(files.index(file), len(other_files) - 1)
-    other = file if file in other_files else other_files[position]
-    trial.record(file=file, damage=damage)
-    DAMAGES[damage](newer / file, older / other, trial.rng)
-    if damage != SWAPPED:
-        return trial.recover()
-    # Both checkpoints are damaged, unless the files are equal.
-    process = trial.start()
-    if trial.check_end(process, [2]) == 0:
-        trial.check_result(process)
-        return RECOVERED
-    for checkpoint in (older, newer):
-        if str(checkpoint) not in process.error_line:
-            raise LostError("the message does not name both checkpoints")
-    DAMAGES[damage](newer / file, older / other, trial.rng)
-    trial.recover()
-    return REFUSED
-
-
 KINDS: dict[str, Kind] = {
     "kill_time": Kind("SIGKILL at a random time", kill_at_random_time, 6),
     "kill_call": Kind("SIGKILL in a random system call", kill_in_random_call, 8),
@@ -414,11 +391,12 @@ KINDS: dict[str, Kind] = {
     "read_only": Kind("read-only workdir", make_read_only, 0.5),
     "clock_back": Kind("clock set back", move_clock_back),
     "two_runs": Kind("two runs in one workdir", start_twice),
-    "nan": Kind("NaN in one parameter", put_nan_into_parameters),
+    "nan": Kind("NaN in one gradient", put_nan_into_gradient),
     "memory": Kind("limit on memory", limit_memory),
     "image_changed": Kind("an image file changes", _replace_image(_write_other_image)),
     "image_vanished": Kind("an image file vanishes", _replace_image(lambda path: None)),
     "image_hangs": Kind("an image file becomes a pipe that blocks", _replace_image(os.mkfifo)),
     "loader_killed": Kind("SIGKILL of a loader process", kill_loader_process),
     "checkpoint": Kind("a damaged file of the newest checkpoint", damage_checkpoint, 12),
+    **HOST_KINDS,
 }

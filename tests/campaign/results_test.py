@@ -8,7 +8,7 @@ from tests.campaign.__main__ import NOT_INJECTED, Results
 
 
 def result(kind: str, index: int, outcome: str) -> dict[str, Any]:
-    return {"kind": kind, "index": index, "seed": 1, "outcome": outcome}
+    return {"kind": kind, "index": index, "seed": 1, "outcome": outcome, "reason": "its end"}
 
 
 def test_a_repeated_fault_replaces_its_result(tmp_path: Path) -> None:
@@ -16,6 +16,7 @@ def test_a_repeated_fault_replaces_its_result(tmp_path: Path) -> None:
     for index, outcome in enumerate(["recovered", "lost", NOT_INJECTED, "refused"]):
         results.add(result("kill", index, outcome))
     assert results.count("lost") == 1
+    assert results.not_injected() == {"its end": 1}
     # A later campaign in the same folder.
     results = Results(tmp_path, seed=1)
     assert (results.next_index("kill"), results.next_index("nan")) == (4, 0)

@@ -8,6 +8,7 @@ because their threads would not survive a fork.
 import atexit
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ import mixer_jax.training.loop
 import mixer_jax.visualization.curves
 from mixer_jax.checkpoints.resolve import list_steps
 from mixer_jax.cli import common
-from tests.helpers.processes import final_arrays, untimed_metrics
+from mixer_jax.distributed import multihost
+from tests.helpers.processes import final_arrays, host_env, untimed_metrics
 from tests.helpers.tiny_run import to_flags
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +43,9 @@ ROOT = Path(__file__).parent.parent.parent
 _OUTSIDE = ("cwd", "home", "tmp")
 # Process ids since the last `kill_all`.
 _started: list[int] = []
+# Time after which a host that does not answer is lost. Less than users wait, but enough for hosts
+# that share the cores of a busy machine.
+HEARTBEAT_TIMEOUT_SECONDS = 10
 # An undisturbed process that takes longer hangs, even on a busy machine.
 TIMEOUT_SECONDS = 600.0
 
@@ -174,6 +179,47 @@ class Process:
         return lines[0]
 
 
+class Hosts:
+    """Processes of a run on several hosts, of which the first one prints for all.
+
+    Has what a run that is not disturbed needs of `Process`.
+    """
+
+    def __init__(self, name: str, processes: Sequence[Process]):
+        self.name, self.processes = name, processes
+
+    def wait(self, seconds: float) -> int | None:
+        """Waits for the end of all; returns the first code that is not 0, or None if one runs."""
+        deadline = time.monotonic() + seconds
+        codes = [process.wait(deadline - time.monotonic()) for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def finish(self, seconds: float = TIMEOUT_SECONDS) -> int:
+        """Waits for the end of all; returns the first code that is not 0, or 0.
+
+        Raises:
+            LostError: One hangs, or has left others behind.
+        """
+        deadline = time.monotonic() + seconds
+        codes = [process.finish(deadline - time.monotonic()) for process in self.processes]
+        return next(filter(None, codes), 0)
+
+    @property
+    def out(self) -> str:
+        """Standard output of the first host."""
+        return self.processes[0].out
+
+    @property
+    def err(self) -> str:
+        """Standard error of all hosts."""
+        return "".join(process.err for process in self.processes)
+
+    @property
+    def error_line(self) -> str:
+        """The one line on standard error of the first host; raises LostError if it has others."""
+        return self.processes[0].error_line
+
+
 def _group_exists(group: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
@@ -208,7 +254,7 @@ def start(
         try:
             common.run_cli(mixer_jax.main.main, needs_output=False)
         except SystemExit as error:
-            if error.code == 0:
+            if error.code == 0 and "JAX_NUM_PROCESSES" not in os.environ:
                 # In this process, because JAX is not initialized in the campaign's own one.
                 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
                 logging.disable()
@@ -216,6 +262,47 @@ def start(
             raise
 
     return Process(fork(train, folders.logs / name), name, folders.logs)
+
+
+def start_hosts(
+    folders: Folders,
+    name: str,
+    data_dir: str,
+    settings: Mapping[str, Any],
+    num_hosts: int,
+    before: Callable[[int], object] = lambda host: None,
+) -> Hosts:
+    """Starts or resumes a run on several hosts, which are processes with one device each.
+
+    Args:
+        folders: Folders of the run.
+        name: Name of the processes, without the index of the host.
+        data_dir: TFDS folder.
+        settings: Changes of the settings.
+        num_hosts: Number of hosts.
+        before: Function that is called in each process, with the index of its host, before the run
+            starts.
+    """
+
+    def join(host: int, env: Mapping[str, str]) -> None:
+        os.environ |= env
+        multihost._HEARTBEAT_TIMEOUT_SECONDS = HEARTBEAT_TIMEOUT_SECONDS
+        before(host)
+
+    envs = enumerate(host_env(num_hosts, num_devices=1))
+    return Hosts(
+        name,
+        [
+            start(
+                folders,
+                f"{name}_host{host}",
+                data_dir,
+                settings,
+                functools.partial(join, host, env),
+            )
+            for host, env in envs
+        ],
+    )
 
 
 def fork(function: Callable[[], object], output: Path) -> int:
@@ -271,6 +358,8 @@ def _set_up_process(folders: Folders) -> None:
     os.chdir(cwd)
     os.environ |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
     tempfile.tempdir = None
+    # Drawing takes an eighth of a run's time, and the file is not compared.
+    mixer_jax.visualization.curves.render_figure = lambda figure, file_format: b""
     configure_jax = common.configure_jax
 
     def configure_cache(compilation_cache: str, **options: Any) -> None:
@@ -322,8 +411,15 @@ def _write_digests(folders: Folders) -> None:
     folders.digests.write_text(json.dumps(digests))
 
 
-def read_result(folders: Folders, process: Process) -> Result:
-    """Reads the result of a run that a process has finished."""
+def read_result(folders: Folders, process: Process | Hosts) -> Result:
+    """Reads the result of a run that a process, or several hosts, have finished."""
+    if isinstance(process, Hosts):
+        # One host cannot read a checkpoint alone.
+        reader = Process(
+            fork(lambda: _write_digests(folders), folders.logs / "digests"), "digests", folders.logs
+        )
+        if reader.finish() != 0:
+            raise LostError(f"the last checkpoint cannot be read: {reader.err}")
     scores = [line for line in process.out.splitlines() if line.startswith("test: ")]
     return Result(
         json.loads(folders.digests.read_text()),

@@ -4,32 +4,37 @@ Random times and calls are drawn from an undisturbed run.
 """
 
 import dataclasses
+import os
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from mixer_jax.checkpoints.resolve import list_steps
+from mixer_jax.training import loop
 from tests.campaign import runs
-from tests.campaign.runs import Folders, LostError, Process, Result
+from tests.campaign.runs import Folders, Hosts, LostError, Process, Result
 from tests.helpers.faults import Faults
 from tests.helpers.images import encode
-from tests.helpers.processes import RUN, STEPS, first_reported_step, last_step
+from tests.helpers.processes import RUN, first_reported_step, last_step
 
 # One block compiles faster than two.
 SETTINGS = RUN | {"model__num_blocks": 1, "model__stochastic_depth": 0.0}
-# A run that resumes may repeat the steps since its last checkpoint. The save of that one may have
-# been unfinished; then also those since the one before.
-_MAX_REPEATED_STEPS = 2 * SETTINGS["checkpoint__every_steps"] + SETTINGS["log_every_steps"]
-# The log may lag behind the run by the steps since the last save, at which it is flushed, and those
-# since the last line.
-_MAX_UNLOGGED_STEPS = _MAX_REPEATED_STEPS
+# All hosts write a part of each array. Hosts that share cores need more time for a step.
+HOST_SETTINGS = SETTINGS | {
+    "num_steps": 20,
+    "log_every_steps": 2,
+    "checkpoint__every_steps": 5,
+    "evals__test__every_steps": 10,
+    "recipe__ema_decay": 0.0,
+    "distributed_timeout": runs.HEARTBEAT_TIMEOUT_SECONDS,
+}
 # Signals by which libraries end a process that has no memory left.
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
@@ -46,7 +51,46 @@ _POLL_SECONDS = 0.002
 
 
 class NotInjectedError(Exception):
-    """The run has ended, undisturbed and correctly, before the fault."""
+    """A fault has not been injected, for the reason in the message; the run is correct."""
+
+
+class Kind(NamedTuple):
+    """Kind of faults.
+
+    Attributes:
+        description: Row of the table.
+        inject: Function that disturbs a run, checks how it ends, resumes it, and returns
+            "recovered" or "refused".
+        weight: Relative number of faults.
+    """
+
+    description: str
+    inject: Callable[["Trial"], str]
+    weight: float = 1.0
+
+
+class RunType(NamedTuple):
+    """Type of an undisturbed run.
+
+    Attributes:
+        has_images: Whether it trains on image files, instead of a TFDS dataset.
+        num_hosts: Number of hosts.
+        is_resumed: Whether it resumes a run that was stopped after two checkpoints.
+    """
+
+    has_images: bool = False
+    num_hosts: int = 1
+    is_resumed: bool = False
+
+    def __str__(self) -> str:
+        data = "images" if self.has_images else "digits"
+        start = "resumed" if self.is_resumed else "new"
+        return f"{data}_{start}_{self.num_hosts}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of a run, without those of image files."""
+        return SETTINGS if self.num_hosts == 1 else HOST_SETTINGS | {"mesh__fsdp": self.num_hosts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,40 +122,42 @@ class Campaign:
     folder: Path
     faults: Faults
     data_dir: str
-    _references: dict[bool, Reference] = dataclasses.field(default_factory=dict)
+    _references: dict[RunType, Reference] = dataclasses.field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
         """Compiled programs."""
         return self.folder / "cache"
 
-    def reference(self, has_images: bool = False) -> Reference:
+    def reference(self, run_type: RunType) -> Reference:
         """Returns an undisturbed run, after running it at the first call.
 
-        Args:
-            has_images: Whether it trains on image files, instead of a TFDS dataset.
-
         Raises:
-            LostError: It fails, or a second one ends with another result.
+            LostError: It fails, or a second one, or one that resumes, ends with another result.
         """
-        if has_images not in self._references:
+        if run_type not in self._references:
             # Compiles all programs, and is compared with the second one.
-            first = self._run_undisturbed(has_images, "first")
-            second = self._run_undisturbed(has_images, "second")
-            if difference := second.result.difference(first.result):
-                raise LostError(f"two undisturbed runs differ: {difference}")
-            self._references[has_images] = second
-        return self._references[has_images]
+            first = self._run_undisturbed(run_type, "first")
+            second = self._run_undisturbed(run_type, "second")
+            expected = first.result
+            if run_type.is_resumed:
+                expected = self.reference(run_type._replace(is_resumed=False)).result
+            for run in (first, second):
+                if difference := run.result.difference(expected):
+                    raise LostError(f"undisturbed runs differ: {difference}")
+            self._references[run_type] = second
+        return self._references[run_type]
 
-    def _run_undisturbed(self, has_images: bool, name: str) -> Reference:
-        kind = "images" if has_images else "digits"
-        folders = Folders(self.folder / f"reference_{kind}" / name, self.cache)
+    def _run_undisturbed(self, run_type: RunType, name: str) -> Reference:
+        folders = Folders(self.folder / f"reference_{run_type}" / name, self.cache)
         shutil.rmtree(folders.root, ignore_errors=True)
         folders.create()
-        settings = write_images(folders.images) if has_images else SETTINGS
+        settings = write_images(folders.images) if run_type.has_images else run_type.settings
+        if run_type.is_resumed:
+            shutil.copytree(self.interrupted_run(run_type.num_hosts), folders.workdir)
         self.faults.arm(folders.disk)
         start = time.monotonic()
-        process = runs.start(folders, "run", self.data_dir, settings)
+        process = self.start(folders, "run", settings, run_type.num_hosts)
         progress = [(0.0, 0)]
         while process.wait(_INTERVAL_SECONDS) is None and progress[-1][0] < runs.TIMEOUT_SECONDS:
             progress.append((time.monotonic() - start, self.faults.num_calls))
@@ -123,19 +169,45 @@ class Campaign:
         progress = [entry for entry in progress if entry[1] < calls.total()]
         return Reference(runs.read_result(folders, process), calls, progress)
 
-    def interrupted_run(self) -> Path:
+    def interrupted_run(self, num_hosts: int = 1) -> Path:
         """Returns the workdir of a run that was stopped after two checkpoints; do not change it."""
-        folders = Folders(self.folder / "interrupted", self.cache)
+        folders = Folders(self.folder / f"interrupted_{num_hosts}", self.cache)
         if not (folders.root / "done").exists():
             shutil.rmtree(folders.root, ignore_errors=True)
-            process = runs.start(folders, "run", self.data_dir, SETTINGS)
-            while process.wait(0.01) is None and 30 not in list_steps(str(folders.workdir)):
-                pass
-            process.send(signal.SIGTERM)
+            settings = RunType(num_hosts=num_hosts).settings
+            stop_step = settings["num_steps"] // 2 + 2
+            process = self.start(
+                folders, "run", settings, num_hosts, lambda host: _stop_after(stop_step)
+            )
             if process.finish() != 143:
-                raise LostError(f"the run to damage was not interrupted: {process.err}")
+                raise LostError(f"the run to resume was not interrupted: {process.err}")
             (folders.root / "done").touch()
         return folders.workdir
+
+    def start(
+        self,
+        folders: Folders,
+        name: str,
+        settings: Mapping[str, Any],
+        num_hosts: int,
+        before: Callable[[int], object] = lambda host: None,
+    ) -> Process | Hosts:
+        """Starts or resumes a run on one or several hosts."""
+        if num_hosts > 1:
+            return runs.start_hosts(folders, name, self.data_dir, settings, num_hosts, before)
+        return runs.start(folders, name, self.data_dir, settings, lambda: before(0))
+
+
+def _stop_after(stop_step: int) -> None:
+    """Lets a run in this process receive SIGTERM after a step."""
+    take_step = loop._TrainLoop.take_step
+
+    def take_last_step(self: Any, step: int, batch: Any) -> None:
+        take_step(self, step, batch)
+        if step == stop_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop._TrainLoop.take_step = take_last_step  # type: ignore[method-assign]
 
 
 def write_images(folder: Path) -> dict[str, Any]:
@@ -166,8 +238,9 @@ class Trial:
         self.campaign, self.rng, self.index = campaign, rng, index
         self.folders = Folders(folder, campaign.cache)
         self.parameters: dict[str, Any] = {}
-        self.settings: dict[str, Any] = SETTINGS
-        self._has_images = False
+        self._type = RunType()
+        self.settings = self._type.settings
+        self._is_on_one_host = False
         self._num_starts = 0
         shutil.rmtree(folder, ignore_errors=True)
         self.folders.create()
@@ -185,14 +258,58 @@ class Trial:
     @property
     def reference(self) -> Reference:
         """Undisturbed run."""
-        return self.campaign.reference(self._has_images)
+        return self.campaign.reference(self._type)
 
     def use_images(self, **changes: Any) -> None:
         """Makes it a run on image files of its own, with changes of its settings."""
-        self._has_images = True
-        # Now, not while the run is in progress.
-        self.campaign.reference(has_images=True)
+        self._change_type(has_images=True)
         self.settings = write_images(self.folders.images) | changes
+
+    def use_hosts(self, num_hosts: int) -> None:
+        """Makes it a run on several hosts."""
+        self._change_type(num_hosts=num_hosts)
+
+    def use_one_host(self) -> None:
+        """Makes a run on several hosts resume on one, with the devices of all."""
+        self._is_on_one_host = True
+
+    def draw_start(self) -> None:
+        """Makes it a new run or, with the same probability, one that resumes."""
+        is_resumed = self.rng.random() < 0.5
+        self.record(is_resumed=is_resumed)
+        if is_resumed:
+            self.copy_interrupted_run()
+
+    def copy_interrupted_run(self) -> None:
+        """Makes it a run that resumes one that was stopped after two checkpoints."""
+        self._change_type(is_resumed=True)
+        shutil.copytree(self.campaign.interrupted_run(self.num_hosts), self.workdir)
+
+    def _change_type(self, **changes: Any) -> None:
+        self._type = self._type._replace(**changes)
+        self.settings = self._type.settings
+        # Now, not while the run is in progress.
+        self.campaign.reference(self._type)
+
+    @property
+    def num_hosts(self) -> int:
+        """Number of hosts of the run."""
+        return self._type.num_hosts
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.settings["num_steps"]
+
+    @property
+    def max_repeated_steps(self) -> int:
+        """Steps that a run which resumes may repeat: those since its last checkpoint.
+
+        The save of that one may have been unfinished; then also those since the one before. The log
+        may lag behind the run by the steps since the last save, at which it is flushed, and those
+        since the last line.
+        """
+        return 2 * self.settings["checkpoint__every_steps"] + self.settings["log_every_steps"]
 
     def record(self, **parameters: Any) -> None:
         """Adds parameters of the fault to the log."""
@@ -205,7 +322,14 @@ class Trial:
         return call
 
     def start_until_random_time(self) -> Process:
-        """Starts the run, and waits until a random time during it.
+        """Starts the run, and waits until a random time during it; see `wait_for_random_time`."""
+        self.faults.arm(self.folders.disk)
+        process = self.start()
+        self.wait_for_random_time(process)
+        return process
+
+    def wait_for_random_time(self, process: Process | Hosts) -> None:
+        """Waits until a random time during a run that has started after `faults` was armed.
 
         The time is drawn uniformly from the undisturbed run, and expressed by the last system call
         before it and a delay, which the next call ends. So it does not depend on how busy the
@@ -219,8 +343,6 @@ class Trial:
         seconds, call = self.rng.choice(progress)
         delay = seconds - next(start for start, calls in progress if calls == call)
         self.record(after_call=call, delay_seconds=round(delay, 3))
-        self.faults.arm(self.folders.disk)
-        process = self.start()
         while self.faults.num_calls < call and process.wait(0.0) is None:
             time.sleep(_POLL_SECONDS)
         deadline = time.monotonic() + delay
@@ -228,23 +350,37 @@ class Trial:
             time.sleep(_POLL_SECONDS)
         if process.wait(0.0) is not None:
             self.check_undisturbed(process)
-        return process
 
     def start(self, before: Callable[[], object] = lambda: None) -> Process:
-        """Starts or resumes the run."""
+        """Starts or resumes the run on one host."""
+        process = self.start_any(lambda host: before())
+        assert isinstance(process, Process)
+        return process
+
+    def start_hosts(self, before: Callable[[int], object] = lambda host: None) -> Hosts:
+        """Starts or resumes the run on its hosts; calls a function on each host before."""
+        hosts = self.start_any(before)
+        assert isinstance(hosts, Hosts)
+        return hosts
+
+    def start_any(self, before: Callable[[int], object] = lambda host: None) -> Process | Hosts:
+        """Starts or resumes the run, on one or several hosts."""
         self._num_starts += 1
         name = f"start{self._num_starts}"
-        return runs.start(self.folders, name, self.campaign.data_dir, self.settings, before)
+        if not self._is_on_one_host:
+            return self.campaign.start(self.folders, name, self.settings, self.num_hosts, before)
 
-    def copy_interrupted_run(self) -> None:
-        """Makes the workdir a copy of a run that was stopped after two checkpoints."""
-        shutil.copytree(self.campaign.interrupted_run(), self.workdir)
+        def use_devices(host: int) -> None:
+            jax.config.update("jax_num_cpu_devices", self.num_hosts)
+            before(host)
 
-    def check_end(self, process: Process, codes: Sequence[int]) -> int:
+        return self.campaign.start(self.folders, name, self.settings, 1, use_devices)
+
+    def check_end(self, process: Process | Hosts, codes: Sequence[int]) -> int:
         """Waits for the end of a disturbed run; returns its exit code.
 
         Args:
-            process: Process of the run.
+            process: Process of the run, or its hosts, which all must end with the same code.
             codes: Exit codes that are right after the fault, or signals as negative numbers, other
                 than 0. With 1 and 2, the run must print one line on standard error; with others
                 except `CRASHES`, none.
@@ -252,6 +388,11 @@ class Trial:
         Raises:
             LostError: It hangs, prints something else, or ends otherwise.
         """
+        if isinstance(process, Hosts):
+            found = {self.check_end(host, codes) for host in process.processes}
+            if len(found) > 1:
+                raise LostError(f"the hosts of {process.name} ended with {found}")
+            return found.pop()
         code = process.finish()
         if code in (1, 2):
             self.record(message=process.error_line)
@@ -263,7 +404,7 @@ class Trial:
             raise LostError(f"{process.name} ended with {code} and printed an error")
         return code
 
-    def resume(self) -> Process:
+    def resume(self) -> Process | Hosts:
         """Resumes the run without a fault, to its end.
 
         Raises:
@@ -271,13 +412,13 @@ class Trial:
         """
         self.faults.disarm()
         before = last_step(self.workdir)
-        process = self.start()
+        process = self.start_any()
         if process.finish() != 0:
             raise LostError(f"the same command fails: {process.err.strip()}")
         if last_step(self.workdir) > before:
             resumed_from = first_reported_step(process.out)
             self.record(resumed_from=resumed_from)
-            if before - resumed_from > _MAX_REPEATED_STEPS:
+            if before - resumed_from > self.max_repeated_steps:
                 raise LostError(f"resumed from step {resumed_from} after step {before}")
         self._check_files(process)
         return process
@@ -291,19 +432,19 @@ class Trial:
         self.check_result(self.resume())
         return "recovered"
 
-    def check_result(self, process: Process) -> None:
+    def check_result(self, process: Process | Hosts) -> None:
         """Raises LostError if a finished run differs from the undisturbed one."""
         self._check_files(process)
         result = runs.read_result(self.folders, process)
         if difference := result.difference(self.reference.result):
             raise LostError(f"differs from the undisturbed run in its {difference}")
 
-    def check_arrays(self, process: Process) -> None:
+    def check_arrays(self, process: Process | Hosts) -> None:
         """Raises LostError if the arrays of a finished run differ from the undisturbed one."""
         if runs.read_result(self.folders, process).arrays != self.reference.result.arrays:
             raise LostError("differs from the undisturbed run in its arrays")
 
-    def _check_files(self, process: Process) -> None:
+    def _check_files(self, process: Process | Hosts) -> None:
         """Raises LostError if a finished run has printed an error or left files behind."""
         if process.err:
             raise LostError(f"{process.name} has finished and printed an error")
@@ -318,16 +459,17 @@ class Trial:
             code: Its exit code.
             step: Last step in its log after the signal was sent.
         """
-        if code == 0 and step + _MAX_UNLOGGED_STEPS < STEPS:
+        if code == 0 and step + self.max_repeated_steps < self.num_steps:
             raise LostError(f"finished although it was stopped at about step {step}")
 
-    def check_undisturbed(self, process: Process) -> None:
+    def check_undisturbed(self, process: Process | Hosts) -> None:
         """Checks a run that has finished before the fault.
 
         Raises:
             LostError: It has failed or differs.
             NotInjectedError: It is correct.
         """
-        self.check_end(process, [])
+        if (code := process.finish()) != 0:
+            raise LostError(f"{process.name} ended with {code} before the fault")
         self.check_result(process)
-        raise NotInjectedError
+        raise NotInjectedError("the run had ended before")
