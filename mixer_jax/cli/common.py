@@ -35,8 +35,8 @@ CHECKPOINT_HELP = (
 )
 DATASET_HELP = "TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH"
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
-# Objects after which Python first searches for reference cycles. Imports and the trace of a training
-# step create 240,000 to 390,000 that stay.
+# Number of objects after which Python first searches for reference cycles. A prediction has 240,000
+# at its end, and training 390,000 at its first step.
 _FIRST_COLLECTION = 500_000
 # Messages of argparse and their replacements, the first that matches.
 _ARGPARSE_MESSAGES = {
@@ -105,16 +105,16 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
 def _delay_garbage_collection() -> None:
     """Keeps Python from searching for reference cycles again and again while a command starts.
 
-    It would search the objects of imports, which stay, and take a sixth of the time to the first
-    step. Once there are `_FIRST_COLLECTION` objects, Python searches at its usual intervals.
+    These are 600 searches of objects that stay, and take a sixth of the CPU time to the first step.
+    Once there are `_FIRST_COLLECTION` objects, Python searches at its usual intervals.
     """
     thresholds = gc.get_threshold()
 
     def restore(phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and restore in gc.callbacks:
-            gc.callbacks.remove(restore)
+        if gc.get_threshold()[0] == _FIRST_COLLECTION:
             gc.set_threshold(*thresholds)
 
+    # Called at every collection: others would miss one if a callback removed itself from the list.
     gc.callbacks.append(restore)
     gc.set_threshold(_FIRST_COLLECTION, *thresholds[1:])
 
