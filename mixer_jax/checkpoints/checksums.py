@@ -1,8 +1,8 @@
 """Checksums of the files of a checkpoint, by which damage is noticed before anything is restored.
 
 The format of orbax protects its indices, but not the numbers: most single flipped bits would load
-as other weights. CRC-32 is the fastest checksum of the standard library, 1.6 GB/s per core, and
-detects every error of up to 32 adjacent bits.
+as other weights. CRC-32 detects every error of up to 32 adjacent bits, and isal computes it faster
+than files can be read.
 
 A checkpoint without checksums is from an older version, or is in an object store. Object stores
 keep and verify their own checksums.
@@ -10,11 +10,12 @@ keep and verify their own checksums.
 
 import contextlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from isal import isal_zlib
 
 from mixer_jax.errors import RunError, summarize_error
 from mixer_jax.files import parse_json
@@ -169,6 +170,6 @@ def _checksum(path: Any, start: int) -> int:
     with path.open("rb") as file:
         file.seek(start)
         while remaining and (chunk := file.read(min(_READ_SIZE, remaining))):
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = isal_zlib.crc32(chunk, checksum)
             remaining -= len(chunk)
     return checksum

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from isal import isal_zlib
 
 from mixer_jax.checkpoints.model_info import parse_metadata_json, read_metadata_json
 from mixer_jax.checkpoints.resolve import METADATA_SUFFIX
@@ -233,7 +234,7 @@ class NpzFile(TensorFile):
 
     def _read_stored(self, member: _Member, buffer: memoryview) -> None:
         """Fills a buffer straight from the file; `zipfile` would copy everything twice."""
-        checksum, start = zlib.crc32(member.header), 0
+        checksum, start = isal_zlib.crc32(member.header), 0
         # Threads cannot share a file's position.
         with open(self.path, "rb", buffering=0) as file:
             file.seek(member.position)
@@ -241,7 +242,7 @@ class NpzFile(TensorFile):
                 count = file.readinto(buffer[start : start + _CHUNK_SIZE])
                 if not count:
                     raise EOFError("it is truncated")
-                checksum = zlib.crc32(buffer[start : start + count], checksum)
+                checksum = isal_zlib.crc32(buffer[start : start + count], checksum)
                 start += count
         if checksum != member.info.CRC:
             raise zipfile.BadZipFile("its checksum differs from that in the archive's directory")
@@ -332,7 +333,7 @@ def write_npz(
 
 
 def _json_checksum(metadata: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    return isal_zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
 
 
 class SafetensorsFile(TensorFile):
@@ -368,7 +369,7 @@ class SafetensorsFile(TensorFile):
         if _CHECKSUMS_KEY in metadata:
             checksums_source = f"{path}: {_CHECKSUMS_KEY!r} in its header"
             self._checksums = parse_metadata_json(metadata[_CHECKSUMS_KEY], checksums_source)
-            if self._checksums.get("") != zlib.crc32(description.encode()):
+            if self._checksums.get("") != isal_zlib.crc32(description.encode()):
                 raise UserError(f"{header_source} differs from its checksum: the file is damaged.")
         self.metadata = parse_metadata_json(description, header_source)
 
@@ -395,7 +396,7 @@ def write_safetensors(
     description = json.dumps(metadata)
     checksums = {name: _array_checksum(array) for name, array in arrays.items()}
     # No tensor has an empty name.
-    checksums[""] = zlib.crc32(description.encode())
+    checksums[""] = isal_zlib.crc32(description.encode())
     header = {
         "format": "pt",
         _METADATA_KEY: description,
@@ -406,7 +407,7 @@ def write_safetensors(
 
 
 def _array_checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return isal_zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class TorchFile(TensorFile):

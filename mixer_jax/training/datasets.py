@@ -107,6 +107,9 @@ def open_datasets(config: RunConfig) -> RunDatasets:
                 evals[name] = _relabel(source, train)
         except UserError as error:
             raise UserError(f"config.evals.{name}: {error}") from error
+    for source in (*evals.values(), *probe_train.values()):
+        # Remembers the sizes of files, by which a file that changes during the run is noticed.
+        source.fingerprint()
     return RunDatasets(train, evals, probe_train, train.fingerprint())
 
 

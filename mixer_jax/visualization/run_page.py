@@ -124,7 +124,7 @@ class Run:
             return []
         last = {key for line in self.lines if line["step"] == self.step for key in line}
         logged = {key.rpartition("/")[0] for key in last}
-        return [name for name in self.config["evals"] if name not in logged]
+        return [name for name in self.config.get("evals", {}) if name not in logged]
 
     @property
     def flat_config(self) -> dict[str, Any]:

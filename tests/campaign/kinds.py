@@ -2,7 +2,7 @@
 
 Each kind is a function that disturbs the run of a `Trial`, checks how its process ends, resumes it,
 and returns "recovered" or "refused". It raises LostError if the run does neither as it must, and
-NotInjectedError if the run has finished before the fault.
+NotInjectedError if the run has finished before the fault, or may have started after it.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixer_jax.checkpoints.resolve import list_steps
+from mixer_jax.checkpoints.resolve import CONFIG_FILE, list_steps
 from mixer_jax.training import loop
 from mixer_jax.training.workdir import read_starts
 from tests.campaign.damage import DAMAGES, SWAPPED, list_files
 from tests.campaign.runs import LostError, Process
-from tests.campaign.trial import CRASHES, Trial
+from tests.campaign.trial import CRASHES, NotInjectedError, Trial
 from tests.helpers.faults import CALLS, Action
 from tests.helpers.images import encode
 from tests.helpers.processes import STEPS, last_step
@@ -297,6 +297,7 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
         image = _draw_image(trial)
         original = image.read_bytes()
         process = trial.start_until_random_time()
+        has_opened_data = (trial.workdir / CONFIG_FILE).exists()
         # At once, as a program that copies data does.
         temporary = trial.folders.root / "replacement"
         replace(temporary)
@@ -308,6 +309,9 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
         image.unlink(missing_ok=True)
         image.write_bytes(original)
         if code == 0:
+            if not has_opened_data:
+                # The run may have listed its data with the other file.
+                raise NotInjectedError
             trial.check_result(process)
             return RECOVERED
         if str(image) not in process.error_line and "bad_images" not in process.error_line:

@@ -46,7 +46,7 @@ _POLL_SECONDS = 0.002
 
 
 class NotInjectedError(Exception):
-    """The run has ended, undisturbed and correctly, before the fault."""
+    """The run has ended, undisturbed and correctly, before the fault, or it began after it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,7 @@ CORPUS: list[tuple[str, bytes]] = [
     ("run: config.json", b'{"early_stopping_patience": 1}'),
     ("run: config.json", b'{"checkpoint": {"best_metric": 1}}'),
     ("run: config.json", b'{"num_steps": "many"}'),
+    ("run: config.json", b'{"": 0}'),
     # A metric's name that Matplotlib read as a formula.
     ("run: plots", b'{"step": 1, "$\\\\frac{$/top1": 0.5, "a/top1": 0.5}\n'),
     # The file of a lock with a process id that no system has.

@@ -173,6 +173,18 @@ def test_notes_of_all_datasets_are_collected_once(tmp_path: Path) -> None:
     assert each_mentions(notes, *each)
 
 
+def test_images_that_change_after_a_run_has_opened_its_data_are_bad(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_class(tmp_path / split / "cat", 1, PNG)
+        write_class(tmp_path / split / "dog", 1, PNG)
+    datasets = open_datasets(small_config("", dataset__name=f"folder:{tmp_path}"))
+    for split, source in (("train", datasets.train), ("test", datasets.evals["test"])):
+        (tmp_path / split / "cat" / "0.png").write_bytes(encode(noise(9, 9), "PNG"))
+        with pytest.raises(BadImageError, match="changed"):
+            source.examples[0]
+        assert source.examples[1]["image"] == PNG
+
+
 @pytest.mark.parametrize("kind", ["folder", "tfds"])
 def test_missing_data_are_a_usage_error(kind: str, digits_dir: str, tmp_path: Path) -> None:
     config = small_config(digits_dir)
