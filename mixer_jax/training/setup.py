@@ -127,9 +127,12 @@ def build_experiment(
     tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
 
     class_weights, has_ema = datasets.class_weights, config.recipe.ema_decay > 0
-    make_state = functools.partial(
-        create_state, jax.random.key(config.seed), model, tx, config.image_size, ema=has_ema
-    )
+
+    def make_state() -> TrainState:
+        # A key made outside would be computed by two more programs, compiled at every start.
+        rng = jax.random.key(config.seed)
+        return create_state(rng, model, tx, config.image_size, ema=has_ema)
+
     shape = jax.eval_shape(make_state)
     sharding = state_sharding(shape, mesh, family)
     step = functools.partial(

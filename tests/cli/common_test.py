@@ -87,6 +87,32 @@ def test_run_cli_continues_without_standard_error(redirections: str) -> None:
     assert run("print(repr(sys.stdin.read()) if sys.stdin else 'none')", redirections)[0] == 0
 
 
+def test_run_cli_collects_garbage_late_first_and_then_as_usual() -> None:
+    program = (
+        "import gc\n"
+        "from mixer_jax.cli.common import run_cli\n"
+        "usual = gc.get_threshold()\n"
+        "class Cycle:\n"
+        "    def __init__(self):\n"
+        "        self.cycle = self\n"
+        "def main(argv):\n"
+        "    before = sum(stats['collections'] for stats in gc.get_stats())\n"
+        "    objects = [Cycle() for _ in range(100_000)]\n"
+        "    print(sum(stats['collections'] for stats in gc.get_stats()) - before)\n"
+        "    del objects\n"
+        "    for _ in range(1_000_000):\n"
+        "        Cycle()\n"
+        "    print(gc.get_threshold() == usual, len(gc.get_objects()) < 500_000)\n"
+        "    return 0\n"
+        "run_cli(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "True", "True"]
+    assert not done.stderr
+
+
 def test_run_cli_shows_the_traceback_of_a_bug() -> None:
     exit_code, stderr = run("raise BrokenPipeError", "")
     assert exit_code == 1

@@ -49,6 +49,9 @@ def test_wnids_match_the_tfds_dataset(tmp_path: Path) -> None:
         ("n1440764", "", "n1440764"),
         (" n01440764", "", " n01440764"),
         ("n01440764\n", "", "n01440764\n"),
+        # Digits of another script.
+        ("n٠١٤٤٠٧٦٤", "", "n٠١٤٤٠٧٦٤"),
+        ("n99999999", "", "n99999999"),
         ("tench", "", "tench"),
         ("", "", ""),
     ],
