@@ -201,7 +201,7 @@ def put_nan_into_parameters(trial: Trial) -> str:
     """
     step = trial.rng.randint(1, STEPS)
     trial.record(step=step)
-    take_step = loop._TrainLoop.take_step
+    take_step = loop.TrainLoop.take_step
 
     def take_bad_step(self: Any, number: int, batch: Any) -> None:
         take_step(self, number, batch)
@@ -214,7 +214,7 @@ def put_nan_into_parameters(trial: Trial) -> str:
             leaves[index] = jax.device_put(bad, leaves[index].sharding)
             self.state = self.state._replace(params=jax.tree.unflatten(tree, leaves))
 
-    process = trial.start(lambda: setattr(loop._TrainLoop, "take_step", take_bad_step))
+    process = trial.start(lambda: setattr(loop.TrainLoop, "take_step", take_bad_step))
     if trial.check_end(process, [1]) == 0:
         raise LostError("finished with a parameter that is not a number")
     if "must be finite" not in process.error_line:
@@ -232,8 +232,8 @@ def limit_memory(trial: Trial) -> str:
     mebibytes = trial.rng.choice([1, 10, 100])
     phase = trial.rng.choice(["loading", "evaluation"])
     trial.record(mebibytes=mebibytes, phase=phase)
-    make_batches, run_evaluator = loop.make_train_batches, loop._TrainLoop.run_evaluator
-    save = loop._TrainLoop.save
+    make_batches, run_evaluator = loop.make_train_batches, loop.TrainLoop.run_evaluator
+    save = loop.TrainLoop.save
 
     def set_limit() -> None:
         limit = _measure_address_space() + mebibytes * 2**20
@@ -261,9 +261,9 @@ def limit_memory(trial: Trial) -> str:
     def replace_functions() -> None:
         if phase == "loading":
             loop.make_train_batches = load_with_little_memory  # type: ignore[assignment]
-            loop._TrainLoop.save = save_with_memory  # type: ignore[method-assign]
+            loop.TrainLoop.save = save_with_memory  # type: ignore[method-assign]
         else:
-            loop._TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
+            loop.TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
 
     process = trial.start(replace_functions)
     code = trial.check_end(process, [1, *CRASHES])
