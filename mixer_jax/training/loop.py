@@ -356,13 +356,13 @@ class TrainLoop:
             )
             if evaluated or is_saving:
                 self.check_finite(step)
-            with self.logger.progress.pause():
-                # Before the evaluations: a preempted machine leaves less time than they may take.
-                # A run that resumes from here first runs those that are missing.
-                if is_saving:
-                    self.save(step)
-                if is_last or not is_stopping:
-                    self.evaluate(step, evaluated, scores, failures)
+                with self.logger.progress.pause():
+                    # Before the evaluations: a preempted machine leaves less time than they may
+                    # take. A run that resumes from here first runs those that are missing.
+                    if is_saving:
+                        self.save(step)
+                    if is_last or not is_stopping:
+                        self.evaluate(step, evaluated, scores, failures)
             if is_stopping:
                 break
             if stops_early := self.should_stop_early(step):
