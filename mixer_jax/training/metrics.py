@@ -27,7 +27,7 @@ CURVES_FILE = "curves.png"
 # immediately.
 _UPLOAD_INTERVAL = 30.0
 # How far a single host may be ahead of its devices, if that is more than one step.
-_MAX_SECONDS_AHEAD, _MAX_STEPS_AHEAD = 0.01, 8
+_MAX_SECONDS_AHEAD = 0.01
 # Measured by the clock, so they differ between repetitions of a run; everything else is identical.
 TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
 
@@ -101,7 +101,7 @@ class MetricsLogger:
             for value in metrics.values():
                 value.copy_to_host_async()
         self._pending.append((step, metrics))
-        while len(self._pending) > self._max_ahead or self._is_next_ready():
+        while len(self._pending) > self._max_ahead:
             self._read_next()
 
     def flush_pending(self) -> None:
@@ -112,12 +112,6 @@ class MetricsLogger:
         """
         while self._pending:
             self._read_next()
-
-    def _is_next_ready(self) -> bool:
-        if self._max_ahead == 1 or not self._pending:
-            return False
-        _, metrics = self._pending[0]
-        return all(value.is_ready() for value in metrics.values())
 
     def _read_next(self) -> None:
         step, metrics = self._pending.popleft()
@@ -138,7 +132,7 @@ class MetricsLogger:
             steps_per_second = self.progress.lap(step)
             if jax.process_count() == 1:
                 num_steps = int(steps_per_second * _MAX_SECONDS_AHEAD)
-                self._max_ahead = min(max(1, num_steps), _MAX_STEPS_AHEAD)
+                self._max_ahead = max(1, min(num_steps, self._log_every_steps // 5))
             throughput = self._throughput_metrics(steps_per_second * self._batch_size)
             self.progress.report(
                 step, values["loss"], steps_per_second, throughput["images_per_second"]
