@@ -32,7 +32,7 @@ from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init
 from mixer_jax.training.loop import train_and_evaluate
-from mixer_jax.training.metrics import TIMINGS, MetricsWriter, read_metrics
+from mixer_jax.training.metrics import TIMINGS, MetricsWriter, Progress, read_metrics
 from mixer_jax.training.setup import (
     Experiment,
     build_experiment,
@@ -725,6 +725,30 @@ def test_interrupted_run_saves_before_it_evaluates(
         events.clear()
         train_and_evaluate(config, str(tmp_path / "run"))
     assert events == ["evaluate", "save 20", "evaluate"]
+    assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
+
+
+def test_a_run_that_is_ahead_of_its_devices_resumes_bit_identically(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps that are short enough to be four steps ahead.
+    monkeypatch.setattr(Progress, "lap", lambda self, step: 1e6)
+    ahead = []
+    save = loop_module.TrainLoop.save
+
+    def record_ahead(self: Any, step: int) -> None:
+        ahead.append((self.logger._max_ahead, len(self.logger._pending), step))
+        save(self, step)
+
+    monkeypatch.setattr(loop_module.TrainLoop, "save", record_ahead)
+    changes = {"num_steps": 45, "checkpoint__every_steps": 0, "evals__test__every_steps": 0}
+    config = small_config(digits_dir, log_every_steps=20, **changes, **NO_REGULARIZATION)
+    train_and_evaluate(config, str(tmp_path / "undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(33, patch)
+        train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(config, str(tmp_path / "run"))
+    assert ahead == [(4, 0, 45), (4, 0, 33), (4, 0, 45)]
     assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
 
 
