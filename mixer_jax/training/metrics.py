@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -74,6 +73,9 @@ class MetricsLogger:
             tensorboard: Whether to write TensorBoard events.
             wandb_run: Run of Weights & Biases that the metrics are also logged to.
         """
+        # Commands import this module before their arguments are checked.
+        import jax
+
         self.progress = Progress(start_step, num_steps, is_primary)
         self.loss_window = list(loss_window)
         self._writer = MetricsWriter(workdir, start_step, is_primary, tensorboard, wandb_run)
@@ -83,6 +85,7 @@ class MetricsLogger:
         # Steps that were dispatched and not yet read, and how many the host may be ahead.
         self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
         self._max_ahead = 1
+        self._is_single_host = jax.process_count() == 1
         self._has_compiled = False
         # The memory of CPUs is that of the host.
         self._is_copying = jax.default_backend() != "cpu"
@@ -130,7 +133,7 @@ class MetricsLogger:
             self._has_compiled = True
         elif is_due:
             steps_per_second = self.progress.lap(step)
-            if jax.process_count() == 1:
+            if self._is_single_host:
                 num_steps = int(steps_per_second * _MAX_SECONDS_AHEAD)
                 self._max_ahead = max(1, min(num_steps, self._log_every_steps // 5))
             throughput = self._throughput_metrics(steps_per_second * self._batch_size)
