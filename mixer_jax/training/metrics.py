@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -118,8 +117,8 @@ class MetricsLogger:
 
     def _read_next(self) -> None:
         step, metrics = self._pending.popleft()
-        # Calling float() on arrays takes six times as long.
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        # Calling float() on arrays takes three times as long.
+        values = {name: value.item() for name, value in metrics.items()}
         self.check_finite(step, values)
         self.progress.advance()
         self.loss_window.append(values["loss"])

@@ -187,9 +187,9 @@ class RecordedScalar:
     def copy_to_host_async(self) -> None:
         self._copies.append(self._step)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+    def item(self) -> float:
         self._reads.append(self._step)
-        return np.array(1.0, np.float32)
+        return 1.0
 
 
 # 10 ms are 1,000, 2.5 and half a step; lines are written every 20 steps.
