@@ -8,6 +8,7 @@
     python -m mixer_jax.benchmark --mode=weights
     python -m mixer_jax.benchmark --mode=checkpoints
     python -m mixer_jax.benchmark --mode=resume
+    python -m mixer_jax.benchmark --mode=loop
 
 Candidates are timed in interleaved rounds, so that a machine that slows down slows all of them.
 """
@@ -29,6 +30,7 @@ MODES = {
     "weights": "checkpoint_io",
     "checkpoints": "checkpoint_save",
     "resume": "resume",
+    "loop": "loop",
 }
 
 

@@ -155,9 +155,11 @@ def enter_on_primary(context: contextlib.AbstractContextManager[Any]) -> Iterato
         yield
 
 
-def sum_across_hosts(count: int) -> int:
-    """Sums a count over all hosts, which must call it together."""
-    return int(all_gather(np.array(count)).sum())
+def sum_across_hosts(*counts: int) -> tuple[int, ...]:
+    """Sums each count over all hosts, which must call it together."""
+    if jax.process_count() == 1:
+        return counts
+    return tuple(all_gather(np.array(counts)).sum(axis=0).tolist())
 
 
 def all_gather(array: np.ndarray) -> np.ndarray:

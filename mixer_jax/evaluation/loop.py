@@ -134,7 +134,7 @@ class DatasetPass(Generic[Output]):
         if pending is not None:
             yield jax.device_get(pending)
         # Only at the end: if this host raised at the first bad image, the others would hang.
-        self.num_bad = multihost.sum_across_hosts(len(self.bad))
+        (self.num_bad,) = multihost.sum_across_hosts(len(self.bad))
         if self.num_bad and not self._input_config.skip_bad:
             raise bad_images_error(self._source, self.bad, self.num_bad)
 

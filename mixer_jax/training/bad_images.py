@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from mixer_jax.config.schema import BadImagesConfig
@@ -92,9 +91,8 @@ class BadImageLog:
         """Counts the bad images of all hosts, which must call it at the same step."""
         epoch = self._epoch(step)
         # With the previous epoch, which may have ended since the last call.
-        local_counts = np.array([len(self._seen[epoch - 1]), len(self._seen[epoch])])
-        counts = multihost.all_gather(local_counts).sum(axis=0)
-        self._num_bad = max(self._num_bad, *counts.tolist())
+        local_counts = len(self._seen[epoch - 1]), len(self._seen[epoch])
+        self._num_bad = max(self._num_bad, *multihost.sum_across_hosts(*local_counts))
 
     def flush(self) -> None:
         """Waits until all entries are written, which a resumed run does not write again."""

@@ -172,7 +172,7 @@ def train_and_evaluate(
     """
     try:
         with contextlib.ExitStack() as stack:
-            loop = _TrainLoop(config, workdir, weights, label, stack)
+            loop = TrainLoop(config, workdir, weights, label, stack)
             try:
                 return loop.finish(loop.run(), plot)
             except NonFiniteError as error:
@@ -238,8 +238,14 @@ def _free_space(workdir: str, _type: Any, error: BaseException | None, _tracebac
         remove_unfinished_saves(workdir)
 
 
-class _TrainLoop:
-    """Loop over the training steps of one run, with the state and the logs that they share."""
+class TrainLoop:
+    """Loop over the training steps of one run, with the state and the logs that they share.
+
+    Attributes:
+        start_step: Steps that the state has taken when `run` is called.
+        state: State after the last step.
+        batches: Batches of the steps that `run` takes.
+    """
 
     def __init__(
         self,
@@ -321,8 +327,9 @@ class _TrainLoop:
         stack.callback(self.profiler.close)
         self.evaluators = make_evaluators(self.experiment)
         self.shared_flags = multihost.SharedFlags()
-        self.batches = make_train_batches(self.experiment, self.start_step, self.bad_images.record)
-        stack.callback(self.batches.close)
+        batches = make_train_batches(self.experiment, self.start_step, self.bad_images.record)
+        stack.callback(batches.close)
+        self.batches: Iterable[Batch] = batches
 
     def run(self) -> TrainResult:
         """Takes all remaining steps, or those until the run is asked to stop."""
@@ -349,13 +356,13 @@ class _TrainLoop:
             )
             if evaluated or is_saving:
                 self.check_finite(step)
-            with self.logger.progress.pause():
-                # Before the evaluations: a preempted machine leaves less time than they may take.
-                # A run that resumes from here first runs those that are missing.
-                if is_saving:
-                    self.save(step)
-                if is_last or not is_stopping:
-                    self.evaluate(step, evaluated, scores, failures)
+                with self.logger.progress.pause():
+                    # Before the evaluations: a preempted machine leaves less time than they may
+                    # take. A run that resumes from here first runs those that are missing.
+                    if is_saving:
+                        self.save(step)
+                    if is_last or not is_stopping:
+                        self.evaluate(step, evaluated, scores, failures)
             if is_stopping:
                 break
             if stops_early := self.should_stop_early(step):

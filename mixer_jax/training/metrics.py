@@ -1,5 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, Weights & Biases, progress on the terminal."""
 
+import collections
 import contextlib
 import io
 import json
@@ -23,15 +24,19 @@ CURVES_FILE = "curves.png"
 # Interval at which events are uploaded to object stores, in seconds; on disks they are written
 # immediately.
 _UPLOAD_INTERVAL = 30.0
+# How far a single host may be ahead of its devices, if that is more than one step.
+_MAX_SECONDS_AHEAD = 0.01
 # Measured by the clock, so they differ between repetitions of a run; everything else is identical.
 TIMINGS = ("images_per_second", "images_per_second_per_device", "model_flops_utilization")
 
 
 class MetricsLogger:
-    """Reads the metrics of each step, one step late, and checks, writes and prints them.
+    """Reads the metrics of each step, at least one step late, and checks, writes and prints them.
 
-    Metrics of each step are read after the next step has been dispatched. So the device never waits
-    for the host, and the host is never more than one step ahead.
+    Metrics of each step are read after the next step has been dispatched, so that the device never
+    waits for the host. The host is one step ahead or, if it is the only one, as many short steps as
+    take 10 ms: waking up after each of them would take as long as the step. Several hosts read the
+    same step at the same time, so that all of them raise the same error.
 
     Attributes:
         progress: Progress report on the terminal.
@@ -67,41 +72,53 @@ class MetricsLogger:
             tensorboard: Whether to write TensorBoard events.
             wandb_run: Run of Weights & Biases that the metrics are also logged to.
         """
+        # Commands import this module before their arguments are checked.
+        import jax
+
         self.progress = Progress(start_step, num_steps, is_primary)
         self.loss_window = list(loss_window)
         self._writer = MetricsWriter(workdir, start_step, is_primary, tensorboard, wandb_run)
         self._num_steps, self._batch_size = num_steps, batch_size
         self._log_every_steps = log_every_steps
         self._throughput_metrics = throughput_metrics
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        # Steps that were dispatched and not yet read, and how many the host may be ahead.
+        self._pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+        self._max_ahead = 1
+        self._is_single_host = jax.process_count() == 1
         self._has_compiled = False
+        # The memory of CPUs is that of the host.
+        self._is_copying = jax.default_backend() != "cpu"
 
     def should_log(self, step: int) -> bool:
         """Returns whether the metrics of this step are written."""
         return step % self._log_every_steps == 0 or step == self._num_steps
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Stores the scalar arrays of a dispatched step, after flushing those of the previous one.
+        """Stores the scalar arrays of a dispatched step, and reads those of earlier ones.
 
         Raises:
-            NonFiniteError: A metric of the previous step is not finite.
+            NonFiniteError: A metric of an earlier step is not finite.
         """
-        self.flush_pending()
-        for value in metrics.values():
-            value.copy_to_host_async()
-        self._pending = (step, metrics)
+        if self._is_copying:
+            for value in metrics.values():
+                value.copy_to_host_async()
+        self._pending.append((step, metrics))
+        while len(self._pending) > self._max_ahead:
+            self._read_next()
 
     def flush_pending(self) -> None:
-        """Waits for the recorded step, checks its metrics, and writes them if they are due.
+        """Waits for the recorded steps, checks their metrics, and writes them if they are due.
 
         Raises:
             NonFiniteError: A metric is not finite.
         """
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        while self._pending:
+            self._read_next()
+
+    def _read_next(self) -> None:
+        step, metrics = self._pending.popleft()
+        # Calling float() on arrays takes three times as long.
+        values = {name: value.item() for name, value in metrics.items()}
         self.check_finite(step, values)
         self.progress.advance()
         self.loss_window.append(values["loss"])
@@ -115,6 +132,9 @@ class MetricsLogger:
             self._has_compiled = True
         elif is_due:
             steps_per_second = self.progress.lap(step)
+            if self._is_single_host:
+                num_steps = int(steps_per_second * _MAX_SECONDS_AHEAD)
+                self._max_ahead = max(1, min(num_steps, self._log_every_steps // 5))
             throughput = self._throughput_metrics(steps_per_second * self._batch_size)
             self.progress.report(
                 step, values["loss"], steps_per_second, throughput["images_per_second"]

@@ -221,7 +221,7 @@ def put_nan_into_gradient(trial: Trial) -> str:
 
         # Two programs: a condition in the program could change the rounding of the other steps.
         good, bad = jit_train_step(take_step, *args), jit_train_step(take_bad_step, *args)
-        return lambda state, batch: (bad if state.step == step - 1 else good)(state, batch)
+        return lambda state, *args: (bad if state.step == step - 1 else good)(state, *args)
 
     process = trial.start(lambda: setattr(setup, "jit_train_step", jit_both))
     if trial.check_end(process, [1]) == 0:
@@ -241,8 +241,8 @@ def limit_memory(trial: Trial) -> str:
     mebibytes = trial.rng.choice([1, 10, 100])
     phase = trial.rng.choice(["loading", "evaluation"])
     trial.record(mebibytes=mebibytes, phase=phase)
-    make_batches, run_evaluator = loop.make_train_batches, loop._TrainLoop.run_evaluator
-    save = loop._TrainLoop.save
+    make_batches, run_evaluator = loop.make_train_batches, loop.TrainLoop.run_evaluator
+    save = loop.TrainLoop.save
 
     def set_limit() -> None:
         limit = _measure_address_space() + mebibytes * 2**20
@@ -270,9 +270,9 @@ def limit_memory(trial: Trial) -> str:
     def replace_functions() -> None:
         if phase == "loading":
             loop.make_train_batches = load_with_little_memory  # type: ignore[assignment]
-            loop._TrainLoop.save = save_with_memory  # type: ignore[method-assign]
+            loop.TrainLoop.save = save_with_memory  # type: ignore[method-assign]
         else:
-            loop._TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
+            loop.TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
 
     process = trial.start(replace_functions)
     code = trial.check_end(process, [1, *CRASHES])

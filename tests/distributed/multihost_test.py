@@ -122,7 +122,7 @@ def test_collectives_of_one_host_communicate_with_nobody(monkeypatch: pytest.Mon
     monkeypatch.delattr(multihost.multihost_utils, "process_allgather")
     assert multihost.any_host(True) is True
     assert multihost.any_host(False) is False
-    assert multihost.sum_across_hosts(7) == 7
+    assert multihost.sum_across_hosts(7, 0) == (7, 0)
     np.testing.assert_array_equal(multihost.all_gather(np.arange(3)), [[0, 1, 2]])
     assert multihost.SharedFlags().exchange(True, False) == (True, False)
     assert multihost.gather_text("é") == ["é"]
@@ -165,7 +165,7 @@ print(json.dumps({
     "once": multihost.compute_once(lambda: {"host": host, "text": "a" * 1001}),
     "messages": messages,
     "any": [multihost.any_host(host == 1), multihost.any_host(False)],
-    "sum": multihost.sum_across_hosts(5 + host),
+    "sum": multihost.sum_across_hosts(5 + host, host),
     "gathered": multihost.all_gather(np.arange(2) + 2 * host).tolist(),
     "is_primary": multihost.is_primary_process(),
     "exchanged": exchanged,
@@ -196,7 +196,7 @@ print(json.dumps({
                 for _ in range(2)
             ],
             "any": [True, False],
-            "sum": 11,
+            "sum": [11, 1],
             "gathered": [[0, 1], [2, 3]],
             "is_primary": host == 0,
         }

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -141,6 +142,7 @@ def test_sync_hosts_sums_the_counts_of_all_hosts(
 ) -> None:
     log, _ = open_log(tmp_path)
     record(log, 1, "a")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost, "all_gather", lambda counts: np.stack([counts, [0, 1]]))
     log.sync_hosts(2)
     assert not log.too_many

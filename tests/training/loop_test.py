@@ -32,7 +32,7 @@ from mixer_jax.training.bad_images import BadImageLog
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.initialize import find_init_source, restore_or_init
 from mixer_jax.training.loop import train_and_evaluate
-from mixer_jax.training.metrics import TIMINGS, MetricsWriter, read_metrics
+from mixer_jax.training.metrics import TIMINGS, MetricsWriter, Progress, read_metrics
 from mixer_jax.training.setup import (
     Experiment,
     build_experiment,
@@ -329,13 +329,13 @@ ACCURACIES = [0.2, 0.5, 0.4, 0.5, 0.3, 0.7, 0.6, 0.8, 0.1, 0.8]
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the accuracies of the evaluation "test" by `ACCURACIES`."""
     monkeypatch.setattr(loop_module, "make_evaluators", scripted_evaluators(ACCURACIES))
-    evaluate = loop_module._TrainLoop.evaluate
+    evaluate = loop_module.TrainLoop.evaluate
 
     def record_step(self: Any, step: int, *args: Any) -> None:
         CURRENT_STEP[0] = step
         evaluate(self, step, *args)
 
-    monkeypatch.setattr(loop_module._TrainLoop, "evaluate", record_step)
+    monkeypatch.setattr(loop_module.TrainLoop, "evaluate", record_step)
 
 
 @pytest.mark.usefixtures("scripted")
@@ -344,14 +344,14 @@ def test_best_checkpoint_is_kept_next_to_the_newest(
 ) -> None:
     config = small_config(digits_dir, **STOPPING)
     kept = []
-    save = loop_module._TrainLoop.save
+    save = loop_module.TrainLoop.save
 
     def record_kept(self: Any, step: int) -> None:
         save(self, step)
         self.checkpoints.wait()
         kept.append(list_steps(str(tmp_path)))
 
-    monkeypatch.setattr(loop_module._TrainLoop, "save", record_kept)
+    monkeypatch.setattr(loop_module.TrainLoop, "save", record_kept)
     result = train_and_evaluate(config, str(tmp_path))
     assert result.best == (16, "test/top1", 0.8)
     assert (result.step, result.stopped_early, result.is_finished) == (20, False, True)
@@ -440,7 +440,7 @@ def test_a_stop_that_was_killed_before_its_evaluation_is_made_up_for(
     digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(digits_dir, early_stopping_patience=3, **STOPPING)
-    evaluate = loop_module._TrainLoop.evaluate
+    evaluate = loop_module.TrainLoop.evaluate
 
     def fail_at_step_10(self: Any, step: int, *args: Any) -> None:
         if step == 10:
@@ -448,7 +448,7 @@ def test_a_stop_that_was_killed_before_its_evaluation_is_made_up_for(
         evaluate(self, step, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop_module._TrainLoop, "evaluate", fail_at_step_10)
+        patched.setattr(loop_module.TrainLoop, "evaluate", fail_at_step_10)
         with pytest.raises(KeyboardInterrupt):
             train_and_evaluate(config, str(tmp_path))
     assert list_steps(str(tmp_path)) == [4, 10]
@@ -619,14 +619,14 @@ def test_full_device_memory_in_an_evaluation_names_its_batch_size(
         result.raise_failures()
     assert "Traceback" not in capsys.readouterr().err
     # Several hosts end, because not all of them may have failed.
-    evaluate = loop_module._TrainLoop.evaluate
+    evaluate = loop_module.TrainLoop.evaluate
 
     def evaluate_on_two_hosts(*args: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
             evaluate(*args)
 
-    monkeypatch.setattr(loop_module._TrainLoop, "evaluate", evaluate_on_two_hosts)
+    monkeypatch.setattr(loop_module.TrainLoop, "evaluate", evaluate_on_two_hosts)
     with raises(RunError, "memory", "eval_batch_size") as caught:
         train_and_evaluate(config, str(tmp_path))
     assert not mentions(str(caught.value), "grad_accum_steps")
@@ -679,14 +679,14 @@ def test_signal_saves_and_stops_the_run(
 
 def interrupt_at(stop_step: int, patch: pytest.MonkeyPatch) -> None:
     """Makes this process receive SIGTERM while it takes a step."""
-    take_step = loop_module._TrainLoop.take_step
+    take_step = loop_module.TrainLoop.take_step
 
     def take_step_and_signal(self: Any, step: int, batch: Any) -> None:
         take_step(self, step, batch)
         if step == stop_step:
             signal.raise_signal(signal.SIGTERM)
 
-    patch.setattr(loop_module._TrainLoop, "take_step", take_step_and_signal)
+    patch.setattr(loop_module.TrainLoop, "take_step", take_step_and_signal)
 
 
 # At the last step, nothing resumes, and the evaluation of the run is expected.
@@ -725,6 +725,30 @@ def test_interrupted_run_saves_before_it_evaluates(
         events.clear()
         train_and_evaluate(config, str(tmp_path / "run"))
     assert events == ["evaluate", "save 20", "evaluate"]
+    assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
+
+
+def test_a_run_that_is_ahead_of_its_devices_resumes_bit_identically(
+    digits_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps that are short enough to be four steps ahead.
+    monkeypatch.setattr(Progress, "lap", lambda self, step: 1e6)
+    ahead = []
+    save = loop_module.TrainLoop.save
+
+    def record_ahead(self: Any, step: int) -> None:
+        ahead.append((self.logger._max_ahead, len(self.logger._pending), step))
+        save(self, step)
+
+    monkeypatch.setattr(loop_module.TrainLoop, "save", record_ahead)
+    changes = {"num_steps": 45, "checkpoint__every_steps": 0, "evals__test__every_steps": 0}
+    config = small_config(digits_dir, log_every_steps=20, **changes, **NO_REGULARIZATION)
+    train_and_evaluate(config, str(tmp_path / "undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(33, patch)
+        train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(config, str(tmp_path / "run"))
+    assert ahead == [(4, 0, 45), (4, 0, 33), (4, 0, 45)]
     assert without_timings(tmp_path / "run") == without_timings(tmp_path / "undisturbed")
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixer_jax.errors import NonFiniteError, UserError
-from mixer_jax.training.metrics import MetricsLogger, MetricsWriter, read_metrics
+from mixer_jax.training.metrics import MetricsLogger, MetricsWriter, Progress, read_metrics
 from tests.helpers.messages import mentions, raises
 from tests.helpers.object_store import BUCKET, object_store
 
@@ -22,13 +23,18 @@ OpenLogger = Callable[..., MetricsLogger]
 def open_logger(tmp_path: Path) -> OpenLogger:
     """Opens the metrics of a run of ten steps, written every four."""
 
-    def open_logger(start_step: int = 0, loss_window: tuple[float, ...] = ()) -> MetricsLogger:
+    def open_logger(
+        start_step: int = 0,
+        loss_window: tuple[float, ...] = (),
+        num_steps: int = 10,
+        log_every_steps: int = 4,
+    ) -> MetricsLogger:
         return MetricsLogger(
             str(tmp_path),
             start_step,
-            num_steps=10,
+            num_steps=num_steps,
             batch_size=8,
-            log_every_steps=4,
+            log_every_steps=log_every_steps,
             throughput_metrics=lambda rate: {"images_per_second": rate},
             loss_window=list(loss_window),
             is_primary=True,
@@ -169,6 +175,58 @@ def test_logger_writes_mean_losses_and_the_last_step(
     assert logged_losses(tmp_path) == [(4, 2.5), (8, 6.5)]
     logger.flush_pending()
     assert logged_losses(tmp_path) == [(4, 2.5), (8, 6.5), (10, 9.5)]
+    logger.close()
+
+
+class RecordedScalar:
+    """Scalar array of a step that appends the step to lists when it is copied and read."""
+
+    def __init__(self, step: int, copies: list[int], reads: list[int]):
+        self._step, self._copies, self._reads = step, copies, reads
+
+    def copy_to_host_async(self) -> None:
+        self._copies.append(self._step)
+
+    def item(self) -> float:
+        self._reads.append(self._step)
+        return 1.0
+
+
+# 10 ms are 1,000, 2.5 and half a step; lines are written every 20 steps.
+@pytest.mark.parametrize(
+    ("steps_per_second", "num_hosts", "ahead"), [(1e5, 1, 4), (250, 1, 2), (50, 1, 1), (1e5, 2, 1)]
+)
+def test_a_single_host_is_ahead_of_its_devices_by_several_short_steps(
+    steps_per_second: float,
+    num_hosts: int,
+    ahead: int,
+    open_logger: OpenLogger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
+    monkeypatch.setattr(Progress, "lap", lambda self, step: steps_per_second)
+    logger, reads = open_logger(num_steps=60, log_every_steps=20), list[int]()
+    for step in range(1, 61):
+        logger.record(step, {"loss": RecordedScalar(step, [], reads)})
+        # The duration of a step is known when the first line is written.
+        last_read = step - 1 if step <= 21 else max(20, step - ahead)
+        assert reads == list(range(1, last_read + 1))
+    logger.flush_pending()
+    logger.close()
+    assert reads == list(range(1, 61))
+    assert logged_losses(tmp_path) == [(20, 1), (40, 1), (60, 1)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_metrics_are_copied_from_accelerators_before_they_are_read(
+    backend: str, open_logger: OpenLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    logger, copies, reads = open_logger(), list[int](), list[int]()
+    for step in (1, 2):
+        logger.record(step, {"loss": RecordedScalar(step, copies, reads)})
+    assert (copies, reads) == ([1, 2] if backend == "gpu" else [], [1])
     logger.close()
 
 

@@ -55,15 +55,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Function that makes the next run end abruptly after a step."""
 
     def arrange(last: int) -> None:
-        take_step = loop._TrainLoop.take_step
+        take_step = loop.TrainLoop.take_step
 
         def take(self: Any, step: int, batch: Any) -> None:
             if step > last:
-                monkeypatch.setattr(loop._TrainLoop, "take_step", take_step)
+                monkeypatch.setattr(loop.TrainLoop, "take_step", take_step)
                 raise StoppedError
             take_step(self, step, batch)
 
-        monkeypatch.setattr(loop._TrainLoop, "take_step", take)
+        monkeypatch.setattr(loop.TrainLoop, "take_step", take)
 
     return arrange
 
