@@ -18,6 +18,7 @@ from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import create_model, get_family
 from mixer_jax.training.optimizer import frozen_mask, make_optimizer
 from mixer_jax.training.step import (
+    Hyperparams,
     TrainState,
     accumulate_gradients,
     create_state,
@@ -66,21 +67,18 @@ def take_steps(
     **recipe: Any,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     model, mesh = model or make_model(), mesh or mesh_of(1, 1)
-    schedule = optax.constant_schedule(0.1)
-    tx = optax.sgd(schedule)
     settings = RecipeConfig(**{"loss": "softmax", **recipe})
     has_ema = settings.ema_decay > 0
-    state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
+    state = create_state(7, model, optax.sgd(0.1), image_size=8, ema=has_ema)
     sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
     step = jit_train_step(
         functools.partial(
             train_step,
             recipe=settings,
-            seed=seed,
             model=model,
-            tx=tx,
-            schedule=schedule,
+            make_schedule=optax.constant_schedule,
+            make_tx=optax.sgd,
             mesh=mesh,
             class_weights=class_weights,
         ),
@@ -94,7 +92,7 @@ def take_steps(
         batch["label"] = jnp.asarray(labels)
     history = []
     for _ in range(count):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, Hyperparams(np.float32(0.1), np.uint32(seed)))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -293,17 +291,17 @@ def test_sam_equals_numpy(num_microbatches: int) -> None:
     shapes = {"kernel": (8 * 8 * 3, NUM_CLASSES), "bias": (NUM_CLASSES,)}
     expected: Any = {name: rng.normal(0.0, 0.1, shape) for name, shape in shapes.items()}
     params = {"head": jax.tree.map(jnp.float32, expected)}
-    tx, mesh = optax.sgd(0.02), mesh_of(1, 1)
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), None)
+    mesh = mesh_of(1, 1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(0.02).init(params), None)
     for _ in range(5):
         state, metrics = train_step(
             state,
             make_batch(),
+            Hyperparams(np.float32(0.02), np.uint32(0)),
             recipe=RecipeConfig(loss="softmax", grad_accum_steps=num_microbatches),
-            seed=0,
             model=LinearModel(),
-            tx=tx,
-            schedule=optax.constant_schedule(0.02),
+            make_schedule=optax.constant_schedule,
+            make_tx=optax.sgd,
             mesh=mesh,
             sam_rho=0.3,
         )
@@ -339,19 +337,19 @@ def train(
     model = make_model(num_blocks=2, family=family, head_bias=1.0, **REGULARIZERS[family])
     mesh = mesh or mesh_of(1, 1)
     config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **optimizer)
-    schedule = optax.constant_schedule(config.learning_rate)
-    tx = make_optimizer(config, schedule, get_family(family), model.config)
+    make_tx = functools.partial(
+        make_optimizer, config, family=get_family(family), architecture=model.config
+    )
     settings = RecipeConfig(loss="softmax", mixup=0.5, ema_decay=0.9, **recipe)
-    state = create_state(jax.random.key(7), model, tx, image_size=8, ema=True)
+    state = create_state(7, model, make_tx(optax.constant_schedule(0.01)), image_size=8, ema=True)
     sharding = state_sharding(state, mesh, get_family(family))
     step = jit_train_step(
         functools.partial(
             train_step,
             recipe=settings,
-            seed=0,
             model=model,
-            tx=tx,
-            schedule=schedule,
+            make_schedule=optax.constant_schedule,
+            make_tx=make_tx,
             mesh=mesh,
             sam_rho=config.sam_rho,
             frozen=frozen_mask(state.params, config, get_family(family), model.config),
@@ -363,7 +361,7 @@ def train(
     start = jax.tree.map(np.array, state)
     state, history = jax.device_put(state, sharding), []
     for _ in range(3):
-        state, metrics = step(state, make_batch(16))
+        state, metrics = step(state, make_batch(16), Hyperparams(np.float32(0.01), np.uint32(0)))
         history.append({name: float(value) for name, value in metrics.items()})
     return start, jax.device_get(state), history
 
