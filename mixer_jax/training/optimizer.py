@@ -71,11 +71,11 @@ def _interpolate(peak: ArrayLike, end: float, factor: optax.Schedule) -> optax.S
 
 
 def _staircase(peak: ArrayLike, steps: Sequence[int]) -> optax.Schedule:
-    factors = [0.1**index for index in range(len(steps) + 1)]
+    rates = [peak * 0.1**index for index in range(len(steps) + 1)]
 
     def schedule(step: Any) -> Any:
         # A table, because the rounding of powers depends on the device.
-        return peak * jnp.asarray(factors, jnp.float32)[jnp.sum(jnp.asarray(steps) <= step)]
+        return jnp.asarray(rates, jnp.float32)[jnp.sum(jnp.asarray(steps) <= step)]
 
     return schedule
 

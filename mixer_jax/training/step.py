@@ -25,7 +25,7 @@ from mixer_jax.training.loss import cross_entropy, make_targets
 from mixer_jax.training.mixup import apply_mixup, sample_mixup
 
 Params = Any
-Seed = int | UInt32[Array | np.generic, ""]
+Seed = int | UInt32[Array | np.number, ""]
 Metrics = dict[str, Array]
 
 
@@ -56,8 +56,8 @@ class Hyperparams(NamedTuple):
         seed: Root of the randomness of all steps.
     """
 
-    learning_rate: Float32[Array | np.generic, ""]
-    seed: UInt32[Array | np.generic, ""]
+    learning_rate: Float32[Array | np.number, ""]
+    seed: UInt32[Array | np.number, ""]
 
 
 # From the state, a batch and the hyperparameters to the next state and the metrics.

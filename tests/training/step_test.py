@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,9 @@ from mixer_jax.config.schema import OptimizerConfig, RecipeConfig
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.optimizer import frozen_mask, make_optimizer
+from mixer_jax.training.setup import build_experiment
 from mixer_jax.training.step import (
     Hyperparams,
     TrainState,
@@ -24,11 +26,13 @@ from mixer_jax.training.step import (
     create_state,
     jit_train_step,
     perturb_params,
+    step_rngs,
     train_step,
     update_norm,
 )
 from tests.helpers.batches import mesh_of
 from tests.helpers.random_weights import tree_norm
+from tests.helpers.tiny_run import small_config
 
 NUM_CLASSES = 3
 SWITCHING = {"mixup": 0.5, "cutmix": 1.0}
@@ -69,7 +73,9 @@ def take_steps(
     model, mesh = model or make_model(), mesh or mesh_of(1, 1)
     settings = RecipeConfig(**{"loss": "softmax", **recipe})
     has_ema = settings.ema_decay > 0
-    state = create_state(7, model, optax.sgd(0.1), image_size=8, ema=has_ema)
+    state = create_state(
+        7, model, optax.sgd(optax.constant_schedule(0.1)), image_size=8, ema=has_ema
+    )
     sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
     step = jit_train_step(
@@ -240,6 +246,40 @@ def test_train_step_randomness_follows_from_seed_and_step() -> None:
     assert history[0]["loss"] != history[1]["loss"]
 
 
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "staircase", "rsqrt", "none"])
+def test_runs_of_other_learning_rates_and_seeds_have_the_same_programs(
+    decay_type: str, digits_dir: str
+) -> None:
+    def lower(**changes: Any) -> list[str]:
+        # mixup, dropout and stochastic depth depend on the seed.
+        changes = {"model__num_blocks": 1, "model__dropout": 0.1, "recipe__mixup": 0.5, **changes}
+        schedule = {"optimizer__decay_type": decay_type, "optimizer__end_learning_rate": 1e-5}
+        if decay_type == "staircase":
+            schedule |= {"optimizer__decay_points": "0.5", "optimizer__end_learning_rate": 0.0}
+        config = small_config(digits_dir, **changes, **schedule)
+        experiment = build_experiment(config, open_datasets(config), jax.devices()[:1])
+        batch = {
+            "image": jax.ShapeDtypeStruct((config.batch_size, 16, 16, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        }
+        step, create_state = cast(Any, experiment.train_step), cast(Any, experiment.create_state)
+        return [
+            step.lower(experiment.state_shape, batch, experiment.hyperparams).as_text(),
+            create_state.func.lower(*create_state.args).as_text(),
+        ]
+
+    program = lower(optimizer__learning_rate=0.01, seed=0)
+    assert lower(optimizer__learning_rate=0.003, seed=2**32 - 1) == program
+    assert lower(optimizer__learning_rate=0.01, optimizer__momentum=0.5)[0] != program[0]
+
+
+def test_a_seed_has_the_same_random_keys_as_number_and_as_array() -> None:
+    for seed in (0, 1, 2**31, 2**32 - 1):
+        keys, arrays = step_rngs(seed, 3), jax.jit(step_rngs)(np.uint32(seed), 3)
+        for key, array in zip(keys, arrays, strict=True):
+            assert (jax.random.key_data(key) == jax.random.key_data(array)).all()
+
+
 def test_ema_params_follow_their_formula() -> None:
     start, _ = take_steps(count=0, ema_decay=0.75)
     assert start.ema_params is not None
@@ -292,7 +332,12 @@ def test_sam_equals_numpy(num_microbatches: int) -> None:
     expected: Any = {name: rng.normal(0.0, 0.1, shape) for name, shape in shapes.items()}
     params = {"head": jax.tree.map(jnp.float32, expected)}
     mesh = mesh_of(1, 1)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(0.02).init(params), None)
+    state = TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        optax.sgd(optax.constant_schedule(0.02)).init(params),
+        None,
+    )
     for _ in range(5):
         state, metrics = train_step(
             state,

@@ -66,7 +66,9 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     model = RecordingModel(lambda images: recorded.append(np.asarray(images)), num_classes)
     params = {"logits": jnp.zeros(num_classes)}
     mesh = mesh_of(1, 1)
-    state = TrainState(jnp.int32(STEP), params, optax.sgd(1.0).init(params), None)
+    state = TrainState(
+        jnp.int32(STEP), params, optax.sgd(optax.constant_schedule(1.0)).init(params), None
+    )
     sharding = state_sharding(state, mesh, get_family("mixer"))
     step = jit_train_step(
         functools.partial(
