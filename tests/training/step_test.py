@@ -253,7 +253,10 @@ def test_runs_of_other_learning_rates_and_seeds_have_the_same_programs(
     def lower(**changes: Any) -> list[str]:
         # mixup, dropout and stochastic depth depend on the seed.
         changes = {"model__num_blocks": 1, "model__dropout": 0.1, "recipe__mixup": 0.5, **changes}
-        schedule = {"optimizer__decay_type": decay_type, "optimizer__end_learning_rate": 1e-5}
+        schedule: dict[str, Any] = {
+            "optimizer__decay_type": decay_type,
+            "optimizer__end_learning_rate": 1e-5,
+        }
         if decay_type == "staircase":
             schedule |= {"optimizer__decay_points": "0.5", "optimizer__end_learning_rate": 0.0}
         config = small_config(digits_dir, **changes, **schedule)
