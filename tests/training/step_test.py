@@ -273,7 +273,7 @@ def test_runs_of_other_learning_rates_and_seeds_have_the_same_programs(
 
     program = lower(optimizer__learning_rate=0.01, seed=0)
     assert lower(optimizer__learning_rate=0.003, seed=2**32 - 1) == program
-    assert lower(optimizer__learning_rate=0.01, optimizer__momentum=0.5)[0] != program[0]
+    assert lower(optimizer__learning_rate=0.01, optimizer__b1=0.5)[0] != program[0]
 
 
 def test_a_seed_has_the_same_random_keys_as_number_and_as_array() -> None:
