@@ -453,7 +453,7 @@ def test_config_trains_two_steps_on_eight_devices(name: str) -> None:
     state, losses = experiment.create_state(), []
     batches = make_train_batches(experiment, 0, print)
     for _ in range(2):
-        state, metrics = experiment.train_step(state, next(batches))
+        state, metrics = experiment.train_step(state, next(batches), experiment.hyperparams)
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all()
     assert int(state.step) == 2
@@ -547,7 +547,7 @@ def test_fine_tuning_config_of_another_family_starts_from_pretrained_weights(
     assert "pre_logits" not in state.params
     assert not state.params["head"]["kernel"].any()
     for batch in itertools.islice(make_train_batches(experiment, 0, print), 2):
-        state, metrics = experiment.train_step(state, batch)
+        state, metrics = experiment.train_step(state, batch, experiment.hyperparams)
         assert np.isfinite(metrics["loss"])
     assert state.params["head"]["kernel"].any()
 
@@ -580,7 +580,7 @@ def test_fine_tuning_config_starts_from_a_pretrained_file(
         return
     stem = np.array(state.params["stem"]["kernel"])
     for batch in itertools.islice(make_train_batches(experiment, 0, print), 2):
-        state, metrics = experiment.train_step(state, batch)
+        state, metrics = experiment.train_step(state, batch, experiment.hyperparams)
         assert np.isfinite(metrics["loss"])
     # The learning rate is 0 in the first step; in the second the head is zero, and moves.
     assert state.params["head"]["kernel"].any()

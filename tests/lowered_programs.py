@@ -121,8 +121,8 @@ def train_calls(run: Any) -> dict[str, Call]:
         "label": batch_shape(run, (), jnp.int32),
     }
     return {
-        "step": Call(run.train_step, (run.state_shape, batch)),
-        "init": Call(run.create_state, ()),
+        "step": Call(run.train_step, (run.state_shape, batch, run.hyperparams)),
+        "init": Call(run.create_state.func, run.create_state.args),
         "update_norm": Call(run.update_norm, (params, params)),
         "param_norm": Call(run.param_norm, (params,)),
     }

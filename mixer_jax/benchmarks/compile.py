@@ -188,4 +188,4 @@ def compile_step(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         (jax.eval_shape(step.init_state), batch),
     )
-    return compile_function(step.function, state, batch, fast_compile=fast_compile)
+    return compile_function(step.function, state, batch, *step.args, fast_compile=fast_compile)

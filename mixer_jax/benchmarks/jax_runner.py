@@ -28,7 +28,7 @@ from mixer_jax.models.layers import normalize_images, select_dot_general
 from mixer_jax.models.params import cast_weights, prepare_inference_params
 from mixer_jax.models.registry import build_model, resolve_dtype
 from mixer_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
-from mixer_jax.training.step import create_state, jit_train_step, train_step
+from mixer_jax.training.step import Hyperparams, create_state, jit_train_step, train_step
 
 
 class StepFunction(NamedTuple):
@@ -38,11 +38,13 @@ class StepFunction(NamedTuple):
         function: Jitted function of state and batch.
         init_state: Function that is evaluated for the shapes of the state only.
         updates_state: Whether the function returns the next state as its first result.
+        args: Arguments that follow state and batch.
     """
 
     function: Any
     init_state: Callable[[], Any]
     updates_state: bool
+    args: tuple[Any, ...] = ()
 
 
 class JaxRunner(FrameworkRunner):
@@ -106,9 +108,10 @@ class JaxRunner(FrameworkRunner):
         self, step: StepFunction, state: Any, batch_size: int
     ) -> tuple[Step, CompileCosts]:
         batch = synthetic_batch(self.workload, batch_size, self.device)
-        self.wait((state, batch))
+        args = jax.device_put(step.args, self.device)
+        self.wait((state, batch, args))
         start = time.perf_counter()
-        lowered = step.function.lower(state, batch)
+        lowered = step.function.lower(state, batch, *step.args)
         lowered_at = time.perf_counter()
         compiled = lowered.compile()
         compiled_at = time.perf_counter()
@@ -116,8 +119,8 @@ class JaxRunner(FrameworkRunner):
         def run_step() -> Any:
             nonlocal state
             if not step.updates_state:
-                return compiled(state, batch)
-            state, value = compiled(state, batch)
+                return compiled(state, batch, *args)
+            state, value = compiled(state, batch, *args)
             return value
 
         self.wait(run_step())
@@ -201,24 +204,23 @@ def _our_model(candidate: Candidate, workload: Workload, device: Any) -> Any:
 
 def _our_train_step(model: Any, workload: Workload, device: Any) -> StepFunction:
     """Makes the training step as `training.setup` does, on one device."""
-    schedule = make_schedule(OPTIMIZER, num_steps=1000)
-    tx = make_optimizer(OPTIMIZER, schedule, workload.family)
+    schedule_by_peak = functools.partial(make_schedule, OPTIMIZER, 1000)
+    make_tx = functools.partial(make_optimizer, OPTIMIZER, family=workload.family)
     mesh = make_mesh(1, 1, [device])
-    init_state = functools.partial(
-        create_state, jax.random.key(0), model, tx, workload.image_size, ema=False
-    )
+    tx = make_tx(schedule_by_peak())
+    init_state = functools.partial(create_state, 0, model, tx, workload.image_size, ema=False)
     sharding = state_sharding(jax.eval_shape(init_state), mesh, workload.family)
     step = functools.partial(
         train_step,
         recipe=RecipeConfig(),
-        seed=0,
         model=model,
-        tx=tx,
-        schedule=schedule,
+        make_schedule=schedule_by_peak,
+        make_tx=make_tx,
         mesh=mesh,
     )
     function = jit_train_step(step, sharding, mesh, model)
-    return StepFunction(function, init_state, True)
+    hyperparams = Hyperparams(np.float32(OPTIMIZER.learning_rate), np.uint32(0))
+    return StepFunction(function, init_state, True, (hyperparams,))
 
 
 def _plain_train_step(model: Any, workload: Workload) -> StepFunction:

@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         def run_bare_loop() -> None:
             nonlocal state
             for repeated in itertools.repeat(batch, args.steps):
-                state, _ = loop.experiment.train_step(state, repeated)
+                state, _ = loop.experiment.train_step(state, repeated, loop.hyperparams)
             jax.block_until_ready(state)
 
         def run_training_loop() -> None:

@@ -83,7 +83,11 @@ def compile_train_step(
     """Compiles the training step; `fast_compile` takes less time and optimizes less."""
     batch = _batch_shapes(experiment, experiment.config.batch_size)
     return compile_function(
-        experiment.train_step, experiment.state_shape, batch, fast_compile=fast_compile
+        experiment.train_step,
+        experiment.state_shape,
+        batch,
+        experiment.hyperparams,
+        fast_compile=fast_compile,
     )
 
 
@@ -114,7 +118,7 @@ def compile_function(
 
     Args:
         function: Function to compile.
-        *shapes: Shapes of its arguments, with shardings.
+        *shapes: Its arguments, or their shapes with shardings.
         fast_compile: Whether to compile in less time to a less optimized program.
     """
     lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))

@@ -31,6 +31,7 @@ from mixer_jax.cli.versions import list_versions
 from mixer_jax.config.schema import RunConfig
 from mixer_jax.data.loader import Batch
 from mixer_jax.distributed import multihost
+from mixer_jax.distributed.sharding import replicated
 from mixer_jax.errors import (
     DiskFullError,
     NonFiniteError,
@@ -292,6 +293,9 @@ class TrainLoop:
         stack.callback(self.checkpoints.close)
         self.saved_at = time.monotonic()
         self.state, loss_window = restore_or_init(self.experiment, self.checkpoints, init)
+        self.hyperparams = jax.device_put(
+            self.experiment.hyperparams, replicated(self.experiment.mesh)
+        )
         if is_primary:
             save_config(workdir, config)
             save_parameter_overview(workdir, self.state.params)
@@ -441,7 +445,7 @@ class TrainLoop:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             if is_logged and self.config.log_update_norm:
                 before = experiment.copy_params(self.state.params)
-            self.state, metrics = experiment.train_step(self.state, batch)
+            self.state, metrics = experiment.train_step(self.state, batch, self.hyperparams)
             if is_logged:
                 metrics["parameter_norm"] = experiment.param_norm(self.state.params)
             if before is not None:

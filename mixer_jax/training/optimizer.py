@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from jax.typing import ArrayLike
 
 from mixer_jax.config.schema import OptimizerConfig
 from mixer_jax.models.family import MatrixAxes, ModelFamily, Path
@@ -22,7 +23,9 @@ _MUON_RMS = 0.2
 _ADAFACTOR_MIN_AXIS = 32
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+def make_schedule(
+    config: OptimizerConfig, num_steps: int, peak: ArrayLike | None = None
+) -> optax.Schedule:
     """Creates the learning-rate schedule, a function of the step, counted from 0.
 
     The rate rises linearly from 0 at step 0 to its peak at step `warmup_steps`, and then decays so
@@ -33,13 +36,16 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     rsqrt divides the peak by √(1 + t / `rsqrt_timescale`), t steps after warmup. In the last
     `cooldown_steps`, the difference to `end_learning_rate` is multiplied by a factor that falls
     linearly from 1 to 0 at step `num_steps` (arXiv 2106.04560, Section 3.5).
+
+    `peak` replaces that of the config, such as by an argument of a compiled function.
     """
-    peak, end = config.learning_rate, config.end_learning_rate
+    peak = config.learning_rate if peak is None else peak
+    end = config.end_learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
     if config.decay_type == "linear":
         decay = optax.linear_schedule(peak, end, decay_steps)
     elif config.decay_type == "cosine":
-        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak if peak else 0.0)
+        decay = _interpolate(peak, end, optax.cosine_decay_schedule(1.0, decay_steps))
     elif config.decay_type == "staircase":
         decay = _staircase(
             peak,
@@ -60,7 +66,11 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def _staircase(peak: float, steps: Sequence[int]) -> optax.Schedule:
+def _interpolate(peak: ArrayLike, end: float, factor: optax.Schedule) -> optax.Schedule:
+    return lambda step: end + (peak - end) * factor(step)
+
+
+def _staircase(peak: ArrayLike, steps: Sequence[int]) -> optax.Schedule:
     rates = [peak * 0.1**index for index in range(len(steps) + 1)]
 
     def schedule(step: Any) -> Any:
@@ -70,7 +80,7 @@ def _staircase(peak: float, steps: Sequence[int]) -> optax.Schedule:
     return schedule
 
 
-def _rsqrt(peak: float, timescale: int) -> optax.Schedule:
+def _rsqrt(peak: ArrayLike, timescale: int) -> optax.Schedule:
     return lambda step: peak / jnp.sqrt(1.0 + step / timescale)
 
 

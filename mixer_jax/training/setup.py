@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -49,6 +50,7 @@ from mixer_jax.models.registry import build_model, get_family
 from mixer_jax.training.datasets import RunDatasets
 from mixer_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from mixer_jax.training.step import (
+    Hyperparams,
     TrainState,
     TrainStep,
     create_state,
@@ -69,6 +71,7 @@ class Experiment(NamedTuple):
         model: Flax module, from images to logits.
         model_info: Metadata of the model, stored in checkpoints.
         state_shape: Shapes, dtypes and shardings of the state.
+        hyperparams: Arguments of `train_step`, on the host.
         train_step: Takes one step; donates the state.
         copy_params: Copies the parameters of a state that the next step donates.
         update_norm: Computes the norm of an update from the parameters before and after it.
@@ -82,6 +85,7 @@ class Experiment(NamedTuple):
     model: Any
     model_info: ModelInfo
     state_shape: TrainState
+    hyperparams: Hyperparams
     create_state: Callable[[], TrainState]
     train_step: TrainStep
     copy_params: Callable[[Any], Any]
@@ -120,28 +124,31 @@ def build_experiment(
     device = mesh.devices.flat[0]
     model_info = make_model_info(config, datasets, init_info)
     model = _build_model(config, model_info, device)
-    schedule = make_schedule(config.optimizer, num_steps)
     family = get_family(model_info.family)
     patterns = config.optimizer.freeze_patterns
     check_freeze(patterns, family, model_info.config, config.image_size)
-    tx = make_optimizer(config.optimizer, schedule, family, model_info.config)
+    hyperparams = Hyperparams(np.float32(config.optimizer.learning_rate), np.uint32(config.seed))
+    schedule_by_peak = functools.partial(make_schedule, config.optimizer, num_steps)
+    make_tx = functools.partial(
+        make_optimizer, config.optimizer, family=family, architecture=model_info.config
+    )
 
     class_weights, has_ema = datasets.class_weights, config.recipe.ema_decay > 0
-
-    def make_state() -> TrainState:
-        # A key made outside would be computed by two more programs, compiled at every start.
-        rng = jax.random.key(config.seed)
-        return create_state(rng, model, tx, config.image_size, ema=has_ema)
-
-    shape = jax.eval_shape(make_state)
+    make_state = functools.partial(
+        create_state,
+        model=model,
+        tx=make_tx(schedule_by_peak()),
+        image_size=config.image_size,
+        ema=has_ema,
+    )
+    shape = jax.eval_shape(make_state, hyperparams.seed)
     sharding = state_sharding(shape, mesh, family)
     step = functools.partial(
         train_step,
         recipe=config.recipe,
-        seed=config.seed,
         model=model,
-        tx=tx,
-        schedule=schedule,
+        make_schedule=schedule_by_peak,
+        make_tx=make_tx,
         mesh=mesh,
         class_weights=class_weights,
         sam_rho=config.optimizer.sam_rho,
@@ -155,7 +162,10 @@ def build_experiment(
         model,
         model_info,
         state_shape=abstract_state(shape, sharding),
-        create_state=jax.jit(make_state, out_shardings=sharding),
+        hyperparams=hyperparams,
+        create_state=functools.partial(
+            jax.jit(make_state, out_shardings=sharding), hyperparams.seed
+        ),
         train_step=jit_train_step(step, sharding, mesh, model),
         copy_params=jax.jit(
             lambda params: jax.tree.map(jnp.copy, params), out_shardings=sharding.params

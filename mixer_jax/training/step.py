@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key, UInt32
 
 from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import batch_sharding, replicated, sharded_value_and_grad
@@ -25,6 +25,7 @@ from mixer_jax.training.loss import cross_entropy, make_targets
 from mixer_jax.training.mixup import apply_mixup, sample_mixup
 
 Params = Any
+Seed = int | UInt32[Array | np.number, ""]
 Metrics = dict[str, Array]
 
 
@@ -45,19 +46,33 @@ class TrainState(NamedTuple):
         return self.params if self.ema_params is None else self.ema_params
 
 
-# From the state and a batch to the next state and the metrics.
-TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
+class Hyperparams(NamedTuple):
+    """Numbers of a run that are arguments of its compiled step, and not constants in it.
+
+    Runs that differ in nothing else share one program, such as those of a sweep.
+
+    Attributes:
+        learning_rate: Peak of the schedule.
+        seed: Root of the randomness of all steps.
+    """
+
+    learning_rate: Float32[Array | np.number, ""]
+    seed: UInt32[Array | np.number, ""]
+
+
+# From the state, a batch and the hyperparameters to the next state and the metrics.
+TrainStep = Callable[[TrainState, dict[str, Array], Hyperparams], tuple[TrainState, Metrics]]
 
 
 def create_state(
-    rng: Key[Array, ""],
+    seed: Seed,
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_size: int,
     ema: bool,
 ) -> TrainState:
     """Creates the state before the first step, for square images of `image_size` pixels."""
-    params = model.init(rng, jnp.zeros((1, image_size, image_size, 3)))["params"]
+    params = model.init(jax.random.key(seed), jnp.zeros((1, image_size, image_size, 3)))["params"]
     # A copy, because the step donates both.
     ema_params = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_params)
@@ -69,7 +84,7 @@ def jit_train_step(
     """Jits a training step with the shardings of the state; the compiled step donates the state.
 
     Args:
-        step: `train_step` with all arguments but the state and the batch.
+        step: `train_step` with all keyword arguments.
         sharding: Sharding of each array of the state.
         mesh: Device mesh of the step.
         model: Model of the step, by which the options of the compiler are chosen.
@@ -77,7 +92,7 @@ def jit_train_step(
     platform = mesh.devices.flat[0].platform
     return jax.jit(
         step,
-        in_shardings=(sharding, batch_sharding(mesh)),
+        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(platform, active_backend(model, train=True)),
@@ -87,12 +102,12 @@ def jit_train_step(
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
+    hyperparams: Hyperparams,
     *,
     recipe: RecipeConfig,
-    seed: int,
     model: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    make_schedule: Callable[[Any], optax.Schedule],
+    make_tx: Callable[[optax.Schedule], optax.GradientTransformation],
     mesh: Mesh,
     class_weights: Float32[np.ndarray, " classes"] | None = None,
     sam_rho: float = 0.0,
@@ -104,11 +119,11 @@ def train_step(
         state: State before the step.
         batch: `image` uint8 (n, h, w, 3), and `label` int32 (n,) or, with several labels per image,
             bool (n, classes); n is a multiple of microbatches × devices.
+        hyperparams: Peak learning rate and seed.
         recipe: Loss, regularization and averaging.
-        seed: Root of the randomness of all steps.
         model: Model, from images to logits.
-        tx: Optax chain.
-        schedule: Learning rate of the chain by step, for the metrics.
+        make_schedule: Creates the learning-rate schedule from its peak.
+        make_tx: Creates the optax chain from the schedule.
         mesh: Device mesh over which the state and the batch are sharded.
         class_weights: Factor of the loss of an example, by its class; None: 1.
         sam_rho: Norm of SAM's perturbation; 0 disables it.
@@ -119,7 +134,7 @@ def train_step(
         The state after the step, and scalar metrics: `loss` at the parameters before the step,
         `learning_rate`, and `gradient_norm` before clipping, with SAM at the perturbed parameters.
     """
-    mixup_rng, model_rng = step_rngs(seed, state.step)
+    mixup_rng, model_rng = step_rngs(hyperparams.seed, state.step)
     targets = make_targets(batch["label"], model.num_classes, recipe, class_weights)
     pairs, weights = sample_mixup(mixup_rng, batch["image"], targets, recipe)
     # `examples` are split over devices and microbatches, which all get the same `shared`.
@@ -159,7 +174,8 @@ def train_step(
     loss, grads = compute_gradients(state.params)
     if sam_rho:
         _, grads = compute_gradients(perturb_params(state.params, grads, sam_rho))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    schedule = make_schedule(hyperparams.learning_rate)
+    updates, opt_state = make_tx(schedule).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params = keep_frozen(frozen, state.params, params)
     ema_params = state.ema_params
@@ -213,7 +229,7 @@ def update_norm(before: Params, after: Params) -> Float[Array, ""]:
     return optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
 
 
-def step_rngs(seed: int, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+def step_rngs(seed: Seed, step: int | Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """Derives the random keys of the step that follows `step` others.
 
     One is for mixup and CutMix, the other for dropout and stochastic depth.

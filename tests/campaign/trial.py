@@ -200,14 +200,14 @@ class Campaign:
 
 def _stop_after(stop_step: int) -> None:
     """Lets a run in this process receive SIGTERM after a step."""
-    take_step = loop._TrainLoop.take_step
+    take_step = loop.TrainLoop.take_step
 
     def take_last_step(self: Any, step: int, batch: Any) -> None:
         take_step(self, step, batch)
         if step == stop_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop._TrainLoop.take_step = take_last_step  # type: ignore[method-assign]
+    loop.TrainLoop.take_step = take_last_step  # type: ignore[method-assign]
 
 
 def write_images(folder: Path) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 def lower_train_step(experiment: Experiment) -> Any:
     train_step: Any = experiment.train_step
-    return train_step.lower(experiment.state_shape, batch_shapes(experiment))
+    args = experiment.state_shape, batch_shapes(experiment), experiment.hyperparams
+    return train_step.lower(*args)
 
 
 def train_collectives(fsdp: int, **overrides: Any) -> tuple[Collectives, int, int]:

@@ -49,7 +49,7 @@ def run(
         for _ in steps:
             batch = next(batches)
             examples = b"".join(np.asarray(batch[name]).tobytes() for name in sorted(batch))
-            state, metrics = experiment.train_step(state, batch)
+            state, metrics = experiment.train_step(state, batch, experiment.hyperparams)
             history.append((hashlib.sha256(examples).hexdigest(), float(metrics["loss"])))
         batches.close()
         save_state(experiment, checkpoints, state, steps.stop, loss_window=[0.1, steps.stop])

@@ -84,7 +84,7 @@ def train(
     state, _ = restore_or_init(experiment, checkpoints, init)
     losses = []
     for batch in make_train_batches(experiment, int(state.step), print):
-        state, metrics = experiment.train_step(state, batch)
+        state, metrics = experiment.train_step(state, batch, experiment.hyperparams)
         losses.append(float(metrics["loss"]))
         if state.step == save_at:
             save_state(experiment, checkpoints, state, save_at, loss_window=[])

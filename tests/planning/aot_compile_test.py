@@ -80,7 +80,7 @@ def test_vit_with_dropout_compiles_with_float32_softmax() -> None:
             )
         }
         step: Any = experiment.train_step
-        shapes = experiment.state_shape, batch
+        shapes = experiment.state_shape, batch, experiment.hyperparams
         text = step.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
         compiled = compile_function(step, *shapes, fast_compile=True)
     model = experiment.model

@@ -108,7 +108,7 @@ def test_init_head_new_starts_from_zeros_and_head_bias(
     assert line != line_if_kept
     state.params["head"] = head
     batch = next(make_train_batches(experiment, 0, print))
-    _, metrics = experiment.train_step(state, batch)
+    _, metrics = experiment.train_step(state, batch, experiment.hyperparams)
     assert np.isfinite(metrics["loss"])
 
 

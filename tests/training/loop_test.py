@@ -52,7 +52,7 @@ def train_losses(experiment: Experiment, count: int) -> list[float]:
     state, history = experiment.create_state(), []
     batches = make_train_batches(experiment, 0, print)
     for _ in range(count):
-        state, metrics = experiment.train_step(state, next(batches))
+        state, metrics = experiment.train_step(state, next(batches), experiment.hyperparams)
         history.append(float(metrics["loss"]))
     return history
 
@@ -80,7 +80,9 @@ def test_fsdp_shards_kernels_moments_and_averages(digits_dir: str) -> None:
     config = small_config(digits_dir, mesh__fsdp=8, recipe__ema_decay=0.9)
     experiment = build_experiment(config, open_datasets(config))
     state = experiment.create_state()
-    state, _ = experiment.train_step(state, next(make_train_batches(experiment, 0, print)))
+    state, _ = experiment.train_step(
+        state, next(make_train_batches(experiment, 0, print)), experiment.hyperparams
+    )
     for tree in (state.params, state.opt_state, state.ema_params):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         kernels = sum(x.nbytes for path, x in leaves if getattr(path[-1], "key", "") == "kernel")

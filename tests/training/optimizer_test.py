@@ -1,5 +1,6 @@
 """Tests of schedule and optimizer against formulas in NumPy."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -123,6 +124,29 @@ def test_cooldown_ends_at_the_end_learning_rate(decay_type: Any) -> None:
     start, middle, end = (float(schedule(jnp.int32(step))) for step in (50, 55, 60))
     plain = [1.0, 1.0] if decay_type == "none" else [0.5**0.5, (50 / 105) ** 0.5]
     assert [start, middle, end] == pytest.approx([plain[0], (plain[1] + 0.2) / 2, 0.2], rel=1e-6)
+
+
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "staircase", "rsqrt", "none"])
+@pytest.mark.parametrize("end", [0.0, 1e-4])
+def test_peak_as_an_argument_replaces_that_of_the_config(decay_type: Any, end: float) -> None:
+    config = OptimizerConfig(
+        learning_rate=0.003,
+        warmup_steps=10,
+        decay_type=decay_type,
+        decay_points="0.5,0.8" if decay_type == "staircase" else "",
+        end_learning_rate=end,
+    )
+
+    @jax.jit
+    def rate(peak: jax.Array, step: jax.Array) -> jax.Array:
+        return make_schedule(dataclasses.replace(config, learning_rate=1.0), 100, peak)(step)
+
+    for step in map(jnp.int32, (0, 5, 10, 60, 99)):
+        expected = jax.jit(make_schedule(config, 100))(step)
+        # Constants are rounded to float32 after the difference of peak and end, arguments before.
+        tolerance = 2e-7 if end or decay_type == "staircase" else 0.0
+        actual = rate(jnp.float32(0.003), step)
+        np.testing.assert_allclose(actual, expected, rtol=tolerance)
 
 
 def test_make_schedule_without_warmup_starts_at_the_peak() -> None:

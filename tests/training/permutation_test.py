@@ -88,7 +88,7 @@ def losses(config: RunConfig, permute: bool, num_steps: int = 16) -> list[float]
     batches = make_train_batches(experiment, 0, lambda *_: None)
     found = []
     for _, batch in zip(range(num_steps), batches, strict=False):
-        state, metrics = experiment.train_step(state, batch)
+        state, metrics = experiment.train_step(state, batch, experiment.hyperparams)
         found.append(float(metrics["loss"]))
     return found
 

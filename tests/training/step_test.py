@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -16,18 +16,23 @@ from mixer_jax.config.schema import OptimizerConfig, RecipeConfig
 from mixer_jax.distributed.sharding import state_sharding
 from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.optimizer import frozen_mask, make_optimizer
+from mixer_jax.training.setup import build_experiment
 from mixer_jax.training.step import (
+    Hyperparams,
     TrainState,
     accumulate_gradients,
     create_state,
     jit_train_step,
     perturb_params,
+    step_rngs,
     train_step,
     update_norm,
 )
 from tests.helpers.batches import mesh_of
 from tests.helpers.random_weights import tree_norm
+from tests.helpers.tiny_run import small_config
 
 NUM_CLASSES = 3
 SWITCHING = {"mixup": 0.5, "cutmix": 1.0}
@@ -66,21 +71,20 @@ def take_steps(
     **recipe: Any,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     model, mesh = model or make_model(), mesh or mesh_of(1, 1)
-    schedule = optax.constant_schedule(0.1)
-    tx = optax.sgd(schedule)
     settings = RecipeConfig(**{"loss": "softmax", **recipe})
     has_ema = settings.ema_decay > 0
-    state = create_state(jax.random.key(7), model, tx, image_size=8, ema=has_ema)
+    state = create_state(
+        7, model, optax.sgd(optax.constant_schedule(0.1)), image_size=8, ema=has_ema
+    )
     sharding = state_sharding(state, mesh, get_family(model.family))
     state = jax.device_put(state, sharding)
     step = jit_train_step(
         functools.partial(
             train_step,
             recipe=settings,
-            seed=seed,
             model=model,
-            tx=tx,
-            schedule=schedule,
+            make_schedule=optax.constant_schedule,
+            make_tx=optax.sgd,
             mesh=mesh,
             class_weights=class_weights,
         ),
@@ -94,7 +98,7 @@ def take_steps(
         batch["label"] = jnp.asarray(labels)
     history = []
     for _ in range(count):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, Hyperparams(np.float32(0.1), np.uint32(seed)))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -242,6 +246,43 @@ def test_train_step_randomness_follows_from_seed_and_step() -> None:
     assert history[0]["loss"] != history[1]["loss"]
 
 
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "staircase", "rsqrt", "none"])
+def test_runs_of_other_learning_rates_and_seeds_have_the_same_programs(
+    decay_type: str, digits_dir: str
+) -> None:
+    def lower(**changes: Any) -> list[str]:
+        # mixup, dropout and stochastic depth depend on the seed.
+        changes = {"model__num_blocks": 1, "model__dropout": 0.1, "recipe__mixup": 0.5, **changes}
+        schedule: dict[str, Any] = {
+            "optimizer__decay_type": decay_type,
+            "optimizer__end_learning_rate": 1e-5,
+        }
+        if decay_type == "staircase":
+            schedule |= {"optimizer__decay_points": "0.5", "optimizer__end_learning_rate": 0.0}
+        config = small_config(digits_dir, **changes, **schedule)
+        experiment = build_experiment(config, open_datasets(config), jax.devices()[:1])
+        batch = {
+            "image": jax.ShapeDtypeStruct((config.batch_size, 16, 16, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        }
+        step, create_state = cast(Any, experiment.train_step), cast(Any, experiment.create_state)
+        return [
+            step.lower(experiment.state_shape, batch, experiment.hyperparams).as_text(),
+            create_state.func.lower(*create_state.args).as_text(),
+        ]
+
+    program = lower(optimizer__learning_rate=0.01, seed=0)
+    assert lower(optimizer__learning_rate=0.003, seed=2**32 - 1) == program
+    assert lower(optimizer__learning_rate=0.01, optimizer__b1=0.5)[0] != program[0]
+
+
+def test_a_seed_has_the_same_random_keys_as_number_and_as_array() -> None:
+    for seed in (0, 1, 2**31, 2**32 - 1):
+        keys, arrays = step_rngs(seed, 3), jax.jit(step_rngs)(np.uint32(seed), 3)
+        for key, array in zip(keys, arrays, strict=True):
+            assert (jax.random.key_data(key) == jax.random.key_data(array)).all()
+
+
 def test_ema_params_follow_their_formula() -> None:
     start, _ = take_steps(count=0, ema_decay=0.75)
     assert start.ema_params is not None
@@ -293,17 +334,22 @@ def test_sam_equals_numpy(num_microbatches: int) -> None:
     shapes = {"kernel": (8 * 8 * 3, NUM_CLASSES), "bias": (NUM_CLASSES,)}
     expected: Any = {name: rng.normal(0.0, 0.1, shape) for name, shape in shapes.items()}
     params = {"head": jax.tree.map(jnp.float32, expected)}
-    tx, mesh = optax.sgd(0.02), mesh_of(1, 1)
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), None)
+    mesh = mesh_of(1, 1)
+    state = TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        optax.sgd(optax.constant_schedule(0.02)).init(params),
+        None,
+    )
     for _ in range(5):
         state, metrics = train_step(
             state,
             make_batch(),
+            Hyperparams(np.float32(0.02), np.uint32(0)),
             recipe=RecipeConfig(loss="softmax", grad_accum_steps=num_microbatches),
-            seed=0,
             model=LinearModel(),
-            tx=tx,
-            schedule=optax.constant_schedule(0.02),
+            make_schedule=optax.constant_schedule,
+            make_tx=optax.sgd,
             mesh=mesh,
             sam_rho=0.3,
         )
@@ -339,19 +385,19 @@ def train(
     model = make_model(num_blocks=2, family=family, head_bias=1.0, **REGULARIZERS[family])
     mesh = mesh or mesh_of(1, 1)
     config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **optimizer)
-    schedule = optax.constant_schedule(config.learning_rate)
-    tx = make_optimizer(config, schedule, get_family(family), model.config)
+    make_tx = functools.partial(
+        make_optimizer, config, family=get_family(family), architecture=model.config
+    )
     settings = RecipeConfig(loss="softmax", mixup=0.5, ema_decay=0.9, **recipe)
-    state = create_state(jax.random.key(7), model, tx, image_size=8, ema=True)
+    state = create_state(7, model, make_tx(optax.constant_schedule(0.01)), image_size=8, ema=True)
     sharding = state_sharding(state, mesh, get_family(family))
     step = jit_train_step(
         functools.partial(
             train_step,
             recipe=settings,
-            seed=0,
             model=model,
-            tx=tx,
-            schedule=schedule,
+            make_schedule=optax.constant_schedule,
+            make_tx=make_tx,
             mesh=mesh,
             sam_rho=config.sam_rho,
             frozen=frozen_mask(state.params, config, get_family(family), model.config),
@@ -363,7 +409,7 @@ def train(
     start = jax.tree.map(np.array, state)
     state, history = jax.device_put(state, sharding), []
     for _ in range(3):
-        state, metrics = step(state, make_batch(16))
+        state, metrics = step(state, make_batch(16), Hyperparams(np.float32(0.01), np.uint32(0)))
         history.append({name: float(value) for name, value in metrics.items()})
     return start, jax.device_get(state), history
 

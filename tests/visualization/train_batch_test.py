@@ -23,7 +23,7 @@ from mixer_jax.models.execution import Execution
 from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
 from mixer_jax.training.setup import build_experiment, make_train_batches
-from mixer_jax.training.step import TrainState, jit_train_step, train_step
+from mixer_jax.training.step import Hyperparams, TrainState, jit_train_step, train_step
 from mixer_jax.visualization.figures import DPI, render_figure
 from mixer_jax.visualization.train_batch import (
     TrainBatchView,
@@ -65,25 +65,25 @@ def run_step(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     recorded: list[np.ndarray] = []
     model = RecordingModel(lambda images: recorded.append(np.asarray(images)), num_classes)
     params = {"logits": jnp.zeros(num_classes)}
-    schedule, mesh = optax.constant_schedule(1.0), mesh_of(1, 1)
-    tx = optax.sgd(schedule)
-    state = TrainState(jnp.int32(STEP), params, tx.init(params), None)
+    mesh = mesh_of(1, 1)
+    state = TrainState(
+        jnp.int32(STEP), params, optax.sgd(optax.constant_schedule(1.0)).init(params), None
+    )
     sharding = state_sharding(state, mesh, get_family("mixer"))
     step = jit_train_step(
         functools.partial(
             train_step,
             recipe=config.recipe,
-            seed=config.seed,
             model=model,
-            tx=tx,
-            schedule=schedule,
+            make_schedule=optax.constant_schedule,
+            make_tx=optax.sgd,
             mesh=mesh,
         ),
         sharding,
         mesh,
         model,
     )
-    state, _ = step(state, batch)
+    state, _ = step(state, batch, Hyperparams(np.float32(1.0), np.uint32(config.seed)))
     jax.effects_barrier()
     # The gradient of the softmax loss at equal logits is 1 / classes − the mean target.
     targets = (state.params["logits"] + 1 / num_classes) * config.batch_size
