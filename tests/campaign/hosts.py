@@ -67,7 +67,8 @@ def _check_ends(trial: Trial, hosts: Hosts, indices: Sequence[int], *codes: int)
             trial.record(message=process.error_line)
         elif "Traceback" in process.err or (process.err and code != _ABORTED):
             raise LostError(f"{process.name} ended with {code} and printed an error")
-    trial.record(codes=found, seconds_until_end=round(time.monotonic() - start, 1))
+    seconds = [*trial.parameters.get("seconds_until_end", []), round(time.monotonic() - start, 1)]
+    trial.record(codes=trial.parameters.get("codes", []) + found, seconds_until_end=seconds)
     return found
 
 

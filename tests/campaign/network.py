@@ -52,13 +52,14 @@ class Network:
         self._run(1, f"link set {_DEVICES[1]} down")
 
     def _run(self, side: int, command: str) -> None:
-        with self._entered(side):
+        with self.entered(side):
             result = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
         if result.returncode:
             raise OSError(f"ip {command}: {result.stderr.strip()}")
 
     @contextlib.contextmanager
-    def _entered(self, side: int) -> Iterator[None]:
+    def entered(self, side: int) -> Iterator[None]:
+        """Moves this thread to a side; sockets that it opens there stay there."""
         _call("setns", self._sides[side], _CLONE_NEWNET)
         try:
             yield
