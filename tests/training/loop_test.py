@@ -743,7 +743,11 @@ def test_a_run_that_is_ahead_of_its_devices_resumes_bit_identically(
         save(self, step)
 
     monkeypatch.setattr(loop_module.TrainLoop, "save", record_ahead)
-    changes = {"num_steps": 45, "checkpoint__every_steps": 0, "evals__test__every_steps": 0}
+    changes: dict[str, Any] = {
+        "num_steps": 45,
+        "checkpoint__every_steps": 0,
+        "evals__test__every_steps": 0,
+    }
     config = small_config(digits_dir, log_every_steps=20, **changes, **NO_REGULARIZATION)
     train_and_evaluate(config, str(tmp_path / "undisturbed"))
     with pytest.MonkeyPatch.context() as patch:
