@@ -24,7 +24,7 @@ _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What JAX and PyTorch write when memory runs out.
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "can't allocate memory")
 # What Gloo, NCCL, JAX and orbax write when another host does not answer.
-_LOST_HOST = ("gloo", "nccl", "coordination service", "coordinationservice", "barrier")
+_LOST_HOST = re.compile(r"\b(gloo|nccl\w*|coordination ?service\w*|barrier)\b", re.IGNORECASE)
 
 
 def escape_control_characters(text: str) -> str:
@@ -248,7 +248,7 @@ def describe_full_memory(error: Exception) -> str:
 def describe_lost_host(error: BaseException) -> str:
     """Formats an error that the loss of another host of the run caused, and its fix; or ""."""
     for cause in iter_causes(error):
-        if any(phrase in str(cause).lower() for phrase in _LOST_HOST):
+        if _LOST_HOST.search(str(cause)):
             return (
                 f"another host was lost, or cannot be reached ({summarize_error(cause)}). Run the "
                 "same command again on all hosts."

@@ -11,6 +11,7 @@ from mixer_jax.errors import (
     RunError,
     UserError,
     WriteFailureError,
+    describe_lost_host,
     disk_failure,
     no_space_path,
     no_space_reason,
@@ -155,3 +156,15 @@ def test_read_error_is_a_usage_error_unless_the_disk_fails(
 def test_messages_are_one_line_whatever_text_they_quote(error_type: type[Exception]) -> None:
     message = str(error_type("class 'a\nb\x1b[31m\u2028c' is unknown."))
     assert message == r"class 'a\nb\x1b[31m\u2028c' is unknown."
+
+
+@pytest.mark.parametrize(
+    ("message", "is_lost"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Connection reset by peer", True),
+        ("NCCL operation failed: ncclSystemError", True),
+        ("/data/igloo/1.png is not an image", False),
+    ],
+)
+def test_only_errors_of_communication_are_those_of_a_lost_host(message: str, is_lost: bool) -> None:
+    assert bool(describe_lost_host(RuntimeError(message))) == is_lost
