@@ -5,7 +5,6 @@ same command then resumes the run on the same hosts.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import time
@@ -166,6 +165,10 @@ def damage_checkpoint_of_two(trial: Trial) -> str:
     return damage_checkpoint(trial)
 
 
+def _on_hosts(num_hosts: int, inject: Callable[[Trial, int], str]) -> Callable[[Trial], str]:
+    return lambda trial: inject(trial, num_hosts)
+
+
 # Description, function and relative number of the faults of one host.
 _FAULTS: dict[str, tuple[str, Callable[[Trial, int], str], float]] = {
     "kill": ("SIGKILL", kill, 2.0),
@@ -179,7 +182,7 @@ HOST_KINDS = {
     **{
         f"{name}_{num_hosts}_hosts": Kind(
             f"one of {num_hosts} hosts: {description}",
-            functools.partial(inject, num_hosts=num_hosts),
+            _on_hosts(num_hosts, inject),
             factor / num_hosts,
         )
         for num_hosts in (2, 4)
