@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -247,6 +248,10 @@ def describe_full_memory(error: Exception) -> str:
 
 def describe_lost_host(error: BaseException) -> str:
     """Formats an error that the loss of another host of the run caused, and its fix; or ""."""
+    jax = sys.modules.get("jax")
+    # On one host, NCCL connects its GPUs, and the names of files may have these words.
+    if jax is None or not jax.distributed.is_initialized():
+        return ""
     for cause in iter_causes(error):
         if _LOST_HOST.search(str(cause)):
             return (

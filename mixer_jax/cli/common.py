@@ -36,8 +36,8 @@ CHECKPOINT_HELP = (
 )
 DATASET_HELP = "TFDS name, folder:PATH, manifest:FILE, hf:NAME or wds:PATH"
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
-# Number of objects after which Python first searches for reference cycles. A prediction has 240,000
-# at its end, and training 390,000 at its first step.
+# Number of new objects after which Python first searches for reference cycles. A prediction has
+# 240,000 at its end, and training 390,000 at its first step.
 _FIRST_COLLECTION = 500_000
 # Messages of argparse and their replacements, the first that matches.
 _ARGPARSE_MESSAGES = {
@@ -100,16 +100,16 @@ def run_cli(main: Callable[[Sequence[str]], int], *, needs_output: bool = True) 
             raise
         print(f"error: {description}", file=sys.stderr)
         code = exit_code(error)
-    # At exit, Python would search all objects for reference cycles again, several times.
+    # Excludes all objects from the searches for reference cycles at exit.
     gc.freeze()
     sys.exit(code)
 
 
 def _delay_garbage_collection() -> None:
-    """Keeps Python from searching for reference cycles again and again while a command starts.
+    """Delays Python's search for reference cycles until a command has started.
 
-    These are 600 searches of objects that stay, and take a sixth of the CPU time to the first step.
-    Once there are `_FIRST_COLLECTION` objects, Python searches at its usual intervals.
+    Start-up creates objects that are kept: 600 searches find nothing to free, and take a sixth of
+    the CPU time to the first step. After the first search, Python searches at its usual intervals.
     """
     thresholds = gc.get_threshold()
 
@@ -117,7 +117,7 @@ def _delay_garbage_collection() -> None:
         if gc.get_threshold()[0] == _FIRST_COLLECTION:
             gc.set_threshold(*thresholds)
 
-    # Called at every collection: others would miss one if a callback removed itself from the list.
+    # Stays in the list: if it removed itself while it is called, Python would skip the next one.
     gc.callbacks.append(restore)
     gc.set_threshold(_FIRST_COLLECTION, *thresholds[1:])
 

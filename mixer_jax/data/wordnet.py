@@ -52,9 +52,15 @@ def imagenet_wnids(num_classes: int) -> tuple[str, ...]:
 
 
 class _Table(NamedTuple):
-    """Columns of the table, with the numbers of the IDs. Most programs need few of its 21,844 rows.
+    """Columns of the table, sorted by number.
 
-    Every prediction reads it: a dictionary of the rows takes 2.5 times as long.
+    Every prediction reads it, and needs few of its 21,844 rows: a dictionary of the rows would take
+    2.5 times as long.
+
+    Attributes:
+        numbers: WordNet IDs without their "n".
+        head_sizes: Numbers of classes of the heads that have the class, separated by spaces.
+        words: Words of the class.
     """
 
     numbers: tuple[int, ...]

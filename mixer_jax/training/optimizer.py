@@ -37,7 +37,10 @@ def make_schedule(
     `cooldown_steps`, the difference to `end_learning_rate` is multiplied by a factor that falls
     linearly from 1 to 0 at step `num_steps` (arXiv 2106.04560, Section 3.5).
 
-    `peak` replaces that of the config, such as by an argument of a compiled function.
+    Args:
+        config: Optimizer settings.
+        num_steps: Steps of the whole run.
+        peak: Peak learning rate, e.g. an argument of a compiled function; None: that of the config.
     """
     peak = config.learning_rate if peak is None else peak
     end = config.end_learning_rate

@@ -1,4 +1,6 @@
-"""The training step, a pure function of state and batch: gradients, update and averaging.
+"""The training step, a pure function of state, batch and hyperparameters.
+
+It computes gradients, updates the parameters and averages them.
 
 Targets and loss are in loss.py, mixup and CutMix in mixup.py, and the optax chain in optimizer.py.
 """
@@ -47,9 +49,9 @@ class TrainState(NamedTuple):
 
 
 class Hyperparams(NamedTuple):
-    """Numbers of a run that are arguments of its compiled step, and not constants in it.
+    """Hyperparameters that are arguments of the compiled step, instead of constants in it.
 
-    Runs that differ in nothing else share one program, such as those of a sweep.
+    Runs that differ in nothing else, such as those of a sweep, share one program.
 
     Attributes:
         learning_rate: Peak of the schedule.
@@ -71,7 +73,15 @@ def create_state(
     image_size: int,
     ema: bool,
 ) -> TrainState:
-    """Creates the state before the first step, for square images of `image_size` pixels."""
+    """Creates the state before the first step.
+
+    Args:
+        seed: Seed of the initial parameters.
+        model: Model, from images to logits.
+        tx: Optax chain.
+        image_size: Side of the square input, in pixels.
+        ema: Whether the state has averaged parameters.
+    """
     params = model.init(jax.random.key(seed), jnp.zeros((1, image_size, image_size, 3)))["params"]
     # A copy, because the step donates both.
     ema_params = jax.tree.map(jnp.copy, params) if ema else None
@@ -84,7 +94,7 @@ def jit_train_step(
     """Jits a training step with the shardings of the state; the compiled step donates the state.
 
     Args:
-        step: `train_step` with all keyword arguments.
+        step: `train_step` with its keyword arguments bound.
         sharding: Sharding of each array of the state.
         mesh: Device mesh of the step.
         model: Model of the step, by which the options of the compiler are chosen.

@@ -57,7 +57,7 @@ def test_reference_has_the_same_losses_over_three_steps(model: str, tolerance: f
     reference_state = (jax.tree.map(jnp.copy, to_reference(state.params)), opt_state)
     losses, reference_losses = [], []
     for _ in range(3):
-        state, metrics = ours.function(state, batch)
+        state, metrics = ours.function(state, batch, *ours.args)
         losses.append(float(metrics["loss"]))
         reference_state, metrics = reference.function(reference_state, batch)
         reference_losses.append(float(metrics["loss"]))

@@ -17,7 +17,7 @@ from tests.campaign.runs import HEARTBEAT_TIMEOUT_SECONDS, Hosts, LostError
 from tests.campaign.trial import Kind, NotInjectedError, Trial
 from tests.helpers.processes import last_step
 
-# Time for the end of a host after it has noticed that another one is lost, on a busy machine.
+# Time in which a host ends after it has noticed that another one is lost, on a busy machine.
 _MAX_SECONDS_UNTIL_END = 60.0
 _MAX_SECONDS_PAUSED = 2.0
 # JAX aborts a host whose heartbeats fail.
@@ -145,7 +145,7 @@ def partition(trial: Trial, num_hosts: int) -> str:
             raise NotInjectedError(f"no network can be created ({error})") from None
 
         def join(index: int) -> None:
-            network.enter(sides[index])
+            network.move_process(sides[index])
             port = os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
             os.environ["JAX_COORDINATOR_ADDRESS"] = f"{ADDRESSES[sides[0]]}:{port}"
 
@@ -165,29 +165,29 @@ def damage_checkpoint_of_two(trial: Trial) -> str:
     return damage_checkpoint(trial)
 
 
-def _kinds(num_hosts: int, weight: float) -> dict[str, Kind]:
-    def kind(name: str, inject: Callable[[Trial, int], str], factor: float = 1.0) -> Kind:
-        return Kind(
-            f"one of {num_hosts} hosts: {name}",
-            lambda trial: inject(trial, num_hosts),
-            weight * factor,
-        )
+def _on_hosts(num_hosts: int, inject: Callable[[Trial, int], str]) -> Callable[[Trial], str]:
+    return lambda trial: inject(trial, num_hosts)
 
-    return {
-        f"{name}_{num_hosts}_hosts": found
-        for name, found in {
-            "kill": kind("SIGKILL", kill, 2),
-            "stop": kind("SIGSTOP until the others have ended", stop),
-            "pause": kind(f"SIGSTOP, SIGCONT within {_MAX_SECONDS_PAUSED:g} s", pause),
-            "sigterm": kind("SIGTERM", terminate),
-            "partition": kind("cut off from the network", partition),
-        }.items()
-    }
 
+# Description, function and relative number of the faults of one host.
+_FAULTS: dict[str, tuple[str, Callable[[Trial, int], str], float]] = {
+    "kill": ("SIGKILL", kill, 2.0),
+    "stop": ("SIGSTOP until the others have ended", stop, 1.0),
+    "pause": (f"SIGSTOP, SIGCONT within {_MAX_SECONDS_PAUSED:g} s", pause, 1.0),
+    "sigterm": ("SIGTERM", terminate, 1.0),
+    "partition": ("cut off from the network", partition, 1.0),
+}
 
 HOST_KINDS = {
-    **_kinds(2, 0.5),
-    **_kinds(4, 0.25),
+    **{
+        f"{name}_{num_hosts}_hosts": Kind(
+            f"one of {num_hosts} hosts: {description}",
+            _on_hosts(num_hosts, inject),
+            factor / num_hosts,
+        )
+        for num_hosts in (2, 4)
+        for name, (description, inject, factor) in _FAULTS.items()
+    },
     "checkpoint_2_hosts": Kind(
         "a damaged file of the newest checkpoint of two hosts", damage_checkpoint_of_two, 6
     ),

@@ -27,7 +27,7 @@ class Network:
             for _ in ADDRESSES:
                 _call("unshare", _CLONE_NEWNET)
                 self._sides.append(_open_namespace(stack))
-                _call("setns", self._own, 0)
+                _call("setns", self._own, _CLONE_NEWNET)
             self._run(0, f"link add {_DEVICES[0]} type veth peer name {_DEVICES[1]}")
             self._run(0, f"link set {_DEVICES[1]} netns /proc/{os.getpid()}/fd/{self._sides[1]}")
             for side, (address, device) in enumerate(zip(ADDRESSES, _DEVICES, strict=True)):
@@ -40,7 +40,7 @@ class Network:
     def __exit__(self, *exception: object) -> None:
         self._files.close()
 
-    def enter(self, side: int) -> None:
+    def move_process(self, side: int) -> None:
         """Moves this process, which must not have threads, to a side for the rest of its life."""
         _call("setns", self._sides[side], _CLONE_NEWNET)
         # Gloo, by which JAX's CPU devices communicate, listens at the address of the host name.
@@ -51,20 +51,20 @@ class Network:
         """Cuts the link: the first side's packets are lost, the second one cannot send any."""
         self._run(1, f"link set {_DEVICES[1]} down")
 
-    def _run(self, side: int, command: str) -> None:
-        with self.entered(side):
-            result = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
-        if result.returncode:
-            raise OSError(f"ip {command}: {result.stderr.strip()}")
-
     @contextlib.contextmanager
-    def entered(self, side: int) -> Iterator[None]:
-        """Moves this thread to a side; sockets that it opens there stay there."""
+    def enter(self, side: int) -> Iterator[None]:
+        """Moves this thread to a side for a block; sockets that it opens there stay there."""
         _call("setns", self._sides[side], _CLONE_NEWNET)
         try:
             yield
         finally:
             _call("setns", self._own, _CLONE_NEWNET)
+
+    def _run(self, side: int, command: str) -> None:
+        with self.enter(side):
+            result = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+        if result.returncode:
+            raise OSError(f"ip {command}: {result.stderr.strip()}")
 
 
 def _open_namespace(stack: contextlib.ExitStack) -> int:
@@ -74,7 +74,7 @@ def _open_namespace(stack: contextlib.ExitStack) -> int:
 
 
 def _call(name: str, *arguments: int) -> None:
-    """Calls a function of the C library, which Python 3.11 does not have."""
+    """Calls a function of the C library that the `os` module of Python 3.11 lacks."""
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")

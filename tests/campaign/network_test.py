@@ -14,11 +14,11 @@ def test_nothing_passes_a_link_that_is_cut() -> None:
             network = stack.enter_context(Network())
         except OSError as error:
             pytest.skip(f"no network can be created: {error}")
-        with network.entered(0):
+        with network.enter(0):
             server = stack.enter_context(socket.create_server((ADDRESSES[0], 0)))
         address = server.getsockname()
-        with network.entered(1):
+        with network.enter(1):
             stack.enter_context(socket.create_connection(address, timeout=10))
         network.cut()
-        with network.entered(1), pytest.raises(OSError, match="unreachable"):
+        with network.enter(1), pytest.raises(OSError, match="unreachable"):
             socket.create_connection(address, timeout=10)

@@ -182,7 +182,7 @@ class Process:
 class Hosts:
     """Processes of a run on several hosts, of which the first one prints for all.
 
-    Has what a run that is not disturbed needs of `Process`.
+    Its methods and properties are those of `Process`, except that it sends no signals.
     """
 
     def __init__(self, name: str, processes: Sequence[Process]):
@@ -238,7 +238,7 @@ def start(
 
     Args:
         folders: Folders of the run.
-        name: Name of the process, of which its output files are called.
+        name: Name of the process and of its output files.
         data_dir: TFDS folder.
         settings: Changes of the settings, as `tests.helpers.tiny_run.to_flags` takes them.
         before: Function that is called in the process before the run starts.

@@ -415,6 +415,7 @@ def test_a_lost_host_is_not_damage(run: str, monkeypatch: pytest.MonkeyPatch) ->
         raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
 
     checkpoints = CheckpointManager(run)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(checkpoints._manager, "restore", lose_host)
     for is_verified in (False, True):
         with raises(ValueError, "Gloo") as caught:
@@ -424,6 +425,10 @@ def test_a_lost_host_is_not_damage(run: str, monkeypatch: pytest.MonkeyPatch) ->
     with raises(ValueError, "Gloo") as caught:
         CheckpointManager(run)
     assert not isinstance(caught.value, UserError)
+    # The same words in a run on one host are from elsewhere, such as the name of a folder.
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    with raises(UserError, "damaged"):
+        CheckpointManager(run)
 
 
 def test_failing_store_is_not_damaged_metadata(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
