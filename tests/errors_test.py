@@ -4,6 +4,7 @@ import errno
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from mixer_jax.errors import (
@@ -166,5 +167,9 @@ def test_messages_are_one_line_whatever_text_they_quote(error_type: type[Excepti
         ("/data/igloo/1.png is not an image", False),
     ],
 )
-def test_only_errors_of_communication_are_those_of_a_lost_host(message: str, is_lost: bool) -> None:
+def test_only_errors_of_communication_are_those_of_a_lost_host(
+    message: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not describe_lost_host(RuntimeError(message))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert bool(describe_lost_host(RuntimeError(message))) == is_lost
