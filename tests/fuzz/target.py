@@ -106,6 +106,8 @@ def watch(folder: Path) -> Iterator[None]:
     Seen are the calls of Python, not those of libraries written in C.
     """
     if not _Watch.is_installed:
+        # At the first call it writes a file, with a lock that the hook would wait for.
+        tempfile.gettempdir()
         sys.addaudithook(_audit)  # It cannot be removed.
         _Watch.is_installed = True
     _Watch.folder = os.path.realpath(folder)
