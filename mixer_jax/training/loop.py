@@ -243,6 +243,8 @@ class TrainLoop:
     """Loop over the training steps of one run, with the state and the logs that they share.
 
     Attributes:
+        experiment: Model, compiled step and data of the run.
+        hyperparams: Last argument of the compiled step, on the devices.
         start_step: Steps that the state has taken when `run` is called.
         state: State after the last step.
         batches: Batches of the steps that `run` takes.
