@@ -66,7 +66,7 @@ def test_timm_has_the_same_losses_over_three_steps(
 
     losses, timm_losses = [], []
     for _ in range(3):
-        state, metrics = ours.function(state, batch)
+        state, metrics = ours.function(state, batch, *ours.args)
         losses.append(float(metrics["loss"]))
         timm_losses.append(float(step(images, labels)))
     print(f"\nmixer_jax {losses}, timm {timm_losses}")
