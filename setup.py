@@ -37,6 +37,8 @@ CORE = [
     # 1.0 is announced to replace the API that mixer_jax/checkpoints/manager.py uses.
     "orbax-checkpoint>=0.11.25,<1",
     "pillow>=11",
+    # Its error about a damaged dataset_info.json of TFDS.
+    "protobuf>=3.20",
     "pyarrow>=18",
     "safetensors>=0.8",
     "scikit-learn>=1.5",

@@ -87,6 +87,10 @@ class LabeledFiles(Examples):
             for place, (names, both) in sorted(digests.items())
         }
 
+    def record_file_sizes(self) -> None:
+        """Reads the sizes of the files, unless they have been read."""
+        self.file_sizes()
+
     def check_files(self) -> None:
         """Checks that the first file exists, also if it is a broken link.
 

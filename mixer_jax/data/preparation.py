@@ -7,7 +7,6 @@ the dataset's lock.
 
 import collections
 import contextlib
-import csv
 import importlib.util
 import json
 import logging
@@ -25,13 +24,19 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mixer_jax.data.decode import BadImageError, decode
-from mixer_jax.errors import RunError, UserError, disk_failure, missing_library_error
+from mixer_jax.errors import (
+    RunError,
+    UserError,
+    disk_failure,
+    missing_library_error,
+    summarize_error,
+)
 from mixer_jax.files import file_lock
 
 FORMAT = "array_record"
 # File next to the prepared data that lists files skipped because they cannot be decoded.
 UNDECODABLE = "undecodable.tsv"
-_INFO_FILE = "dataset_info.json"
+INFO_FILE = "dataset_info.json"
 # Has the prefix of TFDS's own temporary folders, which readers ignore.
 _TEMP_DIR = f"incomplete.{FORMAT}"
 # Suffix of the files in which TFDS stores the URLs of downloads.
@@ -44,7 +49,7 @@ Result = TypeVar("Result")
 def is_prepared(builder: Any) -> bool:
     """Checks whether the dataset is on disk, in any format."""
     # TFDS knows the splits of some datasets from the web, so having splits means nothing.
-    return bool((builder.data_path / _INFO_FILE).exists())
+    return bool((builder.data_path / INFO_FILE).exists())
 
 
 def has_random_access(builder: Any) -> bool:
@@ -249,7 +254,7 @@ def convert_to_array_record(builder: Any) -> None:
         # the next conversion overwrites them.
         for _, target, _ in shards:
             (temp_dir / target.name).replace(target)
-        _register_format(temp_dir, Path(builder.data_path, _INFO_FILE))
+        _register_format(temp_dir, Path(builder.data_path, INFO_FILE))
     finally:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
@@ -286,7 +291,7 @@ def _copy_shard(file_format: Any, source: Path, target: Path, num_examples: int)
         raise failure or UserError(f"{problem}: {_one_line(error)}.") from error
     if written != num_examples:
         raise UserError(
-            f"{source} must contain {num_examples:,} examples according to {_INFO_FILE}, got "
+            f"{source} must contain {num_examples:,} examples according to {INFO_FILE}, got "
             f"{written:,}. Prepare the dataset again in another --data_dir."
         )
 
@@ -295,7 +300,7 @@ def _register_format(temp_dir: Path, info_path: Path) -> None:
     """Adds the format to the dataset's metadata, which completes the conversion."""
     info = json.loads(info_path.read_text())
     info.setdefault("alternativeFileFormats", []).append(FORMAT)
-    temp_path = temp_dir / _INFO_FILE
+    temp_path = temp_dir / INFO_FILE
     temp_path.write_text(json.dumps(info, indent=2))
     shutil.copymode(info_path, temp_path)
     temp_path.replace(info_path)
@@ -340,20 +345,31 @@ def _one_line(text: object) -> str:
 
 
 def format_splits(builder: Any) -> str:
-    """Formats a prepared dataset's splits, number of classes, skipped files and folder."""
+    """Formats a prepared dataset's splits, number of classes, skipped files and folder.
+
+    Raises:
+        UserError: A file of a split does not exist, or its name cannot be made.
+    """
     import tensorflow_datasets as tfds
 
     lines = [f"{'split':<12} {'examples':>12} {'shards':>7} {'bytes':>18}"]
     for name, split in builder.info.splits.items():
-        size = sum(os.path.getsize(path) for path in split.filepaths)
+        try:
+            size = sum(os.path.getsize(path) for path in split.filepaths)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"split {name!r} of dataset {builder.info.full_name} must have the files that "
+                f"{builder.data_path / INFO_FILE} lists ({summarize_error(error)}). Prepare the "
+                "dataset again in another --data_dir."
+            ) from error
         lines.append(f"{name:<12} {split.num_examples:>12,} {split.num_shards:>7,} {size:>18,}")
     features = [getattr(f, "feature", f) for f in builder.info.features.values()]
     classes = [f.num_classes for f in features if isinstance(f, tfds.features.ClassLabel)]
     lines += ["", f"classes      {classes[0]:,}" if classes else "classes      none"]
     undecodable = Path(builder.data_path, UNDECODABLE)
     if undecodable.exists():
-        with undecodable.open(newline="", encoding="utf-8") as file:
-            count = sum(1 for _ in csv.reader(file, delimiter="\t"))
+        with undecodable.open("rb") as file:
+            count = sum(1 for _ in file)
         lines.append(f"skipped      {count:,} undecodable files, listed in {undecodable}")
     lines.append(f"folder       {builder.data_path}")
     return "\n".join(lines)

@@ -48,6 +48,12 @@ class Examples(Sequence[Example]):
         """Computes values that identify the examples independently of location, by meaning."""
         return {}
 
+    def record_file_sizes(self) -> None:
+        """Records the sizes of files; subclasses that read a file per example override it.
+
+        An example is bad if its file has another size when it is read.
+        """
+
     def check_files(self) -> None:
         """Checks that this host can read the files; subclasses that read files override it.
 
@@ -176,6 +182,13 @@ class Source:
         """
         return _fingerprint(self.examples)
 
+    def record_file_sizes(self) -> None:
+        """Records the sizes of image files: a file that changes later is a bad image.
+
+        A fingerprint has them, and records them as well.
+        """
+        _record_file_sizes(self.examples)
+
     def check_files(self) -> None:
         """Checks that this host can read the first file of each dataset.
 
@@ -286,6 +299,11 @@ def _fingerprint(examples: Sequence[Any]) -> dict[str, str]:
     return examples.fingerprint() if isinstance(examples, Examples) else {}
 
 
+def _record_file_sizes(examples: Sequence[Any]) -> None:
+    if isinstance(examples, Examples):
+        examples.record_file_sizes()
+
+
 def _check_files(examples: Sequence[Any]) -> None:
     if isinstance(examples, Examples):
         examples.check_files()
@@ -329,6 +347,10 @@ class _ConcatExamples(Examples):
             for key, value in _fingerprint(examples).items()
         }
 
+    def record_file_sizes(self) -> None:
+        for examples in self._sequences:
+            _record_file_sizes(examples)
+
     def check_files(self) -> None:
         for examples in self._sequences:
             _check_files(examples)
@@ -361,6 +383,9 @@ class _RelabeledExamples(Examples):
         # Names of classes are compared on their own.
         return _fingerprint(self._examples)
 
+    def record_file_sizes(self) -> None:
+        _record_file_sizes(self._examples)
+
     def check_files(self) -> None:
         _check_files(self._examples)
 
@@ -386,6 +411,9 @@ class _ExampleSubset(Examples):
     def fingerprint(self) -> dict[str, str]:
         indices = hashlib.blake2b(repr(list(map(int, self._indices))).encode(), digest_size=8)
         return _fingerprint(self._examples) | {"indices": indices.hexdigest()}
+
+    def record_file_sizes(self) -> None:
+        _record_file_sizes(self._examples)
 
     def check_files(self) -> None:
         _check_files(self._examples)

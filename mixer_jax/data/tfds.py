@@ -15,6 +15,7 @@ from typing import Any
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.names import PATH_PREFIXES, SYNTHETIC
 from mixer_jax.data.preparation import (
+    INFO_FILE,
     check_manual_download,
     convert_to_array_record,
     download_and_prepare,
@@ -276,6 +277,7 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         UserError: No such dataset exists.
     """
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
 
     bare_name = bare_dataset_name(name)
     if module := _BUILDER_MODULES.get(bare_name):
@@ -298,6 +300,11 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
             )
         raise UserError(
             f"dataset {name!r} is neither prepared in {searched} nor known to TFDS.{hint}"
+        ) from error
+    except ParseError as error:
+        raise UserError(
+            f"{INFO_FILE} of dataset {name!r} in {searched} is damaged: {summarize_error(error)}. "
+            "Prepare the dataset again in another --data_dir."
         ) from error
     except (ValueError, AssertionError, ImportError) as error:
         _check_not_a_folder(name)
@@ -374,9 +381,10 @@ def _make_source(builder: Any, name: str, split: str) -> Source:
     try:
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         records = builder.as_data_source(split=split, deserialize_method=raw_bytes)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: there are no splits.
+        splits = ", ".join(builder.info.splits) or "none"
         raise UserError(
-            f"split of dataset {name!r} must be one of {', '.join(builder.info.splits)}, or "
+            f"split of dataset {name!r} must be one of {splits}, or "
             f'slices such as "train[:99%]", and not empty, got {split!r}.'
         ) from error
     examples = _TfdsExamples(

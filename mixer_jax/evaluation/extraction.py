@@ -197,9 +197,9 @@ def _begin(folder: Path, out: Path, request: dict[str, Any], force: bool) -> Non
 
 def _describe_changes(old: Any, new: dict[str, Any]) -> list[str]:
     """Lists what differs between two requests, with the old value if it is short."""
-    if not isinstance(old, dict):
+    if not isinstance(old, dict) or not isinstance(old.get("model"), dict):
         return ["unknown"]
-    old, new = ({**x, **x.get("model", {}), "model": ""} for x in (old, new))
+    old, new = ({**x, **x["model"], "model": ""} for x in (old, new))
     changed = [key for key in new if old.get(key) != new[key]]
     return [
         key if isinstance(new[key], dict) or key == "weights" else f"{key}: {old.get(key)}"

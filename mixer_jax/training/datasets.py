@@ -107,9 +107,9 @@ def open_datasets(config: RunConfig) -> RunDatasets:
                 evals[name] = _relabel(source, train)
         except UserError as error:
             raise UserError(f"config.evals.{name}: {error}") from error
-    for source in (*evals.values(), *probe_train.values()):
-        # Remembers the sizes of files, by which a file that changes during the run is noticed.
-        source.fingerprint()
+    for source in (train, *evals.values(), *probe_train.values()):
+        # A file that changes during the run is noticed by its size.
+        source.record_file_sizes()
     return RunDatasets(train, evals, probe_train, train.fingerprint())
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -134,6 +135,9 @@ class MetricsLogger:
             steps_per_second = self.progress.lap(step)
             if self._is_single_host:
                 num_steps = int(steps_per_second * _MAX_SECONDS_AHEAD)
+                # A line is written, and its throughput is measured, when the host reads the step.
+                # At most a fifth of the interval ahead, so that the line is late by no more than
+                # that, and the throughput off by about as much when the host gets ahead.
                 self._max_ahead = max(1, min(num_steps, self._log_every_steps // 5))
             throughput = self._throughput_metrics(steps_per_second * self._batch_size)
             self.progress.report(
@@ -189,6 +193,9 @@ class MetricsWriter:
         # Opened with the first values.
         self._events: _EventFile | None = None
         self._has_events = tensorboard
+        if tensorboard:
+            with self._disable_on_error():
+                _import_tensorboardx()
         self._wandb_run = wandb_run
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -238,12 +245,28 @@ class MetricsWriter:
             print(f"TensorBoard events are disabled: {reason}", file=sys.stderr)
 
 
+def _import_tensorboardx() -> None:
+    """Imports tensorboardX as if PyTorch were not installed.
+
+    If it is installed, tensorboardX imports it for type annotations: 1.5 s of CPU time, during
+    which the first steps of training wait for Python's global lock.
+
+    Not for the thread that writes: other threads could import PyTorch at the same time, and fail.
+    """
+    if "torch" not in sys.modules:
+        # Python's way to make an import raise ModuleNotFoundError.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("tensorboardX")
+        finally:
+            del sys.modules["torch"]
+
+
 class _EventFile:
     """File of TensorBoard events, on disks and object stores."""
 
     def __init__(self, folder: str, start_step: int):
         """Creates a file of a run that starts or resumes at `start_step`."""
-        # Imported in the thread that writes, while the device works.
         from tensorboardX import record_writer
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2

@@ -90,12 +90,12 @@ def damage_checkpoint(trial: Trial) -> str:
     if damage != SWAPPED:
         return trial.recover()
     # Both checkpoints are damaged, unless the files are equal.
-    process = trial.start_any()
-    if trial.check_end(process, [2]) == 0:
-        trial.check_result(process)
+    run = trial.start()
+    if trial.check_end(run, [2]) == 0:
+        trial.check_result(run)
         return "recovered"
     for checkpoint in (older, newer):
-        if str(checkpoint) not in process.error_line:
+        if str(checkpoint) not in run.error_line:
             raise LostError("the message does not name both checkpoints")
     DAMAGES[damage](newer / file, older / other, trial.rng)
     trial.recover()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from mixer_jax.checkpoints.resolve import list_steps
 from tests.campaign.damage import damage_checkpoint
 from tests.campaign.network import ADDRESSES, Network
-from tests.campaign.runs import HEARTBEAT_TIMEOUT_SECONDS, Hosts, LostError
+from tests.campaign.runs import HEARTBEAT_TIMEOUT_SECONDS, LostError, Run
 from tests.campaign.trial import Kind, NotInjectedError, Trial
 from tests.helpers.processes import last_step
 
@@ -26,13 +26,13 @@ _ABORTED = -signal.SIGABRT
 
 def _start_until_random_time(
     trial: Trial, num_hosts: int, before: Callable[[int], object] = lambda host: None
-) -> Hosts:
+) -> Run:
     trial.use_hosts(num_hosts)
     trial.draw_start()
     trial.faults.arm(trial.folders.disk)
-    hosts = trial.start_hosts(before)
-    trial.wait_for_random_time(hosts)
-    return hosts
+    run = trial.start(before)
+    trial.wait_for_random_time(run)
+    return run
 
 
 def _draw_host(trial: Trial) -> int:
@@ -41,12 +41,12 @@ def _draw_host(trial: Trial) -> int:
     return host
 
 
-def _check_ends(trial: Trial, hosts: Hosts, indices: Sequence[int], *codes: int) -> list[int]:
+def _check_ends(trial: Trial, run: Run, indices: Sequence[int], *codes: int) -> list[int]:
     """Waits for the end of hosts after another one was lost; returns their exit codes.
 
     Args:
         trial: Trial of the run.
-        hosts: Hosts of the run.
+        run: The run.
         indices: Hosts to wait for.
         *codes: Exit codes that are right, and signals as negative numbers, other than 0, and 1
             after one line on standard error.
@@ -58,7 +58,7 @@ def _check_ends(trial: Trial, hosts: Hosts, indices: Sequence[int], *codes: int)
     deadline = start + HEARTBEAT_TIMEOUT_SECONDS + _MAX_SECONDS_UNTIL_END
     found = []
     for index in indices:
-        process = hosts.processes[index]
+        process = run.processes[index]
         code = process.finish(deadline - time.monotonic())
         found.append(code)
         if code not in (0, 1, *codes):
@@ -72,63 +72,63 @@ def _check_ends(trial: Trial, hosts: Hosts, indices: Sequence[int], *codes: int)
     return found
 
 
-def _recover(trial: Trial, hosts: Hosts, codes: Sequence[int]) -> str:
+def _recover(trial: Trial, run: Run, codes: Sequence[int]) -> str:
     if not any(codes):
-        trial.check_undisturbed(hosts)
+        trial.check_undisturbed(run)
     return trial.recover()
 
 
 def kill(trial: Trial, num_hosts: int) -> str:
     """Kills one host at a random time."""
-    hosts = _start_until_random_time(trial, num_hosts)
+    run = _start_until_random_time(trial, num_hosts)
     host = _draw_host(trial)
-    hosts.processes[host].send(signal.SIGKILL)
-    codes = _check_ends(trial, hosts, range(num_hosts), -signal.SIGKILL, _ABORTED)
-    return _recover(trial, hosts, codes)
+    run.processes[host].send(signal.SIGKILL)
+    codes = _check_ends(trial, run, range(num_hosts), -signal.SIGKILL, _ABORTED)
+    return _recover(trial, run, codes)
 
 
 def stop(trial: Trial, num_hosts: int) -> str:
     """Suspends one host at a random time until the others have ended; then it must end, too."""
-    hosts = _start_until_random_time(trial, num_hosts)
+    run = _start_until_random_time(trial, num_hosts)
     host = _draw_host(trial)
-    hosts.processes[host].send(signal.SIGSTOP)
+    run.processes[host].send(signal.SIGSTOP)
     others = [index for index in range(num_hosts) if index != host]
-    codes = _check_ends(trial, hosts, others, _ABORTED)
-    hosts.processes[host].send(signal.SIGCONT)
-    codes += _check_ends(trial, hosts, [host], _ABORTED)
-    return _recover(trial, hosts, codes)
+    codes = _check_ends(trial, run, others, _ABORTED)
+    run.processes[host].send(signal.SIGCONT)
+    codes += _check_ends(trial, run, [host], _ABORTED)
+    return _recover(trial, run, codes)
 
 
 def pause(trial: Trial, num_hosts: int) -> str:
     """Suspends one host for a moment; the run must finish as if nothing had happened."""
-    hosts = _start_until_random_time(trial, num_hosts)
-    process = hosts.processes[_draw_host(trial)]
+    run = _start_until_random_time(trial, num_hosts)
+    process = run.processes[_draw_host(trial)]
     process.send(signal.SIGSTOP)
     seconds = trial.rng.uniform(0.1, _MAX_SECONDS_PAUSED)
     trial.record(seconds_suspended=round(seconds, 3))
     time.sleep(seconds)
     process.send(signal.SIGCONT)
-    if hosts.finish() != 0:
+    if run.finish() != 0:
         raise LostError(f"{process.name} was suspended for a moment, and the run failed")
-    trial.check_result(hosts)
+    trial.check_result(run)
     return "recovered"
 
 
 def terminate(trial: Trial, num_hosts: int) -> str:
     """Sends SIGTERM to one host; all must stop after the same step, and save it."""
-    hosts = _start_until_random_time(trial, num_hosts)
+    run = _start_until_random_time(trial, num_hosts)
     host = _draw_host(trial)
-    hosts.processes[host].send(signal.SIGTERM)
+    run.processes[host].send(signal.SIGTERM)
     step = last_step(trial.workdir)
     # Before the run handles signals, it ends the host, and the others lose it.
-    codes = _check_ends(trial, hosts, range(num_hosts), 143, -signal.SIGTERM, _ABORTED)
+    codes = _check_ends(trial, run, range(num_hosts), 143, -signal.SIGTERM, _ABORTED)
     for code in codes:
         trial.check_stopped(code, step)
     if 143 in codes:
         saved = list_steps(str(trial.workdir))[-1]
-        if set(codes) != {143} or f"stopped after step {saved:,}" not in hosts.out:
+        if set(codes) != {143} or f"stopped after step {saved:,}" not in run.out:
             raise LostError(f"the hosts ended with {codes}, and have saved step {saved}")
-    return _recover(trial, hosts, codes)
+    return _recover(trial, run, codes)
 
 
 def partition(trial: Trial, num_hosts: int) -> str:
@@ -149,10 +149,10 @@ def partition(trial: Trial, num_hosts: int) -> str:
             port = os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
             os.environ["JAX_COORDINATOR_ADDRESS"] = f"{ADDRESSES[sides[0]]}:{port}"
 
-        hosts = _start_until_random_time(trial, num_hosts, join)
+        run = _start_until_random_time(trial, num_hosts, join)
         network.cut()
-        codes = _check_ends(trial, hosts, range(num_hosts), _ABORTED)
-    return _recover(trial, hosts, codes)
+        codes = _check_ends(trial, run, range(num_hosts), _ABORTED)
+    return _recover(trial, run, codes)
 
 
 def damage_checkpoint_of_two(trial: Trial) -> str:

@@ -25,7 +25,7 @@ from mixer_jax.training import step as training_step
 from mixer_jax.training.workdir import read_starts
 from tests.campaign.damage import damage_checkpoint
 from tests.campaign.hosts import HOST_KINDS
-from tests.campaign.runs import LostError, Process
+from tests.campaign.runs import LostError, Run
 from tests.campaign.trial import CRASHES, Kind, NotInjectedError, Trial
 from tests.helpers.faults import CALLS, Action
 from tests.helpers.images import encode
@@ -49,10 +49,10 @@ _ERRORS = {
 def kill_at_random_time(trial: Trial) -> str:
     """Kills the run at a random time."""
     trial.draw_start()
-    process = trial.start_until_random_time()
-    process.send(signal.SIGKILL)
-    if trial.check_end(process, [-signal.SIGKILL]) == 0:
-        trial.check_undisturbed(process)
+    run = trial.start_until_random_time()
+    run.send(signal.SIGKILL)
+    if trial.check_end(run, [-signal.SIGKILL]) == 0:
+        trial.check_undisturbed(run)
     return trial.recover()
 
 
@@ -62,9 +62,9 @@ def kill_in_random_call(trial: Trial) -> str:
     action = trial.rng.choice([Action.KILL, Action.KILL_INSIDE])
     trial.record(action=action.name)
     trial.faults.arm(trial.folders.disk, action, trial.draw_call(CALLS))
-    process = trial.start()
-    if trial.check_end(process, [-signal.SIGKILL]) == 0:
-        trial.check_undisturbed(process)
+    run = trial.start()
+    if trial.check_end(run, [-signal.SIGKILL]) == 0:
+        trial.check_undisturbed(run)
     return trial.recover()
 
 
@@ -72,9 +72,9 @@ def lose_power(trial: Trial) -> str:
     """Kills the run in a random system call, and discards what had not been synced."""
     trial.draw_start()
     trial.faults.arm(trial.folders.disk, Action.KILL, trial.draw_call(CALLS), is_logging=True)
-    process = trial.start()
-    if trial.check_end(process, [-signal.SIGKILL]) == 0:
-        trial.check_undisturbed(process)
+    run = trial.start()
+    if trial.check_end(run, [-signal.SIGKILL]) == 0:
+        trial.check_undisturbed(run)
     discarded = trial.faults.discard_unsynced(trial.folders.disk, trial.rng)
     trial.record(discarded=dict(discarded))
     return trial.recover()
@@ -84,11 +84,11 @@ def _stop(number: signal.Signals) -> Callable[[Trial], str]:
     """Stops the run by a signal at a random time."""
 
     def inject(trial: Trial) -> str:
-        process = trial.start_until_random_time()
-        process.send(number)
+        run = trial.start_until_random_time()
+        run.send(number)
         step = last_step(trial.workdir)
         # Before the run handles signals, they end the process.
-        code = trial.check_end(process, [128 + number, -number])
+        code = trial.check_end(run, [128 + number, -number])
         trial.check_stopped(code, step)
         return trial.recover()
 
@@ -97,28 +97,28 @@ def _stop(number: signal.Signals) -> Callable[[Trial], str]:
 
 def terminate_then_kill(trial: Trial) -> str:
     """Sends SIGTERM at a random time, and kills the run while it saves."""
-    process = trial.start_until_random_time()
-    process.send(signal.SIGTERM)
+    run = trial.start_until_random_time()
+    run.send(signal.SIGTERM)
     step = last_step(trial.workdir)
     seconds = trial.rng.uniform(0, _MAX_SECONDS_UNTIL_KILL)
     trial.record(seconds_until_kill=round(seconds, 3))
-    process.wait(seconds)
-    process.send(signal.SIGKILL)
-    code = trial.check_end(process, [143, -signal.SIGTERM, -signal.SIGKILL])
+    run.wait(seconds)
+    run.send(signal.SIGKILL)
+    code = trial.check_end(run, [143, -signal.SIGTERM, -signal.SIGKILL])
     trial.check_stopped(code, step)
     return trial.recover()
 
 
 def suspend(trial: Trial) -> str:
     """Suspends the run for a while; it must finish as if nothing had happened."""
-    process = trial.start_until_random_time()
-    process.send(signal.SIGSTOP)
+    run = trial.start_until_random_time()
+    run.send(signal.SIGSTOP)
     seconds = trial.rng.uniform(0.1, _MAX_SECONDS_SUSPENDED)
     trial.record(seconds_suspended=round(seconds, 3))
-    process.wait(seconds)
-    process.send(signal.SIGCONT)
-    trial.check_end(process, [])
-    trial.check_result(process)
+    run.wait(seconds)
+    run.send(signal.SIGCONT)
+    trial.check_end(run, [])
+    trial.check_result(run)
     return RECOVERED
 
 
@@ -130,10 +130,10 @@ def _fail(error: str, action: Action) -> Callable[[Trial], str]:
         calls = _ERRORS[error]
         call = trial.draw_call(calls)
         trial.faults.arm(trial.folders.disk, action, call, calls, error=getattr(errno, error))
-        process = trial.start()
-        trial.check_end(process, [1, 2])
+        run = trial.start()
+        trial.check_end(run, [1, 2])
         if not trial.faults.was_reached:
-            trial.check_undisturbed(process)
+            trial.check_undisturbed(run)
         return trial.recover()
 
     return inject
@@ -145,10 +145,10 @@ def make_read_only(trial: Trial) -> str:
     trial.faults.arm(
         trial.folders.disk, Action.FAIL_FROM_THEN_ON, 1, _ERRORS["EROFS"], error=errno.EROFS
     )
-    process = trial.start()
-    if trial.check_end(process, [1, 2]) == 0:
+    run = trial.start()
+    if trial.check_end(run, [1, 2]) == 0:
         raise LostError("finished although nothing could be written")
-    if str(trial.workdir) not in process.error_line:
+    if str(trial.workdir) not in run.error_line:
         raise LostError("the message does not name the workdir")
     return trial.recover()
 
@@ -160,11 +160,11 @@ def move_clock_back(trial: Trial) -> str:
     trial.faults.arm(
         trial.folders.disk, Action.MOVE_CLOCK, trial.draw_call(CALLS), clock_seconds=seconds
     )
-    process = trial.start()
-    trial.check_end(process, [])
+    run = trial.start()
+    trial.check_end(run, [])
     if not trial.faults.was_reached:
-        trial.check_undisturbed(process)
-    trial.check_result(process)
+        trial.check_undisturbed(run)
+    trial.check_result(run)
     return RECOVERED
 
 
@@ -174,7 +174,7 @@ def start_twice(trial: Trial) -> str:
     trial.record(is_simultaneous=is_simultaneous)
     first = trial.start() if is_simultaneous else trial.start_until_random_time()
     second = trial.start()
-    codes = [trial.check_end(process, [1]) for process in (first, second)]
+    codes = [trial.check_end(run, [1]) for run in (first, second)]
     if codes == [1, 1]:
         raise LostError("both refuse")
     if codes == [0, 0]:
@@ -182,8 +182,8 @@ def start_twice(trial: Trial) -> str:
         if read_starts(str(trial.workdir))[-1]["step"] < STEPS:
             raise LostError("both have trained")
         trial.check_undisturbed(first)
-    for process, code in zip((first, second), codes, strict=True):
-        if code == 1 and str(trial.workdir) not in process.error_line:
+    for run, code in zip((first, second), codes, strict=True):
+        if code == 1 and str(trial.workdir) not in run.error_line:
             raise LostError("the message does not name the workdir")
     trial.check_result(second if codes[0] else first)
     return RECOVERED
@@ -223,10 +223,10 @@ def put_nan_into_gradient(trial: Trial) -> str:
         good, bad = jit_train_step(take_step, *args), jit_train_step(take_bad_step, *args)
         return lambda state, *args: (bad if state.step == step - 1 else good)(state, *args)
 
-    process = trial.start(lambda: setattr(setup, "jit_train_step", jit_both))
-    if trial.check_end(process, [1]) == 0:
+    run = trial.start(lambda host: setattr(setup, "jit_train_step", jit_both))
+    if trial.check_end(run, [1]) == 0:
         raise LostError("finished with a gradient that is not a number")
-    if "must be finite" not in process.error_line:
+    if "must be finite" not in run.error_line:
         raise LostError("the message does not name the cause")
     trial.recover()
     return REFUSED
@@ -267,16 +267,16 @@ def limit_memory(trial: Trial) -> str:
         finally:
             lift_limit()
 
-    def replace_functions() -> None:
+    def replace_functions(host: int) -> None:
         if phase == "loading":
             loop.make_train_batches = load_with_little_memory  # type: ignore[assignment]
             loop.TrainLoop.save = save_with_memory  # type: ignore[method-assign]
         else:
             loop.TrainLoop.run_evaluator = evaluate_with_little_memory  # type: ignore[method-assign]
 
-    process = trial.start(replace_functions)
-    code = trial.check_end(process, [1, *CRASHES])
-    if code == 1 and _has_failed_evaluation(process):
+    run = trial.start(replace_functions)
+    code = trial.check_end(run, [1, *CRASHES])
+    if code == 1 and _has_failed_evaluation(run):
         # An evaluation during training that has failed is not repeated.
         trial.check_arrays(trial.resume())
         return REFUSED
@@ -305,7 +305,7 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
         trial.use_images()
         image = _draw_image(trial)
         original = image.read_bytes()
-        process = trial.start_until_random_time()
+        run = trial.start_until_random_time()
         has_opened_data = (trial.workdir / CONFIG_FILE).exists()
         # At once, as a program that copies data does.
         temporary = trial.folders.root / "replacement"
@@ -314,19 +314,19 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
             os.replace(temporary, image)
         else:
             image.unlink()
-        code = trial.check_end(process, [1, 2])
+        code = trial.check_end(run, [1, 2])
         image.unlink(missing_ok=True)
         image.write_bytes(original)
         if code == 0:
             if not has_opened_data:
                 raise NotInjectedError("the run may have listed its data with the other file")
-            trial.check_result(process)
+            trial.check_result(run)
             return RECOVERED
-        if str(image) not in process.error_line and "bad_images" not in process.error_line:
+        if str(image) not in run.error_line and "bad_images" not in run.error_line:
             raise LostError("the message names neither the image nor the log of bad images")
         bad_images = trial.workdir / "bad_images_0.jsonl"
         has_substitute = bad_images.exists() and image.name in bad_images.read_text()
-        has_failed_evaluation = _has_failed_evaluation(process)
+        has_failed_evaluation = _has_failed_evaluation(run)
         trial.record(has_substitute=has_substitute, has_failed_evaluation=has_failed_evaluation)
         if not has_substitute and not has_failed_evaluation:
             return trial.recover()
@@ -338,8 +338,8 @@ def _replace_image(replace: Callable[[Path], object]) -> Callable[[Trial], str]:
     return inject
 
 
-def _has_failed_evaluation(process: Process) -> bool:
-    return process.error_line.startswith("error: evaluation")
+def _has_failed_evaluation(run: Run) -> bool:
+    return run.error_line.startswith("error: evaluation")
 
 
 def _write_other_image(path: Path) -> None:
@@ -349,21 +349,21 @@ def _write_other_image(path: Path) -> None:
 def kill_loader_process(trial: Trial) -> str:
     """Kills one of two processes that load the images."""
     trial.use_images(loader__num_workers=2)
-    process = trial.start_until_random_time()
+    run = trial.start_until_random_time()
     # They start after the run has.
-    while not (victims := _list_loader_processes(process)):
-        if process.wait(0.01) is not None:
-            trial.check_undisturbed(process)
+    while not (victims := _list_loader_processes(run)):
+        if run.wait(0.01) is not None:
+            trial.check_undisturbed(run)
     with contextlib.suppress(ProcessLookupError):
         os.kill(trial.rng.choice(victims), signal.SIGKILL)
     # 0: it was not needed any more.
-    trial.check_end(process, [1])
+    trial.check_end(run, [1])
     return trial.recover()
 
 
-def _list_loader_processes(process: Process) -> list[int]:
+def _list_loader_processes(run: Run) -> list[int]:
     found = []
-    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+    for path in Path(f"/proc/{run.processes[0].pid}/task").glob("*/children"):
         for child in path.read_text().split():
             with contextlib.suppress(OSError):
                 if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():

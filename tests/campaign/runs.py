@@ -179,14 +179,16 @@ class Process:
         return lines[0]
 
 
-class Hosts:
-    """Processes of a run on several hosts, of which the first one prints for all.
-
-    Its methods and properties are those of `Process`, except that it sends no signals.
-    """
+class Run:
+    """Processes of a run, one per host, of which the first one prints for all."""
 
     def __init__(self, name: str, processes: Sequence[Process]):
         self.name, self.processes = name, processes
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the processes that have not ended."""
+        for process in self.processes:
+            process.send(number)
 
     def wait(self, seconds: float) -> int | None:
         """Waits for the end of all; returns the first code that is not 0, or None if one runs."""
@@ -271,7 +273,7 @@ def start_hosts(
     settings: Mapping[str, Any],
     num_hosts: int,
     before: Callable[[int], object] = lambda host: None,
-) -> Hosts:
+) -> Run:
     """Starts or resumes a run on several hosts, which are processes with one device each.
 
     Args:
@@ -290,7 +292,7 @@ def start_hosts(
         before(host)
 
     envs = enumerate(host_env(num_hosts, num_devices=1))
-    return Hosts(
+    return Run(
         name,
         [
             start(
@@ -411,16 +413,16 @@ def _write_digests(folders: Folders) -> None:
     folders.digests.write_text(json.dumps(digests))
 
 
-def read_result(folders: Folders, process: Process | Hosts) -> Result:
-    """Reads the result of a run that a process, or several hosts, have finished."""
-    if isinstance(process, Hosts):
+def read_result(folders: Folders, run: Run) -> Result:
+    """Reads the result of a finished run."""
+    if len(run.processes) > 1:
         # One host cannot read a checkpoint alone.
         reader = Process(
             fork(lambda: _write_digests(folders), folders.logs / "digests"), "digests", folders.logs
         )
         if reader.finish() != 0:
             raise LostError(f"the last checkpoint cannot be read: {reader.err}")
-    scores = [line for line in process.out.splitlines() if line.startswith("test: ")]
+    scores = [line for line in run.out.splitlines() if line.startswith("test: ")]
     return Result(
         json.loads(folders.digests.read_text()),
         untimed_metrics(folders.workdir),

@@ -19,7 +19,7 @@ import numpy as np
 
 from mixer_jax.training import loop
 from tests.campaign import runs
-from tests.campaign.runs import Folders, Hosts, LostError, Process, Result
+from tests.campaign.runs import Folders, LostError, Process, Result, Run
 from tests.helpers.faults import Faults
 from tests.helpers.images import encode
 from tests.helpers.processes import RUN, first_reported_step, last_step
@@ -157,17 +157,17 @@ class Campaign:
             shutil.copytree(self.interrupted_run(run_type.num_hosts), folders.workdir)
         self.faults.arm(folders.disk)
         start = time.monotonic()
-        process = self.start(folders, "run", settings, run_type.num_hosts)
+        run = self.start(folders, "run", settings, run_type.num_hosts)
         progress = [(0.0, 0)]
-        while process.wait(_INTERVAL_SECONDS) is None and progress[-1][0] < runs.TIMEOUT_SECONDS:
+        while run.wait(_INTERVAL_SECONDS) is None and progress[-1][0] < runs.TIMEOUT_SECONDS:
             progress.append((time.monotonic() - start, self.faults.num_calls))
-        if process.finish() != 0:
-            raise LostError(f"an undisturbed run fails: {process.err}")
+        if run.finish() != 0:
+            raise LostError(f"an undisturbed run fails: {run.err}")
         self.faults.disarm()
         calls = self.faults.count_calls()
         # After the last call, the process only reads what the run has saved.
         progress = [entry for entry in progress if entry[1] < calls.total()]
-        return Reference(runs.read_result(folders, process), calls, progress)
+        return Reference(runs.read_result(folders, run), calls, progress)
 
     def interrupted_run(self, num_hosts: int = 1) -> Path:
         """Returns the workdir of a run that was stopped after two checkpoints; do not change it."""
@@ -176,11 +176,11 @@ class Campaign:
             shutil.rmtree(folders.root, ignore_errors=True)
             settings = RunType(num_hosts=num_hosts).settings
             stop_step = settings["num_steps"] // 2 + 2
-            process = self.start(
+            run = self.start(
                 folders, "run", settings, num_hosts, lambda host: _stop_after(stop_step)
             )
-            if process.finish() != 143:
-                raise LostError(f"the run to resume was not interrupted: {process.err}")
+            if run.finish() != 143:
+                raise LostError(f"the run to resume was not interrupted: {run.err}")
             (folders.root / "done").touch()
         return folders.workdir
 
@@ -191,11 +191,12 @@ class Campaign:
         settings: Mapping[str, Any],
         num_hosts: int,
         before: Callable[[int], object] = lambda host: None,
-    ) -> Process | Hosts:
+    ) -> Run:
         """Starts or resumes a run on one or several hosts."""
         if num_hosts > 1:
             return runs.start_hosts(folders, name, self.data_dir, settings, num_hosts, before)
-        return runs.start(folders, name, self.data_dir, settings, lambda: before(0))
+        process = runs.start(folders, name, self.data_dir, settings, lambda: before(0))
+        return Run(name, [process])
 
 
 def _stop_after(stop_step: int) -> None:
@@ -321,14 +322,14 @@ class Trial:
         self.record(call=call)
         return call
 
-    def start_until_random_time(self) -> Process:
+    def start_until_random_time(self) -> Run:
         """Starts the run, and waits until a random time during it; see `wait_for_random_time`."""
         self.faults.arm(self.folders.disk)
-        process = self.start()
-        self.wait_for_random_time(process)
-        return process
+        run = self.start()
+        self.wait_for_random_time(run)
+        return run
 
-    def wait_for_random_time(self, process: Process | Hosts) -> None:
+    def wait_for_random_time(self, run: Run) -> None:
         """Waits until a random time during a run that has started after `faults` was armed.
 
         The time is drawn uniformly from the undisturbed run, and expressed by the last system call
@@ -343,28 +344,16 @@ class Trial:
         seconds, call = self.rng.choice(progress)
         delay = seconds - next(start for start, calls in progress if calls == call)
         self.record(after_call=call, delay_seconds=round(delay, 3))
-        while self.faults.num_calls < call and process.wait(0.0) is None:
+        while self.faults.num_calls < call and run.wait(0.0) is None:
             time.sleep(_POLL_SECONDS)
         deadline = time.monotonic() + delay
         while self.faults.num_calls <= call and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        if process.wait(0.0) is not None:
-            self.check_undisturbed(process)
+        if run.wait(0.0) is not None:
+            self.check_undisturbed(run)
 
-    def start(self, before: Callable[[], object] = lambda: None) -> Process:
-        """Starts or resumes the run on one host."""
-        process = self.start_any(lambda host: before())
-        assert isinstance(process, Process)
-        return process
-
-    def start_hosts(self, before: Callable[[int], object] = lambda host: None) -> Hosts:
-        """Starts or resumes the run on its hosts; calls a function on each host before."""
-        hosts = self.start_any(before)
-        assert isinstance(hosts, Hosts)
-        return hosts
-
-    def start_any(self, before: Callable[[int], object] = lambda host: None) -> Process | Hosts:
-        """Starts or resumes the run, on one or several hosts."""
+    def start(self, before: Callable[[int], object] = lambda host: None) -> Run:
+        """Starts or resumes the run; calls a function on each host before, with its index."""
         self._num_starts += 1
         name = f"start{self._num_starts}"
         if not self._is_on_one_host:
@@ -376,23 +365,24 @@ class Trial:
 
         return self.campaign.start(self.folders, name, self.settings, 1, use_devices)
 
-    def check_end(self, process: Process | Hosts, codes: Sequence[int]) -> int:
+    def check_end(self, run: Run, codes: Sequence[int]) -> int:
         """Waits for the end of a disturbed run; returns its exit code.
 
         Args:
-            process: Process of the run, or its hosts, which all must end with the same code.
+            run: The run, whose hosts all must end with the same code.
             codes: Exit codes that are right after the fault, or signals as negative numbers, other
-                than 0. With 1 and 2, the run must print one line on standard error; with others
+                than 0. With 1 and 2, each host must print one line on standard error; with others
                 except `CRASHES`, none.
 
         Raises:
             LostError: It hangs, prints something else, or ends otherwise.
         """
-        if isinstance(process, Hosts):
-            found = {self.check_end(host, codes) for host in process.processes}
-            if len(found) > 1:
-                raise LostError(f"the hosts of {process.name} ended with {found}")
-            return found.pop()
+        found = {self._check_process_end(process, codes) for process in run.processes}
+        if len(found) > 1:
+            raise LostError(f"the hosts of {run.name} ended with {found}")
+        return found.pop()
+
+    def _check_process_end(self, process: Process, codes: Sequence[int]) -> int:
         code = process.finish()
         if code in (1, 2):
             self.record(message=process.error_line)
@@ -404,7 +394,7 @@ class Trial:
             raise LostError(f"{process.name} ended with {code} and printed an error")
         return code
 
-    def resume(self) -> Process | Hosts:
+    def resume(self) -> Run:
         """Resumes the run without a fault, to its end.
 
         Raises:
@@ -412,16 +402,16 @@ class Trial:
         """
         self.faults.disarm()
         before = last_step(self.workdir)
-        process = self.start_any()
-        if process.finish() != 0:
-            raise LostError(f"the same command fails: {process.err.strip()}")
+        run = self.start()
+        if run.finish() != 0:
+            raise LostError(f"the same command fails: {run.err.strip()}")
         if last_step(self.workdir) > before:
-            resumed_from = first_reported_step(process.out)
+            resumed_from = first_reported_step(run.out)
             self.record(resumed_from=resumed_from)
             if before - resumed_from > self.max_repeated_steps:
                 raise LostError(f"resumed from step {resumed_from} after step {before}")
-        self._check_files(process)
-        return process
+        self._check_files(run)
+        return run
 
     def recover(self) -> str:
         """Resumes the run and compares its end with the undisturbed run; returns "recovered".
@@ -432,22 +422,22 @@ class Trial:
         self.check_result(self.resume())
         return "recovered"
 
-    def check_result(self, process: Process | Hosts) -> None:
+    def check_result(self, run: Run) -> None:
         """Raises LostError if a finished run differs from the undisturbed one."""
-        self._check_files(process)
-        result = runs.read_result(self.folders, process)
+        self._check_files(run)
+        result = runs.read_result(self.folders, run)
         if difference := result.difference(self.reference.result):
             raise LostError(f"differs from the undisturbed run in its {difference}")
 
-    def check_arrays(self, process: Process | Hosts) -> None:
+    def check_arrays(self, run: Run) -> None:
         """Raises LostError if the arrays of a finished run differ from the undisturbed one."""
-        if runs.read_result(self.folders, process).arrays != self.reference.result.arrays:
+        if runs.read_result(self.folders, run).arrays != self.reference.result.arrays:
             raise LostError("differs from the undisturbed run in its arrays")
 
-    def _check_files(self, process: Process | Hosts) -> None:
+    def _check_files(self, run: Run) -> None:
         """Raises LostError if a finished run has printed an error or left files behind."""
-        if process.err:
-            raise LostError(f"{process.name} has finished and printed an error")
+        if run.err:
+            raise LostError(f"{run.name} has finished and printed an error")
         for path in runs.find_leftovers(self.workdir):
             raise LostError(f"{path.relative_to(self.workdir)} is left behind")
         self.folders.check_outside()
@@ -462,14 +452,14 @@ class Trial:
         if code == 0 and step + self.max_repeated_steps < self.num_steps:
             raise LostError(f"finished although it was stopped at about step {step}")
 
-    def check_undisturbed(self, process: Process | Hosts) -> None:
+    def check_undisturbed(self, run: Run) -> None:
         """Checks a run that has finished before the fault.
 
         Raises:
             LostError: It has failed or differs.
             NotInjectedError: It is correct.
         """
-        if (code := process.finish()) != 0:
-            raise LostError(f"{process.name} ended with {code} before the fault")
-        self.check_result(process)
+        if (code := run.finish()) != 0:
+            raise LostError(f"{run.name} ended with {code} before the fault")
+        self.check_result(run)
         raise NotInjectedError("the run had ended before")

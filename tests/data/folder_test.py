@@ -3,6 +3,7 @@
 import errno
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from mixer_jax.data.decode import BadImageError, decode
 from mixer_jax.data.labeled_files import check_readable
 from mixer_jax.data.registry import open_dataset
-from mixer_jax.data.source import Source
+from mixer_jax.data.source import Source, mix_sources, relabel, subset
 from mixer_jax.errors import UserError
 from tests.helpers.images import encode, noise
 from tests.helpers.messages import mentions, raises
@@ -339,10 +340,23 @@ def test_pipes_are_bad_images_and_do_not_block(tmp_path: Path) -> None:
         source.examples[0]
 
 
-def test_files_that_change_after_their_fingerprint_are_bad_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", [Source.record_file_sizes, Source.fingerprint])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda source: source,
+        lambda source: relabel(source, ("b", *source.class_names)),
+        lambda source: subset(source, range(1)),
+        lambda source: mix_sources([source, source], [1, 2]),
+    ],
+    ids=["plain", "relabeled", "subset", "mixture"],
+)
+def test_files_that_change_after_their_sizes_are_recorded_are_bad_images(
+    wrap: Callable[[Source], Source], record: Callable[[Source], object], tmp_path: Path
+) -> None:
     write(tmp_path, *numbered("a", count=2))
-    source = open_folder(tmp_path)
-    source.fingerprint()
+    source = wrap(open_folder(tmp_path))
+    record(source)
     size = len(source.examples[0]["image"])
     for path in tmp_path.glob("a/*"):
         path.write_bytes(path.read_bytes() + b"more")

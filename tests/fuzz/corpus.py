@@ -80,6 +80,24 @@ CORPUS: list[tuple[str, bytes]] = [
         b'{"algorithm": "crc32", "part_size": 67108864, "files": {"params/a":'
         b' {"size": Infinity, "checksums": [Infinity]}}}',
     ),
+    # Files of TFDS's datasets that are damaged, lack splits, or list files that do not exist.
+    ("tfds: dataset_info.json", b'{"name": "photos"'),
+    ("tfds: dataset_info.json", b'{"name": "photos", "version": "1.0.0"}'),
+    (
+        "tfds: dataset_info.json",
+        b'{"name": "photos", "version": "1.0.0", "fileFormat": "array_record", "splits": ['
+        b'{"name": "train", "shardLengths": ["2"], "filepathTemplate": "{DATASET}-{SHARD_INDEX}"}'
+        b"]}",
+    ),
+    (
+        "tfds: dataset_info.json",
+        b'{"name": "photos", "version": "1.0.0", "fileFormat": "array_record", "splits": ['
+        b'{"name": "train", "shardLengths": ["2"], "filepathTemplate": "{DATASET}-{SHARD"}'
+        b"]}",
+    ),
+    ("tfds: undecodable.tsv", b"\xff\n"),
+    ("tfds: undecodable.tsv", b"a" * 200_000),
+    ("features: request", b'{"model": 1}'),
     # Errors of several lines.
     ("prepare: ImageNet-21k", b"not an archive"),
     ("topologies", b"v5e:\n8"),

@@ -1,4 +1,4 @@
-"""Targets that open datasets: manifests, Parquet and Arrow files, and tar shards."""
+"""Targets that open datasets: manifests, Parquet and Arrow files, tar shards, and TFDS datasets."""
 
 import contextlib
 import functools
@@ -16,10 +16,13 @@ from unittest import mock
 import numpy as np
 
 from mixer_jax.data.builders import imagenet21k
+from mixer_jax.data.conversion import convert_dataset
 from mixer_jax.data.decode import BadImageError
 from mixer_jax.data.huggingface import open_hugging_face
 from mixer_jax.data.manifest import list_manifest_splits, open_manifest
+from mixer_jax.data.preparation import INFO_FILE, UNDECODABLE, format_splits
 from mixer_jax.data.source import Source
+from mixer_jax.data.tfds import open_tfds, prepare_tfds
 from mixer_jax.data.webdataset import open_webdataset
 from tests.fuzz.mutation import (
     mutate,
@@ -37,6 +40,8 @@ from tests.helpers.shards import json_sample, sample, write_shard
 _PNG = encode(noise(4, 5), "PNG")
 # Time of the last change that an index stores.
 _SHARD_TIME = 1_000_000_000
+_TFDS_NAME = "photos"
+_TFDS_FOLDER = f"{_TFDS_NAME}/1.0.0"
 
 
 def _read(source: Source) -> None:
@@ -253,6 +258,34 @@ def _archive_seeds() -> Sequence[bytes]:
     return [_tar(lambda path: write_shard(path, members))]
 
 
+@functools.cache
+def _tfds_dataset() -> Path:
+    """Converts two images, one of which cannot be decoded, and returns the folder of TFDS."""
+    folder = Path(tempfile.mkdtemp())
+    for index in range(6):
+        path = folder / f"images/{index % 2}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_PNG if index else b"not an image")
+    with contextlib.redirect_stderr(io.StringIO()):
+        convert_dataset(f"folder:{folder}/images", _TFDS_NAME, f"{folder}/tfds")
+    return folder / "tfds"
+
+
+def _tfds_file(name: str) -> bytes:
+    return (_tfds_dataset() / _TFDS_FOLDER / name).read_bytes()
+
+
+def _open_tfds_with_file(name: str, data: bytes, folder: Path) -> None:
+    """Opens a prepared dataset, and reads it for training as well as `prepare` does."""
+    data_dir = folder / "tfds"
+    shutil.rmtree(data_dir, ignore_errors=True)
+    shutil.copytree(_tfds_dataset(), data_dir)
+    (data_dir / _TFDS_FOLDER / name).write_bytes(data)
+    builder, _ = prepare_tfds(_TFDS_NAME, str(data_dir))
+    format_splits(builder).encode()
+    _read(open_tfds(_TFDS_NAME, "train", str(data_dir)))
+
+
 TARGETS = [
     Target(
         "manifest: CSV", lambda: _CSV, functools.partial(_open_manifest, ".csv"), mutate_cells, 5
@@ -283,4 +316,14 @@ TARGETS = [
         10,
     ),
     Target("prepare: ImageNet-21k", _archive_seeds, _read_archive, mutate_tar),
+    *(
+        Target(
+            f"tfds: {name}",
+            functools.partial(lambda name: [_tfds_file(name)], name),
+            functools.partial(_open_tfds_with_file, name),
+            mutator,
+            cost=20,
+        )
+        for name, mutator in ((INFO_FILE, mutate_json), (UNDECODABLE, mutate_text))
+    ),
 ]

@@ -123,6 +123,16 @@ def test_errors_of_several_lines_are_failures(tmp_path: Path) -> None:
         run_input(target, b"one\ntwo", tmp_path)
 
 
+def test_a_process_runs_one_target_alone(tmp_path: Path) -> None:
+    # Its first input is the first thing that writes a file in the process.
+    command = [sys.executable, "-m", "tests.fuzz", "--worker", "--only=run: lock", "--inputs=3"]
+    process = subprocess.run(
+        [*command, f"--folder={tmp_path}"], capture_output=True, text=True, check=True, timeout=120
+    )
+    events = [json.loads(line)[:2] for line in process.stdout.splitlines()]
+    assert events == [["begin", "run: lock"], ["end", "accepted"]] * 3
+
+
 @pytest.mark.slow
 def test_command_prints_a_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--inputs=20", "--only=splits"]

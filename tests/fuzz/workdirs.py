@@ -1,4 +1,4 @@
-"""Targets that read files of workdirs: configs, metrics, results of suites and comparisons."""
+"""Targets that read files of workdirs: configs, metrics, results of suites, features."""
 
 import functools
 import json
@@ -18,6 +18,7 @@ from mixer_jax.comparison import results as comparison_results
 from mixer_jax.config.config import get_default, parse
 from mixer_jax.config.schema import BadImagesConfig, RunConfig
 from mixer_jax.errors import RunError, UserError
+from mixer_jax.evaluation import extraction
 from mixer_jax.evaluation.feature_files import Part, Parts, write_part
 from mixer_jax.files import is_locked, parse_json
 from mixer_jax.suites import seeds, tasks
@@ -257,6 +258,23 @@ def _read_parts(data: bytes, folder: Path) -> None:
     parts.bad_images()
 
 
+_REQUEST = {
+    "model": {"family": "mixer", "image_size": 32},
+    "layers": ["stem", "blocks.0"],
+    "files": {"images": "blake2b:00-11"},
+    "batch_size": 8,
+}
+
+
+def _read_request(data: bytes, folder: Path) -> None:
+    """Compares the request of an unfinished extraction with that of the command."""
+    parts = folder / "features.npz.parts"
+    parts.mkdir(exist_ok=True)
+    (parts / "000000.npz").touch()
+    (parts / "request.json").write_bytes(data)
+    extraction._begin(parts, folder / "features.npz", _REQUEST, force=False)
+
+
 def _run_target(name: str, seeds_of: Callable[[], Sequence[bytes]], mutate_file: Any) -> Target:
     return Target(
         f"run: {name}", seeds_of, functools.partial(_read_run, name), mutate_file, cost=60
@@ -299,5 +317,8 @@ TARGETS = [
     ),
     Target("comparison: result", _comparison_seeds, _read_comparison, mutate_json),
     Target("comparison: config", _config_seeds, _check_same_run, mutate_json, 10),
+    Target(
+        "features: request", lambda: [json.dumps(_REQUEST).encode()], _read_request, mutate_json
+    ),
     Target("features: part", _part_seeds, _read_parts, mutate_zip, 2),
 ]

@@ -1,5 +1,8 @@
 """Tests of the metrics of a run."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +156,27 @@ def test_events_on_an_object_store_are_complete_after_close(tmp_path: Path) -> N
         writer.close()
         assert store.num_uploads <= 4
     assert read_events(tmp_path / "events") == [("loss", step, 1.0) for step in range(1, 200)]
+
+
+def test_events_do_not_import_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("is_imported = True\n")
+    code = """
+import sys
+from mixer_jax.training.metrics import MetricsWriter
+writer = MetricsWriter(sys.argv[1], start_step=0, is_primary=True)
+writer.write(1, {"loss": 1.0})
+writer.close()
+assert "tensorboardX" in sys.modules
+assert "torch" not in sys.modules
+import torch
+assert torch.is_imported
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert read_events(tmp_path / "events") == [("loss", 1, 1.0)]
 
 
 def test_failed_events_do_not_end_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,8 @@
-"""Tests of the training step: microbatches, devices, SAM, freezing, averaging and randomness."""
+"""Tests of the training step: microbatches, devices, averaging and randomness."""
 
 import functools
-import math
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +10,10 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from mixer_jax.config.schema import OptimizerConfig, RecipeConfig
+from mixer_jax.config.schema import RecipeConfig
 from mixer_jax.distributed.sharding import state_sharding
-from mixer_jax.models.execution import Execution
-from mixer_jax.models.registry import create_model, get_family
+from mixer_jax.models.registry import get_family
 from mixer_jax.training.datasets import open_datasets
-from mixer_jax.training.optimizer import frozen_mask, make_optimizer
 from mixer_jax.training.setup import build_experiment
 from mixer_jax.training.step import (
     Hyperparams,
@@ -25,7 +21,6 @@ from mixer_jax.training.step import (
     accumulate_gradients,
     create_state,
     jit_train_step,
-    perturb_params,
     step_rngs,
     train_step,
     update_norm,
@@ -33,31 +28,15 @@ from mixer_jax.training.step import (
 from tests.helpers.batches import mesh_of
 from tests.helpers.random_weights import tree_norm
 from tests.helpers.tiny_run import small_config
+from tests.helpers.tiny_step import (
+    NUM_CLASSES,
+    REGULARIZERS,
+    assert_trees_equal,
+    make_batch,
+    make_model,
+)
 
-NUM_CLASSES = 3
 SWITCHING = {"mixup": 0.5, "cutmix": 1.0}
-
-
-# Regularizers with random masks, where a family has them.
-MASKS: dict[str, Any] = {"dropout": 0.3, "stochastic_depth": 0.5}
-REGULARIZERS = {"mixer": MASKS, "vit": MASKS, "bit": {}}
-
-
-def make_model(num_blocks: int = 1, family: str = "mixer", **overrides: Any) -> Any:
-    blocks: dict[str, Any] = {"num_blocks": num_blocks, "patch_size": 4, "hidden_dim": 8}
-    architecture: dict[str, Any] = {
-        "mixer": blocks | {"tokens_mlp_dim": 8, "channels_mlp_dim": 8},
-        "vit": blocks | {"mlp_dim": 16, "num_heads": 2},
-        "bit": {"units": "1,1", "root_width": 8, "root": "3x3"},
-    }[family]
-    name = get_family(family).full_name("custom")
-    return create_model(name, NUM_CLASSES, **architecture, **overrides)
-
-
-def make_batch(n: int = 8) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    return {"image": jnp.asarray(images), "label": jnp.arange(n, dtype=jnp.int32) % NUM_CLASSES}
 
 
 def take_steps(
@@ -101,11 +80,6 @@ def take_steps(
         state, metrics = step(state, batch, Hyperparams(np.float32(0.1), np.uint32(seed)))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
-
-
-def assert_trees_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 CLASS_WEIGHTS = np.array([0.5, 2.0, 5.0], np.float32)
@@ -294,170 +268,6 @@ def test_ema_params_follow_their_formula() -> None:
     plain, _ = take_steps(count=1)
     assert plain.ema_params is None
     assert plain.eval_params is plain.params
-
-
-class LinearModel(nn.Module):
-    """Softmax regression on pixels."""
-
-    family: ClassVar[str] = "mixer"
-    num_classes: ClassVar[int] = NUM_CLASSES
-    execution: ClassVar[Execution] = Execution()
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool, example_index: jax.Array) -> jax.Array:
-        return nn.Dense(NUM_CLASSES, name="head")(images.reshape(len(images), -1))
-
-
-def numpy_sam(params: Any, batch: Any, rho: float, rate: float) -> tuple[Any, float]:
-    """Takes a step of SAM with SGD on softmax regression, in float64; returns the loss as well."""
-    x = np.asarray(batch["image"], np.float64).reshape(len(batch["label"]), -1) / 127.5 - 1
-    targets = np.eye(NUM_CLASSES)[np.asarray(batch["label"])]
-
-    def loss_and_gradient(params: Any) -> tuple[float, Any]:
-        logits = x @ params["kernel"] + params["bias"]
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        error = (p - targets) / len(x)
-        loss = -np.mean(np.log((p * targets).sum(axis=1)))
-        return loss, {"kernel": x.T @ error, "bias": error.sum(axis=0)}
-
-    loss, grads = loss_and_gradient(params)
-    norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
-    perturbed = {name: params[name] + rho * grads[name] / norm for name in params}
-    _, grads = loss_and_gradient(perturbed)
-    return {name: params[name] - rate * grads[name] for name in params}, loss
-
-
-@pytest.mark.parametrize("num_microbatches", [1, 4])
-def test_sam_equals_numpy(num_microbatches: int) -> None:
-    rng = np.random.default_rng(0)
-    shapes = {"kernel": (8 * 8 * 3, NUM_CLASSES), "bias": (NUM_CLASSES,)}
-    expected: Any = {name: rng.normal(0.0, 0.1, shape) for name, shape in shapes.items()}
-    params = {"head": jax.tree.map(jnp.float32, expected)}
-    mesh = mesh_of(1, 1)
-    state = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        optax.sgd(optax.constant_schedule(0.02)).init(params),
-        None,
-    )
-    for _ in range(5):
-        state, metrics = train_step(
-            state,
-            make_batch(),
-            Hyperparams(np.float32(0.02), np.uint32(0)),
-            recipe=RecipeConfig(loss="softmax", grad_accum_steps=num_microbatches),
-            model=LinearModel(),
-            make_schedule=optax.constant_schedule,
-            make_tx=optax.sgd,
-            mesh=mesh,
-            sam_rho=0.3,
-        )
-        before, (expected, loss) = expected, numpy_sam(expected, make_batch(), 0.3, 0.02)
-        # That of the parameters before the step.
-        assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-        plain, _ = numpy_sam(before, make_batch(), 0.0, 0.02)
-        for name in expected:
-            np.testing.assert_allclose(state.params["head"][name], expected[name], atol=2e-6)
-            assert np.abs(expected[name] - plain[name]).max() > 1e-4
-
-
-def test_sam_with_a_zero_gradient_leaves_parameters() -> None:
-    params = {"w": jnp.arange(3.0)}
-    assert_trees_equal(perturb_params(params, {"w": jnp.zeros(3)}, 0.1), params)
-
-
-# Settings of optimizers, with frozen parameters of each family.
-RECIPES: dict[str, dict[str, Any]] = {
-    "adafactor": {"name": "adafactor"},
-    "lamb": {"name": "lamb"},
-    "layer_decay": {"layer_decay": 0.7},
-    "muon": {"name": "muon"},
-    "sam": {"name": "sgd", "sam_rho": 0.1},
-    "frozen": {"freeze": "stem,blocks.0"},
-}
-
-
-def train(
-    family: str, optimizer: dict[str, Any], mesh: Mesh | None = None, **recipe: Any
-) -> tuple[TrainState, TrainState, list[dict[str, float]]]:
-    """Takes three steps; returns the states before and after them, and their metrics."""
-    model = make_model(num_blocks=2, family=family, head_bias=1.0, **REGULARIZERS[family])
-    mesh = mesh or mesh_of(1, 1)
-    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **optimizer)
-    make_tx = functools.partial(
-        make_optimizer, config, family=get_family(family), architecture=model.config
-    )
-    settings = RecipeConfig(loss="softmax", mixup=0.5, ema_decay=0.9, **recipe)
-    state = create_state(7, model, make_tx(optax.constant_schedule(0.01)), image_size=8, ema=True)
-    sharding = state_sharding(state, mesh, get_family(family))
-    step = jit_train_step(
-        functools.partial(
-            train_step,
-            recipe=settings,
-            model=model,
-            make_schedule=optax.constant_schedule,
-            make_tx=make_tx,
-            mesh=mesh,
-            sam_rho=config.sam_rho,
-            frozen=frozen_mask(state.params, config, get_family(family), model.config),
-        ),
-        sharding,
-        mesh,
-        model,
-    )
-    start = jax.tree.map(np.array, state)
-    state, history = jax.device_put(state, sharding), []
-    for _ in range(3):
-        state, metrics = step(state, make_batch(16), Hyperparams(np.float32(0.01), np.uint32(0)))
-        history.append({name: float(value) for name, value in metrics.items()})
-    return start, jax.device_get(state), history
-
-
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("mixer", name) for name in RECIPES] + [("vit", "muon"), ("bit", "muon")],
-)
-def test_devices_and_microbatches_do_not_change_what_an_optimizer_computes(
-    name: str, family: str
-) -> None:
-    # The gradient of the bias of keys is zero but for rounding, which Adam would amplify.
-    optimizer = RECIPES[name] | ({"eps": 1e-4} if family == "vit" else {})
-    _, single, expected = train(family, optimizer)
-    _, sharded, actual = train(family, optimizer, mesh_of(2, 4), grad_accum_steps=2)
-    assert_trees_equal(single.params, sharded.params, tolerance=1e-4)
-    for a, b in zip(expected, actual, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "muon", "adafactor"])
-def test_frozen_parameters_and_their_averages_stay_bit_identical(name: str) -> None:
-    patterns = "stem,blocks.1,blocks.0.token_mixing.Dense_0.bias"
-    start, state, _ = train("mixer", {"name": name, "freeze": patterns, "sam_rho": 0.05})
-
-    def split(tree: Any) -> tuple[list[bytes], list[bytes]]:
-        blocks = [jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(2)]
-        bias = blocks[0]["token_mixing"]["Dense_0"].pop("bias")
-        frozen = [*jax.tree.leaves((tree["stem"], blocks[1])), bias]
-        trained = jax.tree.leaves((blocks[0], tree["head"], tree["pre_head_layer_norm"]))
-        return [x.tobytes() for x in frozen], [x.tobytes() for x in trained]
-
-    for before, after in (
-        (start.params, state.params),
-        (start.ema_params, state.ema_params),
-    ):
-        (frozen, trained), (still_frozen, moved) = split(before), split(after)
-        assert still_frozen == frozen
-        assert not set(moved) & set(trained)
-
-
-def test_gradient_norm_is_that_of_trained_parameters() -> None:
-    _, _, (all_trained, *_) = train("mixer", {"name": "sgd"})
-    _, _, (frozen, *_) = train("mixer", {"name": "sgd", "freeze": "head,blocks.0"})
-    _, _, (others, *_) = train("mixer", {"name": "sgd", "freeze": "stem,blocks.1,pre_head*"})
-    norms = [metrics["gradient_norm"] for metrics in (frozen, others, all_trained)]
-    assert math.hypot(*norms[:2]) == pytest.approx(norms[2], rel=1e-5)
-    assert frozen["loss"] == pytest.approx(all_trained["loss"], rel=1e-6)
 
 
 def test_train_step_lowers_the_loss() -> None:
