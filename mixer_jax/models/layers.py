@@ -321,9 +321,54 @@ def dot_product_attention(
     """
     width = query.shape[-1]
     has_kernel = query.dtype == jnp.bfloat16 and width % 8 == 0 and width <= _CUDNN_MAX_HEAD_WIDTH
-    uses_kernel = ctx.flash_attention and not ctx.train and has_kernel
-    implementation: Literal["cudnn", "xla"] = "cudnn" if uses_kernel else "xla"
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    if ctx.flash_attention and not ctx.train and has_kernel:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return xla_attention(query, key, value)
+
+
+@jax.custom_vjp
+def xla_attention(
+    query: Float[Array, "n q h d"], key: Float[Array, "n s h d"], value: Float[Array, "n s h d"]
+) -> Float[Array, "n q h d"]:
+    """Computes attention with XLA's matmuls; see `dot_product_attention`.
+
+    Residuals are the arguments, the output, and the logarithm of each softmax's denominator; the
+    backward pass recomputes the weights, and keeps them in the dtype of the arguments.
+    """
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _attention_logits(query: Array, key: Array) -> Array:
+    logits = jnp.einsum("nqhd,nshd->nhqs", query, key, preferred_element_type=jnp.float32)
+    return logits * query.shape[-1] ** -0.5
+
+
+def _attention_fwd(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+    # `jax.nn.dot_product_attention` returns the logarithm rounded to bfloat16.
+    logits = _attention_logits(query, key)
+    peak = logits.max(-1, keepdims=True)
+    exponentials = jnp.exp(logits - peak)
+    total = exponentials.sum(-1, keepdims=True)
+    weights = (exponentials / total).astype(value.dtype)
+    y = checkpoint_name(jnp.einsum("nhqs,nshd->nqhd", weights, value), ATTENTION)
+    log_total = checkpoint_name(peak + jnp.log(total), ATTENTION)
+    return y, (query, key, value, y, log_total)
+
+
+def _attention_bwd(residuals: Any, cotangent: Array) -> tuple[Array, Array, Array]:
+    query, key, value, y, log_total = residuals
+    weights = jnp.exp(_attention_logits(query, key) - log_total).astype(value.dtype)
+    dvalue = jnp.einsum("nhqs,nqhd->nshd", weights, cotangent)
+    dweights = jnp.einsum("nqhd,nshd->nhqs", cotangent, value, preferred_element_type=jnp.float32)
+    # The mean of `dweights` by `weights`, from smaller arrays (arXiv 2205.14135, Appendix B.2).
+    mean = (cotangent.astype(jnp.float32) * y).sum(-1, keepdims=True).swapaxes(1, 2)
+    dlogits = (weights * (dweights - mean) * query.shape[-1] ** -0.5).astype(query.dtype)
+    dquery = jnp.einsum("nhqs,nshd->nqhd", dlogits, key)
+    dkey = jnp.einsum("nhqs,nqhd->nshd", dlogits, query)
+    return dquery, dkey, dvalue
+
+
+xla_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def add_branch(

@@ -29,7 +29,11 @@ from mixer_jax.models.layers import (
 
 # Residuals saved for the backward pass besides each block's input.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Attention's matmuls have batch dimensions; its gradient needs the output, but no weights.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    ),
     "mlp_hidden": jax.checkpoint_policies.save_only_these_names(MLP_OUTPUT, ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -78,7 +78,7 @@ class MultiHeadAttention(nn.Module):
             checkpoint_name(project(heads, name=name)(y).astype(ctx.dtype), ATTENTION)
             for name, y in (("query", x), ("key", context), ("value", context))
         )
-        y = checkpoint_name(dot_product_attention(query, key, value, ctx), ATTENTION)
+        y = dot_product_attention(query, key, value, ctx)
         return project(width, axis=(-2, -1), name="out")(y).astype(ctx.dtype)
 
 

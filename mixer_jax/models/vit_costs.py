@@ -23,13 +23,13 @@ def recomputed_flops(config: VitConfig, image_size: int, remat: str) -> int:
     # The first matmul of the MLP.
     hidden = 2 * tokens * width * config.mlp_dim
     projections = 4 * 2 * tokens * width**2
+    # The gradient of attention recomputes the scores in any case.
     per_block = {
-        "none": 0,
-        "dots": 2 * attention,
-        # The weighted mean is saved.
+        "none": attention,
+        "dots": attention,
         "mlp_hidden": attention + hidden,
         # The output of the MLP is the input of the next block, which is saved.
-        "full": projections + 2 * attention + hidden,
+        "full": attention + projections + 2 * attention + hidden,
     }[remat]
     return config.num_blocks * per_block
 
@@ -38,16 +38,16 @@ def saved_activation_bytes(config: VitConfig, image_size: int, remat: str, items
     """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
     tokens = num_tokens(config, image_size)
     x, hidden = tokens * config.hidden_dim, tokens * config.mlp_dim
-    # The softmax is float32; the matmul with the values reads it in the computation's dtype.
-    weights = config.num_heads * tokens**2 * (_FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
+    # The logarithm of each softmax's denominator.
+    log_total = _FLOAT32 * config.num_heads * tokens
     per_block = {
         # The input of both LayerNorms and their output, queries, keys, values, their weighted mean;
         # hidden units before and after GELU.
-        "none": itemsize * (8 * x + 2 * hidden) + weights,
-        # The block's input and the outputs of its six matmuls with parameters.
-        "dots": itemsize * (6 * x + hidden),
+        "none": itemsize * (8 * x + 2 * hidden) + log_total,
+        # The block's input, the outputs of its six matmuls with parameters, the weighted mean.
+        "dots": itemsize * (7 * x + hidden) + log_total,
         # The block's input, queries, keys, values, their weighted mean, the output of attention.
-        "mlp_hidden": itemsize * 6 * x,
+        "mlp_hidden": itemsize * 6 * x + log_total,
         "full": itemsize * x,
     }[remat]
     return config.num_blocks * per_block
