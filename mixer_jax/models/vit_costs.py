@@ -23,8 +23,8 @@ def recomputed_flops(config: VitConfig, image_size: int, remat: str) -> int:
     # The first matmul of the MLP.
     hidden = 2 * tokens * width * config.mlp_dim
     projections = 4 * 2 * tokens * width**2
-    # The gradient of attention recomputes the scores under every policy, also in the MAP head, which
-    # has one query.
+    # The gradient of attention recomputes the scores under every policy, also in the MAP head,
+    # which has one query.
     in_head = 2 * tokens * width if config.pooling == "map" else 0
     per_block = {
         "none": attention,
