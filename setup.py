@@ -37,7 +37,7 @@ CORE = [
     # 1.0 is announced to replace the API that mixer_jax/checkpoints/manager.py uses.
     "orbax-checkpoint>=0.11.25,<1",
     "pillow>=11",
-    # Its error about a damaged dataset_info.json of TFDS.
+    # TFDS raises its error if the metadata of a dataset is damaged.
     "protobuf>=3.20",
     "pyarrow>=18",
     "safetensors>=0.8",

@@ -185,7 +185,7 @@ class Source:
     def record_file_sizes(self) -> None:
         """Records the sizes of image files: a file that changes later is a bad image.
 
-        A fingerprint has them, and records them as well.
+        `fingerprint`, which contains them, records them as well.
         """
         _record_file_sizes(self.examples)
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -301,9 +302,9 @@ def find_builder(name: str, data_dir: str, *, for_training: bool = False) -> Any
         raise UserError(
             f"dataset {name!r} is neither prepared in {searched} nor known to TFDS.{hint}"
         ) from error
-    except ParseError as error:
+    except (ParseError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{INFO_FILE} of dataset {name!r} in {searched} is damaged: {summarize_error(error)}. "
+            f"dataset {name!r} in {searched} must have valid metadata ({summarize_error(error)}). "
             "Prepare the dataset again in another --data_dir."
         ) from error
     except (ValueError, AssertionError, ImportError) as error:
@@ -378,13 +379,17 @@ def _make_source(builder: Any, name: str, split: str) -> Source:
     # Processes that load images inherit the limit.
     raise_open_file_limit()
     label = get_label_spec(name, builder.info.features)
+    if not builder.info.splits:
+        raise UserError(
+            f"dataset {name!r} must have splits, got none in {builder.data_path / INFO_FILE}. "
+            "Prepare the dataset again in another --data_dir."
+        )
     try:
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         records = builder.as_data_source(split=split, deserialize_method=raw_bytes)
-    except (ValueError, KeyError) as error:  # KeyError: there are no splits.
-        splits = ", ".join(builder.info.splits) or "none"
+    except ValueError as error:
         raise UserError(
-            f"split of dataset {name!r} must be one of {splits}, or "
+            f"split of dataset {name!r} must be one of {', '.join(builder.info.splits)}, or "
             f'slices such as "train[:99%]", and not empty, got {split!r}.'
         ) from error
     examples = _TfdsExamples(

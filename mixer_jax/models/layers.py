@@ -18,7 +18,7 @@ Gelu = Literal["tanh", "exact"]
 DropPathMask = Float[Array, " n"] | None
 Initializer = Callable[..., Any]
 
-# Tags of activations that rematerialization saves with the policy "mlp_hidden".
+# Tags of activations that rematerialization policies save; see `REMAT_POLICIES`.
 MLP_OUTPUT, ATTENTION = "mlp_output", "attention"
 # Flax's default, and the authors' value.
 LAYER_NORM_EPSILON = 1e-6
@@ -332,8 +332,8 @@ def xla_attention(
 ) -> Float[Array, "n q h d"]:
     """Computes attention with XLA's matmuls; see `dot_product_attention`.
 
-    Residuals are the arguments, the output, and the logarithm of each softmax's denominator; the
-    backward pass recomputes the weights, and keeps them in the dtype of the arguments.
+    Residuals are the arguments, the output, and the log-sum-exp of the logits over keys. The
+    backward pass recomputes the weights, and rounds them to the dtype of the arguments.
     """
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
@@ -344,23 +344,25 @@ def _attention_logits(query: Array, key: Array) -> Array:
 
 
 def _attention_fwd(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-    # `jax.nn.dot_product_attention` returns the logarithm rounded to bfloat16.
+    # The same operations as in `jax.nn.dot_product_attention`, whose `return_residual` would round
+    # the log-sum-exp to bfloat16.
     logits = _attention_logits(query, key)
-    peak = logits.max(-1, keepdims=True)
-    exponentials = jnp.exp(logits - peak)
-    total = exponentials.sum(-1, keepdims=True)
-    weights = (exponentials / total).astype(value.dtype)
+    max_logit = logits.max(-1, keepdims=True)
+    exponentials = jnp.exp(logits - max_logit)
+    denominator = exponentials.sum(-1, keepdims=True)
+    weights = (exponentials / denominator).astype(value.dtype)
     y = checkpoint_name(jnp.einsum("nhqs,nshd->nqhd", weights, value), ATTENTION)
-    log_total = checkpoint_name(peak + jnp.log(total), ATTENTION)
-    return y, (query, key, value, y, log_total)
+    logsumexp = checkpoint_name(max_logit + jnp.log(denominator), ATTENTION)
+    return y, (query, key, value, y, logsumexp)
 
 
 def _attention_bwd(residuals: Any, cotangent: Array) -> tuple[Array, Array, Array]:
-    query, key, value, y, log_total = residuals
-    weights = jnp.exp(_attention_logits(query, key) - log_total).astype(value.dtype)
+    query, key, value, y, logsumexp = residuals
+    weights = jnp.exp(_attention_logits(query, key) - logsumexp).astype(value.dtype)
     dvalue = jnp.einsum("nhqs,nqhd->nshd", weights, cotangent)
     dweights = jnp.einsum("nqhd,nshd->nhqs", cotangent, value, preferred_element_type=jnp.float32)
-    # The mean of `dweights` by `weights`, from smaller arrays (arXiv 2205.14135, Appendix B.2).
+    # The mean of `dweights` weighted by `weights`, computed from smaller arrays (FlashAttention,
+    # arXiv 2205.14135, Appendix B.2).
     mean = (cotangent.astype(jnp.float32) * y).sum(-1, keepdims=True).swapaxes(1, 2)
     dlogits = (weights * (dweights - mean) * query.shape[-1] ** -0.5).astype(query.dtype)
     dquery = jnp.einsum("nhqs,nshd->nqhd", dlogits, key)

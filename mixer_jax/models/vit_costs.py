@@ -23,7 +23,9 @@ def recomputed_flops(config: VitConfig, image_size: int, remat: str) -> int:
     # The first matmul of the MLP.
     hidden = 2 * tokens * width * config.mlp_dim
     projections = 4 * 2 * tokens * width**2
-    # The gradient of attention recomputes the scores in any case.
+    # The gradient of attention recomputes the scores under every policy, also in the MAP head,
+    # which has one query.
+    in_head = 2 * tokens * width if config.pooling == "map" else 0
     per_block = {
         "none": attention,
         "dots": attention,
@@ -31,23 +33,23 @@ def recomputed_flops(config: VitConfig, image_size: int, remat: str) -> int:
         # The output of the MLP is the input of the next block, which is saved.
         "full": attention + projections + 2 * attention + hidden,
     }[remat]
-    return config.num_blocks * per_block
+    return config.num_blocks * per_block + in_head
 
 
 def saved_activation_bytes(config: VitConfig, image_size: int, remat: str, itemsize: int) -> float:
     """Returns the bytes of residuals saved for the backward pass, per image, in all blocks."""
     tokens = num_tokens(config, image_size)
     x, hidden = tokens * config.hidden_dim, tokens * config.mlp_dim
-    # The logarithm of each softmax's denominator.
-    log_total = _FLOAT32 * config.num_heads * tokens
+    # The log-sum-exp of the attention logits over keys.
+    logsumexp = _FLOAT32 * config.num_heads * tokens
     per_block = {
         # The input of both LayerNorms and their output, queries, keys, values, their weighted mean;
         # hidden units before and after GELU.
-        "none": itemsize * (8 * x + 2 * hidden) + log_total,
+        "none": itemsize * (8 * x + 2 * hidden) + logsumexp,
         # The block's input, the outputs of its six matmuls with parameters, the weighted mean.
-        "dots": itemsize * (7 * x + hidden) + log_total,
+        "dots": itemsize * (7 * x + hidden) + logsumexp,
         # The block's input, queries, keys, values, their weighted mean, the output of attention.
-        "mlp_hidden": itemsize * 6 * x + log_total,
+        "mlp_hidden": itemsize * 6 * x + logsumexp,
         "full": itemsize * x,
     }[remat]
     return config.num_blocks * per_block

@@ -108,7 +108,7 @@ def open_datasets(config: RunConfig) -> RunDatasets:
         except UserError as error:
             raise UserError(f"config.evals.{name}: {error}") from error
     for source in (train, *evals.values(), *probe_train.values()):
-        # A file that changes during the run is noticed by its size.
+        # Then a file that changes during the run is a bad image.
         source.record_file_sizes()
     return RunDatasets(train, evals, probe_train, train.fingerprint())
 

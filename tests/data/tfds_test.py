@@ -314,6 +314,34 @@ def test_damaged_records_are_bad_images(digits_dir: str, tmp_path: Path) -> None
         source.read_labels(index)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("dataset_info.json", b'{"name": "photos"', ()),
+        ("dataset_info.json", b"\xff", ()),
+        (
+            "dataset_info.json",
+            b'{"name": "photos", "version": "1.0.0", "fileFormat": "array_record"}',
+            ("splits", "none"),
+        ),
+        ("features.json", b"{", ()),
+        ("features.json", b'{"pythonClassName": 1}', ("pythonClassName",)),
+    ],
+)
+def test_damaged_metadata_is_an_error(
+    name: str, content: bytes, parts: tuple[str, ...], digits_dir: str, tmp_path: Path
+) -> None:
+    # Under another name, because the code of `digits` knows the features.
+    shutil.copytree(f"{digits_dir}/digits/all", tmp_path / "photos")
+    (folder,) = (tmp_path / "photos").iterdir()
+    info = (folder / "dataset_info.json").read_text().replace('"digits"', '"photos"')
+    (folder / "dataset_info.json").write_text(info)
+    (folder / name).write_bytes(content)
+    error = error_of("photos", "train", tmp_path)
+    assert mentions(error, "photos", str(tmp_path), "--data_dir", *parts)
+    assert "Did you mean" not in error
+
+
 @pytest.fixture
 def sharded_dir(tmp_path: Path) -> Path:
     """Data folder with `digits` in five files per split."""

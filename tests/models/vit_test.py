@@ -263,14 +263,16 @@ def test_execution_does_not_change_values(settings: dict[str, Any]) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def test_recomputed_flops_are_those_of_the_program() -> None:
+@pytest.mark.parametrize("pooling", ["gap", "map"])
+def test_recomputed_flops_are_those_of_the_program(pooling: str) -> None:
     images = jnp.zeros((1, 16, 16, 3))
     # The gradient of the image is not computed.
     stem = 2 * 3 * 4**2 * 8 * 16
-    model_flops = 3 * FAMILY.forward_flops(tiny_vit(num_blocks=3).config, 16, 5) - stem
+    config = tiny_vit(num_blocks=3, pooling=pooling).config
+    model_flops = 3 * FAMILY.forward_flops(config, 16, 5) - stem
     executed, expected = {}, {}
     for remat in REMAT_POLICIES:
-        model = tiny_vit(scan_unroll=1, num_blocks=3, remat=remat)
+        model = tiny_vit(scan_unroll=1, num_blocks=3, pooling=pooling, remat=remat)
         params = jax.eval_shape(model.init, jax.random.key(0), images)
         gradient = jax.grad(lambda p, model=model: model.apply(p, images, train=True).sum())
         executed[remat] = count_matmul_flops(jax.make_jaxpr(gradient)(params).jaxpr)
