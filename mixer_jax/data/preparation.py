@@ -348,7 +348,7 @@ def format_splits(builder: Any) -> str:
     """Formats a prepared dataset's splits, number of classes, skipped files and folder.
 
     Raises:
-        UserError: A file of a split does not exist, or its name cannot be made.
+        UserError: A file of a split does not exist, or the template of its name is not valid.
     """
     import tensorflow_datasets as tfds
 

@@ -23,7 +23,7 @@ def recomputed_flops(config: VitConfig, image_size: int, remat: str) -> int:
     # The first matmul of the MLP.
     hidden = 2 * tokens * width * config.mlp_dim
     projections = 4 * 2 * tokens * width**2
-    # The gradient of attention recomputes the scores under every policy, also in the MAP head,
+    # The gradient of attention recomputes the logits under every policy, also in the MAP head,
     # which has one query.
     in_head = 2 * tokens * width if config.pooling == "map" else 0
     per_block = {
@@ -118,20 +118,20 @@ def _attention_traffic(
     """Returns the traffic of the attention branches of all blocks."""
     blocks, width = config.num_blocks, config.hidden_dim
     x = blocks * tokens * width * itemsize
-    scores = blocks * config.num_heads * tokens**2 * itemsize
+    logits = blocks * config.num_heads * tokens**2 * itemsize
     out_projection = 2.0 * blocks * tokens * width**2
     flops = 4 * out_projection + 4.0 * blocks * tokens**2 * width
     if not train:
-        # Three projections read the input and write; queries and keys are read and scores written;
-        # scores and values are read and their mean written; it and the residual are read, and the
+        # Three projections read the input and write; queries and keys are read and logits written;
+        # logits and values are read and their mean written; it and the residual are read, and the
         # output written.
-        unfused = 12 * x + 2 * scores + weight_bytes
+        unfused = 12 * x + 2 * logits + weight_bytes
         return Traffic(flops, unfused, flops, 2 * x + weight_bytes)
     # In the backward pass, the gradient of the output is read by two matmuls and the residual, the
     # mean by one, and its gradient written: five arrays. Six more are read and three written by the
     # gradients of attention, in addition to weights (read thrice) and their gradient (written, read
     # twice). Six are read for gradients of kernels, three read and three written for the input.
-    unfused = (12 + 26) * x + (2 + 6) * scores + weight_bytes
+    unfused = (12 + 26) * x + (2 + 6) * logits + weight_bytes
     # In the backward pass, two arrays are read and one is written; all but the last matmul of the
     # forward pass is recomputed.
     return Traffic(3 * flops, unfused, 4 * flops - out_projection, (2 + 3) * x + weight_bytes)

@@ -134,9 +134,9 @@ class MetricsLogger:
             steps_per_second = self.progress.lap(step)
             if self._is_single_host:
                 num_steps = int(steps_per_second * _MAX_SECONDS_AHEAD)
-                # A line is written, and its throughput is measured, when the host reads the step.
-                # At most a fifth of the interval ahead, so that the line is late by no more than
-                # that, and the throughput off by about as much when the host gets ahead.
+                # Lines are written, and their throughput is measured, when the host reads the
+                # step. The bound limits both the delay of a line and the error of its throughput
+                # to about a fifth.
                 self._max_ahead = max(1, min(num_steps, self._log_every_steps // 5))
             throughput = self._throughput_metrics(steps_per_second * self._batch_size)
             self.progress.report(
