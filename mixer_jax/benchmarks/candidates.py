@@ -223,7 +223,8 @@ def parse_candidates(args: argparse.Namespace, workload: Workload) -> list[Candi
     num_blocks = workload.family.num_blocks(workload.config)
     if (largest := max(choices["scan_unroll"])) > num_blocks:
         raise UserError(
-            f"--scan_unroll must be a list of numbers from -1 to {num_blocks}, got {largest}."
+            f"--scan_unroll must be at most {num_blocks}, the number of blocks that "
+            f"{workload.model} can scan, got {largest}. 0: no scan; -1: auto."
         )
     # 0 unrolls all blocks.
     unrolled = [value or num_blocks for value in choices["scan_unroll"]]
